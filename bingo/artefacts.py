@@ -1,0 +1,80 @@
+"""Writing so that a file is whole or absent, equal content has equal bytes, and every artefact can be told from another."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bingo.errors import UserError
+
+
+def canonical_json(value: Any) -> str:
+    """Sorted keys, two spaces, a newline at the end: the same value has the same bytes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def fingerprint(value: Any) -> str:
+    """32 hex digits that name a JSON-able value (sha256, shortened)."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
+
+
+def file_fingerprint(path: Path | str) -> str:
+    """32 hex digits that name the bytes of a file (sha256, shortened). Raises UserError where there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it: dvc repro") from None
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write under a temporary name beside `path`, flush to the disk, rename into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """`canonical_json` of `value`, written whole or not at all."""
+    write_bytes(path, canonical_json(value).encode())
+
+
+def read_json(path: Path | str) -> Any:
+    """The value in a JSON file. Raises UserError where the file is absent or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it: dvc repro") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); delete it and run: dvc repro") from None
+
+
+@contextmanager
+def new_directory(path: Path | str) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on success it takes the place of `path`, on an error it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        move_directory(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def move_directory(source: Path, target: Path) -> None:
+    """Put the folder `source` in the place of `target`, whatever stands there."""
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(source, target)

@@ -1,0 +1,73 @@
+"""Several processes, with one process as the ordinary case: nothing above this file asks whether there is a group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's number, 0 where there is only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes, 1 where no group was started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def group(device: torch.device) -> Iterator[None]:
+    """Join the group that the launcher's environment describes (WORLD_SIZE, RANK, MASTER_ADDR), if there is one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def gather(x_BD: Tensor) -> Tensor:
+    """Rows of all processes in rank order, (world * B, D), without gradient; every process must hold as many rows."""
+    if world() == 1:
+        return x_BD
+    parts = [torch.empty_like(x_BD) for _ in range(world())]
+    dist.all_gather(parts, x_BD.contiguous())
+    return torch.cat(parts)
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean over processes of a tensor that each of them holds."""
+    if world() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / world()
+
+
+def any_true(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on any process."""
+    if world() == 1:
+        return flag
+    x = torch.tensor(float(flag), device=device)
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return bool(x.item())
+
+
+def own_share(rows_N):
+    """This process's consecutive share of the rows of a global batch, whose length the number of processes divides."""
+    share = len(rows_N) // world()
+    return rows_N[rank() * share : (rank() + 1) * share]

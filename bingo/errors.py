@@ -1,0 +1,18 @@
+"""What a user can mend: one line for each mistake, exit code 2, never a traceback."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """One or several mistakes of the user's, each a single line: name, value, what is allowed, the way out."""
+
+    def __init__(self, lines: str | Sequence[str]):
+        self.lines = [lines] if isinstance(lines, str) else list(lines)
+        super().__init__("\n".join(self.lines))
+
+
+def near_matches(word: str, allowed: Iterable[str], most: int = 3) -> str:
+    """`; did you mean a, b?` for the names of `allowed` that look like `word`, or an empty string."""
+    near = get_close_matches(word, list(allowed), n=most, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else ""

@@ -1,0 +1,34 @@
+"""The section of params.yaml of BINGO: the switches of the paper, of its released code and of its ablations."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from bingo.params import Count, NotNegative, Positive, Section, Share, Whole
+
+
+class Params(Section):
+    """BINGO's switches.
+
+    terms: `paper` (intra + inter against the anchor's key), `symmetric` (also against the member's own key, as released), `symmetric_mix`
+    (also the CutMix pair, as released). pair_weights: weights of (own key, other's key) after `inter_warmup_epochs`; before, (1, 0).
+    relation: `none` leaves out every term with a bag member. negatives: rows of the whole `bank` of stored keys, or a `queue`.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+
+    terms: Literal["paper", "symmetric", "symmetric_mix"]
+    relation: Literal["bags", "none"]
+    pair_weights: Annotated[list[NotNegative], Field(min_length=2, max_length=2)]
+    inter_warmup_epochs: Whole
+    view_coupling: Literal["independent", "same"]
+    temperature: Positive
+    negatives: Literal["bank", "queue"]
+    negative_rows: Count
+    mask_bag: bool
+    queue_push: Literal["anchor", "anchor_and_member"]
+    teacher_batchnorm: Literal["eval", "batch"]
+    key_momentum: Share
+    cutmix_alpha: Positive
+    head_hidden: Count
+    key_width: Count

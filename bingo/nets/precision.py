@@ -1,0 +1,34 @@
+"""bf16 where it was asked for, or where `auto` finds hardware that multiplies it; losses stay in float32 outside this context."""
+
+from contextlib import AbstractContextManager
+from functools import cache
+
+import torch
+
+from bingo.errors import UserError
+
+
+@cache
+def hardware_has_bf16(device_type: str) -> bool:
+    """Whether this device multiplies bf16 in hardware (CUDA: compute capability 8 on; CPU: AVX512-BF16 or AMX)."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
+    return bool(torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """`fp32`, `bf16` or `auto` as the dtype of the matrix products on this device.
+
+    Raises UserError for bf16 on a GPU that lacks it; a CPU without it computes bf16 slowly but rightly.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if hardware_has_bf16(device.type) else torch.float32
+    if precision == "bf16" and device.type == "cuda" and not hardware_has_bf16("cuda"):
+        raise UserError("precision = bf16: this GPU does not multiply bf16; set precision to fp32 or auto")
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The autocast context for a network's forward pass on this device."""
+    dtype = resolve_precision(precision, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,329 @@
+"""The schema of params.yaml: frozen sections, every key required, unknown keys refused, all mistakes reported at once.
+
+Values live in params.yaml alone, so a changed default is a changed file that DVC sees. This module imports no torch: a mistake
+is reported in a fraction of a second, before any stage does any work. A method's own section is in bingo/methods/NAME_params.py.
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+
+from bingo.errors import UserError, near_matches
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Section(BaseModel):
+    """A frozen group of parameters; no key may be missing, none may be added, no type is converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DatasetParams(Section):
+    """What the images are. `train_images` and `test_images` draw a seeded subset balanced over the classes (null: all)."""
+
+    source: Literal["digits", "folder", "cifar10", "cifar100"]
+    root: str | None
+    store_px: Count | None
+    train_images: Count | None
+    test_images: Count | None
+    check: Literal["decode", "header"]
+    on_bad_image: Literal["stop", "skip"]
+    placements: Count
+    placement_scale: Range
+    placement_degrees: NotNegative
+
+    @model_validator(mode="after")
+    def _root_is_named(self) -> Self:
+        if self.source != "digits" and not self.root:
+            raise ValueError(f"root: null, but source {self.source} needs the folder of the images; set dataset.root")
+        if self.source != "folder" and not self.store_px:
+            raise ValueError(f"store_px: null, but source {self.source} is held in memory; set dataset.store_px, in pixels")
+        if self.placement_scale[0] > self.placement_scale[1] or self.placement_scale[1] > 1:
+            raise ValueError(f"placement_scale: {self.placement_scale}, allowed are two numbers, smaller first, at most 1")
+        return self
+
+
+class ImageParams(Section):
+    """What a network sees: views of `crop_px`; the centre view is resized to `resize_px` (short side), then cropped."""
+
+    crop_px: Count
+    resize_px: Count
+    mean: PerChannel
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        if self.crop_px > self.resize_px:
+            raise ValueError(f"crop_px: {self.crop_px} is larger than resize_px {self.resize_px}; lower image.crop_px")
+        return self
+
+
+class AugmentParams(Section):
+    """A family of random views (methods.md: A-moco2, A-weak): crop, rotation, colour jitter, grey, blur, flip.
+
+    `crop_scale` is a share of the image's area, `crop_ratio` width over height, `jitter` the strengths of brightness,
+    contrast, saturation and hue as torchvision's ColorJitter takes them, `blur_sigma_px` the standard deviation.
+    """
+
+    crop_scale: Range
+    crop_ratio: Range
+    jitter: Annotated[list[NotNegative], Field(min_length=4, max_length=4)]
+    jitter_p: Share
+    gray_p: Share
+    blur_p: Share
+    blur_sigma_px: Range
+    flip_p: Share
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> Self:
+        for name in ("crop_scale", "crop_ratio", "blur_sigma_px"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: [{low}, {high}], allowed is the smaller number first")
+        if self.crop_scale[1] > 1 or self.jitter[3] > 0.5:
+            raise ValueError("crop_scale is at most 1, and the fourth number of jitter (hue) at most 0.5")
+        return self
+
+
+class NetworkParams(Section):
+    """A backbone: a timm name, or torchvision/NAME; `width` scales all channels (ResNets only); `stem: small` suits images under 64 px."""
+
+    arch: str
+    width: Positive
+    stem: Literal["imagenet", "small"]
+
+    @field_validator("arch")
+    @classmethod
+    def _arch_exists(cls, arch: str) -> str:
+        from bingo.nets.names import arch_names
+
+        if arch not in (names := arch_names()):
+            raise ValueError(f"no network of timm (or torchvision/NAME) has this name{near_matches(arch, names)}")
+        return arch
+
+
+class ScheduleParams(Section):
+    """SGD with momentum and a cosine from `lr` to 0 after `lr_warmup_epochs`; `batch_anchors` is the global batch."""
+
+    epochs: Count
+    batch_anchors: Count
+    lr: Positive
+    lr_warmup_epochs: Whole
+    sgd_momentum: Share
+    weight_decay: NotNegative
+    precision: Precision
+    probe_every_epochs: Whole
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.lr_warmup_epochs >= self.epochs:
+            raise ValueError(f"lr_warmup_epochs: {self.lr_warmup_epochs} must be less than epochs, {self.epochs}")
+        return self
+
+
+class PretrainParams(ScheduleParams):
+    """MoCo-v2 pretraining of the teacher; `moco` has the method's own numbers."""
+
+    augment: AugmentParams
+    moco: Section
+
+    @field_validator("moco", mode="before")
+    @classmethod
+    def _moco_section(cls, value: Any) -> Section:
+        return method_section("moco").model_validate(value)
+
+
+class TeacherParams(NetworkParams):
+    """Where the teacher comes from. `checkpoint` is a file for the source `checkpoint` (and, if set, for timm and torchvision)."""
+
+    source: Literal["pretrain", "timm", "torchvision", "checkpoint", "random"]
+    checkpoint: str | None
+    format: Literal["moco"]
+    pretrain: PretrainParams
+
+    @model_validator(mode="after")
+    def _checkpoint_is_named(self) -> Self:
+        if self.source == "checkpoint" and not self.checkpoint:
+            raise ValueError("checkpoint: null, but teacher.source is checkpoint; set teacher.checkpoint to the file")
+        return self
+
+
+class ExtractParams(Section):
+    """The one pass of the teacher: `views` random views' keys for each train image, written in chunks of `chunk_rows`."""
+
+    views: Count
+    batch_images: Count
+    chunk_rows: Count
+    precision: Precision
+    augment: AugmentParams
+
+
+class BaggingParams(Section):
+    """How images become bags: `k` members (for kmeans and label: the members that are listed, nearest first)."""
+
+    method: Literal["knn", "kmeans", "label"]
+    k: Count
+    clusters: Count
+    iterations: Count
+
+
+class DistillParams(ScheduleParams):
+    """Training of the student: the method by name, where the teacher's keys come from, and the views that the student sees."""
+
+    method: str
+    keys: Literal["stored", "live", "momentum"]
+    augment: AugmentParams
+
+    @field_validator("method")
+    @classmethod
+    def _method_exists(cls, method: str) -> str:
+        if method not in (names := method_names()):
+            raise ValueError(f"allowed are {', '.join(names)}{near_matches(method, names)}")
+        return method
+
+
+class CachedProbeParams(Section):
+    """A linear layer on stored features of centre views (standardised per dimension), trained by SGD with a cosine."""
+
+    epochs: Count
+    batch_images: Count
+    lr: Positive
+    weight_decay: NotNegative
+
+
+class CropProbeParams(CachedProbeParams):
+    """The released protocol: a linear layer on features of random crops, the backbone frozen; `nets` says for which networks."""
+
+    nets: list[str]
+    crop_scale: Range
+    flip_p: Share
+
+
+class LinearEvalParams(Section):
+    """Linear evaluation by both protocols."""
+
+    cached: CachedProbeParams
+    crops: CropProbeParams
+
+
+class KnnEvalParams(Section):
+    """Nearest-neighbour evaluation for each `k`, plain votes and votes weighted by exp(cosine / temperature)."""
+
+    k: Annotated[list[Count], Field(min_length=1)]
+    temperature: Positive
+
+
+class ReportParams(Section):
+    """The HTML report: title, how many bags the gallery shows, and published numbers to print beside the measured ones."""
+
+    title: str
+    gallery_anchors: Whole
+    published: dict[str, str]
+
+
+class _Core(Section):
+    seed: Whole
+    dataset: DatasetParams
+    image: ImageParams
+    teacher: TeacherParams
+    extract: ExtractParams
+    bagging: BaggingParams
+    student: NetworkParams
+    distill: DistillParams
+    baselines: list[str]
+    linear_eval: LinearEvalParams
+    knn_eval: KnnEvalParams
+    report: ReportParams
+
+    @field_validator("baselines")
+    @classmethod
+    def _baselines_need_no_teacher(cls, names: list[str]) -> list[str]:
+        allowed = [name for name in method_names() if not method_section(name).needs_teacher]
+        for name in names:
+            if name not in allowed:
+                raise ValueError(f"{name!r}: a baseline is a method without a teacher, allowed are {', '.join(allowed)}")
+        return names
+
+
+def method_names() -> list[str]:
+    """Every method that has a file in bingo/methods."""
+    folder = Path(__file__).parent / "methods"
+    return sorted(path.name.removesuffix("_params.py") for path in folder.glob("*_params.py"))
+
+
+def method_section(name: str) -> Any:
+    """The pydantic section of one method, `Params` in bingo/methods/NAME_params.py."""
+    return importlib.import_module(f"bingo.methods.{name}_params").Params
+
+
+def schema() -> Any:
+    """The whole schema: the core sections and one section for each method, under the method's name."""
+    sections: Any = {name: (method_section(name), ...) for name in method_names()}
+    return create_model("Params", __base__=_Core, **sections)
+
+
+Params = Any  # an instance of what `schema()` returns: the methods' sections are known only by looking at the folder
+
+
+def load_params(path: Path | str = "params.yaml") -> Params:
+    """Read and validate the whole file. Raises UserError with one line for each mistake."""
+    return validate(read_yaml(path), str(path))
+
+
+def validate(raw: Any, origin: str) -> Params:
+    """Validate a mapping that was read from `origin`. Raises UserError with one line for each mistake."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{origin}: holds {type(raw).__name__}, not sections; restore it with: git checkout {origin}")
+    try:
+        return schema().model_validate(raw)
+    except ValidationError as error:
+        raise UserError([f"{origin}: {line}" for line in _mistakes(error, schema())]) from None
+
+
+def read_yaml(path: Path | str) -> Any:
+    """A YAML 1.2 file (so that 1e-05, as DVC writes it, is a number). Raises UserError where it cannot be read or parsed."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run from the folder that holds params.yaml") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _mistakes(error: ValidationError, model: Any) -> list[str]:
+    """One line for each mistake: dotted key, value, what is allowed."""
+    lines = []
+    for item in error.errors(include_url=False, include_context=False):
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "missing":
+            lines.append(f"{key} is missing; add it (recipes/ and the shipped params.yaml show its form)")
+        elif item["type"] == "extra_forbidden":
+            keys = _keys_beside(model, item["loc"])
+            lines.append(f"{key} is not a known key{near_matches(str(item['loc'][-1]), keys)}; allowed are {', '.join(keys)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
+            value = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
+            lines.append(f"{key}{value}: {message}")
+    return lines
+
+
+def _keys_beside(model: Any, loc: tuple) -> list[str]:
+    """The keys that a section allows, found by walking the schema along an error's location."""
+    for part in loc[:-1]:
+        field = model.model_fields.get(part)
+        model = method_section("moco") if part == "moco" else field.annotation
+    return list(model.model_fields)

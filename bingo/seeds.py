@@ -1,0 +1,48 @@
+"""Counter-based randomness: every draw is a function of (seed, purpose, epoch, row, view) and of nothing else.
+
+So a result depends neither on the number of workers nor on the order of batches nor on a restart, and any view can be
+drawn again. Shape letters: B rows of a batch, J draws for one row, N rows of the listing.
+"""
+
+import hashlib
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014) on uint64, element by element."""
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def _key(seed: int, purpose: str, epoch: int) -> np.uint64:
+    digest = hashlib.sha256(f"{seed}/{purpose}/{epoch}".encode()).digest()
+    return np.uint64(int.from_bytes(digest[:8], "little"))
+
+
+def _hashes(seed: int, purpose: str, epoch: int, rows_B, views_B, draws: int) -> np.ndarray:
+    rows_B = np.asarray(rows_B).astype(np.uint64)
+    views_B = np.broadcast_to(np.asarray(views_B), rows_B.shape).astype(np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        x_B = _mix(_mix(_key(seed, purpose, epoch) + rows_B * _GOLDEN) + (views_B + np.uint64(1)) * _GOLDEN)
+        steps_J = np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN
+        return _mix(x_B[:, None] + steps_J[None, :])
+
+
+def uniforms(seed: int, purpose: str, epoch: int, rows_B, views_B=0, draws: int = 1) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64 (B, draws): row b belongs to `rows_B[b]` and view `views_B[b]` (or one view for all)."""
+    return (_hashes(seed, purpose, epoch, rows_B, views_B, draws) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(seed: int, purpose: str, epoch: int, n: int) -> np.ndarray:
+    """A permutation of 0..n-1, int64 (n,)."""
+    return np.argsort(_hashes(seed, purpose, epoch, np.arange(n), 0, 1)[:, 0], kind="stable")
+
+
+def torch_seed(seed: int, purpose: str) -> int:
+    """A seed for `torch.manual_seed`, for the initial weights of one named network."""
+    return int(_key(seed, purpose, 0)) % (2**63)
