@@ -18,7 +18,8 @@ def arch_names() -> tuple[str, ...]:
 
 def _registered(package: str, folder: str, folders: bool = True) -> list[str]:
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations, f"{package} is not installed"
+    assert spec, f"{package} is not installed"
+    assert spec.submodule_search_locations, f"{package} is no package"
     root = Path(spec.submodule_search_locations[0]) / folder
     paths = root.rglob("*.py") if folders else root.glob("*.py")
     return [name for path in paths for name in _REGISTERED.findall(path.read_text(encoding="utf-8"))]

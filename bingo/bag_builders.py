@@ -1,0 +1,106 @@
+"""Building bags from the teacher's features of the train rows: nearest neighbours, K-means, or labels (the upper bound).
+
+Shape letters: T train rows, D feature width, K members listed, C clusters or classes. Every builder takes features of any float
+type (T, D), not normalised, and measures by cosine. BINGO (Xu et al. 2022) describes all three; the released code has only knn.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+
+from bingo import seeds
+from bingo.bags import Bags
+from bingo.errors import UserError
+from bingo.neighbors import inverse_norms, top_k, unit_rows
+
+_SAME_COSINE = 1 - 1e-6
+
+
+def build_knn(features_TD: np.ndarray, k: int) -> Bags:
+    """The k rows with the highest cosine to each row, itself left out by its number. Raises UserError where k is too large."""
+    rows = len(features_TD)
+    if k >= rows:
+        raise UserError(f"bagging.k = {k}: a bag of the {rows} train rows has at most {rows - 1} members; lower bagging.k")
+    _check_features(features_TD)
+    members_TK, cosines_TK = top_k(features_TD, features_TD, k, np.arange(rows))
+    return Bags(_settings("knn", k), members_TK, cosines_TK.astype(np.float16))
+
+
+def build_kmeans(features_TD: np.ndarray, clusters: int, iterations: int, k: int, seed: int) -> Bags:
+    """Spherical K-means of all rows: the bag is all others of the row's cluster.
+
+    A row belongs to the centroid with the largest dot product. The k nearest of its cluster are listed; a row alone there has an
+    empty bag. Raises UserError where clusters exceed rows.
+    """
+    import faiss
+
+    rows = len(features_TD)
+    if clusters > rows:
+        raise UserError(f"bagging.clusters = {clusters}: there are only {rows} train rows; lower bagging.clusters")
+    _check_features(features_TD)
+    kmeans = faiss.Kmeans(
+        features_TD.shape[1],
+        clusters,
+        niter=iterations,
+        spherical=True,
+        seed=seeds.torch_seed(seed, "kmeans") % 2**31,
+        min_points_per_centroid=1,  # these two bound only the sample that FAISS trains on: all rows, whatever their number
+        max_points_per_centroid=-(-rows // clusters),
+        gpu=faiss.get_num_gpus() > 0,
+    )
+    kmeans.train(unit_rows(features_TD))
+    centroids_CD = unit_rows(np.asarray(kmeans.centroids))
+    cluster_T = top_k(features_TD, centroids_CD, 1)[0][:, 0]
+    settings = {**_settings("kmeans", k), "clusters": clusters, "iterations": iterations, "seed": seed}
+    return _grouped(settings, features_TD, cluster_T, clusters, k, centroids_CD)
+
+
+def build_label(labels_T: np.ndarray, features_TD: np.ndarray, k: int) -> Bags:
+    """The bag is all others of the row's class; the k nearest are listed. Raises UserError where a label is unknown."""
+    unknown = int((labels_T < 0).sum())
+    if unknown:
+        problem = f"bagging.method = label: {unknown} of {len(labels_T)} train rows have no label"
+        raise UserError(f"{problem}; set bagging.method to knn or kmeans, or sort the images into class folders")
+    _check_features(features_TD)
+    classes = int(labels_T.max()) + 1
+    return _grouped(_settings("label", k), features_TD, labels_T.astype(np.int32), classes, k, None)
+
+
+def _grouped(
+    settings: dict, features_TD: np.ndarray, cluster_T: np.ndarray, clusters: int, k: int, centroids_CD: np.ndarray | None
+) -> Bags:
+    """Bags that are clusters: the rows of each, and the k nearest of them for each row."""
+    cluster_rows_T = np.argsort(cluster_T, kind="stable").astype(np.int32)
+    cluster_start = np.concatenate([[0], np.bincount(cluster_T, minlength=clusters).cumsum()]).astype(np.int64)
+    members_TK = np.full((len(cluster_T), k), -1, np.int32)
+    similarity_TK = np.full((len(cluster_T), k), -np.inf, np.float16)
+    for start, end in pairwise(cluster_start):
+        if end - start < 2:
+            continue
+        rows = cluster_rows_T[start:end]
+        own_features = features_TD[rows]
+        nearest, cosines = top_k(own_features, own_features, k, np.arange(len(rows)))
+        members_TK[rows] = np.where(nearest >= 0, rows[nearest], -1)
+        similarity_TK[rows] = cosines
+    return Bags(settings, members_TK, similarity_TK, cluster_T, cluster_rows_T, cluster_start, centroids_CD)
+
+
+def _settings(method: str, k: int) -> dict:
+    return {"method": method, "k": k, "metric": "cosine", "search": "exact"}
+
+
+def _check_features(features_TD: np.ndarray) -> None:
+    """Refuse features that no working teacher gives, before they become bags."""
+    way_out = "the teacher is broken: check teacher.checkpoint and image.mean/std, then run: dvc repro extract"
+    try:
+        inverse_T = inverse_norms(features_TD)
+    except ValueError as error:
+        raise UserError(f"embeddings: {error}; {way_out}") from None
+    if not inverse_T.all():
+        row = int((inverse_T == 0).argmax())
+        raise UserError(f"embeddings: {int((inverse_T == 0).sum())} train rows are all zeros, the first is row {row}; {way_out}")
+    first_D = features_TD[0].astype(np.float32) * inverse_T[0]
+    sample = features_TD[:: max(1, len(features_TD) // 4096)].astype(np.float32)
+    cosines = sample @ first_D * inverse_T[:: max(1, len(features_TD) // 4096)]
+    if len(sample) > 1 and cosines.min() > _SAME_COSINE:
+        raise UserError(f"embeddings: all train rows have the same features (least cosine {cosines.min():.7f}); {way_out}")

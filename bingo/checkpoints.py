@@ -1,0 +1,61 @@
+"""Checkpoints of an unfinished training: whole or absent, the previous one kept until the next is complete, one file a process."""
+
+import io
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bingo import distributed
+from bingo.artefacts import read_json, write_bytes, write_json
+
+SECONDS_VARIABLE = "BINGO_CHECKPOINT_SECONDS"
+
+
+class Checkpoints:
+    """The checkpoints in one folder. Each process keeps its own file, since BatchNorm's statistics differ between processes."""
+
+    def __init__(self, folder: Path, every_seconds: float | None = None):
+        self.folder = folder
+        self.every_seconds = float(os.environ.get(SECONDS_VARIABLE, "120")) if every_seconds is None else every_seconds
+        self.last_seconds = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def due(self) -> bool:
+        """Whether the interval has passed since the last save; the first process decides for all."""
+        flag = torch.tensor([time.monotonic() - self.last_seconds >= self.every_seconds], dtype=torch.int32)
+        if distributed.world() > 1:
+            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
+            flag = flag.to(device)
+            torch.distributed.broadcast(flag, src=0)
+        return bool(flag.item())
+
+    def save(self, state: dict[str, Any], step: int) -> None:
+        """Write this process's state; when all have, `latest.json` names the step and older files go."""
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_bytes(self._file(step, distributed.rank()), content.getvalue())
+        distributed.barrier()
+        if distributed.rank() == 0:
+            write_json(self.folder / "latest.json", {"step": step, "processes": distributed.world()})
+            for path in self.folder.glob("step-*.pt"):
+                if not path.name.startswith(f"step-{step}."):
+                    path.unlink()
+        self.last_seconds = time.monotonic()
+
+    def exists(self) -> bool:
+        """Whether a complete checkpoint is here."""
+        return (self.folder / "latest.json").exists()
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """This process's state at the last complete save, or None. With another number of processes, all take the first one's."""
+        if not self.exists():
+            return None
+        latest = read_json(self.folder / "latest.json")
+        rank = distributed.rank() if latest["processes"] == distributed.world() else 0
+        return torch.load(self._file(latest["step"], rank), map_location=device, weights_only=True)
+
+    def _file(self, step: int, rank: int) -> Path:
+        return self.folder / f"step-{step}.rank-{rank}.pt"

@@ -1,0 +1,193 @@
+"""Random and centre views in batch on the device: crop, resize, flip, colours, grey, blur, normalisation, in float32.
+
+Every operation equals torchvision's function of the same name on one float image in [0, 1]; a batch costs a few dozen kernels
+and, on a GPU, no wait for it. Shape letters: B views, S side of a stored image, P side of a view (both pixels), R chosen rows.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bingo.data.draws import CONTRAST, HUE, SATURATION, Colours, Crops, crop_boxes
+from bingo.params import AugmentParams, ImageParams
+
+_GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma as torchvision rounds it
+BLUR_SIGMAS = 3  # the blur kernel reaches this many times the largest sigma
+
+
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """A host array on the device; a GPU copies it while the host goes on."""
+    x = torch.from_numpy(np.ascontiguousarray(values))
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One number for each channel, (3, 1, 1), kept on the device: an upload from a list would wait for the GPU."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
+def random_views(images_BSS3: Tensor, crops: Crops, colours: Colours, augment: AugmentParams, image: ImageParams) -> Tensor:
+    """Views of uint8 squares (B, S, S, 3), drawn by `draw_views`: normalised float32 (B, 3, P, P), channels_last."""
+    side_px, device = images_BSS3.shape[1], images_BSS3.device
+    boxes_B4 = upload(crop_boxes(crops, side_px, side_px, augment).astype(np.float32), device)
+    flip_B = upload(crops.flip_B, device) if augment.flip_p > 0 else None
+    x_B3PP = crop_and_resize(images_BSS3, boxes_B4, flip_B, image.crop_px)
+    return normalize(recolour(x_B3PP, colours, augment), image)
+
+
+def cropped_views(crops_BPP3: Tensor, colours: Colours, augment: AugmentParams, image: ImageParams) -> Tensor:
+    """The same from crops that a decoding worker already cut, resized and mirrored: uint8 (B, P, P, 3)."""
+    return normalize(recolour(to_unit(crops_BPP3), colours, augment), image)
+
+
+def to_unit(images_BPP3: Tensor) -> Tensor:
+    """uint8 (B, P, P, 3) as float32 (B, 3, P, P) in [0, 1]."""
+    return images_BPP3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def center_view(images_BSS3: Tensor, image: ImageParams) -> Tensor:
+    """Squares resized to `resize_px`, then `crop_px` from the middle: normalised float32 (B, 3, P, P), channels_last."""
+    side_px, device = images_BSS3.shape[1], images_BSS3.device
+    start = round((image.resize_px - image.crop_px) / 2)
+    zero_1, side_1 = torch.zeros(1, device=device), torch.full((1,), float(side_px), device=device)
+    weights_1PS = resize_weights(zero_1, side_1, None, side_px, image.resize_px)[:, start : start + image.crop_px]
+    weights_BPS = weights_1PS.expand(len(images_BSS3), -1, -1)
+    return normalize(_resample(images_BSS3, weights_BPS, weights_BPS), image)
+
+
+def crop_and_resize(images_BSS3: Tensor, boxes_B4: Tensor, flip_B: Tensor | None, out_px: int) -> Tensor:
+    """Each image's box (top, left, height, width; float32) at `out_px`, mirrored where `flip_B`: float32 (B, 3, P, P) in [0, 1].
+
+    Equals torchvision's resized_crop(antialias=True), and hflip, on float images: resizing is linear, so rows and columns
+    are two matrix products, and the mirror is a reversed matrix.
+    """
+    top_B, left_B, height_B, width_B = boxes_B4.unbind(1)
+    side_px = images_BSS3.shape[1]
+    rows_BPS = resize_weights(top_B, height_B, None, side_px, out_px)
+    columns_BPS = resize_weights(left_B, width_B, flip_B, side_px, out_px)
+    return _resample(images_BSS3, rows_BPS, columns_BPS)
+
+
+def resize_weights(start_B: Tensor, length_B: Tensor, flip_B: Tensor | None, side_px: int, out_px: int) -> Tensor:
+    """Antialiased bilinear resize of pixels start..start+length-1 of a line of `side_px` to `out_px`, as matrices (B, P, S).
+
+    The triangle filter of Pillow's and PyTorch's resize: half width max(1, length / out_px) source pixels, weights that sum to 1.
+    """
+    out_P = torch.arange(out_px, dtype=torch.float32, device=start_B.device)
+    out_BP = out_P.expand(len(start_B), -1)
+    if flip_B is not None:
+        out_BP = torch.where(flip_B[:, None], out_px - 1 - out_BP, out_BP)
+    scale_B1 = (length_B / out_px)[:, None]
+    source_BS = torch.arange(side_px, dtype=torch.float32, device=start_B.device) - start_B[:, None]
+    distance_BPS = (source_BS + 0.5)[:, None, :] - (scale_B1 * (out_BP + 0.5))[:, :, None]
+    weights_BPS = distance_BPS.abs_().div_(-scale_B1.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
+    weights_BPS *= ((source_BS >= 0) & (source_BS < length_B[:, None]))[:, None, :]
+    return weights_BPS.div_(weights_BPS.sum(dim=2, keepdim=True))
+
+
+def _resample(images_BSS3: Tensor, rows_BPS: Tensor, columns_BPS: Tensor) -> Tensor:
+    """rows x image x columns^T for each channel, scaled to [0, 1]: (B, 3, P, P)."""
+    b, p, s = rows_BPS.shape
+    x_BPS3 = torch.bmm(rows_BPS, images_BSS3.reshape(b, s, s * 3).to(torch.float32)).view(b, p, s, 3)
+    x_B3PS = x_BPS3.permute(0, 3, 1, 2).reshape(b, 3 * p, s)
+    x_B3PP = torch.bmm(x_B3PS, columns_BPS.transpose(1, 2)).view(b, 3, p, p)
+    return x_B3PP.div_(255).clamp_(0, 1)  # rounding may pass 1 by an ulp
+
+
+def recolour(x_B3PP: Tensor, colours: Colours, augment: AugmentParams) -> Tensor:
+    """Colour jitter, grey and blur as drawn, of images in [0, 1] (changed in place). What `augment` never does costs nothing."""
+    for step in range(colours.operation_BO.shape[1]):
+        operation_B, factor_B = colours.operation_BO[:, step], colours.factor_BO[:, step]
+        if any(augment.jitter[:HUE]):
+            _blend(x_B3PP, operation_B, factor_B, any(augment.jitter[CONTRAST:HUE]))
+        if (hue_R := np.flatnonzero(operation_B == HUE)).size:
+            rows_R, turns_R = upload(hue_R, x_B3PP.device), upload(factor_B[hue_R].astype(np.float32), x_B3PP.device)
+            x_B3PP.index_copy_(0, rows_R, shift_hue(x_B3PP.index_select(0, rows_R), turns_R))
+    if augment.gray_p > 0:
+        is_gray_B111 = upload(colours.gray_B, x_B3PP.device)[:, None, None, None]
+        x_B3PP = torch.where(is_gray_B111, to_gray(x_B3PP), x_B3PP)
+    if (blur_R := np.flatnonzero(colours.sigma_B)).size:
+        rows_R, sigma_R = upload(blur_R, x_B3PP.device), upload(colours.sigma_B[blur_R].astype(np.float32), x_B3PP.device)
+        x_B3PP.index_copy_(0, rows_R, blur(x_B3PP.index_select(0, rows_R), sigma_R, augment.blur_sigma_px[1]))
+    return x_B3PP
+
+
+def _blend(x_B3PP: Tensor, operation_B: np.ndarray, factor_B: np.ndarray, needs_gray: bool) -> None:
+    """In place: factor * x + (1 - factor) * other, clamped. Brightness blends with black, contrast with the image's mean grey,
+    saturation with each pixel's grey; views with another operation have factor 1.
+    """
+    is_blend_B = (operation_B >= 0) & (operation_B < HUE)
+    factor_B = np.where(is_blend_B, factor_B, 1.0)
+    shares_3B = np.stack([factor_B, (operation_B == CONTRAST) * (1 - factor_B), (operation_B == SATURATION) * (1 - factor_B)])
+    keep_B, mean_B, gray_B = upload(shares_3B.astype(np.float32), x_B3PP.device)[..., None, None, None].unbind(0)
+    if not needs_gray:
+        x_B3PP.mul_(keep_B).clamp_(0, 1)
+        return
+    gray_B1PP = to_gray(x_B3PP)
+    mean_B111 = gray_B1PP.mean(dim=(2, 3), keepdim=True)
+    other_B1PP = gray_B1PP.mul_(gray_B).add_(mean_B111 * mean_B)
+    x_B3PP.mul_(keep_B).add_(other_B1PP).clamp_(0, 1)
+
+
+def to_gray(x_B3PP: Tensor) -> Tensor:
+    """Luma (B, 1, P, P)."""
+    red, green, blue = _GRAY_WEIGHTS
+    return (x_B3PP[:, 0:1] * red).add_(x_B3PP[:, 1:2], alpha=green).add_(x_B3PP[:, 2:3], alpha=blue)
+
+
+def shift_hue(x_R3PP: Tensor, turns_R: Tensor) -> Tensor:
+    """Hue shifted by `turns_R` of the colour circle, value and chroma kept; images in [0, 1].
+
+    Hexagonal hue h in [0, 6) as in torchvision's _rgb2hsv; back by channel(n) = value - chroma * clamp(min(k, 4 - k), 0, 1),
+    k = (n + h) mod 6, n = 5, 3, 1 for red, green, blue, which is HSV to RGB without its six cases.
+    """
+    red, green, blue = x_R3PP.unbind(1)
+    value_RPP, least_RPP = x_R3PP.amax(1), x_R3PP.amin(1)
+    chroma_RPP = value_RPP - least_RPP
+    divisor_RPP = torch.where(chroma_RPP == 0, 1.0, chroma_RPP)  # grey has no hue, and needs none
+    hue_RPP = torch.where(value_RPP == green, 2 + (blue - red) / divisor_RPP, 4 + (red - green) / divisor_RPP)
+    hue_RPP = torch.where(value_RPP == red, (green - blue) / divisor_RPP, hue_RPP) + 6 * turns_R[:, None, None]
+    k_R3PP = torch.remainder(hue_RPP[:, None] + _channels((5.0, 3.0, 1.0), x_R3PP.device), 6)
+    slope_R3PP = torch.minimum(k_R3PP, 4 - k_R3PP).clamp_(0, 1)
+    return value_RPP[:, None] - chroma_RPP[:, None] * slope_R3PP
+
+
+def blur(x_R3PP: Tensor, sigma_R: Tensor, largest_sigma: float) -> Tensor:
+    """Gaussian blur with each image's own sigma (pixels), mirrored at the edges; the kernel reaches BLUR_SIGMAS * largest_sigma.
+
+    Equals torchvision's gaussian_blur with that kernel size, as one band matrix for rows and columns.
+    """
+    r, _, p, _ = x_R3PP.shape
+    band_RPP = _mirrored_band(_kernel(sigma_R, min(int(np.ceil(BLUR_SIGMAS * largest_sigma)), p - 1)), p)
+    x_R3PP = torch.matmul(x_R3PP.reshape(r, 3 * p, p), band_RPP.transpose(1, 2)).view(r, 3, p, p)
+    return torch.matmul(band_RPP[:, None], x_R3PP)
+
+
+def _kernel(sigma_R: Tensor, reach: int) -> Tensor:
+    """Gaussian weights at distances 0..reach, and a 0 for all that is farther: (R, reach + 2)."""
+    distance_K = torch.arange(reach + 1, dtype=torch.float32, device=sigma_R.device)
+    half_RK = torch.exp(-0.5 * (distance_K / sigma_R[:, None]) ** 2)
+    half_RK = half_RK / (2 * half_RK.sum(dim=1, keepdim=True) - half_RK[:, :1])
+    return pad(half_RK, (0, 1))
+
+
+def _mirrored_band(half_RK: Tensor, side_px: int) -> Tensor:
+    """Convolution with a symmetric kernel as matrices (R, P, P): pixel s counts directly, and mirrored at either edge."""
+    zero = half_RK.shape[1] - 1
+    s_P = torch.arange(side_px, device=half_RK.device)
+    i_P1, last = s_P[:, None], side_px - 1
+    direct_PP = (s_P - i_P1).abs()
+    left_PP = torch.where(s_P > 0, s_P + i_P1, zero)
+    right_PP = torch.where(s_P < last, 2 * last - s_P - i_P1, zero)
+    band_RPP = half_RK[:, direct_PP.clamp(max=zero)]
+    return band_RPP.add_(half_RK[:, left_PP.clamp(max=zero)]).add_(half_RK[:, right_PP.clamp(max=zero)])
+
+
+def normalize(x_B3PP: Tensor, image: ImageParams) -> Tensor:
+    """(x - mean) / std for each channel, in channels_last memory."""
+    mean_311, std_311 = (_channels(tuple(values), x_B3PP.device) for values in (image.mean, image.std))
+    return ((x_B3PP - mean_311) / std_311).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,87 @@
+"""Arrays of rows in zarr v3: unsharded, uncompressed, one file a chunk, each with a CRC-32C.
+
+zarr answers a missing chunk with the fill value and no error. So the fill is a value that no row holds (NaN, or -2 for integers),
+and reading refuses a row that holds it. A damaged file fails its CRC.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from bingo.errors import UserError
+
+INTEGER_FILL = -2
+_CRC_BYTES = 4
+_CHECKED_ROWS = 8192  # rows whose fill is looked for at once: bounds the temporary array
+# what zarr raises on damaged files
+_DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, OverflowError)
+
+
+def new_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: Any, chunk_rows: int) -> zarr.Array:
+    """Create array `name` in chunks of `chunk_rows` rows; a chunk is for one writer, as two writers of one file lose rows."""
+    fill = np.nan if np.issubdtype(dtype, np.floating) else INTEGER_FILL
+    chunks = (chunk_rows, *(max(1, width) for width in shape[1:]))
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        fill_value=fill,
+        filters=None,
+        compressors=[Crc32cCodec()],
+    )
+
+
+def chunk_is_written(path: Path, array: zarr.Array, chunk: int) -> bool:
+    """Whether the file of a chunk of an array of the store at `path` is there in full size (zarr renames whole files)."""
+    file = path / array.name.strip("/") / "c" / "/".join([str(chunk)] + ["0"] * (array.ndim - 1))
+    return file.is_file() and file.stat().st_size == int(np.prod(array.chunks)) * array.dtype.itemsize + _CRC_BYTES
+
+
+def open_group(store: Any, name: str, way_out: str) -> zarr.Group:
+    """The group in `store` (a folder, or what zarr takes for a store), read-only, called `name` in messages.
+
+    Raises UserError, ending in the command `way_out`, where there is none or its metadata are damaged.
+    """
+    try:
+        return zarr.open_group(store, mode="r", zarr_format=3)
+    except FileNotFoundError:
+        raise UserError(f"{name}: there is no such store, or it is not whole; run: {way_out}") from None
+    except _DAMAGE as error:
+        raise UserError(f"{name}: its metadata are damaged ({_line(error)}); delete it and run: {way_out}") from None
+
+
+def open_array(group: zarr.Group, name: str, store_name: str, dtype: Any, ndim: int, way_out: str) -> zarr.Array:
+    """Array `name` of a group, not read yet. Raises UserError where it is absent, damaged or of another type or rank."""
+    try:
+        array = group[name]
+        if isinstance(array, zarr.Array) and array.dtype == np.dtype(dtype) and array.ndim == ndim:
+            return array
+        problem = f"not {np.dtype(dtype)} with {ndim} dimensions"
+    except _DAMAGE as error:
+        problem = f"missing or damaged ({_line(error)})"
+    raise UserError(f"{store_name}: array {name} is {problem}; delete the store and run: {way_out}") from None
+
+
+def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: str) -> np.ndarray:
+    """`array[rows]`, from the chunks that hold these rows alone. Raises UserError where one of those is damaged or missing."""
+    label = f"{store_name}: array {array.name.strip('/')}"
+    try:
+        x = np.asarray(array[rows])
+    except _DAMAGE as error:
+        raise UserError(f"{label} has a damaged chunk ({_line(error)}); delete the store and run: {way_out}") from None
+    first_row = rows.indices(array.shape[0])[0] if isinstance(rows, slice) else rows
+    for start in range(0, len(x) if isinstance(rows, slice) else 1, _CHECKED_ROWS):
+        part = x[start : start + _CHECKED_ROWS] if isinstance(rows, slice) else x[None]
+        unwritten = (np.isnan(part) if part.dtype.kind == "f" else part == INTEGER_FILL).reshape(len(part), -1).any(axis=1)
+        if unwritten.any():
+            row = first_row + start + int(unwritten.argmax())
+            raise UserError(f"{label} has no value at row {row}: chunk {row // array.chunks[0]} is missing; run: {way_out}")
+    return x
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,137 @@
+"""One image file to uint8 RGB pixels: every mode that Pillow opens, turned upright, decoded smaller where that is enough.
+
+No torch: scans and decoding workers import this file. Lengths are in pixels; P is the side of the result.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+DRAFT_MARGIN = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 only where this many times the wanted size remains
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TURNED = (5, 6, 7, 8)  # height and width change places
+
+# An image of this many pixels is refused as a bad image, where Pillow would only warn; its other warnings name no file.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+class BadImage(Exception):
+    """A file that is no readable image; the message is the reason, in one line."""
+
+
+def check_header(path: Path) -> None:
+    """Open an image file without decoding it. Raises BadImage."""
+    with _reasons(), Image.open(path):
+        pass
+
+
+def check_pixels(file_bytes: bytes) -> None:
+    """Decode a whole file to the end, at an eighth of its size where that is faster. Raises BadImage."""
+    decode_rgb(file_bytes, min)
+
+
+def decode_rgb(file_bytes: bytes, may_shrink: Callable[[int, int], float]) -> tuple[Image.Image, int]:
+    """The upright RGB image in a file, and the factor (1, 2, 4 or 8) by which it was decoded smaller.
+
+    `may_shrink(height, width)` of the upright image is asked once, by how much at most; only JPEG files (scaled DCT) use it.
+    Raises BadImage for whatever cannot be decoded, truncated files and decompression bombs included.
+    """
+    with _reasons(), Image.open(io.BytesIO(file_bytes)) as image:
+        orientation = _orientation(image)
+        (width, height), factor = image.size, 1
+        most = may_shrink(width, height) if orientation in _TURNED else may_shrink(height, width)
+        if image.format in ("JPEG", "MPO"):
+            factor = max(f for f in (1, 2, 4, 8) if f == 1 or f <= most)
+            if factor > 1:
+                image.draft("RGB", (width // factor, height // factor))
+        rgb = to_rgb(image)
+        return (rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb), factor
+
+
+def decode_square(file_bytes: bytes, resize_px: int, crop_px: int) -> np.ndarray:
+    """Short side to `resize_px` (bilinear, antialiased), then `crop_px` from the middle: uint8 (P, P, 3). Raises BadImage.
+
+    Pixel for pixel the crop of the resized image (torchvision's Resize and CenterCrop), of which only the crop is computed.
+    """
+    image, _ = decode_rgb(file_bytes, lambda height, width: min(height, width) / (DRAFT_MARGIN * resize_px))
+    scale_2, start_2 = [], []
+    for side in image.size:
+        resized = max(resize_px, int(resize_px * side / min(image.size)))
+        scale_2.append(side / resized)
+        start_2.append(round((resized - crop_px) / 2))
+    left, top = (scale * start for scale, start in zip(scale_2, start_2, strict=True))
+    right, bottom = (scale * (start + crop_px) for scale, start in zip(scale_2, start_2, strict=True))
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    return np.asarray(image.resize((crop_px, crop_px), Image.Resampling.BILINEAR, box=box))
+
+
+def decode_crops(file_bytes: bytes, boxes: Callable[[int, int], np.ndarray], flip_V: np.ndarray, crop_px: int) -> np.ndarray:
+    """Crops of one image resized to `crop_px` (bilinear, antialiased) and mirrored where `flip_V`: uint8 (V, P, P, 3).
+
+    `boxes(height, width)` gives top, left, height, width, int64 (V, 4); the file is decoded once, smaller if every box allows.
+    Raises BadImage.
+    """
+    boxes_V4 = np.empty((0, 4), np.int64)
+
+    def may_shrink(height: int, width: int) -> float:
+        nonlocal boxes_V4
+        boxes_V4 = boxes(height, width)
+        return boxes_V4[:, 2:].min() / (DRAFT_MARGIN * crop_px)
+
+    image, factor = decode_rgb(file_bytes, may_shrink)
+    crops_VPP3 = np.empty((len(boxes_V4), crop_px, crop_px, 3), np.uint8)
+    for v, (top, left, height, width) in enumerate((boxes_V4 / factor).tolist()):
+        whole = (int(left), int(top), math.ceil(left + width), math.ceil(top + height))  # exact where nothing was shrunk
+        inner = (left - whole[0], top - whole[1], left + width - whole[0], top + height - whole[1])
+        crop = image.crop(whole).resize((crop_px, crop_px), Image.Resampling.BILINEAR, box=inner)
+        crops_VPP3[v] = np.asarray(crop)[:, ::-1] if flip_V[v] else np.asarray(crop)
+    return crops_VPP3
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB. Alpha is dropped as torchvision's loader does; 16-bit grey keeps its upper byte. Raises BadImage."""
+    if image.mode == "F":
+        raise BadImage("its pixels are floating-point numbers of unknown range")
+    if image.mode.startswith("I"):
+        values_HW = np.asarray(image, dtype=np.int64)
+        if values_HW.min() < 0 or values_HW.max() > 65535:
+            raise BadImage("its pixels are not of 8 or 16 bits")
+        image = Image.fromarray((values_HW >> 8).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # transparency may be an entry of the palette
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return 1
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Turn whatever Pillow raises on a damaged file (there is no common class) into BadImage with one line."""
+    try:
+        yield
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImage("no image format is recognised in it") from None
+    except Exception as error:
+        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None

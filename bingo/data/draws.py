@@ -1,0 +1,109 @@
+"""The random numbers of views, drawn on the host by key: crop boxes, flips, colour factors, greys, blurs.
+
+A view is a function of (seed, purpose, epoch, key row, view) and of the image; one call draws a whole batch. No torch: decoding
+workers import this file. Distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and
+RandomHorizontalFlip, and of MoCo-v2's GaussianBlur (sigma in pixels). Shape letters: B views, O colour operations in use.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+
+from bingo import seeds
+from bingo.params import AugmentParams
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+CROP_TRIES = 10  # as torchvision: then the largest box in the middle
+# Columns of the uniform numbers of one view. A new number gets a new column at the end, so that known views stay as they are.
+_AREA, _RATIO = slice(0, CROP_TRIES), slice(CROP_TRIES, 2 * CROP_TRIES)
+_TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(2 * CROP_TRIES, 2 * CROP_TRIES + 5)
+_FACTORS = slice(_ORDER + 1, _ORDER + 5)
+_GRAY, _BLUR, _SIGMA = range(_ORDER + 5, _ORDER + 8)
+_DRAWS = _ORDER + 8
+_PERMUTATIONS = np.array(list(permutations(range(4))))
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What fixes the geometry of B views once the sizes of their images are known: uniform numbers and flips, bool (B,)."""
+
+    uniforms_BJ: np.ndarray
+    flip_B: np.ndarray
+
+    def __getitem__(self, rows: slice | np.ndarray) -> "Crops":
+        return Crops(self.uniforms_BJ[rows], self.flip_B[rows])
+
+
+def join_crops(parts: Sequence[Crops]) -> Crops:
+    """Several batches as one."""
+    return Crops(np.concatenate([part.uniforms_BJ for part in parts]), np.concatenate([part.flip_B for part in parts]))
+
+
+@dataclass(frozen=True)
+class Colours:
+    """What fixes the colours of B views. Operations that no view has are left out: O is 0 to 4.
+
+    operation_BO: which operation (BRIGHTNESS.. HUE) acts o-th, -1 none; factor_BO: its factor (for hue the shift, in turns);
+    gray_B: bool; sigma_B: standard deviation of the blur in pixels, 0 for none.
+    """
+
+    operation_BO: np.ndarray
+    factor_BO: np.ndarray
+    gray_B: np.ndarray
+    sigma_B: np.ndarray
+
+
+def draw_views(augment: AugmentParams, seed: int, purpose: str, epoch: int, key_rows_B, view_B) -> tuple[Crops, Colours]:
+    """Draw B views, each keyed by its row and its view (or one view for all)."""
+    u_BJ = seeds.uniforms(seed, purpose, epoch, key_rows_B, view_B, _DRAWS)
+    crops = Crops(u_BJ[:, : _LEFT + 1], u_BJ[:, _FLIP] < augment.flip_p)
+    operation_BO, factor_BO = _jitter(augment, u_BJ)
+    low, high = augment.blur_sigma_px
+    sigma_B = np.where(u_BJ[:, _BLUR] < augment.blur_p, low + (high - low) * u_BJ[:, _SIGMA], 0.0)
+    return crops, Colours(operation_BO, factor_BO, u_BJ[:, _GRAY] < augment.gray_p, sigma_B)
+
+
+def _jitter(augment: AugmentParams, u_BJ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The operations in use in a random order, and factors uniform in [max(0, 1 - s), 1 + s], for hue in [-s, s]."""
+    used = [operation for operation in range(4) if augment.jitter[operation] > 0 and augment.jitter_p > 0]
+    order_B4 = _PERMUTATIONS[(u_BJ[:, _ORDER] * len(_PERMUTATIONS)).astype(np.int64)]
+    operation_BO = order_B4[np.isin(order_B4, used)].reshape(len(u_BJ), len(used))
+    strength_4 = np.array(augment.jitter)
+    low_4, high_4 = np.maximum(0, 1 - strength_4), 1 + strength_4
+    low_4[HUE], high_4[HUE] = -strength_4[HUE], strength_4[HUE]
+    factor_B4 = low_4 + (high_4 - low_4) * u_BJ[:, _FACTORS]
+    factor_BO = np.take_along_axis(factor_B4, operation_BO, axis=1)
+    return np.where(u_BJ[:, _JITTER, None] < augment.jitter_p, operation_BO, -1), factor_BO
+
+
+def crop_boxes(crops: Crops, heights_B, widths_B, augment: AugmentParams) -> np.ndarray:
+    """Boxes (top, left, height, width) in whole pixels, int64 (B, 4), in images of these sizes (arrays or one number for all).
+
+    RandomResizedCrop of torchvision: of 10 boxes with area uniform in `crop_scale` and log ratio uniform in `crop_ratio` the
+    first that fits, at a uniform place; if none fits, the largest box of an allowed ratio in the middle.
+    """
+    u_BJ = crops.uniforms_BJ
+    heights_B = np.broadcast_to(np.asarray(heights_B, np.int64), len(u_BJ))
+    widths_B = np.broadcast_to(np.asarray(widths_B, np.int64), len(u_BJ))
+    low, high = augment.crop_scale
+    area_BT = (heights_B * widths_B)[:, None] * (low + (high - low) * u_BJ[:, _AREA])
+    log_low, log_high = np.log(augment.crop_ratio)
+    ratio_BT = np.exp(log_low + (log_high - log_low) * u_BJ[:, _RATIO])
+    width_BT, height_BT = np.rint(np.sqrt(area_BT * ratio_BT)), np.rint(np.sqrt(area_BT / ratio_BT))
+    fits_BT = (width_BT > 0) & (width_BT <= widths_B[:, None]) & (height_BT > 0) & (height_BT <= heights_B[:, None])
+    first_B, every_B = fits_BT.argmax(axis=1), np.arange(len(u_BJ))
+    height_B, width_B = height_BT[every_B, first_B], width_BT[every_B, first_B]
+    top_B = np.floor(u_BJ[:, _TOP] * (heights_B - height_B + 1))
+    left_B = np.floor(u_BJ[:, _LEFT] * (widths_B - width_B + 1))
+    boxes_B4 = np.stack([top_B, left_B, height_B, width_B], axis=1)
+    return np.where(fits_BT.any(axis=1)[:, None], boxes_B4, _middle_boxes(heights_B, widths_B, augment)).astype(np.int64)
+
+
+def _middle_boxes(heights_B: np.ndarray, widths_B: np.ndarray, augment: AugmentParams) -> np.ndarray:
+    """The largest boxes in the middle whose ratio is allowed."""
+    low, high = augment.crop_ratio
+    height_B = np.minimum(heights_B, np.rint(widths_B / low))
+    width_B = np.minimum(widths_B, np.rint(heights_B * high))
+    return np.stack([(heights_B - height_B) // 2, (widths_B - width_B) // 2, height_B, width_B], axis=1)

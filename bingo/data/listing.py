@@ -1,0 +1,133 @@
+"""The listing: which images there are, in which order. Its row number is the only key of every later artefact.
+
+Train rows come first, so an array over the train rows alone is a prefix. Kept as parquet; the same listing has the same bytes.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bingo.artefacts import canonical_json, write_bytes
+from bingo.errors import UserError
+
+_SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
+_KEYS = ("dataset", "classes", "skipped", "fingerprint")
+_GROUP_ROWS = 65536  # what `listing_rows` reads to learn of one row
+
+
+@dataclass(frozen=True)
+class Listing:
+    """N images in order: relative posix paths (or names such as digit/0012/p3), labels int64 (N,) with -1 where unknown.
+
+    Rows 0..train_rows-1 are the train split, the others the test split. `skipped` names unreadable images that were left out.
+    """
+
+    dataset: str
+    paths: list[str]
+    labels_N: np.ndarray
+    train_rows: int
+    classes: list[str]
+    skipped: list[str]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every row has a label."""
+        return len(self) > 0 and bool((self.labels_N >= 0).all())
+
+    def split(self, row: int) -> str:
+        """`train` or `test`."""
+        return "train" if row < self.train_rows else "test"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What identifies one image: its size in bytes, and the sha256 of its bytes (None where only headers were read)."""
+
+    size_bytes: int
+    sha256: str | None
+
+
+def listing_fingerprint(header: dict, paths: list[str], contents: Iterable[Content], labels_N: np.ndarray, train_rows: int) -> str:
+    """32 hex digits over `header` (dataset, classes, stored size) and the ordered rows: path, bytes, content, label, split.
+
+    No times, owners or places enter: the same images in another folder have the same fingerprint.
+    """
+    hasher = hashlib.sha256(canonical_json(header).encode())
+    for row, (path, content, label) in enumerate(zip(paths, contents, labels_N.tolist(), strict=True)):
+        split = "train" if row < train_rows else "test"
+        hasher.update(json.dumps([path, content.size_bytes, content.sha256, label, split]).encode() + b"\n")
+    return hasher.hexdigest()[:32]
+
+
+def memory_listing(
+    name: str, paths: list[str], labels_N: np.ndarray, train_rows: int, classes: list[str], images_NSS3: np.ndarray
+) -> Listing:
+    """The listing of images that have no files of their own: a row's content is its stored pixels."""
+    contents = [Content(image.nbytes, hashlib.sha256(image.tobytes()).hexdigest()) for image in images_NSS3]
+    header = {"dataset": name, "classes": classes, "store_px": images_NSS3.shape[1]}
+    fingerprint = listing_fingerprint(header, paths, contents, labels_N, train_rows)
+    return Listing(name, paths, labels_N, train_rows, classes, [], fingerprint)
+
+
+def write_listing(path: Path | str, listing: Listing) -> None:
+    """Write the listing as parquet with columns row, path, label, split; everything else is in the schema's metadata."""
+    n = len(listing)
+    metadata = {
+        "dataset": listing.dataset,
+        "classes": json.dumps(listing.classes, ensure_ascii=False),
+        "skipped": json.dumps(listing.skipped, ensure_ascii=False),
+        "fingerprint": listing.fingerprint,
+    }
+    splits = ["train"] * listing.train_rows + ["test"] * (n - listing.train_rows)
+    columns = [pa.array(column) for column in (np.arange(n), listing.paths, listing.labels_N, splits)]
+    table = pa.table(columns, schema=_SCHEMA.with_metadata(metadata))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=_GROUP_ROWS, compression="zstd")
+    write_bytes(path, sink.getvalue())
+
+
+def read_listing(path: Path | str) -> Listing:
+    """Read what `write_listing` wrote. Raises UserError where the file is absent, damaged or no listing."""
+    try:
+        table = pq.read_table(io.BytesIO(Path(path).read_bytes()))
+    except OSError as error:
+        if isinstance(error, pa.ArrowException) or error.strerror is None:
+            raise _damaged(path, str(error)) from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it: dvc repro") from None
+    except pa.ArrowException as error:
+        raise _damaged(path, str(error)) from None
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if not table.schema.equals(_SCHEMA) or any(key not in metadata for key in _KEYS):
+        raise UserError(f"{path}: is not a listing (columns {', '.join(table.schema.names)}); delete it and run: dvc repro")
+    return _from_table(path, table, metadata)
+
+
+def _from_table(path: Path | str, table: pa.Table, metadata: dict[str, str]) -> Listing:
+    paths = table["path"].to_pylist()
+    labels_N = table["label"].to_numpy().copy()
+    is_train_N = np.array(table["split"].to_pylist(), dtype=str) == "train"
+    train_rows, classes = int(is_train_N.sum()), json.loads(metadata["classes"])
+    in_order = np.array_equal(table["row"].to_numpy(), np.arange(len(paths))) and bool(is_train_N[:train_rows].all())
+    if not in_order or any(column.null_count for column in table.columns):
+        raise _damaged(path, "its rows are not in order, train rows first")
+    if len(paths) and (labels_N.min() < -1 or labels_N.max() >= len(classes)):
+        raise _damaged(path, f"labels from {labels_N.min()} to {labels_N.max()} for {len(classes)} classes")
+    if outside := [p for p in paths if p.startswith("/") or (".." in p and ".." in PurePosixPath(p).parts)]:
+        raise _damaged(path, f"{outside[0]} leads out of the dataset's folder")
+    skipped = json.loads(metadata["skipped"])
+    return Listing(metadata["dataset"], paths, labels_N, train_rows, classes, skipped, metadata["fingerprint"])
+
+
+def _damaged(path: Path | str, reason: str) -> UserError:
+    return UserError(f"{path}: is damaged ({' '.join(reason.split())}); delete it and run: dvc repro")

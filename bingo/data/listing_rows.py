@@ -1,0 +1,120 @@
+"""A listing of which only the rows that are asked for are read: the commands that look at one bag start in well under a second.
+
+`read_listing` reads everything and checks everything; this reads the footer, one column of splits, and single row groups.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bingo.errors import UserError
+
+_KEYS = ("dataset", "classes", "fingerprint")
+_COLUMNS = ["row", "path", "label", "split"]
+_MOST_HINTS = 3
+
+
+class ListingRows:
+    """N images in order, the first `train_rows` of them for training; `dataset`, `classes` and `fingerprint` as in a Listing."""
+
+    def __init__(self, source: Path | BinaryIO, name: str):
+        """`source` is a parquet file or its path, called `name` in messages. Raises UserError where it is absent or damaged."""
+        self.name = name
+        with self._damage():
+            self._file = pq.ParquetFile(source, read_dictionary=["split"])
+            metadata = {key.decode(): value.decode() for key, value in (self._file.schema_arrow.metadata or {}).items()}
+            if self._file.schema_arrow.names != _COLUMNS or any(key not in metadata for key in _KEYS):
+                raise UserError(f"{name}: is not a listing; delete it and run: dvc repro")
+            splits = self._file.read(columns=["split"])["split"]
+            self.train_rows: int = sum(_count(chunk, "train") for chunk in splits.chunks)
+        self.dataset: str = metadata["dataset"]
+        self.classes: list[str] = json.loads(metadata["classes"])
+        self.fingerprint: str = metadata["fingerprint"]
+        sizes = [self._file.metadata.row_group(g).num_rows for g in range(self._file.metadata.num_row_groups)]
+        self._starts = np.cumsum([0, *sizes])
+
+    def __len__(self) -> int:
+        return self._file.metadata.num_rows
+
+    @cached_property
+    def labels_N(self) -> np.ndarray:
+        """Labels of all rows, int64 (N,), -1 where unknown."""
+        with self._damage():
+            return self._file.read(columns=["label"])["label"].to_numpy()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every row has a label."""
+        return len(self) > 0 and bool((self.labels_N >= 0).all())
+
+    def rows(self, rows_R: Sequence[int] | np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Paths and labels (int64) of rows in any order, from the row groups that hold them. Raises UserError for no such row."""
+        rows_R = np.asarray(rows_R, np.int64)
+        paths, labels_R = [""] * len(rows_R), np.full(len(rows_R), -1, np.int64)
+        for row in rows_R[(rows_R < 0) | (rows_R >= len(self))].tolist():
+            raise UserError(f"row {row}: {self.name} has rows 0 to {len(self) - 1}; give one of those")
+        groups_R = np.searchsorted(self._starts, rows_R, side="right") - 1
+        for group in np.unique(groups_R).tolist():
+            places = np.flatnonzero(groups_R == group)
+            inside = rows_R[places] - self._starts[group]
+            with self._damage():
+                table = self._file.read_row_group(group, columns=["path", "label"]).take(inside)
+            labels_R[places] = table["label"].to_numpy()
+            for place, path in zip(places.tolist(), table["path"].to_pylist(), strict=True):
+                paths[place] = path
+        return paths, labels_R
+
+    def row_of(self, path: str) -> int:
+        """The row of a path. Raises UserError, with paths that contain its last part, where there is none."""
+        import pyarrow.compute as pc
+
+        hints: list[str] = []
+        last = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        for start, paths in self._path_columns():
+            if (place := pc.index(paths, path).as_py()) >= 0:
+                return start + place
+            if len(hints) < _MOST_HINTS and last:
+                hints += paths.filter(pc.match_substring(paths, last)).slice(0, _MOST_HINTS).to_pylist()
+        near = f"; did you mean {', '.join(map(repr, hints[:_MOST_HINTS]))}?" if hints else ""
+        raise UserError(f"{path!r}: no such path in {self.name} ({len(self)} rows){near}")
+
+    def paths(self, rows: int) -> Iterator[tuple[int, list[str]]]:
+        """(first row, paths) of every run of at most `rows` rows, in order; one row group is in memory at a time."""
+        held: list[str] = []
+        first = 0
+        for _, column in self._path_columns():
+            held += column.to_pylist()
+            while len(held) >= rows:
+                yield first, held[:rows]
+                held, first = held[rows:], first + rows
+        if held:
+            yield first, held
+
+    def _path_columns(self) -> Iterator[tuple[int, pa.ChunkedArray]]:
+        for group in range(self._file.metadata.num_row_groups):
+            with self._damage():
+                column = self._file.read_row_group(group, columns=["path"])["path"]
+            yield int(self._starts[group]), column
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise UserError(f"{self.name}: there is no such file; run: dvc repro scan") from None
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.name}: is damaged ({reason}); delete it and run: dvc repro scan") from None
+
+
+def _count(chunk: pa.DictionaryArray, word: str) -> int:
+    """How often `word` stands in a dictionary-encoded column."""
+    words = chunk.dictionary.to_pylist()
+    return int((chunk.indices.to_numpy() == words.index(word)).sum()) if word in words else 0

@@ -1,0 +1,27 @@
+"""The seeded draw of fewer images than a split has, balanced over its classes."""
+
+import numpy as np
+
+from bingo import seeds
+from bingo.errors import UserError
+from bingo.params import DatasetParams
+
+
+def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: int) -> np.ndarray:
+    """Rows of one split that `dataset.train_images` or `test_images` keeps: int64, rising, balanced over the classes.
+
+    Every class gives as many rows as the others, or all it has; which rows is drawn with the seed.
+    Raises UserError where more are asked for than there are.
+    """
+    count = dataset.train_images if split == "train" else dataset.test_images
+    if count is None:
+        return np.arange(len(labels_N))
+    if count > len(labels_N):
+        have = f"the {split} split has {len(labels_N)} images"
+        raise UserError(f"dataset.{split}_images = {count}: {have}; lower it, or set null for all")
+    order_N = seeds.permutation(seed, f"subset/{split}", 0, len(labels_N))
+    by_class_N = order_N[np.argsort(labels_N[order_N], kind="stable")]
+    _, starts, sizes = np.unique(labels_N[by_class_N], return_index=True, return_counts=True)
+    turn_N = np.arange(len(labels_N)) - np.repeat(starts, sizes)  # how many of its class were drawn before
+    shuffle_N = np.argsort(order_N)[by_class_N]  # which classes give one more where the count does not divide
+    return np.sort(by_class_N[np.lexsort((shuffle_N, turn_N))[:count]])

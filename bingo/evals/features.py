@@ -1,0 +1,42 @@
+"""Features of any backbone for evaluation: pooled outputs of centre views, in evaluation mode, without gradient."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from bingo.data.images import Images
+from bingo.data.loader import center_views
+from bingo.nets.precision import autocast
+from bingo.params import ImageParams
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode for every module of `network`; afterwards each is in the mode in which it was found."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def backbone_features(
+    backbone: nn.Module,
+    images: Images,
+    rows_N: np.ndarray,
+    image: ImageParams,
+    device: torch.device,
+    precision: str,
+    batch_images: int,
+) -> np.ndarray:
+    """Features of the images `rows_N` in that order, float32 (N, D); the backbone is on `device` and is left as it was found."""
+    parts = []
+    with evaluation_mode(backbone), torch.inference_mode(), autocast(precision, device):
+        for views_B in center_views(images, rows_N, image, device, batch_images):
+            parts.append(backbone(views_B).float().cpu())
+    return torch.cat(parts).numpy()

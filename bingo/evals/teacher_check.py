@@ -1,0 +1,48 @@
+"""Is the teacher worth distilling: its nearest-neighbour accuracy beside the same network untrained, and beside guessing."""
+
+import numpy as np
+import torch
+
+from bingo import seeds
+from bingo.data.embeddings import Embeddings
+from bingo.data.images import Images
+from bingo.data.listing import Listing
+from bingo.evals.features import backbone_features
+from bingo.evals.knn import knn_accuracies
+from bingo.evals.probe import NEIGHBORS, TEMPERATURE, probe_rows
+from bingo.nets.backbones import build_backbone
+from bingo.nets.teachers import Teacher
+from bingo.params import ImageParams
+
+
+def teacher_quality(
+    embeddings: Embeddings,
+    listing: Listing,
+    images: Images,
+    teacher: Teacher,
+    image: ImageParams,
+    seed: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Percent: `teacher_knn`, `random_knn` (the same architecture with initial weights), `chance` (always the commonest class).
+
+    All three on the same at most 5,000 train rows and 1,000 test rows (without a test split: a part of the train rows that is
+    left out of the others), one vote of each of 10 neighbours. Raises UserError where a label is unknown.
+    """
+    bank_rows, query_rows = probe_rows(listing, seed)
+    labels = listing.labels_N[bank_rows], listing.labels_N[query_rows]
+    neighbors = min(NEIGHBORS, len(bank_rows))
+
+    def knn(bank_features: np.ndarray, query_features: np.ndarray) -> float:
+        return knn_accuracies(bank_features, labels[0], query_features, labels[1], [neighbors], TEMPERATURE)[f"knn_{neighbors}"]
+
+    shape = {name: teacher.metadata[name] for name in ("arch", "width", "stem")}
+    untrained = build_backbone(**shape, seed_value=seeds.torch_seed(seed, "untrained teacher")).to(device)
+    recipe = embeddings.attrs["recipe"]["extract"]
+    rows = np.concatenate([bank_rows, query_rows])
+    features = backbone_features(untrained, images, rows, image, device, recipe["precision"], recipe["batch_images"])
+    return {
+        "teacher_knn": knn(embeddings.features_ND[bank_rows], embeddings.features_ND[query_rows]),
+        "random_knn": knn(features[: len(bank_rows)], features[len(bank_rows) :]),
+        "chance": round(100 * float((labels[1] == np.bincount(labels[0]).argmax()).mean()), 6),
+    }

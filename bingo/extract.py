@@ -1,0 +1,204 @@
+"""The teacher pass: pooled features of every centre view and keys of the train rows' random views, once, in chunks of rows.
+
+A chunk belongs to one process and is computed in batches of its own rows, so the result depends neither on the number of
+processes nor on an interruption: a chunk that is on the disk is not computed again. Host memory holds two chunks, whatever the
+length of the listing: while a thread writes one, the next is computed. Shape letters: n rows of a chunk, t train rows of a chunk,
+D feature width, V views, P key width.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bingo import distributed
+from bingo.artefacts import new_directory, read_json, write_bytes, write_json
+from bingo.data.embeddings import EmbeddingsWriter, create_embeddings, embeddings_fingerprint, open_for_writing
+from bingo.data.images import Images
+from bingo.data.listing import Listing
+from bingo.data.loader import Request, ViewLoader, center_views
+from bingo.errors import UserError
+from bingo.nets.precision import autocast
+from bingo.nets.teachers import Teacher
+from bingo.params import ExtractParams, ImageParams
+from bingo.progress import Bar, progress_bar
+
+PURPOSE = "extract"  # of bingo.seeds, with epoch 0 and key row = row: a stored key's view can be drawn again
+
+
+def extract_embeddings(
+    teacher: Teacher,
+    listing: Listing,
+    images: Images,
+    extract: ExtractParams,
+    image: ImageParams,
+    seed: int,
+    state: Path,
+    out: Path,
+    device: torch.device,
+    attrs: Mapping[str, Any],
+) -> float:
+    """Write the store of `listing` to `out`; every process of the group calls this with equal arguments, its device apart.
+
+    `state` is a folder for the unfinished store and the list of done chunks, kept between calls; `attrs` holds the fingerprint
+    `teacher` and what else the store is to keep. Returns images per second over all processes, where every view that passed
+    the teacher counts as one image. Raises UserError where a feature or key is not finite (with its row), or all features are
+    equal.
+    """
+    recipe = {"extract": extract.model_dump(mode="json"), "image": image.model_dump(mode="json"), "seed": seed}
+    attrs = {**attrs, "listing": listing.fingerprint, "recipe": recipe}
+    store = _Unfinished(state)
+    store.open(lambda path: _create(path, teacher, listing, extract, attrs), embeddings_fingerprint(attrs))
+    todo = store.missing_chunks()
+    distributed.barrier()  # nobody writes before everybody has looked
+    own = [chunk for chunk in todo if chunk % distributed.world() == distributed.rank()]
+    begun = time.monotonic()
+    teacher.to(device).to(memory_format=torch.channels_last)
+    _Pass(teacher, images, extract, image, seed, device).run(store, own)
+    distributed.barrier()
+    seconds = time.monotonic() - begun
+    if distributed.rank() == 0:
+        store.publish(out)
+    distributed.barrier()
+    return _views(store.writer, todo, extract.views) / max(seconds, 1e-9)
+
+
+def _create(path: Path, teacher: Teacher, listing: Listing, extract: ExtractParams, attrs: Mapping[str, Any]) -> None:
+    widths = teacher.metadata["feature_width"], teacher.metadata["key_width"]
+    create_embeddings(path, len(listing), listing.train_rows, widths[0], extract.views, widths[1], extract.chunk_rows, attrs)
+
+
+def _views(writer: EmbeddingsWriter, chunks: Sequence[int], views: int) -> int:
+    """How many images the teacher sees for these chunks: one centre view of each row, `views` random ones of each train row."""
+    return sum(len(writer.rows(chunk)) + views * len(writer.train_rows(chunk)) for chunk in chunks)
+
+
+class _Pass:
+    """Computes chunks on one device, while a thread writes the previous one."""
+
+    def __init__(self, teacher: Teacher, images: Images, extract: ExtractParams, image: ImageParams, seed: int, device: torch.device):
+        self.teacher, self.images, self.extract, self.image, self.device = teacher, images, extract, image, device
+        self.loader = ViewLoader(images, image, extract.augment, seed, device)
+        self.images_done = 0
+
+    def run(self, store: "_Unfinished", chunks: Sequence[int]) -> None:
+        """Compute and write these chunks. Both streams of views run over all chunks, so that reading ahead never stops."""
+        writer, batch_images = store.writer, self.extract.batch_images
+        center_rows = [row for chunk in chunks for row in self._padded(writer.rows(chunk))]
+        centers = center_views(self.images, np.array(center_rows, np.int64), self.image, self.device, batch_images)
+        randoms = self.loader.views([request] for chunk in chunks for request in self._requests(writer.train_rows(chunk)))
+        writing: Future | None = None
+        total = _views(writer, chunks, self.extract.views)
+        with progress_bar("extract", total, "images") as bar, ThreadPoolExecutor(1) as thread:
+            for chunk in chunks:
+                features_nD = self._features(writer.rows(chunk), centers, bar)
+                keys_tVP = self._keys(writer.train_rows(chunk), randoms, bar)
+                if writing is not None:
+                    writing.result()  # so that no more than two chunks are held
+                writing = thread.submit(store.write, chunk, features_nD, keys_tVP)
+            if writing is not None:
+                writing.result()
+
+    def _padded(self, rows: range) -> list[int]:
+        """Rows of a chunk, the last one repeated until they fill whole batches: no batch of the stream crosses a chunk's edge."""
+        return [*rows, *[rows[-1]] * (-len(rows) % self.extract.batch_images)]
+
+    def _requests(self, rows: range) -> Iterator[Request]:
+        """All views of some rows at a time, at most `batch_images` in all (if V is), so that a file is decoded once for them."""
+        views, step = self.extract.views, max(1, self.extract.batch_images // self.extract.views)
+        for start in range(rows.start, rows.stop, step):
+            rows_B = np.repeat(np.arange(start, min(start + step, rows.stop)), views)
+            yield Request(rows_B, rows_B, PURPOSE, 0, np.tile(np.arange(views), len(rows_B) // views))
+
+    @torch.inference_mode()
+    def _features(self, rows: range, centers: Iterator[Tensor], bar: Bar) -> np.ndarray:
+        """Features of centre views, float32 (n, D)."""
+        batches = []  # kept on the device, so that the host does not wait for it before the chunk is complete
+        for start in range(rows.start, rows.stop, self.extract.batch_images):
+            views_B = next(centers)[: rows.stop - start]
+            with autocast(self.extract.precision, self.device):
+                batches.append(self.teacher.features(views_B))
+            self._advance(bar, len(views_B))
+        return torch.cat(batches).cpu().numpy()
+
+    @torch.inference_mode()
+    def _keys(self, rows: range, randoms: Iterator[list[Tensor]], bar: Bar) -> np.ndarray:
+        """Unit keys of random views, float32 (t, V, P)."""
+        batches = []
+        for _ in self._requests(rows):
+            (views_B,) = next(randoms)
+            with autocast(self.extract.precision, self.device):
+                batches.append(self.teacher.keys(views_B).unflatten(0, (-1, self.extract.views)))
+            self._advance(bar, len(views_B))
+        return torch.cat(batches).cpu().numpy() if batches else np.empty(0, np.float32)
+
+    def _advance(self, bar: Bar, images: int) -> None:
+        self.images_done += images
+        bar.advance_to(self.images_done)
+
+
+class _Unfinished:
+    """The store that is being written, and the list of its chunks that are whole and on the disk: a file for each in `done`."""
+
+    writer: EmbeddingsWriter
+
+    def __init__(self, state: Path):
+        self.path, self.done, self.owner = state / "embeddings.zarr", state / "done", state / "owner.json"
+
+    def open(self, create: Callable[[Path], None], fingerprint: str) -> None:
+        """Go on with the store of this fingerprint, or let the first process make an empty one in the place of any other."""
+        if distributed.rank() == 0 and not (self.owner.exists() and self.path.exists() and read_json(self.owner) == fingerprint):
+            self.owner.unlink(missing_ok=True)  # first away and last written: a store that is half made has no owner
+            shutil.rmtree(self.done, ignore_errors=True)
+            self.done.mkdir(parents=True)
+            create(self.path)
+            write_json(self.owner, fingerprint)
+        distributed.barrier()
+        self.writer = open_for_writing(self.path)
+
+    def missing_chunks(self) -> list[int]:
+        """The chunks that are not done, in order."""
+        return [c for c in range(self.writer.chunks) if not ((self.done / str(c)).exists() and self.writer.chunk_is_complete(c))]
+
+    def write(self, chunk: int, features_nD: np.ndarray, keys_tVP: np.ndarray) -> None:
+        """Write a chunk and, once its files are on the disk, put it on the list. Raises UserError where a number is not finite.
+
+        Its file in `done` is empty or, where all rows of the chunk are equal, holds that row.
+        """
+        self.writer.write_chunk(chunk, features_nD, keys_tVP)
+        for array in ("features", "keys"):
+            for file in (self.path / array / "c" / str(chunk)).rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+        half_nD = features_nD.astype(np.float16)
+        write_bytes(self.done / str(chunk), half_nD[0].tobytes() if (half_nD == half_nD[0]).all() else b"")
+
+    def publish(self, out: Path) -> None:
+        """Check the store and move it to `out` in one rename. Raises UserError where a chunk is missing or all rows are equal."""
+        if self._is_constant():
+            rows = self.writer.rows(self.writer.chunks - 1).stop
+            line = f"{out}: the teacher gives all {rows} images the same feature, allowed are different ones"
+            raise UserError(f"{line}; check teacher.checkpoint and image.mean/std, and look at the images")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.writer.finish(out)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            with new_directory(out) as folder:  # the state is on another disk
+                shutil.copytree(self.path, folder, dirs_exist_ok=True)
+
+    def _is_constant(self) -> bool:
+        if self.missing_chunks() or len(self.writer.rows(0)) == 1:
+            return False
+        constants = {(self.done / str(chunk)).read_bytes() for chunk in range(self.writer.chunks)}
+        return len(constants) == 1 and constants != {b""}

@@ -1,0 +1,1 @@
+"""The gallery: one offline page through which all bags of an index can be browsed."""

@@ -1,0 +1,47 @@
+"""MoCo-v2 (facebookresearch/moco): the student against a moving average of itself, two views of one image, a queue of keys."""
+
+import torch
+from torch import Tensor, nn
+
+from bingo import seeds
+from bingo.methods.contract import Batch, Context, Method, Needs, Progress
+from bingo.methods.moco_params import Params
+from bingo.methods.parts import MomentumCopy, Queue, info_nce, negative_logsumexp, shuffled
+from bingo.nets.heads import mlp_head, unit
+from bingo.nets.precision import autocast
+
+
+class Moco(Method):
+    """loss = InfoNCE(q(view 1), k(view 2); queue). Keys enter the queue after the step; the key encoder moves after the step,
+    which is MoCo's own order (there at the start of the next forward)."""
+
+    needs = Needs(anchor_views=2)
+
+    def __init__(self, params: Params, context: Context):
+        super().__init__()
+        self.params, self.seed, self.precision, self.device = params, context.seed, context.precision, context.device
+        self.student = context.student
+        widths = [context.feature_width, params.head_hidden, params.key_width]
+        self.head = mlp_head(widths, seeds.torch_seed(context.seed, "student head"))
+        self.key_encoder = MomentumCopy(nn.Sequential(self.student, self.head), params.key_momentum)
+        self.queue = Queue(params.queue_rows, params.key_width, context.seed)
+        self.pushed: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        with autocast(self.precision, self.device):
+            query_BP = unit(self.head(self.student(batch.anchor_views[0])))
+            with torch.no_grad():
+                keys_BP = unit(shuffled(self.key_encoder, batch.anchor_views[1], self.seed, progress.step))
+        negatives_B = negative_logsumexp(query_BP, self.queue.keys_QP, self.params.temperature)
+        self.pushed = (keys_BP, batch.anchor_rows_B)
+        return {"loss": info_nce(query_BP, keys_BP, negatives_B, self.params.temperature).mean()}
+
+    def after_step(self) -> None:
+        assert self.pushed is not None, "after_step follows forward"
+        self.queue.push(*self.pushed)
+        self.key_encoder.move(nn.Sequential(self.student, self.head))
+
+
+def build(params: Params, context: Context) -> Method:
+    """MoCo-v2 on the student of `context`."""
+    return Moco(params, context)

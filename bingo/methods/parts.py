@@ -1,0 +1,123 @@
+"""Parts that methods share: InfoNCE against a common bank, queue, moving-average copy, CutMix, ShuffleBN.
+
+Shape letters: B anchors, P key width, J negatives, M rows that are no negatives of an anchor, Q queue rows.
+"""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy.special import betaincinv
+from torch import Tensor, nn
+
+from bingo import distributed, seeds
+
+
+def negative_logsumexp(query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None = None) -> Tensor:
+    """log sum_j exp(q . n_j / temperature) for each query, (B,) float32, over the rows of the bank that are not hidden.
+
+    Computed once per query, however many positives the query has (methods.md 4.4): logits of shape (B, 1 + J) per positive are never made.
+    """
+    logits_BJ = query_BP.float() @ bank_JP.float().T / temperature
+    if hidden_BJ is not None:
+        logits_BJ = logits_BJ.masked_fill(hidden_BJ, float("-inf"))
+    return torch.logsumexp(logits_BJ, dim=1)
+
+
+def info_nce(query_BP: Tensor, key_BP: Tensor, negatives_B: Tensor, temperature: float) -> Tensor:
+    """-log(exp(q.k/t) / (exp(q.k/t) + sum_j exp(q.n_j/t))) for each query, (B,) float32; `negatives_B` is `negative_logsumexp`."""
+    positive_B = (query_BP.float() * key_BP.float()).sum(dim=1) / temperature
+    return torch.logaddexp(positive_B, negatives_B) - positive_B
+
+
+def hidden_negatives(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
+    """(B, J) bool: whether row j of the bank shows one of the M rows that are no negatives of anchor b (-1 excludes nothing)."""
+    hidden_BJ = torch.zeros(len(excluded_BM), len(bank_rows_J), dtype=torch.bool, device=bank_rows_J.device)
+    for rows_B in excluded_BM.unbind(dim=1):
+        hidden_BJ |= (bank_rows_J[None, :] == rows_B[:, None]) & (rows_B >= 0)[:, None]
+    return hidden_BJ
+
+
+class Queue(nn.Module):
+    """A ring of the last Q keys with the rows that they show. It starts as seeded random unit vectors of no row (-1), as in MoCo."""
+
+    keys_QP: Tensor
+    rows_Q: Tensor
+    pointer: Tensor
+
+    def __init__(self, rows: int, key_width: int, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seeds.torch_seed(seed, "queue"))
+        keys_QP = torch.randn(rows, key_width, generator=generator)
+        self.register_buffer("keys_QP", nn.functional.normalize(keys_QP, dim=1))
+        self.register_buffer("rows_Q", torch.full((rows,), -1, dtype=torch.int64))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, keys_BP: Tensor, rows_B: Tensor) -> None:
+        """Write the keys of all processes over the oldest ones; the ring wraps wherever its end falls in a batch."""
+        keys_BP, rows_B = distributed.gather(keys_BP.float()), distributed.gather(rows_B)
+        keys_BP, rows_B = keys_BP[-len(self.rows_Q) :], rows_B[-len(self.rows_Q) :]
+        slots_B = (self.pointer + torch.arange(len(rows_B), device=rows_B.device)) % len(self.rows_Q)
+        self.keys_QP[slots_B] = keys_BP
+        self.rows_Q[slots_B] = rows_B
+        self.pointer.copy_((self.pointer + len(rows_B)) % len(self.rows_Q))
+
+
+class MomentumCopy(nn.Module):
+    """A moving average of a network's parameters (MoCo: buffers are not averaged; its BatchNorm uses batch statistics)."""
+
+    def __init__(self, network: nn.Module, momentum: float):
+        super().__init__()
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.network(images_BCHW)
+
+    @torch.no_grad()
+    def move(self, network: nn.Module) -> None:
+        """own = momentum * own + (1 - momentum) * network's."""
+        own: list[Tensor] = [parameter.detach() for parameter in self.network.parameters()]
+        torch._foreach_lerp_(own, [parameter.detach() for parameter in network.parameters()], 1 - self.momentum)
+
+
+def shuffled(encode: Callable[[Tensor], Tensor], images_BCHW: Tensor, seed: int, step: int) -> Tensor:
+    """`encode` with the images dealt anew among the processes, so that BatchNorm's statistics tell nothing (ShuffleBN of MoCo).
+
+    Every process draws the same permutation. With one process it is `encode` itself.
+    """
+    if distributed.world() == 1:
+        return encode(images_BCHW)
+    everything = distributed.gather(images_BCHW)
+    order = torch.from_numpy(seeds.permutation(seed, "shuffle batchnorm", step, len(everything))).to(images_BCHW.device)
+    keys = distributed.gather(encode(everything[distributed.own_share(order)].contiguous(memory_format=torch.channels_last)))
+    return distributed.own_share(keys[torch.argsort(order)])
+
+
+def cutmix(anchor_BCHW: Tensor, member_BCHW: Tensor, uniform_B3: np.ndarray, alpha: float) -> tuple[Tensor, Tensor]:
+    """Paste a box of the member's view into the anchor's view: mixed images, and the anchor's share of the area (B,) float32.
+
+    BINGO utils.py:20-47: share ~ Beta(alpha, alpha), box side sqrt(1 - share) of the image, centre uniform, clipped to the image.
+    Here a box for each image (there one for a whole GPU). `uniform_B3` gives share, centre row and centre column.
+    """
+    height, width = anchor_BCHW.shape[-2:]
+    side_B = np.sqrt(1 - betaincinv(alpha, alpha, uniform_B3[:, 0]))
+    tops, bottoms = _box_edges(uniform_B3[:, 1], side_B, height)
+    lefts, rights = _box_edges(uniform_B3[:, 2], side_B, width)
+    share_B = 1 - (bottoms - tops) * (rights - lefts) / (height * width)
+    edges_5B = torch.from_numpy(np.stack([tops, bottoms, lefts, rights, share_B]).astype(np.float32)).to(anchor_BCHW.device)
+    y_H = torch.arange(height, device=anchor_BCHW.device)
+    x_W = torch.arange(width, device=anchor_BCHW.device)
+    inside_BH = (y_H >= edges_5B[0][:, None]) & (y_H < edges_5B[1][:, None])
+    inside_BW = (x_W >= edges_5B[2][:, None]) & (x_W < edges_5B[3][:, None])
+    inside_B1HW = (inside_BH[:, :, None] & inside_BW[:, None, :])[:, None]
+    return torch.where(inside_B1HW, member_BCHW, anchor_BCHW), edges_5B[4]
+
+
+def _box_edges(centre_B: np.ndarray, side_B: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    half_B = (side_B * length).astype(np.int64) // 2
+    centre_B = (centre_B * length).astype(np.int64)
+    return np.clip(centre_B - half_B, 0, length), np.clip(centre_B + half_B, 0, length)

@@ -1,0 +1,155 @@
+"""Backbones by name: timm's or torchvision's own modules without the classifier, at any width and with a stem for small images.
+
+The module that is returned is the library's own, so the keys of its state dict are the library's, and a file of its weights
+is read back by the library. Shape letters: B images of a batch, D feature width.
+"""
+
+from typing import Any, cast
+
+import timm
+import torch
+import torchvision
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+from torchvision import models as vision
+
+from bingo.errors import UserError
+
+# Nets that scale depth or drop units at random draw from torch's global generator, which a restart does not restore.
+_RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
+_TWO_HEADED = ("googlenet", "inception_v3")
+
+
+class Backbone(nn.Module):
+    """What `build_backbone` promises, for annotations; at run time it is the library's own module with two attributes added.
+
+    `forward(x)` maps float (B, 3, H, W) to pooled features (B, D), and `feature_width` is D. `classifier_names` are prefixes: in
+    the library's own files the classifier, which is left out here, has names that begin so.
+    """
+
+    feature_width: int
+    classifier_names: tuple[str, ...]
+
+
+def build_backbone(arch: str, width: float, stem: str, seed_value: int) -> Backbone:
+    """The network `arch` with seeded initial weights and no classifier; torch's global generator is left as it was.
+
+    `arch` is a timm name or torchvision/NAME. `width` multiplies all channels of a plain ResNet of timm (2.0 of resnet50 is
+    SwAV's R50x2: Caron et al. 2020, src/resnet50.py, `widen`). `stem` is `imagenet` (as published) or `small`: a stride-1
+    first convolution, and in ResNets a 3x3 one without the pooling behind it. In torchvision's networks dropout and stochastic
+    depth are off, as timm's are by default.
+
+    Raises UserError for an unknown name, and for a width or stem that this network cannot have.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_value)
+        net = _torchvision(arch, width) if arch.startswith("torchvision/") else _timm(arch, width)
+        if stem == "small":
+            _make_stem_small(net, arch)
+    return cast(Backbone, net)
+
+
+def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
+    """Run one black image of `crop_px` through. Raises UserError where the network takes no such image or pools no feature."""
+    was_training = backbone.training
+    parameter = next(backbone.parameters())
+    image = torch.zeros(1, 3, crop_px, crop_px, device=parameter.device, dtype=parameter.dtype)
+    try:
+        with torch.no_grad():
+            shape = tuple(backbone.eval()(image).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        line = f"image.crop_px = {crop_px}: {arch} takes no such image ({reason}); set image.crop_px, or another arch"
+        raise UserError(line) from None
+    finally:
+        backbone.train(was_training)
+    if shape != (1, backbone.feature_width):
+        raise UserError(f"arch = {arch}: gives {shape} for one image instead of one pooled feature row; choose another network")
+
+
+def _timm(arch: str, width: float) -> nn.Module:
+    if not timm.is_model(arch):
+        raise UserError(f"arch = {arch}: timm {timm.__version__} has no such network; see timm.list_models()")
+    net: Any = timm.create_model(arch, num_classes=0) if width == 1 else _scaled_resnet(arch, width)
+    names = net.pretrained_cfg.get("classifier") or ()
+    net.feature_width, net.classifier_names = net.head_hidden_size, (names,) if isinstance(names, str) else tuple(names)
+    return net
+
+
+def _scaled_resnet(arch: str, width: float) -> nn.Module:
+    """A ResNet of timm with every channel count multiplied by `width`; stage by stage, as the unscaled network tells them."""
+    if timm.model_entrypoint(arch).__module__ != "timm.models.resnet":
+        raise UserError(f"width = {width}: {arch} is no ResNet of timm and cannot be scaled; set width: 1.0")
+    with torch.device("meta"):
+        plan: Any = timm.create_model(arch, num_classes=0)
+    stages = [getattr(plan, f"layer{i}")[0] for i in (1, 2, 3, 4)]
+    grouped = any(type(block) not in (BasicBlock, Bottleneck) or block.conv2.groups > 1 for block in stages)
+    if grouped or not isinstance(plan.bn1, nn.BatchNorm2d):
+        raise UserError(f"width = {width}: {arch} has grouped convolutions or no batch normalisation; set width: 1.0")
+    stem_width = _times(plan.feature_info[0]["num_chs"], width)
+    planes = (info["num_chs"] // block.expansion for info, block in zip(plan.feature_info[1:], stages, strict=True))
+    # timm hard-codes 64 channels behind a single-convolution stem, but not behind a deep one.
+    changes: dict = {"channels": tuple(_times(channels, width) for channels in planes), "stem_width": stem_width // 2}
+    if isinstance(plan.conv1, nn.Sequential):
+        return timm.create_model(arch, num_classes=0, **changes)
+    net: Any = timm.create_model(arch, num_classes=0, stem_type="deep", **changes)
+    net.conv1 = _first_conv(stem_width, kernel=7, stride=2)
+    return net
+
+
+def _times(channels: int, width: float) -> int:
+    scaled = channels * width
+    if scaled < 2 or scaled % 2:
+        raise UserError(f"width = {width}: {channels} channels become {scaled:g}, not an even number; set a multiple of 1/32")
+    return int(scaled)
+
+
+def _first_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
+    """A ResNet's first convolution, initialised as the others are (He et al. 2015, fan out)."""
+    conv = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def _torchvision(arch: str, width: float) -> nn.Module:
+    name = arch.removeprefix("torchvision/")
+    if name not in vision.list_models(module=vision):
+        raise UserError(f"arch = {arch}: torchvision {torchvision.__version__} has no such network; see its list_models()")
+    if name in _TWO_HEADED:
+        raise UserError(f"arch = {arch}: has auxiliary classifiers inside; take timm's network instead (inception_v3)")
+    if width != 1:
+        raise UserError(f"width = {width}: {arch} cannot be scaled; set width: 1.0, or take timm's ResNet by its plain name")
+    net: Any = vision.get_model(name, weights=None)
+    return _without_classifier(net)
+
+
+def _without_classifier(net: Any) -> nn.Module:
+    """Put Identity in the place of the classifier's last layer (registered last in every network) and switch randomness off."""
+    path, layer = [(path, m) for path, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+    net.feature_width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    net.classifier_names = (path,)
+    net.set_submodule(path, nn.Identity())
+    for module in net.modules():
+        if isinstance(module, _RANDOM_UNITS):
+            module.p = 0.0
+    return net
+
+
+def _make_stem_small(built: nn.Module, arch: str) -> None:
+    """Change the stem in place, without a change of names. Raises UserError for families whose stem is something else."""
+    net: Any = built
+    first: Any = getattr(built, "conv1", None)
+    if isinstance(built, ResNet | vision.ResNet):
+        if isinstance(first, nn.Conv2d):
+            net.conv1 = _first_conv(first.out_channels, kernel=3, stride=1)
+        else:  # a deep stem, of 3x3 convolutions already
+            first[0].stride = 1, 1
+        net.maxpool = nn.Identity()
+    elif isinstance(built, EfficientNet | MobileNetV3):
+        net.conv_stem.stride = 1, 1
+    elif isinstance(built, vision.EfficientNet | vision.MobileNetV2 | vision.MobileNetV3):
+        net.features[0][0].stride = 1, 1
+    else:
+        raise UserError(f"stem = small: {arch} has no such stem; ResNets, EfficientNets and MobileNets do; set stem: imagenet")

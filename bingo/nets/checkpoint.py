@@ -1,0 +1,67 @@
+"""BINGO's own network files: safetensors with one JSON entry; equal content has equal bytes, and nothing is unpickled."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from bingo.artefacts import canonical_json, write_bytes
+from bingo.errors import UserError
+
+_ENTRY = "bingo"  # safetensors writes several entries in an order that changes from run to run, so there is one
+
+
+def save_network(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors (of any device and layout) and a JSON-able `metadata`, whole or not at all."""
+    # Copies: safetensors refuses tensors that share memory or are channels_last.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
+    write_bytes(path, safetensors.torch.save(tensors, metadata={_ENTRY: canonical_json(dict(metadata))}))
+
+
+def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the metadata of a file that `save_network` wrote.
+
+    Raises UserError for a file that is absent, truncated, not safetensors, or without BINGO's metadata.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); run the stage that writes it: dvc repro") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: is not a safetensors file, or is truncated ({error}); delete it and run: dvc repro") from None
+    try:
+        return state, json.loads(entries[_ENTRY])
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: holds no BINGO metadata, so BINGO did not write it; delete it and run: dvc repro") from None
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load tensors of exactly the module's names and shapes. Raises UserError that names what differs, after `origin`.
+
+    A missing `num_batches_tracked` counts as 0, as PyTorch itself has it: old files lack it and no result depends on it.
+    """
+    expected = module.state_dict()
+    counters = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}
+    state = {**{name: counter.new_zeros(()) for name, counter in counters.items()}, **state}
+    shapes = [name for name in expected if name in state and state[name].shape != expected[name].shape]
+    differences = {
+        "missing": [name for name in expected if name not in state],
+        "not expected": [name for name in state if name not in expected],
+        "of another shape": [f"{name} {tuple(state[name].shape)} for {tuple(expected[name].shape)}" for name in shapes],
+    }
+    if any(differences.values()):
+        parts = [f"{what} {first_names(names)}" for what, names in differences.items() if names]
+        raise UserError(f"{origin}: {'; '.join(parts)}; set arch, width and stem to those of the file, or another file")
+    module.load_state_dict(state)
+
+
+def first_names(names: Iterable[object], most: int = 4) -> str:
+    """The first few of many names, and how many more there are."""
+    named = [str(name) for name in names]
+    return ", ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")

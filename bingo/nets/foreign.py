@@ -1,0 +1,79 @@
+"""Reading checkpoints that other programs wrote, without running any code that they hold."""
+
+import hashlib
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from bingo.errors import UserError
+from bingo.nets.checkpoint import first_names
+
+_GLOBAL = re.compile(r"GLOBAL (\S+)")  # how torch's weights-only reader names what it refuses
+_WAY_OUT = "set teacher.checkpoint to a file of torch.save or safetensors"
+
+
+def read_checkpoint(path: Path | str) -> tuple[Any, str]:
+    """What a file of `torch.save` or safetensors holds, on the CPU, and the sha256 of its bytes (64 hex digits).
+
+    Raises UserError where the file is absent, damaged, neither of the two, or holds pickled code, whose name it tells.
+    """
+    try:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {_WAY_OUT}") from None
+    return (_safetensors(path) if Path(path).suffix == ".safetensors" else _torch_file(path)), sha256
+
+
+def state_dict_in(content: Any, path: Path | str) -> dict[str, Tensor]:
+    """The tensors by name in what `read_checkpoint` gave: itself, or its entry `state_dict` or `model`; without DDP's `module.`.
+
+    Raises UserError that tells what was found instead.
+    """
+    if isinstance(content, dict):
+        for state in (content, content.get("state_dict"), content.get("model")):
+            if is_state_dict(state):
+                ddp = all(name.startswith("module.") for name in state)
+                return {name.removeprefix("module.") if ddp else name: tensor for name, tensor in state.items()}
+    raise UserError(f"{path}: holds no weights by name, but {summary(content)}; save the network's state_dict() with torch.save")
+
+
+def is_state_dict(value: Any) -> TypeGuard[dict[str, Tensor]]:
+    """Whether this is a non-empty dict from names to tensors."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def summary(content: Any) -> str:
+    """What a checkpoint holds, in a few words, for an error line."""
+    return f"a dict of {len(content)}: {first_names(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
+
+
+def _safetensors(path: Path | str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: is not a whole safetensors file ({error}); {_WAY_OUT}") from None
+
+
+def _torch_file(path: Path | str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read is refused below
+            # Files from before PyTorch 1.6, as MoCo's are, are no zip archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if named := _GLOBAL.search(str(error)):
+            line = f"{path}: holds pickled code ({named[1]}), which is never run; save its state_dict alone with torch.save"
+            raise UserError(line) from None
+        raise UserError(f"{path}: is no checkpoint of torch.save; {_WAY_OUT}") from None
+    except Exception as error:  # arbitrary bytes make the reader raise almost anything
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        raise UserError(f"{path}: is no checkpoint of torch.save, or is truncated ({reason}); {_WAY_OUT}") from None

@@ -1,0 +1,37 @@
+"""The student's files: the backbone alone under timm's or torchvision's key names, its projection head beside it."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bingo.artefacts import file_fingerprint
+from bingo.errors import UserError
+from bingo.nets.backbones import Backbone, build_backbone
+from bingo.nets.checkpoint import load_network, save_network
+from bingo.params import ImageParams, NetworkParams
+
+
+def save_student(
+    path: Path, head_path: Path, backbone: nn.Module, head: nn.Module, network: NetworkParams, image: ImageParams, made_from: dict
+) -> None:
+    """Write the backbone to `path` and the head to `head_path`, with what they are and what they were made from."""
+    shape = {"arch": network.arch, "width": network.width, "stem": network.stem, **image.model_dump()}
+    save_network(path, backbone.state_dict(), {"kind": "student", **shape, **made_from})
+    save_network(head_path, head.state_dict(), {"kind": "student head", "backbone": file_fingerprint(path), **made_from})
+
+
+def load_student(path: Path, network: NetworkParams | None = None) -> tuple[Backbone, dict[str, Any]]:
+    """The backbone in a student's file, in eval mode, and the file's metadata.
+
+    Raises UserError where the file is no student's or, with `network` given, where it is of another architecture.
+    """
+    state, metadata = load_network(path)
+    if metadata.get("kind") != "student":
+        raise UserError(f"{path}: holds a {metadata.get('kind', 'network of another kind')}, not a student; run: dvc repro distill")
+    shape = {name: metadata[name] for name in ("arch", "width", "stem")}
+    if network is not None and shape != {"arch": network.arch, "width": network.width, "stem": network.stem}:
+        raise UserError(f"{path}: is a student of {shape}, but params.yaml says {network.arch}, {network.width}; run: dvc repro distill")
+    backbone = build_backbone(**shape, seed_value=0)
+    backbone.load_state_dict(state)
+    return backbone.eval(), metadata

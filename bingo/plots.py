@@ -1,0 +1,169 @@
+"""Charts as SVG text to be put into an HTML page: the same numbers have the same bytes, and the page's CSS gives the colours.
+
+A colour is a custom property of the page (`--ink`, `--muted`, `--grid`, `--series-1` ...), so one chart serves light and dark.
+Matplotlib knows only fixed colours, so each property has a stand-in colour that is replaced in the text it writes.
+"""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
+SERIES = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505")
+_PROPERTIES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {c: f"series-{i}" for i, c in enumerate(SERIES, 1)}
+_SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "font.size": 8.5,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+Band = tuple[str, str]
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+_BAR_ALPHAS = (1.0, 0.45)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of `accuracy_bars`: percents in the order of its measures (None: not measured), and which of SERIES colours it."""
+
+    label: str
+    percents: Sequence[float | None]
+    color: int
+
+
+def accuracy_bars(name: str, bars: Sequence[Bar], measures: Sequence[str], chance_percent: float | None) -> Markup:
+    """Horizontal bars of one or two measures for each network, in percent, with a dashed line at chance."""
+    with _style(name):
+        figure = Figure(figsize=(3.5, 0.6 + 0.42 * len(bars)), layout="constrained")
+        axes = figure.add_subplot()
+        height = 0.74 / len(measures)
+        for row, bar in enumerate(bars):
+            for measure, percent in enumerate(bar.percents):
+                if percent is not None:
+                    y = row + (measure - (len(measures) - 1) / 2) * height
+                    axes.barh(y, percent, height * 0.9, color=SERIES[bar.color], alpha=_BAR_ALPHAS[measure])
+                    axes.text(percent + 1, y, f"{percent:.1f}", va="center", fontsize=7.5)
+        if chance_percent is not None:
+            axes.axvline(chance_percent, color=MUTED, linestyle=(0, (3, 3)), linewidth=1, zorder=0)
+        axes.set_yticks(range(len(bars)), [bar.label for bar in bars], color=INK)
+        axes.set(xlim=(0, 118), xticks=range(0, 101, 25), ylim=(len(bars) - 0.45, -0.55), xlabel="percent")
+        axes.tick_params(length=0)
+        axes.spines.left.set_visible(False)
+        figures = (f"{bar.label} {_listed(bar.percents)}" for bar in bars)
+        return _svg(figure, name, f"Bars of {' and '.join(measures)}, percent: {'; '.join(figures)}.")
+
+
+def lines(name: str, title: str, series: Series, colors: Sequence[int], summary: str) -> Markup:
+    """Lines over epochs: {label: (epochs, values)}; a value that is nan is left out. `colors` number SERIES, in turn.
+
+    `summary` is read aloud for the picture.
+    """
+    with _style(name):
+        figure = Figure(figsize=(3.7, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (label, (epochs, values)) in enumerate(series.items()):
+            known = [(x, y) for x, y in zip(epochs, values, strict=True) if math.isfinite(y)]
+            looks: Any = {
+                "color": SERIES[colors[number % len(colors)]],
+                "marker": "o" if len(known) <= 15 else "",
+                "markersize": 3,
+            }
+            axes.plot([x for x, _ in known], [y for _, y in known], linewidth=1.6, label=label, **looks)
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        _soften(axes)
+        if len(series) > 1:
+            axes.legend(ncols=2 if len(series) > 3 else 1)
+        return _svg(figure, name, summary)
+
+
+def quantile_strip(name: str, label: str, quantiles: Mapping[str, float], middle: str, bands: Sequence[Band]) -> Markup:
+    """One horizontal strip: each band runs between two named quantiles, wider ones first; a mark and a number at `middle`."""
+    with _style(name):
+        figure = Figure(figsize=(3.5, 0.95), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (low, high) in enumerate(bands):
+            width, alpha = 4 + 6 * number, 0.25 + 0.6 * number / max(1, len(bands) - 1)
+            axes.plot(
+                [quantiles[low], quantiles[high]], [0, 0],
+                color=SERIES[0], alpha=alpha, linewidth=width, solid_capstyle="butt",
+            )  # fmt: skip
+        axes.plot(quantiles[middle], 0, marker="|", markersize=22, markeredgewidth=2, color=INK)
+        axes.annotate(f"{quantiles[middle]:.4g}", (quantiles[middle], 0), (0, 14), textcoords="offset points", ha="center")
+        axes.set(ylim=(-1, 1.6), yticks=[], xlabel=label)
+        axes.spines.left.set_visible(False)
+        summary = ", ".join(f"{key} {value:.4g}" for key, value in quantiles.items())
+        return _svg(figure, name, f"{label}: {summary}.")
+
+
+def _style(name: str) -> AbstractContextManager[None]:
+    """Matplotlib's settings for one chart; `name` is what it hashes ids with, in place of a random number."""
+    return matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": name})
+
+
+def _soften(axes: Axes) -> None:
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines.left.set_visible(False)
+
+
+def _listed(percents: Sequence[float | None]) -> str:
+    return " and ".join("not measured" if percent is None else f"{percent:.1f}" for percent in percents)
+
+
+def _svg(figure: Figure, name: str, summary: str) -> Markup:
+    """The figure as an <svg> element to stand beside others in one page; `name`, unique in the page, keeps their ids apart."""
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = file.getvalue()
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)  # would hold for the whole page
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = _with_own_ids(body.replace("xlink:href", "href"), name)
+    body = re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", body)  # the page's own font; no turn by 0 degrees
+    for color, name_of_property in _PROPERTIES.items():
+        body = body.replace(color, f"var(--{name_of_property})")
+    width_pt, height_pt = (72 * inches for inches in figure.get_size_inches())
+    head = f'<svg viewBox="0 0 {width_pt:g} {height_pt:g}" role="img" aria-label="{escape(summary)}">'
+    return Markup(head + re.sub(r"\s*\n\s*", "\n", body).strip())
+
+
+def _with_own_ids(body: str, name: str) -> str:
+    """Ids that nothing points to are dropped (matplotlib numbers every part, in every figure alike), the others get a prefix."""
+    wanted = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
+
+    def new_id(match: re.Match[str]) -> str:
+        return f' id="{name}-{match[1]}"' if match[1] in wanted else ""
+
+    body = re.sub(r' id="([^"]*)"', new_id, body)
+    return re.sub(r'(url\(#|href="#)([^)"]+)', rf"\g<1>{name}-\g<2>", body)

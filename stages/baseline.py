@@ -1,0 +1,47 @@
+"""baseline: the same student for the same budget by a method without a teacher: what distillation has to beat.
+
+python -m stages.baseline moco     reads listing, images and params image, student, distill (but method and keys), seed and
+                                   the method's own section; writes models/baselines/METHOD.safetensors, curves, metrics
+"""
+
+import typer
+
+from stages import paths
+from stages.common import process_group, stage_run
+from stages.launch import launch
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -> None:
+    """Train the student without a teacher."""
+    with stage_run(f"baseline-{method}") as run:
+        from bingo.errors import UserError, near_matches
+
+        if method not in run.params.baselines:
+            allowed = ", ".join(run.params.baselines) or "none"
+            raise UserError(f"method = {method}: params.yaml's baselines allow {allowed}{near_matches(method, run.params.baselines)}")
+        launch("baseline", method)
+        from bingo.artefacts import write_json
+        from bingo.data.listing import read_listing
+        from bingo.nets.students import save_student
+        from stages.training import last_record, train_method, write_curves
+
+        params, listing = run.params, read_listing(paths.LISTING)
+
+        def finish(trained, history) -> None:
+            made_from = {"method": method, "listing": listing.fingerprint, "epochs": params.distill.epochs}
+            files = paths.BASELINES / f"{method}.safetensors", paths.BASELINES / f"{method}_head.safetensors"
+            save_student(*files, trained.student, trained.head, params.student, params.image, made_from)
+            write_curves(paths.PLOTS / f"baseline-{method}.csv", history)
+            write_json(paths.REPORTS / "baselines" / f"{method}.json", last_record(history))
+
+        with process_group(run) as device:
+            train_method(
+                run, device, method, getattr(params, method), params.student, params.distill, params.distill.augment, listing, finish
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    app()

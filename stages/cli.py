@@ -1,0 +1,24 @@
+"""bingo: every stage, and what people use beside the pipeline. Nothing heavy is imported before a command needs it."""
+
+import typer
+
+from stages import bag, bags, baseline, distill, extract, knn_eval, linear_eval, recipe, report, scan, teacher
+from stages.common import mistakes_as_lines
+
+app = typer.Typer(
+    name="bingo",
+    help="Distil a large self-supervised vision teacher into a small network through bags of similar images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for module in (scan, teacher, extract, bag, distill, baseline, linear_eval, knn_eval, report):
+    app.command(module.__name__.rpartition(".")[2], rich_help_panel="Stages (dvc repro runs them in order)")(module.main)
+app.add_typer(bags.app, name="bags", help="Look into the cached bags.", rich_help_panel="Beside the pipeline")
+app.add_typer(recipe.app, name="recipe", help="Whole settings by name.", rich_help_panel="Beside the pipeline")
+
+
+def main() -> None:
+    """The console script."""
+    with mistakes_as_lines():
+        app()

@@ -1,0 +1,157 @@
+"""What every stage command does before and after its work: parameters, mistakes as one line each, record of the run, state folder.
+
+Nothing here can change a stage's output, so no stage depends on this file.
+"""
+
+import ctypes
+import fcntl
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bingo.artefacts import file_fingerprint, fingerprint, write_json
+from bingo.errors import UserError
+from bingo.params import Params, load_params, read_yaml
+from stages.paths import RUNS
+
+if TYPE_CHECKING:
+    import torch
+
+USER_MISTAKE, INTERRUPTED, BUSY = 2, 75, 75
+PACKAGES = ("torch", "torchvision", "timm", "zarr", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn")
+
+
+@dataclass
+class Run:
+    """One run of one stage: its parameters, and what is worth noting of it (never part of an output)."""
+
+    stage: str
+    params: Params
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, line: str) -> None:
+        """Print one line, on the first process only."""
+        if os.environ.get("RANK", "0") == "0":
+            print(line, flush=True)
+
+
+@contextmanager
+def stage_run(stage: str) -> Iterator[Run]:
+    """Load the parameters, do the work in the body, write `.bingo/runs/STAGE.json`. A user's mistake is one line and exit code 2."""
+    die_with_parent()
+    with mistakes_as_lines():
+        run = Run(stage, load_params())
+        begun = time.monotonic()
+        yield run
+        if os.environ.get("RANK", "0") == "0":
+            seconds = round(time.monotonic() - begun, 2)
+            write_json(RUNS / f"{stage}.json", {"stage": stage, "seconds": seconds, **run.notes, **_surroundings(run.params)})
+
+
+@contextmanager
+def mistakes_as_lines() -> Iterator[None]:
+    """Print a UserError's lines and leave with exit code 2; leave with 75 where a checkpoint was written on the way out."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" or os.environ.get("TORCHELASTIC_RUN_ID") is None:
+            print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr, flush=True)
+        raise SystemExit(USER_MISTAKE) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        print(error, file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when the one that started it ends: a killed `dvc` must leave no training behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _surroundings(params: Params) -> dict[str, Any]:
+    """Versions, revision, machine and resolved parameters of a run."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "revision": git.stdout.strip() or None,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "params": params.model_dump(),
+    }
+
+
+def pick_device() -> "torch.device":
+    """The device of this process: BINGO_DEVICE (cpu, cuda or auto), and with several processes the GPU of its local rank."""
+    import torch
+
+    wanted = os.environ.get("BINGO_DEVICE", "auto")
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"BINGO_DEVICE = {wanted}: allowed are auto, cpu, cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("BINGO_DEVICE = cuda: torch sees no GPU here; set BINGO_DEVICE=cpu, or mend the driver (nvidia-smi)")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def process_group(run: Run) -> Iterator["torch.device"]:
+    """Pick the device, make the arithmetic repeatable, and join the launcher's process group if there is one."""
+    import torch
+
+    from bingo import distributed
+
+    device = pick_device()
+    torch.backends.cudnn.benchmark = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    run.notes["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    with distributed.group(device):
+        run.notes["processes"] = distributed.world()
+        yield device
+
+
+def code_fingerprint(stage: str, method: str = "") -> str:
+    """Names the source files that dvc.yaml lists for a stage: a checkpoint of other code is not gone on from."""
+    stages = read_yaml("dvc.yaml")["stages"]
+    definition = stages[stage].get("do", stages[stage])
+    paths = [dep.replace("${distill.method}", method).replace("${item}", method) for dep in definition["deps"]]
+    return fingerprint({path: file_fingerprint(path) for path in paths if path.endswith(".py")})
+
+
+@contextmanager
+def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
+    """The folder of an unfinished stage, named by what decides its output, and locked: no second copy may work beside the first.
+
+    It lies under the original repository even where DVC runs an experiment elsewhere, so that a second run finds the checkpoint.
+    """
+    root = Path(os.environ.get("BINGO_STATE_DIR") or Path(os.environ.get("DVC_ROOT", ".")) / ".bingo/state")
+    folder = root / stage / fingerprint(values)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        if os.environ.get("RANK", "0") == "0":
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print(f"error: another {stage} with the same parameters holds {folder}; wait for it or end it", file=sys.stderr)
+                raise SystemExit(BUSY) from None
+        yield folder

@@ -1,0 +1,62 @@
+"""distill: the student learns from the teacher's keys and bags, by the method that distill.method names.
+
+    python -m stages.distill     reads listing, images, embeddings, bags (live keys: the teacher too) and params image, student, distill,
+                                 seed and the method's own section; writes models/student.safetensors and its head, curves, metrics.
+A killed run goes on from its checkpoint when it is started again.
+"""
+
+import typer
+
+from stages import paths
+from stages.common import stage_run
+from stages.launch import launch
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main() -> None:
+    """Train the student."""
+    with stage_run("distill") as run:
+        launch("distill")
+        import torch
+
+        from bingo.artefacts import write_json
+        from bingo.bags import read_bags
+        from bingo.data.embeddings import read_embeddings
+        from bingo.data.listing import read_listing
+        from bingo.nets.students import save_student
+        from bingo.nets.teachers import load_teacher
+        from stages.common import process_group
+        from stages.training import last_record, train_method, write_curves
+
+        params, listing = run.params, read_listing(paths.LISTING)
+        embeddings = read_embeddings(paths.EMBEDDINGS, listing)
+        bags = read_bags(paths.BAGS, listing, embeddings.fingerprint)
+        section = getattr(params, params.distill.method)
+
+        def finish(method, history) -> None:
+            made_from = {
+                "method": params.distill.method,
+                "listing": listing.fingerprint,
+                "embeddings": embeddings.fingerprint,
+                "bags": bags.fingerprint,
+                "epochs": params.distill.epochs,
+                "params": {"distill": params.distill.model_dump(), params.distill.method: section.model_dump()},
+            }
+            save_student(paths.STUDENT, paths.STUDENT_HEAD, method.student, method.head, params.student, params.image, made_from)
+            write_curves(paths.PLOTS / "distill.csv", history)
+            write_json(paths.REPORTS / "distill.json", last_record(history))
+
+        with process_group(run) as device:
+            teacher = None
+            if params.distill.keys == "live":
+                teacher = load_teacher(paths.TEACHER).to(device, memory_format=torch.channels_last)
+            train_method(
+                run, device, params.distill.method, section, params.student, params.distill, params.distill.augment, listing, finish,
+                params.distill.keys, embeddings, bags, teacher,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,64 @@
+"""extract: the one pass of the teacher over all images: features of centre views, keys of seeded random views.
+
+    python -m stages.extract     reads listing, images, teacher and params extract, image, seed; writes data/embeddings.zarr
+Any number of GPUs; a killed run goes on with the chunks that are missing. Prints the teacher's kNN accuracy beside chance and beside
+the same network untrained, where there are labels: a teacher that is no better than these is broken.
+"""
+
+import shutil
+
+import typer
+
+from stages import paths
+from stages.common import code_fingerprint, process_group, stage_run, state_folder
+from stages.launch import launch
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main() -> None:
+    """Cache the teacher's embeddings."""
+    with stage_run("extract") as run:
+        launch("extract")
+        import torch
+
+        from bingo import distributed
+        from bingo.artefacts import file_fingerprint
+        from bingo.data.embeddings import read_embeddings
+        from bingo.data.images import open_images
+        from bingo.data.listing import read_listing
+        from bingo.evals.teacher_check import teacher_quality
+        from bingo.extract import extract_embeddings
+        from bingo.nets.teachers import load_teacher
+
+        params, listing = run.params, read_listing(paths.LISTING)
+        images = open_images(listing, paths.IMAGES, params.dataset.root)
+        fingerprint = file_fingerprint(paths.TEACHER)
+        values = {
+            "params": [params.seed, params.image.model_dump(), params.extract.model_dump()],
+            "inputs": [listing.fingerprint, fingerprint],
+            "code": code_fingerprint("extract"),
+        }
+        with process_group(run) as device, state_folder("extract", values) as folder:
+            teacher = load_teacher(paths.TEACHER).to(device, memory_format=torch.channels_last)
+            rate = extract_embeddings(
+                teacher, listing, images, params.extract, params.image, params.seed, folder / "store", paths.EMBEDDINGS, device,
+                {"teacher": fingerprint},
+            )  # fmt: skip
+            run.notes["images_per_second"] = round(rate, 1)
+            run.say(f"extract: {len(listing)} images, {params.extract.views} stored views of {listing.train_rows}; {rate:,.0f} views/s")
+            if distributed.rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                if listing.labelled:
+                    embeddings = read_embeddings(paths.EMBEDDINGS, listing)
+                    quality = teacher_quality(embeddings, listing, images, teacher, params.image, params.seed, device)
+                    run.notes |= quality
+                    run.say(
+                        f"extract: kNN {quality['teacher_knn']:.1f} %, untrained {quality['random_knn']:.1f} %,"
+                        f" chance {quality['chance']:.1f} %"
+                    )
+
+
+if __name__ == "__main__":
+    app()

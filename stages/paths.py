@@ -1,0 +1,15 @@
+"""Where each artefact lies, relative to the workspace."""
+
+from pathlib import Path
+
+LISTING = Path("data/listing.parquet")
+IMAGES = Path("data/images.zarr")
+EMBEDDINGS = Path("data/embeddings.zarr")
+BAGS = Path("data/bags.zarr")
+TEACHER = Path("models/teacher.safetensors")
+STUDENT = Path("models/student.safetensors")
+STUDENT_HEAD = Path("models/student_head.safetensors")
+BASELINES = Path("models/baselines")
+REPORTS = Path("reports")
+PLOTS = REPORTS / "plots"
+RUNS = Path(".bingo/runs")

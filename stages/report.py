@@ -1,0 +1,60 @@
+"""report: one offline page with results, curves, bags and parameters; timings go beside it, as they differ from run to run.
+
+python -m stages.report      reads everything that is there; writes reports/index.html and, no output of the stage, reports/run.js
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from stages import paths
+from stages.common import Run, stage_run
+
+if TYPE_CHECKING:
+    from bingo.report_inputs import Artefacts
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main() -> None:
+    """Write the page."""
+    with stage_run("report") as run:
+        from bingo.artefacts import read_json, write_bytes
+        from bingo.report import build_page, run_script
+
+        records = [read_json(path) for path in sorted(paths.RUNS.glob("*.json")) if path.stem != "report"]
+        write_bytes(paths.REPORTS / "index.html", build_page(_artefacts(run)).encode())
+        write_bytes(paths.REPORTS / "run.js", run_script(records).encode())
+        run.say(f"report: {(paths.REPORTS / 'index.html').resolve().as_uri()}")
+
+
+def _artefacts(run: Run) -> "Artefacts":
+    from bingo.bags import read_bags
+    from bingo.data.images import open_images
+    from bingo.data.listing import read_listing
+    from bingo.report_inputs import Artefacts, read_curves, read_network_facts, read_optional_json
+
+    params, listing = run.params, read_listing(paths.LISTING)
+    metrics = {name: read_optional_json(paths.REPORTS / f"{name}.json") for name in ("bags", "knn", "linear")}
+    terms = {name: read_optional_json(paths.REPORTS / f"{name}.json") for name in ("teacher", "distill")}
+    terms |= {f"baseline-{method}": read_optional_json(paths.REPORTS / f"baselines/{method}.json") for method in params.baselines}
+    return Artefacts(
+        params=params,
+        params_text=Path("params.yaml").read_text(encoding="utf-8"),
+        listing=listing,
+        images=open_images(listing, paths.IMAGES, params.dataset.root) if paths.IMAGES.exists() else None,
+        bags=read_bags(paths.BAGS, listing) if paths.BAGS.exists() else None,
+        bag_metrics=metrics["bags"],
+        teacher=read_network_facts(paths.TEACHER, "backbone."),
+        student=read_network_facts(paths.STUDENT),
+        knn=metrics["knn"],
+        linear=metrics["linear"],
+        terms=terms,
+        curves={name: read_curves(paths.PLOTS / f"{name}.csv") for name in terms},
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,33 @@
+"""scan: the dataset becomes a listing, and small images one array.
+
+python -m stages.scan        reads params dataset, seed; writes data/listing.parquet, data/images.zarr
+"""
+
+import typer
+
+from stages import paths
+from stages.common import stage_run
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main() -> None:
+    """List the dataset's images, and pack them where they are small."""
+    with stage_run("scan") as run:
+        from bingo.data.images import write_images
+        from bingo.data.listing import write_listing
+        from bingo.data.sources import scan
+
+        listing, images = scan(run.params.dataset, run.params.seed)
+        write_images(paths.IMAGES, listing, images)
+        write_listing(paths.LISTING, listing)
+        run.notes["images"] = len(listing)
+        run.say(
+            f"{listing.dataset}: {listing.train_rows} train and {len(listing) - listing.train_rows} test images,"
+            f" {len(listing.classes) or 'no'} classes, {len(listing.skipped)} skipped"
+        )
+
+
+if __name__ == "__main__":
+    app()

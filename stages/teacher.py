@@ -1,0 +1,61 @@
+"""teacher: any source becomes models/teacher.safetensors, a backbone with its projection head.
+
+python -m stages.teacher     reads params teacher, image, seed; with source pretrain also the images (MoCo-v2, resumable)
+"""
+
+import typer
+
+from stages import paths
+from stages.common import Run, process_group, stage_run
+from stages.launch import launch
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main() -> None:
+    """Pretrain the teacher here, or convert a trained one, strictly."""
+    with stage_run("teacher") as run:
+        if run.params.teacher.source == "pretrain":
+            launch("teacher")
+            _pretrain(run)
+        else:
+            _convert(run)
+
+
+def _pretrain(run: Run) -> None:
+    from bingo.artefacts import write_json
+    from bingo.data.listing import read_listing
+    from bingo.nets.teachers import save_teacher, teacher_metadata
+    from stages.training import last_record, train_method, write_curves
+
+    teacher, listing = run.params.teacher, read_listing(paths.LISTING)
+    section = teacher.pretrain.moco
+
+    def finish(method, history) -> None:
+        made_from = {"source": "pretrain", "pretrained": True, "listing": listing.fingerprint, "epochs": teacher.pretrain.epochs}
+        metadata = teacher_metadata(teacher, run.params.image, method.student, method.head, made_from)
+        save_teacher(paths.TEACHER, method.student, method.head, metadata)
+        write_curves(paths.PLOTS / "teacher.csv", history)
+        write_json(paths.REPORTS / "teacher.json", {"pretrained": True, **last_record(history)})
+
+    with process_group(run) as device:
+        train_method(run, device, "moco", section, teacher, teacher.pretrain, teacher.pretrain.augment, listing, finish)
+
+
+def _convert(run: Run) -> None:
+    from bingo.artefacts import write_json
+    from bingo.nets.teacher_sources import make_teacher
+    from bingo.nets.teachers import save_teacher
+    from stages.training import write_curves
+
+    params = run.params.teacher
+    backbone, head, metadata = make_teacher(params, run.params.image, run.params.seed)
+    save_teacher(paths.TEACHER, backbone, head, metadata)
+    write_curves(paths.PLOTS / "teacher.csv", [])
+    write_json(paths.REPORTS / "teacher.json", {"pretrained": metadata["pretrained"]})
+    run.say(f"teacher: {params.arch} from {params.source}" + ("" if metadata["pretrained"] else ", WITHOUT trained weights"))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,119 @@
+"""What the three trainings share (teacher, student, baselines): build the method, train it from its checkpoint, write its curves."""
+
+import csv
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages import paths
+from stages.common import Run, code_fingerprint, state_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from bingo.bags import BagIndex
+    from bingo.data.embeddings import Embeddings
+    from bingo.data.listing import Listing
+    from bingo.methods.contract import Method
+    from bingo.nets.teachers import Teacher
+    from bingo.params import AugmentParams, NetworkParams, ScheduleParams
+
+
+def train_method(
+    run: Run,
+    device: "torch.device",
+    method_name: str,
+    section: Any,
+    network: "NetworkParams",
+    schedule: "ScheduleParams",
+    augment: "AugmentParams",
+    listing: "Listing",
+    finish: Callable[["Method", list[dict[str, float]]], None],
+    keys: str = "momentum",
+    embeddings: "Embeddings | None" = None,
+    bags: "BagIndex | None" = None,
+    teacher: "Teacher | None" = None,
+) -> None:
+    """Train `method_name` on `network`, going on from the last checkpoint of exactly this training; `finish` writes its outputs.
+
+    The checkpoint is deleted only after `finish` has put the outputs in place.
+    """
+    import torch
+
+    from bingo import distributed, seeds
+    from bingo.checkpoints import Checkpoints
+    from bingo.data.images import open_images
+    from bingo.data.loader import ViewLoader
+    from bingo.evals.probe import KnnProbe
+    from bingo.methods.contract import Context, build_method
+    from bingo.nets.backbones import build_backbone
+    from bingo.train import Trainer
+
+    params = run.params
+    student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(params.seed, "student"))
+    context = Context(
+        student=student,
+        feature_width=student.feature_width,
+        seed=params.seed,
+        keys=keys,
+        precision=schedule.precision,
+        device=device,
+        teacher=teacher,
+        keys_TVP=torch.from_numpy(embeddings.keys_TVP).to(device) if embeddings is not None else None,
+        bags=bags.table if bags is not None else None,
+    )
+    method = build_method(method_name, section, context)
+    images = open_images(listing, paths.IMAGES, params.dataset.root)
+    loader = ViewLoader(images, params.image, augment, params.seed, device)
+    probe = KnnProbe(listing, images, params.image, params.seed, device, schedule.precision) if listing.labelled else None
+    values = {
+        "params": [
+            params.seed,
+            params.image.model_dump(),
+            network.model_dump(),
+            schedule.model_dump(),
+            section.model_dump(),
+            keys,
+        ],
+        "inputs": [
+            listing.fingerprint,
+            embeddings.fingerprint if embeddings else None,
+            bags.fingerprint if bags else None,
+        ],
+        "method": method_name,
+        "code": code_fingerprint(run.stage.partition("-")[0], method_name),
+    }
+    with state_folder(run.stage, values) as folder:
+        trainer = Trainer(
+            method, loader, schedule, params.seed, listing.train_rows, device, Checkpoints(folder / "checkpoints"),
+            context.bags, context.keys_TVP, probe, label=f"{run.stage}: {method_name}",
+        )  # fmt: skip
+        if trainer.resumes():
+            run.say(f"{run.stage}: going on from a checkpoint")
+        result = trainer.run()
+        if distributed.rank() == 0:
+            finish(method, result.history)
+            shutil.rmtree(folder, ignore_errors=True)
+    rate = result.anchors / max(result.seconds, 1e-9)
+    run.notes |= {"anchors_per_second": round(rate, 1), "data_wait": round(result.wait_seconds / max(result.seconds, 1e-9), 3)}
+    last = ", ".join(f"{name} {value:g}" for name, value in result.history[-1].items() if name not in ("epoch", "lr"))
+    run.say(f"{run.stage}: {method_name}, {schedule.epochs} epochs, {rate:,.0f} anchors/s; last epoch: {last}")
+
+
+def write_curves(path: Path, history: list[dict[str, float]]) -> None:
+    """One line an epoch as CSV, which `dvc plots` reads; a figure that an epoch lacks is an empty field."""
+    from bingo.artefacts import write_bytes
+
+    columns = list(dict.fromkeys(["epoch", "loss", *(name for record in history for name in record)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_bytes(path, text.getvalue().encode())
+
+
+def last_record(history: list[dict[str, float]]) -> dict[str, float]:
+    """The last epoch's terms and probe figures, as metrics."""
+    return {f"last_{name}": value for name, value in history[-1].items() if name not in ("epoch", "lr")}

@@ -1,0 +1,178 @@
+"""The loader: equal pixels for equal keys, whatever the workers, the batches and the other views; files as the memory path."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as tv
+
+from bingo.data import decoding
+from bingo.data.augment import cropped_views, random_views
+from bingo.data.draws import crop_boxes, draw_views
+from bingo.data.images import FileImages, MemoryImages
+from bingo.data.loader import Request, ViewLoader, center_views
+from bingo.errors import UserError
+from bingo.params import AugmentParams, ImageParams
+
+CPU = torch.device("cpu")
+IMAGE = ImageParams(crop_px=16, resize_px=20, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+AUGMENT = AugmentParams(
+    crop_scale=[0.2, 1.0],
+    crop_ratio=[0.75, 4 / 3],
+    jitter=[0.4, 0.4, 0.4, 0.1],
+    jitter_p=0.8,
+    gray_p=0.2,
+    blur_p=0.5,
+    blur_sigma_px=[0.1, 2.0],
+    flip_p=0.5,
+)
+
+
+def _request(rows, purpose="train", epoch=0, view=0, keys=None) -> Request:
+    rows = np.asarray(rows, np.int64)
+    return Request(rows, rows if keys is None else np.asarray(keys, np.int64), purpose, epoch, view)
+
+
+@pytest.fixture(scope="module")
+def memory() -> MemoryImages:
+    return MemoryImages(np.random.default_rng(0).integers(0, 256, (50, 20, 20, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> FileImages:
+    """70 files of several sizes and formats: more than one task."""
+    root, rng, paths = tmp_path_factory.mktemp("images"), np.random.default_rng(1), []
+    for i in range(70):
+        noise = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        image = noise.resize((int(rng.integers(20, 90)), int(rng.integers(20, 90))), Image.Resampling.BICUBIC)
+        paths.append(f"{i:02d}.{'png' if i % 2 else 'jpg'}")
+        image.save(root / paths[-1])
+    return FileImages(str(root), paths)
+
+
+def views(images, plans, workers=0) -> list[list[torch.Tensor]]:
+    return list(ViewLoader(images, IMAGE, AUGMENT, 0, CPU, workers).views(plans))
+
+
+def test_memory_views_are_the_augment_path(memory):
+    rows = np.array([3, 3, 49, 0])
+    ((got,),) = views(memory, [[_request(rows, epoch=2, view=5)]])
+    crops, colours = draw_views(AUGMENT, 0, "train", 2, rows, 5)
+    want = random_views(torch.from_numpy(memory.images_NSS3[rows]), crops, colours, AUGMENT, IMAGE)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert (got.dtype, got.shape) == (torch.float32, (4, 3, 16, 16))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_a_view_depends_on_its_key_alone(kind, request: pytest.FixtureRequest):
+    """Not on the batch, its order, the other requests of the plan, or the plans before."""
+    images = request.getfixturevalue(kind)
+    whole = views(images, [[_request([4, 7, 9, 30])]])[0][0]
+    shuffled = views(images, [[_request([1, 2])], [_request([9, 4], view=3), _request([30, 9, 4, 7, 9])]])[1][1]
+    torch.testing.assert_close(shuffled, whole[[3, 2, 0, 1, 2]], rtol=0, atol=1e-6)
+    for other in (_request([4], purpose="other"), _request([4], epoch=1), _request([4], view=1), _request([4], keys=[5])):
+        assert not torch.allclose(views(images, [[other]])[0][0], whole[:1])
+    by_array = views(images, [[_request([4, 4], view=np.array([1, 0]))]])[0][0]
+    torch.testing.assert_close(by_array[1], whole[0], rtol=0, atol=1e-6)
+
+
+def test_workers_change_nothing(files):
+    """Two passes through the same workers, tasks of a plan spread over them, against none."""
+    rng = np.random.default_rng(2)
+    plans = [[_request(rng.integers(0, 70, 48), view=v) for v in (0, 1)] for _ in range(4)]
+    alone, loader = views(files, plans), ViewLoader(files, IMAGE, AUGMENT, 0, CPU, workers=2)
+    state = torch.random.get_rng_state()
+    for _ in range(2):
+        for got, want in zip(loader.views(iter(plans)), alone, strict=True):
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+    next(loader.views(plans))  # a pass that is given up
+    torch.testing.assert_close(next(loader.views(plans))[1], alone[0][1], rtol=0, atol=0)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert loader.wait_seconds > 0
+
+
+def test_file_views_are_the_drawn_crops(files):
+    """One file at a time: Pillow's crop, resize and mirror (as torchvision's on Pillow images), then the batched colours."""
+    rows = np.arange(70)
+    got = views(files, [[_request(rows)]])[0][0]
+    crops, colours = draw_views(AUGMENT, 0, "train", 0, rows, 0)
+    wanted = []
+    for row, path in enumerate(files.paths):
+        with Image.open(f"{files.root}/{path}") as opened:
+            image = opened.convert("RGB")
+        (box,) = crop_boxes(crops[row : row + 1], image.height, image.width, AUGMENT).tolist()
+        crop = tv.resized_crop(image, *box, [16, 16])
+        wanted.append(np.asarray(tv.hflip(crop) if crops.flip_B[row] else crop))
+    want = cropped_views(torch.from_numpy(np.stack(wanted)), colours, AUGMENT, IMAGE)
+    same = torch.isclose(got, want, atol=1e-5).flatten(1).all(1)
+    assert same.sum() > 60
+    assert (got - want).abs().mean(dim=(1, 2, 3)).amax() < 0.1  # the others are JPEG files that were decoded smaller
+
+
+def test_each_image_of_a_plan_is_decoded_once(files, monkeypatch):
+    decoded = []
+    decode = decoding.decode_crops
+    monkeypatch.setattr(decoding, "decode_crops", lambda content, *rest: decoded.append(content) or decode(content, *rest))
+    views(files, [[_request([5, 6]), _request([6, 5, 5], view=1), _request([8])]])
+    assert len(decoded) == len(set(decoded)) == 3
+
+
+def test_memory_and_file_views_nearly_agree(memory, tmp_path):
+    """The same squares from memory (floats throughout) and from lossless files (crops rounded to 8 bits)."""
+    for i, image in enumerate(memory.images_NSS3):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    files = FileImages(str(tmp_path), [f"{i}.png" for i in range(50)])
+    plain = AUGMENT.model_copy(update={"jitter": [0.0] * 4, "gray_p": 0.0, "blur_p": 0.0})
+    pair = [next(ViewLoader(x, IMAGE, plain, 0, CPU, 0).views([[_request(range(50))]]))[0] for x in (memory, files)]
+    assert (pair[0] - pair[1]).abs().max() < 1.01 / 255 / 0.22
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_center_views_come_in_row_order(files, workers):
+    rows = [5, 0, 69, 3, 2]
+    got = list(center_views(files, rows, IMAGE, CPU, 2, workers))
+    assert [len(x) for x in got] == [2, 2, 1]
+    for row, view in zip(rows, torch.cat(got), strict=True):
+        with Image.open(f"{files.root}/{files.paths[row]}") as opened:
+            want = tv.to_tensor(tv.center_crop(tv.resize(opened.convert("RGB"), 20), [16, 16]))
+        want = tv.normalize(want, IMAGE.mean, IMAGE.std)
+        assert (view - want).abs().max() < (0.5 if files.paths[row].endswith("jpg") else 1.01 / 255 / 0.22)
+
+
+def test_center_views_of_memory(memory):
+    got = torch.cat(list(center_views(memory, range(50), IMAGE, CPU, 16)))
+    x = torch.from_numpy(memory.images_NSS3).permute(0, 3, 1, 2).float() / 255
+    torch.testing.assert_close(got, tv.normalize(x[:, :, 2:18, 2:18], IMAGE.mean, IMAGE.std), atol=1e-5, rtol=0)
+
+
+def lines_of(act) -> list[str]:
+    """The lines of the UserError that `act` raises; keeps no traceback, which would keep the workers."""
+    try:
+        act()
+    except UserError as error:
+        return error.lines
+    pytest.fail("no UserError was raised")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_became_unreadable_is_named_with_its_row(files, tmp_path, workers):
+    (tmp_path / "1.png").write_bytes(b"no longer an image")
+    broken = FileImages(str(tmp_path), ["0.png", "1.png"])
+    Image.new("RGB", (30, 30)).save(tmp_path / "0.png")
+    (line,) = lines_of(lambda: views(broken, [[_request([0, 1])]], workers))
+    assert "1.png (row 1) can no longer be read (no image format is recognised in it); restore it, or run: dvc repro" in line
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(UserError, match=r"1\.png \(row 1\) can no longer be read \(No such file"):
+        list(center_views(broken, [1], IMAGE, CPU, 4, 0))
+
+
+def test_worker_count_is_this_process_share(monkeypatch):
+    monkeypatch.setattr(decoding.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert decoding.worker_count() == 15
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert decoding.worker_count() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert decoding.worker_count() == 0

@@ -1,0 +1,103 @@
+"""params.yaml: complete, strict, and quick to complain."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bingo.errors import UserError
+from bingo.params import load_params, method_names, read_yaml, validate
+
+PARAMS = Path(__file__).parent.parent / "params.yaml"
+
+
+def changed(key: str, value) -> dict:
+    """The shipped parameters with one dotted key set, or removed where the value is Ellipsis."""
+    raw = read_yaml(PARAMS)
+    *parents, last = key.split(".")
+    section = raw
+    for name in parents:
+        section = section[name]
+    if value is ...:
+        del section[last]
+    else:
+        section[last] = value
+    return raw
+
+
+def mistakes(raw) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        validate(raw, "params.yaml")
+    return caught.value.lines
+
+
+def test_the_shipped_file_is_valid_and_frozen():
+    params = load_params(PARAMS)
+    assert params.bagging.k == read_yaml(PARAMS)["bagging"]["k"]
+    with pytest.raises(ValueError, match="frozen"):
+        params.bagging.k = 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("bagging.k", "five", ["bagging.k = 'five'", "integer"]),
+        ("bagging.k", 0, ["bagging.k = 0", "greater than or equal to 1"]),
+        ("bagging.kk", 3, ["bagging.kk", "not a known key", "did you mean k"]),
+        ("bagging.k", ..., ["bagging.k is missing"]),
+        ("bagging.method", "knnn", ["bagging.method = 'knnn'", "'knn', 'kmeans' or 'label'"]),
+        ("distill.lr", float("nan"), ["distill.lr = nan", "finite"]),
+        ("distill.method", "bing", ["distill.method = 'bing'", "did you mean bingo"]),
+        ("student.arch", "resnet81", ["student.arch = 'resnet81'", "did you mean", "resnet18"]),
+        ("student.arch", "torchvision/resnet19", ["did you mean", "torchvision/resnet18"]),
+        ("baselines", ["bingo"], ["baselines", "'bingo'", "without a teacher", "moco"]),
+        ("teacher.pretrain.moco.temprature", 0.1, ["teacher.pretrain.moco.temprature", "did you mean temperature"]),
+        ("teacher.source", "checkpoint", ["teacher", "set teacher.checkpoint"]),
+        ("dataset.source", "folder", ["dataset", "set dataset.root"]),
+        ("image.crop_px", 21, ["image", "lower image.crop_px"]),
+        ("distill.lr_warmup_epochs", 99, ["distill", "less than epochs"]),
+        ("distill.augment.crop_scale", [0.9, 0.2], ["distill.augment", "smaller number first"]),
+        ("bagging", 3, ["bagging"]),
+    ],
+)
+def test_a_mistake_names_key_value_and_what_is_allowed(key, value, said):
+    (line,) = mistakes(changed(key, value))
+    assert all(words in line for words in said), line
+    assert "\n" not in line
+
+
+def test_all_mistakes_come_at_once():
+    raw = changed("bagging.k", "five")
+    raw["distill"]["lr"] = -1.0
+    del raw["seed"]
+    assert len(mistakes(raw)) == 3
+
+
+def test_a_float_as_dvc_writes_it_is_a_float(tmp_path):
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("weight_decay: 1.0e-4", "weight_decay: 1e-05"))
+    assert load_params(tmp_path / "params.yaml").distill.weight_decay == 1e-5
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "", "\x00"])
+def test_a_file_that_is_no_mapping_is_one_line(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_params(tmp_path / "params.yaml")
+    assert len(caught.value.lines) == 1
+
+
+def test_every_method_has_its_section_in_the_shipped_file():
+    assert set(method_names()) <= set(read_yaml(PARAMS))
+
+
+def test_a_mistake_is_told_before_any_heavy_import(tmp_path):
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("resnet18", "resnt18"))
+    code = "import sys, stages.distill as d\ntry:\n d.main()\nfinally:\n print('torch' in sys.modules, 'timm' in sys.modules)"
+    begun = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(PARAMS.parent)}, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stdout.split() == ["False", "False"], f"{run.stdout}{run.stderr} after {time.monotonic() - begun:.1f} s"
+    assert "Traceback" not in run.stderr
+    assert run.stderr.count("resnt18") == 2

@@ -1,0 +1,102 @@
+"""dvc.yaml says the truth: dependencies are what a stage imports, every stage has a description, layers import downwards only."""
+
+import re
+from pathlib import Path
+
+import pytest
+from closure import ROOT, closure, imported_files
+
+from bingo.params import method_names, read_yaml
+
+STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
+
+# Files whose change cannot alter an output: the command line, launching, records of a run, checkpoints, validation, progress bars.
+INFRASTRUCTURE = {
+    "stages/common.py", "stages/launch.py", "stages/paths.py", "bingo/artefacts.py", "bingo/errors.py", "bingo/params.py",
+    "bingo/progress.py", "bingo/checkpoints.py", "bingo/distributed.py", "bingo/nets/names.py", "bingo/data/chunks.py",
+} | {f"bingo/methods/{name}_params.py" for name in method_names()}  # fmt: skip
+# A network's kNN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
+# a teacher pass or a training, and none of them can reach a network or an embedding.
+WATCHING = {f"bingo/{name}.py" for name in ("neighbors", "evals/knn", "evals/probe", "evals/features", "evals/teacher_check")}
+WATCHED = ("teacher", "extract", "distill", "baseline")
+# Which layer a module is in; imports go to the same or a lower number.
+LAYERS = [
+    (r"bingo/(params|errors|artefacts|seeds|schedules|distributed|progress|checkpoints)\.py", 0),
+    (r"bingo/methods/\w+_params\.py", 0),
+    (r"bingo/nets/names\.py", 0),
+    (r"bingo/(data|nets)/.*|bingo/neighbors\.py", 1),
+    (r"bingo/bag\w*\.py|bingo/gallery.*|bingo/methods/.*", 2),
+    (r"bingo/(train|extract|plots|report\w*)\.py|bingo/evals/.*", 3),
+    (r"stages/.*", 4),
+]
+
+
+def definition(stage: str) -> dict:
+    return STAGES[stage].get("do", STAGES[stage])
+
+
+def code_deps(stage: str, method: str) -> set[str]:
+    deps = (dep.replace("${distill.method}", method).replace("${item}", method) for dep in definition(stage)["deps"])
+    return {dep for dep in deps if dep.endswith(".py")}
+
+
+def expected_deps(stage: str, method: str) -> set[str]:
+    files = closure(f"stages/{stage}.py") - INFRASTRUCTURE - (WATCHING if stage in WATCHED else set())
+    if stage in ("teacher", "distill", "baseline"):  # a method is found by its name, which no import shows
+        files |= closure(f"bingo/methods/{method}.py") - INFRASTRUCTURE
+    return files
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deps_are_the_files_that_decide_the_output(stage):
+    methods = {"distill": method_names(), "baseline": ["moco"]}.get(stage, ["moco"])
+    for method in methods:
+        declared, expected = code_deps(stage, method), expected_deps(stage, method)
+        assert declared == expected, f"{stage} ({method}): add {sorted(expected - declared)}, remove {sorted(declared - expected)}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_has_a_description_and_a_module_of_its_name(stage):
+    assert definition(stage).get("desc")
+    assert re.fullmatch(rf"exec python -m stages\.{stage}( \$\{{item\}})?", definition(stage)["cmd"])
+    assert (ROOT / f"stages/{stage}.py").is_file()
+
+
+def layer(file: str) -> int:
+    return next(number for pattern, number in LAYERS if re.fullmatch(pattern, file))
+
+
+@pytest.mark.parametrize("file", [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("bingo/**/*.py"))])
+def test_imports_run_downwards(file):
+    if Path(file).name == "__init__.py":
+        return
+    for other in imported_files(file):
+        if not other.endswith("__init__.py"):
+            assert layer(other) <= layer(file), f"{file} imports {other}, which is above it"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_do_not_import_each_other(stage):
+    others = {f"stages/{other}.py" for other in STAGES if other != stage}
+    assert not closure(f"stages/{stage}.py") & others
+
+
+def test_methods_do_not_import_each_other():
+    for name in method_names():
+        others = {f"bingo/methods/{other}.py" for other in method_names() if other != name}
+        assert not imported_files(f"bingo/methods/{name}.py") & others
+
+
+def test_no_parameter_has_a_name_that_dvc_ignores():
+    def names(section):
+        for key, value in section.items():
+            yield key
+            if isinstance(value, dict):
+                yield from names(value)
+
+    assert not {"size", "nfiles"} & set(names(read_yaml(ROOT / "params.yaml")))
+
+
+def test_a_baseline_depends_on_every_key_of_distill_but_method_and_keys():
+    listed = {param.removeprefix("distill.") for param in STAGES["baseline"]["do"]["params"] if param.startswith("distill.")}
+    assert listed == set(read_yaml(ROOT / "params.yaml")["distill"]) - {"method", "keys"}
