@@ -1,4 +1,4 @@
-"""How much of the bare teacher's speed the extraction keeps: its images per second, views and writing included, over the forward's.
+"""How much of the bare teacher's speed the extraction keeps: images per second, views and writing included, over the forward's.
 
     python benchmarks/bench_extract.py                  two cases from images in memory, about a minute on 2 cores
     python benchmarks/bench_extract.py --case large --files --images 4096 --views 8 --batch-images 256    for a GPU
@@ -78,11 +78,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             pictures = make_images(Path(folder), case, images, options.files)
             rates = measure(case, pictures, params, Path(folder), device, options.repeats)
-        where = "files" if options.files else "memory"
+        source = f"{images} {'files' if options.files else 'images in memory'}"
         dtype = str(resolve_precision(params.precision, device)).removeprefix("torch.")
-        print(
-            f"{name}: {case.arch} x {case.width}, {case.crop_px} px, {images} images from {where}, {params.views} views, {dtype}, {device}"
-        )
+        print(f"{name}: {case.arch} x {case.width}, {case.crop_px} px, {source}, {params.views} views, {dtype}, {device}")
         for label, values, unit in rates:
             print(f"    {label:<13}{statistics.median(values):>10,.1f} {unit} [{min(values):,.1f} .. {max(values):,.1f}]")
 

@@ -8,7 +8,7 @@ from bingo.data.pictures import square
 
 _TILE, _BIG, _GAP, _MARGIN, _LINE = 112, 160, 14, 24, 18
 _FRAME = 4
-_MOST_COLUMNS = 10
+_MOST_COLUMNS, _MOST_COLUMNS_OF_TWO = 10, 6
 _PAPER, _INK, _FAINT, _EMPTY = "#ffffff", "#1b1f24", "#57606a", "#eaeef2"
 _SAME, _OTHER, _UNKNOWN = "#1a7f37", "#cf222e", "#8c959f"
 
@@ -47,7 +47,7 @@ def contact_sheet(heading: str, anchor: Tile, members: list[Tile]) -> Image.Imag
 def side_by_side(names: tuple[str, str], anchors: list[tuple[Tile, list[Tile], list[Tile]]]) -> Image.Image:
     """One band for each anchor: the anchor, its bag in the first index, its bag in the second."""
     longest = max((len(bag) for _, first, second in anchors for bag in (first, second)), default=1)
-    columns = max(1, min(longest, _MOST_COLUMNS // 2))
+    columns = max(1, -(-longest // -(-max(1, longest) // _MOST_COLUMNS_OF_TWO)))
     lefts = _MARGIN + _TILE + 2 * _GAP, _MARGIN + _TILE + 4 * _GAP + _grid_width(columns)
     heights = [_grid_height(max(1, *(-(-len(bag) // columns) for bag in (first, second)))) for _, first, second in anchors]
     head = _MARGIN + 2 * _LINE

@@ -91,9 +91,9 @@ class _Pass:
 
     def run(self, store: "_Unfinished", chunks: Sequence[int]) -> None:
         """Compute and write these chunks. Both streams of views run over all chunks, so that reading ahead never stops."""
-        writer, batch_images = store.writer, self.extract.batch_images
-        center_rows = [row for chunk in chunks for row in self._padded(writer.rows(chunk))]
-        centers = center_views(self.images, np.array(center_rows, np.int64), self.image, self.device, batch_images)
+        writer = store.writer
+        center_rows = [np.empty(0, np.int64), *(self._padded(writer.rows(chunk)) for chunk in chunks)]
+        centers = center_views(self.images, np.concatenate(center_rows), self.image, self.device, self.extract.batch_images)
         randoms = self.loader.views([request] for chunk in chunks for request in self._requests(writer.train_rows(chunk)))
         writing: Future | None = None
         total = _views(writer, chunks, self.extract.views)
@@ -107,9 +107,9 @@ class _Pass:
             if writing is not None:
                 writing.result()
 
-    def _padded(self, rows: range) -> list[int]:
+    def _padded(self, rows: range) -> np.ndarray:
         """Rows of a chunk, the last one repeated until they fill whole batches: no batch of the stream crosses a chunk's edge."""
-        return [*rows, *[rows[-1]] * (-len(rows) % self.extract.batch_images)]
+        return np.pad(np.arange(rows.start, rows.stop), (0, -len(rows) % self.extract.batch_images), mode="edge")
 
     def _requests(self, rows: range) -> Iterator[Request]:
         """All views of some rows at a time, at most `batch_images` in all (if V is), so that a file is decoded once for them."""

@@ -13,7 +13,7 @@ from stages.common import Run, stage_run
 if TYPE_CHECKING:
     from bingo.bags import Bags
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

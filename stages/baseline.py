@@ -10,7 +10,7 @@ from stages import paths
 from stages.common import process_group, stage_run
 from stages.launch import launch
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from stages import paths
 from stages.common import stage_run
 from stages.launch import launch
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from stages import paths
 from stages.common import code_fingerprint, process_group, stage_run, state_folder
 from stages.launch import launch
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

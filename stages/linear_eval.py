@@ -8,7 +8,7 @@ import typer
 from stages import paths
 from stages.common import Run, process_group, stage_run
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -61,7 +61,7 @@ def train_method(
         precision=schedule.precision,
         device=device,
         teacher=teacher,
-        keys_TVP=torch.from_numpy(embeddings.keys_TVP).to(device) if embeddings is not None else None,
+        keys_TVP=torch.from_numpy(embeddings.keys_NVP).to(device) if embeddings is not None else None,
         bags=bags.table if bags is not None else None,
     )
     method = build_method(method_name, section, context)

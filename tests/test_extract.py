@@ -191,7 +191,8 @@ def join_and_run(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_give_the_bytes_of_one_and_one_goes_on_after_a_kill(whole, tmp_path):
-    with pytest.raises(torch.multiprocessing.ProcessException):  # of the killed one, or of the one that waits for it
+    # Whichever is noticed first: the killed process, or the other one, which waits for it in vain.
+    with pytest.raises((torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)):
         torch.multiprocessing.spawn(join_and_run, (tmp_path,), nprocs=2)
     assert content(tmp_path / "whole/out") == content(whole)
     done = {path.name for path in (tmp_path / "killed/state/done").iterdir()}

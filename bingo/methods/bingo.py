@@ -3,7 +3,8 @@
 Terms of one anchor a with its drawn bag member p; s are the student's queries, k the keys, l is InfoNCE against common negatives:
   paper          w0 l(s_a, k_a) + w1 l(s_p, k_a)
   symmetric      (w0 l(s_a, k_a) + w1 l(s_a, k_p) + w0 l(s_p, k_p) + w1 l(s_p, k_a)) / 2
-  symmetric_mix  the same four and m l(s_m, k_a) + (1 - m) l(s_m, k_p), s_m of the CutMix image, m the share of a in it; over 3 (main_moco.py:371-387)
+  symmetric_mix  the same four and m l(s_m, k_a) + (1 - m) l(s_m, k_p), s_m of the CutMix image, m the share of a
+                 in it; over 3 (main_moco.py:371-387)
 with (w0, w1) = (1, 0) before `inter_warmup_epochs`, `pair_weights` after. Keys are the stored ones, a live teacher's, or those of a
 moving average of the student (ablation rows without the teacher's parameters).
 """

@@ -156,10 +156,16 @@
     if (state.sort.startsWith("purity")) return `purity ${percent(bingo.share("purity", row))}`;
     if (state.sort.startsWith("similarity")) return `cosine ${bingo.share("similarity", row)?.toFixed(3) ?? "unknown"}`;
     if (state.sort !== "row") return `in ${number(column.in_bags[row])} bags`;
-    return className(column.label[row]);
+    return column.label[row] < 0 ? "" : `class ${className(column.label[row])}`;
   }
 
-  function renderAnchors() {
+  function anchorName(row) {
+    const words = [`row ${row}`, className(column.label[row])];
+    if (state.sort !== "row") words.push(figure(row));
+    return words.join(", ");
+  }
+
+  function renderAnchors(current) {
     const pages = Math.max(1, Math.ceil(rows.length / PAGE));
     const page = Math.min(state.page, pages - 1);
     const part = rows.subarray(page * PAGE, (page + 1) * PAGE);
@@ -167,12 +173,12 @@
     at("page").textContent = `page ${number(page + 1)} of ${number(pages)}`;
     at("previous").disabled = page === 0;
     at("next").disabled = page === pages - 1;
-    const tiles = Array.from(part, (row) => tile(row, `row ${row}, ${className(column.label[row])}, ${figure(row)}`, [`row ${row}`, figure(row)]));
+    const tiles = Array.from(part, (row) => tile(row, anchorName(row), [`row ${row}`, figure(row)]));
     at("anchors").replaceChildren(...tiles);
     if (!part.length) at("anchors").append(element("li", "", "No anchor matches."));
-    const current = at("anchors").querySelector(`[data-row="${state.row}"]`);
-    current?.setAttribute("aria-current", "true");
-    const entry = current ?? at("anchors").querySelector("button");
+    const marked = at("anchors").querySelector(`[data-row="${current}"]`);
+    marked?.setAttribute("aria-current", "true");
+    const entry = marked ?? at("anchors").querySelector("button");
     if (entry) entry.tabIndex = 0;
   }
 
@@ -212,7 +218,9 @@
     const words = { same: ", the same class", other: ", another class" }[kind] ?? "";
     const cosine = member.similarity.toFixed(3);
     const name = `member ${i + 1}: row ${member.row}, similarity ${cosine}, ${className(label)}${words}`;
-    return tile(member.row, name, [`${cosine}`, `${member.row} · ${className(label)}`], kind);
+    const lines = [`row ${member.row}`, `cosine ${cosine}`];
+    if (label >= 0) lines.push(`class ${className(label)}`);
+    return tile(member.row, name, lines, kind);
   }
 
   function renderCluster(row) {
@@ -232,7 +240,7 @@
     try {
       if (!(await select())) return;
       const row = state.row ?? (rows.length ? rows[0] : null);
-      renderAnchors();
+      renderAnchors(row);
       if (row !== null) await renderBag(row);
     } catch (error) {
       at("problem").textContent = error.message;
