@@ -50,7 +50,7 @@ class Case:
 def augment(blur_p: float, gray_p: float, jitter: list[float], flip_p: float) -> AugmentParams:
     """MoCo-v2's family, with what the data set allows."""
     return AugmentParams(
-        crop_scale=[0.2, 1.0], crop_ratio=[3 / 4, 4 / 3], jitter=jitter, jitter_p=0.8, gray_p=gray_p, blur_p=blur_p,
+        crop_scale=[0.2, 1.0], crop_ratio=[3 / 4, 4 / 3], rotate_degrees=0, jitter=jitter, jitter_p=0.8, gray_p=gray_p, blur_p=blur_p,
         blur_sigma_px=[0.1, 2.0], flip_p=flip_p,
     )  # fmt: skip
 

@@ -65,7 +65,7 @@ def image_feature(image_file: Path, teacher_file: Path, recipe: Mapping[str, Any
 
     images: Images
     if stored_px:
-        images = MemoryImages(decode_square(image_file.read_bytes(), stored_px, stored_px)[None])
+        images = MemoryImages(np.stack([decode_square(image_file.read_bytes(), stored_px, stored_px)]))
     else:
         images = FileImages(str(image_file.parent), [image_file.name])
     teacher = load_teacher(teacher_file).to(device).to(memory_format=torch.channels_last)

@@ -70,7 +70,7 @@ class ImageParams(Section):
 
 
 class AugmentParams(Section):
-    """A family of random views (methods.md: A-moco2, A-weak): crop, rotation, colour jitter, grey, blur, flip.
+    """A family of random views (MoCo-v2's: crop, colour jitter, grey, blur, flip; here also a turn by at most `rotate_degrees`).
 
     `crop_scale` is a share of the image's area, `crop_ratio` width over height, `jitter` the strengths of brightness,
     contrast, saturation and hue as torchvision's ColorJitter takes them, `blur_sigma_px` the standard deviation.
@@ -78,6 +78,7 @@ class AugmentParams(Section):
 
     crop_scale: Range
     crop_ratio: Range
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)]
     jitter: Annotated[list[NotNegative], Field(min_length=4, max_length=4)]
     jitter_p: Share
     gray_p: Share

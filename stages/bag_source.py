@@ -1,5 +1,6 @@
 """What the `bags` commands read of the workspace or of one revision, each artefact opened when it is first needed."""
 
+import io
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +32,11 @@ class BagSource:
         """The listing, read row by row."""
         from bingo.data.listing_rows import ListingRows
 
-        where = paths.LISTING
-        return ListingRows(where if self.artefacts.is_workspace else self.artefacts.open(where), self.artefacts.title(where))
+        title = self.artefacts.title(paths.LISTING)
+        if self.artefacts.is_workspace:
+            return ListingRows(paths.LISTING, title)
+        with self.artefacts.open(paths.LISTING) as file:
+            return ListingRows(io.BytesIO(file.read()), title)
 
     @cached_property
     def index(self) -> "BagIndex":

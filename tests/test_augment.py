@@ -14,6 +14,7 @@ ROWS = 6000
 MOCO2 = AugmentParams(
     crop_scale=[0.2, 1.0],
     crop_ratio=[0.75, 4 / 3],
+    rotate_degrees=0,
     jitter=[0.4, 0.4, 0.4, 0.1],
     jitter_p=0.8,
     gray_p=0.2,
@@ -36,7 +37,7 @@ def unit_images(count: int, side_px: int) -> torch.Tensor:
 def colours(count: int, operations=((-1,),), factors=((1.0,),), gray=False, sigma=0.0) -> Colours:
     operation_BO = np.broadcast_to(np.array(operations), (count, np.shape(operations)[1]))
     factor_BO = np.broadcast_to(np.array(factors), operation_BO.shape)
-    return Colours(operation_BO, factor_BO, np.full(count, gray), np.full(count, sigma))
+    return Colours(operation_BO, factor_BO, np.full(count, gray), np.full(count, sigma), np.zeros(count))
 
 
 @pytest.mark.parametrize(("side_px", "out_px"), [(20, 20), (33, 20), (20, 48), (64, 15)])
@@ -68,6 +69,19 @@ def test_jitter_equals_torchvision(operation, function, factors):
         want = torch.stack([function(image, factor) for image in x])
         got = au.recolour(x.clone(), colours(5, [[operation]], [[factor]]), MOCO2)
         torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
+
+
+def test_rotate_equals_torchvision():
+    x, angles = unit_images(7, 21), [-180.0, -33.0, -1.0, 0.0, 12.5, 45.0, 90.0]
+    want = torch.stack([tv.rotate(image, angle, tv.InterpolationMode.BILINEAR) for image, angle in zip(x, angles, strict=True)])
+    torch.testing.assert_close(au.rotate(x, torch.tensor(angles)), want, atol=3e-6, rtol=0)
+
+
+def test_angles_are_uniform_and_absent_where_not_asked_for():
+    turning = MOCO2.model_copy(update={"rotate_degrees": 15})
+    _, drawn = draw_views(turning, 3, "test", 1, np.arange(ROWS), 0)
+    assert np.abs(np.sort(drawn.angle_B) - np.linspace(-15, 15, ROWS)).max() < 0.8
+    assert not draw_views(MOCO2, 3, "test", 1, np.arange(9), 0)[1].angle_B.any()
 
 
 def test_each_image_has_its_own_order_and_factors():

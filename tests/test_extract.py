@@ -30,7 +30,7 @@ from bingo.params import AugmentParams, ExtractParams, ImageParams
 CPU = torch.device("cpu")
 IMAGE = ImageParams(crop_px=10, resize_px=12, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
 AUGMENT = AugmentParams(
-    crop_scale=[0.3, 1.0], crop_ratio=[0.75, 1.3333], jitter=[0.4, 0.4, 0.4, 0.1], jitter_p=0.8, gray_p=0.2, blur_p=0.5,
+    crop_scale=[0.3, 1.0], crop_ratio=[0.75, 1.3333], rotate_degrees=0, jitter=[0.4, 0.4, 0.4, 0.1], jitter_p=0.8, gray_p=0.2, blur_p=0.5,
     blur_sigma_px=[0.1, 2.0], flip_p=0.5,
 )  # fmt: skip
 EXTRACT = ExtractParams(views=3, batch_images=5, chunk_rows=8, precision="fp32", augment=AUGMENT)

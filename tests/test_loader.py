@@ -19,6 +19,7 @@ IMAGE = ImageParams(crop_px=16, resize_px=20, mean=[0.485, 0.456, 0.406], std=[0
 AUGMENT = AugmentParams(
     crop_scale=[0.2, 1.0],
     crop_ratio=[0.75, 4 / 3],
+    rotate_degrees=0,
     jitter=[0.4, 0.4, 0.4, 0.1],
     jitter_p=0.8,
     gray_p=0.2,

@@ -93,11 +93,11 @@ def test_every_method_has_its_section_in_the_shipped_file():
 
 
 def test_a_mistake_is_told_before_any_heavy_import(tmp_path):
-    (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("resnet18", "resnt18"))
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("arch: resnet10t", "arch: resnt10t"))
     code = "import sys, stages.distill as d\ntry:\n d.main()\nfinally:\n print('torch' in sys.modules, 'timm' in sys.modules)"
     begun = time.monotonic()
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(PARAMS.parent)}, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stdout.split() == ["False", "False"], f"{run.stdout}{run.stderr} after {time.monotonic() - begun:.1f} s"
     assert "Traceback" not in run.stderr
-    assert run.stderr.count("resnt18") == 2
+    assert run.stderr.count("resnt10t") == 2

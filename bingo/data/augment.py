@@ -8,6 +8,7 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -99,7 +100,9 @@ def _resample(images_BSS3: Tensor, rows_BPS: Tensor, columns_BPS: Tensor) -> Ten
 
 
 def recolour(x_B3PP: Tensor, colours: Colours, augment: AugmentParams) -> Tensor:
-    """Colour jitter, grey and blur as drawn, of images in [0, 1] (changed in place). What `augment` never does costs nothing."""
+    """Turn, colour jitter, grey and blur as drawn, of images in [0, 1] (changed in place). What `augment` never does costs nothing."""
+    if augment.rotate_degrees > 0:
+        x_B3PP = rotate(x_B3PP, upload(colours.angle_B.astype(np.float32), x_B3PP.device))
     for step in range(colours.operation_BO.shape[1]):
         operation_B, factor_B = colours.operation_BO[:, step], colours.factor_BO[:, step]
         if any(augment.jitter[:HUE]):
@@ -114,6 +117,15 @@ def recolour(x_B3PP: Tensor, colours: Colours, augment: AugmentParams) -> Tensor
         rows_R, sigma_R = upload(blur_R, x_B3PP.device), upload(colours.sigma_B[blur_R].astype(np.float32), x_B3PP.device)
         x_B3PP.index_copy_(0, rows_R, blur(x_B3PP.index_select(0, rows_R), sigma_R, augment.blur_sigma_px[1]))
     return x_B3PP
+
+
+def rotate(x_B3PP: Tensor, degrees_B: Tensor) -> Tensor:
+    """Each square turned counter-clockwise about its middle, bilinear, black outside: torchvision's rotate."""
+    cos_B, sin_B = degrees_B.deg2rad().cos(), degrees_B.deg2rad().sin()
+    zero_B = torch.zeros_like(cos_B)
+    theta_B23 = torch.stack([torch.stack([cos_B, -sin_B, zero_B], 1), torch.stack([sin_B, cos_B, zero_B], 1)], 1)
+    grid_BPP2 = F.affine_grid(theta_B23, list(x_B3PP.shape), align_corners=False)
+    return F.grid_sample(x_B3PP, grid_BPP2, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def _blend(x_B3PP: Tensor, operation_B: np.ndarray, factor_B: np.ndarray, needs_gray: bool) -> None:

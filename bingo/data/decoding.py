@@ -1,7 +1,7 @@
 """Worker processes that decode image files ahead of use: one decode for each image and plan, whatever number of views it feeds.
 
 A worker gets paths and random numbers, keeps nothing, and gives back uint8 crops, so views do not depend on how many there are.
-Processes, not threads: threads that decode make every kernel launch of the training thread wait for the interpreter's lock.
+Processes, not threads: the Python part of decoding would hold the interpreter's lock that the training thread needs to launch.
 Shape letters: T views of a plan, V views of one image, P side of a view in pixels.
 """
 

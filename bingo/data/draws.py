@@ -20,8 +20,8 @@ CROP_TRIES = 10  # as torchvision: then the largest box in the middle
 _AREA, _RATIO = slice(0, CROP_TRIES), slice(CROP_TRIES, 2 * CROP_TRIES)
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(2 * CROP_TRIES, 2 * CROP_TRIES + 5)
 _FACTORS = slice(_ORDER + 1, _ORDER + 5)
-_GRAY, _BLUR, _SIGMA = range(_ORDER + 5, _ORDER + 8)
-_DRAWS = _ORDER + 8
+_GRAY, _BLUR, _SIGMA, _ANGLE = range(_ORDER + 5, _ORDER + 9)
+_DRAWS = _ORDER + 9
 _PERMUTATIONS = np.array(list(permutations(range(4))))
 
 
@@ -46,13 +46,15 @@ class Colours:
     """What fixes the colours of B views. Operations that no view has are left out: O is 0 to 4.
 
     operation_BO: which operation (BRIGHTNESS.. HUE) acts o-th, -1 none; factor_BO: its factor (for hue the shift, in turns);
-    gray_B: bool; sigma_B: standard deviation of the blur in pixels, 0 for none.
+    gray_B: bool; sigma_B: standard deviation of the blur in pixels, 0 for none. angle_B: a turn in degrees, counter-clockwise; it
+    comes first of all, on the device like the colours.
     """
 
     operation_BO: np.ndarray
     factor_BO: np.ndarray
     gray_B: np.ndarray
     sigma_B: np.ndarray
+    angle_B: np.ndarray
 
 
 def draw_views(augment: AugmentParams, seed: int, purpose: str, epoch: int, key_rows_B, view_B) -> tuple[Crops, Colours]:
@@ -62,7 +64,8 @@ def draw_views(augment: AugmentParams, seed: int, purpose: str, epoch: int, key_
     operation_BO, factor_BO = _jitter(augment, u_BJ)
     low, high = augment.blur_sigma_px
     sigma_B = np.where(u_BJ[:, _BLUR] < augment.blur_p, low + (high - low) * u_BJ[:, _SIGMA], 0.0)
-    return crops, Colours(operation_BO, factor_BO, u_BJ[:, _GRAY] < augment.gray_p, sigma_B)
+    angle_B = augment.rotate_degrees * (2 * u_BJ[:, _ANGLE] - 1)
+    return crops, Colours(operation_BO, factor_BO, u_BJ[:, _GRAY] < augment.gray_p, sigma_B, angle_B)
 
 
 def _jitter(augment: AugmentParams, u_BJ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -165,6 +165,7 @@ def _crops_only(params: CropProbeParams) -> AugmentParams:
     return AugmentParams(
         crop_scale=params.crop_scale,
         crop_ratio=[3 / 4, 4 / 3],
+        rotate_degrees=0.0,
         jitter=[0.0, 0.0, 0.0, 0.0],
         jitter_p=0.0,
         gray_p=0.0,

@@ -19,6 +19,8 @@ from bingo.errors import UserError
 
 # Nets that scale depth or drop units at random draw from torch's global generator, which a restart does not restore.
 _RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
+# Residual branches start at work, as in torchvision and so in all released code; timm would start them at zero.
+_RESNET_INIT = {"zero_init_last": False}
 _TWO_HEADED = ("googlenet", "inception_v3")
 
 
@@ -72,15 +74,22 @@ def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
 def _timm(arch: str, width: float) -> nn.Module:
     if not timm.is_model(arch):
         raise UserError(f"arch = {arch}: timm {timm.__version__} has no such network; see timm.list_models()")
-    net: Any = timm.create_model(arch, num_classes=0) if width == 1 else _scaled_resnet(arch, width)
+    if width != 1:
+        net: Any = _scaled_resnet(arch, width)
+    else:
+        net = timm.create_model(arch, num_classes=0, **(_RESNET_INIT if _is_resnet(arch) else {}))
     names = net.pretrained_cfg.get("classifier") or ()
     net.feature_width, net.classifier_names = net.head_hidden_size, (names,) if isinstance(names, str) else tuple(names)
     return net
 
 
+def _is_resnet(arch: str) -> bool:
+    return timm.model_entrypoint(arch).__module__ == "timm.models.resnet"
+
+
 def _scaled_resnet(arch: str, width: float) -> nn.Module:
     """A ResNet of timm with every channel count multiplied by `width`; stage by stage, as the unscaled network tells them."""
-    if timm.model_entrypoint(arch).__module__ != "timm.models.resnet":
+    if not _is_resnet(arch):
         raise UserError(f"width = {width}: {arch} is no ResNet of timm and cannot be scaled; set width: 1.0")
     with torch.device("meta"):
         plan: Any = timm.create_model(arch, num_classes=0)
@@ -92,6 +101,7 @@ def _scaled_resnet(arch: str, width: float) -> nn.Module:
     planes = (info["num_chs"] // block.expansion for info, block in zip(plan.feature_info[1:], stages, strict=True))
     # timm hard-codes 64 channels behind a single-convolution stem, but not behind a deep one.
     changes: dict = {"channels": tuple(_times(channels, width) for channels in planes), "stem_width": stem_width // 2}
+    changes |= _RESNET_INIT
     if isinstance(plan.conv1, nn.Sequential):
         return timm.create_model(arch, num_classes=0, **changes)
     net: Any = timm.create_model(arch, num_classes=0, stem_type="deep", **changes)

@@ -19,13 +19,15 @@
   let state = { ...EMPTY };
   let rows = new Int32Array(0); // the anchors that are selected, in order
   let selected = null; // the part of the state that `rows` was made for
+  let drawn = null; // the page of them that is drawn
   let shown = 0; // counts bags, so that a slow one does not replace a later one
   let search = 0;
   let focusMembers = false;
 
   const number = (value) => value.toLocaleString("en");
   const percent = (value) => (value === null ? "unknown" : `${Math.round(100 * value)} %`);
-  const className = (label) => (label < 0 ? "no label" : info.classes[label]);
+  const className = (label) => (label < 0 ? "unknown" : info.classes[label]);
+  const classText = (label) => (label < 0 ? "no label" : `class ${info.classes[label]}`);
   const say = (text) => { at("status").textContent = text; };
 
   function element(tag, className, text) {
@@ -138,7 +140,8 @@
     if (kind) button.append(element("span", "mark", kind === "same" ? "✓" : "✗"));
     lines.forEach((line, i) => button.append(element("span", i ? "line faint" : "line", line)));
     button.addEventListener("click", (event) => {
-      focusMembers = event.detail === 0; // opened from the keyboard: go on there
+      // opened from the keyboard, or a member that will be replaced: go on among the members
+      focusMembers = event.detail === 0 || button.closest("#members") !== null;
       go({ row });
     });
     button.addEventListener("focus", () => rove(button));
@@ -156,29 +159,40 @@
     if (state.sort.startsWith("purity")) return `purity ${percent(bingo.share("purity", row))}`;
     if (state.sort.startsWith("similarity")) return `cosine ${bingo.share("similarity", row)?.toFixed(3) ?? "unknown"}`;
     if (state.sort !== "row") return `in ${number(column.in_bags[row])} bags`;
-    return column.label[row] < 0 ? "" : `class ${className(column.label[row])}`;
+    return column.label[row] < 0 ? "" : classText(column.label[row]);
   }
 
   function anchorName(row) {
-    const words = [`row ${row}`, className(column.label[row])];
+    const words = [`row ${row}`, classText(column.label[row])];
     if (state.sort !== "row") words.push(figure(row));
     return words.join(", ");
   }
 
+  // Tiles are replaced only when there are others to show, so that the focus stays where it is.
   function renderAnchors(current) {
     const pages = Math.max(1, Math.ceil(rows.length / PAGE));
     const page = Math.min(state.page, pages - 1);
-    const part = rows.subarray(page * PAGE, (page + 1) * PAGE);
-    at("count").textContent = rows.length === info.rows ? `all ${number(rows.length)}` : `${number(rows.length)} of ${number(info.rows)}`;
+    const where = state.cluster === null ? "" : ` in cluster ${state.cluster}`;
+    at("count").textContent = `${rows.length === info.rows ? "all" : `${number(rows.length)} of`} ${number(info.rows)}${where}`;
     at("page").textContent = `page ${number(page + 1)} of ${number(pages)}`;
     at("previous").disabled = page === 0;
     at("next").disabled = page === pages - 1;
-    const tiles = Array.from(part, (row) => tile(row, anchorName(row), [`row ${row}`, figure(row)]));
-    at("anchors").replaceChildren(...tiles);
-    if (!part.length) at("anchors").append(element("li", "", "No anchor matches."));
-    const marked = at("anchors").querySelector(`[data-row="${current}"]`);
-    marked?.setAttribute("aria-current", "true");
-    const entry = marked ?? at("anchors").querySelector("button");
+    const list = at("anchors");
+    const key = `${selected} ${page}`;
+    if (key !== drawn) {
+      drawn = key;
+      const focused = list.contains(document.activeElement);
+      const part = rows.subarray(page * PAGE, (page + 1) * PAGE);
+      list.replaceChildren(...Array.from(part, (row) => tile(row, anchorName(row), [`row ${row}`, figure(row)])));
+      if (!part.length) list.append(element("li", "", "No anchor matches."));
+      if (window.scrollY > at("results").offsetTop) window.scrollTo(0, 0);
+      if (focused) (list.querySelector("button") ?? at("results")).focus();
+    }
+    for (const button of list.querySelectorAll("button")) {
+      if (Number(button.dataset.row) === current) button.setAttribute("aria-current", "true");
+      else button.removeAttribute("aria-current");
+    }
+    const entry = list.querySelector('[tabindex="0"]') ?? list.querySelector('[aria-current="true"]') ?? list.querySelector("button");
     if (entry) entry.tabIndex = 0;
   }
 
@@ -209,7 +223,7 @@
     if (focusMembers && first) first.focus();
     focusMembers = false;
     renderCluster(row);
-    say(`Bag of row ${row}, ${className(label)}${known ? `: ${same} of ${members.length} members of its class` : ""}`);
+    say(`Bag of row ${row}, ${classText(label)}${known ? `: ${same} of ${members.length} members of its class` : ""}`);
   }
 
   function memberTile(member, i, anchorLabel) {
@@ -217,9 +231,9 @@
     const kind = anchorLabel < 0 || label < 0 ? undefined : label === anchorLabel ? "same" : "other";
     const words = { same: ", the same class", other: ", another class" }[kind] ?? "";
     const cosine = member.similarity.toFixed(3);
-    const name = `member ${i + 1}: row ${member.row}, similarity ${cosine}, ${className(label)}${words}`;
+    const name = `member ${i + 1}: row ${member.row}, similarity ${cosine}, ${classText(label)}${words}`;
     const lines = [`row ${member.row}`, `cosine ${cosine}`];
-    if (label >= 0) lines.push(`class ${className(label)}`);
+    if (label >= 0) lines.push(classText(label));
     return tile(member.row, name, lines, kind);
   }
 
