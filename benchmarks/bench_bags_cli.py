@@ -51,7 +51,7 @@ def measure(root: Path, command: list[str]) -> tuple[float, float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.stderr is not None
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)}: {process.stderr.read().decode()}")
+        raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}: {process.stderr.read().decode()}")
     process.stderr.close()
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
 

@@ -68,13 +68,8 @@ def new_directory(path: Path | str) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        move_directory(partial, path)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def move_directory(source: Path, target: Path) -> None:
-    """Put the folder `source` in the place of `target`, whatever stands there."""
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(source, target)

@@ -6,7 +6,6 @@ length of the listing: while a thread writes one, the next is computed. Shape le
 D feature width, V views, P key width.
 """
 
-import errno
 import os
 import shutil
 import time
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bingo import distributed
-from bingo.artefacts import new_directory, read_json, write_bytes, write_json
+from bingo.artefacts import read_json, write_bytes, write_json
 from bingo.data.embeddings import EmbeddingsWriter, create_embeddings, embeddings_fingerprint, open_for_writing
 from bingo.data.images import Images
 from bingo.data.listing import Listing
@@ -183,19 +182,15 @@ class _Unfinished:
         write_bytes(self.done / str(chunk), half_nD[0].tobytes() if (half_nD == half_nD[0]).all() else b"")
 
     def publish(self, out: Path) -> None:
-        """Check the store and move it to `out` in one rename. Raises UserError where a chunk is missing or all rows are equal."""
+        """Check the store and put it at `out` in one rename; `state` keeps it until the caller removes that.
+
+        Raises UserError where a chunk is missing or all rows are equal.
+        """
         if self._is_constant():
             rows = self.writer.rows(self.writer.chunks - 1).stop
             line = f"{out}: the teacher gives all {rows} images the same feature, allowed are different ones"
             raise UserError(f"{line}; check teacher.checkpoint and image.mean/std, and look at the images")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.writer.finish(out)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            with new_directory(out) as folder:  # the state is on another disk
-                shutil.copytree(self.path, folder, dirs_exist_ok=True)
+        self.writer.finish(out)
 
     def _is_constant(self) -> bool:
         if self.missing_chunks() or len(self.writer.rows(0)) == 1:

@@ -49,7 +49,6 @@ def main() -> None:
             run.notes["images_per_second"] = round(rate, 1)
             run.say(f"extract: {len(listing)} images, {params.extract.views} stored views of {listing.train_rows}; {rate:,.0f} views/s")
             if distributed.rank() == 0:
-                shutil.rmtree(folder, ignore_errors=True)
                 if listing.labelled:
                     embeddings = read_embeddings(paths.EMBEDDINGS, listing)
                     quality = teacher_quality(embeddings, listing, images, teacher, params.image, params.seed, device)
@@ -58,6 +57,7 @@ def main() -> None:
                         f"extract: kNN {quality['teacher_knn']:.1f} %, untrained {quality['random_knn']:.1f} %,"
                         f" chance {quality['chance']:.1f} %"
                     )
+                shutil.rmtree(folder, ignore_errors=True)  # only now: a kill during the check must not cost the pass
 
 
 if __name__ == "__main__":

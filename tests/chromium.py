@@ -10,10 +10,8 @@ import time
 from pathlib import Path
 
 PATH = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-_FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    " --disable-sync --hide-scrollbars --remote-debugging-pipe"
-).split()
+_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+          "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe"]  # fmt: skip
 _KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "ArrowUp": 38, "Enter": 13, "Escape": 27, "Tab": 9, "PageDown": 34,
          "PageUp": 33, "/": 191}  # fmt: skip
 
@@ -106,8 +104,9 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """The left mouse button in the middle of the first element of a selector."""
-        box = self.value(f"(e => {{ e.scrollIntoView({{block: 'nearest'}}); const b = e.getBoundingClientRect();"
-                         f" return [b.x + b.width / 2, b.y + b.height / 2]; }})(document.querySelector({json.dumps(selector)}))")  # fmt: skip
+        middle = "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2];"
+        element = f"document.querySelector({json.dumps(selector)})"
+        box = self.value(f"(e => {{ e.scrollIntoView({{block: 'nearest'}}); {middle} }})({element})")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 

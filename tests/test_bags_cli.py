@@ -152,10 +152,10 @@ def test_a_path_that_is_not_listed(workspace):
 
 
 def test_no_index_no_listing(workspace):
-    os.rename("data/bags.zarr", "data/elsewhere.zarr")
+    Path("data/bags.zarr").rename("data/elsewhere.zarr")
     for command in (["show", 5], ["stats"], ["gallery"], ["diff", "workspace", "workspace"]):
         assert "data/bags.zarr: there is no such store, or it is not whole; run: dvc repro bag" in mistake(*command)
-    os.rename("data/listing.parquet", "data/elsewhere.parquet")
+    Path("data/listing.parquet").rename("data/elsewhere.parquet")
     assert "data/listing.parquet: there is no such file; run: dvc repro scan" in mistake("show", 5)
 
 

@@ -8,6 +8,8 @@ Shape letters: N rows of the listing, T train rows (the first ones), V stored vi
 Both are cut into chunks of the same number of rows, and a chunk is a file: it is written once, whole, by one process.
 """
 
+import os
+import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from bingo.artefacts import fingerprint, move_directory
+from bingo.artefacts import fingerprint, new_directory
 from bingo.data.chunks import chunk_is_written, new_array, open_array, open_group, read_rows
 from bingo.errors import UserError
 
@@ -64,13 +66,23 @@ class EmbeddingsWriter:
         self._features[rows.start : rows.stop] = _half(features_nD, (len(rows), self._features.shape[1]), "feature", rows)
 
     def finish(self, target: Path) -> None:
-        """Check that every chunk is there, remove what a killed process left, and move the store to `target`, in one rename."""
+        """Check that every chunk is there and put the store at `target`, in one rename, without what a killed process left.
+
+        The store stays where it was too, in the same files where both are on one disk: who asked for it removes it when `target` is safe.
+        """
         missing = [chunk for chunk in range(self.chunks) if not self.chunk_is_complete(chunk)]
         if missing:
             raise UserError(f"{self.path}: {len(missing)} of {self.chunks} chunks are not written; run again: {_WAY_OUT}")
-        for leftover in self.path.rglob("*.partial"):  # zarr's temporary files
-            leftover.unlink()
-        move_directory(self.path, target)
+        with new_directory(target) as folder:
+            leftovers = shutil.ignore_patterns("*.partial")  # zarr's temporary files
+            shutil.copytree(self.path, folder, copy_function=_link_or_copy, ignore=leftovers, dirs_exist_ok=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without hard links
+        shutil.copyfile(source, target)
 
 
 def create_embeddings(
