@@ -169,7 +169,14 @@ def test_state_on_another_disk(whole, tmp_path, monkeypatch):
     def refuse(source, target):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
-    monkeypatch.setattr(stores.os, "link", refuse)
+    finish = stores.EmbeddingsWriter.finish
+
+    def finish_elsewhere(writer, target):
+        with monkeypatch.context() as patch:
+            patch.setattr(stores.os, "link", refuse)
+            finish(writer, target)
+
+    monkeypatch.setattr(stores.EmbeddingsWriter, "finish", finish_elsewhere)
     assert content(run(tmp_path)) == content(whole)
 
 

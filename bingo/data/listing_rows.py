@@ -75,13 +75,15 @@ class ListingRows:
         """The row of a path. Raises UserError, with paths that contain its last part, where there is none."""
         import pyarrow.compute as pc
 
-        hints: list[str] = []
-        last = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
-        for start, paths in self._path_columns():
+        for start, paths in self._path_columns(path):
             if (place := pc.index(paths, path).as_py()) >= 0:
                 return start + place
-            if len(hints) < _MOST_HINTS and last:
+        hints: list[str] = []
+        if last := path.replace("\\", "/").rstrip("/").rpartition("/")[2]:
+            for _, paths in self._path_columns():
                 hints += paths.filter(pc.match_substring(paths, last)).slice(0, _MOST_HINTS).to_pylist()
+                if len(hints) >= _MOST_HINTS:
+                    break
         near = f"; did you mean {', '.join(map(repr, hints[:_MOST_HINTS]))}?" if hints else ""
         raise UserError(f"{path!r}: no such path in {self.name} ({len(self)} rows){near}")
 
@@ -97,9 +99,14 @@ class ListingRows:
         if held:
             yield first, held
 
-    def _path_columns(self) -> Iterator[tuple[int, pa.ChunkedArray]]:
+    def _path_columns(self, holding: str | None = None) -> Iterator[tuple[int, pa.ChunkedArray]]:
+        """First row and paths of each row group, or of those alone whose smallest and largest path leave room for `holding`."""
         for group in range(self._file.metadata.num_row_groups):
             with self._damage():
+                statistics = self._file.metadata.row_group(group).column(_COLUMNS.index("path")).statistics
+                bounded = holding is not None and statistics is not None and statistics.has_min_max
+                if bounded and not statistics.min <= holding <= statistics.max:
+                    continue
                 column = self._file.read_row_group(group, columns=["path"])["path"]
             yield int(self._starts[group]), column
 
