@@ -1,6 +1,7 @@
 """report: one offline page with results, curves, bags and parameters; timings go beside it, as they differ from run to run.
 
-python -m stages.report      reads everything that is there; writes reports/index.html and, no output of the stage, reports/run.js
+python -m stages.report      reads everything that is there; writes reports/index.html, reports/results.json (the few
+figures that `dvc metrics` and `dvc exp show` compare) and, no output of the stage, reports/run.js
 """
 
 from pathlib import Path
@@ -21,11 +22,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main() -> None:
     """Write the page."""
     with stage_run("report") as run:
-        from bingo.artefacts import read_json, write_bytes
+        from bingo.artefacts import read_json, write_bytes, write_json
         from bingo.report import build_page, run_script
+        from bingo.report_results import compared_figures
 
         records = [read_json(path) for path in sorted(paths.RUNS.glob("*.json")) if path.stem != "report"]
-        write_bytes(paths.REPORTS / "index.html", build_page(_artefacts(run)).encode())
+        artefacts = _artefacts(run)
+        write_bytes(paths.REPORTS / "index.html", build_page(artefacts).encode())
+        write_json(paths.REPORTS / "results.json", compared_figures(artefacts))
         write_bytes(paths.REPORTS / "run.js", run_script(records).encode())
         run.say(f"report: {(paths.REPORTS / 'index.html').resolve().as_uri()}")
 

@@ -55,8 +55,9 @@
     };
   }
 
+  // From the address, not from `state`, which follows it a moment later: two quick changes must both count.
   function go(changes) {
-    const next = { ...state, ...changes };
+    const next = { ...readAddress(), ...changes };
     const names = { row: "row", sort: "sort", label: "class", cluster: "cluster", q: "q", page: "page" };
     const address = new URLSearchParams();
     for (const [key, name] of Object.entries(names)) if (next[key] !== EMPTY[key]) address.set(name, next[key]);
@@ -278,7 +279,7 @@
 
   function turn(pages) {
     const last = Math.max(0, Math.ceil(rows.length / PAGE) - 1);
-    go({ page: Math.max(0, Math.min(last, state.page + pages)) });
+    go({ page: Math.max(0, Math.min(last, readAddress().page + pages)) });
   }
 
   // The tile that an arrow leads to: one to the side, or the one above or below, by where they are drawn.
@@ -322,7 +323,7 @@
     at("class").addEventListener("change", (event) => go({ label: event.target.value === "" ? null : Number(event.target.value), page: 0, row: null }));
     at("sort").addEventListener("change", (event) => go({ sort: event.target.value, page: 0 }));
     at("controls").addEventListener("submit", find);
-    at("reset").addEventListener("click", () => go({ ...EMPTY, row: state.row }));
+    at("reset").addEventListener("click", () => go({ ...EMPTY, row: readAddress().row }));
     at("previous").addEventListener("click", () => turn(-1));
     at("next").addEventListener("click", () => turn(1));
     document.querySelector(".skip").addEventListener("click", (event) => {
