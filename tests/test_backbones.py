@@ -45,7 +45,7 @@ def test_a_deep_stem_is_scaled_too():
     assert list(net.state_dict()) == list(timm.create_model("resnet26d", num_classes=0).state_dict())
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "torchvision/resnet18"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet26d", "torchvision/resnet18"])
 def test_the_small_stem_of_a_resnet_keeps_the_resolution(arch):
     net, sizes = build_backbone(arch, 1.0, "small", 0), []
     net.layer1.register_forward_hook(lambda module, args, output: sizes.append(tuple(output.shape)))
@@ -57,7 +57,6 @@ def test_the_small_stem_of_a_resnet_keeps_the_resolution(arch):
 @pytest.mark.parametrize(
     ("arch", "conv"),
     [
-        ("resnet26d", "conv1.0"),
         ("efficientnet_b0", "conv_stem"),
         ("tf_mobilenetv3_small_minimal_100", "conv_stem"),
         ("torchvision/mobilenet_v3_small", "features.0.0"),

@@ -223,6 +223,17 @@ def test_a_queue_is_a_ring_that_wraps_anywhere():
     assert queue.keys_QP[:, 0].tolist() == [ring[slot] // 3 for slot in range(7)]
 
 
+def test_places_that_hold_no_key_are_no_negatives_after_the_first_push(context):
+    params = MocoParams(temperature=0.1, queue_rows=10, key_momentum=0.9, head_hidden=8, key_width=KEY)
+    method, batch = moco.build(params, context), batch_of(context)
+    method(batch, Progress(0, 0))
+    method.after_step()
+    query, filled = queries(method, batch.anchor_views[0]), method.queue.keys_QP[:BATCH].tolist()
+    key = nn.functional.normalize(method.key_encoder(batch.anchor_views[1]), dim=1).tolist()
+    expected = sum(loop_info_nce(q, k, filled, 0.1) for q, k in zip(query, key, strict=True)) / BATCH
+    assert method(batch, Progress(0, 1))["loss"].item() == pytest.approx(expected, rel=2e-5)
+
+
 def test_cutmix_pastes_one_box_whose_area_is_the_share():
     """Share ~ Beta(2, 2), whose distribution function is 3 x^2 - 2 x^3; box side sqrt(1 - share) of the image, clipped."""
     anchor, member = torch.zeros(100, 3, 32, 32), torch.ones(100, 3, 32, 32)

@@ -120,16 +120,11 @@ class Bingo(Method):
 
     def _negatives(self, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor | None]:
         """Common negatives (J, P) of all queries, and which of them each anchor does not see, (B, J)."""
-        if self.params.negatives == "queue":
-            bank_JP, rows_J = (
-                self.queue.keys_QP.clone(),
-                self.queue.rows_Q.clone(),
-            )  # forward may precede a push: autograd keeps these
-        else:
+        if self.params.negatives == "bank":
             bank_JP, rows_J = self._bank_draw(progress.step)
-            if not self.params.mask_bag:
-                return bank_JP, hidden_negatives(rows_J, self._own_rows(batch))
-        return bank_JP, self._hidden(batch, rows_J) if self.params.mask_bag else None
+            return bank_JP, self._hidden(batch, rows_J) if self.params.mask_bag else hidden_negatives(rows_J, self._own_rows(batch))
+        bank_JP, rows_J = self.queue.keys_QP.clone(), self.queue.rows_Q.clone()  # a push may come before backward is done with these
+        return bank_JP, self.queue.empty() | self._hidden(batch, rows_J) if self.params.mask_bag else self.queue.empty()
 
     def _bank_draw(self, step: int) -> tuple[Tensor, Tensor]:
         """Distinct rows of the bank with one stored view each, the same on every process: `negative_rows` of them, or all."""

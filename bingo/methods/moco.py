@@ -32,7 +32,7 @@ class Moco(Method):
             query_BP = unit(self.head(self.student(batch.anchor_views[0])))
             with torch.no_grad():
                 keys_BP = unit(shuffled(self.key_encoder, batch.anchor_views[1], self.seed, progress.step))
-        negatives_B = negative_logsumexp(query_BP, self.queue.keys_QP, self.params.temperature)
+        negatives_B = negative_logsumexp(query_BP, self.queue.keys_QP, self.params.temperature, self.queue.empty())
         self.pushed = (keys_BP, batch.anchor_rows_B)
         return {"loss": info_nce(query_BP, keys_BP, negatives_B, self.params.temperature).mean()}
 

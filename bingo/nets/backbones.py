@@ -20,7 +20,7 @@ from bingo.errors import UserError
 # Nets that scale depth or drop units at random draw from torch's global generator, which a restart does not restore.
 _RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
 # Residual branches start at work, as in torchvision and so in all released code; timm would start them at zero.
-_RESNET_INIT = {"zero_init_last": False}
+_RESNET_INIT: dict[str, Any] = {"zero_init_last": False}
 _TWO_HEADED = ("googlenet", "inception_v3")
 
 
@@ -148,14 +148,12 @@ def _without_classifier(net: Any) -> nn.Module:
 
 
 def _make_stem_small(built: nn.Module, arch: str) -> None:
-    """Change the stem in place, without a change of names. Raises UserError for families whose stem is something else."""
+    """Change the stem in place; a ResNet's deep stem becomes one layer too. Raises UserError for families whose stem is something else."""
     net: Any = built
     first: Any = getattr(built, "conv1", None)
     if isinstance(built, ResNet | vision.ResNet):
-        if isinstance(first, nn.Conv2d):
-            net.conv1 = _first_conv(first.out_channels, kernel=3, stride=1)
-        else:  # a deep stem, of 3x3 convolutions already
-            first[0].stride = 1, 1
+        last = first if isinstance(first, nn.Conv2d) else first[-1]
+        net.conv1 = _first_conv(last.out_channels, kernel=3, stride=1)
         net.maxpool = nn.Identity()
     elif isinstance(built, EfficientNet | MobileNetV3):
         net.conv_stem.stride = 1, 1
