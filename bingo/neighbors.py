@@ -8,14 +8,12 @@ give equal numbers, on any device. Candidates are sorted by (cosine, row). Where
 searched.
 """
 
-import itertools
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
+
+from bingo.progress import progress_bar
 
 _MARGINS = (16, 256)  # candidates beyond k and self: at first, and again for those queries whose cut may run through a tie
 _CPU_TOLERANCE, _GPU_TOLERANCE = 1e-5, 2e-4  # by how much a found score may differ from the cosine: float32, and float16 rows
@@ -25,7 +23,6 @@ _GPU_LEAST_PRODUCTS = 1e10  # a smaller search ends on the CPU before a copy to 
 _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from the host
 _CPU_BLOCK_ROWS, _GPU_BLOCK_ROWS = 16384, 131072  # queries; a GPU gets the base anew with every block
 _RESCORED_BYTES = 64 << 20
-_SILENT_SECONDS = 2.0
 
 Found = tuple[np.ndarray, np.ndarray]
 
@@ -57,9 +54,9 @@ def top_k(
     def one_share(worker: int) -> None:  # each GPU takes every gpus-th block, from its own thread
         for start in starts[worker::workers]:
             one_block(start, worker)
-            advance()
+            bar.advance()
 
-    with _progress("neighbours", len(starts)) as advance:
+    with progress_bar("neighbours", len(starts), "blocks") as bar:
         if workers == 1:  # in this thread: the number of OpenMP threads is a thread's own
             one_share(0)
         else:
@@ -206,28 +203,3 @@ class _Search:
             with ThreadPoolExecutor(faiss.omp_get_max_threads()) as pool:
                 list(pool.map(one_block, starts))
         return cosines_QM
-
-
-@contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A function that counts one step: it draws a bar on a terminal's stderr, once the work has taken two seconds."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bars: list[Progress] = []
-    done, started = itertools.count(1), time.monotonic()
-
-    def advance() -> None:
-        steps = next(done)
-        if not bars and sys.stderr.isatty() and time.monotonic() - started > _SILENT_SECONDS:
-            bars.append(Progress(console=Console(stderr=True), transient=True))
-            bars[0].add_task(label, total=total)
-            bars[0].start()
-        for bar in bars:
-            bar.update(bar.task_ids[0], completed=steps)
-
-    try:
-        yield advance
-    finally:
-        for bar in bars:
-            bar.stop()

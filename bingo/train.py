@@ -149,7 +149,7 @@ class Trainer:
         begun = time.monotonic()
         try:
             with progress_bar(self.label, total * self.schedule.batch_anchors, "anchors") as bar:
-                bar.advance_to(self.step * self.schedule.batch_anchors)
+                bar.resume_at(self.step * self.schedule.batch_anchors)
                 while self.step < total:
                     self._epoch(bar)
         finally:

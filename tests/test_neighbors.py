@@ -1,8 +1,6 @@
 """Exact neighbours against numpy, with duplicates and ties; votes against their definition."""
 
-import io
 import math
-import sys
 from collections import defaultdict
 
 import faiss
@@ -178,23 +176,3 @@ def test_ties_of_plain_votes_go_to_the_nearest_and_small_temperatures_do_not_ove
     found = votes(labels, rows, cosines, [1, 2, 3, 4, 5], 1e-5)
     assert [int(found[k][0][0]) for k in (1, 2, 3, 4, 5)] == [0, 0, 0, 2, 1]
     assert [int(found[k][1][0]) for k in (1, 2, 3, 4, 5)] == [0, 0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_goes_to_a_terminals_stderr_only(monkeypatch, terminal):
-    stream = io.StringIO()
-    stream.isatty = lambda: terminal
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(neighbors, "_SILENT_SECONDS", 0)
-    x = data(40)
-    top_k(x, x, 3, block_rows=10)
-    assert "neighbours" in stream.getvalue() if terminal else stream.getvalue() == ""
-
-
-def test_a_short_search_says_nothing(monkeypatch):
-    stream = io.StringIO()
-    stream.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", stream)
-    top_k(data(40), data(40), 3)
-    assert stream.getvalue() == ""
