@@ -1,47 +1,39 @@
 """The progress bar: on a terminal, for work that lasts, by the first process; silence otherwise."""
 
 import io
+import re
 import sys
-
-import pytest
 
 from bingo import progress
 
 
-@pytest.fixture
-def stderr(monkeypatch):
+def shown(monkeypatch, terminal=True, silent_seconds=0.0) -> str:
+    """What four steps of work write to standard error."""
     stream = io.StringIO()
-    stream.isatty = lambda: True
+    stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(progress, "_SILENT_SECONDS", 0)
-    return stream
-
-
-def work(units=4):
-    with progress.progress_bar("neighbours", units, "rows") as bar:
-        for _ in range(units):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(progress, "_SILENT_SECONDS", silent_seconds)
+    with progress.progress_bar("neighbours", 4, "rows") as bar:
+        for _ in range(4):
             bar.advance()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
 
 
-def test_a_terminal_sees_label_count_rate_and_time_left(stderr):
-    work()
-    assert all(words in stderr.getvalue() for words in ("neighbours", "4/4", "rows/s", "left"))
+def test_a_terminal_sees_label_count_rate_and_time_left(monkeypatch):
+    text = shown(monkeypatch)
+    assert all(words in text for words in ("neighbours", "4/4", "rows/s", "left")), text
 
 
-def test_a_file_sees_nothing(stderr):
-    stderr.isatty = lambda: False
-    work()
-    assert stderr.getvalue() == ""
+def test_a_file_sees_nothing(monkeypatch):
+    assert shown(monkeypatch, terminal=False) == ""
 
 
-def test_a_second_process_says_nothing(stderr, monkeypatch):
+def test_a_second_process_says_nothing(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    work()
-    assert stderr.getvalue() == ""
+    assert shown(monkeypatch) == ""
 
 
-def test_short_work_says_nothing(stderr, monkeypatch):
-    monkeypatch.setattr(progress, "_SILENT_SECONDS", 60)
-    work()
-    assert stderr.getvalue() == ""
+def test_short_work_says_nothing(monkeypatch):
+    assert shown(monkeypatch, silent_seconds=60) == ""
