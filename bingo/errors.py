@@ -12,6 +12,10 @@ class UserError(Exception):
         super().__init__("\n".join(self.lines))
 
 
+class Interrupted(Exception):
+    """A signal asked to stop, and a checkpoint was written: the same command goes on from there."""
+
+
 def near_matches(word: str, allowed: Iterable[str], most: int = 3) -> str:
     """`; did you mean a, b?` for the names of `allowed` that look like `word`, or an empty string."""
     near = get_close_matches(word, list(allowed), n=most, cutoff=0.5)

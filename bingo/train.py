@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bingo import distributed, seeds
 from bingo.checkpoints import Checkpoints
 from bingo.data.loader import Request, ViewLoader
-from bingo.errors import UserError
+from bingo.errors import Interrupted, UserError
 from bingo.methods.contract import Batch, Method, Progress
 from bingo.params import ScheduleParams
 from bingo.progress import progress_bar
@@ -28,10 +28,6 @@ if TYPE_CHECKING:  # a method without bags does not depend on them
     from bingo.bags import Bags
 
 STORED_VIEWS = "extract"  # the purpose under which the teacher's pass draws its views (bingo/extract.py)
-
-
-class Interrupted(Exception):
-    """A signal asked to stop; a checkpoint of this step was written."""
 
 
 @dataclass

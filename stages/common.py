@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bingo.artefacts import file_fingerprint, fingerprint, write_json
-from bingo.errors import UserError
+from bingo.errors import Interrupted, UserError
 from bingo.params import Params, load_params, read_yaml
 from stages.paths import RUNS
 
@@ -66,12 +66,10 @@ def mistakes_as_lines() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0" or os.environ.get("TORCHELASTIC_RUN_ID") is None:
             print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr, flush=True)
         raise SystemExit(USER_MISTAKE) from None
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
+    except Interrupted as error:
         print(error, file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
 
 

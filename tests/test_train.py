@@ -13,11 +13,11 @@ from bingo.bag_builders import build_knn
 from bingo.checkpoints import Checkpoints
 from bingo.data.images import MemoryImages
 from bingo.data.loader import ViewLoader
-from bingo.errors import UserError
+from bingo.errors import Interrupted, UserError
 from bingo.methods.contract import Context, build_method
 from bingo.nets.backbones import build_backbone
 from bingo.params import load_params, method_section
-from bingo.train import Interrupted, Trainer
+from bingo.train import Trainer
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
