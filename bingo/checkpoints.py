@@ -1,6 +1,7 @@
 """Checkpoints of an unfinished training: whole or absent, the previous one kept until the next is complete, one file a process."""
 
 import io
+import math
 import os
 import time
 from pathlib import Path
@@ -10,8 +11,21 @@ import torch
 
 from bingo import distributed
 from bingo.artefacts import read_json, write_bytes, write_json
+from bingo.errors import UserError
 
 SECONDS_VARIABLE = "BINGO_CHECKPOINT_SECONDS"
+
+
+def seconds_between() -> float:
+    """How many seconds lie between two saves: BINGO_CHECKPOINT_SECONDS, 120 where it is not set. Raises UserError for no such number."""
+    wanted = os.environ.get(SECONDS_VARIABLE, "120")
+    try:
+        seconds = float(wanted)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{SECONDS_VARIABLE} = {wanted}: allowed is a number of seconds from 0 (a checkpoint at every step)")
+    return seconds
 
 
 class Checkpoints:
@@ -19,7 +33,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, every_seconds: float | None = None):
         self.folder = folder
-        self.every_seconds = float(os.environ.get(SECONDS_VARIABLE, "120")) if every_seconds is None else every_seconds
+        self.every_seconds = seconds_between() if every_seconds is None else every_seconds
         self.last_seconds = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
 

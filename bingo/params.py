@@ -256,6 +256,13 @@ class _Core(Section):
                 raise ValueError(f"{name!r}: a baseline is a method without a teacher, allowed are {', '.join(allowed)}")
         return names
 
+    @model_validator(mode="after")
+    def _crops_are_of_known_networks(self) -> Self:
+        allowed = ["student", "untrained", *self.baselines]
+        if unknown := [name for name in self.linear_eval.crops.nets if name not in allowed]:
+            raise ValueError(f"linear_eval.crops.nets: {', '.join(unknown)}: no such network is trained, allowed are {', '.join(allowed)}")
+        return self
+
 
 def method_names() -> list[str]:
     """Every method that has a file in bingo/methods."""
@@ -318,7 +325,7 @@ def _mistakes(error: ValidationError, model: Any) -> list[str]:
         else:
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
             value = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
-            lines.append(f"{key}{value}: {message}")
+            lines.append(f"{key}{value}: {message}" if key else message)
     return lines
 
 

@@ -4,8 +4,10 @@ Every random choice is a function of (seed, purpose, epoch, row), so a run that 
 ends with the same bytes as one that was not.
 """
 
+import inspect
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -50,12 +52,15 @@ class Result:
     wait_seconds: float = 0.0
 
 
-def steps_in_epoch(train_rows: int, batch_anchors: int) -> int:
-    """Whole batches in an epoch; the tail is dropped, another one each epoch. Raises UserError where there is none, or no equal share."""
+def steps_in_epoch(train_rows: int, batch_anchors: int, name: str = "batch_anchors") -> int:
+    """Whole batches in an epoch; the tail is dropped, another one each epoch.
+
+    Raises UserError, which calls the parameter `name`, where there is no whole batch, or no equal share of it for each process.
+    """
     if batch_anchors > train_rows:
-        raise UserError(f"batch_anchors = {batch_anchors}: there are only {train_rows} train images; lower it to at most that")
+        raise UserError(f"{name} = {batch_anchors}: there are only {train_rows} train images; lower it to at most that")
     if batch_anchors % distributed.world():
-        raise UserError(f"batch_anchors = {batch_anchors}: {distributed.world()} processes cannot share it equally; use a multiple")
+        raise UserError(f"{name} = {batch_anchors}: {distributed.world()} processes cannot share it equally; use a multiple")
     return train_rows // batch_anchors
 
 
@@ -128,7 +133,12 @@ class Trainer:
         self.network: nn.Module = self.method
         if distributed.world() > 1:
             ids = [device] if device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.method, device_ids=ids, broadcast_buffers=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the argument's new name is unknown to older versions of torch
+                # Each process keeps its own BatchNorm statistics; the argument that says so changed its name in torch 2.15.
+            names = inspect.signature(DistributedDataParallel).parameters
+            own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+            self.network = DistributedDataParallel(self.method, device_ids=ids, **own_buffers)
         self.sums: dict[str, Tensor] = {}
         self.step, self.result = 0, Result()
         self.stopping = False

@@ -4,6 +4,7 @@ Nothing here can change a stage's output, so no stage depends on this file.
 """
 
 import ctypes
+import errno
 import fcntl
 import os
 import platform
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 USER_MISTAKE, INTERRUPTED, BUSY = 2, 75, 75
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 PACKAGES = ("torch", "torchvision", "timm", "zarr", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn")
 
 
@@ -63,14 +66,26 @@ def mistakes_as_lines() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or os.environ.get("TORCHELASTIC_RUN_ID") is None:
-            print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr, flush=True)
+        _tell(error.lines)
+        raise SystemExit(USER_MISTAKE) from None
+    except OSError as error:
+        if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
+            raise
+        way_out = "free some room" if error.errno in NO_ROOM else "mend the rights"
+        _tell([f"{error.filename or Path.cwd()}: {error.strerror}; {way_out}, and start again: what is done is not lost"])
         raise SystemExit(USER_MISTAKE) from None
     except Interrupted as error:
         print(error, file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+
+
+def _tell(lines: Sequence[str]) -> None:
+    """Print mistakes. All processes mostly find the same ones: the others wait until the launcher, who sees the first fail, ends them."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)
+    print("\n".join(f"error: {line}" for line in lines), file=sys.stderr, flush=True)
 
 
 def die_with_parent() -> None:

@@ -23,9 +23,12 @@ def main() -> None:
 
         params, listing = run.params, read_listing(paths.LISTING)
         train, scores = listing.train_rows, {}
+        ks = [k for k in params.knn_eval.k if k <= train]
+        if left_out := [str(k) for k in params.knn_eval.k if k > train]:
+            run.say(f"knn_eval: there are only {train} train images, so knn_eval.k {', '.join(left_out)} is left out")
         if not listing.labelled or train == len(listing):
             run.say("knn_eval: the listing has no labelled test images, so there is nothing to measure")
-        else:
+        elif ks:
             images = open_images(listing, paths.IMAGES, params.dataset.root)
             with process_group(run) as device:
                 for name, features in features_of_networks(run, listing, images, device):
@@ -35,7 +38,7 @@ def main() -> None:
                         labels[:train],
                         features[train:],
                         labels[train:],
-                        params.knn_eval.k,
+                        ks,
                         params.knn_eval.temperature,
                     )
                     run.say(f"knn_eval: {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in scores[name].items()))

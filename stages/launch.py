@@ -10,6 +10,8 @@ import sys
 
 from bingo.errors import UserError
 
+INTERRUPTED = 75  # the exit code of a stop with a checkpoint, as in stages/common.py
+
 
 def launch(stage: str, *arguments: str) -> None:
     """Become torchrun where several processes are wanted; return where this process is to do the work."""
@@ -19,9 +21,9 @@ def launch(stage: str, *arguments: str) -> None:
     processes = _processes()
     if processes == 1 and not extra:
         return
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *(extra or ["--standalone"])]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.execv(sys.executable, [*torchrun, f"--nproc-per-node={processes}", "-m", f"stages.{stage}", *arguments])
+    torchrun = [*(extra or ["--standalone"]), f"--nproc-per-node={processes}", "-m", f"stages.{stage}", *arguments]
+    os.execv(sys.executable, [sys.executable, "-m", "stages.launch", *torchrun])
 
 
 def _processes() -> int:
@@ -35,3 +37,28 @@ def _processes() -> int:
     if not wanted.isdigit() or int(wanted) < 1:
         raise UserError(f"BINGO_PROCESSES = {wanted}: allowed is a whole number from 1")
     return int(wanted)
+
+
+def _run_torchrun(arguments: list[str]) -> int:
+    """Run torchrun here and give the exit code of the process that failed first; what that process had to say it has said itself."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    logging.disable(logging.ERROR)  # the launcher's own reports: what it would say is said below, in one line
+    try:
+        main(arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: process {rank} was ended by {failure.signal_name()}; start again to go on", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_run_torchrun(sys.argv[1:]))

@@ -50,6 +50,7 @@ def _overlaid(overlay: dict, root: str | None, yaml: Any) -> tuple[str, list[tup
 
     yaml.width = 200
     yaml.preserve_quotes = True
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))  # not an empty field
     document = yaml.load(Path("params.yaml").read_text())
     changes: list[tuple[str, Any, Any]] = []
     _lay_over(document, overlay, "", changes)

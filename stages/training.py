@@ -48,11 +48,13 @@ def train_method(
     from bingo.data.loader import ViewLoader
     from bingo.evals.probe import KnnProbe
     from bingo.methods.contract import Context, build_method
-    from bingo.nets.backbones import build_backbone
-    from bingo.train import Trainer
+    from bingo.nets.backbones import build_backbone, check_images
+    from bingo.train import Trainer, steps_in_epoch
 
     params = run.params
+    steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{_schedule_name(run)}.batch_anchors")
     student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(params.seed, "student"))
+    check_images(student, network.arch, params.image.crop_px)
     context = Context(
         student=student,
         feature_width=student.feature_width,
@@ -100,6 +102,10 @@ def train_method(
     run.notes |= {"anchors_per_second": round(rate, 1), "data_wait": round(result.wait_seconds / max(result.seconds, 1e-9), 3)}
     last = ", ".join(f"{name} {value:g}" for name, value in result.history[-1].items() if name not in ("epoch", "lr"))
     run.say(f"{run.stage}: {method_name}, {schedule.epochs} epochs, {rate:,.0f} anchors/s; last epoch: {last}")
+
+
+def _schedule_name(run: Run) -> str:
+    return "teacher.pretrain" if run.stage == "teacher" else "distill"
 
 
 def write_curves(path: Path, history: list[dict[str, float]]) -> None:

@@ -32,7 +32,8 @@ def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             entries = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); run the stage that writes it: dvc repro") from None
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
+        raise UserError(f"{path}: cannot be read ({reason}); run the stage that writes it: dvc repro") from None
     except SafetensorError as error:
         raise UserError(f"{path}: is not a safetensors file, or is truncated ({error}); delete it and run: dvc repro") from None
     try:

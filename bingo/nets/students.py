@@ -30,8 +30,10 @@ def load_student(path: Path, network: NetworkParams | None = None) -> tuple[Back
     if metadata.get("kind") != "student":
         raise UserError(f"{path}: holds a {metadata.get('kind', 'network of another kind')}, not a student; run: dvc repro distill")
     shape = {name: metadata[name] for name in ("arch", "width", "stem")}
-    if network is not None and shape != {"arch": network.arch, "width": network.width, "stem": network.stem}:
-        raise UserError(f"{path}: is a student of {shape}, but params.yaml says {network.arch}, {network.width}; run: dvc repro distill")
+    wanted = shape if network is None else {name: getattr(network, name) for name in shape}
+    if other := [name for name in shape if shape[name] != wanted[name]]:
+        differences = ", ".join(f"student.{name} = {wanted[name]}, this network has {shape[name]}" for name in other)
+        raise UserError(f"{path}: {differences}; run the stage that writes it: dvc repro")
     backbone = build_backbone(**shape, seed_value=0)
     backbone.load_state_dict(state)
     return backbone.eval(), metadata
