@@ -17,7 +17,7 @@ from bingo.params import CachedProbeParams, CropProbeParams, ImageParams
 CPU = torch.device("cpu")
 CACHED = CachedProbeParams(epochs=40, batch_images=64, lr=0.1, weight_decay=1e-3)
 IMAGE = ImageParams(crop_px=12, resize_px=14, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
-CROP = CropProbeParams(nets=["student"], epochs=3, batch_images=16, lr=5.0, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0)
+CROP = CropProbeParams(nets=["student"], epochs=3, batch_images=16, lr=0.2, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ def test_crops_learn_and_leave_the_backbone_untouched():
     backbone.bn1.register_forward_hook(lambda layer, *_: seen_modes.append((layer.training, torch.is_grad_enabled())))
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     score = linear_on_crops(backbone.train(), images, labels, train_rows, test_rows, 4, CROP, IMAGE, "fp32", 0, CPU)
-    assert score["top1_last"] > 90
+    assert score["top1_last"] > 75  # of 4 classes; chance is 25
     assert set(score) == {"top1_last", "top5_last", "top1_best", "top5_best", "best_epoch"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
     assert set(seen_modes) == {(False, False)}

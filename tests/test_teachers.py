@@ -23,12 +23,13 @@ from bingo.nets.teachers import Teacher, load_teacher, save_teacher, teacher_met
 from bingo.params import load_params
 
 PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
-IMAGE = PARAMS.image
+IMAGENET = {"crop_px": 20, "resize_px": 20, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+IMAGE = PARAMS.image.model_copy(update=IMAGENET)
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def teacher_params(**changes):
-    return PARAMS.teacher.model_copy(update={"width": 1.0, "stem": "imagenet", **changes})
+    return PARAMS.teacher.model_copy(update={"arch": "resnet18", "width": 1.0, "stem": "imagenet", **changes})
 
 
 def moco_params(path, **changes):
