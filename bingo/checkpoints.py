@@ -68,8 +68,12 @@ class Checkpoints:
         if not self.exists():
             return None
         latest = read_json(self.folder / "latest.json")
-        rank = distributed.rank() if latest["processes"] == distributed.world() else 0
-        return torch.load(self._file(latest["step"], rank), map_location=device, weights_only=True)
+        try:
+            rank = distributed.rank() if latest["processes"] == distributed.world() else 0
+            return torch.load(self._file(latest["step"], rank), map_location=device, weights_only=True)
+        except Exception as error:  # torch tells a damaged file in many ways
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise UserError(f"{self.folder}: the checkpoint is damaged ({reason}); delete this folder to start anew") from None
 
     def _file(self, step: int, rank: int) -> Path:
         return self.folder / f"step-{step}.rank-{rank}.pt"

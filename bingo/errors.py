@@ -17,6 +17,7 @@ class Interrupted(Exception):
 
 
 def near_matches(word: str, allowed: Iterable[str], most: int = 3) -> str:
-    """`; did you mean a, b?` for the names of `allowed` that look like `word`, or an empty string."""
-    near = get_close_matches(word, list(allowed), n=most, cutoff=0.5)
+    """`; did you mean a, b?` for the names of `allowed` that look like `word`, in whatever case, or an empty string."""
+    by_lower = {name.lower(): name for name in allowed}
+    near = [by_lower[name] for name in get_close_matches(word.lower(), by_lower, n=most, cutoff=0.5)]
     return f"; did you mean {', '.join(near)}?" if near else ""

@@ -13,12 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from bingo.errors import UserError, near_matches
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Bounds are far beyond sense: they keep a slip of the keyboard from becoming an overflow or an endless run.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Whole = Annotated[int, Field(ge=0, le=10**9)]
+Width = Annotated[int, Field(ge=1, le=10**5)]
+Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=1e-5, le=1e3, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Range = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -34,14 +37,14 @@ class DatasetParams(Section):
 
     source: Literal["digits", "folder", "cifar10", "cifar100"]
     root: str | None
-    store_px: Count | None
+    store_px: Annotated[int, Field(ge=1, le=4096)] | None
     train_images: Count | None
     test_images: Count | None
     check: Literal["decode", "header"]
     on_bad_image: Literal["stop", "skip"]
-    placements: Count
+    placements: Annotated[int, Field(ge=1, le=1000)]
     placement_scale: Range
-    placement_degrees: NotNegative
+    placement_degrees: Annotated[float, Field(ge=0, le=180)]
 
     @model_validator(mode="after")
     def _root_is_named(self) -> Self:
@@ -49,8 +52,9 @@ class DatasetParams(Section):
             raise ValueError(f"root: null, but source {self.source} needs the folder of the images; set dataset.root")
         if self.source != "folder" and not self.store_px:
             raise ValueError(f"store_px: null, but source {self.source} is held in memory; set dataset.store_px, in pixels")
-        if self.placement_scale[0] > self.placement_scale[1] or self.placement_scale[1] > 1:
-            raise ValueError(f"placement_scale: {self.placement_scale}, allowed are two numbers, smaller first, at most 1")
+        low, high = self.placement_scale
+        if not 0.05 <= low <= high <= 1:
+            raise ValueError(f"placement_scale: [{low}, {high}], allowed are two numbers from 0.05 to 1, smaller first")
         return self
 
 
@@ -210,6 +214,13 @@ class CropProbeParams(CachedProbeParams):
     crop_scale: Range
     flip_p: Share
 
+    @model_validator(mode="after")
+    def _scale_is_a_share(self) -> Self:
+        low, high = self.crop_scale
+        if not low <= high <= 1:
+            raise ValueError(f"crop_scale: [{low}, {high}], allowed are two numbers up to 1, smaller first")
+        return self
+
 
 class LinearEvalParams(Section):
     """Linear evaluation by both protocols."""
@@ -222,7 +233,7 @@ class KnnEvalParams(Section):
     """Nearest-neighbour evaluation for each `k`, plain votes and votes weighted by exp(cosine / temperature)."""
 
     k: Annotated[list[Count], Field(min_length=1)]
-    temperature: Positive
+    temperature: Temperature
 
 
 class ReportParams(Section):
@@ -247,6 +258,15 @@ class _Core(Section):
     knn_eval: KnnEvalParams
     report: ReportParams
 
+    @model_validator(mode="after")
+    def _crops_nets_exist(self) -> Self:
+        allowed = ["student", *self.baselines, "untrained"]
+        for name in self.linear_eval.crops.nets:
+            if name not in allowed:
+                near = near_matches(name, allowed)
+                raise ValueError(f"linear_eval.crops.nets: {name!r} is no network, allowed are {', '.join(allowed)}{near}")
+        return self
+
     @field_validator("baselines")
     @classmethod
     def _baselines_need_no_teacher(cls, names: list[str]) -> list[str]:
@@ -255,13 +275,6 @@ class _Core(Section):
             if name not in allowed:
                 raise ValueError(f"{name!r}: a baseline is a method without a teacher, allowed are {', '.join(allowed)}")
         return names
-
-    @model_validator(mode="after")
-    def _crops_are_of_known_networks(self) -> Self:
-        allowed = ["student", "untrained", *self.baselines]
-        if unknown := [name for name in self.linear_eval.crops.nets if name not in allowed]:
-            raise ValueError(f"linear_eval.crops.nets: {', '.join(unknown)}: no such network is trained, allowed are {', '.join(allowed)}")
-        return self
 
 
 def method_names() -> list[str]:
@@ -308,15 +321,16 @@ def read_yaml(path: Path | str) -> Any:
         return YAML(typ="safe", pure=True).load(Path(path).read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the folder that holds params.yaml") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split()).partition(" To suppress this check")[0]
+        raise UserError(f"{path}: is not YAML: {_short(reason)}") from None
 
 
 def _mistakes(error: ValidationError, model: Any) -> list[str]:
     """One line for each mistake: dotted key, value, what is allowed."""
     lines = []
     for item in error.errors(include_url=False, include_context=False):
-        key = ".".join(str(part) for part in item["loc"])
+        key = ".".join(str(part) for part in item["loc"]) or "the file"
         if item["type"] == "missing":
             lines.append(f"{key} is missing; add it (recipes/ and the shipped params.yaml show its form)")
         elif item["type"] == "extra_forbidden":
@@ -324,9 +338,14 @@ def _mistakes(error: ValidationError, model: Any) -> list[str]:
             lines.append(f"{key} is not a known key{near_matches(str(item['loc'][-1]), keys)}; allowed are {', '.join(keys)}")
         else:
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
-            value = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
-            lines.append(f"{key}{value}: {message}" if key else message)
+            value = "" if isinstance(item["input"], dict | BaseModel) else f" = {_short(item['input'])}"
+            lines.append(f"{key}{value}: {message}")
     return lines
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _keys_beside(model: Any, loc: tuple) -> list[str]:

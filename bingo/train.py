@@ -191,13 +191,18 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = cosine_lr(self.step, total, self.schedule.lr, warmup_steps)
         terms = self.network(batch, progress)
         if distributed.any_true(not bool(torch.isfinite(terms["loss"])), self.device):
-            raise UserError(f"{self.label}: the loss is {terms['loss'].item()} at step {self.step}; lower lr (now {self.schedule.lr})")
+            raise UserError(f"{self.label}: the loss is {terms['loss'].item()} at step {self.step}; {self._way_out()}")
         self.optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         self.optimizer.step()
         self.method.after_step()
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+
+    def _way_out(self) -> str:
+        if self.step == 0:
+            return "no step was taken yet, so look at the method's temperature, image.std and augment"
+        return f"lower lr (now {self.schedule.lr})"
 
     def _end_epoch(self, epoch: int) -> None:
         """Write the epoch's record: mean of each term over all processes, and the probe's figures when it is due."""

@@ -17,7 +17,10 @@ def launch(stage: str, *arguments: str) -> None:
     """Become torchrun where several processes are wanted; return where this process is to do the work."""
     if "LOCAL_RANK" in os.environ:
         return
-    extra = shlex.split(os.environ.get("BINGO_LAUNCH", ""))
+    try:
+        extra = shlex.split(os.environ.get("BINGO_LAUNCH", ""))
+    except ValueError as error:
+        raise UserError(f"BINGO_LAUNCH = {os.environ['BINGO_LAUNCH']}: {error}; give arguments of torchrun") from None
     processes = _processes()
     if processes == 1 and not extra:
         return
@@ -34,7 +37,7 @@ def _processes() -> int:
         import torch
 
         return max(1, torch.cuda.device_count())
-    if not wanted.isdigit() or int(wanted) < 1:
+    if not wanted.isdecimal() or int(wanted) < 1:
         raise UserError(f"BINGO_PROCESSES = {wanted}: allowed is a whole number from 1")
     return int(wanted)
 

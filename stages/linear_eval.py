@@ -55,7 +55,7 @@ def _crops(run: Run, listing, device) -> dict:
     params, scores = run.params, {}
     train_rows, test_rows = np.split(np.arange(len(listing)), [listing.train_rows])
     images = open_images(listing, paths.IMAGES, params.dataset.root)
-    for name, backbone in backbones(run):
+    for name, backbone in backbones(run).items():
         if name in params.linear_eval.crops.nets:
             scores[name] = linear_on_crops(
                 backbone.to(device, memory_format=torch.channels_last), images, listing.labels_N, train_rows, test_rows,

@@ -16,6 +16,10 @@ Name = Annotated[str, typer.Argument(help="A recipe's name, as `bingo recipe lis
 def list_recipes() -> None:
     """Print every recipe with its first line."""
     with mistakes_as_lines():
+        from bingo.errors import UserError
+
+        if not FOLDER.is_dir():
+            raise UserError(f"{FOLDER}: there is no such folder here; run from the repository's top level")
         for path in sorted(FOLDER.glob("*.yaml")):
             typer.echo(f"{path.stem:24} {path.read_text().partition(chr(10))[0].lstrip('# ')}")
 
@@ -34,8 +38,12 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Where the ima
         from ruamel.yaml import YAML
 
         from bingo.artefacts import write_bytes
+        from bingo.errors import UserError
         from bingo.params import read_yaml, validate
 
+        if root == "":
+            raise UserError("--root is empty: give the folder of the images")
+        validate(read_yaml("params.yaml"), "params.yaml")
         text, changes = _overlaid(read_yaml(_path(name)) or {}, root, YAML())
         validate(YAML(typ="safe", pure=True).load(text), f"params.yaml with recipe {name}")
         write_bytes("params.yaml", text.encode())

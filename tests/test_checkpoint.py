@@ -43,7 +43,7 @@ def test_equal_content_has_equal_bytes_in_any_order_and_layout(tmp_path):
 
 def test_files_that_are_not_ours_are_refused_by_name(tmp_path):
     path = tmp_path / "net.safetensors"
-    assert "cannot be read (No such file" in refusal(path)
+    assert "cannot be read (" in refusal(path)
     save_network(path, STATE, METADATA)
     whole = path.read_bytes()
     for content in (whole[:-3], whole[:40], b"", b"PK\x03\x04 not a network at all"):

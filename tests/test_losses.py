@@ -70,7 +70,7 @@ def context():
     keys = nn.functional.normalize(torch.randn(ROWS, VIEWS, KEY), dim=2).half()
     members = np.stack([rng.permutation([r for r in range(ROWS) if r != row])[:3] for row in range(ROWS)]).astype(np.int32)
     members[4, 1:] = -1
-    bags = SimpleNamespace(members_TK=members, cluster_T=None)
+    bags = SimpleNamespace(members_TK=members, cluster_T=None, bag_sizes_T=(members >= 0).sum(1))
     return Context(Student(), WIDTH, 0, "stored", "fp32", CPU, FrozenTeacher(), keys, bags)
 
 
@@ -252,3 +252,10 @@ def test_cutmix_pastes_one_box_whose_area_is_the_share():
 def test_contradicting_switches_are_refused(context):
     with pytest.raises(UserError, match="negatives = queue"):
         bingo.build(bingo_params(), Context(**{**context.__dict__, "keys": "momentum"}))
+
+
+def test_bags_that_hold_everything_leave_no_negative_and_are_refused(context):
+    context.bags.bag_sizes_T[7] = ROWS - 1
+    with pytest.raises(UserError, match=r"a bag holds all 30 train images, so no negative is left; lower bagging\.k"):
+        bingo.build(bingo_params(), context)
+    bingo.build(bingo_params(mask_bag=False), context)

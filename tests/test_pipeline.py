@@ -14,6 +14,7 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 INFRASTRUCTURE = {
     "stages/common.py", "stages/launch.py", "stages/paths.py", "bingo/artefacts.py", "bingo/errors.py", "bingo/params.py",
     "bingo/progress.py", "bingo/checkpoints.py", "bingo/distributed.py", "bingo/nets/names.py", "bingo/data/chunks.py",
+    "bingo/data/workers.py",
 } | {f"bingo/methods/{name}_params.py" for name in method_names()}  # fmt: skip
 # A network's kNN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
 # a teacher pass or a training, and none of them can reach a network or an embedding.

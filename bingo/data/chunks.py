@@ -4,6 +4,7 @@ zarr answers a missing chunk with the fill value and no error. So the fill is a 
 and reading refuses a row that holds it. A damaged file fails its CRC.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: st
     try:
         x = np.asarray(array[rows])
     except _DAMAGE as error:
+        forget_other_reads()
         raise UserError(f"{label} has a damaged chunk ({_line(error)}); delete the store and run: {way_out}") from None
     first_row = rows.indices(array.shape[0])[0] if isinstance(rows, slice) else rows
     for start in range(0, len(x) if isinstance(rows, slice) else 1, _CHECKED_ROWS):
@@ -81,6 +83,11 @@ def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: st
             row = first_row + start + int(unwritten.argmax())
             raise UserError(f"{label} has no value at row {row}: chunk {row // array.chunks[0]} is missing; run: {way_out}")
     return x
+
+
+def forget_other_reads() -> None:
+    """After a failed read: zarr leaves its reads of other chunks unfinished, and asyncio would print a line for each at the end."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from bingo.data.decode import BadImage, decode_crops, decode_square
 from bingo.data.draws import Crops, crop_boxes
 from bingo.data.images import FileImages
+from bingo.data.workers import end_with_owner
 from bingo.errors import UserError
 from bingo.params import AugmentParams, ImageParams
 
@@ -73,6 +74,7 @@ class FileDecoder:
             prefetch_factor=TASKS_AHEAD if workers else None,
             persistent_workers=workers > 0,
             multiprocessing_context=_server() if workers else None,
+            worker_init_fn=end_with_owner,
             pin_memory=pin,
             generator=torch.Generator(),  # its own, so that torch's global random state stays as it is
         )

@@ -11,7 +11,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from bingo.artefacts import new_directory
-from bingo.data.chunks import chunk_is_written, open_array, open_group
+from bingo.data.chunks import chunk_is_written, forget_other_reads, open_array, open_group
 from bingo.data.listing import Listing
 from bingo.errors import UserError
 
@@ -114,4 +114,5 @@ def _read_whole(path: Path, array: zarr.Array) -> np.ndarray:
     try:
         return np.asarray(array[:])
     except (ValueError, OSError) as error:
+        forget_other_reads()
         raise UserError(f"{path}: is damaged ({' '.join(str(error).split())}); delete it and run: {_WAY_OUT}") from None

@@ -98,7 +98,10 @@ class _Walker:
                     if entry.is_dir():
                         folders.append(path)
                     elif entry.name.lower().endswith(SUFFIXES):
-                        images.append(path)
+                        if entry.is_symlink() or entry.is_file():
+                            images.append(path)
+                        else:
+                            raise UserError(f"dataset.root = {self.root}: {path} is no regular file (a pipe or device?); remove it")
         except OSError as error:
             raise UserError(f"dataset.root = {self.root}: {folder or 'it'} cannot be listed ({error.strerror}); mend its rights") from None
         for path in images:

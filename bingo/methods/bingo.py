@@ -173,6 +173,13 @@ def build(params: Params, context: Context) -> Method:
         raise UserError("bingo.negatives = bank: with distill.keys = momentum no key is stored; set bingo.negatives = queue")
     if params.view_coupling == "same" and context.keys == "momentum":
         raise UserError("bingo.view_coupling = same: needs a teacher's key of the same view; set distill.keys to stored or live")
+    if context.bags is not None and params.mask_bag and params.relation == "bags":
+        largest = int(context.bags.bag_sizes_T.max()) + 1
+        if largest >= len(context.bags.members_TK):
+            raise UserError(
+                f"bingo.mask_bag = true: a bag holds all {largest} train images, so no negative is left; lower bagging.k, "
+                "raise bagging.clusters, or set bingo.mask_bag: false"
+            )
     if context.teacher is not None:
         context.teacher.batch_statistics(params.teacher_batchnorm == "batch")
     return Bingo(params, context)

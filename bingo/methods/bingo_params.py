@@ -1,10 +1,10 @@
 """The section of params.yaml of BINGO: the switches of the paper, of its released code and of its ablations."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from bingo.params import Count, NotNegative, Positive, Section, Share, Whole
+from bingo.params import NotNegative, Positive, Section, Share, Temperature, Whole, Width
 
 
 class Params(Section):
@@ -22,13 +22,19 @@ class Params(Section):
     pair_weights: Annotated[list[NotNegative], Field(min_length=2, max_length=2)]
     inter_warmup_epochs: Whole
     view_coupling: Literal["independent", "same"]
-    temperature: Positive
+    temperature: Temperature
     negatives: Literal["bank", "queue"]
-    negative_rows: Count
+    negative_rows: Annotated[int, Field(ge=1, le=10**7)]
     mask_bag: bool
     queue_push: Literal["anchor", "anchor_and_member"]
     teacher_batchnorm: Literal["eval", "batch"]
     key_momentum: Share
     cutmix_alpha: Positive
-    head_hidden: Count
-    key_width: Count
+    head_hidden: Width
+    key_width: Width
+
+    @model_validator(mode="after")
+    def _something_is_weighed(self) -> Self:
+        if not sum(self.pair_weights):
+            raise ValueError("pair_weights: both are 0, so nothing would be learnt; set one above 0")
+        return self

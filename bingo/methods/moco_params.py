@@ -1,8 +1,10 @@
 """The section of params.yaml of MoCo-v2."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from bingo.params import Count, Positive, Section, Share
+from pydantic import Field
+
+from bingo.params import Section, Share, Temperature, Width
 
 
 class Params(Section):
@@ -10,8 +12,8 @@ class Params(Section):
 
     needs_teacher: ClassVar[bool] = False
 
-    temperature: Positive
-    queue_rows: Count
+    temperature: Temperature
+    queue_rows: Annotated[int, Field(ge=1, le=10**7)]
     key_momentum: Share
-    head_hidden: Count
-    key_width: Count
+    head_hidden: Width
+    key_width: Width

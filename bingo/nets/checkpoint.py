@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -59,7 +60,19 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -
     if any(differences.values()):
         parts = [f"{what} {first_names(names)}" for what, names in differences.items() if names]
         raise UserError(f"{origin}: {'; '.join(parts)}; set arch, width and stem to those of the file, or another file")
+    _check_numbers(state, expected, origin)
     module.load_state_dict(state)
+
+
+def _check_numbers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
+    """Refuse tensors that torch would convert in silence, and numbers that no network works with."""
+    kinds = [name for name, tensor in expected.items() if tensor.is_floating_point() != state[name].is_floating_point()]
+    kinds += [name for name, tensor in state.items() if tensor.layout != torch.strided or tensor.is_meta]
+    if kinds:
+        raise UserError(f"{origin}: {first_names(kinds)} hold no plain floating-point numbers; give the file as it was trained")
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{origin}: {first_names(broken)} hold nan or inf; the training diverged, give another file")
 
 
 def first_names(names: Iterable[object], most: int = 4) -> str:

@@ -25,6 +25,8 @@ def read_checkpoint(path: Path | str) -> tuple[Any, str]:
 
     Raises UserError where the file is absent, damaged, neither of the two, or holds pickled code, whose name it tells.
     """
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise UserError(f"{path}: is no regular file; {_WAY_OUT}")
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
