@@ -1,0 +1,212 @@
+"""Workspaces for tests of the stages: a folder with params.yaml, dvc.yaml and the code, and its stages run as processes in it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from bingo.params import read_yaml
+
+ROOT = Path(__file__).parent.parent
+PATIENCE_SECONDS = 120  # the machine may be busy
+# In the order in which each finds its inputs.
+STAGES = ("scan", "teacher", "extract", "bag", "distill", "baseline moco", "linear_eval", "knn_eval", "report")
+INHERITED = ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """A stage's environment: one thread on the CPU, no terminal, and `variables`; nothing of BINGO's from outside."""
+    kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "BINGO_DEVICE": "cpu", "DVC_NO_ANALYTICS": "1", **variables}
+
+
+@dataclass(frozen=True)
+class Done:
+    """A stage that has ended: exit status (negative: the signal that ended it) and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Running:
+    """A stage's process, started by the server."""
+
+    def __init__(self, connection: socket.socket, out: Path, err: Path):
+        self._answers, self._connection, self._out, self._err = connection.makefile(), connection, out, err
+        self.pid = int(self._answers.readline())
+
+    def ended(self) -> bool:
+        """Whether the process has ended by itself."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+    def session(self) -> list[int]:
+        """Processes that this one has started or that these have, itself included, and that have not ended."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue
+            if int(session) == self.pid and state != "Z":
+                found.append(int(stat.parent.name))
+        return found
+
+    def send(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> Done:
+        """Wait for its end."""
+        self._connection.settimeout(PATIENCE_SECONDS)
+        status = int(self._answers.readline())
+        self._answers.close()
+        self._connection.close()
+        return Done(status, self._out.read_text(), self._err.read_text())
+
+    def kill(self) -> Done:
+        """SIGKILL unless it has ended, and wait for its end."""
+        if not self.ended():
+            self.send(signal.SIGKILL)
+        return self.wait()
+
+
+class Stages:
+    """The server that starts stages; see stage_server.py."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count = folder, 0
+        self.socket = str(folder / "socket")
+        command = [sys.executable, str(ROOT / "tests/stage_server.py"), self.socket]
+        self.server = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True)
+        assert self.server.stdout is not None
+        assert self.server.stdout.readline() == "ready\n"
+
+    def start(self, stage: str, folder: Path, **variables: str) -> Running:
+        """Start `python -m stages.STAGE` in a folder; a stage's arguments follow its name."""
+        self.count += 1
+        out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
+        name, *arguments = stage.split()
+        request = {"module": f"stages.{name}", "arguments": arguments, "folder": str(folder), "out": str(out), "err": str(err)}
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self.socket)
+        connection.sendall((json.dumps({**request, "environment": environment(**variables)}) + "\n").encode())
+        return Running(connection, out, err)
+
+    def close(self) -> None:
+        """End the server."""
+        self.server.kill()
+        self.server.communicate()
+
+
+@contextmanager
+def stage_server(folder: Path) -> Iterator[Stages]:
+    """A server with its socket and the stages' output in `folder`."""
+    stages = Stages(folder)
+    try:
+        yield stages
+    finally:
+        stages.close()
+
+
+class Workspace:
+    """A folder as a clone of the repository is one for the stages; the code in it is the repository's own."""
+
+    def __init__(self, root: Path, stages: Stages):
+        self.root, self.stages = root, stages
+
+    def edit(self, changes: dict[str, Any]) -> None:
+        """Set parameters by dotted keys."""
+        path = self.root / "params.yaml"
+        params = read_yaml(path)
+        for key, value in changes.items():
+            *sections, last = key.split(".")
+            section = params
+            for name in sections:
+                section = section[name]
+            section[last] = value
+        with open(path, "w") as file:
+            YAML(typ="safe", pure=True).dump(params, file)
+
+    def start(self, stage: str, **variables: str) -> Running:
+        """Start a stage."""
+        return self.stages.start(stage, self.root, **variables)
+
+    def run(self, stage: str, **variables: str) -> Done:
+        """Run a stage to its end, whatever that is."""
+        return self.start(stage, **variables).wait()
+
+    def done(self, stage: str, **variables: str) -> Done:
+        """Run a stage, which must succeed."""
+        done = self.run(stage, **variables)
+        assert done.status == 0, f"{stage}: {done}"
+        assert not done.err, f"{stage}: {done.err}"
+        return done
+
+    def files(self, *outputs: str) -> dict[str, bytes]:
+        """The bytes of every file of some outputs (all of dvc.yaml), by path."""
+        found = {}
+        for output in outputs or self.outputs():
+            path = self.root / output
+            assert path.exists(), f"{output} was not written"
+            for file in [path] if path.is_file() else sorted(path.rglob("*")):
+                if file.is_file():
+                    found[str(file.relative_to(self.root))] = file.read_bytes()
+        return found
+
+    def existing_files(self, *outputs: str) -> dict[str, bytes]:
+        """`files` of those outputs that exist."""
+        existing = [output for output in outputs or self.outputs() if (self.root / output).exists()]
+        return self.files(*existing) if existing else {}
+
+    def outputs(self, *stages: str) -> list[str]:
+        """The outputs that dvc.yaml gives for some stages (all)."""
+        found = []
+        for name, stage in read_yaml(ROOT / "dvc.yaml")["stages"].items():
+            definition = stage.get("do", stage)
+            for entry in (entry for kind in ("outs", "metrics", "plots") for entry in definition.get(kind, [])):
+                path = next(iter(entry)) if isinstance(entry, dict) else entry
+                if not stages or name in stages:
+                    found.append(path.replace("${item}", "moco"))
+        return found
+
+
+def new_workspace(root: Path, stages: Stages, changes: dict[str, Any]) -> Workspace:
+    """A workspace with the shipped parameters, recipe digits-short and `changes` laid over them."""
+    root.mkdir()
+    for name in ("bingo", "stages"):
+        (root / name).symlink_to(ROOT / name)
+    for name in ("params.yaml", "dvc.yaml"):
+        (root / name).write_text((ROOT / name).read_text())
+    workspace = Workspace(root, stages)
+    workspace.edit(dict(_flat(read_yaml(ROOT / "recipes/digits-short.yaml"))) | changes)
+    return workspace
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def until(condition: Callable[[], bool], ended: Callable[[], bool] = lambda: False) -> None:
+    """Wait until something holds; it must before `ended` does."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert not ended(), "ended too early"
+        assert time.monotonic() < end, "nothing happened for a long time"
+        time.sleep(0.001)
