@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: demo test setup lint bench clean-state
+.PHONY: demo test setup lint clean-state
 demo: setup
 	dvc repro
 	@echo "the report: $(CURDIR)/reports/index.html"
