@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bingo.methods.contract import Method
     from bingo.nets.teachers import Teacher
     from bingo.params import AugmentParams, NetworkParams, ScheduleParams
+    from bingo.train import Result
 
 
 def train_method(
@@ -70,23 +71,7 @@ def train_method(
     images = open_images(listing, paths.IMAGES, params.dataset.root)
     loader = ViewLoader(images, params.image, augment, params.seed, device)
     probe = KnnProbe(listing, images, params.image, params.seed, device, schedule.precision) if listing.labelled else None
-    values = {
-        "params": [
-            params.seed,
-            params.image.model_dump(),
-            network.model_dump(),
-            schedule.model_dump(),
-            section.model_dump(),
-            keys,
-        ],
-        "inputs": [
-            listing.fingerprint,
-            embeddings.fingerprint if embeddings else None,
-            bags.fingerprint if bags else None,
-        ],
-        "method": method_name,
-        "code": code_fingerprint(run.stage.partition("-")[0], method_name),
-    }
+    values = _identity(run, method_name, section, network, schedule, keys, [listing, embeddings, bags])
     with state_folder(run.stage, values) as folder:
         trainer = Trainer(
             method, loader, schedule, params.seed, listing.train_rows, device, Checkpoints(folder / "checkpoints"),
@@ -98,6 +83,23 @@ def train_method(
         if distributed.rank() == 0:
             finish(method, result.history)
             shutil.rmtree(folder, ignore_errors=True)
+    _tell(run, method_name, schedule, result)
+
+
+def _identity(
+    run: Run, method_name: str, section: Any, network: "NetworkParams", schedule: "ScheduleParams", keys: str, inputs: list[Any]
+) -> dict[str, Any]:
+    """All that decides a training's outcome: a checkpoint of anything else is not gone on from."""
+    return {
+        "params": [run.params.seed, run.params.image.model_dump(), *(part.model_dump() for part in (network, schedule, section)), keys],
+        "inputs": [artefact.fingerprint if artefact else None for artefact in inputs],
+        "method": method_name,
+        "code": code_fingerprint(run.stage.partition("-")[0], method_name),
+    }
+
+
+def _tell(run: Run, method_name: str, schedule: "ScheduleParams", result: "Result") -> None:
+    """Print and note the speed and the last epoch's figures."""
     rate = result.anchors / max(result.seconds, 1e-9)
     run.notes |= {"anchors_per_second": round(rate, 1), "data_wait": round(result.wait_seconds / max(result.seconds, 1e-9), 3)}
     last = ", ".join(f"{name} {value:g}" for name, value in result.history[-1].items() if name not in ("epoch", "lr"))
