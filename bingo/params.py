@@ -7,7 +7,7 @@ is reported in a fraction of a second, before any stage does any work. A method'
 import importlib
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
@@ -30,6 +30,17 @@ class Section(BaseModel):
     """A frozen group of parameters; no key may be missing, none may be added, no type is converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class MethodSection(Section):
+    """A method's own section: whether the method needs a teacher, and whether it reads the stored features beside the stored keys."""
+
+    needs_teacher: ClassVar[bool]
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether stored training compares with the teacher's features (of centre views) and not with its keys."""
+        return False
 
 
 class DatasetParams(Section):
@@ -175,12 +186,26 @@ class ExtractParams(Section):
 
 
 class BaggingParams(Section):
-    """How images become bags: `k` members (for kmeans and label: the members that are listed, nearest first)."""
+    """How images become bags: `k` members (for kmeans and label: the members that are listed, nearest first).
+
+    `relation` names whose features say what is similar, and with it the file in models/: the teacher, or a student that was trained
+    as a baseline (the papers' ablation). `mutual` keeps a member of a knn bag only if the anchor is in the member's bag too.
+    `draw_temperature`: members are drawn with probability proportional to exp(cosine / t), of those listed; null: alike.
+    """
 
     method: Literal["knn", "kmeans", "label"]
     k: Count
     clusters: Count
     iterations: Count
+    relation: str
+    mutual: bool
+    draw_temperature: Temperature | None
+
+    @model_validator(mode="after")
+    def _mutual_needs_neighbours(self) -> Self:
+        if self.mutual and self.method != "knn":
+            raise ValueError(f"mutual: true, but bags by {self.method} are groups, in which all are mutual; set bagging.mutual: false")
+        return self
 
 
 class DistillParams(ScheduleParams):
@@ -267,6 +292,15 @@ class _Core(Section):
                 raise ValueError(f"linear_eval.crops.nets: {name!r} is no network, allowed are {', '.join(allowed)}{near}")
         return self
 
+    @model_validator(mode="after")
+    def _relation_is_trained(self) -> Self:
+        allowed = ["teacher", *(f"baselines/{name}" for name in self.baselines)]
+        if (relation := self.bagging.relation) not in allowed:
+            way_out = "; a student's relation needs it among `baselines`" if relation.startswith("baselines/") else ""
+            near = near_matches(relation, allowed)
+            raise ValueError(f"bagging.relation: {relation!r}, allowed are {', '.join(allowed)}{near}{way_out}")
+        return self
+
     @field_validator("baselines")
     @classmethod
     def _baselines_need_no_teacher(cls, names: list[str]) -> list[str]:
@@ -289,9 +323,10 @@ def method_section(name: str) -> Any:
 
 
 def schema() -> Any:
-    """The whole schema: the core sections and one section for each method, under the method's name."""
+    """The whole schema: the core sections and, under `methods`, one section for each method."""
     sections: Any = {name: (method_section(name), ...) for name in method_names()}
-    return create_model("Params", __base__=_Core, **sections)
+    methods: Any = (create_model("Methods", __base__=Section, **sections), ...)
+    return create_model("Params", __base__=_Core, methods=methods)
 
 
 Params = Any  # an instance of what `schema()` returns: the methods' sections are known only by looking at the folder
@@ -352,5 +387,5 @@ def _keys_beside(model: Any, loc: tuple) -> list[str]:
     """The keys that a section allows, found by walking the schema along an error's location."""
     for part in loc[:-1]:
         field = model.model_fields.get(part)
-        model = method_section("moco") if part == "moco" else field.annotation
+        model = method_section("moco") if part == "moco" else field.annotation  # teacher.pretrain.moco has no type of its own
     return list(model.model_fields)

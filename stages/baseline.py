@@ -39,7 +39,7 @@ def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -
 
         with process_group(run) as device:
             train_method(
-                run, device, method, getattr(params, method), params.student, params.distill, params.distill.augment, listing, finish
+                run, device, method, getattr(params.methods, method), params.student, params.distill, params.distill.augment, listing, finish
             )  # fmt: skip
 
 

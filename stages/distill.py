@@ -33,7 +33,7 @@ def main() -> None:
         params, listing = run.params, read_listing(paths.LISTING)
         embeddings = read_embeddings(paths.EMBEDDINGS, listing)
         bags = read_bags(paths.BAGS, listing, embeddings.fingerprint)
-        section = getattr(params, params.distill.method)
+        section = getattr(params.methods, params.distill.method)
 
         def finish(method, history) -> None:
             made_from = {

@@ -4,10 +4,10 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bingo.params import NotNegative, Positive, Section, Share, Temperature, Whole, Width
+from bingo.params import MethodSection, NotNegative, Positive, Share, Temperature, Whole, Width
 
 
-class Params(Section):
+class Params(MethodSection):
     """BINGO's switches.
 
     terms: `paper` (intra + inter against the anchor's key), `symmetric` (also against the member's own key, as released), `symmetric_mix`

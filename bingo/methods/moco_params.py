@@ -4,10 +4,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from bingo.params import Section, Share, Temperature, Width
+from bingo.params import MethodSection, Share, Temperature, Width
 
 
-class Params(Section):
+class Params(MethodSection):
     """MoCo-v2 (facebookresearch/moco): temperature, queue of keys, momentum of the key encoder, projection head."""
 
     needs_teacher: ClassVar[bool] = False
