@@ -16,14 +16,29 @@ from bingo.neighbors import inverse_norms, top_k, unit_rows
 _SAME_COSINE = 1 - 1e-6
 
 
-def build_knn(features_TD: np.ndarray, k: int) -> Bags:
-    """The k rows with the highest cosine to each row, itself left out by its number. Raises UserError where k is too large."""
+def build_knn(features_TD: np.ndarray, k: int, mutual: bool = False) -> Bags:
+    """The k rows with the highest cosine to each row, itself left out by its number; `mutual`: those of them that have the row among
+    their own k. Raises UserError where k is too large."""
     rows = len(features_TD)
     if k >= rows:
         raise UserError(f"bagging.k = {k}: a bag of the {rows} train rows has at most {rows - 1} members; lower bagging.k")
     _check_features(features_TD)
     members_TK, cosines_TK = top_k(features_TD, features_TD, k, np.arange(rows))
-    return Bags(_settings("knn", k), members_TK, cosines_TK.astype(np.float16))
+    similarity_TK = cosines_TK.astype(np.float16)
+    if mutual:
+        members_TK, similarity_TK = _mutual(members_TK, similarity_TK)
+    return Bags({**_settings("knn", k), "mutual": mutual}, members_TK, similarity_TK)
+
+
+def _mutual(members_TK: np.ndarray, similarity_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Only members whose own list has the anchor, moved to the front of each row."""
+    rows_T1, kept_TK = np.arange(len(members_TK))[:, None], np.empty(members_TK.shape, bool)
+    for place, members_T in enumerate(members_TK.T):  # a column at a time bounds the memory
+        kept_TK[:, place] = (members_TK[members_T] == rows_T1).any(axis=1)
+    order_TK = np.argsort(~kept_TK, axis=1, kind="stable")
+    moved = (np.take_along_axis(x_TK, order_TK, axis=1) for x_TK in (kept_TK, members_TK, similarity_TK))
+    kept_TK, members_TK, similarity_TK = moved
+    return np.where(kept_TK, members_TK, -1).astype(np.int32), np.where(kept_TK, similarity_TK, -np.inf).astype(np.float16)
 
 
 def build_kmeans(features_TD: np.ndarray, clusters: int, iterations: int, k: int, seed: int) -> Bags:

@@ -68,7 +68,12 @@ class Bags:
         return place_T
 
     def draw(self, rows_B: np.ndarray, u_B: np.ndarray) -> np.ndarray:
-        """One member of each anchor's bag, int64 (B,), uniformly for `u_B` uniform in [0, 1); the anchor if its bag is empty."""
+        """One member of each anchor's bag, int64 (B,), for `u_B` uniform in [0, 1); the anchor if its bag is empty.
+
+        All of the bag alike, or the listed members by exp(cosine / draw_temperature) where the index was made with one.
+        """
+        if self.settings.get("draw_temperature"):
+            return self._draw_by_similarity(rows_B, u_B)
         sizes_B = self.bag_sizes_T[rows_B]
         turn_B = np.minimum((u_B * sizes_B).astype(np.int64), sizes_B - 1)  # u just below 1 may round up
         if self.cluster_T is None or self.cluster_start is None or self.cluster_rows_T is None:
@@ -78,6 +83,26 @@ class Bags:
             place_B += place_B >= self._place_T[rows_B]  # the anchor is passed over
             drawn_B = self.cluster_rows_T[np.minimum(place_B, len(self.cluster_rows_T) - 1)]
         return np.where(sizes_B > 0, drawn_B, rows_B).astype(np.int64)
+
+    def _draw_by_similarity(self, rows_B: np.ndarray, u_B: np.ndarray) -> np.ndarray:
+        similarity_BK = self.similarity_TK[rows_B].astype(np.float64)
+        nearest_B1 = similarity_BK.max(axis=1, keepdims=True, initial=-1)
+        reach_BK = np.exp((similarity_BK - nearest_B1) / self.settings["draw_temperature"]).cumsum(axis=1)
+        turn_B = (reach_BK <= u_B[:, None] * reach_BK[:, -1:]).sum(axis=1)
+        drawn_B = self.members_TK[rows_B, np.minimum(turn_B, reach_BK.shape[1] - 1)]
+        return np.where(drawn_B >= 0, drawn_B, rows_B).astype(np.int64)
+
+    def draw_listed(self, rows_B: np.ndarray, u_BK: np.ndarray, count: int) -> np.ndarray:
+        """`count` distinct listed members of each anchor's bag in random order, int64 (B, count), for `u_BK` uniform in [0, 1).
+
+        A shorter bag is gone through again; an empty one gives the anchor.
+        """
+        members_BK = self.members_TK[rows_B]
+        lengths_B1 = (members_BK >= 0).sum(axis=1, keepdims=True)
+        order_BK = np.argsort(np.where(members_BK >= 0, u_BK, 2.0), axis=1, kind="stable")  # what is not there comes last
+        turn_BM = np.arange(count) % np.maximum(lengths_B1, 1)
+        drawn_BM = np.take_along_axis(members_BK, np.take_along_axis(order_BK, turn_BM, axis=1), axis=1)
+        return np.where(lengths_B1 > 0, drawn_BM, np.asarray(rows_B)[:, None]).astype(np.int64)
 
     def bag_pairs(self, rows_B: np.ndarray, other_rows_J: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Every (b, j) where other row j is anchor b itself or is in its bag: two int64 arrays (M,), to index a (B, J) matrix.
@@ -190,13 +215,13 @@ def read_bags(store: Path | str | Mapping[str, bytes], listing: "Listing", embed
     """Open an index of a listing; nothing but metadata is read yet. `store` is a folder, or a mapping as fsspec gives it.
 
     Raises UserError where there is none, its metadata are damaged, or it was made from another listing or (where their
-    fingerprint is given) from other embeddings.
+    fingerprint is given, and the teacher's features say what is similar) from other embeddings.
     """
     name = str(store) if isinstance(store, (str, Path)) else "the bag index"
     index = BagIndex(name, open_group(store, name, _WAY_OUT))
     for kind, wanted in (("listing", listing.fingerprint), ("embeddings", embeddings)):
         made_from = index.attrs.get(kind)
-        if wanted not in (None, made_from):
+        if wanted not in (None, made_from) and (kind == "listing" or index.attrs.get("relation", "teacher") == "teacher"):
             raise UserError(f"{name}: was made from {kind} {made_from}, this run reads {kind} {wanted}; run: {_WAY_OUT}")
     if index.train_rows != listing.train_rows:
         problem = f"holds {index.train_rows} bags, its listing has {listing.train_rows} train rows"

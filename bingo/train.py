@@ -8,38 +8,22 @@ import inspect
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bingo import distributed, seeds
+from bingo import distributed
+from bingo.batches import Batches
 from bingo.checkpoints import Checkpoints
-from bingo.data.loader import Request, ViewLoader
 from bingo.errors import Interrupted, UserError
 from bingo.methods.contract import Batch, Method, Progress
 from bingo.params import ScheduleParams
 from bingo.progress import progress_bar
 from bingo.schedules import cosine_lr
-
-if TYPE_CHECKING:  # a method without bags does not depend on them
-    from bingo.bags import Bags
-
-STORED_VIEWS = "extract"  # the purpose under which the teacher's pass draws its views (bingo/extract.py)
-
-
-@dataclass
-class Plan:
-    """One step of this process: rows, the drawn members, the stored view of each key."""
-
-    rows_B: np.ndarray
-    member_rows_B: np.ndarray | None
-    view_B: np.ndarray
-    requests: list[Request]
 
 
 @dataclass
@@ -52,80 +36,23 @@ class Result:
     wait_seconds: float = 0.0
 
 
-def steps_in_epoch(train_rows: int, batch_anchors: int, name: str = "batch_anchors") -> int:
-    """Whole batches in an epoch; the tail is dropped, another one each epoch.
-
-    Raises UserError, which calls the parameter `name`, where there is no whole batch, or no equal share of it for each process.
-    """
-    if batch_anchors > train_rows:
-        raise UserError(f"{name} = {batch_anchors}: there are only {train_rows} train images; lower it to at most that")
-    if batch_anchors % distributed.world():
-        raise UserError(f"{name} = {batch_anchors}: {distributed.world()} processes cannot share it equally; use a multiple")
-    return train_rows // batch_anchors
-
-
-def plan_epoch(
-    method: Method, schedule: ScheduleParams, seed: int, train_rows: int, bags: "Bags | None", views: int, epoch: int, first: int
-) -> Iterator[Plan]:
-    """The steps of one epoch from step `first` on: this process's share of each global batch."""
-    order_N = seeds.permutation(seed, "order", epoch, train_rows)
-    for step in range(first, steps_in_epoch(train_rows, schedule.batch_anchors)):
-        rows_B = distributed.own_share(order_N[step * schedule.batch_anchors : (step + 1) * schedule.batch_anchors])
-        yield plan_step(method, seed, bags, views, epoch, rows_B)
-
-
-def plan_step(method: Method, seed: int, bags: "Bags | None", views: int, epoch: int, rows_B: np.ndarray) -> Plan:
-    """Which rows, members and views one step holds, as the method needs them."""
-    needs = method.needs
-    view_B = (seeds.uniforms(seed, "stored view", epoch, rows_B)[:, 0] * views).astype(np.int64)
-    requests = [Request(rows_B, rows_B, "anchor", epoch, view) for view in range(needs.anchor_views)]
-    if needs.same_view:
-        requests[0] = Request(rows_B, rows_B, STORED_VIEWS, 0, view_B)
-    member_rows_B = None
-    if needs.members:
-        assert bags is not None, "a method that needs members is given bags"
-        member_rows_B = bags.draw(rows_B, seeds.uniforms(seed, "member", epoch, rows_B)[:, 0])
-        requests += [Request(member_rows_B, rows_B, "member", epoch, view) for view in range(needs.member_views)]
-    return Plan(rows_B, member_rows_B, view_B, requests)
-
-
-def make_batch(method: Method, plan: Plan, views: list[Tensor], keys_TVP: Tensor | None, device: torch.device) -> Batch:
-    """A plan with its views, and the stored keys of its rows."""
-    anchors = method.needs.anchor_views
-    batch = Batch(torch.from_numpy(plan.rows_B).to(device), views[:anchors], member_views=views[anchors:])
-    if plan.member_rows_B is not None:
-        batch.member_rows_B = torch.from_numpy(plan.member_rows_B).to(device)
-    if method.needs.stored_keys:
-        assert keys_TVP is not None, "a method that needs stored keys is given them"
-        view_B = torch.from_numpy(plan.view_B).to(keys_TVP.device)
-        batch.anchor_keys_BP = keys_TVP[batch.anchor_rows_B, view_B].float()
-        if batch.member_rows_B is not None:
-            batch.member_keys_BP = keys_TVP[batch.member_rows_B, view_B].float()
-    return batch
-
-
 class Trainer:
     """Trains one method on one process group. `probe` measures the student in words of {name: percent}; it runs on process 0."""
 
     def __init__(
         self,
         method: Method,
-        loader: ViewLoader,
+        batches: Batches,
         schedule: ScheduleParams,
-        seed: int,
-        train_rows: int,
         device: torch.device,
         checkpoints: Checkpoints,
-        bags: "Bags | None" = None,
-        keys_TVP: Tensor | None = None,
         probe: Callable[[nn.Module], dict[str, float]] | None = None,
         label: str = "train",
     ):
         self.method = method.to(device).to(memory_format=torch.channels_last)
-        self.loader, self.schedule, self.seed, self.device = loader, schedule, seed, device
-        self.train_rows, self.bags, self.keys_TVP, self.probe, self.label = train_rows, bags, keys_TVP, probe, label
-        self.checkpoints = checkpoints
-        self.steps_per_epoch = steps_in_epoch(train_rows, schedule.batch_anchors)
+        self.batches, self.schedule, self.device = batches, schedule, device
+        self.steps_per_epoch = batches.steps_per_epoch
+        self.checkpoints, self.probe, self.label = checkpoints, probe, label
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
             trained, lr=schedule.lr, momentum=schedule.sgd_momentum, weight_decay=schedule.weight_decay, fused=True
@@ -161,22 +88,13 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        self.result.seconds, self.result.wait_seconds = time.monotonic() - begun, self.loader.wait_seconds
+        self.result.seconds, self.result.wait_seconds = time.monotonic() - begun, self.batches.loader.wait_seconds
         return self.result
 
     def _epoch(self, bar: Any) -> None:
         epoch, first = divmod(self.step, self.steps_per_epoch)
-        views = self.keys_TVP.shape[1] if self.keys_TVP is not None else 1
-        plans: list[Plan] = []
-
-        def requests() -> Iterator[list[Request]]:
-            for plan in plan_epoch(self.method, self.schedule, self.seed, self.train_rows, self.bags, views, epoch, first):
-                plans.append(plan)
-                yield plan.requests
-
         self.method.train()
-        for position, tensors in enumerate(self.loader.views(requests())):
-            batch = make_batch(self.method, plans[position], tensors, self.keys_TVP, self.device)
+        for batch in self.batches.epoch(epoch, first):
             self._train_step(batch, Progress(epoch, self.step))
             self.step += 1
             self.result.anchors += self.schedule.batch_anchors

@@ -1,6 +1,7 @@
-"""bag: neighbours, clusters or classes of the teacher's features become bags.
+"""bag: neighbours, clusters or classes of the teacher's features, or of a baseline student's, become bags.
 
-python -m stages.bag         reads params bagging, seed and data/embeddings.zarr; writes data/bags.zarr, reports/bags.json
+python -m stages.bag         reads params bagging, seed and data/embeddings.zarr (bagging.relation: baselines/NAME: that student and the
+                             images); writes data/bags.zarr, reports/bags.json
 """
 
 from typing import TYPE_CHECKING
@@ -8,10 +9,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from stages import paths
-from stages.common import Run, stage_run
+from stages.common import Run, process_group, stage_run
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from bingo.bags import Bags
+    from bingo.data.listing import Listing
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,7 +32,9 @@ def main() -> None:
 
         listing = read_listing(paths.LISTING)
         embeddings = read_embeddings(paths.EMBEDDINGS, listing)
-        bags = _build(run, embeddings.train_features_TD, listing.labels_N[: listing.train_rows])
+        from_teacher = run.params.bagging.relation == "teacher"
+        features_TD = embeddings.train_features_TD if from_teacher else _student_features(run, listing)
+        bags = _build(run, features_TD, listing.labels_N[: listing.train_rows])
         metrics = bag_metrics(bags, listing.labels_N[: listing.train_rows] if listing.labelled else None)
         write_bags(paths.BAGS, bags, listing.fingerprint, embeddings.fingerprint)
         write_json(paths.REPORTS / "bags.json", metrics)
@@ -36,15 +42,37 @@ def main() -> None:
         run.say(f"{run.params.bagging.method} bags of {listing.train_rows} images: {figures}")
 
 
-def _build(run: Run, features, labels) -> "Bags":
+def _student_features(run: Run, listing: "Listing") -> "np.ndarray":
+    """Features of the train rows, float32 (T, D), by the baseline student that bagging.relation names (the papers' ablation)."""
+    import numpy as np
+    import torch
+
+    from bingo.data.images import open_images
+    from bingo.evals.features import backbone_features
+    from bingo.nets.students import load_student
+
+    params = run.params
+    student, _ = load_student(paths.MODELS / f"{params.bagging.relation}.safetensors")
+    images = open_images(listing, paths.IMAGES, params.dataset.root)
+    with process_group(run) as device:
+        student = student.to(device, memory_format=torch.channels_last)
+        rows_T = np.arange(listing.train_rows)
+        return backbone_features(student, images, rows_T, params.image, device, params.extract.precision, params.extract.batch_images)
+
+
+def _build(run: Run, features_TD, labels_T) -> "Bags":
+    from dataclasses import replace
+
     from bingo.bag_builders import build_kmeans, build_knn, build_label
 
     params = run.params.bagging
     if params.method == "knn":
-        return build_knn(features, params.k)
-    if params.method == "kmeans":
-        return build_kmeans(features, params.clusters, params.iterations, params.k, run.params.seed)
-    return build_label(labels, features, params.k)
+        bags = build_knn(features_TD, params.k, params.mutual)
+    elif params.method == "kmeans":
+        bags = build_kmeans(features_TD, params.clusters, params.iterations, params.k, run.params.seed)
+    else:
+        bags = build_label(labels_T, features_TD, params.k)
+    return replace(bags, settings={**bags.settings, "relation": params.relation, "draw_temperature": params.draw_temperature})
 
 
 if __name__ == "__main__":

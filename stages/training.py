@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from bingo.bags import BagIndex
+    from bingo.batches import Stored
     from bingo.data.embeddings import Embeddings
     from bingo.data.listing import Listing
     from bingo.methods.contract import Method
@@ -41,21 +42,22 @@ def train_method(
 
     The checkpoint is deleted only after `finish` has put the outputs in place.
     """
-    import torch
 
     from bingo import distributed, seeds
+    from bingo.batches import Batches, steps_in_epoch
     from bingo.checkpoints import Checkpoints
     from bingo.data.images import open_images
     from bingo.data.loader import ViewLoader
     from bingo.evals.probe import KnnProbe
     from bingo.methods.contract import Context, build_method
     from bingo.nets.backbones import build_backbone, check_images
-    from bingo.train import Trainer, steps_in_epoch
+    from bingo.train import Trainer
 
     params = run.params
     steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{_schedule_name(run)}.batch_anchors")
     student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(params.seed, "student"))
     check_images(student, network.arch, params.image.crop_px)
+    stored = _stored(run, section, embeddings, device) if embeddings is not None else None
     context = Context(
         student=student,
         feature_width=student.feature_width,
@@ -64,7 +66,8 @@ def train_method(
         precision=schedule.precision,
         device=device,
         teacher=teacher,
-        keys_TVP=torch.from_numpy(embeddings.keys_NVP).to(device) if embeddings is not None else None,
+        keys_TVP=stored.keys_TVP if stored is not None else None,
+        features_TD=stored.features_TD if stored is not None else None,
         bags=bags.table if bags is not None else None,
     )
     method = build_method(method_name, section, context)
@@ -73,10 +76,9 @@ def train_method(
     probe = KnnProbe(listing, images, params.image, params.seed, device, schedule.precision) if listing.labelled else None
     values = _identity(run, method_name, section, network, schedule, keys, [listing, embeddings, bags])
     with state_folder(run.stage, values) as folder:
-        trainer = Trainer(
-            method, loader, schedule, params.seed, listing.train_rows, device, Checkpoints(folder / "checkpoints"),
-            context.bags, context.keys_TVP, probe, label=f"{run.stage}: {method_name}",
-        )  # fmt: skip
+        batches = Batches(method.needs, loader, params.seed, listing.train_rows, schedule.batch_anchors, context.bags, stored)
+        label = f"{run.stage}: {method_name}"
+        trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label)
         if trainer.resumes():
             run.say(f"{run.stage}: going on from a checkpoint")
         result = trainer.run()
@@ -84,6 +86,22 @@ def train_method(
             finish(method, result.history)
             shutil.rmtree(folder, ignore_errors=True)
     _tell(run, method_name, schedule, result)
+
+
+def _stored(run: Run, section: Any, embeddings: "Embeddings", device: "torch.device") -> "Stored":
+    """The teacher's stored outputs on the device. Raises UserError where the stored views cannot be drawn again as they were."""
+    import torch
+
+    from bingo.batches import Stored
+    from bingo.errors import UserError
+    from bingo.params import AugmentParams
+
+    recipe = embeddings.attrs["recipe"]
+    if (recipe["image"], recipe["seed"]) != (run.params.image.model_dump(mode="json"), run.params.seed):
+        raise UserError(f"{paths.EMBEDDINGS}: was made with another image section or seed than params.yaml has; run: dvc repro extract")
+    features_TD = torch.from_numpy(embeddings.train_features_TD).to(device) if section.reads_features else None
+    augment = AugmentParams.model_validate(recipe["extract"]["augment"])
+    return Stored(torch.from_numpy(embeddings.keys_NVP).to(device), augment, features_TD)
 
 
 def _identity(

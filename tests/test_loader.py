@@ -103,7 +103,7 @@ def test_file_views_are_the_drawn_crops(files):
     for row, path in enumerate(files.paths):
         with Image.open(f"{files.root}/{path}") as opened:
             image = opened.convert("RGB")
-        (box,) = crop_boxes(crops[row : row + 1], image.height, image.width, AUGMENT).tolist()
+        (box,) = crop_boxes(crops[row : row + 1], image.height, image.width).tolist()
         crop = tv.resized_crop(image, *box, [16, 16])
         wanted.append(np.asarray(tv.hflip(crop) if crops.flip_B[row] else crop))
     want = cropped_views(torch.from_numpy(np.stack(wanted)), colours, AUGMENT, IMAGE)

@@ -71,7 +71,7 @@ def context():
     members = np.stack([rng.permutation([r for r in range(ROWS) if r != row])[:3] for row in range(ROWS)]).astype(np.int32)
     members[4, 1:] = -1
     bags = SimpleNamespace(members_TK=members, cluster_T=None, bag_sizes_T=(members >= 0).sum(1))
-    return Context(Student(), WIDTH, 0, "stored", "fp32", CPU, FrozenTeacher(), keys, bags)
+    return Context(Student(), WIDTH, 0, "stored", "fp32", CPU, FrozenTeacher(), keys, None, bags)
 
 
 def batch_of(context, rows=(3, 4, 9, 11, 20, 29), views=2):
@@ -81,7 +81,7 @@ def batch_of(context, rows=(3, 4, 9, 11, 20, 29), views=2):
     view = torch.arange(BATCH) % VIEWS
     return Batch(
         torch.tensor(rows), images[:views], torch.tensor(member_rows), images[views:],
-        context.keys_TVP[list(rows), view].float(), context.keys_TVP[member_rows, view].float(),
+        [context.keys_TVP[list(rows), view].float()], context.keys_TVP[member_rows, view].float(),
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_bingo_is_the_sum_of_its_terms(context, terms, epoch, mask_bag):
     uniform = seeds.uniforms(0, "cutmix", epoch, batch.anchor_rows_B.numpy(), draws=3)
     mixed, share = cutmix(batch.anchor_views[0], batch.member_views[0], uniform, 2.0)
     s_a, s_p, s_m = (queries(method, images) for images in (batch.anchor_views[0], batch.member_views[0], mixed))
-    k_a, k_p = batch.anchor_keys_BP.tolist(), batch.member_keys_BP.tolist()
+    k_a, k_p = batch.anchor_keys[0].tolist(), batch.member_keys_BP.tolist()
     total = 0.0
     for i in range(BATCH):
         n = bank_negatives(context, method, batch, i, 7, mask_bag)
@@ -133,8 +133,8 @@ def test_without_relation_it_is_the_intra_term_alone(context):
     assert not method.needs.members
     batch = batch_of(context, views=1)
     batch.member_rows_B, batch.member_views, batch.member_keys_BP = None, [], None
-    s_a, negatives = queries(method, batch.anchor_views[0]), method.queue.keys_QP.tolist()
-    expected = sum(loop_info_nce(q, k, negatives, 0.2) for q, k in zip(s_a, batch.anchor_keys_BP.tolist(), strict=True)) / BATCH
+    s_a, negatives = queries(method, batch.anchor_views[0]), method.negatives.queue.keys_QP.tolist()
+    expected = sum(loop_info_nce(q, k, negatives, 0.2) for q, k in zip(s_a, batch.anchor_keys[0].tolist(), strict=True)) / BATCH
     assert method(batch, Progress(3, 0))["loss"].item() == pytest.approx(expected, rel=2e-5)
 
 
@@ -148,7 +148,7 @@ def test_live_keys_are_the_teachers_of_other_views(context):
     batch = batch_of(context)
     k_a, k_p = (live.teacher.keys(images).tolist() for images in (batch.anchor_views[1], batch.member_views[1]))
     s_a, s_p = (queries(method, images) for images in (batch.anchor_views[0], batch.member_views[0]))
-    n, total = method.queue.keys_QP.tolist(), 0.0
+    n, total = method.negatives.queue.keys_QP.tolist(), 0.0
     for i in range(BATCH):
         total += (
             sum(w * loop_info_nce(q[i], k[i], n, 0.2) for w, q, k in [(0.7, s_a, k_a), (0.3, s_a, k_p), (0.7, s_p, k_p), (0.3, s_p, k_a)])
@@ -157,8 +157,8 @@ def test_live_keys_are_the_teachers_of_other_views(context):
     assert method(batch, Progress(1, 0))["loss"].item() == pytest.approx(total / BATCH, rel=2e-5)
     assert method(batch, Progress(1, 0))["loss"].item() == pytest.approx(total / BATCH, rel=2e-5), "forward must not move the queue"
     method.after_step()
-    assert torch.allclose(method.queue.keys_QP[:BATCH], torch.tensor(k_a), atol=1e-6)
-    assert method.queue.rows_Q[:BATCH].tolist() == batch.anchor_rows_B.tolist()
+    assert torch.allclose(method.negatives.queue.keys_QP[:BATCH], torch.tensor(k_a), atol=1e-6)
+    assert method.negatives.queue.rows_Q[:BATCH].tolist() == batch.anchor_rows_B.tolist()
 
 
 def test_a_momentum_copy_moves_by_its_momentum(context):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bingo.bag_builders import build_knn
+from bingo.batches import Batches, Stored
 from bingo.checkpoints import Checkpoints
 from bingo.data.images import MemoryImages
 from bingo.data.loader import ViewLoader
@@ -48,16 +49,17 @@ def trainer(folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, netw
     keys = rng.standard_normal((ROWS, 3, 16)).astype(np.float32)
     keys = torch.from_numpy((keys / np.linalg.norm(keys, axis=2, keepdims=True)).astype(np.float16))
     bags = build_knn(rng.standard_normal((ROWS, 6)).astype(np.float32), 3)
-    shipped = getattr(PARAMS, method_name).model_dump()
+    shipped = getattr(PARAMS.methods, method_name).model_dump()
     shrink = (
         {"head_hidden": 8, "key_width": 16, "queue_rows": 24} if method_name == "moco" else {"head_hidden": 8, "inter_warmup_epochs": 1}
     )
     section = method_section(method_name).model_validate(shipped | shrink)
-    context = Context(student, student.feature_width, 0, "stored", precision, CPU, None, keys, bags)
+    context = Context(student, student.feature_width, 0, "stored", precision, CPU, None, keys, None, bags)
     method = build_method(method_name, section, context)
     schedule = PARAMS.distill.model_copy(update={"epochs": epochs, "batch_anchors": 16, "lr": lr, "precision": precision})
     loader = ViewLoader(rng_images(), IMAGE, PARAMS.distill.augment, 0, CPU)
-    return Trainer(method, loader, schedule, 0, ROWS, CPU, Checkpoints(folder, every_seconds), bags, keys)
+    batches = Batches(method.needs, loader, 0, ROWS, schedule.batch_anchors, bags, Stored(keys, PARAMS.extract.augment))
+    return Trainer(method, batches, schedule, CPU, Checkpoints(folder, every_seconds))
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
@@ -105,7 +107,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
 def test_a_batch_larger_than_the_dataset_is_refused(tmp_path):
     run = trainer(tmp_path)
     with pytest.raises(UserError, match="there are only 8 train images"):
-        Trainer(run.method, run.loader, run.schedule, 0, 8, CPU, Checkpoints(tmp_path), run.bags, run.keys_TVP)
+        Batches(run.method.needs, run.batches.loader, 0, 8, run.schedule.batch_anchors, run.batches.bags, run.batches.stored)
 
 
 def test_bf16_is_on_inside_the_network_on_the_cpu_and_the_loss_is_float32(tmp_path):

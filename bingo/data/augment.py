@@ -34,7 +34,7 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 def random_views(images_BSS3: Tensor, crops: Crops, colours: Colours, augment: AugmentParams, image: ImageParams) -> Tensor:
     """Views of uint8 squares (B, S, S, 3), drawn by `draw_views`: normalised float32 (B, 3, P, P), channels_last."""
     side_px, device = images_BSS3.shape[1], images_BSS3.device
-    boxes_B4 = upload(crop_boxes(crops, side_px, side_px, augment).astype(np.float32), device)
+    boxes_B4 = upload(crop_boxes(crops, side_px, side_px).astype(np.float32), device)
     flip_B = upload(crops.flip_B, device) if augment.flip_p > 0 else None
     x_B3PP = crop_and_resize(images_BSS3, boxes_B4, flip_B, image.crop_px)
     return normalize(recolour(x_B3PP, colours, augment), image)

@@ -23,7 +23,7 @@ from bingo.data.draws import Crops, crop_boxes
 from bingo.data.images import FileImages
 from bingo.data.workers import end_with_owner
 from bingo.errors import UserError
-from bingo.params import AugmentParams, ImageParams
+from bingo.params import ImageParams
 
 IMAGES_PER_TASK = 32  # what one worker decodes at a time: a few megabytes of shared memory, about 0.1 s of 500 x 375 photos
 TASKS_AHEAD = 2  # for each worker
@@ -48,7 +48,6 @@ class _Task:
     starts: list[int]
     crops: Crops | None
     image: ImageParams
-    augment: AugmentParams | None
 
 
 def worker_count() -> int:
@@ -61,8 +60,8 @@ def worker_count() -> int:
 class FileDecoder:
     """Decodes plans in order, some tasks ahead, in `workers` processes (0: in this one, at use)."""
 
-    def __init__(self, images: FileImages, image: ImageParams, augment: AugmentParams | None, workers: int | None, pin: bool):
-        self._images, self._image, self._augment = images, image, augment
+    def __init__(self, images: FileImages, image: ImageParams, workers: int | None, pin: bool):
+        self._images, self._image = images, image
         workers = worker_count() if workers is None else workers
         self._feed = _Feed()
         self._loader = DataLoader(
@@ -117,7 +116,7 @@ class FileDecoder:
 
     def _task(self, rows: list[int], starts: list[int], crops: Crops | None) -> _Task:
         paths = [self._images.paths[row] for row in rows]
-        return _Task(self._images.root, paths, rows, starts, crops, self._image, self._augment)
+        return _Task(self._images.root, paths, rows, starts, crops, self._image)
 
 
 class _Feed(Sampler):
@@ -150,11 +149,11 @@ class _Decode(Dataset):
 def _image_views(task: _Task, i: int, file_bytes: bytes) -> np.ndarray:
     """The views of a task's i-th image, uint8 (V, P, P, 3)."""
     start, end = task.starts[i], task.starts[i + 1]
-    if task.crops is None or task.augment is None:
+    if task.crops is None:
         center_PP3 = decode_square(file_bytes, task.image.resize_px, task.image.crop_px)
         return np.broadcast_to(center_PP3, (end - start, *center_PP3.shape))
     crops = task.crops[start:end]
-    boxes = partial(crop_boxes, crops, augment=task.augment)
+    boxes = partial(crop_boxes, crops)
     return decode_crops(file_bytes, boxes, crops.flip_B, task.image.crop_px)
 
 

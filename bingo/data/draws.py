@@ -27,18 +27,23 @@ _PERMUTATIONS = np.array(list(permutations(range(4))))
 
 @dataclass(frozen=True)
 class Crops:
-    """What fixes the geometry of B views once the sizes of their images are known: uniform numbers and flips, bool (B,)."""
+    """What fixes the geometry of B views once the sizes of their images are known: uniform numbers and flips, bool (B,).
+
+    ranges_B4: least and largest share of the area, least and largest width over height, of each view's own family.
+    """
 
     uniforms_BJ: np.ndarray
     flip_B: np.ndarray
+    ranges_B4: np.ndarray
 
     def __getitem__(self, rows: slice | np.ndarray) -> "Crops":
-        return Crops(self.uniforms_BJ[rows], self.flip_B[rows])
+        return Crops(self.uniforms_BJ[rows], self.flip_B[rows], self.ranges_B4[rows])
 
 
 def join_crops(parts: Sequence[Crops]) -> Crops:
     """Several batches as one."""
-    return Crops(np.concatenate([part.uniforms_BJ for part in parts]), np.concatenate([part.flip_B for part in parts]))
+    fields = ([getattr(part, name) for part in parts] for name in ("uniforms_BJ", "flip_B", "ranges_B4"))
+    return Crops(*(np.concatenate(arrays) for arrays in fields))
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class Colours:
 def draw_views(augment: AugmentParams, seed: int, purpose: str, epoch: int, key_rows_B, view_B) -> tuple[Crops, Colours]:
     """Draw B views, each keyed by its row and its view (or one view for all)."""
     u_BJ = seeds.uniforms(seed, purpose, epoch, key_rows_B, view_B, _DRAWS)
-    crops = Crops(u_BJ[:, : _LEFT + 1], u_BJ[:, _FLIP] < augment.flip_p)
+    ranges_B4 = np.broadcast_to(np.array([*augment.crop_scale, *augment.crop_ratio]), (len(u_BJ), 4))
+    crops = Crops(u_BJ[:, : _LEFT + 1], u_BJ[:, _FLIP] < augment.flip_p, ranges_B4)
     operation_BO, factor_BO = _jitter(augment, u_BJ)
     low, high = augment.blur_sigma_px
     sigma_B = np.where(u_BJ[:, _BLUR] < augment.blur_p, low + (high - low) * u_BJ[:, _SIGMA], 0.0)
@@ -81,19 +87,18 @@ def _jitter(augment: AugmentParams, u_BJ: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.where(u_BJ[:, _JITTER, None] < augment.jitter_p, operation_BO, -1), factor_BO
 
 
-def crop_boxes(crops: Crops, heights_B, widths_B, augment: AugmentParams) -> np.ndarray:
+def crop_boxes(crops: Crops, heights_B, widths_B) -> np.ndarray:
     """Boxes (top, left, height, width) in whole pixels, int64 (B, 4), in images of these sizes (arrays or one number for all).
 
-    RandomResizedCrop of torchvision: of 10 boxes with area uniform in `crop_scale` and log ratio uniform in `crop_ratio` the
-    first that fits, at a uniform place; if none fits, the largest box of an allowed ratio in the middle.
+    RandomResizedCrop of torchvision: of 10 boxes with area and log ratio uniform in the views' ranges the first that fits, at a uniform place; if none fits, the largest box of an allowed ratio in the middle.
     """
     u_BJ = crops.uniforms_BJ
     heights_B = np.broadcast_to(np.asarray(heights_B, np.int64), len(u_BJ))
     widths_B = np.broadcast_to(np.asarray(widths_B, np.int64), len(u_BJ))
-    low, high = augment.crop_scale
-    area_BT = (heights_B * widths_B)[:, None] * (low + (high - low) * u_BJ[:, _AREA])
-    log_low, log_high = np.log(augment.crop_ratio)
-    ratio_BT = np.exp(log_low + (log_high - log_low) * u_BJ[:, _RATIO])
+    low_B1, high_B1, least_B1, largest_B1 = np.hsplit(crops.ranges_B4, 4)
+    area_BT = (heights_B * widths_B)[:, None] * (low_B1 + (high_B1 - low_B1) * u_BJ[:, _AREA])
+    log_low_B1, log_high_B1 = np.log(least_B1), np.log(largest_B1)
+    ratio_BT = np.exp(log_low_B1 + (log_high_B1 - log_low_B1) * u_BJ[:, _RATIO])
     width_BT, height_BT = np.rint(np.sqrt(area_BT * ratio_BT)), np.rint(np.sqrt(area_BT / ratio_BT))
     fits_BT = (width_BT > 0) & (width_BT <= widths_B[:, None]) & (height_BT > 0) & (height_BT <= heights_B[:, None])
     first_B, every_B = fits_BT.argmax(axis=1), np.arange(len(u_BJ))
@@ -101,12 +106,11 @@ def crop_boxes(crops: Crops, heights_B, widths_B, augment: AugmentParams) -> np.
     top_B = np.floor(u_BJ[:, _TOP] * (heights_B - height_B + 1))
     left_B = np.floor(u_BJ[:, _LEFT] * (widths_B - width_B + 1))
     boxes_B4 = np.stack([top_B, left_B, height_B, width_B], axis=1)
-    return np.where(fits_BT.any(axis=1)[:, None], boxes_B4, _middle_boxes(heights_B, widths_B, augment)).astype(np.int64)
+    return np.where(fits_BT.any(axis=1)[:, None], boxes_B4, _middle_boxes(heights_B, widths_B, crops.ranges_B4)).astype(np.int64)
 
 
-def _middle_boxes(heights_B: np.ndarray, widths_B: np.ndarray, augment: AugmentParams) -> np.ndarray:
+def _middle_boxes(heights_B: np.ndarray, widths_B: np.ndarray, ranges_B4: np.ndarray) -> np.ndarray:
     """The largest boxes in the middle whose ratio is allowed."""
-    low, high = augment.crop_ratio
-    height_B = np.minimum(heights_B, np.rint(widths_B / low))
-    width_B = np.minimum(widths_B, np.rint(heights_B * high))
+    height_B = np.minimum(heights_B, np.rint(widths_B / ranges_B4[:, 2]))
+    width_B = np.minimum(widths_B, np.rint(heights_B * ranges_B4[:, 3]))
     return np.stack([(heights_B - height_B) // 2, (widths_B - width_B) // 2, height_B, width_B], axis=1)

@@ -24,7 +24,8 @@ from bingo.params import AugmentParams, ImageParams
 class Request:
     """B random views: of images `image_rows_B` (int64), their randomness keyed by (purpose, epoch, key row, view).
 
-    The key row is the image's own, except where another image is to be seen through the same crop and colours.
+    The key row is the image's own, except where another image is to be seen through the same crop and colours. `augment`: another
+    family of views than the loader's.
     """
 
     image_rows_B: np.ndarray
@@ -32,12 +33,13 @@ class Request:
     purpose: str
     epoch: int
     view_B: int | np.ndarray
+    augment: AugmentParams | None = None
 
 
 class ViewLoader:
     """Random views of `images` on `device`. `workers` (None: found by itself) matters for files alone.
 
-    `wait_seconds` is how long the consumer waited in all: for files, or on the CPU for the views to be computed.
+    `augment` is the family of views of a request that names none; `wait_seconds` is how long the consumer waited in all: for files, or on the CPU for the views to be computed.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class ViewLoader:
         workers: int | None = None,
     ):
         self.wait_seconds = 0.0
-        self._images, self._image, self._augment, self._seed, self._device = images, image, augment, seed, device
+        self.augment = augment
+        self._images, self._image, self._seed, self._device = images, image, seed, device
         self._decoder: FileDecoder | None = None
         if not isinstance(images, MemoryImages):
-            self._decoder = FileDecoder(images, image, augment, workers, pin=device.type == "cuda")
+            self._decoder = FileDecoder(images, image, workers, pin=device.type == "cuda")
 
     def views(self, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
         """For each plan one normalised float32 (B, 3, P, P) channels_last tensor for each request, in order.
@@ -71,7 +74,10 @@ class ViewLoader:
 
     def _draw(self, request: Request) -> tuple[Crops, Colours]:
         keys = (request.purpose, request.epoch, request.key_rows_B, request.view_B)
-        return draw_views(self._augment, self._seed, *keys)
+        return draw_views(self._family(request), self._seed, *keys)
+
+    def _family(self, request: Request) -> AugmentParams:
+        return request.augment or self.augment
 
     def _from_memory(self, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
         for plan in plans:
@@ -79,21 +85,21 @@ class ViewLoader:
 
     def _memory_views(self, request: Request) -> Tensor:
         images_BSS3 = _gather(self._images, request.image_rows_B, self._device)
-        return random_views(images_BSS3, *self._draw(request), self._augment, self._image)
+        return random_views(images_BSS3, *self._draw(request), self._family(request), self._image)
 
     def _from_files(self, decoder: FileDecoder, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
-        colours: deque[list[Colours]] = deque()
+        ahead: deque[list[tuple[Colours, AugmentParams]]] = deque()
 
         def decoder_plans() -> Iterator[Plan]:
             for plan in plans:
                 crops_of_plan, colours_of_plan = zip(*(self._draw(request) for request in plan), strict=True)
-                colours.append(list(colours_of_plan))
+                ahead.append([(x, self._family(request)) for x, request in zip(colours_of_plan, plan, strict=True)])
                 yield Plan(np.concatenate([request.image_rows_B for request in plan]), join_crops(crops_of_plan))
 
         for crops_TPP3 in _on_device(decoder.batches(decoder_plans()), self._device):
-            of_plan = colours.popleft()
-            parts = crops_TPP3.split([len(colour.gray_B) for colour in of_plan])
-            yield [cropped_views(x, colour, self._augment, self._image) for x, colour in zip(parts, of_plan, strict=True)]
+            of_plan = ahead.popleft()
+            parts = crops_TPP3.split([len(colours.gray_B) for colours, _ in of_plan])
+            yield [cropped_views(x, *drawn, self._image) for x, drawn in zip(parts, of_plan, strict=True)]
 
 
 def center_views(
@@ -109,7 +115,7 @@ def center_views(
         for rows_B in batches:
             yield center_view(_gather(images, rows_B, device), image)
         return
-    decoder = FileDecoder(images, image, None, workers, pin=device.type == "cuda")
+    decoder = FileDecoder(images, image, workers, pin=device.type == "cuda")
     for x_BPP3 in _on_device(decoder.batches(Plan(rows_B, None) for rows_B in batches), device):
         yield normalize(to_unit(x_BPP3), image)
 

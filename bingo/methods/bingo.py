@@ -9,7 +9,6 @@ with (w0, w1) = (1, 0) before `inter_warmup_epochs`, `pair_weights` after. Keys 
 moving average of the student (ablation rows without the teacher's parameters).
 """
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +16,14 @@ from bingo import seeds
 from bingo.errors import UserError
 from bingo.methods.bingo_params import Params
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.parts import MomentumCopy, Queue, cutmix, hidden_negatives, info_nce, negative_logsumexp, shuffled
+from bingo.methods.negatives import Negatives
+from bingo.methods.parts import MomentumCopy, cutmix, info_nce, negative_logsumexp, shuffled
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast
 
 
 class Bingo(Method):
-    """See the head of this file. Negatives: rows of the stored bank or a queue; the anchor and its member are never among the bank's,
-    and with `mask_bag` neither is the anchor's bag."""
+    """See the head of this file. Negatives: rows of the stored bank or a queue (bingo/methods/negatives.py)."""
 
     def __init__(self, params: Params, context: Context):
         super().__init__()
@@ -35,9 +34,7 @@ class Bingo(Method):
         self.head = mlp_head([context.feature_width, params.head_hidden, key_width], seeds.torch_seed(context.seed, "student head"))
         if context.keys == "momentum":
             self.key_encoder = MomentumCopy(nn.Sequential(self.student, self.head), params.key_momentum)
-        if params.negatives == "queue":
-            self.queue = Queue(params.negative_rows, key_width, context.seed)
-            self._prefill()
+        self.negatives = Negatives(params.negatives, params.negative_rows, key_width, params.mask_bag, context)
         self.needs = self._needs()
         self.pushed: list[tuple[Tensor, Tensor]] = []
 
@@ -49,25 +46,15 @@ class Bingo(Method):
             anchor_views=views,
             member_views=member_views if self.related else 0,
             stored_keys=stored,
-            same_view=stored and same,
+            same_views=1 if stored and same else 0,
         )
-
-    def _prefill(self) -> None:
-        """Start the queue from stored keys where they exist: the first steps then train against real negatives."""
-        if self.context.keys == "momentum" or self.context.keys_TVP is None:
-            return
-        count = min(len(self.queue.rows_Q), len(self.context.keys_TVP))
-        order = seeds.permutation(self.context.seed, "prefill", 0, len(self.context.keys_TVP))[:count]
-        rows = torch.from_numpy(order)
-        self.queue.keys_QP[:count] = self.context.keys_TVP[rows.to(self.context.keys_TVP.device), 0].float().to(self.queue.keys_QP)
-        self.queue.rows_Q[:count] = rows
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         anchor_keys_BP, member_keys_BP = self._keys(batch, progress)
         self.pushed = [(anchor_keys_BP, batch.anchor_rows_B)]
         if member_keys_BP is not None and batch.member_rows_B is not None and self.params.queue_push == "anchor_and_member":
             self.pushed.append((member_keys_BP, batch.member_rows_B))
-        bank_JP, hidden_BJ = self._negatives(batch, progress)
+        bank_JP, hidden_BJ = self.negatives(batch, progress.step)
         intra, inter = (1.0, 0.0) if progress.epoch < self.params.inter_warmup_epochs else self.params.pair_weights
 
         def loss_of(query_BP: Tensor, weighted_keys: list[tuple[float | Tensor, Tensor]]) -> Tensor:
@@ -103,8 +90,7 @@ class Bingo(Method):
         """Keys of anchors and, where the terms use them, of members, unit rows (B, P)."""
         both = self.related and self.params.terms != "paper"
         if self.context.keys == "stored":
-            assert batch.anchor_keys_BP is not None
-            return batch.anchor_keys_BP, batch.member_keys_BP if both else None
+            return batch.anchor_keys[0], batch.member_keys_BP if both else None
         anchor_BP = self._encode(batch.anchor_views[-1], 2 * progress.step)
         return anchor_BP, self._encode(batch.member_views[-1], 2 * progress.step + 1) if both else None
 
@@ -118,51 +104,14 @@ class Bingo(Method):
                 return unit(shuffled(self.context.teacher.keys, images_BCHW, self.context.seed, draw))
             return self.context.teacher.keys(images_BCHW)
 
-    def _negatives(self, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor | None]:
-        """Common negatives (J, P) of all queries, and which of them each anchor does not see, (B, J)."""
-        if self.params.negatives == "bank":
-            bank_JP, rows_J = self._bank_draw(progress.step)
-            return bank_JP, self._hidden(batch, rows_J) if self.params.mask_bag else hidden_negatives(rows_J, self._own_rows(batch))
-        bank_JP, rows_J = self.queue.keys_QP.clone(), self.queue.rows_Q.clone()  # a push may come before backward is done with these
-        return bank_JP, self.queue.empty() | self._hidden(batch, rows_J) if self.params.mask_bag else self.queue.empty()
-
-    def _bank_draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """Distinct rows of the bank with one stored view each, the same on every process: `negative_rows` of them, or all."""
-        bank_TVP = self.context.keys_TVP
-        assert bank_TVP is not None
-        rows, views = len(bank_TVP), bank_TVP.shape[1]
-        count = min(rows, self.params.negative_rows)
-        chosen = np.arange(rows) if count == rows else seeds.permutation(self.context.seed, "negatives", step, rows)[:count]
-        drawn = (seeds.uniforms(self.context.seed, "negative view", step, chosen)[:, 0] * views).astype(np.int64)
-        rows_J, view_J = (torch.from_numpy(x).to(bank_TVP.device) for x in (chosen, drawn))
-        return bank_TVP[rows_J, view_J], rows_J
-
-    @staticmethod
-    def _own_rows(batch: Batch) -> Tensor:
-        own = [batch.anchor_rows_B] if batch.member_rows_B is None else [batch.anchor_rows_B, batch.member_rows_B]
-        return torch.stack(own, dim=1)
-
-    def _hidden(self, batch: Batch, rows_J: Tensor) -> Tensor:
-        """(B, J): anchor, member and the anchor's bag. A bag of the kind `cluster` is compared by group, not member by member."""
-        bags, own_BM = self.context.bags, self._own_rows(batch)
-        if bags is None:
-            return hidden_negatives(rows_J, own_BM)
-        if bags.cluster_T is not None:
-            cluster_T = torch.from_numpy(bags.cluster_T).to(rows_J.device)
-            same_BJ = (cluster_T[rows_J.clamp(min=0)][None] == cluster_T[batch.anchor_rows_B][:, None]) & (rows_J >= 0)
-            return same_BJ | hidden_negatives(rows_J, own_BM)
-        members_BK = torch.from_numpy(bags.members_TK[batch.anchor_rows_B.cpu().numpy()].astype(np.int64)).to(rows_J.device)
-        return hidden_negatives(rows_J, torch.cat([own_BM, members_BK], dim=1))
-
     def _mix(self, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor]:
         rows = batch.anchor_rows_B.cpu().numpy()
         uniform_B3 = seeds.uniforms(self.context.seed, "cutmix", progress.epoch, rows, draws=3)
         return cutmix(batch.anchor_views[0], batch.member_views[0], uniform_B3, self.params.cutmix_alpha)
 
     def after_step(self) -> None:
-        if self.params.negatives == "queue":
-            for keys_BP, rows_B in self.pushed:
-                self.queue.push(keys_BP, rows_B)
+        for keys_BP, rows_B in self.pushed:
+            self.negatives.push(keys_BP, rows_B)
         if self.context.keys == "momentum":
             self.key_encoder.move(nn.Sequential(self.student, self.head))
 
@@ -170,15 +119,17 @@ class Bingo(Method):
 def build(params: Params, context: Context) -> Method:
     """BINGO on the student of `context`. Raises UserError for switches that contradict each other."""
     if context.keys == "momentum" and params.negatives == "bank":
-        raise UserError("bingo.negatives = bank: with distill.keys = momentum no key is stored; set bingo.negatives = queue")
+        raise UserError(
+            "methods.bingo.negatives = bank: with distill.keys = momentum no key is stored; set methods.bingo.negatives = queue"
+        )
     if params.view_coupling == "same" and context.keys == "momentum":
-        raise UserError("bingo.view_coupling = same: needs a teacher's key of the same view; set distill.keys to stored or live")
+        raise UserError("methods.bingo.view_coupling = same: needs a teacher's key of the same view; set distill.keys to stored or live")
     if context.bags is not None and params.mask_bag and params.relation == "bags":
         largest = int(context.bags.bag_sizes_T.max()) + 1
         if largest >= len(context.bags.members_TK):
             raise UserError(
-                f"bingo.mask_bag = true: a bag holds all {largest} train images, so no negative is left; lower bagging.k, "
-                "raise bagging.clusters, or set bingo.mask_bag: false"
+                f"methods.bingo.mask_bag = true: a bag holds all {largest} train images, so no negative is left; lower bagging.k, "
+                "raise bagging.clusters, or set methods.bingo.mask_bag: false"
             )
     if context.teacher is not None:
         context.teacher.batch_statistics(params.teacher_batchnorm == "batch")

@@ -1,6 +1,7 @@
 """What a method of distillation is: it says what a batch must hold, owns its networks and state, and returns its loss terms.
 
-Shape letters: B anchors of this process, T train rows, V stored views, P key width, D feature width, K bag size, J negatives.
+Shape letters: B anchors of this process with their companions, T train rows, V stored views, P key width, D feature width, K bag size,
+J negatives.
 """
 
 import importlib
@@ -19,14 +20,19 @@ if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
 class Needs:
     """What a method wants to find in a batch.
 
-    `anchor_views`, `member_views`: random views of the anchor and of one drawn member of its bag. `stored_keys`: the teacher's stored
-    keys of both. `same_view`: the first anchor view is the very view that the anchor's stored key was made from.
+    `anchor_views`, `member_views`: views of the anchor and of one drawn member of its bag. Of the anchor's views the first
+    `same_views` are those that stored keys were made from, two of them being different ones, and the last `weak_views` have neither
+    colours nor blur. `stored_keys`: the teacher's stored keys of both, `stored_features`: its stored features of the anchors.
+    `companions`: so many listed members of each anchor's bag are in the batch as anchors of their own, behind the anchors.
     """
 
     anchor_views: int
     member_views: int = 0
     stored_keys: bool = False
-    same_view: bool = False
+    same_views: int = 0
+    weak_views: int = 0
+    stored_features: bool = False
+    companions: int = 0
 
     @property
     def members(self) -> bool:
@@ -35,14 +41,18 @@ class Needs:
 
 @dataclass
 class Batch:
-    """One process's share of a step: rows (B,) int64, views (B, 3, H, W) float32, unit keys (B, P) float32."""
+    """One process's share of a step: rows (B,) int64, views (B, 3, H, W) float32, unit keys (B, P) and features (B, D) float32.
+
+    `anchor_keys` has one entry, or as many as `Needs.same_views` where that is more: then key i is the key of view i.
+    """
 
     anchor_rows_B: Tensor
     anchor_views: list[Tensor]
     member_rows_B: Tensor | None = None
     member_views: list[Tensor] = field(default_factory=list)
-    anchor_keys_BP: Tensor | None = None
+    anchor_keys: list[Tensor] = field(default_factory=list)
     member_keys_BP: Tensor | None = None
+    anchor_features_BD: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method is built from. `student` is the backbone; `keys_TVP` float16 on the device; absent parts are None."""
+    """What a method is built from. `student` is the backbone; `keys_TVP` and `features_TD` float16 on the device; absent parts are
+    None. `keys` says where the teacher's outputs come from: stored, live, or momentum (from no teacher)."""
 
     student: nn.Module
     feature_width: int
@@ -65,6 +76,7 @@ class Context:
     device: torch.device
     teacher: "Teacher | None" = None
     keys_TVP: Tensor | None = None
+    features_TD: Tensor | None = None
     bags: "Bags | None" = None
 
 

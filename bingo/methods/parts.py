@@ -1,4 +1,4 @@
-"""Parts that methods share: InfoNCE against a common bank, queue, moving-average copy, CutMix, ShuffleBN.
+"""Parts that methods share: InfoNCE and soft labels over a common bank, queue, moving-average copy, heads, CutMix, ShuffleBN.
 
 Shape letters: B anchors, P key width, J negatives, M rows that are no negatives of an anchor, Q queue rows.
 """
@@ -30,6 +30,32 @@ def info_nce(query_BP: Tensor, key_BP: Tensor, negatives_B: Tensor, temperature:
     """-log(exp(q.k/t) / (exp(q.k/t) + sum_j exp(q.n_j/t))) for each query, (B,) float32; `negatives_B` is `negative_logsumexp`."""
     positive_B = (query_BP.float() * key_BP.float()).sum(dim=1) / temperature
     return torch.logaddexp(positive_B, negatives_B) - positive_B
+
+
+def soft_cross_entropy(logits_BJ: Tensor, target_logits_BJ: Tensor, hidden_BJ: Tensor | None = None) -> Tensor:
+    """-sum_j p_j log softmax(logits)_j with p = softmax(target_logits), for each row (B,), over what is not hidden ((B, J) or (1, J))."""
+    if hidden_BJ is not None:
+        target_logits_BJ = target_logits_BJ.masked_fill(hidden_BJ, float("-inf"))
+    p_BJ = target_logits_BJ.softmax(dim=1)
+    expected_B = (p_BJ * logits_BJ).sum(dim=1)  # of the logits as they are: a hidden one has p = 0
+    if hidden_BJ is not None:
+        logits_BJ = logits_BJ.masked_fill(hidden_BJ, float("-inf"))
+    return torch.logsumexp(logits_BJ, dim=1) - expected_B
+
+
+def kl_divergence(logits_BJ: Tensor, target_logits_BJ: Tensor, hidden_BJ: Tensor | None = None) -> Tensor:
+    """KL(softmax(target_logits) || softmax(logits)) for each row (B,), over what is not hidden."""
+    entropy_B = soft_cross_entropy(target_logits_BJ, target_logits_BJ, hidden_BJ)
+    return soft_cross_entropy(logits_BJ, target_logits_BJ, hidden_BJ) - entropy_B
+
+
+def batchnorm_mlp(width: int, hidden: int, out: int, seed_value: int) -> nn.Sequential:
+    """Linear (no bias), BatchNorm, ReLU, Linear, with seeded initial weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_value)
+        return nn.Sequential(
+            nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out)
+        )  # fmt: skip
 
 
 def hidden_negatives(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:

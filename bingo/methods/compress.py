@@ -1,0 +1,63 @@
+"""CompRess (Abbasi Koohpayegani et al. 2020; UMBCvision/CompRess): an image is as similar to others for the student as for the teacher.
+
+t, s: unit outputs of teacher and student. With two queues (train_student.py) Q_t holds the teacher's outputs and Q_s those of a
+moving average of the student, of the same images in the same places; with one (train_student_without_momentum.py) a linear layer maps
+the student to the teacher's width and Q_s is Q_t. loss = KL(softmax(t . Q_t / temperature) || softmax(s . Q_s / temperature)).
+The image itself is not in the queues when its similarities are taken.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from bingo import seeds
+from bingo.methods.compress_params import Params
+from bingo.methods.contract import Batch, Context, Method, Needs, Progress
+from bingo.methods.parts import MomentumCopy, Queue, kl_divergence, shuffled
+from bingo.methods.targets import Targets
+from bingo.nets.heads import mlp_head, unit
+from bingo.nets.precision import autocast
+
+
+class Compress(Method):
+    """See the head of this file. Two queues compare backbones, so that there is no head."""
+
+    def __init__(self, params: Params, context: Context):
+        super().__init__()
+        self.params, self.context = params, context
+        self.targets = Targets("compress", context, params.target)
+        self.needs = Needs(anchor_views=1, **self.targets.needs)
+        self.student = context.student
+        self.teacher_queue = Queue(params.queue_rows, self.targets.width, context.seed)
+        if params.queues == 2:
+            self.head: nn.Module = nn.Sequential()
+            self.key_encoder = MomentumCopy(self.student, params.key_momentum)
+            self.student_queue = Queue(params.queue_rows, context.feature_width, context.seed)
+        else:
+            self.head = mlp_head([context.feature_width, self.targets.width], seeds.torch_seed(context.seed, "student head"))
+        self.pushed: list[tuple[Queue, Tensor, Tensor]] = []
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        images = batch.anchor_views[0]
+        target_BX = unit(self.targets(batch))
+        self.pushed = [(self.teacher_queue, target_BX, batch.anchor_rows_B)]
+        with autocast(self.context.precision, self.context.device):
+            output_BY = unit(self.head(self.student(images)))
+            if self.params.queues == 2:
+                with torch.no_grad():
+                    own_BY = unit(shuffled(self.key_encoder, images, self.context.seed, progress.step))
+                self.pushed.append((self.student_queue, own_BY, batch.anchor_rows_B))
+        own_queue = self.student_queue if self.params.queues == 2 else self.teacher_queue
+        student_BQ = output_BY @ own_queue.keys_QP.T / self.params.temperature
+        teacher_BQ = target_BX @ self.teacher_queue.keys_QP.T / self.params.temperature
+        return {"loss": kl_divergence(student_BQ, teacher_BQ, self.teacher_queue.empty()).mean()}
+
+    def after_step(self) -> None:
+        for queue, keys_BX, rows_B in self.pushed:
+            queue.push(keys_BX, rows_B)
+        if self.params.queues == 2:
+            self.key_encoder.move(self.student)
+
+
+def build(params: Params, context: Context) -> Method:
+    """CompRess on the student of `context`. Raises UserError where there is no teacher."""
+    return Compress(params, context)

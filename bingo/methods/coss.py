@@ -1,0 +1,49 @@
+"""CoSS (Singh and Wang 2024): the student's outputs are like the teacher's image by image, and feature by feature over the batch.
+
+s = head(student(x)), t the teacher's output for the same view, both (N, X) over the global batch, whose N images are anchors and
+`companions` of their nearest neighbours. loss = -mean_i cos(s_i, t_i) / sample_temperature - mean_j cos(s_:j, t_:j) /
+dimension_temperature, where s_:j is the j-th output of all images. Published: 64 anchors, 15 of their 31 neighbours each.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bingo import distributed, seeds
+from bingo.errors import UserError
+from bingo.methods.contract import Batch, Context, Method, Needs, Progress
+from bingo.methods.coss_params import Params
+from bingo.methods.targets import Targets
+from bingo.nets.heads import mlp_head
+from bingo.nets.precision import autocast
+
+
+class Coss(Method):
+    """See the head of this file."""
+
+    def __init__(self, params: Params, context: Context):
+        super().__init__()
+        self.params, self.context = params, context
+        self.targets = Targets("coss", context, params.target)
+        self.needs = Needs(anchor_views=1, companions=params.companions, **self.targets.needs)
+        self.student = context.student
+        widths = [context.feature_width, params.head_hidden, self.targets.width]
+        self.head = mlp_head(widths, seeds.torch_seed(context.seed, "student head"))
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        with autocast(self.context.precision, self.context.device):
+            output_BX = self.head(self.student(batch.anchor_views[0])).float()
+        target_BX = self.targets(batch)
+        sample = -F.cosine_similarity(output_BX, target_BX, dim=1).mean()
+        # A feature's direction is over the whole global batch, so it is the same on any number of processes.
+        output_NX, target_NX = distributed.gather_with_gradient(output_BX), distributed.gather(target_BX)
+        dimension = -F.cosine_similarity(output_NX, target_NX, dim=0).mean()
+        loss = sample / self.params.sample_temperature + dimension / self.params.dimension_temperature
+        return {"loss": loss, "sample": sample, "dimension": dimension}
+
+
+def build(params: Params, context: Context) -> Method:
+    """CoSS on the student of `context`. Raises UserError where there is no teacher, or bags list fewer members than `companions`."""
+    if params.companions and context.bags is not None and params.companions > context.bags.members_TK.shape[1]:
+        listed = context.bags.members_TK.shape[1]
+        raise UserError(f"methods.coss.companions = {params.companions}: bags list {listed} members; raise bagging.k or lower it")
+    return Coss(params, context)

@@ -1,0 +1,41 @@
+"""SimReg (Navaneet et al. 2021; UCDvision/simreg simreg.py): regression of the teacher's output, no negatives.
+
+loss = mean(2 - 2 cos(g(s), t)), s the student's features, t the teacher's output, g a regression head that is thrown away. Of 4 layers
+(mlp_arch.py): width -> hidden (BatchNorm, ReLU) -> width -> hidden (BatchNorm, ReLU) -> the teacher's width; of 2: its second half.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bingo import seeds
+from bingo.methods.contract import Batch, Context, Method, Needs, Progress
+from bingo.methods.parts import batchnorm_mlp
+from bingo.methods.simreg_params import Params
+from bingo.methods.targets import Targets
+from bingo.nets.precision import autocast
+
+
+class SimReg(Method):
+    """See the head of this file."""
+
+    def __init__(self, params: Params, context: Context):
+        super().__init__()
+        self.context = context
+        self.targets = Targets("simreg", context, params.target)
+        self.needs = Needs(anchor_views=1, **self.targets.needs)
+        self.student = context.student
+        width, hidden = context.feature_width, params.head_hidden
+        inner = [batchnorm_mlp(width, hidden, width, seeds.torch_seed(context.seed, "inner head"))] if params.head_layers == 4 else []
+        outer = batchnorm_mlp(width, hidden, self.targets.width, seeds.torch_seed(context.seed, "student head"))
+        self.head = nn.Sequential(*inner, outer)
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        with autocast(self.context.precision, self.context.device):
+            output_BX = self.head(self.student(batch.anchor_views[0]))
+        cosine_B = F.cosine_similarity(output_BX.float(), self.targets(batch), dim=1)
+        return {"loss": (2 - 2 * cosine_B).mean()}
+
+
+def build(params: Params, context: Context) -> Method:
+    """SimReg on the student of `context`. Raises UserError where there is no teacher."""
+    return SimReg(params, context)

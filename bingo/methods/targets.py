@@ -1,0 +1,64 @@
+"""The teacher's outputs that a student is compared with view by view: its keys, or its features, stored or live.
+
+Stored keys belong to views that are drawn again for the student; stored features to the centre view (methods.md 4.5: so do the cached
+teachers of CompRess and SimReg), and the student's view is then another one. Live, the teacher sees the student's view.
+Shape letters: B anchors, X width of keys or features.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bingo.errors import UserError
+from bingo.methods.contract import Batch, Context
+from bingo.nets.precision import autocast
+
+
+class Targets:
+    """Outputs of the kind `target` for the first `views` views of each anchor. Raises UserError where there is no teacher."""
+
+    def __init__(self, method: str, context: Context, target: Literal["keys", "features"], views: int = 1):
+        if context.keys == "momentum":
+            raise UserError(f"distill.keys = momentum: {method} compares with a teacher; set distill.keys to stored or live")
+        self.context, self.target, self.views = context, target, views
+        self.stored = context.keys == "stored"
+        if self.stored and target == "keys" and views > self._stored_views():
+            raise UserError(
+                f"extract.views = {self._stored_views()}: {method} compares {views} stored views; set extract.views to {views} or more"
+            )
+
+    def _stored_views(self) -> int:
+        assert self.context.keys_TVP is not None
+        return self.context.keys_TVP.shape[1]
+
+    @property
+    def needs(self) -> dict[str, Any]:
+        """The fields of `Needs` that follow from it."""
+        keys = self.stored and self.target == "keys"
+        return {"stored_keys": keys, "same_views": self.views if keys else 0, "stored_features": self.stored and not keys}
+
+    @property
+    def width(self) -> int:
+        """X."""
+        if self.target == "features" and self.context.features_TD is not None:
+            return self.context.features_TD.shape[1]
+        if self.target == "keys" and self.context.keys_TVP is not None:
+            return self.context.keys_TVP.shape[2]
+        assert self.context.teacher is not None
+        return self.context.teacher.metadata["feature_width" if self.target == "features" else "key_width"]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, view: int = 0) -> Tensor:
+        """float32 (B, X) for one view of each anchor: keys are unit rows, features are not."""
+        if self.stored:
+            return batch.anchor_keys[view] if self.target == "keys" else _given(batch.anchor_features_BD)
+        assert self.context.teacher is not None
+        with autocast(self.context.precision, self.context.device):
+            teacher = self.context.teacher
+            return (teacher.keys if self.target == "keys" else teacher.features)(batch.anchor_views[view])
+
+
+def _given(features_BD: Tensor | None) -> Tensor:
+    assert features_BD is not None, "a method that needs stored features is given them"
+    return features_BD
