@@ -1,15 +1,24 @@
-# `make demo`: from a fresh clone to reports/index.html. `make test`: the tests. Both make .venv first, once.
+# `make demo`: from a fresh clone to reports/index.html. `make test`: the tests. `make compare`: methods x seeds as DVC experiments.
+# All make .venv first, once.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: demo test setup lint clean-state
+# Of make compare: recipes, seeds, and how many seeds at a time.
+VARIANTS ?= $(patsubst recipes/%.yaml,%,$(wildcard recipes/method-*.yaml))
+SEEDS ?= 0 1 2
+JOBS ?= 1
+
+.PHONY: demo test compare setup lint clean-state
 demo: setup
 	dvc repro
 	@echo "the report: $(CURDIR)/reports/index.html"
 
 test: setup
 	python -m pytest -q
+
+compare: setup
+	python -m benchmarks.compare --variants $(VARIANTS) --seeds $(SEEDS) --jobs $(JOBS)
 
 setup: $(VENV)/.done
 $(VENV)/.done: requirements.lock

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ class Run:
 
 @contextmanager
 def stage_run(stage: str) -> Iterator[Run]:
-    """Load the parameters, do the work in the body, write `.bingo/runs/STAGE.json`. A user's mistake is one line and exit code 2."""
+    """Load the parameters, do the work in the body, write the run's records. A user's mistake is one line and exit code 2."""
     die_with_parent()
     with mistakes_as_lines():
         run = Run(stage, load_params())
@@ -57,7 +58,27 @@ def stage_run(stage: str) -> Iterator[Run]:
         yield run
         if os.environ.get("RANK", "0") == "0":
             seconds = round(time.monotonic() - begun, 2)
-            write_json(RUNS / f"{stage}.json", {"stage": stage, "seconds": seconds, **run.notes, **_surroundings(run.params)})
+            record = {"stage": stage, "seconds": seconds, **_peak_memory(), **run.notes, **_surroundings(run.params)}
+            for folder in _record_folders():
+                write_json(folder / f"{stage}.json", record)
+
+
+def _record_folders() -> list[Path]:
+    """Where a run's record goes: `.bingo/runs`, and of an experiment of DVC, whose folder may be deleted after the run, to
+    `.bingo/runs/EXPERIMENT` of the original repository too (or of the folder that BINGO_RUNS names)."""
+    experiment = os.environ.get("DVC_EXP_NAME")
+    kept = Path(os.environ.get("BINGO_RUNS") or Path(os.environ.get("DVC_ROOT", ".")) / RUNS)
+    return [RUNS, kept / experiment] if experiment else [RUNS]
+
+
+def _peak_memory() -> dict[str, float]:
+    """The most memory that this process held, in MB of 2^20 bytes: of the machine, and of the GPU where one was used."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS tells bytes, Linux kilobytes
+    peaks = {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peaks["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peaks
 
 
 @contextmanager

@@ -81,6 +81,7 @@ def train_method(
         trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label)
         if trainer.resumes():
             run.say(f"{run.stage}: going on from a checkpoint")
+            run.notes["resumed"] = True
         result = trainer.run()
         if distributed.rank() == 0:
             finish(method, result.history)

@@ -1,0 +1,309 @@
+"""A sweep: recipes x seeds as DVC experiments, one command that can be interrupted and started again (`make compare`).
+
+python -m benchmarks.compare --variants method-bingo method-moco --seeds 0 1 2        then: bingo report --experiments
+
+A variant is a recipe, laid over params.yaml; its experiment is named VARIANT-sSEED. Every experiment is run by `dvc exp run` in a
+clone of the last commit that shares the DVC cache, so that nobody's edits reach a sweep that is under way, and nothing that goes
+wrong there touches the workspace. All variants of a seed run in one clone, one after the other: the first computes listing,
+teacher and embeddings, the others take them from DVC's run cache; no two jobs ever compute the same. `--jobs` is over seeds.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from bingo.errors import UserError
+from stages.common import die_with_parent, mistakes_as_lines
+
+FOLDER = Path(".bingo/compare")
+COMMON = {"baselines": [], "linear_eval": {"crops": {"nets": []}}}  # what a comparison does not need, unless a variant asks for it
+LINES_SHOWN, POLL_SECONDS, GRACE_SECONDS = 8, 0.2, 60
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: a recipe with a seed, and what that changes in params.yaml as `dvc exp run -S` takes it."""
+
+    variant: str
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-s{self.seed}"
+
+
+@dataclass
+class Lane:
+    """A clone in which the experiments of one seed after another are run."""
+
+    folder: Path
+    todo: list[Experiment] = field(default_factory=list)
+    running: Experiment | None = None
+    process: subprocess.Popen | None = None
+    begun: float = 0.0
+    fresh: bool = False
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--variants", nargs="+", required=True, metavar="RECIPE", help="recipes, as `bingo recipe list` prints them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; leave it at 1 on one GPU")
+    given = parser.parse_args()
+    with mistakes_as_lines():
+        if given.jobs < 1:
+            raise UserError(f"--jobs = {given.jobs}: allowed is a whole number from 1")
+        commit = _clean_commit()
+        experiments = [
+            Experiment(variant, seed, overrides(variant, seed))
+            for seed in dict.fromkeys(given.seeds)
+            for variant in dict.fromkeys(given.variants)
+        ]
+        with _only_one():
+            failed = Sweep(experiments, commit, given.jobs).run()
+    raise SystemExit(1 if failed else 0)
+
+
+def overrides(variant: str, seed: int) -> tuple[str, ...]:
+    """What a recipe and a seed change in params.yaml, each as `dotted.key=value`; what only a report shows is left out.
+
+    Raises UserError where the result is not allowed.
+    """
+    from bingo.params import read_yaml, validate
+    from stages.recipe import _lay_over, _path
+
+    document = read_yaml("params.yaml")
+    validate(document, "params.yaml")
+    changes: list[tuple[str, Any, Any]] = []
+    for overlay in (COMMON, read_yaml(_path(variant)) or {}, {"seed": seed}):
+        _lay_over(document, overlay, "", changes)
+    validate(document, f"params.yaml with recipe {variant}")
+    return tuple(f"{key}={written(value)}" for key, value in {key: new for key, _, new in changes if not key.startswith("report.")}.items())
+
+
+def written(value: Any) -> str:
+    """A value as `-S` takes it (Hydra's grammar), so that it is read back with its type: text is always quoted.
+
+    Only backslashes before a quote or at the end need another one.
+    """
+    if isinstance(value, str):
+        return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), value) + "'"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(written, value))}]"
+    return json.dumps(value)
+
+
+class Sweep:
+    """Runs the experiments that the commit does not have yet, and tells of each."""
+
+    def __init__(self, experiments: Sequence[Experiment], commit: str, jobs: int):
+        self.commit, self.home = commit, Path.cwd()
+        self.cached = [experiment for experiment in experiments if _exists(commit, experiment.name)]
+        self.todo = [experiment for experiment in experiments if experiment not in self.cached]
+        self.all, self.done, self.failed = len(experiments), len(self.cached), 0
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}  # of a seed's first experiment, and of the later ones
+        self.firsts = {experiment.seed: experiment for experiment in reversed(self.todo)}
+        self.lanes = [Lane(FOLDER.resolve() / f"clone-{number}") for number in range(min(jobs, len(self.firsts)))]
+
+    def run(self) -> int:
+        """Run all; the number of failed ones. An interrupt ends what runs, with a checkpoint, and leaves nothing behind."""
+        print(
+            f"{self.all} experiments at {self.commit[:7]}, {len(self.cached)} of them cached; what they print: {FOLDER}/*.log", flush=True
+        )
+        for experiment in self.cached:
+            print(f"{experiment.name}: cached", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            while self.todo or any(lane.todo or lane.running for lane in self.lanes):
+                for lane in self.lanes:
+                    self._attend(lane)
+                time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            print(f"interrupted after {self.done} of {self.all}; the same command goes on from there", flush=True)
+            raise
+        finally:
+            _end([lane.process for lane in self.lanes if lane.process])
+            for lane in self.lanes:
+                shutil.rmtree(lane.folder, ignore_errors=True)
+        print(f"{self.done} of {self.all} done, {self.failed} failed; the table: bingo report --experiments", flush=True)
+        return self.failed
+
+    def _attend(self, lane: Lane) -> None:
+        """Take in what has ended, and start what comes next: the rest of the lane's seed, or another seed."""
+        if lane.process and lane.process.poll() is not None:
+            self._finish(lane)
+        if lane.running:
+            return
+        if not lane.todo and self.todo:
+            seed = self.todo[0].seed
+            lane.todo = [experiment for experiment in self.todo if experiment.seed == seed]
+            self.todo = [experiment for experiment in self.todo if experiment.seed != seed]
+        if lane.todo:
+            self._start(lane, lane.todo.pop(0))
+
+    def _start(self, lane: Lane, experiment: Experiment) -> None:
+        if not lane.fresh:
+            _clone(lane.folder, self.commit)
+        _git("checkout", "--quiet", "--force", "--detach", self.commit, folder=lane.folder)
+        _git("clean", "--quiet", "-fd", folder=lane.folder)
+        command = ["dvc", "exp", "run", "--name", experiment.name, *(f"--set-param={override}" for override in experiment.overrides)]
+        kept = {"BINGO_RUNS": str(self.home / ".bingo/runs"), "BINGO_STATE_DIR": str(self.home / ".bingo/state")}
+        with open(_log(experiment), "w") as log:
+            lane.process = subprocess.Popen(
+                command, cwd=lane.folder, env={**kept, **os.environ}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+        lane.running, lane.begun = experiment, time.monotonic()
+
+    def _finish(self, lane: Lane) -> None:
+        """Bring the experiment home, or show the end of its log; a clone in which something failed is not used again."""
+        experiment, seconds = lane.running, time.monotonic() - lane.begun
+        assert experiment is not None
+        assert lane.process is not None
+        code, lane.running, lane.process = lane.process.returncode, None, None
+        lane.fresh = code == 0 and _bring_home(lane.folder, self.commit, experiment.name)
+        self.seconds[self.firsts[experiment.seed] is experiment].append(seconds)
+        self.done += lane.fresh
+        self.failed += not lane.fresh
+        count = f"[{self.done + self.failed}/{self.all}] {experiment.name}:"
+        if lane.fresh:
+            print(f"{count} {_accuracy(lane.folder)}; {_clock(seconds)}{self._left()}", flush=True)
+        else:
+            print(f"{count} FAILED, exit code {code}; {_clock(seconds)}{self._left()}; {_log(experiment)} ends:", flush=True)
+            print("".join(f"    {line}\n" for line in _last_lines(_log(experiment))), end="", flush=True)
+
+    def _left(self) -> str:
+        """What remains, from the mean times so far: a seed's first experiment computes what the others take from the cache."""
+        rest = [*self.todo, *(experiment for lane in self.lanes for experiment in lane.todo)]
+        under_way = [(lane.running, time.monotonic() - lane.begun) for lane in self.lanes if lane.running]
+        if not rest and not under_way:
+            return ""
+        mean = {first: sum(known) / len(known) for first, known in self.seconds.items() if known}
+        likely = [mean.get(self.firsts[one.seed] is one, next(iter(mean.values()))) for one in rest]
+        likely += [max(0, mean.get(self.firsts[one.seed] is one, next(iter(mean.values()))) - spent) for one, spent in under_way]
+        return f", about {_clock(sum(likely) / len(self.lanes))} left"
+
+
+def _clean_commit() -> str:
+    """The commit that a sweep is of. Raises UserError where tracked files differ from it: an experiment would not be what it is called."""
+    try:
+        commit = _git("rev-parse", "--verify", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"git: {' '.join(error.stderr.split())}; a sweep is of a commit: git add -A && git commit") from None
+    if changed:
+        names = ", ".join(line[3:] for line in changed.splitlines()[:5])
+        raise UserError(f"{names}: not committed, and a sweep is of a commit; git commit -am 'before the sweep', or take it back")
+    return commit
+
+
+@contextmanager
+def _only_one() -> Iterator[TextIO]:
+    """Hold the lock of this repository's sweeps. Raises UserError where another holds it."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{FOLDER / 'lock'}: another sweep of this repository is under way; wait for it or end it") from None
+        yield lock
+
+
+def _clone(folder: Path, commit: str) -> None:
+    """A fresh clone at a commit, with this repository's DVC cache and local settings."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _git("clone", "--quiet", "--no-checkout", ".", str(folder))
+    _git("checkout", "--quiet", "--detach", commit, folder=folder)
+    for key in ("user.name", "user.email"):
+        if value := _git("config", "--get", "--default", "", key):
+            _git("config", key, value, folder=folder)
+    if Path(".dvc/config.local").exists():
+        shutil.copy(".dvc/config.local", folder / ".dvc/config.local")
+    cache = Path(_run(["dvc", "cache", "dir"])).resolve()
+    _run(["dvc", "config", "--quiet", "--local", "cache.dir", str(cache)], folder)
+
+
+def _exists(commit: str, name: str) -> bool:
+    return bool(_git("for-each-ref", _reference(commit, name)))
+
+
+def _reference(commit: str, name: str) -> str:
+    return f"refs/exps/{commit[:2]}/{commit[2:]}/{name}"  # where DVC keeps an experiment
+
+
+def _bring_home(folder: Path, commit: str, name: str) -> bool:
+    """Fetch an experiment from a clone; whether it was there."""
+    reference = _reference(commit, name)
+    try:
+        _git("fetch", "--quiet", str(folder), f"{reference}:{reference}")
+    except subprocess.CalledProcessError:
+        return False
+    return True
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """End process groups: as Ctrl-C does, so that trainings write a checkpoint; what is still there after a minute is killed."""
+    try:
+        for process in processes:
+            _signal(process, signal.SIGINT)
+        end = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < end and any(process.poll() is None for process in processes):
+            time.sleep(POLL_SECONDS)
+    finally:  # a second Ctrl-C comes here at once
+        for process in processes:
+            _signal(process, signal.SIGKILL)
+            process.wait()
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _log(experiment: Experiment) -> Path:
+    return FOLDER / f"{experiment.name}.log"
+
+
+def _last_lines(log: Path) -> list[str]:
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-LINES_SHOWN:]
+
+
+def _accuracy(folder: Path) -> str:
+    figures = json.loads((folder / "reports/results.json").read_text())
+    shown = {"linear": figures.get("linear", {}).get("student"), "kNN-10": figures.get("knn_10", {}).get("student")}
+    return ", ".join(f"{name} {percent:.1f}" for name, percent in shown.items() if percent is not None) or "no accuracy was measured"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _git(*arguments: str, folder: Path | None = None) -> str:
+    return _run(["git", *arguments], folder)
+
+
+def _run(command: Sequence[str], folder: Path | None = None) -> str:
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.rstrip("\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
