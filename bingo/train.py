@@ -28,10 +28,12 @@ from bingo.schedules import cosine_lr
 
 @dataclass
 class Result:
-    """What a training leaves behind beside the method's weights: one record an epoch, and how fast it went in this process."""
+    """What a training leaves behind beside the method's weights: one record an epoch, what an anchor costs (GFLOP, forward and
+    backward), and how fast it went in this process."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     anchors: int = 0
+    gflop_per_anchor: float = 0.0
     seconds: float = 0.0
     wait_seconds: float = 0.0
 

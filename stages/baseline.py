@@ -30,17 +30,16 @@ def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -
 
         params, listing = run.params, read_listing(paths.LISTING)
 
-        def finish(trained, history) -> None:
+        def finish(trained, result) -> None:
             made_from = {"method": method, "listing": listing.fingerprint, "epochs": params.distill.epochs}
             files = paths.BASELINES / f"{method}.safetensors", paths.BASELINES / f"{method}_head.safetensors"
             save_student(*files, trained.student, trained.head, params.student, params.image, made_from)
-            write_curves(paths.PLOTS / f"baseline-{method}.csv", history)
-            write_json(paths.REPORTS / "baselines" / f"{method}.json", last_record(history))
+            write_curves(paths.PLOTS / f"baseline-{method}.csv", result.history)
+            write_json(paths.REPORTS / "baselines" / f"{method}.json", last_record(result))
 
         with process_group(run) as device:
-            train_method(
-                run, device, method, getattr(params.methods, method), params.student, params.distill, params.distill.augment, listing, finish
-            )  # fmt: skip
+            section = getattr(params.methods, method)
+            train_method(run, device, method, section, params.student, params.distill, params.distill.augment, listing, finish)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main() -> None:
         bags = read_bags(paths.BAGS, listing, embeddings.fingerprint)
         section = getattr(params.methods, params.distill.method)
 
-        def finish(method, history) -> None:
+        def finish(method, result) -> None:
             made_from = {
                 "method": params.distill.method,
                 "listing": listing.fingerprint,
@@ -45,8 +45,8 @@ def main() -> None:
                 "params": {"distill": params.distill.model_dump(), params.distill.method: section.model_dump()},
             }
             save_student(paths.STUDENT, paths.STUDENT_HEAD, method.student, method.head, params.student, params.image, made_from)
-            write_curves(paths.PLOTS / "distill.csv", history)
-            write_json(paths.REPORTS / "distill.json", last_record(history))
+            write_curves(paths.PLOTS / "distill.csv", result.history)
+            write_json(paths.REPORTS / "distill.json", last_record(result))
 
         with process_group(run) as device:
             teacher = None

@@ -32,12 +32,12 @@ def _pretrain(run: Run) -> None:
     teacher, listing = run.params.teacher, read_listing(paths.LISTING)
     section = teacher.pretrain.moco
 
-    def finish(method, history) -> None:
+    def finish(method, result) -> None:
         made_from = {"source": "pretrain", "pretrained": True, "listing": listing.fingerprint, "epochs": teacher.pretrain.epochs}
         metadata = teacher_metadata(teacher, run.params.image, method.student, method.head, made_from)
         save_teacher(paths.TEACHER, method.student, method.head, metadata)
-        write_curves(paths.PLOTS / "teacher.csv", history)
-        write_json(paths.REPORTS / "teacher.json", {"pretrained": True, **last_record(history)})
+        write_curves(paths.PLOTS / "teacher.csv", result.history)
+        write_json(paths.REPORTS / "teacher.json", {"pretrained": True, **last_record(result)})
 
     with process_group(run) as device:
         train_method(run, device, "moco", section, teacher, teacher.pretrain, teacher.pretrain.augment, listing, finish)

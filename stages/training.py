@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from bingo.bags import BagIndex
-    from bingo.batches import Stored
+    from bingo.batches import Batches, Stored
     from bingo.data.embeddings import Embeddings
     from bingo.data.listing import Listing
     from bingo.methods.contract import Method
@@ -32,7 +32,7 @@ def train_method(
     schedule: "ScheduleParams",
     augment: "AugmentParams",
     listing: "Listing",
-    finish: Callable[["Method", list[dict[str, float]]], None],
+    finish: Callable[["Method", "Result"], None],
     keys: str = "momentum",
     embeddings: "Embeddings | None" = None,
     bags: "BagIndex | None" = None,
@@ -82,9 +82,11 @@ def train_method(
         if trainer.resumes():
             run.say(f"{run.stage}: going on from a checkpoint")
             run.notes["resumed"] = True
+        gflop_per_anchor = _gflop_per_anchor(trainer.method, batches)
         result = trainer.run()
+        result.gflop_per_anchor = gflop_per_anchor
         if distributed.rank() == 0:
-            finish(method, result.history)
+            finish(method, result)
             shutil.rmtree(folder, ignore_errors=True)
     _tell(run, method_name, schedule, result)
 
@@ -103,6 +105,16 @@ def _stored(run: Run, section: Any, embeddings: "Embeddings", device: "torch.dev
     features_TD = torch.from_numpy(embeddings.train_features_TD).to(device) if section.reads_features else None
     augment = AugmentParams.model_validate(recipe["extract"]["augment"])
     return Stored(torch.from_numpy(embeddings.keys_NVP).to(device), augment, features_TD)
+
+
+def _gflop_per_anchor(method: "Method", batches: "Batches") -> float:
+    """What a training step costs for each anchor, forward and backward, counted on the first batch."""
+    from bingo import distributed
+    from bingo.costs import step_flops
+    from bingo.methods.contract import Progress
+
+    batch = next(batches.epoch(0, 0))
+    return round(step_flops(method.train(), batch, Progress(0, 0)) * distributed.world() / batches.batch_anchors / 1e9, 6)
 
 
 def _identity(
@@ -141,6 +153,7 @@ def write_curves(path: Path, history: list[dict[str, float]]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def last_record(history: list[dict[str, float]]) -> dict[str, float]:
-    """The last epoch's terms and probe figures, as metrics."""
-    return {f"last_{name}": value for name, value in history[-1].items() if name not in ("epoch", "lr")}
+def last_record(result: "Result") -> dict[str, float]:
+    """The last epoch's terms and probe figures and what an anchor cost, as metrics."""
+    last = {f"last_{name}": value for name, value in result.history[-1].items() if name not in ("epoch", "lr")}
+    return {**last, "gflop_per_anchor": result.gflop_per_anchor}

@@ -18,7 +18,7 @@ INFRASTRUCTURE = {
 } | {f"bingo/methods/{name}_params.py" for name in method_names()}  # fmt: skip
 # A network's kNN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
 # a teacher pass or a training, and none of them can reach a network or an embedding.
-WATCHING = {f"bingo/{name}.py" for name in ("neighbors", "evals/knn", "evals/probe", "evals/features", "evals/teacher_check")}
+WATCHING = {f"bingo/{name}.py" for name in ("neighbors", "evals/knn", "evals/probe", "evals/features", "evals/teacher_check", "costs")}
 WATCHED = ("teacher", "extract", "distill", "baseline")
 # Which layer a module is in; imports go to the same or a lower number.
 LAYERS = [
@@ -27,7 +27,7 @@ LAYERS = [
     (r"bingo/nets/names\.py", 0),
     (r"bingo/(data|nets)/.*|bingo/neighbors\.py", 1),
     (r"bingo/bag\w*\.py|bingo/gallery.*|bingo/methods/.*", 2),
-    (r"bingo/(train|batches|extract|plots|report\w*)\.py|bingo/evals/.*", 3),
+    (r"bingo/(train|batches|costs|extract|plots|report\w*)\.py|bingo/evals/.*", 3),
     (r"stages/.*", 4),
 ]
 

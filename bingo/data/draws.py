@@ -90,7 +90,8 @@ def _jitter(augment: AugmentParams, u_BJ: np.ndarray) -> tuple[np.ndarray, np.nd
 def crop_boxes(crops: Crops, heights_B, widths_B) -> np.ndarray:
     """Boxes (top, left, height, width) in whole pixels, int64 (B, 4), in images of these sizes (arrays or one number for all).
 
-    RandomResizedCrop of torchvision: of 10 boxes with area and log ratio uniform in the views' ranges the first that fits, at a uniform place; if none fits, the largest box of an allowed ratio in the middle.
+    RandomResizedCrop of torchvision: of 10 boxes with area and log ratio uniform in the views' ranges the first that fits, at a
+    uniform place; if none fits, the largest box of an allowed ratio in the middle.
     """
     u_BJ = crops.uniforms_BJ
     heights_B = np.broadcast_to(np.asarray(heights_B, np.int64), len(u_BJ))

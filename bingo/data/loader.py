@@ -39,7 +39,8 @@ class Request:
 class ViewLoader:
     """Random views of `images` on `device`. `workers` (None: found by itself) matters for files alone.
 
-    `augment` is the family of views of a request that names none; `wait_seconds` is how long the consumer waited in all: for files, or on the CPU for the views to be computed.
+    `augment` is the family of views of a request that names none; `wait_seconds` is how long the consumer waited in all: for
+    files, or on the CPU for the views to be computed.
     """
 
     def __init__(
