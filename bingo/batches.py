@@ -136,6 +136,7 @@ class Batches:
             if batch.member_rows_B is not None:
                 batch.member_keys_BP = keys_TVP[batch.member_rows_B, view_SB[0]].float()
         if self.needs.stored_features:
-            assert self.stored is not None and self.stored.features_TD is not None, "a method that needs stored features is given them"
-            batch.anchor_features_BD = self.stored.features_TD[batch.anchor_rows_B].float()
+            features_TD = self.stored.features_TD if self.stored is not None else None
+            assert features_TD is not None, "a method that needs stored features is given them"
+            batch.anchor_features_BD = features_TD[batch.anchor_rows_B].float()
         return batch
