@@ -1,5 +1,6 @@
 """The training loop: resumed equals uninterrupted, two processes equal one, bf16 is really on, a loss that is not finite stops."""
 
+import itertools
 import os
 import socket
 from pathlib import Path
@@ -17,13 +18,20 @@ from bingo.data.loader import ViewLoader
 from bingo.errors import Interrupted, UserError
 from bingo.methods.contract import Context, build_method
 from bingo.nets.backbones import build_backbone
-from bingo.params import load_params, method_section
+from bingo.params import load_params, method_names, method_section
 from bingo.train import Trainer
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
 IMAGE = PARAMS.image.model_copy(update={"crop_px": 12, "resize_px": 12})
 ROWS, SIDE_PX, FEATURES = 64, 12, 8
+SHRUNK = {  # beside what every method is given: a head 8 wide, a queue that wraps
+    "bingo": {"inter_warmup_epochs": 1},
+    "moco": {"key_width": 16},
+    "compress": {"target": "features"},
+    "coss": {"companions": 2},
+    "isd": {"weak_keys": True, "projection_width": 6},
+}
 
 
 class NoBatchNorm(nn.Module):
@@ -48,17 +56,16 @@ def trainer(folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, netw
     rng = np.random.default_rng(1)
     keys = rng.standard_normal((ROWS, 3, 16)).astype(np.float32)
     keys = torch.from_numpy((keys / np.linalg.norm(keys, axis=2, keepdims=True)).astype(np.float16))
-    bags = build_knn(rng.standard_normal((ROWS, 6)).astype(np.float32), 3)
+    features = torch.from_numpy(rng.standard_normal((ROWS, 6)).astype(np.float16))
+    bags = build_knn(features.numpy(), 3)
     shipped = getattr(PARAMS.methods, method_name).model_dump()
-    shrink = (
-        {"head_hidden": 8, "key_width": 16, "queue_rows": 24} if method_name == "moco" else {"head_hidden": 8, "inter_warmup_epochs": 1}
-    )
-    section = method_section(method_name).model_validate(shipped | shrink)
-    context = Context(student, student.feature_width, 0, "stored", precision, CPU, None, keys, None, bags)
+    shrink = {name: width for name, width in (("head_hidden", 8), ("queue_rows", 24)) if name in shipped}
+    section = method_section(method_name).model_validate(shipped | shrink | SHRUNK.get(method_name, {}))
+    context = Context(student, student.feature_width, 0, "stored", precision, CPU, None, keys, features, bags)
     method = build_method(method_name, section, context)
     schedule = PARAMS.distill.model_copy(update={"epochs": epochs, "batch_anchors": 16, "lr": lr, "precision": precision})
     loader = ViewLoader(rng_images(), IMAGE, PARAMS.distill.augment, 0, CPU)
-    batches = Batches(method.needs, loader, 0, ROWS, schedule.batch_anchors, bags, Stored(keys, PARAMS.extract.augment))
+    batches = Batches(method.needs, loader, 0, ROWS, schedule.batch_anchors, bags, Stored(keys, PARAMS.extract.augment, features))
     return Trainer(method, batches, schedule, CPU, Checkpoints(folder, every_seconds))
 
 
@@ -67,8 +74,10 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     return all(x == y and torch.equal(v, w) for (x, v), (y, w) in pairs)
 
 
-@pytest.mark.parametrize("method_name", ["bingo", "moco"])
-@pytest.mark.parametrize("stop_step", [1, 4, 6])
+@pytest.mark.parametrize(
+    ("method_name", "stop_step"),
+    [*itertools.product(["bingo", "moco"], [1, 4, 6]), *((name, 6) for name in method_names() if name not in ("bingo", "moco"))],
+)
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name, stop_step, monkeypatch):
     whole = trainer(tmp_path / "whole", method_name, network="batchnorm")
     whole_result = whole.run()
@@ -123,28 +132,59 @@ def test_bf16_is_on_inside_the_network_on_the_cpu_and_the_loss_is_float32(tmp_pa
     assert set(losses) == {torch.float32}
 
 
-def _two_processes(rank: int, port: int, folder: Path, method_name: str) -> None:
+# SimReg's and ISD's heads have BatchNorm, whose statistics are of a process's own images by design: two processes train other weights.
+EACH_ROW_ALONE = ["bingo", "moco", "seed", "compress", "disco", "coss"]
+
+
+def _two_processes(rank: int, port: int, folder: Path, methods: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     from bingo import distributed
 
     with distributed.group(CPU):
-        run = trainer(folder / "two", method_name)
-        result = run.run()
-        torch.save({"state": run.method.state_dict(), "history": result.history}, folder / f"two-{rank}.pt")
+        for name in methods:
+            run = trainer(folder / "two" / name, name)
+            result = run.run()
+            torch.save({"state": run.method.state_dict(), "history": result.history}, folder / f"{name}-{rank}.pt")
 
 
-@pytest.mark.parametrize("method_name", ["bingo", "moco"])
-def test_two_processes_train_what_one_trains_on_the_joined_batch(tmp_path, method_name):
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """Every method trained by two processes, one method after the other: to start the processes takes longer than to train."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_two_processes, (port, tmp_path, method_name), nprocs=2)
-    one = trainer(tmp_path / "one", method_name)
+    torch.multiprocessing.spawn(_two_processes, (port, folder, method_names()), nprocs=2)
+    return folder
+
+
+def saved(folder: Path, method_name: str) -> list[dict]:
+    return [torch.load(folder / f"{method_name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("method_name", EACH_ROW_ALONE)
+def test_two_processes_train_what_one_trains_on_the_joined_batch(tmp_path, two_processes, method_name):
+    one = trainer(tmp_path, method_name)
     history = one.run().history
-    for rank in (0, 1):
-        two = torch.load(tmp_path / f"two-{rank}.pt", weights_only=True)
+    for two in saved(two_processes, method_name):
         for epoch, other in zip(history, two["history"], strict=True):
             assert other["loss"] == pytest.approx(epoch["loss"], abs=2e-5)
         for name, value in one.method.state_dict().items():
             assert torch.allclose(two["state"][name].double(), value.double(), atol=2e-5), name
+
+
+@pytest.mark.parametrize("method_name", sorted(set(method_names()) - set(EACH_ROW_ALONE)))
+def test_two_processes_with_batchnorm_heads_stay_one_network(tmp_path, two_processes, method_name):
+    """They differ in their BatchNorm's running statistics alone, and a queue holds the images that it holds on one process."""
+    one = trainer(tmp_path, method_name)
+    one.run()
+    first, second = saved(two_processes, method_name)
+    assert first["history"] == second["history"]
+    assert all(np.isfinite(epoch["loss"]) for epoch in first["history"])
+    different = {name for name, value in first["state"].items() if not torch.equal(value, second["state"][name])}
+    assert different
+    assert all(name.endswith(("running_mean", "running_var")) for name in different)
+    for name, value in one.method.state_dict().items():
+        if name.endswith(("rows_Q", "pointer", "num_batches_tracked")):
+            assert torch.equal(first["state"][name], value), name
