@@ -1,7 +1,10 @@
 """Batches of views on the device, for training (random views by key) and for features (centre views in row order).
 
 The same key gives the same pixels whoever asks, with any number of workers, in any batch: a stored teacher view can be drawn
-again. Shape letters: B views of a request, T views of a plan (all its requests), P side of a view in pixels.
+again. A JPEG file far larger than its crops is the exception: it is decoded at a fraction of its size that suits all views asked for
+together (bingo/data/decode.py), so a view asked for alone may differ by about 1/100 of a pixel's standard deviation.
+
+Shape letters: B views of a request, T views of a plan (all its requests), P side of a view in pixels.
 """
 
 import time
