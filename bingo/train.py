@@ -7,7 +7,6 @@ ends with the same bytes as one that was not.
 import inspect
 import signal
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,9 +61,7 @@ class Trainer:
         self.network: nn.Module = self.method
         if distributed.world() > 1:
             ids = [device] if device.type == "cuda" else None
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # the argument's new name is unknown to older versions of torch
-                # Each process keeps its own BatchNorm statistics; the argument that says so changed its name in torch 2.15.
+            # Each process keeps its own BatchNorm statistics; the argument that says so changed its name in torch 2.15.
             names = inspect.signature(DistributedDataParallel).parameters
             own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
             self.network = DistributedDataParallel(self.method, device_ids=ids, **own_buffers)
