@@ -161,12 +161,21 @@ class PretrainParams(ScheduleParams):
 
 
 class TeacherParams(NetworkParams):
-    """Where the teacher comes from. `checkpoint` is a file for the source `checkpoint` (and, if set, for timm and torchvision)."""
+    """Where the teacher comes from. `checkpoint` is a file for the source `checkpoint` (and, if set, for timm and torchvision),
+    `format` whose code wrote it.
+    """
 
     source: Literal["pretrain", "timm", "torchvision", "checkpoint", "random"]
     checkpoint: str | None
-    format: Literal["moco"]
+    format: str
     pretrain: PretrainParams
+
+    @field_validator("format")
+    @classmethod
+    def _format_exists(cls, name: str) -> str:
+        if name not in (names := format_names()):
+            raise ValueError(f"allowed are {', '.join(names)}{near_matches(name, names)}")
+        return name
 
     @model_validator(mode="after")
     def _checkpoint_is_named(self) -> Self:
@@ -315,6 +324,12 @@ def method_names() -> list[str]:
     """Every method that has a file in bingo/methods."""
     folder = Path(__file__).parent / "methods"
     return sorted(path.name.removesuffix("_params.py") for path in folder.glob("*_params.py"))
+
+
+def format_names() -> list[str]:
+    """Every format of checkpoints that has a file in bingo/nets/formats."""
+    folder = Path(__file__).parent / "nets/formats"
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
 
 
 def method_section(name: str) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from closure import ROOT, closure, imported_files
 
-from bingo.params import method_names, read_yaml
+from bingo.params import format_names, method_names, read_yaml
 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 
@@ -36,8 +36,11 @@ def definition(stage: str) -> dict:
     return STAGES[stage].get("do", STAGES[stage])
 
 
-def code_deps(stage: str, method: str) -> set[str]:
-    deps = (dep.replace("${distill.method}", method).replace("${item}", method) for dep in definition(stage)["deps"])
+def code_deps(stage: str, method: str, teacher_format: str = "moco") -> set[str]:
+    chosen = {"${distill.method}": method, "${item}": method, "${teacher.format}": teacher_format}
+    deps = definition(stage)["deps"]
+    for placeholder, name in chosen.items():
+        deps = [dep.replace(placeholder, name) for dep in deps]
     return {dep for dep in deps if dep.endswith(".py")}
 
 
@@ -45,6 +48,8 @@ def expected_deps(stage: str, method: str) -> set[str]:
     files = closure(f"stages/{stage}.py") - INFRASTRUCTURE - (WATCHING if stage in WATCHED else set())
     if stage in ("teacher", "distill", "baseline"):  # a method is found by its name, which no import shows
         files |= closure(f"bingo/methods/{method}.py") - INFRASTRUCTURE
+    if stage == "teacher":  # so is a format
+        files |= closure("bingo/nets/formats/moco.py") - INFRASTRUCTURE
     return files
 
 
@@ -57,6 +62,13 @@ def test_deps_are_the_files_that_decide_the_output(stage):
     for method in methods:
         declared, expected = code_deps(stage, method), shared | (expected_deps(stage, method) & own)
         assert declared == expected, f"{stage} ({method}): add {sorted(expected - declared)}, remove {sorted(declared - expected)}"
+
+
+@pytest.mark.parametrize("name", format_names())
+def test_the_teacher_depends_on_its_format_alone(name):
+    assert closure(f"bingo/nets/formats/{name}.py") - INFRASTRUCTURE <= code_deps("teacher", "moco", name)
+    others = {f"bingo/nets/formats/{other}.py" for other in format_names() if other != name}
+    assert not others & (code_deps("teacher", "moco", name) | closure(f"bingo/nets/formats/{name}.py"))
 
 
 @pytest.mark.parametrize("stage", STAGES)

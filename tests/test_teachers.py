@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from published import lively
 from torch import nn
 from torchvision import models as vision
 
 from bingo.errors import UserError
 from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import save_network
+from bingo.nets.foreign import Nothing, read_checkpoint
 from bingo.nets.heads import mlp_head
 from bingo.nets.teacher_sources import make_teacher
 from bingo.nets.teachers import Teacher, load_teacher, save_teacher, teacher_metadata
@@ -47,17 +50,6 @@ def refusal(params) -> str:
     (line,) = caught.value.lines
     assert "\n" not in line
     return line
-
-
-def lively(net: nn.Module, seed: int = 0) -> nn.Module:
-    """The network in eval mode with running statistics and biases that matter."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in net.state_dict().items():
-        if name.endswith(("running_mean", "bias")):
-            tensor.normal_(0, 0.1, generator=generator)
-        elif name.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5, generator=generator)
-    return net.eval()
 
 
 def moco_encoder(arch: str = "resnet18", version: int = 2) -> nn.Module:
@@ -136,9 +128,9 @@ def test_a_missing_key_is_named(tmp_path, dropped):
 @pytest.mark.parametrize(
     ("added", "says"),
     [
-        ("module.predictor.0.weight", "holds what no MoCo checkpoint has: module.predictor.0.weight"),
+        ("module.predictor.0.weight", "holds what no checkpoint of format moco has: module.predictor.0.weight"),
         ("module.encoder_q.layer5.0.conv1.weight", "does not fit resnet18: not expected layer5.0.conv1.weight"),
-        ("module.encoder_q.fc.3.weight", "is no head of MoCo-v1 or v2: not expected 3.weight"),
+        ("module.encoder_q.fc.3.weight", "its projection head is not that of format moco: not expected 3.weight"),
     ],
 )
 def test_an_unforeseen_key_is_named(tmp_path, added, says):
@@ -153,10 +145,10 @@ def test_another_network_or_no_head_is_refused(tmp_path):
     torch.save(content, tmp_path / "moco.pt")
     assert "conv1.weight (8, 3, 7, 7) for (16, 3, 7, 7)" in refusal(moco_params(tmp_path / "moco.pt", width=0.25))
     line = refusal(moco_params(tmp_path / "moco.pt", arch="resnet34"))
-    assert "encoder_q does not fit resnet34: missing layer1.2.conv1.weight" in line
+    assert "its backbone does not fit resnet34: missing layer1.2.conv1.weight" in line
     state = {name: tensor for name, tensor in content["state_dict"].items() if ".fc." not in name}
     torch.save({"state_dict": state}, tmp_path / "moco.pt")
-    assert "encoder_q has no projection head" in refusal(moco_params(tmp_path / "moco.pt"))
+    assert "its projection head is not that of format moco: missing 0.weight, 0.bias" in refusal(moco_params(tmp_path / "moco.pt"))
 
 
 class Hostile:
@@ -165,9 +157,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize(
-    ("extra", "named"), [(Hostile(), "mkdir"), (Namespace(lr=1), "argparse.Namespace"), (np.float64(1), "multiarray.scalar")]
-)
+@pytest.mark.parametrize(("extra", "named"), [(Hostile(), "mkdir"), (Path("x"), "pathlib"), (np.random.default_rng(0), "numpy.random")])
 def test_pickled_code_is_named_and_never_run(tmp_path, monkeypatch, zipped, extra, named):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "extra": extra}, "moco.pt", _use_new_zipfile_serialization=zipped)
@@ -175,6 +165,38 @@ def test_pickled_code_is_named_and_never_run(tmp_path, monkeypatch, zipped, extr
     assert "holds pickled code (" in line
     assert named in line
     assert [path.name for path in tmp_path.iterdir()] == ["moco.pt"]
+
+
+class Optimizer:
+    """As LARS of Barlow Twins and VICReg keeps it: with functions of the program that was run."""
+
+    def __reduce__(self):
+        return exclude_bias_and_norm, ()
+
+
+def exclude_bias_and_norm():
+    raise AssertionError("was run")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("extra", [Namespace(lr=1, nested=Namespace(a=[1])), np.float64(1), np.arange(3.0), Optimizer()])
+def test_what_training_programs_pickle_beside_the_weights_is_passed_over(tmp_path, monkeypatch, zipped, extra):
+    monkeypatch.setattr(exclude_bias_and_norm, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "exclude_bias_and_norm", exclude_bias_and_norm, raising=False)
+    content = moco_content(narrow_encoder())
+    content["optimizer"]["param_groups"][0]["lr"] = extra
+    torch.save(content, tmp_path / "moco.pt", _use_new_zipfile_serialization=zipped)
+    read, _ = read_checkpoint(tmp_path / "moco.pt")
+    assert (type(read["optimizer"]["param_groups"][0]["lr"]), vars(read["optimizer"]["param_groups"][0]["lr"])) == (Nothing, {})
+    make_teacher(moco_params(tmp_path / "moco.pt"), IMAGE, 0)
+
+
+def test_what_is_passed_over_is_no_weight(tmp_path):
+    content = moco_content(narrow_encoder())
+    content["state_dict"]["module.queue"] = Namespace(shape=(128, 32))
+    torch.save(content, tmp_path / "moco.pt")
+    assert "is no checkpoint of format moco" in refusal(moco_params(tmp_path / "moco.pt"))
+    assert not any(Nothing in named for named in torch.serialization.get_safe_globals() if isinstance(named, tuple))
 
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):

@@ -10,8 +10,7 @@ from bingo.data.listing import Listing
 from bingo.evals.features import backbone_features
 from bingo.evals.knn import knn_accuracies
 from bingo.evals.probe import NEIGHBORS, TEMPERATURE, probe_rows
-from bingo.nets.backbones import build_backbone
-from bingo.nets.teachers import Teacher
+from bingo.nets.teachers import Teacher, untrained_backbone
 from bingo.params import ImageParams
 
 
@@ -36,8 +35,7 @@ def teacher_quality(
     def knn(bank_features: np.ndarray, query_features: np.ndarray) -> float:
         return knn_accuracies(bank_features, labels[0], query_features, labels[1], [neighbors], TEMPERATURE)[f"knn_{neighbors}"]
 
-    shape = {name: teacher.metadata[name] for name in ("arch", "width", "stem")}
-    untrained = build_backbone(**shape, seed_value=seeds.torch_seed(seed, "untrained teacher")).to(device)
+    untrained = untrained_backbone(teacher.metadata, seeds.torch_seed(seed, "untrained teacher")).to(device)
     recipe = embeddings.attrs["recipe"]["extract"]
     rows = np.concatenate([bank_rows, query_rows])
     features = backbone_features(untrained, images, rows, image, device, recipe["precision"], recipe["batch_images"])

@@ -4,11 +4,14 @@ The module that is returned is the library's own, so the keys of its state dict 
 is read back by the library. Shape letters: B images of a batch, D feature width.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import timm
 import torch
 import torchvision
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -22,6 +25,7 @@ _RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
 # Residual branches start at work, as in torchvision and so in all released code; timm would start them at zero.
 _RESNET_INIT: dict[str, Any] = {"zero_init_last": False}
 _TWO_HEADED = ("googlenet", "inception_v3")
+_TRANSFORMERS = ("timm.models.vision_transformer", "timm.models.eva")
 
 
 class Backbone(nn.Module):
@@ -35,22 +39,34 @@ class Backbone(nn.Module):
     classifier_names: tuple[str, ...]
 
 
-def build_backbone(arch: str, width: float, stem: str, seed_value: int) -> Backbone:
+def build_backbone(arch: str, width: float, stem: str, seed_value: int, options: Mapping[str, Any] | None = None) -> Backbone:
     """The network `arch` with seeded initial weights and no classifier; torch's global generator is left as it was.
 
     `arch` is a timm name or torchvision/NAME. `width` multiplies all channels of a plain ResNet of timm (2.0 of resnet50 is
     SwAV's R50x2: Caron et al. 2020, src/resnet50.py, `widen`). `stem` is `imagenet` (as published) or `small`: a stride-1
     first convolution, and in ResNets a 3x3 one without the pooling behind it. In torchvision's networks dropout and stochastic
-    depth are off, as timm's are by default.
+    depth are off, as timm's are by default. `options` are what published weights need beyond the library's default: arguments of
+    timm's model (`num_heads`, `global_pool`, `dynamic_img_size`), and `padding: same` for TensorFlow's padding of strided layers.
 
-    Raises UserError for an unknown name, and for a width or stem that this network cannot have.
+    Raises UserError for an unknown name, and for a width, stem or option that this network cannot have.
     """
+    arguments = dict(options or {})
+    padding = arguments.pop("padding", None)
+    if arguments and not is_transformer(arch):
+        raise UserError(f"arch = {arch}: these are the weights of a vision transformer; set arch to timm's name of theirs")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_value)
-        net = _torchvision(arch, width) if arch.startswith("torchvision/") else _timm(arch, width)
+        net = _torchvision(arch, width) if arch.startswith("torchvision/") else _timm(arch, width, arguments)
+        if padding == "same":
+            _pad_as_tensorflow(net)
         if stem == "small":
             _make_stem_small(net, arch)
     return cast(Backbone, net)
+
+
+def is_transformer(arch: str) -> bool:
+    """Whether this is a vision transformer of timm that takes the arguments among `options`."""
+    return timm.is_model(arch) and timm.model_entrypoint(arch).__module__ in _TRANSFORMERS
 
 
 def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
@@ -71,13 +87,13 @@ def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
         raise UserError(f"arch = {arch}: gives {shape} for one image instead of one pooled feature row; choose another network")
 
 
-def _timm(arch: str, width: float) -> nn.Module:
+def _timm(arch: str, width: float, arguments: dict[str, Any]) -> nn.Module:
     if not timm.is_model(arch):
         raise UserError(f"arch = {arch}: timm {timm.__version__} has no such network; see timm.list_models()")
     if width != 1:
         net: Any = _scaled_resnet(arch, width)
     else:
-        net = timm.create_model(arch, num_classes=0, **(_RESNET_INIT if _is_resnet(arch) else {}))
+        net = timm.create_model(arch, num_classes=0, **(_RESNET_INIT if _is_resnet(arch) else {}), **arguments)
     names = net.pretrained_cfg.get("classifier") or ()
     net.feature_width, net.classifier_names = net.head_hidden_size, (names,) if isinstance(names, str) else tuple(names)
     return net
@@ -145,6 +161,19 @@ def _without_classifier(net: Any) -> nn.Module:
         if isinstance(module, _RANDOM_UNITS):
             module.p = 0.0
     return net
+
+
+def _pad_as_tensorflow(net: nn.Module) -> None:
+    """Give strided layers TensorFlow's padding (SAME), one pixel less at the left and top; at stride 1 the two are equal."""
+    layers: list[tuple[str, Any]] = list(net.named_modules())
+    for path, layer in layers:
+        if isinstance(layer, nn.MaxPool2d):
+            net.set_submodule(path, MaxPool2dSame(layer.kernel_size, layer.stride))
+        elif isinstance(layer, nn.Conv2d) and layer.stride != (1, 1) and layer.kernel_size != (1, 1):
+            sizes: Any = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
+            same: Any = Conv2dSame(*sizes, groups=layer.groups, bias=layer.bias is not None)
+            same.weight, same.bias = layer.weight, layer.bias
+            net.set_submodule(path, same)
 
 
 def _make_stem_small(built: nn.Module, arch: str) -> None:

@@ -6,7 +6,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import safetensors.torch
 import torch
@@ -17,13 +17,23 @@ from bingo.errors import UserError
 from bingo.nets.checkpoint import first_names
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")  # how torch's weights-only reader names what it refuses
+# What public training programs pickle beside the weights: DINO's options; NumPy's learning rates in the optimizers of DINO and SwAV; a
+# function in that of Barlow Twins and VICReg. Only these names are passed over, and nothing of theirs is imported or run.
+_BESIDE_WEIGHTS = (
+    "argparse.Namespace",
+    *(f"{module}.{name}" for module in ("numpy.core.multiarray", "numpy._core.multiarray") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.{name}" for name in ("dtype", "ndarray")),
+    "__main__.exclude_bias_and_norm",
+)
+_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before PyTorch 1.6
 _WAY_OUT = "set teacher.checkpoint to a file of torch.save or safetensors"
 
 
 def read_checkpoint(path: Path | str) -> tuple[Any, str]:
     """What a file of `torch.save` or safetensors holds, on the CPU, and the sha256 of its bytes (64 hex digits).
 
-    Raises UserError where the file is absent, damaged, neither of the two, or holds pickled code, whose name it tells.
+    Objects that public training programs are known to leave beside the weights come as empty `Nothing`s. Raises UserError where the
+    file is absent, damaged, neither of the two, or holds any other pickled code, whose name it tells.
     """
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
         raise UserError(f"{path}: is no regular file; {_WAY_OUT}")
@@ -58,6 +68,16 @@ def summary(content: Any) -> str:
     return f"a dict of {len(content)}: {first_names(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
 
 
+class Nothing:
+    """Stands where a checkpoint has an object that is not wanted: it is made from anything and keeps none of it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def _safetensors(path: Path | str) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
@@ -66,8 +86,13 @@ def _safetensors(path: Path | str) -> dict[str, Tensor]:
 
 
 def _torch_file(path: Path | str) -> Any:
+    with open(path, "rb") as file:
+        start = file.read(len(_MAGIC))
+    if start[:1] == _MAGIC[:1] and start != _MAGIC:
+        line = f"{path}: is no checkpoint of torch.save but a plain pickle, which is never run"
+        raise UserError(f"{line}; DeepMind's BYOL becomes a checkpoint by convert.py of ajtejankar/byol-convert")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(Nothing, name) for name in _BESIDE_WEIGHTS]):
             warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read is refused below
             # Files from before PyTorch 1.6, as MoCo's are, are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

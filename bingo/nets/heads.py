@@ -1,13 +1,23 @@
-"""Projection heads and the unit sphere that they map to. Shape letters: B rows of a batch, P key width."""
+"""Projection heads, how a file describes them, and the unit sphere that they map to. Shape letters: B rows of a batch, P key width."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EPSILON = 1e-12  # the released code's: torch.nn.functional.normalize
+# Kinds of layers, each made from the width before it and the width behind it.
+_LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "linear": lambda before, after: nn.Linear(before, after),
+    "linear_no_bias": lambda before, after: nn.Linear(before, after, bias=False),
+    "batchnorm": lambda width, _: nn.BatchNorm1d(width),
+    "batchnorm_no_affine": lambda width, _: nn.BatchNorm1d(width, affine=False),
+    "relu": lambda _, __: nn.ReLU(inplace=True),
+    "gelu": lambda _, __: nn.GELU(),
+}
 
 
 def mlp_head(widths: Sequence[int], seed_value: int) -> nn.Sequential:
@@ -22,8 +32,38 @@ def mlp_head(widths: Sequence[int], seed_value: int) -> nn.Sequential:
     return nn.Sequential(*[part for linear in linears for part in (linear, nn.ReLU(inplace=True))][:-1])
 
 
+def layered_head(layers: Sequence[str], widths: Sequence[int]) -> nn.Sequential:
+    """A head of published networks: `layers` names the kinds in order, `widths` the input of the first linear layer and all outputs.
+
+    The kinds are linear, linear_no_bias, batchnorm, batchnorm_no_affine, relu and gelu. The weights are seeded and mean nothing:
+    they are about to be loaded. torch's global generator is left as it was.
+    """
+    width, behind = widths[0], iter(widths[1:])
+    parts = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for kind in layers:
+            after = next(behind) if kind.startswith("linear") else width
+            parts.append(_LAYERS[kind](width, after))
+            width = after
+    return nn.Sequential(*parts)
+
+
+def describe_head(head: nn.Sequential) -> list[int] | dict[str, Any]:
+    """What `described_head` builds such a head from, for a file's metadata: of `mlp_head`'s kind the widths alone, as ever."""
+    layers, widths = [_kind(layer) for layer in head], head_widths(head)
+    return widths if layers == _mlp_layers(len(widths)) else {"layers": layers, "widths": widths}
+
+
+def described_head(description: list[int] | dict[str, Any]) -> nn.Sequential:
+    """A head of this description, with weights that are about to be loaded."""
+    if isinstance(description, list):
+        return mlp_head(description, seed_value=0)
+    return layered_head(description["layers"], description["widths"])
+
+
 def head_widths(head: nn.Sequential) -> list[int]:
-    """The widths that `mlp_head` was built from."""
+    """The widths between the linear layers of a head, its input and its output among them."""
     linears = [layer for layer in head if isinstance(layer, nn.Linear)]
     return [linears[0].in_features, *(linear.out_features for linear in linears)]
 
@@ -31,3 +71,16 @@ def head_widths(head: nn.Sequential) -> list[int]:
 def unit(rows_BP: Tensor) -> Tensor:
     """Rows divided by their L2 norm, float32 (B, P), computed in float32 whatever came in; a zero row stays zero."""
     return F.normalize(rows_BP.float(), dim=1, eps=_EPSILON)
+
+
+def _mlp_layers(widths: int) -> list[str]:
+    return ["linear", "relu"] * (widths - 2) + ["linear"]
+
+
+def _kind(layer: nn.Module) -> str:
+    """The name in _LAYERS of what makes such a layer."""
+    if isinstance(layer, nn.Linear):
+        return "linear" if layer.bias is not None else "linear_no_bias"
+    if isinstance(layer, nn.BatchNorm1d):
+        return "batchnorm" if layer.affine else "batchnorm_no_affine"
+    return {nn.ReLU: "relu", nn.GELU: "gelu"}[type(layer)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bingo.errors import UserError
 from bingo.nets.backbones import Backbone, build_backbone
 from bingo.nets.checkpoint import load_network, load_strictly, save_network
-from bingo.nets.heads import head_widths, mlp_head, unit
+from bingo.nets.heads import describe_head, described_head, head_widths, unit
 from bingo.params import ImageParams, NetworkParams
 
 
@@ -70,18 +70,22 @@ class Teacher(nn.Module):
 def teacher_metadata(
     network: NetworkParams, image: ImageParams, backbone: Backbone, head: nn.Sequential | None, source: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a teacher's file says of itself; `source` adds at least `source` and `pretrained`."""
-    widths = head_widths(head) if head is not None else None
+    """What a teacher's file says of itself; `source` adds at least `source` and `pretrained`, and `options` of the backbone, if any."""
     return {
         "kind": "teacher",
         **{name: getattr(network, name) for name in ("arch", "width", "stem")},
         **image.model_dump(),
         "feature_width": backbone.feature_width,
-        "head": widths,
-        "key_width": widths[-1] if widths else backbone.feature_width,
+        "head": None if head is None else describe_head(head),
+        "key_width": backbone.feature_width if head is None else head_widths(head)[-1],
         "source_sha256": None,
         **source,
     }
+
+
+def untrained_backbone(metadata: Mapping[str, Any], seed_value: int) -> Backbone:
+    """The network of a teacher's backbone with seeded initial weights."""
+    return build_backbone(metadata["arch"], metadata["width"], metadata["stem"], seed_value, metadata.get("options"))
 
 
 def save_teacher(path: Path | str, backbone: nn.Module, head: nn.Module | None, metadata: Mapping[str, Any]) -> None:
@@ -100,8 +104,8 @@ def load_teacher(path: Path | str) -> Teacher:
     state, metadata = load_network(path)
     if metadata.get("kind") != "teacher":
         raise UserError(f"{path}: holds a {metadata.get('kind', 'network of no kind')}, not a teacher; run: dvc repro teacher")
-    backbone = build_backbone(metadata["arch"], metadata["width"], metadata["stem"], seed_value=0)
-    head = mlp_head(metadata["head"], seed_value=0) if metadata["head"] else None
+    backbone = untrained_backbone(metadata, seed_value=0)
+    head = described_head(metadata["head"]) if metadata["head"] else None
     teacher = Teacher(backbone, head, metadata)
     load_strictly(teacher, state, str(path))
     return teacher

@@ -1,0 +1,24 @@
+"""SwAV and DeepCluster-v2 (Caron et al. 2020), as facebookresearch/swav writes it: main_swav.py, src/resnet50.py."""
+
+from typing import Any
+
+from bingo.nets.foreign import is_state_dict
+from bingo.nets.parts import Parts, divide, entry, under
+
+EXPECTED = "names module.projection_head.* beside module.conv1.weight, in the file itself or its state_dict"
+
+
+def parts(content: Any) -> Parts | None:
+    """The network and its projection head: Linear, BatchNorm, ReLU, Linear. The prototypes are left out.
+
+    The published files (swav_800ep_pretrain.pth.tar, swav_RN50w2_400ep_pretrain.pth.tar) are the state dict itself, checkpoints of
+    an own training hold it under `state_dict`. resnet50w2, w4 and w5 multiply all channels: arch resnet50, width 2.0, 4.0, 5.0. The
+    first convolution pads by 1 (a layer of its own) and by 2, which is torchvision's 3. The code normalises by a std of 0.228 in
+    red where ImageNet's is 0.229, which the released BINGO code does not follow either.
+    """
+    state = entry(content, "state_dict") or (content if is_state_dict(content) else None)
+    if not under(state, "module.projection_head.") or "module.conv1.weight" not in (state or {}):
+        return None
+    assert state is not None
+    layers = ("linear", "batchnorm", "relu", "linear")
+    return divide(state, "module.", "module.projection_head.", ("module.prototypes",), layers=layers)
