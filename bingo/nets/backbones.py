@@ -165,14 +165,13 @@ def _without_classifier(net: Any) -> nn.Module:
 
 def _pad_as_tensorflow(net: nn.Module) -> None:
     """Give strided layers TensorFlow's padding (SAME), one pixel less at the left and top; at stride 1 the two are equal."""
-    layers: list[tuple[str, Any]] = list(net.named_modules())
-    for path, layer in layers:
+    for path, layer in list(net.named_modules()):
         if isinstance(layer, nn.MaxPool2d):
-            net.set_submodule(path, MaxPool2dSame(layer.kernel_size, layer.stride))
+            net.set_submodule(path, MaxPool2dSame(layer.kernel_size, layer.stride))  # type: ignore[arg-type]
         elif isinstance(layer, nn.Conv2d) and layer.stride != (1, 1) and layer.kernel_size != (1, 1):
-            sizes: Any = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
-            same: Any = Conv2dSame(*sizes, groups=layer.groups, bias=layer.bias is not None)
-            same.weight, same.bias = layer.weight, layer.bias
+            old: Any = layer
+            same: Any = Conv2dSame(old.in_channels, old.out_channels, old.kernel_size, old.stride, 0, old.dilation, old.groups)
+            same.weight, same.bias = old.weight, old.bias
             net.set_submodule(path, same)
 
 

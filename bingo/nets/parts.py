@@ -56,20 +56,24 @@ def divide(state: Mapping[str, Tensor], trunk: str, head: str | None = None, lef
     )
 
 
-def entry(content: Any, name: str) -> dict[str, Tensor] | None:
-    """The state dict under this name of a checkpoint, if there is one."""
-    state = content.get(name) if isinstance(content, dict) else None
-    return state if is_state_dict(state) else None
+def whole(content: Any) -> dict[str, Tensor]:
+    """The content itself, if it is a state dict; otherwise {}."""
+    return content if is_state_dict(content) else {}
 
 
-def under(state: Mapping[str, Tensor] | None, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest of their names; empty without a state dict."""
-    return {name.removeprefix(prefix): tensor for name, tensor in (state or {}).items() if name.startswith(prefix)}
+def entry(content: Any, name: str) -> dict[str, Tensor]:
+    """The state dict under this name of a checkpoint; {} if there is none."""
+    return whole(content.get(name)) if isinstance(content, dict) else {}
 
 
-def bare(content: Any) -> dict[str, Tensor] | None:
-    """The whole content, if it is the state dict of a backbone alone, under a library's names."""
-    return content if is_state_dict(content) and any(name in content for name in _FIRST_WEIGHTS) else None
+def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def bare(content: Any) -> dict[str, Tensor]:
+    """The content itself, if it is the state dict of a backbone alone under a library's names; otherwise {}."""
+    return whole(content) if any(name in whole(content) for name in _FIRST_WEIGHTS) else {}
 
 
 def depth_of(head: Mapping[str, Tensor]) -> int:

@@ -19,7 +19,6 @@ def parts(content: Any) -> Parts | None:
     state = entry(content, "state_dict")
     if not under(state, _QUERY) or under(state, "module.teacher_encoder_q."):
         return None
-    assert state is not None
     renamed = {f"{_QUERY}fc.{old}": f"{_QUERY}fc.{new}" for old, new in _PLAIN.items()}
     state = {renamed.get(name, name): tensor for name, tensor in state.items()}
     layers = ("linear", "relu", "linear") if under(state, f"{_QUERY}fc.2.") else ("linear",)

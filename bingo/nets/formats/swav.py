@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from bingo.nets.foreign import is_state_dict
-from bingo.nets.parts import Parts, divide, entry, under
+from bingo.nets.parts import Parts, divide, entry, under, whole
 
 EXPECTED = "names module.projection_head.* beside module.conv1.weight, in the file itself or its state_dict"
 
@@ -16,9 +15,8 @@ def parts(content: Any) -> Parts | None:
     first convolution pads by 1 (a layer of its own) and by 2, which is torchvision's 3. The code normalises by a std of 0.228 in
     red where ImageNet's is 0.229, which the released BINGO code does not follow either.
     """
-    state = entry(content, "state_dict") or (content if is_state_dict(content) else None)
-    if not under(state, "module.projection_head.") or "module.conv1.weight" not in (state or {}):
+    state = entry(content, "state_dict") or whole(content)
+    if not under(state, "module.projection_head.") or "module.conv1.weight" not in state:
         return None
-    assert state is not None
     layers = ("linear", "batchnorm", "relu", "linear")
     return divide(state, "module.", "module.projection_head.", ("module.prototypes",), layers=layers)

@@ -1,0 +1,24 @@
+"""Barlow Twins (Zbontar et al. 2021), as facebookresearch/barlowtwins writes it: main.py."""
+
+from typing import Any
+
+from bingo.nets.parts import Parts, bare, depth_of, divide, entry, under
+
+EXPECTED = "a model with module.backbone.*, module.projector.* and module.bn.*, or a ResNet-50 alone"
+
+
+def parts(content: Any) -> Parts | None:
+    """The backbone with its projector, or (resnet50.pth) the backbone alone.
+
+    The projector is linear layers without bias, with BatchNorm and ReLU between them. The loss standardises its output by `bn`, a
+    BatchNorm without weights, and compares nothing else; so a key, 8,192 wide as published, is what `bn` gives.
+    """
+    if state := bare(content):
+        return divide(state, "", sure=False)
+    state = entry(content, "model")
+    head = under(state, "module.projector.")
+    if not head or not under(state, "module.backbone.") or not under(state, "module.bn."):
+        return None
+    layers = ("linear_no_bias", "batchnorm", "relu") * (depth_of(head) - 1) + ("linear_no_bias",)
+    joined = {name.replace("module.bn.", f"module.projector.{len(layers)}."): tensor for name, tensor in state.items()}
+    return divide(joined, "module.backbone.", "module.projector.", layers=(*layers, "batchnorm_no_affine"))
