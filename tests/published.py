@@ -32,6 +32,10 @@ def empty(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{name}": torch.zeros(()).expand(tensor.shape) for name, tensor in state.items()}
 
 
+def has_batchnorm(net: nn.Module) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
 class WideResNet(ResNet):
     """torchvision's ResNet-50 (or 18) with every channel count multiplied and no classifier.
 
@@ -139,7 +143,7 @@ def dino(trunk: nn.Module, width: int) -> Published:
     mlp = nn.Sequential(nn.Linear(width, 40), nn.GELU(), nn.Linear(40, 40), nn.GELU(), nn.Linear(40, 24))
     last = {"head.last_layer.weight_g": torch.ones(50, 1), "head.last_layer.weight_v": torch.zeros(50, 24)}
     state = under("backbone.", trunk) | under("head.mlp.", lively(mlp)) | last
-    ddp = "" if isinstance(trunk, Vit) else "module."
+    ddp = "module." if has_batchnorm(trunk) else ""
     teacher = {f"{ddp}{name}": tensor for name, tensor in state.items()}
     return {"student": empty("module.", state), "teacher": teacher, "epoch": 800, "dino_loss": {"center": torch.zeros(1, 50)}}, mlp
 

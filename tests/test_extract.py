@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published import lively
 from torch import nn
 
 from bingo import extract
@@ -23,7 +24,7 @@ from bingo.errors import UserError
 from bingo.evals.teacher_check import teacher_quality
 from bingo.extract import extract_embeddings
 from bingo.nets.backbones import build_backbone
-from bingo.nets.heads import mlp_head
+from bingo.nets.heads import layered_head, mlp_head
 from bingo.nets.teachers import Teacher
 from bingo.params import AugmentParams, ExtractParams, ImageParams
 
@@ -118,6 +119,18 @@ def test_files_and_memory_are_both_read(tmp_path, monkeypatch):
     for view in range(EXTRACT.views):
         ((x,),) = ViewLoader(images, IMAGE, AUGMENT, 0, CPU).views([[Request(rows, rows, "extract", 0, view)]])
         np.testing.assert_allclose(embeddings.keys_NVP[:, view], teacher.keys(x).numpy(), rtol=2e-3, atol=1e-3)
+
+
+def test_keys_of_a_wide_head_with_batchnorm_are_stored(tmp_path):
+    small = small_teacher()
+    head = lively(layered_head(["linear_no_bias", "batchnorm_no_affine"], [WIDTH, 8192]))
+    teacher = Teacher(small.backbone, head, small.metadata | {"key_width": 8192})
+    embeddings = read_embeddings(run(tmp_path, teacher), listing())
+    assert embeddings.keys_NVP.shape == (TRAIN_ROWS, EXTRACT.views, 8192)
+    rows = np.arange(TRAIN_ROWS)
+    ((x,),) = ViewLoader(MemoryImages(pixels()), IMAGE, AUGMENT, 0, CPU).views([[Request(rows, rows, "extract", 0, 1)]])
+    np.testing.assert_allclose(embeddings.keys_NVP[:, 1], teacher.keys(x).numpy(), rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(embeddings.keys_NVP.astype(np.float64), axis=2), 1, atol=1e-3)
 
 
 def counting_teacher() -> tuple[Teacher, list[int]]:

@@ -119,14 +119,30 @@ def test_an_own_training_of_swav_wraps_the_same_names(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one | other)
 
 
-def test_heads_of_dino_and_seed_in_their_other_forms(tmp_path):
+def test_released_files_that_differ_from_the_released_code(tmp_path):
+    """RN50w5 of SwAV (swav's issue 35), the ResNet-50 of DINO (dino's issue 189), SEED's students (SEED's issue 3)."""
     trunk = lively(WideResNet(NARROW, blocks=(2, 2, 2, 2)))
+    head = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 24))
+    state = published.under("module.", trunk) | published.under("module.projection_head.", head)
+    assert_same(teacher_of(tmp_path, "swav", state, arch="resnet18"), trunk, head, images(64))
     mlp = lively(nn.Sequential(nn.Linear(64, 40), nn.BatchNorm1d(40), nn.GELU(), nn.Linear(40, 24)))
-    state = published.under("module.backbone.", trunk) | published.under("module.head.mlp.", mlp)
-    assert_same(teacher_of(tmp_path, "dino", {"teacher": state, "student": {}}, arch="resnet18"), trunk, mlp, images(64))
+    state = published.under("backbone.", trunk) | published.under("head.mlp.", mlp) | {"head.last_layer.weight": torch.zeros(50, 24)}
+    teacher = teacher_of(tmp_path, "dino", {"teacher": state, "student": published.empty("module.", state)}, arch="resnet18")
+    assert_same(teacher, trunk, mlp, images(64))
+    assert teacher.metadata["left_out"] == ["head.last_layer", "student"]
     fc = nn.Linear(64, 24)
-    state = published.under("module.student.", trunk) | published.under("module.student.fc.", fc)
-    assert_same(teacher_of(tmp_path, "seed", {"state_dict": state}, arch="resnet18"), trunk, fc, images(64))
+    state = published.under("module.encoder_q.", trunk) | published.under("module.encoder_q.fc.", fc)
+    state |= {"module.encoder_k.fc.0.weight": torch.zeros(1), "module.small_queue": torch.zeros(1), "module.queue": torch.zeros(1)}
+    teacher = teacher_of(tmp_path, "seed", {"state_dict": state}, arch="resnet18")
+    assert_same(teacher, trunk, fc, images(64))
+    assert teacher.metadata["left_out"] == ["module.encoder_k", "module.queue", "module.small_queue"]
+
+
+@pytest.mark.parametrize("name", ["barlow", "vicreg"])
+def test_weights_alone_without_ddp_are_read_too(tmp_path, name):
+    state = {key.removeprefix("module."): tensor for key, tensor in small(name)["model"].items()}
+    one, other = (teacher_of(tmp_path, name, content, arch="resnet18").state_dict() for content in (small(name), state))
+    assert all(torch.equal(one[key], other[key]) for key in one | other)
 
 
 def test_disco_has_efficientnets_too(tmp_path):

@@ -319,8 +319,21 @@ def test_published_weights_need_their_own_shape_normalisation_and_library(tmp_pa
     local = vit.model_copy(update={"checkpoint": str(tmp_path / "vit.pt")})
     assert "image.crop_px = 20: test_vit takes no such image" in refusal(local)
     assert "right if teacher.checkpoint was trained otherwise" in capsys.readouterr().err
-    _, _, metadata = make_teacher(local, IMAGE.model_copy(update={"crop_px": 160, "resize_px": 160}), 0)
-    assert metadata["feature_width"] == 64
+
+
+def test_a_vision_transformer_takes_any_number_of_its_patches(tmp_path, capsys):
+    net = timm.create_model("test_vit", num_classes=0, img_size=160, dynamic_img_size=True).eval()
+    torch.save(net.state_dict(), tmp_path / "vit.pt")
+    params = teacher_params(source="timm", arch="test_vit", checkpoint=str(tmp_path / "vit.pt"))
+    for side_px in (160, 48):
+        image = IMAGE.model_copy(update={"crop_px": side_px, "resize_px": side_px})
+        save_teacher(tmp_path / "teacher.safetensors", *make_teacher(params, image, 0))
+        teacher = load_teacher(tmp_path / "teacher.safetensors")
+        x = torch.randn(2, 3, side_px, side_px)
+        with torch.no_grad():
+            torch.testing.assert_close(teacher.features(x), net(x))
+    assert (teacher.metadata["options"], teacher.metadata["feature_width"]) == ({"dynamic_img_size": True}, 64)
+    assert "right if teacher.checkpoint was trained otherwise" in capsys.readouterr().err
 
 
 def test_a_random_teacher_follows_its_seed_and_says_so():

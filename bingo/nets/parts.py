@@ -71,6 +71,11 @@ def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def wrapper(state: Mapping[str, Tensor], module: str) -> str:
+    """`module.`, if DDP has put that before the names of this module; otherwise nothing."""
+    return "module." if under(state, f"module.{module}.") else ""
+
+
 def bare(content: Any) -> dict[str, Tensor]:
     """The content itself, if it is the state dict of a backbone alone under a library's names; otherwise {}."""
     return whole(content) if any(name in whole(content) for name in _FIRST_WEIGHTS) else {}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bingo.nets.parts import Parts, bare, depth_of, divide, entry, under
+from bingo.nets.parts import Parts, bare, depth_of, divide, entry, under, whole, wrapper
 
 EXPECTED = "a model with module.backbone.*, module.projector.* and module.bn.*, or a ResNet-50 alone"
 
@@ -15,10 +15,11 @@ def parts(content: Any) -> Parts | None:
     """
     if state := bare(content):
         return divide(state, "", sure=False)
-    state = entry(content, "model")
-    head = under(state, "module.projector.")
-    if not head or not under(state, "module.backbone.") or not under(state, "module.bn."):
+    state = entry(content, "model") or whole(content)
+    ddp = wrapper(state, "backbone")
+    head = under(state, f"{ddp}projector.")
+    if not head or not under(state, f"{ddp}backbone.") or not under(state, f"{ddp}bn."):
         return None
     layers = ("linear_no_bias", "batchnorm", "relu") * (depth_of(head) - 1) + ("linear_no_bias",)
-    joined = {name.replace("module.bn.", f"module.projector.{len(layers)}."): tensor for name, tensor in state.items()}
-    return divide(joined, "module.backbone.", "module.projector.", layers=(*layers, "batchnorm_no_affine"))
+    joined = {name.replace(f"{ddp}bn.", f"{ddp}projector.{len(layers)}.", 1): tensor for name, tensor in state.items()}
+    return divide(joined, f"{ddp}backbone.", f"{ddp}projector.", layers=(*layers, "batchnorm_no_affine"))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bingo.nets.parts import ANY_IMAGE, Parts, bare, depth_of, divide, entry, under
+from bingo.nets.parts import ANY_IMAGE, Parts, bare, depth_of, divide, entry, under, wrapper
 
 EXPECTED = "a teacher with backbone.* and head.mlp.* beside a student, or a ResNet-50 or vision transformer alone"
 
@@ -10,14 +10,15 @@ EXPECTED = "a teacher with backbone.* and head.mlp.* beside a student, or a ResN
 def parts(content: Any) -> Parts | None:
     """The teacher network of a full checkpoint, with its head; or a backbone alone, whose unit feature is the key.
 
-    The key is what the head normalises to unit length: the output of its MLP (256 wide in the published files), before the weight-
-    normalised last layer to the 65,536 prototypes. That layer and the student are left out. The feature of a transformer is its
-    class token. DINO's ViT-S and ViT-B are timm's of patch size 16 and 8 (vit_small_patch16_224, ...).
+    The key is what the head normalises to unit length: the output of its MLP (256 wide in the published files), before the last layer
+    to the prototypes. That layer and the student are left out. The MLP has three linear layers with GELU between them, that of the
+    published ResNet-50 two and a BatchNorm (issue 189 of facebookresearch/dino). The feature of a transformer is its class token.
+    DINO's ViT-S and ViT-B are timm's of patch size 16 and 8 (vit_small_patch16_224, ...).
     """
     if state := bare(content):
         return divide(state, "", options=_options(state), sure=False)
     state = entry(content, "teacher")
-    ddp = "module." if under(state, "module.backbone.") else ""  # only a teacher with BatchNorm is wrapped
+    ddp = wrapper(state, "backbone")  # main_dino.py wraps a teacher with BatchNorm, but the published ResNet-50 is not wrapped
     head = under(state, f"{ddp}head.mlp.")
     if not head or not under(state, f"{ddp}backbone."):
         return None

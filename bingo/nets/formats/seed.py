@@ -4,20 +4,24 @@ from typing import Any
 
 from bingo.nets.parts import Parts, divide, entry, under
 
-EXPECTED = "a state_dict with module.student.*"
-_STUDENT = "module.student."
+EXPECTED = "a state_dict with module.student.* or (as released) module.encoder_q.*"
 _PLAIN = {"weight": "0.weight", "bias": "0.bias"}  # without --student_mlp the head is one layer, not a sequence
+_OTHERS = ("teacher", "encoder_k", "queue", "small_queue", "queue_ptr")
 
 
 def parts(content: Any) -> Parts | None:
-    """student and its head `fc`, one layer or two with ReLU between them; the teacher and the queue are left out.
+    """student and its head `fc`, one layer or two with ReLU between them; the teacher and the queues are left out.
 
-    ResNets only: SEED's EfficientNets and MobileNets have names and layers of their own, which no network of timm has.
+    The code writes student and teacher; in the released files the student is encoder_q (issue 3 of jacobswan1/SEED). ResNets only:
+    SEED's EfficientNets and MobileNets have names and layers of their own, which no network of timm has.
     """
     state = entry(content, "state_dict")
-    if not under(state, _STUDENT):
+    released = not under(state, "module.student.")
+    student = "module.encoder_q." if released else "module.student."
+    if not under(state, student) or under(state, "module.teacher_encoder_q."):
         return None
-    renamed = {f"{_STUDENT}fc.{old}": f"{_STUDENT}fc.{new}" for old, new in _PLAIN.items()}
+    renamed = {f"{student}fc.{old}": f"{student}fc.{new}" for old, new in _PLAIN.items()}
     state = {renamed.get(name, name): tensor for name, tensor in state.items()}
-    layers = ("linear", "relu", "linear") if under(state, f"{_STUDENT}fc.2.") else ("linear",)
-    return divide(state, _STUDENT, f"{_STUDENT}fc.", ("module.teacher", "module.queue", "module.queue_ptr"), layers=layers)
+    layers = ("linear", "relu", "linear") if under(state, f"{student}fc.2.") else ("linear",)
+    others = [f"module.{name}" for name in _OTHERS]
+    return divide(state, student, f"{student}fc.", others, layers=layers, sure=not released)

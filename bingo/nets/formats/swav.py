@@ -8,7 +8,7 @@ EXPECTED = "names module.projection_head.* beside module.conv1.weight, in the fi
 
 
 def parts(content: Any) -> Parts | None:
-    """The network and its projection head: Linear, BatchNorm, ReLU, Linear. The prototypes are left out.
+    """The network and its projection head: Linear, BatchNorm (RN50w5 has none), ReLU, Linear. The prototypes are left out.
 
     The published files (swav_800ep_pretrain.pth.tar, swav_RN50w2_400ep_pretrain.pth.tar) are the state dict itself, checkpoints of
     an own training hold it under `state_dict`. resnet50w2, w4 and w5 multiply all channels: arch resnet50, width 2.0, 4.0, 5.0. The
@@ -18,5 +18,6 @@ def parts(content: Any) -> Parts | None:
     state = entry(content, "state_dict") or whole(content)
     if not under(state, "module.projection_head.") or "module.conv1.weight" not in state:
         return None
-    layers = ("linear", "batchnorm", "relu", "linear")
+    normalised = "module.projection_head.1.running_mean" in state  # all but RN50w5 (issue 35 of facebookresearch/swav)
+    layers = ("linear", "batchnorm", "relu", "linear") if normalised else ("linear", "relu", "linear")
     return divide(state, "module.", "module.projection_head.", ("module.prototypes",), layers=layers)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bingo.nets.parts import Parts, bare, depth_of, divide, entry, under
+from bingo.nets.parts import Parts, bare, depth_of, divide, entry, under, whole, wrapper
 
 EXPECTED = "a model with module.backbone.* and module.projector.*, or a ResNet alone"
 
@@ -16,9 +16,10 @@ def parts(content: Any) -> Parts | None:
     """
     if state := bare(content):
         return divide(state, "", sure=False)
-    state = entry(content, "model")
-    head = under(state, "module.projector.")
-    if not head or not under(state, "module.backbone.") or under(state, "module.bn."):
+    state = entry(content, "model") or whole(content)
+    ddp = wrapper(state, "backbone")
+    head = under(state, f"{ddp}projector.")
+    if not head or not under(state, f"{ddp}backbone.") or under(state, f"{ddp}bn."):
         return None
     layers = ("linear", "batchnorm", "relu") * (depth_of(head) - 1) + ("linear_no_bias",)
-    return divide(state, "module.backbone.", "module.projector.", layers=layers)
+    return divide(state, f"{ddp}backbone.", f"{ddp}projector.", layers=layers)
