@@ -24,10 +24,11 @@ class ReadBack(NamedTuple):
 
 
 class Loading(NamedTuple):
-    """How a user loads the file: text, and the language that it is in (`python` or `yaml`)."""
+    """How a user loads the file: text, the language that it is in (`python` or `yaml`), and a remark to be printed, if any."""
 
     language: str
     text: str
+    remark: str = ""
 
 
 class Target(Protocol):

@@ -10,6 +10,14 @@ from torch import nn
 from torchvision import models as vision
 
 from bingo.nets.backbones import Backbone
+from bingo.nets.stored import StoredNetwork
+
+
+def changes(network: StoredNetwork, library: str) -> str:
+    """A remark on what is not the library's own in this network, empty where nothing is."""
+    own = {"width": 1.0, "stem": "imagenet"}
+    found = " and ".join(f"{name} {getattr(network, name)}" for name, value in own.items() if getattr(network, name) != value)
+    return f"{network.arch} has {found}, which {library} does not know by name: the model card has the lines that build it" if found else ""
 
 
 def timm_lines(backbone: Backbone, arch: str, width: float, stem: str) -> list[str]:
@@ -23,8 +31,9 @@ def timm_lines(backbone: Backbone, arch: str, width: float, stem: str) -> list[s
         arguments += "" if isinstance(net.conv1, nn.Sequential) else ', stem_type="deep"'
     lines = ["import timm", "import torch", f'net = timm.create_model("{arch}", num_classes=0{arguments})']
     if isinstance(net, ResNet):
-        replaced = isinstance(net.conv1, nn.Conv2d) and (width != 1 or stem == "small")
-        return lines + ([_first_conv(net.conv1)] if replaced else []) + _no_pooling(stem)
+        first: Any = net.conv1
+        replaced = isinstance(first, nn.Conv2d) and (width != 1 or stem == "small")
+        return lines + ([_first_conv(first)] if replaced else []) + _no_pooling(stem)
     return lines + (["net.conv_stem.stride = 1, 1"] if stem == "small" else [])
 
 

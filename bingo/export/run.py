@@ -43,7 +43,9 @@ def _check(network: StoredNetwork, target: Target, partial: Path, path: Path) ->
     difference = largest_difference(network, features)
     if not difference <= TOLERANCE:  # nan too
         problem = f"{library} gives outputs that differ by {difference:.1g} of the largest, allowed is {TOLERANCE:g}"
-        raise UserError(f"{path}: {problem}; nothing was written: {network.arch} is another function there; export --to onnx or safetensors")
+        raise UserError(
+            f"{path}: {problem}; nothing was written: {network.arch} is another function there; export --to onnx or safetensors"
+        )
     return f"read back with {library}: outputs differ by at most {difference:.1e} of the largest"
 
 

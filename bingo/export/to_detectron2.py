@@ -44,7 +44,7 @@ def loading(network: StoredNetwork, file_name: str) -> Loading:
     widths = {"STEM_OUT_CHANNELS": stem, "RES2_OUT_CHANNELS": stem if depth in BASIC_DEPTHS else 4 * stem, "WIDTH_PER_GROUP": stem}
     lines = [
         "MODEL:",
-        f'  WEIGHTS: {quoted(file_name)}',
+        f"  WEIGHTS: {quoted(file_name)}",
         f"  PIXEL_MEAN: {in_255(network.image.mean)}",
         f"  PIXEL_STD: {in_255(network.image.std)}",
         "  RESNETS:",

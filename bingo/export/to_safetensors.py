@@ -6,7 +6,7 @@ from pathlib import Path
 import safetensors.torch
 
 from bingo.export.contract import Loading, ReadBack, quoted
-from bingo.export.rebuilding import timm_lines, torchvision_lines
+from bingo.export.rebuilding import changes, timm_lines, torchvision_lines
 from bingo.export.twins import bare_name
 from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import save_network
@@ -30,8 +30,8 @@ def read_back(network: StoredNetwork, path: Path) -> ReadBack:
 def loading(network: StoredNetwork, file_name: str) -> Loading:
     """Build the library's module, then read the file."""
     if network.arch.startswith("torchvision/"):
-        lines = torchvision_lines(network.backbone, bare_name(network.arch), network.stem)
+        library, lines = "torchvision", torchvision_lines(network.backbone, bare_name(network.arch), network.stem)
     else:
-        lines = timm_lines(network.backbone, network.arch, network.width, network.stem)
+        library, lines = "timm", timm_lines(network.backbone, network.arch, network.width, network.stem)
     lines = ["import safetensors.torch", *lines, f"net.load_state_dict(safetensors.torch.load_file({quoted(file_name)}))", "net.eval()"]
-    return Loading("python", "\n".join(lines))
+    return Loading("python", "\n".join(lines), changes(network, library))

@@ -6,7 +6,7 @@ import timm
 
 from bingo.errors import UserError
 from bingo.export.contract import Loading, ReadBack, quoted
-from bingo.export.rebuilding import timm_lines
+from bingo.export.rebuilding import changes, timm_lines
 from bingo.export.twins import bare_name, twin, way_out
 from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import save_network
@@ -38,7 +38,9 @@ def loading(network: StoredNetwork, file_name: str) -> Loading:
         tuning = f'classifier = timm.create_model("{arch}", num_classes=10, pretrained=True, {overlay})'
         return Loading("python", "\n".join(["import timm", call, labels, tuning]))
     lines = timm_lines(twin(network, arch), arch, network.width, network.stem)
-    return Loading("python", "\n".join([*lines, f"timm.models.load_checkpoint(net, {quoted(file_name)})", "net.eval()"]))
+    return Loading(
+        "python", "\n".join([*lines, f"timm.models.load_checkpoint(net, {quoted(file_name)})", "net.eval()"]), changes(network, "timm")
+    )
 
 
 def _arch(network: StoredNetwork) -> str:

@@ -10,7 +10,7 @@ from torchvision import models as vision
 from bingo.artefacts import write_bytes
 from bingo.errors import UserError
 from bingo.export.contract import Loading, ReadBack, quoted
-from bingo.export.rebuilding import torchvision_lines
+from bingo.export.rebuilding import changes, torchvision_lines
 from bingo.export.twins import bare_name, twin, way_out
 from bingo.nets.backbones import build_backbone
 from bingo.nets.stored import StoredNetwork
@@ -37,7 +37,8 @@ def loading(network: StoredNetwork, file_name: str) -> Loading:
     """torchvision's network without its classifier, then the file."""
     name = _name(network)
     lines = torchvision_lines(twin(network, f"torchvision/{name}"), name, network.stem)
-    return Loading("python", "\n".join([*lines, f"net.load_state_dict(torch.load({quoted(file_name)}, weights_only=True))", "net.eval()"]))
+    lines += [f"net.load_state_dict(torch.load({quoted(file_name)}, weights_only=True))", "net.eval()"]
+    return Loading("python", "\n".join(lines), changes(network, "torchvision"))
 
 
 def _name(network: StoredNetwork) -> str:
