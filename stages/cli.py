@@ -2,7 +2,7 @@
 
 import typer
 
-from stages import bag, bags, baseline, distill, extract, knn_eval, linear_eval, recipe, report, scan, teacher
+from stages import bag, bags, baseline, distill, embed, export, extract, knn_eval, linear_eval, recipe, report, scan, teacher
 from stages.common import mistakes_as_lines
 
 app = typer.Typer(
@@ -14,6 +14,8 @@ app = typer.Typer(
 )
 for module in (scan, teacher, extract, bag, distill, baseline, linear_eval, knn_eval, report):
     app.command(module.__name__.rpartition(".")[2], rich_help_panel="Stages (dvc repro runs them in order)")(module.main)
+for module in (export, embed):
+    app.command(module.__name__.rpartition(".")[2], rich_help_panel="Beside the pipeline")(module.main)
 app.add_typer(bags.app, name="bags", help="Look into the cached bags.", rich_help_panel="Beside the pipeline")
 app.add_typer(recipe.app, name="recipe", help="Whole settings by name.", rich_help_panel="Beside the pipeline")
 

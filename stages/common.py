@@ -109,6 +109,17 @@ def _tell(lines: Sequence[str]) -> None:
     print("\n".join(f"error: {line}" for line in lines), file=sys.stderr, flush=True)
 
 
+def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) -> None:
+    """Refuse an output of another ending than these, and one that is there already unless `force` says to replace it."""
+    if path.suffix not in suffixes:
+        raise UserError(f"{option} = {path}: allowed are names that end in {', '.join(suffixes)}")
+    if path.is_symlink() or path.exists():
+        if not force:
+            raise UserError(f"{option} = {path}: is there already; give another name, or --force to replace it")
+        if path.is_symlink() or path.is_dir() != (path.suffix == ".zarr") or (path.is_dir() and not (path / "zarr.json").is_file()):
+            raise UserError(f"{option} = {path}: is no file of this kind, so --force does not replace it; give another name")
+
+
 def die_with_parent() -> None:
     """Ask Linux to end this process when the one that started it ends: a killed `dvc` must leave no training behind."""
     if sys.platform == "linux":

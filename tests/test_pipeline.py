@@ -27,7 +27,7 @@ LAYERS = [
     (r"bingo/nets/names\.py", 0),
     (r"bingo/(data|nets)/.*|bingo/neighbors\.py", 1),
     (r"bingo/bag\w*\.py|bingo/gallery.*|bingo/methods/.*", 2),
-    (r"bingo/(train|batches|costs|extract|plots|report\w*)\.py|bingo/evals/.*", 3),
+    (r"bingo/(train|batches|costs|extract|embed\w*|model_card|plots|report\w*)\.py|bingo/(evals|export)/.*", 3),
     (r"stages/.*", 4),
 ]
 

@@ -23,6 +23,19 @@ class Split:
     class_names: list[str]  # one for each path; empty for a split without classes
 
 
+def find_images(root: Path, name: str) -> list[str]:
+    """Every image under a root, relative to it, sorted by the parts of its path; `name` is what messages call the root.
+
+    Raises UserError where there is none, or a link leads out of the root or in a circle.
+    """
+    if not root.is_dir():
+        raise UserError(f"{name} = {root}: there is no such folder; name one that holds images")
+    paths = _Walker(root, name).images("")
+    if not paths:
+        raise UserError(f"{name} = {root}: holds no images; recognised are {', '.join(SUFFIXES)}")
+    return paths
+
+
 def find_splits(root: Path) -> tuple[Split, Split]:
     """The train and the test split under a root, by its layout. Raises UserError."""
     if not root.is_dir():
@@ -44,7 +57,7 @@ def find_splits(root: Path) -> tuple[Split, Split]:
 
 def _find_split(root: Path, split: str) -> Split:
     """All images under one folder: by class folder, or without classes where they lie in the folder itself."""
-    walker = _Walker(root)
+    walker = _Walker(root, "dataset.root")
     if (root / split).is_symlink() and split:
         walker.refuse_outside(split)
     here, folders = walker.entries(split)
@@ -66,8 +79,8 @@ def _find_split(root: Path, split: str) -> Split:
 class _Walker:
     """Lists what lies under a root; refuses links that lead out of it or in a circle."""
 
-    def __init__(self, root: Path):
-        self.root, self.real_root = root, os.path.realpath(root)
+    def __init__(self, root: Path, name: str):
+        self.root, self.real_root, self.shown = root, os.path.realpath(root), f"{name} = {root}"
 
     def images(self, folder: str) -> list[str]:
         """Images in a folder and below, relative to the root, sorted by the parts of their paths."""
@@ -78,7 +91,7 @@ class _Walker:
     def _collect(self, folder: str, above: tuple[str, ...], found: list[str]) -> None:
         real = os.path.realpath(self.root / folder)
         if real in above:
-            raise UserError(f"dataset.root = {self.root}: {folder} is a link that leads in a circle; delete it")
+            raise UserError(f"{self.shown}: {folder} is a link that leads in a circle; delete it")
         here, folders = self.entries(folder)
         found.extend(here)
         for inner in folders:
@@ -101,9 +114,9 @@ class _Walker:
                         if entry.is_symlink() or entry.is_file():
                             images.append(path)
                         else:
-                            raise UserError(f"dataset.root = {self.root}: {path} is no regular file (a pipe or device?); remove it")
+                            raise UserError(f"{self.shown}: {path} is no regular file (a pipe or device?); remove it")
         except OSError as error:
-            raise UserError(f"dataset.root = {self.root}: {folder or 'it'} cannot be listed ({error.strerror}); mend its rights") from None
+            raise UserError(f"{self.shown}: {folder or 'it'} cannot be listed ({error.strerror}); mend its rights") from None
         for path in images:
             if not path.isprintable() or not path.isascii():
                 self._refuse_undecodable(path)
@@ -112,10 +125,10 @@ class _Walker:
     def refuse_outside(self, path: str) -> None:
         target = os.path.realpath(self.root / path)
         if not target.startswith(self.real_root + os.sep):
-            raise UserError(f"dataset.root = {self.root}: {path} is a link out of it, to {target}; copy the images into the root")
+            raise UserError(f"{self.shown}: {path} is a link out of it, to {target}; copy the images into the root")
 
     def _refuse_undecodable(self, path: str) -> None:
         try:
             path.encode()
         except UnicodeEncodeError:
-            raise UserError(f"dataset.root = {self.root}: {path!a} is no UTF-8 name; rename the file") from None
+            raise UserError(f"{self.shown}: {path!a} is no UTF-8 name; rename the file") from None

@@ -1,0 +1,56 @@
+"""Lines of Python with which a user builds a backbone from timm or torchvision alone: what `build_backbone` did, without BINGO.
+
+Each takes the network that it describes from the built module, so that the lines say what the module is.
+"""
+
+from typing import Any
+
+from timm.models.resnet import ResNet
+from torch import nn
+from torchvision import models as vision
+
+from bingo.nets.backbones import Backbone
+from bingo.nets.stored import StoredNetwork
+
+
+def changes(network: StoredNetwork, library: str) -> str:
+    """A remark on what is not the library's own in this network, empty where nothing is."""
+    own = {"width": 1.0, "stem": "imagenet"}
+    found = " and ".join(f"{name} {getattr(network, name)}" for name, value in own.items() if getattr(network, name) != value)
+    return f"{network.arch} has {found}, which {library} does not know by name: the model card has the lines that build it" if found else ""
+
+
+def timm_lines(backbone: Backbone, arch: str, width: float, stem: str) -> list[str]:
+    """Lines that leave timm's module in `net`, with untrained weights."""
+    net: Any = backbone
+    arguments = ""
+    if width != 1:
+        channels = tuple(info["num_chs"] // getattr(net, info["module"])[0].expansion for info in net.feature_info[1:])
+        arguments = f", channels={channels}, stem_width={net.bn1.num_features // 2}"
+        # timm hard-codes 64 channels behind any but a deep stem, so that one is asked for, and then replaced.
+        arguments += "" if isinstance(net.conv1, nn.Sequential) else ', stem_type="deep"'
+    lines = ["import timm", "import torch", f'net = timm.create_model("{arch}", num_classes=0{arguments})']
+    if isinstance(net, ResNet):
+        first: Any = net.conv1
+        replaced = isinstance(first, nn.Conv2d) and (width != 1 or stem == "small")
+        return lines + ([_first_conv(first)] if replaced else []) + _no_pooling(stem)
+    return lines + (["net.conv_stem.stride = 1, 1"] if stem == "small" else [])
+
+
+def torchvision_lines(backbone: Backbone, name: str, stem: str) -> list[str]:
+    """Lines that leave torchvision's module in `net`, with untrained weights and without the classifier."""
+    net: Any = backbone
+    lines = ["import torch", "import torchvision", f"net = torchvision.models.{name}()"]
+    lines += [f'net.set_submodule("{path}", torch.nn.Identity())' for path in backbone.classifier_names]
+    if isinstance(net, vision.ResNet):
+        return lines + ([_first_conv(net.conv1)] if stem == "small" else []) + _no_pooling(stem)
+    return lines + (["net.features[0][0].stride = 1, 1"] if stem == "small" else [])
+
+
+def _first_conv(conv: nn.Conv2d) -> str:
+    kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    return f"net.conv1 = torch.nn.Conv2d(3, {conv.out_channels}, {kernel}, {stride}, padding={padding}, bias=False)"
+
+
+def _no_pooling(stem: str) -> list[str]:
+    return ["net.maxpool = torch.nn.Identity()"] if stem == "small" else []

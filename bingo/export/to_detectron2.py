@@ -1,0 +1,84 @@
+"""detectron2: the pickled dict of arrays that its checkpointer reads, named as its ResNet names them.
+
+Layout and names are those that MoCo's detection/convert-pretrain-to-detectron2.py writes. detectron2 is on no package registry, so
+tests/test_export.py rebuilds its ResNet (modeling/backbone/resnet.py) and compares outputs; here nothing is read back.
+"""
+
+import io
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bingo.artefacts import write_bytes
+from bingo.errors import UserError
+from bingo.export.contract import Loading, NotReadBack, ReadBack, quoted
+from bingo.export.resnets import BASIC_DEPTHS, STEM_CHANNELS, in_255, resnet_depth
+from bingo.export.twins import way_out
+from bingo.nets.stored import StoredNetwork
+
+SUFFIXES = (".pkl",)
+_RENAMES = ((r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"), (r"\bbn(\d)", r"conv\1.norm"))
+_SHORTCUT = {"downsample.0": "shortcut", "downsample.1": "shortcut.norm"}
+
+
+def write(network: StoredNetwork, path: Path) -> None:
+    """The dict `model`, `__author__`, `matching_heuristics` as pickle."""
+    _depth(network)
+    arrays = {detectron2_name(name): tensor.contiguous().numpy() for name, tensor in network.backbone.state_dict().items()}
+    content = io.BytesIO()
+    _ArrayPickler(content, protocol=5).dump({"model": arrays, "__author__": "BINGO", "matching_heuristics": True})
+    write_bytes(path, content.getvalue())
+
+
+def read_back(network: StoredNetwork, path: Path) -> ReadBack:
+    """Always NotReadBack."""
+    raise NotReadBack("detectron2 is on no package registry; the model card has its configuration")
+
+
+def loading(network: StoredNetwork, file_name: str) -> Loading:
+    """The keys of detectron2's configuration that differ from its defaults."""
+    depth, stem = _depth(network), int(STEM_CHANNELS * network.width)
+    widths = {"STEM_OUT_CHANNELS": stem, "RES2_OUT_CHANNELS": stem if depth in BASIC_DEPTHS else 4 * stem, "WIDTH_PER_GROUP": stem}
+    lines = [
+        "MODEL:",
+        f"  WEIGHTS: {quoted(file_name)}",
+        f"  PIXEL_MEAN: {in_255(network.image.mean)}",
+        f"  PIXEL_STD: {in_255(network.image.std)}",
+        "  RESNETS:",
+        f"    DEPTH: {depth}",
+        "    STRIDE_IN_1X1: False",
+        *(f"    {key}: {value}" for key, value in widths.items()),
+        "INPUT:",
+        '  FORMAT: "RGB"',
+    ]
+    return Loading("yaml", "\n".join(lines))
+
+
+def detectron2_name(name: str) -> str:
+    """A name of torchvision's ResNet as detectron2 has it: layer1.0.bn2.bias becomes res2.0.conv2.norm.bias."""
+    name = name if name.startswith("layer") else f"stem.{name}"
+    for pattern, new in _RENAMES:
+        name = re.sub(pattern, new, name)
+    for old, shortcut in _SHORTCUT.items():
+        name = name.replace(old, shortcut)
+    return name
+
+
+class _ArrayPickler(pickle.Pickler):
+    """Writes arrays as calls of numpy.ndarray: numpy 2 would name a module that numpy 1, which detectron2 often runs on, has not."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, np.ndarray):
+            return np.ndarray, (obj.shape, obj.dtype.str, bytearray(obj.tobytes()))
+        return NotImplemented
+
+
+def _depth(network: StoredNetwork) -> int:
+    depth = resnet_depth(network, "detectron2")
+    if depth in BASIC_DEPTHS and network.width != 1:
+        line = f"--to = detectron2: the network has width {network.width}, detectron2 builds ResNet-{depth} at 1.0 alone"
+        raise UserError(f"{line}; {way_out(network)}")
+    return depth

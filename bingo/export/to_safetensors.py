@@ -1,0 +1,37 @@
+"""safetensors: the backbone under its own library's names with all of BINGO's metadata, as models/student.safetensors is."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import safetensors.torch
+
+from bingo.export.contract import Loading, ReadBack, quoted
+from bingo.export.rebuilding import changes, timm_lines, torchvision_lines
+from bingo.export.twins import bare_name
+from bingo.nets.backbones import build_backbone
+from bingo.nets.checkpoint import save_network
+from bingo.nets.stored import StoredNetwork
+
+SUFFIXES = (".safetensors",)
+
+
+def write(network: StoredNetwork, path: Path) -> None:
+    """As the pipeline writes a student."""
+    save_network(path, network.backbone.state_dict(), network.metadata)
+
+
+def read_back(network: StoredNetwork, path: Path) -> ReadBack:
+    """Read by safetensors into a network that is built anew."""
+    net = build_backbone(network.arch, network.width, network.stem, seed_value=0)
+    net.load_state_dict(safetensors.torch.load_file(path))
+    return ReadBack(f"safetensors {version('safetensors')}", net.eval())
+
+
+def loading(network: StoredNetwork, file_name: str) -> Loading:
+    """Build the library's module, then read the file."""
+    if network.arch.startswith("torchvision/"):
+        library, lines = "torchvision", torchvision_lines(network.backbone, bare_name(network.arch), network.stem)
+    else:
+        library, lines = "timm", timm_lines(network.backbone, network.arch, network.width, network.stem)
+    lines = ["import safetensors.torch", *lines, f"net.load_state_dict(safetensors.torch.load_file({quoted(file_name)}))", "net.eval()"]
+    return Loading("python", "\n".join(lines), changes(network, library))

@@ -1,0 +1,38 @@
+"""The same network in timm and in torchvision, with the same weights, where both have it.
+
+Most ResNets and DenseNets have equal names in both; EfficientNets have the same tensors in the same order under other names. A pairing
+is a claim, which the export proves by comparing outputs: batch normalisation with another epsilon, for one, shows there alone.
+"""
+
+from bingo.errors import UserError
+from bingo.nets.backbones import Backbone, build_backbone
+from bingo.nets.stored import StoredNetwork
+
+
+def twin(network: StoredNetwork, arch: str) -> Backbone:
+    """`network`'s backbone as `arch`, in eval mode; the backbone itself where it is that already.
+
+    Raises UserError where the tensors of the two differ in number or shape.
+    """
+    if network.arch == arch:
+        return network.backbone
+    other = build_backbone(arch, network.width, network.stem, seed_value=0)
+    own, wanted = network.backbone.state_dict(), other.state_dict()
+    if set(own) == set(wanted):
+        other.load_state_dict(own)
+    elif [tensor.shape for tensor in own.values()] == [tensor.shape for tensor in wanted.values()]:
+        other.load_state_dict(dict(zip(wanted, own.values(), strict=True)))
+    else:
+        raise UserError(f"{arch} has other layers than {network.arch}, the network's arch; {way_out(network)}")
+    return other.eval()
+
+
+def bare_name(arch: str) -> str:
+    """`arch` without the library's name."""
+    return arch.removeprefix("torchvision/")
+
+
+def way_out(network: StoredNetwork) -> str:
+    """What to export to instead: the library that the network is built from, or a format that holds any network."""
+    own = "torchvision" if network.arch.startswith("torchvision/") else "timm"
+    return f"export --to {own}, onnx or safetensors"

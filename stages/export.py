@@ -1,0 +1,134 @@
+"""bingo export: the trained backbone as a file of another library, checked by that library, with a model card beside it.
+
+bingo export --to timm --out out/student.safetensors
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stages import paths
+from stages.common import check_output, mistakes_as_lines
+
+if TYPE_CHECKING:
+    from bingo.model_card import Provenance
+    from bingo.nets.stored import StoredNetwork
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_REPORTS = {"linear_eval": paths.REPORTS / "linear.json", "knn_eval": paths.REPORTS / "knn.json"}  # what writes them, and where
+
+
+@app.command()
+def main(
+    to: Annotated[str, typer.Option(help="safetensors, timm, torchvision, detectron2, mmdet or onnx.")],
+    out: Annotated[Path, typer.Option(help="The file; its model card goes beside it, as OUT.md.")],
+    student: Annotated[Path, typer.Option(help="The student's file, or a baseline's.")] = paths.STUDENT,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is there already.")] = False,
+) -> None:
+    """Write the trained backbone for another library, read it back with that library, and write a model card."""
+    with mistakes_as_lines():
+        from bingo.artefacts import write_bytes
+        from bingo.export.contract import find_target
+        from bingo.export.run import export_network
+        from bingo.model_card import model_card
+        from bingo.nets.stored import read_student
+
+        target = find_target(to)
+        check_output("--out", out, target.SUFFIXES, force)
+        network = read_student(student)
+        check = export_network(network, target, out)
+        loading = target.loading(network, out.name)
+        card = out.with_name(f"{out.name}.md")
+        write_bytes(card, model_card(network, to, out.name, loading, check, _provenance(student, network)).encode())
+        typer.echo(f"written {out}; {check}")
+        if loading.remark:
+            typer.echo(f"note: {loading.remark}")
+        typer.echo(f"model card: {card}")
+
+
+def _provenance(file: Path, network: "StoredNetwork") -> "Provenance":
+    """What this workspace still holds of what the network was made from, each part only if its fingerprint is the network's."""
+    from bingo.data.listing_rows import ListingRows
+    from bingo.model_card import Provenance
+
+    listing = ListingRows(paths.LISTING, str(paths.LISTING)) if paths.LISTING.exists() else None
+    if listing is not None and listing.fingerprint != network.metadata.get("listing"):
+        listing = None
+    teacher, sha256 = _teacher(network.metadata)
+    bags = _attributes(paths.BAGS, network.metadata.get("bags"))
+    net = _name_in_reports(file)
+    return Provenance(
+        net=net,
+        dataset=listing.dataset if listing else None,
+        train_images=listing.train_rows if listing else None,
+        teacher=teacher,
+        teacher_sha256=sha256,
+        bags=bags,
+        scores=_scores(file, net) if net else (),
+    )
+
+
+def _teacher(metadata: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+    """The metadata and sha256 of the teacher's file, if the network's embeddings were made by it."""
+    import hashlib
+
+    from bingo.report_inputs import read_network_facts
+
+    embeddings = _attributes(paths.EMBEDDINGS, metadata.get("embeddings"))
+    facts = read_network_facts(paths.TEACHER) if embeddings else None
+    if facts is None or embeddings is None:
+        return None, None
+    with open(paths.TEACHER, "rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    return (facts.metadata, sha256) if sha256.startswith(embeddings["teacher"]) else (None, None)
+
+
+def _attributes(store: Path, fingerprint: str | None) -> dict[str, Any] | None:
+    """The attributes of a store, if it is there and has this fingerprint."""
+    from bingo.data.chunks import open_group
+
+    if not store.exists():
+        return None
+    attributes = dict(open_group(store, str(store), "dvc repro").attrs)
+    return attributes if fingerprint is not None and attributes.get("fingerprint") == fingerprint else None
+
+
+def _name_in_reports(file: Path) -> str:
+    """What the reports call this network: it is found by its bytes, so that a copy is known too. Empty for a stranger."""
+    from bingo.artefacts import file_fingerprint
+
+    known = {"student": paths.STUDENT, **{path.stem: path for path in sorted(paths.BASELINES.glob("*.safetensors"))}}
+    wanted = file_fingerprint(file)
+    return next((name for name, path in known.items() if path.exists() and file_fingerprint(path) == wanted), "")
+
+
+def _scores(file: Path, net: str) -> "list[tuple[str, dict[str, float]]]":
+    """The figures in reports/; a report that dvc.lock says was measured on another student is left out, and told."""
+    from bingo.model_card import score_rows
+    from bingo.report_inputs import read_optional_json
+
+    found: dict[str, dict] = {}
+    for stage, report in _REPORTS.items():
+        stale = net == "student" and _was_measured_on_another(stage, file)
+        if stale:
+            typer.echo(f"note: {report} was measured on another student and is left out of the model card; run: dvc repro", err=True)
+        found[stage] = {} if stale else read_optional_json(report)
+    return score_rows(found["linear_eval"], found["knn_eval"])
+
+
+def _was_measured_on_another(stage: str, file: Path) -> bool:
+    """Whether dvc.lock has another md5 for the student that an evaluation read; without DVC's record nothing is known."""
+    import hashlib
+
+    from bingo.params import read_yaml
+
+    lock = read_yaml("dvc.lock") if Path("dvc.lock").exists() else {}
+    deps = lock.get("stages", {}).get(stage, {}).get("deps", [])
+    with open(file, "rb") as content:
+        md5 = hashlib.file_digest(content, "md5").hexdigest()
+    return any(dep["md5"] != md5 for dep in deps if dep["path"] == paths.STUDENT.as_posix())
+
+
+if __name__ == "__main__":
+    app()
