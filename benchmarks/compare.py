@@ -84,13 +84,15 @@ def overrides(variant: str, seed: int) -> tuple[str, ...]:
     Raises UserError where the result is not allowed.
     """
     from bingo.params import read_yaml, validate
-    from stages.recipe import _lay_over, _path
+    from bingo.recipes import lay_over, read_recipe
 
     document = read_yaml("params.yaml")
     validate(document, "params.yaml")
-    changes: list[tuple[str, Any, Any]] = []
-    for overlay in (COMMON, read_yaml(_path(variant)) or {}, {"seed": seed}):
-        _lay_over(document, overlay, "", changes)
+    changes = [
+        change
+        for overlay in (COMMON, read_recipe(Path("recipes"), variant).overlay, {"seed": seed})
+        for change in lay_over(document, overlay)
+    ]
     validate(document, f"params.yaml with recipe {variant}")
     return tuple(f"{key}={written(value)}" for key, value in {key: new for key, _, new in changes if not key.startswith("report.")}.items())
 

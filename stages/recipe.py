@@ -1,34 +1,91 @@
-"""bingo recipe list | show | use: overlays on params.yaml, one YAML file each in recipes/."""
+"""bingo recipe list | show | use | check: overlays on params.yaml, one file each in recipes/; bingo/recipes.py says what is in one."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages.common import mistakes_as_lines
+from stages.common import USER_MISTAKE, mistakes_as_lines
+
+if TYPE_CHECKING:
+    from bingo.recipes import About, Recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 FOLDER = Path("recipes")
+PARAMS = Path("params.yaml")
+# Headings of the list, by what a name begins with.
+GROUPS = {
+    "method-": "Methods, on whatever images params.yaml has",
+    "ablation-": "Ablations of BINGO, on whatever images params.yaml has",
+    "imagenet-r18-": "ImageNet, ResNet-18",
+    "imagenet-r34-": "ImageNet, ResNet-34",
+    "imagenet-effb0-": "ImageNet, EfficientNet-B0",
+    "imagenet-mobv3-": "ImageNet, MobileNet-v3-large",
+    "parts/": "Parts that recipes include",
+    "": "Small datasets",
+}
 Name = Annotated[str, typer.Argument(help="A recipe's name, as `bingo recipe list` prints it.")]
 
 
 @app.command("list")
-def list_recipes() -> None:
-    """Print every recipe with its first line."""
+def list_recipes(everything: Annotated[bool, typer.Option("--all", help="Also the parts that recipes share.")] = False) -> None:
+    """Print every recipe with its published linear top-1 / top-5 accuracy in percent, if it has one, and its first line."""
     with mistakes_as_lines():
-        from bingo.errors import UserError
+        from bingo.recipes import description, own_about, recipe_names, recipe_path
 
-        if not FOLDER.is_dir():
-            raise UserError(f"{FOLDER}: there is no such folder here; run from the repository's top level")
-        for path in sorted(FOLDER.glob("*.yaml")):
-            typer.echo(f"{path.stem:24} {path.read_text().partition(chr(10))[0].lstrip('# ')}")
+        names = recipe_names(FOLDER, parts=everything)
+        for start, heading in GROUPS.items():
+            members = [name for name in names if _group(name) == start]
+            if members:
+                typer.echo(f"{heading}:")
+            for name in members:
+                path = recipe_path(FOLDER, name)
+                typer.echo(f"  {name:52} {_figures(own_about(path)):12} {description(path)}")
+
+
+def _group(name: str) -> str:
+    return next(start for start in GROUPS if name.startswith(start))
+
+
+def _figures(about: "About") -> str:
+    figures = [about.expected[measure] for measure in ("linear_top1", "linear_top5") if measure in about.expected]
+    return " / ".join(f"{percent:.1f}" for percent in figures)
 
 
 @app.command()
 def show(name: Name) -> None:
-    """Print one recipe."""
+    """Print one recipe, what it sets when all that it includes is laid over, what to expect of it, and what a run will cost."""
     with mistakes_as_lines():
-        typer.echo(_path(name).read_text(), nl=False)
+        from bingo.params import read_yaml, validate
+        from bingo.recipes import as_text, flattened, lay_over, read_recipe, recipe_path
+        from stages.recipe_costs import cost_lines
+
+        recipe = read_recipe(FOLDER, name)
+        typer.echo(recipe_path(FOLDER, name).read_text())
+        typer.echo("It sets:")
+        for key, value in flattened(recipe.overlay):
+            typer.echo(f"  {key}: {as_text(value)}")
+        typer.echo()
+        for line in _about_lines(recipe):
+            typer.echo(line)
+        document = read_yaml(PARAMS)
+        lay_over(document, recipe.overlay)
+        params = validate(document, f"{PARAMS} with recipe {name}")
+        typer.echo("\n".join(cost_lines(params, recipe.about)))
+
+
+def _about_lines(recipe: "Recipe") -> list[str]:
+    """What to expect, from which teacher, and what differs from the published setting."""
+    from bingo.recipes import MEASURES
+
+    about = recipe.about
+    lines = [f"published: {MEASURES[measure]} {percent} % ({about.source})" for measure, percent in about.expected.items()]
+    if about.teacher is not None:
+        teacher, file = about.teacher, recipe.overlay["teacher"]
+        lines.append(
+            f"teacher: {file['checkpoint']}, format {file['format']}, see the {teacher.published_by}, linear {teacher.linear_top1} %"
+        )
+    return lines + [f"deviates: {line}" for line in about.deviates]
 
 
 @app.command()
@@ -40,49 +97,54 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Where the ima
         from bingo.artefacts import write_bytes
         from bingo.errors import UserError
         from bingo.params import read_yaml, validate
+        from bingo.recipes import as_text, lay_over, read_recipe
 
         if root == "":
             raise UserError("--root is empty: give the folder of the images")
-        validate(read_yaml("params.yaml"), "params.yaml")
-        text, changes = _overlaid(read_yaml(_path(name)) or {}, root, YAML())
-        validate(YAML(typ="safe", pure=True).load(text), f"params.yaml with recipe {name}")
-        write_bytes("params.yaml", text.encode())
+        validate(read_yaml(PARAMS), str(PARAMS))
+        overlay = read_recipe(FOLDER, name).overlay
+        if root is not None:
+            lay_over(overlay, {"dataset": {"root": root}})
+        text, changes = _overlaid(overlay, YAML())
+        validate(YAML(typ="safe", pure=True).load(text), f"{PARAMS} with recipe {name}")
+        write_bytes(PARAMS, text.encode())
         for key, old, new in changes:
-            typer.echo(f"{key}: {old} -> {new}")
+            typer.echo(f"{key}: {as_text(old)} -> {as_text(new)}")
         typer.echo(f"params.yaml: {len(changes)} changes; back: git checkout params.yaml; next: dvc repro")
 
 
-def _overlaid(overlay: dict, root: str | None, yaml: Any) -> tuple[str, list[tuple[str, Any, Any]]]:
+def _overlaid(overlay: dict[str, Any], yaml: Any) -> tuple[str, list[tuple[str, Any, Any]]]:
     """params.yaml's text with the overlay's values in place, and each change as (dotted key, old, new)."""
     import io
+
+    from bingo.recipes import lay_over
 
     yaml.width = 200
     yaml.preserve_quotes = True
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))  # not an empty field
-    document = yaml.load(Path("params.yaml").read_text())
-    changes: list[tuple[str, Any, Any]] = []
-    _lay_over(document, overlay, "", changes)
-    if root is not None:
-        _lay_over(document, {"dataset": {"root": root}}, "", changes)
+    document = yaml.load(PARAMS.read_text())
+    changes = lay_over(document, overlay)
     text = io.StringIO()
     yaml.dump(document, text)
     return text.getvalue(), changes
 
 
-def _lay_over(document: dict, overlay: dict, prefix: str, changes: list[tuple[str, Any, Any]]) -> None:
-    for key, value in overlay.items():
-        if isinstance(value, dict) and isinstance(document.get(key), dict) and document[key]:
-            _lay_over(document[key], value, f"{prefix}{key}.", changes)
-        elif document.get(key, ...) != value:
-            changes.append((f"{prefix}{key}", document.get(key), value))
-            document[key] = value
+@app.command()
+def check(name: Annotated[str | None, typer.Argument(help="A recipe, laid over params.yaml; none: params.yaml as it is.")] = None) -> None:
+    """Dry run: build the networks, read the teacher's checkpoint if it is there, train one step on fabricated images, tell the costs
+    and what is missing. Exit code 0: all is there; 2: something is missing or wrong."""
+    with mistakes_as_lines():
+        from bingo.params import read_yaml, validate
+        from bingo.recipes import About, lay_over, read_recipe
+        from stages import recipe_check
 
-
-def _path(name: str) -> Path:
-    from bingo.errors import UserError, near_matches
-
-    path = FOLDER / f"{name}.yaml"
-    if Path(name).name != name or not path.is_file():
-        names = [file.stem for file in sorted(FOLDER.glob("*.yaml"))]
-        raise UserError(f"recipe = {name}: allowed are {', '.join(names)}{near_matches(name, names)}")
-    return path
+        document, about, origin = read_yaml(PARAMS), About(), str(PARAMS)
+        if name is not None:
+            recipe = read_recipe(FOLDER, name)
+            lay_over(document, recipe.overlay)
+            about, origin = recipe.about, f"{PARAMS} with recipe {name}"
+        missing = recipe_check.check(validate(document, origin), about, typer.echo)
+        for line in missing:
+            typer.echo(f"missing: {line}")
+        if missing:
+            raise SystemExit(USER_MISTAKE)

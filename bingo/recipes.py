@@ -1,0 +1,195 @@
+"""Recipes: YAML overlays on params.yaml, one file each, whose head may name other recipes to lay over first.
+
+The first line is a comment that describes the recipe. Beside the sections of params.yaml a file may hold
+
+    includes: [names]    recipes that are laid over before this one, in this order (`parts/NAME`: pieces that recipes share)
+    about:               what to expect and what is needed, see `About`; no parameter
+
+Expected figures become `report.title` and `report.published`, so that the report prints them beside the measured ones.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bingo.errors import UserError, near_matches
+from bingo.params import read_yaml
+
+PARTS = "parts"
+MEASURES = {
+    "linear_top1": "linear, top-1",
+    "linear_top5": "linear, top-5",
+    "knn_1": "kNN, k = 1",
+    "knn_10": "kNN, k = 10",
+    "knn_20": "kNN, k = 20",
+}
+Percent = Annotated[float, Field(ge=0, le=100)]
+# Sections whose keys are the user's own words: they are replaced whole.
+_WHOLE = {"report.published"}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TeacherFile(_Strict):
+    """The teacher's checkpoint, which `teacher.checkpoint` names: who publishes it, and its linear top-1 accuracy in percent."""
+
+    published_by: str
+    linear_top1: Percent
+
+
+class ImagesFrom(_Strict):
+    """How many images the dataset has, and who publishes it."""
+
+    train: int
+    test: int
+    published_by: str
+
+
+class About(_Strict):
+    """What a recipe says of itself.
+
+    expected: published accuracies in percent by the names of MEASURES; source: where they are from. These two are a recipe's own; the
+    others are inherited from what it includes: `teacher`, `images`, and `deviates`, what differs from the published setting.
+    """
+
+    expected: dict[Literal["linear_top1", "linear_top5", "knn_1", "knn_10", "knn_20"], Percent] = {}
+    source: str | None = None
+    teacher: TeacherFile | None = None
+    images: ImagesFrom | None = None
+    deviates: list[str] = []
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe with all that it includes. `overlay` maps sections of params.yaml to what is laid over them."""
+
+    name: str
+    description: str
+    overlay: dict[str, Any]
+    about: About
+
+
+def recipe_names(folder: Path, parts: bool = False) -> list[str]:
+    """Names of all recipes; with `parts` the shared pieces behind them, as parts/NAME. Raises UserError where there is no folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder here; run from the repository's top level")
+    pieces = [f"{PARTS}/{path.stem}" for path in (folder / PARTS).glob("*.yaml")] if parts else []
+    return sorted((path.stem for path in folder.glob("*.yaml")), key=_by_number) + sorted(pieces, key=_by_number)
+
+
+def _by_number(name: str) -> list[str]:
+    """k-5 before k-10."""
+    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def recipe_path(folder: Path, name: str) -> Path:
+    """The file of a recipe or part. Raises UserError for an unknown name."""
+    if name not in (names := recipe_names(folder, parts=True)):
+        raise UserError(f"recipe = {name}: there is none of this name; see: bingo recipe list{near_matches(name, names)}")
+    return folder / f"{name}.yaml"
+
+
+def description(path: Path) -> str:
+    """A recipe's first line without the comment sign."""
+    with path.open() as file:
+        return file.readline().lstrip("# ").strip()
+
+
+def own_about(path: Path) -> About:
+    """What this file alone says of itself. Raises UserError for unknown keys and wrong types."""
+    try:
+        return About.model_validate(_content(path).get("about") or {})
+    except ValidationError as error:
+        found = [(".".join(str(part) for part in item["loc"]), item["msg"]) for item in error.errors(include_url=False)]
+        raise UserError([f"{path}: about.{key}: {message}" for key, message in found]) from None
+
+
+def read_recipe(folder: Path, name: str) -> Recipe:
+    """A recipe with its includes laid over one another. Raises UserError for unknown names and for includes that form a circle."""
+    path = recipe_path(folder, name)
+    overlay: dict[str, Any] = {}
+    inherited: dict[str, Any] = {"deviates": []}
+    for part in _in_order(folder, name, ()):
+        lay_over(overlay, {key: value for key, value in _content(part).items() if key not in ("about", "includes")})
+        about = own_about(part)
+        inherited |= {key: value for key in ("teacher", "images") if (value := getattr(about, key)) is not None}
+        inherited["deviates"] += [line for line in about.deviates if line not in inherited["deviates"]]
+    recipe = Recipe(name, description(path), overlay, own_about(path).model_copy(update=inherited))
+    lay_over(overlay, _for_the_report(recipe))
+    return recipe
+
+
+def _for_the_report(recipe: Recipe) -> dict[str, Any]:
+    """Expected figures as the report's sections have them; empty where there are none."""
+    if not recipe.about.expected:
+        return {}
+    published = {MEASURES[measure]: f"{percent} % ({recipe.about.source})" for measure, percent in recipe.about.expected.items()}
+    return {"report": {"title": recipe.description, "published": published}}
+
+
+def _in_order(folder: Path, name: str, above: tuple[str, ...]) -> Iterator[Path]:
+    """The files of a recipe, each behind what it includes."""
+    path = recipe_path(folder, name)
+    if name in above:
+        raise UserError(f"{path}: includes go round in a circle ({' -> '.join((*above, name))}); take one of them out")
+    names = _content(path).get("includes") or []
+    if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
+        raise UserError(f"{path}: includes = {names!r}: allowed is a list of recipes' names")
+    for included in names:
+        if included not in (known := recipe_names(folder, parts=True)):
+            raise UserError(f"{path}: includes {included}, but there is no such recipe{near_matches(included, known)}")
+        yield from _in_order(folder, included, (*above, name))
+    yield path
+
+
+def _content(path: Path) -> dict[str, Any]:
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _parsed(path: Path, _changed: int) -> dict[str, Any]:
+    """Parts are read once for all recipes that include them, unless they were changed."""
+    content = read_yaml(path) or {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {type(content).__name__}, not sections of params.yaml")
+    return content
+
+
+Change = tuple[str, Any, Any]
+
+
+def lay_over(document: dict[str, Any], overlay: dict[str, Any], prefix: str = "") -> list[Change]:
+    """Put the overlay's values into `document`, section by section, and return each change as (dotted key, old or None, new)."""
+    changes: list[Change] = []
+    for key, value in overlay.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(document.get(key), dict) and name not in _WHOLE:
+            changes += lay_over(document[key], value, f"{name}.")
+        elif document.get(key, ...) != value:
+            changes.append((name, document.get(key), value))
+            document[key] = deepcopy(value)  # laying over one document never changes another, and nothing is shared within one
+    return changes
+
+
+def flattened(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with its dotted key; sections of the user's own words stay whole."""
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value and name not in _WHOLE:
+            yield from flattened(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def as_text(value: Any) -> str:
+    """A value as YAML has it, on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

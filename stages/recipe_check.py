@@ -1,0 +1,85 @@
+"""`bingo recipe check`: everything that a run builds, built once and tried on fabricated images, before any image is read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.recipe_costs import estimate_lines, images_line, in_bytes, known_counts, whole_estimate
+
+if TYPE_CHECKING:
+    from bingo.dry_run import DryTraining
+    from bingo.estimates import Counts
+    from bingo.nets.teachers import Teacher
+    from bingo.params import Params
+    from bingo.recipes import About
+
+
+def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[str]:
+    """Say a line for each thing that was tried, and return one for each that is missing. Raises UserError for what is wrong."""
+    from bingo.dry_run import dry_student
+    from bingo.estimates import count_images
+
+    missing: list[str] = []
+    counts = count_images(params.dataset, params.seed)
+    if counts is None:
+        missing.append(_missing_images(params, about))
+        counts = known_counts(params, about)
+    teacher = _teacher(params, about, say, missing)
+    student = dry_student(params, teacher)
+    network = params.student
+    say(f"student: {network.arch} x {network.width:g} at {params.image.crop_px} px, {_millions(student.method.student)}")
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in student.step().items())
+    say(f"step: {student.name} on {student.anchors} anchors of fabricated images: {terms}")
+    if counts is not None:
+        for line in _cost_lines(params, counts, teacher, student):
+            say(line)
+    return missing
+
+
+def _missing_images(params: "Params", about: "About") -> str:
+    line = f"dataset.root = {params.dataset.root}: there is no such folder"
+    if about.images is None:
+        return f"{line}, so the costs are not known; set dataset.root to the folder of the images"
+    return f"{line}; {about.images.train:,} train and {about.images.test:,} test images are published by {about.images.published_by}"
+
+
+def _teacher(params: "Params", about: "About", say: Callable[[str], None], missing: list[str]) -> "Teacher":
+    """The teacher, from its checkpoint if that is there."""
+    from bingo.dry_run import dry_teacher
+
+    asked = params.teacher
+    there = asked.checkpoint is not None and Path(asked.checkpoint).is_file() and asked.source != "pretrain"
+    teacher = dry_teacher(params, checkpoint=there)
+    if there:
+        origin = f"read from {asked.checkpoint}"
+    elif asked.checkpoint is not None and asked.source != "pretrain":
+        origin = "random weights in place of the checkpoint"
+        missing.append(_missing_checkpoint(params, about))
+    else:
+        later = {"pretrain": "which the stage teacher trains", "random": "as asked for"}
+        origin = f"random weights here, {later.get(asked.source, f'the stage teacher downloads those of {asked.source}')}"
+    features, keys = teacher.metadata["feature_width"], teacher.metadata["key_width"]
+    say(f"teacher: {asked.arch} x {asked.width:g}, {_millions(teacher)}, features {features}, keys {keys}; {origin}")
+    return teacher
+
+
+def _missing_checkpoint(params: "Params", about: "About") -> str:
+    line = f"teacher.checkpoint = {params.teacher.checkpoint}: there is no such file"
+    return f"{line}; set teacher.checkpoint to it" if about.teacher is None else f"{line}; the {about.teacher.published_by} links it"
+
+
+def _cost_lines(params: "Params", counts: "Counts", teacher: "Teacher", student: "DryTraining") -> list[str]:
+    from bingo.estimates import step_memory
+
+    memory = step_memory(params, student, teacher, counts)
+    parts = ", ".join(f"{what} {in_bytes(size)}" for what, size in memory.items())
+    batch = params.distill.batch_anchors
+    return [
+        images_line(params, counts),
+        *estimate_lines(whole_estimate(params, counts, teacher, student)),
+        f"memory of a step of {batch} anchors on one GPU, in float32: {parts}; in all {in_bytes(sum(memory.values()))}",
+    ]
+
+
+def _millions(network) -> str:
+    return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters"

@@ -1,0 +1,365 @@
+"""Recipes: every row of the papers' tables is there, resolves and validates; includes; what `list`, `show`, `use` and `check` do."""
+
+import shutil
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+from torch import nn
+from typer.testing import CliRunner
+
+from bingo.data.augment import center_view, random_views
+from bingo.data.draws import draw_views
+from bingo.errors import UserError
+from bingo.nets.backbones import build_backbone
+from bingo.nets.heads import mlp_head
+from bingo.params import AugmentParams, load_params, read_yaml, validate
+from bingo.recipes import Recipe, flattened, lay_over, read_recipe, recipe_names
+from stages import recipe as commands
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "recipes"
+SHIPPED = read_yaml(ROOT / "params.yaml")
+NAMES = recipe_names(FOLDER, parts=True)
+
+# BINGO's ImageNet table: method, teacher, then top-1 and top-5 of ResNet-18 and of ResNet-34.
+TABLE = [
+    ("moco", None, (52.5, 77.0), (57.4, 81.6)),
+    ("seed", "r50-200ep", (57.6, 81.8), (58.5, 82.6)),
+    ("disco", "r50-200ep", (60.6, 83.7), (62.5, 85.4)),
+    ("bingo", "r50-200ep", (61.4, 84.3), (63.5, 85.7)),
+    ("bingo", "r50-800ep", (64.0, 85.7), (66.1, 87.2)),
+    ("seed", "r152", (59.5, 83.3), (62.7, 85.8)),
+    ("disco", "r152", (65.5, 86.7), (68.1, 88.6)),
+    ("bingo", "r152", (65.9, 87.1), (69.1, 88.9)),
+    ("seed", "r50w2", (63.0, 84.9), (65.7, 86.8)),
+    ("disco", "r50w2", (65.2, 86.8), (67.6, 88.6)),
+    ("bingo", "r50w2", (65.5, 87.0), (68.9, 89.0)),
+]
+# Other students from SwAV's R50x2, top-1: MoCo-v2, SEED, DisCo, BINGO.
+SMALL = {"effb0": (42.2, 67.6, 69.1, 69.3), "mobv3": (36.3, 68.2, 58.9, 67.1)}
+STUDENTS = {"r18": "resnet18", "r34": "resnet34", "effb0": "efficientnet_b0", "mobv3": "mobilenetv3_large_100"}
+TEACHERS = {
+    "r50-200ep": ("resnet50", 1.0, "moco", "moco_v2_200ep_pretrain.pth.tar", 67.4),
+    "r50-800ep": ("resnet50", 1.0, "moco", "moco_v2_800ep_pretrain.pth.tar", 71.1),
+    "r152": ("resnet152", 1.0, "moco", "800-resnet152-moco-v2-checkpoint_0799.pth.tar", 74.1),
+    "swav-r50": ("resnet50", 1.0, "swav", "swav_800ep_pretrain.pth.tar", 75.3),
+    "r50w2": ("resnet50", 2.0, "swav", "swav_RN50w2_400ep_pretrain.pth.tar", 77.3),  # all widths doubled: no wide_resnet50_2
+}
+# Figures of other tables: linear top-1, then kNN by its k.
+OTHERS = {
+    "imagenet-r18-ablation-keys-momentum-relation-none": (52.2, {}),
+    "imagenet-r18-ablation-keys-momentum-relation-student": (57.2, {}),
+    "imagenet-r18-ablation-keys-momentum-relation-teacher": (62.2, {}),
+    "imagenet-r18-ablation-keys-stored-relation-none": (62.0, {}),
+    "imagenet-r18-ablation-keys-stored-relation-student": (62.5, {}),
+    "imagenet-r18-ablation-keys-stored-relation-teacher": (64.0, {}),
+    "imagenet-r18-ablation-clusters-5000": (62.7, {}),
+    "imagenet-r18-ablation-clusters-10000": (63.5, {}),
+    "imagenet-r18-ablation-clusters-20000": (63.8, {}),
+    "imagenet-r18-ablation-clusters-50000": (63.6, {}),
+    "imagenet-r18-compress-2q-r50-800ep": (61.7, {1: 53.4}),
+    "imagenet-r18-compress-1q-r50-800ep": (62.6, {1: 53.5}),
+    "imagenet-r18-compress-2q-swav-r50": (62.4, {1: 53.7}),
+    "imagenet-r18-compress-1q-swav-r50": (65.6, {1: 56.0}),
+    "imagenet-r18-simreg-r50-800ep": (65.1, {1: 54.8}),
+    "imagenet-r18-simreg-swav-r50": (65.8, {1: 54.0}),
+    "imagenet-r18-isd": (53.8, {1: 41.5, 20: 46.6}),
+    "imagenet-r18-coss-r50-200ep": (62.35, {10: 53.78}),
+    "imagenet-r34-coss-r50-200ep": (64.01, {10: 54.80}),
+    "imagenet-effb0-coss-r50-200ep": (67.36, {}),
+    "imagenet-effb0-bingo-r50-200ep": (63.74, {10: 54.75}),
+    "imagenet-r18-seed-r50-200ep-head2048": (60.31, {}),
+    "imagenet-r18-bingo-r50-200ep": (61.4, {10: 54.16}),
+    "imagenet-r18-moco": (52.5, {10: 36.7}),
+    "imagenet-r18-seed-r50-200ep": (57.6, {10: 50.12}),
+    "imagenet-r18-disco-r50-200ep": (60.6, {10: 52.03}),
+}
+
+
+@cache
+def recipe(name: str) -> Recipe:
+    return read_recipe(FOLDER, name)
+
+
+@cache
+def resolved(name: str):
+    document = deepcopy(SHIPPED)
+    lay_over(document, recipe(name).overlay)
+    return validate(document, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_and_part_resolves_validates_and_says_what_it_is(name):
+    resolved(name)
+    assert len(recipe(name).description) > 15
+    assert recipe(name).about.source or not recipe(name).about.expected
+
+
+def assert_row(name: str, student: str, method: str, teacher: str | None) -> None:
+    params, about = resolved(name), recipe(name).about
+    assert (params.student.arch, params.student.width, params.student.stem) == (STUDENTS[student], 1.0, "imagenet")
+    assert (params.image.crop_px, params.image.resize_px, params.dataset.source) == (224, 256, "folder")
+    assert params.distill.method == method
+    assert (about.images.train, about.images.test) == (1281167, 50000)
+    if teacher is None:
+        assert (params.teacher.source, params.distill.keys) == ("random", "momentum")
+        return
+    arch, width, written_by, file, top1 = TEACHERS[teacher]
+    assert (params.teacher.arch, params.teacher.width, params.teacher.stem) == (arch, width, "imagenet")
+    assert (params.teacher.source, params.teacher.format, Path(params.teacher.checkpoint).name) == ("checkpoint", written_by, file)
+    assert about.teacher.linear_top1 == top1
+
+
+@pytest.mark.parametrize(("method", "teacher", "r18", "r34"), TABLE)
+def test_every_row_of_the_imagenet_table_is_there(method, teacher, r18, r34):
+    for student, (top1, top5) in (("r18", r18), ("r34", r34)):
+        name = "-".join(["imagenet", student, method, *([teacher] if teacher else [])])
+        assert_row(name, student, method, teacher)
+        expected = recipe(name).about.expected
+        assert (expected["linear_top1"], expected["linear_top5"]) == (top1, top5)
+        params = resolved(name)
+        assert params.distill.epochs == (400 if (method, teacher) == ("seed", "r50w2") else 200)
+        assert (params.distill.lr, params.distill.batch_anchors, params.distill.weight_decay) == (0.03, 256, 1e-4)
+
+
+@pytest.mark.parametrize("student", SMALL)
+def test_every_row_of_the_small_students_is_there(student):
+    for method, top1 in zip(("moco", "seed", "disco", "bingo"), SMALL[student], strict=True):
+        teacher = None if method == "moco" else "r50w2"
+        name = "-".join(["imagenet", student, method, *([teacher] if teacher else [])])
+        assert_row(name, student, method, teacher)
+        assert recipe(name).about.expected == {"linear_top1": top1}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_row_of_the_other_tables_is_there(name):
+    top1, knn = OTHERS[name]
+    expected = recipe(name).about.expected
+    assert expected["linear_top1"] == top1
+    assert {int(measure.removeprefix("knn_")): x for measure, x in expected.items() if measure.startswith("knn")} == knn
+    _, student, method, *rest = name.split("-")
+    if method in ("coss", "simreg", "compress"):
+        teacher = "-".join(rest).removeprefix("2q-").removeprefix("1q-")
+        assert_row(name, student, method, teacher)
+
+
+def test_published_numbers_of_the_methods():
+    bingo = resolved("imagenet-r18-bingo-r50w2").methods.bingo
+    assert (bingo.terms, bingo.temperature, bingo.head_hidden, bingo.inter_warmup_epochs) == ("symmetric_mix", 0.2, 2048, 11)
+    small = resolved("imagenet-effb0-bingo-r50w2")
+    assert (small.methods.bingo.temperature, small.distill.weight_decay) == (0.12, 4e-5)
+    assert resolved("imagenet-r34-moco").methods.moco.head_hidden == 512
+    assert resolved("imagenet-mobv3-seed-r50w2").methods.seed.head_hidden == 1280  # as wide as the student's features
+    assert resolved("imagenet-r18-disco-r152").methods.disco.head_hidden == 2048
+    assert resolved("imagenet-r18-compress-1q-r50-800ep").methods.compress.queues == 1
+    assert (simreg := resolved("imagenet-r18-simreg-r50-800ep")).distill.epochs == 130
+    assert (simreg.distill.keys, resolved("imagenet-r18-simreg-swav-r50").distill.keys) == ("live", "stored")
+    coss = resolved("imagenet-r18-coss-r50-200ep")
+    assert (coss.distill.batch_anchors, coss.bagging.k, coss.methods.coss.companions) == (64, 31, 15)
+    student = resolved("imagenet-r18-ablation-keys-stored-relation-student")
+    assert (student.bagging.relation, student.baselines, student.methods.moco.queue_rows) == ("baselines/moco", ["moco"], 65536)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ablation-")])
+def test_an_ablation_changes_neither_the_images_nor_the_budget(name):
+    allowed = ("distill.method", "distill.keys", "bagging.", "extract.views", "extract.augment.", "methods.bingo.", "baselines")
+    assert not [key for key, _ in flattened(recipe(name).overlay) if not key.startswith(allowed)]
+
+
+def test_six_relations_are_six_settings():
+    chosen = set()
+    for keys in ("momentum", "stored"):
+        for relation in ("none", "student", "teacher"):
+            params = resolved(f"ablation-keys-{keys}-relation-{relation}")
+            whose = "none" if params.methods.bingo.relation == "none" else params.bagging.relation
+            assert whose == {"none": "none", "student": "baselines/moco", "teacher": "teacher"}[relation]
+            chosen.add((params.distill.keys, whose))
+    assert len(chosen) == 6
+
+
+def test_the_centre_recipe_gives_the_centre_view():
+    pixels = torch.randint(0, 256, (3, 20, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = load_params(ROOT / "params.yaml").image
+    augment: AugmentParams = resolved("ablation-views-centre").extract.augment
+    views = random_views(pixels, *draw_views(augment, 5, "extract", 0, [1, 2, 3], 0), augment, image)
+    torch.testing.assert_close(views, center_view(pixels, image))
+
+
+def write(folder: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def test_includes_are_laid_over_in_order_and_before_the_recipe_itself(tmp_path):
+    deviates = "about: {deviates: [%s], expected: {linear_top1: 1.0}, source: x}\n"
+    write(
+        tmp_path,
+        parts__a="# a\nbagging: {k: 1, clusters: 1, method: knn}\n" + deviates % "one",
+        parts__b="# b\nincludes: [parts/a]\nbagging: {k: 2, clusters: 2}\n" + deviates % "one, two",
+        c="# c\nincludes: [parts/b, parts/a]\nbagging: {k: 3}\n",
+    )
+    made = read_recipe(tmp_path, "c")
+    assert made.overlay == {"bagging": {"k": 3, "clusters": 1, "method": "knn"}}
+    assert made.about.deviates == ["one", "two"]
+    assert not made.about.expected  # a figure belongs to one setting: it is not inherited
+    assert recipe_names(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("includes: [a]", ["a.yaml", "circle (a -> a)"]),
+        ("includes: [parts/b]", ["circle (a -> parts/b -> a)"]),
+        ("includes: [parts/bb]", ["includes parts/bb", "did you mean parts/b"]),
+        ("includes: parts/b", ["includes = 'parts/b'", "list"]),
+        ("about: {expected: {linear: 3.0}}", ["about.expected.linear"]),
+        ("about: {expected: {linear_top1: many}}", ["about.expected.linear_top1"]),
+        ("about: {note: x}", ["about.note"]),
+        ("- 3", ["holds list"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_line(tmp_path, text, said):
+    write(tmp_path, a=f"# a\n{text}\n", parts__b="includes: [a]\n")
+    with pytest.raises(UserError) as caught:
+        read_recipe(tmp_path, "a")
+    (line,) = caught.value.lines
+    assert all(words in line for words in said), line
+    assert "\n" not in line
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> Path:
+    """What the commands need of a clone of the repository, as the current folder."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "recipes").symlink_to(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments: str):
+    result = CliRunner().invoke(commands.app, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_use_prints_every_change_and_keeps_the_comments(clone):
+    before = read_yaml("params.yaml")
+    result = call("use", "imagenet-r18-bingo-r50-800ep", "--root", "/pictures")
+    assert result.exit_code == 0
+    assert "dataset.root: null -> /pictures" in result.stdout
+    assert "image.crop_px: 16 -> 224" in result.stdout
+    after = dict(flattened(read_yaml("params.yaml")))
+    changed = {key for key, value in flattened(before) if after[key] != value}
+    printed = {line.partition(":")[0] for line in result.stdout.splitlines() if " -> " in line}
+    assert printed == changed
+    assert f"{len(changed)} changes" in result.stdout
+    assert "# what is not here is not a parameter" not in result.stdout
+    assert "# of all channels, ResNets only" in Path("params.yaml").read_text()
+    assert after["report.published"]["linear, top-1"] == "64.0 % (BINGO's ImageNet table)"
+    load_params("params.yaml")
+
+
+def test_a_second_row_leaves_no_figures_of_the_first(clone):
+    call("use", "imagenet-r18-bingo-r50-200ep")
+    assert "kNN, k = 10" in load_params("params.yaml").report.published
+    call("use", "imagenet-r18-simreg-r50-800ep")
+    assert set(load_params("params.yaml").report.published) == {"linear, top-1", "kNN, k = 1"}
+    call("use", "ablation-k-1")
+    assert load_params("params.yaml").bagging.k == 1
+
+
+def test_an_unknown_recipe_is_one_line_and_changes_nothing(clone):
+    before = Path("params.yaml").read_bytes()
+    result = call("use", "imagenet-r18-bing-r50-800ep")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "did you mean imagenet-r18-bingo-r50-800ep" in result.stderr
+    assert call("use", "../params").exit_code == 2
+    assert Path("params.yaml").read_bytes() == before
+
+
+def test_list_groups_recipes_and_shows_their_figures(clone):
+    text = call("list").stdout
+    assert [name for name in NAMES if name.startswith("parts/") and name in text] == []
+    assert all(f"  {name} " in text for name in NAMES if not name.startswith("parts/"))
+    (line,) = (line for line in text.splitlines() if "imagenet-r34-bingo-r152 " in line)
+    assert "69.1 / 88.9" in line
+    headings = [line for line in text.splitlines() if not line.startswith(" ")]
+    assert headings[0].startswith("Methods")
+    assert headings[-1] == "Small datasets:"
+    assert text.index("ablation-k-5 ") < text.index("ablation-k-10 ")
+    assert "parts/imagenet " in call("list", "--all").stdout
+
+
+def test_show_prints_the_file_what_it_sets_and_what_it_costs(clone):
+    text = call("show", "imagenet-r18-simreg-swav-r50").stdout
+    assert (FOLDER / "imagenet-r18-simreg-swav-r50.yaml").read_text() in text
+    assert "  methods.simreg.head_hidden: 1024\n" in text
+    assert "  dataset.store_px: null\n" in text
+    assert "deviates: linear layer" in text
+    # ResNet-18 three times but for the images' gradient in its first convolution (7 x 7, 112 x 112 places), and a head of four layers
+    by_hand = 3 * 3.627122688 - 2 * 64 * 3 * 49 * 112**2 / 1e9 + 6 * (3 * 512 * 1024 + 1024 * 2048) / 1e9
+    assert f"FLOPs: {by_hand:.4g} GFLOP an anchor" in text
+    # 1,331,167 features of 2048 and one key of 128 for each of 1,281,167 train images, 2 bytes each
+    assert f"embeddings {(1331167 * 2048 + 1281167 * 128) * 2 / 1e9:.1f} GB" in text
+
+
+def test_check_of_the_shipped_parameters_finds_all_there(clone):
+    result = call("check")
+    assert result.exit_code == 0, result.stdout
+    assert "5,752 to train on and 1,436 to test on" in result.stdout
+    assert "missing" not in result.stdout
+    assert {path.name for path in clone.iterdir()} == {"params.yaml", "recipes"}
+
+
+def test_check_names_what_is_missing(clone):
+    before = Path("params.yaml").read_bytes()
+    result = call("check", "imagenet-mobv3-moco")
+    assert result.exit_code == 2
+    assert [line for line in result.stdout.splitlines() if line.startswith("missing")] == [
+        "missing: dataset.root = data/imagenet: there is no such folder; 1,281,167 train and 50,000 test images are published by "
+        "image-net.org (ILSVRC 2012), as train/CLASS/*.JPEG and val/CLASS/*.JPEG"
+    ]
+    assert "student: mobilenetv3_large_100 x 1 at 224 px, 4.2 M parameters" in result.stdout
+    assert Path("params.yaml").read_bytes() == before
+
+
+def test_check_reads_the_checkpoint_and_the_images_that_are_there(clone):
+    """A fabricated checkpoint in MoCo's layout, and a folder of four images."""
+    query = nn.Module()
+    query.encoder_q = build_backbone("resnet50", 1.0, "imagenet", 0)
+    query.encoder_q.fc = mlp_head([2048, 2048, 128], 0)
+    path = clone / "data/teachers/moco_v2_800ep_pretrain.pth.tar"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in query.state_dict().items()}, "epoch": 800}, path)
+    for place in ("train/a/1", "train/a/2", "train/b/3", "val/b/4"):
+        file = clone / f"data/imagenet/{place}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(file)
+    result = call("check", "imagenet-r18-bingo-r50-800ep")
+    assert result.exit_code == 0, result.output
+    assert "features 2048, keys 128; read from data/teachers/moco_v2_800ep_pretrain.pth.tar" in result.stdout
+    assert "3 to train on and 1 to test on" in result.stdout
+    assert "FLOPs: 32.06 GFLOP an anchor in a training step, 8.183 GFLOP an image in the teacher, 3.627" in result.stdout
+    assert "step: bingo on 2 anchors of fabricated images: loss " in result.stdout
+
+    path.write_bytes(b"no checkpoint")
+    result = call("check", "imagenet-r18-bingo-r50-800ep")
+    assert result.exit_code == 2
+    assert "moco_v2_800ep_pretrain.pth.tar: is no checkpoint" in result.stderr
+
+
+def test_sections_of_a_recipe_do_not_hang_together_with_params(clone):
+    """Two sections that share a YAML anchor are written as two."""
+    call("use", "imagenet-r18-compress-2q-r50-800ep")
+    assert "&" not in "".join(line.partition("#")[0] for line in Path("params.yaml").read_text().splitlines())
+    text = Path("params.yaml").read_text()
+    params = YAML(typ="safe", pure=True).load(text)
+    assert params["distill"]["augment"] == params["extract"]["augment"]
