@@ -22,12 +22,12 @@ WATCHING = {f"bingo/{name}.py" for name in ("neighbors", "evals/knn", "evals/pro
 WATCHED = ("teacher", "extract", "distill", "baseline")
 # Which layer a module is in; imports go to the same or a lower number.
 LAYERS = [
-    (r"bingo/(params|errors|artefacts|seeds|schedules|distributed|progress|checkpoints)\.py", 0),
+    (r"bingo/(params|errors|recipes|artefacts|seeds|schedules|distributed|progress|checkpoints)\.py", 0),
     (r"bingo/methods/\w+_params\.py", 0),
     (r"bingo/nets/names\.py", 0),
     (r"bingo/(data|nets)/.*|bingo/neighbors\.py", 1),
     (r"bingo/bag\w*\.py|bingo/gallery.*|bingo/methods/.*", 2),
-    (r"bingo/(train|batches|costs|extract|embed\w*|model_card|plots|report\w*)\.py|bingo/(evals|export)/.*", 3),
+    (r"bingo/(train|batches|costs|estimates|dry_run|extract|embed\w*|model_card|plots|report\w*)\.py|bingo/(evals|export)/.*", 3),
     (r"stages/.*", 4),
 ]
 
