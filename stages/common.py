@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -179,7 +180,9 @@ def code_fingerprint(stage: str, method: str = "") -> str:
     """Names the source files that dvc.yaml lists for a stage: a checkpoint of other code is not gone on from."""
     stages = read_yaml("dvc.yaml")["stages"]
     definition = stages[stage].get("do", stages[stage])
-    paths = [dep.replace("${distill.method}", method).replace("${item}", method) for dep in definition["deps"]]
+    params = read_yaml("params.yaml")
+    chosen = {"distill.method": method, "item": method, "teacher.format": params["teacher"]["format"]}
+    paths = [re.sub(r"\$\{(.+?)\}", lambda key: chosen.get(key[1], key[0]), dep) for dep in definition["deps"]]
     return fingerprint({path: file_fingerprint(path) for path in paths if path.endswith(".py")})
 
 
