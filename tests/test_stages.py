@@ -499,9 +499,9 @@ def moco_state() -> dict[str, torch.Tensor]:
         (b"not a checkpoint", "is no checkpoint of torch.save"),
         (
             {"model": {"conv.weight": torch.zeros(1)}},
-            "is no MoCo checkpoint: expected a state_dict with module.encoder_q.*, found a dict of 1: model",
+            "is no checkpoint of format moco: expected a state_dict with module.encoder_q.*, found a dict of 1: conv.weight",
         ),
-        ({"state_dict": moco_state()}, "encoder_q does not fit resnet10t: missing conv1.weight"),
+        ({"state_dict": moco_state()}, "its backbone does not fit resnet10t: missing conv1.weight"),
         ({"state_dict": moco_state(), "code": Code()}, "holds pickled code (posix.system), which is never run"),
     ],
     ids=["absent", "no checkpoint", "another format", "unmatched keys", "pickled code"],
