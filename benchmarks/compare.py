@@ -29,6 +29,7 @@ from stages.common import die_with_parent, mistakes_as_lines
 
 FOLDER = Path(".bingo/compare")
 COMMON = {"baselines": [], "linear_eval": {"crops": {"nets": []}}}  # what a comparison does not need, unless a variant asks for it
+OUTSIDE = {"BINGO_RUNS": ".bingo/runs", "BINGO_STATE_DIR": ".bingo/state"}  # what outlives a clone: records and checkpoints
 LINES_SHOWN, POLL_SECONDS, GRACE_SECONDS = 8, 0.2, 60
 
 
@@ -163,10 +164,10 @@ class Sweep:
         _git("checkout", "--quiet", "--force", "--detach", self.commit, folder=lane.folder)
         _git("clean", "--quiet", "-fd", folder=lane.folder)
         command = ["dvc", "exp", "run", "--name", experiment.name, *(f"--set-param={override}" for override in experiment.overrides)]
-        kept = {"BINGO_RUNS": str(self.home / ".bingo/runs"), "BINGO_STATE_DIR": str(self.home / ".bingo/state")}
+        kept = {name: str(self.home / os.environ.get(name, default)) for name, default in OUTSIDE.items()}
         with open(_log(experiment), "w") as log:
             lane.process = subprocess.Popen(
-                command, cwd=lane.folder, env={**kept, **os.environ}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                command, cwd=lane.folder, env=os.environ | kept, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         lane.running, lane.begun = experiment, time.monotonic()

@@ -16,7 +16,8 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505")
@@ -44,6 +45,13 @@ _SETTINGS: Any = {
 Band = tuple[str, str]
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 _BAR_ALPHAS = (1.0, 0.45)
+_MARKERS = ("o", "v", "s", "D", "^")  # a shape beside each colour of SERIES
+_PLACES: dict[tuple[float, float], Any] = {
+    (8, 0): {"ha": "left", "va": "center"},
+    (-8, 0): {"ha": "right", "va": "center"},
+    **{(side * 7, up * lift): {"ha": "left" if side > 0 else "right", "va": "center"}
+       for lift in (9, 18, 27) for up in (1, -1) for side in (1, -1)},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,75 @@ def lines(name: str, title: str, series: Series, colors: Sequence[int], summary:
         if len(series) > 1:
             axes.legend(ncols=2 if len(series) > 3 else 1)
         return _svg(figure, name, summary)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of `labelled_points`: `spread` is half the length of its error bar (None: no bar); `kind` numbers SERIES and _MARKERS."""
+
+    label: str
+    x: float
+    y: float
+    spread: float | None
+    kind: int
+
+
+def labelled_points(name: str, points: Sequence[Point], x_label: str, y_label: str, line: tuple[str, float] | None, summary: str) -> Markup:
+    """Points with error bars, each with its name beside it; x is logarithmic from a factor of 8 on; a dashed line at a named height."""
+    with _style(name):
+        figure = Figure(figsize=(7.6, 3.9), layout="constrained")
+        axes = figure.add_subplot()
+        for point in points:
+            color = SERIES[point.kind]
+            axes.errorbar(
+                point.x, point.y, point.spread, fmt=_MARKERS[point.kind], color=color, markersize=6, capsize=3, elinewidth=1.2, zorder=3
+            )
+        if line:
+            axes.axhline(line[1], color=MUTED, linestyle=(0, (3, 3)), linewidth=1, zorder=0)
+            axes.annotate(line[0], (0, line[1]), (4, 3), ("axes fraction", "data"), "offset points", color=MUTED)
+        if min(point.x for point in points) * 8 < max(point.x for point in points):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.12, y=0.12)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        _soften(axes)
+        axes.grid(axis="x")
+        _name_points(figure, axes, points)
+        return _svg(figure, name, summary)
+
+
+def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
+    """Write each label where it covers the least of points and of other labels; near places first."""
+    figure.draw_without_rendering()  # fixes the layout, so that places are known
+    figure.set_layout_engine("none")
+    taken = [*(_covered_by(point, axes) for point in points), *(text.get_window_extent() for text in axes.texts)]
+    for point in points:
+        best: tuple[float, Any, Any] | None = None
+        for offset, where in _PLACES.items():
+            text = axes.annotate(point.label, (point.x, point.y), offset, textcoords="offset points", zorder=4, **where)
+            box = text.get_window_extent()
+            covered = sum(_overlap(box, other) for other in taken) + 10 * (box.width * box.height - _overlap(box, axes.bbox))
+            text.remove()
+            if best is None or covered < best[0] - 1e-6:
+                best = covered, (offset, where), box
+        assert best is not None
+        offset, where = best[1]
+        axes.annotate(point.label, (point.x, point.y), offset, textcoords="offset points", zorder=4, **where)
+        taken.append(best[2])
+
+
+def _covered_by(point: Point, axes: Axes) -> Bbox:
+    """What a marker and its error bar cover, in pixels."""
+    x, low = axes.transData.transform((point.x, point.y - (point.spread or 0)))
+    _, high = axes.transData.transform((point.x, point.y + (point.spread or 0)))
+    return Bbox.from_extents(x - 6, low - 6, x + 6, high + 6)
+
+
+def _overlap(one: Bbox, other: Bbox) -> float:
+    """The common area of two boxes."""
+    common = Bbox.intersection(one, other)
+    return common.width * common.height if common else 0.0
 
 
 def quantile_strip(name: str, label: str, quantiles: Mapping[str, float], middle: str, bands: Sequence[Band]) -> Markup:

@@ -1,28 +1,27 @@
 """The report: one HTML page that needs no network. The same artefacts give the same bytes; timings lie beside it, in run.js.
 
-The looks are in report.html.j2. Everything that is text goes through the template's escaping; only charts are markup already.
+The looks are in report.html.j2 and report.css. What is text goes through the template's escaping; only charts are markup already.
 """
 
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from bingo import report_bags, report_results
 from bingo.plots import SERIES, lines
 from bingo.report_inputs import Artefacts, Curves, NetworkFacts
+from bingo.report_page import render
 
 _STAGE_ORDER = ("scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval")
 _COLORS, _BASELINE_COLOR = {"distill": 0, "teacher": 1}, 2  # of plots.SERIES, as in the results
 _PROBE_COLORS = [0, 2, 4, 1, 3]
 _RUN_KEYS = (
     "stage", "seconds", "images_per_second", "anchors_per_second", "data_wait", "device", "processes", "cores",
-    "revision", "python", "versions",
+    "revision", "ended", "python", "versions",
 )  # fmt: skip
 
 
@@ -44,6 +43,7 @@ def build_page(a: Artefacts) -> str:
         "student": _network(a.params.student, a.student),
         "shrinkage": _shrinkage(a),
         "method": a.params.distill.method.upper(),
+        "with_teacher": report_results.needs_teacher(a),
         "dataset": _dataset(a),
         "headline": report_results.headline(a),
         "measure": report_results.headline_measure(a),
@@ -63,9 +63,7 @@ def build_page(a: Artefacts) -> str:
         "statistics": report_bags.statistics(a.bag_metrics),
         "spreads": report_bags.spread_svgs(a.bag_metrics),
     }
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = files("bingo").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(context) + "\n"
+    return render("report.html.j2", context)
 
 
 def run_script(records: Iterable[Mapping[str, Any]]) -> str:

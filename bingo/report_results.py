@@ -56,15 +56,21 @@ class Tile:
     percent: float
 
 
+def needs_teacher(a: Artefacts) -> bool:
+    """Whether the student learnt from the teacher: MoCo-v2 and ISD are methods of their own."""
+    return getattr(a.params.methods, a.params.distill.method).needs_teacher
+
+
 def network_label(a: Artefacts, net: str) -> str:
     """What a key of the metrics files stands for."""
+    method = a.params.distill.method
     fixed = {
         "teacher": "Teacher",
-        "student": f"Student by {a.params.distill.method.upper()}",
+        "student": f"Student by {method.upper()}{'' if needs_teacher(a) else ', no teacher'}",
         "untrained": "Student, untrained",
         "pixels": "Raw pixels",
     }
-    return fixed.get(net, f"Student by {net.upper()}, no teacher")
+    return fixed.get(net, f"{'Baseline' if net == method else 'Student'} by {net.upper()}, no teacher")
 
 
 def columns(a: Artefacts) -> list[Column]:
@@ -88,8 +94,12 @@ def column_groups(found: Sequence[Column]) -> list[tuple[str, int]]:
 def rows(a: Artefacts, found: Sequence[Column]) -> list[Row]:
     """Teacher, student, baselines, the untrained student, raw pixels: those that were measured, in this order."""
     return [
-        Row(net, network_label(a, net), _ROLES.get(net, ""), [_cell(a, net, column) for column in found]) for net in _nets(a)
+        Row(net, network_label(a, net), _role(a, net), [_cell(a, net, column) for column in found]) for net in _nets(a)
     ]  # fmt: skip
+
+
+def _role(a: Artefacts, net: str) -> str:
+    return "not learnt from" if net == "teacher" and not needs_teacher(a) else _ROLES.get(net, "")
 
 
 def chance_row(a: Artefacts, found: Sequence[Column]) -> list[float]:
@@ -141,7 +151,7 @@ def headline(a: Artefacts) -> str:
     if "student" not in figures:
         return ""
     student = figures.pop("student")
-    against = [f"{_difference(student - percent)} {_against(net)}" for net, percent in figures.items()]
+    against = [f"{_difference(student - percent)} {_against(a, net)}" for net, percent in figures.items()]
     compared = f": {_listed(against)}" if against else ""
     return f"The student classifies {student:.1f} % of the test images correctly ({headline_measure(a)}){compared}."
 
@@ -215,15 +225,17 @@ def _knn_header(key: str) -> str:
 
 def _short_label(net: str, method: str) -> str:
     fixed = {"teacher": "Teacher", "student": method.upper(), "untrained": "Untrained", "pixels": "Pixels"}
-    return fixed.get(net, f"{net.upper()}, no teacher" if net == method else net.upper())
+    return fixed.get(net, f"{net.upper()} baseline" if net == method else net.upper())
 
 
 def _difference(points: float) -> str:
-    return f"{abs(points):.1f} points {'above' if points >= 0 else 'below'}"
+    size = f"{abs(points):.1f}"
+    return "as good as" if size == "0.0" else f"{size} points {'above' if points > 0 else 'below'}"
 
 
-def _against(net: str) -> str:
-    fixed = {"teacher": "its teacher", "untrained": "the same network untrained"}
+def _against(a: Artefacts, net: str) -> str:
+    teacher = "its teacher" if needs_teacher(a) else "the teacher, which it did not learn from"
+    fixed = {"teacher": teacher, "untrained": "the same network untrained"}
     return fixed.get(net, f"the same network trained by {net.upper()} without a teacher")
 
 

@@ -59,7 +59,8 @@ def stage_run(stage: str) -> Iterator[Run]:
         yield run
         if os.environ.get("RANK", "0") == "0":
             seconds = round(time.monotonic() - begun, 2)
-            record = {"stage": stage, "seconds": seconds, **_peak_memory(), **run.notes, **_surroundings(run.params)}
+            ended = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+            record = {"stage": stage, "seconds": seconds, "ended": ended, **_peak_memory(), **run.notes, **_surroundings(run.params)}
             for folder in _record_folders():
                 write_json(folder / f"{stage}.json", record)
 
@@ -141,7 +142,7 @@ def _surroundings(params: Params) -> dict[str, Any]:
         "python": platform.python_version(),
         "revision": git.stdout.strip() or None,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "params": params.model_dump(),
+        "params": params.model_dump(serialize_as_any=True),  # with the methods' own keys
     }
 
 

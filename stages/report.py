@@ -2,15 +2,16 @@
 
 python -m stages.report      reads everything that is there; writes reports/index.html, reports/results.json (the few
 figures that `dvc metrics` and `dvc exp show` compare) and, no output of the stage, reports/run.js
+bingo report --experiments   instead, DVC's experiments beside each other: see stages/experiments.py
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stages import paths
-from stages.common import Run, stage_run
+from stages.common import Run, mistakes_as_lines, stage_run
 
 if TYPE_CHECKING:
     from bingo.report_inputs import Artefacts
@@ -19,8 +20,21 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def main() -> None:
-    """Write the page."""
+def main(
+    prefixes: Annotated[list[str] | None, typer.Argument(help="With --experiments: only those whose names start so.")] = None,
+    experiments: Annotated[bool, typer.Option("--experiments", help="Compare DVC's experiments: a page, and tables on stdout.")] = False,
+    against: Annotated[str | None, typer.Option(help="The variant that differences are taken to; method-moco if there is one.")] = None,
+    rev: Annotated[str, typer.Option(help="The commit whose experiments are compared.")] = "HEAD",
+) -> None:
+    """Write the page of this run, or compare experiments."""
+    if experiments:
+        with mistakes_as_lines():
+            from stages.experiments import report_experiments
+
+            report_experiments(prefixes or [], against, rev)
+        return
+    if prefixes or against or rev != "HEAD":
+        raise typer.BadParameter("PREFIXES, --against and --rev go with --experiments")
     with stage_run("report") as run:
         from bingo.artefacts import read_json, write_bytes, write_json
         from bingo.report import build_page, run_script

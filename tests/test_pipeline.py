@@ -16,6 +16,8 @@ INFRASTRUCTURE = {
     "bingo/progress.py", "bingo/checkpoints.py", "bingo/distributed.py", "bingo/nets/names.py", "bingo/data/chunks.py",
     "bingo/data/workers.py",
 } | {f"bingo/methods/{name}_params.py" for name in method_names()}  # fmt: skip
+# `bingo report --experiments` compares what runs have left: no part of a run's own report.
+INFRASTRUCTURE |= {"stages/experiments.py", "bingo/experiments.py", "bingo/experiments_table.py", "bingo/report_experiments.py"}
 # A network's kNN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
 # a teacher pass or a training, and none of them can reach a network or an embedding.
 WATCHING = {f"bingo/{name}.py" for name in ("neighbors", "evals/knn", "evals/probe", "evals/features", "evals/teacher_check", "costs")}
@@ -27,7 +29,7 @@ LAYERS = [
     (r"bingo/nets/names\.py", 0),
     (r"bingo/(data|nets)/.*|bingo/neighbors\.py", 1),
     (r"bingo/bag\w*\.py|bingo/gallery.*|bingo/methods/.*", 2),
-    (r"bingo/(train|batches|costs|estimates|dry_run|extract|embed\w*|model_card|plots|report\w*)\.py|bingo/(evals|export)/.*", 3),
+    (r"bingo/(train|batches|costs|estimates|dry_run|extract|embed\w*|model_card|plots|experiments\w*|report\w*)\.py|bingo/(evals|export)/.*", 3),
     (r"stages/.*", 4),
 ]
 
