@@ -162,7 +162,7 @@ class Sweep:
         if not lane.fresh:
             _clone(lane.folder, self.commit)
         _git("checkout", "--quiet", "--force", "--detach", self.commit, folder=lane.folder)
-        _git("clean", "--quiet", "-fd", folder=lane.folder)
+        _git("clean", "--quiet", "-fd", "--exclude=.dvc", folder=lane.folder)
         command = ["dvc", "exp", "run", "--name", experiment.name, *(f"--set-param={override}" for override in experiment.overrides)]
         kept = {name: str(self.home / os.environ.get(name, default)) for name, default in OUTSIDE.items()}
         with open(_log(experiment), "w") as log:

@@ -16,7 +16,7 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
@@ -137,6 +137,7 @@ def labelled_points(name: str, points: Sequence[Point], x_label: str, y_label: s
             axes.annotate(line[0], (0, line[1]), (4, 3), ("axes fraction", "data"), "offset points", color=MUTED)
         if min(point.x for point in points) * 8 < max(point.x for point in points):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.12, y=0.12)
