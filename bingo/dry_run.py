@@ -30,7 +30,18 @@ CPU = torch.device("cpu")
 _ROWS = 64
 _MOST_ROWS = 65536
 _IMAGE_PX = 8  # of the fabricated images, which are enlarged to views of image.crop_px like any others
-_PUBLISHED_KEY_WIDTH = 128
+# Of the published formats that hold a head: the width of their keys.
+_KEY_WIDTHS = {
+    "moco": 128,
+    "swav": 128,
+    "seed": 128,
+    "disco": 128,
+    "moco_v3": 256,
+    "dino": 256,
+    "simsiam": 2048,
+    "barlow": 8192,
+    "vicreg": 8192,
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,8 @@ class DryTraining:
 def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
     """The teacher, on the CPU: read from `teacher.checkpoint` if `checkpoint`, otherwise with random weights in its place.
 
-    A stand-in's head is MoCo-v2's, in width what the papers' teachers have. Raises UserError as the teacher stage does.
+    A stand-in's head is MoCo-v2's, its keys as wide as those of published files of `teacher.format`. Raises UserError as the
+    teacher stage does.
     """
     teacher = params.teacher
     if checkpoint:
@@ -84,8 +96,8 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
     head = None
     if teacher.source == "pretrain":
         head = mlp_head([width, teacher.pretrain.moco.head_hidden, teacher.pretrain.moco.key_width], seed_value=0)
-    elif teacher.source == "checkpoint":
-        head = mlp_head([width, width, _PUBLISHED_KEY_WIDTH], seed_value=0)
+    elif teacher.source == "checkpoint" and teacher.format in _KEY_WIDTHS:
+        head = mlp_head([width, width, _KEY_WIDTHS[teacher.format]], seed_value=0)
     key_width = width if head is None else head[-1].out_features
     return Teacher(backbone, head, {"feature_width": width, "key_width": key_width})
 

@@ -21,7 +21,7 @@ PROGRESS = Progress(0, 0)
 
 
 class Tiny(Method):
-    """conv 3 -> 4 (3x3, padded), depthwise conv, conv of stride 2 to 6 in 2 groups, pooling, linear to 5; a frozen linear 5 -> 7."""
+    """conv 3 -> 4 (3x3, padded), depthwise conv, conv of stride 2 to 6 in 2 groups, pooling, dropout, linear to 5; a frozen one to 7."""
 
     needs = Needs(anchor_views=1)
 

@@ -29,7 +29,8 @@ LAYERS = [
     (r"bingo/nets/names\.py", 0),
     (r"bingo/(data|nets)/.*|bingo/neighbors\.py", 1),
     (r"bingo/bag\w*\.py|bingo/gallery.*|bingo/methods/.*", 2),
-    (r"bingo/(train|batches|costs|estimates|dry_run|extract|embed\w*|model_card|plots|experiments\w*|report\w*)\.py|bingo/(evals|export)/.*", 3),
+    (r"bingo/(train|batches|costs|estimates|dry_run|extract|embed\w*|model_card|plots|experiments\w*|report\w*)\.py", 3),
+    (r"bingo/(evals|export)/.*", 3),
     (r"stages/.*", 4),
 ]
 

@@ -1,5 +1,6 @@
 """Recipes: every row of the papers' tables is there, resolves and validates; includes; what `list`, `show`, `use` and `check` do."""
 
+import math
 import shutil
 from copy import deepcopy
 from functools import cache
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from bingo.data.augment import center_view, random_views
 from bingo.data.draws import draw_views
+from bingo.dry_run import dry_student, dry_teacher
 from bingo.errors import UserError
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
@@ -48,6 +50,7 @@ TEACHERS = {
     "r50-800ep": ("resnet50", 1.0, "moco", "moco_v2_800ep_pretrain.pth.tar", 71.1),
     "r152": ("resnet152", 1.0, "moco", "800-resnet152-moco-v2-checkpoint_0799.pth.tar", 74.1),
     "swav-r50": ("resnet50", 1.0, "swav", "swav_800ep_pretrain.pth.tar", 75.3),
+    "byol-r50": ("resnet50", 1.0, "byol", "pretrain_res50x1.pth.tar", 74.3),
     "r50w2": ("resnet50", 2.0, "swav", "swav_RN50w2_400ep_pretrain.pth.tar", 77.3),  # all widths doubled: no wide_resnet50_2
 }
 # Figures of other tables: linear top-1, then kNN by its k.
@@ -67,6 +70,7 @@ OTHERS = {
     "imagenet-r18-compress-2q-swav-r50": (62.4, {1: 53.7}),
     "imagenet-r18-compress-1q-swav-r50": (65.6, {1: 56.0}),
     "imagenet-r18-simreg-r50-800ep": (65.1, {1: 54.8}),
+    "imagenet-r18-simreg-byol-r50": (66.8, {1: 56.7}),
     "imagenet-r18-simreg-swav-r50": (65.8, {1: 54.0}),
     "imagenet-r18-isd": (53.8, {1: 41.5, 20: 46.6}),
     "imagenet-r18-coss-r50-200ep": (62.35, {10: 53.78}),
@@ -363,3 +367,17 @@ def test_sections_of_a_recipe_do_not_hang_together_with_params(clone):
     text = Path("params.yaml").read_text()
     params = YAML(typ="safe", pure=True).load(text)
     assert params["distill"]["augment"] == params["extract"]["augment"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("method-", "ablation-"))])
+def test_every_method_and_ablation_takes_a_step(name):
+    params = resolved(name)
+    terms = dry_student(params, dry_teacher(params, checkpoint=False)).step()
+    assert all(math.isfinite(value) for value in terms.values())
+
+
+@pytest.mark.parametrize(("recipe_name", "key_width"), [("imagenet-r18-simreg-byol-r50", 2048), ("imagenet-r18-moco", 512)])
+def test_where_a_teacher_has_no_head_its_feature_is_the_key(recipe_name, key_width):
+    teacher = dry_teacher(resolved(recipe_name), checkpoint=False)
+    assert teacher.metadata["key_width"] == key_width
+    assert teacher.keys(torch.zeros(1, 3, 32, 32)).shape == (1, key_width)
