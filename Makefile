@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-# Of make compare: recipes, seeds, and how many seeds at a time.
+# Of make compare: recipes, seeds, how many seeds at a time, and a recipe to lay them over with where its images are.
 VARIANTS ?= $(patsubst recipes/%.yaml,%,$(wildcard recipes/method-*.yaml))
 SEEDS ?= 0 1 2
 JOBS ?= 1
+BASE ?=
+ROOT ?=
 
 .PHONY: demo test compare setup lint clean-state
 demo: setup
@@ -18,7 +20,7 @@ test: setup
 	python -m pytest -q
 
 compare: setup
-	python -m benchmarks.compare --variants $(VARIANTS) --seeds $(SEEDS) --jobs $(JOBS)
+	python -m benchmarks.compare --variants $(VARIANTS) --seeds $(SEEDS) --jobs $(JOBS) $(if $(BASE),--base $(BASE)) $(if $(ROOT),--root $(ROOT))
 
 setup: $(VENV)/.done
 $(VENV)/.done: requirements.lock

@@ -2,7 +2,8 @@
 
 python -m benchmarks.compare --variants method-bingo method-moco --seeds 0 1 2        then: bingo report --experiments
 
-A variant is a recipe, laid over params.yaml; its experiment is named VARIANT-sSEED. Every experiment is run by `dvc exp run` in a
+A variant is a recipe, laid over params.yaml; its experiment is named VARIANT-sSEED. With `--base RECIPE` (whose images are in `--root`)
+each variant is laid over that recipe, and named BASE+VARIANT-sSEED. Every experiment is run by `dvc exp run` in a
 clone of the last commit that shares the DVC cache, so that nobody's edits reach a sweep that is under way, and nothing that goes
 wrong there touches the workspace. All variants of a seed run in one clone, one after the other: the first computes listing,
 teacher and embeddings, the others take them from DVC's run cache; no two jobs ever compute the same. `--jobs` is over seeds.
@@ -63,6 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variants", nargs="+", required=True, metavar="RECIPE", help="recipes, as `bingo recipe list` prints them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--base", metavar="RECIPE", help="a recipe that every variant is laid over: other images, another scale")
+    parser.add_argument("--root", help="where the images of --base are: sets dataset.root")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; leave it at 1 on one GPU")
     given = parser.parse_args()
     with mistakes_as_lines():
@@ -70,7 +73,7 @@ def main() -> None:
             raise UserError(f"--jobs = {given.jobs}: allowed is a whole number from 1")
         commit = _clean_commit()
         experiments = [
-            Experiment(variant, seed, overrides(variant, seed))
+            Experiment(f"{given.base}+{variant}" if given.base else variant, seed, overrides(variant, seed, given.base, given.root))
             for seed in dict.fromkeys(given.seeds)
             for variant in dict.fromkeys(given.variants)
         ]
@@ -79,22 +82,21 @@ def main() -> None:
     raise SystemExit(1 if failed else 0)
 
 
-def overrides(variant: str, seed: int) -> tuple[str, ...]:
-    """What a recipe and a seed change in params.yaml, each as `dotted.key=value`; what only a report shows is left out.
+def overrides(variant: str, seed: int, base: str | None = None, root: str | None = None) -> tuple[str, ...]:
+    """What a base, a recipe and a seed change in params.yaml, each as `dotted.key=value`; what only a report shows is left out.
 
-    Raises UserError where the result is not allowed.
+    A relative `root` is made absolute, as experiments run elsewhere. Raises UserError where the result is not allowed.
     """
     from bingo.params import read_yaml, validate
     from bingo.recipes import lay_over, read_recipe
 
     document = read_yaml("params.yaml")
     validate(document, "params.yaml")
-    changes = [
-        change
-        for overlay in (COMMON, read_recipe(Path("recipes"), variant).overlay, {"seed": seed})
-        for change in lay_over(document, overlay)
-    ]
-    validate(document, f"params.yaml with recipe {variant}")
+    recipes = {name: read_recipe(Path("recipes"), name).overlay for name in (base, variant) if name}
+    images = {"dataset": {"root": os.path.abspath(Path(root).expanduser())}} if root else {}
+    overlays = (recipes.get(base or "", {}), images, COMMON, recipes[variant], {"seed": seed})
+    changes = [change for overlay in overlays for change in lay_over(document, overlay)]
+    validate(document, f"params.yaml with recipe {' and '.join(recipes)}")
     return tuple(f"{key}={written(value)}" for key, value in {key: new for key, _, new in changes if not key.startswith("report.")}.items())
 
 

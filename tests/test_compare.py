@@ -216,3 +216,14 @@ def test_mistakes_are_one_line_before_anything_runs(repository):
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.7, "1 min 0 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")])
 def test_clock(seconds, text):
     assert compare._clock(seconds) == text
+
+
+def test_a_base_is_below_the_variants_and_in_their_names(tmp_path, monkeypatch):
+    repository = Repository(tmp_path)
+    monkeypatch.chdir(repository.home)
+    changes = compare.overrides("method-simreg", 4, "cifar10-cpu-smoke", "images")
+    said = dict(change.split("=", 1) for change in changes)
+    assert said["dataset.root"] == f"'{repository.home / 'images'}'"  # experiments run elsewhere
+    assert (said["teacher.pretrain.epochs"], said["distill.method"], said["seed"]) == ("30", "'simreg'", "4")
+    assert (said["distill.epochs"], said["distill.lr"]) == ("10", "0.2")  # the base's, the variant's
+    assert said["linear_eval.crops.nets"] == "[]"
