@@ -93,7 +93,7 @@ def overrides(variant: str, seed: int, base: str | None = None, root: str | None
     document = read_yaml("params.yaml")
     validate(document, "params.yaml")
     recipes = {name: read_recipe(Path("recipes"), name).overlay for name in (base, variant) if name}
-    images = {"dataset": {"root": os.path.abspath(Path(root).expanduser())}} if root else {}
+    images = {"dataset": {"root": str(Path(root).expanduser().absolute())}} if root else {}
     overlays = (recipes.get(base or "", {}), images, COMMON, recipes[variant], {"seed": seed})
     changes = [change for overlay in overlays for change in lay_over(document, overlay)]
     validate(document, f"params.yaml with recipe {' and '.join(recipes)}")
