@@ -170,7 +170,7 @@ class Sweep:
         with open(_log(experiment), "w") as log:
             lane.process = subprocess.Popen(
                 command, cwd=lane.folder, env=os.environ | kept, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=die_with_parent,
+                start_new_session=True, preexec_fn=_before_start,
             )  # fmt: skip
         lane.running, lane.begun = experiment, time.monotonic()
 
@@ -258,6 +258,12 @@ def _bring_home(folder: Path, commit: str, name: str) -> bool:
     except subprocess.CalledProcessError:
         return False
     return True
+
+
+def _before_start() -> None:
+    """In the child: it ends with this process, and on SIGINT even where the shell started this one with SIGINT ignored (`&`)."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:

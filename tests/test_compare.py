@@ -76,8 +76,9 @@ class Repository:
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "benchmarks.compare", *arguments]
         return subprocess.Popen(
-            command, cwd=self.home, env=self.environment | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            command, cwd=self.home, env=self.environment | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+        )  # fmt: skip
 
     def sweep(self, *arguments: str, **variables: str) -> tuple[int, str, str]:
         process = self.start(*arguments, **variables)

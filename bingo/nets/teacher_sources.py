@@ -96,10 +96,10 @@ def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     if parts.unknown:
         line = f"{path}: holds what no checkpoint of format {params.format} has: {first_names(parts.unknown)}"
         raise UserError(f"{line}; set teacher.checkpoint or teacher.format")
-    _compare_normalisation(params, image, *parts.mean_std)
     backbone = _empty(params, parts.options)
     load_strictly(backbone, parts.trunk, f"{path}: its backbone does not fit {params.arch}")
     head = _head(parts, backbone, f"{path}: its projection head is not that of format {params.format}") if parts.layers else None
+    _compare_normalisation(params, image, *parts.mean_std)
     source = {"pretrained": True, "source_sha256": sha256, "format": params.format, "left_out": parts.left_out}
     return backbone, head, source | _told(parts.options)
 
