@@ -35,7 +35,7 @@ def write(network: StoredNetwork, path: Path) -> None:
 
 def read_back(network: StoredNetwork, path: Path) -> ReadBack:
     """Always NotReadBack."""
-    raise NotReadBack("detectron2 is on no package registry; the model card has its configuration")
+    raise NotReadBack("detectron2 is on no package registry")
 
 
 def loading(network: StoredNetwork, file_name: str) -> Loading:
