@@ -218,7 +218,9 @@ def test_detectron2_gives_the_same_features(shape, tmp_path):
     assert all(type(array) is np.ndarray and array.flags.writeable for array in content["model"].values())
     cfg = YAML(typ="safe").load(find_target("detectron2").loading(net, path.name).text)
     theirs = Detectron2ResNet(cfg["MODEL"]["RESNETS"]).eval()
-    theirs.load_state_dict({name: torch.from_numpy(array) for name, array in content["model"].items()})
+    loaded = theirs.load_state_dict({name: torch.from_numpy(array) for name, array in content["model"].items()}, strict=False)
+    assert not loaded.unexpected_keys
+    assert all(name.endswith("num_batches_tracked") for name in loaded.missing_keys), "detectron2's frozen normalisation counts no batches"
     with torch.no_grad():
         assert close(theirs(images()).mean(dim=(2, 3)), net.backbone(images()))
     # detectron2 subtracts and divides in 0..255
@@ -226,6 +228,12 @@ def test_detectron2_gives_the_same_features(shape, tmp_path):
     np.testing.assert_allclose(np.array(cfg["MODEL"]["PIXEL_STD"]) / 255, IMAGE["std"], atol=1e-6)
     assert cfg["INPUT"]["FORMAT"] == "RGB"
     assert cfg["MODEL"]["WEIGHTS"] == path.name
+
+
+def test_detectron2s_own_resnet_gives_the_same_features(tmp_path):
+    pytest.importorskip("detectron2.modeling", reason="detectron2 is not installed, or was compiled for another torch", exc_type=Exception)
+    check = export_network(network("resnet50", 0.125, "imagenet"), find_target("detectron2"), tmp_path / "net.pkl")
+    assert check.startswith("read back with detectron2")
 
 
 def test_arrays_for_detectron2_name_no_module_of_one_numpy_alone(tmp_path):
@@ -504,6 +512,8 @@ def test_figures_of_another_student_are_left_out(workspace):
         ),
         (["--to", "timm", "--out", "a.pth"], "--out = a.pth: allowed are names that end in .safetensors"),
         (["--to", "safetensors", "--out", "models/student.safetensors"], "is there already; give another name, or --force"),
+        (["--to", "onnx", "--out", "params.yaml/a.onnx"], "params.yaml is a file, not a folder; give another name"),
+        (["--to", "timm", "--out", "carded.safetensors"], "--out: beside it = carded.safetensors.md: is there already"),
         (["--to", "timm", "--out", "a.safetensors", "--student", "none.safetensors"], "none.safetensors: cannot be read"),
         (["--to", "timm", "--out", "a.safetensors", "--student", "models/teacher.safetensors"], "holds a teacher, not a student"),
         (
@@ -516,6 +526,8 @@ def test_figures_of_another_student_are_left_out(workspace):
 def test_mistakes_are_one_line(workspace, arguments, says):
     state = build_backbone("resnet18", 0.125, "small", 0).state_dict()
     save_network("damaged.safetensors", state, {"kind": "student", "arch": "resnet10t", "width": 0.125, "stem": "imagenet", **IMAGE})
+    for name in ("params.yaml", "carded.safetensors.md"):
+        (workspace / name).write_text("before")
     before = sorted(path.name for path in workspace.iterdir())
     code, out, err = bingo_export(*arguments)
     assert (code, out) == (2, "")
