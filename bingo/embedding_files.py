@@ -74,10 +74,11 @@ def _zarr(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.ndar
 def _npy(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.ndarray], attributes: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
-        features = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(paths), width))
-        for start, block_BD in _numbered(blocks):
-            features[start : start + len(block_BD)] = block_BD
-        features.flush()
+        with open(partial, "wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": (len(paths), width)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block_BD in blocks:
+                file.write(np.ascontiguousarray(block_BD, np.float32).data)
         write_bytes(files_of(path)[1], "".join(f"{name}\n" for name in paths).encode())
         os.replace(partial, path)
     finally:

@@ -112,9 +112,11 @@ def _tell(lines: Sequence[str]) -> None:
 
 
 def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) -> None:
-    """Refuse an output of another ending than these, and one that is there already unless `force` says to replace it."""
+    """Refuse an output of another ending than these or in no folder, and one that is there already unless `force` says to replace it."""
     if path.suffix not in suffixes:
         raise UserError(f"{option} = {path}: allowed are names that end in {', '.join(suffixes)}")
+    if nearest := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
+        raise UserError(f"{option} = {path}: {nearest} is a file, not a folder; give another name")
     if path.is_symlink() or path.exists():
         if not force:
             raise UserError(f"{option} = {path}: is there already; give another name, or --force to replace it")

@@ -36,10 +36,10 @@ def main(
 
         target = find_target(to)
         check_output("--out", out, target.SUFFIXES, force)
+        check_output("--out: beside it", card := out.with_name(f"{out.name}.md"), [".md"], force)
         network = read_student(student)
         check = export_network(network, target, out)
         loading = target.loading(network, out.name)
-        card = out.with_name(f"{out.name}.md")
         write_bytes(card, model_card(network, to, out.name, loading, check, _provenance(student, network)).encode())
         typer.echo(f"written {out}; {check}")
         if loading.remark:

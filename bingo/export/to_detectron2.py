@@ -1,16 +1,19 @@
 """detectron2: the pickled dict of arrays that its checkpointer reads, named as its ResNet names them.
 
-Layout and names are those that MoCo's detection/convert-pretrain-to-detectron2.py writes. detectron2 is on no package registry, so
-tests/test_export.py rebuilds its ResNet (modeling/backbone/resnet.py) and compares outputs; here nothing is read back.
+Layout and names are those that MoCo's detection/convert-pretrain-to-detectron2.py writes, without the counters of batch normalisation,
+which detectron2's frozen one (its default) has not. detectron2 itself is on no package registry; where it is not installed,
+tests/test_export.py rebuilds its ResNet (modeling/backbone/resnet.py) and compares outputs.
 """
 
 import io
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from bingo.artefacts import write_bytes
 from bingo.errors import UserError
@@ -27,15 +30,35 @@ _SHORTCUT = {"downsample.0": "shortcut", "downsample.1": "shortcut.norm"}
 def write(network: StoredNetwork, path: Path) -> None:
     """The dict `model`, `__author__`, `matching_heuristics` as pickle."""
     _depth(network)
-    arrays = {detectron2_name(name): tensor.contiguous().numpy() for name, tensor in network.backbone.state_dict().items()}
+    state = {name: tensor for name, tensor in network.backbone.state_dict().items() if not name.endswith("num_batches_tracked")}
+    arrays = {detectron2_name(name): tensor.contiguous().numpy() for name, tensor in state.items()}
     content = io.BytesIO()
     _ArrayPickler(content, protocol=5).dump({"model": arrays, "__author__": "BINGO", "matching_heuristics": True})
     write_bytes(path, content.getvalue())
 
 
 def read_back(network: StoredNetwork, path: Path) -> ReadBack:
-    """Always NotReadBack."""
-    raise NotReadBack("detectron2 is on no package registry; the model card has its configuration")
+    """Read by detectron2's checkpointer into the ResNet that the card's configuration builds; its last stage is pooled."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import detectron2
+            from detectron2.checkpoint import DetectionCheckpointer
+            from detectron2.config import CfgNode, get_cfg
+            from detectron2.layers import ShapeSpec
+            from detectron2.modeling import build_resnet_backbone
+    except Exception as error:  # an extension that was compiled for another torch, too
+        raise NotReadBack(f"detectron2 cannot be imported ({' '.join(str(error).split())[:80]})") from None
+    cfg = get_cfg()
+    cfg.merge_from_other_cfg(CfgNode.load_cfg(loading(network, str(path)).text))
+    cfg.merge_from_list(["MODEL.RESNETS.OUT_FEATURES", ["res5"]])
+    net = build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
+    DetectionCheckpointer(net).load(cfg.MODEL.WEIGHTS)
+
+    def features(x: Tensor) -> Tensor:
+        return net(x)["res5"].mean(dim=(2, 3))
+
+    return ReadBack(f"detectron2 {detectron2.__version__}", features)
 
 
 def loading(network: StoredNetwork, file_name: str) -> Loading:

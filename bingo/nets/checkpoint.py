@@ -36,11 +36,14 @@ def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}); run the stage that writes it: dvc repro") from None
     except SafetensorError as error:
-        raise UserError(f"{path}: is not a safetensors file, or is truncated ({error}); delete it and run: dvc repro") from None
+        raise UserError(f"{path}: is not a safetensors file, or is truncated ({error}); give another, or run: dvc repro") from None
     try:
-        return state, json.loads(entries[_ENTRY])
+        metadata = json.loads(entries[_ENTRY])
+        if isinstance(metadata, dict):
+            return state, metadata
     except (KeyError, ValueError):
-        raise UserError(f"{path}: holds no BINGO metadata, so BINGO did not write it; delete it and run: dvc repro") from None
+        pass
+    raise UserError(f"{path}: holds no BINGO metadata, so BINGO did not write it; give another, or run: dvc repro")
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from bingo.errors import UserError
@@ -41,8 +42,10 @@ def read_student(path: Path) -> StoredNetwork:
     """The student, or a baseline, in a file. Raises UserError where the file is none, or is damaged."""
     try:
         backbone, metadata = load_student(path)
-    except (RuntimeError, KeyError, TypeError) as error:  # tensors or metadata that this network has not
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # tensors or metadata that this network has not
         raise _damaged(path, error) from None
+    if not all(torch.isfinite(tensor).all() for tensor in backbone.state_dict().values()):
+        raise UserError(f"{path}: its weights hold nan or inf; the training diverged, give another file")
     return StoredNetwork(backbone, metadata, _image(path, metadata))
 
 
@@ -50,7 +53,7 @@ def read_teacher(path: Path) -> StoredNetwork:
     """The teacher's backbone, without its head. Raises UserError where the file is no teacher's, or is damaged."""
     try:
         teacher = load_teacher(path)
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
     return StoredNetwork(teacher.backbone, teacher.metadata, _image(path, teacher.metadata))  # type: ignore[arg-type]
 
