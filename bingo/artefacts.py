@@ -1,10 +1,12 @@
 """Writing so that a file is whole or absent, equal content has equal bytes, and every artefact can be told from another."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,16 @@ def write_bytes(path: Path | str, content: bytes) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """`canonical_json` of `value`, written whole or not at all."""
     write_bytes(path, canonical_json(value).encode())
+
+
+def write_csv(path: Path | str, records: Sequence[Mapping[str, Any]], first_columns: Sequence[str]) -> None:
+    """One line for each record, whole or not at all; `first_columns` lead, and a value that a record lacks is an empty field."""
+    columns = list(dict.fromkeys([*first_columns, *(name for record in records for name in record)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_bytes(path, text.getvalue().encode())
 
 
 def read_json(path: Path | str) -> Any:

@@ -1,12 +1,15 @@
 """Several processes, with one process as the ordinary case: nothing above this file asks whether there is a group."""
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def rank() -> int:
@@ -80,3 +83,29 @@ def own_share(rows_N):
     """This process's consecutive share of the rows of a global batch, whose length the number of processes divides."""
     share = len(rows_N) // world()
     return rows_N[rank() * share : (rank() + 1) * share]
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with its gradients averaged over processes; each process keeps its own buffers, BatchNorm's statistics among them."""
+    if world() == 1:
+        return module
+    # The argument that leaves buffers alone changed its name in torch 2.15.
+    known = inspect.signature(DistributedDataParallel).parameters
+    own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **own_buffers)
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers, so that all hold the same network."""
+    if world() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def gather_objects(objects: list[Any]) -> list[Any]:
+    """The lists of all processes as one, in rank order; they travel pickled between the processes of this run."""
+    if world() == 1:
+        return objects
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, objects)
+    return [item for part in parts for item in part]

@@ -1,6 +1,7 @@
 """Learning rates as pure functions of the step: a plot of them costs no training."""
 
 import math
+from collections.abc import Sequence
 
 
 def cosine_lr(step: int, total_steps: int, base_lr: float, warmup_steps: int = 0, final_lr: float = 0.0) -> float:
@@ -13,3 +14,12 @@ def cosine_lr(step: int, total_steps: int, base_lr: float, warmup_steps: int = 0
         return base_lr * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return final_lr + 0.5 * (base_lr - final_lr) * (1 + math.cos(math.pi * done))
+
+
+def step_lr(step: int, base_lr: float, drop_steps: Sequence[int], warmup_steps: int = 0, warmup_factor: float = 0.001) -> float:
+    """`base_lr`, a tenth of it from each of `drop_steps` on; linear from `warmup_factor` of it over the first `warmup_steps`.
+
+    `step` counts from 0. detectron2's WarmupMultiStepLR (solver/lr_scheduler.py), whose warm-up starts at a thousandth.
+    """
+    warmed = 1.0 if step >= warmup_steps else warmup_factor + (1 - warmup_factor) * step / warmup_steps
+    return base_lr * warmed * 0.1 ** sum(step >= drop for drop in drop_steps)

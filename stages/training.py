@@ -1,7 +1,5 @@
 """What the three trainings share (teacher, student, baselines): build the method, train it from its checkpoint, write its curves."""
 
-import csv
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -143,14 +141,9 @@ def _schedule_name(run: Run) -> str:
 
 def write_curves(path: Path, history: list[dict[str, float]]) -> None:
     """One line an epoch as CSV, which `dvc plots` reads; a figure that an epoch lacks is an empty field."""
-    from bingo.artefacts import write_bytes
+    from bingo.artefacts import write_csv
 
-    columns = list(dict.fromkeys(["epoch", "loss", *(name for record in history for name in record)]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_bytes(path, text.getvalue().encode())
+    write_csv(path, history, ["epoch", "loss"])
 
 
 def last_record(result: "Result") -> dict[str, float]:

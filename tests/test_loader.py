@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from bingo.data import decoding
+from bingo.data import decoding, workers
 from bingo.data.augment import cropped_views, random_views
 from bingo.data.draws import crop_boxes, draw_views
 from bingo.data.images import FileImages, MemoryImages
@@ -170,10 +170,10 @@ def test_a_file_that_became_unreadable_is_named_with_its_row(files, tmp_path, wo
 
 
 def test_worker_count_is_this_process_share(monkeypatch):
-    monkeypatch.setattr(decoding.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert decoding.worker_count() == 15
+    assert workers.worker_count() == 15
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert decoding.worker_count() == 1
+    assert workers.worker_count() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert decoding.worker_count() == 0
+    assert workers.worker_count() == 0

@@ -63,6 +63,12 @@ def decode_rgb(file_bytes: bytes, may_shrink: Callable[[int, int], float]) -> tu
         return (rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb), factor
 
 
+def decode_as_stored(file_bytes: bytes) -> Image.Image:
+    """The RGB image in a file at full size and as its pixels lie in it: EXIF's orientation is ignored. Raises BadImage."""
+    with _reasons(), Image.open(io.BytesIO(file_bytes)) as image:
+        return to_rgb(image)
+
+
 def decode_square(file_bytes: bytes, resize_px: int, crop_px: int) -> np.ndarray:
     """Short side to `resize_px` (bilinear, antialiased), then `crop_px` from the middle: uint8 (P, P, 3). Raises BadImage.
 

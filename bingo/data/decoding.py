@@ -5,8 +5,6 @@ Processes, not threads: the Python part of decoding would hold the interpreter's
 Shape letters: T views of a plan, V views of one image, P side of a view in pixels.
 """
 
-import multiprocessing
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,13 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from bingo.data.decode import BadImage, decode_crops, decode_square
 from bingo.data.draws import Crops, crop_boxes
 from bingo.data.images import FileImages
-from bingo.data.workers import end_with_owner
+from bingo.data.workers import end_with_owner, fork_server, worker_count
 from bingo.errors import UserError
 from bingo.params import ImageParams
 
 IMAGES_PER_TASK = 32  # what one worker decodes at a time: a few megabytes of shared memory, about 0.1 s of 500 x 375 photos
 TASKS_AHEAD = 2  # for each worker
-MOST_WORKERS = 32
 
 
 @dataclass(frozen=True)
@@ -50,13 +47,6 @@ class _Task:
     image: ImageParams
 
 
-def worker_count() -> int:
-    """Workers of this process: its share of the processors it may use, less one for itself."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(MOST_WORKERS, max(0, allowed // processes - 1))
-
-
 class FileDecoder:
     """Decodes plans in order, some tasks ahead, in `workers` processes (0: in this one, at use)."""
 
@@ -72,7 +62,7 @@ class FileDecoder:
             num_workers=workers,
             prefetch_factor=TASKS_AHEAD if workers else None,
             persistent_workers=workers > 0,
-            multiprocessing_context=_server() if workers else None,
+            multiprocessing_context=fork_server(__name__) if workers else None,
             worker_init_fn=end_with_owner,
             pin_memory=pin,
             generator=torch.Generator(),  # its own, so that torch's global random state stays as it is
@@ -159,10 +149,3 @@ def _image_views(task: _Task, i: int, file_bytes: bytes) -> np.ndarray:
 
 def _as_it_is(result: Tensor | list[str]) -> Tensor | list[str]:
     return result
-
-
-def _server() -> multiprocessing.context.BaseContext:
-    """Workers are forked from a clean process that has imported this file, not from one with a GPU and threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context

@@ -1,9 +1,26 @@
-"""Worker processes end with the process that they work for, even where that one is killed."""
+"""Worker processes: how many, how they start, and that they end with the process that they work for, even where that one is killed."""
 
 import multiprocessing
 import os
 import threading
 from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
+
+MOST_WORKERS = 32
+
+
+def worker_count() -> int:
+    """Workers of this process: its share of the processors it may use, less one for itself."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MOST_WORKERS, max(0, allowed // processes - 1))
+
+
+def fork_server(module: str) -> BaseContext:
+    """Workers are forked from a clean process that has imported `module`, not from one with a GPU and threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
 
 
 def end_with_owner(*_: object) -> None:
