@@ -6,6 +6,7 @@ is reported in a fraction of a second, before any stage does any work. A method'
 
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -17,6 +18,7 @@ from bingo.errors import UserError, near_matches
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Whole = Annotated[int, Field(ge=0, le=10**9)]
 Width = Annotated[int, Field(ge=1, le=10**5)]
+Pixels = Annotated[int, Field(ge=32, le=10**4)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=1e-5, le=1e3, allow_inf_nan=False)]
@@ -270,6 +272,55 @@ class KnnEvalParams(Section):
     temperature: Temperature
 
 
+class CocoParams(Section):
+    """Mask R-CNN on COCO with the student as backbone. `runs` are named HEAD-SCHEDULE; each schedule lists the steps at which the
+    learning rate falls to a tenth, and last the step at which training ends. The four paths start at `root`.
+    """
+
+    runs: list[str]
+    root: str | None
+    train_images: str
+    train_annotations: str
+    val_images: str
+    val_annotations: str
+    schedules: dict[str, Annotated[list[Count], Field(min_length=1)]]
+    batch_images: Count
+    lr: Positive
+    lr_warmup_steps: Whole
+    sgd_momentum: Share
+    weight_decay: NotNegative
+    min_side_px: Annotated[list[Pixels], Field(min_length=1)]
+    max_side_px: Pixels
+    test_min_side_px: Pixels
+    flip_p: Share
+    precision: Precision
+    sync_batchnorm: bool
+
+    @field_validator("schedules")
+    @classmethod
+    def _steps_rise(cls, schedules: dict[str, list[int]]) -> dict[str, list[int]]:
+        for name, steps in schedules.items():
+            if steps != sorted(set(steps)):
+                raise ValueError(f"{name}: {steps}, allowed are steps that rise, the last being the end of the training")
+            if not re.fullmatch(r"\w+", name):
+                raise ValueError(f"{name!r}: allowed in a schedule's name are letters, digits and _")
+        return schedules
+
+    @model_validator(mode="after")
+    def _runs_can_be_made(self) -> Self:
+        allowed = [f"{head}-{schedule}" for head in ("fpn", "c4") for schedule in self.schedules]
+        for name in self.runs:
+            if name not in allowed:
+                raise ValueError(f"runs: {name!r}, allowed are {', '.join(allowed)}{near_matches(name, allowed)}")
+        if len(set(self.runs)) < len(self.runs):
+            raise ValueError(f"runs: {self.runs} names a run twice; leave one out")
+        if self.runs and not self.root:
+            raise ValueError("root: null, but transfer_coco.runs needs the folder of COCO; set transfer_coco.root")
+        if (largest := max(*self.min_side_px, self.test_min_side_px)) > self.max_side_px:
+            raise ValueError(f"max_side_px: {self.max_side_px} is less than the short side {largest}; raise transfer_coco.max_side_px")
+        return self
+
+
 class ReportParams(Section):
     """The HTML report: title, how many bags the gallery shows, and published numbers to print beside the measured ones."""
 
@@ -290,6 +341,7 @@ class _Core(Section):
     baselines: list[str]
     linear_eval: LinearEvalParams
     knn_eval: KnnEvalParams
+    transfer_coco: CocoParams
     report: ReportParams
 
     @model_validator(mode="after")

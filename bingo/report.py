@@ -16,7 +16,7 @@ from bingo.plots import SERIES, lines
 from bingo.report_inputs import Artefacts, Curves, NetworkFacts
 from bingo.report_page import render
 
-_STAGE_ORDER = ("scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval")
+_STAGE_ORDER = ("scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "transfer_coco")
 _COLORS, _BASELINE_COLOR = {"distill": 0, "teacher": 1}, 2  # of plots.SERIES, as in the results
 _PROBE_COLORS = [0, 2, 4, 1, 3]
 _RUN_KEYS = (

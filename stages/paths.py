@@ -11,6 +11,7 @@ TEACHER = Path("models/teacher.safetensors")
 STUDENT = Path("models/student.safetensors")
 STUDENT_HEAD = Path("models/student_head.safetensors")
 BASELINES = Path("models/baselines")
+DETECTORS = Path("models/detectors")
 REPORTS = Path("reports")
 PLOTS = REPORTS / "plots"
 RUNS = Path(".bingo/runs")

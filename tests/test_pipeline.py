@@ -116,6 +116,11 @@ def test_no_parameter_has_a_name_that_dvc_ignores():
     assert not {"size", "nfiles"} & set(names(read_yaml(ROOT / "params.yaml")))
 
 
+def test_coco_depends_on_every_key_of_its_section_but_the_list_of_runs():
+    listed = {param.removeprefix("transfer_coco.") for param in STAGES["transfer_coco"]["do"]["params"] if "transfer_coco" in param}
+    assert listed == set(read_yaml(ROOT / "params.yaml")["transfer_coco"]) - {"runs"}
+
+
 def test_a_baseline_depends_on_every_key_of_distill_but_method_and_keys():
     listed = {param.removeprefix("distill.") for param in STAGES["baseline"]["do"]["params"] if param.startswith("distill.")}
     assert listed == set(read_yaml(ROOT / "params.yaml")["distill"]) - {"method", "keys"}

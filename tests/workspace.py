@@ -179,8 +179,18 @@ class Workspace:
             for entry in (entry for kind in ("outs", "metrics", "plots") for entry in definition.get(kind, [])):
                 path = next(iter(entry)) if isinstance(entry, dict) else entry
                 if not stages or name in stages:
-                    found.append(path.replace("${item}", "moco"))
+                    found += [path.replace("${item}", item) for item in _items(stage)]
         return found
+
+
+def _items(stage: dict[str, Any]) -> list[str]:
+    """What `foreach` runs over by the shipped parameters; one meaningless item for an ordinary stage."""
+    if "foreach" not in stage:
+        return [""]
+    value: Any = read_yaml(ROOT / "params.yaml")
+    for key in stage["foreach"].strip("${}").split("."):
+        value = value[key]
+    return value
 
 
 def new_workspace(root: Path, stages: Stages, changes: dict[str, Any]) -> Workspace:

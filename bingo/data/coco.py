@@ -1,0 +1,242 @@
+"""COCO's instances_*.json: read and checked whole, then one compact line of training targets for each image.
+
+Labels are 1 to C in the order of the category ids, which may have gaps; 0 is the background, as torchvision's detectors have it.
+Row r is the image of the r-th smallest id, counted from 0. Boxes are x0, y0, x1, y1 in pixels. Shape letters: N rows, I instances
+of an image.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pycocotools import mask as rle
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from bingo.artefacts import file_fingerprint
+from bingo.data.decode import BadImage
+from bingo.errors import UserError
+
+LEAST_SIDE_PX = 1e-3  # a narrower box is no box: its logarithm is in the loss
+_NAMED = 3
+_CROWD, _NO_BOX, _NO_MASK = "crowds", "boxes without width or height", "masks without an area"
+
+_Pixels = Annotated[int, Field(ge=1, le=10**5)]
+_Number = Annotated[float, Field(ge=-1e5, le=1e5)]  # pixels
+_Id = Annotated[int, Field(ge=-(2**62), le=2**62)]
+
+
+class _Rle(TypedDict):
+    counts: list[Annotated[int, Field(ge=0, le=10**10)]] | str
+    size: Annotated[list[_Pixels], Field(min_length=2, max_length=2)]
+
+
+class _Image(TypedDict):
+    id: _Id
+    file_name: str
+    height: _Pixels
+    width: _Pixels
+
+
+class _Annotation(TypedDict):
+    image_id: _Id
+    category_id: _Id
+    bbox: Annotated[list[_Number], Field(min_length=4, max_length=4)]
+    area: Annotated[float, Field(ge=0, le=1e10)]
+    iscrowd: Literal[0, 1]
+    segmentation: list[list[_Number]] | _Rle
+
+
+class _Category(TypedDict):
+    id: _Id
+
+
+class _File(TypedDict):
+    images: Annotated[list[_Image], Field(min_length=1)]
+    annotations: list[_Annotation]
+    categories: Annotated[list[_Category], Field(min_length=1)]
+
+
+_FILE = TypeAdapter(_File)
+
+
+@dataclass(frozen=True)
+class CocoImages:
+    """The images of one file in the order of their ids, each with id, file_name, height and width in pixels."""
+
+    entries: list[dict[str, Any]]
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def path(self, row: int) -> Path:
+        """Where the image of a row lies."""
+        return self.folder / self.entries[row]["file_name"]
+
+    def sides_px(self, row: int) -> tuple[int, int]:
+        """Height and width of the image of a row."""
+        return self.entries[row]["height"], self.entries[row]["width"]
+
+    def name(self, row: int) -> str:
+        """How a message calls the image of a row."""
+        return f"{self.path(row)} (image id {self.entries[row]['id']})"
+
+
+@dataclass(frozen=True)
+class Instances:
+    """What one instances_*.json holds, without what nobody here reads (names, licences, URLs).
+
+    `fingerprint` names the file. `category_ids` rise: label c stands for `category_ids[c - 1]`.
+    """
+
+    images: CocoImages
+    annotations: list[dict[str, Any]]
+    category_ids: list[int]
+    fingerprint: str
+
+
+def read_instances(annotations: Path, folder: Path, key: str) -> Instances:
+    """Read a file of COCO's instances, whose images lie in `folder`. Raises UserError in one line, which calls the file `key`, where
+    it cannot be read, is not COCO's, contradicts itself, or names images that are not on the disk.
+    """
+    try:
+        raw = annotations.read_bytes()
+    except OSError as error:
+        raise UserError(f"{key} = {annotations}: cannot be read ({error.strerror}); set {key} and transfer_coco.root") from None
+    try:
+        content: Any = _FILE.validate_json(raw)
+    except ValidationError as error:
+        raise UserError(f"{key} = {annotations}: {_mistake(error)}; give COCO's instances_*.json") from None
+    content["images"].sort(key=lambda image: image["id"])
+    found = Instances(
+        CocoImages(content["images"], folder),
+        content["annotations"],
+        sorted({category["id"] for category in content["categories"]}),
+        file_fingerprint(annotations),
+    )
+    for problem in _contradictions(found):
+        raise UserError(f"{key} = {annotations}: {problem}; mend the file")
+    missing = [row for row in range(len(found.images)) if not found.images.path(row).is_file()]
+    if missing:
+        named = ", ".join(found.images.name(row) for row in missing[:_NAMED])
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise UserError(f"{key}: images that it names are not on the disk: {named}{more}; restore them, or set transfer_coco.root")
+    return found
+
+
+def _mistake(error: ValidationError) -> str:
+    """The first mistake of a file in words."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "json_invalid":
+        return f"is not JSON ({first['msg'].removeprefix('Invalid JSON: ')})"
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    return f"{place or 'the file'} is not as COCO has it ({first['msg']})"
+
+
+def _contradictions(found: Instances) -> Iterator[str]:
+    """What makes a well-formed file useless, lazily."""
+    ids = [image["id"] for image in found.images.entries]
+    known = set(ids)
+    if len(known) < len(ids):
+        yield f"image id {next(a for a, b in pairwise(ids) if a == b)} is there twice"
+    categories, sides = set(found.category_ids), {image["id"]: [image["height"], image["width"]] for image in found.images.entries}
+    for number, annotation in enumerate(found.annotations):
+        image, segmentation = annotation["image_id"], annotation["segmentation"]
+        if image not in known:
+            yield f"annotations.{number} is of image id {image}, which is not among the images"
+        elif annotation["category_id"] not in categories:
+            yield f"annotations.{number} is of category id {annotation['category_id']}, which is not among the categories"
+        elif isinstance(segmentation, dict) and not _fits(segmentation, sides[image]):
+            yield f"annotations.{number} has run lengths for another size than that of image id {image}"
+
+
+def _fits(segmentation: dict[str, Any], sides: list[int]) -> bool:
+    counts = segmentation["counts"]
+    return segmentation["size"] == sides and (isinstance(counts, str) or sum(counts) == sides[0] * sides[1])
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a detector learns. `lines` has, for each row, a JSON text of boxes, labels and segmentations, or None where there is
+    nothing to learn; `left_out` counts annotations by the reason for which they are no targets.
+    """
+
+    lines: list[str | None]
+    left_out: dict[str, int]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows with something to learn, int64."""
+        return np.array([row for row, line in enumerate(self.lines) if line is not None], dtype=np.int64)
+
+    def told(self) -> str:
+        """What was left out, in words."""
+        empty = self.lines.count(None)
+        return ", ".join([f"{empty} images with nothing to learn", *(f"{count} {reason}" for reason, count in self.left_out.items())])
+
+
+def training_targets(found: Instances) -> Targets:
+    """Every instance but crowds, boxes without width or height inside the image, and segmentations without an area.
+
+    An image that is left with nothing is not trained on, as in detectron2 (data/build.py, filter_images_with_only_crowd_annotations,
+    which is there called with images that have no annotation too).
+    """
+    labels = {category: label for label, category in enumerate(found.category_ids, 1)}
+    rows = {image["id"]: row for row, image in enumerate(found.images.entries)}
+    by_row: dict[int, list] = defaultdict(list)
+    left_out = dict.fromkeys((_CROWD, _NO_BOX, _NO_MASK), 0)
+    for annotation in found.annotations:
+        row = rows[annotation["image_id"]]
+        box, segmentation = _box(annotation["bbox"], *found.images.sides_px(row)), _segmentation(annotation["segmentation"])
+        if annotation["iscrowd"]:
+            left_out[_CROWD] += 1
+        elif min(box[2] - box[0], box[3] - box[1]) < LEAST_SIDE_PX:
+            left_out[_NO_BOX] += 1
+        elif not segmentation:
+            left_out[_NO_MASK] += 1
+        else:
+            by_row[row].append((box, labels[annotation["category_id"]], segmentation))
+    lines = [json.dumps(by_row[row], separators=(",", ":")) if row in by_row else None for row in range(len(found.images))]
+    return Targets(lines, left_out)
+
+
+def _box(bbox: list[float], height: int, width: int) -> list[float]:
+    """COCO's x, y, width, height as corners, cut at the image's edges."""
+    x, y, w, h = bbox
+    xs, ys = (min(max(x, 0.0), width), min(max(x + w, 0.0), width)), (min(max(y, 0.0), height), min(max(y + h, 0.0), height))
+    return [xs[0], ys[0], xs[1], ys[1]]
+
+
+def _segmentation(segmentation: Any) -> Any:
+    """Run lengths as they are; of polygons those with three corners or more, in whole pairs of numbers."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    return [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
+
+
+def parse_targets(line: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One line of `Targets` as boxes float32 (I, 4), labels int64 (I,) and masks uint8 (I, height, width) of 0 and 1.
+
+    Raises BadImage where run lengths cannot be decoded.
+    """
+    boxes, labels, segmentations = zip(*json.loads(line), strict=True)
+    try:
+        masks_IHW = np.stack([rle.decode(run_lengths(segmentation, height, width)) for segmentation in segmentations])
+    except ValueError:
+        raise BadImage("the run lengths of one of its masks cannot be decoded") from None
+    return np.array(boxes, np.float32), np.array(labels, np.int64), masks_IHW
+
+
+def run_lengths(segmentation: Any, height: int, width: int) -> Any:
+    """A segmentation of COCO (polygons, or run lengths of either kind) as pycocotools' compressed run lengths."""
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    return rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation

@@ -1,0 +1,127 @@
+"""transfer_coco: Mask R-CNN on COCO with the student as backbone, fine-tuned from all layers; average precision of boxes and masks.
+
+python -m stages.transfer_coco fpn-1x    reads the student, COCO (transfer_coco.root) and params transfer_coco, image.mean, image.std,
+                                         student, seed; writes reports/coco/NAME.json (percent), models/detectors/NAME.safetensors
+                                         and curves. A killed run goes on from its checkpoint when it is started again.
+"""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from stages import paths
+from stages.common import Run, code_fingerprint, process_group, stage_run, state_folder
+from stages.launch import launch
+
+if TYPE_CHECKING:
+    import torch
+
+    from bingo.data.coco import Instances
+    from bingo.evals.detection import DetectorTrainer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+WHERE = ("runs", "root", "train_images", "train_annotations", "val_images", "val_annotations")  # not what: the files' hashes say that
+
+
+@app.command()
+def main(name: str = typer.Argument(help="HEAD-SCHEDULE, one of params.yaml's transfer_coco.runs.")) -> None:
+    """Train Mask R-CNN on COCO with the student inside, and measure it."""
+    with stage_run(f"transfer_coco-{name}") as run:
+        from bingo.errors import UserError, near_matches
+
+        if name not in (runs := run.params.transfer_coco.runs):
+            allowed = ", ".join(runs) or "none"
+            raise UserError(f"name = {name}: params.yaml's transfer_coco.runs allow {allowed}{near_matches(name, runs)}")
+        launch("transfer_coco", name)
+        from bingo.nets.detector import check_student
+        from bingo.nets.students import load_student
+
+        student, _ = load_student(paths.STUDENT, run.params.student)
+        check_student(student)
+        with process_group(run) as device:
+            _transfer(run, name, student, device)
+
+
+def _transfer(run: Run, name: str, student: Any, device: "torch.device") -> None:
+    from bingo import seeds
+    from bingo.checkpoints import Checkpoints
+    from bingo.data.coco import training_targets
+    from bingo.evals.detection import DetectorTrainer
+    from bingo.nets.detector import build_detector
+
+    params, image = run.params.transfer_coco, run.params.image
+    head, _, schedule = name.partition("-")
+    train, val = _instances(run)
+    made_from = _made_from(run, name, train, val)
+    targets, images = training_targets(train), train.images
+    run.say(f"{run.stage}: {len(targets.rows)} images to learn from; left out: {targets.told()}")
+    del train  # COCO's annotations take gigabytes
+    seed_value = seeds.torch_seed(run.params.seed, "detector")
+    detector = build_detector(student, head, len(val.category_ids), image.mean, image.std, seed_value)
+    with state_folder(run.stage, {**made_from, "code": code_fingerprint("transfer_coco", name)}) as folder:
+        trainer = DetectorTrainer(
+            detector, images, targets, params, params.schedules[schedule], run.params.seed, device,
+            Checkpoints(folder / "checkpoints"), label=run.stage,
+        )  # fmt: skip
+        if trainer.resumes():
+            run.say(f"{run.stage}: going on from a checkpoint")
+        _train_and_measure(run, name, trainer, val, made_from)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _instances(run: Run) -> "tuple[Instances, Instances]":
+    """COCO's training and validation instances, which must be of the same categories."""
+    from bingo.data.coco import read_instances
+    from bingo.errors import UserError
+
+    params = run.params.transfer_coco
+    root, found = Path(params.root), []
+    for split in ("train", "val"):
+        key = f"transfer_coco.{split}_annotations"
+        found.append(read_instances(root / getattr(params, f"{split}_annotations"), root / getattr(params, f"{split}_images"), key))
+    train, val = found
+    if train.category_ids != val.category_ids:
+        raise UserError("transfer_coco.val_annotations: its categories are not those of transfer_coco.train_annotations; give a pair")
+    return train, val
+
+
+def _made_from(run: Run, name: str, train: "Instances", val: "Instances") -> dict[str, Any]:
+    """All that decides the outcome but the code: a checkpoint of anything else is not gone on from."""
+    from bingo.artefacts import file_fingerprint
+
+    params = run.params.transfer_coco.model_dump(exclude={*WHERE, "schedules"})
+    return {
+        "run": name,
+        "steps": run.params.transfer_coco.schedules[name.partition("-")[2]],
+        "params": {"seed": run.params.seed, "transfer_coco": params},
+        "image": {"mean": run.params.image.mean, "std": run.params.image.std},
+        "student": {**run.params.student.model_dump(), "fingerprint": file_fingerprint(paths.STUDENT)},
+        "category_ids": train.category_ids,
+        "annotations": {"train": train.fingerprint, "val": val.fingerprint},
+    }
+
+
+def _train_and_measure(run: Run, name: str, trainer: "DetectorTrainer", val: "Instances", made_from: dict[str, Any]) -> None:
+    """Train to the end, look at the validation images, write the outputs."""
+    from bingo import distributed
+    from bingo.artefacts import write_csv, write_json
+    from bingo.evals.detection_scores import coco_scores, detect
+    from bingo.nets.checkpoint import save_network
+
+    result = trainer.run()
+    run.notes["images_per_second"] = round(result.images / max(result.seconds, 1e-9), 1)
+    detections = detect(trainer.detector, val, trainer.params, trainer.device, f"{run.stage}: test")
+    if distributed.rank() == 0:
+        scores = coco_scores(val, detections)
+        save_network(paths.DETECTORS / f"{name}.safetensors", trainer.detector.state_dict(), {"kind": "detector", **made_from})
+        write_csv(paths.PLOTS / f"coco-{name}.csv", result.history, ["step", "loss"])
+        write_json(paths.REPORTS / "coco" / f"{name}.json", scores)
+        for kind, figures in scores.items():
+            told = ", ".join(f"{measure} {'none' if value is None else f'{value:.1f}'}" for measure, value in figures.items())
+            run.say(f"{run.stage}: {kind}: {told}")
+
+
+if __name__ == "__main__":
+    app()
