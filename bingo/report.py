@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bingo import report_bags, report_results
+from bingo import report_bags, report_coco, report_results
 from bingo.plots import SERIES, lines
 from bingo.report_inputs import Artefacts, Curves, NetworkFacts
 from bingo.report_page import render
@@ -56,6 +56,7 @@ def build_page(a: Artefacts) -> str:
         "chance": report_results.chance_row(a, found),
         "bars": report_results.bars_svg(a),
         "bars_caption": report_results.bars_caption(a),
+        "coco": report_coco.coco_table(a),
         "trainings": _trainings(a),
         "probes": _probes(a),
         "bags": report_bags.gallery(a),

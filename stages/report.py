@@ -58,6 +58,7 @@ def _artefacts(run: Run) -> "Artefacts":
     metrics = {name: read_optional_json(paths.REPORTS / f"{name}.json") for name in ("bags", "knn", "linear")}
     terms = {name: read_optional_json(paths.REPORTS / f"{name}.json") for name in ("teacher", "distill")}
     terms |= {f"baseline-{method}": read_optional_json(paths.REPORTS / f"baselines/{method}.json") for method in params.baselines}
+    coco = {name: read_optional_json(paths.REPORTS / f"coco/{name}.json") for name in params.transfer_coco.runs}
     return Artefacts(
         params=params,
         params_text=Path("params.yaml").read_text(encoding="utf-8"),
@@ -71,6 +72,7 @@ def _artefacts(run: Run) -> "Artefacts":
         linear=metrics["linear"],
         terms=terms,
         curves={name: read_curves(paths.PLOTS / f"{name}.csv") for name in terms},
+        coco={name: scores for name, scores in coco.items() if scores},
     )
 
 

@@ -39,7 +39,7 @@ def add_instance(content: dict, picture: Image.Image, image_id: int, category: i
     area = (x1 - x0) * (y1 - y0) / (2 if category == 7 else 1)
     content["annotations"].append(
         {
-            "id": len(content["annotations"]),  # from 0, which pycocotools misreads
+            "id": len(content["annotations"]),  # from 0, which evaluators misread
             "image_id": image_id,
             "category_id": category,
             "bbox": [x0, y0, x1 - x0, y1 - y0],

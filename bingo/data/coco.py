@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pycocotools import mask as rle
+from faster_coco_eval import mask as rle
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from bingo.artefacts import file_fingerprint
-from bingo.data.decode import BadImage
 from bingo.errors import UserError
 
 LEAST_SIDE_PX = 1e-3  # a narrower box is no box: its logarithm is in the loss
@@ -155,12 +154,19 @@ def _contradictions(found: Instances) -> Iterator[str]:
         elif annotation["category_id"] not in categories:
             yield f"annotations.{number} is of category id {annotation['category_id']}, which is not among the categories"
         elif isinstance(segmentation, dict) and not _fits(segmentation, sides[image]):
-            yield f"annotations.{number} has run lengths for another size than that of image id {image}"
+            yield f"annotations.{number} has run lengths that do not fit image id {image}"
 
 
 def _fits(segmentation: dict[str, Any], sides: list[int]) -> bool:
+    """Whether run lengths cover an image of these sides, and no more."""
     counts = segmentation["counts"]
-    return segmentation["size"] == sides and (isinstance(counts, str) or sum(counts) == sides[0] * sides[1])
+    if segmentation["size"] != sides or isinstance(counts, list):
+        return segmentation["size"] == sides and sum(counts) == sides[0] * sides[1]
+    try:
+        rle.decode(segmentation)
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -223,20 +229,14 @@ def _segmentation(segmentation: Any) -> Any:
 
 
 def parse_targets(line: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One line of `Targets` as boxes float32 (I, 4), labels int64 (I,) and masks uint8 (I, height, width) of 0 and 1.
-
-    Raises BadImage where run lengths cannot be decoded.
-    """
+    """One line of `Targets` as boxes float32 (I, 4), labels int64 (I,) and masks uint8 (I, height, width) of 0 and 1."""
     boxes, labels, segmentations = zip(*json.loads(line), strict=True)
-    try:
-        masks_IHW = np.stack([rle.decode(run_lengths(segmentation, height, width)) for segmentation in segmentations])
-    except ValueError:
-        raise BadImage("the run lengths of one of its masks cannot be decoded") from None
+    masks_IHW = np.stack([rle.decode(run_lengths(segmentation, height, width)) for segmentation in segmentations])
     return np.array(boxes, np.float32), np.array(labels, np.int64), masks_IHW
 
 
 def run_lengths(segmentation: Any, height: int, width: int) -> Any:
-    """A segmentation of COCO (polygons, or run lengths of either kind) as pycocotools' compressed run lengths."""
+    """A segmentation of COCO (polygons, or run lengths of either kind) as COCO's compressed run lengths."""
     if isinstance(segmentation, list):
         return rle.merge(rle.frPyObjects(segmentation, height, width))
     return rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation

@@ -1,17 +1,16 @@
-"""A detector's detections on COCO's images, and COCO's average precision of boxes and masks, by COCO's own pycocotools.
+"""A detector's detections on COCO's images, and COCO's average precision of boxes and masks, by faster-coco-eval.
+
+Its figures are those of pycocotools (compared on real instances: equal to 2e-16), which NumPy 2 warns of and nobody mends.
 
 Each image is a batch of its own and in eval mode, so the detections do not depend on how many processes share the images.
 """
 
-import contextlib
-import io
 from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval import mask as rle
 from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
@@ -25,7 +24,7 @@ from bingo.nets.precision import autocast
 from bingo.params import CocoParams
 from bingo.progress import progress_bar
 
-MEASURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # the first six of COCOeval.stats, in its order
+MEASURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # the first six of the evaluator's stats, in its order
 MASK_THRESHOLD = 0.5
 Scores = dict[str, dict[str, float | None]]
 
@@ -71,27 +70,23 @@ def coco_scores(found: Instances, detections: list[dict[str, Any]]) -> Scores:
 
     Crowds are passed on as such: what is found in them counts neither for nor against.
     """
-    # Numbered anew: pycocotools takes the id 0 of an instance for "not matched".
+    # Numbered anew: an instance whose id is 0 would count as not matched.
     truth = [annotation | {"id": number} for number, annotation in enumerate(found.annotations, 1)]
     kinds = {"box": ("bbox", "segmentation"), "mask": ("segm", "bbox")}  # a mask's size is its own area, so its box stays out
     scores = {}
     for name, (kind, left_out) in kinds.items():
         results = [{key: value for key, value in one.items() if key != left_out} for one in detections]
-        with contextlib.redirect_stdout(io.StringIO()):
-            reference = _index(found, truth)
-            evaluation = COCOeval(reference, reference.loadRes(results) if results else _index(found, []), kind)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        figures = evaluation.stats[: len(MEASURES)].tolist()
+        reference = _index(found, truth)
+        evaluation = COCOeval_faster(reference, reference.loadRes(results) if results else _index(found, []), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        figures = [float(figure) for figure in evaluation.stats[: len(MEASURES)]]
         scores[name] = {measure: None if figure < 0 else round(100 * figure, 4) for measure, figure in zip(MEASURES, figures, strict=True)}
     return scores
 
 
 def _index(found: Instances, annotations: list[dict[str, Any]]) -> COCO:
-    """pycocotools' index of some annotations on the images of `found`; it writes into them."""
-    index = COCO()
+    """The evaluator's index of some annotations on the images of `found`; it writes into copies."""
     categories = [{"id": category} for category in found.category_ids]
-    index.dataset = {"images": found.images.entries, "categories": categories, "annotations": [dict(one) for one in annotations]}
-    index.createIndex()
-    return index
+    return COCO({"images": found.images.entries, "categories": categories, "annotations": [dict(one) for one in annotations]})
