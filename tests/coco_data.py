@@ -17,7 +17,7 @@ def make_split(root: Path, name: str, images: int, seed: int, empty: tuple[int, 
     (root / name).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
     for number in range(images):
-        height, width = (48, 64) if number % 2 else (72, 54)
+        height, width = (72, 96) if number % 2 else (108, 81)
         picture = Image.fromarray(random.integers(0, 60, (height, width, 3), dtype=np.uint8))
         image_id = 1000 - 7 * number  # ids neither from 0 nor rising
         for half in range(0 if number in empty else 2):

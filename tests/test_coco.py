@@ -78,21 +78,21 @@ def test_boxes_are_cut_at_the_edges(tmp_path):
     content["annotations"][0]["bbox"] = [-4, -5, 30, 200]
     write(tmp_path, "train", content)
     found = read(tmp_path)
-    assert parse_targets(training_targets(found).lines[0], 72, 54)[0][0].tolist() == [0, 0, 26, 72]
+    assert parse_targets(training_targets(found).lines[0], 108, 81)[0][0].tolist() == [0, 0, 26, 108]
 
 
 def test_run_lengths_of_both_kinds_are_masks(tmp_path):
     from faster_coco_eval import mask as rle
 
     content = make_split(tmp_path, "train", 1, 0)
-    wanted = np.zeros((72, 54), np.uint8)
+    wanted = np.zeros((108, 81), np.uint8)
     wanted[10:30, 5:20] = 1
     packed = rle.encode(np.asfortranarray(wanted))
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[2], wanted.T.ravel(), [2]]))))
-    content["annotations"][0]["segmentation"] = {"counts": packed["counts"].decode(), "size": [72, 54]}
-    content["annotations"][1]["segmentation"] = {"counts": runs.tolist(), "size": [72, 54]}
+    content["annotations"][0]["segmentation"] = {"counts": packed["counts"].decode(), "size": [108, 81]}
+    content["annotations"][1]["segmentation"] = {"counts": runs.tolist(), "size": [108, 81]}
     write(tmp_path, "train", content)
-    masks = parse_targets(training_targets(read(tmp_path)).lines[0], 72, 54)[2]
+    masks = parse_targets(training_targets(read(tmp_path)).lines[0], 108, 81)[2]
     assert (masks == wanted).all()
 
 
@@ -169,11 +169,11 @@ def test_exif_orientation_is_ignored(tmp_path):
         (lambda c: c["annotations"][0].update(image_id=5), "annotations.0 is of image id 5, which is not among the images"),
         (lambda c: c["images"].append(c["images"][0]), "image id 1000 is there twice"),
         (
-            lambda c: c["annotations"][0].update(segmentation={"counts": [5], "size": [72, 54]}),
+            lambda c: c["annotations"][0].update(segmentation={"counts": [5], "size": [108, 81]}),
             "annotations.0 has run lengths that do not fit image id 1000",
         ),
         (
-            lambda c: c["annotations"][0].update(segmentation={"counts": "zzzz999", "size": [72, 54]}),
+            lambda c: c["annotations"][0].update(segmentation={"counts": "zzzz999", "size": [108, 81]}),
             "annotations.0 has run lengths that do not fit image id 1000",
         ),
         (
@@ -211,7 +211,7 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path):
     make_split(tmp_path, "train", 2, 0)
     found = read(tmp_path)
     Image.new("RGB", (30, 20)).save(found.images.path(0))
-    with pytest.raises(UserError, match=r"1\.png \(image id 993\) is 30 x 20 pixels, and the annotations say 64 x 48; restore it"):
+    with pytest.raises(UserError, match=r"1\.png \(image id 993\) is 30 x 20 pixels, and the annotations say 96 x 72; restore it"):
         examples(found, [FAR])
     found.images.path(0).write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"\(image id 993\) cannot be read \(no image format is recognised in it\); restore it"):
