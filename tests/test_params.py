@@ -60,6 +60,12 @@ def test_the_shipped_file_is_valid_and_frozen():
         ("distill.lr_warmup_epochs", 99, ["distill", "less than epochs"]),
         ("distill.augment.crop_scale", [0.9, 0.2], ["distill.augment", "smaller number first"]),
         ("bagging", 3, ["bagging"]),
+        ("transfer_coco.runs", ["fpn-1x"], ["transfer_coco", "root: null", "set transfer_coco.root"]),
+        ("transfer_coco.runs", ["fnp-1x"], ["'fnp-1x'", "fpn-1x, fpn-2x, c4-1x, c4-2x", "did you mean fpn-1x"]),
+        ("transfer_coco.runs", ["c4-1x", "c4-1x"], ["names a run twice"]),
+        ("transfer_coco.schedules", {"1-x": [5]}, ["'1-x'", "letters, digits and _"]),
+        ("transfer_coco.schedules", {"1x": [5, 5]}, ["steps that rise"]),
+        ("transfer_coco.min_side_px", [800, 1400], ["max_side_px: 1333 is less than the short side 1400"]),
     ],
 )
 def test_a_mistake_names_key_value_and_what_is_allowed(key, value, said):
