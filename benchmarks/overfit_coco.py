@@ -2,8 +2,8 @@
 
 python benchmarks/overfit_coco.py --root FOLDER     # with annotations/instances_train2017.json; a few minutes on one core
 
-The student is an untrained ResNet-18 of a quarter of the width; images and heads are small. The images are the first four, by id, with two to eight
-instances; they are trained on and measured on, so the figures say nothing about detection.
+The student is an untrained ResNet-18 of a quarter of the width; images and heads are small. The images are the first four, by id,
+with two to eight instances; they are trained on and measured on, so the figures say nothing about detection.
 """
 
 import argparse
@@ -64,7 +64,14 @@ def _four(found: Instances) -> Instances:
 
 def _params() -> CocoParams:
     shipped = load_params().transfer_coco
-    small = {"batch_images": 4, "lr_warmup_steps": 20, "min_side_px": [192], "max_side_px": 320, "test_min_side_px": 192, "precision": "fp32"}
+    small = {
+        "batch_images": 4,
+        "lr_warmup_steps": 20,
+        "min_side_px": [192],
+        "max_side_px": 320,
+        "test_min_side_px": 192,
+        "precision": "fp32",
+    }
     return shipped.model_copy(update=small)
 
 

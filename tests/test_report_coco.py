@@ -23,7 +23,7 @@ def test_measured_and_published_figures_are_in_their_rows(tmp_path):
     assert own[:-1] == [f"{10.0 + i:.1f}" for i in range(11)]
     assert own[-1] == "–unknown"
     published = page.rows["ResNet-18 by BINGOpublished, fpn-1x"]
-    assert published == "32.0 51.0 34.7 17.1 34.1 42.0 29.6 48.2 31.5 12.8 30.8 43.0".split()
+    assert published == ["32.0", "51.0", "34.7", "17.1", "34.1", "42.0", "29.6", "48.2", "31.5", "12.8", "30.8", "43.0"]
     assert [row.label for row in coco_rows(a)][1:] == ["ResNet-18 by MoCo-v2", "ResNet-18 by BINGO"]
     assert len(page.all("caption")) == len(page.all("table"))
 
