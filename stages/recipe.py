@@ -21,6 +21,7 @@ GROUPS = {
     "imagenet-r34-": "ImageNet, ResNet-34",
     "imagenet-effb0-": "ImageNet, EfficientNet-B0",
     "imagenet-mobv3-": "ImageNet, MobileNet-v3-large",
+    "coco-": "COCO, beside an ImageNet recipe",
     "parts/": "Parts that recipes include",
     "": "Small datasets",
 }

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from stages.recipe_costs import estimate_lines, images_line, in_bytes, known_counts, whole_estimate
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bingo.dry_run import DryTraining
     from bingo.estimates import Counts
     from bingo.nets.teachers import Teacher
@@ -28,12 +30,26 @@ def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[
     student = dry_student(params, teacher)
     network = params.student
     say(f"student: {network.arch} x {network.width:g} at {params.image.crop_px} px, {_millions(student.method.student)}")
+    if params.transfer_coco.runs:
+        missing += _missing_coco(params, student.method.student)
     terms = ", ".join(f"{name} {value:.4g}" for name, value in student.step().items())
     say(f"step: {student.name} on {student.anchors} anchors of fabricated images: {terms}")
     if counts is not None:
         for line in _cost_lines(params, counts, teacher, student):
             say(line)
     return missing
+
+
+def _missing_coco(params: "Params", student: "nn.Module") -> list[str]:
+    """What of COCO is not there. Raises UserError where the student is no backbone of a detector."""
+    from bingo.nets.detector import check_student
+
+    check_student(student)
+    coco = params.transfer_coco
+    parts = (coco.train_images, coco.train_annotations, coco.val_images, coco.val_annotations)
+    missing = [part for part in parts if not (Path(str(coco.root)) / part).exists()]
+    where = f"transfer_coco.root = {coco.root}: there is no {', no '.join(missing)}"
+    return [f"{where}; COCO 2017 is published by cocodataset.org, set transfer_coco.root to its folder"] if missing else []
 
 
 def _missing_images(params: "Params", about: "About") -> str:

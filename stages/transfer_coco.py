@@ -49,7 +49,8 @@ def _transfer(run: Run, name: str, student: Any, device: "torch.device") -> None
     from bingo.checkpoints import Checkpoints
     from bingo.data.coco import training_targets
     from bingo.evals.detection import DetectorTrainer
-    from bingo.nets.detector import build_detector
+    from bingo.nets.checkpoint import weights_sha256
+    from bingo.nets.detector import build_detector, student_inside
 
     params, image = run.params.transfer_coco, run.params.image
     head, _, schedule = name.partition("-")
@@ -60,6 +61,8 @@ def _transfer(run: Run, name: str, student: Any, device: "torch.device") -> None
     del train  # COCO's annotations take gigabytes
     seed_value = seeds.torch_seed(run.params.seed, "detector")
     detector = build_detector(student, head, len(val.category_ids), image.mean, image.std, seed_value)
+    made_from["student"]["weights_sha256"] = weights_sha256(student_inside(detector))
+    run.say(f"{run.stage}: starts from the student's weights, sha256 {made_from['student']['weights_sha256']}")
     with state_folder(run.stage, {**made_from, "code": code_fingerprint("transfer_coco", name)}) as folder:
         trainer = DetectorTrainer(
             detector, images, targets, params, params.schedules[schedule], run.params.seed, device,

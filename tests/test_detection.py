@@ -1,7 +1,11 @@
 """Mask R-CNN on the student: its weights are inside, steps are what they should be, killed equals whole, two processes share a batch."""
 
+import hashlib
+import math
 import os
 import socket
+import struct
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +14,9 @@ import pytest
 import torch
 from coco_data import CATEGORIES, crowd, make_split, write
 from faster_coco_eval import mask as rle
+from safetensors.torch import load_file
 from torch import nn
+from torchvision.models.detection import roi_heads
 
 from bingo import distributed
 from bingo.checkpoints import Checkpoints
@@ -20,12 +26,14 @@ from bingo.evals import detection
 from bingo.evals.detection import DetectorTrainer, plan_steps, sgd
 from bingo.evals.detection_scores import coco_scores, detect
 from bingo.nets.backbones import build_backbone
-from bingo.nets.detector import DetectorSettings, build_detector, keep_sampling
+from bingo.nets.checkpoint import weights_sha256
+from bingo.nets.detector import DetectorSettings, build_detector, keep_sampling, student_inside
 from bingo.nets.students import load_student, save_student
 from bingo.params import load_params
 from bingo.schedules import step_lr
 
 CPU = torch.device("cpu")
+REAL = Path(__file__).parent.parent.parent / "shared/data/coco-tiny.tar.xz"
 PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
 SMALL = {
     "batch_images": 2, "lr": 0.02, "lr_warmup_steps": 2, "min_side_px": [64, 80], "max_side_px": 160, "test_min_side_px": 64,
@@ -48,15 +56,16 @@ def read(root: Path) -> Instances:
     return read_instances(root / "annotations/instances_train.json", root / "train", "key")
 
 
-def tiny(head: str = "fpn", seed: int = 0):
-    return build_detector(build_backbone("resnet18", 0.25, "imagenet", seed), head, 3, MEAN, STD, seed, TINY[head])
+def tiny(head: str = "fpn", seed: int = 0, classes: int = 3):
+    return build_detector(build_backbone("resnet18", 0.25, "imagenet", seed), head, classes, MEAN, STD, seed, TINY[head])
 
 
 def trainer(found: Instances, folder: Path, steps: int = 6, head: str = "fpn", **changes) -> DetectorTrainer:
     params = COCO.model_copy(update=changes)
     checkpoints = Checkpoints(folder, every_seconds=1e9)
     schedule = [max(1, steps - 2), steps]
-    return DetectorTrainer(tiny(head), found.images, training_targets(found), params, schedule, 0, CPU, checkpoints, workers=0)
+    detector = tiny(head, classes=len(found.category_ids))
+    return DetectorTrainer(detector, found.images, training_targets(found), params, schedule, 0, CPU, checkpoints, workers=0)
 
 
 def batch_of(found: Instances, rows: list[int]) -> tuple[list, list]:
@@ -83,11 +92,20 @@ def test_the_detector_starts_from_the_students_file(tmp_path, head, arch, width)
             buffer += 1 if buffer.dtype == torch.int64 else 0.5  # statistics that are not the initial ones
     save_student(tmp_path / "s.safetensors", tmp_path / "h.safetensors", trained, nn.Identity(), network, PARAMS.image, {})
     student, _ = load_student(tmp_path / "s.safetensors", network)
-    inside = build_detector(student, head, 3, MEAN, STD, 0, TINY[head]).state_dict()
+    detector = build_detector(student, head, 3, MEAN, STD, 0, TINY[head])
+    assert weights_sha256(student_inside(detector)) == weights_sha256(load_file(tmp_path / "s.safetensors"))
+    inside = detector.state_dict()
     prefixes = {"fpn": ("backbone.body.",), "c4": ("backbone.", "roi_heads.box_head.")}[head]
     for name, tensor in trained.state_dict().items():
         (place,) = [prefix + name for prefix in prefixes if prefix + name in inside]
         assert torch.equal(inside[place], tensor), name
+
+
+def test_the_checksum_is_of_names_kinds_shapes_and_bytes():
+    state = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor(3)}
+    wanted = hashlib.sha256(b"a torch.int64 []\n" + struct.pack("<q", 3) + b"b torch.float32 [2, 3]\n" + struct.pack("<6f", *range(6)))
+    assert weights_sha256(state) == wanted.hexdigest()
+    assert weights_sha256({"a": state["a"], "b": state["b"].T.contiguous().T}) == wanted.hexdigest()
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet10t"])
@@ -224,6 +242,60 @@ def test_c4_sees_each_region_once_and_learns_masks_of_the_foreground(found, monk
     assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
 
 
+def regions_by_torchvision(found: Instances, train: bool) -> tuple[list, list]:
+    """What our region heads of the pyramid give for some features and proposals, and what torchvision's own give."""
+    images, targets = batch_of(found, [0, 1])
+    net = tiny().train(train)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    net.roi_heads.score_thresh = 0.0
+    batch, _ = net.transform(images)
+    with torch.no_grad():
+        features = net.backbone(batch.tensors)
+        keep_sampling(net, [5, 6])
+        proposals, _ = net.rpn(batch, features, targets)
+        arguments = (features, proposals, batch.image_sizes, targets)
+        return net.roi_heads(*arguments), roi_heads.RoIHeads.forward(net.roi_heads, *arguments)
+
+
+def test_the_pyramids_heads_detect_as_torchvisions_own(found):
+    (ours, _), (wanted, _) = regions_by_torchvision(found, train=False)
+    assert min(len(of_image["boxes"]) for of_image in ours) > 20
+    for one, other in zip(ours, wanted, strict=True):
+        assert set(one) == set(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_pyramids_losses_are_torchvisions_but_boxes_are_learned_by_plain_l1(found, monkeypatch):
+    bends = []
+    smooth = roi_heads.F.smooth_l1_loss
+
+    def spy(own, wanted, **settings):
+        bends.append((own - wanted).abs().sum())
+        return smooth(own, wanted, **settings)
+
+    monkeypatch.setattr(roi_heads.F, "smooth_l1_loss", spy)
+    (_, ours), (_, wanted) = regions_by_torchvision(found, train=True)
+    assert torch.equal(ours["loss_classifier"], wanted["loss_classifier"])
+    assert torch.equal(ours["loss_mask"], wanted["loss_mask"])
+    assert ours["loss_box_reg"].item() == pytest.approx(bends[0].item() / (2 * FPN.sampled_regions))
+
+
+def test_the_proposals_losses_are_detectron2s():
+    """Sums over the sampled anchors, divided by the 256 (here 32) that each image was to have, though it has fewer."""
+    net = tiny()
+    keep_sampling(net, [1, 2])
+    labels = [torch.tensor([1.0, 0.0, -1.0, 0.0]), torch.tensor([0.0, -1.0, 1.0, 1.0])]
+    scores, deltas, wanted = torch.randn(8, 1), torch.randn(8, 4), torch.randn(8, 4)
+    score_loss, box_loss = net.rpn.compute_loss(scores, deltas, labels, [wanted[:4], wanted[4:]])
+    truth, values = torch.cat(labels).tolist(), scores[:, 0].tolist()
+    entropies = [math.log1p(math.exp(-x if label else x)) for x, label in zip(values, truth, strict=True) if label >= 0]
+    offsets = [abs(deltas[i, k].item() - wanted[i, k].item()) for i in range(8) if truth[i] == 1 for k in range(4)]
+    assert score_loss.item() == pytest.approx(sum(entropies) / 64, rel=1e-5)
+    assert box_loss.item() == pytest.approx(sum(offsets) / 64, rel=1e-5)
+
+
 # Steps.
 
 
@@ -291,6 +363,18 @@ def test_a_few_steps_lower_the_loss(found, tmp_path, head):
         terms = [value for name, value in record.items() if name.startswith("loss_")]
         assert len(terms) == 5
         assert sum(terms) == pytest.approx(record["loss"], abs=1e-4)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs shared/data/coco-tiny.tar.xz beside the repository")
+def test_real_images_are_trained_on_and_measured(tmp_path):
+    with tarfile.open(REAL) as file:
+        file.extractall(tmp_path, filter="data")
+    found = read_instances(tmp_path / "annotations/instances_val2017.json", tmp_path / "images/val2017", "key")
+    run = trainer(found, tmp_path / "run", 6, batch_images=4, lr=0.01)
+    losses = [record["loss"] for record in run.run().history]
+    assert np.mean(losses[-2:]) < losses[0]
+    few = Instances(replace(found.images, entries=found.images.entries[:3]), found.annotations, found.category_ids, found.fingerprint)
+    assert {one["category_id"] for one in detect(run.detector, few, run.params, CPU, "test", 0)} <= set(found.category_ids)
 
 
 @pytest.mark.parametrize(("head", "stop_step"), [("fpn", 3), ("c4", 2)])

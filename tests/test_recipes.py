@@ -323,6 +323,34 @@ def test_check_of_the_shipped_parameters_finds_all_there(clone):
     assert {path.name for path in clone.iterdir()} == {"params.yaml", "recipes"}
 
 
+def test_the_coco_recipes_are_detectron2s_settings(clone):
+    """By hand from mask_rcnn_R_50_FPN_1x and _3x's family: 16 images a step, 90k and 180k steps, short sides 640 to 800."""
+    assert (resolved("coco-fpn").transfer_coco.runs, resolved("coco-c4").transfer_coco.runs) == (["fpn-1x", "fpn-2x"], ["c4-2x"])
+    for name in ("coco-fpn", "coco-c4"):
+        coco = resolved(name).transfer_coco
+        assert coco.schedules == {"1x": [60000, 80000, 90000], "2x": [120000, 160000, 180000]}
+        assert (coco.batch_images, coco.lr, coco.lr_warmup_steps, coco.sgd_momentum, coco.weight_decay) == (16, 0.02, 1000, 0.9, 1e-4)
+        assert (coco.min_side_px, coco.max_side_px, coco.test_min_side_px) == (list(range(640, 801, 32)), 1333, 800)
+        assert coco.sync_batchnorm
+    for name in ("imagenet-r18-bingo-r50-800ep", "coco-fpn"):
+        assert call("use", name).exit_code == 0
+    params = load_params("params.yaml")
+    assert (params.student.arch, params.student.stem, params.transfer_coco.root) == ("resnet18", "imagenet", "data/coco")
+
+
+def test_check_names_what_of_coco_is_missing_and_a_student_that_cannot_be_used(clone):
+    overlay = "# x\nstudent: {arch: resnet18, width: 0.125, stem: %s}\ntransfer_coco: {runs: [fpn-1x], root: coco}\n"
+    (clone / "recipes").unlink()
+    write(clone / "recipes", fits=overlay % "imagenet", small=overlay % "small")
+    (clone / "coco/val2017").mkdir(parents=True)
+    (line,) = [line for line in call("check", "fits").stdout.splitlines() if "coco" in line]
+    missing = "no train2017, no annotations/instances_train2017.json, no annotations/instances_val2017.json"
+    assert line.startswith(f"missing: transfer_coco.root = coco: there is {missing}; COCO 2017 is published by cocodataset.org")
+    result = call("check", "small")
+    assert result.exit_code == 2
+    assert "student.stem = small: its maps are too large" in result.output
+
+
 def test_check_names_what_is_missing(clone):
     before = Path("params.yaml").read_bytes()
     result = call("check", "imagenet-mobv3-moco")

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 from coco_data import CATEGORIES, make_split, write
+from safetensors.torch import load_file
 from torch import nn
 from workspace import ROOT, Stages, Workspace, environment, new_workspace, stage_server, until
 
 from bingo.nets.backbones import build_backbone
-from bingo.nets.checkpoint import load_network
+from bingo.nets.checkpoint import load_network, weights_sha256
 from bingo.nets.students import save_student
 from bingo.params import load_params
 
@@ -64,6 +65,8 @@ def reference(made) -> dict[str, bytes]:
     done = made.done(STAGE, **ALONE)
     assert "transfer_coco-c4-short: 5 images to learn from; left out: 0 images with nothing to learn, 0 crowds" in done.out
     assert "transfer_coco-c4-short: box: AP " in done.out
+    inside = weights_sha256(load_file(made.root / "models/student.safetensors"))  # of the detector before the first step, too
+    assert f"transfer_coco-c4-short: starts from the student's weights, sha256 {inside}" in done.out
     return made.files(*OUTPUTS)
 
 
@@ -87,6 +90,7 @@ def test_the_outputs_are_what_others_read(made, reference):
     assert state["roi_heads.box_predictor.cls_score.weight"].shape[0] == len(CATEGORIES) + 1
     assert (metadata["kind"], metadata["run"], metadata["category_ids"]) == ("detector", "c4-short", CATEGORIES)
     assert str(made.root) not in json.dumps(metadata)
+    assert metadata["student"]["weights_sha256"] == weights_sha256(load_file(made.root / "models/student.safetensors"))
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(workspace, reference):

@@ -1,5 +1,6 @@
 """BINGO's own network files: safetensors with one JSON entry; equal content has equal bytes, and nothing is unpickled."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,6 +45,15 @@ def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (KeyError, ValueError):
         pass
     raise UserError(f"{path}: holds no BINGO metadata, so BINGO did not write it; give another, or run: dvc repro")
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """64 hex digits that name tensors by name, dtype, shape and bytes, in whatever order and file they are."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

@@ -3,11 +3,12 @@
 Heads (`SETTINGS`): `fpn`, a feature pyramid over the four stages (detectron2's mask_rcnn_R_50_FPN configs with RESNETS.NORM and
 FPN.NORM SyncBN; ROI_BOX_HEAD.NORM concerns convolutions, and this box head has none), and `c4`, regions of the third stage's map
 through the network's own fourth stage and one more BatchNorm (MoCo's coco_R_50_C4_2x, Res5ROIHeadsExtraNorm; basic blocks stay basic
-blocks). Nothing is frozen.
+blocks). Nothing is frozen, gradients are not clipped, and boxes are learned by plain L1 (SMOOTH_L1_BETA 0; torchvision's own heads bend
+it at 1/9).
 
-Where torchvision differs from detectron2: smooth L1 bends at 1/9 (there at 0, plain L1) in both box losses; RoIAlign does not shift by
-half a pixel (`aligned`); anchors are rounded to whole pixels; masks are learned from bitmaps at the resized image's resolution and not
-from polygons; new layers have torchvision's initial weights; BatchNorm's statistics are not recomputed before the test (PRECISE_BN).
+What remains of torchvision: RoIAlign does not shift by half a pixel (`aligned`; detectron2's Detectron1-Comparisons finds no difference
+in AP); anchors are rounded to whole pixels; masks are learned from bitmaps at the resized image's resolution and not from polygons; new
+layers have torchvision's initial weights; BatchNorm's statistics are not recomputed before the test (PRECISE_BN).
 """
 
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
 from torchvision.models import ResNet as TorchvisionResNet
@@ -92,6 +94,14 @@ def keep_sampling(detector: GeneralizedRCNN, keys_B: Sequence[int]) -> None:
         cast(Any, part).fg_bg_sampler.keys_B = list(keys_B)
 
 
+def student_inside(detector: nn.Module) -> dict[str, Tensor]:
+    """The student's weights and statistics in a detector of `build_detector`, under the student's own names."""
+    state = detector.state_dict()
+    body = "backbone.body." if any(name.startswith("backbone.body.") for name in state) else "backbone."
+    places = {body: body, "roi_heads.box_head.layer4.": "roi_heads.box_head."}
+    return {name.removeprefix(prefix): state[name] for start, prefix in places.items() for name in state if name.startswith(start)}
+
+
 def check_student(student: nn.Module) -> None:
     """Raises UserError for a network that is no ResNet of timm or torchvision, or has a stem for small images."""
     if not isinstance(student, TimmResNet | TorchvisionResNet):
@@ -120,7 +130,7 @@ def _fpn(student: nn.Module, classes: int, chosen: DetectorSettings) -> tuple[nn
     levels = dict(zip(_STAGES, _LEVELS, strict=True))
     backbone = BackboneWithFPN(student, levels, _stage_widths(student), chosen.channels, norm_layer=nn.BatchNorm2d)
     box_pool, mask_pool = MultiScaleRoIAlign(_LEVELS, 7, 0), MultiScaleRoIAlign(_LEVELS, 14, 0)
-    regions = roi_heads.RoIHeads(
+    regions = Regions(
         box_pool, TwoMLPHead(chosen.channels * 7 * 7, chosen.hidden), FastRCNNPredictor(chosen.hidden, classes + 1),
         **_region_settings(chosen), mask_roi_pool=mask_pool, mask_head=MaskRCNNHeads(chosen.channels, (chosen.channels,) * 4, 1),
         mask_predictor=MaskRCNNPredictor(chosen.channels, chosen.channels, classes + 1),
@@ -134,8 +144,8 @@ def _c4(student: nn.Module, classes: int, chosen: DetectorSettings) -> tuple[nn.
     names = [name for name, _ in student.named_children()]
     backbone = nn.Sequential(OrderedDict((name, student.get_submodule(name)) for name in names[: names.index("layer4")]))
     res5 = nn.Sequential(OrderedDict(layer4=student.get_submodule("layer4"), norm=nn.BatchNorm2d(width_c5)))
-    regions = SharedRegions(
-        MultiScaleRoIAlign(["0"], 14, 0), res5, FastRCNNPredictor(width_c5, classes + 1), **_region_settings(chosen),
+    regions = Regions(
+        MultiScaleRoIAlign(["0"], 14, 0), res5, _MapPredictor(width_c5, classes + 1), **_region_settings(chosen),
         mask_predictor=MaskRCNNPredictor(width_c5, chosen.channels, classes + 1),
     )  # fmt: skip
     regions.fg_bg_sampler = _KeyedSampler(chosen.sampled_regions, 0.25)
@@ -146,7 +156,7 @@ def _proposals(channels: int, chosen: DetectorSettings) -> RegionProposalNetwork
     anchors = AnchorGenerator(chosen.anchor_px, (_RATIOS,) * len(chosen.anchor_px))
     before, after = ({"training": top[0], "testing": top[1]} for top in (chosen.pre_nms_top, chosen.post_nms_top))
     head = RPNHead(channels, anchors.num_anchors_per_location()[0])
-    rpn = RegionProposalNetwork(anchors, head, 0.7, 0.3, chosen.sampled_anchors, 0.5, before, after, 0.7)
+    rpn = _Proposals(anchors, head, 0.7, 0.3, chosen.sampled_anchors, 0.5, before, after, 0.7)
     rpn.fg_bg_sampler = _KeyedSampler(chosen.sampled_anchors, 0.5)
     return rpn
 
@@ -158,10 +168,35 @@ def _region_settings(chosen: DetectorSettings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class SharedRegions(roi_heads.RoIHeads):
-    """Region heads of the C4 kind: boxes and masks share what the fourth stage makes of a region.
+def box_loss(deltas_R4: Tensor, wanted_R4: Tensor, regions: int) -> Tensor:
+    """L1 of the foreground's box offsets, over the number of all sampled regions (detectron2, modeling/box_regression.py)."""
+    return F.l1_loss(deltas_R4, wanted_R4, reduction="sum") / regions
 
-    In training the mask branch takes the foreground's rows of the very same maps, as detectron2's Res5ROIHeads does, so
+
+class _Proposals(RegionProposalNetwork):
+    """torchvision's region proposals with detectron2's losses: plain L1, over the number of anchors that were to be sampled."""
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of objectness and boxes; all anchors of all images in a row, images' labels 1, 0 and -1 (neither)."""
+        positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
+        sampled, number = positive | negative, self.fg_bg_sampler.batch_size_per_image * len(labels)
+        scores, truth = objectness.flatten()[sampled], torch.cat(labels)[sampled]
+        score_loss = F.binary_cross_entropy_with_logits(scores, truth, reduction="sum") / number
+        return score_loss, box_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], number)
+
+
+class _MapPredictor(FastRCNNPredictor):
+    """Classes and boxes from a region's map (R, C, 7, 7), by its mean."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x.mean(dim=(2, 3)))
+
+
+class Regions(roi_heads.RoIHeads):
+    """Region heads of both kinds, with plain L1 for boxes. Without a mask head (C4) boxes and masks share what the fourth stage makes
+    of a region: in training the mask branch takes the foreground's rows of the very same maps, as detectron2's Res5ROIHeads does, so
     BatchNorm sees each region once.
     """
 
@@ -170,25 +205,40 @@ class SharedRegions(roi_heads.RoIHeads):
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detections in eval mode, losses in training, as torchvision's RoIHeads gives them."""
         if self.training:
-            proposals, matched, labels, wanted = self.select_training_samples(proposals, targets)
-            maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-            logits, deltas = self.box_predictor(maps.mean(dim=(2, 3)))
-            class_loss, box_loss = roi_heads.fastrcnn_loss(logits, deltas, labels, wanted)
-            positive = [of_image > 0 for of_image in labels]
-            mask_loss = roi_heads.maskrcnn_loss(
-                self.mask_predictor(maps[torch.cat(positive)]),
-                [boxes[keep] for boxes, keep in zip(proposals, positive, strict=True)],
-                [target["masks"] for target in targets],
-                [target["labels"] for target in targets],
-                [indices[keep] for indices, keep in zip(matched, positive, strict=True)],
-            )
-            return [], {"loss_classifier": class_loss, "loss_box_reg": box_loss, "loss_mask": mask_loss}
+            return [], self._losses(features, proposals, image_shapes, targets)
         maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        boxes, scores, labels = self.postprocess_detections(*self.box_predictor(maps.mean(dim=(2, 3))), proposals, image_shapes)
-        maps = self.box_head(self.box_roi_pool(features, boxes, image_shapes))
-        masks = roi_heads.maskrcnn_inference(self.mask_predictor(maps), labels)
+        boxes, scores, labels = self.postprocess_detections(*self.box_predictor(maps), proposals, image_shapes)
+        masks = roi_heads.maskrcnn_inference(self.mask_predictor(self._mask_maps(features, boxes, image_shapes)), labels)
         found = zip(boxes, labels, scores, masks, strict=True)
         return [dict(zip(("boxes", "labels", "scores", "masks"), of_image, strict=True)) for of_image in found], {}
+
+    def _losses(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]], targets: Any
+    ) -> dict[str, Tensor]:
+        proposals, matched, labels, wanted = self.select_training_samples(proposals, targets)
+        maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
+        logits, deltas = self.box_predictor(maps)
+        labels_R = torch.cat(labels)
+        front = labels_R > 0
+        own_deltas_R4 = deltas.unflatten(1, (-1, 4))[front, labels_R[front]]
+        kept = [of_image > 0 for of_image in labels]
+        boxes = [of_image[keep] for of_image, keep in zip(proposals, kept, strict=True)]
+        mask_maps = maps[front] if self.mask_head is None else self._mask_maps(features, boxes, image_shapes)
+        mask_loss = roi_heads.maskrcnn_loss(
+            self.mask_predictor(mask_maps), boxes, [target["masks"] for target in targets], [target["labels"] for target in targets],
+            [of_image[keep] for of_image, keep in zip(matched, kept, strict=True)],
+        )  # fmt: skip
+        return {
+            "loss_classifier": F.cross_entropy(logits, labels_R),
+            "loss_box_reg": box_loss(own_deltas_R4, torch.cat(wanted)[front], len(labels_R)),
+            "loss_mask": mask_loss,
+        }
+
+    def _mask_maps(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """What the mask predictor sees of boxes."""
+        if self.mask_head is None:
+            return self.box_head(self.box_roi_pool(features, boxes, image_shapes))
+        return self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
 
 
 class _KeyedSampler(BalancedPositiveNegativeSampler):
