@@ -1,12 +1,15 @@
 """Several processes, with one process as the ordinary case: nothing above this file asks whether there is a group."""
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def rank() -> int:
@@ -67,6 +70,15 @@ def mean(x: Tensor) -> Tensor:
     return x / world()
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum over processes of a tensor that each of them holds."""
+    if world() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
 def any_true(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true on any process."""
     if world() == 1:
@@ -80,3 +92,13 @@ def own_share(rows_N):
     """This process's consecutive share of the rows of a global batch, whose length the number of processes divides."""
     share = len(rows_N) // world()
     return rows_N[rank() * share : (rank() + 1) * share]
+
+
+def averaging_gradients(network: nn.Module, device: torch.device) -> nn.Module:
+    """`network` such that a backward pass leaves the mean of all processes' gradients; each keeps its own buffers."""
+    if world() == 1:
+        return network
+    # The argument that says whose buffers count changed its name in torch 2.15.
+    names = inspect.signature(DistributedDataParallel).parameters
+    own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None, **own_buffers)

@@ -40,6 +40,7 @@ class Artefacts:
     `terms` and `curves` have a key for each training: teacher, distill, baseline-METHOD.
     `knn` is {net: {knn_K, knn_K_weighted}}, `linear` is {protocol: {net: {top1_last, top5_last, top1_best, top5_best,
     best_epoch}}} with the protocols cached and crops, `bag_metrics` is what `bag_metrics.bag_metrics` returns.
+    `semi` and `transfer` are by name what reports/semi and reports/transfer hold, each {nets: {net: {protocol: {top1_last, ..}}}, ..}.
     """
 
     params: Params
@@ -54,6 +55,8 @@ class Artefacts:
     linear: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     terms: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, Curves] = field(default_factory=dict)
+    semi: dict[str, dict[str, Any]] = field(default_factory=dict)
+    transfer: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Learning rates as pure functions of the step: a plot of them costs no training."""
 
 import math
+from collections.abc import Sequence
 
 
 def cosine_lr(step: int, total_steps: int, base_lr: float, warmup_steps: int = 0, final_lr: float = 0.0) -> float:
@@ -13,3 +14,8 @@ def cosine_lr(step: int, total_steps: int, base_lr: float, warmup_steps: int = 0
         return base_lr * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return final_lr + 0.5 * (base_lr - final_lr) * (1 + math.cos(math.pi * done))
+
+
+def stepped_lr(epoch: int, base_lr: float, drop_epochs: Sequence[int], factor: float) -> float:
+    """`base_lr` times `factor` for each of `drop_epochs` that has come: constant where there is none. Epochs count from 0."""
+    return base_lr * factor ** sum(epoch >= drop for drop in drop_epochs)

@@ -4,7 +4,6 @@ Every random choice is a function of (seed, purpose, epoch, row), so a run that 
 ends with the same bytes as one that was not.
 """
 
-import inspect
 import signal
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from bingo import distributed
 from bingo.batches import Batches
@@ -58,13 +56,7 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             trained, lr=schedule.lr, momentum=schedule.sgd_momentum, weight_decay=schedule.weight_decay, fused=True
         )
-        self.network: nn.Module = self.method
-        if distributed.world() > 1:
-            ids = [device] if device.type == "cuda" else None
-            # Each process keeps its own BatchNorm statistics; the argument that says so changed its name in torch 2.15.
-            names = inspect.signature(DistributedDataParallel).parameters
-            own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-            self.network = DistributedDataParallel(self.method, device_ids=ids, **own_buffers)
+        self.network = distributed.averaging_gradients(self.method, device)  # each process keeps its own BatchNorm statistics
         self.sums: dict[str, Tensor] = {}
         self.step, self.result = 0, Result()
         self.stopping = False

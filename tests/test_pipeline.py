@@ -77,7 +77,7 @@ def test_the_teacher_depends_on_its_format_alone(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_a_description_and_a_module_of_its_name(stage):
     assert definition(stage).get("desc")
-    assert re.fullmatch(rf"exec python -m stages\.{stage}( \$\{{item\}})?", definition(stage)["cmd"])
+    assert re.fullmatch(rf"exec python -m stages\.{stage}( \$\{{(item|key)\}})?", definition(stage)["cmd"])
     assert (ROOT / f"stages/{stage}.py").is_file()
 
 
@@ -114,6 +114,14 @@ def test_no_parameter_has_a_name_that_dvc_ignores():
                 yield from names(value)
 
     assert not {"size", "nfiles"} & set(names(read_yaml(ROOT / "params.yaml")))
+
+
+@pytest.mark.parametrize(("stage", "section", "named"), [("semi_eval", "semi_eval", "splits"), ("transfer_cifar", "transfer", "datasets")])
+def test_an_item_of_a_section_depends_on_every_key_beside_the_items(stage, section, named):
+    listed = {param for param in STAGES[stage]["do"]["params"] if param.startswith(f"{section}.")}
+    keys = set(read_yaml(ROOT / "params.yaml")[section]) - {named}
+    assert listed == {f"{section}.{key}" for key in keys} | {f"{section}.{named}.${{key}}"}
+    assert STAGES[stage]["foreach"] == f"${{{section}.{named}}}"
 
 
 def test_a_baseline_depends_on_every_key_of_distill_but_method_and_keys():
