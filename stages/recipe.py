@@ -21,6 +21,7 @@ GROUPS = {
     "imagenet-r34-": "ImageNet, ResNet-34",
     "imagenet-effb0-": "ImageNet, EfficientNet-B0",
     "imagenet-mobv3-": "ImageNet, MobileNet-v3-large",
+    "downstream-": "Few labels and transfer, of whatever student params.yaml trains",
     "parts/": "Parts that recipes include",
     "": "Small datasets",
 }

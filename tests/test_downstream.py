@@ -16,6 +16,7 @@ from workspace import Stages, Workspace, new_workspace, stage_server, until
 from bingo.checkpoints import Checkpoints
 from bingo.data.images import open_images
 from bingo.data.listing import read_listing
+from bingo.errors import UserError
 from bingo.evals.finetune import ClassifierTrainer, Task, random_crops
 from bingo.nets.backbones import build_backbone
 from bingo.nets.students import save_student
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 SPLIT = {"percent": 10.0, "list_file": None, "trunk_lr": 0.05, "head_lr": 0.2, "linear_lr": 1.0}
 TUNE = {"epochs": 4, "batch_images": 16, "weight_decay": 0.0, "nesterov": False, "drop_epochs": None, "drop_factor": 1.0}
 CIFAR = {"source": "cifar10", "root": "cifar", "store_px": 32, "train_images": None, "test_images": None}
+DIGITS = {"source": "digits", "root": None, "store_px": 24, "train_images": 40, "test_images": 20}
 CHANGES = {
     "dataset.train_images": 800,
     "dataset.test_images": 100,
@@ -212,3 +214,47 @@ def test_a_student_that_is_missing_is_told_first(workspace):
     (workspace.root / "models/student.safetensors").unlink()
     workspace.edit({"transfer.datasets": {"cifar10": CIFAR}})
     refused(workspace, "transfer_cifar", "models/student.safetensors: cannot be read (there is no such file)")
+
+
+@pytest.mark.parametrize("stage", ["semi_eval", "transfer_cifar"])
+def test_a_student_of_another_architecture_is_one_line(workspace, stage):
+    workspace.edit({"student.arch": "resnet18", "transfer.datasets": {"cifar10": CIFAR}})
+    wanted = "models/student.safetensors: student.arch = resnet18, this network has resnet10t; run the stage that writes it: dvc repro"
+    refused(workspace, stage, wanted)
+    (workspace.root / "models/student.safetensors").write_bytes(b"nothing")
+    refused(workspace, stage, "models/student.safetensors: ")
+
+
+def test_lists_and_listings_that_are_missing_are_one_line(workspace):
+    split = {**SPLIT, "list_file": "lists/10percent.txt"}
+    workspace.edit({"semi_eval.splits": {"percent_10": split}})
+    wanted = (
+        "semi_eval.splits.percent_10.list_file = lists/10percent.txt: cannot be read (No such file or directory); name a list of images"
+    )
+    refused(workspace, "semi_eval", wanted)
+    (workspace.root / "data/listing.parquet").unlink()
+    refused(workspace, "semi_eval percent_10", "data/listing.parquet: ")
+
+
+def test_cifar_that_is_neither_there_nor_to_be_had_is_one_line(workspace, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    workspace.edit({"transfer.datasets": {"cifar100": {**CIFAR, "source": "cifar100"}}})
+    monkeypatch.chdir(workspace.root)
+    with pytest.raises(UserError) as caught:
+        transfer_cifar._judge(Run("transfer_cifar", load_params()), "cifar100", torch.device("cpu"))
+    (line,) = caught.value.lines
+    assert line.startswith("transfer.datasets.cifar100.root = cifar: cifar100 is not there and cannot be downloaded (no network); put the")
+
+
+def test_a_protocol_whose_images_the_student_cannot_take_is_one_line(workspace):
+    workspace.edit({"transfer.datasets": {"digits": DIGITS}, "student.arch": "vit_tiny_patch16_224", "student.width": 1.0})
+    workspace.edit({"student.stem": "imagenet", "transfer.nets": ["untrained"], "transfer.resized_px": 41})
+    wanted = (
+        "transfer.protocols = linear_resized: vit_tiny_patch16_224 takes no images of 41 px; leave linear_resized out, or set transfer."
+    )
+    done = workspace.run("transfer_cifar")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert done.err.startswith(f"error: {wanted}"), done.err
