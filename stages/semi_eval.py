@@ -47,9 +47,8 @@ def _judge(run: Run, name: str, split: "SplitParams", device: "torch.device") ->
     listing, semi = read_listing(paths.LISTING), run.params.semi_eval
     if not listing.labelled or listing.train_rows == len(listing):
         raise UserError("semi_eval: the listing has no labelled test images; sort the images into classes, or empty semi_eval.splits")
-    rows_L = _labelled_rows(run, listing, name, split)
+    nets, rows_L = backbones(run, semi.nets), _labelled_rows(run, listing, name, split)
     run.say(f"semi_eval: {name}: {len(rows_L):,} of {listing.train_rows:,} labels")
-    nets = backbones(run, semi.nets)
     values = {
         "params": [judged(run, semi.finetune, semi.linear, split), semi.crop_scale, semi.flip_p, semi.precision],
         "inputs": [listing.fingerprint, backbone_files(semi.nets), rows_L.tolist()],

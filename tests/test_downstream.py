@@ -255,6 +255,4 @@ def test_a_protocol_whose_images_the_student_cannot_take_is_one_line(workspace):
     wanted = (
         "transfer.protocols = linear_resized: vit_tiny_patch16_224 takes no images of 41 px; leave linear_resized out, or set transfer."
     )
-    done = workspace.run("transfer_cifar")
-    assert (done.status, done.err.count("\n")) == (2, 1)
-    assert done.err.startswith(f"error: {wanted}"), done.err
+    refused_late(workspace, "transfer_cifar", wanted)

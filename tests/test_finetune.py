@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from bingo import distributed, seeds
@@ -99,6 +100,36 @@ def test_fine_tuning_is_sgd_by_hand(tmp_path, nesterov, drop_epochs):
     for mine, its in ((layer, trained.classifier.layer), (backbone, trained.classifier.backbone)):
         for name, value in mine.state_dict().items():
             torch.testing.assert_close(its.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+
+
+class Means(nn.Module):
+    """The mean of each channel: of images of one colour the same in every crop. With a parameter, as networks have."""
+
+    feature_width = 3
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x.mean(dim=(2, 3)) * self.gain
+
+
+def test_a_frozen_network_ends_at_the_minimum_that_scikit_learn_finds(tmp_path):
+    rng = np.random.default_rng(1)
+    colours, labels = rng.integers(0, 256, (60, 3), dtype=np.uint8), rng.integers(0, CLASSES, 60)
+    pixels = np.broadcast_to(colours[:, None, None, :], (60, 12, 12, 3)).copy()
+    what = Task(MemoryImages(pixels), labels, np.arange(40), np.arange(40, 60), CLASSES, IMAGE, CROPS)
+    tune = TUNE.model_copy(update={"epochs": 400, "batch_images": 40, "drop_epochs": []})
+    run = ClassifierTrainer(Means(), what, tune, 0.5, None, "fp32", SEED, CPU, Checkpoints(tmp_path, 1e9), "test")
+    scores = run.run()
+    # weight decay is on the bias too: a constant feature, and no intercept
+    features = np.c_[(colours / 255 - IMAGE.mean) / IMAGE.std, np.ones(60)]
+    reference = LogisticRegression(C=1 / (TUNE.weight_decay * 40), fit_intercept=False, tol=1e-10, max_iter=10000)
+    reference.fit(features[:40], labels[:40])
+    found = torch.cat([run.classifier.layer.weight, run.classifier.layer.bias[:, None]], dim=1).detach().numpy()
+    np.testing.assert_allclose(found, reference.coef_, atol=2e-4)
+    assert scores["top1_last"] == pytest.approx(100 * reference.score(features[40:], labels[40:]))
 
 
 def test_scores_are_those_of_the_trained_network_on_centre_views(tmp_path):
