@@ -5,8 +5,8 @@ from bingo.report_inputs import Artefacts
 
 _PROTOCOLS = {"linear_resized": "linear, enlarged", "linear_native": "linear", "finetune": "fine-tuned"}
 _LEAD = (
-    "The student on images that it was not distilled on. Linear: a layer on the frozen student, on random crops, enlarged as in the papers"
-    " or at the images' own size. Fine-tuned: the whole network learns, at their own size."
+    "The student on another set of images than it was distilled on. Linear: a layer on the frozen student, on random crops, enlarged as in"
+    " the papers or at the images' own size. Fine-tuned: the whole network learns, at their own size."
 )
 _PUBLISHED = Published(
     "ResNet-18 from ImageNet, linear, enlarged to 224 px as SEED and DisCo do; from BINGO's slides, not measured here.",
