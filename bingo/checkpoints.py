@@ -3,7 +3,10 @@
 import io
 import math
 import os
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,18 @@ def seconds_between() -> float:
     if not 0 <= seconds < math.inf:
         raise UserError(f"{SECONDS_VARIABLE} = {wanted}: allowed is a number of seconds from 0 (a checkpoint at every step)")
     return seconds
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM and SIGINT end nothing; the function that is yielded tells whether one of them came."""
+    came = []
+    previous = {number: signal.signal(number, lambda *_: came.append(True)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Checkpoints:

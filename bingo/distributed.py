@@ -70,6 +70,15 @@ def mean(x: Tensor) -> Tensor:
     return x / world()
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum over processes of a tensor that each of them holds."""
+    if world() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
 def any_true(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true on any process."""
     if world() == 1:

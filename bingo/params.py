@@ -8,9 +8,9 @@ import importlib
 import importlib.util
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from bingo.errors import UserError, near_matches
 
@@ -26,6 +26,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
 Precision = Literal["auto", "fp32", "bf16"]
+
+
+def _check_name(name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError("a name has small letters, digits and _, a letter first, such as percent_10")
+    return name
+
+
+Name = Annotated[str, BeforeValidator(_check_name)]  # of a file in reports/ and of an item in dvc.yaml
 
 
 class Section(BaseModel):
@@ -243,10 +252,9 @@ class CachedProbeParams(Section):
     weight_decay: NotNegative
 
 
-class CropProbeParams(CachedProbeParams):
-    """The released protocol: a linear layer on features of random crops, the backbone frozen; `nets` says for which networks."""
+class CropsParams(Section):
+    """The crops on which a classifier is trained: their share of the image's area, and how often they are mirrored."""
 
-    nets: list[str]
     crop_scale: Range
     flip_p: Share
 
@@ -256,6 +264,12 @@ class CropProbeParams(CachedProbeParams):
         if not low <= high <= 1:
             raise ValueError(f"crop_scale: [{low}, {high}], allowed are two numbers up to 1, smaller first")
         return self
+
+
+class CropProbeParams(CachedProbeParams, CropsParams):
+    """The released protocol: a linear layer on features of random crops, the backbone frozen; `nets` says for which networks."""
+
+    nets: list[str]
 
 
 class LinearEvalParams(Section):
@@ -321,6 +335,76 @@ class CocoParams(Section):
         return self
 
 
+class TuneParams(Section):
+    """Training of a classifier on labels by SGD with momentum 0.9, `batch_images` in all processes together.
+
+    `drop_epochs`: the learning rates are multiplied by `drop_factor` when each of these epochs begins (counted from 0, as in the
+    released scripts); []: constant; null: a cosine to 0 over all steps.
+    """
+
+    epochs: Count
+    batch_images: Count
+    weight_decay: NotNegative
+    nesterov: bool
+    drop_epochs: list[Whole] | None
+    drop_factor: Share
+
+
+class SplitParams(Section):
+    """A share of the train labels: `list_file` names the images (SimCLR's lists), or null for a seeded draw balanced over the classes."""
+
+    percent: Annotated[float, Field(gt=0, le=100)]
+    list_file: str | None
+    trunk_lr: Positive
+    head_lr: Positive
+    linear_lr: Positive
+
+
+class SemiEvalParams(CropsParams):
+    """Few labels: the whole network fine-tuned, and a linear layer on the frozen one, for each of `splits` and of `nets`."""
+
+    splits: dict[Name, SplitParams]
+    nets: list[str]
+    precision: Precision
+    finetune: TuneParams
+    linear: TuneParams
+
+
+class TransferSetParams(Section):
+    """Other labelled images to transfer to; what is not said here is as in `dataset`."""
+
+    source: Literal["digits", "folder", "cifar10", "cifar100"]
+    root: str | None
+    store_px: Annotated[int, Field(ge=1, le=4096)] | None
+    train_images: Count | None
+    test_images: Count | None
+
+
+class LinearTuneParams(TuneParams):
+    """The layer alone: `lr`."""
+
+    lr: Positive
+
+
+class WholeTuneParams(TuneParams):
+    """The whole network: `trunk_lr` of the backbone, `head_lr` of the layer."""
+
+    trunk_lr: Positive
+    head_lr: Positive
+
+
+class TransferParams(CropsParams):
+    """Transfer to each of `datasets` by each of `protocols`, for each of `nets`."""
+
+    datasets: dict[Name, TransferSetParams]
+    nets: list[str]
+    protocols: Annotated[list[Literal["linear_resized", "linear_native", "finetune"]], Field(min_length=1)]
+    resized_px: Annotated[int, Field(ge=1, le=4096)]
+    precision: Precision
+    linear: LinearTuneParams
+    finetune: WholeTuneParams
+
+
 class ReportParams(Section):
     """The HTML report: title, how many bags the gallery shows, and published numbers to print beside the measured ones."""
 
@@ -342,15 +426,29 @@ class _Core(Section):
     linear_eval: LinearEvalParams
     knn_eval: KnnEvalParams
     transfer_coco: CocoParams
+    semi_eval: SemiEvalParams
+    transfer: TransferParams
     report: ReportParams
 
     @model_validator(mode="after")
-    def _crops_nets_exist(self) -> Self:
+    def _nets_exist(self) -> Self:
         allowed = ["student", *self.baselines, "untrained"]
-        for name in self.linear_eval.crops.nets:
-            if name not in allowed:
-                near = near_matches(name, allowed)
-                raise ValueError(f"linear_eval.crops.nets: {name!r} is no network, allowed are {', '.join(allowed)}{near}")
+        named = {"linear_eval.crops": self.linear_eval.crops.nets, "semi_eval": self.semi_eval.nets, "transfer": self.transfer.nets}
+        for section, names in named.items():
+            for name in names:
+                if name not in allowed:
+                    near = near_matches(name, allowed)
+                    raise ValueError(f"{section}.nets: {name!r} is no network, allowed are {', '.join(allowed)}{near}")
+        return self
+
+    @model_validator(mode="after")
+    def _transfer_sets_are_datasets(self) -> Self:
+        for name in self.transfer.datasets:
+            try:
+                self.transfer_set(name)
+            except ValidationError as error:
+                message = _message(error.errors()[0]).replace("set dataset.", f"set transfer.datasets.{name}.")
+                raise ValueError(f"transfer.datasets.{name}.{message}") from None
         return self
 
     @model_validator(mode="after")
@@ -361,6 +459,10 @@ class _Core(Section):
             near = near_matches(relation, allowed)
             raise ValueError(f"bagging.relation: {relation!r}, allowed are {', '.join(allowed)}{near}{way_out}")
         return self
+
+    def transfer_set(self, name: str) -> DatasetParams:
+        """The dataset that `transfer.datasets` has under this name."""
+        return DatasetParams.model_validate(self.dataset.model_dump() | self.transfer.datasets[name].model_dump())
 
     @field_validator("baselines")
     @classmethod
@@ -432,17 +534,21 @@ def _mistakes(error: ValidationError, model: Any) -> list[str]:
     """One line for each mistake: dotted key, value, what is allowed."""
     lines = []
     for item in error.errors(include_url=False, include_context=False):
-        key = ".".join(str(part) for part in item["loc"]) or "the file"
+        key = ".".join(str(part) for part in item["loc"] if part != "[key]") or "the file"
         if item["type"] == "missing":
             lines.append(f"{key} is missing; add it (recipes/ and the shipped params.yaml show its form)")
         elif item["type"] == "extra_forbidden":
             keys = _keys_beside(model, item["loc"])
             lines.append(f"{key} is not a known key{near_matches(str(item['loc'][-1]), keys)}; allowed are {', '.join(keys)}")
         else:
-            message = item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
+            message = _message(item)
             value = "" if isinstance(item["input"], dict | BaseModel) else f" = {_short(item['input'])}"
             lines.append(f"{key}{value}: {message}")
     return lines
+
+
+def _message(item: Any) -> str:
+    return item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
 
 
 def _short(value: Any) -> str:
@@ -453,6 +559,9 @@ def _short(value: Any) -> str:
 def _keys_beside(model: Any, loc: tuple) -> list[str]:
     """The keys that a section allows, found by walking the schema along an error's location."""
     for part in loc[:-1]:
+        if get_origin(model) is dict:  # part is a name that the user gave
+            model = get_args(model)[1]
+            continue
         field = model.model_fields.get(part)
         model = method_section("moco") if part == "moco" else field.annotation  # teacher.pretrain.moco has no type of its own
     return list(model.model_fields)

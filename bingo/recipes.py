@@ -32,7 +32,7 @@ MEASURES = {
 }
 Percent = Annotated[float, Field(ge=0, le=100)]
 # Sections whose keys are the user's own words: they are replaced whole.
-_WHOLE = {"report.published"}
+_WHOLE = {"report.published", "semi_eval.splits", "transfer.datasets"}
 
 
 class _Strict(BaseModel):

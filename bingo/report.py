@@ -11,12 +11,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bingo import report_bags, report_coco, report_results
+from bingo import report_bags, report_coco, report_results, report_semi, report_transfer
 from bingo.plots import SERIES, lines
 from bingo.report_inputs import Artefacts, Curves, NetworkFacts
 from bingo.report_page import render
 
-_STAGE_ORDER = ("scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "transfer_coco")
+_STAGE_ORDER = (
+    "scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar", "transfer_coco",
+)  # fmt: skip
 _COLORS, _BASELINE_COLOR = {"distill": 0, "teacher": 1}, 2  # of plots.SERIES, as in the results
 _PROBE_COLORS = [0, 2, 4, 1, 3]
 _RUN_KEYS = (
@@ -56,6 +58,7 @@ def build_page(a: Artefacts) -> str:
         "chance": report_results.chance_row(a, found),
         "bars": report_results.bars_svg(a),
         "bars_caption": report_results.bars_caption(a),
+        "downstream": [section for section in (report_semi.section(a), report_transfer.section(a)) if section],
         "coco": report_coco.coco_table(a),
         "trainings": _trainings(a),
         "probes": _probes(a),

@@ -39,8 +39,9 @@ class Artefacts:
 
     `terms` and `curves` have a key for each training: teacher, distill, baseline-METHOD.
     `knn` is {net: {knn_K, knn_K_weighted}}, `linear` is {protocol: {net: {top1_last, top5_last, top1_best, top5_best,
-    best_epoch}}} with the protocols cached and crops, `bag_metrics` is what `bag_metrics.bag_metrics` returns, `coco` is {run: {kind:
-    {measure: percent}}} with the kinds box and mask.
+    best_epoch}}} with the protocols cached and crops, `bag_metrics` is what `bag_metrics.bag_metrics` returns.
+    `semi` and `transfer` are by name what reports/semi and reports/transfer hold, each {nets: {net: {protocol: {top1_last, ..}}}, ..}.
+    `coco` is {run: {kind: {measure: percent}}} with the kinds box and mask.
     """
 
     params: Params
@@ -55,6 +56,8 @@ class Artefacts:
     linear: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     terms: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, Curves] = field(default_factory=dict)
+    semi: dict[str, dict[str, Any]] = field(default_factory=dict)
+    transfer: dict[str, dict[str, Any]] = field(default_factory=dict)
     coco: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
 
 

@@ -15,7 +15,7 @@ _HEADLINES = (
     ("knn", "knn_10", "kNN, k = 10"),
     ("knn", "knn_20_weighted", "weighted kNN, k = 20"),
 )
-_ROLES = {"teacher": "ceiling", "untrained": "floor", "pixels": "no network"}
+ROLES = {"teacher": "ceiling", "untrained": "floor", "pixels": "no network"}
 _FAMILY_COLORS = {"student": 0, "teacher": 1, "untrained": 3, "pixels": 3}  # of plots.SERIES; the baselines' is 2
 _SKIPPED_SHOWN = 10
 
@@ -99,7 +99,7 @@ def rows(a: Artefacts, found: Sequence[Column]) -> list[Row]:
 
 
 def _role(a: Artefacts, net: str) -> str:
-    return "not learnt from" if net == "teacher" and not needs_teacher(a) else _ROLES.get(net, "")
+    return "not learnt from" if net == "teacher" and not needs_teacher(a) else ROLES.get(net, "")
 
 
 def chance_row(a: Artefacts, found: Sequence[Column]) -> list[float]:

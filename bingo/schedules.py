@@ -16,10 +16,13 @@ def cosine_lr(step: int, total_steps: int, base_lr: float, warmup_steps: int = 0
     return final_lr + 0.5 * (base_lr - final_lr) * (1 + math.cos(math.pi * done))
 
 
-def step_lr(step: int, base_lr: float, drop_steps: Sequence[int], warmup_steps: int = 0, warmup_factor: float = 0.001) -> float:
-    """`base_lr`, a tenth of it from each of `drop_steps` on; linear from `warmup_factor` of it over the first `warmup_steps`.
+def step_lr(
+    step: int, base_lr: float, drops: Sequence[int], factor: float = 0.1, warmup_steps: int = 0, warmup_factor: float = 0.001
+) -> float:
+    """`base_lr` times `factor` for each of `drops` that has come; linear from `warmup_factor` of it over the first `warmup_steps`.
 
-    `step` counts from 0. detectron2's WarmupMultiStepLR (solver/lr_scheduler.py), whose warm-up starts at a thousandth.
+    `step` and `drops` count from 0, in steps or in epochs. With a warm-up: detectron2's WarmupMultiStepLR
+    (solver/lr_scheduler.py), which starts at a thousandth.
     """
     warmed = 1.0 if step >= warmup_steps else warmup_factor + (1 - warmup_factor) * step / warmup_steps
-    return base_lr * warmed * 0.1 ** sum(step >= drop for drop in drop_steps)
+    return base_lr * warmed * factor ** sum(step >= drop for drop in drops)

@@ -2,7 +2,24 @@
 
 import typer
 
-from stages import bag, bags, baseline, distill, embed, export, extract, knn_eval, linear_eval, recipe, report, scan, teacher, transfer_coco
+from stages import (
+    bag,
+    bags,
+    baseline,
+    distill,
+    embed,
+    export,
+    extract,
+    knn_eval,
+    linear_eval,
+    recipe,
+    report,
+    scan,
+    semi_eval,
+    teacher,
+    transfer_cifar,
+    transfer_coco,
+)
 from stages.common import mistakes_as_lines
 
 app = typer.Typer(
@@ -12,7 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (scan, teacher, extract, bag, distill, baseline, linear_eval, knn_eval, transfer_coco, report):
+STAGES = (scan, teacher, extract, bag, distill, baseline, linear_eval, knn_eval, semi_eval, transfer_cifar, transfer_coco, report)
+for module in STAGES:
     app.command(module.__name__.rpartition(".")[2], rich_help_panel="Stages (dvc repro runs them in order)")(module.main)
 for module in (export, embed):
     app.command(module.__name__.rpartition(".")[2], rich_help_panel="Beside the pipeline")(module.main)

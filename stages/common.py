@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bingo.artefacts import file_fingerprint, fingerprint, write_json
-from bingo.errors import Interrupted, UserError
+from bingo.errors import Interrupted, UserError, near_matches
 from bingo.params import Params, load_params, read_yaml
 from stages.paths import RUNS
 
@@ -122,6 +122,16 @@ def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) 
             raise UserError(f"{option} = {path}: is there already; give another name, or --force to replace it")
         if path.is_symlink() or path.is_dir() != (path.suffix == ".zarr") or (path.is_dir() and not (path / "zarr.json").is_file()):
             raise UserError(f"{option} = {path}: is no file of this kind, so --force does not replace it; give another name")
+
+
+def chosen_items(key: str, items: Mapping[str, Any], name: str | None) -> list[str]:
+    """The item of a mapping in params.yaml that a command names, or all. Raises UserError where there is none of that name, or none."""
+    allowed = list(items)
+    if not allowed:
+        raise UserError(f"{key} = {{}}: nothing is named to be judged; add an entry (params.yaml and `bingo recipe list` show how)")
+    if name is not None and name not in allowed:
+        raise UserError(f"{key} has no {name}: allowed are {', '.join(allowed)}{near_matches(name, allowed)}")
+    return [name] if name else allowed
 
 
 def die_with_parent() -> None:

@@ -3,10 +3,13 @@
 python -m stages.linear_eval reads params linear_eval; writes reports/linear.json, percent, last and best epoch
 """
 
+import shutil
+from pathlib import Path
+
 import typer
 
 from stages import paths
-from stages.common import Run, process_group, stage_run
+from stages.common import Run, code_fingerprint, process_group, stage_run, state_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -19,13 +22,26 @@ def main() -> None:
         from bingo.data.listing import read_listing
 
         listing = read_listing(paths.LISTING)
-        scores: dict = {}
         if not listing.labelled or listing.train_rows == len(listing):
             run.say("linear_eval: the listing has no labelled test images, so there is nothing to measure")
-        else:
-            with process_group(run) as device:
-                scores = {"cached": _cached(run, listing, device), "crops": _crops(run, listing, device)}
-        write_json(paths.REPORTS / "linear.json", scores)
+            write_json(paths.REPORTS / "linear.json", {})
+            return
+        with process_group(run) as device, state_folder("linear_eval", _identity(run, listing)) as folder:
+            scores = {"cached": _cached(run, listing, device), "crops": _crops(run, listing, folder, device)}
+            write_json(paths.REPORTS / "linear.json", scores)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _identity(run: Run, listing) -> dict:
+    """All that decides what the crops give: a checkpoint of anything else is not gone on from."""
+    from stages.backbones import backbone_files, judged
+
+    crops = run.params.linear_eval.crops
+    return {
+        "params": [judged(run, crops), run.params.distill.precision],
+        "inputs": [listing.fingerprint, backbone_files(crops.nets)],
+        "code": code_fingerprint("linear_eval"),
+    }
 
 
 def _cached(run: Run, listing, device) -> dict:
@@ -44,24 +60,24 @@ def _cached(run: Run, listing, device) -> dict:
     return scores
 
 
-def _crops(run: Run, listing, device) -> dict:
+def _crops(run: Run, listing, folder: Path, device) -> dict:
     import numpy as np
     import torch
 
+    from bingo.checkpoints import Checkpoints
     from bingo.data.images import open_images
     from bingo.evals.linear import linear_on_crops
-    from stages.networks import backbones
+    from stages.backbones import backbones
 
-    params, scores = run.params, {}
+    params, crops, scores = run.params, run.params.linear_eval.crops, {}
     train_rows, test_rows = np.split(np.arange(len(listing)), [listing.train_rows])
     images = open_images(listing, paths.IMAGES, params.dataset.root)
-    for name, backbone in backbones(run).items():
-        if name in params.linear_eval.crops.nets:
-            scores[name] = linear_on_crops(
-                backbone.to(device, memory_format=torch.channels_last), images, listing.labels_N, train_rows, test_rows,
-                len(listing.classes), params.linear_eval.crops, params.image, params.distill.precision, params.seed, device,
-            )  # fmt: skip
-            _say(run, name, "random crops", scores[name])
+    for name, backbone in backbones(run, crops.nets).items():
+        scores[name] = linear_on_crops(
+            backbone.to(device, memory_format=torch.channels_last), images, listing.labels_N, train_rows, test_rows,
+            len(listing.classes), crops, params.image, params.distill.precision, params.seed, device, Checkpoints(folder / name),
+        )  # fmt: skip
+        _say(run, name, "random crops", scores[name])
     return scores
 
 

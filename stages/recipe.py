@@ -22,6 +22,7 @@ GROUPS = {
     "imagenet-effb0-": "ImageNet, EfficientNet-B0",
     "imagenet-mobv3-": "ImageNet, MobileNet-v3-large",
     "coco-": "COCO, beside an ImageNet recipe",
+    "downstream-": "Few labels and transfer, of whatever student params.yaml trains",
     "parts/": "Parts that recipes include",
     "": "Small datasets",
 }

@@ -37,7 +37,7 @@ def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[
     if counts is not None:
         for line in _cost_lines(params, counts, teacher, student):
             say(line)
-    return missing
+    return missing + _missing_downstream(params)
 
 
 def _missing_coco(params: "Params", student: "nn.Module") -> list[str]:
@@ -57,6 +57,20 @@ def _missing_images(params: "Params", about: "About") -> str:
     if about.images is None:
         return f"{line}, so the costs are not known; set dataset.root to the folder of the images"
     return f"{line}; {about.images.train:,} train and {about.images.test:,} test images are published by {about.images.published_by}"
+
+
+def _missing_downstream(params: "Params") -> list[str]:
+    """What semi_eval and transfer_cifar read, and would ask for only when the student is trained; torchvision may yet download CIFAR."""
+    lists = {f"semi_eval.splits.{name}.list_file": split.list_file for name, split in params.semi_eval.splits.items()}
+    folders = {f"transfer.datasets.{name}.root": item.root for name, item in params.transfer.datasets.items() if item.source == "folder"}
+    return [
+        *(
+            f"{key} = {path}: there is no such file; null draws the labels"
+            for key, path in lists.items()
+            if path and not Path(path).is_file()
+        ),
+        *(f"{key} = {root}: there is no such folder" for key, root in folders.items() if root and not Path(root).is_dir()),
+    ]
 
 
 def _teacher(params: "Params", about: "About", say: Callable[[str], None], missing: list[str]) -> "Teacher":

@@ -5,6 +5,7 @@ figures that `dvc metrics` and `dvc exp show` compare) and, no output of the sta
 bingo report --experiments   instead, DVC's experiments beside each other: see stages/experiments.py
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,11 +40,13 @@ def main(
         from bingo.artefacts import read_json, write_bytes, write_json
         from bingo.report import build_page, run_script
         from bingo.report_results import compared_figures
+        from bingo.report_semi import figures as semi_figures
+        from bingo.report_transfer import figures as transfer_figures
 
         records = [read_json(path) for path in sorted(paths.RUNS.glob("*.json")) if path.stem != "report"]
         artefacts = _artefacts(run)
         write_bytes(paths.REPORTS / "index.html", build_page(artefacts).encode())
-        write_json(paths.REPORTS / "results.json", compared_figures(artefacts))
+        write_json(paths.REPORTS / "results.json", compared_figures(artefacts) | semi_figures(artefacts) | transfer_figures(artefacts))
         write_bytes(paths.REPORTS / "run.js", run_script(records).encode())
         run.say(f"report: {(paths.REPORTS / 'index.html').resolve().as_uri()}")
 
@@ -71,9 +74,19 @@ def _artefacts(run: Run) -> "Artefacts":
         knn=metrics["knn"],
         linear=metrics["linear"],
         terms=terms,
+        semi=_present("semi", params.semi_eval.splits),
+        transfer=_present("transfer", params.transfer.datasets),
         curves={name: read_curves(paths.PLOTS / f"{name}.csv") for name in terms},
         coco={name: scores for name, scores in coco.items() if scores},
     )
+
+
+def _present(folder: str, names: Iterable[str]) -> dict[str, dict]:
+    """What reports/FOLDER/NAME.json hold, of those that are there."""
+    from bingo.report_inputs import read_optional_json
+
+    found = {name: read_optional_json(paths.REPORTS / folder / f"{name}.json") for name in names}
+    return {name: value for name, value in found.items() if value}
 
 
 if __name__ == "__main__":

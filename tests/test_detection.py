@@ -301,7 +301,7 @@ def test_the_proposals_losses_are_detectron2s():
 
 def test_the_learning_rate_warms_up_and_drops():
     """detectron2: a thousandth at step 0, linear to 1 over the warm-up, a tenth from each drop on."""
-    rates = [step_lr(step, 0.02, [60000, 80000], 1000) for step in (0, 500, 999, 1000, 59999, 60000, 79999, 80000)]
+    rates = [step_lr(step, 0.02, [60000, 80000], warmup_steps=1000) for step in (0, 500, 999, 1000, 59999, 60000, 79999, 80000)]
     assert rates == pytest.approx([2e-5, 0.02 * 0.5005, 0.02 * 0.999001, 0.02, 0.02, 0.002, 0.002, 0.0002])
     assert step_lr(0, 0.02, [5]) == 0.02
 
@@ -458,7 +458,7 @@ def test_two_processes_average_the_gradients_of_their_halves(tmp_path):
             gradients[name] = gradients.get(name, 0) + parameter.grad / 2
         if half.start == 0:  # all processes end with the first one's statistics
             assert all(torch.equal(first["state"][name], buffer) for name, buffer in net.named_buffers())
-    rate = step_lr(0, COCO.lr, [1], COCO.lr_warmup_steps)
+    rate = step_lr(0, COCO.lr, [1], warmup_steps=COCO.lr_warmup_steps)
     norms = {id(p) for p in sgd(run.detector, run.params).param_groups[1]["params"]}
     for name, parameter in run.detector.named_parameters():
         decay = 0 if id(parameter) in norms else COCO.weight_decay

@@ -7,10 +7,13 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from bingo.checkpoints import Checkpoints
 from bingo.data.images import MemoryImages
 from bingo.errors import UserError
 from bingo.evals.features import backbone_features
-from bingo.evals.linear import CROPS, linear_layer, linear_on_crops, linear_on_features
+from bingo.evals.finetune import FROZEN
+from bingo.evals.linear import linear_on_crops, linear_on_features
+from bingo.evals.scores import linear_layer
 from bingo.nets.backbones import build_backbone
 from bingo.params import CachedProbeParams, CropProbeParams, ImageParams
 
@@ -101,10 +104,10 @@ def test_one_step_is_softmax_regression_by_hand():
 
 
 def test_initial_layer_is_as_published():
-    layer = linear_layer(512, 1000, 0, CROPS, CPU)
+    layer = linear_layer(512, 1000, 0, FROZEN, CPU)
     assert layer.weight.std().item() == pytest.approx(0.01, rel=0.01)
     assert not layer.bias.any()
-    assert not torch.equal(layer.weight, linear_layer(512, 1000, 1, CROPS, CPU).weight)
+    assert not torch.equal(layer.weight, linear_layer(512, 1000, 1, FROZEN, CPU).weight)
 
 
 def test_threads_are_as_before():
@@ -125,13 +128,14 @@ def test_mistakes_are_named():
         linear_on_features(train_X, train_y, test_X, test_y, 10, CACHED, 0, CPU)
 
 
-def test_crops_learn_and_leave_the_backbone_untouched():
+def test_crops_learn_and_leave_the_backbone_untouched(tmp_path):
     images, labels, train_rows, test_rows = coloured_squares()
     backbone = build_backbone("resnet18", 0.125, "small", 0)
     seen_modes = []
     backbone.bn1.register_forward_hook(lambda layer, *_: seen_modes.append((layer.training, torch.is_grad_enabled())))
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    score = linear_on_crops(backbone.train(), images, labels, train_rows, test_rows, 4, CROP, IMAGE, "fp32", 0, CPU)
+    folder = Checkpoints(tmp_path)
+    score = linear_on_crops(backbone.train(), images, labels, train_rows, test_rows, 4, CROP, IMAGE, "fp32", 0, CPU, folder)
     assert score["top1_last"] > 75  # of 4 classes; chance is 25
     assert set(score) == {"top1_last", "top5_last", "top1_best", "top5_best", "best_epoch"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
@@ -141,18 +145,23 @@ def test_crops_learn_and_leave_the_backbone_untouched():
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
-def test_crops_are_new_at_every_epoch_and_repeatable():
+def test_crops_are_new_at_every_epoch_and_repeatable(tmp_path):
     images, labels, train_rows, test_rows = coloured_squares(32)
     inputs: list[torch.Tensor] = []
 
     class Pixels(nn.Module):
+        feature_width = 3
+
         def forward(self, x):
             if len(x) == 24:
                 inputs.append(x.clone())
             return x.mean(dim=(2, 3))
 
     params = CROP.model_copy(update={"batch_images": 24, "epochs": 2})
-    scores = [linear_on_crops(Pixels(), images, labels, train_rows, test_rows, 4, params, IMAGE, "fp32", 0, CPU) for _ in range(2)]
+    scores = [
+        linear_on_crops(Pixels(), images, labels, train_rows, test_rows, 4, params, IMAGE, "fp32", 0, CPU, Checkpoints(tmp_path / str(run)))
+        for run in range(2)
+    ]
     assert scores[0] == scores[1]
     assert torch.equal(inputs[0], inputs[2])
     assert torch.equal(inputs[1], inputs[3])

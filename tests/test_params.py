@@ -12,6 +12,9 @@ from bingo.params import load_params, method_names, read_yaml, validate
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 
+SPLIT = {"percent": 1.0, "list_file": None, "trunk_lr": 0.02, "head_lr": 5.0, "linear_lr": 3.0}
+PHOTOS = {"source": "folder", "root": "photos", "store_px": None, "train_images": None, "test_images": None}
+
 
 def changed(key: str, value) -> dict:
     """The shipped parameters with one dotted key set, or removed where the value is Ellipsis."""
@@ -66,6 +69,14 @@ def test_the_shipped_file_is_valid_and_frozen():
         ("transfer_coco.schedules", {"1-x": [5]}, ["'1-x'", "letters, digits and _"]),
         ("transfer_coco.schedules", {"1x": [5, 5]}, ["steps that rise"]),
         ("transfer_coco.min_side_px", [800, 1400], ["max_side_px: 1333 is less than the short side 1400"]),
+        ("semi_eval.splits", {"1 %": SPLIT}, ["semi_eval.splits.1 %", "small letters, digits and _", "such as percent_10"]),
+        ("semi_eval.splits", {"none": {**SPLIT, "percent": 0.0}}, ["semi_eval.splits.none.percent = 0.0", "greater than 0"]),
+        ("semi_eval.splits", {"one": {**SPLIT, "list": None}}, ["semi_eval.splits.one.list is not a known key; did you mean list_file?"]),
+        ("semi_eval.nets", ["teacher"], ["semi_eval.nets: 'teacher' is no network, allowed are student, moco, untrained"]),
+        ("transfer.datasets", {"photos": {**PHOTOS, "root": None}}, ["transfer.datasets.photos.", "set transfer.datasets.photos.root"]),
+        ("transfer.datasets", {"photos": {**PHOTOS, "source": "svhn"}}, ["transfer.datasets.photos.source = 'svhn'", "'cifar100'"]),
+        ("transfer.protocols", ["linear"], ["transfer.protocols.0 = 'linear'", "'linear_resized', 'linear_native' or 'finetune'"]),
+        ("transfer.protocols", [], ["transfer.protocols = []", "at least 1"]),
     ],
 )
 def test_a_mistake_names_key_value_and_what_is_allowed(key, value, said):

@@ -1,12 +1,15 @@
 """dvc.yaml says the truth: dependencies are what a stage imports, every stage has a description, layers import downwards only."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from closure import ROOT, closure, imported_files
+from ruamel.yaml import YAML
 
 from bingo.params import format_names, method_names, read_yaml
+from bingo.recipes import lay_over, read_recipe
 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 
@@ -77,7 +80,7 @@ def test_the_teacher_depends_on_its_format_alone(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_a_description_and_a_module_of_its_name(stage):
     assert definition(stage).get("desc")
-    assert re.fullmatch(rf"exec python -m stages\.{stage}( \$\{{item\}})?", definition(stage)["cmd"])
+    assert re.fullmatch(rf"exec python -m stages\.{stage}( \$\{{(item|key)\}})?", definition(stage)["cmd"])
     assert (ROOT / f"stages/{stage}.py").is_file()
 
 
@@ -119,6 +122,33 @@ def test_no_parameter_has_a_name_that_dvc_ignores():
 def test_coco_depends_on_every_key_of_its_section_but_the_list_of_runs():
     listed = {param.removeprefix("transfer_coco.") for param in STAGES["transfer_coco"]["do"]["params"] if "transfer_coco" in param}
     assert listed == set(read_yaml(ROOT / "params.yaml")["transfer_coco"]) - {"runs"}
+
+
+@pytest.mark.parametrize(("stage", "section", "named"), [("semi_eval", "semi_eval", "splits"), ("transfer_cifar", "transfer", "datasets")])
+def test_an_item_of_a_section_depends_on_every_key_beside_the_items(stage, section, named):
+    listed = {param for param in STAGES[stage]["do"]["params"] if param.startswith(f"{section}.")}
+    keys = set(read_yaml(ROOT / "params.yaml")[section]) - {named}
+    assert listed == {f"{section}.{key}" for key in keys} | {f"{section}.{named}.${{key}}"}
+    assert STAGES[stage]["foreach"] == f"${{{section}.{named}}}"
+
+
+def test_a_stage_of_items_is_in_the_dag_only_where_something_is_named(tmp_path):
+    """As DVC itself reads dvc.yaml, with the shipped parameters and with a recipe that names some."""
+    from dvc.repo import Repo
+
+    found = []
+    for name in ("shipped", "downstream-digits"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(ROOT / "dvc.yaml", folder)
+        params = read_yaml(ROOT / "params.yaml")
+        if name != "shipped":
+            lay_over(params, read_recipe(ROOT / "recipes", name).overlay)
+        with (folder / "params.yaml").open("w") as file:
+            YAML(typ="safe", pure=True).dump(params, file)
+        found.append({stage.name for stage in Repo.init(str(folder), no_scm=True).index.stages})
+    assert {name.partition("@")[0] for name in found[0]} == set(STAGES) - {"semi_eval", "transfer_cifar", "transfer_coco"}
+    assert found[1] - found[0] == {"semi_eval@percent_1", "semi_eval@percent_10", "transfer_cifar@digits_24px"}
 
 
 def test_a_baseline_depends_on_every_key_of_distill_but_method_and_keys():

@@ -388,6 +388,47 @@ def test_check_reads_the_checkpoint_and_the_images_that_are_there(clone):
     assert "moco_v2_800ep_pretrain.pth.tar: is no checkpoint" in result.stderr
 
 
+def test_few_labels_and_transfer_as_published():
+    semi = resolved("downstream-imagenet-semi").semi_eval
+    rates = {name: (split.percent, split.trunk_lr, split.head_lr, split.linear_lr) for name, split in semi.splits.items()}
+    assert rates == {"percent_1": (1.0, 0.02, 5.0, 3.0), "percent_10": (10.0, 0.01, 0.2, 3.0)}  # SwAV's eval_semisup.py; DisCo's lr 3
+    assert (semi.finetune.epochs, semi.finetune.drop_epochs, semi.finetune.drop_factor) == (20, [12, 16], 0.2)
+    assert (semi.linear.epochs, semi.linear.drop_epochs, semi.linear.drop_factor) == (100, [60, 80], 0.5)
+    transfer = resolved("downstream-imagenet-cifar").transfer
+    assert [item.source for item in transfer.datasets.values()] == ["cifar10", "cifar100"]
+    assert (transfer.linear.lr, transfer.linear.epochs, transfer.linear.drop_epochs, transfer.resized_px) == (3.0, 200, [], 224)
+    assert transfer.linear.batch_images == semi.linear.batch_images == semi.finetune.batch_images == 256
+    assert semi.crop_scale == transfer.crop_scale == [0.08, 1.0]
+
+
+def test_what_is_named_by_the_user_is_replaced_whole(clone):
+    assert call("use", "downstream-digits").exit_code == 0
+    assert set(load_params("params.yaml").transfer.datasets) == {"digits_24px"}
+    for name in ("imagenet-r18-bingo-r50-200ep", "downstream-imagenet-semi", "downstream-imagenet-cifar"):
+        assert call("use", name).exit_code == 0
+    params = load_params("params.yaml")
+    assert set(params.transfer.datasets) == {"cifar10", "cifar100"}
+    assert params.semi_eval.splits["percent_1"].list_file == "data/simclr/1percent.txt"
+    assert (params.student.arch, params.distill.epochs) == ("resnet18", 200)
+
+
+def test_check_names_missing_lists_and_transfer_sets(clone):
+    call("use", "downstream-imagenet-semi")
+    params = YAML(typ="safe", pure=True).load(Path("params.yaml").read_text())
+    photos = {"source": "folder", "root": "photos", "store_px": None, "train_images": None, "test_images": None}
+    params["transfer"]["datasets"] = {"photos": photos, "cifar10": {**photos, "source": "cifar10", "root": "cifar", "store_px": 32}}
+    with open("params.yaml", "w") as file:
+        YAML(typ="safe", pure=True).dump(params, file)
+    Path("data/simclr").mkdir(parents=True)
+    Path("data/simclr/10percent.txt").write_text("a\n")
+    result = call("check")
+    assert result.exit_code == 2
+    assert [line for line in result.stdout.splitlines() if line.startswith("missing")] == [
+        "missing: semi_eval.splits.percent_1.list_file = data/simclr/1percent.txt: there is no such file; null draws the labels",
+        "missing: transfer.datasets.photos.root = photos: there is no such folder",
+    ]
+
+
 def test_sections_of_a_recipe_do_not_hang_together_with_params(clone):
     """Two sections that share a YAML anchor are written as two."""
     call("use", "imagenet-r18-compress-2q-r50-800ep")

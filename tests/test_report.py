@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from bingo import report_semi, report_transfer
 from bingo.artefacts import write_bytes, write_json
 from bingo.bags import Bags, read_bags, write_bags
 from bingo.data.images import FileImages, MemoryImages, write_images
@@ -320,6 +321,63 @@ def test_skipped_images_are_counted_and_the_first_named():
     assert "left out: 13 (bad<0>.jpg" in words
     assert "bad<9>.jpg and 3 more)" in words
     assert "bad<10>" not in words
+
+
+def scores(top1: float) -> dict[str, float]:
+    return {"top1_last": top1, "top5_last": 99.0, "top1_best": top1 + 1, "top5_best": 99.0, "best_epoch": 3}
+
+
+SEMI = {
+    "tenth": {
+        "percent": 10.0,
+        "labels": 1234,
+        "origin": "listed",
+        "nets": {net: {"linear": scores(top1), "finetune": scores(top1 + 5)} for net, top1 in (("untrained", 30.0), ("student", 60.0))},
+    },
+    "one": {"percent": 1.0, "labels": 123, "origin": "drawn", "nets": {"student": {"linear": scores(41.0), "finetune": scores(38.0)}}},
+}
+TRANSFER = {
+    "cifar10": {
+        "dataset": "cifar10",
+        "images": [50000, 10000],
+        "protocols": {"finetune": {"crop_px": 32}, "linear_resized": {"crop_px": 224}},
+        "nets": {"student": {"finetune": scores(90.5), "linear_resized": scores(85.0)}},
+    }
+}
+
+
+def test_few_labels_and_transfer_are_beside_the_published_figures():
+    page = Page(build_page(artefacts(knn={}, linear={}, semi=SEMI, transfer={})))
+    # by percent, in each of them fine-tuned before linear only; below a figure the best epoch's
+    assert page.rows["Student by BINGO"] == ["38.0best 39.0", "41.0best 42.0", "65.0best 66.0", "60.0best 61.0"]
+    assert page.rows["Student, untrainedfloor"] == ["–not measured", "–not measured", "35.0best 36.0", "30.0best 31.0"]
+    assert page.rows["Network"] == ["fine-tuned", "linear only", "fine-tuned", "linear only"]
+    assert page.rows[""] == ["1\xa0%: 123 labels, drawn", "10\xa0%: 1,234 labels, listed"]
+    assert page.rows["SEEDR50 67.4, linear only"] == ["39.1", "50.2"]
+    assert page.rows["BINGOR50 67.4, fine-tuned"] == ["42.8", "57.5"]
+    assert page.rows["BINGOR152, fine-tuned"] == ["50.3", "61.2"]
+    assert "#few-labels" in {attrs["href"] for attrs in page.all("a")}
+    assert "#transfer" not in {attrs["href"] for attrs in page.all("a")}
+
+    page = Page(build_page(artefacts(knn={}, linear={}, transfer=TRANSFER)))
+    assert page.rows["Student by BINGO"] == ["85.0best 86.0", "90.5best 91.5"]
+    assert page.rows["Network"] == ["linear, enlarged, 224\xa0px", "fine-tuned, 32\xa0px"]
+    assert page.rows["BINGOR50 67.4"] == ["86.8", "66.5"]
+    assert page.rows["MoCo-v2no teacher"] == ["77.9", "48.1"]
+    assert len(page.all("caption")) == len(page.all("table"))
+
+
+def test_what_was_not_asked_for_has_no_section(page):
+    assert not {"few-labels", "transfer"} & {attrs.get("id") for _, attrs in page.tags}
+
+
+def test_experiments_compare_few_labels_and_transfer_too():
+    a = artefacts(semi=SEMI, transfer=TRANSFER)
+    assert report_semi.figures(a) == {
+        "semi_tenth": {"untrained_linear": 30.0, "untrained_finetune": 35.0, "student_linear": 60.0, "student_finetune": 65.0},
+        "semi_one": {"student_linear": 41.0, "student_finetune": 38.0},
+    }
+    assert report_transfer.figures(a) == {"transfer_cifar10": {"student_finetune": 90.5, "student_linear_resized": 85.0}}
 
 
 def test_published_figures_have_a_table_of_their_own():

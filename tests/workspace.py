@@ -172,25 +172,22 @@ class Workspace:
         return self.files(*existing) if existing else {}
 
     def outputs(self, *stages: str) -> list[str]:
-        """The outputs that dvc.yaml gives for some stages (all)."""
+        """The outputs that dvc.yaml gives for some stages (all), once for each item where there are several."""
         found = []
         for name, stage in read_yaml(ROOT / "dvc.yaml")["stages"].items():
             definition = stage.get("do", stage)
             for entry in (entry for kind in ("outs", "metrics", "plots") for entry in definition.get(kind, [])):
                 path = next(iter(entry)) if isinstance(entry, dict) else entry
                 if not stages or name in stages:
-                    found += [path.replace("${item}", item) for item in _items(stage)]
+                    found += [path.replace("${item}", item).replace("${key}", item) for item in self._items(stage)]
         return found
 
-
-def _items(stage: dict[str, Any]) -> list[str]:
-    """What `foreach` runs over by the shipped parameters; one meaningless item for an ordinary stage."""
-    if "foreach" not in stage:
-        return [""]
-    value: Any = read_yaml(ROOT / "params.yaml")
-    for key in stage["foreach"].strip("${}").split("."):
-        value = value[key]
-    return value
+    def _items(self, stage: dict[str, Any]) -> list[str]:
+        """Of a stage with `foreach` the items or keys that the parameters name; one, of no name, for any other."""
+        value: Any = read_yaml(self.root / "params.yaml")
+        for part in stage["foreach"].strip("${}").split(".") if "foreach" in stage else []:
+            value = value[part]
+        return list(value) if "foreach" in stage else [""]
 
 
 def new_workspace(root: Path, stages: Stages, changes: dict[str, Any]) -> Workspace:

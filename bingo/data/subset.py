@@ -19,7 +19,16 @@ def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: 
     if count > len(labels_N):
         have = f"the {split} split has {len(labels_N)} images"
         raise UserError(f"dataset.{split}_images = {count}: {have}; lower it, or set null for all")
-    order_N = seeds.permutation(seed, f"subset/{split}", 0, len(labels_N))
+    return balanced_rows(labels_N, count, seed, f"subset/{split}")
+
+
+def balanced_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str) -> np.ndarray:
+    """`count` of the rows of `labels_N`, drawn with the seed and balanced over the classes: int64, rising.
+
+    Of every class as many as of the others (one more where the count does not divide), or all it has. A smaller draw with the same
+    seed and purpose is part of a larger one.
+    """
+    order_N = seeds.permutation(seed, purpose, 0, len(labels_N))
     by_class_N = order_N[np.argsort(labels_N[order_N], kind="stable")]
     _, starts, sizes = np.unique(labels_N[by_class_N], return_index=True, return_counts=True)
     turn_N = np.arange(len(labels_N)) - np.repeat(starts, sizes)  # how many of its class were drawn before

@@ -185,7 +185,7 @@ class DetectorTrainer:
                 batch = []
 
     def _train_step(self, plan: Plan, batch: list[Example]) -> None:
-        rate = step_lr(self.step, self.params.lr, self.drop_steps, self.params.lr_warmup_steps)
+        rate = step_lr(self.step, self.params.lr, self.drop_steps, warmup_steps=self.params.lr_warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         keep_sampling(self.detector, plan.sampling_B)

@@ -5,7 +5,7 @@ bias 0, test it after every epoch, and report the last epoch and the best one. T
 chosen on the test set (methods.md section 2.1). Shape letters: N rows, B rows of a batch, D feature width, C classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bingo import seeds
+from bingo.checkpoints import Checkpoints
 from bingo.data.images import Images
-from bingo.data.loader import Request, ViewLoader
 from bingo.errors import UserError
-from bingo.evals.features import backbone_features, evaluation_mode
-from bingo.nets.precision import autocast
-from bingo.params import AugmentParams, CachedProbeParams, CropProbeParams, ImageParams
+from bingo.evals.finetune import ClassifierTrainer, Task, random_crops
+from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
+from bingo.nets.backbones import Backbone
+from bingo.params import CachedProbeParams, CropProbeParams, ImageParams, TuneParams
 from bingo.schedules import cosine_lr
 
-CACHED, CROPS = "linear-cached", "linear-crops"  # purposes of bingo.seeds
+CACHED = "linear-cached"  # a purpose of bingo.seeds
+_LABEL = "linear evaluation"
 
 
 def linear_on_features(
@@ -41,9 +43,9 @@ def linear_on_features(
     than 5 classes means all of them) and best_epoch, counted from 1. Raises UserError where a label is not in 0..classes-1 or an
     output is not finite.
     """
-    _check_labels(train_y, test_y, classes)
+    check_labels(_LABEL, train_y, test_y, classes)
     train_ND, test_ND = _to_device(train_X, device), _to_device(test_X, device)
-    train_N, test_N = _labels(train_y, device), _labels(test_y, device)
+    train_N, test_N = to_labels(train_y, device), to_labels(test_y, device)
     mean_D, scale_D = _standardiser(train_ND)
     test_ND = (test_ND - mean_D) * scale_D
     layer = linear_layer(train_ND.shape[1], classes, seed, CACHED, device)
@@ -56,11 +58,11 @@ def linear_on_features(
                 # Standardised batch by batch, so that no second copy of the features is held.
                 trainer.step((train_ND[rows_B] - mean_D) * scale_D, train_N[rows_B])
             scores.append(trainer.test(test_ND, test_N))
-    return _report(scores)
+    return last_and_best(scores)
 
 
 def linear_on_crops(
-    backbone: nn.Module,
+    backbone: Backbone,
     images: Images,
     labels_N: np.ndarray,
     train_rows_N: np.ndarray,
@@ -71,37 +73,25 @@ def linear_on_crops(
     precision: str,
     seed: int,
     device: torch.device,
+    checkpoints: Checkpoints,
 ) -> dict[str, float | int]:
     """The released protocol (methods.md section 2.1, column BINGO; main_lincls.py, scripts/lincls/Res.sh).
 
     At every epoch each train image is seen once as a random crop; the raw pooled features of the frozen backbone, in evaluation
     mode, go to the linear layer. Tested on centre views. Differs in the cosine: it moves at every step and ends at 0 (released:
-    once an epoch, ends at 0.01). `labels_N` belongs to the rows of `images`. Returns and raises what `linear_on_features` does.
+    once an epoch, ends at 0.01). `labels_N` belongs to the rows of `images`. Returns and raises what `linear_on_features` does; it is
+    `finetune.ClassifierTrainer` with a frozen backbone, so it goes on from its checkpoint and several processes share each batch.
     """
-    _check_labels(labels_N[train_rows_N], labels_N[test_rows_N], classes)
-    test_ND = _to_device(backbone_features(backbone, images, test_rows_N, image, device, precision, params.batch_images), device)
-    layer = linear_layer(test_ND.shape[1], classes, seed, CROPS, device)
-    trainer = _Trainer(layer, params, len(train_rows_N))
-    loader = ViewLoader(images, image, _crops_only(params), seed, device)
-    scores = []
-    for epoch in range(params.epochs):
-        requests = _crop_requests(train_rows_N, params.batch_images, epoch, seed)
-        with evaluation_mode(backbone):
-            for request, (views_B,) in zip(requests, loader.views([request] for request in requests), strict=True):
-                features_BD = _frozen_features(backbone, views_B, precision)
-                trainer.step(features_BD, _labels(labels_N[request.image_rows_B], device))
-        scores.append(trainer.test(test_ND, _labels(labels_N[test_rows_N], device)))
-    return _report(scores)
-
-
-def linear_layer(width: int, classes: int, seed: int, purpose: str, device: torch.device) -> nn.Linear:
-    """A linear layer with weights from N(0, 0.01), 0.01 being the deviation, and bias 0; the same on every device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.torch_seed(seed, purpose))
-        layer = nn.Linear(width, classes)
-        nn.init.normal_(layer.weight, std=0.01)
-        nn.init.zeros_(layer.bias)
-    return layer.to(device)
+    task = Task(images, labels_N, train_rows_N, test_rows_N, classes, image, random_crops(params.crop_scale, params.flip_p))
+    tune = TuneParams(
+        epochs=params.epochs,
+        batch_images=params.batch_images,
+        weight_decay=params.weight_decay,
+        nesterov=False,
+        drop_epochs=None,
+        drop_factor=1.0,
+    )
+    return ClassifierTrainer(backbone, task, tune, params.lr, None, precision, seed, device, checkpoints, _LABEL).run()
 
 
 class _Trainer:
@@ -122,16 +112,11 @@ class _Trainer:
     @torch.inference_mode()
     def test(self, features_ND: Tensor, labels_N: Tensor) -> tuple[float, float]:
         """Percent of rows whose label has the largest output, and is among the min(5, classes) largest."""
-        logits_NC = self.layer(features_ND)
-        if not logits_NC.isfinite().all():
-            problem = f"linear evaluation: outputs are nan or inf after {self.done_steps} steps with lr = {self.base_lr}"
+        right, right_among_5, broken = right_of(self.layer(features_ND), labels_N).tolist()
+        if broken:
+            problem = f"{_LABEL}: outputs are nan or inf after {self.done_steps} steps with lr = {self.base_lr}"
             raise UserError(f"{problem}, allowed are finite numbers; lower that lr, or train the network again if its features are not")
-        right_N5 = logits_NC.topk(min(5, self.layer.out_features)).indices == labels_N[:, None]
-        return _percent(right_N5[:, 0]), _percent(right_N5.any(1))
-
-
-def _percent(hits_N: Tensor) -> float:
-    return round(100 * hits_N.double().mean().item(), 6)
+        return percent(right, len(labels_N)), percent(right_among_5, len(labels_N))
 
 
 @contextmanager
@@ -153,60 +138,6 @@ def _standardiser(train_ND: Tensor) -> tuple[Tensor, Tensor]:
     return mean_D, torch.where(constant_D, 0.0, 1 / deviation_D)
 
 
-def _crop_requests(train_rows_N: np.ndarray, batch_images: int, epoch: int, seed: int) -> list[Request]:
-    """One request for each step of an epoch: the rows in a seeded order, each row's crop its own."""
-    order_N = train_rows_N[seeds.permutation(seed, CROPS, epoch, len(train_rows_N))]
-    batches = (order_N[start : start + batch_images] for start in range(0, len(order_N), batch_images))
-    return [Request(image_rows_B=rows_B, key_rows_B=rows_B, purpose=CROPS, epoch=epoch, view_B=0) for rows_B in batches]
-
-
-def _crops_only(params: CropProbeParams) -> AugmentParams:
-    """The family A-weak: a random crop and a flip, nothing else."""
-    return AugmentParams(
-        crop_scale=params.crop_scale,
-        crop_ratio=[3 / 4, 4 / 3],
-        rotate_degrees=0.0,
-        jitter=[0.0, 0.0, 0.0, 0.0],
-        jitter_p=0.0,
-        gray_p=0.0,
-        blur_p=0.0,
-        blur_sigma_px=[0.1, 2.0],
-        flip_p=params.flip_p,
-    )
-
-
-def _frozen_features(backbone: nn.Module, views_B: Tensor, precision: str) -> Tensor:
-    with torch.no_grad(), autocast(precision, views_B.device):
-        return backbone(views_B).float()
-
-
-def _report(scores: Sequence[tuple[float, float]]) -> dict[str, float | int]:
-    """The last epoch and the one with the best top-1 (the first of several), counted from 1."""
-    best = max(range(len(scores)), key=lambda epoch: scores[epoch][0])
-    (top1_last, top5_last), (top1_best, top5_best) = scores[-1], scores[best]
-    return {
-        "top1_last": top1_last,
-        "top5_last": top5_last,
-        "top1_best": top1_best,
-        "top5_best": top5_best,
-        "best_epoch": best + 1,
-    }
-
-
 def _to_device(X: np.ndarray, device: torch.device) -> Tensor:
     # A read-only array (a memory map) is copied, because torch cannot wrap it.
     return torch.from_numpy(np.require(X, requirements=["C", "W"])).to(device, torch.float32)
-
-
-def _labels(y: np.ndarray, device: torch.device) -> Tensor:
-    return torch.tensor(np.asarray(y), dtype=torch.int64, device=device)
-
-
-def _check_labels(train_N: np.ndarray, test_N: np.ndarray, classes: int) -> None:
-    for split, labels_N in (("train", train_N), ("test", test_N)):
-        if len(labels_N) == 0:
-            raise UserError(f"linear evaluation: no {split} images; it needs a labelled train and test split, see dataset.root")
-        wrong_N = labels_N[(labels_N < 0) | (labels_N >= classes)]
-        if len(wrong_N):
-            line = f"linear evaluation: {len(wrong_N)} {split} images have labels such as {wrong_N[0]}"
-            raise UserError(f"{line}, allowed are 0..{classes - 1}; give every image a class folder (dataset.root)")

@@ -1,0 +1,245 @@
+"""A classifier trained on labels: a linear layer on a backbone, which learns with it (fine-tuning) or is frozen (the layer alone).
+
+Every train image is seen once an epoch, as a random crop; test images as centre views, after every epoch. SGD with momentum 0.9,
+cross-entropy in float32, a learning rate for the backbone and one for the layer, with drops or a cosine. Random choices are keyed by
+(seed, purpose, epoch, row): a run that was killed and started again from its checkpoint ends like one that was not, on the CPU to the
+bit. Several processes share each batch and give one process's result up to rounding: gradients are means over all images, and where
+BatchNorm learns (GPUs only) its statistics are those of the whole batch. Shape letters: B rows of a batch, N rows, C classes.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+
+from bingo import distributed, seeds
+from bingo.checkpoints import Checkpoints, stop_requests
+from bingo.data.images import Images
+from bingo.data.loader import Request, ViewLoader, center_views
+from bingo.errors import Interrupted, UserError
+from bingo.evals.features import backbone_features
+from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
+from bingo.nets.backbones import Backbone
+from bingo.nets.precision import autocast
+from bingo.params import AugmentParams, ImageParams, Range, TuneParams
+from bingo.progress import progress_bar
+from bingo.schedules import cosine_lr, step_lr
+
+FROZEN, WHOLE = "linear-crops", "finetune"  # purposes of bingo.seeds
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: `labels_N` belong to the rows of `images`; the crops' family, and how large views are."""
+
+    images: Images
+    labels_N: np.ndarray
+    train_rows_N: np.ndarray
+    test_rows_N: np.ndarray
+    classes: int
+    image: ImageParams
+    crops: AugmentParams
+
+
+def random_crops(crop_scale: Range, flip_p: float) -> AugmentParams:
+    """The family A-weak (methods.md): a random crop of this share of the area, and a flip; nothing else."""
+    return AugmentParams(
+        crop_scale=crop_scale,
+        crop_ratio=[3 / 4, 4 / 3],
+        rotate_degrees=0.0,
+        jitter=[0.0, 0.0, 0.0, 0.0],
+        jitter_p=0.0,
+        gray_p=0.0,
+        blur_p=0.0,
+        blur_sigma_px=[0.1, 2.0],
+        flip_p=flip_p,
+    )
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear layer: float (B, 3, P, P) to outputs (B, C). Frozen, the backbone is in evaluation mode, without gradient."""
+
+    def __init__(self, backbone: nn.Module, layer: nn.Linear, frozen: bool, precision: str):
+        super().__init__()
+        self.backbone, self.layer, self.frozen, self.precision = backbone, layer, frozen, precision
+        backbone.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, views_B3PP: Tensor) -> Tensor:
+        grad = torch.is_grad_enabled() and not self.frozen
+        with torch.set_grad_enabled(grad), autocast(self.precision, views_B3PP.device):
+            features_BD = self.backbone(views_B3PP)
+        return self.layer(features_BD.float())
+
+
+class ClassifierTrainer:
+    """Trains a copy of `backbone` (which stays as it is) with a new layer on a task. `trunk_lr`: None for a frozen backbone.
+
+    A batch is at most `tune.batch_images` of all processes together; the last one of an epoch is smaller or, where the backbone learns,
+    left out, because a handful of images would set BatchNorm's statistics. `label` names the run in the progress bar and in errors.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        tune: TuneParams,
+        head_lr: float,
+        trunk_lr: float | None,
+        precision: str,
+        seed: int,
+        device: torch.device,
+        checkpoints: Checkpoints,
+        label: str,
+    ):
+        check_labels(label, task.labels_N[task.train_rows_N], task.labels_N[task.test_rows_N], task.classes)
+        self.task, self.tune, self.precision, self.seed, self.device, self.label = task, tune, precision, seed, device, label
+        self.checkpoints, self.frozen = checkpoints, trunk_lr is None
+        self.purpose = FROZEN if self.frozen else WHOLE
+        layer = linear_layer(backbone.feature_width, task.classes, seed, self.purpose, device)
+        classifier = Classifier(copy.deepcopy(backbone), layer, self.frozen, precision)
+        self.classifier = self._with_shared_statistics(classifier).to(device).to(memory_format=torch.channels_last)
+        self.network = distributed.data_parallel(self.classifier, device)
+        groups = [{"params": list(layer.parameters()), "base_lr": head_lr}]
+        if trunk_lr is not None:
+            groups.append({"params": list(self.classifier.backbone.parameters()), "base_lr": trunk_lr})
+        self.optimizer = torch.optim.SGD(groups, lr=head_lr, momentum=0.9, weight_decay=tune.weight_decay, nesterov=tune.nesterov)
+        self.batch_images = min(tune.batch_images, len(task.train_rows_N))
+        whole, tail = divmod(len(task.train_rows_N), self.batch_images)
+        self.steps_per_epoch = whole + (self.frozen and tail > 0)
+        self.step = 0
+        self.scores: list[tuple[float, float]] = []
+        self.loader = ViewLoader(task.images, task.image, task.crops, seed, device)
+        self.own_test_rows_N = task.test_rows_N[distributed.rank() :: distributed.world()]
+        self._test_features_ND: Tensor | None = None
+
+    def run(self) -> dict[str, float | int]:
+        """Train to the end, from the last checkpoint if there is one: `last_and_best` of top-1 and top-5, percent.
+
+        Raises UserError where the loss or an output is not finite, Interrupted after SIGTERM or SIGINT, with a checkpoint.
+        """
+        self._resume()
+        total = self.tune.epochs * self.steps_per_epoch
+        with stop_requests() as stop_is_asked, progress_bar(self.label, total * self.batch_images, "images") as bar:
+            bar.resume_at(self.step * self.batch_images)
+            while self.step < total:
+                for request, batch_rows, views_B3PP in self._rest_of_epoch():
+                    self._train_step(request, batch_rows, views_B3PP)
+                    self.step += 1
+                    bar.advance_to(self.step * self.batch_images)
+                    if self.step % self.steps_per_epoch == 0:
+                        self.scores.append(self._test())
+                    self._checkpoint_if_due(stop_is_asked())
+        self._save()
+        return last_and_best(self.scores)
+
+    def _rest_of_epoch(self) -> Iterator[tuple[Request, int, Tensor]]:
+        """This process's share of each batch from the present step on: the request, how many rows all processes have, the views."""
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        train_rows_N = self.task.train_rows_N
+        order_N = train_rows_N[seeds.permutation(self.seed, self.purpose, epoch, len(train_rows_N))]
+        batches = [order_N[start : start + self.batch_images] for start in range(0, len(order_N), self.batch_images)]
+        batches = batches[first : self.steps_per_epoch]
+        # A process for which no row is left looks at the first one; it then counts nothing (_train_step).
+        shares = [np.array_split(rows_B, distributed.world())[distributed.rank()] for rows_B in batches]
+        rows = [share_B if len(share_B) else rows_B[:1] for share_B, rows_B in zip(shares, batches, strict=True)]
+        requests = [Request(rows_B, rows_B, self.purpose, epoch, 0) for rows_B in rows]
+        views = self.loader.views([request] for request in requests)
+        for request, rows_B, (views_B3PP,) in zip(requests, batches, views, strict=True):
+            yield request, len(rows_B), views_B3PP
+
+    def _train_step(self, request: Request, batch_rows: int, views_B3PP: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(group["base_lr"])
+        self.classifier.train()
+        labels_B = to_labels(self.task.labels_N[request.image_rows_B], self.device)
+        counts = distributed.rank() < batch_rows
+        # The processes' gradients are averaged: the sum over own rows, as a share of all rows, times their number.
+        share = distributed.world() / batch_rows if counts else 0.0
+        loss = F.cross_entropy(self.network(views_B3PP), labels_B, reduction="sum") * share
+        if distributed.any_true(not bool(torch.isfinite(loss)), self.device):
+            raise UserError(f"{self.label}: the loss is {loss.item()} at step {self.step}; lower its lr, or train the network again")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def _lr(self, base_lr: float) -> float:
+        if self.tune.drop_epochs is None:
+            return cosine_lr(self.step, self.tune.epochs * self.steps_per_epoch, base_lr)
+        return step_lr(self.step // self.steps_per_epoch, base_lr, self.tune.drop_epochs, self.tune.drop_factor)
+
+    @torch.inference_mode()
+    def _test(self) -> tuple[float, float]:
+        """Percent of the test rows that are right, and right among the five largest outputs; each process tests its share."""
+        counts_3 = torch.zeros(3, dtype=torch.int64, device=self.device)
+        start = 0
+        self.classifier.eval()
+        for logits_BC in self._test_logits():
+            rows_B = self.own_test_rows_N[start : start + len(logits_BC)]
+            counts_3 += right_of(logits_BC, to_labels(self.task.labels_N[rows_B], self.device))
+            start += len(logits_BC)
+        right, right_among_5, broken = distributed.total(counts_3).tolist()
+        if broken:
+            problem = f"{self.label}: outputs are nan or inf after {self.step} steps"
+            raise UserError(f"{problem}, allowed are finite numbers; lower its lr, or train the network again if its features are not")
+        rows = len(self.task.test_rows_N)
+        return percent(right, rows), percent(right_among_5, rows)
+
+    def _test_logits(self) -> Iterator[Tensor]:
+        """Outputs of this process's test rows in batches (B, C); a frozen backbone sees them only once."""
+        task, batch_images = self.task, self.batch_images
+        if not self.frozen:
+            for views_B3PP in center_views(task.images, self.own_test_rows_N, task.image, self.device, batch_images):
+                yield self.classifier(views_B3PP)
+            return
+        if self._test_features_ND is None and len(self.own_test_rows_N):
+            rows = (task.images, self.own_test_rows_N, task.image, self.device, self.precision, batch_images)
+            self._test_features_ND = torch.from_numpy(backbone_features(self.classifier.backbone, *rows)).to(self.device)
+        if self._test_features_ND is not None:
+            for features_BD in self._test_features_ND.split(batch_images):
+                yield self.classifier.layer(features_BD)
+
+    def _with_shared_statistics(self, classifier: Classifier) -> Classifier:
+        """On several processes: BatchNorm over the whole batch where it learns. Raises UserError where that cannot be."""
+        world = distributed.world()
+        learns = not self.frozen and any(isinstance(module, _BATCH_NORMS) for module in classifier.modules())
+        batch_images = min(self.tune.batch_images, len(self.task.train_rows_N))
+        if learns and batch_images < max(2, world):
+            least = f"BatchNorm on {world} processes needs {max(2, world)}"
+            raise UserError(f"{self.label}: a batch of {batch_images} images, {least}; raise batch_images, or give more labels")
+        if learns and world > 1 and self.device.type == "cpu":
+            problem = f"{self.label}: {world} processes on the CPU would each have their own BatchNorm statistics"
+            raise UserError(f"{problem}; set BINGO_PROCESSES=1, or use GPUs")
+        return convert_sync_batchnorm(classifier) if learns and world > 1 else classifier
+
+    def _checkpoint_if_due(self, stop_is_asked: bool) -> None:
+        stop = distributed.any_true(stop_is_asked, self.device)
+        if stop or self.checkpoints.due():
+            self._save()
+        if stop:
+            raise Interrupted(f"{self.label}: stopped at step {self.step} with a checkpoint; start again to go on from there")
+
+    def _save(self) -> None:
+        trained = self.classifier.layer if self.frozen else self.classifier
+        state = {"trained": trained.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "scores": self.scores}
+        self.checkpoints.save(state, self.step)
+
+    def _resume(self) -> None:
+        state = self.checkpoints.load(self.device)
+        if state is None:
+            return
+        trained = self.classifier.layer if self.frozen else self.classifier
+        trained.load_state_dict(state["trained"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.scores = state["step"], state["scores"]

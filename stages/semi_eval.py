@@ -1,0 +1,92 @@
+"""semi_eval: a share of the labels; the whole network is fine-tuned on it, and a linear layer trained on the frozen network.
+
+    python -m stages.semi_eval [SPLIT]     reads listing, images, the networks that semi_eval.nets names (the student from its file
+                                           alone) and params semi_eval, image, student, seed; writes reports/semi/SPLIT.json, percent
+Without SPLIT: every one of semi_eval.splits. A killed run goes on from its checkpoints. SEED's and DisCo's published rows are linear only.
+"""
+
+import shutil
+from typing import TYPE_CHECKING
+
+import typer
+
+from stages import paths
+from stages.common import Run, chosen_items, code_fingerprint, process_group, stage_run, state_folder
+from stages.launch import launch
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from bingo.data.listing import Listing
+    from bingo.params import SplitParams
+    from stages.classifying import Protocol
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(split: str | None = typer.Argument(None, help="One of params.yaml's semi_eval.splits; without it, all.")) -> None:
+    """Fine-tuning and linear evaluation with few labels."""
+    with stage_run(f"semi_eval-{split}" if split else "semi_eval") as run:
+        names = chosen_items("semi_eval.splits", run.params.semi_eval.splits, split)
+        launch("semi_eval", *([split] if split else []))
+        with process_group(run) as device:
+            for name in names:
+                _judge(run, name, run.params.semi_eval.splits[name], device)
+
+
+def _judge(run: Run, name: str, split: "SplitParams", device: "torch.device") -> None:
+    from bingo import distributed
+    from bingo.artefacts import write_json
+    from bingo.data.listing import read_listing
+    from bingo.errors import UserError
+    from stages.backbones import backbone_files, backbones, judged
+    from stages.classifying import scores_by_net
+
+    listing, semi = read_listing(paths.LISTING), run.params.semi_eval
+    if not listing.labelled or listing.train_rows == len(listing):
+        raise UserError("semi_eval: the listing has no labelled test images; sort the images into classes, or empty semi_eval.splits")
+    nets, rows_L = backbones(run, semi.nets), _labelled_rows(run, listing, name, split)
+    run.say(f"semi_eval: {name}: {len(rows_L):,} of {listing.train_rows:,} labels")
+    values = {
+        "params": [judged(run, semi.finetune, semi.linear, split), semi.crop_scale, semi.flip_p, semi.precision],
+        "inputs": [listing.fingerprint, backbone_files(semi.nets), rows_L.tolist()],
+        "code": code_fingerprint("semi_eval"),
+    }
+    with state_folder("semi_eval", values) as folder:
+        scores = scores_by_net(run, nets, _protocols(run, listing, rows_L, split), semi.precision, folder, device)
+        if distributed.rank() == 0:
+            origin = "drawn" if split.list_file is None else "listed"
+            result = {"percent": split.percent, "labels": len(rows_L), "origin": origin, "nets": scores}
+            write_json(paths.REPORTS / "semi" / f"{name}.json", result)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _labelled_rows(run: Run, listing: "Listing", name: str, split: "SplitParams") -> "np.ndarray":
+    from bingo.evals.few_labels import drawn_rows, listed_rows
+
+    if split.list_file is None:
+        return drawn_rows(listing, split.percent, run.params.seed)
+    return listed_rows(listing, split.list_file, f"semi_eval.splits.{name}.list_file")
+
+
+def _protocols(run: Run, listing: "Listing", rows_L: "np.ndarray", split: "SplitParams") -> "dict[str, Protocol]":
+    import numpy as np
+
+    from bingo.data.images import open_images
+    from bingo.evals.finetune import Task, random_crops
+    from stages.classifying import Protocol
+
+    params, semi = run.params, run.params.semi_eval
+    images, test_rows = open_images(listing, paths.IMAGES, params.dataset.root), np.arange(listing.train_rows, len(listing))
+    crops = random_crops(semi.crop_scale, semi.flip_p)
+    task = Task(images, listing.labels_N, rows_L, test_rows, len(listing.classes), params.image, crops)
+    return {
+        "linear": Protocol(task, semi.linear, split.linear_lr, None),
+        "finetune": Protocol(task, semi.finetune, split.head_lr, split.trunk_lr),
+    }
+
+
+if __name__ == "__main__":
+    app()

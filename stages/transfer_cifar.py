@@ -1,0 +1,132 @@
+"""transfer_cifar: the student on other labelled images (CIFAR-10 and CIFAR-100 in the papers): linear, enlarged and native, and fine-tuned.
+
+    python -m stages.transfer_cifar [NAME]     reads the images of transfer.datasets.NAME, the networks that transfer.nets names (the
+                                               student from its file alone) and params transfer, dataset, image, student, seed;
+                                               writes reports/transfer/NAME.json, percent
+Without NAME: every one of transfer.datasets. A killed run goes on from its checkpoints. Linear follows DisCo's cifar_main_lincls.py and
+Reproduction.md (methods.md section 2.4) but for the enlarging, which is bilinear here (DisCo: bicubic).
+"""
+
+import shutil
+from typing import TYPE_CHECKING
+
+import typer
+
+from stages import paths
+from stages.common import Run, chosen_items, code_fingerprint, process_group, stage_run, state_folder
+from stages.launch import launch
+
+if TYPE_CHECKING:
+    import torch
+
+    from bingo.data.images import Images
+    from bingo.data.listing import Listing
+    from bingo.params import ImageParams
+    from stages.classifying import Protocol
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(name: str | None = typer.Argument(None, help="One of params.yaml's transfer.datasets; without it, all.")) -> None:
+    """Transfer to other labelled images."""
+    with stage_run(f"transfer_cifar-{name}" if name else "transfer_cifar") as run:
+        names = chosen_items("transfer.datasets", run.params.transfer.datasets, name)
+        launch("transfer_cifar", *([name] if name else []))
+        with process_group(run) as device:
+            for dataset in names:
+                _judge(run, dataset, device)
+
+
+def _judge(run: Run, name: str, device: "torch.device") -> None:
+    from bingo import distributed
+    from bingo.artefacts import write_json
+    from stages.backbones import backbone_files, backbones, judged
+    from stages.classifying import scores_by_net
+
+    transfer = run.params.transfer
+    nets = backbones(run, transfer.nets)
+    listing, images = _scan(run, name)
+    test_images = len(listing) - listing.train_rows
+    run.say(f"transfer_cifar: {name}: {listing.train_rows:,} train and {test_images:,} test images, {len(listing.classes)} classes")
+    protocols = _protocols(run, listing, images)
+    values = {
+        "params": judged(run, transfer),
+        "inputs": [listing.fingerprint, backbone_files(transfer.nets)],
+        "code": code_fingerprint("transfer_cifar"),
+    }
+    with state_folder("transfer_cifar", values) as folder:
+        scores = scores_by_net(run, nets, protocols, transfer.precision, folder, device)
+        if distributed.rank() == 0:
+            seen = {protocol: {"crop_px": used.task.image.crop_px} for protocol, used in protocols.items()}
+            result = {"dataset": listing.dataset, "images": [listing.train_rows, test_images], "protocols": seen, "nets": scores}
+            write_json(paths.REPORTS / "transfer" / f"{name}.json", result)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _scan(run: Run, name: str) -> "tuple[Listing, Images]":
+    """The dataset's listing and images. The first process goes first: it may have to download them."""
+    from bingo import distributed
+    from bingo.data.images import FileImages, MemoryImages
+    from bingo.data.sources import scan
+    from bingo.errors import UserError
+
+    dataset = run.params.transfer_set(name)
+    if distributed.rank() > 0:
+        distributed.barrier()
+    try:
+        listing, images_NSS3 = scan(dataset, run.params.seed)
+    except UserError as error:
+        raise UserError([line.replace("dataset.", f"transfer.datasets.{name}.") for line in error.lines]) from None
+    if distributed.rank() == 0:
+        distributed.barrier()
+    return listing, FileImages(str(dataset.root), listing.paths) if images_NSS3 is None else MemoryImages(images_NSS3)
+
+
+def _protocols(run: Run, listing: "Listing", images: "Images") -> "dict[str, Protocol]":
+    import numpy as np
+
+    from bingo.evals.finetune import Task, random_crops
+    from stages.classifying import Protocol
+
+    transfer, found = run.params.transfer, {}
+    train_rows, test_rows = np.split(np.arange(len(listing)), [listing.train_rows])
+    crops = random_crops(transfer.crop_scale, transfer.flip_p)
+    for protocol in transfer.protocols:
+        image = _image(run.params.image, images, transfer.resized_px if protocol == "linear_resized" else None)
+        _check(run, protocol, image)
+        task = Task(images, listing.labels_N, train_rows, test_rows, len(listing.classes), image, crops)
+        if protocol == "finetune":
+            found[protocol] = Protocol(task, transfer.finetune, transfer.finetune.head_lr, transfer.finetune.trunk_lr)
+        else:
+            found[protocol] = Protocol(task, transfer.linear, transfer.linear.lr, None)
+    return found
+
+
+def _image(image: "ImageParams", images: "Images", resized_px: int | None) -> "ImageParams":
+    """Views of `resized_px`, or of the native size: that of images in memory, which are seen whole; files are seen as params image says."""
+    from bingo.data.images import MemoryImages
+
+    if isinstance(images, MemoryImages):
+        side_px = resized_px or images.side_px
+        return image.model_copy(update={"crop_px": side_px, "resize_px": side_px})
+    if resized_px is None:
+        return image
+    return image.model_copy(update={"crop_px": resized_px, "resize_px": round(resized_px * image.resize_px / image.crop_px)})
+
+
+def _check(run: Run, protocol: str, image: "ImageParams") -> None:
+    """Raises UserError where the student's architecture takes no images of a protocol's size."""
+    from bingo.errors import UserError
+    from bingo.nets.backbones import build_backbone, check_images
+
+    network = run.params.student
+    try:
+        check_images(build_backbone(network.arch, network.width, network.stem, 0), network.arch, image.crop_px)
+    except UserError:
+        line = f"transfer.protocols = {protocol}: {network.arch} takes no images of {image.crop_px} px"
+        raise UserError(f"{line}; leave {protocol} out, or set transfer.resized_px") from None
+
+
+if __name__ == "__main__":
+    app()
