@@ -85,7 +85,7 @@ def main() -> None:
 def overrides(variant: str, seed: int, base: str | None = None, root: str | None = None) -> tuple[str, ...]:
     """What a base, a recipe and a seed change in params.yaml, each as `dotted.key=value`; what only a report shows is left out.
 
-    A relative `root` is made absolute, as experiments run elsewhere. Raises UserError where the result is not allowed.
+    The folder of the images is made absolute, as experiments run elsewhere. Raises UserError where the result is not allowed.
     """
     from bingo.params import read_yaml, validate
     from bingo.recipes import lay_over, read_recipe
@@ -93,9 +93,10 @@ def overrides(variant: str, seed: int, base: str | None = None, root: str | None
     document = read_yaml("params.yaml")
     validate(document, "params.yaml")
     recipes = {name: read_recipe(Path("recipes"), name).overlay for name in (base, variant) if name}
-    images = {"dataset": {"root": str(Path(root).expanduser().absolute())}} if root else {}
-    overlays = (recipes.get(base or "", {}), images, COMMON, recipes[variant], {"seed": seed})
+    overlays = (recipes.get(base or "", {}), COMMON, recipes[variant], {"seed": seed})
     changes = [change for overlay in overlays for change in lay_over(document, overlay)]
+    if folder := root or document["dataset"]["root"]:
+        changes += lay_over(document, {"dataset": {"root": str(Path(folder).expanduser().absolute())}})
     validate(document, f"params.yaml with recipe {' and '.join(recipes)}")
     return tuple(f"{key}={written(value)}" for key, value in {key: new for key, _, new in changes if not key.startswith("report.")}.items())
 

@@ -225,6 +225,7 @@ def test_a_base_is_below_the_variants_and_in_their_names(tmp_path, monkeypatch):
     changes = compare.overrides("method-simreg", 4, "cifar10-cpu-smoke", "images")
     said = dict(change.split("=", 1) for change in changes)
     assert said["dataset.root"] == f"'{repository.home / 'images'}'"  # experiments run elsewhere
+    assert f"dataset.root='{repository.home / 'data/cifar10'}'" in compare.overrides("method-simreg", 4, "cifar10")
     assert (said["teacher.pretrain.epochs"], said["distill.method"], said["seed"]) == ("30", "'simreg'", "4")
     assert (said["distill.epochs"], said["distill.lr"]) == ("10", "0.2")  # the base's, the variant's
     assert said["linear_eval.crops.nets"] == "[]"
