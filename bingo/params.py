@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import re
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
@@ -513,7 +514,7 @@ def validate(raw: Any, origin: str) -> Params:
     try:
         return schema().model_validate(raw)
     except ValidationError as error:
-        raise UserError([f"{origin}: {line}" for line in _mistakes(error, schema())]) from None
+        raise UserError([f"{origin}: {line}" for line in mistakes(error, schema())]) from None
 
 
 def read_yaml(path: Path | str) -> Any:
@@ -526,15 +527,22 @@ def read_yaml(path: Path | str) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the folder that holds params.yaml") from None
     except (YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split()).partition(" To suppress this check")[0]
-        raise UserError(f"{path}: is not YAML: {_short(reason)}") from None
+        raise UserError(f"{path}: is not YAML: {_yaml_reason(error)}; mend it") from None
 
 
-def _mistakes(error: ValidationError, model: Any) -> list[str]:
-    """One line for each mistake: dotted key, value, what is allowed."""
+def _yaml_reason(error: Exception) -> str:
+    """What is wrong and where, in one line of at most some 200 characters."""
+    mark = getattr(error, "problem_mark", None)
+    reason = " ".join(str(getattr(error, "problem", None) or error).split())
+    place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return (reason if len(reason) <= 160 else f"{reason[:160]}...") + place
+
+
+def mistakes(error: ValidationError, model: Any, section: str = "") -> list[str]:
+    """One line for each mistake in a section of this name ("": the whole file): dotted key, value, what is allowed."""
     lines = []
     for item in error.errors(include_url=False, include_context=False):
-        key = ".".join(str(part) for part in item["loc"] if part != "[key]") or "the file"
+        key = ".".join(str(part) for part in (section, *item["loc"]) if part not in ("", "[key]"))
         if item["type"] == "missing":
             lines.append(f"{key} is missing; add it (recipes/ and the shipped params.yaml show its form)")
         elif item["type"] == "extra_forbidden":
@@ -543,11 +551,13 @@ def _mistakes(error: ValidationError, model: Any) -> list[str]:
         else:
             message = _message(item)
             value = "" if isinstance(item["input"], dict | BaseModel) else f" = {_short(item['input'])}"
-            lines.append(f"{key}{value}: {message}")
+            lines.append(f"{key}{value}: {message}" if key else message)
     return lines
 
 
 def _message(item: Any) -> str:
+    if item["type"] in ("model_type", "dict_type"):
+        return "allowed is a section, that is keys with values"
     return item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
 
 
@@ -564,4 +574,6 @@ def _keys_beside(model: Any, loc: tuple) -> list[str]:
             continue
         field = model.model_fields.get(part)
         model = method_section("moco") if part == "moco" else field.annotation  # teacher.pretrain.moco has no type of its own
+        if get_origin(model) is UnionType:  # a section, or null
+            model = get_args(model)[0]
     return list(model.model_fields)

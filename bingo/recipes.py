@@ -15,12 +15,12 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bingo.errors import UserError, near_matches
-from bingo.params import read_yaml
+from bingo.params import mistakes, read_yaml
 
 PARTS = "parts"
 MEASURES = {
@@ -67,6 +67,12 @@ class About(_Strict):
     images: ImagesFrom | None = None
     deviates: list[str] = []
 
+    @model_validator(mode="after")
+    def _figures_have_a_source(self) -> Self:
+        if self.expected and not self.source:
+            raise ValueError("expected has figures, but source does not say where they are from; add about.source")
+        return self
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -109,8 +115,7 @@ def own_about(path: Path) -> About:
     try:
         return About.model_validate(_content(path).get("about") or {})
     except ValidationError as error:
-        found = [(".".join(str(part) for part in item["loc"]), item["msg"]) for item in error.errors(include_url=False)]
-        raise UserError([f"{path}: about.{key}: {message}" for key, message in found]) from None
+        raise UserError([f"{path}: {line}" for line in mistakes(error, About, "about")]) from None
 
 
 def read_recipe(folder: Path, name: str) -> Recipe:
@@ -123,6 +128,8 @@ def read_recipe(folder: Path, name: str) -> Recipe:
         about = own_about(part)
         inherited |= {key: value for key in ("teacher", "images") if (value := getattr(about, key)) is not None}
         inherited["deviates"] += [line for line in about.deviates if line not in inherited["deviates"]]
+    if "teacher" in inherited and not (isinstance(overlay.get("teacher"), dict) and "checkpoint" in overlay["teacher"]):
+        raise UserError(f"{path}: about.teacher tells of a file that the recipe does not name; set teacher.checkpoint, or leave it out")
     recipe = Recipe(name, description(path), overlay, own_about(path).model_copy(update=inherited))
     lay_over(overlay, _for_the_report(recipe))
     return recipe
