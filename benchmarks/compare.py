@@ -71,6 +71,10 @@ def main() -> None:
     with mistakes_as_lines():
         if given.jobs < 1:
             raise UserError(f"--jobs = {given.jobs}: allowed is a whole number from 1")
+        if given.root == "":
+            raise UserError("--root is empty: give the folder of the images, or leave it out")
+        if part := next((name for name in [*given.variants, given.base or ""] if "/" in name), None):
+            raise UserError(f"recipe = {part}: is a part of recipes, after which no experiment can be named; see: bingo recipe list")
         commit = _clean_commit()
         experiments = [
             Experiment(f"{given.base}+{variant}" if given.base else variant, seed, overrides(variant, seed, given.base, given.root))
@@ -95,9 +99,12 @@ def overrides(variant: str, seed: int, base: str | None = None, root: str | None
     recipes = {name: read_recipe(Path("recipes"), name).overlay for name in (base, variant) if name}
     overlays = (recipes.get(base or "", {}), COMMON, recipes[variant], {"seed": seed})
     changes = [change for overlay in overlays for change in lay_over(document, overlay)]
-    if folder := root or document["dataset"]["root"]:
-        changes += lay_over(document, {"dataset": {"root": str(Path(folder).expanduser().absolute())}})
-    validate(document, f"params.yaml with recipe {' and '.join(recipes)}")
+    changes += lay_over(document, {"dataset": {"root": root}} if root else {})
+    dataset = validate(document, f"params.yaml with recipe {' and '.join(recipes)}").dataset
+    if root and dataset.source == "folder" and not Path(root).expanduser().is_dir():
+        raise UserError(f"--root = {root}: there is no such folder; name the one that holds the images")
+    if dataset.root:
+        changes += lay_over(document, {"dataset": {"root": str(Path(dataset.root).expanduser().absolute())}})
     return tuple(f"{key}={written(value)}" for key, value in {key: new for key, _, new in changes if not key.startswith("report.")}.items())
 
 

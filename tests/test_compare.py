@@ -202,6 +202,10 @@ def test_mistakes_are_one_line_before_anything_runs(repository):
 
     assert "recipe = method-mocco: " in mistake("--variants", "method-bingo", "method-mocco")
     assert "--jobs = 0: allowed" in mistake("--variants", "method-bingo", "--jobs", "0")
+    assert "--root is empty: give the folder" in mistake("--variants", "method-bingo", "--root", "")
+    assert "recipe = parts/imagenet: is a part" in mistake("--variants", "method-bingo", "--base", "parts/imagenet")
+    missing = mistake("--variants", "method-bingo", "--base", "cifar10-cpu-smoke", "--root", "nowhere")
+    assert "--root = nowhere: there is no such folder" in missing
     (repository.home / "params.yaml").write_text((repository.home / "params.yaml").read_text() + "# edited\n")
     assert "params.yaml: not committed" in mistake("--variants", "method-bingo")
     repository.commit()
@@ -222,6 +226,7 @@ def test_clock(seconds, text):
 def test_a_base_is_below_the_variants_and_in_their_names(tmp_path, monkeypatch):
     repository = Repository(tmp_path)
     monkeypatch.chdir(repository.home)
+    Path("images").mkdir()
     changes = compare.overrides("method-simreg", 4, "cifar10-cpu-smoke", "images")
     said = dict(change.split("=", 1) for change in changes)
     assert said["dataset.root"] == f"'{repository.home / 'images'}'"  # experiments run elsewhere
