@@ -94,6 +94,9 @@ def _point(variant: Variant, cost: str, measure: str, prefix: str) -> Point | No
 
 
 def _prefix(found: Sequence[Variant]) -> str:
-    """The first word of the names with its hyphen, where all share it: it says nothing on a chart."""
-    words = {variant.name.partition("-")[0] for variant in found if "-" in variant.name}
-    return f"{words.pop()}-" if len(words) == 1 and all("-" in variant.name for variant in found) else ""
+    """What all names begin with, as it says nothing on a chart: a base with its plus, then the first word with its hyphen."""
+    bases = {variant.name.rpartition("+")[0] for variant in found}
+    base = f"{bases.pop()}+" if len(bases) == 1 and all("+" in variant.name for variant in found) else ""
+    names = [variant.name.removeprefix(base) for variant in found]
+    words = {name.partition("-")[0] for name in names}
+    return base + (f"{words.pop()}-" if len(words) == 1 and all("-" in name for name in names) else "")

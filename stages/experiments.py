@@ -7,7 +7,7 @@ What DVC shows (parameters, metrics) comes from `dvc exp show`; timings come fro
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ def report_experiments(prefixes: Sequence[str], against: str | None, revision: s
     names = {experiment.variant for experiment in known}
     if against is not None and against not in names:
         raise UserError(f"--against = {against}: allowed are {', '.join(sorted(names)) or 'none'}{near_matches(against, sorted(names))}")
-    reference = against or (AGAINST if AGAINST in names else None)
+    reference = against or _reference(names)
     asked = [one for one in known if not prefixes or one.name.startswith(tuple(prefixes))]
     if not asked:
         raise UserError(f"{' '.join(prefixes)}: no experiment of {commit[:7]} has such a name; there are {', '.join(sorted(names))}")
@@ -47,6 +47,12 @@ def report_experiments(prefixes: Sequence[str], against: str | None, revision: s
     write_bytes(PAGE, build_page(commit[:7], chosen, found, tables, reference, used).encode())
     typer.echo("\n\n".join(table.markdown() for table in tables.values()))
     typer.echo(f"report: {PAGE.resolve().as_uri()}", err=True)
+
+
+def _reference(names: Collection[str]) -> str | None:
+    """AGAINST, or where there is none the only variant that lays it over a base (benchmarks/compare.py)."""
+    found = [name for name in names if name.rpartition("+")[2] == AGAINST]
+    return AGAINST if AGAINST in names else found[0] if len(found) == 1 else None
 
 
 def _experiments(revision: str) -> "tuple[str, list[Experiment]]":

@@ -1,6 +1,7 @@
 """Comparisons: statistics against SciPy and closed forms, tables and page to the letter, overrides through DVC's own parser."""
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -223,6 +224,9 @@ def test_a_recipe_that_is_not_allowed_is_told_before_anything_runs(tmp_path, mon
     Path("recipes/worse.yaml").write_text("# worse\ndistill: {lr: high}\n")
     with pytest.raises(UserError, match=r"with recipe worse: distill\.lr = 'high'"):
         overrides("worse", 0)
+    Path("recipes/worst.yaml").write_text("# worst\ndataset: 5\n")
+    with pytest.raises(UserError, match=r"with recipe worst: dataset = 5: allowed is a section"):
+        overrides("worst", 0)
 
 
 def shown_by_dvc(*runs: Experiment) -> list[dict]:
@@ -263,6 +267,20 @@ def test_prefixes_choose_and_the_reference_stays(shown, capsys):
     assert re.findall(r"^\| (m\S+)", capsys.readouterr().out, re.MULTILINE) == ["my-idea", "method-moco"] * 2
     experiments.report_experiments(["method-b"], "my-idea", "HEAD")
     assert "minus my-idea" in capsys.readouterr().out
+
+
+def test_over_a_base_the_reference_is_found_and_the_base_is_on_no_chart(shown, monkeypatch, capsys):
+    based = [dataclasses.replace(one, name=f"my-base+{one.name}") for one in (*MOCO, *BINGO)]
+    monkeypatch.setattr(experiments, "_shown_by_dvc", lambda revision: shown_by_dvc(*based))
+    experiments.report_experiments([], None, "HEAD")
+    assert "minus my-base+method-moco" in capsys.readouterr().out
+    assert "moco 61.0 percent at 0.04" in (shown / "reports/experiments.html").read_text()
+    assert "my-base+method-moco 61.0" not in (shown / "reports/experiments.html").read_text()
+    monkeypatch.setattr(
+        experiments, "_shown_by_dvc", lambda revision: shown_by_dvc(*based, dataclasses.replace(MOCO[0], name="b+method-moco"))
+    )
+    experiments.report_experiments([], None, "HEAD")
+    assert "minus" not in capsys.readouterr().out  # two could be meant
 
 
 def test_wrong_choices_are_one_line(shown, monkeypatch):
