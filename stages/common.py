@@ -108,7 +108,12 @@ def _tell(lines: Sequence[str]) -> None:
     """Print mistakes. All processes mostly find the same ones: the others wait until the launcher, who sees the first fail, ends them."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)
-    print("\n".join(f"error: {line}" for line in lines), file=sys.stderr, flush=True)
+    print("\n".join(f"error: {_printable(line)}" for line in lines), file=sys.stderr, flush=True)
+
+
+def _printable(line: str) -> str:
+    """A line as it is, but for what would break it or move the cursor: the names of files hold anything."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) -> None:

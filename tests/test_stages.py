@@ -543,3 +543,9 @@ def test_several_mistakes_are_several_lines(capsys):
     with pytest.raises(SystemExit), mistakes_as_lines():
         raise UserError(["a: wrong", "b: wrong"])
     assert capsys.readouterr().err == "error: a: wrong\nerror: b: wrong\n"
+
+
+def test_a_mistake_with_a_line_break_in_a_name_is_one_line(capsys):
+    with pytest.raises(SystemExit), mistakes_as_lines():
+        raise UserError("FOLDER = a\nb\x1b[2J: an ä stays")
+    assert capsys.readouterr().err == "error: FOLDER = a\\nb\\x1b[2J: an ä stays\n"
