@@ -87,6 +87,8 @@ def _instances(run: Run) -> "tuple[Instances, Instances]":
     train, val = found
     if train.category_ids != val.category_ids:
         raise UserError("transfer_coco.val_annotations: its categories are not those of transfer_coco.train_annotations; give a pair")
+    if all(annotation["iscrowd"] for annotation in val.annotations):
+        raise UserError("transfer_coco.val_annotations: has no instance to measure by; give annotations that are not all crowds")
     return train, val
 
 

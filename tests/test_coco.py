@@ -63,11 +63,17 @@ def test_crowds_and_empty_instances_are_left_out_and_counted(tmp_path):
     for box in ([5, 5, 0, 9], [5, 5, 9, 0], [first["width"], 0, 9, 9], [-20, 0, 20, 9]):  # no width, no height, beside the image
         content["annotations"].append(usual | {"bbox": box})
     content["annotations"].append(usual | {"segmentation": [[1.0, 1.0, 2.0, 2.0]]})
+    sides = [first["height"], first["width"]]
+    from faster_coco_eval import mask as rle
+
+    nothing = {"size": sides, "counts": [first["height"] * first["width"]]}
+    content["annotations"].append(usual | {"segmentation": nothing})
+    content["annotations"].append(usual | {"segmentation": nothing | {"counts": rle.frPyObjects(nothing, *sides)["counts"].decode()}})
     write(tmp_path, "train", content)
     found = read(tmp_path)
     targets = training_targets(found)
-    assert list(targets.left_out.values()) == [1, 4, 1]
-    assert targets.told() == "2 images with nothing to learn, 1 crowds, 4 boxes without width or height, 1 masks without an area"
+    assert list(targets.left_out.values()) == [1, 4, 3]
+    assert targets.told() == "2 images with nothing to learn, 1 crowds, 4 boxes without width or height, 3 masks without an area"
     kept = [found.images.entries[row]["id"] for row in targets.rows]
     assert kept == sorted({image["id"] for image in content["images"]} - {second["id"], content["images"][4]["id"]})
     assert sum(len(json.loads(line)) for line in targets.lines if line) == 6
@@ -176,6 +182,13 @@ def test_exif_orientation_is_ignored(tmp_path):
             lambda c: c["annotations"][0].update(segmentation={"counts": "zzzz999", "size": [108, 81]}),
             "annotations.0 has run lengths that do not fit image id 1000",
         ),
+        (
+            lambda c: c["images"][1].update(file_name="../train/0.png"),
+            "file_name ../train/0.png of image id 993 leads out of the folder of images; mend the file",
+        ),
+        (lambda c: c["images"][1].update(file_name="/0.png"), "file_name /0.png of image id 993 leads out"),
+        (lambda c: c["images"][1].update(file_name="a" * 5000), "images that it names are not on the disk: "),
+        (lambda c: c["annotations"][0].update(segmentation=None), "annotations.0.segmentation is not as COCO has it"),
         (
             lambda c: c["images"][1].update(file_name="gone.jpg"),
             "images that it names are not on the disk: {root}/train/gone.jpg (image id 993); restore them, or set transfer_coco.root",

@@ -144,6 +144,17 @@ def test_categories_of_two_datasets_are_refused(workspace):
     assert "its categories are not those of transfer_coco.train_annotations" in done.err
 
 
+def test_annotations_of_crowds_alone_are_refused_before_the_training(workspace):
+    for split, wanted in (("train", "no image has an instance to learn"), ("val", "has no instance to measure by")):
+        content = json.loads((workspace.root / f"coco/annotations/instances_{split}.json").read_text())
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = 1
+        write(workspace.root / "coco", split, content)
+        done = workspace.run(STAGE, **ALONE)
+        assert (done.status, len(done.err.splitlines())) == (2, 1)
+        assert f"transfer_coco.{split}_annotations: {wanted}; " in done.err
+
+
 def test_the_stage_is_in_the_pipeline_only_where_it_is_asked_for(made):
     command = [sys.executable, "-m", "dvc"]
     subprocess.run([*command, "init", "--no-scm", "--quiet"], cwd=made.root, env=environment(), check=True)

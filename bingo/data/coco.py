@@ -121,7 +121,7 @@ def read_instances(annotations: Path, folder: Path, key: str) -> Instances:
     )
     for problem in _contradictions(found):
         raise UserError(f"{key} = {annotations}: {problem}; mend the file")
-    missing = [row for row in range(len(found.images)) if not found.images.path(row).is_file()]
+    missing = [row for row in range(len(found.images)) if not _is_there(found.images.path(row))]
     if missing:
         named = ", ".join(found.images.name(row) for row in missing[:_NAMED])
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
@@ -129,10 +129,17 @@ def read_instances(annotations: Path, folder: Path, key: str) -> Instances:
     return found
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
 def _mistake(error: ValidationError) -> str:
     """The first mistake of a file in words."""
     first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(part for part in map(str, first["loc"]) if "[" not in part)  # pydantic's name of one of several types
     if first["type"] == "json_invalid":
         return f"is not JSON ({first['msg'].removeprefix('Invalid JSON: ')})"
     if first["type"] == "missing":
@@ -146,6 +153,9 @@ def _contradictions(found: Instances) -> Iterator[str]:
     known = set(ids)
     if len(known) < len(ids):
         yield f"image id {next(a for a, b in pairwise(ids) if a == b)} is there twice"
+    for image in found.images.entries:
+        if Path(image["file_name"]).is_absolute() or ".." in Path(image["file_name"]).parts:
+            yield f"file_name {image['file_name']} of image id {image['id']} leads out of the folder of images"
     categories, sides = set(found.category_ids), {image["id"]: [image["height"], image["width"]] for image in found.images.entries}
     for number, annotation in enumerate(found.annotations):
         image, segmentation = annotation["image_id"], annotation["segmentation"]
@@ -222,9 +232,11 @@ def _box(bbox: list[float], height: int, width: int) -> list[float]:
 
 
 def _segmentation(segmentation: Any) -> Any:
-    """Run lengths as they are; of polygons those with three corners or more, in whole pairs of numbers."""
+    """Run lengths as they are, None where they cover no pixel; of polygons those with three corners or more, in whole pairs of numbers."""
     if isinstance(segmentation, dict):
-        return segmentation
+        lengths = segmentation["counts"]
+        covered = sum(lengths[1::2]) if isinstance(lengths, list) else rle.area(segmentation)
+        return segmentation if covered else None
     return [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
 
 

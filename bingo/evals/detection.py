@@ -52,6 +52,8 @@ class Result:
 
 def steps_in_epoch(rows: int, batch_images: int) -> int:
     """Whole batches in an epoch; the tail is dropped, another one each epoch. Raises UserError where there is none, or no equal share."""
+    if rows == 0:
+        raise UserError("transfer_coco.train_annotations: no image has an instance to learn; give annotations that are not all crowds")
     if batch_images > rows:
         raise UserError(f"transfer_coco.batch_images = {batch_images}: only {rows} images have instances to learn; lower it")
     if batch_images % (processes := distributed.world()):
