@@ -232,7 +232,7 @@ def test_includes_are_laid_over_in_order_and_before_the_recipe_itself(tmp_path):
         ("about: {expected: {linear_top1: 60}}", ["source does not say where they are from"]),
         ("about: {teacher: {note: x, linear_top1: 70, published_by: x}}", ["about.teacher.note is not a known key", "published_by"]),
         ("about: {teacher: {linear_top1: 70, published_by: x}}", ["about.teacher tells of a file", "set teacher.checkpoint"]),
-        ("bagging: {k: [}", ["is not YAML: ", "at line 2, column 14"]),
+        ("bagging: {k: [}", ["is not YAML: ", "at line 2, column 15"]),
         ("bagging: {k: 3, k: 4}", ['found duplicate key "k"', "at line 2, column 17"]),
     ],
 )
