@@ -534,7 +534,8 @@ def _mistakes(error: ValidationError, model: Any) -> list[str]:
     """One line for each mistake: dotted key, value, what is allowed."""
     lines = []
     for item in error.errors(include_url=False, include_context=False):
-        key = ".".join(str(part) for part in item["loc"] if part != "[key]") or "the file"
+        parts = [str(part) for part in item["loc"] if part != "[key]"]
+        key = ".".join(part if part.isprintable() else ascii(part) for part in parts) or "the file"
         if item["type"] == "missing":
             lines.append(f"{key} is missing; add it (recipes/ and the shipped params.yaml show its form)")
         elif item["type"] == "extra_forbidden":

@@ -177,6 +177,10 @@ def test_exif_orientation_is_ignored(tmp_path):
             "annotations.0 has run lengths that do not fit image id 1000",
         ),
         (
+            lambda c: c["images"][1].update(file_name="../val/000000000139.jpg"),
+            "image id 993 has the file name '../val/000000000139.jpg', which leads out of its folder; mend the file",
+        ),
+        (
             lambda c: c["images"][1].update(file_name="gone.jpg"),
             "images that it names are not on the disk: {root}/train/gone.jpg (image id 993); restore them, or set transfer_coco.root",
         ),

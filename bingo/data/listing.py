@@ -9,13 +9,14 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bingo.artefacts import canonical_json, fingerprint, write_bytes
+from bingo.data.inside import leads_out
 from bingo.errors import UserError
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
@@ -114,11 +115,6 @@ def column_digest(column: pa.ChunkedArray) -> str:
     """The sha256 of one column of one row group: of its int64 numbers, or of its strings as JSON."""
     is_text = pa.types.is_string(column.type)
     return hashlib.sha256(json.dumps(column.to_pylist()).encode() if is_text else column.to_numpy().astype("<i8").tobytes()).hexdigest()
-
-
-def leads_out(path: str) -> bool:
-    """Whether a path of a listing names something outside of the dataset's folder."""
-    return path.startswith("/") or (".." in path and ".." in PurePosixPath(path).parts)
 
 
 def metadata_of(schema: pa.Schema) -> dict[str, str]:

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bingo.data.listing import PARQUET_DAMAGE, column_digest, leads_out, metadata_of
+from bingo.data.inside import leads_out
+from bingo.data.listing import PARQUET_DAMAGE, column_digest, metadata_of
 from bingo.errors import UserError
 
 _COLUMNS = ["row", "path", "label", "split"]
