@@ -26,7 +26,10 @@ INFRASTRUCTURE = {
 INFRASTRUCTURE |= {"stages/experiments.py", "bingo/experiments.py", "bingo/experiments_table.py", "bingo/report_experiments.py"}
 # A network's kNN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
 # a teacher pass or a training, and none of them can reach a network or an embedding.
-WATCHING = {f"bingo/{name}.py" for name in ("neighbors", "evals/knn", "evals/probe", "evals/features", "evals/teacher_check", "costs")}
+WATCHING = {
+    f"bingo/{name}.py"
+    for name in ("neighbors", "evals/knn", "evals/probe", "evals/features", "evals/collapse", "evals/teacher_check", "costs")
+}
 WATCHED = ("teacher", "extract", "distill", "baseline")
 # Which layer a module is in; imports go to the same or a lower number.
 LAYERS = [

@@ -37,6 +37,7 @@ class EmbeddingsWriter:
         name = str(path)
         self._features = open_array(group, "features", name, np.float16, 2, _WAY_OUT)
         self._keys = open_array(group, "keys", name, np.float16, 3, _WAY_OUT)
+        self.feature_width: int = self._features.shape[1]
         self.chunk_rows: int = self._features.chunks[0]
         self.chunks: int = -(-self._features.shape[0] // self.chunk_rows)
 
