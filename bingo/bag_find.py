@@ -67,6 +67,7 @@ def image_feature(image_file: Path, teacher_file: Path, recipe: Mapping[str, Any
     if stored_px:
         images = MemoryImages(np.stack([decode_square(image_file.read_bytes(), stored_px, stored_px)]))
     else:
+        image_file = image_file.resolve()  # a link of the user's own may lead anywhere
         images = FileImages(str(image_file.parent), [image_file.name])
     teacher = load_teacher(teacher_file).to(device).to(memory_format=torch.channels_last)
     view_13PP = next(iter(center_views(images, [0], ImageParams(**recipe["image"]), device, 1, workers=0)))

@@ -24,7 +24,7 @@ import numpy as np
 import zarr
 
 from bingo.artefacts import fingerprint, new_directory
-from bingo.data.chunks import new_array, open_array, open_group, read_rows
+from bingo.data.chunks import new_array, open_array, open_group, read_rows, seal
 from bingo.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ _Kinds = dict[str, tuple[type, int]]  # dtype and rank of each array
 _TABLE: _Kinds = {"members": (np.int32, 2), "similarity": (np.float16, 2)}
 _CLUSTERS: _Kinds = {"cluster": (np.int32, 1), "cluster_rows": (np.int32, 1), "cluster_start": (np.int64, 1)}
 _CENTROIDS: _Kinds = {"centroids": (np.float32, 2)}
+_NO_SETTINGS = ("listing", "embeddings", "fingerprint", "checksums", "checksum")  # among the attributes
 _ARRAYS = {"knn": _TABLE, "label": _TABLE | _CLUSTERS, "kmeans": _TABLE | _CLUSTERS | _CENTROIDS}
 
 
@@ -175,7 +176,7 @@ class BagIndex:
     def table(self) -> Bags:
         """All arrays in memory. Raises UserError where a chunk is damaged or missing."""
         x = {key: self._read(key, slice(None)) for key in self._arrays}
-        settings = {key: value for key, value in self.attrs.items() if key not in ("listing", "embeddings", "fingerprint")}
+        settings = {key: value for key, value in self.attrs.items() if key not in _NO_SETTINGS}
         clusters = (x.get(key) for key in ("cluster", "cluster_rows", "cluster_start", "centroids"))
         return Bags(settings, x["members"], x["similarity"], *clusters)
 
@@ -209,6 +210,7 @@ def write_bags(path: Path | str, bags: Bags, listing: str, embeddings: str) -> N
             x = arrays[key]
             assert x is not None
             new_array(group, key, x.shape, dtype, _CHUNK_ROWS if ndim > 1 else _FLAT_CHUNK_ROWS)[:] = x
+        seal(partial, group)
 
 
 def read_bags(store: Path | str | Mapping[str, bytes], listing: "Listing", embeddings: str | None = None) -> BagIndex:

@@ -1,4 +1,7 @@
-"""Checkpoints of an unfinished training: whole or absent, the previous one kept until the next is complete, one file a process."""
+"""Checkpoints of an unfinished training: whole or absent, the previous one kept until the next is complete, one file a process.
+
+A file is the sha256 of what torch.save wrote, and that: zip archives have checksums too, but torch does not look at them.
+"""
 
 import io
 import math
@@ -13,7 +16,8 @@ from typing import Any
 import torch
 
 from bingo import distributed
-from bingo.artefacts import read_json, write_bytes, write_json
+from bingo.artefacts import fingerprint, read_json, write_bytes, write_json
+from bingo.checksums import Damaged, seal, unseal
 from bingo.errors import UserError
 
 SECONDS_VARIABLE = "BINGO_CHECKPOINT_SECONDS"
@@ -65,10 +69,11 @@ class Checkpoints:
         """Write this process's state; when all have, `latest.json` names the step and older files go."""
         content = io.BytesIO()
         torch.save(state, content)
-        write_bytes(self._file(step, distributed.rank()), content.getvalue())
+        write_bytes(self._file(step, distributed.rank()), seal(content.getvalue()))
         distributed.barrier()
         if distributed.rank() == 0:
-            write_json(self.folder / "latest.json", {"step": step, "processes": distributed.world()})
+            latest = {"step": step, "processes": distributed.world()}
+            write_json(self.folder / "latest.json", {**latest, "checksum": fingerprint(latest)})
             for path in self.folder.glob("step-*.pt"):
                 if not path.name.startswith(f"step-{step}."):
                     path.unlink()
@@ -84,8 +89,11 @@ class Checkpoints:
             return None
         latest = read_json(self.folder / "latest.json")
         try:
+            if latest.pop("checksum") != fingerprint(latest):
+                raise Damaged("latest.json does not fit its checksum")
             rank = distributed.rank() if latest["processes"] == distributed.world() else 0
-            return torch.load(self._file(latest["step"], rank), map_location=device, weights_only=True)
+            content = unseal(self._file(latest["step"], rank).read_bytes())
+            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         except Exception as error:  # torch tells a damaged file in many ways
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise UserError(f"{self.folder}: the checkpoint is damaged ({reason}); delete this folder to start anew") from None

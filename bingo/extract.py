@@ -30,6 +30,7 @@ from bingo.nets.teachers import Teacher
 from bingo.params import ExtractParams, ImageParams
 from bingo.progress import Bar, progress_bar
 
+LEAST_SPREAD = 1e-3  # of float16 numbers that are equal but for their rounding it is 5e-4
 PURPOSE = "extract"  # of bingo.seeds, with epoch 0 and key row = row: a stored key's view can be drawn again
 
 
@@ -49,8 +50,8 @@ def extract_embeddings(
 
     `state` is a folder for the unfinished store and the list of done chunks, kept between calls; `attrs` holds the fingerprint
     `teacher` and what else the store is to keep. Returns images per second over all processes, where every view that passed
-    the teacher counts as one image. Raises UserError where a feature or key is not finite (with its row), or all features are
-    equal.
+    the teacher counts as one image. Raises UserError where a feature or key is not finite (with its row), or all features or
+    all keys are as good as equal.
     """
     recipe = {"extract": extract.model_dump(mode="json"), "image": image.model_dump(mode="json"), "seed": seed}
     attrs = {**attrs, "listing": listing.fingerprint, "recipe": recipe}
@@ -137,7 +138,9 @@ class _Pass:
             with autocast(self.extract.precision, self.device):
                 batches.append(self.teacher.keys(views_B).unflatten(0, (-1, self.extract.views)))
             self._advance(bar, len(views_B))
-        return torch.cat(batches).cpu().numpy() if batches else np.empty(0, np.float32)
+        if not batches:
+            return np.empty((0, self.extract.views, self.teacher.metadata["key_width"]), np.float32)
+        return torch.cat(batches).cpu().numpy()
 
     def _advance(self, bar: Bar, images: int) -> None:
         self.images_done += images
@@ -170,7 +173,7 @@ class _Unfinished:
     def write(self, chunk: int, features_nD: np.ndarray, keys_tVP: np.ndarray) -> None:
         """Write a chunk and, once its files are on the disk, put it on the list. Raises UserError where a number is not finite.
 
-        Its file in `done` is empty or, where all rows of the chunk are equal, holds that row.
+        Its file in `done` holds the `_moments` of its features and of its keys.
         """
         self.writer.write_chunk(chunk, features_nD, keys_tVP)
         for array in ("features", "keys"):
@@ -178,22 +181,36 @@ class _Unfinished:
                 if file.is_file():
                     with open(file, "rb") as opened:
                         os.fsync(opened.fileno())
-        half_nD = features_nD.astype(np.float16)
-        write_bytes(self.done / str(chunk), half_nD[0].tobytes() if (half_nD == half_nD[0]).all() else b"")
+        write_bytes(self.done / str(chunk), np.concatenate([_moments(features_nD), _moments(keys_tVP)]).tobytes())
 
     def publish(self, out: Path) -> None:
         """Check the store and put it at `out` in one rename; `state` keeps it until the caller removes that.
 
-        Raises UserError where a chunk is missing or all rows are equal.
+        Raises UserError where a chunk is missing, or all features or all keys are as good as equal.
         """
-        if self._is_constant():
-            rows = self.writer.rows(self.writer.chunks - 1).stop
-            line = f"{out}: the teacher gives all {rows} images the same feature, allowed are different ones"
-            raise UserError(f"{line}; check teacher.checkpoint and image.mean/std, and look at the images")
+        if not self.missing_chunks():
+            for kind, images, spread in self._spreads():
+                if images > 1 and spread < LEAST_SPREAD:
+                    line = f"{out}: the teacher gives all {images} images the same {kind} (they differ by {spread:.1g} of their length)"
+                    raise UserError(f"{line}, allowed are different ones; check teacher.checkpoint and image.mean/std, and the images")
         self.writer.finish(out)
 
-    def _is_constant(self) -> bool:
-        if self.missing_chunks() or len(self.writer.rows(0)) == 1:
-            return False
-        constants = {(self.done / str(chunk)).read_bytes() for chunk in range(self.writer.chunks)}
-        return len(constants) == 1 and constants != {b""}
+    def _spreads(self) -> Iterator[tuple[str, int, float]]:
+        """Of features and of keys: the name, how many images have them, and their standard deviation over their root mean square."""
+        rows = [self.writer.rows(chunk) for chunk in range(self.writer.chunks)]
+        train_rows = sum(len(self.writer.train_rows(chunk)) for chunk in range(self.writer.chunks))
+        moments = np.sum([np.frombuffer((self.done / str(chunk)).read_bytes()) for chunk in range(self.writer.chunks)], axis=0)
+        width = self.writer.feature_width
+        for kind, images, part in (("feature", rows[-1].stop, moments[: width + 2]), ("key", train_rows, moments[width + 2 :])):
+            count, squares, sums = part[0], part[1], part[2:]
+            if count and squares:
+                mean_square = squares / count
+                yield kind, images, float(np.sqrt(max(0.0, mean_square - ((sums / count) ** 2).sum()) / mean_square))
+            else:
+                yield kind, images if count else 0, 0.0
+
+
+def _moments(x: np.ndarray) -> np.ndarray:
+    """Of vectors in the last dimension, as they are stored: their number, their summed squared lengths, their sum; float64 (2 + D,)."""
+    x_nD = x.reshape(-1, x.shape[-1]).astype(np.float16).astype(np.float64)
+    return np.concatenate([[len(x_nD), (x_nD**2).sum()], x_nD.sum(axis=0)])

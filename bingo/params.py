@@ -542,7 +542,8 @@ def mistakes(error: ValidationError, model: Any, section: str = "") -> list[str]
     """One line for each mistake in a section of this name ("": the whole file): dotted key, value, what is allowed."""
     lines = []
     for item in error.errors(include_url=False, include_context=False):
-        key = ".".join(str(part) for part in (section, *item["loc"]) if part not in ("", "[key]"))
+        parts = [str(part) for part in (section, *item["loc"]) if part not in ("", "[key]")]
+        key = ".".join(part if part.isprintable() else ascii(part) for part in parts) or "the file"
         if item["type"] == "missing":
             lines.append(f"{key} is missing; add it (recipes/ and the shipped params.yaml show its form)")
         elif item["type"] == "extra_forbidden":

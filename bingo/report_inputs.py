@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from bingo.artefacts import read_json
+from bingo.checksums import Damaged, check_safetensors
 from bingo.errors import UserError
 from bingo.params import Params
 
@@ -95,16 +96,17 @@ def _number(text: str | None, name: str, path: Path) -> float:
 def read_network_facts(path: Path, prefix: str = "") -> NetworkFacts | None:
     """The header of a network's file, None where there is no file; the backbone is the tensors whose names start with `prefix`.
 
-    Raises UserError where the file is truncated or holds no metadata of BINGO.
+    Raises UserError where the file is damaged or holds no metadata of BINGO.
     """
     if not path.exists():
         return None
     try:
+        check_safetensors(path)
         with safe_open(path, framework="numpy") as file:
             metadata = json.loads((file.metadata() or {})["bingo"])
             slices = [file.get_slice(name) for name in file.keys() if _is_parameter(name, prefix)]  # noqa: SIM118 (no mapping)
             counts = [math.prod(part.get_shape()) for part in slices if "F" in part.get_dtype()]  # F32, F16, BF16
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (Damaged, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path}: is no network of BINGO ({' '.join(str(error).split())}); delete it and run: dvc repro") from None
     return NetworkFacts(metadata, sum(counts))
 

@@ -25,10 +25,11 @@ from bingo.schedules import cosine_lr
 
 @dataclass
 class Result:
-    """What a training leaves behind beside the method's weights: one record an epoch, what an anchor costs (GFLOP, forward and
-    backward), and how fast it went in this process."""
+    """What a training leaves behind beside the method's weights: one record an epoch, how far the network's features are spread,
+    what an anchor costs (GFLOP, forward and backward), and how fast it went in this process."""
 
     history: list[dict[str, float]] = field(default_factory=list)
+    spread: dict[str, float] = field(default_factory=dict)
     anchors: int = 0
     gflop_per_anchor: float = 0.0
     seconds: float = 0.0
@@ -113,8 +114,15 @@ class Trainer:
             return "no step was taken yet, so look at the method's temperature, image.std and augment"
         return f"lower lr (now {self.schedule.lr})"
 
+    def _check_weights(self) -> None:
+        """The loss is looked at before a step; what the last one made of the weights no loss would tell."""
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in self.method.state_dict().values())
+        if distributed.any_true(not finite, self.device):
+            raise UserError(f"{self.label}: weights are nan or inf after {self.step} steps; lower lr (now {self.schedule.lr})")
+
     def _end_epoch(self, epoch: int) -> None:
         """Write the epoch's record: mean of each term over all processes, and the probe's figures when it is due."""
+        self._check_weights()
         record = {"epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
         for name, value in self.sums.items():
             record[name] = round(float(distributed.mean(value / self.steps_per_epoch)), 6)

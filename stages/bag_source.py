@@ -2,7 +2,6 @@
 
 import io
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bingo.errors import UserError
@@ -51,10 +50,13 @@ class BagSource:
     @cached_property
     def pictures(self) -> "Pictures":
         """The images, opened row by row."""
+        from bingo.data.inside import path_inside
         from bingo.data.pictures import Pictures
 
+        root = self.artefacts.root or "."
+
         def open_image(path: str):
-            return self.artefacts.open_image(Path(self.artefacts.root or ".") / path)
+            return self.artefacts.open_image(path_inside(root, path))
 
         return Pictures(
             self.artefacts.store(paths.IMAGES), self.artefacts.title(paths.IMAGES), self.listing.fingerprint,

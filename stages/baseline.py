@@ -7,7 +7,7 @@ python -m stages.baseline moco     reads listing, images and params image, stude
 import typer
 
 from stages import paths
-from stages.common import process_group, stage_run
+from stages.common import item_name, process_group, stage_run
 from stages.launch import launch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -16,6 +16,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -> None:
     """Train the student without a teacher."""
+    method = item_name(method)
     with stage_run(f"baseline-{method}") as run:
         from bingo.errors import UserError, near_matches
 

@@ -139,6 +139,11 @@ def chosen_items(key: str, items: Mapping[str, Any], name: str | None) -> list[s
     return [name] if name else allowed
 
 
+def item_name(argument: str) -> str:
+    """The item that a command's argument names: itself, or of DVC's STAGE@ITEM, which dvc.yaml hands over, what follows the @."""
+    return argument.rpartition("@")[2]
+
+
 def die_with_parent() -> None:
     """Ask Linux to end this process when the one that started it ends: a killed `dvc` must leave no training behind."""
     if sys.platform == "linux":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from stages import paths
-from stages.common import Run, chosen_items, code_fingerprint, process_group, stage_run, state_folder
+from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, stage_run, state_folder
 from stages.launch import launch
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(split: str | None = typer.Argument(None, help="One of params.yaml's semi_eval.splits; without it, all.")) -> None:
     """Fine-tuning and linear evaluation with few labels."""
+    split = item_name(split) if split else None
     with stage_run(f"semi_eval-{split}" if split else "semi_eval") as run:
         names = chosen_items("semi_eval.splits", run.params.semi_eval.splits, split)
         launch("semi_eval", *([split] if split else []))

@@ -1,6 +1,7 @@
 """What the three trainings share (teacher, student, baselines): build the method, train it from its checkpoint, write its curves."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ def train_method(
     from bingo.checkpoints import Checkpoints
     from bingo.data.images import open_images
     from bingo.data.loader import ViewLoader
+    from bingo.evals.collapse import feature_spread
     from bingo.evals.probe import KnnProbe
     from bingo.methods.contract import Context, build_method
     from bingo.nets.backbones import build_backbone, check_images
@@ -84,6 +86,7 @@ def train_method(
         result = trainer.run()
         result.gflop_per_anchor = gflop_per_anchor
         if distributed.rank() == 0:
+            result.spread = feature_spread(method.student, listing, images, params.image, params.seed, device, schedule.precision)
             finish(method, result)
             shutil.rmtree(folder, ignore_errors=True)
     _tell(run, method_name, schedule, result)
@@ -128,10 +131,14 @@ def _identity(
 
 
 def _tell(run: Run, method_name: str, schedule: "ScheduleParams", result: "Result") -> None:
-    """Print and note the speed and the last epoch's figures."""
+    """Print and note the speed and the last epoch's figures, and warn of a collapsed network."""
+    from bingo.evals.collapse import collapse_warning
+
     rate = result.anchors / max(result.seconds, 1e-9)
     run.notes |= {"anchors_per_second": round(rate, 1), "data_wait": round(result.wait_seconds / max(result.seconds, 1e-9), 3)}
     last = ", ".join(f"{name} {value:g}" for name, value in result.history[-1].items() if name not in ("epoch", "lr"))
+    if result.spread and (warning := collapse_warning(result.spread)):
+        print(f"warning: {run.stage}: {warning}", file=sys.stderr, flush=True)
     run.say(f"{run.stage}: {method_name}, {schedule.epochs} epochs, {rate:,.0f} anchors/s; last epoch: {last}")
 
 
@@ -147,6 +154,6 @@ def write_curves(path: Path, history: list[dict[str, float]]) -> None:
 
 
 def last_record(result: "Result") -> dict[str, float]:
-    """The last epoch's terms and probe figures and what an anchor cost, as metrics."""
+    """The last epoch's terms and probe figures, the features' spread and what an anchor cost, as metrics."""
     last = {f"last_{name}": value for name, value in result.history[-1].items() if name not in ("epoch", "lr")}
-    return {**last, "gflop_per_anchor": result.gflop_per_anchor}
+    return {**last, **result.spread, "gflop_per_anchor": result.gflop_per_anchor}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from stages import paths
-from stages.common import Run, chosen_items, code_fingerprint, process_group, stage_run, state_folder
+from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, stage_run, state_folder
 from stages.launch import launch
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(name: str | None = typer.Argument(None, help="One of params.yaml's transfer.datasets; without it, all.")) -> None:
     """Transfer to other labelled images."""
+    name = item_name(name) if name else None
     with stage_run(f"transfer_cifar-{name}" if name else "transfer_cifar") as run:
         names = chosen_items("transfer.datasets", run.params.transfer.datasets, name)
         launch("transfer_cifar", *([name] if name else []))

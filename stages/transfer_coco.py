@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from stages import paths
-from stages.common import Run, code_fingerprint, process_group, stage_run, state_folder
+from stages.common import Run, code_fingerprint, item_name, process_group, stage_run, state_folder
 from stages.launch import launch
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ WHERE = ("runs", "root", "train_images", "train_annotations", "val_images", "val
 @app.command()
 def main(name: str = typer.Argument(help="HEAD-SCHEDULE, one of params.yaml's transfer_coco.runs.")) -> None:
     """Train Mask R-CNN on COCO with the student inside, and measure it."""
+    name = item_name(name)
     with stage_run(f"transfer_coco-{name}") as run:
         from bingo.errors import UserError, near_matches
 

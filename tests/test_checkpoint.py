@@ -46,13 +46,12 @@ def test_files_that_are_not_ours_are_refused_by_name(tmp_path):
     assert "cannot be read (" in refusal(path)
     save_network(path, STATE, METADATA)
     whole = path.read_bytes()
-    for content in (whole[:-3], whole[:40], b"", b"PK\x03\x04 not a network at all"):
+    for content in (whole[:-3], whole[:40], b"", b"PK\x03\x04 not a network at all", (5).to_bytes(8, "little") + b"[1,2]", whole + b"x"):
         path.write_bytes(content)
-        assert "is not a safetensors file, or is truncated (" in refusal(path)
-    path.write_bytes(safetensors.torch.save(STATE))
-    assert "holds no BINGO metadata" in refusal(path)
-    path.write_bytes(safetensors.torch.save(STATE, metadata={"bingo": "{"}))
-    assert "holds no BINGO metadata" in refusal(path)
+        assert "is damaged, or BINGO did not write it (it" in refusal(path)
+    for metadata in (None, {"bingo": "{"}):
+        path.write_bytes(safetensors.torch.save(STATE, metadata=metadata))
+        assert "is damaged, or BINGO did not write it (its metadata hold no checksum)" in refusal(path)
     assert "cannot be read" in refusal(tmp_path)
 
 

@@ -184,9 +184,9 @@ def test_exif_orientation_is_ignored(tmp_path):
         ),
         (
             lambda c: c["images"][1].update(file_name="../train/0.png"),
-            "file_name ../train/0.png of image id 993 leads out of the folder of images; mend the file",
+            "image id 993 has the file name '../train/0.png', which leads out of its folder; mend the file",
         ),
-        (lambda c: c["images"][1].update(file_name="/0.png"), "file_name /0.png of image id 993 leads out"),
+        (lambda c: c["images"][1].update(file_name="/0.png"), "image id 993 has the file name '/0.png', which leads out"),
         (lambda c: c["images"][1].update(file_name="a" * 5000), "images that it names are not on the disk: "),
         (lambda c: c["annotations"][0].update(segmentation=None), "annotations.0.segmentation is not as COCO has it"),
         (

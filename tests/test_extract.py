@@ -259,6 +259,31 @@ def test_constant_features_are_refused_but_a_constant_chunk_is_not(tmp_path):
     run(tmp_path / "chunk", plain_teacher(torch.clone), MemoryImages(images))
 
 
+def test_what_differs_by_rounding_alone_is_refused_and_keys_are_looked_at_too(tmp_path):
+    with pytest.raises(UserError, match=r"gives all 29 images the same feature \(they differ by .* of their length\)"):
+        run(tmp_path, plain_teacher(lambda x: 1 + 1e-4 * x))
+    with pytest.raises(UserError, match="gives all 29 images the same feature"):
+        run(tmp_path, plain_teacher(torch.zeros_like))
+    constant = nn.Linear(3, 3)
+    nn.init.zeros_(constant.weight)
+    metadata = {"feature_width": 3, "key_width": 3}
+    with pytest.raises(UserError, match="gives all 21 images the same key"):
+        run(tmp_path, Teacher(Pooled(torch.clone), constant, metadata))
+    run(tmp_path / "near", plain_teacher(lambda x: 1 + 1e-2 * x))
+
+
+def test_spreads_are_those_of_the_whole_store(whole, tmp_path, monkeypatch):
+    found = {}
+    publish = extract._Unfinished.publish
+    monkeypatch.setattr(
+        extract._Unfinished, "publish", lambda store, out: (found.update({k: s for k, _, s in store._spreads()}), publish(store, out))
+    )
+    embeddings = read_embeddings(run(tmp_path), listing())
+    for kind, x in (("feature", embeddings.features_ND), ("key", embeddings.keys_NVP.reshape(-1, KEY_WIDTH))):
+        x = x.astype(np.float64)
+        assert found[kind] == pytest.approx(np.sqrt(x.var(axis=0).sum() / (x**2).sum(axis=1).mean()), rel=1e-6)
+
+
 def test_returned_rate_counts_every_view(tmp_path, monkeypatch):
     ticks = iter([10.0, 14.0])
     monkeypatch.setattr(extract, "time", SimpleNamespace(monotonic=lambda: next(ticks)))

@@ -9,6 +9,7 @@ import pytest
 
 from bingo.data.images import MemoryImages, open_images, write_images
 from bingo.data.listing import Content, Listing, listing_fingerprint, read_listing, write_listing
+from bingo.data.listing_rows import ListingRows
 from bingo.errors import UserError
 
 LISTING = Listing(
@@ -72,8 +73,10 @@ def test_what_is_no_listing_is_refused(tmp_path, damage):
 )
 def test_impossible_rows_are_refused(tmp_path, wrong):
     write_listing(tmp_path / "listing.parquet", replace(LISTING, **wrong))
-    with pytest.raises(UserError, match="is damaged"):
-        read_listing(tmp_path / "listing.parquet")
+    for read in (read_listing, lambda path: ListingRows(path, str(path)).rows([0])):
+        if read is read_listing or "paths" in wrong:
+            with pytest.raises(UserError, match="is damaged"):
+                read(tmp_path / "listing.parquet")
 
 
 def test_fingerprint_changes_with_every_part_of_a_row():

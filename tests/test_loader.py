@@ -169,6 +169,23 @@ def test_a_file_that_became_unreadable_is_named_with_its_row(files, tmp_path, wo
         list(center_views(broken, [1], IMAGE, CPU, 4, 0))
 
 
+def test_a_file_that_became_a_link_out_of_the_root_is_not_read(tmp_path):
+    root = tmp_path / "link to the root"
+    (tmp_path / "root/class").mkdir(parents=True)
+    root.symlink_to(tmp_path / "root")
+    for path in ("outside.png", "root/0.png"):
+        Image.new("RGB", (30, 30)).save(tmp_path / path)
+    (root / "class/1.png").symlink_to("../0.png")
+    (root / "2.png").symlink_to(tmp_path / "outside.png")
+    (root / "up").symlink_to(tmp_path)
+    paths = ["0.png", "class/1.png", "2.png", "up/outside.png", "../outside.png", str(tmp_path / "outside.png")]
+    images = FileImages(str(root), paths)
+    assert len(list(center_views(images, [0, 1], IMAGE, CPU, 4, 0))) == 1
+    for row in range(2, 6):
+        (line,) = lines_of(lambda row=row: list(center_views(images, [row], IMAGE, CPU, 4, 0)))
+        assert f"{paths[row]} (row {row}) can no longer be read (it leads out of the dataset's folder)" in line
+
+
 def test_worker_count_is_this_process_share(monkeypatch):
     monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

@@ -1,5 +1,6 @@
 """dvc.yaml says the truth: dependencies are what a stage imports, every stage has a description, layers import downwards only."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -17,19 +18,22 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 # Files whose change cannot alter an output: the command line, launching, records of a run, checkpoints, validation, progress bars.
 INFRASTRUCTURE = {
-    "stages/common.py", "stages/launch.py", "stages/paths.py", "bingo/artefacts.py", "bingo/errors.py", "bingo/params.py",
-    "bingo/progress.py", "bingo/checkpoints.py", "bingo/distributed.py", "bingo/nets/names.py", "bingo/data/chunks.py",
-    "bingo/data/workers.py",
+    "stages/common.py", "stages/launch.py", "stages/paths.py", "bingo/artefacts.py", "bingo/checksums.py", "bingo/errors.py",
+    "bingo/params.py", "bingo/progress.py", "bingo/checkpoints.py", "bingo/distributed.py", "bingo/nets/names.py",
+    "bingo/data/chunks.py", "bingo/data/inside.py", "bingo/data/workers.py",
 } | {f"bingo/methods/{name}_params.py" for name in method_names()}  # fmt: skip
 # `bingo report --experiments` compares what runs have left: no part of a run's own report.
 INFRASTRUCTURE |= {"stages/experiments.py", "bingo/experiments.py", "bingo/experiments_table.py", "bingo/report_experiments.py"}
 # A network's kNN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
 # a teacher pass or a training, and none of them can reach a network or an embedding.
-WATCHING = {f"bingo/{name}.py" for name in ("neighbors", "evals/knn", "evals/probe", "evals/features", "evals/teacher_check", "costs")}
+WATCHING = {
+    f"bingo/{name}.py"
+    for name in ("neighbors", "evals/knn", "evals/probe", "evals/features", "evals/collapse", "evals/teacher_check", "costs")
+}
 WATCHED = ("teacher", "extract", "distill", "baseline")
 # Which layer a module is in; imports go to the same or a lower number.
 LAYERS = [
-    (r"bingo/(params|errors|recipes|artefacts|seeds|schedules|distributed|progress|checkpoints)\.py", 0),
+    (r"bingo/(params|errors|recipes|artefacts|checksums|seeds|schedules|distributed|progress|checkpoints)\.py", 0),
     (r"bingo/methods/\w+_params\.py", 0),
     (r"bingo/nets/names\.py", 0),
     (r"bingo/(data|nets)/.*|bingo/neighbors\.py", 1),
@@ -82,7 +86,7 @@ def test_the_teacher_depends_on_its_format_alone(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_a_description_and_a_module_of_its_name(stage):
     assert definition(stage).get("desc")
-    assert re.fullmatch(rf"exec python -m stages\.{stage}( \$\{{(item|key)\}})?", definition(stage)["cmd"])
+    assert definition(stage)["cmd"] == f"exec python -m stages.{stage}" + (' "$DVC_STAGE"' if "foreach" in STAGES[stage] else "")
     assert (ROOT / f"stages/{stage}.py").is_file()
 
 
@@ -152,6 +156,31 @@ def test_a_stage_of_items_is_in_the_dag_only_where_something_is_named(tmp_path):
         found.append(set(listed.split()))
     assert {name.partition("@")[0] for name in found[0]} == set(STAGES) - {"semi_eval", "transfer_cifar", "transfer_coco"}
     assert found[1] - found[0] == {"semi_eval@percent_1", "semi_eval@percent_10", "transfer_cifar@digits_24px"}
+
+
+HOSTILE = "a$(touch pwned)`touch pwned`;touch pwned\ntouch pwned\n'\"&"
+
+
+@pytest.mark.parametrize(("stage", "section"), [("semi_eval", "semi_eval.splits"), ("transfer_coco", "transfer_coco.runs")])
+def test_a_name_in_the_parameters_reaches_no_shell(tmp_path, stage, section):
+    """DVC runs the command of a name before BINGO sees it; what the stage then says is the one line of a wrong parameter."""
+    params = read_yaml(ROOT / "params.yaml")
+    first, last = section.split(".")
+    params[first][last] = {HOSTILE: {"percent": 1.0}} if isinstance(params[first][last], dict) else [HOSTILE]
+    with (tmp_path / "params.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(params, file)
+    dvc = {"stages": {stage: {"foreach": f"${{{section}}}", "do": {"cmd": definition(stage)["cmd"]}}}}
+    with (tmp_path / "dvc.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(dvc, file)
+    for folder in ("bingo", "stages"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=tmp_path, env=environment, check=True)
+    done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"error: params.yaml: {first}" in done.stderr, done.stderr
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_a_baseline_depends_on_every_key_of_distill_but_method_and_keys():

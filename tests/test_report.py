@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from bingo import report_semi, report_transfer
 from bingo.artefacts import write_bytes, write_json
 from bingo.bags import Bags, read_bags, write_bags
+from bingo.checksums import seal_safetensors
 from bingo.data.images import FileImages, MemoryImages, write_images
 from bingo.data.listing import Listing, write_listing
 from bingo.errors import UserError
@@ -153,9 +154,9 @@ def workspace(tmp_path_factory, pixels):
         "bn.running_mean": np.zeros(7, np.float32),
         "n": np.zeros((), np.int64),
     }
-    write_bytes(folder / "models/student.safetensors", save(weights, {"bingo": json.dumps({"arch": "resnet18"})}))
+    write_bytes(folder / "models/student.safetensors", seal_safetensors(save(weights, {"bingo": json.dumps({"arch": "resnet18"})})))
     teacher = {"backbone.w": np.zeros((21, 10), np.float16), "head.w": np.zeros(99, np.float32)}
-    write_bytes(folder / "models/teacher.safetensors", save(teacher, {"bingo": json.dumps({"pretrained": True})}))
+    write_bytes(folder / "models/teacher.safetensors", seal_safetensors(save(teacher, {"bingo": json.dumps({"pretrained": True})})))
     run = {"stage": "distill", "seconds": 12.5, "anchors_per_second": 900.0, "versions": {"torch": "9"}, "params": {"seed": 0}}
     write_json(folder / ".bingo/runs/distill.json", run)
     return folder

@@ -317,6 +317,18 @@ def test_a_stage_outside_of_a_workspace(tmp_path, stages):
     assert done.err == "error: params.yaml: cannot be read (No such file or directory); run from the folder that holds params.yaml\n"
 
 
+def test_a_student_that_collapses_is_told(workspace):
+    figures = json.loads((workspace.root / "reports/distill.json").read_text())
+    assert figures["feature_std"] > 0.1
+    assert figures["effective_rank"] > 3
+    workspace.edit({"distill.weight_decay": 10.0})
+    done = workspace.run("distill")
+    assert done.status == 0, done
+    (line,) = done.err.splitlines()
+    assert line.startswith("warning: distill: the network has collapsed, its features hardly differ (feature_std ")
+    assert json.loads((workspace.root / "reports/distill.json").read_text())["feature_std"] < 0.01
+
+
 # Images.
 
 
@@ -437,8 +449,8 @@ def test_an_input_that_is_missing(workspace, stage, missing, wanted):
         ("teacher", "data/images.zarr/images/c/0/0/0/0", "data/images.zarr: chunk 0 is missing or cut off"),
         ("bag", "data/embeddings.zarr/zarr.json", "data/embeddings.zarr: its metadata are damaged"),
         ("distill", "data/listing.parquet", "data/listing.parquet: is damaged"),
-        ("extract", "models/teacher.safetensors", "models/teacher.safetensors: is not a safetensors file, or is truncated"),
-        ("knn_eval", "models/student.safetensors", "models/student.safetensors: is not a safetensors file, or is truncated"),
+        ("extract", "models/teacher.safetensors", "models/teacher.safetensors: is damaged, or BINGO did not write it"),
+        ("knn_eval", "models/student.safetensors", "models/student.safetensors: is damaged, or BINGO did not write it"),
     ],
 )
 def test_an_input_that_is_cut_off(workspace, stage, file, wanted):

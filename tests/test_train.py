@@ -113,6 +113,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in run.method.state_dict().items())
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_the_last_step_broke_are_not_handed_on(tmp_path, number):
+    run = trainer(tmp_path, epochs=1)
+    update = run.optimizer.step
+
+    def explode():
+        update()
+        if run.step == run.steps_per_epoch - 1:
+            with torch.no_grad():
+                run.method.student.conv.bias[0] = number
+
+    run.optimizer.step = explode
+    with pytest.raises(UserError, match=r"weights are nan or inf after 4 steps; lower lr \(now 0\.1\)"):
+        run.run()
+
+
 def test_a_batch_larger_than_the_dataset_is_refused(tmp_path):
     run = trainer(tmp_path)
     with pytest.raises(UserError, match="there are only 8 train images"):

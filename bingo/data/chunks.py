@@ -1,17 +1,20 @@
 """Arrays of rows in zarr v3: unsharded, uncompressed, one file a chunk, each with a CRC-32C.
 
 zarr answers a missing chunk with the fill value and no error. So the fill is a value that no row holds (NaN, or -2 for integers),
-and reading refuses a row that holds it. A damaged file fails its CRC.
+and reading refuses a row that holds it. A damaged file fails its CRC. Metadata have none, so the group's attributes hold digests:
+`checksums` of each array's zarr.json, and `checksum` of the attributes themselves.
 """
 
+import hashlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
+from bingo.artefacts import fingerprint
 from bingo.errors import UserError
 
 INTEGER_FILL = -2
@@ -36,19 +39,45 @@ def new_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: Any, 
     )
 
 
+def seal(folder: Path, group: zarr.Group) -> None:
+    """Put the checksums of the metadata of the group in `folder` into its attributes, when all its arrays are created."""
+    digests = {name: _digest(folder, name) for name in sorted(group.array_keys())}
+    attributes = {**group.attrs, "checksums": digests}
+    group.update_attributes({**attributes, "checksum": fingerprint(attributes)})
+
+
+def _digest(store: Any, array: str) -> str:
+    """sha256 of an array's zarr.json in a folder or a mapping of bytes."""
+    key = f"{array}/zarr.json"
+    content = (Path(store) / key).read_bytes() if isinstance(store, (str, Path)) else store[key]
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check_metadata(store: Any, attributes: dict[str, Any]) -> None:
+    """Raises ValueError or KeyError where metadata are not those that `seal` has seen."""
+    checksum = attributes.pop("checksum", None)
+    if checksum is None or checksum != fingerprint(attributes):
+        raise ValueError("the attributes do not fit their checksum")
+    for name, digest in attributes["checksums"].items():
+        if _digest(store, name) != digest:
+            raise ValueError(f"{name}/zarr.json does not fit its checksum")
+
+
 def chunk_is_written(path: Path, array: zarr.Array, chunk: int) -> bool:
     """Whether the file of a chunk of an array of the store at `path` is there in full size (zarr renames whole files)."""
     file = path / array.name.strip("/") / "c" / "/".join([str(chunk)] + ["0"] * (array.ndim - 1))
     return file.is_file() and file.stat().st_size == int(np.prod(array.chunks)) * array.dtype.itemsize + _CRC_BYTES
 
 
-def open_group(store: Any, name: str, way_out: str) -> zarr.Group:
-    """The group in `store` (a folder, or what zarr takes for a store), read-only, called `name` in messages.
+def open_group(store: Any, name: str, way_out: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
+    """The group in `store` (a folder, or a mapping from keys to bytes), called `name` in messages, its metadata checked.
 
     Raises UserError, ending in the command `way_out`, where there is none or its metadata are damaged.
     """
     try:
-        return zarr.open_group(store, mode="r", zarr_format=3)
+        group = zarr.open_group(store, mode=mode, zarr_format=3)
+        _check_metadata(store, dict(group.attrs))
+        return group
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such store, or it is not whole; run: {way_out}") from None
     except _DAMAGE as error:

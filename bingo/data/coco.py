@@ -19,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from bingo.artefacts import file_fingerprint
+from bingo.data.inside import leads_out
 from bingo.errors import UserError
 
 LEAST_SIDE_PX = 1e-3  # a narrower box is no box: its logarithm is in the loss
@@ -153,9 +154,8 @@ def _contradictions(found: Instances) -> Iterator[str]:
     known = set(ids)
     if len(known) < len(ids):
         yield f"image id {next(a for a, b in pairwise(ids) if a == b)} is there twice"
-    for image in found.images.entries:
-        if Path(image["file_name"]).is_absolute() or ".." in Path(image["file_name"]).parts:
-            yield f"file_name {image['file_name']} of image id {image['id']} leads out of the folder of images"
+    if outside := next((image for image in found.images.entries if leads_out(image["file_name"])), None):
+        yield f"image id {outside['id']} has the file name {outside['file_name']!a}, which leads out of its folder"
     categories, sides = set(found.category_ids), {image["id"]: [image["height"], image["width"]] for image in found.images.entries}
     for number, annotation in enumerate(found.annotations):
         image, segmentation = annotation["image_id"], annotation["segmentation"]

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from bingo.data.decode import BadImage, decode_crops, decode_square
 from bingo.data.draws import Crops, crop_boxes
 from bingo.data.images import FileImages
+from bingo.data.inside import path_inside
 from bingo.data.workers import end_with_owner, fork_server, worker_count
 from bingo.errors import UserError
 from bingo.params import ImageParams
@@ -129,7 +129,7 @@ class _Decode(Dataset):
         views_VPP3, lines = [], []
         for i, (path, row) in enumerate(zip(task.paths, task.rows, strict=True)):
             try:
-                views_VPP3.append(_image_views(task, i, (Path(task.root) / path).read_bytes()))
+                views_VPP3.append(_image_views(task, i, path_inside(task.root, path).read_bytes()))
             except (BadImage, OSError) as error:
                 reason = str(error) if isinstance(error, BadImage) else error.strerror or str(error)
                 lines.append(f"dataset.root: {path} (row {row}) can no longer be read ({reason}); restore it, or run: dvc repro -f scan")

@@ -19,7 +19,7 @@ import numpy as np
 import zarr
 
 from bingo.artefacts import fingerprint, new_directory
-from bingo.data.chunks import chunk_is_written, new_array, open_array, open_group, read_rows
+from bingo.data.chunks import chunk_is_written, new_array, open_array, open_group, read_rows, seal
 from bingo.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class EmbeddingsWriter:
         name = str(path)
         self._features = open_array(group, "features", name, np.float16, 2, _WAY_OUT)
         self._keys = open_array(group, "keys", name, np.float16, 3, _WAY_OUT)
+        self.feature_width: int = self._features.shape[1]
         self.chunk_rows: int = self._features.chunks[0]
         self.chunks: int = -(-self._features.shape[0] // self.chunk_rows)
 
@@ -104,12 +105,15 @@ def create_embeddings(
     group = zarr.create_group(path, zarr_format=3, overwrite=True, attributes=attributes)
     new_array(group, "features", (rows, feature_width), np.float16, chunk_rows)
     new_array(group, "keys", (train_rows, views, key_width), np.float16, chunk_rows)
+    seal(Path(path), group)
     return EmbeddingsWriter(Path(path), group)
 
 
 def open_for_writing(path: Path) -> EmbeddingsWriter:
-    """A store that `create_embeddings` made: for the other processes, and to go on after an interruption."""
-    return EmbeddingsWriter(Path(path), zarr.open_group(path, mode="r+", zarr_format=3))
+    """A store that `create_embeddings` made: for the other processes, and to go on after an interruption. Raises UserError where it
+    is absent or its metadata are damaged.
+    """
+    return EmbeddingsWriter(Path(path), open_group(path, str(path), _WAY_OUT, "r+"))
 
 
 def embeddings_fingerprint(attrs: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from bingo.artefacts import new_directory
-from bingo.data.chunks import chunk_is_written, forget_other_reads, open_array, open_group
+from bingo.data.chunks import chunk_is_written, forget_other_reads, open_array, open_group, seal
 from bingo.data.listing import Listing
 from bingo.errors import UserError
 
@@ -84,6 +84,7 @@ def write_images(path: Path | str, listing: Listing, images_NSS3: np.ndarray | N
             compressors=[Crc32cCodec()],
             config={"write_empty_chunks": True},  # black images too, so that a missing chunk is an error and not black
         )
+        seal(folder, group)
         if len(images_NSS3):
             array[:] = images_NSS3
 

@@ -1,6 +1,7 @@
 """The listing: which images there are, in which order. Its row number is the only key of every later artefact.
 
 Train rows come first, so an array over the train rows alone is a prefix. Kept as parquet; the same listing has the same bytes.
+The metadata hold a sha256 of every column of every row group and of the metadata, so that damage is found in whatever is read.
 """
 
 import hashlib
@@ -8,17 +9,19 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bingo.artefacts import canonical_json, write_bytes
+from bingo.artefacts import canonical_json, fingerprint, write_bytes
+from bingo.data.inside import leads_out
 from bingo.errors import UserError
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
-_KEYS = ("dataset", "classes", "skipped", "fingerprint")
+_KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "group_rows", "columns", "checksum")
+PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # what damaged files make pyarrow raise
 _GROUP_ROWS = 65536  # what `listing_rows` reads to learn of one row
 
 
@@ -83,33 +86,61 @@ def memory_listing(
 def write_listing(path: Path | str, listing: Listing) -> None:
     """Write the listing as parquet with columns row, path, label, split; everything else is in the schema's metadata."""
     n = len(listing)
+    splits = ["train"] * listing.train_rows + ["test"] * (n - listing.train_rows)
+    columns = [pa.array(column) for column in (np.arange(n), listing.paths, listing.labels_N, splits)]
+    table = pa.table(columns, schema=_SCHEMA)
     metadata = {
         "dataset": listing.dataset,
         "classes": json.dumps(listing.classes, ensure_ascii=False),
         "skipped": json.dumps(listing.skipped, ensure_ascii=False),
         "fingerprint": listing.fingerprint,
+        "rows": str(n),
+        "train_rows": str(listing.train_rows),
+        "group_rows": str(_GROUP_ROWS),
+        "columns": json.dumps(_column_digests(table, _GROUP_ROWS)),
     }
-    splits = ["train"] * listing.train_rows + ["test"] * (n - listing.train_rows)
-    columns = [pa.array(column) for column in (np.arange(n), listing.paths, listing.labels_N, splits)]
-    table = pa.table(columns, schema=_SCHEMA.with_metadata(metadata))
+    metadata["checksum"] = fingerprint(metadata)
     sink = io.BytesIO()
-    pq.write_table(table, sink, row_group_size=_GROUP_ROWS, compression="zstd")
+    pq.write_table(table.replace_schema_metadata(metadata), sink, row_group_size=_GROUP_ROWS, compression="zstd")
     write_bytes(path, sink.getvalue())
+
+
+def _column_digests(table: pa.Table, group_rows: int) -> dict[str, list[str]]:
+    """The sha256 of the values of each column of a listing, one for every row group."""
+    starts = range(0, len(table), group_rows)
+    return {name: [column_digest(table[name].slice(start, group_rows)) for start in starts] for name in table.column_names}
+
+
+def column_digest(column: pa.ChunkedArray) -> str:
+    """The sha256 of one column of one row group: of its int64 numbers, or of its strings as JSON."""
+    is_text = pa.types.is_string(column.type)
+    return hashlib.sha256(json.dumps(column.to_pylist()).encode() if is_text else column.to_numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def metadata_of(schema: pa.Schema) -> dict[str, str]:
+    """A listing's metadata; raises ValueError where they do not fit their checksum or some are missing."""
+    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key.decode() in _KEYS}
+    checksum = metadata.pop("checksum", None)
+    if len(metadata) < len(_KEYS) - 1 or checksum != fingerprint(metadata):
+        raise ValueError("its metadata do not fit their checksum")
+    return metadata
 
 
 def read_listing(path: Path | str) -> Listing:
     """Read what `write_listing` wrote. Raises UserError where the file is absent, damaged or no listing."""
     try:
-        table = pq.read_table(io.BytesIO(Path(path).read_bytes()))
+        content = Path(path).read_bytes()
     except OSError as error:
-        if isinstance(error, pa.ArrowException) or error.strerror is None:
-            raise _damaged(path, str(error)) from None
         raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it: dvc repro") from None
-    except pa.ArrowException as error:
+    try:
+        table = pq.read_table(io.BytesIO(content))
+        if not table.schema.equals(_SCHEMA):
+            raise UserError(f"{path}: is not a listing (columns {', '.join(table.schema.names)}); delete it and run: dvc repro")
+        metadata = metadata_of(table.schema)
+        if json.loads(metadata["columns"]) != _column_digests(table, int(metadata["group_rows"])):
+            raise ValueError("its rows do not fit their checksums")
+    except PARQUET_DAMAGE as error:
         raise _damaged(path, str(error)) from None
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    if not table.schema.equals(_SCHEMA) or any(key not in metadata for key in _KEYS):
-        raise UserError(f"{path}: is not a listing (columns {', '.join(table.schema.names)}); delete it and run: dvc repro")
     return _from_table(path, table, metadata)
 
 
@@ -118,12 +149,13 @@ def _from_table(path: Path | str, table: pa.Table, metadata: dict[str, str]) -> 
     labels_N = table["label"].to_numpy().copy()
     is_train_N = np.array(table["split"].to_pylist(), dtype=str) == "train"
     train_rows, classes = int(is_train_N.sum()), json.loads(metadata["classes"])
+    is_whole = (str(len(paths)), str(train_rows)) == (metadata["rows"], metadata["train_rows"])
     in_order = np.array_equal(table["row"].to_numpy(), np.arange(len(paths))) and bool(is_train_N[:train_rows].all())
-    if not in_order or any(column.null_count for column in table.columns):
+    if not is_whole or not in_order:
         raise _damaged(path, "its rows are not in order, train rows first")
     if len(paths) and (labels_N.min() < -1 or labels_N.max() >= len(classes)):
         raise _damaged(path, f"labels from {labels_N.min()} to {labels_N.max()} for {len(classes)} classes")
-    if outside := [p for p in paths if p.startswith("/") or (".." in p and ".." in PurePosixPath(p).parts)]:
+    if outside := [p for p in paths if leads_out(p)]:
         raise _damaged(path, f"{outside[0]} leads out of the dataset's folder")
     skipped = json.loads(metadata["skipped"])
     return Listing(metadata["dataset"], paths, labels_N, train_rows, classes, skipped, metadata["fingerprint"])

@@ -1,6 +1,6 @@
 """A listing of which only the rows that are asked for are read: the commands that look at one bag start in well under a second.
 
-`read_listing` reads everything and checks everything; this reads the footer, one column of splits, and single row groups.
+`read_listing` reads everything and checks everything; this reads the footer and single row groups, and checks what it reads.
 """
 
 import json
@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bingo.data.inside import leads_out
+from bingo.data.listing import PARQUET_DAMAGE, column_digest, metadata_of
 from bingo.errors import UserError
 
-_KEYS = ("dataset", "classes", "fingerprint")
 _COLUMNS = ["row", "path", "label", "split"]
 _MOST_HINTS = 3
 
@@ -28,26 +29,27 @@ class ListingRows:
         """`source` is a parquet file or its path, called `name` in messages. Raises UserError where it is absent or damaged."""
         self.name = name
         with self._damage():
-            self._file = pq.ParquetFile(source, read_dictionary=["split"])
-            metadata = {key.decode(): value.decode() for key, value in (self._file.schema_arrow.metadata or {}).items()}
-            if self._file.schema_arrow.names != _COLUMNS or any(key not in metadata for key in _KEYS):
+            self._file = pq.ParquetFile(source)
+            if self._file.schema_arrow.names != _COLUMNS:
                 raise UserError(f"{name}: is not a listing; delete it and run: dvc repro")
-            splits = self._file.read(columns=["split"])["split"]
-            self.train_rows: int = sum(_count(chunk, "train") for chunk in splits.chunks)
+            metadata = metadata_of(self._file.schema_arrow)
         self.dataset: str = metadata["dataset"]
         self.classes: list[str] = json.loads(metadata["classes"])
         self.fingerprint: str = metadata["fingerprint"]
-        sizes = [self._file.metadata.row_group(g).num_rows for g in range(self._file.metadata.num_row_groups)]
-        self._starts = np.cumsum([0, *sizes])
+        self.train_rows = int(metadata["train_rows"])
+        self._rows = int(metadata["rows"])
+        self._digests: dict[str, list[str]] = json.loads(metadata["columns"])
+        self._starts = range(0, self._rows, int(metadata["group_rows"]))  # of row groups
 
     def __len__(self) -> int:
-        return self._file.metadata.num_rows
+        return self._rows
 
     @cached_property
     def labels_N(self) -> np.ndarray:
         """Labels of all rows, int64 (N,), -1 where unknown."""
         with self._damage():
-            return self._file.read(columns=["label"])["label"].to_numpy()
+            groups = [self._column(group, "label").to_numpy() for group in range(len(self._starts))]
+        return np.concatenate([np.empty(0, np.int64), *groups])
 
     @property
     def labelled(self) -> bool:
@@ -60,14 +62,14 @@ class ListingRows:
         paths, labels_R = [""] * len(rows_R), np.full(len(rows_R), -1, np.int64)
         for row in rows_R[(rows_R < 0) | (rows_R >= len(self))].tolist():
             raise UserError(f"row {row}: {self.name} has rows 0 to {len(self) - 1}; give one of those")
-        groups_R = np.searchsorted(self._starts, rows_R, side="right") - 1
+        groups_R = rows_R // self._starts.step
         for group in np.unique(groups_R).tolist():
             places = np.flatnonzero(groups_R == group)
             inside = rows_R[places] - self._starts[group]
             with self._damage():
-                table = self._file.read_row_group(group, columns=["path", "label"]).take(inside)
-            labels_R[places] = table["label"].to_numpy()
-            for place, path in zip(places.tolist(), table["path"].to_pylist(), strict=True):
+                column, labels_n = self._column(group, "path"), self._column(group, "label").to_numpy()
+            labels_R[places] = labels_n[inside]
+            for place, path in zip(places.tolist(), column.take(inside).to_pylist(), strict=True):
                 paths[place] = path
         return paths, labels_R
 
@@ -101,14 +103,22 @@ class ListingRows:
 
     def _path_columns(self, holding: str | None = None) -> Iterator[tuple[int, pa.ChunkedArray]]:
         """First row and paths of each row group, or of those alone whose smallest and largest path leave room for `holding`."""
-        for group in range(self._file.metadata.num_row_groups):
+        for group, start in enumerate(self._starts):
             with self._damage():
                 statistics = self._file.metadata.row_group(group).column(_COLUMNS.index("path")).statistics
                 bounded = holding is not None and statistics is not None and statistics.has_min_max
                 if bounded and not statistics.min <= holding <= statistics.max:
                     continue
-                column = self._file.read_row_group(group, columns=["path"])["path"]
-            yield int(self._starts[group]), column
+                column = self._column(group, "path")
+            yield start, column
+
+    def _column(self, group: int, name: str) -> pa.ChunkedArray:
+        column = self._file.read_row_group(group, columns=[name])[name]
+        if column_digest(column) != self._digests[name][group]:
+            raise ValueError(f"column {name} of row group {group} does not fit its checksum")
+        if name == "path" and (outside := [path for path in column.to_pylist() if leads_out(path)]):
+            raise ValueError(f"{outside[0]} leads out of the dataset's folder")
+        return column
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
@@ -116,12 +126,6 @@ class ListingRows:
             yield
         except FileNotFoundError:
             raise UserError(f"{self.name}: there is no such file; run: dvc repro scan") from None
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        except (*PARQUET_DAMAGE, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self.name}: is damaged ({reason}); delete it and run: dvc repro scan") from None
-
-
-def _count(chunk: pa.DictionaryArray, word: str) -> int:
-    """How often `word` stands in a dictionary-encoded column."""
-    words = chunk.dictionary.to_pylist()
-    return int((chunk.indices.to_numpy() == words.index(word)).sum()) if word in words else 0

@@ -1,4 +1,4 @@
-"""BINGO's own network files: safetensors with one JSON entry; equal content has equal bytes, and nothing is unpickled."""
+"""BINGO's own network files: safetensors with one JSON entry and a checksum; equal content has equal bytes, nothing is unpickled."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bingo.artefacts import canonical_json, write_bytes
+from bingo.checksums import Damaged, check_safetensors, seal_safetensors
 from bingo.errors import UserError
 
 _ENTRY = "bingo"  # safetensors writes several entries in an order that changes from run to run, so there is one
@@ -21,30 +22,25 @@ def save_network(path: Path | str, state: Mapping[str, Tensor], metadata: Mappin
     """Write tensors (of any device and layout) and a JSON-able `metadata`, whole or not at all."""
     # Copies: safetensors refuses tensors that share memory or are channels_last.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
-    write_bytes(path, safetensors.torch.save(tensors, metadata={_ENTRY: canonical_json(dict(metadata))}))
+    write_bytes(path, seal_safetensors(safetensors.torch.save(tensors, metadata={_ENTRY: canonical_json(dict(metadata))})))
 
 
 def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the metadata of a file that `save_network` wrote.
 
-    Raises UserError for a file that is absent, truncated, not safetensors, or without BINGO's metadata.
+    Raises UserError for a file that is absent or damaged, or that BINGO did not write.
     """
     try:
+        check_safetensors(path)
         with safe_open(path, framework="pt") as file:
             entries = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}); run the stage that writes it: dvc repro") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: is not a safetensors file, or is truncated ({error}); give another, or run: dvc repro") from None
-    try:
-        metadata = json.loads(entries[_ENTRY])
-        if isinstance(metadata, dict):
-            return state, metadata
-    except (KeyError, ValueError):
-        pass
-    raise UserError(f"{path}: holds no BINGO metadata, so BINGO did not write it; give another, or run: dvc repro")
+    except (Damaged, SafetensorError) as error:
+        raise UserError(f"{path}: is damaged, or BINGO did not write it ({error}); give another, or delete it and run: dvc repro") from None
+    return state, json.loads(entries[_ENTRY])
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,48 @@
+"""Has a network collapsed: does it give nearly one feature to all images, or features along hardly more than one direction?
+
+Both figures are of a seeded draw of train images, their centre views, features at unit length. Shape letters: N images, D feature width.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from bingo import seeds
+from bingo.data.images import Images
+from bingo.data.listing import Listing
+from bingo.evals.features import backbone_features
+from bingo.params import ImageParams
+
+IMAGES, BATCH_IMAGES = 1000, 256
+LEAST_STD, LEAST_RANK = 0.01, 1.5  # below: collapsed. Trained and untrained networks lie far above
+
+
+def feature_spread(
+    backbone: nn.Module, listing: Listing, images: Images, image: ImageParams, seed: int, device: torch.device, precision: str
+) -> dict[str, float]:
+    """`spread` of at most 1,000 train images; the backbone is left as it was found."""
+    rows = np.sort(seeds.permutation(seed, "spread", 0, listing.train_rows)[:IMAGES])
+    return spread(backbone_features(backbone, images, rows, image, device, precision, BATCH_IMAGES))
+
+
+def spread(features_ND: np.ndarray) -> dict[str, float]:
+    """`feature_std`: root of the summed variances of unit features, from 0 (all alike) to 1 (all around), which is SimSiam's measure
+    (Chen and He 2021, section 4.1) times the root of D. `effective_rank`: the exponential of the entropy of the centred features'
+    singular values over their sum (Roy and Vetterli 2007), from 1 to D; 0 where there are none.
+    """
+    x_ND = features_ND.astype(np.float64)
+    unit_ND = x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
+    centred_ND = unit_ND - unit_ND.mean(axis=0)
+    singular_D = np.linalg.svd(centred_ND, compute_uv=False)
+    shares = singular_D[singular_D > 1e-12 * max(1, len(x_ND))]
+    shares = shares / shares.sum() if len(shares) else shares
+    rank = float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
+    return {"feature_std": round(float(np.sqrt((centred_ND**2).mean(axis=0).sum())), 4), "effective_rank": round(rank, 3)}
+
+
+def collapse_warning(figures: dict[str, float]) -> str | None:
+    """A line where the figures of `spread` are those of a collapsed network, otherwise None."""
+    if figures["feature_std"] >= LEAST_STD and figures["effective_rank"] >= LEAST_RANK:
+        return None
+    told = ", ".join(f"{name} {value:g}" for name, value in figures.items())
+    return f"the network has collapsed, its features hardly differ ({told}): lower lr or weight_decay, and look at the loss and the bags"
