@@ -218,10 +218,11 @@ def main() -> None:
         return
     bare = {name: f"student alone, {VIEWS[name]} views" for name in names}
     order = [*dict.fromkeys([*names, *bare.values()])] + ([] if options.no_peer else ["peer"])
+    # First of all: a process's peak starts from that of the process which started it, which is small as yet.
+    memory = {} if options.no_memory else {name: memory_elsewhere(name) for name in order}
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: make_step(case, name, Path(folder)) for name in order}
         seconds = measure(steps, case.device, options.repeats, options.steps, options.cpu_seconds)
-    memory = {} if options.no_memory else {name: memory_elsewhere(name) for name in order}
     clock = "CPU seconds" if options.cpu_seconds else "wall seconds"
     precision = str(resolve_precision(case.precision, case.device)).removeprefix("torch.")
     print(

@@ -86,12 +86,12 @@ class Bingo(Method):
         """What the student sees, each (B, 3, H, W): anchor, member, and the CutMix image with the anchor's share (B,) in it."""
         if not self.related:
             return batch.anchor_views[:1], None
-        seen = [batch.anchor_views[0], batch.member_views[0]]
+        anchor, member = batch.anchor_views[0], batch.member_views[0]
         if self.params.terms != "symmetric_mix":
-            return seen, None
+            return [anchor, member], None
         uniform_B3 = seeds.uniforms(self.context.seed, "cutmix", progress.epoch, batch.host_rows_B, draws=3)
-        mixed, share_B = cutmix(*seen, uniform_B3, self.params.cutmix_alpha)
-        return [*seen, mixed], share_B
+        mixed, share_B = cutmix(anchor, member, uniform_B3, self.params.cutmix_alpha)
+        return [anchor, member, mixed], share_B
 
     def _queries(self, seen: list[Tensor]) -> list[Tensor]:
         """Unit rows (B, P) for each kind of view, each by a forward of its own: BatchNorm's statistics are of one kind, as released.
