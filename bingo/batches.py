@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bingo import distributed, seeds
+from bingo.data.augment import upload
 from bingo.data.loader import Request, ViewLoader
 from bingo.errors import UserError
 from bingo.methods.contract import Batch, Needs
@@ -126,12 +126,12 @@ class Batches:
     def make(self, plan: Plan, views: list[Tensor]) -> Batch:
         """A plan with its views, and the stored keys and features of its rows."""
         device, anchors = views[0].device, self.needs.anchor_views
-        batch = Batch(torch.from_numpy(plan.rows_B).to(device), views[:anchors], member_views=views[anchors:])
+        batch = Batch(upload(plan.rows_B, device), views[:anchors], member_views=views[anchors:], host_rows_B=plan.rows_B)
         if plan.member_rows_B is not None:
-            batch.member_rows_B = torch.from_numpy(plan.member_rows_B).to(device)
+            batch.member_rows_B = upload(plan.member_rows_B, device)
         if self.needs.stored_keys:
             assert self.stored is not None, "a method that needs stored keys is given them"
-            keys_TVP, view_SB = self.stored.keys_TVP, torch.from_numpy(plan.view_SB).to(device)
+            keys_TVP, view_SB = self.stored.keys_TVP, upload(plan.view_SB, device)
             batch.anchor_keys = [keys_TVP[batch.anchor_rows_B, view_B].float() for view_B in view_SB]
             if batch.member_rows_B is not None:
                 batch.member_keys_BP = keys_TVP[batch.member_rows_B, view_SB[0]].float()

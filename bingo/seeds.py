@@ -43,6 +43,15 @@ def permutation(seed: int, purpose: str, epoch: int, n: int) -> np.ndarray:
     return np.argsort(_hashes(seed, purpose, epoch, np.arange(n), 0, 1)[:, 0], kind="stable")
 
 
+def first_of_permutation(seed: int, purpose: str, epoch: int, n: int, count: int) -> np.ndarray:
+    """The first `count` of `permutation`'s n numbers, int64 (count,), without sorting the others: no two rows of one draw share a hash."""
+    if count >= n:
+        return permutation(seed, purpose, epoch, n)
+    hashes_N = _hashes(seed, purpose, epoch, np.arange(n), 0, 1)[:, 0]
+    first_C = np.argpartition(hashes_N, count)[:count]
+    return first_C[np.argsort(hashes_N[first_C])]
+
+
 def torch_seed(seed: int, purpose: str) -> int:
     """A seed for `torch.manual_seed`, for the initial weights of one named network."""
     return int(_key(seed, purpose, 0)) % (2**63)

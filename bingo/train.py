@@ -1,4 +1,5 @@
-"""The one training loop: batch, terms, finite?, backward, step, after_step, log, checkpoint, resume. It knows no method by name.
+"""The one training loop: batch, terms, finite?, backward, step, after_step, log, checkpoint, resume. It knows no method by name,
+and nothing in a step waits for the device.
 
 Every random choice is a function of (seed, purpose, epoch, row), so a run that was killed and started again from its checkpoint
 ends with the same bytes as one that was not.
@@ -17,6 +18,7 @@ from bingo import distributed
 from bingo.batches import Batches
 from bingo.checkpoints import Checkpoints
 from bingo.errors import Interrupted, UserError
+from bingo.finite import LossWatch
 from bingo.methods.contract import Batch, Method, Progress
 from bingo.params import ScheduleParams
 from bingo.progress import progress_bar
@@ -58,6 +60,7 @@ class Trainer:
             trained, lr=schedule.lr, momentum=schedule.sgd_momentum, weight_decay=schedule.weight_decay, fused=True
         )
         self.network = distributed.data_parallel(self.method, device)
+        self.watch = LossWatch(device)
         self.sums: dict[str, Tensor] = {}
         self.step, self.result = 0, Result()
         self.stopping = False
@@ -100,8 +103,9 @@ class Trainer:
         total = self.schedule.epochs * self.steps_per_epoch
         self.optimizer.param_groups[0]["lr"] = cosine_lr(self.step, total, self.schedule.lr, warmup_steps)
         terms = self.network(batch, progress)
-        if distributed.any_true(not bool(torch.isfinite(terms["loss"])), self.device):
-            raise UserError(f"{self.label}: the loss is {terms['loss'].item()} at step {self.step}; {self._way_out()}")
+        self.watch.note(terms["loss"], self.step)
+        if self.watch.due(self.step):
+            self._refuse_what_is_not_finite()
         self.optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         self.optimizer.step()
@@ -109,8 +113,13 @@ class Trainer:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
-    def _way_out(self) -> str:
-        if self.step == 0:
+    def _refuse_what_is_not_finite(self) -> None:
+        """Stop if a loss was not finite since this was last called. It waits for the device."""
+        if (found := self.watch.first(self.step)) is not None:
+            raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; {self._way_out(found[0])}")
+
+    def _way_out(self, step: int) -> str:
+        if step == 0:
             return "no step was taken yet, so look at the method's temperature, image.std and augment"
         return f"lower lr (now {self.schedule.lr})"
 
@@ -122,6 +131,7 @@ class Trainer:
 
     def _end_epoch(self, epoch: int) -> None:
         """Write the epoch's record: mean of each term over all processes, and the probe's figures when it is due."""
+        self._refuse_what_is_not_finite()
         self._check_weights()
         record = {"epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
         for name, value in self.sums.items():
@@ -138,8 +148,12 @@ class Trainer:
         self.stopping = True
 
     def _checkpoint_if_due(self) -> None:
+        """Several processes agree on it only where the loss is read as well: to agree waits for the device."""
+        if distributed.world() > 1 and not self.watch.due(self.step):
+            return
         stop = distributed.any_true(self.stopping, self.device)
         if stop or self.checkpoints.due():
+            self._refuse_what_is_not_finite()
             state = {
                 "method": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),

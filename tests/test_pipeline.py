@@ -19,7 +19,7 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 # Files whose change cannot alter an output: the command line, launching, records of a run, checkpoints, validation, progress bars.
 INFRASTRUCTURE = {
     "stages/common.py", "stages/launch.py", "stages/paths.py", "bingo/artefacts.py", "bingo/checksums.py", "bingo/errors.py",
-    "bingo/params.py", "bingo/progress.py", "bingo/checkpoints.py", "bingo/distributed.py", "bingo/nets/names.py",
+    "bingo/params.py", "bingo/progress.py", "bingo/checkpoints.py", "bingo/finite.py", "bingo/distributed.py", "bingo/nets/names.py",
     "bingo/data/chunks.py", "bingo/data/inside.py", "bingo/data/workers.py",
 } | {f"bingo/methods/{name}_params.py" for name in method_names()}  # fmt: skip
 # `bingo report --experiments` compares what runs have left: no part of a run's own report.
@@ -33,7 +33,7 @@ WATCHING = {
 WATCHED = ("teacher", "extract", "distill", "baseline")
 # Which layer a module is in; imports go to the same or a lower number.
 LAYERS = [
-    (r"bingo/(params|errors|recipes|artefacts|checksums|seeds|schedules|distributed|progress|checkpoints)\.py", 0),
+    (r"bingo/(params|errors|recipes|artefacts|checksums|seeds|schedules|distributed|progress|checkpoints|finite)\.py", 0),
     (r"bingo/methods/\w+_params\.py", 0),
     (r"bingo/nets/names\.py", 0),
     (r"bingo/(data|nets)/.*|bingo/neighbors\.py", 1),

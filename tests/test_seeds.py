@@ -47,3 +47,9 @@ def test_a_permutation_holds_every_row_once_and_changes_with_the_epoch():
     assert sorted(first) == list(range(1000))
     assert not np.array_equal(first, second)
     assert np.array_equal(first, seeds.permutation(0, "order", 0, 1000))
+
+
+def test_the_first_of_a_permutation_are_drawn_without_the_others():
+    whole = seeds.permutation(2, "negatives", 9, 5000)
+    for count in (1, 700, 4999, 5000, 6000):
+        assert np.array_equal(seeds.first_of_permutation(2, "negatives", 9, 5000, count), whole[:count])

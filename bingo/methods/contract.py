@@ -8,6 +8,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +44,8 @@ class Needs:
 class Batch:
     """One process's share of a step: rows (B,) int64, views (B, 3, H, W) float32, unit keys (B, P) and features (B, D) float32.
 
-    `anchor_keys` has one entry, or as many as `Needs.same_views` where that is more: then key i is the key of view i.
+    `anchor_keys` has one entry, or as many as `Needs.same_views` where that is more: then key i is the key of view i. `host_rows_B`
+    are the anchor's rows once more, for draws: to read them back from a GPU would wait for its work.
     """
 
     anchor_rows_B: Tensor
@@ -53,6 +55,11 @@ class Batch:
     anchor_keys: list[Tensor] = field(default_factory=list)
     member_keys_BP: Tensor | None = None
     anchor_features_BD: Tensor | None = None
+    host_rows_B: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if len(self.host_rows_B) != len(self.anchor_rows_B):
+            self.host_rows_B = self.anchor_rows_B.cpu().numpy()
 
 
 @dataclass(frozen=True)

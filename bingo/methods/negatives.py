@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bingo import seeds
+from bingo.data.augment import upload
 from bingo.methods.contract import Batch, Context
-from bingo.methods.parts import Queue, hidden_negatives
+from bingo.methods.parts import Queue, hidden_negatives, hidden_places
 
 
 class Negatives(nn.Module):
@@ -20,9 +21,18 @@ class Negatives(nn.Module):
     def __init__(self, kind: str, rows: int, key_width: int, mask_bag: bool, context: Context):
         super().__init__()
         self.kind, self.rows, self.mask_bag, self.context = kind, rows, mask_bag, context
+        self.cluster_T, self.members_TK = self._bag_tables() if mask_bag and context.bags is not None else (None, None)
         if kind == "queue":
             self.queue = Queue(rows, key_width, context.seed)
             self._prefill()
+
+    def _bag_tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """What tells an anchor's bag, on the device: the group of each row (T,), or each row's members (T, K), int64."""
+        bags = self.context.bags
+        assert bags is not None
+        if bags.cluster_T is not None:
+            return torch.tensor(bags.cluster_T, device=self.context.device), None
+        return None, torch.tensor(bags.members_TK, dtype=torch.int64, device=self.context.device)
 
     def _prefill(self) -> None:
         """Start the queue from stored keys where they exist: the first steps then train against real negatives."""
@@ -38,7 +48,7 @@ class Negatives(nn.Module):
         """Unit rows (J, P) and which of them each anchor does not see, bool (B, J) or (1, J)."""
         if self.kind == "bank":
             bank_JP, rows_J = self._bank_draw(step)
-            return bank_JP, self._hidden(batch, rows_J) if self.mask_bag else hidden_negatives(rows_J, _own_rows(batch))
+            return bank_JP, self._hidden(batch, rows_J)
         bank_JP, rows_J = self.queue.keys_QP.clone(), self.queue.rows_Q.clone()  # a push may come before backward is done with these
         return bank_JP, self.queue.empty() | self._hidden(batch, rows_J) if self.mask_bag else self.queue.empty()
 
@@ -53,22 +63,25 @@ class Negatives(nn.Module):
         assert bank_TVP is not None
         rows, views = len(bank_TVP), bank_TVP.shape[1]
         count = min(rows, self.rows)
-        chosen = np.arange(rows) if count == rows else seeds.permutation(self.context.seed, "negatives", step, rows)[:count]
+        chosen = np.arange(rows) if count == rows else seeds.first_of_permutation(self.context.seed, "negatives", step, rows, count)
         drawn = (seeds.uniforms(self.context.seed, "negative view", step, chosen)[:, 0] * views).astype(np.int64)
-        rows_J, view_J = (torch.from_numpy(x).to(bank_TVP.device) for x in (chosen, drawn))
-        return bank_TVP[rows_J, view_J], rows_J
+        rows_J, view_J = upload(chosen, bank_TVP.device), upload(drawn, bank_TVP.device)
+        return bank_TVP[rows_J, view_J].float(), rows_J
 
     def _hidden(self, batch: Batch, rows_J: Tensor) -> Tensor:
-        """(B, J): anchor, member and the anchor's bag. A bag of the kind `cluster` is compared by group, not member by member."""
-        bags, own_BM = self.context.bags, _own_rows(batch)
-        if bags is None:
-            return hidden_negatives(rows_J, own_BM)
-        if bags.cluster_T is not None:
-            cluster_T = torch.from_numpy(bags.cluster_T).to(rows_J.device)
-            same_BJ = (cluster_T[rows_J.clamp(min=0)][None] == cluster_T[batch.anchor_rows_B][:, None]) & (rows_J >= 0)
-            return same_BJ | hidden_negatives(rows_J, own_BM)
-        members_BK = torch.from_numpy(bags.members_TK[batch.anchor_rows_B.cpu().numpy()].astype(np.int64)).to(rows_J.device)
-        return hidden_negatives(rows_J, torch.cat([own_BM, members_BK], dim=1))
+        """(B, J): anchor, member and with `mask_bag` the anchor's bag. A bag that is a cluster is compared by group, not by member."""
+        excluded_BM = _own_rows(batch)
+        if self.members_TK is not None:
+            excluded_BM = torch.cat([excluded_BM, self.members_TK[batch.anchor_rows_B]], dim=1)
+        if self.kind == "bank":
+            assert self.context.keys_TVP is not None
+            hidden_BJ = hidden_places(rows_J, excluded_BM, len(self.context.keys_TVP))
+        else:
+            hidden_BJ = hidden_negatives(rows_J, excluded_BM)
+        if self.cluster_T is not None:
+            same_BJ = self.cluster_T[rows_J.clamp(min=0)][None] == self.cluster_T[batch.anchor_rows_B][:, None]
+            hidden_BJ |= same_BJ & (rows_J >= 0)
+        return hidden_BJ
 
 
 def _own_rows(batch: Batch) -> Tensor:

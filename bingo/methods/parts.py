@@ -5,6 +5,7 @@ Shape letters: B anchors, P key width, J negatives, M rows that are no negatives
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from scipy.special import betaincinv
 from torch import Tensor, nn
 
 from bingo import distributed, seeds
+from bingo.data.augment import upload
+
+LOGITS_AT_ONCE = 2**24  # 64 MiB in float32: all of a usual batch
 
 
 def negative_logsumexp(query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None = None) -> Tensor:
@@ -19,11 +23,34 @@ def negative_logsumexp(query_BP: Tensor, bank_JP: Tensor, temperature: float, hi
     (`hidden_BJ` bool, or (1, J) for all).
 
     Computed once per query, however many positives the query has (methods.md 4.4): logits of shape (B, 1 + J) per positive are never made.
+    The bank gets no gradient.
     """
-    logits_BJ = query_BP.float() @ bank_JP.float().T / temperature
-    if hidden_BJ is not None:
-        logits_BJ = logits_BJ.masked_fill(hidden_BJ, float("-inf"))
-    return torch.logsumexp(logits_BJ, dim=1)
+    return _NegativeLogSumExp.apply(query_BP.float(), bank_JP.detach().float(), temperature, hidden_BJ)
+
+
+class _NegativeLogSumExp(torch.autograd.Function):
+    """With p the softmax of a query's logits, the gradient is p @ bank / temperature: (B, P), taken while the logits are there, so that
+    nothing of shape (B, J) waits for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None) -> Tensor:
+        rows, wanted = max(1, LOGITS_AT_ONCE // len(bank_JP)), ctx.needs_input_grad[0]
+        sums, gradients = [], []
+        for start in range(0, len(query_BP), rows):
+            logits_bJ = (query_BP[start : start + rows] / temperature) @ bank_JP.T
+            if hidden_BJ is not None:
+                logits_bJ.masked_fill_(hidden_BJ if len(hidden_BJ) == 1 else hidden_BJ[start : start + rows], float("-inf"))
+            sums.append(torch.logsumexp(logits_bJ, dim=1))
+            if wanted:
+                finite_b = sums[-1].masked_fill(sums[-1].isneginf(), 0)  # a query without negatives: no gradient rather than NaN
+                gradients.append(logits_bJ.sub_(finite_b[:, None]).exp_() @ bank_JP)
+        ctx.save_for_backward(*([torch.cat(gradients).div_(temperature)] if wanted else []))
+        return torch.cat(sums)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+        saved = ctx.saved_tensors
+        return (grad_outputs[0][:, None] * saved[0] if saved else None), None, None, None
 
 
 def info_nce(query_BP: Tensor, key_BP: Tensor, negatives_B: Tensor, temperature: float) -> Tensor:
@@ -64,6 +91,15 @@ def hidden_negatives(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
     for rows_B in excluded_BM.unbind(dim=1):
         hidden_BJ |= (bank_rows_J[None, :] == rows_B[:, None]) & (rows_B >= 0)[:, None]
     return hidden_BJ
+
+
+def hidden_places(bank_rows_J: Tensor, excluded_BM: Tensor, rows: int) -> Tensor:
+    """`hidden_negatives` where no row is twice in the bank: each of the M rows is looked up among all `rows`, not compared with J."""
+    nowhere, places_J = len(bank_rows_J), torch.arange(len(bank_rows_J), device=bank_rows_J.device)
+    place_T = torch.full((rows + 1,), nowhere, device=bank_rows_J.device)  # its last entry is that of row -1
+    place_T[bank_rows_J] = places_J
+    hidden_BJ = torch.zeros(len(excluded_BM), nowhere + 1, dtype=torch.bool, device=bank_rows_J.device)
+    return hidden_BJ.scatter_(1, place_T[excluded_BM], True)[:, :nowhere]
 
 
 class Queue(nn.Module):
@@ -128,7 +164,7 @@ def shuffled(encode: Callable[[Tensor], Tensor], images_BCHW: Tensor, seed: int,
     if distributed.world() == 1:
         return encode(images_BCHW)
     everything = distributed.gather(images_BCHW)
-    order = torch.from_numpy(seeds.permutation(seed, "shuffle batchnorm", step, len(everything))).to(images_BCHW.device)
+    order = upload(seeds.permutation(seed, "shuffle batchnorm", step, len(everything)), images_BCHW.device)
     keys = distributed.gather(encode(everything[distributed.own_share(order)].contiguous(memory_format=torch.channels_last)))
     return distributed.own_share(keys[torch.argsort(order)])
 
@@ -144,7 +180,7 @@ def cutmix(anchor_BCHW: Tensor, member_BCHW: Tensor, uniform_B3: np.ndarray, alp
     tops, bottoms = _box_edges(uniform_B3[:, 1], side_B, height)
     lefts, rights = _box_edges(uniform_B3[:, 2], side_B, width)
     share_B = 1 - (bottoms - tops) * (rights - lefts) / (height * width)
-    edges_5B = torch.from_numpy(np.stack([tops, bottoms, lefts, rights, share_B]).astype(np.float32)).to(anchor_BCHW.device)
+    edges_5B = upload(np.stack([tops, bottoms, lefts, rights, share_B]).astype(np.float32), anchor_BCHW.device)
     y_H = torch.arange(height, device=anchor_BCHW.device)
     x_W = torch.arange(width, device=anchor_BCHW.device)
     inside_BH = (y_H >= edges_5B[0][:, None]) & (y_H < edges_5B[1][:, None])

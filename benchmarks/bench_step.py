@@ -1,0 +1,323 @@
+"""How fast a step of distillation is, beside the released recipe's step written plainly, and beside the student alone.
+
+    python -m benchmarks.bench_step                                 R18 from R50, 224 px, batch 8: some minutes on 2 cores
+    python -m benchmarks.bench_step --teacher resnet152 --case small     32 px, batch 64
+    python -m benchmarks.bench_step --device cuda --repeats 7       batch 256
+
+Timed are this project's own Trainer, Batches and method, from the plan of a batch to the optimizer's step, beside
+  peer          three student forwards, two of a live teacher in train mode, three logits (B, 2, 1 + 65536), all in float32
+  student alone the same student and head on as many views: forward and backward in this project's precision, no loss, no optimizer
+Views are random numbers that lie on the device, for all alike: the loader is benchmarks/bench_loader.py's matter. Weights, keys and bags
+are random too. The variants take turns in one process; printed are medians and, in brackets, the smallest and the largest of the
+repeats, a ratio being that of one turn. Peak memory is each variant's own, in a process of its own: on the CPU what the process
+grew by, on a GPU what torch held.
+"""
+
+import argparse
+import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bingo.bags import Bags
+from bingo.batches import Batches, Stored
+from bingo.checkpoints import Checkpoints
+from bingo.methods.contract import Context, Progress, build_method
+from bingo.nets.backbones import build_backbone
+from bingo.nets.heads import mlp_head, unit
+from bingo.nets.precision import autocast, resolve_precision
+from bingo.nets.teachers import Teacher
+from bingo.params import Params, load_params, method_section
+from bingo.train import Trainer
+
+NEGATIVES, KEY_WIDTH, HEAD_HIDDEN, TEMPERATURE, BAG = 65536, 128, 2048, 0.2, 5
+VARIANTS = {  # the switches of methods.bingo, and where the keys come from
+    "stored keys": ({"terms": "symmetric_mix"}, "stored"),
+    "live keys": ({"terms": "symmetric_mix"}, "live"),
+    "paper's terms": ({"terms": "paper"}, "stored"),
+    "one view": ({"relation": "none"}, "stored"),
+}
+VIEWS = {"stored keys": 3, "live keys": 3, "paper's terms": 2, "one view": 1}
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Images, networks and machine of one table."""
+
+    crop_px: int
+    stem: str
+    batch_anchors: int
+    teacher: str
+    width: float
+    device: torch.device
+    train_rows: int
+    precision: str
+
+    def views(self, count: int, rows: int) -> list[Tensor]:
+        """Random views, float32 (rows, 3, P, P) channels_last on the device."""
+        shape = rows, 3, self.crop_px, self.crop_px
+        return [torch.randn(shape, device=self.device).to(memory_format=torch.channels_last) for _ in range(count)]
+
+    def student(self) -> nn.Module:
+        """An untrained ResNet-18."""
+        return build_backbone("resnet18", 1.0, self.stem, 0)
+
+    def frozen(self) -> Teacher:
+        """An untrained teacher with MoCo-v2's head, on the device."""
+        backbone = build_backbone(self.teacher, self.width, self.stem, 1)
+        width = backbone.feature_width
+        head = mlp_head([width, HEAD_HIDDEN, KEY_WIDTH], 1)
+        return Teacher(backbone, head, {"feature_width": width, "key_width": KEY_WIDTH}).to(self.device)
+
+
+class ReadyViews:
+    """Stands in for the loader: views that lie on the device already, always the same."""
+
+    wait_seconds = 0.0
+
+    def __init__(self, case: Case, params: Params):
+        self.case, self.augment, self.ready = case, params.distill.augment, case.views(4, case.batch_anchors)
+
+    def views(self, plans) -> Iterator[list[Tensor]]:
+        """As the loader: a tensor for each request of each plan."""
+        for plan in plans:
+            yield self.ready[: len(plan)]
+
+
+def product_step(case: Case, variant: str, folder: Path) -> Step:
+    """One step of this project's Trainer, the making of its batch included."""
+    params = load_params(Path(__file__).parents[1] / "params.yaml")
+    changes, keys = VARIANTS[variant]
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    keys_TVP = unit(torch.randn(case.train_rows * 2, KEY_WIDTH, generator=generator)).half().view(-1, 2, KEY_WIDTH).to(case.device)
+    members_TK = rng.integers(0, case.train_rows, (case.train_rows, BAG), dtype=np.int32)
+    bags = Bags({"method": "knn"}, members_TK, np.ones(members_TK.shape, np.float16))
+    student = case.student()
+    teacher = case.frozen().to(memory_format=torch.channels_last) if keys == "live" else None
+    context = Context(student, student.feature_width, 0, keys, case.precision, case.device, teacher, keys_TVP, None, bags)  # type: ignore[arg-type]
+    released = {"temperature": TEMPERATURE, "negative_rows": NEGATIVES, "head_hidden": HEAD_HIDDEN, "negatives": "bank"}
+    section = method_section("bingo").model_validate(params.methods.bingo.model_dump() | released | changes)
+    method = build_method("bingo", section, context)
+    schedule = params.distill.model_copy(
+        update={"batch_anchors": case.batch_anchors, "precision": case.precision, "lr": 0.03, "epochs": 200}
+    )
+    stored = Stored(keys_TVP, params.extract.augment)
+    batches = Batches(method.needs, ReadyViews(case, params), 0, case.train_rows, case.batch_anchors, bags, stored)  # type: ignore[arg-type]
+    trainer = Trainer(method, batches, schedule, case.device, Checkpoints(folder, every_seconds=1e9))
+    method.train()
+    made = itertools.chain.from_iterable(batches.epoch(epoch, 0) for epoch in itertools.count())
+
+    def step() -> None:
+        trainer._train_step(next(made), Progress(trainer.step // trainer.steps_per_epoch, trainer.step))
+        trainer.step += 1
+
+    return step
+
+
+class Peer:
+    """The released step, written plainly: see `released_loss`. One process, so there is nothing to shuffle."""
+
+    def __init__(self, case: Case):
+        student = case.student()
+        self.student = nn.Sequential(student, mlp_head([student.feature_width, HEAD_HIDDEN, KEY_WIDTH], 0)).to(case.device).train()
+        frozen = case.frozen()
+        assert frozen.head is not None
+        self.teacher = nn.Sequential(frozen.backbone, frozen.head).train()
+        self.queue_PQ = unit(torch.randn(NEGATIVES, KEY_WIDTH)).T.contiguous().to(case.device)
+        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
+        self.views = [view.contiguous() for view in case.views(4, case.batch_anchors)]
+        self.pointer = 0
+
+    def step(self) -> None:
+        """One step; the loss is read at its end, as the released code's meter does."""
+        anchor, anchor_for_key, member, member_for_key = self.views
+        top, left, side = anchor.shape[-1] // 4, anchor.shape[-1] // 4, anchor.shape[-1] // 2
+        mixed = anchor.clone()
+        mixed[:, :, top : top + side, left : left + side] = member[:, :, top : top + side, left : left + side]
+        queries = [unit(self.student(view)) for view in (anchor, member, mixed)]
+        with torch.no_grad():
+            own, other = (unit(self.teacher(view)) for view in (anchor_for_key, member_for_key))
+        loss = released_loss(queries, own, other, self.queue_PQ.clone(), (0.5, 0.5), 0.75, TEMPERATURE)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.queue_PQ[:, self.pointer : self.pointer + len(own)] = own.T
+        self.pointer = (self.pointer + len(own)) % NEGATIVES
+        loss.item()
+
+
+def released_loss(
+    queries: list[Tensor],
+    own_BP: Tensor,
+    other_BP: Tensor,
+    queue_PQ: Tensor,
+    weights: tuple[float, float],
+    share: float | Tensor,
+    temperature: float,
+) -> Tensor:
+    """The released code's loss (main_moco.py:371-387; methods.md 1.1.4) with its logits (B, 2, 1 + Q) in float32.
+
+    `queries` are those of anchor, member and mixed view, in which the anchor has this `share`; a scalar comes back.
+    """
+
+    def term(query_BP: Tensor, keys: list[Tensor], weight_of: tuple[float | Tensor, float | Tensor]) -> Tensor:
+        positive_B21 = torch.stack([torch.einsum("nc,nc->n", query_BP, key_BP) for key_BP in keys], dim=1)[:, :, None]
+        negative_B2Q = torch.einsum("nc,ck->nk", query_BP, queue_PQ)[:, None].repeat(1, 2, 1)
+        logits_B2J = torch.cat([positive_B21, negative_B2Q], dim=2) / temperature
+        zeros_B = torch.zeros(len(query_BP), dtype=torch.int64, device=query_BP.device)
+        losses = [nn.functional.cross_entropy(logits_B2J[:, i], zeros_B, reduction="none") for i in (0, 1)]
+        return (weight_of[0] * losses[0] + weight_of[1] * losses[1]).mean()
+
+    anchor_BP, member_BP, mixed_BP = queries
+    pairs = term(anchor_BP, [own_BP, other_BP], weights) + term(member_BP, [other_BP, own_BP], weights)
+    return (pairs + term(mixed_BP, [own_BP, other_BP], (share, 1 - share))) / 3
+
+
+def bare_step(case: Case, views: int) -> Step:
+    """Forward and backward of the student and its head on so many views."""
+    student = case.student()
+    network = nn.Sequential(student, mlp_head([student.feature_width, HEAD_HIDDEN, KEY_WIDTH], 0))
+    network = network.to(case.device).to(memory_format=torch.channels_last).train()
+    seen = case.views(views, case.batch_anchors)
+
+    def step() -> None:
+        network.zero_grad(set_to_none=True)
+        with autocast(case.precision, case.device):
+            outputs = [network(view) for view in seen]
+        torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
+
+    return step
+
+
+def make_step(case: Case, name: str, folder: Path) -> Step:
+    """The step of this name: the peer's, one of VARIANTS, or the student alone on so many views."""
+    if name == "peer":
+        return Peer(case).step
+    if name.startswith("student alone"):
+        return bare_step(case, int(name.split()[-2]))
+    return product_step(case, name, folder / name)
+
+
+def main() -> None:
+    """Measure what was asked for and print one table."""
+    options = parse()
+    case, names = case_of(options), [name.replace("_", " ") for name in options.variants]
+    if options.memory_of:
+        print(peak_mebibytes(case, options.memory_of))
+        return
+    bare = {name: f"student alone, {VIEWS[name]} views" for name in names}
+    order = [*dict.fromkeys([*names, *bare.values()])] + ([] if options.no_peer else ["peer"])
+    # First of all: a process's peak starts from that of the process which started it, which is small as yet.
+    memory = {} if options.no_memory else {name: memory_elsewhere(name) for name in order}
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {name: make_step(case, name, Path(folder)) for name in order}
+        seconds = measure(steps, case.device, options.repeats, options.steps, options.cpu_seconds)
+    clock = "CPU seconds" if options.cpu_seconds else "wall seconds"
+    precision = str(resolve_precision(case.precision, case.device)).removeprefix("torch.")
+    print(
+        f"resnet18 from {case.teacher} x {case.width:g}, {case.crop_px} px, batch {case.batch_anchors}, {NEGATIVES} negatives of "
+        f"{case.train_rows} rows, {precision}, {case.device}, {torch.get_num_threads()} threads, {clock}"
+    )
+    print_table(case, seconds, memory, bare)
+
+
+def print_table(case: Case, seconds: dict[str, list[float]], memory: dict[str, float], bare: dict[str, str]) -> None:
+    """One line a variant: anchors per second, times the peer's speed, percent of the student alone, peak memory."""
+    print(f"    {'':<24}{'anchors/s':>24}{'x the peer':>26}{'% of student alone':>28}{'peak MiB':>10}{'of peer':>9}")
+    for name, taken in seconds.items():
+        columns = [spread([case.batch_anchors / second for second in taken])]
+        columns.append(spread(ratios(seconds["peer"], taken)) if "peer" in seconds and name != "peer" else "")
+        columns.append(spread([100 * ratio for ratio in ratios(seconds[bare[name]], taken)]) if name in bare else "")
+        line = f"    {name:<24}{columns[0]:>24}{columns[1]:>26}{columns[2]:>28}"
+        if memory:
+            share = f"{memory[name] / memory['peer']:.2f}" if "peer" in memory else ""
+            line += f"{memory[name]:>10,.0f}{share:>9}"
+        print(line.rstrip())
+
+
+def ratios(slow: list[float], fast: list[float]) -> list[float]:
+    """How many times as fast, turn by turn."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    """Median and, in brackets, the least and the most."""
+    return f"{statistics.median(values):,.2f} [{min(values):,.2f} .. {max(values):,.2f}]"
+
+
+def measure(steps: dict[str, Step], device: torch.device, repeats: int, count: int, cpu_seconds: bool) -> dict[str, list[float]]:
+    """Seconds of one step, `repeats` times for each, in turns; the two first rounds are not counted."""
+    clock = time.process_time if cpu_seconds else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(-2, repeats):
+        for name, step in steps.items():
+            begun = clock()
+            for _ in range(count):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn >= 0:
+                seconds[name].append((clock() - begun) / count)
+    return seconds
+
+
+def memory_elsewhere(name: str) -> float:
+    """Peak memory of one variant alone, in MiB, measured by a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.bench_step", *sys.argv[1:], "--memory-of", name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def peak_mebibytes(case: Case, name: str) -> float:
+    """What two steps of this variant hold at most, weights, bank or queue included."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        step = make_step(case, name, Path(folder))
+        step(), step()
+    if case.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(case.device) / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def case_of(options: argparse.Namespace) -> Case:
+    """The case that the command line describes."""
+    device, small = torch.device(options.device), options.case == "small"
+    batch_anchors = options.batch_anchors or (64 if small else 256 if device.type == "cuda" else 8)
+    crop_px, stem = (32, "small") if small else (224, "imagenet")
+    return Case(crop_px, stem, batch_anchors, options.teacher, options.width, device, options.train_rows, options.precision)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=["large", "small"], default="large", help="224 px, or 32 px with a stem for small images")
+    parser.add_argument("--teacher", default="resnet50", help="a timm name")
+    parser.add_argument("--width", type=float, default=1.0, help="of the teacher: 2 for R50x2")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-anchors", type=int, help="default: 8 on the CPU, 256 on a GPU, 64 for the small case")
+    parser.add_argument("--train-rows", type=int, default=131072, help="of which the negatives are drawn (ImageNet: 1281167)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--variants", nargs="+", choices=[name.replace(" ", "_") for name in VARIANTS], default=list(VARIANTS))
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="count this process's CPU time: for a machine that others use (1 thread)"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="steps of one turn (a GPU wants some 10)")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
