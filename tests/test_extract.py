@@ -261,15 +261,16 @@ def test_constant_features_are_refused_but_a_constant_chunk_is_not(tmp_path):
 
 def test_what_differs_by_rounding_alone_is_refused_and_keys_are_looked_at_too(tmp_path):
     with pytest.raises(UserError, match=r"gives all 29 images the same feature \(they differ by .* of their length\)"):
-        run(tmp_path, plain_teacher(lambda x: 1 + 1e-4 * x))
+        run(tmp_path / "rounding", plain_teacher(lambda x: 1 + 1e-4 * x))
     with pytest.raises(UserError, match="gives all 29 images the same feature"):
-        run(tmp_path, plain_teacher(torch.zeros_like))
+        run(tmp_path / "zeros", plain_teacher(torch.zeros_like))
     constant = nn.Linear(3, 3)
     nn.init.zeros_(constant.weight)
     metadata = {"feature_width": 3, "key_width": 3}
     with pytest.raises(UserError, match="gives all 21 images the same key"):
-        run(tmp_path, Teacher(Pooled(torch.clone), constant, metadata))
-    run(tmp_path / "near", plain_teacher(lambda x: 1 + 1e-2 * x))
+        run(tmp_path / "keys", Teacher(Pooled(torch.clone), constant, metadata))
+    unequal = torch.tensor([1.0, -1.0, 0.5])  # or all keys point the same way
+    run(tmp_path / "near", plain_teacher(lambda x: 1 + 2e-2 * x * unequal))
 
 
 def test_spreads_are_those_of_the_whole_store(whole, tmp_path, monkeypatch):
