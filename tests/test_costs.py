@@ -163,7 +163,8 @@ def test_a_bank_of_negatives_is_counted():
     flops = {}
     for rows in (1024, 4096):
         section = PARAMS.methods.bingo.model_copy(update={"negative_rows": rows, "terms": "symmetric_mix"})
-        params = PARAMS.model_copy(update={"methods": PARAMS.methods.model_copy(update={"bingo": section})})
+        distill = PARAMS.distill.model_copy(update={"method": "bingo"})
+        params = PARAMS.model_copy(update={"methods": PARAMS.methods.model_copy(update={"bingo": section}), "distill": distill})
         training = dry_student(params, dry_teacher(params, checkpoint=False))
         flops[rows] = step_flops(training.method, training.batch(2), PROGRESS) / 2
     assert flops[4096] - flops[1024] == 3 * 2 * 2 * 128 * (4096 - 1024)
