@@ -98,6 +98,7 @@ class Page(HTMLParser):
 def params(**changes):
     """The shipped parameters with some dotted keys changed, spelt section__key."""
     raw = read_yaml(ROOT / "params.yaml")
+    raw["distill"]["method"] = "bingo"
     for key, value in changes.items():
         *sections, last = key.split("__")
         section = raw
@@ -133,7 +134,7 @@ def workspace(tmp_path_factory, pixels):
     from bingo.bag_metrics import bag_metrics
 
     folder = tmp_path_factory.mktemp("workspace")
-    (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("method: coss ", "method: bingo "))
     listing, bags = make_listing(), make_bags()
     write_listing(folder / "data/listing.parquet", listing)
     write_images(folder / "data/images.zarr", listing, pixels)
