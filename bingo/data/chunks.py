@@ -7,6 +7,7 @@ and reading refuses a row that holds it. A damaged file fails its CRC. Metadata 
 
 import hashlib
 import logging
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,7 +116,8 @@ def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: st
 
 
 def forget_other_reads() -> None:
-    """After a failed read: zarr leaves its reads of other chunks unfinished, and asyncio would print a line for each at the end."""
+    """After a failed read: zarr leaves its reads of other chunks unfinished, of which asyncio and Python would print lines at the end."""
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
