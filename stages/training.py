@@ -12,11 +12,11 @@ from stages.common import Run, code_fingerprint, state_folder
 if TYPE_CHECKING:
     import torch
 
-    from bingo.bags import BagIndex
+    from bingo.bags import BagIndex, Bags
     from bingo.batches import Batches, Stored
     from bingo.data.embeddings import Embeddings
     from bingo.data.listing import Listing
-    from bingo.methods.contract import Method
+    from bingo.methods.contract import Context, Method
     from bingo.nets.teachers import Teacher
     from bingo.params import AugmentParams, NetworkParams, ScheduleParams
     from bingo.train import Result
@@ -42,41 +42,27 @@ def train_method(
     The checkpoint is deleted only after `finish` has put the outputs in place.
     """
 
-    from bingo import distributed, seeds
+    from bingo import distributed
     from bingo.batches import Batches, steps_in_epoch
     from bingo.checkpoints import Checkpoints
     from bingo.data.images import open_images
     from bingo.data.loader import ViewLoader
     from bingo.evals.collapse import feature_spread
     from bingo.evals.probe import KnnProbe
-    from bingo.methods.contract import Context, build_method
-    from bingo.nets.backbones import build_backbone, check_images
+    from bingo.methods.contract import build_method
     from bingo.train import Trainer
 
     params = run.params
     steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{_schedule_name(run)}.batch_anchors")
-    student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(params.seed, "student"))
-    check_images(student, network.arch, params.image.crop_px)
     stored = _stored(run, section, embeddings, device) if embeddings is not None else None
-    context = Context(
-        student=student,
-        feature_width=student.feature_width,
-        seed=params.seed,
-        keys=keys,
-        precision=schedule.precision,
-        device=device,
-        teacher=teacher,
-        keys_TVP=stored.keys_TVP if stored is not None else None,
-        features_TD=stored.features_TD if stored is not None else None,
-        bags=bags.table if bags is not None else None,
-    )
-    method = build_method(method_name, section, context)
+    table = bags.table if bags is not None else None
+    method = build_method(method_name, section, _context(run, device, network, schedule.precision, keys, stored, table, teacher))
     images = open_images(listing, paths.IMAGES, params.dataset.root)
     loader = ViewLoader(images, params.image, augment, params.seed, device)
     probe = KnnProbe(listing, images, params.image, params.seed, device, schedule.precision) if listing.labelled else None
     values = _identity(run, method_name, section, network, schedule, keys, [listing, embeddings, bags])
     with state_folder(run.stage, values) as folder:
-        batches = Batches(method.needs, loader, params.seed, listing.train_rows, schedule.batch_anchors, context.bags, stored)
+        batches = Batches(method.needs, loader, params.seed, listing.train_rows, schedule.batch_anchors, table, stored)
         label = f"{run.stage}: {method_name}"
         trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label)
         if trainer.resumes():
@@ -90,6 +76,37 @@ def train_method(
             finish(method, result)
             shutil.rmtree(folder, ignore_errors=True)
     _tell(run, method_name, schedule, result)
+
+
+def _context(
+    run: Run,
+    device: "torch.device",
+    network: "NetworkParams",
+    precision: str,
+    keys: str,
+    stored: "Stored | None",
+    bags: "Bags | None",
+    teacher: "Teacher | None",
+) -> "Context":
+    """What a method is built from: a new student, and what there is of teacher, stored outputs and bags."""
+    from bingo import seeds
+    from bingo.methods.contract import Context
+    from bingo.nets.backbones import build_backbone, check_images
+
+    student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(run.params.seed, "student"))
+    check_images(student, network.arch, run.params.image.crop_px)
+    return Context(
+        student=student,
+        feature_width=student.feature_width,
+        seed=run.params.seed,
+        keys=keys,
+        precision=precision,
+        device=device,
+        teacher=teacher,
+        keys_TVP=stored.keys_TVP if stored is not None else None,
+        features_TD=stored.features_TD if stored is not None else None,
+        bags=bags,
+    )
 
 
 def _stored(run: Run, section: Any, embeddings: "Embeddings", device: "torch.device") -> "Stored":

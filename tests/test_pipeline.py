@@ -20,7 +20,8 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 INFRASTRUCTURE = {
     "stages/common.py", "stages/launch.py", "stages/paths.py", "bingo/artefacts.py", "bingo/checksums.py", "bingo/errors.py",
     "bingo/params.py", "bingo/progress.py", "bingo/checkpoints.py", "bingo/finite.py", "bingo/distributed.py", "bingo/nets/names.py",
-    "bingo/data/chunks.py", "bingo/data/inside.py", "bingo/data/workers.py",
+    "bingo/data/chunks.py", "bingo/data/inside.py", "bingo/data/task_loader.py",
+    "bingo/data/workers.py",
 } | {f"bingo/methods/{name}_params.py" for name in method_names()}  # fmt: skip
 # `bingo report --experiments` compares what runs have left: no part of a run's own report.
 INFRASTRUCTURE |= {"stages/experiments.py", "bingo/experiments.py", "bingo/experiments_table.py", "bingo/report_experiments.py"}

@@ -8,17 +8,16 @@ Shape letters: I instances, H and W height and width after resizing, P bytes of 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from bingo.data.coco import CocoImages, parse_targets
 from bingo.data.decode import BadImage, decode_as_stored
-from bingo.data.workers import end_with_owner, fork_server, worker_count
+from bingo.data.task_loader import TaskLoader
 from bingo.errors import UserError
 
 IMAGES_AHEAD = 2  # for each worker
@@ -69,53 +68,22 @@ class CocoLoader:
 
     def __init__(self, images: CocoImages, lines: list[str | None] | None, device: torch.device, workers: int | None = None):
         self._images, self._lines, self._device = images, lines, device
-        workers = worker_count() if workers is None else workers
-        self._feed = _Feed()
-        self._loader = DataLoader(
-            _Load(),
-            sampler=self._feed,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=IMAGES_AHEAD if workers else None,
-            persistent_workers=workers > 0,
-            multiprocessing_context=fork_server(__name__) if workers else None,
-            worker_init_fn=end_with_owner,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # its own, so that torch's global random state stays as it is
-        )
+        self._loader = TaskLoader(_Load(), workers, IMAGES_AHEAD, pin=device.type == "cuda")
 
     def examples(self, views: Iterable[View]) -> Iterator[Example]:
         """The views in order, on the device. Raises UserError naming an image that cannot be read or is of another size than told."""
         rows: list[int] = []
-        self._feed.tasks = self._tasks(views, rows)
-        try:
-            for sample in self._loader:
-                if isinstance(sample, str):
-                    raise UserError(sample)
-                image, boxes, labels, packed = (part.to(self._device, non_blocking=True) for part in sample)
-                yield Example(rows.pop(0), image, boxes, labels, unpack(packed, image.shape[2]))
-        finally:
-            self._feed.tasks = iter(())  # or an abandoned pass is a cycle of references, and the workers end seconds late
+        for sample in self._loader.results(self._tasks(views, rows)):
+            if isinstance(sample, str):
+                raise UserError(sample)
+            image, boxes, labels, packed = (part.to(self._device, non_blocking=True) for part in sample)
+            yield Example(rows.pop(0), image, boxes, labels, unpack(packed, image.shape[2]))
 
     def _tasks(self, views: Iterable[View], rows: list[int]) -> Iterator[_Task]:
         for view in views:
             rows.append(view.row)
             line = self._lines[view.row] if self._lines is not None else None
             yield _Task(self._images.path(view.row), self._images.name(view.row), self._images.sides_px(view.row), line, view)
-
-
-class _Feed(Sampler):
-    """Hands the loader the tasks of the present pass; workers outlive it."""
-
-    def __init__(self) -> None:
-        self.tasks: Iterator[_Task] = iter(())
-
-    def __iter__(self) -> Iterator[_Task]:
-        return self
-
-    def __next__(self) -> _Task:
-        return next(self.tasks)
 
 
 class _Load(Dataset):
@@ -160,7 +128,3 @@ def unpack(packed_IHP: Tensor, width: int) -> Tensor:
     shifts_8 = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed_IHP.device)
     bits_IHP8 = (packed_IHP[..., None] >> shifts_8) & 1
     return bits_IHP8.flatten(2)[..., :width]
-
-
-def _as_it_is(sample: Any) -> Any:
-    return sample

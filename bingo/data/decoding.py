@@ -13,13 +13,13 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from bingo.data.decode import BadImage, decode_crops, decode_square
 from bingo.data.draws import Crops, crop_boxes
 from bingo.data.images import FileImages
 from bingo.data.inside import path_inside
-from bingo.data.workers import end_with_owner, fork_server, worker_count
+from bingo.data.task_loader import TaskLoader
 from bingo.errors import UserError
 from bingo.params import ImageParams
 
@@ -52,21 +52,7 @@ class FileDecoder:
 
     def __init__(self, images: FileImages, image: ImageParams, workers: int | None, pin: bool):
         self._images, self._image = images, image
-        workers = worker_count() if workers is None else workers
-        self._feed = _Feed()
-        self._loader = DataLoader(
-            _Decode(),
-            sampler=self._feed,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=TASKS_AHEAD if workers else None,
-            persistent_workers=workers > 0,
-            multiprocessing_context=fork_server(__name__) if workers else None,
-            worker_init_fn=end_with_owner,
-            pin_memory=pin,
-            generator=torch.Generator(),  # its own, so that torch's global random state stays as it is
-        )
+        self._loader = TaskLoader(_Decode(), workers, TASKS_AHEAD, pin)
 
     def batches(self, plans: Iterable[Plan]) -> Iterator[tuple[list[Tensor], np.ndarray]]:
         """For each plan: its crops in parts, uint8 (t, P, P, 3), in the order of images, and where each view stands, int64 (T,).
@@ -75,19 +61,15 @@ class FileDecoder:
         """
         pending: deque[tuple[int, np.ndarray]] = deque()
         parts: list[Tensor] = []
-        self._feed.tasks = self._tasks(plans, pending)
-        try:
-            for result in self._loader:
-                if not isinstance(result, Tensor):
-                    raise UserError(result)
-                parts.append(result)
-                count, places_T = pending[0]
-                if len(parts) == count:
-                    pending.popleft()
-                    yield parts, places_T
-                    parts = []
-        finally:
-            self._feed.tasks = iter(())  # or an abandoned pass is a cycle of references, and the workers end seconds late
+        for result in self._loader.results(self._tasks(plans, pending)):
+            if not isinstance(result, Tensor):
+                raise UserError(result)
+            parts.append(result)
+            count, places_T = pending[0]
+            if len(parts) == count:
+                pending.popleft()
+                yield parts, places_T
+                parts = []
 
     def _tasks(self, plans: Iterable[Plan], pending: deque[tuple[int, np.ndarray]]) -> Iterator[_Task]:
         """The tasks of each plan; `pending` receives how many they are and where each view will stand."""
@@ -107,19 +89,6 @@ class FileDecoder:
     def _task(self, rows: list[int], starts: list[int], crops: Crops | None) -> _Task:
         paths = [self._images.paths[row] for row in rows]
         return _Task(self._images.root, paths, rows, starts, crops, self._image)
-
-
-class _Feed(Sampler):
-    """Hands the loader the tasks of the present pass; workers outlive it."""
-
-    def __init__(self) -> None:
-        self.tasks: Iterator[_Task] = iter(())
-
-    def __iter__(self) -> Iterator[_Task]:
-        return self
-
-    def __next__(self) -> _Task:
-        return next(self.tasks)
 
 
 class _Decode(Dataset):
@@ -145,7 +114,3 @@ def _image_views(task: _Task, i: int, file_bytes: bytes) -> np.ndarray:
     crops = task.crops[start:end]
     boxes = partial(crop_boxes, crops)
     return decode_crops(file_bytes, boxes, crops.flip_B, task.image.crop_px)
-
-
-def _as_it_is(result: Tensor | list[str]) -> Tensor | list[str]:
-    return result
