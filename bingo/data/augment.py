@@ -158,14 +158,18 @@ def shift_hue(x_R3PP: Tensor, turns_R: Tensor) -> Tensor:
     k = (n + h) mod 6, n = 5, 3, 1 for red, green, blue, which is HSV to RGB without its six cases.
     """
     red, green, blue = x_R3PP.unbind(1)
-    value_RPP, least_RPP = x_R3PP.amax(1), x_R3PP.amin(1)
-    chroma_RPP = value_RPP - least_RPP
-    divisor_RPP = torch.where(chroma_RPP == 0, 1.0, chroma_RPP)  # grey has no hue, and needs none
-    hue_RPP = torch.where(value_RPP == green, 2 + (blue - red) / divisor_RPP, 4 + (red - green) / divisor_RPP)
-    hue_RPP = torch.where(value_RPP == red, (green - blue) / divisor_RPP, hue_RPP) + 6 * turns_R[:, None, None]
-    k_R3PP = torch.remainder(hue_RPP[:, None] + _channels((5.0, 3.0, 1.0), x_R3PP.device), 6)
-    slope_R3PP = torch.minimum(k_R3PP, 4 - k_R3PP).clamp_(0, 1)
-    return value_RPP[:, None] - chroma_RPP[:, None] * slope_R3PP
+    value_RPP = torch.maximum(torch.maximum(red, green), blue)
+    chroma_RPP = value_RPP - torch.minimum(torch.minimum(red, green), blue)
+    inverse_RPP = chroma_RPP.clamp(min=1e-12).reciprocal_()  # grey has no hue, and needs none
+    hue_RPP = torch.where(value_RPP == green, ((blue - red) * inverse_RPP).add_(2), ((red - green) * inverse_RPP).add_(4))
+    hue_RPP = torch.where(value_RPP == red, (green - blue) * inverse_RPP, hue_RPP).add_(6 * turns_R[:, None, None])
+    shifted_R3PP = torch.empty_like(x_R3PP)
+    for channel, n in enumerate((5, 3, 1)):
+        k_RPP = hue_RPP + n
+        k_RPP.sub_(torch.floor(k_RPP / 6), alpha=6)  # the remainder; faster than torch.remainder
+        slope_RPP = torch.minimum(k_RPP, 4 - k_RPP).clamp_(0, 1)
+        torch.addcmul(value_RPP, chroma_RPP, slope_RPP, value=-1, out=shifted_R3PP[:, channel])
+    return shifted_R3PP
 
 
 def blur(x_R3PP: Tensor, sigma_R: Tensor, largest_sigma: float) -> Tensor:

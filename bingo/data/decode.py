@@ -4,10 +4,10 @@ No torch: scans and decoding workers import this file. Lengths are in pixels; P 
 """
 
 import io
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,27 @@ class BadImage(Exception):
     """A file that is no readable image; the message is the reason, in one line."""
 
 
+@dataclass(frozen=True)
+class Header:
+    """Height and width of the upright image; plain_jpeg: a JPEG file whose pixels are upright as they lie, and RGB or grey."""
+
+    height: int
+    width: int
+    plain_jpeg: bool
+
+
 def check_header(path: Path) -> None:
     """Open an image file without decoding it. Raises BadImage."""
     with _reasons(), Image.open(path):
         pass
+
+
+def read_header(file_bytes: bytes) -> Header:
+    """What a file says of its image before its pixels. Raises BadImage."""
+    with _reasons(), Image.open(io.BytesIO(file_bytes)) as image:
+        orientation = _orientation(image)
+        height, width = image.size if orientation in _TURNED else image.size[::-1]
+        return Header(height, width, image.format == "JPEG" and image.mode in ("RGB", "L") and orientation not in _UPRIGHT)
 
 
 def check_pixels(file_bytes: bytes) -> None:
@@ -84,29 +101,6 @@ def decode_square(file_bytes: bytes, resize_px: int, crop_px: int) -> np.ndarray
     right, bottom = (scale * (start + crop_px) for scale, start in zip(scale_2, start_2, strict=True))
     box = (left, top, min(right, image.width), min(bottom, image.height))
     return np.asarray(image.resize((crop_px, crop_px), Image.Resampling.BILINEAR, box=box))
-
-
-def decode_crops(file_bytes: bytes, boxes: Callable[[int, int], np.ndarray], flip_V: np.ndarray, crop_px: int) -> np.ndarray:
-    """Crops of one image resized to `crop_px` (bilinear, antialiased) and mirrored where `flip_V`: uint8 (V, P, P, 3).
-
-    `boxes(height, width)` gives top, left, height, width, int64 (V, 4); the file is decoded once, smaller if every box allows.
-    Raises BadImage.
-    """
-    boxes_V4 = np.empty((0, 4), np.int64)
-
-    def may_shrink(height: int, width: int) -> float:
-        nonlocal boxes_V4
-        boxes_V4 = boxes(height, width)
-        return boxes_V4[:, 2:].min() / (DRAFT_MARGIN * crop_px)
-
-    image, factor = decode_rgb(file_bytes, may_shrink)
-    crops_VPP3 = np.empty((len(boxes_V4), crop_px, crop_px, 3), np.uint8)
-    for v, (top, left, height, width) in enumerate((boxes_V4 / factor).tolist()):
-        whole = (int(left), int(top), math.ceil(left + width), math.ceil(top + height))  # exact where nothing was shrunk
-        inner = (left - whole[0], top - whole[1], left + width - whole[0], top + height - whole[1])
-        crop = image.crop(whole).resize((crop_px, crop_px), Image.Resampling.BILINEAR, box=inner)
-        crops_VPP3[v] = np.asarray(crop)[:, ::-1] if flip_V[v] else np.asarray(crop)
-    return crops_VPP3
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

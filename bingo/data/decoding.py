@@ -7,15 +7,16 @@ Shape letters: T views of a plan, V views of one image, P side of a view in pixe
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bingo.data.decode import BadImage, decode_crops, decode_square
+from bingo.data.decode import BadImage, Header, decode_square, read_header
+from bingo.data.decode_crops import decode_crops
 from bingo.data.draws import Crops, crop_boxes
 from bingo.data.images import FileImages
 from bingo.data.inside import path_inside
@@ -95,22 +96,41 @@ class _Decode(Dataset):
     """A task as index, its crops as item; reasons, one line each, where images cannot be read."""
 
     def __getitem__(self, task: _Task) -> Tensor | list[str]:
-        views_VPP3, lines = [], []
-        for i, (path, row) in enumerate(zip(task.paths, task.rows, strict=True)):
-            try:
-                views_VPP3.append(_image_views(task, i, path_inside(task.root, path).read_bytes()))
-            except (BadImage, OSError) as error:
-                reason = str(error) if isinstance(error, BadImage) else error.strerror or str(error)
-                lines.append(f"dataset.root: {path} (row {row}) can no longer be read ({reason}); restore it, or run: dvc repro -f scan")
-        return lines or torch.from_numpy(np.concatenate(views_VPP3))
+        crop_px = task.image.crop_px
+        lines: list[str] = []
+        views_TPP3 = torch.empty((task.starts[-1], crop_px, crop_px, 3), dtype=torch.uint8)
+        files: list[tuple[int, bytes, Header]] = []
+        for i in range(len(task.paths)):
+            with _told(task, i, lines):
+                content = path_inside(task.root, task.paths[i]).read_bytes()
+                files.append((i, content, read_header(content)))
+        boxes_T4 = _boxes(task, {i: header for i, _, header in files})
+        for i, content, header in files:
+            views = slice(task.starts[i], task.starts[i + 1])
+            with _told(task, i, lines):
+                if task.crops is None:
+                    views_TPP3[views] = torch.from_numpy(decode_square(content, task.image.resize_px, crop_px).copy())
+                else:
+                    decode_crops(content, header, boxes_T4[views], task.crops.flip_B[views], views_TPP3[views])
+        return lines or views_TPP3
 
 
-def _image_views(task: _Task, i: int, file_bytes: bytes) -> np.ndarray:
-    """The views of a task's i-th image, uint8 (V, P, P, 3)."""
-    start, end = task.starts[i], task.starts[i + 1]
+def _boxes(task: _Task, headers: dict[int, Header]) -> np.ndarray:
+    """Each view's box, int64 (T, 4), all drawn at once; of images that cannot be read, anything."""
     if task.crops is None:
-        center_PP3 = decode_square(file_bytes, task.image.resize_px, task.image.crop_px)
-        return np.broadcast_to(center_PP3, (end - start, *center_PP3.shape))
-    crops = task.crops[start:end]
-    boxes = partial(crop_boxes, crops)
-    return decode_crops(file_bytes, boxes, crops.flip_B, task.image.crop_px)
+        return np.empty((0, 4), np.int64)
+    views_U = np.diff(task.starts)
+    sizes_U2 = [(headers[i].height, headers[i].width) if i in headers else (1, 1) for i in range(len(views_U))]
+    heights_T, widths_T = np.repeat(np.array(sizes_U2), views_U, axis=0).T
+    return crop_boxes(task.crops, heights_T, widths_T)
+
+
+@contextmanager
+def _told(task: _Task, i: int, lines: list[str]) -> Iterator[None]:
+    """Where the task's i-th file cannot be read, one line more."""
+    try:
+        yield
+    except (BadImage, OSError) as error:
+        reason = str(error) if isinstance(error, BadImage) else error.strerror or str(error)
+        name = f"{task.paths[i]} (row {task.rows[i]})"
+        lines.append(f"dataset.root: {name} can no longer be read ({reason}); restore it, or run: dvc repro -f scan")
