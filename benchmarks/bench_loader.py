@@ -1,17 +1,21 @@
-"""How much of the bare decoding speed the loader keeps: images per second from JPEG files to augmented views on the device.
+"""How much of the bare decoding speed the loader keeps, what its colours cost beside libraries, and what it costs a step.
 
-    python -m benchmarks.bench_loader                              2 minutes on 2 cores
+    python -m benchmarks.bench_loader                              3 minutes on 2 cores
     python -m benchmarks.bench_loader --device cuda --images 8192 --batch-images 256
+    python -m benchmarks.bench_loader --folder ~/imagenet/val      photographs instead of made images
 
-In one table, on the same files and as many worker processes, in turns:
-  bare decode   each file read and decoded to RGB, nothing else                           the limit: the goal is 85 % of it
-  this loader   bingo.data.loader: one view of each image, decoded and cropped by the workers, coloured and normalised on the device
-  torchvision   the same family of views by torchvision's transforms on each image in the workers, collated, moved to the device
-Printed are medians and, in brackets, the smallest and the largest of the repeats. The first batches of each turn are not timed: workers
-start in them.
+Three tables, each of variants that take turns; printed are medians and, in brackets, the smallest and the largest of the repeats.
+  files     JPEG files to views, with as many workers: bare decode by Pillow and by simplejpeg (each file read and decoded to RGB, nothing
+            else: the limit), this project's workers (uint8 crops, one and three for each decoded image), the whole loader (coloured,
+            normalised, on the device), and torchvision's transforms on each image in the workers. The goal is 85 % of a bare decode.
+  colours   uint8 crops on the device to coloured, normalised views: this project's, kornia's (where it is installed: it is no dependency
+            of this project) and torchvision's image by image
+  memory    images in memory: the views of a step beside the student's forward and backward on them, 32 px. The goal is 10 %.
+The first batches of each turn are not timed: workers start in them.
 """
 
 import argparse
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -19,114 +23,249 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.bench_extract import CASES, MEAN, STD, make_images
-from bingo.data.images import FileImages
+from benchmarks.bench_step import Case, bare_step
+from bingo.data.augment import cropped_views
+from bingo.data.decoding import FileDecoder, Plan
+from bingo.data.draws import draw_views
+from bingo.data.images import FileImages, MemoryImages
 from bingo.data.loader import Request, ViewLoader
 from bingo.data.workers import worker_count
 from bingo.params import AugmentParams, ImageParams
 
 CASE = CASES["large"]
+IMAGE = ImageParams(crop_px=CASE.crop_px, resize_px=CASE.store_px, mean=MEAN, std=STD)
 UNTIMED_BATCHES = 4
+SMALL = Case(32, "small", 64, "resnet50", 1.0, torch.device("cpu"), 0, "auto")
+Batches = Callable[[], Iterable[object]]
 
 
 class Decoded(Dataset):
-    """Each file decoded, and what `transform` makes of it: a tensor, or nothing at all."""
+    """What `read` makes of each file."""
 
-    def __init__(self, paths: list[Path], transform: Callable[[Image.Image], Tensor] | None):
-        self.paths, self.transform = paths, transform
+    def __init__(self, paths: list[Path], read: Callable[[Path], Tensor]):
+        self.paths, self.read = paths, read
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> Tensor:
-        with Image.open(self.paths[row]) as image:
-            rgb = image.convert("RGB")
-        return self.transform(rgb) if self.transform else torch.empty(0)
+        return self.read(self.paths[row])
 
 
-def torchvision_views(augment: AugmentParams) -> transforms.Compose:
+def by_pillow(path: Path) -> Tensor:
+    """Decode and forget."""
+    with Image.open(path) as image:
+        image.convert("RGB")
+    return torch.empty(0)
+
+
+def by_simplejpeg(path: Path) -> Tensor:
+    """Decode and forget."""
+    simplejpeg.decode_jpeg(path.read_bytes(), "RGB")
+    return torch.empty(0)
+
+
+class ByTorchvision:
     """The family of views as the released code writes it (main_moco.py): transforms of one image."""
-    blur = transforms.GaussianBlur(23, (augment.blur_sigma_px[0], augment.blur_sigma_px[1]))
-    steps = [
-        transforms.RandomResizedCrop(CASE.crop_px, scale=(augment.crop_scale[0], augment.crop_scale[1])),
-        transforms.RandomApply([transforms.ColorJitter(*augment.jitter)], p=augment.jitter_p),
-        transforms.RandomGrayscale(p=augment.gray_p),
-        transforms.RandomApply([blur], p=augment.blur_p),
-        transforms.RandomHorizontalFlip(p=augment.flip_p),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ]
-    return transforms.Compose(steps)
+
+    def __init__(self, augment: AugmentParams):
+        blur = transforms.GaussianBlur(23, (augment.blur_sigma_px[0], augment.blur_sigma_px[1]))
+        self.crop = transforms.RandomResizedCrop(CASE.crop_px, scale=(augment.crop_scale[0], augment.crop_scale[1]))
+        self.colours = transforms.Compose(
+            [
+                transforms.RandomApply([transforms.ColorJitter(*augment.jitter)], p=augment.jitter_p),
+                transforms.RandomGrayscale(p=augment.gray_p),
+                transforms.RandomApply([blur], p=augment.blur_p),
+                transforms.RandomHorizontalFlip(p=augment.flip_p),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __call__(self, path: Path) -> Tensor:
+        with Image.open(path) as image:
+            return self.colours(self.crop(image.convert("RGB")))
 
 
-def plain_batches(paths: list[Path], transform: Callable | None, batch: int, workers: int, device: torch.device) -> Iterator[Tensor]:
-    """Batches of a DataLoader on the device, float32 (B, 3, P, P), or empty ones of a bare decode."""
-    loader = DataLoader(Decoded(paths, transform), batch, num_workers=workers, pin_memory=device.type == "cuda", drop_last=True)
+def by_kornia(augment: AugmentParams, device: torch.device) -> nn.Module:
+    """The same family of colours as kornia's module on batches."""
+    import kornia.augmentation as K
+
+    return nn.Sequential(
+        K.ColorJitter(*augment.jitter, p=augment.jitter_p),
+        K.RandomGrayscale(p=augment.gray_p),
+        K.RandomGaussianBlur((13, 13), (augment.blur_sigma_px[0], augment.blur_sigma_px[1]), p=augment.blur_p),
+        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+    ).to(device)
+
+
+def plain_batches(paths: list[Path], read: Callable[[Path], Tensor], options: argparse.Namespace) -> Iterator[Tensor]:
+    """Batches of a DataLoader on the device."""
+    device = torch.device(options.device)
+    pin = device.type == "cuda"
+    loader = DataLoader(Decoded(paths, read), options.batch_images, num_workers=options.workers, pin_memory=pin, drop_last=True)
     for views in loader:
         yield views.to(device, non_blocking=True)
 
 
-def our_batches(images: FileImages, batch: int, workers: int, device: torch.device) -> Iterator[Tensor]:
-    """Batches of this project's loader, one view of each image."""
-    image = ImageParams(crop_px=CASE.crop_px, resize_px=CASE.store_px, mean=MEAN, std=STD)
-    rows = np.arange(len(images) // batch * batch).reshape(-1, batch)
-    plans = ([Request(rows_B, rows_B, "anchor", 0, 0)] for rows_B in rows)
-    for views in ViewLoader(images, image, CASE.augment, 0, device, workers).views(plans):
-        yield views[0]
+def file_variants(images: FileImages, paths: list[Path], options: argparse.Namespace) -> dict[str, Batches]:
+    """The variants of the first table."""
+    batch, device = options.batch_images, torch.device(options.device)
+    rows_NB = np.arange(len(images) // batch * batch).reshape(-1, batch)
+
+    def workers_part(views: int) -> Iterator[object]:
+        decoder = FileDecoder(images, IMAGE, options.workers, pin=device.type == "cuda")
+        rows_NT = np.tile(rows_NB, (1, views))
+        view_T = np.repeat(np.arange(views), batch)
+        plans = (Plan(rows_T, draw_views(CASE.augment, 0, "anchor", 0, rows_T, view_T)[0]) for rows_T in rows_NT)
+        return decoder.batches(plans)
+
+    def whole() -> Iterator[list[Tensor]]:
+        loader = ViewLoader(images, IMAGE, CASE.augment, 0, device, options.workers)
+        return loader.views([Request(rows_B, rows_B, "anchor", 0, 0)] for rows_B in rows_NB)
+
+    return {
+        "bare decode, Pillow": lambda: plain_batches(paths, by_pillow, options),
+        "bare decode, simplejpeg": lambda: plain_batches(paths, by_simplejpeg, options),
+        "workers' part, 1 view": lambda: workers_part(1),
+        "workers' part, 3 views": lambda: workers_part(3),
+        "whole loader, 1 view": whole,
+        "torchvision, 1 view": lambda: plain_batches(paths, ByTorchvision(CASE.augment), options),
+    }
 
 
-def images_per_second(batches: Iterable[Tensor], batch: int, device: torch.device) -> float:
+def images_per_second(batches: Iterable[object], batch: int, device: torch.device) -> float:
     """The rate after the first batches."""
     begun, timed = 0.0, -UNTIMED_BATCHES
     for _ in batches:
         timed += 1
         if timed == 0:
             begun = time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    settle(device)
     return timed * batch / (time.perf_counter() - begun)
 
 
-def main() -> None:
-    """Measure and print one table."""
-    options = parse()
-    device, batch, workers = torch.device(options.device), options.batch_images, options.workers
-    if options.images < (UNTIMED_BATCHES + 1) * batch:
-        raise SystemExit(f"--images {options.images}: allowed from {(UNTIMED_BATCHES + 1) * batch} on at --batch-images {batch}")
+def settle(device: torch.device) -> None:
+    """Wait for what a GPU has still to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def files_table(options: argparse.Namespace) -> None:
+    """Print the first table."""
+    batch, device = options.batch_images, torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        images = make_images(Path(folder), CASE, options.images, files=True)
-        assert isinstance(images, FileImages)
-        paths, views = sorted(Path(folder).glob("*.jpg")), torchvision_views(CASE.augment)
-        variants: dict[str, Callable[[], Iterator[Tensor]]] = {
-            "bare decode": lambda: plain_batches(paths, None, batch, workers, device),
-            "this loader": lambda: our_batches(images, batch, workers, device),
-            "torchvision": lambda: plain_batches(paths, views, batch, workers, device),
-        }
+        images = photographs(Path(options.folder), options.images) if options.folder else made(Path(folder), options.images)
+        paths = [Path(images.root) / path for path in images.paths]
+        variants = file_variants(images, paths, options)
         rates: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(options.repeats):
             for name, make in variants.items():
                 rates[name].append(images_per_second(make(), batch, device))
-    print(f"{options.images} JPEG files of 500 x 375, {CASE.crop_px} px, batch {batch}, {workers} workers, {device}")
+    kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1e3 if options.folder else 60
+    print(f"files: {len(images)} JPEG files of {kilobytes:.0f} kB, {CASE.crop_px} px, batch {batch}, {options.workers} workers, {device}")
+    print(f"    {'':<26}{'images/s':>30}{'% of Pillow':>26}{'% of simplejpeg':>26}")
     for name, values in rates.items():
-        percent = [100 * value / bare for value, bare in zip(values, rates["bare decode"], strict=True)]
-        print(f"    {name:<13}{spread(values):>34} images/s{spread(percent):>32} % of bare decode")
+        shares = [[100 * a / b for a, b in zip(values, rates[f"bare decode, {bare}"], strict=True)] for bare in ("Pillow", "simplejpeg")]
+        print(f"    {name:<26}{spread(values):>30}{spread(shares[0]):>26}{spread(shares[1]):>26}")
 
 
-def spread(values: list[float]) -> str:
+def made(folder: Path, count: int) -> FileImages:
+    """Images of smooth noise."""
+    images = make_images(folder, CASE, count, files=True)
+    assert isinstance(images, FileImages)
+    return images
+
+
+def photographs(folder: Path, count: int) -> FileImages:
+    """JPEG files at any depth of a folder, each as often as it takes to have `count`."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not names:
+        raise SystemExit(f"--folder {folder}: holds no .jpg or .jpeg file")
+    return FileImages(str(folder), [names[row % len(names)] for row in range(count)])
+
+
+def colours_table(options: argparse.Namespace) -> None:
+    """Print the second table."""
+    batch, device = options.batch_images, torch.device(options.device)
+    generator = torch.Generator().manual_seed(0)
+    crops_BPP3 = torch.randint(0, 256, (batch, CASE.crop_px, CASE.crop_px, 3), dtype=torch.uint8, generator=generator).to(device)
+    _, colours = draw_views(CASE.augment, 0, "anchor", 0, np.arange(batch), 0)
+    pictures = [Image.fromarray(crop_PP3) for crop_PP3 in crops_BPP3.cpu().numpy()]
+    by_image = ByTorchvision(CASE.augment).colours
+    variants: dict[str, Callable[[], object]] = {
+        "this project": lambda: cropped_views(crops_BPP3, colours, CASE.augment, IMAGE),
+        "torchvision": lambda: torch.stack([by_image(picture) for picture in pictures]).to(device),
+    }
+    if importlib.util.find_spec("kornia"):
+        module = by_kornia(CASE.augment, device)
+        variants["kornia"] = lambda: module(crops_BPP3.permute(0, 3, 1, 2).float() / 255)
+    seconds = in_turns(variants, options.repeats, device)
+    print(f"colours: {batch} crops of {CASE.crop_px} px, {device}, {torch.get_num_threads()} threads")
+    for name, values in seconds.items():
+        times = [value / ours for value, ours in zip(values, seconds["this project"], strict=True)]
+        print(f"    {name:<26}{spread([1e3 * value / batch for value in values], 2):>30} ms/view{spread(times, 2):>26} x this project's")
+
+
+def memory_table(options: argparse.Namespace) -> None:
+    """Print the third table."""
+    device = torch.device(options.device)
+    case = SMALL if device.type == "cpu" else Case(32, "small", 256, "resnet50", 1.0, device, 0, "auto")
+    image = ImageParams(crop_px=32, resize_px=32, mean=MEAN, std=STD)
+    augment = CASE.augment.model_copy(update={"blur_p": 0.0})  # as the released code at 32 px
+    images = MemoryImages(np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8))
+    loader, rows_B = ViewLoader(images, image, augment, 0, device), np.arange(case.batch_anchors)
+    requests = [Request(rows_B, rows_B, "anchor", 0, view) for view in range(3)]
+    variants = {"views": lambda: next(iter(loader.views([requests]))), "step": bare_step(case, 3)}
+    seconds = in_turns(variants, max(options.repeats, 15), device)
+    shares = [100 * a / b for a, b in zip(seconds["views"], seconds["step"], strict=True)]
+    print(f"memory: 3 views of {case.batch_anchors} images of 32 px, resnet18, {device}, {torch.get_num_threads()} threads")
+    milliseconds = {name: spread([1e3 * value for value in values]) for name, values in seconds.items()}
+    print(f"    views {milliseconds['views']} ms, student's forward and backward {milliseconds['step']} ms: {spread(shares)} %")
+
+
+def in_turns(variants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each variant, `repeats` times in turns; the first two rounds are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(-2, repeats):
+        for name, act in variants.items():
+            begun = time.perf_counter()
+            act()
+            settle(device)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def spread(values: list[float], digits: int = 1) -> str:
     """Median and, in brackets, the least and the most."""
-    return f"{statistics.median(values):,.1f} [{min(values):,.1f} .. {max(values):,.1f}]"
+    return f"{statistics.median(values):,.{digits}f} [{min(values):,.{digits}f} .. {max(values):,.{digits}f}]"
+
+
+def main() -> None:
+    """Measure and print the tables that were asked for."""
+    options = parse()
+    if options.images < (UNTIMED_BATCHES + 1) * options.batch_images:
+        least = (UNTIMED_BATCHES + 1) * options.batch_images
+        raise SystemExit(f"--images {options.images}: allowed from {least} on at --batch-images {options.batch_images}")
+    for name in options.tables:
+        {"files": files_table, "colours": colours_table, "memory": memory_table}[name](options)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=["files", "colours", "memory"], default=["files", "colours", "memory"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--folder", help="photographs, instead of made images")
     parser.add_argument("--images", type=int, default=768)
     parser.add_argument("--batch-images", type=int, default=32)
     parser.add_argument("--workers", type=int, default=worker_count())

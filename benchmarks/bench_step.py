@@ -63,6 +63,9 @@ class Case:
     device: torch.device
     train_rows: int
     precision: str
+    negatives: int = NEGATIVES
+    bag: int = BAG
+    stored_views: int = 2
 
     def views(self, count: int, rows: int) -> list[Tensor]:
         """Random views, float32 (rows, 3, P, P) channels_last on the device."""
@@ -100,13 +103,14 @@ def product_step(case: Case, variant: str, folder: Path) -> Step:
     params = load_params(Path(__file__).parents[1] / "params.yaml")
     changes, keys = VARIANTS[variant]
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    keys_TVP = unit(torch.randn(case.train_rows * 2, KEY_WIDTH, generator=generator)).half().view(-1, 2, KEY_WIDTH).to(case.device)
-    members_TK = rng.integers(0, case.train_rows, (case.train_rows, BAG), dtype=np.int32)
+    rows = case.train_rows * case.stored_views
+    keys_TVP = unit(torch.randn(rows, KEY_WIDTH, generator=generator)).half().view(case.train_rows, -1, KEY_WIDTH).to(case.device)
+    members_TK = rng.integers(0, case.train_rows, (case.train_rows, case.bag), dtype=np.int32)
     bags = Bags({"method": "knn"}, members_TK, np.ones(members_TK.shape, np.float16))
     student = case.student()
     teacher = case.frozen().to(memory_format=torch.channels_last) if keys == "live" else None
     context = Context(student, student.feature_width, 0, keys, case.precision, case.device, teacher, keys_TVP, None, bags)  # type: ignore[arg-type]
-    released = {"temperature": TEMPERATURE, "negative_rows": NEGATIVES, "head_hidden": HEAD_HIDDEN, "negatives": "bank"}
+    released = {"temperature": TEMPERATURE, "negative_rows": case.negatives, "head_hidden": HEAD_HIDDEN, "negatives": "bank"}
     section = method_section("bingo").model_validate(params.methods.bingo.model_dump() | released | changes)
     method = build_method("bingo", section, context)
     schedule = params.distill.model_copy(

@@ -1,0 +1,139 @@
+"""How the speed of a step of distillation grows with what it depends on, one thing at a time: a table for each, and one picture.
+
+    python -m benchmarks.growth --plot benchmarks/growth.svg       some minutes on 2 cores
+    python -m benchmarks.growth --device cuda --batch-anchors 256 --steps 10 --plot growth-gpu.svg
+
+The middle is ResNet-18 at 32 px with stored keys (bench_step's small case). Expected, and drawn as a dashed line: anchors per second do not
+change with the batch, the images, the stored views and the bag's size; the time of a step grows with the negatives by a constant for
+each; decoded images per second grow with the workers as long as there are cores. Printed are medians and, in brackets, the smallest
+and the largest of the repeats, whose points take turns.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.bench_loader import CASE, IMAGE, images_per_second, made
+from benchmarks.bench_step import Case, measure, product_step, spread
+from bingo.data.decoding import FileDecoder, Plan
+from bingo.data.draws import draw_views
+
+MIDDLE = Case(32, "small", 32, "resnet50", 1.0, torch.device("cpu"), 65536, "auto", negatives=8192)
+AXES: dict[str, tuple[str, list[int]]] = {  # the field of a case, and its values
+    "batch": ("batch_anchors", [8, 16, 32, 64, 128]),
+    "train images N": ("train_rows", [16384, 65536, 262144, 1048576]),
+    "stored views V": ("stored_views", [1, 2, 4, 8, 16]),
+    "bag size K": ("bag", [1, 5, 20, 80]),
+    "negatives": ("negatives", [1024, 4096, 16384, 65536]),
+}
+Points = list[tuple[int, list[float]]]
+
+
+def step_points(middle: Case, field: str, values: list[int], options: argparse.Namespace) -> Points:
+    """Anchors per second for each value of one field."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {value: replace(middle, **{field: value}) for value in values}
+        steps = {str(value): product_step(case, "stored keys", Path(folder) / str(value)) for value, case in cases.items()}
+        seconds = measure(steps, middle.device, options.repeats, options.steps, options.cpu_seconds)
+    return [(value, [case.batch_anchors / second for second in seconds[str(value)]]) for value, case in cases.items()]
+
+
+def worker_points(workers: list[int], repeats: int) -> Points:
+    """Images decoded and cropped per second by so many workers."""
+    cpu, batch = torch.device("cpu"), 32
+    with tempfile.TemporaryDirectory() as folder:
+        images = made(Path(folder), 1024)
+        rates: Points = [(count, []) for count in workers]
+
+        def batches(count: int):
+            plans = (Plan(rows, draw_views(CASE.augment, 0, "anchor", 0, rows, 0)[0]) for rows in np.arange(1024).reshape(-1, batch))
+            return FileDecoder(images, IMAGE, count, pin=False).batches(plans)
+
+        for _ in range(repeats):
+            for count, values in rates:
+                values.append(images_per_second(batches(count), batch, cpu))
+    return rates
+
+
+def expected(axis: str, points: Points) -> Callable[[float], float]:
+    """What the first points promise for the others: as many, in proportion, or (negatives) a constant more of time for each."""
+    first, second = ((value, statistics.median(rates)) for value, rates in (points[0], points[-1]))
+    if axis == "workers":
+        return lambda value: first[1] * value / first[0]
+    if axis == "negatives":
+        slope = (1 / second[1] - 1 / first[1]) / (second[0] - first[0])
+        return lambda value: 1 / (1 / first[1] + slope * (value - first[0]))
+    return lambda value: first[1]
+
+
+def print_axis(axis: str, points: Points) -> None:
+    """One line a point: value, rate, and the rate as a share of what was expected."""
+    line = expected(axis, points)
+    print(f"{axis}: {'images' if axis == 'workers' else 'anchors'}/s")
+    for value, rates in points:
+        print(f"    {value:>9,}{spread(rates):>34}{statistics.median(rates) / line(value):>8.2f} of what the first promises")
+
+
+def draw(curves: dict[str, Points], path: Path) -> None:
+    """One small plot for each axis, with what was expected as a dashed line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    for ax, (axis, points) in zip(axes.flat, curves.items(), strict=False):
+        values = [value for value, _ in points]
+        medians = [statistics.median(rates) for _, rates in points]
+        low, high = ([abs(m - edge(rates)) for m, (_, rates) in zip(medians, points, strict=True)] for edge in (min, max))
+        ax.errorbar(values, medians, yerr=[low, high], marker="o", capsize=3)
+        ax.plot(values, [expected(axis, points)(value) for value in values], "--", color="grey")
+        ax.set(title=axis, xscale="log", ylabel="images/s" if axis == "workers" else "anchors/s")
+        ax.set_xticks(values, [f"{value:,}" for value in values], rotation=30)
+        ax.minorticks_off()
+        ax.set_ylim(0, 1.15 * max(max(rates) for _, rates in points))
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(curves) :]:
+        ax.remove()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Measure, print, and draw."""
+    options = parse()
+    middle = replace(MIDDLE, device=torch.device(options.device), batch_anchors=options.batch_anchors)
+    curves = {axis: step_points(middle, field, values, options) for axis, (field, values) in AXES.items() if axis in options.axes}
+    if "workers" in options.axes:
+        curves["workers"] = worker_points(options.workers, options.repeats)
+    print(f"resnet18, 32 px, batch {middle.batch_anchors}, {middle.device}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
+    for axis, points in curves.items():
+        print_axis(axis, points)
+    if options.plot:
+        draw(curves, options.plot)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axes", nargs="+", choices=[*AXES, "workers"], default=[*AXES, "workers"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-anchors", type=int, default=MIDDLE.batch_anchors)
+    parser.add_argument("--workers", type=int, nargs="+", default=[w for w in (1, 2, 4, 8, 16, 32) if w <= (os.cpu_count() or 1)])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="steps of one turn (a GPU wants some 10)")
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="count this process's CPU time: for a machine that others use (1 thread)"
+    )
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
