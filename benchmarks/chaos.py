@@ -167,7 +167,11 @@ class ChaosWorkspace:
 
     def ended(self, dvc: subprocess.Popen, struck: float | None = None) -> Ended:
         """Wait for the end of dvc and of every process that it started. Raises TimeoutError where one goes on for long."""
-        status = dvc.wait(PATIENCE_SECONDS)
+        try:
+            status = dvc.wait(PATIENCE_SECONDS)
+        except BaseException:  # Ctrl-C
+            os.killpg(dvc.pid, signal.SIGKILL)
+            raise
         end = time.monotonic() + PATIENCE_SECONDS
         while others := self._session(dvc.pid):
             if time.monotonic() > end:
@@ -205,8 +209,9 @@ class ChaosWorkspace:
         return {str(file.relative_to(self.root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(found)}
 
     def state(self) -> list[str]:
-        """What lies in the folder of unfinished stages."""
-        return sorted(str(path.relative_to(self.root)) for path in (self.root / ".bingo/state").glob("*/*"))
+        """What lies in the folder of unfinished stages, but for what waits there until DVC has committed the outputs."""
+        found = (path for path in (self.root / ".bingo/state").glob("*/*") if path.name != "committed.json")
+        return sorted(str(path.relative_to(self.root)) for path in found if not (path / "finished.json").exists())
 
     def forget(self, before: Path) -> None:
         """Take back a stage: outputs, dvc.lock and DVC's cache as they were in `before`, a copy of the workspace."""
@@ -269,7 +274,7 @@ def open_at(moves: Sequence[Move], seconds: float) -> bool:
 
 def lost_moves(before: Sequence[Move], after: Sequence[Move]) -> list[Move]:
     """The moves of a killed run's bar that the next run's bar shows again as not done."""
-    left = max(move.left for move in after)
+    left = [move for move in after if move.call == "resume_at"][-1].left
     return [move for move in before if move.call.startswith("advance") and move.left < left]
 
 

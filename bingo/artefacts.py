@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,43 @@ def file_fingerprint(path: Path | str) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it: dvc repro") from None
 
 
-def write_bytes(path: Path | str, content: bytes) -> None:
-    """Write under a temporary name beside `path`, flush to the disk, rename into place."""
+@contextmanager
+def errors_named(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Within it an OSError that names no file, or one in `partial`, names `path`: most of what writes does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or not (error.filename is None or (partial and str(error.filename).startswith(str(partial)))):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+@contextmanager
+def new_file(path: Path | str, flush: bool = True) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, for a file that on success takes the place of `path`, on an error is removed.
+
+    `flush`: it is on the disk before it is renamed. Raises OSError with the name of `path` where there is no room or no right to write.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with errors_named(path, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            if flush:
+                with open(partial, "rb") as written:
+                    os.fsync(written.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write under a temporary name beside `path`, flush to the disk, rename into place; raises what `new_file` does."""
+    with new_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -72,16 +99,20 @@ def read_json(path: Path | str) -> Any:
 
 @contextmanager
 def new_directory(path: Path | str) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it takes the place of `path`, on an error it is removed."""
+    """Yield an empty temporary folder beside `path`; on success it takes the place of `path`, on an error it is removed.
+
+    Raises OSError with the name of `path` where there is no room or no right to write.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    finally:
+    with errors_named(path, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            yield partial
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

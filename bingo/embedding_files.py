@@ -8,7 +8,6 @@ Shape letters: N images, D feature width, B rows of a block.
     .parquet   columns path (string) and embedding (D float32 in a fixed-size list); attributes in the schema's metadata
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from bingo.artefacts import canonical_json, new_directory, write_bytes
+from bingo.artefacts import canonical_json, new_directory, new_file, write_bytes
 from bingo.data.chunks import new_array
 from bingo.errors import UserError
 
@@ -72,31 +71,22 @@ def _zarr(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.ndar
 
 
 def _npy(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.ndarray], attributes: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with new_file(path) as partial:
         with open(partial, "wb") as file:
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": (len(paths), width)}
             np.lib.format.write_array_header_1_0(file, header)
             for block_BD in blocks:
                 file.write(np.ascontiguousarray(block_BD, np.float32).data)
         write_bytes(files_of(path)[1], "".join(f"{name}\n" for name in paths).encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _parquet(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.ndarray], attributes: Mapping[str, Any]) -> None:
     fields = [pa.field("path", pa.string()), pa.field("embedding", pa.list_(pa.float32(), width))]
     schema = pa.schema(fields, metadata={"bingo": canonical_json(dict(attributes))})
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-            for start, block_BD in _numbered(blocks):
-                values = pa.FixedSizeListArray.from_arrays(pa.array(block_BD.ravel()), width)
-                writer.write_table(pa.table([pa.array(paths[start : start + len(block_BD)]), values], schema=schema))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for start, block_BD in _numbered(blocks):
+            values = pa.FixedSizeListArray.from_arrays(pa.array(block_BD.ravel()), width)
+            writer.write_table(pa.table([pa.array(paths[start : start + len(block_BD)]), values], schema=schema))
 
 
 def _numbered(blocks: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:

@@ -1,11 +1,10 @@
-"""What every stage command does before and after its work: parameters, mistakes as one line each, record of the run, state folder.
+"""What every stage command does before and after its work: parameters, mistakes as one line each, record of the run.
 
 Nothing here can change a stage's output, so no stage depends on this file.
 """
 
 import ctypes
 import errno
-import fcntl
 import os
 import platform
 import re
@@ -25,11 +24,12 @@ from bingo.artefacts import file_fingerprint, fingerprint, write_json
 from bingo.errors import Interrupted, UserError, near_matches
 from bingo.params import Params, load_params, read_yaml
 from stages.paths import RUNS
+from stages.state import sweep
 
 if TYPE_CHECKING:
     import torch
 
-USER_MISTAKE, INTERRUPTED, BUSY = 2, 75, 75
+USER_MISTAKE, INTERRUPTED = 2, 75
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 PACKAGES = ("torch", "torchvision", "timm", "zarr", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn")
@@ -55,14 +55,26 @@ def stage_run(stage: str) -> Iterator[Run]:
     die_with_parent()
     with mistakes_as_lines():
         run = Run(stage, load_params())
+        if "RANK" not in os.environ:  # the launcher has done it
+            sweep()
         begun = time.monotonic()
         yield run
         if os.environ.get("RANK", "0") == "0":
             seconds = round(time.monotonic() - begun, 2)
             ended = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
             record = {"stage": stage, "seconds": seconds, "ended": ended, **_peak_memory(), **run.notes, **_surroundings(run.params)}
-            for folder in _record_folders():
-                write_json(folder / f"{stage}.json", record)
+            _write_record(record)
+
+
+def _write_record(record: dict[str, Any]) -> None:
+    """Keep what is worth noting of a run. The stage's outputs are whole, so where there is no room for this, a line says so and no more."""
+    for folder in _record_folders():
+        try:
+            write_json(folder / f"{record['stage']}.json", record)
+        except OSError as error:
+            if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
+                raise
+            _tell([f"{error.filename}: {error.strerror}; the outputs are whole, but this run leaves no record of itself"], "warning")
 
 
 def _record_folders() -> list[Path]:
@@ -95,7 +107,7 @@ def mistakes_as_lines() -> Iterator[None]:
         if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
             raise
         way_out = "free some room" if error.errno in NO_ROOM else "mend the rights"
-        _tell([f"{error.filename or Path.cwd()}: {error.strerror}; {way_out}, and start again: what is done is not lost"])
+        _tell([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: what is done is not lost"])
         raise SystemExit(USER_MISTAKE) from None
     except Interrupted as error:
         print(error, file=sys.stderr, flush=True)
@@ -104,11 +116,11 @@ def mistakes_as_lines() -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
 
 
-def _tell(lines: Sequence[str]) -> None:
+def _tell(lines: Sequence[str], word: str = "error") -> None:
     """Print mistakes. All processes mostly find the same ones: the others wait until the launcher, who sees the first fail, ends them."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)
-    print("\n".join(f"error: {_printable(line)}" for line in lines), file=sys.stderr, flush=True)
+    print("\n".join(f"{word}: {_printable(line)}" for line in lines), file=sys.stderr, flush=True)
 
 
 def _printable(line: str) -> str:
@@ -148,6 +160,20 @@ def die_with_parent() -> None:
     """Ask Linux to end this process when the one that started it ends: a killed `dvc` must leave no training behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if _is_orphan():  # it was killed before this line
+            print("error: the dvc that started this stage has ended; start again", file=sys.stderr, flush=True)
+            raise SystemExit(INTERRUPTED)
+
+
+def _is_orphan() -> bool:
+    """Whether DVC started this process, and its parent is now the first of all processes, which in a container may be DVC itself."""
+    if "DVC_STAGE" not in os.environ or os.getppid() != 1:
+        return False
+    try:
+        name = Path("/proc/1/comm").read_text().strip()
+    except OSError:  # hidden: another user's
+        return True
+    return name != "dvc" and not name.startswith("python")
 
 
 def _surroundings(params: Params) -> dict[str, Any]:
@@ -207,22 +233,3 @@ def code_fingerprint(stage: str, method: str = "") -> str:
     chosen = {"distill.method": method, "item": method, "teacher.format": params["teacher"]["format"]}
     paths = [re.sub(r"\$\{(.+?)\}", lambda key: chosen.get(key[1], key[0]), dep) for dep in definition["deps"]]
     return fingerprint({path: file_fingerprint(path) for path in paths if path.endswith(".py")})
-
-
-@contextmanager
-def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
-    """The folder of an unfinished stage, named by what decides its output, and locked: no second copy may work beside the first.
-
-    It lies under the original repository even where DVC runs an experiment elsewhere, so that a second run finds the checkpoint.
-    """
-    root = Path(os.environ.get("BINGO_STATE_DIR") or Path(os.environ.get("DVC_ROOT", ".")) / ".bingo/state")
-    folder = root / stage / fingerprint(values)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        if os.environ.get("RANK", "0") == "0":
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                print(f"error: another {stage} with the same parameters holds {folder}; wait for it or end it", file=sys.stderr)
-                raise SystemExit(BUSY) from None
-        yield folder

@@ -5,13 +5,12 @@ Any number of GPUs; a killed run goes on with the chunks that are missing. Print
 the same network untrained, where there are labels: a teacher that is no better than these is broken.
 """
 
-import shutil
-
 import typer
 
 from stages import paths
-from stages.common import code_fingerprint, process_group, stage_run, state_folder
+from stages.common import code_fingerprint, process_group, stage_run
 from stages.launch import launch
+from stages.state import state_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -48,16 +47,14 @@ def main() -> None:
             )  # fmt: skip
             run.notes["images_per_second"] = round(rate, 1)
             run.say(f"extract: {len(listing)} images, {params.extract.views} stored views of {listing.train_rows}; {rate:,.0f} views/s")
-            if distributed.rank() == 0:
-                if listing.labelled:
-                    embeddings = read_embeddings(paths.EMBEDDINGS, listing)
-                    quality = teacher_quality(embeddings, listing, images, teacher, params.image, params.seed, device)
-                    run.notes |= quality
-                    run.say(
-                        f"extract: kNN {quality['teacher_knn']:.1f} %, untrained {quality['random_knn']:.1f} %,"
-                        f" chance {quality['chance']:.1f} %"
-                    )
-                shutil.rmtree(folder, ignore_errors=True)  # only now: a kill during the check must not cost the pass
+            if distributed.rank() == 0 and listing.labelled:
+                embeddings = read_embeddings(paths.EMBEDDINGS, listing)
+                quality = teacher_quality(embeddings, listing, images, teacher, params.image, params.seed, device)
+                run.notes |= quality
+                run.say(
+                    f"extract: kNN {quality['teacher_knn']:.1f} %, untrained {quality['random_knn']:.1f} %,"
+                    f" chance {quality['chance']:.1f} %"
+                )
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 python -m stages.linear_eval reads params linear_eval; writes reports/linear.json, percent, last and best epoch
 """
 
-import shutil
 from pathlib import Path
 
 import typer
 
 from stages import paths
-from stages.common import Run, code_fingerprint, process_group, stage_run, state_folder
+from stages.common import Run, code_fingerprint, process_group, stage_run
+from stages.state import state_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,7 +29,6 @@ def main() -> None:
         with process_group(run) as device, state_folder("linear_eval", _identity(run, listing)) as folder:
             scores = {"cached": _cached(run, listing, device), "crops": _crops(run, listing, folder, device)}
             write_json(paths.REPORTS / "linear.json", scores)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _identity(run: Run, listing) -> dict:

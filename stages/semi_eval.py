@@ -5,14 +5,14 @@
 Without SPLIT: every one of semi_eval.splits. A killed run goes on from its checkpoints. SEED's and DisCo's published rows are linear only.
 """
 
-import shutil
 from typing import TYPE_CHECKING
 
 import typer
 
 from stages import paths
-from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, stage_run, state_folder
+from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, stage_run
 from stages.launch import launch
+from stages.state import state_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +61,6 @@ def _judge(run: Run, name: str, split: "SplitParams", device: "torch.device") ->
             origin = "drawn" if split.list_file is None else "listed"
             result = {"percent": split.percent, "labels": len(rows_L), "origin": origin, "nets": scores}
             write_json(paths.REPORTS / "semi" / f"{name}.json", result)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _labelled_rows(run: Run, listing: "Listing", name: str, split: "SplitParams") -> "np.ndarray":

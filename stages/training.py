@@ -1,13 +1,13 @@
 """What the three trainings share (teacher, student, baselines): build the method, train it from its checkpoint, write its curves."""
 
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import paths
-from stages.common import Run, code_fingerprint, state_folder
+from stages.common import Run, code_fingerprint
+from stages.state import state_folder
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,6 @@ def train_method(
         if distributed.rank() == 0:
             result.spread = feature_spread(method.student, listing, images, params.image, params.seed, device, schedule.precision)
             finish(method, result)
-            shutil.rmtree(folder, ignore_errors=True)
     _tell(run, method_name, schedule, result)
 
 

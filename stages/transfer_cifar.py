@@ -7,14 +7,14 @@ Without NAME: every one of transfer.datasets. A killed run goes on from its chec
 Reproduction.md (methods.md section 2.4) but for the enlarging, which is bilinear here (DisCo: bicubic).
 """
 
-import shutil
 from typing import TYPE_CHECKING
 
 import typer
 
 from stages import paths
-from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, stage_run, state_folder
+from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, stage_run
 from stages.launch import launch
+from stages.state import state_folder
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,6 @@ def _judge(run: Run, name: str, device: "torch.device") -> None:
             seen = {protocol: {"crop_px": used.task.image.crop_px} for protocol, used in protocols.items()}
             result = {"dataset": listing.dataset, "images": [listing.train_rows, test_images], "protocols": seen, "nets": scores}
             write_json(paths.REPORTS / "transfer" / f"{name}.json", result)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _scan(run: Run, name: str) -> "tuple[Listing, Images]":

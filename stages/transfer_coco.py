@@ -5,15 +5,15 @@ python -m stages.transfer_coco fpn-1x    reads the student, COCO (transfer_coco.
                                          and curves. A killed run goes on from its checkpoint when it is started again.
 """
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from stages import paths
-from stages.common import Run, code_fingerprint, item_name, process_group, stage_run, state_folder
+from stages.common import Run, code_fingerprint, item_name, process_group, stage_run
 from stages.launch import launch
+from stages.state import state_folder
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,6 @@ def _transfer(run: Run, name: str, student: Any, device: "torch.device") -> None
         if trainer.resumes():
             run.say(f"{run.stage}: going on from a checkpoint")
         _train_and_measure(run, name, trainer, val, made_from)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _instances(run: Run) -> "tuple[Instances, Instances]":

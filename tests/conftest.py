@@ -1,5 +1,36 @@
-"""One thread: the tests' networks are so small that handing work to a second one costs more than it gains, on a busy machine far more."""
+"""One thread: the tests' networks are so small that handing work to a second one costs more than it gains, on a busy machine far more.
+
+And the finished short pipeline, which several files of tests take copies of.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses too
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from workspace import SHORT, STAGES, Stages, Workspace, new_workspace, stage_server
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory) -> Iterator[Stages]:
+    with stage_server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, stages) -> Workspace:
+    """The finished pipeline; nobody writes to it."""
+    workspace = new_workspace(tmp_path_factory.mktemp("reference") / "bingo", stages, SHORT)
+    for stage in STAGES:
+        workspace.done(stage)
+    return workspace
+
+
+@pytest.fixture
+def workspace(tmp_path, stages, reference) -> Workspace:
+    """A copy of the finished pipeline."""
+    shutil.copytree(reference.root, tmp_path / "bingo", symlinks=True)
+    return Workspace(tmp_path / "bingo", stages)

@@ -18,7 +18,8 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 # Files whose change cannot alter an output: the command line, launching, records of a run, checkpoints, validation, progress bars.
 INFRASTRUCTURE = {
-    "stages/common.py", "stages/launch.py", "stages/paths.py", "bingo/artefacts.py", "bingo/checksums.py", "bingo/errors.py",
+    "stages/common.py", "stages/launch.py", "stages/paths.py", "stages/state.py", "bingo/artefacts.py",
+    "bingo/checksums.py", "bingo/errors.py",
     "bingo/params.py", "bingo/progress.py", "bingo/checkpoints.py", "bingo/finite.py", "bingo/distributed.py", "bingo/nets/names.py",
     "bingo/data/chunks.py", "bingo/data/inside.py", "bingo/data/task_loader.py",
     "bingo/data/workers.py",

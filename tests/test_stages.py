@@ -11,60 +11,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from workspace import PATIENCE_SECONDS, STAGES, Stages, Workspace, environment, new_workspace, stage_server, until
+from workspace import (
+    PATIENCE_SECONDS,
+    SHORT,
+    STAGES,
+    Workspace,
+    assert_as_reference,
+    environment,
+    new_workspace,
+    remove,
+    saved_step,
+    until,
+)
 
 from bingo.errors import UserError
 from stages.common import mistakes_as_lines
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-# 36 steps of each training and 16 chunks, so that there is something to kill.
-SHORT = {
-    "dataset.train_images": 400,
-    "dataset.test_images": 100,
-    "teacher.pretrain.epochs": 3,
-    "teacher.pretrain.batch_anchors": 32,
-    "extract.views": 4,
-    "extract.batch_images": 32,
-    "extract.chunk_rows": 32,
-    "distill.epochs": 3,
-    "distill.batch_anchors": 32,
-}
 GOES_ON = "going on from a checkpoint"
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory) -> Iterator[Stages]:
-    with stage_server(tmp_path_factory.mktemp("server")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, stages) -> Workspace:
-    """The finished pipeline; nobody writes to it."""
-    workspace = new_workspace(tmp_path_factory.mktemp("reference") / "bingo", stages, SHORT)
-    for stage in STAGES:
-        workspace.done(stage)
-    return workspace
-
-
-@pytest.fixture
-def workspace(tmp_path, stages, reference) -> Workspace:
-    """A copy of the finished pipeline."""
-    shutil.copytree(reference.root, tmp_path / "bingo", symlinks=True)
-    return Workspace(tmp_path / "bingo", stages)
-
-
-def remove(workspace: Workspace, *outputs: str) -> None:
-    for output in outputs:
-        path = workspace.root / output
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def refused(workspace: Workspace, stage: str, *wanted: str, **variables: str) -> None:
@@ -98,20 +68,8 @@ def test_a_second_run_in_another_folder_gives_the_same_bytes(tmp_path, stages, r
 # Kills.
 
 
-def saved_step(workspace: Workspace, stage: str) -> int:
-    """The step of the newest checkpoint, -1 where there is none."""
-    steps = [json.loads(path.read_text())["step"] for path in (workspace.root / f".bingo/state/{stage}").glob("*/checkpoints/latest.json")]
-    return max(steps, default=-1)
-
-
 def done_chunks(workspace: Workspace) -> list[Path]:
     return sorted((workspace.root / ".bingo/state/extract").glob("*/store/done/[0-9]*"))
-
-
-def assert_as_reference(workspace: Workspace, reference: Workspace, stage: str) -> None:
-    outputs = workspace.outputs(stage)
-    assert workspace.files(*outputs) == reference.files(*outputs)
-    assert not list((workspace.root / ".bingo/state").glob("*/*")), "a finished stage leaves no state behind"
 
 
 @pytest.mark.parametrize("stage", ["teacher", "distill"])
@@ -204,26 +162,35 @@ def processes_in(folder: Path, word: str) -> list[int]:
     return found
 
 
-def test_a_killed_dvc_leaves_no_training_behind_and_goes_on(workspace, reference):
+def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
+    """DVC refuses the second and says whom it waits for; a killed DVC leaves no training behind, and the next one goes on."""
     remove(workspace, *workspace.outputs("teacher"))
     variables = environment(BINGO_CHECKPOINT_SECONDS="0")
-    log = workspace.root / "log"
 
-    def dvc(*arguments: str) -> subprocess.Popen:
-        with log.open("w") as file:
+    def dvc(log: str, *arguments: str) -> subprocess.Popen:
+        with (workspace.root / log).open("w") as file:
             command = [sys.executable, "-m", "dvc", *arguments]
             return subprocess.Popen(command, cwd=workspace.root, env=variables, stdout=file, stderr=subprocess.STDOUT)
 
-    assert dvc("init", "--no-scm", "--quiet").wait() == 0
-    first = dvc("repro", "--single-item", "teacher")
+    assert dvc("init", "init", "--no-scm", "--quiet").wait() == 0
+    first = dvc("first", "repro", "--single-item", "teacher")
     until(lambda: saved_step(workspace, "teacher") >= 1, lambda: first.poll() is not None)
-    assert len(processes_in(workspace.root, "stages.teacher")) == 1
+    (training,) = processes_in(workspace.root, "stages.teacher")
+    os.kill(training, signal.SIGSTOP)
+    saved = saved_step(workspace, "teacher")
+    assert dvc("second", "repro", "--single-item", "teacher").wait() == 255
+    told = (workspace.root / "second").read_text()
+    assert re.search(r"'models/teacher.safetensors' is busy, it is being blocked by:\s+\(PID (\d+)\)", told)[1] == str(first.pid), told
+    assert "Traceback" not in told
+    os.kill(training, signal.SIGCONT)
+    until(lambda: saved_step(workspace, "teacher") > saved, lambda: first.poll() is not None)  # the first one is unharmed
     first.kill()
     first.wait()
     until(lambda: not processes_in(workspace.root, "stages.teacher"))
     assert not workspace.existing_files(*workspace.outputs("teacher"))
-    assert dvc("repro", "--single-item", "teacher").wait() == 0, log.read_text()
-    assert f"teacher: {GOES_ON}" in log.read_text()
+    assert dvc("third", "repro", "--single-item", "teacher").wait() == 0, (workspace.root / "third").read_text()
+    assert f"teacher: {GOES_ON}" in (workspace.root / "third").read_text()
+    workspace.done("scan")  # the next stage takes away what was kept until DVC had committed the teacher
     assert_as_reference(workspace, reference, "teacher")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,18 @@ ROOT = Path(__file__).parent.parent
 PATIENCE_SECONDS = 120  # the machine may be busy
 # In the order in which each finds its inputs.
 STAGES = ("scan", "teacher", "extract", "bag", "distill", "baseline moco", "linear_eval", "knn_eval", "report")
+# 36 steps of each training and 16 chunks, so that there is something to kill.
+SHORT = {
+    "dataset.train_images": 400,
+    "dataset.test_images": 100,
+    "teacher.pretrain.epochs": 3,
+    "teacher.pretrain.batch_anchors": 32,
+    "extract.views": 4,
+    "extract.batch_images": 32,
+    "extract.chunk_rows": 32,
+    "distill.epochs": 3,
+    "distill.batch_anchors": 32,
+}
 INHERITED = ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 
 
@@ -200,6 +213,26 @@ def new_workspace(root: Path, stages: Stages, changes: dict[str, Any]) -> Worksp
     workspace = Workspace(root, stages)
     workspace.edit(dict(_flat(read_yaml(ROOT / "recipes/digits-short.yaml"))) | changes)
     return workspace
+
+
+def remove(workspace: Workspace, *outputs: str) -> None:
+    """Delete some outputs, files or folders."""
+    for output in outputs:
+        path = workspace.root / output
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def saved_step(workspace: Workspace, stage: str) -> int:
+    """The step of the newest checkpoint, -1 where there is none."""
+    steps = [json.loads(path.read_text())["step"] for path in (workspace.root / f".bingo/state/{stage}").glob("*/checkpoints/latest.json")]
+    return max(steps, default=-1)
+
+
+def assert_as_reference(workspace: Workspace, reference: Workspace, stage: str) -> None:
+    """A stage's outputs are the reference's, and no state of any stage is left."""
+    outputs = workspace.outputs(stage)
+    assert workspace.files(*outputs) == reference.files(*outputs)
+    assert not list((workspace.root / ".bingo/state").glob("*/*/*")), "a finished stage leaves no state behind"
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

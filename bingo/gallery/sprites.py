@@ -4,6 +4,7 @@ Photos become JPEG tiles whose side is a multiple of 16, so that no tile bleeds 
 they are.
 """
 
+import io
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from bingo.artefacts import new_file
 from bingo.data.listing_rows import ListingRows
 from bingo.data.pictures import Pictures, square
 
@@ -89,7 +91,8 @@ def _write_sheet(path: Path, pictures: Pictures, first: int, paths: list[str], f
         sheet.paste(tile, (place % COLUMNS * form.px, place // COLUMNS * form.px))
     if missing == len(paths):
         return missing  # nothing is kept, so that a later call tries again
-    partial = path.with_name(f".{path.name}.partial")
-    sheet.save(partial, "PNG" if form.suffix == "png" else "JPEG", quality=_JPEG_QUALITY)
-    partial.replace(path)
+    content = io.BytesIO()  # Pillow itself does not say why it could not write
+    sheet.save(content, "PNG" if form.suffix == "png" else "JPEG", quality=_JPEG_QUALITY)
+    with new_file(path, flush=False) as partial:
+        partial.write_bytes(content.getvalue())
     return missing
