@@ -62,7 +62,7 @@ SMALL = {
     },
 }
 # What the copy of bingo/progress.py gets: a line of each move of a bar, so that a kill can be compared with what follows it.
-_RECORDER = """
+RECORDER = """
 
 def _recorded(move):
     def moved(self, *arguments):
@@ -179,7 +179,7 @@ class ChaosWorkspace:
                     os.kill(pid, signal.SIGKILL)
                 raise TimeoutError(f"processes {others} went on for {PATIENCE_SECONDS} s after dvc had ended")
             time.sleep(0.01)
-        return Ended(status, self._record("out").read_text(), self._bars(), struck)
+        return Ended(status, self._record("out").read_text(), bars_in(self._record("bars")), struck)
 
     def strike(self, dvc: subprocess.Popen, kill: Kill) -> float | None:
         """Wait and send the signal: the moment, or None where dvc has ended before. A stage that does not run yet is dvc."""
@@ -238,13 +238,14 @@ class ChaosWorkspace:
     def _record(self, suffix: str) -> Path:
         return self.records / f"{self.runs}.{suffix}"
 
-    def _bars(self) -> dict[str, list[Move]]:
-        bars: dict[str, list[Move]] = {}
-        path = self._record("bars")
-        for line in path.read_text().splitlines() if path.exists() else []:
-            seconds, call, total, done, label = line.split(" ", 4)
-            bars.setdefault(label, []).append(Move(float(seconds), call, int(total), int(done)))
-        return bars
+
+def bars_in(record: Path) -> dict[str, list[Move]]:
+    """The moves that RECORDER wrote, by the bar's label."""
+    bars: dict[str, list[Move]] = {}
+    for line in record.read_text().splitlines() if record.exists() else []:
+        seconds, call, total, done, label = line.split(" ", 4)
+        bars.setdefault(label, []).append(Move(float(seconds), call, int(total), int(done)))
+    return bars
 
 
 def new_workspace(root: Path, overlay: dict[str, Any]) -> ChaosWorkspace:
@@ -256,7 +257,7 @@ def new_workspace(root: Path, overlay: dict[str, Any]) -> ChaosWorkspace:
     for folder in ("data", "models/baselines", "reports/baselines", "reports/semi", "reports/transfer", "reports/coco", "reports/plots"):
         (root / folder).mkdir(parents=True)
     with (root / "bingo/progress.py").open("a") as progress:
-        progress.write(_RECORDER)
+        progress.write(RECORDER)
     params = read_yaml(ROOT / "params.yaml")
     lay_over(params, read_recipe(ROOT / "recipes", "digits-short").overlay)
     lay_over(params, overlay)
