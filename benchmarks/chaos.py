@@ -34,6 +34,7 @@ from bingo.recipes import lay_over, read_recipe
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("teacher", "extract", "bag", "distill", "baseline@moco", "linear_eval", "semi_eval@half")
+BEGIN_ANEW = ("bag",)  # keep nothing while they run
 OUTPUTS = ("data", "models", "reports")
 # Signal and who gets it. DVC ignores SIGINT while a stage runs, as that comes to both from a terminal.
 WAYS = (
@@ -320,7 +321,8 @@ class Harassment:
     def _compare(self, ended: Ended) -> None:
         """Each bar with the last run's: what was lost between them."""
         for label, moves in ended.bars.items():
-            if before := self.bars.get(label):
+            before = self.bars.get(label)
+            if before and self.stage not in BEGIN_ANEW:
                 lost = lost_moves(before, moves)
                 self.tally.most_lost = max(self.tally.most_lost, len(lost))
                 self.tally.resumed += 1

@@ -104,6 +104,10 @@ def test_extract_may_lose_two_chunks(left, found):
     assert bool(told) == found, told
 
 
+def test_bag_begins_anew():
+    assert not problems(KILLED, replace(WELL, bars=bar(0, TOTAL, 10.0)), stage="bag")
+
+
 def test_dvc_that_fails_by_itself_ends_all():
     with pytest.raises(SystemExit, match="dvc repro failed with 1, undisturbed\nsome text"):
         problems(KILLED, Ended(1, "some text", {}, None))
