@@ -11,14 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from workspace import PATIENCE_SECONDS, STAGES, Stages, Workspace, environment, new_workspace, stage_server, until
+from workspace import PATIENCE_SECONDS, STAGES, Workspace, environment, new_workspace, until
 
 from bingo.errors import UserError
 from stages.common import mistakes_as_lines
@@ -37,12 +36,6 @@ SHORT = {
     "distill.batch_anchors": 32,
 }
 GOES_ON = "going on from a checkpoint"
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory) -> Iterator[Stages]:
-    with stage_server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
