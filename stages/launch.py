@@ -87,4 +87,7 @@ def run_torchrun(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    from stages.common import die_with_parent
+
+    die_with_parent()  # of a prefix, which may be ended before what it runs
     raise SystemExit(run_torchrun(sys.argv[1:]))
