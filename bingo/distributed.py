@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from bingo.errors import GroupLost, Interrupted
 
 
 def rank() -> int:
@@ -30,7 +33,11 @@ def barrier() -> None:
 
 @contextmanager
 def group(device: torch.device) -> Iterator[None]:
-    """Join the group that the launcher's environment describes (WORLD_SIZE, RANK, MASTER_ADDR), if there is one."""
+    """Join the group that the launcher's environment describes (WORLD_SIZE, RANK, MASTER_ADDR), if there is one.
+
+    Raises GroupLost where the body failed because another process is gone. A process that fails by itself leaves its connections open
+    until it ends: the others learn of it only after it has told why.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -39,8 +46,19 @@ def group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     try:
         yield
-    finally:
+    except Interrupted:  # all processes have agreed on it
         dist.destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise GroupLost(f"process {dist.get_rank()} of {dist.get_world_size()} lost the others ({_first_sentence(error)})") from error
+    dist.destroy_process_group()
+
+
+def _first_sentence(error: Exception) -> str:
+    """What went wrong without the place in the library's source that comes first, and without its advice."""
+    return " ".join(re.sub(r"^\[.*?\]\s*", "", str(error)).partition(". ")[0].split())[:160]
 
 
 def gather(x_BD: Tensor) -> Tensor:

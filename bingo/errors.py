@@ -16,6 +16,10 @@ class Interrupted(Exception):
     """A signal asked to stop, and a checkpoint was written: the same command goes on from there."""
 
 
+class GroupLost(Exception):
+    """Another process of the group has ended or cannot be reached: it knows the reason, this one does not."""
+
+
 def near_matches(word: str, allowed: Iterable[str], most: int = 3) -> str:
     """`; did you mean a, b?` for the names of `allowed` that look like `word`, in whatever case, or an empty string."""
     by_lower = {name.lower(): name for name in allowed}

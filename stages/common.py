@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bingo.artefacts import file_fingerprint, fingerprint, write_json
-from bingo.errors import Interrupted, UserError, near_matches
+from bingo.errors import GroupLost, Interrupted, UserError, near_matches
 from bingo.params import Params, load_params, read_yaml
 from stages.paths import RUNS
 from stages.state import sweep
@@ -29,7 +29,9 @@ from stages.state import sweep
 if TYPE_CHECKING:
     import torch
 
-USER_MISTAKE, INTERRUPTED = 2, 75
+FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 75
+# How long a process of a group waits before it speaks: the launcher, who sees the first one fail, ends the others meanwhile.
+OTHERS_WAIT_SECONDS, LOST_WAIT_SECONDS = 2, 5
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 PACKAGES = ("torch", "torchvision", "timm", "zarr", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn")
@@ -97,7 +99,10 @@ def _peak_memory() -> dict[str, float]:
 
 @contextmanager
 def mistakes_as_lines() -> Iterator[None]:
-    """Print a UserError's lines and leave with exit code 2; leave with 75 where a checkpoint was written on the way out."""
+    """Print a UserError's lines and leave with exit code 2; leave with 75 where a checkpoint was written on the way out.
+
+    Of several processes the one that failed first tells its reason; the others mostly fail by it, or find the same mistake.
+    """
     try:
         yield
     except UserError as error:
@@ -110,16 +115,32 @@ def mistakes_as_lines() -> Iterator[None]:
         _tell([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: what is done is not lost"])
         raise SystemExit(USER_MISTAKE) from None
     except Interrupted as error:
-        print(error, file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    except GroupLost as error:
+        time.sleep(LOST_WAIT_SECONDS)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}; start again to go on", file=sys.stderr, flush=True)
+        raise SystemExit(FAILED) from None
+    except Exception as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded
+            _tell([f"{' '.join(str(error).split())[:160] or 'out of memory'}; lower the batch, or use more GPUs or machines"])
+            raise SystemExit(USER_MISTAKE) from None
+        _let_the_first_speak()
+        raise
+
+
+def _let_the_first_speak() -> None:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHERS_WAIT_SECONDS)
 
 
 def _tell(lines: Sequence[str], word: str = "error") -> None:
-    """Print mistakes. All processes mostly find the same ones: the others wait until the launcher, who sees the first fail, ends them."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)
+    """Print mistakes, which all processes mostly find alike."""
+    _let_the_first_speak()
     print("\n".join(f"{word}: {_printable(line)}" for line in lines), file=sys.stderr, flush=True)
 
 
@@ -222,6 +243,9 @@ def process_group(run: Run) -> Iterator["torch.device"]:
     run.notes["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
     with distributed.group(device):
         run.notes["processes"] = distributed.world()
+        if restart := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            run.notes["restarts"] = restart
+            run.say(f"{run.stage}: a process ended early; restart {restart} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')}")
         yield device
 
 

@@ -1,7 +1,8 @@
 """One process or many, by the environment alone: the topology is in no parameter and no command line, so it changes no hash.
 
-BINGO_PROCESSES: processes on this machine (default: one for each GPU). BINGO_LAUNCH: further arguments of torchrun, for example
-"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=host:29400" (default: one machine).
+BINGO_PROCESSES: processes on each machine (default: one for each GPU). BINGO_LAUNCH: further arguments of torchrun, for example
+"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=host:29400" (default: one machine). BINGO_LAUNCH_PREFIX: a command that runs what
+follows it on every machine, for example "srun --ntasks-per-node=1" (default: none, so that it runs here alone). See docs/clusters.md.
 """
 
 import os
@@ -10,23 +11,36 @@ import sys
 
 from bingo.errors import UserError
 
-INTERRUPTED = 75  # the exit code of a stop with a checkpoint, as in stages/common.py
+FAILED, INTERRUPTED = 1, 75  # exit codes as in stages/common.py; 75 is a stop with a checkpoint
 
 
 def launch(stage: str, *arguments: str) -> None:
     """Become torchrun where several processes are wanted; return where this process is to do the work."""
     if "LOCAL_RANK" in os.environ:
         return
-    try:
-        extra = shlex.split(os.environ.get("BINGO_LAUNCH", ""))
-    except ValueError as error:
-        raise UserError(f"BINGO_LAUNCH = {os.environ['BINGO_LAUNCH']}: {error}; give arguments of torchrun") from None
+    prefix, extra = _words("BINGO_LAUNCH_PREFIX", "a command"), _words("BINGO_LAUNCH", "arguments of torchrun")
+    if prefix and not extra:
+        way_out = "set BINGO_LAUNCH to how they meet, such as --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400"
+        raise UserError(f"BINGO_LAUNCH_PREFIX = {shlex.join(prefix)}: would start one group on each machine; {way_out}")
     processes = _processes()
     if processes == 1 and not extra:
         return
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    torchrun = [*(extra or ["--standalone"]), f"--nproc-per-node={processes}", "-m", f"stages.{stage}", *arguments]
-    os.execv(sys.executable, [sys.executable, "-m", "stages.launch", *torchrun])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    meeting = f"--rdzv-id={'-'.join([stage, *arguments])}"  # a machine that is at another stage yet is not met
+    torchrun = [meeting, *(extra or ["--standalone"]), f"--nproc-per-node={processes}", "-m", f"stages.{stage}", *arguments]
+    command = [*prefix, sys.executable, "-m", "stages.launch", *torchrun]
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise UserError(f"BINGO_LAUNCH_PREFIX = {shlex.join(prefix)}: cannot be started ({error.strerror}); give a command") from None
+
+
+def _words(variable: str, wanted: str) -> list[str]:
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise UserError(f"{variable} = {os.environ[variable]}: {error}; give {wanted}") from None
 
 
 def _processes() -> int:
@@ -42,14 +56,18 @@ def _processes() -> int:
     return int(wanted)
 
 
-def _run_torchrun(arguments: list[str]) -> int:
+def run_torchrun(arguments: list[str]) -> int:
     """Run torchrun here and give the exit code of the process that failed first; what that process had to say it has said itself."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import main
 
+    # Each round of a group gets a store of its own. The launcher's, which it would share, still holds the addresses of the round before,
+    # and a process that is started again may connect to one of these for half an hour (pytorch/pytorch issue 135712).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.disable(logging.ERROR)  # the launcher's own reports: what it would say is said below, in one line
     try:
         main(arguments)
@@ -57,11 +75,19 @@ def _run_torchrun(arguments: list[str]) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             print(f"error: process {rank} was ended by {failure.signal_name()}; start again to go on", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
+        return failure.exitcode if failure.exitcode > 0 else FAILED
+    except RendezvousError as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        given = os.environ.get("BINGO_LAUNCH", "")
+        print(f"error: BINGO_LAUNCH = {given}: the machines did not meet ({reason}); start the same on each of them", file=sys.stderr)
+        return FAILED
     except SignalException:
         return INTERRUPTED
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(_run_torchrun(sys.argv[1:]))
+    from stages.common import die_with_parent
+
+    die_with_parent()  # of a prefix, which may be ended before what it runs
+    raise SystemExit(run_torchrun(sys.argv[1:]))

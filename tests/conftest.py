@@ -1,6 +1,7 @@
 """One thread: the tests' networks are so small that handing work to a second one costs more than it gains, on a busy machine far more.
 
-And the finished short pipeline, which several files of tests take copies of.
+And one server of stages for all tests, for to start it takes as long as to run five stages; and the finished short pipeline, which
+several files of tests take copies of.
 """
 
 import os
@@ -16,6 +17,7 @@ from workspace import SHORT, STAGES, Stages, Workspace, new_workspace, stage_ser
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory) -> Iterator[Stages]:
+    """Starts the stages of a workspace as processes."""
     with stage_server(tmp_path_factory.mktemp("server")) as server:
         yield server
 

@@ -91,7 +91,7 @@ def become(module: str, arguments: list[str], folder: str, environment: dict[str
         os.close(opened)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [module, *arguments]
-    sys.path[0] = folder
+    sys.path.insert(0, folder)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

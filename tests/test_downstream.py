@@ -4,14 +4,13 @@ import json
 import pickle
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from workspace import Stages, Workspace, new_workspace, stage_server, until
+from workspace import Workspace, new_workspace, until
 
 from bingo.checkpoints import Checkpoints
 from bingo.data.images import open_images
@@ -42,12 +41,6 @@ CHANGES = {
     "transfer.nets": ["student"],
     "semi_eval.nets": ["student", "untrained"],
 }
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory) -> Iterator[Stages]:
-    with stage_server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 def train_student(root: Path) -> None:

@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 from coco_data import CATEGORIES, make_split, write
 from safetensors.torch import load_file
 from torch import nn
-from workspace import ROOT, Stages, Workspace, environment, new_workspace, stage_server, until
+from workspace import ROOT, Workspace, environment, new_workspace, until
 
 from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import load_network, weights_sha256
@@ -38,12 +37,6 @@ SHORT = STUDENT | {
 STAGE = "transfer_coco c4-short"
 ALONE = {"LOCAL_WORLD_SIZE": "99"}  # no share of the processors is left for workers, whose start would take most of the time
 OUTPUTS = ("models/detectors/c4-short.safetensors", "reports/coco/c4-short.json", "reports/plots/coco-c4-short.csv")
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory) -> Iterator[Stages]:
-    with stage_server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

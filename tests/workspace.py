@@ -109,10 +109,14 @@ class Stages:
 
     def start(self, stage: str, folder: Path, **variables: str) -> Running:
         """Start `python -m stages.STAGE` in a folder; a stage's arguments follow its name."""
+        return self.start_module(f"stages.{stage}", folder, **variables)
+
+    def start_module(self, command: str, folder: Path, **variables: str) -> Running:
+        """Start `python -m COMMAND`, a module of the repository or of the tests with its arguments."""
         self.count += 1
         out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
-        name, *arguments = stage.split()
-        request = {"module": f"stages.{name}", "arguments": arguments, "folder": str(folder), "out": str(out), "err": str(err)}
+        module, *arguments = command.split()
+        request = {"module": module, "arguments": arguments, "folder": str(folder), "out": str(out), "err": str(err)}
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.socket)
         connection.sendall((json.dumps({**request, "environment": environment(**variables)}) + "\n").encode())

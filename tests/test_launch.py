@@ -1,0 +1,182 @@
+"""Several processes and machines: torchrun itself over the stages, what is said when a process dies, and the same bytes after a restart."""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+
+import pytest
+from workspace import Running, Workspace, new_workspace, until
+
+from bingo.errors import GroupLost, Interrupted
+from stages.common import mistakes_as_lines
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+SHORT = {
+    "dataset.train_images": 160,
+    "dataset.test_images": 40,
+    "teacher.source": "random",
+    "extract.views": 4,
+    "extract.batch_images": 32,
+    "extract.chunk_rows": 16,
+    "distill.epochs": 3,
+    "distill.batch_anchors": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, stages) -> Workspace:
+    """The pipeline up to the bags, by one process."""
+    workspace = new_workspace(tmp_path_factory.mktemp("many") / "bingo", stages, SHORT)
+    for stage in ("scan", "teacher", "extract", "bag"):
+        workspace.done(stage)
+    return workspace
+
+
+@pytest.fixture(autouse=True)
+def no_state(workspace) -> None:
+    shutil.rmtree(workspace.root / ".bingo/state", ignore_errors=True)
+    for file in workspace.root.glob("rank-*.pid"):
+        file.unlink()
+
+
+def launcher(workspace: Workspace, stage: str, *arguments: str, **variables: str) -> Running:
+    """torchrun over a stage, with a checkpoint at every step."""
+    command = " ".join(["forking_launcher", *arguments, "-m", f"stages.{stage}"])
+    return workspace.stages.start_module(command, workspace.root, BINGO_CHECKPOINT_SECONDS="0", **variables)
+
+
+def saved_step(workspace: Workspace) -> int:
+    steps = [int(path.name.split(".")[0][5:]) for path in workspace.root.glob(".bingo/state/distill/*/checkpoints/step-*.rank-0.pt")]
+    return max(steps, default=-1)
+
+
+def kill_rank(workspace: Workspace, rank: int) -> None:
+    os.kill(int((workspace.root / f"rank-{rank}.pid").read_text()), signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def by_two_machines(workspace) -> dict[str, bytes]:
+    """The student that two launchers have trained, one process each, which met by their address alone."""
+    meeting = f"--nnodes=2 --rdzv-id=distill --rdzv-backend=c10d --rdzv-endpoint=localhost:{free_port()}".split()
+    machines = [launcher(workspace, "distill", *meeting, "--nproc-per-node=1") for _ in range(2)]
+    done = [machine.wait() for machine in machines]
+    assert [(machine.status, machine.err) for machine in done] == [(0, "")] * 2
+    assert sorted(machine.out.count("distill: bingo") for machine in done) == [0, 1]
+    return workspace.files(*workspace.outputs("distill"))
+
+
+def test_a_group_that_lost_a_process_is_started_again_and_trains_the_same(workspace, by_two_machines):
+    training = launcher(workspace, "distill", "--standalone", "--max-restarts=2", "--nproc-per-node=2")
+    until(lambda: saved_step(workspace) >= 6, training.ended)
+    kill_rank(workspace, 0)
+    done = training.wait()
+    assert (done.status, done.err) == (0, "")
+    assert "distill: a process ended early; restart 1 of 2\ndistill: going on from a checkpoint\n" in done.out
+    assert workspace.files(*workspace.outputs("distill")) == by_two_machines
+    assert not list((workspace.root / ".bingo/state").glob("*/*"))
+
+
+def test_a_pass_of_the_teacher_that_lost_a_process_gives_the_bytes_of_one_process(workspace):
+    whole = workspace.files("data/embeddings.zarr")
+    extract = launcher(workspace, "extract", "--standalone", "--max-restarts=2", "--nproc-per-node=2")
+    until(lambda: len(list(workspace.root.glob(".bingo/state/extract/*/store/done/[0-9]*"))) >= 2, extract.ended)
+    kill_rank(workspace, 1)
+    done = extract.wait()
+    assert (done.status, done.err) == (0, "")
+    assert "extract: a process ended early; restart 1 of 2" in done.out
+    assert workspace.files("data/embeddings.zarr") == whole
+
+
+def test_a_killed_process_ends_the_others_and_is_named(workspace):
+    training = launcher(workspace, "distill", "--standalone", "--nproc-per-node=2")
+    until(lambda: saved_step(workspace) >= 3, training.ended)
+    session = training.session()
+    kill_rank(workspace, 1)
+    done = training.wait()
+    assert (done.status, done.err) == (1, "error: process 1 was ended by SIGKILL; start again to go on\n")
+    assert len(session) == 3
+    until(lambda: not training.session())
+
+
+def test_a_mistake_that_one_process_finds_is_told_once(workspace):
+    done = launcher(workspace, "distill", "--standalone", "--nproc-per-node=2", FAIL_ON_RANK="1").wait()
+    assert (done.status, done.err) == (2, "error: a mistake that process 1 found\n")
+
+
+def test_a_group_that_is_asked_to_stop_saves_and_says_so_once(workspace):
+    training = launcher(workspace, "distill", "--standalone", "--nproc-per-node=2")
+    until(lambda: saved_step(workspace) >= 1, training.ended)
+    training.send(signal.SIGTERM)
+    done = training.wait()
+    assert (done.status, done.out) == (75, "")
+    assert done.err == f"distill: bingo: stopped at step {saved_step(workspace)} with a checkpoint; start again to go on from there\n"
+
+
+def test_the_prefix_runs_the_launcher_on_every_machine(workspace, tmp_path):
+    """srun is stood in for by a script that tells what it was given."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$BINGO_PROCESSES" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    meeting = "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=node0:29400"
+    variables = {"BINGO_LAUNCH": meeting, "BINGO_LAUNCH_PREFIX": f"{tmp_path}/srun --ntasks-per-node=1", "BINGO_PROCESSES": "4"}
+    done = workspace.done("distill", **variables)
+    launched = f"{sys.executable} -m stages.launch --rdzv-id=distill {meeting} --nproc-per-node=4 -m stages.distill"
+    assert done.out == f"4 --ntasks-per-node=1 {launched}\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        (
+            {"BINGO_LAUNCH_PREFIX": "srun"},
+            "BINGO_LAUNCH_PREFIX = srun: would start one group on each machine; set BINGO_LAUNCH to how they meet",
+        ),
+        (
+            {"BINGO_LAUNCH_PREFIX": "no-such", "BINGO_LAUNCH": "--nnodes=2"},
+            "BINGO_LAUNCH_PREFIX = no-such: cannot be started (No such file",
+        ),
+        ({"BINGO_LAUNCH": "--rdzv-conf='a"}, "BINGO_LAUNCH = --rdzv-conf='a: No closing quotation; give arguments of torchrun"),
+    ],
+)
+def test_a_launch_that_cannot_be(workspace, variables, wanted):
+    done = workspace.run("distill", **variables)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith(f"error: {wanted}")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "waits", "left", "said"),
+    [
+        ("0", RuntimeError("a fault"), [], RuntimeError, ""),
+        ("1", RuntimeError("a fault"), [2], RuntimeError, ""),
+        ("0", GroupLost("lost"), [5], SystemExit, "error: lost; start again to go on\n"),
+        ("1", GroupLost("lost"), [5], SystemExit, ""),
+        ("0", Interrupted("stopped"), [], SystemExit, "stopped\n"),
+        ("1", Interrupted("stopped"), [], SystemExit, ""),
+    ],
+)
+def test_who_speaks_and_after_what_wait(monkeypatch, capsys, rank, error, waits, left, said):
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, rank)
+    with pytest.raises(left), mistakes_as_lines():
+        raise error
+    assert waited == waits
+    assert capsys.readouterr().err == said
+
+
+def test_memory_that_ran_out_is_one_line(capsys):
+    with pytest.raises(SystemExit) as left, mistakes_as_lines():
+        raise MemoryError("Unable to allocate\n7 GiB")
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: Unable to allocate 7 GiB; lower the batch, or use more GPUs or machines\n"
