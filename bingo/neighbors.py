@@ -1,19 +1,21 @@
-"""Exact cosine neighbours through FAISS, on the CPU or on every GPU that is there, and votes of neighbours.
+"""Exact cosine neighbours through FAISS, on the CPU or on every GPU that is there, in bounded memory, and votes of neighbours.
 
-Shape letters: Q queries, N rows of the base, D feature width, K neighbours, M candidates, C classes.
+Shape letters: Q queries, N rows of the base, D feature width, K neighbours, M candidates, C classes; q, n rows of a block.
 
 FAISS decides ties by chance: its order, and at a cut its set, changes with the number of threads (facebookresearch/faiss issue
 1201). So more candidates than neighbours are searched, and their cosines are computed again by one dot product each: equal rows
 give equal numbers, on any device. Candidates are sorted by (cosine, row). Where the cut may still run through a tie, more are
-searched.
+searched. A base that does not fit the memory is a sequence of blocks, and the best of each are merged: (cosine, row) decides alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import numpy as np
 
 from bingo.progress import progress_bar
+from bingo.rows import Rows, in_threads, inverse_norms, memory_budget, unit_rows
 
 _MARGINS = (16, 256)  # candidates beyond k and self: at first, and again for those queries whose cut may run through a tie
 _CPU_TOLERANCE, _GPU_TOLERANCE = 1e-5, 2e-4  # by how much a found score may differ from the cosine: float32, and float16 rows
@@ -22,69 +24,52 @@ _FAISS_LEAST_PRODUCTS = 1e8  # a small cluster is searched by numpy before FAISS
 _GPU_LEAST_PRODUCTS = 1e10  # a smaller search ends on the CPU before a copy to the GPU would
 _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from the host
 _CPU_BLOCK_ROWS, _GPU_BLOCK_ROWS = 16384, 131072  # queries; a GPU gets the base anew with every block
+_THREADS_A_GPU = 2  # while one searches, the other computes its candidates' cosines
 _RESCORED_BYTES = 64 << 20
 
 Found = tuple[np.ndarray, np.ndarray]
 
 
 def top_k(
-    queries_QD: np.ndarray, base_ND: np.ndarray, k: int, query_rows_Q: np.ndarray | None = None, block_rows: int | None = None
+    queries: Rows,
+    base: Rows,
+    k: int,
+    query_rows_Q: np.ndarray | None = None,
+    block_rows: int | None = None,
+    budget_bytes: int | None = None,
 ) -> Found:
     """The k rows of the base with the highest cosine to each query, exactly: (rows int32 (Q, k), cosines float32 (Q, k)).
 
     `query_rows_Q` names, for each query, the row of the base that is the query itself; it is left out by its number, whatever its
     place. Ties go to the smaller row (of a tie of more than 256 rows, any). Where the base has fewer rows than k, rows end with
-    -1 and cosines with -inf. A row of zeros has cosine 0 to everything. Features are of any float type and need no normalisation;
-    memory beside them is one normalised copy of the base (float32; float16 for GPUs) and what a block of `block_rows` queries
-    needs (None: as suits the device). Raises ValueError where a feature is not finite.
+    -1 and cosines with -inf. A row of zeros has cosine 0 to everything. Features are of any float type and need no normalisation.
+
+    Memory beside what is given and returned: a normalised copy of the base (float32; float16 for GPUs), a block of `block_rows`
+    queries (None: as suits device and memory), 64 MiB for each core, and the base itself where it is in a store. Where that does
+    not fit `budget_bytes` (None: half of what is free), the base is cut into blocks that do, and read once for each block of
+    queries, which are then as many as fit. Raises ValueError where a feature is not finite.
     """
-    search = _Search(base_ND, k, queries_QD)
-    block_rows = block_rows or (_GPU_BLOCK_ROWS if search.gpus else _CPU_BLOCK_ROWS)
-    rows_QK = np.full((len(queries_QD), k), -1, np.int32)
-    cosines_QK = np.full((len(queries_QD), k), -np.inf, np.float32)
+    search = _Search(queries, base, k, memory_budget() if budget_bytes is None else budget_bytes)
+    queries = search.base if queries is base else queries
+    block_rows = block_rows or search.query_rows
+    rows_QK = np.full((len(queries), k), -1, np.int32)
+    cosines_QK = np.full((len(queries), k), -np.inf, np.float32)
+    starts = range(0, len(queries), block_rows)
 
-    def one_block(start: int, gpu: int) -> None:
-        block = slice(start, start + block_rows)
-        self_rows = None if query_rows_Q is None else query_rows_Q[block]
-        rows_QK[block], cosines_QK[block] = search.block(queries_QD[block], self_rows, gpu)
-
-    starts = range(0, len(queries_QD), block_rows)
-    workers = max(1, search.gpus)
-
-    def one_share(worker: int) -> None:  # each GPU takes every gpus-th block, from its own thread
-        for start in starts[worker::workers]:
-            one_block(start, worker)
+    def one_share(worker: int) -> None:  # each worker takes every workers-th block, from its own thread
+        for start in starts[worker :: search.workers]:
+            block = slice(start, start + block_rows)
+            self_rows = None if query_rows_Q is None else query_rows_Q[block]
+            rows_QK[block], cosines_QK[block] = search.block(queries[block], self_rows, worker)
             bar.advance()
 
     with progress_bar("neighbours", len(starts), "blocks") as bar:
-        if workers == 1:  # in this thread: the number of OpenMP threads is a thread's own
+        if search.workers == 1:  # in this thread: the number of OpenMP threads is a thread's own
             one_share(0)
         else:
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(one_share, range(workers)))
+            with ThreadPoolExecutor(search.workers) as pool:
+                list(pool.map(one_share, range(search.workers)))
     return rows_QK, cosines_QK
-
-
-def inverse_norms(x_ND: np.ndarray, block_rows: int = 4096) -> np.ndarray:
-    """1 / length of each row, float32 (N,), and 0 for a row of zeros. Raises ValueError where a number is not finite."""
-    inverse_N = np.empty(len(x_ND), np.float32)
-    for start in range(0, len(x_ND), block_rows):
-        x_nD = x_ND[start : start + block_rows].astype(np.float64)
-        squares_n = np.vecdot(x_nD, x_nD)  # a dot product for each row: equal rows have equal lengths, wherever they stand
-        if not np.isfinite(squares_n).all():
-            raise ValueError(f"row {start + int((~np.isfinite(squares_n)).argmax())} of the features is not finite")
-        inverse_N[start : start + block_rows] = np.where(squares_n > 0, 1 / np.sqrt(np.where(squares_n > 0, squares_n, 1)), 0)
-    return inverse_N
-
-
-def unit_rows(x_ND: np.ndarray, dtype: type = np.float32, block_rows: int = 4096) -> np.ndarray:
-    """A contiguous copy of the rows at length 1; rows of zeros stay zeros. Raises ValueError where a number is not finite."""
-    inverse_N = inverse_norms(x_ND, block_rows)
-    unit_ND: np.ndarray = np.empty(x_ND.shape, dtype)
-    for start in range(0, len(x_ND), block_rows):
-        block = slice(start, start + block_rows)
-        unit_ND[block] = x_ND[block].astype(np.float32) * inverse_N[block, None]
-    return unit_ND
 
 
 def votes(
@@ -122,84 +107,127 @@ def _winners(labels_QK: np.ndarray, weight_QK: np.ndarray, classes: int, block_r
 
 
 class _Search:
-    """One base, normalised once, and the search of one block of queries in it."""
+    """One base, whole in memory or in blocks, and the search of one block of queries in it."""
 
-    def __init__(self, base_ND: np.ndarray, k: int, queries_QD: np.ndarray):
+    def __init__(self, queries: Rows, base: Rows, k: int, budget_bytes: int):
         import faiss
 
-        self.k = k
-        self.base_ND = base_ND
-        self.inverse_N = inverse_norms(base_ND)
-        products = float(len(queries_QD)) * base_ND.size
+        self.k, self.base = k, base
+        products = float(len(queries)) * len(base) * base.shape[1]
         fits_gpu = k + 1 + _MARGINS[-1] <= _GPU_MOST_CANDIDATES and products >= _GPU_LEAST_PRODUCTS
-        self.gpus: int = faiss.get_num_gpus() if fits_gpu else 0
-        self.unit_ND = unit_rows(base_ND, np.float16 if self.gpus else np.float32)
-        self.resources = [faiss.StandardGpuResources() for _ in range(self.gpus)]
+        gpus = faiss.get_num_gpus() if fits_gpu else 0
+        self.resources = [faiss.StandardGpuResources() for _ in range(gpus)]
+        self.locks = [Lock() for _ in range(gpus)]
+        self.tolerance = _GPU_TOLERANCE if gpus else _CPU_TOLERANCE
+        self.workers = max(1, _THREADS_A_GPU * gpus)
+        self.threads = max(1, faiss.omp_get_max_threads() // self.workers)
+        self.unit_dtype: type = np.float16 if gpus else np.float32
+        self._plan(budget_bytes)
+        self.inverse_N = inverse_norms(self.base, faiss.omp_get_max_threads())
+        whole = self.base_rows >= len(base)
+        self.whole_ND = unit_rows(self.base[:], self.unit_dtype, self.inverse_N, faiss.omp_get_max_threads()) if whole else None
 
-    def block(self, queries_QD: np.ndarray, self_rows_Q: np.ndarray | None, gpu: int) -> Found:
+    def _plan(self, budget_bytes: int) -> None:
+        """How many rows of the base are in memory at once, all of them if they fit, and how many queries."""
+        in_store = not isinstance(self.base, np.ndarray)
+        row_bytes = self.base.shape[1] * (np.dtype(self.unit_dtype).itemsize + in_store * self.base.dtype.itemsize)
+        self.base_rows, self.query_rows = len(self.base), _GPU_BLOCK_ROWS if self.resources else _CPU_BLOCK_ROWS
+        if row_bytes * len(self.base) <= budget_bytes:
+            self.base = self.base[:] if in_store else self.base
+            return
+        worker_bytes = budget_bytes // 2 // self.workers  # half for the base, half for queries: as found, float32, and a GPU's float16
+        self.base_rows = max(1, worker_bytes // row_bytes)
+        self.query_rows = max(1, worker_bytes // (self.base.shape[1] * (self.base.dtype.itemsize + 6)))
+
+    def block(self, queries_qD: np.ndarray, self_rows_q: np.ndarray | None, worker: int) -> Found:
         """`top_k` of one block of queries."""
-        unit_QD = unit_rows(queries_QD)
-        rows_QK, cosines_QK, unsure_Q = self._attempt(unit_QD, self_rows_Q, _MARGINS[0], gpu)
-        if unsure_Q.any():
-            self_rows = None if self_rows_Q is None else self_rows_Q[unsure_Q]
-            rows_QK[unsure_Q], cosines_QK[unsure_Q], _ = self._attempt(unit_QD[unsure_Q], self_rows, _MARGINS[1], gpu)
-        return rows_QK, cosines_QK
+        unit_qD = unit_rows(queries_qD, threads=self.threads)
+        rows_qK, cosines_qK, unsure_q = self._attempt(unit_qD, self_rows_q, _MARGINS[0], worker)
+        if unsure_q.any():
+            self_rows = None if self_rows_q is None else self_rows_q[unsure_q]
+            rows_qK[unsure_q], cosines_qK[unsure_q], _ = self._attempt(unit_qD[unsure_q], self_rows, _MARGINS[1], worker)
+        return rows_qK, cosines_qK
 
-    def _attempt(self, unit_QD: np.ndarray, self_rows_Q: np.ndarray | None, margin: int, gpu: int) -> tuple[np.ndarray, ...]:
-        """The k nearest of k + 1 + margin candidates, and for which queries a row that is no candidate might be among them."""
-        wanted = min(self.k + 1 + margin, len(self.base_ND))
-        scores_QM, rows_QM = self._candidates(unit_QD, wanted, gpu)
-        cosines_QM = self._cosines(unit_QD, rows_QM)
-        if self_rows_Q is not None:
-            cosines_QM[rows_QM == self_rows_Q[:, None]] = -np.inf
-        order_QK = np.lexsort((rows_QM, -cosines_QM), axis=1)[:, : self.k]
-        rows_QK = np.full((len(unit_QD), self.k), -1, np.int32)
-        cosines_QK = np.full((len(unit_QD), self.k), -np.inf, np.float32)
-        found = order_QK.shape[1]
-        cosines_QK[:, :found] = np.take_along_axis(cosines_QM, order_QK, axis=1)
-        rows_QK[:, :found] = np.where(np.isneginf(cosines_QK[:, :found]), -1, np.take_along_axis(rows_QM, order_QK, axis=1))
-        tolerance = _GPU_TOLERANCE if self.gpus else _CPU_TOLERANCE
-        unsure_Q = (scores_QM.min(axis=1) > cosines_QK[:, -1] - tolerance) & (wanted < len(self.base_ND))
-        return rows_QK, cosines_QK, unsure_Q
+    def _base_blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first row, rows as given, rows at length 1) of each block of the base."""
+        for start in range(0, len(self.base), self.base_rows):
+            block = slice(start, start + self.base_rows)
+            base_nD = self.base[block]
+            if self.whole_ND is None:
+                yield start, base_nD, unit_rows(base_nD, self.unit_dtype, self.inverse_N[block], self.threads)
+            else:
+                yield start, base_nD, self.whole_ND
 
-    def _candidates(self, unit_QD: np.ndarray, wanted: int, gpu: int) -> Found:
+    def _attempt(self, unit_qD: np.ndarray, self_rows_q: np.ndarray | None, margin: int, worker: int) -> tuple[np.ndarray, ...]:
+        """The k nearest of k + 1 + margin candidates of each block, and for which queries a row that is no candidate might be one."""
+        rows_qK = np.full((len(unit_qD), self.k), -1, np.int32)
+        cosines_qK = np.full((len(unit_qD), self.k), -np.inf, np.float32)
+        passed_over_q = np.full(len(unit_qD), -np.inf, np.float32)  # the most that a row which is no candidate scores
+        for first_row, base_nD, unit_nD in self._base_blocks():
+            wanted = min(self.k + 1 + margin, len(base_nD))
+            scores_qM, places_qM = self._candidates(unit_qD, unit_nD, wanted, worker)
+            if wanted < len(base_nD):
+                passed_over_q = np.maximum(passed_over_q, scores_qM[:, -1])
+            # those that cannot enter need no second computation: they come last
+            hopeful_qM = scores_qM >= cosines_qK[:, -1:] - self.tolerance
+            self._merge((rows_qK, cosines_qK), base_nD, first_row, unit_qD, places_qM, hopeful_qM.sum(axis=1), self_rows_q)
+        return rows_qK, cosines_qK, passed_over_q > cosines_qK[:, -1] - self.tolerance
+
+    def _candidates(self, unit_qD: np.ndarray, unit_nD: np.ndarray, wanted: int, worker: int) -> Found:
+        """The highest scores (q, M) and their places in the block of the base, highest first."""
         import faiss
 
-        if not self.gpus and len(unit_QD) * self.unit_ND.size < _FAISS_LEAST_PRODUCTS:
-            scores_QN = unit_QD @ self.unit_ND.T
-            rows_QM = np.argpartition(-scores_QN, wanted - 1, axis=1)[:, :wanted]
-            return np.take_along_axis(scores_QN, rows_QM, axis=1), rows_QM
+        if not self.resources and len(unit_qD) * unit_nD.size < _FAISS_LEAST_PRODUCTS:
+            scores_qn = unit_qD @ unit_nD.T
+            places_qM = np.argpartition(-scores_qn, wanted - 1, axis=1)[:, :wanted]
+            scores_qM = np.take_along_axis(scores_qn, places_qM, axis=1)
+            order_qM = np.argsort(-scores_qM, axis=1)
+            return np.take_along_axis(scores_qM, order_qM, axis=1), np.take_along_axis(places_qM, order_qM, axis=1)
         metric = faiss.METRIC_INNER_PRODUCT
-        if not self.gpus:
-            return faiss.knn(unit_QD, self.unit_ND, wanted, metric=metric)
-        return faiss.knn_gpu(
-            self.resources[gpu],
-            unit_QD.astype(np.float16),
-            self.unit_ND,
-            wanted,
-            metric=metric,
-            device=gpu,
-            vectorsMemoryLimit=_GPU_BASE_BYTES,
-            queriesMemoryLimit=_GPU_QUERY_BYTES,
-        )
+        if not self.resources:
+            return faiss.knn(unit_qD, unit_nD, wanted, metric=metric)
+        gpu = worker % len(self.resources)
+        half_qD: np.ndarray = unit_qD.astype(np.float16)
+        with self.locks[gpu]:
+            return faiss.knn_gpu(
+                self.resources[gpu],
+                half_qD,
+                unit_nD,
+                wanted,
+                metric=metric,
+                device=gpu,
+                vectorsMemoryLimit=_GPU_BASE_BYTES,
+                queriesMemoryLimit=_GPU_QUERY_BYTES,
+            )
 
-    def _cosines(self, unit_QD: np.ndarray, rows_QM: np.ndarray) -> np.ndarray:
-        """Cosines float32 (Q, M) of candidates, each the same whatever block, thread or device found it."""
-        import faiss
+    def _merge(
+        self,
+        best: Found,
+        base_nD: np.ndarray,
+        first_row: int,
+        unit_qD: np.ndarray,
+        places_qM: np.ndarray,
+        hopeful_q: np.ndarray,
+        self_rows_q: np.ndarray | None,
+    ) -> None:
+        """Put the first `hopeful_q` candidates of each query among its best, by cosines that are the same whatever block, thread or
+        device found them."""
+        rows_qK, cosines_qK = best
+        part_rows = max(1, _RESCORED_BYTES // (4 * places_qM.shape[1] * unit_qD.shape[1]))
 
-        cosines_QM = np.empty(rows_QM.shape, np.float32)
-        block_rows = max(1, _RESCORED_BYTES // (4 * rows_QM.shape[1] * unit_QD.shape[1]))
+        def one_part(start: int) -> None:
+            part = slice(start, start + part_rows)
+            places_qm = places_qM[part, : hopeful_q[part].max()]
+            rows_qm = (places_qm + first_row).astype(np.int32)
+            candidates_qmD = base_nD[places_qm].astype(np.float32, copy=False)
+            cosines_qm = np.vecdot(candidates_qmD, unit_qD[part][:, None, :]) * self.inverse_N[rows_qm]
+            if self_rows_q is not None:
+                cosines_qm[rows_qm == self_rows_q[part, None]] = -np.inf
+            all_rows_q = np.concatenate([rows_qK[part], rows_qm], axis=1)
+            all_cosines_q = np.concatenate([cosines_qK[part], cosines_qm], axis=1)
+            order_qK = np.lexsort((all_rows_q, -all_cosines_q), axis=1)[:, : self.k]
+            cosines_qK[part] = np.take_along_axis(all_cosines_q, order_qK, axis=1)
+            nearest_qK = np.take_along_axis(all_rows_q, order_qK, axis=1)
+            rows_qK[part] = np.where(np.isneginf(cosines_qK[part]), -1, nearest_qK)
 
-        def one_block(start: int) -> None:
-            block = slice(start, start + block_rows)
-            candidates_qMD = self.base_ND[rows_QM[block]].astype(np.float32, copy=False)
-            dots_qM = np.vecdot(candidates_qMD, unit_QD[block][:, None, :])
-            cosines_QM[block] = dots_qM * self.inverse_N[rows_QM[block]]
-
-        starts = range(0, len(unit_QD), block_rows)
-        if len(starts) == 1:
-            one_block(0)
-        else:
-            with ThreadPoolExecutor(faiss.omp_get_max_threads()) as pool:
-                list(pool.map(one_block, starts))
-        return cosines_QM
+        in_threads(one_part, range(0, len(unit_qD), part_rows), self.threads)

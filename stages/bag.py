@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from bingo.bags import Bags
     from bingo.data.listing import Listing
+    from bingo.rows import Rows
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -33,8 +34,8 @@ def main() -> None:
         listing = read_listing(paths.LISTING)
         embeddings = read_embeddings(paths.EMBEDDINGS, listing)
         from_teacher = run.params.bagging.relation == "teacher"
-        features_TD = embeddings.train_features_TD if from_teacher else _student_features(run, listing)
-        bags = _build(run, features_TD, listing.labels_N[: listing.train_rows])
+        features = embeddings.train_features if from_teacher else _student_features(run, listing)
+        bags = _build(run, features, listing.labels_N[: listing.train_rows])
         metrics = bag_metrics(bags, listing.labels_N[: listing.train_rows] if listing.labelled else None)
         write_bags(paths.BAGS, bags, listing.fingerprint, embeddings.fingerprint)
         write_json(paths.REPORTS / "bags.json", metrics)
@@ -60,18 +61,18 @@ def _student_features(run: Run, listing: "Listing") -> "np.ndarray":
         return backbone_features(student, images, rows_T, params.image, device, params.extract.precision, params.extract.batch_images)
 
 
-def _build(run: Run, features_TD, labels_T) -> "Bags":
+def _build(run: Run, features: "Rows", labels_T: "np.ndarray") -> "Bags":
     from dataclasses import replace
 
     from bingo.bag_builders import build_kmeans, build_knn, build_label
 
     params = run.params.bagging
     if params.method == "knn":
-        bags = build_knn(features_TD, params.k, params.mutual)
+        bags = build_knn(features, params.k, params.mutual)
     elif params.method == "kmeans":
-        bags = build_kmeans(features_TD, params.clusters, params.iterations, params.k, run.params.seed)
+        bags = build_kmeans(features, params.clusters, params.iterations, params.k, run.params.seed)
     else:
-        bags = build_label(labels_T, features_TD, params.k)
+        bags = build_label(labels_T, features, params.k)
     return replace(bags, settings={**bags.settings, "relation": params.relation, "draw_temperature": params.draw_temperature})
 
 

@@ -12,10 +12,11 @@ import pytest
 import zarr
 from sklearn.datasets import load_digits
 
-from bingo import seeds
+from bingo import bag_builders, neighbors, seeds
 from bingo.bag_builders import build_kmeans, build_knn, build_label
 from bingo.bag_metrics import bag_metrics
 from bingo.bags import Bags, matching_pairs, read_bags, write_bags
+from bingo.data.chunks import StoredRows, new_array
 from bingo.errors import UserError
 
 LISTING = SimpleNamespace(fingerprint="aa11", train_rows=400)
@@ -124,6 +125,37 @@ def test_kmeans_with_as_many_clusters_as_rows_leaves_singletons_empty():
     np.testing.assert_array_equal(bags.draw(np.arange(40), np.full(40, 0.7)), np.arange(40))
     assert bag_metrics(bags, None)["cluster_size"]["singletons"] == 40
     assert bag_metrics(bags, None)["empty_bags"] == 40
+
+
+@pytest.mark.parametrize("budget_bytes", [20_000, 10**9])
+def test_bags_of_a_store_larger_than_the_memory_are_the_same_bytes(digits, tmp_path, monkeypatch, budget_bytes):
+    """By blocks and their best merged, K-means and its assignment included; one class is larger than the smaller budget."""
+    features, labels = digits
+    array = new_array(zarr.create_group(tmp_path / "store", zarr_format=3), "features", features.shape, np.float16, 48)
+    array[:] = features
+    rows = StoredRows(array, len(features), "store", "dvc repro extract")
+    in_memory = [build_knn(features, 5, mutual=True), build_kmeans(features, 60, 3, 5, seed=0), build_label(labels, features, 5)]
+    for module in (neighbors, bag_builders):
+        monkeypatch.setattr(module, "memory_budget", lambda: budget_bytes)
+    streamed = [build_knn(rows, 5, mutual=True), build_kmeans(rows, 60, 3, 5, seed=0), build_label(labels, rows, 5)]
+    for one, other in zip(in_memory, streamed, strict=True):
+        write_bags(tmp_path / "one.zarr", one, "aa11", "ee55")
+        write_bags(tmp_path / "other.zarr", other, "aa11", "ee55")
+        assert contents(tmp_path / "one.zarr") == contents(tmp_path / "other.zarr")
+
+
+def test_kmeans_of_more_rows_than_it_trains_on_draws_them_from_the_seed(digits, monkeypatch):
+    features, _ = digits
+    monkeypatch.setattr(bag_builders, "_TRAINED_NUMBERS", 100 * 64 + 63)
+    bags = [build_kmeans(features, 4, 60, 5, seed) for seed in (0, 0, 1)]
+    assert bags[0].settings["trained_rows"] == 100
+    np.testing.assert_array_equal(bags[0].centroids_CD, bags[1].centroids_CD)
+    assert (bags[0].centroids_CD != bags[2].centroids_CD).any()
+    drawn = bag_builders._trained_rows(features, 4, 0)
+    unit = features / np.linalg.norm(features.astype(np.float32), axis=1, keepdims=True)
+    rows = [int((np.abs(unit - row).sum(axis=1)).argmin()) for row in drawn]
+    np.testing.assert_allclose(drawn, unit[rows], atol=1e-3)
+    assert max(rows) > 300 > 100 > min(rows)  # from everywhere
 
 
 def whole_bag(bags, row):

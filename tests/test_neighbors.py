@@ -2,13 +2,19 @@
 
 import math
 from collections import defaultdict
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
 import pytest
+import zarr
 
 import bingo.neighbors as neighbors
-from bingo.neighbors import inverse_norms, top_k, unit_rows, votes
+import bingo.rows as rows_module
+from bingo.data.chunks import StoredRows, new_array
+from bingo.errors import UserError
+from bingo.neighbors import top_k, votes
+from bingo.rows import held, inverse_norms, memory_budget, unit_rows
 
 
 def brute_force(queries, base, k, self_rows=None):
@@ -137,10 +143,94 @@ def test_gpus_share_the_blocks_and_float16_search_gives_the_same_answer(monkeypa
     np.testing.assert_array_equal(cosines, wanted_cosines)
 
 
+def stored(folder, x, chunk_rows=16):
+    """The rows in a store, and 3 more that are not asked for."""
+    array = new_array(zarr.create_group(folder, zarr_format=3), "features", (len(x) + 3, x.shape[1]), x.dtype, chunk_rows)
+    array[:] = np.concatenate([x, x[:3]])
+    return StoredRows(array, len(x), "the store", "dvc repro extract")
+
+
+@pytest.mark.parametrize("budget_bytes", [6_000, 40_000, 10**9])
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_blocks_from_a_store_in_any_memory_give_the_same_bits(tmp_path, monkeypatch, budget_bytes, gpus):
+    """With ties across blocks, and one of more rows than the first margin; the smallest budget is 11 blocks."""
+    x = np.concatenate([with_duplicates(), data(60, seed=2)])
+    x[160:200:2] = x[5]
+    x[np.arange(3, 210, 7)] = x[3]
+    wanted = top_k(x, x, 6, np.arange(len(x)))
+    monkeypatch.setattr(neighbors, "_GPU_LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: gpus)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "knn_gpu", half_precision_search, raising=False)
+    features = stored(tmp_path, x)
+    for found in (
+        top_k(features, features, 6, np.arange(len(x)), budget_bytes=budget_bytes),
+        top_k(x, features, 6, np.arange(len(x)), block_rows=50, budget_bytes=budget_bytes),
+        top_k(x, x, 6, np.arange(len(x)), budget_bytes=budget_bytes),
+    ):
+        np.testing.assert_array_equal(found[0], wanted[0])
+        np.testing.assert_array_equal(found[1], wanted[1])
+
+
+def half_precision_search(_resources, queries, base, k, metric, **_):
+    return faiss.knn(queries.astype(np.float32), base.astype(np.float32), k, metric=metric)
+
+
+def test_a_streamed_search_holds_no_more_than_its_budget(tmp_path, monkeypatch):
+    """The largest blocks that are asked for and multiplied: half of the budget for the base, half for the queries."""
+    features, seen = stored(tmp_path, data(300)), []
+    whole_search = neighbors._Search._candidates
+
+    def candidates(search, unit_qD, unit_nD, *others):
+        seen.append((len(unit_qD), len(unit_nD)))
+        return whole_search(search, unit_qD, unit_nD, *others)
+
+    monkeypatch.setattr(neighbors._Search, "_candidates", candidates)
+    top_k(features, features, 4, budget_bytes=20_000)
+    query_rows, base_rows = np.max(seen, axis=0)
+    assert base_rows * 24 * (2 + 4) <= 10_000 < (base_rows + 1) * 24 * (2 + 4)  # float16 as stored, float32 at length 1
+    assert query_rows * 24 * (2 + 4) <= 10_000
+    assert isinstance(held(features, 300 * 24 * 6), np.ndarray)
+    assert held(features, 300 * 24 * 6 - 1) is features
+
+
+def test_stored_rows_are_a_matrix(tmp_path):
+    x, rng = data(50), np.random.default_rng(0)
+    features = stored(tmp_path, x)
+    assert (len(features), features.shape, features.dtype) == (50, (50, 24), np.float16)
+    for rows in (slice(None), slice(3, 40), slice(45, 90), slice(60, 70), np.arange(0), rng.permutation(50), rng.integers(0, 50, 99)):
+        np.testing.assert_array_equal(features[rows], x[rows])
+    (tmp_path / "features/c/1/0").unlink()
+    np.testing.assert_array_equal(features[np.array([40, 3])], x[[40, 3]])
+    with pytest.raises(UserError, match="the store: array features has no value at row 16: chunk 1 is missing; run: dvc repro extract"):
+        top_k(x[:3], features, 2)
+
+
+def test_the_memory_to_plan_with_is_what_control_groups_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(rows_module, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(rows_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000))
+    assert memory_budget() == 5_000_000  # a system without control groups
+    (tmp_path / "own").write_text("9:memory:/job\n0::/slurm/job/step\n")
+    step, job, old = tmp_path / "slurm/job/step", tmp_path / "slurm/job", tmp_path / "memory/job"
+    for folder, limit, used, limit_bytes in (
+        (step, "memory.max", "memory.current", "max"),
+        (job, "memory.max", "memory.current", "800000"),
+        (old, "memory.limit_in_bytes", "memory.usage_in_bytes", "2000000"),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{limit_bytes}\n")
+        (folder / used).write_text("300000\n")
+        (folder / "memory.stat").write_text("anon 200000\ninactive_file 100000\ntotal_inactive_file 100000\n")
+    assert memory_budget() == 300_000  # the job's: 800000 - 300000 + 100000 of page cache, half of it
+    (job / "memory.max").write_text("max\n")
+    assert memory_budget() == 900_000  # version 1's
+
+
 def test_norms_zero_rows_and_numbers_that_are_not_finite():
     x = data(20, dtype=np.float32)
     x[4] = 0
-    np.testing.assert_allclose(np.linalg.norm(unit_rows(x, block_rows=7), axis=1), np.arange(20) != 4, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(unit_rows(x, threads=2), axis=1), np.arange(20) != 4, atol=1e-6)
     assert inverse_norms(x)[4] == 0
     np.testing.assert_allclose(inverse_norms(np.full((2, 4), 60000, np.float16)), 1 / 120000, rtol=1e-3)
     assert (top_k(x[4:5], x, 3)[1] == 0).all()

@@ -30,7 +30,7 @@ INFRASTRUCTURE |= {"stages/experiments.py", "bingo/experiments.py", "bingo/exper
 # a teacher pass or a training, and none of them can reach a network or an embedding.
 WATCHING = {
     f"bingo/{name}.py"
-    for name in ("neighbors", "evals/knn", "evals/probe", "evals/features", "evals/collapse", "evals/teacher_check", "costs")
+    for name in ("neighbors", "rows", "evals/knn", "evals/probe", "evals/features", "evals/collapse", "evals/teacher_check", "costs")
 }
 WATCHED = ("teacher", "extract", "distill", "baseline")
 # Which layer a module is in; imports go to the same or a lower number.
@@ -38,7 +38,7 @@ LAYERS = [
     (r"bingo/(params|errors|recipes|artefacts|checksums|seeds|schedules|distributed|progress|checkpoints|finite)\.py", 0),
     (r"bingo/methods/\w+_params\.py", 0),
     (r"bingo/nets/names\.py", 0),
-    (r"bingo/(data|nets)/.*|bingo/neighbors\.py", 1),
+    (r"bingo/(data|nets)/.*|bingo/(neighbors|rows)\.py", 1),
     (r"bingo/bag\w*\.py|bingo/gallery.*|bingo/methods/.*", 2),
     (r"bingo/(train|batches|costs|estimates|dry_run|extract|embed\w*|model_card|plots|experiments\w*|report\w*)\.py", 3),
     (r"bingo/(evals|export)/.*", 3),

@@ -115,6 +115,34 @@ def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: st
     return x
 
 
+class StoredRows:
+    """The first rows of an array of floats (N, D) in a store, read when they are asked for: the whole may be larger than the memory.
+
+    Indexed as a numpy array is: by a slice, or by row numbers int (n,), for which each chunk that holds one is read once. Reading
+    raises UserError where a chunk is damaged or missing.
+    """
+
+    def __init__(self, array: zarr.Array, rows: int, store_name: str, way_out: str):
+        self._array, self._store_name, self._way_out = array, store_name, way_out
+        self.shape: tuple[int, ...] = (rows, *array.shape[1:])
+        self.dtype = np.dtype(array.dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
+        if isinstance(rows, slice):
+            return read_rows(self._array, slice(*rows.indices(len(self))), self._store_name, self._way_out)
+        x = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        chunk_rows = self._array.chunks[0]
+        chunks_n = rows // chunk_rows
+        for chunk in np.unique(chunks_n):
+            wanted = np.flatnonzero(chunks_n == chunk)
+            start = int(chunk) * chunk_rows
+            x[wanted] = self[start : start + chunk_rows][rows[wanted] - start]
+        return x
+
+
 def forget_other_reads() -> None:
     """After a failed read: zarr leaves its reads of other chunks unfinished, of which asyncio and Python would print lines at the end."""
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)

@@ -19,7 +19,7 @@ import numpy as np
 import zarr
 
 from bingo.artefacts import fingerprint, new_directory
-from bingo.data.chunks import chunk_is_written, new_array, open_array, open_group, read_rows, seal
+from bingo.data.chunks import StoredRows, chunk_is_written, new_array, open_array, open_group, read_rows, seal
 from bingo.errors import UserError
 
 if TYPE_CHECKING:
@@ -149,6 +149,11 @@ class Embeddings:
         if "features_ND" in self.__dict__:
             return self.features_ND[: self.train_rows]
         return read_rows(self._features, slice(0, self.train_rows), self.name, _WAY_OUT)
+
+    @property
+    def train_features(self) -> StoredRows:
+        """Features of the train rows, float16 (T, D), left in the store until rows are asked for."""
+        return StoredRows(self._features, self.train_rows, self.name, _WAY_OUT)
 
 
 def read_embeddings(path: Path | str, listing: "Listing") -> Embeddings:
