@@ -1,5 +1,5 @@
 # `make demo`: from a fresh clone to reports/index.html. `make test`: the tests. `make compare`: methods x seeds as DVC experiments.
-# All make .venv first, once.
+# `make bench`: speed beside named limits and peers, an hour on 2 quiet cores; a GPU is used where there is one. All make .venv first, once.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -11,7 +11,7 @@ JOBS ?= 1
 BASE ?=
 ROOT ?=
 
-.PHONY: demo test compare setup lint clean-state
+.PHONY: demo test compare bench setup lint clean-state
 demo: setup
 	dvc repro
 	@echo "the report: $(CURDIR)/reports/index.html"
@@ -21,6 +21,17 @@ test: setup
 
 compare: setup
 	python -m benchmarks.compare --variants $(VARIANTS) --seeds $(SEEDS) --jobs $(JOBS) $(if $(BASE),--base $(BASE)) $(if $(ROOT),--root $(ROOT))
+
+bench: setup
+	python -m benchmarks.bench_step
+	python -m benchmarks.bench_step --teacher resnet152
+	python -m benchmarks.bench_step --teacher resnet50 --width 2
+	python -m benchmarks.bench_step --case small
+	python -m benchmarks.bench_loader
+	python -m benchmarks.bench_extract
+	python -m benchmarks.bench_bags --plot benchmarks/plots/bags.svg
+	python -m benchmarks.bench_pipeline
+	python -m benchmarks.growth --plot benchmarks/plots/growth.svg
 
 setup: $(VENV)/.done
 $(VENV)/.done: requirements.lock
