@@ -1,8 +1,13 @@
 # `make demo`: from a fresh clone to reports/index.html. `make test`: the tests. `make compare`: methods x seeds as DVC experiments.
-# `make bench`: speed beside named limits and peers, an hour on 2 quiet cores; a GPU is used where there is one. All make .venv first, once.
+# `make bench`: speed beside named limits and peers, an hour on 2 quiet cores; a GPU is used where there is one.
+# `make fuzz`: hostile input by the thousand. All make .venv first, once.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
+
+# Of make fuzz.
+FUZZ_CASES ?= 10000
+FUZZ_SEED ?= 0
 
 # Of make compare: recipes, seeds, how many seeds at a time, and a recipe to lay them over with where its images are.
 VARIANTS ?= $(patsubst recipes/%.yaml,%,$(wildcard recipes/method-*.yaml))
@@ -11,13 +16,16 @@ JOBS ?= 1
 BASE ?=
 ROOT ?=
 
-.PHONY: demo test compare bench setup lint clean-state
+.PHONY: demo test fuzz compare bench setup lint clean-state
 demo: setup
 	dvc repro
 	@echo "the report: $(CURDIR)/reports/index.html"
 
 test: setup
 	python -m pytest -q
+
+fuzz: setup
+	python -m benchmarks.fuzz --cases $(FUZZ_CASES) --seed $(FUZZ_SEED)
 
 compare: setup
 	python -m benchmarks.compare --variants $(VARIANTS) --seeds $(SEEDS) --jobs $(JOBS) $(if $(BASE),--base $(BASE)) $(if $(ROOT),--root $(ROOT))

@@ -29,8 +29,7 @@ def build_knn(features: Rows, k: int, mutual: bool = False) -> Bags:
     """The k rows with the highest cosine to each row, itself left out by its number; `mutual`: those of them that have the row among
     their own k (which reads members alone). Raises UserError where k is too large."""
     rows = len(features)
-    if k >= rows:
-        raise UserError(f"bagging.k = {k}: a bag of the {rows} train rows has at most {rows - 1} members; lower bagging.k")
+    _check_k(k, rows)
     features = held(features, memory_budget())
     _check_features(features)
     members_TK, cosines_TK = top_k(features, features, k, np.arange(rows))
@@ -38,6 +37,11 @@ def build_knn(features: Rows, k: int, mutual: bool = False) -> Bags:
     if mutual:
         members_TK, similarity_TK = _mutual(members_TK, similarity_TK)
     return Bags({**_settings("knn", k), "mutual": mutual}, members_TK, similarity_TK)
+
+
+def _check_k(k: int, rows: int) -> None:
+    if k >= rows:
+        raise UserError(f"bagging.k = {k}: a bag of the {rows} train rows has at most {rows - 1} members; lower bagging.k")
 
 
 def _mutual(members_TK: np.ndarray, similarity_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,6 +67,7 @@ def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: i
     rows = len(features)
     if clusters > rows:
         raise UserError(f"bagging.clusters = {clusters}: there are only {rows} train rows; lower bagging.clusters")
+    _check_k(k, rows)
     features = held(features, memory_budget())
     _check_features(features)
     trained_nD = _trained_rows(features, clusters, seed)
@@ -106,6 +111,7 @@ def build_label(labels_T: np.ndarray, features: Rows, k: int) -> Bags:
     if unknown:
         problem = f"bagging.method = label: {unknown} of {len(labels_T)} train rows have no label"
         raise UserError(f"{problem}; set bagging.method to knn or kmeans, or sort the images into class folders")
+    _check_k(k, len(labels_T))
     features = held(features, memory_budget())
     _check_features(features)
     classes = int(labels_T.max()) + 1

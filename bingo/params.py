@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
-from bingo.errors import UserError, near_matches
+from bingo.errors import UserError, near_matches, short
 
 # Bounds are far beyond sense: they keep a slip of the keyboard from becoming an overflow or an endless run.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -27,6 +27,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
 Precision = Literal["auto", "fp32", "bf16"]
+_MOST_MISTAKES = 40
 
 
 def _check_name(name: Any) -> str:
@@ -514,26 +515,27 @@ def validate(raw: Any, origin: str) -> Params:
     try:
         return schema().model_validate(raw)
     except ValidationError as error:
-        raise UserError([f"{origin}: {line}" for line in mistakes(error, schema())]) from None
+        lines = [f"{origin}: {line}" for line in mistakes(error, schema())]
+        more = [f"{origin}: and {len(lines) - _MOST_MISTAKES} more mistakes"] if len(lines) > _MOST_MISTAKES else []
+        raise UserError([*lines[:_MOST_MISTAKES], *more]) from None
 
 
 def read_yaml(path: Path | str) -> Any:
     """A YAML 1.2 file (so that 1e-05, as DVC writes it, is a number). Raises UserError where it cannot be read or parsed."""
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
 
     try:
         return YAML(typ="safe", pure=True).load(Path(path).read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the folder that holds params.yaml") from None
-    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except Exception as error:  # arbitrary text makes the parser raise almost anything
         raise UserError(f"{path}: is not YAML: {_yaml_reason(error)}; mend it") from None
 
 
 def _yaml_reason(error: Exception) -> str:
     """What is wrong and where, in one line of at most some 200 characters."""
     mark = getattr(error, "problem_mark", None)
-    reason = " ".join(str(getattr(error, "problem", None) or error).split())
+    reason = " ".join(str(getattr(error, "problem", None) or error).split()) or type(error).__name__
     place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     return (reason if len(reason) <= 160 else f"{reason[:160]}...") + place
 
@@ -551,7 +553,7 @@ def mistakes(error: ValidationError, model: Any, section: str = "") -> list[str]
             lines.append(f"{key} is not a known key{near_matches(str(item['loc'][-1]), keys)}; allowed are {', '.join(keys)}")
         else:
             message = _message(item)
-            value = "" if isinstance(item["input"], dict | BaseModel) else f" = {_short(item['input'])}"
+            value = "" if isinstance(item["input"], dict | BaseModel) else f" = {short(item['input'])}"
             lines.append(f"{key}{value}: {message}" if key else message)
     return lines
 
@@ -560,11 +562,6 @@ def _message(item: Any) -> str:
     if item["type"] in ("model_type", "dict_type"):
         return "allowed is a section, that is keys with values"
     return item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _keys_beside(model: Any, loc: tuple) -> list[str]:

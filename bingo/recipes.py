@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bingo.errors import UserError, near_matches
+from bingo.errors import UserError, near_matches, short
 from bingo.params import mistakes, read_yaml
 
 PARTS = "parts"
@@ -150,7 +150,7 @@ def _in_order(folder: Path, name: str, above: tuple[str, ...]) -> Iterator[Path]
         raise UserError(f"{path}: includes go round in a circle ({' -> '.join((*above, name))}); take one of them out")
     names = _content(path).get("includes") or []
     if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
-        raise UserError(f"{path}: includes = {names!r}: allowed is a list of recipes' names")
+        raise UserError(f"{path}: includes = {short(names)}: allowed is a list of recipes' names")
     for included in names:
         if included not in (known := recipe_names(folder, parts=True)):
             raise UserError(f"{path}: includes {included}, but there is no such recipe{near_matches(included, known)}")

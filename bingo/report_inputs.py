@@ -106,7 +106,9 @@ def read_network_facts(path: Path, prefix: str = "") -> NetworkFacts | None:
             metadata = json.loads((file.metadata() or {})["bingo"])
             slices = [file.get_slice(name) for name in file.keys() if _is_parameter(name, prefix)]  # noqa: SIM118 (no mapping)
             counts = [math.prod(part.get_shape()) for part in slices if "F" in part.get_dtype()]  # F32, F16, BF16
-    except (Damaged, SafetensorError, KeyError, ValueError) as error:
+            if not isinstance(metadata, dict):
+                raise Damaged("its metadata are no names with values")
+    except (Damaged, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no network of BINGO ({' '.join(str(error).split())}); delete it and run: dvc repro") from None
     return NetworkFacts(metadata, sum(counts))
 

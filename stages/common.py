@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bingo.artefacts import file_fingerprint, fingerprint, write_json
-from bingo.errors import GroupLost, Interrupted, UserError, near_matches
+from bingo.errors import GroupLost, Interrupted, UserError, near_matches, out_of_memory
 from bingo.params import Params, load_params, read_yaml
 from stages.paths import RUNS
 from stages.state import sweep
@@ -113,6 +113,11 @@ def mistakes_as_lines() -> Iterator[None]:
             raise
         way_out = "free some room" if error.errno in NO_ROOM else "mend the rights"
         _tell([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: what is done is not lost"])
+        raise SystemExit(USER_MISTAKE) from None
+    except (MemoryError, RuntimeError) as error:
+        if (line := out_of_memory(error)) is None:
+            raise
+        _tell([line])
         raise SystemExit(USER_MISTAKE) from None
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":

@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # whatever the suffix; others are rare, and EPS is a program to be run
+MOST_SCANS = 100  # of a JPEG file; progressive ones have about 10, and each may cost a pass over all pixels without a byte of data
+MOST_PLAIN_PIXELS = 4_000_000  # of a PPM file in plain text, which Pillow reads number by number in Python
 DRAFT_MARGIN = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 only where this many times the wanted size remains
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -23,6 +26,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_JPEG = ("JPEG", "MPO")
 _TURNED = (5, 6, 7, 8)  # height and width change places
 
 # An image of this many pixels is refused as a bad image, where Pillow would only warn; its other warnings name no file.
@@ -45,7 +49,7 @@ class Header:
 
 def check_header(path: Path) -> None:
     """Open an image file without decoding it. Raises BadImage."""
-    with _reasons(), Image.open(path):
+    with _reasons(), Image.open(path, formats=FORMATS):
         pass
 
 
@@ -68,11 +72,11 @@ def decode_rgb(file_bytes: bytes, may_shrink: Callable[[int, int], float]) -> tu
     `may_shrink(height, width)` of the upright image is asked once, by how much at most; only JPEG files (scaled DCT) use it.
     Raises BadImage for whatever cannot be decoded, truncated files and decompression bombs included.
     """
-    with _reasons(), Image.open(io.BytesIO(file_bytes)) as image:
+    with _opened(file_bytes) as image:
         orientation = _orientation(image)
         (width, height), factor = image.size, 1
         most = may_shrink(width, height) if orientation in _TURNED else may_shrink(height, width)
-        if image.format in ("JPEG", "MPO"):
+        if image.format in _JPEG:
             factor = max(f for f in (1, 2, 4, 8) if f == 1 or f <= most)
             if factor > 1:
                 image.draft("RGB", (width // factor, height // factor))
@@ -82,7 +86,7 @@ def decode_rgb(file_bytes: bytes, may_shrink: Callable[[int, int], float]) -> tu
 
 def decode_as_stored(file_bytes: bytes) -> Image.Image:
     """The RGB image in a file at full size and as its pixels lie in it: EXIF's orientation is ignored. Raises BadImage."""
-    with _reasons(), Image.open(io.BytesIO(file_bytes)) as image:
+    with _opened(file_bytes) as image:
         return to_rgb(image)
 
 
@@ -108,13 +112,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImage("its pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):
-        values_HW = np.asarray(image, dtype=np.int64)
+        values_HW = np.asarray(image)
         if values_HW.min() < 0 or values_HW.max() > 65535:
             raise BadImage("its pixels are not of 8 or 16 bits")
         image = Image.fromarray((values_HW >> 8).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")  # transparency may be an entry of the palette
     return image.convert("RGB")
+
+
+@contextmanager
+def _opened(file_bytes: bytes) -> Iterator[Image.Image]:
+    """The image in a file, to be decoded within; whatever is wrong with it is raised as BadImage."""
+    with _reasons(), Image.open(io.BytesIO(file_bytes), formats=FORMATS) as image:
+        if image.format in _JPEG and (scans := file_bytes.count(b"\xff\xda")) > MOST_SCANS:
+            raise BadImage(f"it has {scans} scans, where {MOST_SCANS} are allowed")
+        if image.format == "PPM" and file_bytes[1:2] in b"123" and image.width * image.height > MOST_PLAIN_PIXELS:
+            raise BadImage(f"it has {image.width} x {image.height} pixels in plain text, which take too long to read")
+        yield image
 
 
 def _orientation(image: Image.Image) -> int:

@@ -25,6 +25,8 @@ _RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
 # Residual branches start at work, as in torchvision and so in all released code; timm would start them at zero.
 _RESNET_INIT: dict[str, Any] = {"zero_init_last": False}
 _TWO_HEADED = ("googlenet", "inception_v3")
+_OPTIONS = ("num_heads", "global_pool", "dynamic_img_size")
+_MOST_CHANNELS = 2**16
 _TRANSFORMERS = ("timm.models.vision_transformer", "timm.models.eva")
 
 
@@ -52,6 +54,8 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
     """
     arguments = dict(options or {})
     padding = arguments.pop("padding", None)
+    if unknown := [name for name in arguments if name not in _OPTIONS]:
+        raise UserError(f"arch = {arch}: {unknown[0]} is no option of weights, allowed are {', '.join(_OPTIONS)}")
     if arguments and not is_transformer(arch):
         raise UserError(f"arch = {arch}: these are the weights of a vision transformer; set arch to timm's name of theirs")
     with torch.random.fork_rng(devices=[]):
@@ -129,6 +133,8 @@ def _times(channels: int, width: float) -> int:
     scaled = channels * width
     if scaled < 2 or scaled % 2:
         raise UserError(f"width = {width}: {channels} channels become {scaled:g}, not an even number; set a multiple of 1/32")
+    if scaled > _MOST_CHANNELS:
+        raise UserError(f"width = {width}: {channels} channels become {scaled:g}, allowed are {_MOST_CHANNELS}; lower width")
     return int(scaled)
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,29 @@ def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         check_safetensors(path)
         with safe_open(path, framework="pt") as file:
-            entries = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {})[_ENTRY])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        if not isinstance(metadata, dict):
+            raise Damaged("its metadata are no names with values")
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}); run the stage that writes it: dvc repro") from None
-    except (Damaged, SafetensorError) as error:
-        raise UserError(f"{path}: is damaged, or BINGO did not write it ({error}); give another, or delete it and run: dvc repro") from None
-    return state, json.loads(entries[_ENTRY])
+    except (Damaged, SafetensorError, KeyError, ValueError, RecursionError) as error:
+        line = f"{path}: is damaged, or BINGO did not write it ({' '.join(str(error).split())})"
+        raise UserError(f"{line}; give another, or delete it and run: dvc repro") from None
+    return state, metadata
+
+
+@contextmanager
+def building(path: Path | str) -> Iterator[None]:
+    """Within it a network is built from what its file says: whatever that makes go wrong becomes a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # metadata of any other type or value end in almost anything
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{path}: its tensors or metadata are not those of one network ({reason}); give a file that BINGO wrote") from None
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
@@ -58,6 +74,13 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -
     A missing `num_batches_tracked` counts as 0, as PyTorch itself has it: old files lack it and no result depends on it.
     """
     expected = module.state_dict()
+    state = check_fits(expected, state, origin)
+    _check_numbers(state, expected, origin)
+    module.load_state_dict(state)
+
+
+def check_fits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """What is to be loaded: `state` with the counters that it lacks. Raises UserError where names or shapes are not those expected."""
     counters = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}
     state = {**{name: counter.new_zeros(()) for name, counter in counters.items()}, **state}
     shapes = [name for name in expected if name in state and state[name].shape != expected[name].shape]
@@ -69,8 +92,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -
     if any(differences.values()):
         parts = [f"{what} {first_names(names)}" for what, names in differences.items() if names]
         raise UserError(f"{origin}: {'; '.join(parts)}; set arch, width and stem to those of the file, or another file")
-    _check_numbers(state, expected, origin)
-    module.load_state_dict(state)
+    return state
 
 
 def _check_numbers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:

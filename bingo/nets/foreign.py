@@ -26,6 +26,7 @@ _BESIDE_WEIGHTS = (
     "__main__.exclude_bias_and_norm",
 )
 _MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before PyTorch 1.6
+_SPARE_BYTES = 64 << 20  # some files hold small tensors in this form
 _WAY_OUT = "set teacher.checkpoint to a file of torch.save or safetensors"
 
 
@@ -85,6 +86,22 @@ def _safetensors(path: Path | str) -> dict[str, Tensor]:
         raise UserError(f"{path}: is not a whole safetensors file ({error}); {_WAY_OUT}") from None
 
 
+class _TooLarge(Exception):
+    pass
+
+
+def _check_sizes(content: Any, file_bytes: int) -> None:
+    """Refuse tensors that stand for more numbers than the file has bytes for: a few bytes may claim any shape, with strides of 0."""
+    waiting, seen = [("", content)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor) and value.numel() * value.element_size() > file_bytes + _SPARE_BYTES:
+            raise _TooLarge(f"its tensor {name or 'without a name'} of shape {tuple(value.shape)} is larger than the file")
+        if isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.items() if isinstance(value, dict) else (("", item) for item in value)
+
+
 def _torch_file(path: Path | str) -> Any:
     with open(path, "rb") as file:
         start = file.read(len(_MAGIC))
@@ -95,7 +112,11 @@ def _torch_file(path: Path | str) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals([(Nothing, name) for name in _BESIDE_WEIGHTS]):
             warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read is refused below
             # Files from before PyTorch 1.6, as MoCo's are, are no zip archives and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        _check_sizes(content, Path(path).stat().st_size)
+        return content
+    except _TooLarge as error:
+        raise UserError(f"{path}: {error}; {_WAY_OUT}") from None
     except pickle.UnpicklingError as error:
         if named := _GLOBAL.search(str(error)):
             line = f"{path}: holds pickled code ({named[1]}), which is never run; save its state_dict alone with torch.save"

@@ -4,11 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import ValidationError
-
-from bingo.errors import UserError
 from bingo.nets.backbones import Backbone
+from bingo.nets.checkpoint import building
 from bingo.nets.students import load_student
 from bingo.nets.teachers import load_teacher
 from bingo.params import ImageParams
@@ -40,31 +37,16 @@ class StoredNetwork:
 
 def read_student(path: Path) -> StoredNetwork:
     """The student, or a baseline, in a file. Raises UserError where the file is none, or is damaged."""
-    try:
-        backbone, metadata = load_student(path)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # tensors or metadata that this network has not
-        raise _damaged(path, error) from None
-    if not all(torch.isfinite(tensor).all() for tensor in backbone.state_dict().values()):
-        raise UserError(f"{path}: its weights hold nan or inf; the training diverged, give another file")
+    backbone, metadata = load_student(path)
     return StoredNetwork(backbone, metadata, _image(path, metadata))
 
 
 def read_teacher(path: Path) -> StoredNetwork:
     """The teacher's backbone, without its head. Raises UserError where the file is no teacher's, or is damaged."""
-    try:
-        teacher = load_teacher(path)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from None
+    teacher = load_teacher(path)
     return StoredNetwork(teacher.backbone, teacher.metadata, _image(path, teacher.metadata))  # type: ignore[arg-type]
 
 
 def _image(path: Path, metadata: dict[str, Any]) -> ImageParams:
-    try:
+    with building(path):
         return ImageParams(**{name: metadata[name] for name in ImageParams.model_fields})
-    except (KeyError, ValidationError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:160]
-    return UserError(f"{path}: its tensors or metadata are not those of one network ({reason}); give a file that BINGO wrote")

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import timm
+import torch
 from torch import Tensor, nn
 from torchvision import models as vision
 
 from bingo import seeds
 from bingo.errors import UserError
 from bingo.nets.backbones import Backbone, build_backbone, check_images, is_transformer
-from bingo.nets.checkpoint import first_names, load_strictly
+from bingo.nets.checkpoint import check_fits, first_names, load_strictly
 from bingo.nets.foreign import read_checkpoint, state_dict_in, summary
 from bingo.nets.heads import layered_head
 from bingo.nets.parts import ANY_IMAGE, Parts
@@ -125,6 +126,8 @@ def _head(parts: Parts, backbone: Backbone, origin: str) -> nn.Sequential:
     linears = [f"{i}.weight" for i, kind in enumerate(parts.layers) if kind.startswith("linear")]
     shapes = [tuple(parts.head[name].shape) if name in parts.head else () for name in linears]
     widths = [shape[0] if len(shape) == 2 else 1 for shape in shapes]  # where it is 1, loading names what is wrong
+    with torch.device("meta"):  # shapes that do not fit one another may be of any size
+        check_fits(layered_head(parts.layers, [backbone.feature_width, *widths]).state_dict(), parts.head, origin)
     head = layered_head(parts.layers, [backbone.feature_width, *widths])
     load_strictly(head, parts.head, origin)
     return head

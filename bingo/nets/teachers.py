@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bingo.errors import UserError
 from bingo.nets.backbones import Backbone, build_backbone
-from bingo.nets.checkpoint import load_network, load_strictly, save_network
+from bingo.nets.checkpoint import building, check_fits, load_network, load_strictly, save_network
 from bingo.nets.heads import describe_head, described_head, head_widths, unit
 from bingo.params import ImageParams, NetworkParams
 
@@ -104,8 +104,12 @@ def load_teacher(path: Path | str) -> Teacher:
     state, metadata = load_network(path)
     if metadata.get("kind") != "teacher":
         raise UserError(f"{path}: holds a {metadata.get('kind', 'network of no kind')}, not a teacher; run: dvc repro teacher")
-    backbone = untrained_backbone(metadata, seed_value=0)
-    head = described_head(metadata["head"]) if metadata["head"] else None
-    teacher = Teacher(backbone, head, metadata)
-    load_strictly(teacher, state, str(path))
+    with building(path):
+        if metadata["head"]:
+            with torch.device("meta"):  # a head that the tensors are not of may be of any size
+                described = described_head(metadata["head"]).state_dict(prefix="head.")
+            check_fits(described, {name: tensor for name, tensor in state.items() if name.startswith("head.")}, str(path))
+        head = described_head(metadata["head"]) if metadata["head"] else None
+        teacher = Teacher(untrained_backbone(metadata, seed_value=0), head, metadata)
+        load_strictly(teacher, state, str(path))
     return teacher

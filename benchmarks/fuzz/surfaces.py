@@ -1,0 +1,27 @@
+"""The surfaces that are fuzzed, in the order of the table."""
+
+from pathlib import Path
+
+from benchmarks.fuzz import checkpoints, coco, images, parameters
+from benchmarks.fuzz.harness import Tally, fuzz
+
+SURFACES = (
+    parameters.PARAMS_VALUES,
+    parameters.PARAMS_TEXT,
+    parameters.TAKEN_ON,
+    parameters.RECIPES,
+    images.DAMAGED,
+    images.BOMBED,
+    images.FOLDERS,
+    coco.EDITED,
+    coco.INSTANCES,
+    coco.DAMAGED,
+    checkpoints.FOREIGN,
+    checkpoints.OWN,
+    checkpoints.TRAININGS,
+)
+
+
+def run(number: int, cases: int, seed: int, folder: str) -> Tally:
+    """The cases of one surface; `folder` is empty."""
+    return fuzz(SURFACES[number], cases, seed, Path(folder))
