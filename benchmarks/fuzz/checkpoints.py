@@ -76,7 +76,7 @@ def changed(state: dict[str, Any], changes: list[TensorEdit]) -> dict[str, Any]:
     """A copy of a state dict with some of its tensors changed."""
     state = dict(state)
     for change in changes:
-        if names := [name for name, value in state.items() if isinstance(value, Tensor)]:
+        if names := [name for name, value in state.items() if isinstance(value, Tensor) and value.numel() < 2**20]:
             _change(state, names[change.place % len(names)], change)
     return state
 

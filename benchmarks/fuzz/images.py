@@ -25,6 +25,7 @@ from bingo.data.listing import read_listing, write_listing
 from bingo.data.sources import scan
 from bingo.errors import UserError
 from bingo.params import AugmentParams, DatasetParams
+from stages.terminal import printable
 
 Image.init()
 WRITTEN = sorted(name for name in Image.SAVE if name not in ("BUFR", "GRIB", "HDF5", "WMF", "AVIF"))  # AVIF's writer wants all the memory
@@ -323,7 +324,10 @@ def _folder(case: FolderCase, folder: Path) -> None:
         except (FileExistsError, NotADirectoryError):
             continue  # two entries of one name
     dataset = DatasetParams.model_validate(shipped()["dataset"] | {"source": "folder", "root": str(root)} | case.changes)
-    listing, _ = scan(dataset, 0)
+    try:
+        listing, _ = scan(dataset, 0)
+    except UserError as error:  # names of files are made printable where lines are printed
+        raise UserError([printable(line) for line in error.lines]) from None
     write_listing(folder / "listing.parquet", listing)
     assert read_listing(folder / "listing.parquet").paths == listing.paths
 
