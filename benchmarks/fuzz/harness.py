@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as hypothesis_seed
@@ -22,9 +22,9 @@ from hypothesis.strategies import SearchStrategy
 
 from bingo.errors import UserError
 
-CASE_SECONDS = 10
+CASE_SECONDS = 20  # the making of the input too; on a busy machine
 DEAD_SECONDS = 120  # code that hears no signal for so long: the process ends itself
-CASE_MB = 2048  # the largest image that is decoded at all (89 million pixels, 16-bit grey) needs two thirds of it
+CASE_MB = 1536  # the largest image that is decoded at all, of 89 million pixels in 16 bits or of a palette, needs half of it
 ROOM_MB = 8192  # of addresses, beyond what the process has at its start: no case may take the machine down
 LAST = "last"
 LINE_CHARACTERS, MOST_LINES = 1200, 100
@@ -69,7 +69,8 @@ class Hang(BaseException):
 
 
 def fuzz(surface: Surface, cases: int, seed: int, folder: Path) -> Tally:
-    """Run so many cases, the same for the same seed. `folder/last` holds the present one, for whoever finds this process dead."""
+    """Run so many cases, the same for the same seed. `folder/last` holds the present one, and where it
+    hung, for whoever finds this process dead."""
     tally, last, place = Tally(), folder / LAST, folder / "input"
     place.mkdir()
 
@@ -84,18 +85,19 @@ def fuzz(surface: Surface, cases: int, seed: int, folder: Path) -> Tally:
     )
     @given(surface.cases)
     def one(case: Any) -> None:
-        last.write_text(ascii(case)[:4000])
-        _run(surface, case, place, tally)
+        with last.open("w") as file:
+            print(ascii(case)[:4000], file=file, flush=True)
+            _run(surface, case, place, tally, file)
 
     with _room():
         one()
     return tally
 
 
-def _run(surface: Surface, case: Any, folder: Path, tally: Tally) -> None:
+def _run(surface: Surface, case: Any, folder: Path, tally: Tally, last: TextIO) -> None:
     before_mb, begun, failure, refused = _reset_peak_mb(), time.monotonic(), "", False
     try:
-        with _alarm(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with _alarm(last), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             surface.run(case, folder)
     except UserError as error:
         refused, failure = True, _bad_lines(error.lines)
@@ -134,13 +136,13 @@ def _where() -> str:
 
 
 @contextlib.contextmanager
-def _alarm() -> Iterator[None]:
+def _alarm(last: TextIO) -> Iterator[None]:
     def ring(*_: Any) -> None:
         raise Hang
 
     previous = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, CASE_SECONDS)
-    faulthandler.dump_traceback_later(DEAD_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(DEAD_SECONDS, exit=True, file=last)
     try:
         yield
     finally:

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.fuzz.damage import Damage, damaged, damages
 from benchmarks.fuzz.harness import Surface
 from benchmarks.fuzz.parameters import shipped
-from bingo.data.decode import BadImage, check_header, check_pixels, decode_as_stored, decode_crops, decode_square
-from bingo.data.draws import crop_boxes, draw_views
+from bingo.data.decode import BadImage, check_header, check_pixels, decode_as_stored, decode_square, read_header
+from bingo.data.decode_crops import decode_crops
+from bingo.data.draws import Crops, crop_boxes, draw_views
 from bingo.data.layout import SUFFIXES
 from bingo.data.listing import read_listing, write_listing
 from bingo.data.sources import scan
@@ -218,6 +220,13 @@ def _content(what: Picture | str) -> bytes:
     return bomb(what) if isinstance(what, str) else written(what)
 
 
+def _crops(content: bytes, crops: Crops) -> None:
+    header = read_header(content)
+    decode_crops(
+        content, header, crop_boxes(crops, header.height, header.width), crops.flip_B, torch.empty(3, 12, 12, 3, dtype=torch.uint8)
+    )
+
+
 def _look(case: tuple[Picture | str, list[Damage]], folder: Path) -> None:
     """Every way in which the program opens one image, of bombs only the first ones. Refused where any of them refuses."""
     what, changes = case
@@ -230,10 +239,10 @@ def _look(case: tuple[Picture | str, list[Damage]], folder: Path) -> None:
         lambda: check_header(path),
         lambda: check_pixels(content),
         lambda: decode_square(content, 16, 12),
-        lambda: decode_crops(content, lambda height, width: crop_boxes(crops, height, width), crops.flip_B, 12),
+        lambda: _crops(content, crops),
         lambda: decode_as_stored(content),
     ]
-    reasons = []
+    reasons: list[str] = []
     for way in ways[:3] if isinstance(what, str) else ways:
         try:
             way()

@@ -55,7 +55,7 @@ def check_header(path: Path) -> None:
 
 def read_header(file_bytes: bytes) -> Header:
     """What a file says of its image before its pixels. Raises BadImage."""
-    with _reasons(), Image.open(io.BytesIO(file_bytes)) as image:
+    with _opened(file_bytes) as image:
         orientation = _orientation(image)
         height, width = image.size if orientation in _TURNED else image.size[::-1]
         return Header(height, width, image.format == "JPEG" and image.mode in ("RGB", "L") and orientation not in _UPRIGHT)
