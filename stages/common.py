@@ -114,11 +114,6 @@ def mistakes_as_lines() -> Iterator[None]:
         way_out = "free some room" if error.errno in NO_ROOM else "mend the rights"
         _tell([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: what is done is not lost"])
         raise SystemExit(USER_MISTAKE) from None
-    except (MemoryError, RuntimeError) as error:
-        if (line := out_of_memory(error)) is None:
-            raise
-        _tell([line])
-        raise SystemExit(USER_MISTAKE) from None
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr, flush=True)
@@ -131,8 +126,8 @@ def mistakes_as_lines() -> Iterator[None]:
             print(f"error: {error}; start again to go on", file=sys.stderr, flush=True)
         raise SystemExit(FAILED) from None
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded
-            _tell([f"{' '.join(str(error).split())[:160] or 'out of memory'}; lower the batch, or use more GPUs or machines"])
+        if line := out_of_memory(error):
+            _tell([line])
             raise SystemExit(USER_MISTAKE) from None
         _let_the_first_speak()
         raise
