@@ -13,6 +13,7 @@ import psutil
 
 _READ_ROWS, _THREAD_ROWS = 8192, 512
 _FLOAT32_BYTES = 4
+_LEAST_BUDGET_BYTES = 256 << 20  # with less, a search would be cut into so many blocks that it did not end
 _OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -29,8 +30,8 @@ class Rows(Protocol):
 
 def memory_budget() -> int:
     """Bytes that a stage may plan with: half of what is free on this machine, or within the limits of its control group (containers,
-    SLURM). Nothing that is computed depends on it, only how often a store is read."""
-    return min([psutil.virtual_memory().available, *_cgroup_room()]) // 2
+    SLURM); 256 MiB at least. Nothing that is computed depends on it, only how often a store is read."""
+    return max(_LEAST_BUDGET_BYTES, min([psutil.virtual_memory().available, *_cgroup_room()]) // 2)
 
 
 def _cgroup_room() -> Iterator[int]:

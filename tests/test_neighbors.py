@@ -209,22 +209,24 @@ def test_stored_rows_are_a_matrix(tmp_path):
 def test_the_memory_to_plan_with_is_what_control_groups_leave(tmp_path, monkeypatch):
     monkeypatch.setattr(rows_module, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(rows_module, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(rows_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000))
-    assert memory_budget() == 5_000_000  # a system without control groups
+    monkeypatch.setattr(rows_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000_000))
+    assert memory_budget() == 5_000_000_000  # a system without control groups
     (tmp_path / "own").write_text("9:memory:/job\n0::/slurm/job/step\n")
     step, job, old = tmp_path / "slurm/job/step", tmp_path / "slurm/job", tmp_path / "memory/job"
     for folder, limit, used, limit_bytes in (
         (step, "memory.max", "memory.current", "max"),
-        (job, "memory.max", "memory.current", "800000"),
-        (old, "memory.limit_in_bytes", "memory.usage_in_bytes", "2000000"),
+        (job, "memory.max", "memory.current", "800000000"),
+        (old, "memory.limit_in_bytes", "memory.usage_in_bytes", "2000000000"),
     ):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / limit).write_text(f"{limit_bytes}\n")
-        (folder / used).write_text("300000\n")
-        (folder / "memory.stat").write_text("anon 200000\ninactive_file 100000\ntotal_inactive_file 100000\n")
-    assert memory_budget() == 300_000  # the job's: 800000 - 300000 + 100000 of page cache, half of it
+        (folder / used).write_text("300000000\n")
+        (folder / "memory.stat").write_text("anon 200000000\ninactive_file 100000000\ntotal_inactive_file 100000000\n")
+    assert memory_budget() == 300_000_000  # the job's: 800 - 300 + 100 MB of page cache, half of it
     (job / "memory.max").write_text("max\n")
-    assert memory_budget() == 900_000  # version 1's
+    assert memory_budget() == 900_000_000  # version 1's
+    (old / "memory.limit_in_bytes").write_text("300000001\n")
+    assert memory_budget() == 256 << 20
 
 
 def test_norms_zero_rows_and_numbers_that_are_not_finite():
