@@ -5,7 +5,8 @@ python -m benchmarks.chaos --kills 100       # the digits, made small; two runs 
 A kill is a signal (SIGKILL, SIGTERM, SIGINT) to the stage, to dvc or to both, at a moment drawn from the time that the stage takes when
 undisturbed; the next `dvc repro STAGE` goes on. Checked: the outputs' bytes are those of the undisturbed run; data/, models/ and reports/
 hold no other file than its; no state is left; steps that were done twice lie within one checkpoint interval (of `extract`: within the two
-chunks that it holds); a training that was asked to stop has exit code 75 and loses nothing. Exit code 1 where one of these fails.
+chunks that it holds); a training that was asked to stop has exit code 75 and loses nothing. Exit code 1 where one of these fails. What a
+kill may cut off is a file of dvc's own, .dvc/tmp/rwlock: it is then deleted, as the README says, and counted.
 
 How far a stage is, its progress bar knows: the workspace's copy of bingo/progress.py also writes that down.
 """
@@ -45,6 +46,7 @@ WAYS = (
     ("SIGTERM", "both"),
     ("SIGINT", "both"),
 )
+CUT_LOCK = "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted"  # dvc does not write it whole or not at all
 PATIENCE_SECONDS = 300
 STOPPED = 75
 INTERVAL_SECONDS = 0.5
@@ -130,6 +132,7 @@ class Tally:
     most_lost: int = 0
     resumed: int = 0
     finished: int = 0
+    cut_locks: int = 0
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -213,6 +216,10 @@ class ChaosWorkspace:
         """What lies in the folder of unfinished stages, but for what waits there until DVC has committed the outputs."""
         found = (path for path in (self.root / ".bingo/state").glob("*/*") if path.name != "committed.json")
         return sorted(str(path.relative_to(self.root)) for path in found if not (path / "finished.json").exists())
+
+    def delete_dvc_lock(self) -> None:
+        """What a user is told to do where a kill has cut off the file in which dvc notes what it reads and writes."""
+        (self.root / ".dvc/tmp/rwlock").unlink()
 
     def forget(self, before: Path) -> None:
         """Take back a stage: outputs, dvc.lock and DVC's cache as they were in `before`, a copy of the workspace."""
@@ -312,6 +319,10 @@ class Harassment:
             if ended.status == 0:
                 self.tally.finished += 1
                 return
+            if CUT_LOCK in ended.text:  # of dvc, by an earlier kill: the README says what is to be done
+                self.workspace.delete_dvc_lock()
+                self.tally.cut_locks += 1
+                continue
             if kill is None or ended.struck is None:
                 self._problem(kill, ended, f"dvc repro failed with {ended.status}, undisturbed")
                 raise SystemExit(f"{self.tally.problems[-1]}\n{ended.text}")
@@ -400,13 +411,13 @@ def table(tallies: dict[str, Tally]) -> str:
     """The result in Markdown: kills by stage and signal, how often a run went on, and the most that was done twice."""
     heads = [f"{name[3:]} to {receiver}" for name, receiver in WAYS]
     lines = [
-        f"| stage | kills | {' | '.join(heads)} | gone on | most lost | finished | seconds | problems |",
-        f"|---|{'--:|' * (len(WAYS) + 6)}",
+        f"| stage | kills | {' | '.join(heads)} | gone on | most lost | finished | DVC's lock cut off | seconds | problems |",
+        f"|---|{'--:|' * (len(WAYS) + 7)}",
     ]
     for stage, tally in tallies.items():
         kills = [tally.kills[way] for way in WAYS]
-        cells = [stage, sum(kills), *kills, tally.resumed, tally.most_lost, tally.finished, f"{tally.seconds:.0f}", len(tally.problems)]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        result = [tally.resumed, tally.most_lost, tally.finished, tally.cut_locks, f"{tally.seconds:.0f}", len(tally.problems)]
+        lines.append(f"| {' | '.join(map(str, [stage, sum(kills), *kills, *result]))} |")
     return "\n".join(lines)
 
 

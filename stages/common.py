@@ -188,7 +188,7 @@ def die_with_parent() -> None:
 
 def _is_orphan() -> bool:
     """Whether DVC started this process, and its parent is now the first of all processes, which in a container may be DVC itself."""
-    if "DVC_STAGE" not in os.environ or os.getppid() != 1:
+    if "DVC_STAGE" not in os.environ or "RANK" in os.environ or os.getppid() != 1:  # a rank's parent is torchrun
         return False
     try:
         name = Path("/proc/1/comm").read_text().strip()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import bingo.progress
-from benchmarks.chaos import INTERVAL_SECONDS, RECORDER, WAYS, Ended, Harassment, Kill, Move, Tally, bars_in, drawn_kills, table
+from benchmarks.chaos import CUT_LOCK, INTERVAL_SECONDS, RECORDER, WAYS, Ended, Harassment, Kill, Move, Tally, bars_in, drawn_kills, table
 
 LABEL, TOTAL = "teacher: moco", 64
 STOPPED = "teacher: moco: stopped at step 20 with a checkpoint; start again to go on from there\nfailed to run: ..., exited with 75"
@@ -25,7 +25,7 @@ def bar(first: int, last: int, begun: float = 0.0, step_seconds: float = 0.1, to
 class Scripted:
     """A workspace whose runs of dvc are known beforehand."""
 
-    runs = 0
+    runs = deleted = 0
 
     def __init__(self, *ended: Ended):
         self.script = iter(ended)
@@ -38,6 +38,9 @@ class Scripted:
 
     def ended(self, *_: object) -> Ended:
         return next(self.script)
+
+    def delete_dvc_lock(self) -> None:
+        self.deleted += 1
 
 
 def problems(*ended: Ended, kill: tuple[str, str] = ("SIGKILL", "both"), stage: str = "teacher") -> list[str]:
@@ -113,6 +116,13 @@ def test_dvc_that_fails_by_itself_ends_all():
         problems(KILLED, Ended(1, "some text", {}, None))
 
 
+def test_a_file_of_dvcs_own_that_was_cut_off_is_deleted_and_counted():
+    tally = Tally()
+    workspace = Scripted(KILLED, Ended(255, f"ERROR: failed to reproduce 'scan': {CUT_LOCK}: ...", {}, 0.5), WELL)
+    Harassment(workspace, "teacher", tally).run(Kill("SIGKILL", "both", 1.0) for _ in range(2))
+    assert (tally.cut_locks, workspace.deleted, sum(tally.kills.values()), tally.problems) == (1, 1, 1, [])
+
+
 def test_the_recorder_writes_what_is_read(tmp_path):
     source = Path(bingo.progress.__file__).read_text() + RECORDER
     lines = f"bar = Bar({LABEL!r}, 9, 'anchors')\nbar.resume_at(2)\nbar.advance_to(5)\nbar.advance(2)\nbar.close()\n"
@@ -133,4 +143,4 @@ def test_the_table_counts_kills_by_signal():
     assert all(0 <= kill.seconds <= 9 for kill in kills)
     tally = Tally(most_lost=3, resumed=4, finished=2, problems=["x"])
     tally.kills.update([WAYS[0], WAYS[0], WAYS[4]])
-    assert table({"bag": tally}).splitlines()[2] == "| bag | 3 | 2 | 0 | 0 | 0 | 1 | 0 | 4 | 3 | 2 | 0 | 1 |"
+    assert table({"bag": tally}).splitlines()[2] == "| bag | 3 | 2 | 0 | 0 | 0 | 1 | 0 | 4 | 3 | 2 | 0 | 0 | 1 |"

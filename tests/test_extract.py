@@ -14,8 +14,8 @@ from published import lively
 from torch import nn
 
 from bingo import extract
-from bingo.data import decoding
 from bingo.data import embeddings as stores
+from bingo.data import task_loader
 from bingo.data.embeddings import read_embeddings
 from bingo.data.images import FileImages, MemoryImages
 from bingo.data.listing import Listing
@@ -108,7 +108,7 @@ def test_one_chunk_and_batches_larger_than_it_give_the_same_values(whole, tmp_pa
 
 
 def test_files_and_memory_are_both_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "worker_count", lambda: 0)
+    monkeypatch.setattr(task_loader, "worker_count", lambda: 0)
     for row, image in enumerate(pixels()):
         Image.fromarray(image).save(tmp_path / f"{row}.png")
     images = FileImages(str(tmp_path), listing().paths)

@@ -31,6 +31,7 @@ from workspace import (
 )
 
 from bingo.errors import UserError
+from stages import common
 from stages.common import mistakes_as_lines
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -160,6 +161,27 @@ def processes_in(folder: Path, word: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.parametrize(
+    ("variables", "parent", "first_process", "orphan"),
+    [
+        ({"DVC_STAGE": "teacher"}, 1, "systemd", True),
+        ({"DVC_STAGE": "teacher"}, 1, "dvc", False),
+        ({"DVC_STAGE": "teacher"}, 1, "python3.11", False),
+        ({"DVC_STAGE": "teacher"}, 2, "systemd", False),
+        ({"DVC_STAGE": "teacher", "RANK": "0"}, 1, "pt_elastic", False),
+        ({}, 1, "sh", False),
+    ],
+)
+def test_a_stage_whose_dvc_was_killed_while_python_started(monkeypatch, variables, parent, first_process, orphan):
+    for name in ("DVC_STAGE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getppid", lambda: parent)
+    monkeypatch.setattr(Path, "read_text", lambda path: {"/proc/1/comm": f"{first_process}\n"}[str(path)])
+    assert common._is_orphan() == orphan
 
 
 def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
