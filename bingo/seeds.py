@@ -9,14 +9,18 @@ import hashlib
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_BLOCK_ROWS = 2**15
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """The output function of SplitMix64 (Steele, Lea, Flood 2014) on uint64, element by element."""
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(30))
+    x *= _MIX_1
+    x ^= x >> np.uint64(27)
+    x *= _MIX_2
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def _key(seed: int, purpose: str, epoch: int) -> np.uint64:
@@ -26,7 +30,7 @@ def _key(seed: int, purpose: str, epoch: int) -> np.uint64:
 
 def _hashes(seed: int, purpose: str, epoch: int, rows_B, views_B, draws: int) -> np.ndarray:
     rows_B = np.asarray(rows_B).astype(np.uint64)
-    views_B = np.broadcast_to(np.asarray(views_B), rows_B.shape).astype(np.uint64)
+    views_B = np.asarray(views_B).astype(np.uint64)  # or one for all
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
         x_B = _mix(_mix(_key(seed, purpose, epoch) + rows_B * _GOLDEN) + (views_B + np.uint64(1)) * _GOLDEN)
         steps_J = np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN
@@ -44,12 +48,23 @@ def permutation(seed: int, purpose: str, epoch: int, n: int) -> np.ndarray:
 
 
 def first_of_permutation(seed: int, purpose: str, epoch: int, n: int, count: int) -> np.ndarray:
-    """The first `count` of `permutation`'s n numbers, int64 (count,), without sorting the others: no two rows of one draw share a hash."""
+    """The first `count` of `permutation`'s n numbers, int64 (count,), without keeping the others: no two rows of one draw share a hash.
+
+    Hashes are uniform, so a bound that some more than `count` of them fall below is known beforehand; blocks stay in the cache.
+    """
     if count >= n:
         return permutation(seed, purpose, epoch, n)
-    hashes_N = _hashes(seed, purpose, epoch, np.arange(n), 0, 1)[:, 0]
-    first_C = np.argpartition(hashes_N, count)[:count]
-    return first_C[np.argsort(hashes_N[first_C])]
+    bound = np.uint64(min(1.0 - 2.0**-53, (count + 6 * count**0.5 + 9) / n) * 2.0**64)
+    rows, hashes = [], []
+    for start in range(0, n, _BLOCK_ROWS):
+        block_B = _hashes(seed, purpose, epoch, np.arange(start, min(n, start + _BLOCK_ROWS)), 0, 1)[:, 0]
+        below_R = np.flatnonzero(block_B < bound)
+        rows.append(below_R + start)
+        hashes.append(block_B[below_R])
+    first_C = np.argsort(np.concatenate(hashes))[:count]
+    if len(first_C) < count:  # six standard deviations away
+        return permutation(seed, purpose, epoch, n)[:count]
+    return np.concatenate(rows)[first_C]
 
 
 def torch_seed(seed: int, purpose: str) -> int:

@@ -57,6 +57,21 @@ def views(images, plans, workers=0) -> list[list[torch.Tensor]]:
     return list(ViewLoader(images, IMAGE, AUGMENT, 0, CPU, workers).views(plans))
 
 
+def test_requests_that_are_computed_together_give_the_views_of_each_alone(memory):
+    """Two of one family, one of another, one more of the first: bit for bit."""
+    weak = AUGMENT.model_copy(update={"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0})
+    rows = np.array([3, 0, 5, 3])
+    plan = [Request(rows, rows, "anchor", 1, 0), Request(rows[:3], rows[:3], "member", 1, 1)]
+    plan += [Request(rows, rows, "anchor", 1, 2, weak), Request(rows[1:], rows[1:], "anchor", 2, 0)]
+    loader = ViewLoader(memory, IMAGE, AUGMENT, 7, CPU)
+    (together,) = loader.views([plan])
+    assert [len(views_B3PP) for views_B3PP in together] == [4, 3, 4, 3]
+    for views_B3PP, request in zip(together, plan, strict=True):
+        ((alone_B3PP,),) = loader.views([[request]])
+        assert torch.equal(views_B3PP, alone_B3PP)
+        assert views_B3PP.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_memory_views_are_the_augment_path(memory):
     rows = np.array([3, 3, 49, 0])
     ((got,),) = views(memory, [[_request(rows, epoch=2, view=5)]])

@@ -101,22 +101,32 @@ def _resample(images_BSS3: Tensor, rows_BPS: Tensor, columns_BPS: Tensor) -> Ten
 
 def recolour(x_B3PP: Tensor, colours: Colours, augment: AugmentParams) -> Tensor:
     """Turn, colour jitter, grey and blur as drawn, of images in [0, 1] (changed in place). What `augment` never does costs nothing."""
+    device, operation_OB, factor_OB = x_B3PP.device, colours.operation_BO.T, colours.factor_BO.T
+    hue_rows, blur_R = [np.flatnonzero(operation_B == HUE) for operation_B in operation_OB], np.flatnonzero(colours.sigma_B)
+    turns = [factor_B[rows_R] for factor_B, rows_R in zip(factor_OB, hue_rows, strict=True)]
+    numbers = [colours.angle_B, colours.sigma_B[blur_R], _blend_shares(operation_OB, factor_OB), *turns]
+    angle_B, sigma_R, shares_3OB, *turns_OR = _upload_together(numbers, np.float32, device)
+    blur_rows_R, *hue_rows_OR = _upload_together([blur_R, *hue_rows], np.int64, device)
     if augment.rotate_degrees > 0:
-        x_B3PP = rotate(x_B3PP, upload(colours.angle_B.astype(np.float32), x_B3PP.device))
-    for step in range(colours.operation_BO.shape[1]):
-        operation_B, factor_B = colours.operation_BO[:, step], colours.factor_BO[:, step]
+        x_B3PP = rotate(x_B3PP, angle_B)
+    for step, (rows_R, turns_R) in enumerate(zip(hue_rows_OR, turns_OR, strict=True)):
         if any(augment.jitter[:HUE]):
-            _blend(x_B3PP, operation_B, factor_B, any(augment.jitter[CONTRAST:HUE]))
-        if (hue_R := np.flatnonzero(operation_B == HUE)).size:
-            rows_R, turns_R = upload(hue_R, x_B3PP.device), upload(factor_B[hue_R].astype(np.float32), x_B3PP.device)
+            _blend(x_B3PP, shares_3OB[:, step, :, None, None, None], any(augment.jitter[CONTRAST:HUE]))
+        if len(rows_R):
             x_B3PP.index_copy_(0, rows_R, shift_hue(x_B3PP.index_select(0, rows_R), turns_R))
     if augment.gray_p > 0:
-        is_gray_B111 = upload(colours.gray_B, x_B3PP.device)[:, None, None, None]
+        is_gray_B111 = upload(colours.gray_B, device)[:, None, None, None]
         x_B3PP = torch.where(is_gray_B111, to_gray(x_B3PP), x_B3PP)
-    if (blur_R := np.flatnonzero(colours.sigma_B)).size:
-        rows_R, sigma_R = upload(blur_R, x_B3PP.device), upload(colours.sigma_B[blur_R].astype(np.float32), x_B3PP.device)
-        x_B3PP.index_copy_(0, rows_R, blur(x_B3PP.index_select(0, rows_R), sigma_R, augment.blur_sigma_px[1]))
+    if len(blur_R):
+        x_B3PP.index_copy_(0, blur_rows_R, blur(x_B3PP.index_select(0, blur_rows_R), sigma_R, augment.blur_sigma_px[1]))
     return x_B3PP
+
+
+def _upload_together(arrays: list[np.ndarray], dtype: type, device: torch.device) -> list[Tensor]:
+    """Several arrays by one copy, each in its shape: on a GPU a copy costs the host as much as a few hundred numbers take to draw."""
+    flat = upload(np.concatenate([array.ravel() for array in arrays]).astype(dtype, copy=False), device)
+    parts = flat.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def rotate(x_B3PP: Tensor, degrees_B: Tensor) -> Tensor:
@@ -128,21 +138,25 @@ def rotate(x_B3PP: Tensor, degrees_B: Tensor) -> Tensor:
     return F.grid_sample(x_B3PP, grid_BPP2, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _blend(x_B3PP: Tensor, operation_B: np.ndarray, factor_B: np.ndarray, needs_gray: bool) -> None:
+def _blend_shares(operation_OB: np.ndarray, factor_OB: np.ndarray) -> np.ndarray:
+    """What each blending operation keeps of the image and takes of its mean grey and of each pixel's grey: (3, O, B)."""
+    factor_OB = np.where((operation_OB >= 0) & (operation_OB < HUE), factor_OB, 1.0)
+    rest_OB = 1 - factor_OB
+    return np.stack([factor_OB, (operation_OB == CONTRAST) * rest_OB, (operation_OB == SATURATION) * rest_OB])
+
+
+def _blend(x_B3PP: Tensor, shares_3B111: Tensor, needs_gray: bool) -> None:
     """In place: factor * x + (1 - factor) * other, clamped. Brightness blends with black, contrast with the image's mean grey,
     saturation with each pixel's grey; views with another operation have factor 1.
     """
-    is_blend_B = (operation_B >= 0) & (operation_B < HUE)
-    factor_B = np.where(is_blend_B, factor_B, 1.0)
-    shares_3B = np.stack([factor_B, (operation_B == CONTRAST) * (1 - factor_B), (operation_B == SATURATION) * (1 - factor_B)])
-    keep_B, mean_B, gray_B = upload(shares_3B.astype(np.float32), x_B3PP.device)[..., None, None, None].unbind(0)
+    keep_B111, mean_share_B111, gray_share_B111 = shares_3B111.unbind(0)
     if not needs_gray:
-        x_B3PP.mul_(keep_B).clamp_(0, 1)
+        x_B3PP.mul_(keep_B111).clamp_(0, 1)
         return
     gray_B1PP = to_gray(x_B3PP)
     mean_B111 = gray_B1PP.mean(dim=(2, 3), keepdim=True)
-    other_B1PP = gray_B1PP.mul_(gray_B).add_(mean_B111 * mean_B)
-    x_B3PP.mul_(keep_B).add_(other_B1PP).clamp_(0, 1)
+    other_B1PP = gray_B1PP.mul_(gray_share_B111).add_(mean_B111 * mean_share_B111)
+    x_B3PP.mul_(keep_B111).add_(other_B1PP).clamp_(0, 1)
 
 
 def to_gray(x_B3PP: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ RandomHorizontalFlip, and of MoCo-v2's GaussianBlur (sigma in pixels). Shape let
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import permutations
 
 import numpy as np
@@ -42,8 +42,7 @@ class Crops:
 
 def join_crops(parts: Sequence[Crops]) -> Crops:
     """Several batches as one."""
-    fields = ([getattr(part, name) for part in parts] for name in ("uniforms_BJ", "flip_B", "ranges_B4"))
-    return Crops(*(np.concatenate(arrays) for arrays in fields))
+    return Crops(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Crops)))
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,11 @@ class Colours:
     angle_B: np.ndarray
 
 
+def join_colours(parts: Sequence[Colours]) -> Colours:
+    """Several batches of one family of views as one."""
+    return Colours(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Colours)))
+
+
 def draw_views(augment: AugmentParams, seed: int, purpose: str, epoch: int, key_rows_B, view_B) -> tuple[Crops, Colours]:
     """Draw B views, each keyed by its row and its view (or one view for all)."""
     u_BJ = seeds.uniforms(seed, purpose, epoch, key_rows_B, view_B, _DRAWS)
@@ -76,9 +80,9 @@ def draw_views(augment: AugmentParams, seed: int, purpose: str, epoch: int, key_
 
 def _jitter(augment: AugmentParams, u_BJ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The operations in use in a random order, and factors uniform in [max(0, 1 - s), 1 + s], for hue in [-s, s]."""
-    used = [operation for operation in range(4) if augment.jitter[operation] > 0 and augment.jitter_p > 0]
+    used_4 = np.array([strength > 0 and augment.jitter_p > 0 for strength in augment.jitter])
     order_B4 = _PERMUTATIONS[(u_BJ[:, _ORDER] * len(_PERMUTATIONS)).astype(np.int64)]
-    operation_BO = order_B4[np.isin(order_B4, used)].reshape(len(u_BJ), len(used))
+    operation_BO = order_B4[used_4[order_B4]].reshape(len(u_BJ), used_4.sum())
     strength_4 = np.array(augment.jitter)
     low_4, high_4 = np.maximum(0, 1 - strength_4), 1 + strength_4
     low_4[HUE], high_4[HUE] = -strength_4[HUE], strength_4[HUE]

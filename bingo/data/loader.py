@@ -9,8 +9,9 @@ Shape letters: B views of a request, T views of a plan (all its requests), P sid
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from bingo.data.augment import center_view, cropped_views, normalize, random_views, to_unit, upload
 from bingo.data.decoding import FileDecoder, Plan
-from bingo.data.draws import Colours, Crops, draw_views, join_crops
+from bingo.data.draws import Colours, Crops, draw_views, join_colours, join_crops
 from bingo.data.images import Images, MemoryImages
 from bingo.params import AugmentParams, ImageParams
 
@@ -85,11 +86,15 @@ class ViewLoader:
 
     def _from_memory(self, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
         for plan in plans:
-            yield [self._memory_views(request) for request in plan]
+            together = [self._memory_views(list(requests), family) for family, requests in groupby(plan, self._family)]
+            yield [views_B3PP for views in together for views_B3PP in views]
 
-    def _memory_views(self, request: Request) -> Tensor:
-        images_BSS3 = _gather(self._images, request.image_rows_B, self._device)
-        return random_views(images_BSS3, *self._draw(request), self._family(request), self._image)
+    def _memory_views(self, requests: list[Request], family: AugmentParams) -> Sequence[Tensor]:
+        """Views of neighbouring requests of one family, computed together: on a GPU a small batch costs the calls, not the pixels."""
+        images_TSS3 = _gather(self._images, np.concatenate([request.image_rows_B for request in requests]), self._device)
+        crops, colours = zip(*(self._draw(request) for request in requests), strict=True)
+        views_T3PP = random_views(images_TSS3, join_crops(crops), join_colours(colours), family, self._image)
+        return views_T3PP.split([len(request.image_rows_B) for request in requests])
 
     def _from_files(self, decoder: FileDecoder, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
         ahead: deque[list[tuple[Colours, AugmentParams]]] = deque()
