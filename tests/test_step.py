@@ -1,6 +1,9 @@
 """The training step: exact whatever it saves, no waiting for the device, and a loss that is not finite is still found."""
 
 import copy
+import dataclasses
+import itertools
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from test_train import PARAMS, trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import bench_step
+from benchmarks import bench_host, bench_step
 from bingo import seeds
 from bingo.errors import UserError
 from bingo.finite import LossWatch
@@ -128,6 +131,45 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, method_name):
     with Waits() as waits:
         run._train_step(next(batches), Progress(0, 2))
     assert waits.found == []
+
+
+@pytest.mark.parametrize("method_name", method_names())
+def test_a_step_from_images_in_memory_never_comes_back_to_the_host(tmp_path, monkeypatch, method_name):
+    """On the device `meta`, whose tensors hold no numbers: reading one, or a shape that depends on one, is an error.
+
+    What the host sends goes there too, so that the rest of the path (views, keys, loss, gradient, queues) is a GPU's own.
+    """
+    from_numpy, meta = torch.from_numpy, torch.device("meta")
+    run = trainer(tmp_path, method_name, network="batchnorm")
+    monkeypatch.setattr(torch, "from_numpy", lambda array: from_numpy(array).to(meta))
+    loader, stored = run.batches.loader, run.batches.stored
+    family = loader.augment.model_copy(update={"jitter": [0.4, 0.4, 0.4, 0.1], "gray_p": 0.2, "blur_p": 0.5, "flip_p": 0.5})
+    loader._device, loader.augment, run.watch = meta, family, LossWatch(meta)
+    method = run.method.to(meta).train()
+    for module in method.modules():
+        if isinstance(context := getattr(module, "context", None), Context):
+            module.context = dataclasses.replace(context, keys_TVP=stored.keys_TVP.to(meta))  # its device is autocast's
+        for name in ("cluster_T", "members_TK", "features_TD"):
+            if isinstance(getattr(module, name, None), torch.Tensor):
+                setattr(module, name, getattr(module, name).to(meta))
+    features_TD = stored.features_TD.to(meta)
+    run.batches.stored = dataclasses.replace(stored, keys_TVP=stored.keys_TVP.to(meta), features_TD=features_TD)
+    for step, batch in enumerate(itertools.islice(run.batches.epoch(1, 0), 2)):
+        terms = method(batch, Progress(1, step))
+        run.watch.note(terms["loss"], step)
+        terms["loss"].backward()
+        method.after_step()
+    with pytest.raises(RuntimeError, match="meta tensors"):  # it would be noticed
+        float(terms["loss"])
+
+
+def test_what_the_host_does_is_measured(tmp_path):
+    _, student = bench_host.trainings("cifar10", 300, tmp_path)
+    line = bench_host.told(student, 8, bench_host.calls_in_a_step(student), repeats=1)
+    wanted = r"student \(bingo, resnet18\), batch 8, 300 rows: [\d.]+ us an anchor \(views.*\) of 30; a step: (\d+) calls in 0\.2 ms"
+    found = re.fullmatch(wanted, line)
+    assert found, line
+    assert 500 < int(found[1]) < 900, "each call costs the host some microseconds of every step"
 
 
 def test_a_loss_read_late_names_its_own_step_and_leaves_no_checkpoint(tmp_path, monkeypatch):

@@ -1,0 +1,176 @@
+"""What the host must do for each anchor of an in-memory training, beside the time that the goal leaves it.
+
+    python -m benchmarks.bench_host                      the CIFAR-10 recipe's teacher and student: about 20 seconds on one core
+    python -m benchmarks.bench_host --rows 1281167       as many train rows as ImageNet has
+
+A GPU computes while the host prepares the next step, so the host costs nothing as long as it is the faster of the two. Its work is done
+here in full, but on images of 1 pixel, where it is nearly all that a step takes: plans, draws, crop boxes, CutMix boxes, the draw of
+negatives, and the augmentation's calls of torch, each of some microseconds (on a GPU a launch takes 4 to 8). Counted is this process's
+CPU time. Of the whole step, the networks and the optimizer included, the number of calls is told.
+The goals are 200 epochs of 50,000 images in 10 minutes (teacher) and in 5 (student), on one GPU.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bingo.bags import Bags
+from bingo.batches import Batches, Stored
+from bingo.checkpoints import Checkpoints
+from bingo.data.images import MemoryImages
+from bingo.data.loader import ViewLoader
+from bingo.methods.contract import Context, Progress, build_method
+from bingo.methods.parts import cutmix
+from bingo.nets.backbones import build_backbone
+from bingo.params import Params, read_yaml, validate
+from bingo.recipes import lay_over, read_recipe
+from bingo.train import Trainer
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+KEY_WIDTH, VIEWS, BAG = 8, 8, 5
+GOAL_EPOCHS, GOAL_ROWS = 200, 50_000
+LAUNCH_NOTHING = {
+    "alias", "as_strided", "as_strided_", "detach", "empty", "empty_like", "expand", "lift_fresh", "permute", "select", "slice",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+}  # fmt: skip
+
+
+@dataclass
+class Calls(TorchDispatchMode):
+    """Counts operations that compute; those that only look at a tensor in another way launch nothing."""
+
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function._opname not in LAUNCH_NOTHING
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass
+class Training:
+    """One of the recipe's two trainings, and how many minutes its 200 epochs may take."""
+
+    name: str
+    method: str
+    section: Any
+    schedule: Any
+    arch: str
+    minutes: float
+    rows: int
+    params: Params
+    folder: Path
+
+    @property
+    def budget_us(self) -> float:
+        """Microseconds that the goal leaves for an anchor."""
+        return self.minutes * 60e6 / GOAL_EPOCHS / GOAL_ROWS
+
+    def trainer(self, side_px: int, batch_anchors: int, arch: str, rows: int) -> Trainer:
+        """A Trainer on random images, keys and bags."""
+        rng = np.random.default_rng(0)
+        image = self.params.image.model_copy(update={"crop_px": side_px, "resize_px": side_px})
+        images = MemoryImages(rng.integers(0, 256, (rows, side_px, side_px, 3), dtype=np.uint8))
+        keys_TVP = torch.from_numpy(rng.standard_normal((rows, VIEWS, KEY_WIDTH)).astype(np.float16))
+        members_TK = rng.integers(0, rows, (rows, BAG), dtype=np.int32)
+        bags = Bags({"method": "knn"}, members_TK, np.ones(members_TK.shape, np.float16))
+        student = build_backbone(arch, 1.0, "small", 0)
+        keys = "stored" if self.method != "moco" else "momentum"
+        context = Context(student, student.feature_width, 0, keys, "fp32", CPU, None, keys_TVP, None, bags)
+        method = build_method(self.method, self.section, context).train()
+        loader = ViewLoader(images, image, self.schedule.augment, 0, CPU)
+        batches = Batches(method.needs, loader, 0, rows, batch_anchors, bags, Stored(keys_TVP, self.params.extract.augment))
+        schedule = self.schedule.model_copy(update={"batch_anchors": batch_anchors, "precision": "fp32"})
+        return Trainer(method, batches, schedule, CPU, Checkpoints(self.folder, every_seconds=1e9))
+
+
+def host_work(training: Training, batch_anchors: int) -> dict[str, Callable[[], Any]]:
+    """What the host does in a step, each part as a function."""
+    trainer = training.trainer(1, batch_anchors, "resnet18", training.rows)
+    made = itertools.chain.from_iterable(trainer.batches.epoch(epoch, 0) for epoch in itertools.count())
+    steps = itertools.count()
+    work: dict[str, Callable[[], Any]] = {"views and rows": lambda: next(made)}
+    negatives = getattr(trainer.method, "negatives", None)
+    if negatives is not None and negatives.kind == "bank":
+        work["negatives"] = lambda: negatives._bank_draw(next(steps))
+    if getattr(training.section, "terms", None) == "symmetric_mix":
+        small_B3PP, uniform_B3 = torch.zeros(batch_anchors, 3, 1, 1), np.random.default_rng(0).random((batch_anchors, 3))
+        work["CutMix"] = lambda: cutmix(small_B3PP, small_B3PP, uniform_B3, training.section.cutmix_alpha)
+    return work
+
+
+def microseconds(work: Callable[[], Any], repeats: int) -> float:
+    """The least CPU time of one call: what else runs on the machine only adds to it."""
+    taken = []
+    for turn in range(-2, repeats):
+        begun = time.process_time()
+        work()
+        if turn >= 0:
+            taken.append((time.process_time() - begun) * 1e6)
+    return min(taken)
+
+
+def calls_in_a_step(training: Training) -> int:
+    """Operations of a whole step: augmentation, forward, backward, optimizer, queues and moving averages."""
+    trainer = training.trainer(32, 4, training.arch, 64)
+    trainer.watch.every_steps, trainer.step = 1000, 1
+    batches = trainer.batches.epoch(0, 1)
+    trainer._train_step(next(batches), Progress(0, 1))
+    with Calls() as calls:
+        trainer._train_step(next(batches), Progress(0, 2))
+    return calls.count
+
+
+def trainings(recipe: str, rows: int, folder: Path) -> list[Training]:
+    """The recipe's teacher and student; `folder` is for checkpoints, of which none is written."""
+    document = read_yaml(ROOT / "params.yaml")
+    lay_over(document, read_recipe(ROOT / "recipes", recipe).overlay)
+    params = validate(document, recipe)
+    pretrain, distill = params.teacher.pretrain, params.distill
+    section = getattr(params.methods, distill.method)
+    return [
+        Training("teacher", "moco", pretrain.moco, pretrain, params.teacher.arch, 10, rows, params, folder),
+        Training("student", distill.method, section, distill, params.student.arch, 5, rows, params, folder),
+    ]
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="cifar10")
+    parser.add_argument("--rows", type=int, default=GOAL_ROWS, help="train images")
+    parser.add_argument("--batches", type=int, nargs="+", help="anchors of a step; default: the recipe's, and 4096")
+    parser.add_argument("--repeats", type=int, default=40)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for training in trainings(options.recipe, options.rows, Path(folder)):
+            calls = calls_in_a_step(training)
+            for batch_anchors in options.batches or [training.schedule.batch_anchors, 4096]:
+                print(told(training, batch_anchors, calls, options.repeats))
+
+
+def told(training: Training, batch_anchors: int, calls: int, repeats: int) -> str:
+    """One line of the table."""
+    parts = {name: microseconds(work, repeats) / batch_anchors for name, work in host_work(training, batch_anchors).items()}
+    return (
+        f"{training.name} ({training.method}, {training.arch}), batch {batch_anchors}, {training.rows} rows: {sum(parts.values()):.2f} us "
+        f"an anchor ({', '.join(f'{name} {us:.2f}' for name, us in parts.items())}) of {training.budget_us:.0f}; "
+        f"a step: {calls} calls in {training.budget_us * batch_anchors / 1000:.1f} ms"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Whether this GPU reaches the goals for CIFAR-10: each stage is run in a folder of its own, and 200 epochs are reckoned from a few.
+
+    python -m benchmarks.gpu_goals --root data/cifar10           on the GPU: about 3 minutes on one that reaches the goals
+    python -m benchmarks.gpu_goals --recipe digits-short --cpu   does this command work? No goal is told then, half a minute
+
+Goals (one H200): pretraining ResNet-50 for 200 epochs in 10 minutes, BINGO's ResNet-18 in 5, the pipeline from scan to report in 20.
+An epoch's time comes from the run's own record: its anchors per second, after `--epochs` epochs and with the first steps' warming up in
+it. What a stage takes beside its training (start, one probe, outputs) is added as it was. The evaluations run whole.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from bingo.data.listing import read_listing
+from bingo.errors import UserError
+from bingo.params import read_yaml, validate
+from bingo.recipes import lay_over, read_recipe
+from stages.common import mistakes_as_lines
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("scan", "teacher", "extract", "bag", "distill", "linear_eval", "knn_eval", "report")
+GOALS_MINUTES = {"teacher": 10, "distill": 5, "pipeline": 20}
+
+
+def workspace(folder: Path, recipe: str, epochs: int, root: str | None) -> dict[str, int]:
+    """A folder that the stages run in, with few epochs; how many the recipe has, for each training."""
+    document = read_yaml(ROOT / "params.yaml")
+    lay_over(document, read_recipe(ROOT / "recipes", recipe).overlay)
+    whole = {"teacher": document["teacher"]["pretrain"]["epochs"], "distill": document["distill"]["epochs"]}
+    few = {"epochs": epochs, "lr_warmup_epochs": 0}
+    changes: dict[str, Any] = {"teacher": {"pretrain": few}, "distill": few, "baselines": []}
+    lay_over(document, changes | ({"dataset": {"root": str(Path(root).absolute())}} if root else {}))
+    validate(document, f"recipe {recipe}")
+    for name in ("bingo", "stages"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    with open(folder / "params.yaml", "w") as file:
+        YAML(typ="safe", pure=True).dump(document, file)
+    return whole
+
+
+def run_stage(folder: Path, stage: str, device: str) -> tuple[float, dict[str, Any]]:
+    """Run a stage; its seconds from start to end, and its record."""
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=os.environ | {"BINGO_DEVICE": device}, check=False)
+    if done.returncode:
+        raise UserError(f"{stage} ended with exit code {done.returncode}: see above")
+    return time.monotonic() - begun, json.loads((folder / f".bingo/runs/{stage}.json").read_text())
+
+
+def measure(folder: Path, recipe: str, epochs: int, root: str | None, device: str) -> dict[str, float]:
+    """Run the stages, and tell of each; minutes with all epochs of the recipe, of each training and of the whole."""
+    whole = workspace(folder, recipe, epochs, root)
+    minutes = {"pipeline": 0.0}
+    for stage in STAGES:
+        seconds, record = run_stage(folder, stage, device)
+        if stage in whole:
+            schedule = record["params"]["distill"] if stage == "distill" else record["params"]["teacher"]["pretrain"]
+            train_rows = read_listing(folder / "data/listing.parquet").train_rows
+            anchors = train_rows // schedule["batch_anchors"] * schedule["batch_anchors"]
+            seconds += (whole[stage] - epochs) * anchors / record["anchors_per_second"]
+            minutes[stage] = seconds / 60
+            print(f"{stage}: {record['anchors_per_second']:,.0f} anchors/s, {whole[stage]} epochs reckoned from {epochs}", flush=True)
+        minutes["pipeline"] += seconds / 60
+        print(f"{stage}: {seconds / 60:.1f} minutes on {record.get('device', device)}", flush=True)
+    return minutes
+
+
+def main() -> None:
+    """Run the stages and print one line for each, and for each goal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="cifar10")
+    parser.add_argument("--root", help="where CIFAR-10 is")
+    parser.add_argument("--epochs", type=int, default=5, help="of each training that are run")
+    parser.add_argument("--cpu", action="store_true", help="only to see whether this command works")
+    options = parser.parse_args()
+    with mistakes_as_lines(), tempfile.TemporaryDirectory() as name:
+        import torch
+
+        if not options.cpu and not torch.cuda.is_available():
+            raise UserError("the goals are a GPU's and torch sees none here; --cpu runs the stages without one and tells no goal")
+        minutes = measure(Path(name), options.recipe, options.epochs, options.root, "cpu" if options.cpu else "cuda")
+        for part, goal in ({} if options.cpu else GOALS_MINUTES).items():
+            print(f"{part}: {minutes[part]:.1f} minutes, goal {goal}: {'reached' if minutes[part] <= goal else 'missed'}")
+
+
+if __name__ == "__main__":
+    main()
