@@ -36,6 +36,7 @@ bench: setup
 	python -m benchmarks.bench_step --teacher resnet50 --width 2
 	python -m benchmarks.bench_step --case small
 	python -m benchmarks.bench_loader
+	python -m benchmarks.bench_host
 	python -m benchmarks.bench_extract
 	python -m benchmarks.bench_bags --plot benchmarks/plots/bags.svg
 	python -m benchmarks.bench_pipeline
