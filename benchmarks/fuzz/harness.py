@@ -24,7 +24,7 @@ from bingo.errors import UserError
 
 CASE_SECONDS = 20  # the making of the input too; on a busy machine
 DEAD_SECONDS = 120  # code that hears no signal for so long: the process ends itself
-CASE_MB = 1536  # the largest image that is decoded at all, of 89 million pixels in 16 bits or of a palette, needs half of it
+CASE_MB = 2048  # the largest image that is decoded has 89 million pixels: 4 bytes in Pillow, 3 in numpy and PyTorch, some of them twice
 ROOM_MB = 8192  # of addresses, beyond what the process has at its start: no case may take the machine down
 LAST = "last"
 LINE_CHARACTERS, MOST_LINES = 1200, 100
