@@ -268,11 +268,11 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
         (["photos", "--out", "e.npy", "--student", "there.npy"], "there.npy: is damaged, or BINGO did not write it (it has "),
         (["photos", "--out", "e.npy", "--student", "cut.safetensors"], "cut.safetensors: is damaged, or BINGO did not write it (its"),
         (["photos", "--out", "e.npy", "--student", "foreign.safetensors"], "foreign.safetensors: is damaged, or BINGO did not write it"),
-        (["photos", "--out", "e.npy", "--student", "other.safetensors"], "other.safetensors: its tensors or metadata are not those of one"),
+        (["photos", "--out", "e.npy", "--student", "other.safetensors"], "other.safetensors: missing layer1.0.conv3.weight, "),
         (["photos", "--out", "e.npy", "--student", "unknown.safetensors"], "arch = resnet19: timm "),
         (["photos", "--out", "e.npy", "--student", "typed.safetensors"], "typed.safetensors: its tensors or metadata are not those of one"),
         (["photos", "--out", "e.npy", "--student", "blind.safetensors"], "blind.safetensors: its tensors or metadata are not those of one"),
-        (["photos", "--out", "e.npy", "--student", "nan.safetensors"], "nan.safetensors: its weights hold nan or inf"),
+        (["photos", "--out", "e.npy", "--student", "nan.safetensors"], "nan.safetensors: bn1.bias hold nan or inf"),
         (["photos", "--out", "e.npy", "--student", "x", "--teacher"], "--student = x: --teacher embeds by models/teacher"),
     ],
 )  # fmt: skip
