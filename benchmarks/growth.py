@@ -1,6 +1,6 @@
 """How the speed of a step of distillation grows with what it depends on, one thing at a time: a table for each, and one picture.
 
-    python -m benchmarks.growth --plot benchmarks/growth.svg       some minutes on 2 cores
+    python -m benchmarks.growth --plot benchmarks/plots/growth.svg       some minutes on 2 cores
     python -m benchmarks.growth --device cuda --batch-anchors 256 --steps 10 --plot growth-gpu.svg
 
 The middle is ResNet-18 at 32 px with stored keys (bench_step's small case). Expected, and drawn as a dashed line: anchors per second do not
@@ -108,6 +108,8 @@ def draw(curves: dict[str, Points], path: Path) -> None:
 def main() -> None:
     """Measure, print, and draw."""
     options = parse()
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
     middle = replace(MIDDLE, device=torch.device(options.device), batch_anchors=options.batch_anchors)
     curves = {axis: step_points(middle, field, values, options) for axis, (field, values) in AXES.items() if axis in options.axes}
     if "workers" in options.axes:
