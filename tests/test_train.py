@@ -113,6 +113,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in run.method.state_dict().items())
 
 
+def test_one_pixel_that_is_no_number_stops_the_training(tmp_path):
+    run = trainer(tmp_path)
+    views = run.batches.loader.views
+
+    def with_nan(plans):
+        for views_of_plan in views(plans):
+            views_of_plan[0][3, 0, 5, 5] = float("nan")
+            yield views_of_plan
+
+    run.batches.loader.views = with_nan
+    with pytest.raises(UserError, match="loss is nan at step 0; no step was taken yet"):
+        run.run()
+    assert all(value.isfinite().all() for value in run.method.state_dict().values())
+
+
+@pytest.mark.parametrize("method_name", ["bingo", "simreg", "coss", "moco"])
+def test_an_exploding_learning_rate_is_told(tmp_path, method_name):
+    with pytest.raises(UserError, match=r"(loss is|weights are) (nan|inf|nan or inf) (at step|after) .*lower lr"):
+        trainer(tmp_path, method_name, lr=1e38).run()
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_that_the_last_step_broke_are_not_handed_on(tmp_path, number):
     run = trainer(tmp_path, epochs=1)
