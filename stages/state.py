@@ -51,7 +51,12 @@ def sweep() -> None:
     for leftover in _root().glob("*/.*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     for mark in _root().glob(f"*/*/{_FINISHED}"):
-        finished = read_json(mark)
+        try:
+            finished = read_json(mark)
+        except UserError:
+            if mark.exists():
+                raise
+            continue  # a sweep of another workspace, which has this folder of states too, was faster
         if Path(finished["workspace"]) == Path.cwd() and (entry := _entry(finished["stage"])) != finished["entry"]:
             # so that a forced rerun, which leaves dvc.lock as it is, is not taken for one that DVC has not committed
             write_json(mark.parent.parent / _COMMITTED, {"state": mark.parent.name, "entry": entry})
