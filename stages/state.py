@@ -26,6 +26,7 @@ _FINISHED, _COMMITTED = "finished.json", "committed.json"
 def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
     """The folder of an unfinished stage, named by what decides its output, and locked: no second copy may work beside the first.
 
+    `stage`: STAGE-ITEM where dvc.yaml has items, as what `sweep` notes of a commit is noted once for each name.
     It lies under the original repository even where DVC runs an experiment elsewhere, so that a second run finds the checkpoint.
     It goes when the work is done: at once, or where DVC started the stage, when its outputs are in DVC's hands (`sweep`).
     """

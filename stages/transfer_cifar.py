@@ -56,7 +56,7 @@ def _judge(run: Run, name: str, device: "torch.device") -> None:
         "inputs": [listing.fingerprint, backbone_files(transfer.nets)],
         "code": code_fingerprint("transfer_cifar"),
     }
-    with state_folder("transfer_cifar", values) as folder:
+    with state_folder(f"transfer_cifar-{name}", values) as folder:
         scores = scores_by_net(run, nets, protocols, transfer.precision, folder, device)
         if distributed.rank() == 0:
             seen = {protocol: {"crop_px": used.task.image.crop_px} for protocol, used in protocols.items()}
