@@ -16,7 +16,6 @@ The first batches of each turn are not timed: workers start in them.
 
 import argparse
 import importlib.util
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.bench_extract import CASES, MEAN, STD, make_images
-from benchmarks.bench_step import Case, bare_step
+from benchmarks.bench_step import Case, bare_step, spread
 from bingo.data.augment import cropped_views
 from bingo.data.decoding import FileDecoder, Plan
 from bingo.data.draws import draw_views
@@ -170,12 +169,12 @@ def files_table(options: argparse.Namespace) -> None:
         for _ in range(options.repeats):
             for name, make in variants.items():
                 rates[name].append(images_per_second(make(), batch, device))
-    kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1e3 if options.folder else 60
+        kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1e3
     print(f"files: {len(images)} JPEG files of {kilobytes:.0f} kB, {CASE.crop_px} px, batch {batch}, {options.workers} workers, {device}")
     print(f"    {'':<26}{'images/s':>30}{'% of Pillow':>26}{'% of simplejpeg':>26}")
     for name, values in rates.items():
         shares = [[100 * a / b for a, b in zip(values, rates[f"bare decode, {bare}"], strict=True)] for bare in ("Pillow", "simplejpeg")]
-        print(f"    {name:<26}{spread(values):>30}{spread(shares[0]):>26}{spread(shares[1]):>26}")
+        print(f"    {name:<26}{spread(values, 1):>30}{spread(shares[0], 1):>26}{spread(shares[1], 1):>26}")
 
 
 def made(folder: Path, count: int) -> FileImages:
@@ -212,7 +211,7 @@ def colours_table(options: argparse.Namespace) -> None:
     print(f"colours: {batch} crops of {CASE.crop_px} px, {device}, {torch.get_num_threads()} threads")
     for name, values in seconds.items():
         times = [value / ours for value, ours in zip(values, seconds["this project"], strict=True)]
-        print(f"    {name:<26}{spread([1e3 * value / batch for value in values], 2):>30} ms/view{spread(times, 2):>26} x this project's")
+        print(f"    {name:<26}{spread([1e3 * value / batch for value in values]):>30} ms/view{spread(times):>26} x this project's")
 
 
 def memory_table(options: argparse.Namespace) -> None:
@@ -228,8 +227,8 @@ def memory_table(options: argparse.Namespace) -> None:
     seconds = in_turns(variants, max(options.repeats, 15), device)
     shares = [100 * a / b for a, b in zip(seconds["views"], seconds["step"], strict=True)]
     print(f"memory: 3 views of {case.batch_anchors} images of 32 px, resnet18, {device}, {torch.get_num_threads()} threads")
-    milliseconds = {name: spread([1e3 * value for value in values]) for name, values in seconds.items()}
-    print(f"    views {milliseconds['views']} ms, student's forward and backward {milliseconds['step']} ms: {spread(shares)} %")
+    milliseconds = {name: spread([1e3 * value for value in values], 1) for name, values in seconds.items()}
+    print(f"    views {milliseconds['views']} ms, student's forward and backward {milliseconds['step']} ms: {spread(shares, 1)} %")
 
 
 def in_turns(variants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -243,11 +242,6 @@ def in_turns(variants: dict[str, Callable[[], object]], repeats: int, device: to
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    """Median and, in brackets, the least and the most."""
-    return f"{statistics.median(values):,.{digits}f} [{min(values):,.{digits}f} .. {max(values):,.{digits}f}]"
 
 
 def main() -> None:

@@ -170,7 +170,7 @@ def released_loss(
     share: float | Tensor,
     temperature: float,
 ) -> Tensor:
-    """The released code's loss (main_moco.py:371-387; methods.md 1.1.4) with its logits (B, 2, 1 + Q) in float32.
+    """The released code's loss (main_moco.py:371-387) with its logits (B, 2, 1 + Q) in float32.
 
     `queries` are those of anchor, member and mixed view, in which the anchor has this `share`; a scalar comes back.
     """
@@ -255,9 +255,9 @@ def ratios(slow: list[float], fast: list[float]) -> list[float]:
     return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 2) -> str:
     """Median and, in brackets, the least and the most."""
-    return f"{statistics.median(values):,.2f} [{min(values):,.2f} .. {max(values):,.2f}]"
+    return f"{statistics.median(values):,.{digits}f} [{min(values):,.{digits}f} .. {max(values):,.{digits}f}]"
 
 
 def measure(steps: dict[str, Step], device: torch.device, repeats: int, count: int, cpu_seconds: bool) -> dict[str, list[float]]:

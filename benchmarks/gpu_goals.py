@@ -41,6 +41,8 @@ def workspace(folder: Path, recipe: str, epochs: int, root: str | None) -> dict[
     changes: dict[str, Any] = {"teacher": {"pretrain": few}, "distill": few, "baselines": []}
     lay_over(document, changes | ({"dataset": {"root": str(Path(root).absolute())}} if root else {}))
     validate(document, f"recipe {recipe}")
+    if (source := document["teacher"]["source"]) != "pretrain":
+        raise UserError(f"--recipe = {recipe}: its teacher.source is {source}; allowed are recipes with pretrain, as a goal is of that")
     for name in ("bingo", "stages"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "dvc.yaml", folder)

@@ -63,12 +63,12 @@ def worker_points(workers: list[int], repeats: int) -> Points:
 
 
 def expected(axis: str, points: Points) -> Callable[[float], float]:
-    """What the first points promise for the others: as many, in proportion, or (negatives) a constant more of time for each."""
-    first, second = ((value, statistics.median(rates)) for value, rates in (points[0], points[-1]))
+    """What the first point promises for the others: as many, or in proportion; of negatives the first and the last: a constant for each."""
+    first, last = ((value, statistics.median(rates)) for value, rates in (points[0], points[-1]))
     if axis == "workers":
         return lambda value: first[1] * value / first[0]
     if axis == "negatives":
-        slope = (1 / second[1] - 1 / first[1]) / (second[0] - first[0])
+        slope = (1 / last[1] - 1 / first[1]) / (last[0] - first[0])
         return lambda value: 1 / (1 / first[1] + slope * (value - first[0]))
     return lambda value: first[1]
 
@@ -78,7 +78,7 @@ def print_axis(axis: str, points: Points) -> None:
     line = expected(axis, points)
     print(f"{axis}: {'images' if axis == 'workers' else 'anchors'}/s")
     for value, rates in points:
-        print(f"    {value:>9,}{spread(rates):>34}{statistics.median(rates) / line(value):>8.2f} of what the first promises")
+        print(f"    {value:>9,}{spread(rates):>34}{statistics.median(rates) / line(value):>8.2f} of what is expected")
 
 
 def draw(curves: dict[str, Points], path: Path) -> None:
@@ -102,7 +102,7 @@ def draw(curves: dict[str, Points], path: Path) -> None:
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(curves) :]:
         ax.remove()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import torch
 from bingo import distributed
 from bingo.artefacts import fingerprint, read_json, write_bytes, write_json
 from bingo.checksums import Damaged, seal, unseal
-from bingo.errors import UserError
+from bingo.errors import UserError, out_of_memory
 
 SECONDS_VARIABLE = "BINGO_CHECKPOINT_SECONDS"
 
@@ -95,6 +95,8 @@ class Checkpoints:
             content = unseal(self._file(latest["step"], rank).read_bytes())
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         except Exception as error:  # torch tells a damaged file in many ways
+            if line := out_of_memory(error):
+                raise UserError(f"{self.folder}: the checkpoint cannot be loaded: {line}") from None
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise UserError(f"{self.folder}: the checkpoint is damaged ({reason}); delete this folder to start anew") from None
 

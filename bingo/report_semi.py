@@ -1,4 +1,4 @@
-"""The report's section on few labels: what was measured with each share of them, beside the published figures (methods.md section 3.3)."""
+"""The report's section on few labels: what was measured with each share of them, beside the published figures."""
 
 from typing import Any
 

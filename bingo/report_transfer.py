@@ -1,4 +1,4 @@
-"""The report's section on transfer to other labelled images, beside the published CIFAR figures (methods.md section 3.4)."""
+"""The report's section on transfer to other labelled images, beside the published CIFAR figures."""
 
 from bingo.report_beside import Published, Section, last_figures, net_rows
 from bingo.report_inputs import Artefacts

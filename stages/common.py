@@ -226,6 +226,9 @@ def pick_device() -> "torch.device":
         raise UserError("BINGO_DEVICE = cuda: torch sees no GPU here; set BINGO_DEVICE=cpu, or mend the driver (nvidia-smi)")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(f"BINGO_PROCESSES = {processes}: each needs a GPU and torch sees {gpus} here; lower it, or set BINGO_DEVICE=cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 

@@ -8,10 +8,11 @@ follows it on every machine, for example "srun --ntasks-per-node=1" (default: no
 import os
 import shlex
 import sys
+from typing import NoReturn
 
 from bingo.errors import UserError
 
-FAILED, INTERRUPTED = 1, 75  # exit codes as in stages/common.py; 75 is a stop with a checkpoint
+FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 75  # exit codes as in stages/common.py; 75 is a stop with a checkpoint
 
 
 def launch(stage: str, *arguments: str) -> None:
@@ -69,7 +70,9 @@ def run_torchrun(arguments: list[str]) -> int:
     # and a process that is started again may connect to one of these for half an hour (pytorch/pytorch issue 135712).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.disable(logging.ERROR)  # the launcher's own reports: what it would say is said below, in one line
+    given = os.environ.get("BINGO_LAUNCH", "")
     try:
+        _check(arguments)
         main(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -78,12 +81,29 @@ def run_torchrun(arguments: list[str]) -> int:
         return failure.exitcode if failure.exitcode > 0 else FAILED
     except RendezvousError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        given = os.environ.get("BINGO_LAUNCH", "")
         print(f"error: BINGO_LAUNCH = {given}: the machines did not meet ({reason}); start the same on each of them", file=sys.stderr)
         return FAILED
     except SignalException:
         return INTERRUPTED
+    except ValueError as error:  # an address or a backend that is none is found when the group meets
+        print(f"error: BINGO_LAUNCH = {given}: {' '.join(str(error).split())}; give arguments of torchrun", file=sys.stderr)
+        return USER_MISTAKE
     return 0
+
+
+def _check(arguments: list[str]) -> None:
+    """Raises ValueError, in torchrun's words, for arguments that it does not take: it would print all that it knows, or a traceback."""
+    from torch.distributed import run
+
+    def refuse(reason: str) -> NoReturn:
+        raise ValueError(reason)
+
+    parser = run.get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    try:
+        run.config_from_args(parser.parse_args(arguments))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def _judge(run: Run, name: str, split: "SplitParams", device: "torch.device") ->
         "inputs": [listing.fingerprint, backbone_files(semi.nets), rows_L.tolist()],
         "code": code_fingerprint("semi_eval"),
     }
-    with state_folder("semi_eval", values) as folder:
+    with state_folder(f"semi_eval-{name}", values) as folder:
         scores = scores_by_net(run, nets, _protocols(run, listing, rows_L, split), semi.precision, folder, device)
         if distributed.rank() == 0:
             origin = "drawn" if split.list_file is None else "listed"

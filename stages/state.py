@@ -26,6 +26,7 @@ _FINISHED, _COMMITTED = "finished.json", "committed.json"
 def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
     """The folder of an unfinished stage, named by what decides its output, and locked: no second copy may work beside the first.
 
+    `stage`: STAGE-ITEM where dvc.yaml has items, as what `sweep` notes of a commit is noted once for each name.
     It lies under the original repository even where DVC runs an experiment elsewhere, so that a second run finds the checkpoint.
     It goes when the work is done: at once, or where DVC started the stage, when its outputs are in DVC's hands (`sweep`).
     """
@@ -51,7 +52,12 @@ def sweep() -> None:
     for leftover in _root().glob("*/.*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     for mark in _root().glob(f"*/*/{_FINISHED}"):
-        finished = read_json(mark)
+        try:
+            finished = read_json(mark)
+        except UserError:
+            if mark.exists():
+                raise
+            continue  # a sweep of another workspace, which has this folder of states too, was faster
         if Path(finished["workspace"]) == Path.cwd() and (entry := _entry(finished["stage"])) != finished["entry"]:
             # so that a forced rerun, which leaves dvc.lock as it is, is not taken for one that DVC has not committed
             write_json(mark.parent.parent / _COMMITTED, {"state": mark.parent.name, "entry": entry})

@@ -3,8 +3,8 @@
     python -m stages.transfer_cifar [NAME]     reads the images of transfer.datasets.NAME, the networks that transfer.nets names (the
                                                student from its file alone) and params transfer, dataset, image, student, seed;
                                                writes reports/transfer/NAME.json, percent
-Without NAME: every one of transfer.datasets. A killed run goes on from its checkpoints. Linear follows DisCo's cifar_main_lincls.py and
-Reproduction.md (methods.md section 2.4) but for the enlarging, which is bilinear here (DisCo: bicubic).
+Without NAME: every one of transfer.datasets. A killed run goes on from its checkpoints. Linear follows cifar_main_lincls.py and
+Reproduction.md of DisCo's repository but for the enlarging, which is bilinear here (DisCo: bicubic).
 """
 
 from typing import TYPE_CHECKING
@@ -56,7 +56,7 @@ def _judge(run: Run, name: str, device: "torch.device") -> None:
         "inputs": [listing.fingerprint, backbone_files(transfer.nets)],
         "code": code_fingerprint("transfer_cifar"),
     }
-    with state_folder("transfer_cifar", values) as folder:
+    with state_folder(f"transfer_cifar-{name}", values) as folder:
         scores = scores_by_net(run, nets, protocols, transfer.precision, folder, device)
         if distributed.rank() == 0:
             seen = {protocol: {"crop_px": used.task.image.crop_px} for protocol, used in protocols.items()}

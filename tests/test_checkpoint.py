@@ -5,8 +5,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from bingo.checkpoints import Checkpoints
 from bingo.errors import UserError
-from bingo.nets.checkpoint import first_names, load_network, load_strictly, save_network
+from bingo.nets.checkpoint import building, first_names, load_network, load_strictly, save_network
+from bingo.nets.foreign import read_checkpoint
 
 STATE = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(7), "c": torch.ones(2, dtype=torch.float16)}
 METADATA = {"kind": "test", "mean": [0.5, 0.25], "width": 0.125, "head": None, "name": "é"}
@@ -53,6 +55,27 @@ def test_files_that_are_not_ours_are_refused_by_name(tmp_path):
         path.write_bytes(safetensors.torch.save(STATE, metadata=metadata))
         assert "is damaged, or BINGO did not write it (its metadata hold no checksum)" in refusal(path)
     assert "cannot be read" in refusal(tmp_path)
+
+
+def test_no_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
+    """Nobody is told to delete a checkpoint that a full GPU could not hold."""
+    checkpoints = Checkpoints(tmp_path / "training", 0)
+    checkpoints.save({"step": 1}, 1)
+    torch.save(STATE, tmp_path / "net.pth")
+
+    def no_room(*_, **__) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def build() -> None:
+        with building(tmp_path / "net.safetensors"):
+            no_room()
+
+    monkeypatch.setattr(torch, "load", no_room)
+    for act in (lambda: checkpoints.load(torch.device("cpu")), lambda: read_checkpoint(tmp_path / "net.pth"), build):
+        with pytest.raises(UserError, match=r"out of memory \(CUDA out of memory") as caught:
+            act()
+        assert str(tmp_path) in str(caught.value)
+        assert not any(word in str(caught.value) for word in ("delete", "damaged", "truncated"))
 
 
 def test_loading_strictly_names_every_difference():

@@ -97,7 +97,7 @@ def test_saved_bytes_are_what_backward_needs():
     assert saved_bytes(Layer(), Batch(torch.arange(B), [torch.randn(B, 10)]), PROGRESS) == 4 * B * (10 + 20)
 
 
-# GFLOP forward of an image of 224 px (methods.md 4.3, without the heads), and of published tables of the two small ones.
+# GFLOP forward of an image of 224 px, without the head; of the two small ones by published tables.
 @pytest.mark.parametrize(
     ("arch", "width", "gflop"),
     [

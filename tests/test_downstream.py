@@ -106,7 +106,7 @@ def test_a_killed_run_gives_the_same_bytes(workspace, reference):
     steps = {"linear": 5 * 4, "finetune": 5 * 4}  # of 80 labels in batches of 16
 
     def done_steps() -> int:
-        latest = (workspace.root / ".bingo/state/semi_eval").glob("*/*/*/latest.json")
+        latest = (workspace.root / ".bingo/state/semi_eval-percent_10").glob("*/*/*/latest.json")
         return sum(json.loads(path.read_text())["step"] for path in latest)
 
     for step in (5, steps["linear"] + 3, sum(steps.values()) + 2):  # of the student linear, the student whole, the untrained one

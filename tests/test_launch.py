@@ -8,10 +8,11 @@ import sys
 import time
 
 import pytest
+import torch
 from workspace import Running, Workspace, new_workspace, until
 
-from bingo.errors import GroupLost, Interrupted
-from stages.common import mistakes_as_lines
+from bingo.errors import GroupLost, Interrupted, UserError
+from stages.common import mistakes_as_lines, pick_device
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 SHORT = {
@@ -151,6 +152,36 @@ def test_a_launch_that_cannot_be(workspace, variables, wanted):
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith(f"error: {wanted}")
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("--nnodez=2", "unrecognized arguments: --nnodez=2"),
+        ("--nnodes=two", "invalid literal for int() with base 10: 'two'"),
+        ("--nnodes=1:2:3", "nnodes=1:2:3 is not in"),
+        ("--standalone --max-restarts=-1", "max_restarts must be >= 0"),
+        ("--nnodes=2 --rdzv-backend=c11d --rdzv-endpoint=node0:29400", "The rendezvous backend 'c11d' is not registered"),
+        ("--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=node0:port", "The port number of the rendezvous endpoint 'node0:port' must be"),
+    ],
+)
+def test_arguments_that_torchrun_does_not_take(workspace, arguments, reason):
+    done = launcher(workspace, "distill", *arguments.split(), BINGO_LAUNCH=arguments).wait()
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith(f"error: BINGO_LAUNCH = {arguments}: {reason}"), done.err
+    assert done.err.endswith("; give arguments of torchrun\n")
+    assert done.err.count("\n") == 1
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("BINGO_DEVICE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert pick_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all of them find it, so that the first one tells it
+    with pytest.raises(UserError, match="BINGO_PROCESSES = 2: each needs a GPU and torch sees 1 here"):
+        pick_device()
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class FrozenTeacher(nn.Module):
 
 
 def loop_info_nce(query, key, negatives, temperature):
-    """-log of the positive's share, as methods.md writes it."""
+    """-log of the positive's share."""
     dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))  # noqa: E731
     positive = math.exp(dot(query, key) / temperature)
     return -math.log(positive / (positive + sum(math.exp(dot(query, row) / temperature) for row in negatives)))

@@ -1,4 +1,4 @@
-"""SEED, CompRess, DisCo, SimReg, ISD and CoSS against their definitions (methods.md 1.3-1.7 and 5), one similarity at a time in floats."""
+"""SEED, CompRess, DisCo, SimReg, ISD and CoSS against their definitions, one similarity at a time in floats."""
 
 import math
 
@@ -148,7 +148,7 @@ def layers(rows, weights) -> list[list[float]]:
 
 
 def two_layers(network: nn.Module) -> list:
-    """Linear without bias, BatchNorm, ReLU, Linear: methods.md 1.7, and each half of 1.6's head."""
+    """Linear without bias, BatchNorm, ReLU, Linear: ISD's head, and each half of SimReg's."""
     first, gain, shift, second, bias = network.parameters()
     return [("linear", first, None), ("batchnorm", gain, shift), ("relu",), ("linear", second, bias)]
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from bingo.artefacts import read_json
+from bingo.errors import UserError
 from stages.state import state_folder, sweep
 
 VALUES = {"seed": 0}
@@ -98,6 +100,25 @@ def test_the_state_of_an_experiment_goes_with_its_folder(monkeypatch, here):
     experiment.rmdir()
     sweep()
     assert not folders()
+
+
+def test_a_state_that_another_sweep_removes_meanwhile(monkeypatch):
+    """Workspaces that share a folder of states may start stages at the same time; a damaged mark is told all the same."""
+    monkeypatch.setenv("DVC_STAGE", "teacher")
+    work()
+    lock("a")
+
+    def read_late(mark: Path) -> dict:
+        mark.unlink()
+        return read_json(mark)
+
+    with monkeypatch.context() as late:
+        late.setattr("stages.state.read_json", read_late)
+        sweep()
+    (mark,) = (folder / "finished.json" for folder in folders())
+    mark.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        sweep()
 
 
 def test_what_an_interrupted_removal_left_goes(here):

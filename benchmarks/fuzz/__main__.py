@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="surfaces whose names begin so")
     given = parser.parse_args()
     chosen = [n for n, surface in enumerate(SURFACES) if not given.only or surface.name.startswith(tuple(given.only))]
+    if not chosen:
+        parser.error(f"--only {' '.join(given.only)}: allowed are beginnings of {'; '.join(surface.name for surface in SURFACES)}")
     shares, tallies = sum(SURFACES[n].share for n in chosen), []
     print("| surface | cases | accepted | refused | failed | longest s | most MB |\n|---|---|---|---|---|---|---|", flush=True)
     for n in chosen:

@@ -1,6 +1,6 @@
 """One image file to uint8 RGB pixels: every mode that Pillow opens, turned upright, decoded smaller where that is enough.
 
-No torch: scans and decoding workers import this file. Lengths are in pixels; P is the side of the result.
+No torch: scans import this file. Lengths are in pixels; P is the side of the result.
 """
 
 import io

@@ -1,8 +1,8 @@
 """The random numbers of views, drawn on the host by key: crop boxes, flips, colour factors, greys, blurs.
 
-A view is a function of (seed, purpose, epoch, key row, view) and of the image; one call draws a whole batch. No torch: decoding
-workers import this file. Distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and
-RandomHorizontalFlip, and of MoCo-v2's GaussianBlur (sigma in pixels). Shape letters: B views, O colour operations in use.
+A view is a function of (seed, purpose, epoch, key row, view) and of the image; one call draws a whole batch. Distributions are those
+of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and RandomHorizontalFlip, and of MoCo-v2's GaussianBlur (sigma in
+pixels). Shape letters: B views, O colour operations in use.
 """
 
 from collections.abc import Sequence

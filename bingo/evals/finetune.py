@@ -48,7 +48,7 @@ class Task:
 
 
 def random_crops(crop_scale: Range, flip_p: float) -> AugmentParams:
-    """The family A-weak (methods.md): a random crop of this share of the area, and a flip; nothing else."""
+    """A weak family: a random crop of this share of the area, and a flip; nothing else."""
     return AugmentParams(
         crop_scale=crop_scale,
         crop_ratio=[3 / 4, 4 / 3],

@@ -2,7 +2,7 @@
 
 Both train one linear layer by SGD with momentum 0.9 and a cosine to 0, start it from N(0, 0.01) (0.01 is the deviation) with
 bias 0, test it after every epoch, and report the last epoch and the best one. The best one is what the papers report; it is
-chosen on the test set (methods.md section 2.1). Shape letters: N rows, B rows of a batch, D feature width, C classes.
+chosen on the test set. Shape letters: N rows, B rows of a batch, D feature width, C classes.
 """
 
 from collections.abc import Iterator
@@ -75,7 +75,7 @@ def linear_on_crops(
     device: torch.device,
     checkpoints: Checkpoints,
 ) -> dict[str, float | int]:
-    """The released protocol (methods.md section 2.1, column BINGO; main_lincls.py, scripts/lincls/Res.sh).
+    """BINGO's released protocol (main_lincls.py, scripts/lincls/Res.sh).
 
     At every epoch each train image is seen once as a random crop; the raw pooled features of the frozen backbone, in evaluation
     mode, go to the linear layer. Tested on centre views. Differs in the cosine: it moves at every step and ends at 0 (released:

@@ -54,7 +54,7 @@ def percent(count: float, rows: int) -> float:
 def last_and_best(scores: Sequence[tuple[float, float]]) -> dict[str, float | int]:
     """Top-1 and top-5 of the last epoch and of the one with the best top-1 (the first of several), counted from 1.
 
-    The best epoch is what the papers report; it is chosen on the test set (methods.md section 2.1).
+    The best epoch is what the papers report; it is chosen on the test set.
     """
     best = max(range(len(scores)), key=lambda epoch: scores[epoch][0])
     (top1_last, top5_last), (top1_best, top5_best) = scores[-1], scores[best]

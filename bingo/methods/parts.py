@@ -22,7 +22,7 @@ def negative_logsumexp(query_BP: Tensor, bank_JP: Tensor, temperature: float, hi
     """log sum_j exp(q . n_j / temperature) for each query, (B,) float32, over the rows of the bank that are not hidden
     (`hidden_BJ` bool, or (1, J) for all).
 
-    Computed once per query, however many positives the query has (methods.md 4.4): logits of shape (B, 1 + J) per positive are never made.
+    Computed once per query, however many positives the query has: logits of shape (B, 1 + J) per positive are never made.
     The bank gets no gradient.
     """
     return _NegativeLogSumExp.apply(query_BP.float(), bank_JP.detach().float(), temperature, hidden_BJ)

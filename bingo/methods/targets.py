@@ -1,6 +1,6 @@
 """The teacher's outputs that a student is compared with view by view: its keys, or its features, stored or live.
 
-Stored keys belong to views that are drawn again for the student; stored features to the centre view (methods.md 4.5: so do the cached
+Stored keys belong to views that are drawn again for the student; stored features to the centre view (so do those of the cached
 teachers of CompRess and SimReg), and the student's view is then another one. Live, the teacher sees the student's view.
 Shape letters: B anchors, X width of keys or features.
 """

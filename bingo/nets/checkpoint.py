@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bingo.artefacts import canonical_json, write_bytes
 from bingo.checksums import Damaged, check_safetensors, seal_safetensors
-from bingo.errors import UserError
+from bingo.errors import UserError, out_of_memory
 
 _ENTRY = "bingo"  # safetensors writes several entries in an order that changes from run to run, so there is one
 
@@ -55,6 +55,8 @@ def building(path: Path | str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # metadata of any other type or value end in almost anything
+        if line := out_of_memory(error):
+            raise UserError(f"{path}: {line}") from None
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{path}: its tensors or metadata are not those of one network ({reason}); give a file that BINGO wrote") from None
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bingo.errors import UserError
+from bingo.errors import UserError, out_of_memory
 from bingo.nets.checkpoint import first_names
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")  # how torch's weights-only reader names what it refuses
@@ -123,5 +123,7 @@ def _torch_file(path: Path | str) -> Any:
             raise UserError(line) from None
         raise UserError(f"{path}: is no checkpoint of torch.save; {_WAY_OUT}") from None
     except Exception as error:  # arbitrary bytes make the reader raise almost anything
+        if full := out_of_memory(error):
+            raise UserError(f"{path}: {full}") from None
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         raise UserError(f"{path}: is no checkpoint of torch.save, or is truncated ({reason}); {_WAY_OUT}") from None
