@@ -41,7 +41,6 @@ def train_method(
 
     The checkpoint is deleted only after `finish` has put the outputs in place.
     """
-
     from bingo import distributed
     from bingo.batches import Batches, steps_in_epoch
     from bingo.checkpoints import Checkpoints
