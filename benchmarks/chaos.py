@@ -30,6 +30,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from benchmarks.processes import session
 from bingo.params import read_yaml
 from bingo.recipes import lay_over, read_recipe
 
@@ -178,7 +179,7 @@ class ChaosWorkspace:
             os.killpg(dvc.pid, signal.SIGKILL)
             raise
         end = time.monotonic() + PATIENCE_SECONDS
-        while others := self._session(dvc.pid):
+        while others := session(dvc.pid):
             if time.monotonic() > end:
                 for pid in others:
                     os.kill(pid, signal.SIGKILL)
@@ -193,7 +194,7 @@ class ChaosWorkspace:
             return None
         except subprocess.TimeoutExpired:
             pass
-        stage = [pid for pid in self._session(dvc.pid) if pid != dvc.pid]
+        stage = [pid for pid in session(dvc.pid) if pid != dvc.pid]
         number = signal.Signals[kill.signal]
         struck = time.monotonic()
         try:
@@ -232,17 +233,6 @@ class ChaosWorkspace:
                 shutil.copytree(source, path, symlinks=True)
             elif source.exists():
                 shutil.copy(source, path)
-
-    def _session(self, leader: int) -> list[int]:
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            except OSError:
-                continue
-            if int(session) == leader and state != "Z":
-                found.append(int(stat.parent.name))
-        return found
 
     def _record(self, suffix: str) -> Path:
         return self.records / f"{self.runs}.{suffix}"

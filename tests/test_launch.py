@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from workspace import Running, Workspace, new_workspace, until
+from workspace import Running, Workspace, new_workspace, saved_step, until
 
 from bingo.errors import GroupLost, Interrupted, UserError
 from stages.common import mistakes_as_lines, pick_device
@@ -49,11 +49,6 @@ def launcher(workspace: Workspace, stage: str, *arguments: str, **variables: str
     return workspace.stages.start_module(command, workspace.root, BINGO_CHECKPOINT_SECONDS="0", **variables)
 
 
-def saved_step(workspace: Workspace) -> int:
-    steps = [int(path.name.split(".")[0][5:]) for path in workspace.root.glob(".bingo/state/distill/*/checkpoints/step-*.rank-0.pt")]
-    return max(steps, default=-1)
-
-
 def kill_rank(workspace: Workspace, rank: int) -> None:
     os.kill(int((workspace.root / f"rank-{rank}.pid").read_text()), signal.SIGKILL)
 
@@ -77,7 +72,7 @@ def by_two_machines(workspace) -> dict[str, bytes]:
 
 def test_a_group_that_lost_a_process_is_started_again_and_trains_the_same(workspace, by_two_machines):
     training = launcher(workspace, "distill", "--standalone", "--max-restarts=2", "--nproc-per-node=2")
-    until(lambda: saved_step(workspace) >= 6, training.ended)
+    until(lambda: saved_step(workspace, "distill") >= 6, training.ended)
     kill_rank(workspace, 0)
     done = training.wait()
     assert (done.status, done.err) == (0, "")
@@ -99,7 +94,7 @@ def test_a_pass_of_the_teacher_that_lost_a_process_gives_the_bytes_of_one_proces
 
 def test_a_killed_process_ends_the_others_and_is_named(workspace):
     training = launcher(workspace, "distill", "--standalone", "--nproc-per-node=2")
-    until(lambda: saved_step(workspace) >= 3, training.ended)
+    until(lambda: saved_step(workspace, "distill") >= 3, training.ended)
     session = training.session()
     kill_rank(workspace, 1)
     done = training.wait()
@@ -115,11 +110,12 @@ def test_a_mistake_that_one_process_finds_is_told_once(workspace):
 
 def test_a_group_that_is_asked_to_stop_saves_and_says_so_once(workspace):
     training = launcher(workspace, "distill", "--standalone", "--nproc-per-node=2")
-    until(lambda: saved_step(workspace) >= 1, training.ended)
+    until(lambda: saved_step(workspace, "distill") >= 1, training.ended)
     training.send(signal.SIGTERM)
     done = training.wait()
     assert (done.status, done.out) == (75, "")
-    assert done.err == f"distill: bingo: stopped at step {saved_step(workspace)} with a checkpoint; start again to go on from there\n"
+    step = saved_step(workspace, "distill")
+    assert done.err == f"distill: bingo: stopped at step {step} with a checkpoint; start again to go on from there\n"
 
 
 def test_the_prefix_runs_the_launcher_on_every_machine(workspace, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from coco_data import CATEGORIES, make_split, write
 from safetensors.torch import load_file
 from torch import nn
-from workspace import ROOT, Workspace, environment, new_workspace, until
+from workspace import ROOT, Workspace, environment, new_workspace, saved_step, until
 
 from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import load_network, weights_sha256
@@ -87,13 +87,9 @@ def test_the_outputs_are_what_others_read(made, reference):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(workspace, reference):
-    def saved_step() -> int:
-        found = (workspace.root / ".bingo/state/transfer_coco-c4-short").glob("*/checkpoints/latest.json")
-        return max((json.loads(path.read_text())["step"] for path in found), default=-1)
-
     for step in (1, 3):
         running = workspace.start(STAGE, **ALONE, BINGO_CHECKPOINT_SECONDS="0")
-        until(lambda step=step: saved_step() >= step, running.ended)
+        until(lambda step=step: saved_step(workspace, "transfer_coco-c4-short") >= step, running.ended)
         done = running.kill()
         assert (done.status, done.err) == (-signal.SIGKILL, "")
         assert not workspace.existing_files(*OUTPUTS)

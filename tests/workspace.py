@@ -16,6 +16,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from benchmarks.processes import session
 from bingo.params import read_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -67,15 +68,7 @@ class Running:
 
     def session(self) -> list[int]:
         """Processes that this one has started or that these have, itself included, and that have not ended."""
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            except OSError:
-                continue
-            if int(session) == self.pid and state != "Z":
-                found.append(int(stat.parent.name))
-        return found
+        return session(self.pid)
 
     def send(self, number: int) -> None:
         """Send a signal."""
