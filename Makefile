@@ -1,6 +1,8 @@
 # `make demo`: from a fresh clone to reports/index.html. `make test`: the tests. `make compare`: methods x seeds as DVC experiments.
 # `make bench`: speed beside named limits and peers, an hour on 2 quiet cores; a GPU is used where there is one.
 # `make fuzz`: hostile input by the thousand. All make .venv first, once.
+# `make test-oldest`: the tests with the oldest versions that pyproject.toml admits, under the oldest Python (PYTHON=python3.11).
+# Another Python: `make test PYTHON=python3.13 VENV=$$PWD/.venv-3.13`.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -16,13 +18,16 @@ JOBS ?= 1
 BASE ?=
 ROOT ?=
 
-.PHONY: demo test fuzz compare bench setup lint clean-state
+.PHONY: demo test test-oldest fuzz compare bench setup lint clean-state
 demo: setup
 	dvc repro
 	@echo "the report: $(CURDIR)/reports/index.html"
 
 test: setup
 	python -m pytest -q
+
+test-oldest: $(VENV)-oldest/.done
+	PATH="$(VENV)-oldest/bin:$$PATH" python -m pytest -q
 
 fuzz: setup
 	python -m benchmarks.fuzz --cases $(FUZZ_CASES) --seed $(FUZZ_SEED)
@@ -48,6 +53,13 @@ $(VENV)/.done: requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	dvc config --local core.analytics false
+	touch $@
+
+$(VENV)-oldest/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(PYTHON) .ci/oldest.py > $(VENV)-oldest/requirements.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-oldest/requirements.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 lint: setup
