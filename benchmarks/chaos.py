@@ -6,7 +6,7 @@ A kill is a signal (SIGKILL, SIGTERM, SIGINT) to the stage, to dvc or to both, a
 undisturbed; the next `dvc repro STAGE` goes on. Checked: the outputs' bytes are those of the undisturbed run; data/, models/ and reports/
 hold no other file than its; no state is left; steps that were done twice lie within one checkpoint interval (of `extract`: within the two
 chunks that it holds); a training that was asked to stop has exit code 75 and loses nothing. Exit code 1 where one of these fails. What a
-kill may cut off is a file of dvc's own, .dvc/tmp/rwlock: it is then deleted, as the README says, and counted.
+kill may cut off are two things of dvc's own, its lock and an entry of its run cache: then what the README says is done, and counted.
 
 How far a stage is, its progress bar knows: the workspace's copy of bingo/progress.py also writes that down.
 """
@@ -48,7 +48,9 @@ WAYS = (
     ("SIGTERM", "both"),
     ("SIGINT", "both"),
 )
-CUT_LOCK = "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted"  # dvc does not write it whole or not at all
+# What dvc does not write whole or not at all, and what it says where it was killed at that.
+CUT_LOCK = "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted"
+CUT_RUN = "join() argument must be str, bytes, or os.PathLike object, not 'NoneType'"  # a folder of the run cache without an entry
 PATIENCE_SECONDS = 300
 STOPPED = 75
 INTERVAL_SECONDS = 0.5
@@ -134,7 +136,7 @@ class Tally:
     most_lost: int = 0
     resumed: int = 0
     finished: int = 0
-    cut_locks: int = 0
+    cut_off: int = 0
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -219,9 +221,15 @@ class ChaosWorkspace:
         found = (path for path in (self.root / ".bingo/state").glob("*/*") if path.name != "committed.json")
         return sorted(str(path.relative_to(self.root)) for path in found if not (path / "finished.json").exists())
 
-    def delete_dvc_lock(self) -> None:
-        """What a user is told to do where a kill has cut off the file in which dvc notes what it reads and writes."""
-        (self.root / ".dvc/tmp/rwlock").unlink()
+    def mend_dvc(self, text: str) -> bool:
+        """Do what the README says where dvc tells that an earlier kill has cut off a file of its own; whether it did."""
+        if CUT_LOCK in text:
+            (self.root / ".dvc/tmp/rwlock").unlink()
+        elif CUT_RUN in text:
+            for folder in (self.root / ".dvc/cache/runs").glob("*/*"):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+        return CUT_LOCK in text or CUT_RUN in text
 
     def forget(self, before: Path) -> None:
         """Take back a stage: outputs, dvc.lock and DVC's cache as they were in `before`, a copy of the workspace."""
@@ -311,9 +319,8 @@ class Harassment:
             if ended.status == 0:
                 self.tally.finished += 1
                 return
-            if CUT_LOCK in ended.text:  # of dvc, by an earlier kill: the README says what is to be done
-                self.workspace.delete_dvc_lock()
-                self.tally.cut_locks += 1
+            if self.workspace.mend_dvc(ended.text):
+                self.tally.cut_off += 1
                 continue
             if kill is None or ended.struck is None:
                 self._problem(kill, ended, f"dvc repro failed with {ended.status}, undisturbed")
@@ -403,12 +410,12 @@ def table(tallies: dict[str, Tally]) -> str:
     """The result in Markdown: kills by stage and signal, how often a run went on, and the most that was done twice."""
     heads = [f"{name[3:]} to {receiver}" for name, receiver in WAYS]
     lines = [
-        f"| stage | kills | {' | '.join(heads)} | gone on | most lost | finished | DVC's lock cut off | seconds | problems |",
+        f"| stage | kills | {' | '.join(heads)} | gone on | most lost | finished | DVC's files cut off | seconds | problems |",
         f"|---|{'--:|' * (len(WAYS) + 7)}",
     ]
     for stage, tally in tallies.items():
         kills = [tally.kills[way] for way in WAYS]
-        result = [tally.resumed, tally.most_lost, tally.finished, tally.cut_locks, f"{tally.seconds:.0f}", len(tally.problems)]
+        result = [tally.resumed, tally.most_lost, tally.finished, tally.cut_off, f"{tally.seconds:.0f}", len(tally.problems)]
         lines.append(f"| {' | '.join(map(str, [stage, sum(kills), *kills, *result]))} |")
     return "\n".join(lines)
 

@@ -10,7 +10,22 @@ from pathlib import Path
 import pytest
 
 import bingo.progress
-from benchmarks.chaos import CUT_LOCK, INTERVAL_SECONDS, RECORDER, WAYS, Ended, Harassment, Kill, Move, Tally, bars_in, drawn_kills, table
+from benchmarks.chaos import (
+    CUT_LOCK,
+    CUT_RUN,
+    INTERVAL_SECONDS,
+    RECORDER,
+    WAYS,
+    ChaosWorkspace,
+    Ended,
+    Harassment,
+    Kill,
+    Move,
+    Tally,
+    bars_in,
+    drawn_kills,
+    table,
+)
 
 LABEL, TOTAL = "teacher: moco", 64
 STOPPED = "teacher: moco: stopped at step 20 with a checkpoint; start again to go on from there\nfailed to run: ..., exited with 75"
@@ -25,7 +40,7 @@ def bar(first: int, last: int, begun: float = 0.0, step_seconds: float = 0.1, to
 class Scripted:
     """A workspace whose runs of dvc are known beforehand."""
 
-    runs = deleted = 0
+    runs = mended = 0
 
     def __init__(self, *ended: Ended):
         self.script = iter(ended)
@@ -39,8 +54,9 @@ class Scripted:
     def ended(self, *_: object) -> Ended:
         return next(self.script)
 
-    def delete_dvc_lock(self) -> None:
-        self.deleted += 1
+    def mend_dvc(self, text: str) -> bool:
+        self.mended += CUT_LOCK in text
+        return CUT_LOCK in text
 
 
 def problems(*ended: Ended, kill: tuple[str, str] = ("SIGKILL", "both"), stage: str = "teacher") -> list[str]:
@@ -116,11 +132,33 @@ def test_dvc_that_fails_by_itself_ends_all():
         problems(KILLED, Ended(1, "some text", {}, None))
 
 
-def test_a_file_of_dvcs_own_that_was_cut_off_is_deleted_and_counted():
+def test_a_file_of_dvcs_own_that_was_cut_off_is_mended_and_counted():
     tally = Tally()
     workspace = Scripted(KILLED, Ended(255, f"ERROR: failed to reproduce 'scan': {CUT_LOCK}: ...", {}, 0.5), WELL)
     Harassment(workspace, "teacher", tally).run(Kill("SIGKILL", "both", 1.0) for _ in range(2))
-    assert (tally.cut_locks, workspace.deleted, sum(tally.kills.values()), tally.problems) == (1, 1, 1, [])
+    assert (tally.cut_off, workspace.mended, sum(tally.kills.values()), tally.problems) == (1, 1, 1, [])
+
+
+def test_what_dvc_cuts_off_is_told_and_mended_as_the_readme_says(tmp_path):
+    """DVC itself, with a lock that was half written and a folder of its run cache whose entry was not."""
+    (tmp_path / "images").write_text("x")
+    (tmp_path / "dvc.yaml").write_text("stages: {scan: {cmd: cp images listing, deps: [images], outs: [listing]}}")
+    workspace = ChaosWorkspace(tmp_path)
+    workspace.run("init", "--no-scm", "--quiet")
+    workspace.run("repro")
+
+    def mended(words: str) -> bool:
+        failed = workspace.ended(workspace.start("repro"))
+        return failed.status != 0 and words in failed.text and workspace.mend_dvc(failed.text)
+
+    (tmp_path / ".dvc/tmp/rwlock").write_text('{"listing": {"wr')
+    assert mended(CUT_LOCK)
+    workspace.run("repro")
+    (tmp_path / "dvc.lock").unlink()
+    for entry in (tmp_path / ".dvc/cache/runs").glob("*/*/*"):
+        entry.unlink()
+    assert mended(CUT_RUN)
+    workspace.run("repro")
 
 
 def test_the_recorder_writes_what_is_read(tmp_path):
