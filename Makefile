@@ -27,7 +27,7 @@ test: setup
 	python -m pytest -q
 
 test-oldest: $(VENV)-oldest/.done
-	PATH="$(VENV)-oldest/bin:$$PATH" python -m pytest -q
+	PATH="$(VENV)-oldest/bin:$$PATH" python -m pytest -q -W default::DeprecationWarning  # old libraries call what newer ones deprecate
 
 fuzz: setup
 	python -m benchmarks.fuzz --cases $(FUZZ_CASES) --seed $(FUZZ_SEED)
