@@ -27,6 +27,7 @@ from PIL import Image
 from bingo.data.images import FileImages, Images, MemoryImages
 from bingo.data.listing import Listing
 from bingo.extract import extract_embeddings
+from bingo.memory import keep_freed_memory
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
 from bingo.nets.precision import autocast, resolve_precision
@@ -71,6 +72,8 @@ def main() -> None:
     """Run the cases that were asked for and print one line each."""
     options = parse()
     device = torch.device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as every stage does
     for name in CASES if options.case == "all" else [options.case]:
         case = CASES[name]
         images = options.images or case.images
@@ -97,6 +100,7 @@ def main() -> None:
 
 def peak_mb(rows: int) -> float:
     """The most memory that this process held after an extraction from so many files, in MB of 10^6 bytes."""
+    keep_freed_memory()
     case = CASES["small"]
     params = ExtractParams(views=1, batch_images=256, chunk_rows=MEMORY_CHUNK_ROWS, precision="auto", augment=case.augment)
     with tempfile.TemporaryDirectory() as folder:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from bingo.bags import Bags
 from bingo.batches import Batches, Stored
 from bingo.checkpoints import Checkpoints
+from bingo.memory import keep_freed_memory
 from bingo.methods.contract import Context, Progress, build_method
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head, unit
@@ -216,6 +217,8 @@ def make_step(case: Case, name: str, folder: Path) -> Step:
 def main() -> None:
     """Measure what was asked for and print one table."""
     options = parse()
+    if options.device == "cpu":
+        keep_freed_memory()  # as every stage does
     case, names = case_of(options), [name.replace("_", " ") for name in options.variants]
     if options.memory_of:
         print(peak_mebibytes(case, options.memory_of))

@@ -5,8 +5,11 @@ augmentation are not. Shape letter: B images of a batch.
 """
 
 import math
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -42,19 +45,45 @@ def step_flops(method: Method, batch: Batch, progress: Progress) -> int:
 
 
 def saved_bytes(method: Method, batch: Batch, progress: Progress) -> int:
-    """Bytes that a forward of `method` on `batch` keeps for backward: each storage once, no parameters, no buffers. Nothing changes."""
+    """The most bytes that a forward of `method` on `batch` keeps for backward at a time: each storage once, no parameters, no
+    buffers. Nothing changes."""
     own = {tensor.untyped_storage().data_ptr() for tensor in method.state_dict().values()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with _unchanged(method) as loss_of, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    meter = _Meter(own)
+    with _unchanged(method) as loss_of, torch.autograd.graph.saved_tensors_hooks(meter.keep, lambda kept: kept.tensor):
         loss_of(batch, progress)
-        return sum(kept.values())
+    return meter.most_bytes
+
+
+class _Meter:
+    """Counts the bytes of the storages that autograd keeps, now and at most."""
+
+    def __init__(self, uncounted: set[int]):
+        self.uncounted, self.holders, self.bytes, self.most_bytes = uncounted, Counter[int](), 0, 0
+
+    def keep(self, tensor: Tensor) -> "_Kept":
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address in self.uncounted:
+            return _Kept(tensor)
+        self.holders[address] += 1
+        if self.holders[address] == 1:
+            self.bytes += storage.nbytes()
+            self.most_bytes = max(self.most_bytes, self.bytes)
+        kept = _Kept(tensor)
+        weakref.finalize(kept, self._drop, address, storage.nbytes())
+        return kept
+
+    def _drop(self, address: int, nbytes: int) -> None:
+        self.holders[address] -= 1
+        if self.holders[address] == 0:
+            self.bytes -= nbytes
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What autograd holds in place of a tensor that it saves."""
+
+    tensor: Tensor
 
 
 def forward_flops(network: nn.Module, images_BCHW: Tensor) -> int:

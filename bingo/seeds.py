@@ -9,7 +9,8 @@ import hashlib
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_BLOCK_ROWS = 2**15
+_BLOCK_ROWS = 2**15  # they stay in the cache
+_ROUNDS = 4
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -47,24 +48,37 @@ def permutation(seed: int, purpose: str, epoch: int, n: int) -> np.ndarray:
     return np.argsort(_hashes(seed, purpose, epoch, np.arange(n), 0, 1)[:, 0], kind="stable")
 
 
-def first_of_permutation(seed: int, purpose: str, epoch: int, n: int, count: int) -> np.ndarray:
-    """The first `count` of `permutation`'s n numbers, int64 (count,), without keeping the others: no two rows of one draw share a hash.
+def distinct(seed: int, purpose: str, epoch: int, n: int, count: int) -> np.ndarray:
+    """`count` distinct numbers of 0..n-1 in increasing order, int64 (count,); all n where there are no more. The work grows with
+    `count`, not with n.
 
-    Hashes are uniform, so a bound that some more than `count` of them fall below is known beforehand; blocks stay in the cache.
+    A keyed Feistel network of four rounds permutes the numbers below a power of 4: taken are the first images that lie below n.
     """
     if count >= n:
-        return permutation(seed, purpose, epoch, n)
-    bound = np.uint64(min(1.0 - 2.0**-53, (count + 6 * count**0.5 + 9) / n) * 2.0**64)
-    rows, hashes = [], []
-    for start in range(0, n, _BLOCK_ROWS):
-        block_B = _hashes(seed, purpose, epoch, np.arange(start, min(n, start + _BLOCK_ROWS)), 0, 1)[:, 0]
-        below_R = np.flatnonzero(block_B < bound)
-        rows.append(below_R + start)
-        hashes.append(block_B[below_R])
-    first_C = np.argsort(np.concatenate(hashes))[:count]
-    if len(first_C) < count:  # six standard deviations away
-        return permutation(seed, purpose, epoch, n)[:count]
-    return np.concatenate(rows)[first_C]
+        return np.arange(n)
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    key_R = _hashes(seed, purpose, epoch, np.zeros(1), 0, _ROUNDS)[0]
+    taken: list[np.ndarray] = []
+    domain, begun, missing = 4 ** int(half), 0, count
+    while missing:
+        end = min(domain, begun + max(64, min(_BLOCK_ROWS, missing * domain // n)))
+        images_X = _feistel(np.arange(begun, end, dtype=np.uint64), key_R, half)
+        taken.append(images_X[images_X < n][:missing])
+        begun, missing = end, missing - len(taken[-1])
+    return np.sort(np.concatenate(taken)).astype(np.int64)
+
+
+def _feistel(x: np.ndarray, key_R: np.ndarray, half: np.uint64) -> np.ndarray:
+    """A permutation of the numbers of 2 * `half` bits, with as many rounds as there are keys."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & mask
+    for key in key_R:
+        mixed = (right + key) * _MIX_1  # modulo 2^64
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= _MIX_2
+        mixed >>= np.uint64(64) - half
+        left, right = right, left ^ mixed
+    return (left << half) | right
 
 
 def torch_seed(seed: int, purpose: str) -> int:

@@ -102,11 +102,11 @@ class Trainer:
         warmup_steps = self.schedule.lr_warmup_epochs * self.steps_per_epoch
         total = self.schedule.epochs * self.steps_per_epoch
         self.optimizer.param_groups[0]["lr"] = cosine_lr(self.step, total, self.schedule.lr, warmup_steps)
+        self.optimizer.zero_grad(set_to_none=True)  # before the forward, whose activations can have their room
         terms = self.network(batch, progress)
         self.watch.note(terms["loss"], self.step)
         if self.watch.due(self.step):
             self._refuse_what_is_not_finite()
-        self.optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         self.optimizer.step()
         self.method.after_step()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from bingo.artefacts import file_fingerprint, fingerprint, write_json
 from bingo.errors import GroupLost, Interrupted, UserError, near_matches, out_of_memory
+from bingo.memory import keep_freed_memory
 from bingo.params import Params, load_params, read_yaml
 from stages.paths import RUNS
 from stages.state import sweep
@@ -216,7 +217,9 @@ def _surroundings(params: Params) -> dict[str, Any]:
 
 
 def pick_device() -> "torch.device":
-    """The device of this process: BINGO_DEVICE (cpu, cuda or auto), and with several processes the GPU of its local rank."""
+    """The device of this process: BINGO_DEVICE (cpu, cuda or auto), and with several processes the GPU of its local rank.
+
+    For the CPU, freed memory is kept from now on."""
     import torch
 
     wanted = os.environ.get("BINGO_DEVICE", "auto")
@@ -225,6 +228,7 @@ def pick_device() -> "torch.device":
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("BINGO_DEVICE = cuda: torch sees no GPU here; set BINGO_DEVICE=cpu, or mend the driver (nvidia-smi)")
     if wanted == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if processes > gpus:

@@ -177,7 +177,7 @@ def loop_seed(method, context, batch, step) -> float:
         if params.negatives == "queue":
             others = filled(method.negatives.queue)
         else:
-            drawn = seeds.permutation(0, "negatives", step, ROWS)[: params.negative_rows].tolist()
+            drawn = seeds.distinct(0, "negatives", step, ROWS, params.negative_rows).tolist()
             view = {r: int(seeds.uniforms(0, "negative view", step, [r])[0, 0] * VIEWS) for r in drawn}
             others = [context.keys_TVP[r, view[r]].tolist() for r in drawn if r != row]
         p = softmax([x / params.teacher_temperature for x in [dot(t, t), *(dot(t, o) for o in others)]])

@@ -1,6 +1,7 @@
 """Counter-based randomness: a function of its key alone, uniform, without correlation between keys."""
 
 import numpy as np
+import pytest
 
 from bingo import seeds
 
@@ -49,7 +50,33 @@ def test_a_permutation_holds_every_row_once_and_changes_with_the_epoch():
     assert np.array_equal(first, seeds.permutation(0, "order", 0, 1000))
 
 
-def test_the_first_of_a_permutation_are_drawn_without_the_others():
-    whole = seeds.permutation(2, "negatives", 9, 5000)
-    for count in (1, 700, 4999, 5000, 6000):
-        assert np.array_equal(seeds.first_of_permutation(2, "negatives", 9, 5000, count), whole[:count])
+def test_distinct_numbers_are_distinct_and_in_order():
+    for n in (1, 2, 7, 64, 65, 5000):
+        for count in {1, n // 3 + 1, max(1, n - 1), n, n + 1}:
+            drawn = seeds.distinct(2, "negatives", 9, n, count)
+            assert drawn.dtype == np.int64
+            assert len(drawn) == min(count, n)
+            assert np.all(np.diff(drawn) > 0)
+            assert 0 <= drawn[0] <= drawn[-1] < n
+    assert np.array_equal(seeds.distinct(2, "a", 9, 5000, 70), seeds.distinct(2, "a", 9, 5000, 70))
+    assert not np.array_equal(seeds.distinct(2, "a", 9, 5000, 70), seeds.distinct(2, "a", 10, 5000, 70))
+
+
+def test_of_very_many_numbers_a_few_are_drawn_without_looking_at_the_others():
+    drawn = seeds.distinct(0, "negatives", 0, 10**15, 1000)
+    assert len(np.unique(drawn)) == 1000
+    assert abs(drawn.mean() / 10**15 - 0.5) < 0.05  # 5 standard deviations
+
+
+@pytest.mark.parametrize(("n", "count"), [(5, 2), (20, 5), (130, 65)])
+def test_every_number_and_every_pair_is_drawn_as_often(n, count):
+    """4,000 draws: chi-square of numbers and of pairs; a draw's numbers are not independent, which only makes the first one smaller."""
+    draws = 4000
+    counts_NN = np.zeros((n, n))
+    for epoch in range(draws):
+        drawn = seeds.distinct(0, "negatives", epoch, n, count)
+        counts_NN[np.ix_(drawn, drawn)] += 1
+    single_N, pairs = counts_NN.diagonal(), counts_NN[np.triu_indices(n, 1)]
+    for found, p in ((single_N, count / n), (pairs, count * (count - 1) / n / (n - 1))):
+        chi_square = ((found - draws * p) ** 2 / (draws * p * (1 - p))).sum()
+        assert chi_square < len(found) + 5 * (2 * len(found)) ** 0.5, (chi_square, len(found))

@@ -4,6 +4,7 @@ No torch: scans import this file. Lengths are in pixels; P is the side of the re
 """
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # whatever the suffix; others are rare, and EPS is a program to be run
@@ -27,6 +29,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _JPEG = ("JPEG", "MPO")
+_SCAN = b"\xff\xda"  # what each scan of a JPEG file begins with
 _TURNED = (5, 6, 7, 8)  # height and width change places
 
 # An image of this many pixels is refused as a bad image, where Pillow would only warn; its other warnings name no file.
@@ -55,10 +58,24 @@ def check_header(path: Path) -> None:
 
 def read_header(file_bytes: bytes) -> Header:
     """What a file says of its image before its pixels. Raises BadImage."""
+    if (header := _upright_jpeg(file_bytes)) is not None:
+        return header
     with _opened(file_bytes) as image:
         orientation = _orientation(image)
         height, width = image.size if orientation in _TURNED else image.size[::-1]
         return Header(height, width, image.format == "JPEG" and image.mode in ("RGB", "L") and orientation not in _UPRIGHT)
+
+
+def _upright_jpeg(file_bytes: bytes) -> Header | None:
+    """The header of a plain JPEG file in a tenth of the time that Pillow takes, None where it must be asked."""
+    if not file_bytes.startswith(b"\xff\xd8\xff") or b"Exif\0\0" in file_bytes or b"tiff:Orientation" in file_bytes:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(file_bytes)
+    except ValueError:
+        return None
+    plain = colours in ("RGB", "YCbCr", "Gray") and file_bytes.count(_SCAN) <= MOST_SCANS
+    return Header(height, width, True) if plain and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf) else None
 
 
 def check_pixels(file_bytes: bytes) -> None:
@@ -125,7 +142,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _opened(file_bytes: bytes) -> Iterator[Image.Image]:
     """The image in a file, to be decoded within; whatever is wrong with it is raised as BadImage."""
     with _reasons(), Image.open(io.BytesIO(file_bytes), formats=FORMATS) as image:
-        if image.format in _JPEG and (scans := file_bytes.count(b"\xff\xda")) > MOST_SCANS:
+        if image.format in _JPEG and (scans := file_bytes.count(_SCAN)) > MOST_SCANS:
             raise BadImage(f"it has {scans} scans, where {MOST_SCANS} are allowed")
         if image.format == "PPM" and file_bytes[1:2] in b"123" and image.width * image.height > MOST_PLAIN_PIXELS:
             raise BadImage(f"it has {image.width} x {image.height} pixels in plain text, which take too long to read")
@@ -144,7 +161,7 @@ def _reasons() -> Iterator[None]:
     """Turn whatever Pillow raises on a damaged file (there is no common class) into BadImage with one line."""
     try:
         yield
-    except BadImage:
+    except (BadImage, MemoryError):  # of the second the machine is to blame, not the file
         raise
     except Image.UnidentifiedImageError:
         raise BadImage("no image format is recognised in it") from None

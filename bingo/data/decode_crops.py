@@ -38,8 +38,9 @@ def _crops_of_pixels(image_HW3: np.ndarray, boxes_V4: np.ndarray, flip_V: np.nda
     image_3HW, crop_px = torch.from_numpy(image_HW3).permute(2, 0, 1), out_VPP3.shape[1]
     for v, (top, left, height, width) in enumerate(boxes_V4.tolist()):
         crop_13HW = image_3HW[None, :, top : top + height, left : left + width]
-        view_3PP = interpolate(crop_13HW, (crop_px, crop_px), mode="bilinear", antialias=True)[0]
-        out_VPP3[v] = (view_3PP.flip(2) if flip_V[v] else view_3PP).permute(1, 2, 0)
+        crop_13HW = crop_13HW.contiguous(memory_format=torch.channels_last)  # or the result is planar, which takes twice as long
+        view_PP3 = interpolate(crop_13HW, (crop_px, crop_px), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        out_VPP3[v] = view_PP3.flip(1) if flip_V[v] else view_PP3
 
 
 def _crops_of_shrunk(image: Image.Image, boxes_V4: np.ndarray, flip_V: np.ndarray, out_VPP3: Tensor) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from bingo.data.decode import BadImage, check_header, check_pixels, decode_square
 from bingo.data.listing import Content
-from bingo.data.workers import end_with_owner
+from bingo.data.workers import begin_worker
 from bingo.progress import progress_bar
 
 CHUNK_FILES = 64
@@ -58,7 +58,7 @@ def _pool(files: int) -> Iterator[Executor]:
     if processors == 1 or files <= THREADS_UP_TO_FILES:
         pool = ThreadPoolExecutor(processors)
     else:
-        pool = ProcessPoolExecutor(processors, multiprocessing.get_context("forkserver"), end_with_owner)
+        pool = ProcessPoolExecutor(processors, multiprocessing.get_context("forkserver"), begin_worker)
     try:
         yield pool
     finally:

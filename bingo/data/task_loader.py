@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from bingo.data.workers import end_with_owner, fork_server, worker_count
+from bingo.data.workers import begin_worker, fork_server, worker_count
 
 
 class TaskLoader:
@@ -27,7 +27,7 @@ class TaskLoader:
             prefetch_factor=tasks_ahead if workers else None,
             persistent_workers=workers > 0,
             multiprocessing_context=fork_server(type(dataset).__module__) if workers else None,
-            worker_init_fn=end_with_owner,
+            worker_init_fn=begin_worker,
             pin_memory=pin,
             generator=torch.Generator(),  # its own, so that torch's global random state stays as it is
         )

@@ -6,6 +6,8 @@ import threading
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 
+from bingo.memory import keep_freed_memory
+
 MOST_WORKERS = 32
 
 
@@ -23,11 +25,12 @@ def fork_server(module: str) -> BaseContext:
     return context
 
 
-def end_with_owner(*_: object) -> None:
-    """To be called in a new worker: a thread waits for the death of the process that asked for it, and then ends the worker.
+def begin_worker(*_: object) -> None:
+    """To be called in a new worker: it keeps freed memory, and a thread waits for the death of its owner, and then ends it.
 
     A worker is a child of the fork server, not of its owner, and each keeps the other alive: on their own they would stay for ever.
     """
+    keep_freed_memory()
     if (owner := multiprocessing.parent_process()) is not None:
         threading.Thread(target=_watch, args=(owner.sentinel,), daemon=True).start()
 

@@ -13,6 +13,8 @@ from bingo.data.augment import upload
 from bingo.methods.contract import Batch, Context
 from bingo.methods.parts import Queue, hidden_negatives, hidden_places
 
+ROWS_AT_ONCE = 2**13  # of 128 numbers: 2 MiB in float16, which stay in the cache on their way to float32
+
 
 class Negatives(nn.Module):
     """`rows` negatives of the kind `bank` or `queue`. Of a bank, an anchor and its drawn member are never among its own negatives;
@@ -21,6 +23,7 @@ class Negatives(nn.Module):
     def __init__(self, kind: str, rows: int, key_width: int, mask_bag: bool, context: Context):
         super().__init__()
         self.kind, self.rows, self.mask_bag, self.context = kind, rows, mask_bag, context
+        self.drawn_JP: Tensor | None = None
         self.cluster_T, self.members_TK = self._bag_tables() if mask_bag and context.bags is not None else (None, None)
         if kind == "queue":
             self.queue = Queue(rows, key_width, context.seed)
@@ -58,15 +61,23 @@ class Negatives(nn.Module):
             self.queue.push(keys_BP, rows_B)
 
     def _bank_draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """Distinct rows of the bank with one stored view each, the same on every process: `rows` of them, or all."""
+        """Distinct rows of the bank with one stored view each, the same on every process: `rows` of them, or all.
+
+        They lie in one place that the next draw overwrites: new memory of that size would cost as much as to fill it. In order of
+        the rows, they are read from the bank twice as fast.
+        """
         bank_TVP = self.context.keys_TVP
         assert bank_TVP is not None
-        rows, views = len(bank_TVP), bank_TVP.shape[1]
-        count = min(rows, self.rows)
-        chosen = np.arange(rows) if count == rows else seeds.first_of_permutation(self.context.seed, "negatives", step, rows, count)
-        drawn = (seeds.uniforms(self.context.seed, "negative view", step, chosen)[:, 0] * views).astype(np.int64)
-        rows_J, view_J = upload(chosen, bank_TVP.device), upload(drawn, bank_TVP.device)
-        return bank_TVP[rows_J, view_J].float(), rows_J
+        rows, views, width = bank_TVP.shape
+        chosen = seeds.distinct(self.context.seed, "negatives", step, rows, self.rows)
+        view_J = (seeds.uniforms(self.context.seed, "negative view", step, chosen)[:, 0] * views).astype(np.int64)
+        places_J = upload(chosen * views + view_J, bank_TVP.device)
+        if self.drawn_JP is None or self.drawn_JP.device != bank_TVP.device:
+            self.drawn_JP = bank_TVP.new_empty(len(chosen), width, dtype=torch.float32)
+        bank_XP = bank_TVP.flatten(0, 1)
+        for part_jP, places_j in zip(self.drawn_JP.split(ROWS_AT_ONCE), places_J.split(ROWS_AT_ONCE), strict=True):
+            part_jP.copy_(bank_XP.index_select(0, places_j))
+        return self.drawn_JP, upload(chosen, bank_TVP.device)
 
     def _hidden(self, batch: Batch, rows_J: Tensor) -> Tensor:
         """(B, J): anchor, member and with `mask_bag` the anchor's bag. A bag that is a cluster is compared by group, not by member."""

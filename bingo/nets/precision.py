@@ -1,6 +1,7 @@
 """bf16 where it was asked for, or where `auto` finds hardware that multiplies it; losses stay in float32 outside this context."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 
 import torch
@@ -32,3 +33,10 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The autocast context for a network's forward pass on this device."""
     dtype = resolve_precision(precision, device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def casts_kept(precision: str, device: torch.device) -> Iterator[None]:
+    """Within it the bf16 copies of weights that one `autocast` makes serve the next ones; what lies outside these stays float32."""
+    with autocast(precision, device), torch.autocast(device.type, enabled=False):
+        yield

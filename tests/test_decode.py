@@ -1,0 +1,81 @@
+"""What a JPEG file says of itself, read without Pillow, is what Pillow says: of sound files, and of damaged ones."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bingo.data import decode
+from bingo.data.decode import BadImage, Header, read_header
+
+
+def jpeg(mode: str = "RGB", **options) -> bytes:
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((80, 60)).convert(mode)
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x112] = orientation
+    return tags
+
+
+FILES = {
+    "plain": jpeg(), "grey": jpeg("L"), "CMYK": jpeg("CMYK"), "progressive": jpeg(progressive=True), "RGB": jpeg(keep_rgb=True),
+    "of one orientation": jpeg(exif=exif(1)), "turned": jpeg(exif=exif(6)), "mirrored": jpeg(exif=exif(2)),
+    "turned, in XMP": jpeg(xmp=b'<x:xmpmeta tiff:Orientation="6"></x>'), "with a comment": jpeg(comment=b"Exif\0\0"),
+}  # fmt: skip
+
+
+def told(content: bytes) -> Header | str:
+    try:
+        return read_header(content)
+    except BadImage as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_header_is_pillows(monkeypatch, name):
+    draw, contents = random.Random(name), [FILES[name]]
+    for _ in range(300):
+        content = bytearray(FILES[name])
+        for _ in range(draw.choice([1, 1, 3])):
+            content[draw.randrange(draw.choice([30, 500, len(content)]))] = draw.randrange(256)
+        contents.append(bytes(content[: draw.randrange(len(content))] if draw.random() < 0.2 else content))
+    ours = [told(content) for content in contents]
+    monkeypatch.setattr(decode, "_upright_jpeg", lambda content: None)
+    assert ours == [told(content) for content in contents]
+    assert ours[0] == Header(*((80, 60) if "turned" in name else (60, 80)), name not in ("CMYK", "turned", "turned, in XMP", "mirrored"))
+    assert any(isinstance(header, str) for header in ours)
+
+
+def test_pillow_is_asked_only_where_it_must_be(monkeypatch):
+    monkeypatch.setattr(decode, "_opened", lambda content: pytest.fail("Pillow was asked"))
+    for name in ("plain", "grey", "progressive", "RGB"):
+        assert read_header(FILES[name]).plain_jpeg
+
+
+def test_too_many_pixels_or_scans_are_pillows_to_refuse(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 80 - 1)
+    assert "decompression bomb" in told(FILES["plain"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert read_header(FILES["plain"]).plain_jpeg
+    monkeypatch.setattr(decode, "MOST_SCANS", 2)
+    assert told(FILES["progressive"]).startswith("it has ")
+
+
+def test_too_little_memory_is_not_the_files_fault(monkeypatch):
+    """Or `dataset.on_bad_image: skip` would leave out a good image."""
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", full)
+    for read in (read_header, decode.check_pixels):
+        with pytest.raises(MemoryError):
+            read(FILES["turned"])
