@@ -9,8 +9,8 @@ Timed are this project's own Trainer, Batches and method, from the plan of a bat
   student alone the same student and head on as many views: forward and backward in this project's precision, no loss, no optimizer
 Views are random numbers that lie on the device, for all alike: the loader is benchmarks/bench_loader.py's matter. Weights, keys and bags
 are random too. The variants take turns in one process; printed are medians and, in brackets, the smallest and the largest of the
-repeats, a ratio being that of one turn. Peak memory is each variant's own, in a process of its own: on the CPU what the process
-grew by, on a GPU what torch held.
+repeats, a ratio being that of one turn. Peak memory is each variant's own, in a process of its own: what torch's tensors took, and on
+the CPU what the whole process grew by, with the compiled kernels, their work space and what malloc keeps between blocks.
 """
 
 import argparse
@@ -22,12 +22,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from bingo.bags import Bags
 from bingo.batches import Batches, Stored
@@ -221,7 +223,8 @@ def main() -> None:
         keep_freed_memory()  # as every stage does
     case, names = case_of(options), [name.replace("_", " ") for name in options.variants]
     if options.memory_of:
-        print(peak_mebibytes(case, options.memory_of))
+        if (mebibytes := peak_mebibytes(case, options.memory_of, options.tensors)) is not None:
+            print(mebibytes)
         return
     bare = {name: f"student alone, {VIEWS[name]} views" for name in names}
     order = [*dict.fromkeys([*names, *bare.values()])] + ([] if options.no_peer else ["peer"])
@@ -239,17 +242,19 @@ def main() -> None:
     print_table(case, seconds, memory, bare)
 
 
-def print_table(case: Case, seconds: dict[str, list[float]], memory: dict[str, float], bare: dict[str, str]) -> None:
+def print_table(case: Case, seconds: dict[str, list[float]], memory: dict[str, list[float]], bare: dict[str, str]) -> None:
     """One line a variant: anchors per second, times the peer's speed, percent of the student alone, peak memory."""
-    print(f"    {'':<24}{'anchors/s':>24}{'x the peer':>26}{'% of student alone':>28}{'peak MiB':>10}{'of peer':>9}")
+    kinds = ["tensors", "process"] if case.device.type == "cpu" else ["tensors"]
+    heads = "".join(f"{f'{kind} MiB':>14}{'of peer':>9}" for kind in kinds) if memory else ""
+    print(f"    {'':<24}{'anchors/s':>24}{'x the peer':>26}{'% of student alone':>28}{heads}")
     for name, taken in seconds.items():
         columns = [spread([case.batch_anchors / second for second in taken])]
         columns.append(spread(ratios(seconds["peer"], taken)) if "peer" in seconds and name != "peer" else "")
         columns.append(spread([100 * ratio for ratio in ratios(seconds[bare[name]], taken)]) if name in bare else "")
         line = f"    {name:<24}{columns[0]:>24}{columns[1]:>26}{columns[2]:>28}"
-        if memory:
-            share = f"{memory[name] / memory['peer']:.2f}" if "peer" in memory else ""
-            line += f"{memory[name]:>10,.0f}{share:>9}"
+        for kind, mebibytes in enumerate(memory.get(name, [])):
+            share = f"{mebibytes / memory['peer'][kind]:.2f}" if "peer" in memory else ""
+            line += f"{mebibytes:>14,.0f}{share:>9}"
         print(line.rstrip())
 
 
@@ -279,20 +284,26 @@ def measure(steps: dict[str, Step], device: torch.device, repeats: int, count: i
     return seconds
 
 
-def memory_elsewhere(name: str) -> float:
-    """Peak memory of one variant alone, in MiB, measured by a process of its own."""
+def memory_elsewhere(name: str) -> list[float]:
+    """Peak memory of one variant alone, in MiB, measured by processes of its own: of tensors and, on the CPU, of the process."""
     command = [sys.executable, "-m", "benchmarks.bench_step", *sys.argv[1:], "--memory-of", name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    printed = (subprocess.run([*command, *more], check=True, capture_output=True, text=True).stdout for more in (["--tensors"], []))
+    return [float(text) for text in printed if text]
 
 
-def peak_mebibytes(case: Case, name: str) -> float:
-    """What two steps of this variant hold at most, weights, bank or queue included."""
+def peak_mebibytes(case: Case, name: str, tensors: bool) -> float | None:
+    """What two steps of this variant hold at most, weights, bank or queue included: torch's tensors, or on the CPU the process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with tempfile.TemporaryDirectory() as folder:
+    counting = tensors and case.device.type == "cpu"
+    counter = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if counting else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, counter:
         step = make_step(case, name, Path(folder))
         step(), step()
+    if counting:
+        events = [event for event in counter.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))) / 2**20
     if case.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(case.device) / 2**20
+        return torch.cuda.max_memory_allocated(case.device) / 2**20 if tensors else None
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
 
 
@@ -323,6 +334,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1, help="steps of one turn (a GPU wants some 10)")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--tensors", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
