@@ -16,6 +16,7 @@ from bingo.data.draws import CONTRAST, HUE, SATURATION, Colours, Crops, crop_box
 from bingo.params import AugmentParams, ImageParams
 
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma as torchvision rounds it
+BLUR_BLOCK_PX = 32
 BLUR_SIGMAS = 3  # the blur kernel reaches this many times the largest sigma
 
 
@@ -102,11 +103,12 @@ def _resample(images_BSS3: Tensor, rows_BPS: Tensor, columns_BPS: Tensor) -> Ten
 def recolour(x_B3PP: Tensor, colours: Colours, augment: AugmentParams) -> Tensor:
     """Turn, colour jitter, grey and blur as drawn, of images in [0, 1] (changed in place). What `augment` never does costs nothing."""
     device, operation_OB, factor_OB = x_B3PP.device, colours.operation_BO.T, colours.factor_BO.T
-    hue_rows, blur_R = [np.flatnonzero(operation_B == HUE) for operation_B in operation_OB], np.flatnonzero(colours.sigma_B)
+    hue_rows = [np.flatnonzero(operation_B == HUE) for operation_B in operation_OB]
+    gray_R, blur_R = np.flatnonzero(colours.gray_B), np.flatnonzero(colours.sigma_B)
     turns = [factor_B[rows_R] for factor_B, rows_R in zip(factor_OB, hue_rows, strict=True)]
     numbers = [colours.angle_B, colours.sigma_B[blur_R], _blend_shares(operation_OB, factor_OB), *turns]
     angle_B, sigma_R, shares_3OB, *turns_OR = _upload_together(numbers, np.float32, device)
-    blur_rows_R, *hue_rows_OR = _upload_together([blur_R, *hue_rows], np.int64, device)
+    gray_rows_R, blur_rows_R, *hue_rows_OR = _upload_together([gray_R, blur_R, *hue_rows], np.int64, device)
     if augment.rotate_degrees > 0:
         x_B3PP = rotate(x_B3PP, angle_B)
     for step, (rows_R, turns_R) in enumerate(zip(hue_rows_OR, turns_OR, strict=True)):
@@ -114,9 +116,9 @@ def recolour(x_B3PP: Tensor, colours: Colours, augment: AugmentParams) -> Tensor
             _blend(x_B3PP, shares_3OB[:, step, :, None, None, None], any(augment.jitter[CONTRAST:HUE]))
         if len(rows_R):
             x_B3PP.index_copy_(0, rows_R, shift_hue(x_B3PP.index_select(0, rows_R), turns_R))
-    if augment.gray_p > 0:
-        is_gray_B111 = upload(colours.gray_B, device)[:, None, None, None]
-        x_B3PP = torch.where(is_gray_B111, to_gray(x_B3PP), x_B3PP)
+    if len(gray_R):
+        gray_R1PP = to_gray(x_B3PP.index_select(0, gray_rows_R))
+        x_B3PP.index_copy_(0, gray_rows_R, gray_R1PP.expand(-1, 3, -1, -1))
     if len(blur_R):
         x_B3PP.index_copy_(0, blur_rows_R, blur(x_B3PP.index_select(0, blur_rows_R), sigma_R, augment.blur_sigma_px[1]))
     return x_B3PP
@@ -189,12 +191,16 @@ def shift_hue(x_R3PP: Tensor, turns_R: Tensor) -> Tensor:
 def blur(x_R3PP: Tensor, sigma_R: Tensor, largest_sigma: float) -> Tensor:
     """Gaussian blur with each image's own sigma (pixels), mirrored at the edges; the kernel reaches BLUR_SIGMAS * largest_sigma.
 
-    Equals torchvision's gaussian_blur with that kernel size, as one band matrix for rows and columns.
+    Equals torchvision's gaussian_blur with that kernel size, as products of a band matrix with blocks of pixels and their surroundings.
     """
     r, _, p, _ = x_R3PP.shape
-    band_RPP = _mirrored_band(_kernel(sigma_R, min(int(np.ceil(BLUR_SIGMAS * largest_sigma)), p - 1)), p)
-    x_R3PP = torch.matmul(x_R3PP.reshape(r, 3 * p, p), band_RPP.transpose(1, 2)).view(r, 3, p, p)
-    return torch.matmul(band_RPP[:, None], x_R3PP)
+    reach, block = min(int(np.ceil(BLUR_SIGMAS * largest_sigma)), p - 1), min(BLUR_BLOCK_PX, p)
+    band_RSb = _band(_kernel(sigma_R, reach), block)  # S = block + 2 * reach
+    padded = pad(pad(x_R3PP, [reach] * 4, mode="reflect"), [0, -p % block] * 2)
+    across = padded.unfold(3, band_RSb.shape[1], block).reshape(r, -1, band_RSb.shape[1])
+    padded = torch.matmul(across, band_RSb).view(*padded.shape[:3], -1)
+    down = padded.unfold(2, band_RSb.shape[1], block).transpose(3, 4)
+    return torch.matmul(band_RSb.transpose(1, 2)[:, None, None], down).reshape(r, 3, -1, down.shape[4])[..., :p, :p]
 
 
 def _kernel(sigma_R: Tensor, reach: int) -> Tensor:
@@ -205,19 +211,15 @@ def _kernel(sigma_R: Tensor, reach: int) -> Tensor:
     return pad(half_RK, (0, 1))
 
 
-def _mirrored_band(half_RK: Tensor, side_px: int) -> Tensor:
-    """Convolution with a symmetric kernel as matrices (R, P, P): pixel s counts directly, and mirrored at either edge."""
-    zero = half_RK.shape[1] - 1
-    s_P = torch.arange(side_px, device=half_RK.device)
-    i_P1, last = s_P[:, None], side_px - 1
-    direct_PP = (s_P - i_P1).abs()
-    left_PP = torch.where(s_P > 0, s_P + i_P1, zero)
-    right_PP = torch.where(s_P < last, 2 * last - s_P - i_P1, zero)
-    band_RPP = half_RK[:, direct_PP.clamp(max=zero)]
-    return band_RPP.add_(half_RK[:, left_PP.clamp(max=zero)]).add_(half_RK[:, right_PP.clamp(max=zero)])
+def _band(half_RK: Tensor, block: int) -> Tensor:
+    """Convolution of `block` pixels with a symmetric kernel as matrices (R, block + 2 * reach, block)."""
+    reach = half_RK.shape[1] - 2
+    out_b = torch.arange(block, device=half_RK.device)
+    source_S1 = torch.arange(block + 2 * reach, device=half_RK.device)[:, None] - reach
+    return half_RK[:, (source_S1 - out_b).abs().clamp(max=reach + 1)]
 
 
 def normalize(x_B3PP: Tensor, image: ImageParams) -> Tensor:
     """(x - mean) / std for each channel, in channels_last memory."""
     mean_311, std_311 = (_channels(tuple(values), x_B3PP.device) for values in (image.mean, image.std))
-    return ((x_B3PP - mean_311) / std_311).contiguous(memory_format=torch.channels_last)
+    return (x_B3PP - mean_311).div_(std_311).contiguous(memory_format=torch.channels_last)

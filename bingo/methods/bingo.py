@@ -9,6 +9,8 @@ with (w0, w1) = (1, 0) before `inter_warmup_epochs`, `pair_weights` after. Keys 
 moving average of the student (ablation rows without the teacher's parameters).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,8 @@ from bingo.methods.parts import MomentumCopy, cutmix, info_nce, negative_logsume
 from bingo.methods.view_gradients import sum_of_terms
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast, casts_kept
+
+WeightedKeys = list[tuple[float | Tensor, Tensor]]
 
 
 class Bingo(Method):
@@ -56,35 +60,37 @@ class Bingo(Method):
         if member_keys_BP is not None and batch.member_rows_B is not None and self.params.queue_push == "anchor_and_member":
             self.pushed.append((member_keys_BP, batch.member_rows_B))
         bank_JP, hidden_BJ = self.negatives(batch, progress.step)
-        intra, inter = (1.0, 0.0) if progress.epoch < self.params.inter_warmup_epochs else self.params.pair_weights
 
-        def loss_of(images_BCHW: Tensor, *weighted_keys: tuple[float | Tensor, Tensor]) -> Tensor:
+        def loss_of(images_BCHW: Tensor, weighted_keys: WeightedKeys) -> Tensor:
             query_BP = self._query(images_BCHW)
             negatives_B = negative_logsumexp(query_BP, bank_JP, self.params.temperature, hidden_BJ)
             terms = [weight * info_nce(query_BP, key_BP, negatives_B, self.params.temperature) for weight, key_BP in weighted_keys]
             return torch.stack([term.mean() for term in terms]).sum()
 
-        anchor = batch.anchor_views[0]
         if not self.related:
-            return {"loss": loss_of(anchor, (1.0, anchor_keys_BP))}
-        member = batch.member_views[0]
+            return {"loss": loss_of(batch.anchor_views[0], [(1.0, anchor_keys_BP)])}
+        terms = self._terms(batch, progress, anchor_keys_BP, member_keys_BP)
+        with casts_kept(self.context.precision, self.context.device):
+            total, values = sum_of_terms({name: partial(loss_of, *term) for name, term in terms.items()}, self)
+        return {"loss": total if self.params.terms == "paper" else total / len(terms), **values}
+
+    def _terms(
+        self, batch: Batch, progress: Progress, anchor_keys_BP: Tensor, member_keys_BP: Tensor | None
+    ) -> dict[str, tuple[Tensor, WeightedKeys]]:
+        """Of each term the images (B, 3, H, W) that the student sees, and their keys (B, P) with the weights."""
+        intra, inter = (1.0, 0.0) if progress.epoch < self.params.inter_warmup_epochs else self.params.pair_weights
+        anchor, member = batch.anchor_views[0], batch.member_views[0]
         if member_keys_BP is None:  # the paper's terms
-            terms = {
-                "intra": lambda: loss_of(anchor, (intra, anchor_keys_BP)),
-                "inter": lambda: loss_of(member, (inter, anchor_keys_BP)),
-            }
-        else:
-            terms = {
-                "anchor": lambda: loss_of(anchor, (intra, anchor_keys_BP), (inter, member_keys_BP)),
-                "member": lambda: loss_of(member, (intra, member_keys_BP), (inter, anchor_keys_BP)),
-            }
+            return {"intra": (anchor, [(intra, anchor_keys_BP)]), "inter": (member, [(inter, anchor_keys_BP)])}
+        terms: dict[str, tuple[Tensor, WeightedKeys]] = {
+            "anchor": (anchor, [(intra, anchor_keys_BP), (inter, member_keys_BP)]),
+            "member": (member, [(intra, member_keys_BP), (inter, anchor_keys_BP)]),
+        }
         if self.params.terms == "symmetric_mix":
             uniform_B3 = seeds.uniforms(self.context.seed, "cutmix", progress.epoch, batch.host_rows_B, draws=3)
             mixed, share_B = cutmix(anchor, member, uniform_B3, self.params.cutmix_alpha)
-            terms["mix"] = lambda: loss_of(mixed, (share_B, anchor_keys_BP), (1 - share_B, member_keys_BP))
-        with casts_kept(self.context.precision, self.context.device):
-            total, values = sum_of_terms(terms, self)
-        return {"loss": total if self.params.terms == "paper" else total / len(terms), **values}
+            terms["mix"] = mixed, [(share_B, anchor_keys_BP), (1 - share_B, member_keys_BP)]
+        return terms
 
     def _query(self, images_BCHW: Tensor) -> Tensor:
         """Unit rows (B, P) of one kind of view, by a forward of its own: BatchNorm's statistics are of one kind, as released."""
