@@ -28,7 +28,8 @@ def exif(orientation: int) -> Image.Exif:
 FILES = {
     "plain": jpeg(), "grey": jpeg("L"), "CMYK": jpeg("CMYK"), "progressive": jpeg(progressive=True), "RGB": jpeg(keep_rgb=True),
     "of one orientation": jpeg(exif=exif(1)), "turned": jpeg(exif=exif(6)), "mirrored": jpeg(exif=exif(2)),
-    "turned, in XMP": jpeg(xmp=b'<x:xmpmeta tiff:Orientation="6"></x>'), "with a comment": jpeg(comment=b"Exif\0\0"),
+    "turned, in XMP": jpeg(xmp=b'<x:xmpmeta tiff:Orientation="6"></x>'), "with a comment": jpeg(comment=b"\xff\xda, tiff:"),
+    "of a comment like EXIF": jpeg(comment=b"Exif\0\0"),
 }  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def test_a_header_is_pillows(monkeypatch, name):
 
 def test_pillow_is_asked_only_where_it_must_be(monkeypatch):
     monkeypatch.setattr(decode, "_opened", lambda content: pytest.fail("Pillow was asked"))
-    for name in ("plain", "grey", "progressive", "RGB"):
+    for name in ("plain", "grey", "RGB", "with a comment"):
         assert read_header(FILES[name]).plain_jpeg
 
 
@@ -65,6 +66,7 @@ def test_too_many_pixels_or_scans_are_pillows_to_refuse(monkeypatch):
     assert "decompression bomb" in told(FILES["plain"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read_header(FILES["plain"]).plain_jpeg
+    assert read_header(FILES["progressive"]).plain_jpeg
     monkeypatch.setattr(decode, "MOST_SCANS", 2)
     assert told(FILES["progressive"]).startswith("it has ")
 

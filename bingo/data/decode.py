@@ -29,7 +29,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _JPEG = ("JPEG", "MPO")
-_SCAN = b"\xff\xda"  # what each scan of a JPEG file begins with
 _TURNED = (5, 6, 7, 8)  # height and width change places
 
 # An image of this many pixels is refused as a bad image, where Pillow would only warn; its other warnings name no file.
@@ -67,15 +66,28 @@ def read_header(file_bytes: bytes) -> Header:
 
 
 def _upright_jpeg(file_bytes: bytes) -> Header | None:
-    """The header of a plain JPEG file in a tenth of the time that Pillow takes, None where it must be asked."""
-    if not file_bytes.startswith(b"\xff\xd8\xff") or b"Exif\0\0" in file_bytes or b"tiff:Orientation" in file_bytes:
+    """The header of a plain JPEG file of one scan, in a tenth of the time that Pillow takes; None where Pillow must be asked."""
+    head = _before_the_only_scan(file_bytes)
+    if b"Exif\0\0" in head or b"tiff:Orientation" in head:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(file_bytes)
     except ValueError:
         return None
-    plain = colours in ("RGB", "YCbCr", "Gray") and file_bytes.count(_SCAN) <= MOST_SCANS
-    return Header(height, width, True) if plain and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf) else None
+    plain = head and colours in ("RGB", "YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+    return Header(height, width, True) if plain else None
+
+
+def _before_the_only_scan(file_bytes: bytes) -> bytes:
+    """A JPEG file up to its pixels, if these are sequential and in one scan, of all components; nothing for any other file."""
+    place, components = 2 if file_bytes.startswith(b"\xff\xd8") else len(file_bytes), 0
+    while len(segment := file_bytes[place : place + 10]) == 10 and segment[0] == 0xFF:
+        if segment[1] in (0xC0, 0xC1):  # sequential; 0xC2 is progressive
+            components = segment[9]
+        if segment[1] == 0xDA:
+            return file_bytes[:place] if segment[4] == components else b""
+        place += 2 + int.from_bytes(segment[2:4], "big")
+    return b""
 
 
 def check_pixels(file_bytes: bytes) -> None:
@@ -142,7 +154,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _opened(file_bytes: bytes) -> Iterator[Image.Image]:
     """The image in a file, to be decoded within; whatever is wrong with it is raised as BadImage."""
     with _reasons(), Image.open(io.BytesIO(file_bytes), formats=FORMATS) as image:
-        if image.format in _JPEG and (scans := file_bytes.count(_SCAN)) > MOST_SCANS:
+        if image.format in _JPEG and (scans := file_bytes.count(b"\xff\xda")) > MOST_SCANS:
             raise BadImage(f"it has {scans} scans, where {MOST_SCANS} are allowed")
         if image.format == "PPM" and file_bytes[1:2] in b"123" and image.width * image.height > MOST_PLAIN_PIXELS:
             raise BadImage(f"it has {image.width} x {image.height} pixels in plain text, which take too long to read")
