@@ -101,7 +101,10 @@ def _check(arguments: list[str]) -> None:
     parser = run.get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     try:
-        run.config_from_args(parser.parse_args(arguments))
+        parsed = parser.parse_args(arguments)
+        if not parsed.training_script.startswith("stages."):
+            refuse(f"{parsed.training_script} is none")
+        run.config_from_args(parsed)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(str(error)) from None
 

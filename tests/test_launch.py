@@ -154,6 +154,7 @@ def test_a_launch_that_cannot_be(workspace, variables, wanted):
     ("arguments", "reason"),
     [
         ("--nnodez=2", "unrecognized arguments: --nnodez=2"),
+        ("nnodes=2", "nnodes=2 is none"),
         ("--nnodes=two", "invalid literal for int() with base 10: 'two'"),
         ("--nnodes=1:2:3", "nnodes=1:2:3 is not in"),
         ("--standalone --max-restarts=-1", "max_restarts must be >= 0"),
