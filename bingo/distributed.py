@@ -119,7 +119,11 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     # The argument that leaves buffers alone changed its name in torch 2.15.
     known = inspect.signature(DistributedDataParallel).parameters
     own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **own_buffers)
+    parallel = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **own_buffers)
+    # Whoever lets go of the group last waits for its threads to end. torch 2.11's reducer waits with Python's lock held, for which a thread
+    # that still drops its tensors waits in turn; this attribute waits without the lock. Set again, it is let go after the reducer.
+    parallel.process_group = parallel.__dict__.pop("process_group")
+    return parallel
 
 
 def share_buffers(module: nn.Module) -> None:
