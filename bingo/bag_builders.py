@@ -5,13 +5,14 @@ of any float type (T, D), not normalised, and measures by cosine. BINGO (Xu et a
 knn.
 
 Features may be in a store (bingo.data.chunks.StoredRows) and larger than the memory. Where they and a normalised copy fit half of the
-free memory they are read once; otherwise they are streamed, as `top_k` says, and the bags are the same to the bit.
+free memory they are read once; otherwise they are streamed, as `top_k` and `search_lists` say, and the bags are the same to the bit.
 The memory for members and cosines, 12 bytes x T x K, is needed in any case.
 """
 
 import numpy as np
 
 from bingo.bag_clusters import each_cluster, sorted_by_cluster, train_centroids
+from bingo.bag_ivf import InvertedFile, recall_of, search_lists
 from bingo.bags import Bags
 from bingo.errors import UserError
 from bingo.neighbors import top_k
@@ -21,18 +22,31 @@ _SAME_COSINE = 1 - 1e-6
 _CHECKED_ROWS = 4096
 
 
-def build_knn(features: Rows, k: int, mutual: bool = False) -> Bags:
+def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile | None = None) -> Bags:
     """The k rows with the highest cosine to each row, itself left out by its number; `mutual`: those of them that have the row among
-    their own k (which reads members alone). Raises UserError where k is too large."""
+    their own k (which reads members alone).
+
+    `search` (None: exact) finds most of them in less time; the setting `recall` then says how many, before `mutual`. Raises UserError
+    where k or the number of lists is too large.
+    """
     rows = len(features)
     _check_k(k, rows)
+    if search is not None and search.list_count(rows) > rows:
+        raise UserError(f"bagging.lists = {search.lists}: there are only {rows} train rows; lower bagging.lists, or set it to null")
     features = held(features, memory_budget())
     _check_features(features)
-    members_TK, cosines_TK = top_k(features, features, k, np.arange(rows))
+    settings = {**_settings("knn", k), "mutual": mutual}
+    if search is None:
+        members_TK, cosines_TK = top_k(features, features, k, np.arange(rows))
+    else:
+        members_TK, cosines_TK = search_lists(features, k, search)
+        lists = search.list_count(rows)
+        found = {"lists": lists, "probes": min(search.probes, lists), "recall": recall_of(members_TK, features, search.seed)}
+        settings |= {"search": "ivf", "seed": search.seed, **found}
     similarity_TK = cosines_TK.astype(np.float16)
     if mutual:
         members_TK, similarity_TK = _mutual(members_TK, similarity_TK)
-    return Bags({**_settings("knn", k), "mutual": mutual}, members_TK, similarity_TK)
+    return Bags(settings, members_TK, similarity_TK)
 
 
 def _check_k(k: int, rows: int) -> None:
