@@ -18,7 +18,7 @@ from bingo.neighbors import top_k
 
 @pytest.fixture(scope="module")
 def features():
-    """600 digits, 30 of which are copies of one image, which may be more than a list holds otherwise."""
+    """600 digits, 30 of which are copies of one image."""
     images, _ = load_digits(return_X_y=True)
     x = (images[:600] + np.random.default_rng(0).random((600, 64))).astype(np.float16)
     x[7:300:10] = x[7]
