@@ -5,38 +5,48 @@ of any float type (T, D), not normalised, and measures by cosine. BINGO (Xu et a
 knn.
 
 Features may be in a store (bingo.data.chunks.StoredRows) and larger than the memory. Where they and a normalised copy fit half of the
-free memory they are read once; otherwise they are streamed, as `top_k` says, and the bags are the same to the bit. The memory for
-members and cosines, 12 bytes x T x K, is needed in any case.
+free memory they are read once; otherwise they are streamed, as `top_k` and `search_lists` say, and the bags are the same to the bit.
+The memory for members and cosines, 12 bytes x T x K, is needed in any case.
 """
-
-from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 
-from bingo import seeds
+from bingo.bag_clusters import each_cluster, sorted_by_cluster, train_centroids
+from bingo.bag_ivf import InvertedFile, recall_of, search_lists
 from bingo.bags import Bags
 from bingo.errors import UserError
 from bingo.neighbors import top_k
-from bingo.rows import Rows, blocks, held, inverse_norms, memory_budget, unit_rows
+from bingo.rows import Rows, held, inverse_norms, memory_budget
 
 _SAME_COSINE = 1 - 1e-6
 _CHECKED_ROWS = 4096
-_TRAINED_NUMBERS = 2**32  # what K-means trains on at most, 16 GiB of float32: not what the machine has, as bags must not depend on it
 
 
-def build_knn(features: Rows, k: int, mutual: bool = False) -> Bags:
+def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile | None = None) -> Bags:
     """The k rows with the highest cosine to each row, itself left out by its number; `mutual`: those of them that have the row among
-    their own k (which reads members alone). Raises UserError where k is too large."""
+    their own k (which reads members alone).
+
+    `search` (None: exact) finds most of them in less time; the setting `recall` then says how many, before `mutual`. Raises UserError
+    where k or the number of lists is too large.
+    """
     rows = len(features)
     _check_k(k, rows)
+    if search is not None and search.list_count(rows) > rows:
+        raise UserError(f"bagging.lists = {search.lists}: there are only {rows} train rows; lower bagging.lists, or set it to null")
     features = held(features, memory_budget())
     _check_features(features)
-    members_TK, cosines_TK = top_k(features, features, k, np.arange(rows))
+    settings = {**_settings("knn", k), "mutual": mutual}
+    if search is None:
+        members_TK, cosines_TK = top_k(features, features, k, np.arange(rows))
+    else:
+        members_TK, cosines_TK = search_lists(features, k, search)
+        lists = search.list_count(rows)
+        found = {"lists": lists, "probes": min(search.probes, lists), "recall": recall_of(members_TK, features, search.seed)}
+        settings |= {"search": "ivf", "seed": search.seed, **found}
     similarity_TK = cosines_TK.astype(np.float16)
     if mutual:
         members_TK, similarity_TK = _mutual(members_TK, similarity_TK)
-    return Bags({**_settings("knn", k), "mutual": mutual}, members_TK, similarity_TK)
+    return Bags(settings, members_TK, similarity_TK)
 
 
 def _check_k(k: int, rows: int) -> None:
@@ -58,51 +68,19 @@ def _mutual(members_TK: np.ndarray, similarity_TK: np.ndarray) -> tuple[np.ndarr
 def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: int) -> Bags:
     """Spherical K-means: the bag is all others of the row's cluster.
 
-    Centroids are trained on all rows, or where these are more than 2^32 numbers (16 GiB as float32, which this step holds in memory)
-    on so many rows, drawn from the seed. A row belongs to the centroid with the largest dot product. The k nearest of its cluster are
-    listed; a row alone there has an empty bag. Raises UserError where clusters exceed rows.
+    A row belongs to the centroid with the largest dot product (see `train_centroids`). The k nearest of its cluster are listed; a row
+    alone there has an empty bag. Raises UserError where clusters exceed rows.
     """
-    import faiss
-
     rows = len(features)
     if clusters > rows:
         raise UserError(f"bagging.clusters = {clusters}: there are only {rows} train rows; lower bagging.clusters")
     _check_k(k, rows)
     features = held(features, memory_budget())
     _check_features(features)
-    trained_nD = _trained_rows(features, clusters, seed)
-    kmeans = faiss.Kmeans(
-        features.shape[1],
-        clusters,
-        niter=iterations,
-        spherical=True,
-        seed=seeds.torch_seed(seed, "kmeans") % 2**31,
-        min_points_per_centroid=1,  # these two bound only the sample that FAISS trains on: all rows, whatever their number
-        max_points_per_centroid=-(-len(trained_nD) // clusters),
-        gpu=faiss.get_num_gpus() > 0,
-    )
-    kmeans.train(trained_nD)
-    trained_rows = len(trained_nD)
-    del trained_nD
-    centroids_CD = unit_rows(np.asarray(kmeans.centroids))
+    centroids_CD, trained_rows = train_centroids(features, clusters, iterations, seed)
     cluster_T = top_k(features, centroids_CD, 1)[0][:, 0]
     settings = {**_settings("kmeans", k), "clusters": clusters, "iterations": iterations, "seed": seed, "trained_rows": trained_rows}
     return _grouped(settings, features, cluster_T, clusters, k, centroids_CD)
-
-
-def _trained_rows(features: Rows, clusters: int, seed: int) -> np.ndarray:
-    """The rows that K-means is trained on, at length 1, float32 (n, D)."""
-    rows, width = features.shape
-    most_rows = max(clusters, _TRAINED_NUMBERS // width)
-    if rows <= most_rows:
-        chosen_n = np.arange(rows)
-    else:
-        chosen_n = np.sort(np.argsort(seeds.uniforms(seed, "kmeans", 0, np.arange(rows))[:, 0], kind="stable")[:most_rows])
-    unit_nD = np.empty((len(chosen_n), width), np.float32)
-    for start, block_nD in blocks(features):
-        first, end = np.searchsorted(chosen_n, [start, start + len(block_nD)])
-        unit_nD[first:end] = unit_rows(block_nD[chosen_n[first:end] - start])
-    return unit_nD
 
 
 def build_label(labels_T: np.ndarray, features: Rows, k: int) -> Bags:
@@ -120,47 +98,14 @@ def build_label(labels_T: np.ndarray, features: Rows, k: int) -> Bags:
 
 def _grouped(settings: dict, features: Rows, cluster_T: np.ndarray, clusters: int, k: int, centroids_CD: np.ndarray | None) -> Bags:
     """Bags that are clusters: the rows of each, and the k nearest of them for each row."""
-    cluster_rows_T = np.argsort(cluster_T, kind="stable").astype(np.int32)
-    cluster_start = np.concatenate([[0], np.bincount(cluster_T, minlength=clusters).cumsum()]).astype(np.int64)
+    cluster_rows_T, cluster_start = sorted_by_cluster(cluster_T, clusters)
     members_TK = np.full((len(cluster_T), k), -1, np.int32)
     similarity_TK = np.full((len(cluster_T), k), -np.inf, np.float16)
-    for rows, own_features in _clusters(features, cluster_rows_T, cluster_start):
+    for _, rows, own_features in each_cluster(features, cluster_rows_T, cluster_start):
         nearest, cosines = top_k(own_features, own_features, k, np.arange(len(rows)))
         members_TK[rows] = np.where(nearest >= 0, rows[nearest], -1)
         similarity_TK[rows] = cosines
     return Bags(settings, members_TK, similarity_TK, cluster_T, cluster_rows_T, cluster_start, centroids_CD)
-
-
-def _clusters(features: Rows, cluster_rows_T: np.ndarray, cluster_start: np.ndarray) -> Iterator[tuple[np.ndarray, Rows]]:
-    """(rows, their features) of each cluster of two rows or more. A store is read once for as many clusters as fit the memory."""
-    in_store = not isinstance(features, np.ndarray)
-    most_rows = memory_budget() // (features.shape[1] * (features.dtype.itemsize + 4)) if in_store else 0
-    first = 0
-    while first < len(cluster_start) - 1:
-        end = max(first + 1, int(np.searchsorted(cluster_start, cluster_start[first] + most_rows, "right")) - 1)
-        rows_n = cluster_rows_T[cluster_start[first] : cluster_start[end]]
-        if in_store and len(rows_n) > most_rows:
-            yield rows_n, _Chosen(features, rows_n)
-        else:
-            own_nD = features[rows_n]
-            for start, stop in pairwise(cluster_start[first : end + 1] - cluster_start[first]):
-                if stop - start > 1:
-                    yield rows_n[start:stop], own_nD[start:stop]
-        first = end
-
-
-class _Chosen:
-    """Some rows of a matrix, read when they are asked for."""
-
-    def __init__(self, features: Rows, rows_n: np.ndarray):
-        self._features, self._rows_n = features, rows_n
-        self.shape, self.dtype = (len(rows_n), features.shape[1]), features.dtype
-
-    def __len__(self) -> int:
-        return len(self._rows_n)
-
-    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
-        return self._features[self._rows_n[rows]]
 
 
 def _settings(method: str, k: int) -> dict:

@@ -17,7 +17,8 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None) -> dict[str, Any]:
     in no bag), `mutual_share` (members j of i such that i is a member of j), `similarity` (cosines to the anchor),
     `near_duplicates` (rows whose nearest member has a cosine above 0.9999; as cosines are stored in float16, above 0.99988),
     `empty_bags`, `short_bags` (neither empty nor full), `purity` (mean over bags of the share of members with the anchor's
-    label). Of whole bags: `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`.
+    label). Of whole bags: `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`. Of an approximate search: `recall`,
+    `lists` and `probes`, as the settings have them.
     """
     listed_TK = bags.members_TK >= 0
     counts_T = listed_TK.sum(axis=1)
@@ -33,6 +34,8 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None) -> dict[str, Any]:
         "empty_bags": int((counts_T == 0).sum()),
         "short_bags": int(((counts_T > 0) & (counts_T < listed_TK.shape[1])).sum()),
     }
+    if "recall" in bags.settings:
+        metrics |= {"recall": _round(bags.settings["recall"]), "lists": bags.settings["lists"], "probes": bags.settings["probes"]}
     if bags.cluster_start is not None:
         metrics["cluster_size"] = _cluster_sizes(np.diff(bags.cluster_start))
     if labels_T is not None and (labels_T >= 0).any():

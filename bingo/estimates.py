@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bingo.bag_ivf import InvertedFile
 from bingo.costs import forward_flops, saved_bytes, step_flops
 from bingo.data import digits
 from bingo.data.layout import find_splits
@@ -108,8 +109,11 @@ def _training(training: DryTraining, counts: Counts) -> float:
 
 
 def _bag_flops(params: Params, train: int, feature_width: int) -> float:
-    """All pairs of train rows for knn; for kmeans rows against centroids at each iteration, then pairs within clusters."""
+    """All pairs of train rows for knn, or those that its inverted file leaves; for kmeans rows against centroids at each iteration, then
+    pairs within clusters."""
     pairs = 2 * train**2 * feature_width
+    if params.bagging.search == "ivf":
+        return 2 * InvertedFile(params.bagging.lists, params.bagging.probes, params.seed).cosines(train) * feature_width
     if params.bagging.method == "kmeans":
         return pairs * params.bagging.clusters / train * params.bagging.iterations + pairs / params.bagging.clusters
     return pairs

@@ -25,7 +25,8 @@ _GPU_LEAST_PRODUCTS = 1e10  # a smaller search ends on the CPU before a copy to 
 _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from the host
 _CPU_BLOCK_ROWS, _GPU_BLOCK_ROWS = 16384, 131072  # queries; a GPU gets the base anew with every block
 _THREADS_A_GPU = 2  # while one searches, the other computes its candidates' cosines
-_RESCORED_BYTES = 64 << 20
+_RESCORED_BYTES, _SCREENED_BYTES = 64 << 20, 64 << 20
+_RESCORED_ROWS = 256  # queries at once, of which the one with most candidates sets the number
 
 Found = tuple[np.ndarray, np.ndarray]
 
@@ -37,12 +38,16 @@ def top_k(
     query_rows_Q: np.ndarray | None = None,
     block_rows: int | None = None,
     budget_bytes: int | None = None,
+    floor_Q: np.ndarray | None = None,
+    unit_queries: bool = False,
 ) -> Found:
     """The k rows of the base with the highest cosine to each query, exactly: (rows int32 (Q, k), cosines float32 (Q, k)).
 
-    `query_rows_Q` names, for each query, the row of the base that is the query itself; it is left out by its number, whatever its
-    place. Ties go to the smaller row (of a tie of more than 256 rows, any). Where the base has fewer rows than k, rows end with
-    -1 and cosines with -inf. A row of zeros has cosine 0 to everything. Features are of any float type and need no normalisation.
+    `query_rows_Q` names, for each query, the row of the base that is the query itself (-1: none is); it is left out by its number,
+    whatever its place. Rows with a cosine below `floor_Q` need not be found, which saves time. Ties go to the smaller row (of a
+    tie of more than 256 rows, any). Where there are fewer rows than k, rows end with -1 and cosines with -inf. A row of zeros has
+    cosine 0 to everything. Features are of any float type and need no normalisation (`unit_queries`: the queries have had it, by
+    `unit_rows`).
 
     Memory beside what is given and returned: a normalised copy of the base (float32; float16 for GPUs), a block of `block_rows`
     queries (None: as suits device and memory), 64 MiB for each core, and the base itself where it is in a store. Where that does
@@ -54,13 +59,15 @@ def top_k(
     block_rows = block_rows or search.query_rows
     rows_QK = np.full((len(queries), k), -1, np.int32)
     cosines_QK = np.full((len(queries), k), -np.inf, np.float32)
+    query_rows_Q = np.full(len(queries), -1) if query_rows_Q is None else query_rows_Q
+    floor_Q = np.full(len(queries), -np.inf, np.float32) if floor_Q is None else floor_Q
     starts = range(0, len(queries), block_rows)
 
     def one_share(worker: int) -> None:  # each worker takes every workers-th block, from its own thread
         for start in starts[worker :: search.workers]:
             block = slice(start, start + block_rows)
-            self_rows = None if query_rows_Q is None else query_rows_Q[block]
-            rows_QK[block], cosines_QK[block] = search.block(queries[block], self_rows, worker)
+            unit_qD = queries[block] if unit_queries else unit_rows(queries[block], threads=search.threads)
+            rows_QK[block], cosines_QK[block] = search.block(unit_qD, query_rows_Q[block], floor_Q[block], worker)
             bar.advance()
 
     with progress_bar("neighbours", len(starts), "blocks") as bar:
@@ -70,6 +77,13 @@ def top_k(
             with ThreadPoolExecutor(search.workers) as pool:
                 list(pool.map(one_share, range(search.workers)))
     return rows_QK, cosines_QK
+
+
+def best_of(rows_QM: np.ndarray, cosines_QM: np.ndarray, k: int) -> Found:
+    """The first k of each line by (cosine, row): (rows int32 (Q, k), cosines float32 (Q, k)), -1 where the cosine is -inf."""
+    order_QK = np.lexsort((rows_QM, -cosines_QM), axis=1)[:, :k]
+    cosines_QK = np.take_along_axis(cosines_QM, order_QK, axis=1)
+    return np.where(np.isneginf(cosines_QK), -1, np.take_along_axis(rows_QM, order_QK, axis=1)), cosines_QK
 
 
 def votes(
@@ -139,14 +153,27 @@ class _Search:
         self.base_rows = max(1, worker_bytes // row_bytes)
         self.query_rows = max(1, worker_bytes // (self.base.shape[1] * (self.base.dtype.itemsize + 6)))
 
-    def block(self, queries_qD: np.ndarray, self_rows_q: np.ndarray | None, worker: int) -> Found:
-        """`top_k` of one block of queries."""
-        unit_qD = unit_rows(queries_qD, threads=self.threads)
-        rows_qK, cosines_qK, unsure_q = self._attempt(unit_qD, self_rows_q, _MARGINS[0], worker)
-        if unsure_q.any():
-            self_rows = None if self_rows_q is None else self_rows_q[unsure_q]
-            rows_qK[unsure_q], cosines_qK[unsure_q], _ = self._attempt(unit_qD[unsure_q], self_rows, _MARGINS[1], worker)
+    def block(self, unit_qD: np.ndarray, self_rows_q: np.ndarray, floor_q: np.ndarray, worker: int) -> Found:
+        """`top_k` of one block of queries at length 1."""
+        rows_qK = np.full((len(unit_qD), self.k), -1, np.int32)
+        cosines_qK = np.full((len(unit_qD), self.k), -np.inf, np.float32)
+        queries_q = np.arange(len(unit_qD))
+        asking = self._hopeful(unit_qD, floor_q)
+        for margin in _MARGINS:
+            if not len(queries_q[asking]):
+                break
+            found = self._attempt(unit_qD[asking], self_rows_q[asking], floor_q[asking], margin, worker)
+            rows_qK[asking], cosines_qK[asking], unsure_n = found
+            asking = queries_q[asking][unsure_n]
         return rows_qK, cosines_qK
+
+    def _hopeful(self, unit_qD: np.ndarray, floor_q: np.ndarray) -> slice | np.ndarray:
+        """The queries that have a row above their floor; where finding out would cost more than the search does, all."""
+        if self.resources or self.whole_ND is None or np.isneginf(floor_q).all():
+            return slice(None)
+        part_rows = max(1, _SCREENED_BYTES // (4 * len(self.base)))
+        most = [(unit_qD[start : start + part_rows] @ self.whole_ND.T).max(axis=1) for start in range(0, len(unit_qD), part_rows)]
+        return np.flatnonzero(np.concatenate(most) >= floor_q - self.tolerance)
 
     def _base_blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(first row, rows as given, rows at length 1) of each block of the base."""
@@ -158,7 +185,9 @@ class _Search:
             else:
                 yield start, base_nD, self.whole_ND
 
-    def _attempt(self, unit_qD: np.ndarray, self_rows_q: np.ndarray | None, margin: int, worker: int) -> tuple[np.ndarray, ...]:
+    def _attempt(
+        self, unit_qD: np.ndarray, self_rows_q: np.ndarray, floor_q: np.ndarray, margin: int, worker: int
+    ) -> tuple[np.ndarray, ...]:
         """The k nearest of k + 1 + margin candidates of each block, and for which queries a row that is no candidate might be one."""
         rows_qK = np.full((len(unit_qD), self.k), -1, np.int32)
         cosines_qK = np.full((len(unit_qD), self.k), -np.inf, np.float32)
@@ -169,9 +198,10 @@ class _Search:
             if wanted < len(base_nD):
                 passed_over_q = np.maximum(passed_over_q, scores_qM[:, -1])
             # those that cannot enter need no second computation: they come last
-            hopeful_qM = scores_qM >= cosines_qK[:, -1:] - self.tolerance
-            self._merge((rows_qK, cosines_qK), base_nD, first_row, unit_qD, places_qM, hopeful_qM.sum(axis=1), self_rows_q)
-        return rows_qK, cosines_qK, passed_over_q > cosines_qK[:, -1] - self.tolerance
+            least_q = np.maximum(cosines_qK[:, -1], floor_q) - self.tolerance
+            hopeful_q = (scores_qM >= least_q[:, None]).sum(axis=1)
+            self._merge((rows_qK, cosines_qK), base_nD, first_row, unit_qD, places_qM, hopeful_q, self_rows_q)
+        return rows_qK, cosines_qK, passed_over_q > np.maximum(cosines_qK[:, -1], floor_q) - self.tolerance
 
     def _candidates(self, unit_qD: np.ndarray, unit_nD: np.ndarray, wanted: int, worker: int) -> Found:
         """The highest scores (q, M) and their places in the block of the base, highest first."""
@@ -208,26 +238,23 @@ class _Search:
         unit_qD: np.ndarray,
         places_qM: np.ndarray,
         hopeful_q: np.ndarray,
-        self_rows_q: np.ndarray | None,
+        self_rows_q: np.ndarray,
     ) -> None:
         """Put the first `hopeful_q` candidates of each query among its best, by cosines that are the same whatever block, thread or
         device found them."""
         rows_qK, cosines_qK = best
-        part_rows = max(1, _RESCORED_BYTES // (4 * places_qM.shape[1] * unit_qD.shape[1]))
+        part_rows = max(1, min(_RESCORED_ROWS, _RESCORED_BYTES // (4 * places_qM.shape[1] * unit_qD.shape[1])))
+        asked_q = np.argsort(-hopeful_q, kind="stable")[: np.count_nonzero(hopeful_q)]  # those with equally many are in one part
 
         def one_part(start: int) -> None:
-            part = slice(start, start + part_rows)
-            places_qm = places_qM[part, : hopeful_q[part].max()]
+            part = asked_q[start : start + part_rows]
+            places_qm = places_qM[part, : hopeful_q[part[0]]]
             rows_qm = (places_qm + first_row).astype(np.int32)
             candidates_qmD = base_nD[places_qm].astype(np.float32, copy=False)
             cosines_qm = np.vecdot(candidates_qmD, unit_qD[part][:, None, :]) * self.inverse_N[rows_qm]
-            if self_rows_q is not None:
-                cosines_qm[rows_qm == self_rows_q[part, None]] = -np.inf
+            cosines_qm[rows_qm == self_rows_q[part, None]] = -np.inf
             all_rows_q = np.concatenate([rows_qK[part], rows_qm], axis=1)
             all_cosines_q = np.concatenate([cosines_qK[part], cosines_qm], axis=1)
-            order_qK = np.lexsort((all_rows_q, -all_cosines_q), axis=1)[:, : self.k]
-            cosines_qK[part] = np.take_along_axis(all_cosines_q, order_qK, axis=1)
-            nearest_qK = np.take_along_axis(all_rows_q, order_qK, axis=1)
-            rows_qK[part] = np.where(np.isneginf(cosines_qK[part]), -1, nearest_qK)
+            rows_qK[part], cosines_qK[part] = best_of(all_rows_q, all_cosines_q, self.k)
 
-        in_threads(one_part, range(0, len(unit_qD), part_rows), self.threads)
+        in_threads(one_part, range(0, len(asked_q), part_rows), self.threads)

@@ -212,6 +212,7 @@ class BaggingParams(Section):
 
     `relation` names whose features say what is similar, and with it the file in models/: the teacher, or a student that was trained
     as a baseline (the papers' ablation). `mutual` keeps a member of a knn bag only if the anchor is in the member's bag too.
+    `search` of knn: exact, or by an inverted file of `lists` lists (null: 4 * sqrt(train rows)), of which `probes` are searched.
     `draw_temperature`: members are drawn with probability proportional to exp(cosine / t), of those listed; null: alike.
     """
 
@@ -221,12 +222,21 @@ class BaggingParams(Section):
     iterations: Count
     relation: str
     mutual: bool
+    search: Literal["exact", "ivf"]
+    lists: Count | None
+    probes: Count
     draw_temperature: Temperature | None
 
     @model_validator(mode="after")
     def _mutual_needs_neighbours(self) -> Self:
         if self.mutual and self.method != "knn":
             raise ValueError(f"mutual: true, but bags by {self.method} are groups, in which all are mutual; set bagging.mutual: false")
+        return self
+
+    @model_validator(mode="after")
+    def _lists_need_neighbours(self) -> Self:
+        if self.search != "exact" and self.method != "knn":
+            raise ValueError(f"search: {self.search}, but bags by {self.method} are searched exactly; set bagging.search: exact")
         return self
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _SILENT_SECONDS = 2.0
+_on_screen = threading.Lock()  # held by the one bar that is drawn: work inside the loop of another draws none
 
 
 class Bar:
@@ -43,6 +44,8 @@ class Bar:
             return
         rate = (self._done - self._first) / seconds
         if self._drawn is None:
+            if not _on_screen.acquire(blocking=False):
+                return
             self._drawn = _rich_bar(self._label, self._total)
             self._drawn.start()
         left = (self._total - self._done) / rate if rate else 0
@@ -53,6 +56,7 @@ class Bar:
         """Take the bar off the screen."""
         if self._drawn is not None:
             self._drawn.stop()
+            _on_screen.release()
 
 
 def _rich_bar(label: str, total: int) -> Any:

@@ -184,6 +184,10 @@ _LINES: list[tuple[str, str, Callable[[Any], str], str]] = [
         "whole_bag_purity", "Purity of whole bags", _share,
         "The same over everything that can be drawn from a bag, not only over its nearest members.",
     ),
+    (
+        "recall", "Recall of the search", _share,
+        "Share of the nearest images that the approximate search found, measured on up to 1,000 anchors.",
+    ),
     ("bag_size", "Bag size", _spread, "Among how many images a member is drawn for an anchor."),
     ("similarity", "Cosine to the anchor", _quantiles, "How alike the teacher finds the two; 1 is the same direction."),
     ("mutual_share", "Mutual members", _share, "Share of the members whose own bag lists the anchor in turn."),

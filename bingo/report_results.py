@@ -249,5 +249,5 @@ def compared_figures(a: Artefacts) -> dict[str, dict[str, float]]:
     figures = {"knn_10": {net: scores["knn_10"] for net, scores in a.knn.items() if "knn_10" in scores}}
     figures["linear"] = {net: scores["top1_last"] for net, scores in a.linear.get("cached", {}).items()}
     figures["linear_crops"] = {net: scores["top1_last"] for net, scores in a.linear.get("crops", {}).items()}
-    figures["bags"] = {name: a.bag_metrics[name] for name in ("purity", "mutual_share", "orphan_share") if name in a.bag_metrics}
+    figures["bags"] = {name: a.bag_metrics[name] for name in ("purity", "mutual_share", "orphan_share", "recall") if name in a.bag_metrics}
     return {name: {key: round(value, 4) for key, value in group.items()} for name, group in figures.items() if group}

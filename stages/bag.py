@@ -4,6 +4,7 @@ python -m stages.bag         reads params bagging, seed and data/embeddings.zarr
                              images); writes data/bags.zarr, reports/bags.json
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 import typer
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from bingo.data.listing import Listing
     from bingo.rows import Rows
 
+_LOW_RECALL = 0.95
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -40,7 +42,11 @@ def main() -> None:
         write_bags(paths.BAGS, bags, listing.fingerprint, embeddings.fingerprint)
         write_json(paths.REPORTS / "bags.json", metrics)
         figures = ", ".join(f"{name} {value:g}" for name, value in metrics.items() if isinstance(value, float))
-        run.say(f"{run.params.bagging.method} bags of {listing.train_rows} images: {figures}")
+        lists = f" by {metrics['probes']} of {metrics['lists']} lists" if "recall" in metrics else ""
+        run.say(f"{run.params.bagging.method} bags of {listing.train_rows} images{lists}: {figures}")
+        if metrics.get("recall", 1) < _LOW_RECALL:
+            problem = f"recall {metrics['recall']:g}: the search misses many of the nearest images"
+            print(f"warning: bag: {problem}; raise bagging.probes", file=sys.stderr, flush=True)
 
 
 def _student_features(run: Run, listing: "Listing") -> "np.ndarray":
@@ -65,10 +71,12 @@ def _build(run: Run, features: "Rows", labels_T: "np.ndarray") -> "Bags":
     from dataclasses import replace
 
     from bingo.bag_builders import build_kmeans, build_knn, build_label
+    from bingo.bag_ivf import InvertedFile
 
     params = run.params.bagging
     if params.method == "knn":
-        bags = build_knn(features, params.k, params.mutual)
+        search = InvertedFile(params.lists, params.probes, run.params.seed) if params.search == "ivf" else None
+        bags = build_knn(features, params.k, params.mutual, search)
     elif params.method == "kmeans":
         bags = build_kmeans(features, params.clusters, params.iterations, params.k, run.params.seed)
     else:

@@ -68,7 +68,8 @@ class BagSource:
         """Which bags these are: name, method and its number."""
         index = self.index
         clusters = f", {index.attrs['clusters']} clusters" if index.method == "kmeans" and "clusters" in index.attrs else ""
-        return f"{self.name} ({index.method}, k {index.k}{clusters})"
+        lists = f", {index.attrs['probes']} of {index.attrs['lists']} lists" if "recall" in index.attrs else ""
+        return f"{self.name} ({index.method}, k {index.k}{clusters}{lists})"
 
     def describe(self, row: int) -> str:
         """How the bag of a row was made, and under clusters how many rows can be drawn beside those that are listed."""

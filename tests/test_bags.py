@@ -12,7 +12,7 @@ import pytest
 import zarr
 from sklearn.datasets import load_digits
 
-from bingo import bag_builders, neighbors, seeds
+from bingo import bag_builders, bag_clusters, neighbors, seeds
 from bingo.bag_builders import build_kmeans, build_knn, build_label
 from bingo.bag_metrics import bag_metrics
 from bingo.bags import Bags, matching_pairs, read_bags, write_bags
@@ -135,7 +135,7 @@ def test_bags_of_a_store_larger_than_the_memory_are_the_same_bytes(digits, tmp_p
     array[:] = features
     rows = StoredRows(array, len(features), "store", "dvc repro extract")
     in_memory = [build_knn(features, 5, mutual=True), build_kmeans(features, 60, 3, 5, seed=0), build_label(labels, features, 5)]
-    for module in (neighbors, bag_builders):
+    for module in (neighbors, bag_builders, bag_clusters):
         monkeypatch.setattr(module, "memory_budget", lambda: budget_bytes)
     streamed = [build_knn(rows, 5, mutual=True), build_kmeans(rows, 60, 3, 5, seed=0), build_label(labels, rows, 5)]
     for one, other in zip(in_memory, streamed, strict=True):
@@ -146,12 +146,12 @@ def test_bags_of_a_store_larger_than_the_memory_are_the_same_bytes(digits, tmp_p
 
 def test_kmeans_of_more_rows_than_it_trains_on_draws_them_from_the_seed(digits, monkeypatch):
     features, _ = digits
-    monkeypatch.setattr(bag_builders, "_TRAINED_NUMBERS", 100 * 64 + 63)
+    monkeypatch.setattr(bag_clusters, "_TRAINED_NUMBERS", 100 * 64 + 63)
     bags = [build_kmeans(features, 4, 60, 5, seed) for seed in (0, 0, 1)]
     assert bags[0].settings["trained_rows"] == 100
     np.testing.assert_array_equal(bags[0].centroids_CD, bags[1].centroids_CD)
     assert (bags[0].centroids_CD != bags[2].centroids_CD).any()
-    drawn = bag_builders._trained_rows(features, 4, 0)
+    drawn = bag_clusters._trained_rows(features, 100, 0)
     unit = features / np.linalg.norm(features.astype(np.float32), axis=1, keepdims=True)
     rows = [int((np.abs(unit - row).sum(axis=1)).argmin()) for row in drawn]
     np.testing.assert_allclose(drawn, unit[rows], atol=1e-3)

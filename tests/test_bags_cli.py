@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from bingo.bag_anchors import anchor_figures
 from bingo.bag_builders import build_kmeans, build_knn
 from bingo.bag_diff import compare_bags
+from bingo.bag_ivf import InvertedFile
 from bingo.bag_metrics import bag_metrics
 from bingo.bags import Bags, read_bags, write_bags
 from bingo.data.images import write_images
@@ -203,6 +204,16 @@ def test_stats_are_the_metrics_of_the_index(tmp_path, monkeypatch, method):
     hub = metrics["hubs"][0]
     first = text.splitlines()[text.splitlines().index("hubs: the rows in most bags") + 2].split()
     assert first == [str(hub["row"]), str(hub["count"]), listing.classes[listing.labels_N[hub["row"]]], listing.paths[hub["row"]]]
+
+
+def test_an_approximate_search_says_so(workspace):
+    listing = read_listing("data/listing.parquet")
+    features = np.random.default_rng(0).standard_normal((listing.train_rows, 8))
+    bags = build_knn(features, 4, False, InvertedFile(12, 2, 0))
+    write_bags("data/bags.zarr", bags, listing.fingerprint, "ee55")
+    figures = dict(line.split() for line in bingo_bags("stats")[1].splitlines() if line.split()[:1] in (["recall"], ["lists"], ["probes"]))
+    assert figures == {"recall": f"{bags.settings['recall']:.4f}".rstrip("0"), "lists": "12", "probes": "2"}
+    assert "workspace (knn, k 4, 2 of 12 lists)" in bingo_bags("diff", "workspace", "workspace")[1]
 
 
 # ---- diff

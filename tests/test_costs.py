@@ -132,6 +132,10 @@ def test_an_estimate_is_the_sum_of_its_parts():
     assert stages["teacher"] == PARAMS.teacher.pretrain.epochs * 1000 * step_flops(pretraining.method, pretraining.batch(2), PROGRESS) / 2
     assert stages["extract"] == (1100 + views * 1000) * of_teacher
     assert stages["bag"] == 2 * 1000 * 1000 * 128
+    bagging = PARAMS.bagging.model_copy(update={"search": "ivf", "lists": 40, "probes": 8})
+    approximate = estimate(PARAMS.model_copy(update={"bagging": bagging}), counts, teacher, student, [moco], pretraining)
+    # K-means of ten iterations, two assignments, eight lists of 25 rows for each row, and the recall of them all
+    assert approximate.stage_flops["bag"] == 2 * 128 * 1000 * (10 * 40 + 2 * 40 + 8 * 25 + 1000)
     assert stages["distill"] == PARAMS.distill.epochs * 1000 * found.anchor_flops
     assert stages["baseline moco"] == PARAMS.distill.epochs * 1000 * step_flops(moco.method, moco.batch(2), PROGRESS) / 2
     # student, moco and untrained, for linear_eval and for knn_eval; then the student's crops

@@ -121,6 +121,22 @@ def test_one_and_two_threads_and_any_blocks_agree_with_duplicates():
         np.testing.assert_array_equal(cosines, found[0][1])
 
 
+@pytest.mark.parametrize("budget_bytes", [6_000, 10**9])
+def test_what_reaches_the_floor_is_found_as_without_one(budget_bytes):
+    """A floor at a cosine that is there, one above all, and none."""
+    base, queries = with_duplicates(), data(60, seed=1)
+    queries[:10] = base[3:13]
+    rows, cosines = top_k(queries, base, 6, np.where(np.arange(60) < 10, np.arange(60) + 3, -1))
+    floor = np.where(np.arange(60) % 3 == 0, cosines[:, 2], np.where(np.arange(60) % 3 == 1, 1.1, -np.inf)).astype(np.float32)
+    own = np.where(np.arange(60) < 10, np.arange(60) + 3, -1)
+    found = top_k(unit_rows(queries), base, 6, own, budget_bytes=budget_bytes, floor_Q=floor, unit_queries=True)
+    wanted = cosines >= floor[:, None]
+    np.testing.assert_array_equal(found[0][wanted], rows[wanted])
+    np.testing.assert_array_equal(found[1][wanted], cosines[wanted])
+    assert wanted[floor < 1].any(axis=1).all()
+    assert (found[0][:10] != own[:10, None]).all()
+
+
 def test_gpus_share_the_blocks_and_float16_search_gives_the_same_answer(monkeypatch):
     """With FAISS's GPU calls replaced by a float16 search on the CPU: the sharing and the second computation are tested."""
     used = set()

@@ -51,6 +51,9 @@ def test_the_shipped_file_is_valid_and_frozen():
         ("bagging.kk", 3, ["bagging.kk", "not a known key", "did you mean k"]),
         ("bagging.k", ..., ["bagging.k is missing"]),
         ("bagging.method", "knnn", ["bagging.method = 'knnn'", "'knn', 'kmeans' or 'label'"]),
+        ("bagging.search", "hnsw", ["bagging.search = 'hnsw'", "'exact' or 'ivf'"]),
+        ("bagging.lists", 0, ["bagging.lists = 0", "greater than or equal to 1"]),
+        ("bagging.probes", None, ["bagging.probes = None", "integer"]),
         ("distill.lr", float("nan"), ["distill.lr = nan", "finite"]),
         ("distill.method", "bing", ["distill.method = 'bing'", "did you mean bingo"]),
         ("student.arch", "resnet81", ["student.arch = 'resnet81'", "did you mean", "resnet18"]),
@@ -83,6 +86,16 @@ def test_a_mistake_names_key_value_and_what_is_allowed(key, value, said):
     (line,) = mistakes(changed(key, value))
     assert all(words in line for words in said), line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(("key", "value"), [("search", "ivf"), ("mutual", True)])
+@pytest.mark.parametrize("method", ["kmeans", "label"])
+def test_groups_have_no_neighbours_to_search_for(method, key, value):
+    raw = changed("bagging.method", method)
+    raw["bagging"][key] = value
+    (line,) = mistakes(raw)
+    assert line.startswith(f"params.yaml: bagging: {key}: {str(value).lower()}, but bags by {method} ")
+    assert f"; set bagging.{key}: " in line
 
 
 def test_all_mistakes_come_at_once():

@@ -441,6 +441,8 @@ def test_statistics_of_clusters_and_of_nothing():
     sizes = {"min": 1, "median": 4.0, "mean": 5.0, "max": 20, "max_over_mean": 4.0, "singletons": 2, "unused": 0}
     (line,) = statistics({"cluster_size": sizes})
     assert line.value == "median 4, from 1 to 20 (4.0 times the mean); 2 with one image, 0 unused"
+    (line,) = statistics({"recall": 0.9696, "lists": 1265, "probes": 64})
+    assert (line.name, line.value) == ("Recall of the search", "97.0 %")
     assert statistics({}) == []
 
 

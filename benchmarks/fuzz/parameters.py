@@ -121,6 +121,7 @@ def settings() -> st.SearchStrategy:
 def _taken_on(case: list[Setting], _: Path) -> None:
     """Where the parameters are accepted: the images, bags, the teacher and one step of the student's training, all small."""
     from bingo.bag_builders import build_kmeans, build_knn, build_label
+    from bingo.bag_ivf import InvertedFile
     from bingo.data.sources import scan
     from bingo.dry_run import dry_student, dry_teacher
 
@@ -135,8 +136,9 @@ def _taken_on(case: list[Setting], _: Path) -> None:
     listing, _ = scan(params.dataset, params.seed)
     features = np.random.default_rng(0).standard_normal((min(200, listing.train_rows), 8)).astype(np.float16)
     bagging = params.bagging
+    search = InvertedFile(bagging.lists, bagging.probes, params.seed) if bagging.search == "ivf" else None
     builders: dict[str, Callable[[], Any]] = {
-        "knn": lambda: build_knn(features, bagging.k, bagging.mutual),
+        "knn": lambda: build_knn(features, bagging.k, bagging.mutual, search),
         "kmeans": lambda: build_kmeans(features, bagging.clusters, min(bagging.iterations, 10), bagging.k, params.seed),
         "label": lambda: build_label(listing.labels_N[: len(features)], features, bagging.k),
     }
