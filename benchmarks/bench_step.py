@@ -8,23 +8,23 @@ Timed are this project's own Trainer, Batches and method, from the plan of a bat
   peer          three student forwards, two of a live teacher in train mode, three logits (B, 2, 1 + 65536), all in float32
   student alone the same student and head on as many views: forward and backward in this project's precision, no loss, no optimizer
 Views are random numbers that lie on the device, for all alike: the loader is benchmarks/bench_loader.py's matter. Weights, keys and bags
-are random too. The variants take turns in one process; printed are medians and, in brackets, the smallest and the largest of the
-repeats, a ratio being that of one turn. Peak memory is each variant's own, in a process of its own: what torch's tensors took, and on
-the CPU what the whole process grew by, with the compiled kernels, their work space and what malloc keeps between blocks.
+are random too. The variants take turns, each in a process of its own; printed are medians and, in brackets, the smallest and the
+largest of the repeats, a ratio being that of one turn. Peak memory: what torch's tensors took, and on the CPU what the process grew by,
+with the compiled kernels, their work space and what malloc keeps between blocks.
 """
 
 import argparse
 import itertools
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, Popen, run
 
 import numpy as np
 import torch
@@ -222,6 +222,8 @@ def main() -> None:
     if options.device == "cpu":
         keep_freed_memory()  # as every stage does
     case, names = case_of(options), [name.replace("_", " ") for name in options.variants]
+    if options.turns_of:
+        return take_turns(case, options.turns_of, options.steps, options.cpu_seconds)
     if options.memory_of:
         if (mebibytes := peak_mebibytes(case, options.memory_of, options.tensors)) is not None:
             print(mebibytes)
@@ -230,9 +232,7 @@ def main() -> None:
     order = [*dict.fromkeys([*names, *bare.values()])] + ([] if options.no_peer else ["peer"])
     # First of all: a process's peak starts from that of the process which started it, which is small as yet.
     memory = {} if options.no_memory else {name: memory_elsewhere(name) for name in order}
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {name: make_step(case, name, Path(folder)) for name in order}
-        seconds = measure(steps, case.device, options.repeats, options.steps, options.cpu_seconds)
+    seconds = measure_elsewhere(order, options.repeats)
     clock = "CPU seconds" if options.cpu_seconds else "wall seconds"
     precision = str(resolve_precision(case.precision, case.device)).removeprefix("torch.")
     print(
@@ -270,24 +270,53 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def measure(steps: dict[str, Step], device: torch.device, repeats: int, count: int, cpu_seconds: bool) -> dict[str, list[float]]:
     """Seconds of one step, `repeats` times for each, in turns; the two first rounds are not counted."""
+    taken = [{name: seconds_of(step, device, count, cpu_seconds) for name, step in steps.items()} for _ in range(2 + repeats)]
+    return {name: [turn[name] for turn in taken[2:]] for name in steps}
+
+
+def seconds_of(step: Step, device: torch.device, count: int, cpu_seconds: bool) -> float:
+    """Seconds of one step of so many."""
     clock = time.process_time if cpu_seconds else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(-2, repeats):
-        for name, step in steps.items():
-            begun = clock()
-            for _ in range(count):
-                step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn >= 0:
-                seconds[name].append((clock() - begun) / count)
+    begun = clock()
+    for _ in range(count):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (clock() - begun) / count
+
+
+def measure_elsewhere(names: list[str], repeats: int) -> dict[str, list[float]]:
+    """As `measure`, each variant in a process of its own, as a training is: `take_turns` there."""
+    command = [sys.executable, "-m", "benchmarks.bench_step", *sys.argv[1:], "--turns-of"]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with ExitStack() as ends:
+        pipes = {name: Popen([*command, name], stdin=PIPE, stdout=PIPE, text=True) for name in names}
+        for process in pipes.values():
+            ends.enter_context(process)
+        for turn in range(-1, repeats):
+            for name, process in pipes.items():
+                print(file=process.stdin, flush=True)
+                taken = process.stdout.readline()
+                if turn >= 0:
+                    seconds[name].append(float(taken))
     return seconds
+
+
+def take_turns(case: Case, name: str, count: int, cpu_seconds: bool) -> None:
+    """Whenever a line comes in, take one step that is not counted, then `count` that are; what a GPU's memory holds between is let go."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = make_step(case, name, Path(folder))
+        for _ in sys.stdin:
+            seconds_of(step, case.device, 1, cpu_seconds)
+            print(seconds_of(step, case.device, count, cpu_seconds), flush=True)
+            if case.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def memory_elsewhere(name: str) -> list[float]:
     """Peak memory of one variant alone, in MiB, measured by processes of its own: of tensors and, on the CPU, of the process."""
     command = [sys.executable, "-m", "benchmarks.bench_step", *sys.argv[1:], "--memory-of", name]
-    printed = (subprocess.run([*command, *more], check=True, capture_output=True, text=True).stdout for more in (["--tensors"], []))
+    printed = (run([*command, *more], check=True, stdout=PIPE, text=True).stdout for more in (["--tensors"], []))
     return [float(text) for text in printed if text]
 
 
@@ -332,7 +361,8 @@ def parse() -> argparse.Namespace:
         "--cpu-seconds", action="store_true", help="count this process's CPU time: for a machine that others use (1 thread)"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="steps of one turn (a GPU wants some 10)")
+    parser.add_argument("--steps", type=int, default=2, help="steps of one turn (a GPU wants some 10)")
+    parser.add_argument("--turns-of", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--tensors", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
