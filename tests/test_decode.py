@@ -25,10 +25,16 @@ def exif(orientation: int) -> Image.Exif:
     return tags
 
 
+def with_xmp(content: bytes) -> bytes:
+    """An orientation of 6, as some programs note it (Pillow 11.0 writes none)."""
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>'
+    return content[:2] + b"\xff\xe1" + (2 + len(xmp)).to_bytes(2, "big") + xmp + content[2:]
+
+
 FILES = {
     "plain": jpeg(), "grey": jpeg("L"), "CMYK": jpeg("CMYK"), "progressive": jpeg(progressive=True), "RGB": jpeg(keep_rgb=True),
     "of one orientation": jpeg(exif=exif(1)), "turned": jpeg(exif=exif(6)), "mirrored": jpeg(exif=exif(2)),
-    "turned, in XMP": jpeg(xmp=b'<x:xmpmeta tiff:Orientation="6"></x>'), "with a comment": jpeg(comment=b"\xff\xda, tiff:"),
+    "turned, in XMP": with_xmp(jpeg()), "with a comment": jpeg(comment=b"\xff\xda, tiff:"),
     "of a comment like EXIF": jpeg(comment=b"Exif\0\0"),
 }  # fmt: skip
 
