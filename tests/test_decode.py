@@ -26,7 +26,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def with_xmp(content: bytes) -> bytes:
-    """An orientation of 6, as some programs note it (Pillow 11.0 writes none)."""
+    """An orientation of 6, as some programs note it, which Pillow reads from 11.2 on."""
     xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>'
     return content[:2] + b"\xff\xe1" + (2 + len(xmp)).to_bytes(2, "big") + xmp + content[2:]
 
