@@ -296,7 +296,8 @@ def measure_elsewhere(names: list[str], repeats: int) -> dict[str, list[float]]:
         for turn in range(-1, repeats):
             for name, process in pipes.items():
                 print(file=process.stdin, flush=True)
-                taken = process.stdout.readline()
+                if not (taken := process.stdout.readline()):
+                    raise SystemExit(f"{name}: its process has ended")
                 if turn >= 0:
                     seconds[name].append(float(taken))
     return seconds

@@ -41,7 +41,7 @@ def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile
     else:
         members_TK, cosines_TK = search_lists(features, k, search)
         lists = search.list_count(rows)
-        found = {"lists": lists, "probes": min(search.probes, lists), "recall": recall_of(members_TK, features, search.seed)}
+        found = {"lists": lists, "probes": min(search.probes, lists), "recall": recall_of(cosines_TK, features, search.seed)}
         settings |= {"search": "ivf", "seed": search.seed, **found}
     similarity_TK = cosines_TK.astype(np.float16)
     if mutual:

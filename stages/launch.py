@@ -85,7 +85,7 @@ def run_torchrun(arguments: list[str]) -> int:
         return FAILED
     except SignalException:
         return INTERRUPTED
-    except ValueError as error:  # an address or a backend that is none is found when the group meets
+    except (ValueError, LookupError, OSError, ImportError) as error:  # an address, a folder or a backend that is none is found late
         print(f"error: BINGO_LAUNCH = {given}: {' '.join(str(error).split())}; give arguments of torchrun", file=sys.stderr)
         return USER_MISTAKE
     return 0
@@ -102,10 +102,14 @@ def _check(arguments: list[str]) -> None:
     parser.error = refuse  # type: ignore[method-assign]
     try:
         parsed = parser.parse_args(arguments)
-        if not parsed.training_script.startswith("stages."):
-            refuse(f"{parsed.training_script} is none")
+        if not parsed.module or parsed.run_path or not parsed.training_script.startswith("stages."):
+            refuse(f"{parsed.training_script} is none" if parsed.training_script else "they name no module")
+        if parsed.monitor_interval <= 0:
+            refuse(f"--monitor-interval={parsed.monitor_interval:g} is no time to wait")
         run.config_from_args(parsed)
-    except (AssertionError, RuntimeError) as error:
+    except SystemExit:  # --help, which it prints
+        raise ValueError("they only ask for help") from None
+    except (AssertionError, RuntimeError, OSError, LookupError) as error:
         raise ValueError(str(error)) from None
 
 

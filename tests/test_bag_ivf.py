@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from bingo import bag_clusters, bag_ivf, neighbors, seeds
 from bingo.bag_builders import build_knn
 from bingo.bag_clusters import train_centroids
-from bingo.bag_ivf import InvertedFile, recall_of, search_lists
+from bingo.bag_ivf import InvertedFile, search_lists
 from bingo.bag_metrics import bag_metrics
 from bingo.data.chunks import StoredRows, new_array
 from bingo.errors import UserError
@@ -91,12 +91,19 @@ def test_recall_is_its_definition(features, monkeypatch):
     sample = seeds.distinct(1, "recall", 0, 600, 100)
     share = np.mean([len(set(exact[row]) & set(bags.members_TK[row])) / 5 for row in sample])
     assert 0.5 < share < 1
-    assert bags.settings["recall"] == recall_of(bags.members_TK, features, 1) == pytest.approx(share)
+    assert bags.settings["recall"] == pytest.approx(share)
     assert (bags.settings["search"], bags.settings["lists"], bags.settings["probes"]) == ("ivf", 98, 4)
     assert bags.settings["recall"] == build_knn(features, 5, True, InvertedFile(None, 4, 1)).settings["recall"]
     metrics = bag_metrics(bags, None)
     assert (metrics["recall"], metrics["lists"], metrics["probes"]) == (pytest.approx(share, abs=1e-6), 98, 4)
     assert not {"recall", "lists", "probes"} & set(bag_metrics(build_knn(features, 5), None))
+
+
+def test_recall_is_whole_where_ties_are_left_open():
+    """Of 400 equal rows any 5 are the nearest: nothing is missed where all lists are searched."""
+    rng = np.random.default_rng(0)
+    features = np.concatenate([np.repeat(rng.standard_normal((2, 8)), 400, axis=0), rng.standard_normal((50, 8))]).astype(np.float32)
+    assert build_knn(features, 5, False, InvertedFile(8, 8, 0)).settings["recall"] == 1
 
 
 def test_the_number_of_lists():

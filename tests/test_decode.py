@@ -61,6 +61,53 @@ def test_a_header_is_pillows(monkeypatch, name):
     assert any(isinstance(header, str) for header in ours)
 
 
+ORIENTED = ("JPEG", "PNG", "WEBP", "TIFF")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format_name", ORIENTED)
+def test_an_image_is_turned_once(format_name, orientation):
+    """A red corner at the top left of what is stored ends where EXIF's table says: row 0 and column 0 are there at the top and the left."""
+    stored = Image.new("RGB", (64, 48))
+    stored.paste((255, 0, 0), (0, 0, 24, 16))
+    file = io.BytesIO()
+    stored.save(file, format_name, exif=exif(orientation), **({"lossless": True} if format_name == "WEBP" else {}))
+    upright, _ = decode.decode_rgb(file.getvalue(), lambda height, width: 1)
+    bottom, right = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    assert upright.size == ((48, 64) if orientation >= 5 else (64, 48))
+    header = read_header(file.getvalue())
+    assert (header.width, header.height) == upright.size
+    corner = upright.getpixel((upright.width - 4 if right else 3, upright.height - 4 if bottom else 3))
+    assert corner[0] > 200 > 50 > corner[1], corner
+
+
+def after_start(content: bytes, *segments: bytes) -> bytes:
+    return content[:2] + b"".join(segments) + content[2:]
+
+
+def comment(text: bytes) -> bytes:
+    return b"\xff\xfe" + (2 + len(text)).to_bytes(2, "big") + text
+
+
+FAKE = b"\xff\xc0\x00\x0b\x08\x00\x08\x00\x08\x01\x01\x11\x00\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"  # one component, and its scan
+ODD = {
+    "fill bytes": after_start(FILES["turned"], b"\xff\xff"),
+    "a marker alone": after_start(FILES["turned"], b"\xff\x01"),
+    "a comment that looks like a header": after_start(FILES["turned"], comment(FAKE)),
+    "a jump into a comment": after_start(FILES["turned"], b"\xff\x01" + comment(b"." * 0xFE + FAKE + b"." * 300)),
+    "a fill byte before a comment": after_start(FILES["progressive"], b"\xff" + comment(b"." * 0xFA + FAKE + b"." * 300)),
+    "of 12 bits": FILES["plain"].replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),
+    "4:4:1": jpeg(subsampling=0).replace(b"\x03\x01\x11\x00", b"\x03\x01\x14\x00"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_headers_are_pillows_to_read(monkeypatch, name):
+    ours = told(ODD[name])
+    monkeypatch.setattr(decode, "_upright_jpeg", lambda content: None)
+    assert ours == told(ODD[name])
+
+
 def test_pillow_is_asked_only_where_it_must_be(monkeypatch):
     monkeypatch.setattr(decode, "_opened", lambda content: pytest.fail("Pillow was asked"))
     for name in ("plain", "grey", "RGB", "with a comment"):

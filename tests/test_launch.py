@@ -155,6 +155,9 @@ def test_a_launch_that_cannot_be(workspace, variables, wanted):
     [
         ("--nnodez=2", "unrecognized arguments: --nnodez=2"),
         ("nnodes=2", "nnodes=2 is none"),
+        ("--standalone stages.launch", "stages.launch is none"),
+        ("--standalone --monitor-interval=-1", "--monitor-interval=-1 is no time to wait"),
+        ("--standalone --event-log-handler=none", "'none'"),
         ("--nnodes=two", "invalid literal for int() with base 10: 'two'"),
         ("--nnodes=1:2:3", "nnodes=1:2:3 is not in"),
         ("--standalone --max-restarts=-1", "max_restarts must be >= 0"),

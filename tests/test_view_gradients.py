@@ -79,6 +79,18 @@ def test_the_copies_in_bf16_are_made_once():
     assert len(casts) == 1
 
 
+@pytest.mark.parametrize("term", [lambda net: ((net.a + net.b) * 3).sum(), lambda net: net.a.sum() + net.b.sum(), lambda net: net.b.sum()])
+def test_gradients_that_lie_in_one_place_are_taken_apart(term):
+    """Autograd gives one tensor for two summands, and a broadcast number for a sum."""
+    ours, plain = nn.Module(), nn.Module()
+    for net in (ours, plain):
+        net.a, net.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    total, _ = sum_of_terms({"first": lambda: term(ours), "second": lambda: term(ours)}, ours)
+    (total / 2).backward(), ((term(plain) + term(plain)) / 2).backward()
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, torch.zeros(4) if theirs.grad is None else theirs.grad)
+
+
 def test_without_gradients_the_terms_are_only_computed():
     net, views = network().eval(), [torch.randn(4, 3, 8, 8) for _ in range(2)]
     wanted = torch.stack([term() for term in losses(net, views, "fp32").values()]).sum()

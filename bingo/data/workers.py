@@ -9,6 +9,7 @@ from multiprocessing.context import BaseContext
 from bingo.memory import keep_freed_memory
 
 MOST_WORKERS = 32
+KEPT_BYTES = 2**26  # by each worker: some large images
 
 
 def worker_count() -> int:
@@ -30,7 +31,7 @@ def begin_worker(*_: object) -> None:
 
     A worker is a child of the fork server, not of its owner, and each keeps the other alive: on their own they would stay for ever.
     """
-    keep_freed_memory()
+    keep_freed_memory(KEPT_BYTES)
     if (owner := multiprocessing.parent_process()) is not None:
         threading.Thread(target=_watch, args=(owner.sentinel,), daemon=True).start()
 

@@ -35,7 +35,7 @@ class _TermByTerm(torch.autograd.Function):
                 value = term()
             gradients = torch.autograd.grad(value, trained, materialize_grads=True)
             if sums is None:
-                sums = list(gradients)
+                sums = _apart(gradients)
             else:
                 torch._foreach_add_(sums, gradients)
             values.append(value.detach())
@@ -49,3 +49,14 @@ class _TermByTerm(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         torch._foreach_mul_(gradients, grad_outputs[0])
         return None, *gradients
+
+
+def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The same gradients, each in memory of its own: autograd may give one tensor, or parts of one, for several parameters."""
+    seen, apart = set(), []
+    for gradient in gradients:
+        storage = gradient.untyped_storage()
+        alone = storage.nbytes() == gradient.nbytes and storage.data_ptr() not in seen
+        apart.append(gradient if alone else gradient.clone(memory_format=torch.contiguous_format))
+        seen.add(storage.data_ptr())
+    return apart
