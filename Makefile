@@ -2,7 +2,7 @@
 # `make bench`: speed beside named limits and peers, an hour on 2 quiet cores; a GPU is used where there is one.
 # `make fuzz`: hostile input by the thousand. All make .venv first, once.
 # `make test-oldest`: the tests with the oldest versions that pyproject.toml admits, under the oldest Python (PYTHON=python3.11).
-# Another Python: `make test PYTHON=python3.13 VENV=$$PWD/.venv-3.13`.
+# Another Python: `make test PYTHON=python3.13 VENV=$PWD/.venv-3.13`.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
