@@ -13,8 +13,6 @@ from bingo.data.augment import upload
 from bingo.methods.contract import Batch, Context
 from bingo.methods.parts import Queue, hidden_negatives, hidden_places
 
-ROWS_AT_ONCE = 2**13  # of 128 numbers: 2 MiB in float16, which stay in the cache on their way to float32
-
 
 class Negatives(nn.Module):
     """`rows` negatives of the kind `bank` or `queue`. Of a bank, an anchor and its drawn member are never among its own negatives;
@@ -48,7 +46,7 @@ class Negatives(nn.Module):
         self.queue.rows_Q[:count] = rows
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, Tensor | None]:
-        """Unit rows (J, P) and which of them each anchor does not see, bool (B, J) or (1, J)."""
+        """Unit rows (J, P), of a bank in float16, and which of them each anchor does not see, bool (B, J) or (1, J)."""
         if self.kind == "bank":
             bank_JP, rows_J = self._bank_draw(step)
             return bank_JP, self._hidden(batch, rows_J)
@@ -61,7 +59,7 @@ class Negatives(nn.Module):
             self.queue.push(keys_BP, rows_B)
 
     def _bank_draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """Distinct rows of the bank with one stored view each, the same on every process: `rows` of them, or all.
+        """Distinct rows of the bank with one stored view each, in the bank's precision, the same on every process: `rows` of them, or all.
 
         They lie in one place that the next draw overwrites: new memory of that size would cost as much as to fill it. In order of
         the rows, they are read from the bank twice as fast.
@@ -73,10 +71,8 @@ class Negatives(nn.Module):
         view_J = (seeds.uniforms(self.context.seed, "negative view", step, chosen)[:, 0] * views).astype(np.int64)
         places_J = upload(chosen * views + view_J, bank_TVP.device)
         if self.drawn_JP is None or self.drawn_JP.device != bank_TVP.device:
-            self.drawn_JP = bank_TVP.new_empty(len(chosen), width, dtype=torch.float32)
-        bank_XP = bank_TVP.flatten(0, 1)
-        for part_jP, places_j in zip(self.drawn_JP.split(ROWS_AT_ONCE), places_J.split(ROWS_AT_ONCE), strict=True):
-            part_jP.copy_(bank_XP.index_select(0, places_j))
+            self.drawn_JP = bank_TVP.new_empty(len(chosen), width)
+        torch.index_select(bank_TVP.flatten(0, 1), 0, places_J, out=self.drawn_JP)
         return self.drawn_JP, upload(chosen, bank_TVP.device)
 
     def _hidden(self, batch: Batch, rows_J: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from bingo import distributed, seeds
 from bingo.data.augment import upload
 
-LOGITS_AT_ONCE = 2**24  # 64 MiB in float32: all of a usual batch
+LOGITS_AT_ONCE = 2**24  # 64 MiB in float32: all of a usual batch on a GPU
+BANK_AT_ONCE = 2**20  # numbers: 4 MiB in float32, which stay in a CPU's cache from the logits to the gradient
 
 
 def negative_logsumexp(query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None = None) -> Tensor:
@@ -23,34 +24,54 @@ def negative_logsumexp(query_BP: Tensor, bank_JP: Tensor, temperature: float, hi
     (`hidden_BJ` bool, or (1, J) for all).
 
     Computed once per query, however many positives the query has: logits of shape (B, 1 + J) per positive are never made.
-    The bank gets no gradient.
+    The bank, float16 or float32, gets no gradient.
     """
-    return _NegativeLogSumExp.apply(query_BP.float(), bank_JP.detach().float(), temperature, hidden_BJ)
+    return _NegativeLogSumExp.apply(query_BP.float(), bank_JP.detach(), temperature, hidden_BJ)
 
 
 class _NegativeLogSumExp(torch.autograd.Function):
-    """With p the softmax of a query's logits, the gradient is p @ bank / temperature: (B, P), taken while the logits are there, so that
-    nothing of shape (B, J) waits for backward."""
+    """By blocks of j rows of the bank, each read once: sums of exp(logit - largest so far), and of the bank's rows weighted alike. The
+    second over the first is the gradient times the temperature, so nothing of shape (B, J) waits for backward."""
 
     @staticmethod
     def forward(ctx: Any, query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None) -> Tensor:
-        rows, wanted = max(1, LOGITS_AT_ONCE // len(bank_JP)), ctx.needs_input_grad[0]
-        sums, gradients = [], []
-        for start in range(0, len(query_BP), rows):
-            logits_bJ = (query_BP[start : start + rows] / temperature) @ bank_JP.T
+        query_PB, wanted = (query_BP / temperature).T, ctx.needs_input_grad[0]
+        largest_B = query_BP.new_full((len(query_BP),), float("-inf"))
+        shift_B, sum_B, weighted_BP = torch.zeros_like(largest_B), torch.zeros_like(largest_B), torch.zeros_like(query_BP)
+        start = 0
+        for rows_jP in bank_JP.split(_rows_at_once(query_BP, bank_JP)):
+            rows_jP, end = rows_jP.float(), start + len(rows_jP)
+            logits_jB = rows_jP @ query_PB
             if hidden_BJ is not None:
-                logits_bJ.masked_fill_(hidden_BJ if len(hidden_BJ) == 1 else hidden_BJ[start : start + rows], float("-inf"))
-            sums.append(torch.logsumexp(logits_bJ, dim=1))
+                logits_jB.masked_fill_(hidden_BJ[:, start:end].T, float("-inf"))
+            new_B = torch.maximum(largest_B, _largest(logits_jB))
+            shift_B = new_B.masked_fill(new_B.isneginf(), 0)  # a query without negatives: no gradient rather than NaN
+            scale_B = (largest_B - shift_B).exp()
+            p_jB = logits_jB.sub_(shift_B).exp_()
+            sum_B = sum_B * scale_B + p_jB.sum(dim=0)
             if wanted:
-                finite_b = sums[-1].masked_fill(sums[-1].isneginf(), 0)  # a query without negatives: no gradient rather than NaN
-                gradients.append(logits_bJ.sub_(finite_b[:, None]).exp_() @ bank_JP)
-        ctx.save_for_backward(*([torch.cat(gradients).div_(temperature)] if wanted else []))
-        return torch.cat(sums)
+                weighted_BP = torch.addmm(weighted_BP * scale_B[:, None], p_jB.T, rows_jP)
+            largest_B, start = new_B, end
+        tiny = torch.finfo(torch.float32).tiny
+        ctx.save_for_backward(*([weighted_BP.div_((sum_B.clamp(min=tiny) * temperature)[:, None])] if wanted else []))
+        return sum_B.log() + shift_B
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
         saved = ctx.saved_tensors
         return (grad_outputs[0][:, None] * saved[0] if saved else None), None, None, None
+
+
+def _largest(logits_jB: Tensor) -> Tensor:
+    """The largest of each column, in two steps: torch goes through a few long columns one number at a time."""
+    folds = 64 if len(logits_jB) % 64 == 0 else 1
+    return logits_jB.unflatten(0, (folds, -1)).amax(dim=0).amax(dim=0)
+
+
+def _rows_at_once(query_BP: Tensor, bank_JP: Tensor) -> int:
+    if query_BP.device.type == "cpu":
+        return max(1, BANK_AT_ONCE // bank_JP.shape[1])
+    return max(1, LOGITS_AT_ONCE // len(query_BP))
 
 
 def info_nce(query_BP: Tensor, key_BP: Tensor, negatives_B: Tensor, temperature: float) -> Tensor:
