@@ -4,7 +4,8 @@ It serves a loss that is a sum of terms, each of which comes from a forward of i
 that have no gradient.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,34 +30,26 @@ def sum_of_terms(terms: Mapping[str, Callable[[], Tensor]], network: nn.Module) 
 class _TermByTerm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, terms: Sequence[Callable[[], Tensor]], *trained: Tensor) -> tuple[Tensor, ...]:
-        values, sums = [], None
+        kept, values = [parameter.grad for parameter in trained], []
+        _set_gradients(trained, itertools.repeat(None))
         for term in terms:
             with torch.enable_grad():
                 value = term()
-            gradients = torch.autograd.grad(value, trained, materialize_grads=True)
-            if sums is None:
-                sums = _apart(gradients)
-            else:
-                torch._foreach_add_(sums, gradients)
+            value.backward(inputs=trained)  # each gradient is added while it is in the cache, and makes room at once
             values.append(value.detach())
-            del value, gradients
-        ctx.gradients = sums
+            del value
+        ctx.gradients = [parameter.grad for parameter in trained]
+        _set_gradients(trained, kept)
         ctx.mark_non_differentiable(*values)
         return torch.stack(values).sum(), *values
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        torch._foreach_mul_(gradients, grad_outputs[0])
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], grad_outputs[0])
         return None, *gradients
 
 
-def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The same gradients, each in memory of its own: autograd may give one tensor, or parts of one, for several parameters."""
-    seen, apart = set(), []
-    for gradient in gradients:
-        storage = gradient.untyped_storage()
-        alone = storage.nbytes() == gradient.nbytes and storage.data_ptr() not in seen
-        apart.append(gradient if alone else gradient.clone(memory_format=torch.contiguous_format))
-        seen.add(storage.data_ptr())
-    return apart
+def _set_gradients(trained: Sequence[Tensor], gradients: Iterable[Tensor | None]) -> None:
+    for parameter, gradient in zip(trained, gradients, strict=False):
+        parameter.grad = gradient
