@@ -111,7 +111,9 @@ def product_step(case: Case, variant: str, folder: Path) -> Step:
     members_TK = rng.integers(0, case.train_rows, (case.train_rows, case.bag), dtype=np.int32)
     bags = Bags({"method": "knn"}, members_TK, np.ones(members_TK.shape, np.float16))
     student = case.student()
-    teacher = case.frozen().to(memory_format=torch.channels_last) if keys == "live" else None
+    teacher = None
+    if keys == "live":
+        teacher = case.frozen().weights_for(resolve_precision(case.precision, case.device)).to(memory_format=torch.channels_last)
     context = Context(student, student.feature_width, 0, keys, case.precision, case.device, teacher, keys_TVP, None, bags)  # type: ignore[arg-type]
     released = {"temperature": TEMPERATURE, "negative_rows": case.negatives, "head_hidden": HEAD_HIDDEN, "negatives": "bank"}
     section = method_section("bingo").model_validate(params.methods.bingo.model_dump() | released | changes)

@@ -25,6 +25,7 @@ def main() -> None:
         from bingo.bags import read_bags
         from bingo.data.embeddings import read_embeddings
         from bingo.data.listing import read_listing
+        from bingo.nets.precision import resolve_precision
         from bingo.nets.students import save_student
         from bingo.nets.teachers import load_teacher
         from stages.common import process_group
@@ -51,7 +52,8 @@ def main() -> None:
         with process_group(run) as device:
             teacher = None
             if params.distill.keys == "live":
-                teacher = load_teacher(paths.TEACHER).to(device, memory_format=torch.channels_last)
+                teacher = load_teacher(paths.TEACHER).weights_for(resolve_precision(params.distill.precision, device))
+                teacher.to(device, memory_format=torch.channels_last)
             train_method(
                 run, device, params.distill.method, section, params.student, params.distill, params.distill.augment, listing, finish,
                 params.distill.keys, embeddings, bags, teacher,

@@ -1,5 +1,6 @@
 """Teachers: frozen, faithful to the networks that the foreign files came from, and strict about those files."""
 
+import copy
 import os
 import pickle
 import sys
@@ -358,6 +359,21 @@ def test_a_teacher_is_frozen():
     torch.testing.assert_close(teacher.keys(X).norm(dim=1), torch.ones(4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert {out.dtype for out in teacher(X)} == {torch.float32}
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "efficientnet_b0", "resnetv2_50", "vit_tiny_patch16_224", "torchvision/mobilenet_v2"])
+def test_weights_kept_as_autocast_turns_them_give_the_same_bits(arch):
+    """resnetv2_50 standardises its weights in float32 before it casts them: they must stay as they are."""
+    backbone = build_backbone(arch, 1.0, "imagenet", 0)
+    teacher = Teacher(lively(backbone), mlp_head([backbone.feature_width, 32, 16], 1), {})
+    kept = copy.deepcopy(teacher).weights_for(torch.bfloat16)
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kept.features(images), teacher.features(images))
+        assert torch.equal(kept.keys(images), teacher.keys(images))
+    held, before = (sum(tensor.nbytes for tensor in network.state_dict().values()) for network in (kept, teacher))
+    assert held < 0.56 * before or arch == "resnetv2_50"
+    assert torch.equal(copy.deepcopy(teacher).weights_for(torch.float32).features(images), teacher.features(images))
 
 
 def test_batch_statistics_normalise_by_the_batch_and_leave_no_trace():

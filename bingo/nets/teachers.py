@@ -50,6 +50,14 @@ class Teacher(nn.Module):
         self._batch_statistics = on
         self.train()
 
+    def weights_for(self, dtype: torch.dtype) -> Self:
+        """Keep the weights of convolutions and linear layers in `dtype`, as `autocast` would turn them in each pass: the same
+        outputs bit by bit for half the memory, but from now on only within that context."""
+        for layer in self.modules():
+            if type(layer) in (nn.Conv2d, nn.Linear):  # what is derived from them may compute with its weights before
+                layer.to(dtype)
+        return self
+
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """Pooled backbone features, float32 (B, D), of normalised images (B, 3, H, W); not of unit length."""
