@@ -24,6 +24,7 @@ from benchmarks.bench_loader import CASE, IMAGE, images_per_second, made
 from benchmarks.bench_step import Case, measure, product_step, spread
 from bingo.data.decoding import FileDecoder, Plan
 from bingo.data.draws import draw_views
+from bingo.memory import keep_freed_memory
 
 MIDDLE = Case(32, "small", 32, "resnet50", 1.0, torch.device("cpu"), 65536, "auto", negatives=8192)
 AXES: dict[str, tuple[str, list[int]]] = {  # the field of a case, and its values
@@ -108,6 +109,8 @@ def draw(curves: dict[str, Points], path: Path) -> None:
 def main() -> None:
     """Measure, print, and draw."""
     options = parse()
+    if options.device == "cpu":
+        keep_freed_memory()  # as every stage does
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
     middle = replace(MIDDLE, device=torch.device(options.device), batch_anchors=options.batch_anchors)

@@ -38,6 +38,7 @@ class Seed(Method):
         key_BP = self.targets(batch)
         self.pushed = (key_BP, batch.anchor_rows_B)
         bank_JP, hidden_BJ = self.negatives(batch, progress.step)
+        bank_JP = bank_JP.float()  # once for both
         if hidden_BJ is not None:  # the first column, the own key, is always seen
             hidden_BJ = torch.nn.functional.pad(hidden_BJ, (1, 0))
         student_BJ = _similarities(query_BP, key_BP, bank_JP) / self.params.student_temperature
@@ -51,7 +52,7 @@ class Seed(Method):
 
 def _similarities(query_BP: Tensor, key_BP: Tensor, bank_JP: Tensor) -> Tensor:
     """Cosines to the own key and to the bank, (B, 1 + J) float32."""
-    return torch.cat([(query_BP * key_BP).sum(dim=1, keepdim=True), query_BP @ bank_JP.float().T], dim=1)
+    return torch.cat([(query_BP * key_BP).sum(dim=1, keepdim=True), query_BP @ bank_JP.T], dim=1)
 
 
 def build(params: Params, context: Context) -> Method:
