@@ -37,7 +37,7 @@ def unit_rows(rows: int, width: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("at_once", [1, 16 * 64, 10**9])
 @pytest.mark.parametrize("bank_type", [torch.float16, torch.float32])
 def test_blocks_of_the_bank_give_the_plain_value_and_gradient(monkeypatch, at_once, hidden_rows, bank_type):
-    """Against torch's own logsumexp over all logits at once, in float64; the first rows are hidden from all, and one logit is far larger."""
+    """Against torch's own logsumexp over all logits at once, in float64; the first rows are hidden, and one logit is far larger."""
     torch.manual_seed(0)
     monkeypatch.setattr(parts, "BANK_AT_ONCE", at_once)
     query_BP, bank_JP, weight_B = unit_rows(7).requires_grad_(True), unit_rows(200).to(bank_type), torch.rand(7)
