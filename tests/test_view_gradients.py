@@ -93,6 +93,20 @@ def test_gradients_that_lie_in_one_place_are_taken_apart(term, before):
         assert mine.grad is theirs.grad is None or torch.equal(mine.grad, theirs.grad)
 
 
+def test_a_term_that_fails_leaves_the_gradients_as_they_were():
+    net = nn.Linear(3, 2)
+    net.weight.grad = before = torch.ones(2, 3)
+
+    def fails() -> torch.Tensor:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        sum_of_terms({"first": lambda: net(torch.ones(1, 3)).sum(), "second": fails}, net)
+    assert net.weight.grad is before
+    assert torch.equal(before, torch.ones(2, 3))
+    assert net.bias.grad is None
+
+
 def test_without_gradients_the_terms_are_only_computed():
     net, views = network().eval(), [torch.randn(4, 3, 8, 8) for _ in range(2)]
     wanted = torch.stack([term() for term in losses(net, views, "fp32").values()]).sum()

@@ -16,7 +16,7 @@ from bingo import distributed, seeds
 from bingo.data.augment import upload
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32: all of a usual batch on a GPU
-BANK_AT_ONCE = 2**20  # numbers: 4 MiB in float32, which stay in a CPU's cache from the logits to the gradient
+BANK_AT_ONCE = 2**20  # numbers of the bank, or logits: 4 MiB in float32, which stay in a CPU's cache up to the gradient
 
 
 def negative_logsumexp(query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None = None) -> Tensor:
@@ -70,7 +70,7 @@ def _largest(logits_jB: Tensor) -> Tensor:
 
 def _rows_at_once(query_BP: Tensor, bank_JP: Tensor) -> int:
     if query_BP.device.type == "cpu":
-        return max(1, BANK_AT_ONCE // bank_JP.shape[1])
+        return max(1, BANK_AT_ONCE // max(query_BP.shape))
     return max(1, LOGITS_AT_ONCE // len(query_BP))
 
 

@@ -4,8 +4,7 @@ It serves a loss that is a sum of terms, each of which comes from a forward of i
 that have no gradient.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ def sum_of_terms(terms: Mapping[str, Callable[[], Tensor]], network: nn.Module) 
     """The sum of scalar terms, and each of them without gradient. A term is computed, and its gradient taken with respect to the
     trained parameters of `network`, before the next one begins.
 
-    Backward of the sum, which can be had once, hands the summed gradients on: to DistributedDataParallel as well. Where gradients
-    are off, or nothing is trained, the terms are only computed.
+    Backward of the sum, which can be had once, hands the summed gradients on: to DistributedDataParallel as well, where it must follow
+    each forward before the next one. Where gradients are off, or nothing is trained, the terms are only computed.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not (torch.is_grad_enabled() and trained):
@@ -31,15 +30,19 @@ class _TermByTerm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, terms: Sequence[Callable[[], Tensor]], *trained: Tensor) -> tuple[Tensor, ...]:
         kept, values = [parameter.grad for parameter in trained], []
-        _set_gradients(trained, itertools.repeat(None))
-        for term in terms:
-            with torch.enable_grad():
-                value = term()
-            value.backward(inputs=trained)  # each gradient is added while it is in the cache, and makes room at once
-            values.append(value.detach())
-            del value
-        ctx.gradients = [parameter.grad for parameter in trained]
-        _set_gradients(trained, kept)
+        try:
+            for parameter in trained:
+                parameter.grad = None
+            for term in terms:
+                with torch.enable_grad():
+                    value = term()
+                value.backward(inputs=trained)  # each gradient is added while it is in the cache, and makes room at once
+                values.append(value.detach())
+                del value
+            ctx.gradients = [parameter.grad for parameter in trained]
+        finally:
+            for parameter, gradient in zip(trained, kept, strict=True):
+                parameter.grad = gradient
         ctx.mark_non_differentiable(*values)
         return torch.stack(values).sum(), *values
 
@@ -48,8 +51,3 @@ class _TermByTerm(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], grad_outputs[0])
         return None, *gradients
-
-
-def _set_gradients(trained: Sequence[Tensor], gradients: Iterable[Tensor | None]) -> None:
-    for parameter, gradient in zip(trained, gradients, strict=False):
-        parameter.grad = gradient
