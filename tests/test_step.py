@@ -58,6 +58,12 @@ def test_blocks_of_the_bank_give_the_plain_value_and_gradient(monkeypatch, at_on
     torch.testing.assert_close(gradient_BP.double(), wanted_BP, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("device", "queries", "rows"), [("cpu", 8, 8192), ("cpu", 1024, 1024), ("meta", 256, 65536), ("meta", 2**25, 1)])
+def test_rows_of_a_block(device, queries, rows):
+    """Of 128 numbers each; what is no CPU is as a GPU, where a usual batch is done at once."""
+    assert parts._rows_at_once(torch.empty(queries, 128, device=device)) == rows
+
+
 def test_a_query_without_negatives_has_the_loss_zero_and_no_gradient():
     query_BP = unit_rows(2).requires_grad_(True)
     hidden_BJ = torch.tensor([[True] * 5, [False] * 5])

@@ -39,7 +39,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
         largest_B = query_BP.new_full((len(query_BP),), float("-inf"))
         shift_B, sum_B, weighted_BP = torch.zeros_like(largest_B), torch.zeros_like(largest_B), torch.zeros_like(query_BP)
         start = 0
-        for rows_jP in bank_JP.split(_rows_at_once(query_BP, bank_JP)):
+        for rows_jP in bank_JP.split(_rows_at_once(query_BP)):
             rows_jP, end = rows_jP.float(), start + len(rows_jP)
             logits_jB = rows_jP @ query_PB
             if hidden_BJ is not None:
@@ -68,7 +68,8 @@ def _largest(logits_jB: Tensor) -> Tensor:
     return logits_jB.unflatten(0, (folds, -1)).amax(dim=0).amax(dim=0)
 
 
-def _rows_at_once(query_BP: Tensor, bank_JP: Tensor) -> int:
+def _rows_at_once(query_BP: Tensor) -> int:
+    """Rows of a block: on a CPU neither they nor their logits leave the cache, on a GPU the fewest blocks that memory allows."""
     if query_BP.device.type == "cpu":
         return max(1, BANK_AT_ONCE // max(query_BP.shape))
     return max(1, LOGITS_AT_ONCE // len(query_BP))
