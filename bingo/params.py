@@ -142,10 +142,47 @@ class NetworkParams(Section):
         return arch
 
 
-class ScheduleParams(Section):
-    """SGD with momentum and a cosine from `lr` to 0 after `lr_warmup_epochs`; `batch_anchors` is the global batch."""
+class LrSchedule(Section):
+    """How a learning rate moves over the epochs, for trainings and evaluations; `bingo.schedules.learning_rate` is the formula.
+
+    `drop_epochs`: the rate is multiplied by `drop_factor` when each of these epochs begins (counted from 0, as in the released
+    scripts); []: constant; null: a cosine to 0 over all steps, but for `hold_epochs` at its beginning, which keep the full rate.
+    """
 
     epochs: Count
+    drop_epochs: list[Whole] | None
+    drop_factor: Annotated[float, Field(gt=0, le=1)]
+    hold_epochs: Whole
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs over which the rate rises at first."""
+        return 0
+
+    @model_validator(mode="after")
+    def _drops_come(self) -> Self:
+        drops, least = self.drop_epochs, max(1, self.warmup_epochs)
+        if drops and (drops != sorted(set(drops)) or not least <= drops[0] <= drops[-1] < self.epochs):
+            between = f"epochs from {least} to {self.epochs - 1} that rise" if least < self.epochs else "none in so few epochs"
+            raise ValueError(f"drop_epochs: {drops}, allowed are {between}; []: a constant rate; null: a cosine")
+        if drops and self.drop_factor == 1:
+            raise ValueError(f"drop_factor: 1.0 drops nothing at the epochs {drops}; lower it, or set drop_epochs: []")
+        return self
+
+    @model_validator(mode="after")
+    def _held_rate_falls(self) -> Self:
+        if self.hold_epochs and self.drop_epochs is not None:
+            problem = f"hold_epochs: {self.hold_epochs} is for a cosine, but drop_epochs is {self.drop_epochs}"
+            raise ValueError(f"{problem}; set hold_epochs: 0, or drop_epochs: null")
+        if self.warmup_epochs + self.hold_epochs >= self.epochs:
+            warmup = f"lr_warmup_epochs: {self.warmup_epochs} plus " if self.warmup_epochs else ""
+            raise ValueError(f"{warmup}hold_epochs: {self.hold_epochs} must be less than epochs, {self.epochs}")
+        return self
+
+
+class ScheduleParams(LrSchedule):
+    """SGD with momentum; the rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch."""
+
     batch_anchors: Count
     lr: Positive
     lr_warmup_epochs: Whole
@@ -154,11 +191,9 @@ class ScheduleParams(Section):
     precision: Precision
     probe_every_epochs: Whole
 
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> Self:
-        if self.lr_warmup_epochs >= self.epochs:
-            raise ValueError(f"lr_warmup_epochs: {self.lr_warmup_epochs} must be less than epochs, {self.epochs}")
-        return self
+    @property
+    def warmup_epochs(self) -> int:
+        return self.lr_warmup_epochs
 
 
 class PretrainParams(ScheduleParams):
@@ -255,10 +290,9 @@ class DistillParams(ScheduleParams):
         return method
 
 
-class CachedProbeParams(Section):
-    """A linear layer on stored features of centre views (standardised per dimension), trained by SGD with a cosine."""
+class CachedProbeParams(LrSchedule):
+    """A linear layer on stored features of centre views (standardised per dimension), trained by SGD with momentum 0.9."""
 
-    epochs: Count
     batch_images: Count
     lr: Positive
     weight_decay: NotNegative
@@ -347,19 +381,12 @@ class CocoParams(Section):
         return self
 
 
-class TuneParams(Section):
-    """Training of a classifier on labels by SGD with momentum 0.9, `batch_images` in all processes together.
+class TuneParams(LrSchedule):
+    """Training of a classifier on labels by SGD with momentum 0.9, `batch_images` in all processes together."""
 
-    `drop_epochs`: the learning rates are multiplied by `drop_factor` when each of these epochs begins (counted from 0, as in the
-    released scripts); []: constant; null: a cosine to 0 over all steps.
-    """
-
-    epochs: Count
     batch_images: Count
     weight_decay: NotNegative
     nesterov: bool
-    drop_epochs: list[Whole] | None
-    drop_factor: Share
 
 
 class SplitParams(Section):

@@ -3,17 +3,26 @@
 import math
 from collections.abc import Sequence
 
+from bingo.params import LrSchedule
 
-def cosine_lr(step: int, total_steps: int, base_lr: float, warmup_steps: int = 0, final_lr: float = 0.0) -> float:
-    """Linear from 0 over the first `warmup_steps`, then half a cosine from `base_lr` to `final_lr`.
 
-    `step` counts from 0. With no warm-up this is `final + (base - final) (1 + cos(pi step / total)) / 2`, the schedule of
-    MoCo-v2 and of BINGO's utils.py:151-161 (there once an epoch, here at every step).
+def learning_rate(step: int, steps_per_epoch: int, base_lr: float, schedule: LrSchedule) -> float:
+    """The rate of this step, counted from 0, of a training or an evaluation.
+
+    Over a warm-up of w steps (step + 1) / (w + 1) of `base_lr`. Then, with `drop_epochs`, the steps of CompRess, ISD, MoCo's linear
+    layer and others; without, `base_lr (1 + cos(pi (step - w) / (total - w))) / 2`, the schedule of MoCo-v2 and of BINGO's
+    utils.py:151-161 (there once an epoch, here at every step). While the rate is held the cosine goes on unseen, as in SEED's and
+    CoSS's tools/utils.py: after 5 of CoSS's 25 epochs the rate falls to 0.905 of itself.
     """
+    warmup_steps = schedule.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return base_lr * (step + 1) / (warmup_steps + 1)
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return final_lr + 0.5 * (base_lr - final_lr) * (1 + math.cos(math.pi * done))
+    if schedule.drop_epochs is not None:
+        return step_lr(step // steps_per_epoch, base_lr, schedule.drop_epochs, schedule.drop_factor)
+    if step < warmup_steps + schedule.hold_epochs * steps_per_epoch:
+        return base_lr
+    done = (step - warmup_steps) / (schedule.epochs * steps_per_epoch - warmup_steps)
+    return 0.5 * base_lr * (1 + math.cos(math.pi * done))
 
 
 def step_lr(

@@ -22,7 +22,7 @@ from bingo.finite import LossWatch
 from bingo.methods.contract import Batch, Method, Progress
 from bingo.params import ScheduleParams
 from bingo.progress import progress_bar
-from bingo.schedules import cosine_lr
+from bingo.schedules import learning_rate
 
 
 @dataclass
@@ -99,9 +99,8 @@ class Trainer:
             self._checkpoint_if_due()
 
     def _train_step(self, batch: Batch, progress: Progress) -> None:
-        warmup_steps = self.schedule.lr_warmup_epochs * self.steps_per_epoch
-        total = self.schedule.epochs * self.steps_per_epoch
-        self.optimizer.param_groups[0]["lr"] = cosine_lr(self.step, total, self.schedule.lr, warmup_steps)
+        rate = learning_rate(self.step, self.steps_per_epoch, self.schedule.lr, self.schedule)
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)  # before the forward, whose activations can have their room
         terms = self.network(batch, progress)
         self.watch.note(terms["loss"], self.step)

@@ -18,9 +18,10 @@ from bingo.nets.backbones import build_backbone
 from bingo.params import CachedProbeParams, CropProbeParams, ImageParams
 
 CPU = torch.device("cpu")
-CACHED = CachedProbeParams(epochs=40, batch_images=64, lr=0.1, weight_decay=1e-3)
+COSINE = {"drop_epochs": None, "drop_factor": 0.1, "hold_epochs": 0}
+CACHED = CachedProbeParams(epochs=40, batch_images=64, lr=0.1, weight_decay=1e-3, **COSINE)
 IMAGE = ImageParams(crop_px=12, resize_px=14, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
-CROP = CropProbeParams(nets=["student"], epochs=3, batch_images=16, lr=0.2, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0)
+CROP = CropProbeParams(nets=["student"], epochs=3, batch_images=16, lr=0.2, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **COSINE)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def test_read_only_float16_features_are_taken_and_left_alone():
 def test_one_step_is_softmax_regression_by_hand():
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((8, 3)).astype(np.float32), np.array([0, 1, 2, 0, 1, 2, 0, 1])
-    params = CachedProbeParams(epochs=1, batch_images=8, lr=0.5, weight_decay=0.1)
+    params = CachedProbeParams(epochs=1, batch_images=8, lr=0.5, weight_decay=0.1, **COSINE)
     layer = linear_layer(3, 3, 0, "linear-cached", CPU)
     weight, bias = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
     scaled = (X.astype(np.float64) - X.mean(0)) / X.std(0)

@@ -28,7 +28,7 @@ from bingo.nets.backbones import Backbone
 from bingo.nets.precision import autocast
 from bingo.params import AugmentParams, ImageParams, Range, TuneParams
 from bingo.progress import progress_bar
-from bingo.schedules import cosine_lr, step_lr
+from bingo.schedules import learning_rate
 
 FROZEN, WHOLE = "linear-crops", "finetune"  # purposes of bingo.seeds
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -161,7 +161,7 @@ class ClassifierTrainer:
 
     def _train_step(self, request: Request, batch_rows: int, views_B3PP: Tensor) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(group["base_lr"])
+            group["lr"] = learning_rate(self.step, self.steps_per_epoch, group["base_lr"], self.tune)
         self.classifier.train()
         labels_B = to_labels(self.task.labels_N[request.image_rows_B], self.device)
         counts = distributed.rank() < batch_rows
@@ -173,11 +173,6 @@ class ClassifierTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-
-    def _lr(self, base_lr: float) -> float:
-        if self.tune.drop_epochs is None:
-            return cosine_lr(self.step, self.tune.epochs * self.steps_per_epoch, base_lr)
-        return step_lr(self.step // self.steps_per_epoch, base_lr, self.tune.drop_epochs, self.tune.drop_factor)
 
     @torch.inference_mode()
     def _test(self) -> tuple[float, float]:

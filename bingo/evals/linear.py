@@ -1,8 +1,8 @@
 """Linear evaluation of a frozen network: on stored features of centre views, and on random crops as released.
 
-Both train one linear layer by SGD with momentum 0.9 and a cosine to 0, start it from N(0, 0.01) (0.01 is the deviation) with
-bias 0, test it after every epoch, and report the last epoch and the best one. The best one is what the papers report; it is
-chosen on the test set. Shape letters: N rows, B rows of a batch, D feature width, C classes.
+Both train one linear layer by SGD with momentum 0.9, with a learning rate as `bingo.schedules` has it, start it from N(0, 0.01)
+(0.01 is the deviation) with bias 0, test it after every epoch, and report the last epoch and the best one. The best one is what the
+papers report; it is chosen on the test set. Shape letters: N rows, B rows of a batch, D feature width, C classes.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from bingo.evals.finetune import ClassifierTrainer, Task, random_crops
 from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
 from bingo.nets.backbones import Backbone
 from bingo.params import CachedProbeParams, CropProbeParams, ImageParams, TuneParams
-from bingo.schedules import cosine_lr
+from bingo.schedules import learning_rate
 
 CACHED = "linear-cached"  # a purpose of bingo.seeds
 _LABEL = "linear evaluation"
@@ -78,32 +78,26 @@ def linear_on_crops(
     """BINGO's released protocol (main_lincls.py, scripts/lincls/Res.sh).
 
     At every epoch each train image is seen once as a random crop; the raw pooled features of the frozen backbone, in evaluation
-    mode, go to the linear layer. Tested on centre views. Differs in the cosine: it moves at every step and ends at 0 (released:
-    once an epoch, ends at 0.01). `labels_N` belongs to the rows of `images`. Returns and raises what `linear_on_features` does; it is
+    mode, go to the linear layer. Tested on centre views. A cosine moves at every step and ends at 0 (released: once an epoch, ends
+    at 0.01). `labels_N` belongs to the rows of `images`. Returns and raises what `linear_on_features` does; it is
     `finetune.ClassifierTrainer` with a frozen backbone, so it goes on from its checkpoint and several processes share each batch.
     """
     task = Task(images, labels_N, train_rows_N, test_rows_N, classes, image, random_crops(params.crop_scale, params.flip_p))
-    tune = TuneParams(
-        epochs=params.epochs,
-        batch_images=params.batch_images,
-        weight_decay=params.weight_decay,
-        nesterov=False,
-        drop_epochs=None,
-        drop_factor=1.0,
-    )
+    tune = TuneParams(**params.model_dump(include=set(TuneParams.model_fields)), nesterov=False)
     return ClassifierTrainer(backbone, task, tune, params.lr, None, precision, seed, device, checkpoints, _LABEL).run()
 
 
 class _Trainer:
-    """SGD with momentum 0.9 on one layer, a cosine over all steps, cross-entropy in float32."""
+    """SGD with momentum 0.9 on one layer, cross-entropy in float32."""
 
     def __init__(self, layer: nn.Linear, params: CachedProbeParams, rows: int):
-        self.layer, self.base_lr = layer, params.lr
-        self.total_steps, self.done_steps = params.epochs * -(-rows // params.batch_images), 0
+        self.layer, self.params = layer, params
+        self.steps_per_epoch, self.done_steps = -(-rows // params.batch_images), 0
         self.optimizer = torch.optim.SGD(layer.parameters(), lr=params.lr, momentum=0.9, weight_decay=params.weight_decay)
 
     def step(self, features_BD: Tensor, labels_B: Tensor) -> None:
-        self.optimizer.param_groups[0]["lr"] = cosine_lr(self.done_steps, self.total_steps, self.base_lr)
+        rate = learning_rate(self.done_steps, self.steps_per_epoch, self.params.lr, self.params)
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
         F.cross_entropy(self.layer(features_BD), labels_B).backward()
         self.optimizer.step()
@@ -114,7 +108,7 @@ class _Trainer:
         """Percent of rows whose label has the largest output, and is among the min(5, classes) largest."""
         right, right_among_5, broken = right_of(self.layer(features_ND), labels_N).tolist()
         if broken:
-            problem = f"{_LABEL}: outputs are nan or inf after {self.done_steps} steps with lr = {self.base_lr}"
+            problem = f"{_LABEL}: outputs are nan or inf after {self.done_steps} steps with lr = {self.params.lr}"
             raise UserError(f"{problem}, allowed are finite numbers; lower that lr, or train the network again if its features are not")
         return percent(right, len(labels_N)), percent(right_among_5, len(labels_N))
 

@@ -1,0 +1,167 @@
+"""Learning rates: the shipped sequences to the bit, published ones by hand, torch's schedulers, and that every training follows them."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_finetune import Tiny, task
+from test_train import trainer
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from bingo.checkpoints import Checkpoints
+from bingo.evals.finetune import ClassifierTrainer
+from bingo.evals.linear import linear_on_crops, linear_on_features
+from bingo.params import CachedProbeParams, CropProbeParams, LrSchedule, TuneParams, load_params
+from bingo.schedules import learning_rate
+
+CPU = torch.device("cpu")
+PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
+
+
+def cosine(epochs: int, hold_epochs: int = 0) -> LrSchedule:
+    return LrSchedule(epochs=epochs, drop_epochs=None, drop_factor=0.1, hold_epochs=hold_epochs)
+
+
+def drops(epochs: int, drop_epochs: list[int], drop_factor: float) -> LrSchedule:
+    return LrSchedule(epochs=epochs, drop_epochs=drop_epochs, drop_factor=drop_factor, hold_epochs=0)
+
+
+def by_epoch(base_lr: float, schedule: LrSchedule, steps_per_epoch: int = 3) -> list[float]:
+    """The rate at which each epoch begins."""
+    return [learning_rate(epoch * steps_per_epoch, steps_per_epoch, base_lr, schedule) for epoch in range(schedule.epochs)]
+
+
+# Written down before schedules could drop or hold: {step: rate} of sections that must go on as they were, to the bit.
+SHIPPED = [
+    (
+        PARAMS.teacher.pretrain.model_copy(update={"lr_warmup_epochs": 1, "epochs": 36}),
+        (0.06, 45),
+        {0: 0.0013043478260869564, 44: 0.05869565217391304, 45: 0.06, 540: 0.04652690944356307, 1619: 5.968012776302877e-08},
+    ),
+    (
+        PARAMS.distill.model_copy(update={"lr_warmup_epochs": 1, "epochs": 5}),
+        (0.06, 90),
+        {0: 0.0006593406593406593, 89: 0.05934065934065934, 90: 0.06, 150: 0.055980762113533165, 449: 1.1423080748607095e-06},
+    ),
+    (
+        PARAMS.linear_eval.cached.model_copy(update={"epochs": 60}),
+        (0.1, 23),
+        {0: 0.1, 22: 0.09993730453020187, 460: 0.07500000000000001, 690: 0.05, 1379: 1.2956311881140437e-07},
+    ),
+    (
+        PARAMS.linear_eval.crops.model_copy(update={"epochs": 10}),
+        (30.0, 23),
+        {0: 30.0, 22: 29.327828403294724, 76: 22.617978678627093, 115: 15.0, 229: 0.0013992605321688778},
+    ),
+]
+
+
+@pytest.mark.parametrize(("schedule", "run", "rates"), SHIPPED)
+def test_the_shipped_rates_are_as_they_were_to_the_bit(schedule, run, rates):
+    base_lr, steps_per_epoch = run
+    assert {step: learning_rate(step, steps_per_epoch, base_lr, schedule) for step in rates} == rates
+
+
+@pytest.mark.parametrize(
+    ("base_lr", "schedule", "spans"),
+    [
+        (30.0, drops(100, [60, 80], 0.1), [(60, 30.0), (20, 3.0), (20, 0.3)]),  # linear layer of MoCo and SEED
+        (0.01, drops(130, [90, 120], 0.2), [(90, 0.01), (30, 0.002), (10, 0.0004)]),  # CompRess
+        (0.01, drops(200, [140, 180], 0.2), [(140, 0.01), (40, 0.002), (20, 0.0004)]),  # ISD
+        (0.01, drops(40, [15, 30], 0.1), [(15, 0.01), (15, 0.001), (10, 0.0001)]),  # linear layer of CompRess, SimReg and ISD
+        (5.0, drops(20, [12, 16], 0.2), [(12, 5.0), (4, 1.0), (4, 0.2)]),  # SwAV's fine-tuning with 1 % of the labels
+        (3.0, drops(200, [], 0.1), [(200, 3.0)]),  # DisCo's linear layer on CIFAR
+    ],
+)
+def test_published_steps(base_lr, schedule, spans):
+    assert by_epoch(base_lr, schedule) == pytest.approx([rate for epochs, rate in spans for _ in range(epochs)], rel=1e-12)
+
+
+def test_disco_halves_the_rate_of_its_linear_layer_eleven_times():
+    rates = by_epoch(3.0, drops(100, [5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80], 0.5))
+    for epoch, rate in {
+        0: 3.0,
+        4: 3.0,
+        5: 1.5,
+        44: 0.01171875,
+        45: 0.005859375,
+        60: 0.0029296875,
+        80: 0.00146484375,
+        99: 0.00146484375,
+    }.items():
+        assert rates[epoch] == rate
+
+
+def test_coss_holds_the_rate_of_5_of_25_epochs_while_its_cosine_goes_on():
+    rates = by_epoch(0.03, cosine(25, hold_epochs=5))
+    assert rates[:5] == [0.03] * 5
+    assert rates[5] == pytest.approx(0.02713525, abs=1e-8)  # 0.015 (1 + cos 36 degrees), and cos 36 degrees = 0.80901699
+    assert rates[15] == pytest.approx(0.01036475, abs=1e-8)  # 0.015 (1 + cos 108 degrees)
+    assert rates[20] == pytest.approx(0.00286475, abs=1e-8)  # 0.015 (1 + cos 144 degrees)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 7])
+def test_they_are_what_torch_schedulers_give(steps_per_epoch):
+    epochs, falls = 12, [3, 4, 10]
+    fall_steps = [epoch * steps_per_epoch for epoch in falls]
+    for schedule, build in (
+        (cosine(epochs), lambda optimizer: CosineAnnealingLR(optimizer, epochs * steps_per_epoch)),
+        (drops(epochs, falls, 0.3), lambda optimizer: MultiStepLR(optimizer, fall_steps, 0.3)),
+    ):  # fmt: skip
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.7)
+        scheduler = build(optimizer)
+        for step in range(epochs * steps_per_epoch):
+            assert learning_rate(step, steps_per_epoch, 0.7, schedule) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+            optimizer.step()
+            scheduler.step()
+
+
+def test_a_warm_up_comes_before_a_hold_and_before_drops():
+    section = PARAMS.distill.model_copy(update={"epochs": 6, "lr_warmup_epochs": 1})
+    held = section.model_copy(update={"hold_epochs": 2})
+    assert [learning_rate(step, 2, 0.6, held) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6, 0.6])
+    assert learning_rate(6, 2, 0.6, held) == learning_rate(6, 2, 0.6, section) == pytest.approx(0.3 * (1 + math.cos(math.pi * 0.4)))
+    dropped = section.model_copy(update={"drop_epochs": [3], "drop_factor": 0.5})
+    assert [learning_rate(step, 2, 0.6, dropped) for step in range(8)] == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6, 0.6, 0.3, 0.3])
+
+
+@pytest.fixture
+def used():
+    """The rates of each optimizer step, one list a parameter group."""
+    rates: list[list[float]] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups]))
+    yield rates
+    hook.remove()
+
+
+FALLS = {"epochs": 3, "drop_epochs": [1, 2], "drop_factor": 0.5, "hold_epochs": 0}
+
+
+def test_a_training_follows_its_schedule(tmp_path, used):
+    training = trainer(tmp_path, lr=0.1)
+    training.schedule = training.schedule.model_copy(update=FALLS)
+    history = training.run().history
+    # 4 steps an epoch, of which the first are a warm-up: 1/5 to 4/5 of 0.1
+    assert [rate for (rate,) in used] == pytest.approx([0.02, 0.04, 0.06, 0.08, *[0.05] * 4, *[0.025] * 4])
+    assert [record["lr"] for record in history] == pytest.approx([0.08, 0.05, 0.025])
+
+
+def test_evaluations_follow_their_schedules(tmp_path, used):
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((10, 3)).astype(np.float32), np.arange(10) % 2
+    cached = CachedProbeParams(batch_images=4, lr=0.8, weight_decay=0.0, **FALLS)
+    linear_on_features(X, y, X, y, 2, cached, 0, CPU)  # 3 steps an epoch
+    assert used == [[0.8]] * 3 + [[0.4]] * 3 + [[0.2]] * 3
+    used.clear()
+    what = task()  # 27 train images
+    crops = CropProbeParams(nets=[], batch_images=9, lr=0.8, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **FALLS)
+    rows = (what.images, what.labels_N, what.train_rows_N, what.test_rows_N, what.classes)
+    linear_on_crops(Tiny(True), *rows, crops, what.image, "fp32", 0, CPU, Checkpoints(tmp_path / "crops", 1e9))
+    assert used == [[0.8]] * 3 + [[0.4]] * 3 + [[0.2]] * 3
+    used.clear()
+    tune = TuneParams(batch_images=9, weight_decay=0.0, nesterov=False, **FALLS)
+    ClassifierTrainer(Tiny(True), what, tune, 0.8, 0.1, "fp32", 0, CPU, Checkpoints(tmp_path / "whole", 1e9), "test").run()
+    assert used == [[0.8, 0.1]] * 3 + [[0.4, 0.05]] * 3 + [[0.2, 0.025]] * 3
