@@ -37,7 +37,7 @@ from bingo.recipes import lay_over, read_recipe
 ROOT = Path(__file__).parent.parent
 STAGES = ("teacher", "extract", "bag", "distill", "baseline@moco", "linear_eval", "semi_eval@half")
 BEGIN_ANEW = ("bag",)  # keep nothing while they run
-SEARCH = "neighbours"  # the label of a bar within a probe or a check, which goes on from nowhere
+RESUMED = re.compile(r"extract|linear evaluation|.+: .+")  # the labels of bars that go on where a killed run was, of chunks or trainings
 OUTPUTS = ("data", "models", "reports")
 # Signal and who gets it. DVC ignores SIGINT while a stage runs, as that comes to both from a terminal.
 WAYS = (
@@ -247,11 +247,11 @@ class ChaosWorkspace:
 
 
 def bars_in(record: Path) -> dict[str, list[Move]]:
-    """The moves that RECORDER wrote, by the bar's label, but for searches within a step."""
+    """The moves that RECORDER wrote, by the bar's label, of those that go on after a kill."""
     bars: dict[str, list[Move]] = {}
     for line in record.read_text().splitlines() if record.exists() else []:
         seconds, call, total, done, label = line.split(" ", 4)
-        if label != SEARCH:
+        if RESUMED.fullmatch(label):
             bars.setdefault(label, []).append(Move(float(seconds), call, int(total), int(done)))
     return bars
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bingo.errors import UserError
+from bingo.progress import progress_bar
 
 
 def canonical_json(value: Any) -> str:
@@ -27,7 +28,7 @@ def fingerprint(value: Any) -> str:
 def file_fingerprint(path: Path | str) -> str:
     """32 hex digits that name the bytes of a file (sha256, shortened). Raises UserError where there is no such file."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, progress_bar(f"hashing {path}"):
             return hashlib.file_digest(file, "sha256").hexdigest()[:32]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it: dvc repro") from None

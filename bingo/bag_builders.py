@@ -16,6 +16,7 @@ from bingo.bag_ivf import InvertedFile, recall_of, search_lists
 from bingo.bags import Bags
 from bingo.errors import UserError
 from bingo.neighbors import top_k
+from bingo.progress import progress_bar
 from bingo.rows import Rows, held, inverse_norms, memory_budget
 
 _SAME_COSINE = 1 - 1e-6
@@ -101,10 +102,12 @@ def _grouped(settings: dict, features: Rows, cluster_T: np.ndarray, clusters: in
     cluster_rows_T, cluster_start = sorted_by_cluster(cluster_T, clusters)
     members_TK = np.full((len(cluster_T), k), -1, np.int32)
     similarity_TK = np.full((len(cluster_T), k), -np.inf, np.float16)
-    for _, rows, own_features in each_cluster(features, cluster_rows_T, cluster_start):
-        nearest, cosines = top_k(own_features, own_features, k, np.arange(len(rows)))
-        members_TK[rows] = np.where(nearest >= 0, rows[nearest], -1)
-        similarity_TK[rows] = cosines
+    with progress_bar("neighbours", len(cluster_T), "images") as bar:
+        for _, rows, own_features in each_cluster(features, cluster_rows_T, cluster_start):
+            nearest, cosines = top_k(own_features, own_features, k, np.arange(len(rows)))
+            members_TK[rows] = np.where(nearest >= 0, rows[nearest], -1)
+            similarity_TK[rows] = cosines
+            bar.advance(len(rows))
     return Bags(settings, members_TK, similarity_TK, cluster_T, cluster_rows_T, cluster_start, centroids_CD)
 
 

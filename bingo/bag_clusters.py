@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from bingo import seeds
+from bingo.progress import progress_bar
 from bingo.rows import Rows, blocks, memory_budget, unit_rows
 
 _TRAINED_NUMBERS = 2**32  # what K-means trains on at most, 16 GiB of float32: not what the machine has, as bags must not depend on it
@@ -25,18 +26,19 @@ def train_centroids(features: Rows, clusters: int, iterations: int, seed: int, r
     most_rows = max(clusters, _TRAINED_NUMBERS // features.shape[1])
     if rows_a_cluster is not None:
         most_rows = min(most_rows, clusters * rows_a_cluster)
-    trained_nD = _trained_rows(features, most_rows, seed)
-    kmeans = faiss.Kmeans(
-        features.shape[1],
-        clusters,
-        niter=iterations,
-        spherical=True,
-        seed=seeds.torch_seed(seed, "kmeans") % 2**31,
-        min_points_per_centroid=1,  # these two bound only the sample that FAISS trains on: all rows, whatever their number
-        max_points_per_centroid=-(-len(trained_nD) // clusters),
-        gpu=faiss.get_num_gpus() > 0,
-    )
-    kmeans.train(trained_nD)
+    with progress_bar(f"K-means of {clusters:,} clusters"):
+        trained_nD = _trained_rows(features, most_rows, seed)
+        kmeans = faiss.Kmeans(
+            features.shape[1],
+            clusters,
+            niter=iterations,
+            spherical=True,
+            seed=seeds.torch_seed(seed, "kmeans") % 2**31,
+            min_points_per_centroid=1,  # these two bound only the sample that FAISS trains on: all rows, whatever their number
+            max_points_per_centroid=-(-len(trained_nD) // clusters),
+            gpu=faiss.get_num_gpus() > 0,
+        )
+        kmeans.train(trained_nD)
     return unit_rows(np.asarray(kmeans.centroids)), len(trained_nD)
 
 

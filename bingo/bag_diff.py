@@ -10,6 +10,7 @@ import numpy as np
 
 from bingo.bag_anchors import purities
 from bingo.bags import Bags
+from bingo.progress import progress_bar
 
 _BLOCK_ROWS = 8192
 
@@ -70,6 +71,7 @@ class BagDiff:
         return figures
 
 
+@progress_bar("comparing the bags")
 def compare_bags(before: Bags, after: Bags, labels_T: np.ndarray) -> BagDiff:
     """Compare two indexes of the same train rows. `labels_T`: their classes, -1 unknown."""
     both_T = _overlap(before, after)

@@ -12,6 +12,7 @@ import numpy as np
 
 from bingo.data.chunks import open_array, open_group, read_rows
 from bingo.errors import UserError
+from bingo.progress import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,11 @@ class StoredFeatures:
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, features float32 (n, D)) of each chunk. Raises UserError where one is damaged or missing."""
         step = self._features.chunks[0]
-        for start in range(0, self.train_rows, step):
-            rows = slice(start, min(start + step, self.train_rows))
-            yield start, read_rows(self._features, rows, self.name, _WAY_OUT).astype(np.float32)
+        with progress_bar("neighbours", self.train_rows, "images") as bar:
+            for start in range(0, self.train_rows, step):
+                rows = slice(start, min(start + step, self.train_rows))
+                yield start, read_rows(self._features, rows, self.name, _WAY_OUT).astype(np.float32)
+                bar.advance_to(rows.stop)
 
     def nearest(self, feature_D: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k train rows with the highest cosine to a feature: rows int64, cosines float32, nearest first, ties by row."""

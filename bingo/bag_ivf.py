@@ -58,14 +58,15 @@ def search_lists(features: Rows, k: int, ivf: InvertedFile) -> Found:
     members_TK = np.full((len(features), k), -1, np.int32)
     cosines_TK = np.full((len(features), k), -np.inf, np.float32)
     block_rows = max(1, memory_budget() // 2 // (_PROBE_BYTES * probes + features.shape[1] * (features.dtype.itemsize + 4)))
-    for start in range(0, len(features), block_rows):
-        block = slice(start, start + block_rows)
-        queries = _Queries(unit_rows(features[block]), list_T[block], start, members_TK[block], cosines_TK[block])
-        probing, probing_start = _by_list(top_k(queries.unit_qD, centroids_CD, probes, unit_queries=True)[0], lists)
-        with progress_bar("neighbours", lists, "lists") as bar:
+    starts = range(0, len(features), block_rows)
+    with progress_bar("neighbours", lists * len(starts), "lists") as bar:
+        for turn, start in enumerate(starts):
+            block = slice(start, start + block_rows)
+            queries = _Queries(unit_rows(features[block]), list_T[block], start, members_TK[block], cosines_TK[block])
+            probing, probing_start = _by_list(top_k(queries.unit_qD, centroids_CD, probes, unit_queries=True)[0], lists)
             for number, rows_n, own_nD in each_cluster(features, list_rows_T, list_start):
                 queries.search(probing[probing_start[number] : probing_start[number + 1]], number, rows_n, own_nD)
-                bar.advance_to(number + 1)
+                bar.advance_to(turn * lists + number + 1)
     return members_TK, cosines_TK
 
 

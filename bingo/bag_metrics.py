@@ -5,11 +5,13 @@ from typing import Any
 import numpy as np
 
 from bingo.bags import Bags
+from bingo.progress import progress_bar
 
 _NEAR_DUPLICATE_COSINE = 0.9999
 _HUBS = 10
 
 
+@progress_bar("bag statistics")
 def bag_metrics(bags: Bags, labels_T: np.ndarray | None) -> dict[str, Any]:
     """JSON-able metrics; shares are of 1, numbers rounded to 6 digits. `labels_T`: classes of the train rows, -1 unknown.
 

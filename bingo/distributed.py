@@ -25,6 +25,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def share() -> str:
+    """What follows the label of work of which each process does its part: empty where there is one process."""
+    return f" (process {rank() + 1} of {world()})" if world() > 1 else ""
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():

@@ -97,7 +97,7 @@ class _Pass:
         randoms = self.loader.views([request] for chunk in chunks for request in self._requests(writer.train_rows(chunk)))
         writing: Future | None = None
         total = _views(writer, chunks, self.extract.views)
-        with progress_bar("extract", total, "images") as bar, ThreadPoolExecutor(1) as thread:
+        with progress_bar("extract" + distributed.share(), total, "images") as bar, ThreadPoolExecutor(1) as thread:
             for chunk in chunks:
                 features_nD = self._features(writer.rows(chunk), centers, bar)
                 keys_tVP = self._keys(writer.train_rows(chunk), randoms, bar)

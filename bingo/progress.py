@@ -1,62 +1,125 @@
-"""A progress bar with rate and remaining time, on a terminal, for work that lasts over two seconds; nothing at all anywhere else."""
+"""How far long work is, on standard error, by the first process: a bar on a terminal, a line now and then in a file or a pipe.
+
+Work of up to two seconds shows nothing. The first line comes after two seconds (five where no unit is done yet), the next ones every
+30 seconds or 5 % of the whole time, whichever is longer, but every five minutes at least.
+"""
 
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-_SILENT_SECONDS = 2.0
-_on_screen = threading.Lock()  # held by the one bar that is drawn: work inside the loop of another draws none
+_SILENT_SECONDS, _FIRST_UNIT_SECONDS = 2.0, 5.0
+_LINE_SECONDS, _LINE_SHARE, _MOST_LINE_SECONDS = 30.0, 0.05, 300.0
+_POLL_SECONDS = 0.5  # a unit of work may last for minutes, so a thread looks at the clock
+_shown = threading.Lock()  # held by the outermost loop: work inside it shows nothing of its own
+clock = time.monotonic  # tests replace it
 
 
 class Bar:
-    """What a loop moves; several threads may."""
+    """What a loop moves; several threads may. `total` is 0 where nobody knows how many units there will be."""
 
     def __init__(self, label: str, total: int, unit: str):
         self._label, self._total, self._unit = label, total, unit
-        self._shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-        self._begun, self._first, self._done = time.monotonic(), 0, 0
+        self._begun, self._first, self._done = clock(), 0, 0
         self._lock = threading.Lock()
-        self._drawn: Any = None
+        self._closed = threading.Event()
+        self._display: Any = None
+        if os.environ.get("RANK", "0") == "0" and _shown.acquire(blocking=False):
+            self._display = _Screen(label, total) if sys.stderr.isatty() else _Log(label)
+            threading.Thread(target=self._watch, daemon=True).start()
 
     def resume_at(self, done: int) -> None:
         """Start from `done` units that an earlier run did; they do not count for the rate."""
-        self._first = self._done = done
+        with self._lock:
+            self._first = self._done = done
 
     def advance_to(self, done: int) -> None:
         """Set how many units are done."""
         with self._lock:
             self._done = done
-            self._draw()
+            self._show()
 
     def advance(self, units: int = 1) -> None:
         """Count further units."""
         with self._lock:
             self._done += units
-            self._draw()
+            self._show()
 
-    def _draw(self) -> None:
-        seconds = time.monotonic() - self._begun
-        if not self._shown or seconds < _SILENT_SECONDS:
+    def _watch(self) -> None:
+        while not self._closed.wait(_POLL_SECONDS):
+            with self._lock:
+                self._show()
+
+    def _show(self) -> None:
+        seconds = clock() - self._begun
+        if self._display is None or self._closed.is_set() or seconds < _SILENT_SECONDS:
             return
-        rate = (self._done - self._first) / seconds
-        if self._drawn is None:
-            if not _on_screen.acquire(blocking=False):
-                return
-            self._drawn = _rich_bar(self._label, self._total)
-            self._drawn.start()
-        left = (self._total - self._done) / rate if rate else 0
-        note = f"{rate:,.0f} {self._unit}/s, {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left"
-        self._drawn.update(self._drawn.task_ids[0], completed=self._done, note=note)
+        moved = self._done - self._first
+        rate = moved / seconds
+        whole_seconds = seconds * (self._total - self._first) / moved if self._total and moved else seconds
+        note = f"{_number(rate)} {self._unit}/s" if moved else f"{_clock_time(seconds)} so far"
+        if self._total and moved:
+            note += f", {_clock_time(max(0.0, (self._total - self._done) / rate))} left"
+        self._display.show(seconds, whole_seconds, self._done, note, self._count() if self._unit else "")
+
+    def _count(self) -> str:
+        """How many units are done: `40 % (512,000 of 1,281,167 images)`."""
+        if not self._total:
+            return f"{self._done:,} {self._unit}"
+        return f"{100 * self._done // self._total} % ({self._done:,} of {self._total:,} {self._unit})"
 
     def close(self) -> None:
-        """Take the bar off the screen."""
-        if self._drawn is not None:
-            self._drawn.stop()
-            _on_screen.release()
+        """Show nothing any more, and take a bar off the screen."""
+        with self._lock:
+            self._closed.set()
+            if self._display is not None:
+                self._display.close()
+                self._display = None
+                _shown.release()
+
+
+class _Log:
+    """Lines in a file or a pipe, whose reader may be gone."""
+
+    def __init__(self, label: str):
+        self._label = label
+        self._last_seconds: float | None = None
+
+    def show(self, seconds: float, whole_seconds: float, done: int, note: str, count: str) -> None:
+        if self._last_seconds is None:
+            due = seconds >= (_SILENT_SECONDS if done else _FIRST_UNIT_SECONDS)
+        else:
+            due = seconds - self._last_seconds >= min(max(_LINE_SECONDS, _LINE_SHARE * whole_seconds), _MOST_LINE_SECONDS)
+        if due:
+            self._last_seconds = seconds
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"{self._label}: {', '.join(part for part in (count, note) if part)}\n")
+                sys.stderr.flush()
+
+    def close(self) -> None:
+        pass
+
+
+class _Screen:
+    """A bar on a terminal."""
+
+    def __init__(self, label: str, total: int):
+        self._label, self._total = label, total
+        self._bar: Any = None
+
+    def show(self, seconds: float, whole_seconds: float, done: int, note: str, count: str) -> None:
+        if self._bar is None:
+            self._bar = _rich_bar(self._label, self._total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done, note=note)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
 
 def _rich_bar(label: str, total: int) -> Any:
@@ -65,13 +128,21 @@ def _rich_bar(label: str, total: int) -> Any:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.add_task(label, total=total, note="")
+    bar.add_task(label, total=total or None, note="")
     return bar
 
 
+def _number(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _clock_time(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
 @contextmanager
-def progress_bar(label: str, total: int, unit: str) -> Iterator[Bar]:
-    """A bar on standard error if that is a terminal and this is the first process."""
+def progress_bar(label: str, total: int = 0, unit: str = "") -> Iterator[Bar]:
+    """Show how far the work in the body is: `total` units, 0 where nobody knows; without a `unit`, only how long it has lasted."""
     bar = Bar(label, total, unit)
     try:
         yield bar

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import psutil
 
+from bingo.progress import progress_bar
+
 _READ_ROWS, _THREAD_ROWS = 8192, 512
 _FLOAT32_BYTES = 4
 _LEAST_BUDGET_BYTES = 256 << 20  # with less, a search would be cut into so many blocks that it did not end
@@ -56,7 +58,10 @@ def _cgroup_room() -> Iterator[int]:
 def held(x: Rows, budget_bytes: int) -> Rows:
     """The rows in memory where they and a normalised float32 copy fit the budget, otherwise as they are."""
     numbers = len(x) * x.shape[1]
-    return x[:] if numbers * (x.dtype.itemsize + _FLOAT32_BYTES) <= budget_bytes else x
+    if numbers * (x.dtype.itemsize + _FLOAT32_BYTES) > budget_bytes:
+        return x
+    with progress_bar("reading the features"):
+        return x[:]
 
 
 def blocks(x: Rows, block_rows: int = _READ_ROWS) -> Iterator[tuple[int, np.ndarray]]:
@@ -78,17 +83,19 @@ def in_threads(work: Callable[[int], None], starts: Sequence[int], threads: int)
 def inverse_norms(x: Rows, threads: int = 1) -> np.ndarray:
     """1 / length of each row, float32 (N,), and 0 for a row of zeros. Raises ValueError where a number is not finite."""
     inverse_N = np.empty(len(x), np.float32)
-    for first, x_nD in blocks(x):
+    with progress_bar("lengths of the features", len(x), "rows") as bar:
+        for first, x_nD in blocks(x):
 
-        def one_part(start: int, first: int = first, x_nD: np.ndarray = x_nD) -> None:
-            part_nD = x_nD[start : start + _THREAD_ROWS].astype(np.float64)
-            squares_n = np.vecdot(part_nD, part_nD)  # a dot product for each row: equal rows have equal lengths, wherever they stand
-            if not np.isfinite(squares_n).all():
-                raise ValueError(f"row {first + start + int((~np.isfinite(squares_n)).argmax())} of the features is not finite")
-            lengths_n = np.sqrt(np.where(squares_n > 0, squares_n, 1))
-            inverse_N[first + start : first + start + len(part_nD)] = np.where(squares_n > 0, 1 / lengths_n, 0)
+            def one_part(start: int, first: int = first, x_nD: np.ndarray = x_nD) -> None:
+                part_nD = x_nD[start : start + _THREAD_ROWS].astype(np.float64)
+                squares_n = np.vecdot(part_nD, part_nD)  # a dot product for each row: equal rows have equal lengths, wherever they stand
+                if not np.isfinite(squares_n).all():
+                    raise ValueError(f"row {first + start + int((~np.isfinite(squares_n)).argmax())} of the features is not finite")
+                lengths_n = np.sqrt(np.where(squares_n > 0, squares_n, 1))
+                inverse_N[first + start : first + start + len(part_nD)] = np.where(squares_n > 0, 1 / lengths_n, 0)
 
-        in_threads(one_part, range(0, len(x_nD), _THREAD_ROWS), threads)
+            in_threads(one_part, range(0, len(x_nD), _THREAD_ROWS), threads)
+            bar.advance(len(x_nD))
     return inverse_N
 
 

@@ -29,9 +29,11 @@ def report_experiments(prefixes: Sequence[str], against: str | None, revision: s
     and always of the reference. Raises UserError where there are none, or none of a variant that `against` names."""
     from bingo.experiments import variants
     from bingo.experiments_table import by_seed, summary
+    from bingo.progress import progress_bar
     from bingo.report_experiments import build_page
 
-    commit, known = _experiments(revision)
+    with progress_bar("reading the experiments"):
+        commit, known = _experiments(revision)
     names = {experiment.variant for experiment in known}
     if against is not None and against not in names:
         raise UserError(f"--against = {against}: allowed are {', '.join(sorted(names)) or 'none'}{near_matches(against, sorted(names))}")

@@ -33,12 +33,14 @@ def main(
         from bingo.export.run import export_network
         from bingo.model_card import model_card
         from bingo.nets.stored import read_student
+        from bingo.progress import progress_bar
 
         target = find_target(to)
         check_output("--out", out, target.SUFFIXES, force)
         check_output("--out: beside it", card := out.with_name(f"{out.name}.md"), [".md"], force)
         network = read_student(student)
-        check = export_network(network, target, out)
+        with progress_bar(f"export to {to}"):
+            check = export_network(network, target, out)
         loading = target.loading(network, out.name)
         write_bytes(card, model_card(network, to, out.name, loading, check, _provenance(student, network)).encode())
         typer.echo(f"written {out}; {check}")

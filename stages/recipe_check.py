@@ -20,6 +20,7 @@ def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[
     """Say a line for each thing that was tried, and return one for each that is missing. Raises UserError for what is wrong."""
     from bingo.dry_run import dry_student
     from bingo.estimates import count_images
+    from bingo.progress import progress_bar
 
     missing: list[str] = []
     counts = count_images(params.dataset, params.seed)
@@ -27,15 +28,19 @@ def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[
         missing.append(_missing_images(params, about))
         counts = known_counts(params, about)
     teacher = _teacher(params, about, say, missing)
-    student = dry_student(params, teacher)
+    with progress_bar("building the student"):
+        student = dry_student(params, teacher)
     network = params.student
     say(f"student: {network.arch} x {network.width:g} at {params.image.crop_px} px, {_millions(student.method.student)}")
     if params.transfer_coco.runs:
         missing += _missing_coco(params, student.method.student)
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in student.step().items())
+    with progress_bar("a step"):
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in student.step().items())
     say(f"step: {student.name} on {student.anchors} anchors of fabricated images: {terms}")
     if counts is not None:
-        for line in _cost_lines(params, counts, teacher, student):
+        with progress_bar("counting the cost of a step"):
+            lines = _cost_lines(params, counts, teacher, student)
+        for line in lines:
             say(line)
     return missing + _missing_downstream(params)
 
@@ -76,10 +81,12 @@ def _missing_downstream(params: "Params") -> list[str]:
 def _teacher(params: "Params", about: "About", say: Callable[[str], None], missing: list[str]) -> "Teacher":
     """The teacher, from its checkpoint if that is there."""
     from bingo.dry_run import dry_teacher
+    from bingo.progress import progress_bar
 
     asked = params.teacher
     there = asked.checkpoint is not None and Path(asked.checkpoint).is_file() and asked.source != "pretrain"
-    teacher = dry_teacher(params, checkpoint=there)
+    with progress_bar("building the teacher"):
+        teacher = dry_teacher(params, checkpoint=there)
     if there:
         origin = f"read from {asked.checkpoint}"
     elif asked.checkpoint is not None and asked.source != "pretrain":

@@ -38,14 +38,16 @@ def main(
         raise typer.BadParameter("PREFIXES, --against and --rev go with --experiments")
     with stage_run("report") as run:
         from bingo.artefacts import read_json, write_bytes, write_json
+        from bingo.progress import progress_bar
         from bingo.report import build_page, run_script
         from bingo.report_results import compared_figures
         from bingo.report_semi import figures as semi_figures
         from bingo.report_transfer import figures as transfer_figures
 
         records = [read_json(path) for path in sorted(paths.RUNS.glob("*.json")) if path.stem != "report"]
-        artefacts = _artefacts(run)
-        write_bytes(paths.REPORTS / "index.html", build_page(artefacts).encode())
+        with progress_bar("report"):
+            artefacts = _artefacts(run)
+            write_bytes(paths.REPORTS / "index.html", build_page(artefacts).encode())
         write_json(paths.REPORTS / "results.json", compared_figures(artefacts) | semi_figures(artefacts) | transfer_figures(artefacts))
         write_bytes(paths.REPORTS / "run.js", run_script(records).encode())
         run.say(f"report: {(paths.REPORTS / 'index.html').resolve().as_uri()}")

@@ -18,10 +18,12 @@ def main() -> None:
         from bingo.data.images import write_images
         from bingo.data.listing import write_listing
         from bingo.data.sources import scan
+        from bingo.progress import progress_bar
 
         listing, images = scan(run.params.dataset, run.params.seed)
-        write_images(paths.IMAGES, listing, images)
-        write_listing(paths.LISTING, listing)
+        with progress_bar("writing the listing"):
+            write_images(paths.IMAGES, listing, images)
+            write_listing(paths.LISTING, listing)
         run.notes["images"] = len(listing)
         run.say(
             f"{listing.dataset}: {listing.train_rows} train and {len(listing) - listing.train_rows} test images,"

@@ -47,11 +47,13 @@ def _convert(run: Run) -> None:
     from bingo.artefacts import write_json
     from bingo.nets.teacher_sources import make_teacher
     from bingo.nets.teachers import save_teacher
+    from bingo.progress import progress_bar
     from stages.training import write_curves
 
     params = run.params.teacher
-    backbone, head, metadata = make_teacher(params, run.params.image, run.params.seed)
-    save_teacher(paths.TEACHER, backbone, head, metadata)
+    with progress_bar(f"converting {params.checkpoint or params.arch}"):
+        backbone, head, metadata = make_teacher(params, run.params.image, run.params.seed)
+        save_teacher(paths.TEACHER, backbone, head, metadata)
     write_curves(paths.PLOTS / "teacher.csv", [])
     write_json(paths.REPORTS / "teacher.json", {"pretrained": metadata["pretrained"]})
     run.say(f"teacher: {params.arch} from {params.source}" + ("" if metadata["pretrained"] else ", WITHOUT trained weights"))

@@ -49,6 +49,7 @@ def train_method(
     from bingo.evals.collapse import feature_spread
     from bingo.evals.probe import KnnProbe
     from bingo.methods.contract import build_method
+    from bingo.progress import progress_bar
     from bingo.train import Trainer
 
     params = run.params
@@ -67,7 +68,8 @@ def train_method(
         if trainer.resumes():
             run.say(f"{run.stage}: going on from a checkpoint")
             run.notes["resumed"] = True
-        gflop_per_anchor = _gflop_per_anchor(trainer.method, batches)
+        with progress_bar("counting the cost of a step"):
+            gflop_per_anchor = _gflop_per_anchor(trainer.method, batches)
         result = trainer.run()
         result.gflop_per_anchor = gflop_per_anchor
         if distributed.rank() == 0:

@@ -11,10 +11,12 @@ from bingo.data.listing import Listing, memory_listing
 from bingo.data.subset import draw_subset
 from bingo.errors import UserError
 from bingo.params import DatasetParams
+from bingo.progress import progress_bar
 
 SIDE_PX = 32
 
 
+@progress_bar("reading CIFAR")
 def scan_cifar(dataset: DatasetParams, seed: int) -> tuple[Listing, np.ndarray]:
     """Listing and images, resized if store_px is not 32. Raises UserError where the data are neither there nor to be had."""
     assert dataset.store_px is not None

@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 from bingo.artefacts import file_fingerprint
 from bingo.data.inside import leads_out
 from bingo.errors import UserError
+from bingo.progress import progress_bar
 
 LEAST_SIDE_PX = 1e-3  # a narrower box is no box: its logarithm is in the loss
 _NAMED = 3
@@ -101,6 +102,7 @@ class Instances:
     fingerprint: str
 
 
+@progress_bar("reading the annotations")
 def read_instances(annotations: Path, folder: Path, key: str) -> Instances:
     """Read a file of COCO's instances, whose images lie in `folder`. Raises UserError in one line, which calls the file `key`, where
     it cannot be read, is not COCO's, contradicts itself, or names images that are not on the disk.
@@ -199,6 +201,7 @@ class Targets:
         return ", ".join([f"{empty} images with nothing to learn", *(f"{count} {reason}" for reason, count in self.left_out.items())])
 
 
+@progress_bar("targets of the annotations")
 def training_targets(found: Instances) -> Targets:
     """Every instance but crowds, boxes without width or height inside the image, and segmentations without an area.
 

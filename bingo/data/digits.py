@@ -8,6 +8,7 @@ from PIL import Image
 
 from bingo import seeds
 from bingo.params import DatasetParams
+from bingo.progress import progress_bar
 
 DATASET = "digits-1"  # the number changes with the drawing
 _SOURCE_PX, _SOURCE_LEVELS = 8, 16
@@ -47,10 +48,12 @@ def draw_digits(digits_D88: np.ndarray, digits_N: np.ndarray, placements_N: np.n
     angle_N = np.deg2rad(dataset.placement_degrees) * (2 * u_N4[:, 3] - 1)
     images_NSS = np.empty((len(digits_N), canvas_px, canvas_px), np.uint8)
     sources = [Image.fromarray(digit) for digit in digits_D88]
-    for n, digit in enumerate(digits_N.tolist()):
-        affine = _canvas_to_source(side_N[n], center_N2[n], angle_N[n])
-        drawn = sources[digit].transform((canvas_px, canvas_px), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
-        images_NSS[n] = np.asarray(drawn)
+    with progress_bar("drawing the digits", len(digits_N), "images") as bar:
+        for n, digit in enumerate(digits_N.tolist()):
+            affine = _canvas_to_source(side_N[n], center_N2[n], angle_N[n])
+            drawn = sources[digit].transform((canvas_px, canvas_px), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+            images_NSS[n] = np.asarray(drawn)
+            bar.advance()
     return np.repeat(images_NSS[..., None], 3, axis=3)
 
 

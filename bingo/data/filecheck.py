@@ -40,7 +40,7 @@ def check_files(root: Path, paths: list[str], decode: bool, store_px: int | None
     images_NSS3 = None if store_px is None else np.zeros((len(paths), store_px, store_px, 3), np.uint8)
     chunks = [paths[start : start + CHUNK_FILES] for start in range(0, len(paths), CHUNK_FILES)]
     checked: list[Checked] = []
-    with _pool(len(paths)) as pool, progress_bar("images", len(paths), "images") as bar:
+    with _pool(len(paths)) as pool, progress_bar("checking the images", len(paths), "images") as bar:
         for results in pool.map(partial(_check_chunk, root, decode, store_px), chunks):
             for file, pixels_SS3 in results:
                 if images_NSS3 is not None and pixels_SS3 is not None:

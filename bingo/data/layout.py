@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bingo.errors import UserError
+from bingo.progress import progress_bar
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _MOST_LINES = 20
@@ -23,6 +24,7 @@ class Split:
     class_names: list[str]  # one for each path; empty for a split without classes
 
 
+@progress_bar("finding the images")
 def find_images(root: Path, name: str) -> list[str]:
     """Every image under a root, relative to it, sorted by the parts of its path; `name` is what messages call the root.
 
@@ -36,6 +38,7 @@ def find_images(root: Path, name: str) -> list[str]:
     return paths
 
 
+@progress_bar("finding the images")
 def find_splits(root: Path) -> tuple[Split, Split]:
     """The train and the test split under a root, by its layout. Raises UserError."""
     if not root.is_dir():

@@ -40,7 +40,7 @@ def detect(
     views = (View(row, params.test_min_side_px, params.max_side_px) for row in rows)
     by_row = []
     detector.eval()
-    with progress_bar(label, len(rows), "images") as bar, compiled_roi_align(device), torch.inference_mode():
+    with progress_bar(label + distributed.share(), len(rows), "images") as bar, compiled_roi_align(device), torch.inference_mode():
         for example in CocoLoader(found.images, None, device, workers).examples(views):
             with autocast(params.precision, device):
                 (seen,) = detector([example.image_3HW.float() / 255])
@@ -65,6 +65,7 @@ def _detections(seen: dict[str, Tensor], example: Example, found: Instances) -> 
     ]
 
 
+@progress_bar("average precision")
 def coco_scores(found: Instances, detections: list[dict[str, Any]]) -> Scores:
     """{"box": .., "mask": ..}, each with the MEASURES in percent; None where no instance is of that size (small, medium, large).
 

@@ -11,6 +11,7 @@ from bingo.data.images import Images
 from bingo.data.loader import center_views
 from bingo.nets.precision import autocast
 from bingo.params import ImageParams
+from bingo.progress import progress_bar
 
 
 @contextmanager
@@ -36,7 +37,9 @@ def backbone_features(
 ) -> np.ndarray:
     """Features of the images `rows_N` in that order, float32 (N, D); the backbone is on `device` and is left as it was found."""
     parts = []
-    with evaluation_mode(backbone), torch.inference_mode(), autocast(precision, device):
+    watched = progress_bar("features", len(rows_N), "images")
+    with watched as bar, evaluation_mode(backbone), torch.inference_mode(), autocast(precision, device):
         for views_B in center_views(images, rows_N, image, device, batch_images):
             parts.append(backbone(views_B).float().cpu())
+            bar.advance(len(views_B))
     return torch.cat(parts).numpy()

@@ -21,6 +21,7 @@ from bingo.evals.finetune import ClassifierTrainer, Task, random_crops
 from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
 from bingo.nets.backbones import Backbone
 from bingo.params import CachedProbeParams, CropProbeParams, ImageParams, TuneParams
+from bingo.progress import progress_bar
 from bingo.schedules import learning_rate
 
 CACHED = "linear-cached"  # a purpose of bingo.seeds
@@ -51,13 +52,14 @@ def linear_on_features(
     layer = linear_layer(train_ND.shape[1], classes, seed, CACHED, device)
     trainer = _Trainer(layer, params, len(train_ND))
     scores = []
-    with _one_thread_if_small(device, layer, params.batch_images):
+    with _one_thread_if_small(device, layer, params.batch_images), progress_bar("linear layer", params.epochs, "epochs") as bar:
         for epoch in range(params.epochs):
             order_N = torch.from_numpy(seeds.permutation(seed, CACHED, epoch, len(train_ND))).to(device)
             for rows_B in order_N.split(params.batch_images):
                 # Standardised batch by batch, so that no second copy of the features is held.
                 trainer.step((train_ND[rows_B] - mean_D) * scale_D, train_N[rows_B])
             scores.append(trainer.test(test_ND, test_N))
+            bar.advance()
     return last_and_best(scores)
 
 
