@@ -169,6 +169,42 @@ def test_published_numbers_of_the_methods():
     assert (student.bagging.relation, student.baselines, student.methods.moco.queue_rows) == ("baselines/moco", ["moco"], 65536)
 
 
+MOCO_LAYER = (30.0, 100, [60, 80], 0.1)
+BINGO_LAYER = (30.0, 120, None, 0.1)
+DISCO_LAYER = (3.0, 100, [5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "layer"),
+    [
+        ("r18-bingo-r50-200ep", (0.03, 200, None, 0), BINGO_LAYER),
+        ("r34-bingo-r152", (0.03, 200, None, 0), BINGO_LAYER),
+        ("effb0-bingo-r50w2", (0.03, 200, None, 0), (3.0, 120, None, 0.1)),
+        ("r18-ablation-keys-stored-relation-student", (0.03, 200, None, 0), BINGO_LAYER),
+        ("r18-moco", (0.03, 200, None, 0), MOCO_LAYER),
+        ("r34-seed-r50-200ep", (0.03, 200, None, 5), MOCO_LAYER),
+        ("r18-seed-r50w2", (0.03, 400, None, 5), MOCO_LAYER),
+        ("r18-disco-r50-200ep", (0.03, 200, None, 0), DISCO_LAYER),
+        ("r18-disco-r50w2", (0.03, 200, None, 0), (30.0, *DISCO_LAYER[1:])),
+        ("effb0-disco-r50w2", (0.03, 200, None, 0), DISCO_LAYER),
+        ("r18-coss-r50-200ep", (0.03, 25, None, 5), MOCO_LAYER),
+        ("r18-compress-1q-swav-r50", (0.01, 130, [90, 120], 0), None),
+        ("r18-compress-2q-r50-800ep", (0.01, 130, [90, 120], 0), None),
+        ("r18-simreg-byol-r50", (0.05, 130, None, 0), None),
+        ("r18-isd", (0.01, 200, [140, 180], 0), None),
+    ],
+)
+def test_every_learning_rate_is_its_papers(name, training, layer):
+    params = resolved(f"imagenet-{name}")
+    distill, crops = params.distill, params.linear_eval.crops
+    assert (distill.lr, distill.epochs, distill.drop_epochs, distill.hold_epochs) == training
+    assert distill.drop_factor == (0.2 if distill.drop_epochs else 0.1)
+    assert (distill.lr_warmup_epochs, crops.hold_epochs) == (0, 0)
+    if layer:
+        assert (crops.lr, crops.epochs, crops.drop_epochs, crops.drop_factor) == layer
+    assert not [line for line in recipe(f"imagenet-{name}").about.deviates if line.startswith("lr: ")]
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ablation-")])
 def test_an_ablation_changes_neither_the_images_nor_the_budget(name):
     allowed = ("distill.method", "distill.keys", "bagging.", "extract.views", "extract.augment.", "methods.bingo.", "baselines")
