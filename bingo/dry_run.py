@@ -133,7 +133,7 @@ def _built(
     bags: Bags | None = None,
     teacher: Teacher | None = None,
 ) -> DryTraining:
-    student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(params.seed, "student"))
+    student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(params.seed, "student"), network.options)
     check_images(student, network.arch, params.image.crop_px)
     keys = params.distill.keys if teacher is not None else "momentum"
     context = Context(

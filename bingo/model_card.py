@@ -99,6 +99,8 @@ def _training_rows(network: StoredNetwork, provenance: Provenance) -> list[tuple
     method = str(metadata.get("method", "unknown"))
     params = metadata.get("params", {})
     rows = [("method", method), ("epochs", str(metadata.get("epochs", "unknown")))]
+    if options := metadata.get("options"):
+        rows.append(("its network while it was trained", _params(options)))
     rows += [(f"parameters: {section}", _params(values)) for section, values in sorted(params.items())]
     dataset = _UNKNOWN if provenance.dataset is None else f"{provenance.dataset}, {provenance.train_images:,} training images"
     rows += [("data", dataset), ("listing's fingerprint", str(metadata.get("listing", "unknown")))]

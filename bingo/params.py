@@ -24,6 +24,7 @@ Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=1e-5, le=1e3, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -140,6 +141,30 @@ class NetworkParams(Section):
         if arch not in (names := arch_names()):
             raise ValueError(f"no network of timm (or torchvision/NAME) has this name{near_matches(arch, names)}")
         return arch
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `build_backbone` takes beside arch, width and stem: nothing."""
+        return {}
+
+
+class StudentParams(NetworkParams):
+    """The student's backbone, and how it is trained: `drop_path_rate`, the share of residual branches that are left out of a step at
+    random (stochastic depth; drop-connect of EfficientNet), rising along the network to this; `drop_rate`, dropout of the pooled
+    feature; `batchnorm_momentum`, the share of a batch in the running statistics (null: what the library has, mostly 0.1).
+    """
+
+    drop_path_rate: Rate
+    drop_rate: Rate
+    batchnorm_momentum: Annotated[float, Field(gt=0, le=1)] | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What of these is not the default; `build_backbone` takes it."""
+        return {name: value for name in STUDENT_OPTIONS if (value := getattr(self, name))}
+
+
+STUDENT_OPTIONS = ("drop_path_rate", "drop_rate", "batchnorm_momentum")
 
 
 class LrSchedule(Section):
@@ -459,7 +484,7 @@ class _Core(Section):
     teacher: TeacherParams
     extract: ExtractParams
     bagging: BaggingParams
-    student: NetworkParams
+    student: StudentParams
     distill: DistillParams
     baselines: list[str]
     linear_eval: LinearEvalParams

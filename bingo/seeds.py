@@ -85,6 +85,6 @@ def _feistel(x: np.ndarray, key_R: np.ndarray, bits: int) -> np.ndarray:
     return (left << other) | right
 
 
-def torch_seed(seed: int, purpose: str) -> int:
-    """A seed for `torch.manual_seed`, for the initial weights of one named network."""
-    return int(_key(seed, purpose, 0)) % (2**63)
+def torch_seed(seed: int, purpose: str, step: int = 0) -> int:
+    """A seed for torch's generators: of the initial weights of one named network, or of what is drawn in one step."""
+    return int(_key(seed, purpose, step)) % (2**63)

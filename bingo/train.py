@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bingo import distributed
+from bingo import distributed, seeds
 from bingo.batches import Batches
 from bingo.checkpoints import Checkpoints
 from bingo.errors import Interrupted, UserError
@@ -102,6 +102,7 @@ class Trainer:
         rate = learning_rate(self.step, self.steps_per_epoch, self.schedule.lr, self.schedule)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)  # before the forward, whose activations can have their room
+        self._seed_draws()
         terms = self.network(batch, progress)
         self.watch.note(terms["loss"], self.step)
         if self.watch.due(self.step):
@@ -111,6 +112,13 @@ class Trainer:
         self.method.after_step()
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+
+    def _seed_draws(self) -> None:
+        """Let what the network itself draws (dropout, stochastic depth) follow from seed, step and process alone."""
+        purpose = f"dropout of process {distributed.rank()}"
+        cuda = self.device.type == "cuda"
+        generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
+        generator.manual_seed(seeds.torch_seed(self.batches.seed, purpose, self.step))  # the device's alone: torch.manual_seed takes 0.2 ms
 
     def _refuse_what_is_not_finite(self) -> None:
         """Stop if a loss was not finite since this was last called. It waits for the device."""

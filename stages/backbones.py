@@ -15,13 +15,13 @@ def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
     """Those of `nets` on the CPU, in evaluation mode: all of them before any work, so that a missing one is told first."""
     from bingo import seeds
     from bingo.nets.backbones import build_backbone
-    from bingo.nets.students import load_student
+    from bingo.nets.students import evaluated, load_student
 
     network, found = run.params.student, {}
     for name in nets:
         if name == "untrained":
             seed_value = seeds.torch_seed(run.params.seed, "student")
-            found[name] = build_backbone(network.arch, network.width, network.stem, seed_value).eval()
+            found[name] = build_backbone(network.arch, network.width, network.stem, seed_value, evaluated(network.options)).eval()
         else:
             found[name] = load_student(_file(name), network)[0]
     return found

@@ -93,7 +93,7 @@ def _context(
     from bingo.methods.contract import Context
     from bingo.nets.backbones import build_backbone, check_images
 
-    student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(run.params.seed, "student"))
+    student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(run.params.seed, "student"), network.options)
     check_images(student, network.arch, run.params.image.crop_px)
     return Context(
         student=student,

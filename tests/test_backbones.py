@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torchvision import models as vision
 
@@ -10,6 +12,8 @@ from bingo.errors import UserError
 from bingo.nets.backbones import build_backbone, check_images
 from bingo.nets.checkpoint import save_network
 from bingo.nets.heads import head_widths, mlp_head, unit
+from bingo.nets.students import load_student, save_student
+from bingo.params import ImageParams, StudentParams
 
 
 def stage_widths(net) -> list[int]:
@@ -140,6 +144,94 @@ def test_what_a_network_cannot_have_is_refused_in_one_line(arch, width, stem, sa
         build_backbone(arch, width, stem, 0)
     assert len(caught.value.lines) == 1
     assert "\n" not in caught.value.lines[0]
+
+
+def draws(net: nn.Module, px: int = 64) -> bool:
+    """Whether a pass in train mode takes numbers from torch's generator."""
+    before, images = torch.random.get_rng_state(), torch.randn(2, 3, px, px, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        net.train()(images)
+    return not torch.equal(before, torch.random.get_rng_state())
+
+
+TAKES = {  # which of the rates act in one small network of each family
+    "tf_efficientnet_b0": {"drop_rate", "drop_path_rate"},
+    "mobilenetv3_small_050": {"drop_rate", "drop_path_rate"},
+    "resnet18": {"drop_rate", "drop_path_rate"},
+    "regnetx_002": {"drop_rate", "drop_path_rate"},
+    "ghostnet_050": {"drop_rate"},  # where it is 0.2 by default
+    "densenet121": {"drop_rate"},
+    "dla46_c": {"drop_rate"},
+    "efficientvit_m0": set(),  # whose drop_rate is for a classifier
+    "torchvision/mobilenet_v3_small": set(),
+}
+
+
+@pytest.mark.parametrize("arch", TAKES)
+def test_a_network_draws_what_it_was_asked_to_and_refuses_what_it_would_ignore(arch):
+    px = 224 if arch.startswith("efficientvit") else 64
+    assert not draws(build_backbone(arch, 1.0, "imagenet", 0), px)
+    for name in ("drop_rate", "drop_path_rate"):
+        if name in TAKES[arch]:
+            net = build_backbone(arch, 1.0, "imagenet", 0, {name: 0.3})
+            assert draws(net)
+            with torch.no_grad():
+                x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+                assert torch.equal(net.eval()(x), net(x))
+        else:
+            with pytest.raises(UserError, match=f"{name} = 0.3: {arch} .*set {name}: 0.0") as caught:
+                build_backbone(arch, 1.0, "imagenet", 0, {name: 0.3})
+            assert len(caught.value.lines) == 1
+
+
+def test_a_scaled_resnet_drops_branches_at_the_rate_of_the_unscaled_one():
+    rates = [
+        [module.drop_prob for module in net.modules() if isinstance(module, DropPath)]
+        for net in (build_backbone("resnet18", width, "small", 0, {"drop_path_rate": 0.2}) for width in (0.125, 1.0))
+    ]
+    assert rates[0] == rates[1]
+    assert max(rates[0]) == 0.2
+
+
+def test_efficientnet_as_bingo_has_it():
+    """lukemelas' EfficientNet: drop-connect 0.2 (0.2 * i / 16 in block i), dropout 0.2, BatchNorm 1e-3 and 0.01, SAME padding."""
+    options = {"drop_rate": 0.2, "drop_path_rate": 0.2, "batchnorm_momentum": 0.01}
+    net = build_backbone("tf_efficientnet_b0", 1.0, "imagenet", 0, options)
+    assert {(m.eps, m.momentum) for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {(1e-3, 0.01)}
+    assert {type(m) for m in net.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)} == {Conv2dSame}
+    rates = [block.drop_path.drop_prob if isinstance(block.drop_path, DropPath) else 0.0 for stage in net.blocks for block in stage]
+    assert rates == pytest.approx([0.2 * i / 16 for i in range(16)])
+    assert net.drop_rate == 0.2
+    with torch.no_grad():  # a momentum of 0.01: after one batch the running mean is a hundredth of the batch's
+        x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        net.train()(x)
+        torch.testing.assert_close(net.bn1.running_mean, 0.01 * net.conv_stem(x).mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-7)
+
+
+SHAPE = {"arch": "resnet10t", "width": 0.125, "stem": "small"}
+IMAGE = ImageParams(crop_px=16, resize_px=16, mean=[0.5] * 3, std=[0.25] * 3)
+
+
+def test_a_students_file_says_how_it_was_trained_and_an_older_file_says_nothing(tmp_path):
+    drawing = StudentParams(**SHAPE, drop_path_rate=0.1, drop_rate=0.2, batchnorm_momentum=0.01)
+    plain = StudentParams(**SHAPE, drop_path_rate=0.0, drop_rate=0.0, batchnorm_momentum=None)
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for name, network in (("drawing", drawing), ("plain", plain)):
+        backbone = build_backbone(**SHAPE, seed_value=1, options=network.options)
+        save_student(path := tmp_path / name, tmp_path / f"{name}-head", backbone, nn.Identity(), network, IMAGE, {})
+        loaded, metadata = load_student(path, network)
+        assert metadata.get("options", {}) == network.options
+        with torch.no_grad():
+            assert torch.equal(loaded(x), backbone.eval()(x))
+        assert not draws(loaded, 16)  # what reads a student does not train it with dropout
+        assert loaded.bn1.momentum == (network.batchnorm_momentum or 0.1)
+    assert "options" not in metadata  # a plain student's file is what it was before there were options
+    says = "drop_path_rate = 0.1, this network has 0.0, .*drop_rate = 0.2.*batchnorm_momentum = 0.01, this network has null; run the stage"
+    with pytest.raises(UserError, match=says) as caught:
+        load_student(tmp_path / "plain", drawing)
+    assert len(caught.value.lines) == 1
+    with pytest.raises(UserError, match=r"student\.batchnorm_momentum = null, this network has 0\.01"):
+        load_student(tmp_path / "drawing", plain)
 
 
 def test_images_that_a_network_cannot_take_are_refused():

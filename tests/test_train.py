@@ -50,9 +50,13 @@ def rng_images() -> MemoryImages:
     return MemoryImages(np.random.default_rng(0).integers(0, 256, (ROWS, SIDE_PX, SIDE_PX, 3), dtype=np.uint8))
 
 
+DRAWING = {"drop_rate": 0.3, "drop_path_rate": 0.3}
+
+
 def trainer(folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, network="plain", precision="fp32", lr=0.1) -> Trainer:
     torch.manual_seed(0)
-    student = NoBatchNorm() if network == "plain" else build_backbone("resnet18", 0.125, "small", 0)
+    options = DRAWING if network == "drawing" else {}
+    student = NoBatchNorm() if network == "plain" else build_backbone("resnet18", 0.125, "small", 0, options)
     rng = np.random.default_rng(1)
     keys = rng.standard_normal((ROWS, 3, 16)).astype(np.float32)
     keys = torch.from_numpy((keys / np.linalg.norm(keys, axis=2, keepdims=True)).astype(np.float16))
@@ -78,11 +82,12 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     ("method_name", "stop_step"),
     [*itertools.product(["bingo", "moco"], [1, 4, 6]), *((name, 6) for name in method_names() if name not in ("bingo", "moco"))],
 )
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name, stop_step, monkeypatch):
-    whole = trainer(tmp_path / "whole", method_name, network="batchnorm")
+@pytest.mark.parametrize("network", ["batchnorm", "drawing"])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name, stop_step, network, monkeypatch):
+    whole = trainer(tmp_path / "whole", method_name, network=network)
     whole_result = whole.run()
 
-    first = trainer(tmp_path / "parts", method_name, network="batchnorm")
+    first = trainer(tmp_path / "parts", method_name, network=network)
     step = first._train_step
 
     def stop_at(batch, progress):
@@ -92,10 +97,39 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name
     monkeypatch.setattr(first, "_train_step", stop_at)
     with pytest.raises(Interrupted, match=f"step {stop_step}"):
         first.run()
-    second = trainer(tmp_path / "parts", method_name, network="batchnorm")
+    torch.rand(5)  # whatever was drawn before
+    second = trainer(tmp_path / "parts", method_name, network=network)
+    torch.rand(3)
     second_result = second.run()
     assert second_result.history == whole_result.history
     assert same_state(second.method, whole.method)
+
+
+def test_what_a_network_draws_follows_seed_step_and_process(tmp_path, monkeypatch):
+    """Dropout of 64 ones, seen in three steps of two seeds and two processes: 12 different masks, and the same ones again."""
+
+    def masks() -> list[tuple]:
+        seen = []
+        for seed, rank in itertools.product((0, 1), (0, 1)):
+            run = trainer(tmp_path)
+            run.batches.seed = seed
+            with monkeypatch.context() as patch:
+                patch.setattr("bingo.distributed.rank", lambda rank=rank: rank)
+                for run.step in (0, 1, 7):
+                    run._seed_draws()
+                    seen.append(tuple(torch.nn.functional.dropout(torch.ones(64), 0.5).tolist()))
+        return seen
+
+    first = masks()
+    assert len(set(first)) == len(first) == 12
+    assert masks() == first
+
+
+def test_a_network_that_draws_trains_other_weights_than_one_that_does_not(tmp_path):
+    plain, drawing = (trainer(tmp_path / network, network=network) for network in ("batchnorm", "drawing"))
+    assert same_state(plain.method, drawing.method)
+    plain.run(), drawing.run()
+    assert not same_state(plain.method, drawing.method)
 
 
 def test_only_the_last_complete_checkpoint_stays(tmp_path):

@@ -4,12 +4,14 @@ The module that is returned is the library's own, so the keys of its state dict 
 is read back by the library. Shape letters: B images of a batch, D feature width.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
 import timm
 import torch
 import torchvision
+from timm.layers import DropPath
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models.efficientnet import EfficientNet
@@ -20,8 +22,8 @@ from torchvision import models as vision
 
 from bingo.errors import UserError
 
-# Nets that scale depth or drop units at random draw from torch's global generator, which a restart does not restore.
 _RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
+RATES = ("drop_path_rate", "drop_rate")  # timm's names
 # Residual branches start at work, as in torchvision and so in all released code; timm would start them at zero.
 _RESNET_INIT: dict[str, Any] = {"zero_init_last": False}
 _TWO_HEADED = ("googlenet", "inception_v3")
@@ -46,21 +48,25 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
 
     `arch` is a timm name or torchvision/NAME. `width` multiplies all channels of a plain ResNet of timm (2.0 of resnet50 is
     SwAV's R50x2: Caron et al. 2020, src/resnet50.py, `widen`). `stem` is `imagenet` (as published) or `small`: a stride-1
-    first convolution, and in ResNets a 3x3 one without the pooling behind it. In torchvision's networks dropout and stochastic
-    depth are off, as timm's are by default. `options` are what published weights need beyond the library's default: arguments of
-    timm's model (`num_heads`, `global_pool`, `dynamic_img_size`), and `padding: same` for TensorFlow's padding of strided layers.
+    first convolution, and in ResNets a 3x3 one without the pooling behind it. `options` are what published weights need beyond the
+    library's default: arguments of timm's model (`num_heads`, `global_pool`, `dynamic_img_size`), and `padding: same` for TensorFlow's
+    padding of strided layers; and what a training may ask for: `drop_rate`, `drop_path_rate` (timm's; 0, whatever the library's default
+    is, where they are not named) and `batchnorm_momentum`.
 
     Raises UserError for an unknown name, and for a width, stem or option that this network cannot have.
     """
     arguments = dict(options or {})
-    padding = arguments.pop("padding", None)
+    padding, momentum = arguments.pop("padding", None), arguments.pop("batchnorm_momentum", None)
+    rates = {name: arguments.pop(name) for name in RATES if arguments.get(name)}
     if unknown := [name for name in arguments if name not in _OPTIONS]:
         raise UserError(f"arch = {arch}: {unknown[0]} is no option of weights, allowed are {', '.join(_OPTIONS)}")
     if arguments and not is_transformer(arch):
         raise UserError(f"arch = {arch}: these are the weights of a vision transformer; set arch to timm's name of theirs")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_value)
-        net = _torchvision(arch, width) if arch.startswith("torchvision/") else _timm(arch, width, arguments)
+        net = _torchvision(arch, width, rates) if arch.startswith("torchvision/") else _timm(arch, width, arguments, rates)
+        if momentum is not None:
+            _set_momentum(net, arch, momentum)
         if padding == "same":
             _pad_as_tensorflow(net)
         if stem == "small":
@@ -91,23 +97,76 @@ def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
         raise UserError(f"arch = {arch}: gives {shape} for one image instead of one pooled feature row; choose another network")
 
 
-def _timm(arch: str, width: float, arguments: dict[str, Any]) -> nn.Module:
+def _timm(arch: str, width: float, arguments: dict[str, Any], rates: dict[str, float]) -> nn.Module:
     if not timm.is_model(arch):
         raise UserError(f"arch = {arch}: timm {timm.__version__} has no such network; see timm.list_models()")
     if width != 1:
-        net: Any = _scaled_resnet(arch, width)
+        net: Any = _scaled_resnet(arch, width, rates)
     else:
-        net = timm.create_model(arch, num_classes=0, **(_RESNET_INIT if _is_resnet(arch) else {}), **arguments)
+        net = _created(arch, (_RESNET_INIT if _is_resnet(arch) else {}) | arguments, rates)
+    _draw_as_asked(net, rates)
     names = net.pretrained_cfg.get("classifier") or ()
     net.feature_width, net.classifier_names = net.head_hidden_size, (names,) if isinstance(names, str) else tuple(names)
     return net
+
+
+def _created(arch: str, arguments: dict[str, Any], rates: dict[str, Any]) -> nn.Module:
+    """timm's module. Raises UserError for a rate that it does not take, or that it would ignore."""
+    try:
+        net = timm.create_model(arch, num_classes=0, **arguments, **rates)
+        ignored = [name for name in rates if not _ACTS[name](net)]
+    except TypeError as error:  # timm's models refuse an argument that they do not know
+        ignored = [name for name in rates if f"'{name}'" in str(error)]
+        if not ignored:
+            raise
+    if ignored:
+        raise UserError([f"{name} = {rates[name]}: {arch} has nothing that it would act on; set {name}: 0.0" for name in ignored])
+    return net
+
+
+def _drops_branches(net: nn.Module) -> bool:
+    return any(isinstance(module, DropPath) and module.drop_prob for module in net.modules())
+
+
+def _drops_features(net: nn.Module) -> bool:
+    """Whether a pass draws numbers for anything but branches: some networks keep the rate for a classifier, which is left out here."""
+    copied: Any = copy.deepcopy(net).train()
+    for module in copied.modules():
+        if isinstance(module, DropPath):
+            module.eval()
+    before = torch.random.get_rng_state()
+    with torch.no_grad():
+        copied(torch.zeros(2, *copied.pretrained_cfg["input_size"]))
+    return not torch.equal(before, torch.random.get_rng_state())
+
+
+_ACTS = {"drop_path_rate": _drops_branches, "drop_rate": _drops_features}
+
+
+def _draw_as_asked(net: nn.Module, rates: Mapping[str, float]) -> None:
+    """Switch off what was not asked for: a few networks have dropout by default."""
+    for module in net.modules():
+        if "drop_path_rate" not in rates and isinstance(module, DropPath):
+            module.drop_prob = 0.0
+        if "drop_rate" not in rates and hasattr(module, "drop_rate"):
+            module.drop_rate = 0.0  # type: ignore[assignment]
+        if "drop_rate" not in rates and isinstance(module, _RANDOM_UNITS):
+            module.p = 0.0
+
+
+def _set_momentum(net: nn.Module, arch: str, momentum: float) -> None:
+    layers = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not layers:
+        raise UserError(f"batchnorm_momentum = {momentum}: {arch} has no batch normalisation; set batchnorm_momentum: null")
+    for layer in layers:
+        layer.momentum = momentum
 
 
 def _is_resnet(arch: str) -> bool:
     return timm.model_entrypoint(arch).__module__ == "timm.models.resnet"
 
 
-def _scaled_resnet(arch: str, width: float) -> nn.Module:
+def _scaled_resnet(arch: str, width: float, rates: dict[str, float]) -> nn.Module:
     """A ResNet of timm with every channel count multiplied by `width`; stage by stage, as the unscaled network tells them."""
     if not _is_resnet(arch):
         raise UserError(f"width = {width}: {arch} is no ResNet of timm and cannot be scaled; set width: 1.0")
@@ -121,7 +180,7 @@ def _scaled_resnet(arch: str, width: float) -> nn.Module:
     planes = (info["num_chs"] // block.expansion for info, block in zip(plan.feature_info[1:], stages, strict=True))
     # timm hard-codes 64 channels behind a single-convolution stem, but not behind a deep one.
     changes: dict = {"channels": tuple(_times(channels, width) for channels in planes), "stem_width": stem_width // 2}
-    changes |= _RESNET_INIT
+    changes |= _RESNET_INIT | rates
     if isinstance(plan.conv1, nn.Sequential):
         return timm.create_model(arch, num_classes=0, **changes)
     net: Any = timm.create_model(arch, num_classes=0, stem_type="deep", **changes)
@@ -145,8 +204,10 @@ def _first_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
     return conv
 
 
-def _torchvision(arch: str, width: float) -> nn.Module:
+def _torchvision(arch: str, width: float, rates: dict[str, float]) -> nn.Module:
     name = arch.removeprefix("torchvision/")
+    for rate, value in rates.items():
+        raise UserError(f"{rate} = {value}: {arch} is trained without; set {rate}: 0.0, or take a network of timm")
     if name not in vision.list_models(module=vision):
         raise UserError(f"arch = {arch}: torchvision {torchvision.__version__} has no such network; see its list_models()")
     if name in _TWO_HEADED:

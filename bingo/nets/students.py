@@ -10,7 +10,7 @@ from bingo.artefacts import file_fingerprint
 from bingo.errors import UserError
 from bingo.nets.backbones import Backbone, build_backbone
 from bingo.nets.checkpoint import building, load_network, load_strictly, save_network
-from bingo.params import ImageParams, NetworkParams
+from bingo.params import STUDENT_OPTIONS, ImageParams, NetworkParams
 
 
 def save_student(
@@ -18,12 +18,14 @@ def save_student(
 ) -> None:
     """Write the backbone to `path` and the head to `head_path`, with what they are and what they were made from."""
     shape = {"arch": network.arch, "width": network.width, "stem": network.stem, **image.model_dump()}
-    save_network(path, backbone.state_dict(), {"kind": "student", **shape, **made_from})
+    options = {"options": network.options} if network.options else {}  # such files as were before there were options stay as they are
+    save_network(path, backbone.state_dict(), {"kind": "student", **shape, **options, **made_from})
     save_network(head_path, head.state_dict(), {"kind": "student head", "backbone": file_fingerprint(path), **made_from})
 
 
 def load_student(path: Path, network: NetworkParams | None = None) -> tuple[Backbone, dict[str, Any]]:
-    """The backbone in a student's file, in eval mode, and the file's metadata.
+    """The backbone in a student's file, in eval mode, and the file's metadata. It draws nothing, in train mode either: dropout and
+    stochastic depth were for its own training.
 
     Raises UserError where the file is no student's or, with `network` given, where it is of another architecture.
     """
@@ -37,10 +39,24 @@ def load_student(path: Path, network: NetworkParams | None = None) -> tuple[Back
 def _built(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any], network: NetworkParams | None) -> Backbone:
     """The backbone that the metadata describe, which must be that of `network` where it is given, with the file's tensors."""
     shape = {name: metadata[name] for name in ("arch", "width", "stem")}
-    wanted = shape if network is None else {name: getattr(network, name) for name in shape}
-    if other := [name for name in shape if shape[name] != wanted[name]]:
-        differences = ", ".join(f"student.{name} = {wanted[name]}, this network has {shape[name]}" for name in other)
-        raise UserError(f"{path}: {differences}; run the stage that writes it: dvc repro")
-    backbone = build_backbone(**shape, seed_value=0)
+    options = dict(metadata.get("options", {}))
+    if network is not None:
+        _compare(path, shape | options, network)
+    backbone = build_backbone(**shape, seed_value=0, options=evaluated(options))
     load_strictly(backbone, state, str(path))
     return backbone
+
+
+def _compare(path: Path, found: Mapping[str, Any], network: NetworkParams) -> None:
+    """Raises UserError where the file's network is not `network`: by its shape, or by how it was trained at random."""
+    defaults: dict[str, Any] = dict.fromkeys(STUDENT_OPTIONS, 0.0) | {"batchnorm_momentum": "null"}
+    asked = defaults | {name: getattr(network, name) for name in ("arch", "width", "stem")} | network.options
+    found = defaults | dict(found)
+    if other := [name for name in asked if asked[name] != found[name]]:
+        differences = ", ".join(f"student.{name} = {asked[name]}, this network has {found[name]}" for name in other)
+        raise UserError(f"{path}: {differences}; run the stage that writes it: dvc repro")
+
+
+def evaluated(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a student's options those that matter once it is trained: all but the rates at which it draws."""
+    return {name: value for name, value in options.items() if name == "batchnorm_momentum"}
