@@ -148,7 +148,7 @@ def layers(rows, weights) -> list[list[float]]:
 
 
 def two_layers(network: nn.Module) -> list:
-    """Linear without bias, BatchNorm, ReLU, Linear: ISD's head, and each half of SimReg's."""
+    """Linear without bias, BatchNorm, ReLU, Linear: ISD's head, and each half of SimReg's of 4 layers."""
     first, gain, shift, second, bias = network.parameters()
     return [("linear", first, None), ("batchnorm", gain, shift), ("relu",), ("linear", second, bias)]
 
@@ -216,8 +216,12 @@ def loop_disco(method, context, batch, step) -> float:
 
 def loop_simreg(method, context, batch, step) -> float:
     outputs = pooled(method, batch)
-    for part in method.head:  # a head of 4 layers is twice a head of 2
-        outputs = layers(outputs, two_layers(part))
+    parameters = list(method.head.parameters())
+    if len(parameters) == 4:  # mlp_arch.py, n_layers 2: two linear layers with biases and nothing else
+        outputs = layers(outputs, [("linear", *parameters[:2]), ("linear", *parameters[2:])])
+    else:
+        for part in method.head:
+            outputs = layers(outputs, two_layers(part))
     targets = teacher_of(context, batch, method.targets.target)
     return mean(2 - 2 * cosine(g, t) for g, t in zip(outputs, targets, strict=True))
 

@@ -1,7 +1,7 @@
 """CompRess (Abbasi Koohpayegani et al. 2020; UMBCvision/CompRess): an image is as similar to others for the student as for the teacher.
 
 t, s: unit outputs of teacher and student. With two queues (train_student.py) Q_t holds the teacher's outputs and Q_s those of a
-moving average of the student, of the same images in the same places; with one (train_student_without_momentum.py) a linear layer maps
+moving average of the student, of the same images in the same places; with one (train_student_one_queue.py, CompReSSA) a linear layer maps
 the student to the teacher's width and Q_s is Q_t. loss = KL(softmax(t . Q_t / temperature) || softmax(s . Q_s / temperature)).
 The image itself is not in the queues when its similarities are taken.
 """

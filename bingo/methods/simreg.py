@@ -1,7 +1,8 @@
 """SimReg (Navaneet et al. 2021; UCDvision/simreg simreg.py): regression of the teacher's output, no negatives.
 
 loss = mean(2 - 2 cos(g(s), t)), s the student's features, t the teacher's output, g a regression head that is thrown away. Of 4 layers
-(mlp_arch.py): width -> hidden (BatchNorm, ReLU) -> width -> hidden (BatchNorm, ReLU) -> the teacher's width; of 2: its second half.
+(mlp_arch.py): width -> hidden (BatchNorm, ReLU) -> width -> hidden (BatchNorm, ReLU) -> the teacher's width; of 2: width -> hidden -> the
+teacher's width, with nothing between the linear layers.
 """
 
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.parts import batchnorm_mlp
 from bingo.methods.simreg_params import Params
 from bingo.methods.targets import Targets
+from bingo.nets.heads import layered_head
 from bingo.nets.precision import autocast
 
 
@@ -25,9 +27,12 @@ class SimReg(Method):
         self.needs = Needs(anchor_views=1, **self.targets.needs)
         self.student = context.student
         width, hidden = context.feature_width, params.head_hidden
-        inner = [batchnorm_mlp(width, hidden, width, seeds.torch_seed(context.seed, "inner head"))] if params.head_layers == 4 else []
-        outer = batchnorm_mlp(width, hidden, self.targets.width, seeds.torch_seed(context.seed, "student head"))
-        self.head = nn.Sequential(*inner, outer)
+        outer_seed = seeds.torch_seed(context.seed, "student head")
+        if params.head_layers == 4:
+            inner = batchnorm_mlp(width, hidden, width, seeds.torch_seed(context.seed, "inner head"))
+            self.head = nn.Sequential(inner, batchnorm_mlp(width, hidden, self.targets.width, outer_seed))
+        else:
+            self.head = layered_head(["linear", "linear"], [width, hidden, self.targets.width], outer_seed)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         with autocast(self.context.precision, self.context.device):

@@ -7,7 +7,7 @@ from bingo.params import MethodSection, Width
 
 class Params(MethodSection):
     """SimReg (Navaneet et al. 2021): regression of the teacher's unit features, or of its keys, through a head of `head_layers`
-    linear layers (2 or 4; `head_hidden` wide inside), which is thrown away afterwards."""
+    linear layers (4, or 2 without BatchNorm and ReLU; `head_hidden` wide inside), which is thrown away afterwards."""
 
     needs_teacher: ClassVar[bool] = True
 

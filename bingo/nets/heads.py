@@ -32,16 +32,16 @@ def mlp_head(widths: Sequence[int], seed_value: int) -> nn.Sequential:
     return nn.Sequential(*[part for linear in linears for part in (linear, nn.ReLU(inplace=True))][:-1])
 
 
-def layered_head(layers: Sequence[str], widths: Sequence[int]) -> nn.Sequential:
+def layered_head(layers: Sequence[str], widths: Sequence[int], seed_value: int = 0) -> nn.Sequential:
     """A head of published networks: `layers` names the kinds in order, `widths` the input of the first linear layer and all outputs.
 
-    The kinds are linear, linear_no_bias, batchnorm, batchnorm_no_affine, relu and gelu. The weights are seeded and mean nothing:
-    they are about to be loaded. torch's global generator is left as it was.
+    The kinds are linear, linear_no_bias, batchnorm, batchnorm_no_affine, relu and gelu. The weights are torch's default, seeded.
+    torch's global generator is left as it was.
     """
     width, behind = widths[0], iter(widths[1:])
     parts = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed_value)
         for kind in layers:
             after = next(behind) if kind.startswith("linear") else width
             parts.append(_LAYERS[kind](width, after))
