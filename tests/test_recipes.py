@@ -308,7 +308,7 @@ def test_use_prints_every_change_and_keeps_the_comments(clone):
     assert printed == changed
     assert f"{len(changed)} changes" in result.stdout
     assert "# what is not here is not a parameter" not in result.stdout
-    assert "# of all channels, ResNets only" in Path("params.yaml").read_text()
+    assert "of all channels, ResNets only" in Path("params.yaml").read_text()
     assert after["report.published"]["linear, top-1"] == "64.0 % (BINGO's ImageNet table)"
     load_params("params.yaml")
 
