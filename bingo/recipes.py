@@ -27,7 +27,7 @@ MEASURES = {
     "linear_top1": "linear, top-1",
     "linear_top5": "linear, top-5",
     "knn_1": "kNN, k = 1",
-    "knn_10": "kNN, k = 10",
+    "knn_10_weighted": "kNN, k = 10, weighted votes",
     "knn_20": "kNN, k = 20",
 }
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -58,13 +58,16 @@ class About(_Strict):
     """What a recipe says of itself.
 
     expected: published accuracies in percent by the names of MEASURES; source: where they are from. These two are a recipe's own; the
-    others are inherited from what it includes: `teacher`, `images`, and `deviates`, what differs from the published setting.
+    others are inherited from what it includes: `teacher`, `images`; `published`, the settings that were published, by their dotted keys;
+    and `deviates`, what differs from them and why. A line of the last that begins with keys or sections of params.yaml and a colon
+    speaks of these, and is left out of a recipe that sets all of them as published.
     """
 
-    expected: dict[Literal["linear_top1", "linear_top5", "knn_1", "knn_10", "knn_20"], Percent] = {}
+    expected: dict[Literal["linear_top1", "linear_top5", "knn_1", "knn_10_weighted", "knn_20"], Percent] = {}
     source: str | None = None
     teacher: TeacherFile | None = None
     images: ImagesFrom | None = None
+    published: dict[str, Any] = {}
     deviates: list[str] = []
 
     @model_validator(mode="after")
@@ -122,17 +125,36 @@ def read_recipe(folder: Path, name: str) -> Recipe:
     """A recipe with its includes laid over one another. Raises UserError for unknown names and for includes that form a circle."""
     path = recipe_path(folder, name)
     overlay: dict[str, Any] = {}
-    inherited: dict[str, Any] = {"deviates": []}
+    inherited: dict[str, Any] = {"published": {}, "deviates": []}
     for part in _in_order(folder, name, ()):
         lay_over(overlay, {key: value for key, value in _content(part).items() if key not in ("about", "includes")})
         about = own_about(part)
         inherited |= {key: value for key in ("teacher", "images") if (value := getattr(about, key)) is not None}
+        inherited["published"] |= about.published
         inherited["deviates"] += [line for line in about.deviates if line not in inherited["deviates"]]
+    inherited["deviates"] = _standing(inherited["deviates"], dict(flattened(overlay)), inherited["published"])
     if "teacher" in inherited and not (isinstance(overlay.get("teacher"), dict) and "checkpoint" in overlay["teacher"]):
         raise UserError(f"{path}: about.teacher tells of a file that the recipe does not name; set teacher.checkpoint, or leave it out")
     recipe = Recipe(name, description(path), overlay, own_about(path).model_copy(update=inherited))
     lay_over(overlay, _for_the_report(recipe))
     return recipe
+
+
+def explained(line: str) -> list[str]:
+    """The keys and sections of params.yaml with which a line of `deviates` begins; none where it is not about parameters."""
+    keys = line.partition(": ")[0].split(", ")
+    return keys if all(re.fullmatch(r"[a-z_]+(\.\w+)+", key) for key in keys) else []
+
+
+def speaks_of(line: str, key: str) -> bool:
+    """Whether a line of `deviates` explains this key's value."""
+    return any(f"{key}.".startswith(f"{named}.") for named in explained(line))
+
+
+def _standing(deviates: list[str], ours: dict[str, Any], published: dict[str, Any]) -> list[str]:
+    """The lines that are true of a recipe: of those about parameters the ones of which one has another value than was published."""
+    others = [key for key, value in published.items() if ours.get(key, value) != value]
+    return [line for line in deviates if not explained(line) or any(speaks_of(line, key) for key in others)]
 
 
 def _for_the_report(recipe: Recipe) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""bingo recipe list | show | use | check: overlays on params.yaml, one file each in recipes/; bingo/recipes.py says what is in one."""
+"""bingo recipe list | show | table | use | check: overlays on params.yaml, one file each in recipes/, as bingo/recipes.py has them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,6 +88,16 @@ def _about_lines(recipe: "Recipe") -> list[str]:
             f"teacher: {file['checkpoint']}, format {file['format']}, see the {teacher.published_by}, linear {teacher.linear_top1} %"
         )
     return lines + [f"deviates: {line}" for line in about.deviates]
+
+
+@app.command()
+def table() -> None:
+    """Print the page docs/recipes.md: the settings of every row of the papers' tables, the published values beside them."""
+    with mistakes_as_lines():
+        from bingo.params import read_yaml
+        from bingo.recipe_table import markdown
+
+        typer.echo(markdown(FOLDER, read_yaml(PARAMS)), nl=False)
 
 
 @app.command()

@@ -35,7 +35,10 @@ WATCHING = {
 WATCHED = ("teacher", "extract", "distill", "baseline")
 # Which layer a module is in; imports go to the same or a lower number.
 LAYERS = [
-    (r"bingo/(params|errors|recipes|artefacts|checksums|seeds|schedules|distributed|progress|checkpoints|finite|memory)\.py", 0),
+    (
+        r"bingo/(params|errors|recipes|recipe_table|artefacts|checksums|seeds|schedules|distributed|progress|checkpoints|finite|memory)\.py",
+        0,
+    ),
     (r"bingo/methods/\w+_params\.py", 0),
     (r"bingo/nets/names\.py", 0),
     (r"bingo/(data|nets)/.*|bingo/(neighbors|rows)\.py", 1),
