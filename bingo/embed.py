@@ -14,7 +14,7 @@ import torch
 from bingo.data.filecheck import check_files
 from bingo.data.folder import BAD_LINES
 from bingo.data.images import FileImages
-from bingo.data.layout import find_images
+from bingo.data.layout import Say, find_images
 from bingo.data.loader import center_views
 from bingo.embedding_files import check_names, write_embeddings
 from bingo.errors import UserError
@@ -25,19 +25,28 @@ _FEW_IMAGES = 512  # decoded sooner by this process than workers start
 
 
 def embed_folder(
-    network: StoredNetwork, fingerprint: str, root: Path, out: Path, device: torch.device, batch_images: int, skip_bad: bool
+    network: StoredNetwork,
+    fingerprint: str,
+    root: Path,
+    out: Path,
+    device: torch.device,
+    batch_images: int,
+    skip_bad: bool,
+    follow_links: bool = False,
+    say: Say = lambda line: None,
 ) -> tuple[int, list[str]]:
     """Write the features, float32, of all images under `root` to `out`, in the order of their paths; `fingerprint` names the network.
 
-    Every file is decoded once before, so that bad ones are known before the work. Returns how many images are in the file, and those
-    left out. Raises UserError for an empty folder, images that cannot be read (unless `skip_bad`), and names that `out` cannot hold.
+    Every file is decoded once before, so that bad ones are known before the work; `say` is given a line on what is passed over. Returns
+    how many images are in the file, and those left out. Raises UserError for an empty folder, images that cannot be read (unless
+    `skip_bad`), links out of it (unless `follow_links`), and names that `out` cannot hold.
     """
-    found = find_images(root, "FOLDER")
+    found = find_images(root, "FOLDER", follow_links, say)
     paths, bad = _readable(root, found, skip_bad)
     check_names(out, paths)
     metadata = {name: network.metadata[name] for name in ("kind", "arch", "width", "stem")}
     attributes = {**metadata, **network.image.model_dump(), "network": fingerprint, "precision": "fp32"}
-    batches = _features(network, root, paths, device, batch_images)
+    batches = _features(network, FileImages(str(root), paths, follow_links), device, batch_images)
     write_embeddings(out, paths, network.backbone.feature_width, batches, attributes)
     return len(paths), bad
 
@@ -53,12 +62,11 @@ def _readable(root: Path, paths: list[str], skip_bad: bool) -> tuple[list[str], 
     return [path for path in paths if path not in reasons], list(reasons)
 
 
-def _features(network: StoredNetwork, root: Path, paths: list[str], device: torch.device, batch_images: int) -> Iterator[np.ndarray]:
+def _features(network: StoredNetwork, images: FileImages, device: torch.device, batch_images: int) -> Iterator[np.ndarray]:
     """Pooled features of each batch, float32 (B, D)."""
     backbone = network.backbone.to(device).to(memory_format=torch.channels_last)
-    images, rows = FileImages(str(root), paths), np.arange(len(paths))
-    workers = 0 if len(paths) <= _FEW_IMAGES else None
-    with progress_bar("embedding", len(paths), "images") as bar, torch.inference_mode():
+    rows, workers = np.arange(len(images)), 0 if len(images) <= _FEW_IMAGES else None
+    with progress_bar("embedding", len(images), "images") as bar, torch.inference_mode():
         for views_B in center_views(images, rows, network.image, device, batch_images, workers):
             yield backbone(views_B).float().cpu().numpy()
             bar.advance(len(views_B))

@@ -53,7 +53,7 @@ def count_images(dataset: DatasetParams, seed: int) -> Counts | None:
     elif dataset.source == "folder":
         if dataset.root is None or not Path(dataset.root).is_dir():
             return None
-        found = Counts(*(len(split.paths) for split in find_splits(Path(dataset.root))))
+        found = Counts(*(len(split.paths) for split in find_splits(Path(dataset.root), dataset.follow_links)))
     else:
         found = _CIFAR
     return Counts(min(found.train, dataset.train_images or found.train), min(found.test, dataset.test_images or found.test))

@@ -58,10 +58,14 @@ class MethodSection(Section):
 
 
 class DatasetParams(Section):
-    """What the images are. `train_images` and `test_images` draw a seeded subset balanced over the classes (null: all)."""
+    """What the images are. `train_images` and `test_images` draw a seeded subset balanced over the classes (null: all).
+
+    `follow_links`: links in a folder of images may lead out of it.
+    """
 
     source: Literal["digits", "folder", "cifar10", "cifar100"]
     root: str | None
+    follow_links: bool
     store_px: Annotated[int, Field(ge=1, le=4096)] | None
     train_images: Count | None
     test_images: Count | None

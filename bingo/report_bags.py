@@ -4,7 +4,6 @@ import base64
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 
 from bingo.data.decode import BadImage, decode_rgb
 from bingo.data.images import Images, MemoryImages
+from bingo.data.inside import path_inside
 from bingo.plots import quantile_strip
 from bingo.report_inputs import Artefacts
 
@@ -116,7 +116,7 @@ def thumbnail(images: Images, listing: "Listing", row: int) -> Thumbnail:
 def _picture(images: Images, row: int) -> Image.Image:
     if isinstance(images, MemoryImages):
         return Image.fromarray(images.images_NSS3[row])
-    file_bytes = (Path(images.root) / images.paths[row]).read_bytes()
+    file_bytes = path_inside(images.root, images.paths[row], images.follow_links).read_bytes()
     return decode_rgb(file_bytes, lambda height, width: max(height, width) / (2 * THUMBNAIL_PX))[0]
 
 

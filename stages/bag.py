@@ -60,7 +60,7 @@ def _student_features(run: Run, listing: "Listing") -> "np.ndarray":
 
     params = run.params
     student, _ = load_student(paths.MODELS / f"{params.bagging.relation}.safetensors")
-    images = open_images(listing, paths.IMAGES, params.dataset.root)
+    images = open_images(listing, paths.IMAGES, params.dataset)
     with process_group(run) as device:
         student = student.to(device, memory_format=torch.channels_last)
         rows_T = np.arange(listing.train_rows)

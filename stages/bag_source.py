@@ -53,10 +53,11 @@ class BagSource:
         from bingo.data.inside import path_inside
         from bingo.data.pictures import Pictures
 
-        root = self.artefacts.root or "."
+        dataset = self.artefacts.dataset
+        root, follow_links = dataset.get("root") or ".", dataset.get("follow_links") is True
 
         def open_image(path: str):
-            return self.artefacts.open_image(path_inside(root, path))
+            return self.artefacts.open_image(path_inside(root, path, follow_links))
 
         return Pictures(
             self.artefacts.store(paths.IMAGES), self.artefacts.title(paths.IMAGES), self.listing.fingerprint,

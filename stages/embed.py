@@ -24,12 +24,13 @@ class OnBadImage(StrEnum):
 
 @app.command()
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, at any depth; links that lead out of it are refused.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, at any depth.")],
     out: Annotated[Path, typer.Option(help="A .zarr, .npy (names in a .txt beside it) or .parquet file, float32.")],
     student: Annotated[Path | None, typer.Option(help="A student's or baseline's file; without it models/student.safetensors.")] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="Embed by the teacher instead.")] = False,
     batch_images: Annotated[int, typer.Option(min=1, max=65536, help="Images that pass the network at once.")] = 256,
     on_bad_image: Annotated[OnBadImage, typer.Option(help="Unreadable images: name them and stop, or leave them out.")] = OnBadImage.stop,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Follow links that lead out of FOLDER.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is there already.")] = False,
 ) -> None:
     """Write the features of all images in a folder, in the order of their paths."""
@@ -49,7 +50,9 @@ def main(
         file = paths.TEACHER if teacher else student or paths.STUDENT
         network = read_teacher(file) if teacher else read_student(file)
         skip = on_bad_image is OnBadImage.skip
-        images, bad = embed_folder(network, file_fingerprint(file), folder, out, pick_device(), batch_images, skip)
+        images, bad = embed_folder(
+            network, file_fingerprint(file), folder, out, pick_device(), batch_images, skip, follow_links, typer.echo
+        )
         typer.echo(f"written {out}: {images:,} x {network.backbone.feature_width} float32, by {file}")
         if bad:
             typer.echo(f"left out, unreadable: {len(bad)} ({', '.join(ascii(path) for path in bad[:5])}{', ...' if len(bad) > 5 else ''})")

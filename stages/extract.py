@@ -32,7 +32,7 @@ def main() -> None:
         from bingo.nets.teachers import load_teacher
 
         params, listing = run.params, read_listing(paths.LISTING)
-        images = open_images(listing, paths.IMAGES, params.dataset.root)
+        images = open_images(listing, paths.IMAGES, params.dataset)
         fingerprint = file_fingerprint(paths.TEACHER)
         values = {
             "params": [params.seed, params.image.model_dump(), params.extract.model_dump()],

@@ -29,7 +29,7 @@ def main() -> None:
         if not listing.labelled or train == len(listing):
             run.say("knn_eval: the listing has no labelled test images, so there is nothing to measure")
         elif ks:
-            images = open_images(listing, paths.IMAGES, params.dataset.root)
+            images = open_images(listing, paths.IMAGES, params.dataset)
             with process_group(run) as device:
                 for name, features in features_of_networks(run, listing, images, device):
                     labels = listing.labels_N

@@ -49,7 +49,7 @@ def _cached(run: Run, listing, device) -> dict:
     from stages.networks import features_of_networks
 
     train, labels, scores = listing.train_rows, listing.labels_N, {}
-    images = open_images(listing, paths.IMAGES, run.params.dataset.root)
+    images = open_images(listing, paths.IMAGES, run.params.dataset)
     for name, features in features_of_networks(run, listing, images, device):
         scores[name] = linear_on_features(
             features[:train], labels[:train], features[train:], labels[train:], len(listing.classes),
@@ -70,7 +70,7 @@ def _crops(run: Run, listing, folder: Path, device) -> dict:
 
     params, crops, scores = run.params, run.params.linear_eval.crops, {}
     train_rows, test_rows = np.split(np.arange(len(listing)), [listing.train_rows])
-    images = open_images(listing, paths.IMAGES, params.dataset.root)
+    images = open_images(listing, paths.IMAGES, params.dataset)
     for name, backbone in backbones(run, crops.nets).items():
         scores[name] = linear_on_crops(
             backbone.to(device, memory_format=torch.channels_last), images, listing.labels_N, train_rows, test_rows,

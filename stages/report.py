@@ -68,7 +68,7 @@ def _artefacts(run: Run) -> "Artefacts":
         params=params,
         params_text=Path("params.yaml").read_text(encoding="utf-8"),
         listing=listing,
-        images=open_images(listing, paths.IMAGES, params.dataset.root) if paths.IMAGES.exists() else None,
+        images=open_images(listing, paths.IMAGES, params.dataset) if paths.IMAGES.exists() else None,
         bags=read_bags(paths.BAGS, listing) if paths.BAGS.exists() else None,
         bag_metrics=metrics["bags"],
         teacher=read_network_facts(paths.TEACHER, "backbone."),

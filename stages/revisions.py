@@ -44,11 +44,11 @@ class Workspace:
         return path.as_posix()
 
     @property
-    def root(self) -> str | None:
-        """dataset.root of the parameters."""
+    def dataset(self) -> dict[str, Any]:
+        """The section dataset of the parameters."""
         from bingo.params import read_yaml
 
-        return _root(read_yaml(PARAMS))
+        return _dataset(read_yaml(PARAMS))
 
 
 class Revision:
@@ -91,12 +91,12 @@ class Revision:
         return f"{path.as_posix()} of {self.name}"
 
     @cached_property
-    def root(self) -> str | None:
-        """dataset.root of the revision's parameters."""
+    def dataset(self) -> dict[str, Any]:
+        """The section dataset of the revision's parameters."""
         from ruamel.yaml import YAML
 
         with self.open(PARAMS) as file:
-            return _root(YAML(typ="safe", pure=True).load(file.read()))
+            return _dataset(YAML(typ="safe", pure=True).load(file.read()))
 
     def absent(self, path: str) -> UserError:
         """Why a file cannot be read, in one line."""
@@ -162,6 +162,6 @@ def _files_of(revision: Revision) -> Any:
     return files
 
 
-def _root(params: Any) -> str | None:
+def _dataset(params: Any) -> dict[str, Any]:
     section = params.get("dataset") if isinstance(params, dict) else None
-    return section.get("root") if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else {}

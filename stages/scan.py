@@ -20,7 +20,7 @@ def main() -> None:
         from bingo.data.sources import scan
         from bingo.progress import progress_bar
 
-        listing, images = scan(run.params.dataset, run.params.seed)
+        listing, images = scan(run.params.dataset, run.params.seed, run.say)
         with progress_bar("writing the listing"):
             write_images(paths.IMAGES, listing, images)
             write_listing(paths.LISTING, listing)

@@ -68,7 +68,7 @@ def _labelled_rows(run: Run, listing: "Listing", name: str, split: "SplitParams"
 
     if split.list_file is None:
         return drawn_rows(listing, split.percent, run.params.seed)
-    return listed_rows(listing, split.list_file, f"semi_eval.splits.{name}.list_file")
+    return listed_rows(listing, split.list_file, f"semi_eval.splits.{name}.list_file", run.say)
 
 
 def _protocols(run: Run, listing: "Listing", rows_L: "np.ndarray", split: "SplitParams") -> "dict[str, Protocol]":
@@ -79,7 +79,7 @@ def _protocols(run: Run, listing: "Listing", rows_L: "np.ndarray", split: "Split
     from stages.classifying import Protocol
 
     params, semi = run.params, run.params.semi_eval
-    images, test_rows = open_images(listing, paths.IMAGES, params.dataset.root), np.arange(listing.train_rows, len(listing))
+    images, test_rows = open_images(listing, paths.IMAGES, params.dataset), np.arange(listing.train_rows, len(listing))
     crops = random_crops(semi.crop_scale, semi.flip_p)
     task = Task(images, listing.labels_N, rows_L, test_rows, len(listing.classes), params.image, crops)
     return {

@@ -57,7 +57,7 @@ def train_method(
     stored = _stored(run, section, embeddings, device) if embeddings is not None else None
     table = bags.table if bags is not None else None
     method = build_method(method_name, section, _context(run, device, network, schedule.precision, keys, stored, table, teacher))
-    images = open_images(listing, paths.IMAGES, params.dataset.root)
+    images = open_images(listing, paths.IMAGES, params.dataset)
     loader = ViewLoader(images, params.image, augment, params.seed, device)
     probe = KnnProbe(listing, images, params.image, params.seed, device, schedule.precision) if listing.labelled else None
     values = _identity(run, method_name, section, network, schedule, keys, [listing, embeddings, bags])

@@ -71,16 +71,18 @@ def _scan(run: Run, name: str) -> "tuple[Listing, Images]":
     from bingo.data.sources import scan
     from bingo.errors import UserError
 
-    dataset = run.params.transfer_set(name)
+    dataset, own = run.params.transfer_set(name), f"transfer.datasets.{name}."
     if distributed.rank() > 0:
         distributed.barrier()
     try:
-        listing, images_NSS3 = scan(dataset, run.params.seed)
+        listing, images_NSS3 = scan(dataset, run.params.seed, lambda line: run.say(line.replace("dataset.", own)))
     except UserError as error:
-        raise UserError([line.replace("dataset.", f"transfer.datasets.{name}.") for line in error.lines]) from None
+        raise UserError([line.replace("dataset.", own) for line in error.lines]) from None
     if distributed.rank() == 0:
         distributed.barrier()
-    return listing, FileImages(str(dataset.root), listing.paths) if images_NSS3 is None else MemoryImages(images_NSS3)
+    if images_NSS3 is None:
+        return listing, FileImages(str(dataset.root), listing.paths, dataset.follow_links)
+    return listing, MemoryImages(images_NSS3)
 
 
 def _protocols(run: Run, listing: "Listing", images: "Images") -> "dict[str, Protocol]":

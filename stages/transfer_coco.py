@@ -49,6 +49,7 @@ def _transfer(run: Run, name: str, student: Any, device: "torch.device") -> None
     from bingo import seeds
     from bingo.checkpoints import Checkpoints
     from bingo.data.coco import training_targets
+    from bingo.errors import UserError
     from bingo.evals.detection import DetectorTrainer
     from bingo.nets.checkpoint import weights_sha256
     from bingo.nets.detector import build_detector, student_inside
@@ -59,6 +60,9 @@ def _transfer(run: Run, name: str, student: Any, device: "torch.device") -> None
     made_from = _made_from(run, name, train, val)
     targets, images = training_targets(train), train.images
     run.say(f"{run.stage}: {len(targets.rows)} images to learn from; left out: {targets.told()}")
+    if not len(targets.rows):
+        way_out = "give annotations of instances with boxes and segmentations"
+        raise UserError(f"transfer_coco.train_annotations: no image has anything to learn ({targets.told()}); {way_out}")
     del train  # COCO's annotations take gigabytes
     seed_value = seeds.torch_seed(run.params.seed, "detector")
     detector = build_detector(student, head, len(val.category_ids), image.mean, image.std, seed_value)
@@ -82,8 +86,10 @@ def _instances(run: Run) -> "tuple[Instances, Instances]":
     params = run.params.transfer_coco
     root, found = Path(params.root), []
     for split in ("train", "val"):
-        key = f"transfer_coco.{split}_annotations"
-        found.append(read_instances(root / getattr(params, f"{split}_annotations"), root / getattr(params, f"{split}_images"), key))
+        key, images = f"transfer_coco.{split}_annotations", root / getattr(params, f"{split}_images")
+        found.append(read_instances(root / getattr(params, f"{split}_annotations"), images, key, run.params.dataset.follow_links))
+        if told := found[-1].told():
+            run.say(f"{run.stage}: {key}: {told}")
     train, val = found
     if train.category_ids != val.category_ids:
         raise UserError("transfer_coco.val_annotations: its categories are not those of transfer_coco.train_annotations; give a pair")

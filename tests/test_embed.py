@@ -31,6 +31,7 @@ IMAGE = {"crop_px": 16, "resize_px": 20, "mean": [0.5, 0.4, 0.3], "std": [0.25, 
 TINY = ("resnet10t", 0.125, "small")
 STUDENT = {"kind": "student", "arch": TINY[0], "width": TINY[1], "stem": TINY[2], **IMAGE, "method": "bingo"}
 NAMES = ["a/1.png", "a/10.png", "a/2.png", "a b/é.PNG", "b/x/deep.bmp", "top.png"]
+PASSED = "FOLDER = photos: passed over: 1 hidden, 1 .txt\n"
 READERS = {
     ".npy": lambda path: (np.load(path), path.with_suffix(".txt").read_text().splitlines()),
     ".zarr": lambda path: (zarr.open_group(path, mode="r")["features"][:], list(zarr.open_group(path, mode="r")["paths"][:])),
@@ -101,7 +102,7 @@ def test_rows_are_the_features_of_the_images_in_the_order_of_their_paths(suffix,
     out = here / f"out/e{suffix}"
     code, said, err = bingo_embed("photos", "--out", out, "--batch-images", 4)
     assert (code, err) == (0, "")
-    assert said == f"written {out}: 6 x 64 float32, by models/student.safetensors\n"
+    assert said == f"{PASSED}written {out}: 6 x 64 float32, by models/student.safetensors\n"
     features, names = READERS[suffix](out)
     assert names == sorted_names()
     assert features.dtype == np.float32
@@ -121,7 +122,7 @@ def test_attributes_say_by_what_network_and_from_what_pixels(here):
 
 def test_the_teacher_embeds_by_its_backbone(here):
     code, said, _ = bingo_embed("photos", "--out", "t.npy", "--teacher")
-    assert (code, said) == (0, "written t.npy: 6 x 64 float32, by models/teacher.safetensors\n")
+    assert (code, said) == (0, f"{PASSED}written t.npy: 6 x 64 float32, by models/teacher.safetensors\n")
     np.testing.assert_allclose(np.load("t.npy"), by_hand(network(2), here / "photos", sorted_names()), atol=1e-5)
 
 
@@ -208,7 +209,7 @@ def test_unreadable_images_are_left_out_when_asked_for(here):
     (here / "photos/a/3.png").write_bytes(b"no png")
     code, said, err = bingo_embed("photos", "--out", "e.parquet", "--on-bad-image", "skip")
     assert (code, err) == (0, "")
-    first, second = said.splitlines()
+    first, second = said.removeprefix(PASSED).splitlines()
     assert first == "written e.parquet: 6 x 64 float32, by models/student.safetensors"
     assert second == "left out, unreadable: 1 ('a/3.png')"
     assert READERS[".parquet"](here / "e.parquet")[1] == sorted_names()
@@ -217,7 +218,7 @@ def test_unreadable_images_are_left_out_when_asked_for(here):
 def test_unreadable_images_are_named_otherwise(here):
     (here / "photos/a/3.png").write_bytes(b"no png")
     code, out, err = bingo_embed("photos", "--out", "e.npy")
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, PASSED)
     first, second = err.splitlines()
     assert first.startswith("error: a/3.png: cannot be read (")
     assert second == "error: FOLDER = photos: 1 of 7 images are unreadable; mend or delete them, or leave them out with --on-bad-image skip"

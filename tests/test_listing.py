@@ -1,6 +1,7 @@
 """The listing's file: whole again after reading, equal bytes for equal content, refused where it is damaged."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from bingo.data.images import MemoryImages, open_images, write_images
 from bingo.data.listing import Content, Listing, listing_fingerprint, read_listing, write_listing
 from bingo.data.listing_rows import ListingRows
 from bingo.errors import UserError
+from bingo.params import load_params
 
 LISTING = Listing(
     dataset="folder",
@@ -129,7 +131,8 @@ def test_a_damaged_or_missing_chunk_is_refused(tmp_path):
 
 def test_files_need_their_root(tmp_path):
     write_images(tmp_path / "images.zarr", LISTING, None)
-    opened = open_images(LISTING, tmp_path / "images.zarr", "somewhere")
+    dataset = load_params(Path(__file__).parent.parent / "params.yaml").dataset.model_copy(update={"root": "somewhere"})
+    opened = open_images(LISTING, tmp_path / "images.zarr", dataset)
     assert (opened.root, opened.paths, len(opened)) == ("somewhere", LISTING.paths, 3)
     with pytest.raises(UserError, match=r"dataset\.root = null"):
         open_images(LISTING, tmp_path / "images.zarr", None)

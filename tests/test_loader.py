@@ -221,7 +221,7 @@ def test_a_file_that_became_a_link_out_of_the_root_is_not_read(tmp_path):
     assert len(list(center_views(images, [0, 1], IMAGE, CPU, 4, 0))) == 1
     for row in range(2, 6):
         (line,) = lines_of(lambda row=row: list(center_views(images, [row], IMAGE, CPU, 4, 0)))
-        assert f"{paths[row]} (row {row}) can no longer be read (it leads out of the dataset's folder)" in line
+        assert f"{paths[row]} (row {row}) can no longer be read (it leads out of the dataset's folder" in line
 
 
 def test_worker_count_is_this_process_share(monkeypatch):

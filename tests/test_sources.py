@@ -26,6 +26,7 @@ from bingo.params import DatasetParams
 DIGITS = DatasetParams(
     source="digits",
     root=None,
+    follow_links=False,
     store_px=20,
     train_images=None,
     test_images=None,

@@ -19,10 +19,9 @@ from PIL import Image
 from benchmarks.fuzz.damage import Damage, damaged, damages
 from benchmarks.fuzz.harness import Surface
 from benchmarks.fuzz.parameters import shipped
-from bingo.data.decode import BadImage, check_header, check_pixels, decode_as_stored, decode_square, read_header
+from bingo.data.decode import SUFFIXES, BadImage, check_header, check_pixels, decode_as_stored, decode_square, read_header
 from bingo.data.decode_crops import decode_crops
 from bingo.data.draws import Crops, crop_boxes, draw_views
-from bingo.data.layout import SUFFIXES
 from bingo.data.listing import read_listing, write_listing
 from bingo.data.sources import scan
 from bingo.errors import UserError

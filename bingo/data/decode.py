@@ -13,9 +13,25 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # whatever the suffix; others are rare, and EPS is a program to be run
+_SUFFIXES = {  # of each format the usual ones first
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+}
+_OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # what this Pillow may have been built without
+# Whatever the suffix. Others are rare or drawn number by number in Python, and EPS is a program to be run.
+FORMATS = tuple(name for name in _SUFFIXES if name not in _OPTIONAL or features.check(_OPTIONAL[name]))
+SUFFIXES = tuple(
+    sorted((suffix for name in FORMATS for suffix in _SUFFIXES[name]), key=(".jpg", ".jpeg", ".png").__contains__, reverse=True)
+)
 MOST_SCANS = 100  # of a JPEG file; progressive ones have about 10, and each may cost a pass over all pixels without a byte of data
 MOST_PLAIN_PIXELS = 4_000_000  # of a PPM file in plain text, which Pillow reads number by number in Python
 DRAFT_MARGIN = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 only where this many times the wanted size remains

@@ -46,6 +46,7 @@ class _Task:
     starts: list[int]
     crops: Crops | None
     image: ImageParams
+    follow_links: bool
 
 
 class FileDecoder:
@@ -89,7 +90,7 @@ class FileDecoder:
 
     def _task(self, rows: list[int], starts: list[int], crops: Crops | None) -> _Task:
         paths = [self._images.paths[row] for row in rows]
-        return _Task(self._images.root, paths, rows, starts, crops, self._image)
+        return _Task(self._images.root, paths, rows, starts, crops, self._image, self._images.follow_links)
 
 
 class _Decode(Dataset):
@@ -102,7 +103,7 @@ class _Decode(Dataset):
         files: list[tuple[int, bytes, Header]] = []
         for i in range(len(task.paths)):
             with _told(task, i, lines):
-                content = path_inside(task.root, task.paths[i]).read_bytes()
+                content = path_inside(task.root, task.paths[i], task.follow_links).read_bytes()
                 files.append((i, content, read_header(content)))
         boxes_T4 = _boxes(task, {i: header for i, _, header in files})
         for i, content, header in files:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from bingo.data.filecheck import Checked, check_files
-from bingo.data.layout import Split, find_splits
+from bingo.data.inside import shown
+from bingo.data.layout import Say, Split, find_splits
 from bingo.data.listing import Listing, listing_fingerprint
 from bingo.data.subset import draw_subset
 from bingo.errors import UserError
@@ -15,10 +16,13 @@ BAD_LINES = 20
 _DATASET = "folder"
 
 
-def scan_folder(dataset: DatasetParams, seed: int) -> tuple[Listing, np.ndarray | None]:
-    """Listing and, with store_px, images of `dataset.root`. Raises UserError for every mistake in the folder or its files."""
+def scan_folder(dataset: DatasetParams, seed: int, say: Say) -> tuple[Listing, np.ndarray | None]:
+    """Listing and, with store_px, images of `dataset.root`; `say` is given a line for each thing that is assumed or passed over.
+
+    Raises UserError for every mistake in the folder or its files.
+    """
     root = Path(str(dataset.root))
-    train, test = find_splits(root)
+    train, test = find_splits(root, dataset.follow_links, say)
     classes = train.classes or test.classes
     chosen = [_choose(dataset, name, split, classes, seed) for name, split in (("train", train), ("test", test))]
     paths = chosen[0][0] + chosen[1][0]
@@ -34,9 +38,20 @@ def scan_folder(dataset: DatasetParams, seed: int) -> tuple[Listing, np.ndarray 
     skipped = [path for path, file in zip(paths, checked, strict=True) if file.reason is not None]
     train_rows = sum(row < len(chosen[0][0]) for row in keep)
     kept_paths, kept_labels = [paths[row] for row in keep], labels_N[keep]
+    _say_of_rows(kept_paths, [checked[row].content.sha256 for row in keep], kept_labels, train_rows, classes, say)
     header = {"dataset": _DATASET, "classes": classes, "store_px": dataset.store_px}
     fingerprint = listing_fingerprint(header, kept_paths, (checked[row].content for row in keep), kept_labels, train_rows)
     return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint), images_NSS3
+
+
+def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say) -> None:
+    """Images that are in both splits, and classes of which no train image is left."""
+    row_of = {sha256: row for row, sha256 in enumerate(hashes[:train_rows]) if sha256}
+    if shared := [(row_of[sha256], row) for row, sha256 in enumerate(hashes[train_rows:], train_rows) if sha256 in row_of]:
+        pair = " and ".join(shown(paths[row]) for row in shared[0])
+        say(f"warning: {len(shared)} test images are train images too, byte for byte ({pair}): figures on them are too high")
+    if absent := [classes[label] for label in np.flatnonzero(np.bincount(labels_N[:train_rows].clip(0), minlength=len(classes)) == 0)]:
+        say(f"warning: no train image of {len(absent)} of {len(classes)} classes is left ({shown(absent[0])}, ...)")
 
 
 def _choose(dataset: DatasetParams, name: str, split: Split, classes: list[str], seed: int) -> tuple[list[str], np.ndarray]:

@@ -18,6 +18,8 @@ from bingo.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from bingo.params import DatasetParams
+
 CHUNK_ROWS = 8192
 _WAY_OUT = "dvc repro scan"
 
@@ -55,11 +57,12 @@ class MemoryImages:
 
 
 class FileImages:
-    """N image files under one folder, decoded at every use by the loader's workers."""
+    """N image files under one folder, decoded at every use by the loader's workers; `follow_links`: links may lead out of it."""
 
-    def __init__(self, root: str, paths: list[str]):
+    def __init__(self, root: str, paths: list[str], follow_links: bool = False):
         self.root = root
         self.paths = paths
+        self.follow_links = follow_links
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -89,10 +92,10 @@ def write_images(path: Path | str, listing: Listing, images_NSS3: np.ndarray | N
             array[:] = images_NSS3
 
 
-def open_images(listing: Listing, images_zarr: Path | str, root: str | None) -> Images:
-    """The images of `listing`: in memory where `images_zarr` holds them, otherwise the files under `root`.
+def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetParams | None") -> Images:
+    """The images of `listing`: in memory where `images_zarr` holds them, otherwise the files under `dataset.root`.
 
-    Raises UserError where the store is absent, damaged or another listing's, and where files are needed but `root` is None.
+    Raises UserError where the store is absent, damaged or another listing's, and where files are needed but there is no `root`.
     """
     name = str(images_zarr)
     group = open_group(images_zarr, name, _WAY_OUT)
@@ -103,9 +106,9 @@ def open_images(listing: Listing, images_zarr: Path | str, root: str | None) -> 
         return MemoryImages(_read_whole(Path(images_zarr), array))
     if array.shape[0]:
         raise UserError(f"{name}: holds {array.shape[0]} images for {len(listing)} rows; delete it and run: {_WAY_OUT}")
-    if root is None:
+    if dataset is None or dataset.root is None:
         raise UserError("dataset.root = null: the images are files to be decoded; set dataset.root to their folder")
-    return FileImages(root, listing.paths)
+    return FileImages(dataset.root, listing.paths, dataset.follow_links)
 
 
 def _read_whole(path: Path, array: zarr.Array) -> np.ndarray:

@@ -1,14 +1,15 @@
-"""Paths that must not leave a folder: those of listings and of annotations, which may come from elsewhere."""
+"""Paths that must not leave a folder (those of listings and annotations may come from elsewhere), and names as people read them."""
 
 import errno
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 
 class Outside(OSError):
     """A path that leads out of its folder; `strerror` is the reason, in one line."""
 
-    def __init__(self) -> None:
-        super().__init__(errno.EACCES, "it leads out of the dataset's folder")
+    def __init__(self, door: str = "") -> None:
+        super().__init__(errno.EACCES, f"it leads out of the dataset's folder{door}")
 
 
 def leads_out(path: str) -> bool:
@@ -16,13 +17,25 @@ def leads_out(path: str) -> bool:
     return path.startswith("/") or (".." in path and ".." in PurePosixPath(path).parts)
 
 
-def path_inside(root: str, path: str) -> Path:
-    """Where `path` lies under `root`. Raises Outside where it leads out of `root`, by itself or through a link."""
+def path_inside(root: str, path: str, follow_links: bool = False) -> Path:
+    """Where `path` lies under `root`. Raises Outside where it leads out of `root` by itself or, unless `follow_links`, through a link."""
     if leads_out(path):
         raise Outside
+    if follow_links:
+        return Path(root, path)
     place = Path(root)
     for part in path.split("/"):  # of the path alone: the root itself may be a link, and resolving all of it takes longer
         place /= part
         if place.is_symlink() and not Path(root, path).resolve().is_relative_to(Path(root).resolve()):
-            raise Outside
+            raise Outside(" through a link; dataset.follow_links: true allows that")
     return place
+
+
+def folded(name: str) -> str:
+    """A name without its case and its Unicode form: equal for what people read as the same."""
+    return normalize("NFC", normalize("NFC", name).casefold())
+
+
+def shown(name: str) -> str:
+    """A file's name as it can be printed."""
+    return name if name.isprintable() else ascii(name)[1:-1]

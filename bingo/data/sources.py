@@ -6,22 +6,24 @@ A new source is one new file with a function here. No torch for digits and folde
 import numpy as np
 
 from bingo.data import digits
+from bingo.data.layout import Say
 from bingo.data.listing import Listing, memory_listing
 from bingo.data.subset import draw_subset
 from bingo.params import DatasetParams
 
 
-def scan(dataset: DatasetParams, seed: int) -> tuple[Listing, np.ndarray | None]:
+def scan(dataset: DatasetParams, seed: int, say: Say = lambda line: None) -> tuple[Listing, np.ndarray | None]:
     """The listing and the images, uint8 (N, S, S, 3) with S = store_px, or None where files are decoded at use.
 
-    Train rows first, each split in the order of its names. Raises UserError for everything that is wrong with the data.
+    Train rows first, each split in the order of its names. `say` is given a line for each thing of a folder that is assumed or passed
+    over. Raises UserError for everything that is wrong with the data.
     """
     if dataset.source == "digits":
         return _scan_digits(dataset, seed)
     if dataset.source == "folder":
         from bingo.data.folder import scan_folder
 
-        return scan_folder(dataset, seed)
+        return scan_folder(dataset, seed, say)
     from bingo.data.cifar import scan_cifar
 
     return scan_cifar(dataset, seed)

@@ -17,7 +17,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import resize_boxes
 
 from bingo import distributed
-from bingo.data.coco import Instances
+from bingo.data.coco import Instances, has_box
 from bingo.data.coco_loader import CocoLoader, Example, View
 from bingo.evals.detection import compiled_roi_align
 from bingo.nets.precision import autocast
@@ -69,15 +69,21 @@ def _detections(seen: dict[str, Tensor], example: Example, found: Instances) -> 
 def coco_scores(found: Instances, detections: list[dict[str, Any]]) -> Scores:
     """{"box": .., "mask": ..}, each with the MEASURES in percent; None where no instance is of that size (small, medium, large).
 
-    Crowds are passed on as such: what is found in them counts neither for nor against.
+    Crowds are passed on as such: what is found in them counts neither for nor against. An instance without a box inside the image is not
+    looked for among the boxes, one whose segmentation covers no pixel not among the masks.
     """
     # Numbered anew: an instance whose id is 0 would count as not matched.
     truth = [annotation | {"id": number} for number, annotation in enumerate(found.annotations, 1)]
+    sides = {image["id"]: (image["height"], image["width"]) for image in found.images.entries}
+    truths = {
+        "box": [one for one in truth if has_box(one, *sides[one["image_id"]])],
+        "mask": [one for one in truth if one["segmentation"] is not None],
+    }
     kinds = {"box": ("bbox", "segmentation"), "mask": ("segm", "bbox")}  # a mask's size is its own area, so its box stays out
     scores = {}
     for name, (kind, left_out) in kinds.items():
         results = [{key: value for key, value in one.items() if key != left_out} for one in detections]
-        reference = _index(found, truth)
+        reference = _index(found, truths[name])
         evaluation = COCOeval_faster(reference, reference.loadRes(results) if results else _index(found, []), kind)
         evaluation.evaluate()
         evaluation.accumulate()

@@ -1,15 +1,27 @@
 """Which train images keep their label where only a share of them may: SimCLR's published lists, or a seeded draw over the classes."""
 
-from collections import defaultdict
+import codecs
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from bingo.data.decode import SUFFIXES
+from bingo.data.inside import folded
+from bingo.data.layout import role_of
 from bingo.data.listing import Listing
 from bingo.data.subset import balanced_rows
-from bingo.errors import UserError
+from bingo.errors import UserError, short
 
 _SHOWN = 3
+_NOTES = {
+    "columns": "have more than a name, which is not read",
+    "form": "name files of another case or Unicode form",
+    "suffix": "name files of another suffix",
+}
 
 
 def drawn_rows(listing: Listing, percent: float, seed: int) -> np.ndarray:
@@ -22,39 +34,118 @@ def drawn_rows(listing: Listing, percent: float, seed: int) -> np.ndarray:
     return balanced_rows(labels_T, count, seed, "few labels")
 
 
-def listed_rows(listing: Listing, list_file: Path | str, name: str) -> np.ndarray:
+def listed_rows(listing: Listing, list_file: Path | str, name: str, say: Callable[[str], None] = lambda line: None) -> np.ndarray:
     """The train rows that a list names, int64, rising: one image a line, by file name or by the end of its path.
 
-    SimCLR's imagenet_subsets/1percent.txt and 10percent.txt have lines such as n01440764_10183.JPEG. Empty lines are passed over, an
-    image named twice counts once. Raises UserError, which calls the parameter `name`, where the file cannot be read or is empty, or
-    names images that the train split does not have, or that several of its paths end in.
+    SimCLR's imagenet_subsets/1percent.txt and 10percent.txt have lines such as n01440764_10183.JPEG. Empty lines and those that begin
+    with # are passed over, an image named twice counts once. What lists of other origins have is accepted, and `say` is given a line on
+    it: further columns, a heading, absolute paths, names in another case or Unicode form or with another suffix than the file. The
+    split's own folder must not be another one's. Raises UserError, which calls the parameter `name`, where the file cannot be read or
+    is empty, or names images that the train split does not have, or that several of its paths end in.
     """
-    try:
-        lines = Path(list_file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is no text"
-        raise UserError(f"{name} = {list_file}: cannot be read ({reason}); name a list of images, one a line, or set null") from None
-    names = [line.strip() for line in lines if line.strip()]
-    by_file_name = defaultdict(list)
-    for row, path in enumerate(listing.paths[: listing.train_rows]):
-        by_file_name[path.rpartition("/")[2]].append(row)
-    matches = {image: _matches(listing, by_file_name, image) for image in names}
-    unknown, ambiguous = [image for image in names if not matches[image]], [image for image in names if len(matches[image]) > 1]
-    if not names:
-        raise UserError(f"{name} = {list_file}: names no image; give one file name a line, or set null for a seeded draw")
+    shown = f"{name} = {list_file}"
+    lines = _lines(list_file, shown)
+    if not lines:
+        raise UserError(f"{shown}: names no image; give one file name a line, or set null for a seeded draw")
+    index = _Index(listing)
+    found = [(line, *index.rows(line)) for line in lines]
+    if len(found) > 1 and not found[0][1] and found[1][1] and "columns" in found[1][2]:
+        say(f"{shown}: the first line, {short(found.pop(0)[0])}, is taken for a heading")
+    unknown, ambiguous = [line for line, rows, _ in found if not rows], [line for line, rows, _ in found if len(rows) > 1]
     if unknown:
         way_out = "is the list of this dataset, and is dataset.train_images null?"
-        raise UserError(f"{name} = {list_file}: {_count(unknown, len(names))} are not in the train split; {way_out}")
+        raise UserError(f"{shown}: {_count(unknown, len(found))} are not in the train split; {way_out}")
     if ambiguous:
         way_out = "write their paths from the class folder on"
-        raise UserError(f"{name} = {list_file}: {_count(ambiguous, len(names))} stand for several train images; {way_out}")
-    return np.unique([rows[0] for rows in matches.values()])
+        raise UserError(f"{shown}: {_count(ambiguous, len(found))} stand for several train images; {way_out}")
+    if notes := Counter(note for _, _, notes in found for note in notes):
+        parts = ", ".join(f"{count:,} {_NOTES[note]}" for note, count in notes.items())
+        say(f"{shown}: of {len(found):,} lines {parts}")
+    return np.unique([rows[0] for _, rows, _ in found])
 
 
-def _matches(listing: Listing, by_file_name: dict[str, list[int]], image: str) -> list[int]:
-    """The train rows whose path is, or ends in, what a line names."""
-    candidates = by_file_name.get(image.rpartition("/")[2], [])
-    return [row for row in candidates if f"/{listing.paths[row]}".endswith(f"/{image}")]
+def _lines(list_file: Path | str, shown: str) -> list[str]:
+    """The lines of a text in UTF-8, or UTF-16 with its mark, that are neither empty nor remarks."""
+    try:
+        content = Path(list_file).read_bytes()
+        text = content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is no text"
+        raise UserError(f"{shown}: cannot be read ({reason}); name a list of images, one a line, or set null") from None
+    lines = (line.strip() for line in re.split("\r\n|\n|\r", text))
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+class _Index:
+    """The train images of a listing by their file names: as they are, without case and Unicode form, and without their suffix too."""
+
+    def __init__(self, listing: Listing):
+        self._paths = listing.paths[: listing.train_rows]
+        self._exact: dict[str, list[int]] = defaultdict(list)
+        for row, path in enumerate(self._paths):
+            self._exact[path.rpartition("/")[2]].append(row)
+
+    @cached_property
+    def _folded(self) -> dict[str, list[int]]:
+        return self._by(folded)
+
+    @cached_property
+    def _stems(self) -> dict[str, list[int]]:
+        return self._by(_stem)
+
+    def _by(self, key: Callable[[str], str]) -> dict[str, list[int]]:
+        by_key: dict[str, list[int]] = defaultdict(list)
+        for file_name, rows in self._exact.items():
+            by_key[key(file_name)] += rows
+        return by_key
+
+    def rows(self, line: str) -> tuple[list[int], list[str]]:
+        """The rows that a line may stand for, and what had to be overlooked for that."""
+        readings = [(line, []), *((column, ["columns"]) for column in _first_columns(line))]
+        for named, notes in readings:
+            if rows := self._ending(named, self._exact, str):
+                return rows, notes
+        for named, notes in readings:
+            if rows := self._ending(named, self._folded, folded):
+                return rows, [*notes, "form"]
+            if rows := self._ending(named, self._stems, _stem):
+                return rows, [*notes, "suffix"]
+        return [], []
+
+    def _ending(self, named: str, by_file_name: dict[str, list[int]], key: Callable[[str], str]) -> list[int]:
+        """Rows whose path ends in what is named; of an absolute path those that share its folder too, but not under another split."""
+        parts = [part for part in named.replace("\\", "/").split("/") if part != "."]
+        is_absolute = named.startswith(("/", "\\")) or named[1:3] in (":\\", ":/")
+        wanted = [folded(part) if key is not str else part for part in parts[:-1]]
+        found = []
+        for row in by_file_name.get(key(parts[-1]), []):
+            folders = self._paths[row].split("/")[:-1]
+            own = [folded(part) for part in folders] if key is not str else folders
+            shared = next((i for i, (x, y) in enumerate(zip(own[::-1], wanted[::-1], strict=False)) if x != y), min(len(own), len(wanted)))
+            if shared == len(wanted) or (is_absolute and _is_of_split(own, wanted, shared)):
+                found.append(row)
+        return found
+
+
+def _is_of_split(own: list[str], wanted: list[str], shared: int) -> bool:
+    """Whether a path in a listing and an absolute one, which share their last folders, may be of one image."""
+    if shared == len(own):
+        return True
+    return shared >= len(own) - 1 and shared > 0 and role_of(own[0]) == "train" and role_of(wanted[len(wanted) - shared - 1]) is None
+
+
+def _first_columns(line: str) -> list[str]:
+    """What stands before the last or first tab, comma, semicolon or white space, and a line without its quotation marks."""
+    columns = [part for separator in "\t,;" if separator in line for part in (line.rpartition(separator)[0], line.partition(separator)[0])]
+    columns += [line.rsplit(None, 1)[0], line.split(None, 1)[0]] if len(line.split()) > 1 else []
+    quoted = line.strip("\"'")
+    return [column.strip().strip("\"'") for column in [*columns, *([quoted] if quoted != line else [])] if column.strip().strip("\"'")]
+
+
+def _stem(file_name: str) -> str:
+    """A file name in no case and form, without a suffix of an image."""
+    name = folded(file_name)
+    return name.rpartition(".")[0] if name.endswith(SUFFIXES) else name
 
 
 def _count(images: list[str], of: int) -> str:
