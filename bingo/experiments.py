@@ -42,6 +42,7 @@ class Variant:
     """The runs of one variant. `values` has, of each measure that was taken, the value of each seed; see `measures`."""
 
     name: str
+    method: str
     with_teacher: bool
     seeds: Sequence[int]
     values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
@@ -106,7 +107,7 @@ def _variant(runs: Sequence[Experiment], records: Sequence[Mapping[str, Any]]) -
     for run in sorted(runs, key=lambda run: run.seed):
         for measure, value in measures(run, record_of(run, records)).items():
             values.setdefault(measure, {})[run.seed] = value
-    return Variant(runs[0].variant, _with_teacher(runs[0]), sorted({run.seed for run in runs}), values)
+    return Variant(runs[0].variant, runs[0].params["distill"]["method"], _with_teacher(runs[0]), sorted({run.seed for run in runs}), values)
 
 
 def _with_teacher(experiment: Experiment) -> bool:

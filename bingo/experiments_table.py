@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bingo.experiments import Difference, Variant, paired_difference
+from bingo.params import display_name
 
 ABSENT = "–"
 _ACCURACIES = {"linear": "linear", "knn_10": "kNN, k = 10"}
@@ -28,7 +29,8 @@ def summary(found: Sequence[Variant], against: str | None) -> Table:
     A column that nobody has a figure for is left out.
     """
     reference = next((variant for variant in found if variant.name == against), None)
-    columns = {"variant": [variant.name for variant in found], "seeds": [str(len(variant.seeds)) for variant in found]}
+    columns = {"variant": [variant.name for variant in found], "method": [display_name(variant.method) for variant in found]}
+    columns["seeds"] = [str(len(variant.seeds)) for variant in found]
     columns |= {header: [_accuracy(variant, measure) for variant in found] for measure, header in _ACCURACIES.items()}
     if reference:
         for measure, header in _ACCURACIES.items():

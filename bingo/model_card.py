@@ -9,7 +9,7 @@ from typing import Any
 
 from bingo.export.contract import Loading
 from bingo.nets.stored import StoredNetwork
-from bingo.params import method_names, method_section
+from bingo.params import display_name, method_names, method_section
 
 _PROTOCOLS = {"cached": "linear layer on stored features", "crops": "linear layer on random crops"}
 _UNKNOWN = "not known: this workspace no longer holds it"
@@ -54,7 +54,7 @@ def model_card(network: StoredNetwork, target: str, file_name: str, loading: Loa
     """The card of a file that `export_network` wrote for `target`; `check` is what that said."""
     feature_width = network.backbone.feature_width
     parts = [
-        f"# {network.arch}, trained with BINGO",
+        f"# {network.arch}, trained by {_method(network.metadata)}",
         f"`{file_name}` is a backbone without a classifier, written for {target}: normalised images in, "
         f"{feature_width} pooled features out. {check[0].upper()}{check[1:]}.",
         "## Load it",
@@ -96,7 +96,7 @@ def _images(network: StoredNetwork) -> str:
 
 def _training_rows(network: StoredNetwork, provenance: Provenance) -> list[tuple[str, str]]:
     metadata = network.metadata
-    method = str(metadata.get("method", "unknown"))
+    method = _method(metadata)
     params = metadata.get("params", {})
     rows = [("method", method), ("epochs", str(metadata.get("epochs", "unknown")))]
     if options := metadata.get("options"):
@@ -109,6 +109,11 @@ def _training_rows(network: StoredNetwork, provenance: Provenance) -> list[tuple
     else:
         rows += [("teacher", f"none: {method} needs none")]
     return rows + [(name, str(metadata[name])) for name in ("revision",) if name in metadata]
+
+
+def _method(metadata: Mapping[str, Any]) -> str:
+    """The method as its paper writes it."""
+    return display_name(str(metadata.get("method", "an unknown method")))
 
 
 def _has_teacher(metadata: Mapping[str, Any]) -> bool:

@@ -47,8 +47,10 @@ class Section(BaseModel):
 
 
 class MethodSection(Section):
-    """A method's own section: whether the method needs a teacher, and whether it reads the stored features beside the stored keys."""
+    """A method's own section: its name as its paper writes it, whether it needs a teacher, and whether it reads the stored features
+    beside the stored keys."""
 
+    display_name: ClassVar[str]
     needs_teacher: ClassVar[bool]
 
     @property
@@ -474,9 +476,10 @@ class TransferParams(CropsParams):
 
 
 class ReportParams(Section):
-    """The HTML report: title, how many bags the gallery shows, and published numbers to print beside the measured ones."""
+    """The HTML report: title (null: the dataset's name and numbers), how many bags the gallery shows, and published numbers to print
+    beside the measured ones."""
 
-    title: str
+    title: str | None
     gallery_anchors: Whole
     published: dict[str, str]
 
@@ -546,6 +549,11 @@ def method_names() -> list[str]:
     """Every method that has a file in bingo/methods."""
     folder = Path(__file__).parent / "methods"
     return sorted(path.name.removesuffix("_params.py") for path in folder.glob("*_params.py"))
+
+
+def display_name(method: str) -> str:
+    """A method's name as its paper writes it; of one that has no file here, the name that was given."""
+    return method_section(method).display_name if method in method_names() else method
 
 
 def format_names() -> list[str]:

@@ -5,7 +5,8 @@ The first line is a comment that describes the recipe. Beside the sections of pa
     includes: [names]    recipes that are laid over before this one, in this order (`parts/NAME`: pieces that recipes share)
     about:               what to expect and what is needed, see `About`; no parameter
 
-Expected figures become `report.title` and `report.published`, so that the report prints them beside the measured ones.
+Expected figures become `report.title` and `report.published`, so that the report prints them beside the measured ones. A recipe without
+such figures takes those of another away, unless it only adds evaluations: they are not of what it sets.
 """
 
 import json
@@ -32,6 +33,7 @@ MEASURES = {
 }
 Percent = Annotated[float, Field(ge=0, le=100)]
 # Sections whose keys are the user's own words: they are replaced whole.
+_ADDED = {"semi_eval", "transfer", "transfer_coco", "report"}  # sections of evaluations that are laid over any other recipe
 _WHOLE = {"report.published", "semi_eval.splits", "transfer.datasets"}
 
 
@@ -158,9 +160,11 @@ def _standing(deviates: list[str], ours: dict[str, Any], published: dict[str, An
 
 
 def _for_the_report(recipe: Recipe) -> dict[str, Any]:
-    """Expected figures as the report's sections have them; empty where there are none."""
+    """Expected figures as the report's sections have them; neither title nor figures where there are none."""
     if not recipe.about.expected:
-        return {}
+        cleared: dict[str, Any] = {"report": {"title": None, "published": {}}} if recipe.overlay.keys() - _ADDED else {}
+        lay_over(cleared, {key: value for key, value in recipe.overlay.items() if key == "report"})
+        return cleared
     published = {MEASURES[measure]: f"{percent} % ({recipe.about.source})" for measure, percent in recipe.about.expected.items()}
     return {"report": {"title": recipe.description, "published": published}}
 

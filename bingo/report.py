@@ -7,11 +7,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from bingo import report_bags, report_coco, report_results, report_semi, report_transfer
+from bingo.params import display_name
 from bingo.plots import SERIES, lines
 from bingo.report_inputs import Artefacts, Curves, NetworkFacts
 from bingo.report_page import render
@@ -20,6 +22,7 @@ _STAGE_ORDER = (
     "scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar", "transfer_coco",
 )  # fmt: skip
 _COLORS, _BASELINE_COLOR = {"distill": 0, "teacher": 1}, 2  # of plots.SERIES, as in the results
+_DATASETS = {"digits": "Handwritten digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # by dataset.source
 _PROBE_COLORS = [0, 2, 4, 1, 3]
 _RUN_KEYS = (
     "stage", "seconds", "images_per_second", "anchors_per_second", "data_wait", "device", "processes", "cores",
@@ -44,7 +47,8 @@ def build_page(a: Artefacts) -> str:
         "teacher": _network(a.params.teacher, a.teacher),
         "student": _network(a.params.student, a.student),
         "shrinkage": _shrinkage(a),
-        "method": a.params.distill.method.upper(),
+        "method": display_name(a.params.distill.method),
+        "title": _title(a),
         "with_teacher": report_results.needs_teacher(a),
         "dataset": _dataset(a),
         "headline": report_results.headline(a),
@@ -102,10 +106,27 @@ def _rounded(count: int) -> str:
     return str(count)
 
 
-def _dataset(a: Artefacts) -> str:
+def _title(a: Artefacts) -> str:
+    """`report.title`, or what the images are: "CIFAR-10: 50,000 train and 10,000 test images"."""
+    return a.params.report.title or f"{_dataset_name(a)}: {_images(a)}"
+
+
+def _dataset_name(a: Artefacts) -> str:
+    """A published dataset's name, or that of the folder."""
+    dataset = a.params.dataset
+    root = Path(dataset.root or ".")
+    return _DATASETS.get(dataset.source) or (root.resolve() if root.name in ("", "..") else root).name or dataset.source
+
+
+def _images(a: Artefacts) -> str:
     test_images = len(a.listing) - a.listing.train_rows
+    train = f"{a.listing.train_rows:,} train" + (f" and {test_images:,} test" if test_images else "")
+    return f"{train} image{'s' if len(a.listing) > 1 else ''}"
+
+
+def _dataset(a: Artefacts) -> str:
     classes = f"{len(a.listing.classes):,} classes" if a.listing.labelled else "no labels"
-    return f"{a.listing.dataset}: {a.listing.train_rows:,} train and {test_images:,} test images, {classes}"
+    return f"{_dataset_name(a)}: {_images(a)}, {classes}"
 
 
 def _trainings(a: Artefacts) -> list[Training]:
@@ -116,7 +137,7 @@ def _trainings(a: Artefacts) -> list[Training]:
 
 def _training_title(a: Artefacts, name: str) -> str:
     if name == "teacher":
-        return "Teacher, pretrained by MoCo-v2"
+        return f"Teacher, pretrained by {display_name('moco')}"
     return report_results.network_label(a, "student" if name == "distill" else name.removeprefix("baseline-"))
 
 

@@ -11,6 +11,7 @@ from importlib.resources import files
 import jinja2
 from markupsafe import Markup
 
+from bingo.params import display_name
 from bingo.report_inputs import Artefacts
 
 MEASURES = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
@@ -53,7 +54,7 @@ def coco_rows(a: Artefacts) -> list[CocoRow]:
     rows = []
     for run, scores in a.coco.items():
         figures = [scores[kind][measure] for kind in ("box", "mask") for measure in MEASURES]
-        network = f"{a.params.student.arch} by {a.params.distill.method.upper()}"
+        network = f"{a.params.student.arch} by {display_name(a.params.distill.method)}"
         rows.append(CocoRow(network, f"measured, {run}", figures))
         key = "c4" if run.startswith("c4-") else run
         note = "head and schedule not stated" if key == "c4" else run

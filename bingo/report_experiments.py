@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from bingo.experiments import Experiment, Variant, spread
 from bingo.experiments_table import Table
+from bingo.params import display_name
 from bingo.plots import Point, labelled_points
 from bingo.report_page import render
 
@@ -90,7 +91,14 @@ def _point(variant: Variant, cost: str, measure: str, prefix: str) -> Point | No
     if accuracy is None or price is None:
         return None
     kind = _WITH_TEACHER if variant.with_teacher else _WITHOUT
-    return Point(variant.name.removeprefix(prefix), price.mean, accuracy.mean, accuracy.deviation, kind)
+    return Point(_label(variant, prefix), price.mean, accuracy.mean, accuracy.deviation, kind)
+
+
+def _label(variant: Variant, prefix: str) -> str:
+    """A variant's name without what all begin with; of recipes method-NAME, the method as its paper writes it and what follows."""
+    name = variant.name.removeprefix(prefix)
+    method, hyphen, rest = name.removeprefix("method-").partition("-")
+    return f"{display_name(method)}{hyphen}{rest}" if method == variant.method else name
 
 
 def _prefix(found: Sequence[Variant]) -> str:

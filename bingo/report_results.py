@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from bingo.params import display_name
 from bingo.plots import Bar, accuracy_bars
 from bingo.report_inputs import Artefacts
 
@@ -66,11 +67,11 @@ def network_label(a: Artefacts, net: str) -> str:
     method = a.params.distill.method
     fixed = {
         "teacher": "Teacher",
-        "student": f"Student by {method.upper()}{'' if needs_teacher(a) else ', no teacher'}",
+        "student": f"Student by {display_name(method)}{'' if needs_teacher(a) else ', no teacher'}",
         "untrained": "Student, untrained",
         "pixels": "Raw pixels",
     }
-    return fixed.get(net, f"{'Baseline' if net == method else 'Student'} by {net.upper()}, no teacher")
+    return fixed.get(net, f"{'Baseline' if net == method else 'Student'} by {display_name(net)}, no teacher")
 
 
 def columns(a: Artefacts) -> list[Column]:
@@ -224,8 +225,8 @@ def _knn_header(key: str) -> str:
 
 
 def _short_label(net: str, method: str) -> str:
-    fixed = {"teacher": "Teacher", "student": method.upper(), "untrained": "Untrained", "pixels": "Pixels"}
-    return fixed.get(net, f"{net.upper()} baseline" if net == method else net.upper())
+    fixed = {"teacher": "Teacher", "student": display_name(method), "untrained": "Untrained", "pixels": "Pixels"}
+    return fixed.get(net, f"{display_name(net)} baseline" if net == method else display_name(net))
 
 
 def _difference(points: float) -> str:
@@ -236,7 +237,7 @@ def _difference(points: float) -> str:
 def _against(a: Artefacts, net: str) -> str:
     teacher = "its teacher" if needs_teacher(a) else "the teacher, which it did not learn from"
     fixed = {"teacher": teacher, "untrained": "the same network untrained"}
-    return fixed.get(net, f"the same network trained by {net.upper()} without a teacher")
+    return fixed.get(net, f"the same network trained by {display_name(net)} without a teacher")
 
 
 def _listed(parts: Iterable[str]) -> str:

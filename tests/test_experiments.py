@@ -16,12 +16,12 @@ from test_report import ATTACK, Page
 from benchmarks.compare import overrides, written
 from bingo.artefacts import write_json
 from bingo.errors import UserError
-from bingo.experiments import Experiment, measures, paired_difference, record_of, spread, variants
+from bingo.experiments import Experiment, Variant, measures, paired_difference, record_of, spread, variants
 from bingo.experiments_table import Table, by_seed, difference_text, summary
 from bingo.params import read_yaml
 from bingo.plots import Point, labelled_points
 from bingo.recipes import lay_over, read_recipe
-from bingo.report_experiments import build_page
+from bingo.report_experiments import _label, build_page
 from stages import common, experiments
 
 ROOT = Path(__file__).parent.parent
@@ -104,18 +104,18 @@ def test_timings_are_of_the_same_training():
 def test_the_summary_as_markdown():
     lines = summary(variants(ALL, RECORDS), "method-moco").markdown().splitlines()
     assert lines == [
-        "| variant | seeds | linear | kNN, k = 10 | linear, minus method-moco | kNN, k = 10, minus method-moco | linear, % of its teacher"
-        " | GFLOP per anchor | anchors/s | peak memory, MB | minutes |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| method-bingo | 3 | 72.0 ± 2.6 | 71.0 ± 2.6 | +9.5 (+3.1 to +15.9), 2 of 3 seeds | +9.5 (+3.1 to +15.9), 2 of 3 seeds | 90.0"
-        " | 0.0123 | 1,500 | 1,083 | 1.00 |",
-        "| my-idea | 1 | 65.0 | 64.0 | +5.0 | +5.0 | 81.2 | – | 1,500 | 1,083 | 1.50 |",
-        "| method-moco | 2 | 61.0 ± 1.4 | 60.0 ± 1.4 | – | – | – | 0.01 | – | – | – |",
+        "| variant | method | seeds | linear | kNN, k = 10 | linear, minus method-moco | kNN, k = 10, minus method-moco"
+        " | linear, % of its teacher | GFLOP per anchor | anchors/s | peak memory, MB | minutes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method-bingo | BINGO | 3 | 72.0 ± 2.6 | 71.0 ± 2.6 | +9.5 (+3.1 to +15.9), 2 of 3 seeds | +9.5 (+3.1 to +15.9), 2 of 3 seeds"
+        " | 90.0 | 0.0123 | 1,500 | 1,083 | 1.00 |",
+        "| my-idea | BINGO | 1 | 65.0 | 64.0 | +5.0 | +5.0 | 81.2 | – | 1,500 | 1,083 | 1.50 |",
+        "| method-moco | MoCo-v2 | 2 | 61.0 ± 1.4 | 60.0 ± 1.4 | – | – | – | 0.01 | – | – | – |",
     ]
 
 
 def test_without_a_reference_there_are_no_differences():
-    assert summary(variants(ALONE, []), None).headers == ["variant", "seeds", "linear", "kNN, k = 10", "linear, % of its teacher"]
+    assert summary(variants(ALONE, []), None).headers == ["variant", "method", "seeds", "linear", "kNN, k = 10", "linear, % of its teacher"]
 
 
 def test_seed_by_seed():
@@ -144,15 +144,31 @@ def test_the_page_is_offline_accessible_and_repeatable():
     page = Page(text)
     assert not [tag for tag, attrs in page.tags if tag in ("script", "link", "img") or "onerror" in attrs]
     assert "http" not in text.replace("http-equiv", "")
-    assert page.rows["method-bingo"][:4] == ["3", "72.0 ± 2.6", "71.0 ± 2.6", "+9.5(+3.1 to +15.9), 2 of 3 seeds"]
-    assert page.rows["method-moco"][3] == "–none"
+    assert page.rows["method-bingo"][:5] == ["BINGO", "3", "72.0 ± 2.6", "71.0 ± 2.6", "+9.5(+3.1 to +15.9), 2 of 3 seeds"]
+    assert page.rows["method-moco"][4] == "–none"
     svgs = [attrs for tag, attrs in page.tags if tag == "svg" and "aria-hidden" not in attrs]
     assert [attrs["role"] for attrs in svgs] == ["img", "img"]
-    assert "moco 61.0 percent at 0.04" in svgs[0]["aria-label"]
+    assert "MoCo-v2 61.0 percent at 0.04" in svgs[0]["aria-label"]
     assert len(page.all("caption")) == len(page.all("table")) == 2
     assert "Circles: with a teacher; squares: without." in page.words
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "prefix", "label"),
+    [
+        ("method-coss", "coss", "method-", "CoSS"),
+        ("method-coss-1", "coss", "", "CoSS-1"),
+        ("base+method-bingo-paper", "bingo", "base+", "BINGO-paper"),
+        ("ablation-k-1", "bingo", "ablation-", "k-1"),
+        ("seed-sweep", "bingo", "", "seed-sweep"),
+        ("method-mine", "bingo", "", "method-mine"),
+        ("moco", "moco", "", "MoCo-v2"),
+    ],
+)
+def test_points_are_named_as_papers_write_their_methods(name, method, prefix, label):
+    assert _label(Variant(name, method, True, [0]), prefix) == label
 
 
 def test_the_page_of_one_variant_has_no_chart():
@@ -276,7 +292,7 @@ def test_over_a_base_the_reference_is_found_and_the_base_is_on_no_chart(shown, m
     monkeypatch.setattr(experiments, "_shown_by_dvc", lambda revision: shown_by_dvc(*based))
     experiments.report_experiments([], None, "HEAD")
     assert "minus my-base+method-moco" in capsys.readouterr().out
-    assert "moco 61.0 percent at 0.04" in (shown / "reports/experiments.html").read_text()
+    assert "MoCo-v2 61.0 percent at 0.04" in (shown / "reports/experiments.html").read_text()
     assert "my-base+method-moco 61.0" not in (shown / "reports/experiments.html").read_text()
     monkeypatch.setattr(
         experiments, "_shown_by_dvc", lambda revision: shown_by_dvc(*based, dataclasses.replace(MOCO[0], name="b+method-moco"))

@@ -46,7 +46,7 @@ def rows(card: str, section: str) -> dict[str, str]:
 def test_every_section_is_there_once_and_in_order(card):
     text = card(KNOWN)
     assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == SECTIONS
-    assert text.startswith("# resnet10t, trained with BINGO\n\n`net.safetensors` is a backbone without a classifier, written for timm: ")
+    assert text.startswith("# resnet10t, trained by BINGO\n\n`net.safetensors` is a backbone without a classifier, written for timm: ")
     assert "64 pooled features out. Not read back: why.\n" in text
     assert "```python\nimport timm\n```" in text
     assert "short side to 256 pixels (bilinear, antialiased), then 224 x 224 from the middle" in text
@@ -60,7 +60,7 @@ def test_what_made_it_is_told_where_it_is_known(card):
         KNOWN, **MADE, revision="v1-3-gabc", params={"distill": {"lr": 0.06, "augment": {"crop_scale": [0.2, 1.0]}}, "bingo": {"t": 0.2}}
     )
     found = rows(text, "What made it")
-    assert found["method"] == "bingo"
+    assert found["method"] == "BINGO"
     assert found["epochs"] == "200"
     assert found["data"] == "folder, 1,281,167 training images"
     assert found["listing's fingerprint"] == "11aa"
@@ -97,7 +97,7 @@ def test_what_is_not_known_is_not_claimed(card):
 def test_a_method_without_teacher_has_none_on_the_card(card, metadata):
     text = card(KNOWN, **metadata)
     found = rows(text, "What made it")
-    assert found["teacher"] == "none: moco needs none"
+    assert found["teacher"] == "none: MoCo-v2 needs none"
     assert "bags" not in found
     assert "They come from the images (folder) and may inherit their terms." in text
 

@@ -259,7 +259,7 @@ def test_every_learning_rate_is_its_papers(name, training, layer):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ablation-")])
 def test_an_ablation_changes_neither_the_images_nor_the_budget(name):
-    allowed = ("distill.method", "distill.keys", "bagging.", "extract.views", "extract.augment.", "methods.bingo.", "baselines")
+    allowed = ("distill.method", "distill.keys", "bagging.", "extract.views", "extract.augment.", "methods.bingo.", "baselines", "report.")
     assert not [key for key, _ in flattened(recipe(name).overlay) if not key.startswith(allowed)]
 
 
@@ -318,6 +318,7 @@ def test_includes_are_laid_over_in_order_and_before_the_recipe_itself(tmp_path):
         c="# c\nincludes: [parts/b, parts/a]\nbagging: {k: 3}\n",
     )
     made = read_recipe(tmp_path, "c")
+    assert made.overlay.pop("report") == {"title": None, "published": {}}  # other figures than another recipe's
     assert made.overlay == {"bagging": {"k": 3, "clusters": 1, "method": "knn"}}
     assert made.about.deviates == ["one", "two"]
     assert not made.about.expected  # a figure belongs to one setting: it is not inherited
@@ -591,3 +592,19 @@ def test_where_a_teacher_has_no_head_its_feature_is_the_key(recipe_name, key_wid
     teacher = dry_teacher(resolved(recipe_name), checkpoint=False)
     assert teacher.metadata["key_width"] == key_width
     assert teacher.keys(torch.zeros(1, 3, 32, 32)).shape == (1, key_width)
+
+
+def test_figures_and_title_of_a_recipe_go_with_the_next_one_but_stay_under_evaluations():
+    row = read_recipe(FOLDER, "imagenet-r18-bingo-r50-800ep")
+    for name in recipe_names(FOLDER):
+        laid = {"report": {"title": "Mine", "published": {}, "gallery_anchors": 12}}
+        lay_over(laid, row.overlay)
+        recipe = read_recipe(FOLDER, name)
+        lay_over(laid, recipe.overlay)
+        if recipe.about.expected:
+            assert laid["report"]["title"] == recipe.description
+        elif name.startswith(("downstream-", "coco-")):
+            assert laid["report"] == {"gallery_anchors": 12} | row.overlay["report"]
+        else:
+            assert laid["report"]["title"] is None
+            assert laid["report"]["published"] == {}

@@ -21,7 +21,7 @@ from bingo.checksums import seal_safetensors
 from bingo.data.images import FileImages, MemoryImages, write_images
 from bingo.data.listing import Listing, write_listing
 from bingo.errors import UserError
-from bingo.params import load_params, read_yaml, validate
+from bingo.params import method_names, read_yaml, validate
 from bingo.plots import Bar, accuracy_bars, lines, quantile_strip
 from bingo.report import build_page, run_script
 from bingo.report_bags import THUMBNAIL_PX, gallery_rows, statistics, thumbnail
@@ -186,7 +186,7 @@ def artefacts(**changes) -> Artefacts:
 
 
 def test_every_figure_is_in_its_row(page):
-    by_label = {"teacher": "Teacherceiling", "student": "Student by BINGO", "moco": "Student by MOCO, no teacher"}
+    by_label = {"teacher": "Teacherceiling", "student": "Student by BINGO", "moco": "Student by MoCo-v2, no teacher"}
     by_label |= {"untrained": "Student, untrainedfloor", "pixels": "Raw pixelsno network"}
     for net, label in by_label.items():
         cells = page.rows[label]
@@ -205,7 +205,8 @@ def test_every_figure_is_in_its_row(page):
 def test_headline_has_signed_differences(page):
     expected = "The student classifies 84.0 % of the test images correctly (linear top-1): 14.0 points above the same network trained by"
     assert (
-        f"{expected} MOCO without a teacher, 11.0 points below its teacher and 44.0 points above the same network untrained." in page.words
+        f"{expected} MoCo-v2 without a teacher, 11.0 points below its teacher and 44.0 points above the same network untrained."
+        in page.words
     )
 
 
@@ -465,5 +466,42 @@ def test_charts_are_well_formed_and_repeatable(draw):
     assert "style" not in {tag for tag, _ in page.tags}
 
 
-def test_the_shipped_parameters_give_a_title():
-    assert load_params(ROOT / "params.yaml").report.title in build_page(artefacts())
+@pytest.mark.parametrize(
+    ("dataset", "rows", "train_rows", "title"),
+    [
+        ({"source": "digits"}, 18, 12, "Handwritten digits: 12 train and 6 test images"),
+        ({"source": "cifar100", "root": "data/c"}, 18, 12, "CIFAR-100: 12 train and 6 test images"),
+        ({"source": "folder", "root": "/data/pets/"}, 18, 18, "pets: 18 train images"),
+        ({"source": "folder", "root": "../a b <i>"}, 1, 1, "a b &lt;i&gt;: 1 train image"),
+        ({"source": "folder", "root": "."}, 12_345, 11_000, f"{Path.cwd().name}: 11,000 train and 1,345 test images"),
+        ({"source": "folder", "root": ".."}, 2, 2, f"{Path.cwd().parent.name}: 2 train images"),
+    ],
+)
+def test_a_title_comes_from_the_dataset_unless_it_is_set(dataset, rows, train_rows, title):
+    listing = Listing("made-up", [str(row) for row in range(rows)], np.full(rows, -1), train_rows, [], [], "0" * 32)
+    for given in (None, "Mine & <b>"):
+        changed = params(report__title=given, **{f"dataset__{key}": value for key, value in dataset.items()})
+        text = build_page(artefacts(params=changed, listing=listing, knn={}, linear={}))
+        assert f"<h1>{title if given is None else 'Mine &amp; &lt;b&gt;'}</h1>" in text
+        assert text.count(f"<title>{title if given is None else 'Mine &amp; &lt;b&gt;'} · BINGO</title>") == 1
+
+
+PAPERS = {
+    "bingo": "BINGO", "compress": "CompRess", "coss": "CoSS", "disco": "DisCo", "isd": "ISD", "moco": "MoCo-v2", "seed": "SEED",
+    "simreg": "SimReg",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_is_named_as_its_paper_writes_it(method):
+    scores = {net: {"knn_10": 50.0} for net in ("student", "moco", "isd")}
+    curves = {"distill": {"epoch": [1.0], "loss": [2.0], "knn_10": [3.0]}, "baseline-isd": {"epoch": [1.0], "loss": [2.0], "knn_10": [3.0]}}
+    coco = {"fpn-1x": {kind: dict.fromkeys(("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"), 1.0) for kind in ("box", "mask")}}
+    page = Page(build_page(artefacts(params=params(distill__method=method), knn=scores, linear={}, curves=curves, coco=coco)))
+    shown, labels = page.words, " ".join(attrs.get("aria-label", "") for attrs in page.all("svg"))
+    assert f"Student by {PAPERS[method]}" in shown
+    assert f"{params().student.arch} by {PAPERS[method]}" in shown
+    assert f"{PAPERS[method]} 50.0" in labels
+    assert f"MoCo-v2{' baseline' if method == 'moco' else ''} 50.0" in labels
+    assert "by ISD, no teacher from 3 to 3" in labels
+    assert not re.search(r"\b(COSS|MOCO|DISCO|COMPRESS|SIMREG)\b", shown + labels)

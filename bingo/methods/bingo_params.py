@@ -15,6 +15,7 @@ class Params(MethodSection):
     relation: `none` leaves out every term with a bag member. negatives: rows of the whole `bank` of stored keys, or a `queue`.
     """
 
+    display_name: ClassVar[str] = "BINGO"
     needs_teacher: ClassVar[bool] = True
 
     terms: Literal["paper", "symmetric", "symmetric_mix"]

@@ -11,6 +11,7 @@ class Params(MethodSection):
     """CompRess (Abbasi Koohpayegani et al. 2020). `queues`: 2, the student's similarities are to a moving average of itself, without
     a head; 1, both similarities are to the teacher's queue, and the student gets one linear layer to the teacher's width."""
 
+    display_name: ClassVar[str] = "CompRess"
     needs_teacher: ClassVar[bool] = True
 
     queues: Literal[1, 2]

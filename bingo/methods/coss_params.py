@@ -14,6 +14,7 @@ class Params(MethodSection):
     temperature.
     """
 
+    display_name: ClassVar[str] = "CoSS"
     needs_teacher: ClassVar[bool] = True
 
     target: Literal["features", "keys"]

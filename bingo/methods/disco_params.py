@@ -11,6 +11,7 @@ class Params(MethodSection):
     """DisCo (Gao et al. 2022): MoCo-v2's loss and, with weight `regression_weight`, the squared distances to the teacher's keys of the
     same views. The released code sums over a GPU's 32 anchors, which is a weight of 32 on the mean."""
 
+    display_name: ClassVar[str] = "DisCo"
     needs_teacher: ClassVar[bool] = True
 
     temperature: Temperature

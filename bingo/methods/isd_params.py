@@ -12,6 +12,7 @@ class Params(MethodSection):
     distill.augment but no colours and no blur (ISD-plus). `projection_width`: width of a projector before the predictor, which
     the moving average has too; null: none, the features are compared."""
 
+    display_name: ClassVar[str] = "ISD"
     needs_teacher: ClassVar[bool] = False
 
     student_temperature: Temperature

@@ -10,6 +10,7 @@ from bingo.params import MethodSection, Share, Temperature, Width
 class Params(MethodSection):
     """MoCo-v2 (facebookresearch/moco): temperature, queue of keys, momentum of the key encoder, projection head."""
 
+    display_name: ClassVar[str] = "MoCo-v2"
     needs_teacher: ClassVar[bool] = False
 
     temperature: Temperature

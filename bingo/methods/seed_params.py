@@ -11,6 +11,7 @@ class Params(MethodSection):
     """SEED (Fang et al. 2021): temperatures of the student's and the teacher's rows of similarities, the bank that both are taken
     to, and the student's head (published: as wide as the features; 2048 gives 2.3 points more)."""
 
+    display_name: ClassVar[str] = "SEED"
     needs_teacher: ClassVar[bool] = True
 
     student_temperature: Temperature
