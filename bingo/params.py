@@ -133,7 +133,8 @@ class AugmentParams(Section):
 
 
 class NetworkParams(Section):
-    """A backbone: a timm name, or torchvision/NAME; `width` scales all channels (ResNets only); `stem: small` suits images under 64 px."""
+    """A backbone: a timm name (of a teacher from timm also NAME.TAG, where the tag chooses the weights), or torchvision/NAME; `width`
+    scales all channels (ResNets only); `stem: small` suits images under 64 px."""
 
     arch: str
     width: Positive
@@ -142,10 +143,10 @@ class NetworkParams(Section):
     @field_validator("arch")
     @classmethod
     def _arch_exists(cls, arch: str) -> str:
-        from bingo.nets.names import arch_names
+        from bingo.nets.names import arch_mistake
 
-        if arch not in (names := arch_names()):
-            raise ValueError(f"no network of timm (or torchvision/NAME) has this name{near_matches(arch, names)}")
+        if mistake := arch_mistake(arch):
+            raise ValueError(mistake)
         return arch
 
     @property

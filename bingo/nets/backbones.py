@@ -5,6 +5,7 @@ is read back by the library. Shape letters: B images of a batch, D feature width
 """
 
 import copy
+import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 from torchvision import models as vision
 
+from bingo import distributed
 from bingo.errors import UserError
 
 _RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
@@ -27,9 +29,11 @@ RATES = ("drop_path_rate", "drop_rate")  # timm's names
 # Residual branches start at work, as in torchvision and so in all released code; timm would start them at zero.
 _RESNET_INIT: dict[str, Any] = {"zero_init_last": False}
 _TWO_HEADED = ("googlenet", "inception_v3")
-_OPTIONS = ("num_heads", "global_pool", "dynamic_img_size")
+_OPTIONS = ("num_heads", "global_pool", "dynamic_img_size", "img_size")
 _MOST_CHANNELS = 2**16
-_TRANSFORMERS = ("timm.models.vision_transformer", "timm.models.eva")
+_TRANSFORMERS = tuple(f"timm.models.{module}" for module in ("vision_transformer", "vision_transformer_hybrid", "deit", "eva"))
+_TIERED = 4  # a stem in tiers has a quarter of its width in the first layer
+_USUAL_PX = (*range(8, 65, 8), 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 518)
 
 
 class Backbone(nn.Module):
@@ -48,10 +52,11 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
 
     `arch` is a timm name or torchvision/NAME. `width` multiplies all channels of a plain ResNet of timm (2.0 of resnet50 is
     SwAV's R50x2: Caron et al. 2020, src/resnet50.py, `widen`). `stem` is `imagenet` (as published) or `small`: a stride-1
-    first convolution, and in ResNets a 3x3 one without the pooling behind it. `options` are what published weights need beyond the
-    library's default: arguments of timm's model (`num_heads`, `global_pool`, `dynamic_img_size`), and `padding: same` for TensorFlow's
-    padding of strided layers; and what a training may ask for: `drop_rate`, `drop_path_rate` (timm's; 0, whatever the library's default
-    is, where they are not named) and `batchnorm_momentum`.
+    first convolution, and in ResNets a 3x3 one without the pooling behind it. A vision transformer of timm takes images of any whole
+    number of its patches: its position embedding, of the published grid, is resampled. `options` are what published weights need beyond
+    the library's default: arguments of timm's model (`num_heads`, `global_pool`, `img_size` of the position embedding), and `padding:
+    same` for TensorFlow's padding of strided layers; and what a training may ask for: `drop_rate`, `drop_path_rate` (timm's; 0, whatever
+    the library's default is, where they are not named) and `batchnorm_momentum`.
 
     Raises UserError for an unknown name, and for a width, stem or option that this network cannot have.
     """
@@ -64,7 +69,7 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
         raise UserError(f"arch = {arch}: these are the weights of a vision transformer; set arch to timm's name of theirs")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_value)
-        net = _torchvision(arch, width, rates) if arch.startswith("torchvision/") else _timm(arch, width, arguments, rates)
+        net = _torchvision(arch, width, rates) if arch.startswith("torchvision/") else _timm(arch, width, stem, arguments, rates)
         if momentum is not None:
             _set_momentum(net, arch, momentum)
         if padding == "same":
@@ -75,34 +80,74 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
 
 
 def is_transformer(arch: str) -> bool:
-    """Whether this is a vision transformer of timm that takes the arguments among `options`."""
+    """Whether this is a vision transformer of timm that takes images of any number of patches, and the arguments among `options`."""
     return timm.is_model(arch) and timm.model_entrypoint(arch).__module__ in _TRANSFORMERS
 
 
 def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
-    """Run one black image of `crop_px` through. Raises UserError where the network takes no such image or pools no feature."""
-    was_training = backbone.training
-    parameter = next(backbone.parameters())
-    image = torch.zeros(1, 3, crop_px, crop_px, device=parameter.device, dtype=parameter.dtype)
+    """Run one black image of `crop_px` through; a line on stderr says where a position embedding is resampled for it.
+
+    Raises UserError where the network takes no such image (and names sizes that it takes) or pools no feature.
+    """
     try:
-        with torch.no_grad():
-            shape = tuple(backbone.eval()(image).shape)
+        shape = _output_shape(backbone, crop_px)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        line = f"image.crop_px = {crop_px}: {arch} takes no such image ({reason}); set image.crop_px, or another arch"
-        raise UserError(line) from None
-    finally:
-        backbone.train(was_training)
+        fitting = " or ".join(map(str, _sizes_near(backbone, crop_px)))
+        way_out = f"set image.crop_px to {fitting}, or another arch" if fitting else "take another arch"
+        raise UserError(f"image.crop_px = {crop_px}: {arch} takes no such image ({reason}); {way_out}") from None
     if shape != (1, backbone.feature_width):
         raise UserError(f"arch = {arch}: gives {shape} for one image instead of one pooled feature row; choose another network")
+    if (grids := resampled_grids(backbone, crop_px)) and distributed.rank() == 0:
+        trained, seen = ("x".join(map(str, grid)) for grid in grids)
+        line = f"arch = {arch}: its position embedding of {trained} patches is resampled to {seen}, for image.crop_px = {crop_px}"
+        print(line, file=sys.stderr, flush=True)
 
 
-def _timm(arch: str, width: float, arguments: dict[str, Any], rates: dict[str, float]) -> nn.Module:
+def resampled_grids(backbone: nn.Module, crop_px: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Of a vision transformer the grid (rows, columns) of its position embedding and that of an image's patches, where they differ."""
+    patches: Any = getattr(backbone, "patch_embed", None)
+    if getattr(backbone, "pos_embed", None) is None or not getattr(backbone, "dynamic_img_size", False):
+        return None
+    trained, seen = tuple(patches.grid_size), tuple(patches.dynamic_feat_size((crop_px, crop_px)))
+    return None if trained == seen else (trained, seen)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _output_shape(backbone: nn.Module, crop_px: int) -> tuple[int, ...]:
+    parameter, was_training = next(backbone.parameters()), backbone.training
+    try:
+        return tuple(backbone.eval()(parameter.new_zeros(1, 3, crop_px, crop_px)).shape)
+    finally:
+        backbone.train(was_training)
+
+
+def _sizes_near(backbone: Backbone, crop_px: int) -> list[int]:
+    """The nearest sizes of images below and above `crop_px` that the network takes, of usual ones and of whole numbers of patches."""
+    patch_px: Any = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    sizes = {*_USUAL_PX, *getattr(backbone, "pretrained_cfg", {}).get("input_size", ())[1:]}
+    if patch_px:
+        patch = max(patch_px)
+        sizes |= {patch * max(1, crop_px // patch), patch * (crop_px // patch + 1)}
+    below = next((size for size in sorted(sizes, reverse=True) if size < crop_px and _takes(backbone, size)), None)
+    above = next((size for size in sorted(sizes) if size > crop_px and _takes(backbone, size)), None)
+    return [size for size in (below, above) if size is not None]
+
+
+def _takes(backbone: Backbone, crop_px: int) -> bool:
+    try:
+        return _output_shape(backbone, crop_px) == (1, backbone.feature_width)
+    except (RuntimeError, AssertionError, ValueError):
+        return False
+
+
+def _timm(arch: str, width: float, stem: str, arguments: dict[str, Any], rates: dict[str, float]) -> nn.Module:
     if not timm.is_model(arch):
         raise UserError(f"arch = {arch}: timm {timm.__version__} has no such network; see timm.list_models()")
     if width != 1:
-        net: Any = _scaled_resnet(arch, width, rates)
+        net: Any = _scaled_resnet(arch, width, stem, rates)
     else:
+        arguments = ({"dynamic_img_size": True} if is_transformer(arch) else {}) | arguments
         net = _created(arch, (_RESNET_INIT if _is_resnet(arch) else {}) | arguments, rates)
     _draw_as_asked(net, rates)
     names = net.pretrained_cfg.get("classifier") or ()
@@ -166,8 +211,8 @@ def _is_resnet(arch: str) -> bool:
     return timm.model_entrypoint(arch).__module__ == "timm.models.resnet"
 
 
-def _scaled_resnet(arch: str, width: float, rates: dict[str, float]) -> nn.Module:
-    """A ResNet of timm with every channel count multiplied by `width`; stage by stage, as the unscaled network tells them."""
+def _scaled_resnet(arch: str, width: float, stem: str, rates: dict[str, float]) -> nn.Module:
+    """A ResNet of timm with every channel count multiplied by `width`; stage by stage, as the unscaled network has them."""
     if not _is_resnet(arch):
         raise UserError(f"width = {width}: {arch} is no ResNet of timm and cannot be scaled; set width: 1.0")
     with torch.device("meta"):
@@ -182,10 +227,19 @@ def _scaled_resnet(arch: str, width: float, rates: dict[str, float]) -> nn.Modul
     changes: dict = {"channels": tuple(_times(channels, width) for channels in planes), "stem_width": stem_width // 2}
     changes |= _RESNET_INIT | rates
     if isinstance(plan.conv1, nn.Sequential):
+        if plan.conv1[0].out_channels != plan.conv1[3].out_channels and changes["stem_width"] < _TIERED:
+            changes |= _without_tiers(arch, width, stem, 2 * _TIERED / plan.feature_info[0]["num_chs"])
         return timm.create_model(arch, num_classes=0, **changes)
     net: Any = timm.create_model(arch, num_classes=0, stem_type="deep", **changes)
     net.conv1 = _first_conv(stem_width, kernel=7, stride=2)
     return net
+
+
+def _without_tiers(arch: str, width: float, stem: str, least: float) -> dict[str, Any]:
+    """What builds a stem whose first tier would have no channel: a plain one where it is replaced anyway. Raises UserError."""
+    if stem != "small":
+        raise UserError(f"width = {width}: the first layer of {arch} is left without a channel; set width: {least:g}, or stem: small")
+    return {"stem_type": "deep"}
 
 
 def _times(channels: int, width: float) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,24 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load tensors of exactly the module's names and shapes. Raises UserError that names what differs, after `origin`.
+OWN_FILE = "give a file that BINGO wrote with this version of timm and torchvision, or delete it and run: dvc repro"
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str, way_out: Callable[[], str] = lambda: OWN_FILE) -> None:
+    """Load tensors of exactly the module's names and shapes. Raises UserError that names what differs, after `origin`, and ends in
+    what `way_out` says where names or shapes differ.
 
     A missing `num_batches_tracked` counts as 0, as PyTorch itself has it: old files lack it and no result depends on it.
     """
     expected = module.state_dict()
-    state = check_fits(expected, state, origin)
+    state = check_fits(expected, state, origin, way_out)
     _check_numbers(state, expected, origin)
     module.load_state_dict(state)
 
 
-def check_fits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+def check_fits(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str, way_out: Callable[[], str] = lambda: OWN_FILE
+) -> dict[str, Tensor]:
     """What is to be loaded: `state` with the counters that it lacks. Raises UserError where names or shapes are not those expected."""
     counters = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}
     state = {**{name: counter.new_zeros(()) for name, counter in counters.items()}, **state}
@@ -93,7 +99,7 @@ def check_fits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], orig
     }
     if any(differences.values()):
         parts = [f"{what} {first_names(names)}" for what, names in differences.items() if names]
-        raise UserError(f"{origin}: {'; '.join(parts)}; set arch, width and stem to those of the file, or another file")
+        raise UserError(f"{origin}: {'; '.join(parts)}; {way_out()}")
     return state
 
 

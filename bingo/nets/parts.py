@@ -14,7 +14,7 @@ from bingo.nets.foreign import is_state_dict
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 ANY_IMAGE = {"dynamic_img_size": True}  # vision transformers of timm: position embeddings are resampled to the image
-_FIRST_WEIGHTS = ("conv1.weight", "patch_embed.proj.weight", "conv_stem.weight", "cls_token")
+FIRST_WEIGHTS = ("conv1.weight", "patch_embed.proj.weight", "conv_stem.weight", "cls_token")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def wrapper(state: Mapping[str, Tensor], module: str) -> str:
 
 def bare(content: Any) -> dict[str, Tensor]:
     """The content itself, if it is the state dict of a backbone alone under a library's names; otherwise {}."""
-    return whole(content) if any(name in whole(content) for name in _FIRST_WEIGHTS) else {}
+    return whole(content) if any(name in whole(content) for name in FIRST_WEIGHTS) else {}
 
 
 def depth_of(head: Mapping[str, Tensor]) -> int:

@@ -7,6 +7,7 @@ file held beyond the teacher; anything that was not foreseen there is refused. P
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,15 @@ from bingo import seeds
 from bingo.errors import UserError
 from bingo.nets.backbones import Backbone, build_backbone, check_images, is_transformer
 from bingo.nets.checkpoint import check_fits, first_names, load_strictly
-from bingo.nets.foreign import read_checkpoint, state_dict_in, summary
+from bingo.nets.foreign import read_checkpoint, states_in, summary
 from bingo.nets.heads import layered_head
-from bingo.nets.parts import ANY_IMAGE, Parts
+from bingo.nets.parts import ANY_IMAGE, FIRST_WEIGHTS, Parts
 from bingo.nets.teachers import teacher_metadata
+from bingo.nets.wrapped import UNKNOWN_RANK, find, grid_px, places, settings_in, settings_that_fit, variants, without_classifier
 from bingo.params import ImageParams, TeacherParams, format_names
 
 Made = tuple[Backbone, nn.Sequential | None, dict[str, Any]]
-_STATES = ("state_dict", "model")  # where most checkpoints keep their weights
+_STATES = ("state_dict", "model")  # where most published checkpoints keep their weights
 
 
 def make_teacher(params: TeacherParams, image: ImageParams, seed: int) -> Made:
@@ -86,39 +88,117 @@ def from_torchvision(params: TeacherParams, image: ImageParams) -> Made:
 def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     """The backbone and the projection head, if there is one, of a checkpoint of the published format `teacher.format`.
 
-    Raises UserError where it is of another format (and says of which), for names that such a file does not have, and for weights
-    that do not fit `teacher.arch`. Another mean and std than `image` has are a line on stderr.
+    Wrappers around the format's own names are taken off, with a line on stderr. Raises UserError where it is of another format (and
+    says of which), for names that such a file does not have, and for weights that do not fit `teacher.arch`. Another mean and std
+    than `image` has are a line on stderr.
     """
     path = str(params.checkpoint)
     content, sha256 = read_checkpoint(path)
-    parts = _format(params.format).parts(content)
-    if parts is None:
-        raise UserError(f"{path}: is no checkpoint of format {params.format}: {_what_instead(params, content)}")
+    parts = _parts(params, content)
     if parts.unknown:
         line = f"{path}: holds what no checkpoint of format {params.format} has: {first_names(parts.unknown)}"
-        raise UserError(f"{line}; set teacher.checkpoint or teacher.format")
-    backbone = _empty(params, parts.options)
-    load_strictly(backbone, parts.trunk, f"{path}: its backbone does not fit {params.arch}")
+        raise UserError(f"{line}; set teacher.checkpoint to a file without it, or teacher.format to the code that wrote it")
+    origin = f"{path}: its backbone does not fit {params.arch}"
+    if "dynamic_img_size" in parts.options and not is_transformer(params.arch):
+        raise UserError(f"{origin}: these are the weights of a vision transformer; {_settings(params, parts.trunk)}")
+    backbone, options = _of_its_grid(params, _empty(params, parts.options), parts.options, parts.trunk)
+    load_strictly(backbone, parts.trunk, origin, lambda: _settings(params, parts.trunk))
     head = _head(parts, backbone, f"{path}: its projection head is not that of format {params.format}") if parts.layers else None
     _compare_normalisation(params, image, *parts.mean_std)
+    _mention_stem(params)
     source = {"pretrained": True, "source_sha256": sha256, "format": params.format, "left_out": parts.left_out}
-    return backbone, head, source | _told(parts.options)
+    return backbone, head, source | _told(options)
+
+
+def _parts(params: TeacherParams, content: Any) -> Parts:
+    """The parts of a checkpoint of `teacher.format`, which may have wrappers around it. Raises UserError where it is of another format."""
+    if (parts := _format(params.format).parts(content)) is not None:
+        return parts
+    wrapped = ((_format(params.format).parts(variant), taken) for variant, taken in variants(content))
+    found = next(((parts, taken) for parts, taken in wrapped if parts is not None and not parts.unknown), None)
+    others = [name for name, parts in _readers(content).items() if parts.sure and name != params.format]
+    if found is None and not others:
+        found = _beside(params, content)
+    if found is None or (others and not found[0].sure):
+        raise UserError(f"{params.checkpoint}: is no checkpoint of format {params.format}: {_what_instead(params, content)}")
+    _mention(params, *found)
+    return found[0]
+
+
+def _beside(params: TeacherParams, content: Any) -> tuple[Parts, str] | None:
+    """A backbone alone that lies beside other modules under a name of its own, for formats that read one."""
+    candidates = sorted((place for anchor in FIRST_WEIGHTS for place in places(content, anchor)), key=lambda place: place.rank)
+    for place in candidates:
+        parts = _format(params.format).parts(place.state)
+        if parts is not None and not parts.unknown and place.rank != [UNKNOWN_RANK]:
+            return replace(parts, left_out=sorted({*parts.left_out, *place.beside})), str(place)
+    return None
+
+
+def _mention(params: TeacherParams, parts: Parts, taken: str) -> None:
+    if taken:
+        left_out = f"; left out: {first_names(parts.left_out)}" if parts.left_out else ""
+        print(f"teacher.checkpoint = {params.checkpoint}: read {taken}{left_out}", file=sys.stderr)
+
+
+def _mention_stem(params: TeacherParams) -> None:
+    """Of networks whose stem differs in its stride alone, no file says which stem it was trained with."""
+    if params.stem == "small":
+        line = "teacher.stem = small: fits the file, which does not say with which stem it was trained"
+        print(f"{line}; published networks have teacher.stem: imagenet", file=sys.stderr)
+
+
+def _of_its_grid(
+    params: TeacherParams, backbone: Backbone, options: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[Backbone, dict[str, Any]]:
+    """The network with a position embedding of the file's grid, and the options with which it is built."""
+    side_px = grid_px(backbone, state["pos_embed"]) if "pos_embed" in state else None
+    own: Any = backbone
+    if side_px is None or state["pos_embed"].shape == own.pos_embed.shape:
+        return backbone, dict(options)
+    options = {**options, "img_size": side_px}
+    return _empty(params, options), options
 
 
 def _format(name: str) -> Any:
     return importlib.import_module(f"bingo.nets.formats.{name}")
 
 
+def _readers(content: Any) -> dict[str, Parts]:
+    """The formats that read a checkpoint, as it is or without wrappers, and what they find."""
+    found = {name: parts for name in format_names() if (parts := _format(name).parts(content)) is not None}
+    if not any(parts.sure for parts in found.values()):
+        for name in format_names():
+            reads = (_format(name).parts(variant) for variant, _ in variants(content))
+            if (parts := next((parts for parts in reads if parts is not None and not parts.unknown), None)) is not None:
+                found.setdefault(name, parts)
+    return found
+
+
 def _what_instead(params: TeacherParams, content: Any) -> str:
     """What was expected and what was found, and which parameter the file would suit."""
     inside = [content[name] for name in _STATES if isinstance(content, dict) and content.get(name)]
     line = f"expected {_format(params.format).EXPECTED}, found {summary(inside[0] if inside else content)}"
-    read_by = {name: parts for name in format_names() if (parts := _format(name).parts(content)) is not None}
+    read_by = _readers(content)
     if fitting := [name for name, parts in read_by.items() if parts.sure]:
         return f"{line}; set teacher.format: {' or '.join(fitting)}"
     if read_by:
-        return f"{line}; it holds a backbone alone: set teacher.source: timm or torchvision, or teacher.format: {' or '.join(read_by)}"
-    return f"{line}; set teacher.checkpoint"
+        source = "torchvision" if params.arch.startswith("torchvision/") else "timm"
+        return f"{line}; it holds a backbone alone: set teacher.source: {source}, or teacher.format: {' or '.join(read_by)}"
+    return f"{line}; set teacher.checkpoint to a file of one of the formats {', '.join(format_names())}"
+
+
+def _settings(params: TeacherParams, state: Mapping[str, Tensor]) -> str:
+    """The way out where a state dict does not fit `teacher.arch`: what it fits, if that is known."""
+    found = settings_that_fit(state)
+    if found is None or all(getattr(params, name) == value for name, value in found.items()):
+        line = "no usual network has just these weights: give a whole file in teacher.checkpoint"
+        return f"{line}, or set teacher.arch, width and stem to what was trained"
+    return f"set {_as_settings(params, found)}"
+
+
+def _as_settings(params: TeacherParams, found: Mapping[str, Any]) -> str:
+    return ", ".join(f"teacher.{name}: {value}" for name, value in found.items() if getattr(params, name) != value)
 
 
 def _head(parts: Parts, backbone: Backbone, origin: str) -> nn.Sequential:
@@ -127,7 +207,8 @@ def _head(parts: Parts, backbone: Backbone, origin: str) -> nn.Sequential:
     shapes = [tuple(parts.head[name].shape) if name in parts.head else () for name in linears]
     widths = [shape[0] if len(shape) == 2 else 1 for shape in shapes]  # where it is 1, loading names what is wrong
     with torch.device("meta"):  # shapes that do not fit one another may be of any size
-        check_fits(layered_head(parts.layers, [backbone.feature_width, *widths]).state_dict(), parts.head, origin)
+        empty = layered_head(parts.layers, [backbone.feature_width, *widths]).state_dict()
+        check_fits(empty, parts.head, origin, lambda: "set teacher.format to the code that wrote it, or teacher.checkpoint to a whole file")
     head = layered_head(parts.layers, [backbone.feature_width, *widths])
     load_strictly(head, parts.head, origin)
     return head
@@ -144,17 +225,56 @@ def _told(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_own_file(params: TeacherParams, backbone: Backbone, options: Mapping[str, Any]) -> Made:
-    content, sha256 = read_checkpoint(str(params.checkpoint))
-    left_out = _load_trunk(backbone, state_dict_in(content, str(params.checkpoint)), str(params.checkpoint))
-    return backbone, None, {"pretrained": True, "source_sha256": sha256, "left_out": left_out, **_told(options)}
+    """The weights of `backbone` wherever they are in `teacher.checkpoint`, and what lies beside them by name."""
+    path = str(params.checkpoint)
+    content, sha256 = read_checkpoint(path)
+    try:
+        found = find(content, backbone)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if found is None:
+        raise _misfit(params, backbone, content)
+    place, others = found
+    state, left_out = without_classifier(backbone, place.state)
+    if (place.keys, place.prefix) != ((), ""):
+        more = "".join(f"; {other} would fit as well" for other in others)
+        beside = f"; left out: {first_names(place.beside)}" if place.beside else ""
+        print(f"teacher.checkpoint = {path}: read {place}{beside}{more}", file=sys.stderr)
+    backbone, options = _of_its_grid(params, backbone, options, state)
+    load_strictly(backbone, state, path)
+    _mention_stem(params)
+    return backbone, None, {"pretrained": True, "source_sha256": sha256, "left_out": left_out + sorted(place.beside), **_told(options)}
+
+
+def _misfit(params: TeacherParams, backbone: Backbone, content: Any) -> UserError:
+    """What differs from the network in the most similar place of a checkpoint, and what the file suits instead."""
+    path, own = str(params.checkpoint), backbone.state_dict()
+    states = [place.state for place in places(content, next(iter(own)))] + [state for _, state in states_in(content)]
+    if not states:
+        return UserError(f"{path}: holds no weights by name, but {summary(content)}; save the network's state_dict() with torch.save")
+    state, _ = without_classifier(backbone, max(states, key=lambda state: sum(name in own for name in state)))
+
+    def way_out() -> str:
+        formats = [name for name, parts in _readers(content).items() if parts.sure]
+        if formats:
+            return f"set teacher.source: checkpoint and teacher.format: {' or '.join(formats)}"
+        found = settings_in(content)
+        source = "torchvision" if found and found["arch"].startswith("torchvision/") else "timm"
+        changed = f"teacher.source: {source}, " if source != params.source else ""
+        return f"set {changed}{_as_settings(params, found)}" if found else _settings(params, state)
+
+    try:
+        check_fits(own, state, f"{path}: does not fit {params.arch}", way_out)
+    except UserError as error:
+        return error
+    raise AssertionError("a state dict that fits is found")
 
 
 def _load_trunk(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> list[str]:
     """Load all but the classifier, strictly, and return the names that were left out."""
-    own = backbone.state_dict()
-    left_out = [k for k in state if k not in own and any(k.startswith(f"{prefix}.") for prefix in backbone.classifier_names)]
-    load_strictly(backbone, {name: tensor for name, tensor in state.items() if name not in left_out}, origin)
-    return sorted(left_out)
+    trunk, left_out = without_classifier(backbone, state)
+    load_strictly(backbone, trunk, origin, lambda: "install the versions of timm and torchvision in requirements.lock")
+    return left_out
 
 
 def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, Tensor]:
