@@ -26,7 +26,7 @@ SECTIONS = {
         "student_temperature": 0.3, "key_temperature": 0.15, "queue_rows": 10, "key_momentum": 0.9, "weak_keys": False,
         "projection_width": None, "head_hidden": 6,
     },
-    "coss": {"target": "features", "companions": 0, "sample_temperature": 0.07, "dimension_temperature": 0.1, "head_hidden": 8},
+    "coss": {"target": "features", "companions": 0, "teacher_temperature": 0.07, "student_temperature": 0.1, "head_hidden": 8},
 }  # fmt: skip
 VARIANTS = [
     ("seed", {}), ("seed", {"negatives": "queue", "negative_rows": 12}), ("compress", {}), ("compress", {"queues": 1}),
@@ -247,7 +247,7 @@ def loop_coss(method, context, batch, step) -> float:
     t = teacher_of(context, batch, params.target)
     sample = mean(-cosine(a, b) for a, b in zip(s, t, strict=True))
     dimension = mean(-cosine(a, b) for a, b in zip(zip(*s, strict=True), zip(*t, strict=True), strict=True))
-    return sample / params.sample_temperature + dimension / params.dimension_temperature
+    return 142.85714285714286 * (sample + dimension)  # 1 / (0.07 x 0.1)
 
 
 LOOPS = {
@@ -349,13 +349,33 @@ def test_a_student_equal_to_the_teacher_has_the_least_loss():
     coss = build("coss", context, target="keys")
     coss.head = Copy(3 * keys)
     terms = coss(batch, Progress(0, 0))
-    assert terms["loss"].item() == pytest.approx(-1 / 0.07 - 1 / 0.1, rel=1e-6)
+    assert terms["loss"].item() == pytest.approx(-285.7142857, rel=1e-6)  # 2 / (0.07 x 0.1)
     assert (terms["sample"].item(), terms["dimension"].item()) == pytest.approx((-1, -1), rel=1e-6)
     seed = build("seed", context, student_temperature=0.2, teacher_temperature=0.2)
     seed.head = Copy(keys)
     loss = seed(batch, Progress(0, 0))["loss"]
     (gradient,) = torch.autograd.grad(loss, seed.head.output)
     assert gradient.abs().max() < 1e-6, "the cross-entropy is least where both rows of similarities are equal"
+
+
+def test_coss_by_hand_with_the_temperatures_of_the_released_script():
+    """scripts/cf_train.sh: --t-temp 0.07 --s-temp 0.1 --l_0 1 --l_1 1.
+
+    Outputs (3, 4) and (0, 5), the teacher's (1, 0) and (0, 1). Cosines image by image: 3/5 and 1, mean 0.8. Feature by feature: (3, 0)
+    and (1, 0): 1; (4, 5) and (0, 1): 5/sqrt(41) = 0.78086881; mean 0.89043440. Sum 1.69043440, times 1/(0.07 x 0.1) = 142.857143.
+    Gradient of cos(a, b) in a, b unit: (b - cos a/|a|) / |a|. Of the first image: (0.64, -0.48)/5 = (0.128, -0.096); of the second
+    feature, for its first output: -0.78086881 x 4/sqrt(41) / sqrt(41) = -0.07618232; of the first feature 0. Halved (two images, two
+    features), added and times -142.857143: (-9.1428571, 12.2987374).
+    """
+    context = make_context()
+    batch = make_batch(context, (3, 4))
+    batch.anchor_features_BD = torch.eye(2)
+    method = build("coss", context)
+    method.head = Copy(torch.tensor([[3.0, 4.0], [0.0, 5.0]]))
+    loss = method(batch, Progress(0, 0))["loss"]
+    (gradient,) = torch.autograd.grad(loss, method.head.output)
+    assert loss.item() == pytest.approx(-241.490629, rel=1e-6)
+    assert gradient[0].tolist() == pytest.approx([-9.1428571, 12.2987374], rel=1e-5)
 
 
 def test_a_disco_student_at_the_teachers_keys_has_moco_s_loss_alone():

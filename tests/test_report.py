@@ -134,7 +134,7 @@ def workspace(tmp_path_factory, pixels):
     from bingo.bag_metrics import bag_metrics
 
     folder = tmp_path_factory.mktemp("workspace")
-    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("method: coss\n", "method: bingo\n"))
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     listing, bags = make_listing(), make_bags()
     write_listing(folder / "data/listing.parquet", listing)
     write_images(folder / "data/images.zarr", listing, pixels)

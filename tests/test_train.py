@@ -29,7 +29,7 @@ SHRUNK = {  # beside what every method is given: a head 8 wide, a queue that wra
     "bingo": {"inter_warmup_epochs": 1},
     "moco": {"key_width": 16},
     "compress": {"target": "features"},
-    "coss": {"companions": 2},
+    "coss": {"companions": 2, "teacher_temperature": 1.0, "student_temperature": 1.0},  # a loss as large as the others
     "isd": {"weak_keys": True, "projection_width": 6},
 }
 

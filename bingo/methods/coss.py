@@ -1,8 +1,9 @@
 """CoSS (Singh and Wang 2024): the student's outputs are like the teacher's image by image, and feature by feature over the batch.
 
 s = head(student(x)), t the teacher's output for the same view, both (N, X) over the global batch, whose N images are anchors and
-`companions` of their nearest neighbours. loss = -mean_i cos(s_i, t_i) / sample_temperature - mean_j cos(s_:j, t_:j) /
-dimension_temperature, where s_:j is the j-th output of all images. Published: 64 anchors, 15 of their 31 neighbours each.
+`companions` of their nearest neighbours. loss = -(mean_i cos(s_i, t_i) + mean_j cos(s_:j, t_:j)) / (teacher_temperature x
+student_temperature), where s_:j is the j-th output of all images: the released losses.py divides the unit vectors by a temperature each
+before it multiplies them. Published: 64 anchors, 15 of their 31 neighbours each.
 """
 
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Coss(Method):
         # A feature's direction is over the whole global batch, so it is the same on any number of processes.
         output_NX, target_NX = distributed.gather_with_gradient(output_BX), distributed.gather(target_BX)
         dimension = -F.cosine_similarity(output_NX, target_NX, dim=0).mean()
-        loss = sample / self.params.sample_temperature + dimension / self.params.dimension_temperature
+        loss = (sample + dimension) / (self.params.teacher_temperature * self.params.student_temperature)
         return {"loss": loss, "sample": sample, "dimension": dimension}
 
 

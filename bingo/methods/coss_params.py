@@ -10,8 +10,8 @@ from bingo.params import MethodSection, Temperature, Width
 class Params(MethodSection):
     """CoSS (Singh and Wang 2024): the student's outputs are like the teacher's image by image and feature by feature.
 
-    An anchor brings `companions` of its bag's listed members into the batch; the two terms are weighed by one over their
-    temperature.
+    An anchor brings `companions` of its bag's listed members into the batch. Both temperatures divide both terms, as released: they set
+    the size of the gradients and nothing else.
     """
 
     display_name: ClassVar[str] = "CoSS"
@@ -19,8 +19,8 @@ class Params(MethodSection):
 
     target: Literal["features", "keys"]
     companions: Annotated[int, Field(ge=0, le=1000)]
-    sample_temperature: Temperature
-    dimension_temperature: Temperature
+    teacher_temperature: Temperature
+    student_temperature: Temperature
     head_hidden: Width
 
     @property
