@@ -71,7 +71,7 @@ class DryTraining:
 
     def step(self) -> dict[str, float]:
         """One step of the real training loop: the loss terms. Raises UserError where the loss is not finite."""
-        once = {"epochs": 1, "batch_anchors": self.anchors, "lr_warmup_epochs": 0, "probe_every_epochs": 0}
+        once = {"epochs": 1, "batch_anchors": self.anchors, "batchnorm_groups": 1, "lr_warmup_epochs": 0, "probe_every_epochs": 0}
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = Checkpoints(Path(folder), every_seconds=float("inf"))
             trainer = Trainer(

@@ -29,6 +29,7 @@ Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=Fal
 PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
 Precision = Literal["auto", "fp32", "bf16"]
 _MOST_MISTAKES = 40
+_MOST_GROUPS, _LEAST_GROUP_IMAGES = 1024, 4
 
 
 def _check_name(name: Any) -> str:
@@ -56,6 +57,10 @@ class MethodSection(Section):
     @property
     def reads_features(self) -> bool:
         """Whether stored training compares with the teacher's features (of centre views) and not with its keys."""
+        return False
+
+    def momentum_keys(self, keys: str) -> bool:
+        """Whether the student is compared with a moving average of itself on another view, where `distill.keys` is `keys`."""
         return False
 
 
@@ -213,9 +218,11 @@ class LrSchedule(Section):
 
 
 class ScheduleParams(LrSchedule):
-    """SGD with momentum; the rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch."""
+    """SGD with momentum; the rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch, and BatchNorm's statistics
+    are of each of its `batchnorm_groups` equal groups (1: of all images of a process)."""
 
     batch_anchors: Count
+    batchnorm_groups: Annotated[int, Field(ge=1, le=_MOST_GROUPS)]
     lr: Positive
     lr_warmup_epochs: Whole
     sgd_momentum: Share
@@ -226,6 +233,18 @@ class ScheduleParams(LrSchedule):
     @property
     def warmup_epochs(self) -> int:
         return self.lr_warmup_epochs
+
+    @model_validator(mode="after")
+    def _groups_are_of_several_images(self) -> Self:
+        images, groups = self.batch_anchors, self.batchnorm_groups
+        largest = min(_MOST_GROUPS, images // _LEAST_GROUP_IMAGES)
+        allowed = [n for n in range(1, largest + 1) if images % n == 0] or [1]
+        if groups not in allowed:
+            raise ValueError(
+                f"batchnorm_groups: {groups}, allowed for batch_anchors {images} are {', '.join(map(str, allowed))} (equal groups of "
+                f"{_LEAST_GROUP_IMAGES} images or more); set one of these"
+            )
+        return self
 
 
 class PretrainParams(ScheduleParams):

@@ -190,9 +190,26 @@ def caveats(a: Artefacts) -> list[str]:
         found.append(f"Each digit was drawn at {dataset.placements} places, so the test images are not independent of each other.")
     if dataset.train_images or dataset.test_images:
         found.append("A part of the dataset was drawn (dataset.train_images, dataset.test_images); published figures use all of it.")
+    if leaking := _leaking_trainings(a):
+        found.append(
+            f"BatchNorm over the whole batch of a process ({', '.join(leaking)} = 1): where one process trained, the moving average's keys "
+            "leak, as a query and its key are normalised with the same images, by which the network can tell its key from the negatives."
+        )
     if a.params.bagging.method == "label":
         found.append("The bags were made from labels: an upper bound for bags, no unsupervised result.")
     return found
+
+
+def _leaking_trainings(a: Artefacts) -> list[str]:
+    """Parameters that leave BatchNorm whole where a momentum encoder is trained: of the teacher, and of the student or a baseline."""
+    pretrain, distill, methods = a.params.teacher.pretrain, a.params.distill, a.params.methods
+    baselines = [getattr(methods, name).momentum_keys("momentum") for name in a.params.baselines]
+    student = getattr(methods, distill.method).momentum_keys(distill.keys) or any(baselines)
+    trained = {
+        "teacher.pretrain.batchnorm_groups": a.params.teacher.source == "pretrain" and pretrain.batchnorm_groups == 1,
+        "distill.batchnorm_groups": student and distill.batchnorm_groups == 1,
+    }
+    return [name for name, leaks in trained.items() if leaks]
 
 
 def _nets(a: Artefacts) -> list[str]:

@@ -20,6 +20,7 @@ from bingo.checkpoints import Checkpoints
 from bingo.errors import Interrupted, UserError
 from bingo.finite import LossWatch
 from bingo.methods.contract import Batch, Method, Progress
+from bingo.nets.batchnorm import grouped_batchnorm, own_groups
 from bingo.params import ScheduleParams
 from bingo.progress import progress_bar
 from bingo.schedules import learning_rate
@@ -54,6 +55,7 @@ class Trainer:
         self.method = method.to(device).to(memory_format=torch.channels_last)
         self.batches, self.schedule, self.device = batches, schedule, device
         self.steps_per_epoch = batches.steps_per_epoch
+        self.groups, self.own_anchors = own_groups(schedule.batchnorm_groups), schedule.batch_anchors // distributed.world()
         self.checkpoints, self.probe, self.label = checkpoints, probe, label
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
@@ -103,7 +105,8 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)  # before the forward, whose activations can have their room
         self._seed_draws()
-        terms = self.network(batch, progress)
+        with grouped_batchnorm(self.groups, self.own_anchors):
+            terms = self.network(batch, progress)
         self.watch.note(terms["loss"], self.step)
         if self.watch.due(self.step):
             self._refuse_what_is_not_finite()

@@ -49,11 +49,13 @@ def train_method(
     from bingo.evals.collapse import feature_spread
     from bingo.evals.probe import KnnProbe
     from bingo.methods.contract import build_method
+    from bingo.nets.batchnorm import own_groups
     from bingo.progress import progress_bar
     from bingo.train import Trainer
 
     params = run.params
     steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{_schedule_name(run)}.batch_anchors")
+    own_groups(schedule.batchnorm_groups, f"{_schedule_name(run)}.batchnorm_groups")
     stored = _stored(run, section, embeddings, device) if embeddings is not None else None
     table = bags.table if bags is not None else None
     method = build_method(method_name, section, _context(run, device, network, schedule.precision, keys, stored, table, teacher))

@@ -26,7 +26,7 @@ from bingo.plots import Bar, accuracy_bars, lines, quantile_strip
 from bingo.report import build_page, run_script
 from bingo.report_bags import THUMBNAIL_PX, gallery_rows, statistics, thumbnail
 from bingo.report_inputs import Artefacts, NetworkFacts, read_curves, read_network_facts
-from bingo.report_results import headline
+from bingo.report_results import caveats, headline
 
 ROOT = Path(__file__).parent.parent
 ATTACK = "<img src=x onerror=alert(1)>"
@@ -505,3 +505,22 @@ def test_every_method_is_named_as_its_paper_writes_it(method):
     assert f"MoCo-v2{' baseline' if method == 'moco' else ''} 50.0" in labels
     assert "by ISD, no teacher from 3 to 3" in labels
     assert not re.search(r"\b(COSS|MOCO|DISCO|COMPRESS|SIMREG)\b", shown + labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, {"teacher", "distill"}),  # the baseline is MoCo-v2
+        ({"distill__batchnorm_groups": 8, "teacher__pretrain__batchnorm_groups": 4}, set()),
+        ({"teacher__source": "random", "distill__batchnorm_groups": 1}, {"distill"}),
+        ({"baselines": [], "distill__method": "coss"}, {"teacher"}),
+        ({"baselines": [], "distill__method": "bingo", "teacher__source": "random"}, set()),
+        ({"baselines": [], "distill__method": "bingo", "distill__keys": "momentum", "teacher__source": "random"}, {"distill"}),
+        ({"baselines": [], "distill__method": "disco", "teacher__source": "random"}, {"distill"}),
+        ({"baselines": [], "distill__method": "compress", "teacher__source": "random"}, set()),  # no query meets its own key
+    ],
+)
+def test_a_moving_average_trained_with_whole_batchnorm_is_a_caveat(changes, named):
+    whole = {"teacher__pretrain__batchnorm_groups": 1, "distill__batchnorm_groups": 1}
+    found = " ".join(caveats(artefacts(params=params(**whole | changes), knn=KNN)))
+    assert {name for name in ("teacher", "distill") if re.search(rf"\b{name}\S*\.?batchnorm_groups", found)} == named

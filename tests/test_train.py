@@ -53,7 +53,7 @@ def rng_images() -> MemoryImages:
 DRAWING = {"drop_rate": 0.3, "drop_path_rate": 0.3}
 
 
-def trainer(folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, network="plain", precision="fp32", lr=0.1) -> Trainer:
+def trainer(folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, network="plain", precision="fp32", lr=0.1, groups=1) -> Trainer:
     torch.manual_seed(0)
     options = DRAWING if network == "drawing" else {}
     student = NoBatchNorm() if network == "plain" else build_backbone("resnet18", 0.125, "small", 0, options)
@@ -67,7 +67,8 @@ def trainer(folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, netw
     section = method_section(method_name).model_validate(shipped | shrink | SHRUNK.get(method_name, {}))
     context = Context(student, student.feature_width, 0, "stored", precision, CPU, None, keys, features, bags)
     method = build_method(method_name, section, context)
-    schedule = PARAMS.distill.model_copy(update={"epochs": epochs, "batch_anchors": 16, "lr": lr, "precision": precision})
+    changes = {"epochs": epochs, "batch_anchors": 16, "batchnorm_groups": groups, "lr": lr, "precision": precision}
+    schedule = PARAMS.distill.model_copy(update=changes)
     loader = ViewLoader(rng_images(), IMAGE, PARAMS.distill.augment, 0, CPU)
     batches = Batches(method.needs, loader, 0, ROWS, schedule.batch_anchors, bags, Stored(keys, PARAMS.extract.augment, features))
     return Trainer(method, batches, schedule, CPU, Checkpoints(folder, every_seconds))
@@ -82,12 +83,12 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     ("method_name", "stop_step"),
     [*itertools.product(["bingo", "moco"], [1, 4, 6]), *((name, 6) for name in method_names() if name not in ("bingo", "moco"))],
 )
-@pytest.mark.parametrize("network", ["batchnorm", "drawing"])
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name, stop_step, network, monkeypatch):
-    whole = trainer(tmp_path / "whole", method_name, network=network)
+@pytest.mark.parametrize(("network", "groups"), [("batchnorm", 1), ("drawing", 4)])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name, stop_step, network, groups, monkeypatch):
+    whole = trainer(tmp_path / "whole", method_name, network=network, groups=groups)
     whole_result = whole.run()
 
-    first = trainer(tmp_path / "parts", method_name, network=network)
+    first = trainer(tmp_path / "parts", method_name, network=network, groups=groups)
     step = first._train_step
 
     def stop_at(batch, progress):
@@ -98,7 +99,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name
     with pytest.raises(Interrupted, match=f"step {stop_step}"):
         first.run()
     torch.rand(5)  # whatever was drawn before
-    second = trainer(tmp_path / "parts", method_name, network=network)
+    second = trainer(tmp_path / "parts", method_name, network=network, groups=groups)
     torch.rand(3)
     second_result = second.run()
     assert second_result.history == whole_result.history
@@ -203,6 +204,8 @@ def test_bf16_is_on_inside_the_network_on_the_cpu_and_the_loss_is_float32(tmp_pa
     assert set(losses) == {torch.float32}
 
 
+GROUPED = {"network": "batchnorm", "groups": 4, "epochs": 1, "lr": 1e-3}  # a small step: what rounding differs by does not grow
+
 # SimReg's and ISD's heads have BatchNorm, whose statistics are of a process's own images by design: two processes train other weights.
 EACH_ROW_ALONE = ["bingo", "moco", "seed", "compress", "disco", "coss"]
 
@@ -214,9 +217,10 @@ def _two_processes(rank: int, port: int, folder: Path, methods: list[str]) -> No
 
     with distributed.group(CPU):
         for name in methods:
-            run = trainer(folder / "two" / name, name)
-            result = run.run()
-            torch.save({"state": run.method.state_dict(), "history": result.history}, folder / f"{name}-{rank}.pt")
+            for case, settings in (("", {}), ("-grouped", GROUPED)):
+                run = trainer(folder / "two" / f"{name}{case}", name, **settings)
+                result = run.run()
+                torch.save({"state": run.method.state_dict(), "history": result.history}, folder / f"{name}{case}-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +263,15 @@ def test_two_processes_with_batchnorm_heads_stay_one_network(tmp_path, two_proce
     for name, value in one.method.state_dict().items():
         if name.endswith(("rows_Q", "pointer", "num_batches_tracked")):
             assert torch.equal(first["state"][name], value), name
+
+
+@pytest.mark.parametrize("method_name", method_names())
+def test_two_processes_share_the_groups_that_one_process_has(tmp_path, two_processes, method_name):
+    """With BatchNorm in the student, and in some heads: losses and weights are one process's, running statistics in the mean."""
+    one = trainer(tmp_path, method_name, **GROUPED)
+    history = one.run().history
+    first, second = saved(two_processes, f"{method_name}-grouped")
+    assert first["history"][0]["loss"] == pytest.approx(history[0]["loss"], rel=1e-4)
+    for name, value in one.method.state_dict().items():
+        mean = (first["state"][name].double() + second["state"][name].double()) / 2
+        assert torch.allclose(mean, value.double(), rtol=1e-3, atol=1e-4), name

@@ -34,6 +34,9 @@ class Params(MethodSection):
     head_hidden: Width
     key_width: Width
 
+    def momentum_keys(self, keys: str) -> bool:
+        return keys == "momentum"
+
     @model_validator(mode="after")
     def _something_is_weighed(self) -> Self:
         if not sum(self.pair_weights):

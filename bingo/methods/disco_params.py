@@ -19,3 +19,6 @@ class Params(MethodSection):
     key_momentum: Share
     regression_weight: NotNegative
     head_hidden: Width
+
+    def momentum_keys(self, keys: str) -> bool:
+        return True

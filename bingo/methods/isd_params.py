@@ -22,3 +22,6 @@ class Params(MethodSection):
     weak_keys: bool
     projection_width: Width | None
     head_hidden: Width
+
+    def momentum_keys(self, keys: str) -> bool:
+        return True

@@ -18,3 +18,6 @@ class Params(MethodSection):
     key_momentum: Share
     head_hidden: Width
     key_width: Width
+
+    def momentum_keys(self, keys: str) -> bool:
+        return True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bingo import distributed, seeds
 from bingo.data.augment import upload
+from bingo.nets import batchnorm
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32: all of a usual batch on a GPU
 BANK_AT_ONCE = 2**20  # numbers of the bank, or logits: 4 MiB in float32, which stay in a CPU's cache up to the gradient
@@ -179,11 +180,12 @@ class MomentumCopy(nn.Module):
 
 
 def shuffled(encode: Callable[[Tensor], Tensor], images_BCHW: Tensor, seed: int, step: int) -> Tensor:
-    """`encode` with the images dealt anew among the processes, so that BatchNorm's statistics tell nothing (ShuffleBN of MoCo).
+    """`encode` with the images dealt out again among all processes' groups of BatchNorm, so that a query and its key are normalised
+    with different images (ShuffleBN of MoCo).
 
-    Every process draws the same permutation. With one process it is `encode` itself.
+    Every process draws the same permutation. With one process and one group it is `encode` itself.
     """
-    if distributed.world() == 1:
+    if distributed.world() == 1 and batchnorm.groups() == 1:
         return encode(images_BCHW)
     everything = distributed.gather(images_BCHW)
     order = upload(seeds.permutation(seed, "shuffle batchnorm", step, len(everything)), images_BCHW.device)

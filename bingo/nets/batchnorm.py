@@ -1,0 +1,104 @@
+"""BatchNorm by groups of the batch, each normalised by its own statistics, as on several GPUs whose BatchNorm is not synchronised.
+
+It is the "SplitBatchNorm" of MoCo's demo for one GPU. Shape letters: B anchors of this process, N rows of a layer's input (a multiple
+of B), G groups, C channels.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from bingo import distributed
+from bingo.errors import UserError
+
+_GROUPS = ContextVar("groups", default=1)
+
+
+def own_groups(batchnorm_groups: int, key: str = "batchnorm_groups") -> int:
+    """How many of the global batch's groups are this process's: an equal share, and at least 1.
+
+    Raises UserError, which calls the parameter `key`, where the processes cannot share the groups equally.
+    """
+    world = distributed.world()
+    if batchnorm_groups > world and batchnorm_groups % world:
+        raise UserError(
+            f"{key} = {batchnorm_groups}: {world} processes cannot share the groups equally; set it to 1 (each process's images are "
+            "one group), or to a multiple of the number of processes"
+        )
+    return max(1, batchnorm_groups // world)
+
+
+def groups() -> int:
+    """In how many groups BatchNorm sees this process's batch now: 1 outside of `grouped_batchnorm`."""
+    return _GROUPS.get()
+
+
+@contextmanager
+def grouped_batchnorm(groups: int, anchors: int) -> Iterator[None]:
+    """Within it, BatchNorm by batch statistics treats the g-th of `groups` equal runs of the `anchors` of a batch by itself.
+
+    Rows behind the anchors, such as companions, come in blocks of as many rows, and row i of a block is in the group of anchor i. An
+    input whose rows do not divide into such blocks is no batch of images, but weights being standardised, and is left as it is. The
+    running statistics move to the mean of the groups'. With 1 group nothing changes; layers and their names never do.
+    """
+    if groups == 1:
+        yield
+        return
+    token = _GROUPS.set(groups)
+    try:
+        with _GroupedBatchNorm(groups, anchors):
+            yield
+    finally:
+        _GROUPS.reset(token)
+
+
+class _GroupedBatchNorm(TorchFunctionMode):
+    """Takes every call of `torch.nn.functional.batch_norm`, which all layers of torch, torchvision and timm make."""
+
+    def __init__(self, groups: int, anchors: int):
+        super().__init__()
+        self.groups, self.anchors = groups, anchors
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return (self._batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """As `torch.nn.functional.batch_norm`, whose names the arguments have."""
+        if not training or len(input) % self.anchors:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        blocks = len(input) // self.anchors
+        pieces = input.chunk(blocks * self.groups)
+        parts = pieces if blocks == 1 else [torch.cat(pieces[group :: self.groups]) for group in range(self.groups)]
+        means_GC, vars_GC = _copies(running_mean, self.groups), _copies(running_var, self.groups)
+        # One call for each group: on channels_last tensors to fold the groups into the channels costs two copies more.
+        normed = [F.batch_norm(*of_group, weight, bias, True, momentum, eps) for of_group in zip(parts, means_GC, vars_GC, strict=True)]
+        _move_to_mean(running_mean, means_GC)
+        _move_to_mean(running_var, vars_GC)
+        return torch.cat([piece for block in zip(*(part.chunk(blocks) for part in normed), strict=True) for piece in block])
+
+
+def _copies(running_C: Tensor | None, groups: int) -> Any:
+    return [None] * groups if running_C is None else running_C.repeat(groups, 1)
+
+
+def _move_to_mean(running_C: Tensor | None, moved_GC: Any) -> None:
+    """A mean of differences: what stands still (momentum 0) keeps its bits."""
+    if running_C is not None:
+        with torch.no_grad():
+            running_C.add_((moved_GC - running_C).mean(dim=0))
