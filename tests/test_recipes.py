@@ -184,6 +184,11 @@ def test_published_numbers_of_the_methods():
     assert (simreg.distill.keys, resolved("imagenet-r18-simreg-swav-r50").distill.keys) == ("live", "stored")
     coss = resolved("imagenet-r18-coss-r50-200ep")
     assert (coss.distill.batch_anchors, coss.bagging.k, coss.methods.coss.companions) == (64, 31, 15)
+    images_of_a_gpu = {
+        name: resolved(name).distill.batch_anchors // resolved(name).distill.batchnorm_groups
+        for name in (*OTHERS, "imagenet-r34-bingo-r152")
+    }
+    assert images_of_a_gpu == {name: 16 if "coss" in name else 32 for name in images_of_a_gpu}
     student = resolved("imagenet-r18-ablation-keys-stored-relation-student")
     assert (student.bagging.relation, student.baselines, student.methods.moco.queue_rows) == ("baselines/moco", ["moco"], 65536)
 
