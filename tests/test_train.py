@@ -271,9 +271,9 @@ def test_two_processes_share_the_groups_that_one_process_has(tmp_path, two_proce
     one = trainer(tmp_path / "one", method_name, **GROUPED)
     history = one.run().history
     whole = trainer(tmp_path / "whole", method_name, **GROUPED | {"groups": 1}).run().history
-    assert whole[0]["loss"] != pytest.approx(history[0]["loss"], rel=1e-3)
+    assert whole[0]["loss"] != pytest.approx(history[0]["loss"], rel=2e-4)
     first, second = saved(two_processes, f"{method_name}-grouped")
-    assert first["history"][0]["loss"] == pytest.approx(history[0]["loss"], rel=1e-4)
+    assert first["history"][0]["loss"] == pytest.approx(history[0]["loss"], rel=5e-5)
     for name, value in one.method.state_dict().items():
         mean = (first["state"][name].double() + second["state"][name].double()) / 2
         assert torch.allclose(mean, value.double(), rtol=1e-3, atol=1e-4), name
