@@ -43,7 +43,7 @@ def main() -> None:
         write_json(paths.REPORTS / "bags.json", metrics)
         figures = ", ".join(f"{name} {value:g}" for name, value in metrics.items() if isinstance(value, float))
         lists = f" by {metrics['probes']} of {metrics['lists']} lists" if "recall" in metrics else ""
-        run.say(f"{run.params.bagging.method} bags of {listing.train_rows} images{lists}: {figures}")
+        run.say(f"bag: {run.params.bagging.method} bags of {listing.train_rows:,} images{lists}: {figures}")
         if metrics.get("recall", 1) < _LOW_RECALL:
             problem = f"recall {metrics['recall']:g}: the search misses many of the nearest images"
             print(f"warning: bag: {problem}; raise bagging.probes", file=sys.stderr, flush=True)

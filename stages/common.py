@@ -67,6 +67,22 @@ def stage_run(stage: str) -> Iterator[Run]:
             ended = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
             record = {"stage": stage, "seconds": seconds, "ended": ended, **_peak_memory(), **run.notes, **_surroundings(run.params)}
             _write_record(record)
+            made = ", ".join(_outputs(stage))
+            run.say(f"{stage}: {f'wrote {made}' if made else 'done'} in {seconds:,.1f} s")
+
+
+def _outputs(stage: str) -> list[str]:
+    """The files that dvc.yaml lists as outputs of a stage, or of a stage's item (STAGE-ITEM), and that are there."""
+    name, _, item = stage.partition("-")
+    definition = (read_yaml("dvc.yaml") if Path("dvc.yaml").exists() else {"stages": {}})["stages"].get(name, {})
+    definition = definition.get("do", definition)
+    listed = [
+        path
+        for part in ("outs", "metrics", "plots")
+        for entry in definition.get(part, [])
+        for path in ([entry] if isinstance(entry, str) else entry)
+    ]
+    return [path for path in (re.sub(r"\$\{(item|key)\}", lambda _: item, path) for path in listed) if Path(path).exists()]
 
 
 def _write_record(record: dict[str, Any]) -> None:

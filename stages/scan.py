@@ -26,8 +26,8 @@ def main() -> None:
             write_listing(paths.LISTING, listing)
         run.notes["images"] = len(listing)
         run.say(
-            f"{listing.dataset}: {listing.train_rows} train and {len(listing) - listing.train_rows} test images,"
-            f" {len(listing.classes) or 'no'} classes, {len(listing.skipped)} skipped"
+            f"scan: {listing.dataset}: {listing.train_rows:,} train and {len(listing) - listing.train_rows:,} test images,"
+            f" {len(listing.classes) or 'no'} classes, {len(listing.skipped):,} skipped"
         )
 
 

@@ -14,6 +14,14 @@ from collections.abc import Iterator
 import pytest
 from workspace import SHORT, STAGES, Stages, Workspace, new_workspace, stage_server
 
+from bingo import progress
+
+
+@pytest.fixture(autouse=True)
+def _no_progress(monkeypatch) -> None:
+    """A command that a test runs in its own process writes what it has to say and no progress, however busy the machine is."""
+    monkeypatch.setattr(progress, "_SILENT_SECONDS", float("inf"))
+
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory) -> Iterator[Stages]:

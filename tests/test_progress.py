@@ -10,9 +10,11 @@ import time
 from itertools import pairwise
 
 import pytest
+from workspace import PROGRESS
 
 from bingo import progress
 
+SILENT_SECONDS = progress._SILENT_SECONDS  # conftest.py takes it away
 LINE = re.compile(r"extract: (\d+) % \(([\d,]+) of ([\d,]+) images\), ([\d,.]+) images/s, (\d+):(\d\d):(\d\d) left")
 
 
@@ -39,6 +41,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.seconds, self.lines = 1000.0, []
         monkeypatch.setattr(progress, "clock", lambda: self.seconds)
+        monkeypatch.setattr(progress, "_SILENT_SECONDS", SILENT_SECONDS)
         monkeypatch.setattr(sys, "stderr", self)
 
     def isatty(self) -> bool:
@@ -194,3 +197,11 @@ def test_a_real_terminal_has_a_bar_and_a_pipe_a_line():
     assert b"30/30" in text
     assert b"\n" not in re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", text).strip()
     assert b" % (" not in text
+
+
+def test_tests_of_stages_look_past_progress_alone(monkeypatch):
+    lines = [line for _, line in Clock(monkeypatch).work(600, 1)]
+    text = "".join(f"{line}\n" for line in [*lines, "K-means: 0:00:05 so far", "finding: 60,000 files, 1,500 files/s"])
+    assert PROGRESS.sub("", text) == ""
+    kept = "error: a: 12 images/s\nwarning: bag: 0:00:05 so far\ndistill: bingo: stopped at step 3\n"
+    assert PROGRESS.sub("", kept) == kept

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,8 @@ from benchmarks.processes import session
 from bingo.params import read_yaml
 
 ROOT = Path(__file__).parent.parent
+# What bingo/progress.py writes of work that lasts over two seconds: whether there is any depends on how busy the machine is.
+PROGRESS = re.compile(r"^(?!error|warning)[^\n]*: [^\n]*(?:/s|/s, \d+:\d\d:\d\d left|\d+:\d\d:\d\d so far)\n", re.MULTILINE)
 PATIENCE_SECONDS = 120  # the machine may be busy
 # In the order in which each finds its inputs.
 STAGES = ("scan", "teacher", "extract", "bag", "distill", "baseline moco", "linear_eval", "knn_eval", "report")
@@ -47,7 +50,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Done:
-    """A stage that has ended: exit status (negative: the signal that ended it) and what it printed."""
+    """A stage that has ended: exit status (negative: the signal that ended it) and what it printed, but for progress."""
 
     status: int
     out: str
@@ -80,7 +83,7 @@ class Running:
         status = int(self._answers.readline())
         self._answers.close()
         self._connection.close()
-        return Done(status, self._out.read_text(), self._err.read_text())
+        return Done(status, self._out.read_text(), PROGRESS.sub("", self._err.read_text()))
 
     def kill(self) -> Done:
         """SIGKILL unless it has ended, and wait for its end."""
