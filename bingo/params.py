@@ -28,6 +28,7 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
 Precision = Literal["auto", "fp32", "bf16"]
+Interpolation = Literal["bilinear", "bicubic"]
 _MOST_MISTAKES = 40
 _MOST_GROUPS, _LEAST_GROUP_IMAGES = 1024, 4
 
@@ -107,6 +108,19 @@ class ImageParams(Section):
         if self.crop_px > self.resize_px:
             raise ValueError(f"crop_px: {self.crop_px} is larger than resize_px {self.resize_px}; lower image.crop_px")
         return self
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """How pixels between those of the image are found where it is resized."""
+        return "bilinear"
+
+
+class BicubicImageParams(ImageParams):
+    """The same views, resized bicubically."""
+
+    @property
+    def interpolation(self) -> Interpolation:
+        return "bicubic"
 
 
 class AugmentParams(Section):
@@ -484,12 +498,13 @@ class WholeTuneParams(TuneParams):
 
 
 class TransferParams(CropsParams):
-    """Transfer to each of `datasets` by each of `protocols`, for each of `nets`."""
+    """Transfer to each of `datasets` by each of `protocols`, for each of `nets`, in views of `interpolation`."""
 
     datasets: dict[Name, TransferSetParams]
     nets: list[str]
     protocols: Annotated[list[Literal["linear_resized", "linear_native", "finetune"]], Field(min_length=1)]
     resized_px: Annotated[int, Field(ge=1, le=4096)]
+    interpolation: Interpolation
     precision: Precision
     linear: LinearTuneParams
     finetune: WholeTuneParams

@@ -4,7 +4,7 @@
                                                student from its file alone) and params transfer, dataset, image, student, seed;
                                                writes reports/transfer/NAME.json, percent
 Without NAME: every one of transfer.datasets. A killed run goes on from its checkpoints. Linear follows cifar_main_lincls.py and
-Reproduction.md of DisCo's repository but for the enlarging, which is bilinear here (DisCo: bicubic).
+Reproduction.md of DisCo's repository.
 """
 
 from typing import TYPE_CHECKING
@@ -89,13 +89,15 @@ def _protocols(run: Run, listing: "Listing", images: "Images") -> "dict[str, Pro
     import numpy as np
 
     from bingo.evals.finetune import Task, random_crops
+    from bingo.params import BicubicImageParams
     from stages.classifying import Protocol
 
     transfer, found = run.params.transfer, {}
     train_rows, test_rows = np.split(np.arange(len(listing)), [listing.train_rows])
     crops = random_crops(transfer.crop_scale, transfer.flip_p)
+    seen = BicubicImageParams(**run.params.image.model_dump()) if transfer.interpolation == "bicubic" else run.params.image
     for protocol in transfer.protocols:
-        image = _image(run.params.image, images, transfer.resized_px if protocol == "linear_resized" else None)
+        image = _image(seen, images, transfer.resized_px if protocol == "linear_resized" else None)
         _check(run, protocol, image)
         task = Task(images, listing.labels_N, train_rows, test_rows, len(listing.classes), image, crops)
         if protocol == "finetune":

@@ -8,7 +8,7 @@ from torchvision.transforms import functional as tv
 
 from bingo.data import augment as au
 from bingo.data.draws import BRIGHTNESS, CONTRAST, CROP_TRIES, HUE, SATURATION, Colours, Crops, crop_boxes, draw_views
-from bingo.params import AugmentParams, ImageParams
+from bingo.params import AugmentParams, BicubicImageParams, ImageParams
 
 ROWS = 6000
 MOCO2 = AugmentParams(
@@ -40,16 +40,18 @@ def colours(count: int, operations=((-1,),), factors=((1.0,),), gray=False, sigm
     return Colours(operation_BO, factor_BO, np.full(count, gray), np.full(count, sigma), np.zeros(count))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("side_px", "out_px"), [(20, 20), (33, 20), (20, 48), (64, 15)])
-def test_crop_equals_resized_crop(side_px, out_px):
+def test_crop_equals_resized_crop(side_px, out_px, interpolation):
     images = random_images(40, side_px)
     rng = np.random.default_rng(1)
     size = rng.integers(1, side_px + 1, (40, 2))
     boxes = np.concatenate([rng.integers(0, side_px + 1 - size), size], axis=1)
     flips = rng.random(40) < 0.5
-    got = au.crop_and_resize(images, torch.from_numpy(boxes).float(), torch.from_numpy(flips), out_px)
+    got = au.crop_and_resize(images, torch.from_numpy(boxes).float(), torch.from_numpy(flips), out_px, interpolation)
     for b, (box, flip) in enumerate(zip(boxes.tolist(), flips, strict=True)):
-        want = tv.resized_crop(au.to_unit(images[b : b + 1]), *box, [out_px, out_px], antialias=True)
+        want = tv.resized_crop(au.to_unit(images[b : b + 1]), *box, [out_px, out_px], tv.InterpolationMode(interpolation), antialias=True)
+        want = want.clamp(0, 1)  # as Pillow does with its bytes
         torch.testing.assert_close(got[b : b + 1], tv.hflip(want) if flip else want, atol=2e-6, rtol=0)
 
 
@@ -115,11 +117,12 @@ def test_blur_of_a_tiny_image_keeps_the_mean_of_a_flat_one():
     torch.testing.assert_close(au.blur(x, torch.tensor([2.0]), 2.0), x)
 
 
+@pytest.mark.parametrize("kind", [ImageParams, BicubicImageParams])
 @pytest.mark.parametrize(("side_px", "resize_px", "crop_px"), [(20, 20, 20), (64, 40, 32), (20, 26, 21)])
-def test_center_view_equals_torchvision(side_px, resize_px, crop_px):
-    image = IMAGE.model_copy(update={"resize_px": resize_px, "crop_px": crop_px})
+def test_center_view_equals_torchvision(side_px, resize_px, crop_px, kind):
+    image = kind(**IMAGE.model_dump()).model_copy(update={"resize_px": resize_px, "crop_px": crop_px})
     images = random_images(4, side_px)
-    resized = tv.resize(au.to_unit(images), resize_px, antialias=True)
+    resized = tv.resize(au.to_unit(images), resize_px, tv.InterpolationMode(image.interpolation), antialias=True).clamp(0, 1)
     want = tv.normalize(tv.center_crop(resized, crop_px), image.mean, image.std)
     got = au.center_view(images, image)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)

@@ -175,10 +175,13 @@ def write_cifar10(root: Path) -> None:
 
 def test_transfer_to_cifar_in_torchvisions_files(workspace, monkeypatch):
     write_cifar10(workspace.root / "cifar")
-    workspace.edit({"transfer.datasets": {"cifar10": CIFAR}})
+    workspace.edit({"transfer.datasets": {"cifar10": CIFAR}, "transfer.interpolation": "bicubic"})
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # it knows the sums of the real files
     monkeypatch.chdir(workspace.root)
-    transfer_cifar._judge(Run("transfer_cifar", load_params()), "cifar10", torch.device("cpu"))
+    run = Run("transfer_cifar", load_params())
+    seen = [used.task.image.interpolation for used in transfer_cifar._protocols(run, *transfer_cifar._scan(run, "cifar10")).values()]
+    assert seen == ["bicubic"] * 3
+    transfer_cifar._judge(run, "cifar10", torch.device("cpu"))
     report = read(workspace, "transfer/cifar10")
     assert (report["dataset"], report["images"]) == ("cifar10", [60, 40])
     assert report["protocols"] == {"linear_resized": {"crop_px": 40}, "linear_native": {"crop_px": 32}, "finetune": {"crop_px": 32}}

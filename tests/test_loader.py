@@ -13,7 +13,7 @@ from bingo.data.draws import crop_boxes, draw_views
 from bingo.data.images import FileImages, MemoryImages
 from bingo.data.loader import Request, ViewLoader, center_views
 from bingo.errors import UserError
-from bingo.params import AugmentParams, ImageParams
+from bingo.params import AugmentParams, BicubicImageParams, ImageParams
 
 CPU = torch.device("cpu")
 IMAGE = ImageParams(crop_px=16, resize_px=20, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
@@ -111,18 +111,20 @@ def test_workers_change_nothing(files):
     assert loader.wait_seconds > 0
 
 
+@pytest.mark.parametrize("image_kind", [ImageParams, BicubicImageParams])
 @pytest.mark.parametrize("augment", [AUGMENT, UNCOLOURED], ids=["colours", "no colours"])
-def test_file_views_are_the_drawn_crops(files, augment):
+def test_file_views_are_the_drawn_crops(files, augment, image_kind):
     """One file at a time: Pillow's crop, resize and mirror (as torchvision's on Pillow images), then the batched colours."""
     rows = np.arange(70)
-    ((got,),) = ViewLoader(files, IMAGE, augment, 0, CPU, 0).views([[_request(rows)]])
+    seen = image_kind(**IMAGE.model_dump())
+    ((got,),) = ViewLoader(files, seen, augment, 0, CPU, 0).views([[_request(rows)]])
     crops, colours = draw_views(augment, 0, "train", 0, rows, 0)
     wanted = []
     for row, path in enumerate(files.paths):
         with Image.open(f"{files.root}/{path}") as opened:
             image = opened.convert("RGB")
         (box,) = crop_boxes(crops[row : row + 1], image.height, image.width).tolist()
-        crop = tv.resized_crop(image, *box, [16, 16])
+        crop = tv.resized_crop(image, *box, [16, 16], tv.InterpolationMode(seen.interpolation))
         wanted.append(np.asarray(tv.hflip(crop) if crops.flip_B[row] else crop))
     want = cropped_views(torch.from_numpy(np.stack(wanted)), colours, augment, IMAGE)
     error_B = (got - want).abs().flatten(1)
@@ -168,14 +170,16 @@ def test_memory_and_file_views_nearly_agree(memory, tmp_path):
     assert (pair[0] - pair[1]).abs().max() < 1.01 / 255 / 0.22
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_center_views_come_in_row_order(files, workers):
+@pytest.mark.parametrize(("workers", "image_kind"), [(0, ImageParams), (1, ImageParams), (1, BicubicImageParams)])
+def test_center_views_come_in_row_order(files, workers, image_kind):
     rows = [5, 0, 69, 3, 2]
-    got = list(center_views(files, rows, IMAGE, CPU, 2, workers))
+    seen = image_kind(**IMAGE.model_dump())
+    got = list(center_views(files, rows, seen, CPU, 2, workers))
     assert [len(x) for x in got] == [2, 2, 1]
     for row, view in zip(rows, torch.cat(got), strict=True):
         with Image.open(f"{files.root}/{files.paths[row]}") as opened:
-            want = tv.to_tensor(tv.center_crop(tv.resize(opened.convert("RGB"), 20), [16, 16]))
+            resized = tv.resize(opened.convert("RGB"), 20, tv.InterpolationMode(seen.interpolation))
+            want = tv.to_tensor(tv.center_crop(resized, [16, 16]))
         want = tv.normalize(want, IMAGE.mean, IMAGE.std)
         assert (view - want).abs().max() < (0.5 if files.paths[row].endswith("jpg") else 1.01 / 255 / 0.22)
 

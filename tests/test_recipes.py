@@ -437,7 +437,8 @@ def test_show_prints_the_file_what_it_sets_and_what_it_costs(clone):
 
 
 def test_the_page_of_the_docs_is_what_the_command_prints(clone):
-    assert (ROOT / "docs/recipes.md").read_text() == call("table").stdout
+    way_out = "what recipes set has changed: bingo recipe table > docs/recipes.md"
+    assert (ROOT / "docs/recipes.md").read_text() == call("table").stdout, way_out
 
 
 def test_the_page_has_every_row_with_the_published_value_beside_ours(clone):
@@ -546,6 +547,8 @@ def test_few_labels_and_transfer_as_published():
     assert (transfer.linear.lr, transfer.linear.epochs, transfer.linear.drop_epochs, transfer.resized_px) == (3.0, 200, [], 224)
     assert transfer.linear.batch_images == semi.linear.batch_images == semi.finetune.batch_images == 256
     assert semi.crop_scale == transfer.crop_scale == [0.08, 1.0]
+    assert transfer.interpolation == "bicubic"
+    assert not recipe("downstream-imagenet-cifar").about.deviates
 
 
 def test_what_is_named_by_the_user_is_replaced_whole(clone):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bingo.data.draws import CONTRAST, HUE, SATURATION, Colours, Crops, crop_boxes
-from bingo.params import AugmentParams, ImageParams
+from bingo.params import AugmentParams, ImageParams, Interpolation
 
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma as torchvision rounds it
 BLUR_BLOCK_PX = 32
@@ -37,7 +37,7 @@ def random_views(images_BSS3: Tensor, crops: Crops, colours: Colours, augment: A
     side_px, device = images_BSS3.shape[1], images_BSS3.device
     boxes_B4 = upload(crop_boxes(crops, side_px, side_px).astype(np.float32), device)
     flip_B = upload(crops.flip_B, device) if augment.flip_p > 0 else None
-    x_B3PP = crop_and_resize(images_BSS3, boxes_B4, flip_B, image.crop_px)
+    x_B3PP = crop_and_resize(images_BSS3, boxes_B4, flip_B, image.crop_px, image.interpolation)
     return normalize(recolour(x_B3PP, colours, augment), image)
 
 
@@ -56,28 +56,33 @@ def center_view(images_BSS3: Tensor, image: ImageParams) -> Tensor:
     side_px, device = images_BSS3.shape[1], images_BSS3.device
     start = round((image.resize_px - image.crop_px) / 2)
     zero_1, side_1 = torch.zeros(1, device=device), torch.full((1,), float(side_px), device=device)
-    weights_1PS = resize_weights(zero_1, side_1, None, side_px, image.resize_px)[:, start : start + image.crop_px]
-    weights_BPS = weights_1PS.expand(len(images_BSS3), -1, -1)
+    weights_1PS = resize_weights(zero_1, side_1, None, side_px, image.resize_px, image.interpolation)
+    weights_BPS = weights_1PS[:, start : start + image.crop_px].expand(len(images_BSS3), -1, -1)
     return normalize(_resample(images_BSS3, weights_BPS, weights_BPS), image)
 
 
-def crop_and_resize(images_BSS3: Tensor, boxes_B4: Tensor, flip_B: Tensor | None, out_px: int) -> Tensor:
+def crop_and_resize(
+    images_BSS3: Tensor, boxes_B4: Tensor, flip_B: Tensor | None, out_px: int, interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """Each image's box (top, left, height, width; float32) at `out_px`, mirrored where `flip_B`: float32 (B, 3, P, P) in [0, 1].
 
     Equals torchvision's resized_crop(antialias=True), and hflip, on float images: resizing is linear, so rows and columns
-    are two matrix products, and the mirror is a reversed matrix.
+    are two matrix products, and the mirror is a reversed matrix. What bicubic resizing takes beyond [0, 1] is cut off.
     """
     top_B, left_B, height_B, width_B = boxes_B4.unbind(1)
     side_px = images_BSS3.shape[1]
-    rows_BPS = resize_weights(top_B, height_B, None, side_px, out_px)
-    columns_BPS = resize_weights(left_B, width_B, flip_B, side_px, out_px)
+    rows_BPS = resize_weights(top_B, height_B, None, side_px, out_px, interpolation)
+    columns_BPS = resize_weights(left_B, width_B, flip_B, side_px, out_px, interpolation)
     return _resample(images_BSS3, rows_BPS, columns_BPS)
 
 
-def resize_weights(start_B: Tensor, length_B: Tensor, flip_B: Tensor | None, side_px: int, out_px: int) -> Tensor:
-    """Antialiased bilinear resize of pixels start..start+length-1 of a line of `side_px` to `out_px`, as matrices (B, P, S).
+def resize_weights(
+    start_B: Tensor, length_B: Tensor, flip_B: Tensor | None, side_px: int, out_px: int, interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """Antialiased resize of pixels start..start+length-1 of a line of `side_px` to `out_px`, as matrices (B, P, S).
 
-    The triangle filter of Pillow's and PyTorch's resize: half width max(1, length / out_px) source pixels, weights that sum to 1.
+    The filters of Pillow's and PyTorch's resize, a triangle or Keys' cubic with a = -1/2, stretched by max(1, length / out_px), with
+    weights that sum to 1.
     """
     out_P = torch.arange(out_px, dtype=torch.float32, device=start_B.device)
     out_BP = out_P.expand(len(start_B), -1)
@@ -86,9 +91,16 @@ def resize_weights(start_B: Tensor, length_B: Tensor, flip_B: Tensor | None, sid
     scale_B1 = (length_B / out_px)[:, None]
     source_BS = torch.arange(side_px, dtype=torch.float32, device=start_B.device) - start_B[:, None]
     distance_BPS = (source_BS + 0.5)[:, None, :] - (scale_B1 * (out_BP + 0.5))[:, :, None]
-    weights_BPS = distance_BPS.abs_().div_(-scale_B1.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
+    distance_BPS.abs_().div_(scale_B1.clamp(min=1)[:, :, None])
+    weights_BPS = distance_BPS.neg_().add_(1).clamp_(min=0) if interpolation == "bilinear" else _keys_cubic(distance_BPS)
     weights_BPS *= ((source_BS >= 0) & (source_BS < length_B[:, None]))[:, None, :]
     return weights_BPS.div_(weights_BPS.sum(dim=2, keepdim=True))
+
+
+def _keys_cubic(x: Tensor) -> Tensor:
+    """Cubic convolution (Keys 1981, a = -1/2) at distances x >= 0: 1 at 0, 0 at 1 and from 2 on."""
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
 def _resample(images_BSS3: Tensor, rows_BPS: Tensor, columns_BPS: Tensor) -> Tensor:

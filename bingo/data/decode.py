@@ -15,6 +15,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, features
 
+from bingo.params import Interpolation
+
 _SUFFIXES = {  # of each format the usual ones first
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -34,6 +36,7 @@ SUFFIXES = tuple(
 )
 MOST_SCANS = 100  # of a JPEG file; progressive ones have about 10, and each may cost a pass over all pixels without a byte of data
 MOST_PLAIN_PIXELS = 4_000_000  # of a PPM file in plain text, which Pillow reads number by number in Python
+PILLOW_FILTERS: dict[Interpolation, Image.Resampling] = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 DRAFT_MARGIN = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 only where this many times the wanted size remains
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -136,8 +139,8 @@ def decode_as_stored(file_bytes: bytes) -> Image.Image:
         return to_rgb(image)
 
 
-def decode_square(file_bytes: bytes, resize_px: int, crop_px: int) -> np.ndarray:
-    """Short side to `resize_px` (bilinear, antialiased), then `crop_px` from the middle: uint8 (P, P, 3). Raises BadImage.
+def decode_square(file_bytes: bytes, resize_px: int, crop_px: int, interpolation: Interpolation = "bilinear") -> np.ndarray:
+    """Short side to `resize_px` (antialiased), then `crop_px` from the middle: uint8 (P, P, 3). Raises BadImage.
 
     Pixel for pixel the crop of the resized image (torchvision's Resize and CenterCrop), of which only the crop is computed.
     """
@@ -150,7 +153,7 @@ def decode_square(file_bytes: bytes, resize_px: int, crop_px: int) -> np.ndarray
     left, top = (scale * start for scale, start in zip(scale_2, start_2, strict=True))
     right, bottom = (scale * (start + crop_px) for scale, start in zip(scale_2, start_2, strict=True))
     box = (left, top, min(right, image.width), min(bottom, image.height))
-    return np.asarray(image.resize((crop_px, crop_px), Image.Resampling.BILINEAR, box=box))
+    return np.asarray(image.resize((crop_px, crop_px), PILLOW_FILTERS[interpolation], box=box))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -97,7 +97,7 @@ class _Decode(Dataset):
     """A task as index, its crops as item; reasons, one line each, where images cannot be read."""
 
     def __getitem__(self, task: _Task) -> Tensor | list[str]:
-        crop_px = task.image.crop_px
+        crop_px, interpolation = task.image.crop_px, task.image.interpolation
         lines: list[str] = []
         views_TPP3 = torch.empty((task.starts[-1], crop_px, crop_px, 3), dtype=torch.uint8)
         files: list[tuple[int, bytes, Header]] = []
@@ -110,9 +110,9 @@ class _Decode(Dataset):
             views = slice(task.starts[i], task.starts[i + 1])
             with _told(task, i, lines):
                 if task.crops is None:
-                    views_TPP3[views] = torch.from_numpy(decode_square(content, task.image.resize_px, crop_px).copy())
+                    views_TPP3[views] = torch.from_numpy(decode_square(content, task.image.resize_px, crop_px, interpolation).copy())
                 else:
-                    decode_crops(content, header, boxes_T4[views], task.crops.flip_B[views], views_TPP3[views])
+                    decode_crops(content, header, boxes_T4[views], task.crops.flip_B[views], views_TPP3[views], interpolation)
         return lines or views_TPP3
 
 
