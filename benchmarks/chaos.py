@@ -35,7 +35,7 @@ from bingo.params import read_yaml
 from bingo.recipes import lay_over, read_recipe
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("teacher", "extract", "bag", "distill", "baseline@moco", "linear_eval", "semi_eval@half")
+STAGES = ("teacher", "extract", "bag", "distill", "baseline@moco", "linear_eval@student", "semi_eval@half")
 BEGIN_ANEW = ("bag",)  # keep nothing while they run
 RESUMED = re.compile(r"extract|linear evaluation|.+: .+")  # the labels of bars that go on where a killed run was, of chunks or trainings
 OUTPUTS = ("data", "models", "reports")

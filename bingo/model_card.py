@@ -33,7 +33,7 @@ class Provenance:
 
 
 def score_rows(linear: Mapping[str, Any], knn: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """(measure, {network: percent}) of the contents of reports/linear.json and reports/knn.json; the last epoch's figures."""
+    """(measure, {network: percent}) of linear scores by protocol and network, and of kNN scores by network; the last epoch's figures."""
     rows = []
     for protocol, name in _PROTOCOLS.items():
         for key, top in (("top1_last", "top-1"), ("top5_last", "top-5")):

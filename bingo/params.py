@@ -383,14 +383,21 @@ class CropProbeParams(CachedProbeParams, CropsParams):
     nets: list[str]
 
 
-class LinearEvalParams(Section):
-    """Linear evaluation by both protocols."""
+class FeatureParams(Section):
+    """How an evaluation computes a network's features: `batch_images` centre views at once."""
+
+    precision: Precision
+    batch_images: Count
+
+
+class LinearEvalParams(FeatureParams):
+    """Linear evaluation by both protocols, in `precision` both."""
 
     cached: CachedProbeParams
     crops: CropProbeParams
 
 
-class KnnEvalParams(Section):
+class KnnEvalParams(FeatureParams):
     """Nearest-neighbour evaluation for each `k`, plain votes and votes weighted by exp(cosine / temperature)."""
 
     k: Annotated[list[Count], Field(min_length=1)]

@@ -6,6 +6,7 @@ No torch: a page takes a second or two. Shape letters: E epochs of a training.
 import csv
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,12 @@ def read_optional_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, wanted an object; delete it and run: dvc repro")
     return value
+
+
+def by_protocol(linear: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{protocol: {net: scores}} of what reports/linear holds, {net: {protocol: scores}}."""
+    protocols = dict.fromkeys(protocol for scores in linear.values() for protocol in scores)
+    return {protocol: {net: scores[protocol] for net, scores in linear.items() if protocol in scores} for protocol in protocols}
 
 
 def read_curves(path: Path) -> Curves:

@@ -189,6 +189,14 @@ def chosen_items(key: str, items: Mapping[str, Any], name: str | None) -> list[s
     return [name] if name else allowed
 
 
+def chosen_networks(params: Params, name: str | None) -> list[str]:
+    """The network that an evaluation's argument names, or all of them. Raises UserError where there is none of that name."""
+    allowed = ["student", *params.baselines, "untrained", "teacher", "pixels"]
+    if name is not None and name not in allowed:
+        raise UserError(f"net = {name}: allowed are {', '.join(allowed)}{near_matches(name, allowed)}")
+    return [name] if name else allowed
+
+
 def item_name(argument: str) -> str:
     """The item that a command's argument names: itself, or of DVC's STAGE@ITEM, which dvc.yaml hands over, what follows the @."""
     return argument.rpartition("@")[2]

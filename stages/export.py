@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bingo.nets.stored import StoredNetwork
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-_REPORTS = {"linear_eval": paths.REPORTS / "linear.json", "knn_eval": paths.REPORTS / "knn.json"}  # what writes them, and where
+_REPORTS = {"linear_eval": paths.REPORTS / "linear", "knn_eval": paths.REPORTS / "knn"}  # what writes them, and where
 
 
 @app.command()
@@ -106,30 +106,33 @@ def _name_in_reports(file: Path) -> str:
 
 
 def _scores(file: Path, net: str) -> "list[tuple[str, dict[str, float]]]":
-    """The figures in reports/; a report that dvc.lock says was measured on another student is left out, and told."""
+    """The figures in reports/ of a network and of those it is compared with; its own are left out, with a note, where dvc.lock says that
+    they were measured on another file."""
     from bingo.model_card import score_rows
-    from bingo.report_inputs import read_optional_json
+    from bingo.report_inputs import by_protocol, read_optional_json
 
     found: dict[str, dict] = {}
-    for stage, report in _REPORTS.items():
-        stale = net == "student" and _was_measured_on_another(stage, file)
-        if stale:
-            typer.echo(f"note: {report} was measured on another student and is left out of the model card; run: dvc repro", err=True)
-        found[stage] = {} if stale else read_optional_json(report)
-    return score_rows(found["linear_eval"], found["knn_eval"])
+    for stage, folder in _REPORTS.items():
+        found[stage] = {name: read_optional_json(folder / f"{name}.json") for name in (net, "teacher", "untrained")}
+        if found[stage][net] and _was_measured_on_another(stage, net, file):
+            report = folder / f"{net}.json"
+            typer.echo(f"note: {report} was measured on another {net} and is left out of the model card; run: dvc repro", err=True)
+            found[stage][net] = {}
+    return score_rows(by_protocol(found["linear_eval"]), found["knn_eval"])
 
 
-def _was_measured_on_another(stage: str, file: Path) -> bool:
-    """Whether dvc.lock has another md5 for the student that an evaluation read; without DVC's record nothing is known."""
+def _was_measured_on_another(stage: str, net: str, file: Path) -> bool:
+    """Whether dvc.lock has another md5 for the network that an evaluation read; without DVC's record nothing is known."""
     import hashlib
 
     from bingo.params import read_yaml
 
+    item, read = ("", paths.STUDENT) if net == "student" else ("_baseline", paths.BASELINES / f"{net}.safetensors")
     lock = read_yaml("dvc.lock") if Path("dvc.lock").exists() else {}
-    deps = lock.get("stages", {}).get(stage, {}).get("deps", [])
+    deps = lock.get("stages", {}).get(f"{stage}{item}@{net}", {}).get("deps", [])
     with open(file, "rb") as content:
         md5 = hashlib.file_digest(content, "md5").hexdigest()
-    return any(dep["md5"] != md5 for dep in deps if dep["path"] == paths.STUDENT.as_posix())
+    return any(dep["md5"] != md5 for dep in deps if dep["path"] == read.as_posix())
 
 
 if __name__ == "__main__":

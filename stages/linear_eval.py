@@ -1,83 +1,95 @@
-"""linear_eval: a linear layer on every network's frozen features, and on random crops for those that linear_eval.crops.nets names.
+"""linear_eval: a linear layer on a network's frozen features, and on random crops for those that linear_eval.crops.nets names.
 
-python -m stages.linear_eval reads params linear_eval; writes reports/linear.json, percent, last and best epoch
+    python -m stages.linear_eval [NET]     reads listing, images, the network's own file and params linear_eval, image, student, seed;
+                                           writes reports/linear/NET.json: by protocol (cached, crops) percent, last and best epoch
+NET: student, a baseline of params.yaml, untrained, teacher or pixels; without it, all. An empty report: there was nothing to measure.
 """
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from stages import paths
-from stages.common import Run, code_fingerprint, process_group, stage_run
+from stages.common import Run, chosen_networks, code_fingerprint, item_name, process_group, stage_run
 from stages.state import state_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from bingo.data.listing import Listing
+    from stages.networks import Networks
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def main() -> None:
+def main(net: str | None = typer.Argument(None, help="student, a baseline, untrained, teacher or pixels; without it, all.")) -> None:
     """Linear evaluation by both protocols."""
-    with stage_run("linear_eval") as run:
+    net = item_name(net) if net else None
+    with stage_run(f"linear_eval-{net}" if net else "linear_eval") as run:
         from bingo.artefacts import write_json
         from bingo.data.listing import read_listing
+        from stages.networks import Networks
 
-        listing = read_listing(paths.LISTING)
+        names, listing = chosen_networks(run.params, net), read_listing(paths.LISTING)
         if not listing.labelled or listing.train_rows == len(listing):
             run.say("linear_eval: the listing has no labelled test images, so there is nothing to measure")
-            write_json(paths.REPORTS / "linear.json", {})
+            for name in names:
+                write_json(paths.REPORTS / "linear" / f"{name}.json", {})
             return
-        with process_group(run) as device, state_folder("linear_eval", _identity(run, listing)) as folder:
-            scores = {"cached": _cached(run, listing, device), "crops": _crops(run, listing, folder, device)}
-            write_json(paths.REPORTS / "linear.json", scores)
+        networks = Networks(run, names, listing)
+        with process_group(run) as device:
+            for name in names:
+                scores = _cached(run, name, networks, listing, device) | _crops(run, name, networks, listing, device)
+                write_json(paths.REPORTS / "linear" / f"{name}.json", scores)
 
 
-def _identity(run: Run, listing) -> dict:
-    """All that decides what the crops give: a checkpoint of anything else is not gone on from."""
-    from stages.backbones import backbone_files, judged
-
-    crops = run.params.linear_eval.crops
-    return {
-        "params": [judged(run, crops), run.params.distill.precision],
-        "inputs": [listing.fingerprint, backbone_files(crops.nets)],
-        "code": code_fingerprint("linear_eval"),
-    }
-
-
-def _cached(run: Run, listing, device) -> dict:
-    from bingo.data.images import open_images
+def _cached(run: Run, name: str, networks: "Networks", listing: "Listing", device: "torch.device") -> dict[str, dict]:
     from bingo.evals.linear import linear_on_features
-    from stages.networks import features_of_networks
 
-    train, labels, scores = listing.train_rows, listing.labels_N, {}
-    images = open_images(listing, paths.IMAGES, run.params.dataset)
-    for name, features in features_of_networks(run, listing, images, device):
-        scores[name] = linear_on_features(
-            features[:train], labels[:train], features[train:], labels[train:], len(listing.classes),
-            run.params.linear_eval.cached, run.params.seed, device,
-        )  # fmt: skip
-        _say(run, name, "cached features", scores[name])
-    return scores
+    features, train, labels = networks.features(name, run.params.linear_eval, device), listing.train_rows, listing.labels_N
+    if features is None:
+        run.say(f"linear_eval: {name}: the images are not held in memory (dataset.store_px is null), so there is nothing to measure")
+        return {}
+    score = linear_on_features(
+        features[:train], labels[:train], features[train:], labels[train:], len(listing.classes),
+        run.params.linear_eval.cached, run.params.seed, device,
+    )  # fmt: skip
+    _say(run, name, "cached features", score)
+    return {"cached": score}
 
 
-def _crops(run: Run, listing, folder: Path, device) -> dict:
+def _crops(run: Run, name: str, networks: "Networks", listing: "Listing", device: "torch.device") -> dict[str, dict]:
     import numpy as np
+
+    if name not in networks.backbones or name not in run.params.linear_eval.crops.nets:
+        return {}
     import torch
 
     from bingo.checkpoints import Checkpoints
-    from bingo.data.images import open_images
     from bingo.evals.linear import linear_on_crops
-    from stages.backbones import backbones
 
-    params, crops, scores = run.params, run.params.linear_eval.crops, {}
+    params, evaluation = run.params, run.params.linear_eval
     train_rows, test_rows = np.split(np.arange(len(listing)), [listing.train_rows])
-    images = open_images(listing, paths.IMAGES, params.dataset)
-    for name, backbone in backbones(run, crops.nets).items():
-        scores[name] = linear_on_crops(
-            backbone.to(device, memory_format=torch.channels_last), images, listing.labels_N, train_rows, test_rows,
-            len(listing.classes), crops, params.image, params.distill.precision, params.seed, device, Checkpoints(folder / name),
+    backbone = networks.backbones[name].to(device, memory_format=torch.channels_last)
+    with state_folder(f"linear_eval-{name}", _identity(run, name, listing)) as folder:
+        score = linear_on_crops(
+            backbone, networks.images, listing.labels_N, train_rows, test_rows, len(listing.classes), evaluation.crops, params.image,
+            evaluation.precision, params.seed, device, Checkpoints(folder / "checkpoints"),
         )  # fmt: skip
-        _say(run, name, "random crops", scores[name])
-    return scores
+    _say(run, name, "random crops", score)
+    return {"crops": score}
+
+
+def _identity(run: Run, name: str, listing: "Listing") -> dict:
+    """All that decides what the crops give: a checkpoint of anything else is not gone on from."""
+    from stages.backbones import backbone_files, judged
+
+    return {
+        "params": [judged(run, run.params.linear_eval.crops), run.params.linear_eval.precision],
+        "inputs": [listing.fingerprint, backbone_files([name])],
+        "code": code_fingerprint("linear_eval"),
+    }
 
 
 def _say(run: Run, name: str, protocol: str, score: dict) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stages import paths
-from stages.common import Run, mistakes_as_lines, stage_run
+from stages.common import Run, chosen_networks, mistakes_as_lines, stage_run
 
 if TYPE_CHECKING:
     from bingo.report_inputs import Artefacts
@@ -57,10 +57,10 @@ def _artefacts(run: Run) -> "Artefacts":
     from bingo.bags import read_bags
     from bingo.data.images import open_images
     from bingo.data.listing import read_listing
-    from bingo.report_inputs import Artefacts, read_curves, read_network_facts, read_optional_json
+    from bingo.report_inputs import Artefacts, by_protocol, read_curves, read_network_facts, read_optional_json
 
     params, listing = run.params, read_listing(paths.LISTING)
-    metrics = {name: read_optional_json(paths.REPORTS / f"{name}.json") for name in ("bags", "knn", "linear")}
+    nets = chosen_networks(params, None)
     terms = {name: read_optional_json(paths.REPORTS / f"{name}.json") for name in ("teacher", "distill")}
     terms |= {f"baseline-{method}": read_optional_json(paths.REPORTS / f"baselines/{method}.json") for method in params.baselines}
     coco = {name: read_optional_json(paths.REPORTS / f"coco/{name}.json") for name in params.transfer_coco.runs}
@@ -70,11 +70,11 @@ def _artefacts(run: Run) -> "Artefacts":
         listing=listing,
         images=open_images(listing, paths.IMAGES, params.dataset) if paths.IMAGES.exists() else None,
         bags=read_bags(paths.BAGS, listing) if paths.BAGS.exists() else None,
-        bag_metrics=metrics["bags"],
+        bag_metrics=read_optional_json(paths.REPORTS / "bags.json"),
         teacher=read_network_facts(paths.TEACHER, "backbone."),
         student=read_network_facts(paths.STUDENT),
-        knn=metrics["knn"],
-        linear=metrics["linear"],
+        knn=_present("knn", nets),
+        linear=by_protocol(_present("linear", nets)),
         terms=terms,
         semi=_present("semi", params.semi_eval.splits),
         transfer=_present("transfer", params.transfer.datasets),

@@ -406,8 +406,9 @@ def workspace(tmp_path, monkeypatch):
         "moco": {"knn_10": 70.0},
         "untrained": {"knn_10": 50.5},
     }
-    write_json("reports/knn.json", scores)
-    write_json("reports/linear.json", {"cached": {"student": {"top1_last": 95.0, "top5_last": 100.0}}, "crops": {}})
+    for net, figures in scores.items():
+        write_json(f"reports/knn/{net}.json", figures)
+    write_json("reports/linear/student.json", {"cached": {"top1_last": 95.0, "top5_last": 100.0}})
     return tmp_path
 
 
@@ -492,10 +493,10 @@ def test_what_the_workspace_no_longer_holds_is_not_claimed(workspace):
 def test_figures_of_another_student_are_left_out(workspace):
     dep = {"path": "models/student.safetensors", "hash": "md5", "md5": "0" * 32}
     with open("dvc.lock", "w") as file:
-        YAML(typ="safe", pure=True).dump({"stages": {"knn_eval": {"deps": [dep]}}}, file)
+        YAML(typ="safe", pure=True).dump({"stages": {"knn_eval@student": {"deps": [dep]}}}, file)
     code, _, err = bingo_export("--to", "safetensors", "--out", "o.safetensors")
     assert code == 0
-    assert err == "note: reports/knn.json was measured on another student and is left out of the model card; run: dvc repro\n"
+    assert err == "note: reports/knn/student.json was measured on another student and is left out of the model card; run: dvc repro\n"
     card = Path("o.safetensors.md").read_text()
     assert "91.25" not in card
     assert "95.00" in card

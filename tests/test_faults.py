@@ -99,11 +99,11 @@ def test_a_training_without_room_goes_on_from_the_last_checkpoint(workspace, ref
 
 def test_small_files_on_a_full_disk(workspace, reference):
     """The last of several outputs, and the record of the run, without which the outputs are whole all the same."""
-    remove(workspace, "reports/linear.json", ".bingo/runs/linear_eval.json")
-    for name in ("reports/.linear.json.partial", ".bingo/runs/.linear_eval.json.partial"):
+    remove(workspace, "reports/linear/pixels.json", ".bingo/runs/linear_eval.json")
+    for name in ("reports/linear/.pixels.json.partial", ".bingo/runs/.linear_eval.json.partial"):
         (workspace.root / name).symlink_to("/dev/full")
-    assert_one_line(workspace.run("linear_eval"), "reports/linear.json", "No space left on device")
-    assert not (workspace.root / "reports/.linear.json.partial").is_symlink()
+    assert_one_line(workspace.run("linear_eval"), "reports/linear/pixels.json", "No space left on device")
+    assert not (workspace.root / "reports/linear/.pixels.json.partial").is_symlink()
     done = workspace.run("linear_eval")
     assert done.status == 0
     assert re.fullmatch(r"warning: .bingo/runs/linear_eval.json: No space left on device; the outputs are whole, [^\n]*\n", done.err)

@@ -53,6 +53,11 @@ def definition(stage: str) -> dict:
     return STAGES[stage].get("do", STAGES[stage])
 
 
+def module(stage: str) -> str:
+    """What a stage runs: stages/NAME.py; for the items of `baselines`, those of stage NAME_baseline too."""
+    return stage.removesuffix("_baseline")
+
+
 def code_deps(stage: str, method: str, teacher_format: str = "moco") -> set[str]:
     chosen = {"${distill.method}": method, "${item}": method, "${teacher.format}": teacher_format}
     deps = definition(stage)["deps"]
@@ -62,7 +67,7 @@ def code_deps(stage: str, method: str, teacher_format: str = "moco") -> set[str]
 
 
 def expected_deps(stage: str, method: str) -> set[str]:
-    files = closure(f"stages/{stage}.py") - INFRASTRUCTURE - (WATCHING if stage in WATCHED else set())
+    files = closure(f"stages/{module(stage)}.py") - INFRASTRUCTURE - (WATCHING if stage in WATCHED else set())
     if stage in ("teacher", "distill", "baseline"):  # a method is found by its name, which no import shows
         files |= closure(f"bingo/methods/{method}.py") - INFRASTRUCTURE
     if stage == "teacher":  # so is a format
@@ -91,8 +96,8 @@ def test_the_teacher_depends_on_its_format_alone(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_a_description_and_a_module_of_its_name(stage):
     assert definition(stage).get("desc")
-    assert definition(stage)["cmd"] == f"exec python -m stages.{stage}" + (' "$DVC_STAGE"' if "foreach" in STAGES[stage] else "")
-    assert (ROOT / f"stages/{stage}.py").is_file()
+    assert definition(stage)["cmd"] == f"exec python -m stages.{module(stage)}" + (' "$DVC_STAGE"' if "foreach" in STAGES[stage] else "")
+    assert (ROOT / f"stages/{module(stage)}.py").is_file()
 
 
 def layer(file: str) -> int:
@@ -110,8 +115,8 @@ def test_imports_run_downwards(file):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_do_not_import_each_other(stage):
-    others = {f"stages/{other}.py" for other in STAGES if other != stage}
-    assert not closure(f"stages/{stage}.py") & others
+    others = {f"stages/{module(other)}.py" for other in STAGES if module(other) != module(stage)}
+    assert not closure(f"stages/{module(stage)}.py") & others
 
 
 def test_methods_do_not_import_each_other():

@@ -196,7 +196,9 @@ class Workspace:
         return found
 
     def _items(self, stage: dict[str, Any]) -> list[str]:
-        """Of a stage with `foreach` the items or keys that the parameters name; one, of no name, for any other."""
+        """Of a stage with `foreach` the items or keys, which dvc.yaml or the parameters name; one, of no name, for any other."""
+        if isinstance(stage.get("foreach"), dict):
+            return list(stage["foreach"])
         value: Any = read_yaml(self.root / "params.yaml")
         for part in stage["foreach"].strip("${}").split(".") if "foreach" in stage else []:
             value = value[part]

@@ -7,6 +7,7 @@ papers report; it is chosen on the test set. Shape letters: N rows, B rows of a 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.checkpoints import Checkpoints
-from bingo.data.images import Images
 from bingo.errors import UserError
-from bingo.evals.finetune import ClassifierTrainer, Task, random_crops
 from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
-from bingo.nets.backbones import Backbone
 from bingo.params import CachedProbeParams, CropProbeParams, ImageParams, TuneParams
 from bingo.progress import progress_bar
 from bingo.schedules import learning_rate
+
+if TYPE_CHECKING:
+    from bingo.checkpoints import Checkpoints
+    from bingo.data.images import Images
+    from bingo.nets.backbones import Backbone
 
 CACHED = "linear-cached"  # a purpose of bingo.seeds
 _LABEL = "linear evaluation"
@@ -64,8 +66,8 @@ def linear_on_features(
 
 
 def linear_on_crops(
-    backbone: Backbone,
-    images: Images,
+    backbone: "Backbone",
+    images: "Images",
     labels_N: np.ndarray,
     train_rows_N: np.ndarray,
     test_rows_N: np.ndarray,
@@ -75,7 +77,7 @@ def linear_on_crops(
     precision: str,
     seed: int,
     device: torch.device,
-    checkpoints: Checkpoints,
+    checkpoints: "Checkpoints",
 ) -> dict[str, float | int]:
     """BINGO's released protocol (main_lincls.py, scripts/lincls/Res.sh).
 
@@ -84,6 +86,8 @@ def linear_on_crops(
     at 0.01). `labels_N` belongs to the rows of `images`. Returns and raises what `linear_on_features` does; it is
     `finetune.ClassifierTrainer` with a frozen backbone, so it goes on from its checkpoint and several processes share each batch.
     """
+    from bingo.evals.finetune import ClassifierTrainer, Task, random_crops  # timm, which features that are stored do not need
+
     task = Task(images, labels_N, train_rows_N, test_rows_N, classes, image, random_crops(params.crop_scale, params.flip_p))
     tune = TuneParams(**params.model_dump(include=set(TuneParams.model_fields)), nesterov=False)
     return ClassifierTrainer(backbone, task, tune, params.lr, None, precision, seed, device, checkpoints, _LABEL).run()
