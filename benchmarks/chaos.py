@@ -32,6 +32,7 @@ from ruamel.yaml import YAML
 
 from benchmarks.processes import session
 from bingo.params import read_yaml
+from bingo.progress import progress_bar
 from bingo.recipes import lay_over, read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -392,15 +393,17 @@ def harass(workspace: ChaosWorkspace, stage: str, kills: int, longest_seconds: f
     tally, begun = Tally(), time.monotonic()
     before = workspace.root.with_name(f"{workspace.root.name}-before")
     shutil.copytree(workspace.root, before, symlinks=True)
-    while (given := sum(tally.kills.values())) < kills:
-        if tally.finished:
-            workspace.forget(before)
-        Harassment(workspace, stage, tally).run(drawn_kills(draw, kills - given, longest_seconds))
-        found = workspace.files()
-        if differing := sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path)):
-            tally.problems.append(f"{stage}, run {workspace.runs}: not as undisturbed: {', '.join(differing)}")
-        if state := workspace.state():
-            tally.problems.append(f"{stage}, run {workspace.runs}: left behind: {', '.join(state)}")
+    with progress_bar(stage, kills, "kills") as bar:
+        while (given := sum(tally.kills.values())) < kills:
+            if tally.finished:
+                workspace.forget(before)
+            Harassment(workspace, stage, tally).run(drawn_kills(draw, kills - given, longest_seconds))
+            found = workspace.files()
+            if differing := sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path)):
+                tally.problems.append(f"{stage}, run {workspace.runs}: not as undisturbed: {', '.join(differing)}")
+            if state := workspace.state():
+                tally.problems.append(f"{stage}, run {workspace.runs}: left behind: {', '.join(state)}")
+            bar.advance_to(sum(tally.kills.values()))
     shutil.rmtree(before)
     tally.seconds = time.monotonic() - begun
     return tally

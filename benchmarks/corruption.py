@@ -37,6 +37,7 @@ from bingo.errors import UserError
 from bingo.nets.students import load_student
 from bingo.nets.teachers import load_teacher
 from bingo.params import read_yaml
+from bingo.progress import progress_bar
 from bingo.recipes import lay_over, read_recipe
 from bingo.report_inputs import read_network_facts
 
@@ -141,14 +142,16 @@ def flip_bytes(artefact: Artefact, flips: int, seed: int) -> tuple[Counter, list
     files = sorted(file for file in artefact.path.rglob("*") if file.is_file() and file.stat().st_size) or [artefact.path]
     files = [file for file in files if file.name != "lock"]
     whole, counts, lines = digest(artefact.read()), Counter(), []
-    for _ in range(flips):
-        file = draw.choice(files)
-        place, mask = _place(draw, file.stat().st_size), draw.randrange(1, 256)
-        with _flipped(file, place, mask):
-            outcome, reason = _outcome(artefact, whole)
-        counts[outcome] += 1
-        if outcome in ("unnoticed", "traceback"):
-            lines.append(f"{artefact.name}: {file.name}, byte {place} ^ {mask:#04x}: {outcome} {reason}")
+    with progress_bar(artefact.name, flips, "flips") as bar:
+        for _ in range(flips):
+            file = draw.choice(files)
+            place, mask = _place(draw, file.stat().st_size), draw.randrange(1, 256)
+            with _flipped(file, place, mask):
+                outcome, reason = _outcome(artefact, whole)
+            counts[outcome] += 1
+            if outcome in ("unnoticed", "traceback"):
+                lines.append(f"{artefact.name}: {file.name}, byte {place} ^ {mask:#04x}: {outcome} {reason}")
+            bar.advance()
     assert digest(artefact.read()) == whole
     return counts, lines
 

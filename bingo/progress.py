@@ -30,7 +30,8 @@ class Bar:
         self._display: Any = None
         if os.environ.get("RANK", "0") == "0" and _shown.acquire(blocking=False):
             self._display = _Screen(label, total) if sys.stderr.isatty() else _Log(label)
-            threading.Thread(target=self._watch, daemon=True).start()
+            with suppress(RuntimeError):  # no room for one more thread: then lines come only when the bar is moved
+                threading.Thread(target=self._watch, daemon=True).start()
 
     def resume_at(self, done: int) -> None:
         """Start from `done` units that an earlier run did; they do not count for the rate."""

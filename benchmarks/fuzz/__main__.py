@@ -14,11 +14,13 @@ from pathlib import Path
 
 from benchmarks.fuzz.harness import LAST, Tally
 from benchmarks.fuzz.surfaces import SURFACES, run
+from bingo.progress import progress_bar
 
 
 def tally_of(number: int, cases: int, seed: int) -> Tally:
     """The cases of one surface in a process of its own, which may die."""
     with (
+        progress_bar(f"{SURFACES[number].name}, {cases:,} cases"),
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
     ):
