@@ -119,9 +119,8 @@ class Trainer:
     def _seed_draws(self) -> None:
         """Let what the network itself draws (dropout, stochastic depth) follow from seed, step and process alone."""
         purpose = f"dropout of process {distributed.rank()}"
-        cuda = self.device.type == "cuda"
-        generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
-        generator.manual_seed(seeds.torch_seed(self.batches.seed, purpose, self.step))  # the device's alone: torch.manual_seed takes 0.2 ms
+        seed_generator = torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
+        seed_generator(seeds.torch_seed(self.batches.seed, purpose, self.step))  # the device's alone: torch.manual_seed takes 0.2 ms
 
     def _refuse_what_is_not_finite(self) -> None:
         """Stop if a loss was not finite since this was last called. It waits for the device."""
