@@ -122,6 +122,28 @@ class Bags:
         return inside_BJ
 
 
+def empty_bags_warning(bags: Bags) -> str | None:
+    """What is to be said where half of the bags or more are empty. Raises UserError where all are: a training would use none of them."""
+    empty, rows = int((bags.bag_sizes_T == 0).sum()), len(bags.members_TK)
+    if 2 * empty < rows:
+        return None
+    told = f"{'all' if empty == rows else f'{empty:,} of'} {rows:,} bags are empty: {_why_empty(bags.settings)}"
+    if empty == rows:
+        raise UserError(f"bagging.method = {bags.settings['method']}: {told}")
+    return f"{told}; these images are trained without their like"
+
+
+def _why_empty(settings: Mapping[str, Any]) -> str:
+    """The cause by what an index was made with, and the way out."""
+    if settings["method"] == "kmeans":
+        return f"images are alone in the {settings['clusters']} clusters; lower bagging.clusters"
+    if settings["method"] == "label":
+        return "images are alone in their classes; set bagging.method: knn"
+    ways = [f"raise bagging.probes ({settings['probes']}) or lower bagging.lists ({settings['lists']})"] if "lists" in settings else []
+    ways += [f"raise bagging.k ({settings['k']}) or set bagging.mutual: false"] if settings.get("mutual") else []
+    return f"no other image was found for an anchor; {', or '.join(ways) or 'run: dvc repro bag'}"
+
+
 def matching_pairs(wanted_BW: np.ndarray, values_J: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Every (b, j) where `values_J[j]` is among the numbers `wanted_BW[b]`, distinct but for -1: two int64 arrays (M,)."""
     order_J = None if (values_J[1:] >= values_J[:-1]).all() else np.argsort(values_J, kind="stable")

@@ -23,7 +23,7 @@ from bingo.artefacts import read_json, write_bytes, write_json
 from bingo.data.embeddings import EmbeddingsWriter, create_embeddings, embeddings_fingerprint, open_for_writing
 from bingo.data.images import Images
 from bingo.data.listing import Listing
-from bingo.data.loader import Request, ViewLoader, center_views
+from bingo.data.loader import Request, ViewLoader, center_batches
 from bingo.errors import UserError
 from bingo.nets.precision import autocast
 from bingo.nets.teachers import Teacher
@@ -92,8 +92,8 @@ class _Pass:
     def run(self, store: "_Unfinished", chunks: Sequence[int]) -> None:
         """Compute and write these chunks. Both streams of views run over all chunks, so that reading ahead never stops."""
         writer = store.writer
-        center_rows = [np.empty(0, np.int64), *(self._padded(writer.rows(chunk)) for chunk in chunks)]
-        centers = center_views(self.images, np.concatenate(center_rows), self.image, self.device, self.extract.batch_images)
+        center_rows = [rows_B for chunk in chunks for rows_B in self._batches(writer.rows(chunk))]
+        centers = center_batches(self.images, center_rows, self.image, self.device)
         randoms = self.loader.views([request] for chunk in chunks for request in self._requests(writer.train_rows(chunk)))
         writing: Future | None = None
         total = _views(writer, chunks, self.extract.views)
@@ -107,9 +107,10 @@ class _Pass:
             if writing is not None:
                 writing.result()
 
-    def _padded(self, rows: range) -> np.ndarray:
-        """Rows of a chunk, the last one repeated until they fill whole batches: no batch of the stream crosses a chunk's edge."""
-        return np.pad(np.arange(rows.start, rows.stop), (0, -len(rows) % self.extract.batch_images), mode="edge")
+    def _batches(self, rows: range) -> list[np.ndarray]:
+        """Rows of a chunk in batches, the last one as short as it is: no batch of the stream crosses a chunk's edge."""
+        step = self.extract.batch_images
+        return [np.arange(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 
     def _requests(self, rows: range) -> Iterator[Request]:
         """All views of some rows at a time, at most `batch_images` in all (if V is), so that a file is decoded once for them."""
@@ -122,8 +123,8 @@ class _Pass:
     def _features(self, rows: range, centers: Iterator[Tensor], bar: Bar) -> np.ndarray:
         """Features of centre views, float32 (n, D)."""
         batches = []  # kept on the device, so that the host does not wait for it before the chunk is complete
-        for start in range(rows.start, rows.stop, self.extract.batch_images):
-            views_B = next(centers)[: rows.stop - start]
+        for _ in self._batches(rows):
+            views_B = next(centers)
             with autocast(self.extract.precision, self.device):
                 batches.append(self.teacher.features(views_B))
             self._advance(bar, len(views_B))

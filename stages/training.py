@@ -1,5 +1,6 @@
 """What the three trainings share (teacher, student, baselines): build the method, train it from its checkpoint, write its curves."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,7 @@ def train_method(
     stored = _stored(run, section, embeddings, device) if embeddings is not None else None
     table = bags.table if bags is not None else None
     method = build_method(method_name, section, _context(run, device, network, schedule.precision, keys, stored, table, teacher))
+    _check_bags(run, method, table)
     images = open_images(listing, paths.IMAGES, params.dataset)
     loader = ViewLoader(images, params.image, augment, params.seed, device)
     probe = KnnProbe(listing, images, params.image, params.seed, device, schedule.precision) if listing.labelled else None
@@ -78,6 +80,16 @@ def train_method(
             result.spread = feature_spread(method.student, listing, images, params.image, params.seed, device, schedule.precision)
             finish(method, result)
     _tell(run, method_name, schedule, result)
+
+
+def _check_bags(run: Run, method: "Method", bags: "Bags | None") -> None:
+    """Raises UserError where a method draws from bags that are all empty, and warns where many are."""
+    if bags is None or not (method.needs.members or method.needs.companions):
+        return
+    from bingo.bags import empty_bags_warning
+
+    if (warning := empty_bags_warning(bags)) and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {run.stage}: {warning}", file=sys.stderr, flush=True)
 
 
 def _context(

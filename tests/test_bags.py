@@ -14,8 +14,9 @@ from sklearn.datasets import load_digits
 
 from bingo import bag_builders, bag_clusters, neighbors, seeds
 from bingo.bag_builders import build_kmeans, build_knn, build_label
+from bingo.bag_ivf import InvertedFile
 from bingo.bag_metrics import bag_metrics
-from bingo.bags import Bags, matching_pairs, read_bags, write_bags
+from bingo.bags import Bags, empty_bags_warning, matching_pairs, read_bags, write_bags
 from bingo.data.chunks import StoredRows, new_array
 from bingo.errors import UserError
 
@@ -388,3 +389,42 @@ def purity(bags, labels):
 def test_label_bags_are_pure(digits, built):
     found = bag_metrics(built["label"], digits[1])
     assert found["purity"] == found["whole_bag_purity"] == 1
+
+
+# --- empty bags
+
+
+def all_empty(digits, kind: str, helped: bool) -> Bags:
+    """Bags that are all empty, and the same after following the message."""
+    features = digits[0][:40]
+    if kind == "kmeans":
+        return build_kmeans(features[::3], 7 if helped else 14, 5, 3, seed=0)
+    if kind == "label":
+        return build_knn(features, 3) if helped else build_label(np.arange(40), features, 3)
+    return build_knn(features[30:], 3, kind == "mutual", InvertedFile(10, 5 if helped else 1, 0))
+
+
+@pytest.mark.parametrize("kind", ["kmeans", "label", "ivf", "mutual"])
+def test_bags_that_are_all_empty_are_refused_and_the_way_out_helps(digits, kind):
+    with pytest.raises(UserError) as caught:
+        empty_bags_warning(all_empty(digits, kind, helped=False))
+    (line,) = caught.value.lines
+    way_out = {
+        "kmeans": "lower bagging.clusters",
+        "label": "bagging.method: knn",
+        "ivf": "raise bagging.probes",
+        "mutual": "raise bagging.k",
+    }
+    assert way_out[kind] in line
+    helped = all_empty(digits, kind, helped=True)
+    assert (helped.bag_sizes_T > 0).sum() > 2
+    empty_bags_warning(helped)
+
+
+@pytest.mark.parametrize(("empty", "warned"), [(0, False), (199, False), (200, True), (399, True)])
+def test_many_empty_bags_are_a_warning(built, empty, warned):
+    members = built["knn"].members_TK.copy()
+    members[:empty] = -1
+    warning = empty_bags_warning(Bags(built["knn"].settings, members, built["knn"].similarity_TK))
+    assert (warning is not None) == warned
+    assert warning is None or warning.startswith(f"{empty} of 400 bags are empty")

@@ -15,7 +15,8 @@ from torch import nn
 
 from bingo import extract
 from bingo.data import embeddings as stores
-from bingo.data import task_loader
+from bingo.data import loader, task_loader
+from bingo.data.augment import center_view
 from bingo.data.embeddings import read_embeddings
 from bingo.data.images import FileImages, MemoryImages
 from bingo.data.listing import Listing
@@ -131,6 +132,21 @@ def test_keys_of_a_wide_head_with_batchnorm_are_stored(tmp_path):
     ((x,),) = ViewLoader(MemoryImages(pixels()), IMAGE, AUGMENT, 0, CPU).views([[Request(rows, rows, "extract", 0, 1)]])
     np.testing.assert_allclose(embeddings.keys_NVP[:, 1], teacher.keys(x).numpy(), rtol=2e-3, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(embeddings.keys_NVP.astype(np.float64), axis=2), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(("batch_images", "chunk_rows"), [(512, 8192), (5, 8), (8, 8), (3, 1)])
+def test_no_view_is_made_that_the_teacher_does_not_see(tmp_path, monkeypatch, batch_images, chunk_rows):
+    made: list[int] = []
+
+    def counted(images_BSS3, image):
+        made.append(len(images_BSS3))
+        return center_view(images_BSS3, image)
+
+    monkeypatch.setattr(loader, "center_view", counted)
+    params = ExtractParams(views=1, batch_images=batch_images, chunk_rows=chunk_rows, precision="fp32", augment=AUGMENT)
+    run(tmp_path, params=params)
+    assert sum(made) == ROWS
+    assert max(made) == min(batch_images, chunk_rows, ROWS)
 
 
 def counting_teacher() -> tuple[Teacher, list[int]]:

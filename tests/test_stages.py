@@ -30,6 +30,9 @@ from workspace import (
     until,
 )
 
+from bingo.bags import Bags, write_bags
+from bingo.data.embeddings import read_embeddings
+from bingo.data.listing import read_listing
 from bingo.errors import UserError
 from stages import common
 from stages.common import mistakes_as_lines
@@ -288,6 +291,20 @@ def test_an_approximate_search_tells_its_recall(workspace):
     assert re.fullmatch(r"bag: wrote data/bags\.zarr, reports/bags\.json in [\d.]+ s", done.out.splitlines()[-1])
     warning = f"warning: bag: recall {recall:g}: the search misses many of the nearest images; raise bagging.probes\n"
     assert (done.status, done.err) == (0, warning)
+
+
+def test_bags_that_are_all_empty_end_bag_and_distill(workspace):
+    workspace.edit({"bagging.search": "ivf", "bagging.lists": 400, "bagging.probes": 1})
+    refused(workspace, "bag", "all 400 bags are empty: no other image was found for an anchor; raise bagging.probes (1)")
+    listing = read_listing(workspace.root / "data/listing.parquet")
+    embeddings = read_embeddings(workspace.root / "data/embeddings.zarr", listing)
+    nothing = Bags({"method": "knn", "k": 1}, np.full((400, 1), -1, np.int32), np.full((400, 1), -np.inf, np.float16))
+    remove(workspace, "data/bags.zarr")
+    write_bags(workspace.root / "data/bags.zarr", nothing, listing.fingerprint, embeddings.fingerprint)
+    workspace.edit({"distill.method": "bingo"})
+    refused(workspace, "distill", "all 400 bags are empty")
+    workspace.edit({"distill.method": "seed"})
+    workspace.done("distill")
 
 
 @pytest.mark.parametrize(

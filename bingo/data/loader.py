@@ -120,6 +120,13 @@ def center_views(
     """
     rows_N = np.asarray(rows_N, np.int64)
     batches = [rows_N[start : start + batch_images] for start in range(0, len(rows_N), batch_images)]
+    return center_batches(images, batches, image, device, workers)
+
+
+def center_batches(
+    images: Images, batches: Sequence[np.ndarray], image: ImageParams, device: torch.device, workers: int | None = None
+) -> Iterator[Tensor]:
+    """Centre views of batches of listing rows, int64 (b,) each, read ahead of use: as `center_views` gives them."""
     if isinstance(images, MemoryImages):
         for rows_B in batches:
             yield center_view(_gather(images, rows_B, device), image)
