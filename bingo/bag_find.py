@@ -53,9 +53,13 @@ class StoredFeatures:
         return rows_n, cosines_n
 
 
-def image_feature(image_file: Path, teacher_file: Path, recipe: Mapping[str, Any], stored_px: int, device: "torch.device") -> np.ndarray:
+def image_feature(
+    image_file: Path, teacher_file: Path, recipe: Mapping[str, Any], stored_px: int, device: "torch.device", gray_bits: int | None = None
+) -> np.ndarray:
     """The teacher's feature of one image file, float32 (D,). `recipe` is that of the stored features; `stored_px` is 0 where
-    the dataset's images are files. Raises UserError where the teacher cannot be read, BadImage where the image cannot.
+    the dataset's images are files, `gray_bits` as in its Listing.
+
+    Raises UserError where the teacher cannot be read, BadImage where the image cannot.
     """
     import torch
 
@@ -68,10 +72,10 @@ def image_feature(image_file: Path, teacher_file: Path, recipe: Mapping[str, Any
 
     images: Images
     if stored_px:
-        images = MemoryImages(np.stack([decode_square(image_file.read_bytes(), stored_px, stored_px)]))
+        images = MemoryImages(np.stack([decode_square(image_file.read_bytes(), stored_px, stored_px, gray_bits=gray_bits)]))
     else:
         image_file = image_file.resolve()  # a link of the user's own may lead anywhere
-        images = FileImages(str(image_file.parent), [image_file.name])
+        images = FileImages(str(image_file.parent), [image_file.name], gray_bits=gray_bits)
     teacher = load_teacher(teacher_file).to(device).to(memory_format=torch.channels_last)
     view_13PP = next(iter(center_views(images, [0], ImageParams(**recipe["image"]), device, 1, workers=0)))
     with torch.inference_mode(), autocast(recipe["extract"]["precision"], device):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bingo.data.filecheck import check_files
+from bingo.data.filecheck import check_files, common_bits
 from bingo.data.folder import BAD_LINES
 from bingo.data.images import FileImages
 from bingo.data.layout import Say, find_images
@@ -42,24 +42,24 @@ def embed_folder(
     `skip_bad`), links out of it (unless `follow_links`), and names that `out` cannot hold.
     """
     found = find_images(root, "FOLDER", follow_links, say)
-    paths, bad = _readable(root, found, skip_bad)
+    paths, bad, gray_bits = _readable(root, found, skip_bad)
     check_names(out, paths)
     metadata = {name: network.metadata[name] for name in ("kind", "arch", "width", "stem")}
     attributes = {**metadata, **network.image.model_dump(), "network": fingerprint, "precision": "fp32"}
-    batches = _features(network, FileImages(str(root), paths, follow_links), device, batch_images)
+    batches = _features(network, FileImages(str(root), paths, follow_links, gray_bits), device, batch_images)
     write_embeddings(out, paths, network.backbone.feature_width, batches, attributes)
     return len(paths), bad
 
 
-def _readable(root: Path, paths: list[str], skip_bad: bool) -> tuple[list[str], list[str]]:
-    """The images that can be decoded, and those that cannot. Raises UserError with their names and reasons."""
+def _readable(root: Path, paths: list[str], skip_bad: bool) -> tuple[list[str], list[str], int | None]:
+    """The images that can be decoded, those that cannot, and `gray_bits` as in a Listing. Raises UserError with their names and reasons."""
     checked, _ = check_files(root, paths, decode=True, store_px=None)
     reasons = {path: file.reason for path, file in zip(paths, checked, strict=True) if file.reason is not None}
     if reasons and (not skip_bad or len(reasons) == len(paths)):
         lines = [f"{path}: cannot be read ({reason})" for path, reason in list(reasons.items())[:BAD_LINES]]
         way_out = "mend or delete them" + ("" if skip_bad else ", or leave them out with --on-bad-image skip")
         raise UserError([*lines, f"FOLDER = {root}: {len(reasons)} of {len(paths)} images are unreadable; {way_out}"])
-    return [path for path in paths if path not in reasons], list(reasons)
+    return [path for path in paths if path not in reasons], list(reasons), common_bits(root, paths, checked, None)
 
 
 def _features(network: StoredNetwork, images: FileImages, device: torch.device, batch_images: int) -> Iterator[np.ndarray]:

@@ -117,7 +117,7 @@ def _picture(images: Images, row: int) -> Image.Image:
     if isinstance(images, MemoryImages):
         return Image.fromarray(images.images_NSS3[row])
     file_bytes = path_inside(images.root, images.paths[row], images.follow_links).read_bytes()
-    return decode_rgb(file_bytes, lambda height, width: max(height, width) / (2 * THUMBNAIL_PX))[0]
+    return decode_rgb(file_bytes, lambda height, width: max(height, width) / (2 * THUMBNAIL_PX), images.gray_bits)[0]
 
 
 def _bag(a: Artefacts, row: int) -> Bag:

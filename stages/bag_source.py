@@ -61,7 +61,7 @@ class BagSource:
 
         return Pictures(
             self.artefacts.store(paths.IMAGES), self.artefacts.title(paths.IMAGES), self.listing.fingerprint,
-            lambda key: self.artefacts.open(paths.IMAGES / key), open_image,
+            lambda key: self.artefacts.open(paths.IMAGES / key), open_image, self.listing.gray_bits,
         )  # fmt: skip
 
     @property

@@ -199,7 +199,8 @@ def _nearest(source: "BagSource", image: Path, k: int) -> "tuple[np.ndarray, np.
         if (fingerprint := file_fingerprint(teacher)) != stored.attrs["teacher"]:
             problem = f"was made by teacher {stored.attrs['teacher']}, {files.title(paths.TEACHER)} is {fingerprint}"
             raise UserError(f"{stored.name}: {problem}; run: dvc repro extract")
-        feature_D = image_feature(image, teacher, stored.attrs["recipe"], source.pictures.stored_px, pick_device())
+        stored_px, gray_bits = source.pictures.stored_px, source.listing.gray_bits
+        feature_D = image_feature(image, teacher, stored.attrs["recipe"], stored_px, pick_device(), gray_bits)
     return stored.nearest(feature_D, k)
 
 

@@ -81,7 +81,7 @@ def _scan(run: Run, name: str) -> "tuple[Listing, Images]":
     if distributed.rank() == 0:
         distributed.barrier()
     if images_NSS3 is None:
-        return listing, FileImages(str(dataset.root), listing.paths, dataset.follow_links)
+        return listing, FileImages(str(dataset.root), listing.paths, dataset.follow_links, listing.gray_bits)
     return listing, MemoryImages(images_NSS3)
 
 

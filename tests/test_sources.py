@@ -403,3 +403,86 @@ def test_cifar_without_files_or_network(monkeypatch, tmp_path):
     cifar = DIGITS.model_copy(update={"source": "cifar100", "root": str(tmp_path / "new"), "store_px": 32})
     (line,) = lines_of(cifar)
     assert "cifar100 is not there and cannot be downloaded (<urlopen error no network>); put the archive cifar-100-python" in line
+
+
+# --- 16 bits
+
+
+def deep_file(path: Path, values: np.ndarray, kind: str = "PNG") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "TIFF big-endian":
+        Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes()).save(path, "TIFF")
+    elif kind == "PGM":
+        path.write_bytes(b"P5 %d %d 65535\n" % values.shape[::-1] + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values.astype(np.int32 if kind == "TIFF of 32 bits" else np.uint16)).save(path, kind.partition(" ")[0])
+
+
+def ramp(largest: int) -> np.ndarray:
+    """Values from 0 to `largest` over 16 x 16 pixels."""
+    return np.rint(np.linspace(0, largest, 256)).astype(np.uint16).reshape(16, 16)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "TIFF big-endian", "TIFF of 32 bits", "PGM", "JPEG2000"])
+@pytest.mark.parametrize(("largest", "bits"), [(200, 8), (1000, 10), (1023, 10), (1024, 12), (4095, 12), (16000, 14), (65535, 16)])
+def test_a_dataset_of_deep_greys_is_scaled_by_the_bits_that_its_largest_value_needs(tmp_path, kind, largest, bits):
+    suffix = {"PNG": "png", "PGM": "pgm", "JPEG2000": "jp2"}.get(kind, "tif")
+    dim = ramp(largest // 16)
+    for name, values in (("bright", ramp(largest)), ("dim", dim)):
+        deep_file(tmp_path / f"{name}.{suffix}", values, kind)
+    save(tmp_path / "photo.png")
+    lines: list[str] = []
+    listing, images = scan(folder(tmp_path, store_px=16), 0, lines.append)
+    assert listing.gray_bits == bits
+    assert f"2 images are grey with 16 bits: {bits} of them" in lines[0]
+    for row, values in ((0, ramp(largest)), (1, dim)):
+        np.testing.assert_array_equal(images[row], np.repeat((values.astype(int) * 2**8 // 2**bits).astype(np.uint8)[..., None], 3, axis=2))
+    for check in ("decode", "header"):
+        assert scan(folder(tmp_path, check=check), 0)[0].gray_bits == bits
+    assert scan(folder(tmp_path, store_px=16, test_images=None), 0)[0].fingerprint == listing.fingerprint
+
+
+def test_deep_greys_are_decoded_at_use_as_they_are_stored(tmp_path):
+    import torch
+
+    from bingo.data.draws import draw_views
+    from bingo.data.images import open_images, write_images
+    from bingo.data.listing import read_listing, write_listing
+    from bingo.data.loader import Request, ViewLoader, center_views
+    from bingo.params import ImageParams, load_params
+
+    for name, largest in (("bright", 4000), ("dim", 300)):
+        deep_file(tmp_path / f"images/{name}.png", ramp(largest))
+    dataset = folder(tmp_path / "images")
+    listing, _ = scan(dataset, 0)
+    write_listing(tmp_path / "listing.parquet", listing)
+    write_images(tmp_path / "images.zarr", listing, None)
+    images = open_images(read_listing(tmp_path / "listing.parquet"), tmp_path / "images.zarr", dataset)
+    image = ImageParams(crop_px=16, resize_px=16, mean=[0.0] * 3, std=[1.0] * 3)
+    cpu = torch.device("cpu")
+    (centers,) = center_views(images, [0, 1], image, cpu, 2, 0)
+    wanted = np.stack([ramp(4000) >> 4, ramp(300) >> 4])
+    np.testing.assert_allclose(centers[:, 0].numpy() * 255, wanted, atol=0.01)
+    whole = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "rotate_degrees": 0.0, "jitter_p": 0.0, "flip_p": 0.0}
+    augment = load_params(Path(__file__).parent.parent / "params.yaml").distill.augment.model_copy(update=whole)
+    rows = np.arange(2)
+    assert draw_views(augment, 0, "x", 0, rows, 0)
+    ((views,),) = ViewLoader(images, image, augment, 0, cpu, 0).views([[Request(rows, rows, "x", 0, 0)]])
+    np.testing.assert_allclose(views[:, 0].numpy() * 255, wanted, atol=0.01)
+
+
+def test_deep_greys_of_16_bits_have_the_fingerprint_that_they_always_had(tmp_path):
+    deep_file(tmp_path / "a.png", ramp(65535))
+    of_16 = scan(folder(tmp_path), 0)[0]
+    deep_file(tmp_path / "b.png", ramp(4095))
+    assert scan(folder(tmp_path), 0)[0].gray_bits == 16
+    (tmp_path / "a.png").unlink()
+    assert scan(folder(tmp_path), 0)[0].gray_bits == 12
+    assert of_16.gray_bits == 16
+
+
+def test_one_deep_image_alone_is_scaled_by_its_own_bits():
+    sink = io.BytesIO()
+    Image.fromarray(ramp(4000)).save(sink, "PNG")
+    np.testing.assert_array_equal(np.asarray(decode_rgb(sink.getvalue(), min)[0])[..., 0], ramp(4000) >> 4)
+    np.testing.assert_array_equal(np.asarray(decode_rgb(sink.getvalue(), min, 10)[0])[..., 0], np.minimum(ramp(4000), 1023) >> 2)

@@ -56,6 +56,9 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
+GRAY_BITS = (8, 10, 12, 14, 16)  # that cameras and scanners put into grey images of 16 bits
+
+
 class BadImage(Exception):
     """A file that is no readable image; the message is the reason, in one line."""
 
@@ -69,10 +72,34 @@ class Header:
     plain_jpeg: bool
 
 
-def check_header(path: Path) -> None:
-    """Open an image file without decoding it. Raises BadImage."""
-    with _reasons(), Image.open(path, formats=FORMATS):
-        pass
+def check_header(path: Path) -> int | None:
+    """Open an image file without decoding it; a grey one of 16 bits is decoded, and its largest value returned. Raises BadImage."""
+    with _reasons(), Image.open(path, formats=FORMATS) as image:
+        return _largest(image)
+
+
+def largest_gray(file_bytes: bytes) -> int | None:
+    """The largest value of a grey image of 16 bits, None for any other image. Raises BadImage."""
+    is_png, is_other = file_bytes.startswith(b"\x89PNG"), file_bytes.startswith((b"\xff\xd8", b"GIF", b"BM", b"RIFF"))
+    if is_other or (is_png and file_bytes[24:25] != b"\x10"):
+        return None
+    with _opened(file_bytes) as image:
+        return _largest(image)
+
+
+def _largest(image: Image.Image) -> int | None:
+    if not image.mode.startswith("I"):
+        return None
+    values_HW = np.asarray(image)
+    least, largest = int(values_HW.min()), int(values_HW.max())
+    if least < 0 or largest > 65535:
+        raise BadImage("its pixels are not of 8 or 16 bits")
+    return largest
+
+
+def bits_of(largest: int) -> int:
+    """The fewest of GRAY_BITS that hold a value."""
+    return next(bits for bits in GRAY_BITS if largest < 2**bits)
 
 
 def read_header(file_bytes: bytes) -> Header:
@@ -115,11 +142,11 @@ def check_pixels(file_bytes: bytes) -> None:
     decode_rgb(file_bytes, min)
 
 
-def decode_rgb(file_bytes: bytes, may_shrink: Callable[[int, int], float]) -> tuple[Image.Image, int]:
+def decode_rgb(file_bytes: bytes, may_shrink: Callable[[int, int], float], gray_bits: int | None = None) -> tuple[Image.Image, int]:
     """The upright RGB image in a file, and the factor (1, 2, 4 or 8) by which it was decoded smaller.
 
     `may_shrink(height, width)` of the upright image is asked once, by how much at most; only JPEG files (scaled DCT) use it.
-    Raises BadImage for whatever cannot be decoded, truncated files and decompression bombs included.
+    `gray_bits` is as in `to_rgb`. Raises BadImage for whatever cannot be decoded, truncated files and decompression bombs included.
     """
     with _opened(file_bytes) as image:
         orientation = _orientation(image)
@@ -129,7 +156,7 @@ def decode_rgb(file_bytes: bytes, may_shrink: Callable[[int, int], float]) -> tu
             factor = max(f for f in (1, 2, 4, 8) if f == 1 or f <= most)
             if factor > 1:
                 image.draft("RGB", (width // factor, height // factor))
-        rgb = to_rgb(image)
+        rgb = to_rgb(image, gray_bits)
         return (rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb), factor
 
 
@@ -139,12 +166,14 @@ def decode_as_stored(file_bytes: bytes) -> Image.Image:
         return to_rgb(image)
 
 
-def decode_square(file_bytes: bytes, resize_px: int, crop_px: int, interpolation: Interpolation = "bilinear") -> np.ndarray:
+def decode_square(
+    file_bytes: bytes, resize_px: int, crop_px: int, interpolation: Interpolation = "bilinear", gray_bits: int | None = None
+) -> np.ndarray:
     """Short side to `resize_px` (antialiased), then `crop_px` from the middle: uint8 (P, P, 3). Raises BadImage.
 
     Pixel for pixel the crop of the resized image (torchvision's Resize and CenterCrop), of which only the crop is computed.
     """
-    image, _ = decode_rgb(file_bytes, lambda height, width: min(height, width) / (DRAFT_MARGIN * resize_px))
+    image, _ = decode_rgb(file_bytes, lambda height, width: min(height, width) / (DRAFT_MARGIN * resize_px), gray_bits)
     scale_2, start_2 = [], []
     for side in image.size:
         resized = max(resize_px, int(resize_px * side / min(image.size)))
@@ -156,15 +185,18 @@ def decode_square(file_bytes: bytes, resize_px: int, crop_px: int, interpolation
     return np.asarray(image.resize((crop_px, crop_px), PILLOW_FILTERS[interpolation], box=box))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB. Alpha is dropped as torchvision's loader does; 16-bit grey keeps its upper byte. Raises BadImage."""
+def to_rgb(image: Image.Image, gray_bits: int | None = None) -> Image.Image:
+    """Any mode as RGB. Alpha is dropped as torchvision's loader does. Raises BadImage.
+
+    Of grey values of 16 bits the lowest `gray_bits` hold the picture, of which the upper 8 are kept; larger values are white. None: the
+    fewest of GRAY_BITS that hold the image's largest value. A dataset has one number for all its images, so that they stay comparable.
+    """
     if image.mode == "F":
         raise BadImage("its pixels are floating-point numbers of unknown range")
-    if image.mode.startswith("I"):
-        values_HW = np.asarray(image)
-        if values_HW.min() < 0 or values_HW.max() > 65535:
-            raise BadImage("its pixels are not of 8 or 16 bits")
-        image = Image.fromarray((values_HW >> 8).astype(np.uint8))
+    if (largest := _largest(image)) is not None:
+        bits = gray_bits or bits_of(largest)
+        values_HW = np.minimum(np.asarray(image), 2**bits - 1)
+        image = Image.fromarray((values_HW >> (bits - 8)).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")  # transparency may be an entry of the palette
     return image.convert("RGB")

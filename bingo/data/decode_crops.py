@@ -25,6 +25,7 @@ def decode_crops(
     flip_V: np.ndarray,
     out_VPP3: Tensor,
     interpolation: Interpolation = "bilinear",
+    gray_bits: int | None = None,
 ) -> None:
     """Write the boxes (top, left, height, width; int64) of an image, resized and mirrored where `flip_V`, to uint8 `out_VPP3`.
 
@@ -36,7 +37,7 @@ def decode_crops(
             return _crops_of_pixels(simplejpeg.decode_jpeg(file_bytes, "RGB"), boxes_V4, flip_V, out_VPP3, interpolation)
         except ValueError:
             pass  # Pillow is asked, which bears more, and says why it cannot
-    image, factor = decode_rgb(file_bytes, lambda height, width: may_shrink)
+    image, factor = decode_rgb(file_bytes, lambda height, width: may_shrink, gray_bits)
     if factor > 1:
         return _crops_of_shrunk(image, boxes_V4 / factor, flip_V, out_VPP3, interpolation)
     _crops_of_pixels(np.array(image), boxes_V4, flip_V, out_VPP3, interpolation)

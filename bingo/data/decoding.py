@@ -47,6 +47,7 @@ class _Task:
     crops: Crops | None
     image: ImageParams
     follow_links: bool
+    gray_bits: int | None
 
 
 class FileDecoder:
@@ -90,7 +91,8 @@ class FileDecoder:
 
     def _task(self, rows: list[int], starts: list[int], crops: Crops | None) -> _Task:
         paths = [self._images.paths[row] for row in rows]
-        return _Task(self._images.root, paths, rows, starts, crops, self._image, self._images.follow_links)
+        images = self._images
+        return _Task(images.root, paths, rows, starts, crops, self._image, images.follow_links, images.gray_bits)
 
 
 class _Decode(Dataset):
@@ -110,9 +112,11 @@ class _Decode(Dataset):
             views = slice(task.starts[i], task.starts[i + 1])
             with _told(task, i, lines):
                 if task.crops is None:
-                    views_TPP3[views] = torch.from_numpy(decode_square(content, task.image.resize_px, crop_px, interpolation).copy())
+                    square_PP3 = decode_square(content, task.image.resize_px, crop_px, interpolation, task.gray_bits)
+                    views_TPP3[views] = torch.from_numpy(square_PP3.copy())
                 else:
-                    decode_crops(content, header, boxes_T4[views], task.crops.flip_B[views], views_TPP3[views], interpolation)
+                    crops = boxes_T4[views], task.crops.flip_B[views], views_TPP3[views]
+                    decode_crops(content, header, *crops, interpolation, task.gray_bits)
         return lines or views_TPP3
 
 

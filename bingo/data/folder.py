@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bingo.data.filecheck import Checked, check_files
+from bingo.data.filecheck import Checked, check_files, common_bits
 from bingo.data.inside import shown
 from bingo.data.layout import Say, Split, find_splits
 from bingo.data.listing import Listing, listing_fingerprint
@@ -28,6 +28,10 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say) -> tuple[Listing, n
     paths = chosen[0][0] + chosen[1][0]
     labels_N = np.concatenate([labels for _, labels in chosen])
     checked, images_NSS3 = check_files(root, paths, dataset.check == "decode", dataset.store_px)
+    gray_bits = common_bits(root, paths, checked, images_NSS3)
+    if gray_bits is not None:
+        deep = [file.largest for file in checked if file.largest is not None]
+        say(f"{len(deep):,} images are grey with 16 bits: {gray_bits} of them hold the picture, as the largest value is {max(deep)}")
     keep = [row for row, file in enumerate(checked) if file.reason is None]
     if len(keep) < len(paths):
         _judge_bad(dataset, paths, checked, any(row < len(chosen[0][0]) for row in keep))
@@ -40,8 +44,9 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say) -> tuple[Listing, n
     kept_paths, kept_labels = [paths[row] for row in keep], labels_N[keep]
     _say_of_rows(kept_paths, [checked[row].content.sha256 for row in keep], kept_labels, train_rows, classes, say)
     header = {"dataset": _DATASET, "classes": classes, "store_px": dataset.store_px}
+    header |= {} if gray_bits in (None, 16) else {"gray_bits": gray_bits}
     fingerprint = listing_fingerprint(header, kept_paths, (checked[row].content for row in keep), kept_labels, train_rows)
-    return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint), images_NSS3
+    return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint, gray_bits), images_NSS3
 
 
 def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say) -> None:

@@ -57,12 +57,16 @@ class MemoryImages:
 
 
 class FileImages:
-    """N image files under one folder, decoded at every use by the loader's workers; `follow_links`: links may lead out of it."""
+    """N image files under one folder, decoded at every use by the loader's workers; `follow_links`: links may lead out of it.
 
-    def __init__(self, root: str, paths: list[str], follow_links: bool = False):
+    `gray_bits` is as in a Listing.
+    """
+
+    def __init__(self, root: str, paths: list[str], follow_links: bool = False, gray_bits: int | None = None):
         self.root = root
         self.paths = paths
         self.follow_links = follow_links
+        self.gray_bits = gray_bits
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -108,7 +112,7 @@ def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetPara
         raise UserError(f"{name}: holds {array.shape[0]} images for {len(listing)} rows; delete it and run: {_WAY_OUT}")
     if dataset is None or dataset.root is None:
         raise UserError("dataset.root = null: the images are files to be decoded; set dataset.root to their folder")
-    return FileImages(dataset.root, listing.paths, dataset.follow_links)
+    return FileImages(dataset.root, listing.paths, dataset.follow_links, listing.gray_bits)
 
 
 def _read_whole(path: Path, array: zarr.Array) -> np.ndarray:

@@ -20,7 +20,7 @@ from bingo.data.inside import leads_out
 from bingo.errors import UserError
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
-_KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "group_rows", "columns", "checksum")
+_KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "gray_bits", "group_rows", "columns", "checksum")
 PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # what damaged files make pyarrow raise
 _GROUP_ROWS = 65536  # what `listing_rows` reads to learn of one row
 
@@ -30,6 +30,7 @@ class Listing:
     """N images in order: relative posix paths (or names such as digit/0012/p3), labels int64 (N,) with -1 where unknown.
 
     Rows 0..train_rows-1 are the train split, the others the test split. `skipped` names unreadable images that were left out.
+    `gray_bits`: how many of the 16 bits of grey images hold the picture, in all images of the dataset; None where there are none.
     """
 
     dataset: str
@@ -39,6 +40,7 @@ class Listing:
     classes: list[str]
     skipped: list[str]
     fingerprint: str
+    gray_bits: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -96,6 +98,7 @@ def write_listing(path: Path | str, listing: Listing) -> None:
         "fingerprint": listing.fingerprint,
         "rows": str(n),
         "train_rows": str(listing.train_rows),
+        "gray_bits": json.dumps(listing.gray_bits),
         "group_rows": str(_GROUP_ROWS),
         "columns": json.dumps(_column_digests(table, _GROUP_ROWS)),
     }
@@ -166,7 +169,8 @@ def _from_table(path: Path | str, table: pa.Table, metadata: dict[str, str]) -> 
     if outside := [p for p in paths if leads_out(p)]:
         raise _damaged(path, f"{outside[0]} leads out of the dataset's folder")
     skipped = json.loads(metadata["skipped"])
-    return Listing(metadata["dataset"], paths, labels_N, train_rows, classes, skipped, metadata["fingerprint"])
+    gray_bits = json.loads(metadata["gray_bits"])
+    return Listing(metadata["dataset"], paths, labels_N, train_rows, classes, skipped, metadata["fingerprint"], gray_bits)
 
 
 def _damaged(path: Path | str, reason: str) -> UserError:

@@ -23,7 +23,7 @@ _MOST_HINTS = 3
 
 
 class ListingRows:
-    """N images in order, the first `train_rows` of them for training; `dataset`, `classes` and `fingerprint` as in a Listing."""
+    """N images in order, the first `train_rows` of them for training; `dataset`, `classes`, `fingerprint`, `gray_bits` as in a Listing."""
 
     def __init__(self, source: Path | BinaryIO, name: str):
         """`source` is a parquet file or its path, called `name` in messages. Raises UserError where it is absent or damaged."""
@@ -37,6 +37,7 @@ class ListingRows:
         self.classes: list[str] = json.loads(metadata["classes"])
         self.fingerprint: str = metadata["fingerprint"]
         self.train_rows = int(metadata["train_rows"])
+        self.gray_bits: int | None = json.loads(metadata["gray_bits"])
         self._rows = int(metadata["rows"])
         self._digests: dict[str, list[str]] = json.loads(metadata["columns"])
         self._starts = range(0, self._rows, int(metadata["group_rows"]))  # of row groups

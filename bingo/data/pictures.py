@@ -21,10 +21,11 @@ _WAY_OUT = "dvc repro scan"
 class Pictures:
     """The images of one listing, opened by row."""
 
-    def __init__(self, store: Any, name: str, listing: str, open_chunk: Opener, open_path: Opener):
+    def __init__(self, store: Any, name: str, listing: str, open_chunk: Opener, open_path: Opener, gray_bits: int | None = None):
         """`store` is images.zarr as zarr takes it, made from the listing with fingerprint `listing`.
 
-        `open_chunk` opens a file of the store by its key, `open_path` an image file by its path in the listing.
+        `open_chunk` opens a file of the store by its key, `open_path` an image file by its path in the listing;
+        `gray_bits` is as in a Listing.
         Raises UserError where the store is absent, damaged or another listing's.
         """
         group = open_group(store, name, _WAY_OUT)
@@ -33,7 +34,7 @@ class Pictures:
         array = open_array(group, "images", name, np.uint8, 4, _WAY_OUT)
         self.stored_rows, self.stored_px = array.shape[:2]
         self._chunk_rows: int = array.chunks[0]
-        self._open_chunk, self._open_path = open_chunk, open_path
+        self._open_chunk, self._open_path, self._gray_bits = open_chunk, open_path, gray_bits
 
     @property
     def are_files(self) -> bool:
@@ -46,7 +47,7 @@ class Pictures:
             if not self.are_files:
                 return self._stored(row)
             with self._open_path(path) as file:
-                return decode_rgb(file.read(), lambda height, width: min(height, width) / side_px)[0]
+                return decode_rgb(file.read(), lambda height, width: min(height, width) / side_px, self._gray_bits)[0]
         except (OSError, BadImage):
             return None
 
