@@ -105,6 +105,16 @@ class Bags:
         drawn_BM = np.take_along_axis(members_BK, np.take_along_axis(order_BK, turn_BM, axis=1), axis=1)
         return np.where(lengths_B1 > 0, drawn_BM, np.asarray(rows_B)[:, None]).astype(np.int64)
 
+    def empty_warning(self) -> str | None:
+        """What is to be said where half of the bags or more are empty. Raises UserError where all are: no training uses them."""
+        empty, rows = int((self.bag_sizes_T == 0).sum()), len(self.members_TK)
+        if 2 * empty < rows:
+            return None
+        told = f"{'all' if empty == rows else f'{empty:,} of'} {rows:,} bags are empty: {_why_empty(self.settings)}"
+        if empty == rows:
+            raise UserError(f"bagging.method = {self.settings['method']}: {told}")
+        return f"{told}; these images are trained without their like"
+
     def bag_pairs(self, rows_B: np.ndarray, other_rows_J: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Every (b, j) where other row j is anchor b itself or is in its bag: two int64 arrays (M,), to index a (B, J) matrix.
 
@@ -120,17 +130,6 @@ class Bags:
         inside_BJ = np.zeros((len(rows_B), len(other_rows_J)), bool)
         inside_BJ[self.bag_pairs(rows_B, other_rows_J)] = True
         return inside_BJ
-
-
-def empty_bags_warning(bags: Bags) -> str | None:
-    """What is to be said where half of the bags or more are empty. Raises UserError where all are: a training would use none of them."""
-    empty, rows = int((bags.bag_sizes_T == 0).sum()), len(bags.members_TK)
-    if 2 * empty < rows:
-        return None
-    told = f"{'all' if empty == rows else f'{empty:,} of'} {rows:,} bags are empty: {_why_empty(bags.settings)}"
-    if empty == rows:
-        raise UserError(f"bagging.method = {bags.settings['method']}: {told}")
-    return f"{told}; these images are trained without their like"
 
 
 def _why_empty(settings: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ def main() -> None:
     with stage_run("bag") as run:
         from bingo.artefacts import write_json
         from bingo.bag_metrics import bag_metrics
-        from bingo.bags import empty_bags_warning, write_bags
+        from bingo.bags import write_bags
         from bingo.data.embeddings import read_embeddings
         from bingo.data.listing import read_listing
 
@@ -38,7 +38,7 @@ def main() -> None:
         from_teacher = run.params.bagging.relation == "teacher"
         features = embeddings.train_features if from_teacher else _student_features(run, listing)
         bags = _build(run, features, listing.labels_N[: listing.train_rows])
-        if warning := empty_bags_warning(bags):
+        if warning := bags.empty_warning():
             print(f"warning: bag: {warning}", file=sys.stderr, flush=True)
         metrics = bag_metrics(bags, listing.labels_N[: listing.train_rows] if listing.labelled else None)
         write_bags(paths.BAGS, bags, listing.fingerprint, embeddings.fingerprint)

@@ -86,9 +86,7 @@ def _check_bags(run: Run, method: "Method", bags: "Bags | None") -> None:
     """Raises UserError where a method draws from bags that are all empty, and warns where many are."""
     if bags is None or not (method.needs.members or method.needs.companions):
         return
-    from bingo.bags import empty_bags_warning
-
-    if (warning := empty_bags_warning(bags)) and os.environ.get("RANK", "0") == "0":
+    if (warning := bags.empty_warning()) and os.environ.get("RANK", "0") == "0":
         print(f"warning: {run.stage}: {warning}", file=sys.stderr, flush=True)
 
 

@@ -16,7 +16,7 @@ from bingo import bag_builders, bag_clusters, neighbors, seeds
 from bingo.bag_builders import build_kmeans, build_knn, build_label
 from bingo.bag_ivf import InvertedFile
 from bingo.bag_metrics import bag_metrics
-from bingo.bags import Bags, empty_bags_warning, matching_pairs, read_bags, write_bags
+from bingo.bags import Bags, matching_pairs, read_bags, write_bags
 from bingo.data.chunks import StoredRows, new_array
 from bingo.errors import UserError
 
@@ -407,7 +407,7 @@ def all_empty(digits, kind: str, helped: bool) -> Bags:
 @pytest.mark.parametrize("kind", ["kmeans", "label", "ivf", "mutual"])
 def test_bags_that_are_all_empty_are_refused_and_the_way_out_helps(digits, kind):
     with pytest.raises(UserError) as caught:
-        empty_bags_warning(all_empty(digits, kind, helped=False))
+        all_empty(digits, kind, helped=False).empty_warning()
     (line,) = caught.value.lines
     way_out = {
         "kmeans": "lower bagging.clusters",
@@ -418,13 +418,13 @@ def test_bags_that_are_all_empty_are_refused_and_the_way_out_helps(digits, kind)
     assert way_out[kind] in line
     helped = all_empty(digits, kind, helped=True)
     assert (helped.bag_sizes_T > 0).sum() > 2
-    empty_bags_warning(helped)
+    helped.empty_warning()
 
 
 @pytest.mark.parametrize(("empty", "warned"), [(0, False), (199, False), (200, True), (399, True)])
 def test_many_empty_bags_are_a_warning(built, empty, warned):
     members = built["knn"].members_TK.copy()
     members[:empty] = -1
-    warning = empty_bags_warning(Bags(built["knn"].settings, members, built["knn"].similarity_TK))
+    warning = Bags(built["knn"].settings, members, built["knn"].similarity_TK).empty_warning()
     assert (warning is not None) == warned
     assert warning is None or warning.startswith(f"{empty} of 400 bags are empty")

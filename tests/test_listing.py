@@ -136,3 +136,16 @@ def test_files_need_their_root(tmp_path):
     assert (opened.root, opened.paths, len(opened)) == ("somewhere", LISTING.paths, 3)
     with pytest.raises(UserError, match=r"dataset\.root = null"):
         open_images(LISTING, tmp_path / "images.zarr", None)
+
+
+def test_a_path_is_found_in_another_case_or_unicode_form(tmp_path):
+    paths = ["a/caf\u00e9.png", "a/CAFE.png", "b/X.png", "b/x.png", "c/e\u0301.JPG"]
+    content = [Content(1, None)] * 5
+    labels = np.zeros(5, np.int64)
+    listing = Listing("folder", paths, labels, 5, ["a"], [], listing_fingerprint({}, paths, content, labels, 5))
+    write_listing(tmp_path / "listing.parquet", listing)
+    rows = ListingRows(tmp_path / "listing.parquet", "the listing")
+    for path, row in (("a/cafe\u0301.png", 0), ("A/cafe.PNG", 1), ("b/X.png", 2), ("b/x.png", 3), ("c/\u00e9.jpg", 4)):
+        assert rows.row_of(path) == row
+    with pytest.raises(UserError, match="no such path"):
+        rows.row_of("B/X.PNG")
