@@ -102,10 +102,10 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
     return Teacher(backbone, head, {"feature_width": width, "key_width": key_width})
 
 
-def dry_student(params: Params, teacher: Teacher) -> DryTraining:
-    """Training of the student as `distill` has it."""
+def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTraining:
+    """Training of the student as `distill` has it; without `bank` on so few rows that its negatives cost nothing."""
     section = getattr(params.methods, params.distill.method)
-    rows = _rows(params, section)
+    rows = _rows(params, section if bank else None)
     stored, bags = _stored(params, teacher, rows, section.reads_features), _bags(params, rows)
     return _built(params, params.distill.method, section, params.student, params.distill, params.distill.augment, stored, bags, teacher)
 

@@ -544,15 +544,28 @@ class _Core(Section):
     report: ReportParams
 
     @model_validator(mode="after")
-    def _nets_exist(self) -> Self:
+    def _names_are_of_networks(self) -> Self:
+        if lines := [*self._unknown_nets(), *self._unknown_relation()]:
+            raise ValueError("\n".join(lines))
+        return self
+
+    def _unknown_nets(self) -> list[str]:
         allowed = ["student", *self.baselines, "untrained"]
         named = {"linear_eval.crops": self.linear_eval.crops.nets, "semi_eval": self.semi_eval.nets, "transfer": self.transfer.nets}
-        for section, names in named.items():
-            for name in names:
-                if name not in allowed:
-                    near = near_matches(name, allowed)
-                    raise ValueError(f"{section}.nets: {name!r} is no network, allowed are {', '.join(allowed)}{near}")
-        return self
+        return [
+            f"{section}.nets: {name!r} is no network, allowed are {', '.join(allowed)}{near_matches(name, allowed)}"
+            + ("; to train it, name it in `baselines`" if name in method_names() and not method_section(name).needs_teacher else "")
+            for section, names in named.items()
+            for name in names
+            if name not in allowed
+        ]
+
+    def _unknown_relation(self) -> list[str]:
+        allowed = ["teacher", *(f"baselines/{name}" for name in self.baselines)]
+        if (relation := self.bagging.relation) in allowed:
+            return []
+        way_out = "; a student's relation needs it among `baselines`" if relation.startswith("baselines/") else ""
+        return [f"bagging.relation: {relation!r}, allowed are {', '.join(allowed)}{near_matches(relation, allowed)}{way_out}"]
 
     @model_validator(mode="after")
     def _transfer_sets_are_datasets(self) -> Self:
@@ -562,15 +575,6 @@ class _Core(Section):
             except ValidationError as error:
                 message = _message(error.errors()[0]).replace("set dataset.", f"set transfer.datasets.{name}.")
                 raise ValueError(f"transfer.datasets.{name}.{message}") from None
-        return self
-
-    @model_validator(mode="after")
-    def _relation_is_trained(self) -> Self:
-        allowed = ["teacher", *(f"baselines/{name}" for name in self.baselines)]
-        if (relation := self.bagging.relation) not in allowed:
-            way_out = "; a student's relation needs it among `baselines`" if relation.startswith("baselines/") else ""
-            near = near_matches(relation, allowed)
-            raise ValueError(f"bagging.relation: {relation!r}, allowed are {', '.join(allowed)}{near}{way_out}")
         return self
 
     def transfer_set(self, name: str) -> DatasetParams:
@@ -668,9 +672,8 @@ def mistakes(error: ValidationError, model: Any, section: str = "") -> list[str]
             keys = _keys_beside(model, item["loc"])
             lines.append(f"{key} is not a known key{near_matches(str(item['loc'][-1]), keys)}; allowed are {', '.join(keys)}")
         else:
-            message = _message(item)
             value = "" if isinstance(item["input"], dict | BaseModel) else f" = {short(item['input'])}"
-            lines.append(f"{key}{value}: {message}" if key else message)
+            lines += [f"{key}{value}: {message}" if key else message for message in _message(item).split("\n")]
     return lines
 
 

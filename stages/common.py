@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from bingo.artefacts import file_fingerprint, fingerprint, write_json
 from bingo.errors import GroupLost, Interrupted, UserError, near_matches, out_of_memory
+from bingo.limits import check_limits
 from bingo.memory import keep_freed_memory
 from bingo.params import Params, load_params, read_yaml
-from stages.paths import RUNS
+from stages.launch import expected_processes
+from stages.paths import LIMITS, RUNS
 from stages.state import sweep
 
 if TYPE_CHECKING:
@@ -57,9 +59,11 @@ def stage_run(stage: str) -> Iterator[Run]:
     """Load the parameters, do the work in the body, write the run's records. A user's mistake is one line and exit code 2."""
     die_with_parent()
     with mistakes_as_lines():
-        run = Run(stage, load_params())
+        params = load_params()
         if "RANK" not in os.environ:  # the launcher has done it
+            check_limits(params, expected_processes(), Path(os.environ.get("DVC_ROOT", ".")) / LIMITS)
             sweep()
+        run = Run(stage, params)
         begun = time.monotonic()
         yield run
         if os.environ.get("RANK", "0") == "0":

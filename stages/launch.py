@@ -6,8 +6,10 @@ follows it on every machine, for example "srun --ntasks-per-node=1" (default: no
 """
 
 import os
+import re
 import shlex
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from bingo.errors import UserError
@@ -35,6 +37,18 @@ def launch(stage: str, *arguments: str) -> None:
         os.execvp(command[0], command)
     except OSError as error:
         raise UserError(f"BINGO_LAUNCH_PREFIX = {shlex.join(prefix)}: cannot be started ({error.strerror}); give a command") from None
+
+
+def expected_processes() -> int:
+    """How many processes a training will have, as far as that is known without torch: by the environment and this machine's GPUs."""
+    wanted, here = os.environ.get("BINGO_PROCESSES", ""), 1
+    if wanted.isdecimal():
+        here = max(1, int(wanted))
+    elif not wanted and os.environ.get("BINGO_DEVICE") != "cpu":
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        here = max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))) if seen is None else len([gpu for gpu in seen.split(",") if gpu]))
+    machines = re.search(r"--nnodes[= ](?:\d+:)?(\d+)", os.environ.get("BINGO_LAUNCH", ""))
+    return here * max(1, int(machines[1]) if machines else 1)
 
 
 def _words(variable: str, wanted: str) -> list[str]:

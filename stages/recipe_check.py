@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.launch import expected_processes
 from stages.recipe_costs import estimate_lines, images_line, in_bytes, known_counts, whole_estimate
 
 if TYPE_CHECKING:
@@ -20,8 +21,10 @@ def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[
     """Say a line for each thing that was tried, and return one for each that is missing. Raises UserError for what is wrong."""
     from bingo.dry_run import dry_student
     from bingo.estimates import count_images
+    from bingo.limits import check_limits
     from bingo.progress import progress_bar
 
+    check_limits(params, expected_processes())
     missing: list[str] = []
     counts = count_images(params.dataset, params.seed)
     if counts is None:

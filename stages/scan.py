@@ -18,9 +18,11 @@ def main() -> None:
         from bingo.data.images import write_images
         from bingo.data.listing import write_listing
         from bingo.data.sources import scan
+        from bingo.limits import check_batches
         from bingo.progress import progress_bar
 
         listing, images = scan(run.params.dataset, run.params.seed, run.say)
+        check_batches(run.params, listing.train_rows)
         with progress_bar("writing the listing"):
             write_images(paths.IMAGES, listing, images)
             write_listing(paths.LISTING, listing)

@@ -19,7 +19,7 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 # Files whose change cannot alter an output: the command line, launching, records of a run, checkpoints, validation, progress bars.
 INFRASTRUCTURE = {
     "stages/common.py", "stages/launch.py", "stages/paths.py", "stages/state.py", "bingo/artefacts.py",
-    "bingo/checksums.py", "bingo/errors.py", "bingo/memory.py",
+    "bingo/checksums.py", "bingo/errors.py", "bingo/limits.py", "bingo/memory.py",
     "bingo/params.py", "bingo/progress.py", "bingo/checkpoints.py", "bingo/finite.py", "bingo/distributed.py", "bingo/nets/names.py",
     "bingo/data/chunks.py", "bingo/data/inside.py", "bingo/data/task_loader.py",
     "bingo/data/workers.py",
@@ -35,15 +35,13 @@ WATCHING = {
 WATCHED = ("teacher", "extract", "distill", "baseline")
 # Which layer a module is in; imports go to the same or a lower number.
 LAYERS = [
-    (
-        r"bingo/(params|errors|recipes|recipe_table|artefacts|checksums|seeds|schedules|distributed|progress|checkpoints|finite|memory)\.py",
-        0,
-    ),
+    (r"bingo/(params|errors|limits|recipes|recipe_table|artefacts|checksums|seeds|schedules|distributed)\.py", 0),
+    (r"bingo/(progress|checkpoints|finite|memory)\.py", 0),
     (r"bingo/methods/\w+_params\.py", 0),
     (r"bingo/nets/names\.py", 0),
     (r"bingo/(data|nets)/.*|bingo/(neighbors|rows)\.py", 1),
     (r"bingo/bag\w*\.py|bingo/gallery.*|bingo/methods/.*", 2),
-    (r"bingo/(train|batches|costs|estimates|dry_run|extract|embed\w*|model_card|plots|experiments\w*|report\w*)\.py", 3),
+    (r"bingo/(train|batches|costs|estimates|dry_run|network_limits|extract|embed\w*|model_card|plots|experiments\w*|report\w*)\.py", 3),
     (r"bingo/(evals|export)/.*", 3),
     (r"stages/.*", 4),
 ]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchvision import models as vision
 
 from bingo import seeds
-from bingo.errors import UserError
+from bingo.errors import UserError, near_matches
+from bingo.limits import source_mistakes
 from bingo.nets.backbones import Backbone, build_backbone, check_images, is_transformer
 from bingo.nets.checkpoint import check_fits, first_names, load_strictly
 from bingo.nets.foreign import read_checkpoint, states_in, summary
@@ -39,6 +40,8 @@ def make_teacher(params: TeacherParams, image: ImageParams, seed: int) -> Made:
         "checkpoint": lambda: from_checkpoint(params, image),
         "random": lambda: untrained(params, seed),
     }
+    if lines := list(source_mistakes(params)):
+        raise UserError(lines)
     backbone, head, source = makers[params.source]()
     check_images(backbone, params.arch, image.crop_px)
     return backbone, head, teacher_metadata(params, image, backbone, head, {"source": params.source, **source})
@@ -56,8 +59,6 @@ def from_timm(params: TeacherParams, image: ImageParams) -> Made:
     Raises UserError where the weights cannot be downloaded, do not fit, or were trained with another mean and std than `image`
     has (for a local file, whose training is not known, that is a line on stderr).
     """
-    if params.arch.startswith("torchvision/"):
-        raise UserError(f"teacher.arch = {params.arch}: is no network of timm; set teacher.source: torchvision")
     options = ANY_IMAGE if is_transformer(params.arch) else {}
     backbone = _empty(params, options)
     cfg: Any = backbone.pretrained_cfg
@@ -72,8 +73,6 @@ def from_timm(params: TeacherParams, image: ImageParams) -> Made:
 
 def from_torchvision(params: TeacherParams, image: ImageParams) -> Made:
     """torchvision's default weights, or the local file `teacher.checkpoint` under its names; otherwise as `from_timm`."""
-    if not params.arch.startswith("torchvision/"):
-        raise UserError(f"teacher.arch = {params.arch}: is timm's name; set torchvision/{params.arch}, or teacher.source: timm")
     backbone, name = _empty(params, {}), params.arch.removeprefix("torchvision/")
     weights: Any = vision.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
     preset = weights.transforms()
@@ -279,13 +278,14 @@ def _load_trunk(backbone: Backbone, state: Mapping[str, Tensor], origin: str) ->
 
 def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, Tensor]:
     """The state dict of a pretrained network with its classifier, loaded strictly by the library itself."""
-    if params.width != 1 or params.stem != "imagenet":
-        named = f"teacher.width = {params.width}, teacher.stem = {params.stem}"
-        raise UserError(f"{named}: published weights have 1.0 and imagenet; set these, or teacher.checkpoint to a file of yours")
     try:
         return get().state_dict()
     except Exception as error:  # the libraries' network clients raise errors of many kinds
-        line = f"teacher.arch = {params.arch}: no pretrained weights could be had ({' '.join(str(error).split())[:160]})"
+        reason = " ".join(str(error).split())[:160]
+        line = f"teacher.arch = {params.arch}: no pretrained weights could be had ({reason})"
+        if "No pretrained weights exist" in reason or "Invalid pretrained tag" in reason:
+            near = near_matches(params.arch, timm.list_pretrained())
+            raise UserError(f"{line}; set teacher.arch to one of timm.list_pretrained(){near}") from None
         raise UserError(f"{line}; set teacher.checkpoint to a local file of them") from None
 
 

@@ -1,0 +1,162 @@
+"""Limits that lie between sections of params.yaml: what teacher, student, method, batch and images can be together.
+
+All are checked before any work, and every mistake is in one answer. Those that need no network are here, one function each, and take
+no time; a limit more is a function more in `_RULES`. Those that a network itself has (bingo/network_limits.py) are tried on it once: what
+has passed is remembered, so that a stage without torch stays without it.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bingo.artefacts import fingerprint, read_json, write_json
+from bingo.errors import UserError
+
+Rule = Callable[[Any, int], Iterator[str]]
+_SECTIONS = (
+    "seed", "image", "teacher", "extract", "bagging", "student", "distill", "methods", "baselines", "transfer", "transfer_coco",
+)  # fmt: skip
+_MOST_REMEMBERED = 200
+
+
+def check_limits(params: Any, processes: int, memory: Path | None = None) -> None:
+    """Raises UserError with a line for each limit that `params` break where `processes` train together.
+
+    `memory` is a JSON file of parameters whose networks have passed; None: they are tried in any case.
+    """
+    lines = [line for rule in _RULES for line in rule(params, processes)]
+    passed = _remembered(memory)
+    values = {name: getattr(params, name).model_dump(mode="json", serialize_as_any=True) for name in _SECTIONS if _is_section(params, name)}
+    key = fingerprint([values, params.seed, params.baselines, processes, version("torch"), version("timm"), version("torchvision")])
+    if key not in passed:
+        # By its name, so that no stage depends on this file's imports: none of them can change an output.
+        found = importlib.import_module("bingo.network_limits").network_mistakes(params, processes)
+        if not found and memory is not None:
+            _remember(memory, [*passed, key][-_MOST_REMEMBERED:])
+        lines += found
+    if lines:
+        raise UserError(list(dict.fromkeys(lines)))
+
+
+def _is_section(params: Any, name: str) -> bool:
+    return hasattr(getattr(params, name), "model_dump")
+
+
+def _remembered(memory: Path | None) -> list[str]:
+    """Fingerprints of parameters that have passed; none where the file is absent or damaged, since to try again costs seconds alone."""
+    if memory is None or not memory.is_file():
+        return []
+    try:
+        passed = read_json(memory)
+    except UserError:
+        return []
+    return [key for key in passed if isinstance(key, str)] if isinstance(passed, list) else []
+
+
+def _remember(memory: Path, passed: list[str]) -> None:
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, passed)
+    except OSError:  # the next stage tries again
+        return
+
+
+def check_batches(params: Any, train_rows: int) -> None:
+    """Raises UserError with a line for each training whose batch is larger than the number of train images."""
+    trainings = _trainings(params)
+    lines = [
+        f"{name}.batch_anchors = {schedule.batch_anchors}: there are only {train_rows} train images; lower it to at most that"
+        for name, schedule, _ in trainings
+        if schedule.batch_anchors > train_rows
+    ]
+    if lines:
+        raise UserError(list(dict.fromkeys(lines)))
+
+
+def _trainings(params: Any) -> list[tuple[str, Any, list[tuple[str, Any]]]]:
+    """Of each training the name of its section, its schedule, and the methods by the names of their sections."""
+    sections = [(f"methods.{name}", getattr(params.methods, name)) for name in dict.fromkeys([params.distill.method, *params.baselines])]
+    found = [("distill", params.distill, sections)]
+    if params.teacher.source == "pretrain":
+        found.append(("teacher.pretrain", params.teacher.pretrain, [("teacher.pretrain.moco", params.teacher.pretrain.moco)]))
+    return found
+
+
+def source_mistakes(teacher: Any) -> Iterator[str]:
+    """What a teacher's section asks of a library that the library has not: another shape than published, the other library's name."""
+    published = teacher.source in ("timm", "torchvision") and not teacher.checkpoint
+    if published and (teacher.width != 1 or teacher.stem != "imagenet"):
+        named = f"teacher.width = {teacher.width}, teacher.stem = {teacher.stem}"
+        yield f"{named}: published weights have others; set teacher.width: 1.0, teacher.stem: imagenet, or teacher.checkpoint to a file"
+    of_torchvision = teacher.arch.startswith("torchvision/")
+    if teacher.source == "timm" and of_torchvision:
+        yield f"teacher.arch = {teacher.arch}: is no network of timm; set teacher.source: torchvision"
+    if teacher.source == "torchvision" and not of_torchvision:
+        yield f"teacher.arch = {teacher.arch}: is timm's name; {_torchvisions(teacher.arch)}"
+
+
+def _torchvisions(arch: str) -> str:
+    """The way out where torchvision's weights of timm's network are asked for."""
+    names = importlib.import_module("bingo.nets.names").arch_names()
+    other = f"torchvision/{arch}"
+    return f"set teacher.arch: {other}, or teacher.source: timm" if other in names else "set teacher.source: timm"
+
+
+def _tags_choose_weights(params: Any, _: int) -> Iterator[str]:
+    """A tag says which of timm's weights are loaded: it means nothing to a network that starts from none, or from a file."""
+    for name, network, loads in (("teacher", params.teacher, params.teacher.source == "timm"), ("student", params.student, False)):
+        plain, dot, _tag = network.arch.partition(".")
+        if dot and not loads:
+            source = ", or teacher.source: timm to load its weights" if name == "teacher" else ""
+            yield f"{name}.arch = {network.arch}: the tag names weights that are not loaded here; set {name}.arch: {plain}{source}"
+
+
+def _batches_are_shared(params: Any, processes: int) -> Iterator[str]:
+    for name, schedule, _ in _trainings(params):
+        if schedule.batch_anchors % processes:
+            nearest = processes * max(1, round(schedule.batch_anchors / processes))
+            line = f"{name}.batch_anchors = {schedule.batch_anchors}: {processes} processes cannot share it equally"
+            yield f"{line}; set {name}.batch_anchors: {nearest}, or another multiple"
+
+
+def _queues_hold_a_batch(params: Any, _: int) -> Iterator[str]:
+    """A queue that is smaller than what is pushed at a time would lose keys that were never negatives."""
+    for _name, schedule, sections in _trainings(params):
+        for section_name, section in sections:
+            key = "negative_rows" if getattr(section, "negatives", None) == "queue" else "queue_rows"
+            rows = getattr(section, key, None)
+            pushed = schedule.batch_anchors * (2 if getattr(section, "queue_push", "") == "anchor_and_member" else 1)
+            if rows is not None and rows < pushed:
+                line = f"{section_name}.{key} = {rows}: a step pushes {pushed} keys"
+                yield f"{line}; set {section_name}.{key}: {pushed} or more, or lower batch_anchors"
+
+
+def _bags_list_companions(params: Any, _: int) -> Iterator[str]:
+    coss = params.methods.coss
+    if params.distill.method != "coss":
+        return
+    if coss.companions > params.bagging.k:
+        line = f"methods.coss.companions = {coss.companions}: bags list {params.bagging.k} members"
+        yield f"{line}; set bagging.k: {coss.companions}, or lower it"
+    if not coss.companions and params.distill.batch_anchors == 1:
+        line = "distill.batch_anchors = 1: methods.coss compares each feature over the images of a batch"
+        yield f"{line}; set distill.batch_anchors to 2 or more, or methods.coss.companions to 1 or more"
+
+
+def _warmup_leaves_epochs(params: Any, _: int) -> Iterator[str]:
+    bingo, epochs = params.methods.bingo, params.distill.epochs
+    if params.distill.method == "bingo" and bingo.relation == "bags" and bingo.pair_weights[1] and bingo.inter_warmup_epochs >= epochs:
+        line = f"methods.bingo.inter_warmup_epochs = {bingo.inter_warmup_epochs}: with distill.epochs = {epochs} no bag would be trained on"
+        yield f"{line}; set methods.bingo.inter_warmup_epochs: {epochs - 1} or less, or methods.bingo.relation: none"
+
+
+_RULES: tuple[Rule, ...] = (
+    lambda params, _: source_mistakes(params.teacher),
+    _tags_choose_weights,
+    _batches_are_shared,
+    _queues_hold_a_batch,
+    _bags_list_companions,
+    _warmup_leaves_epochs,
+)
