@@ -1,5 +1,8 @@
 """The loader: equal pixels for equal keys, whatever the workers, the batches and the other views; files as the memory path."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,9 @@ from bingo.data.decode import decode_rgb
 from bingo.data.draws import crop_boxes, draw_views
 from bingo.data.images import FileImages, MemoryImages
 from bingo.data.loader import Request, ViewLoader, center_views
+from bingo.data.sources import scan
 from bingo.errors import UserError
-from bingo.params import AugmentParams, BicubicImageParams, ImageParams
+from bingo.params import AugmentParams, BicubicImageParams, ImageParams, load_params
 
 CPU = torch.device("cpu")
 IMAGE = ImageParams(crop_px=16, resize_px=20, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
@@ -205,10 +209,31 @@ def test_a_file_that_became_unreadable_is_named_with_its_row(files, tmp_path, wo
     broken = FileImages(str(tmp_path), ["0.png", "1.png"])
     Image.new("RGB", (30, 30)).save(tmp_path / "0.png")
     (line,) = lines_of(lambda: views(broken, [[_request([0, 1])]], workers))
-    assert "1.png (row 1) can no longer be read (no image format is recognised in it); restore it, or run: dvc repro" in line
+    assert "1.png (row 1) can no longer be read (no image format is recognised in it); restore it, or set dataset.check: decode" in line
     (tmp_path / "1.png").unlink()
     with pytest.raises(UserError, match=r"1\.png \(row 1\) can no longer be read \(No such file"):
         list(center_views(broken, [1], IMAGE, CPU, 4, 0))
+
+
+def test_what_a_file_of_which_scan_read_the_header_alone_is_answered_with_helps(tmp_path):
+    """A truncated photograph has a header like any other: with `check: header` another scan would list it again."""
+    (tmp_path / "train/cat").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    for name in ("a", "b", "c"):
+        Image.fromarray(noise).save(tmp_path / f"train/cat/{name}.jpg")
+    whole = (tmp_path / "train/cat/b.jpg").read_bytes()
+    (tmp_path / "train/cat/b.jpg").write_bytes(whole[: len(whole) // 2])
+    asked = {"source": "folder", "root": str(tmp_path), "store_px": None, "check": "header", "on_bad_image": "skip"}
+    dataset = load_params(Path(__file__).parent.parent / "params.yaml").dataset.model_copy(update=asked)
+
+    def load(dataset) -> int:
+        listing, _ = scan(dataset, 0)
+        return sum(len(part) for part in center_views(FileImages(str(tmp_path), listing.paths), range(len(listing)), IMAGE, CPU, 4, 0))
+
+    (line,) = lines_of(lambda: load(dataset))
+    advised = re.search(r"set dataset\.(\w+): (\w+)", line)
+    assert advised
+    assert load(dataset.model_copy(update={advised[1]: advised[2]})) == 2
 
 
 def test_a_file_that_became_a_link_out_of_the_root_is_not_read(tmp_path):

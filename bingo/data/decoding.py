@@ -136,6 +136,11 @@ def _told(task: _Task, i: int, lines: list[str]) -> Iterator[None]:
     try:
         yield
     except (BadImage, OSError) as error:
-        reason = str(error) if isinstance(error, BadImage) else error.strerror or str(error)
+        undecodable = isinstance(error, BadImage)
+        reason = str(error) if undecodable else getattr(error, "strerror", None) or str(error)
+        # Where scan has looked at headers alone, to scan again would not find the file.
+        way_out = (
+            "set dataset.check: decode, with which scan finds such files, and run: dvc repro" if undecodable else "run: dvc repro -f scan"
+        )
         name = f"{task.paths[i]} (row {task.rows[i]})"
-        lines.append(f"dataset.root: {name} can no longer be read ({reason}); restore it, or run: dvc repro -f scan")
+        lines.append(f"dataset.root: {name} can no longer be read ({reason}); restore it, or {way_out}")
