@@ -263,13 +263,13 @@ def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
         ("distill", {"student.arch": "torchvision/resnet18"}, ["width = 0.125: torchvision/resnet18 cannot be scaled"]),
         (
             "distill",
-            {"student.arch": "vit_tiny_patch16_224", "student.width": 1.0, "student.stem": "imagenet"},
-            ["image.crop_px = 16: vit_tiny_patch16_224 takes no such image"],
+            {"student.arch": "swin_tiny_patch4_window7_224", "student.width": 1.0, "student.stem": "imagenet"},
+            ["image.crop_px = 16: swin_tiny_patch4_window7_224 takes no such image"],
         ),
         (
             "teacher",
-            {"teacher.arch": "vit_tiny_patch16_224", "teacher.width": 1.0, "teacher.stem": "imagenet"},
-            ["image.crop_px = 16: vit_tiny_patch16_224 takes no such image"],
+            {"teacher.arch": "swin_tiny_patch4_window7_224", "teacher.width": 1.0, "teacher.stem": "imagenet"},
+            ["image.crop_px = 16: swin_tiny_patch4_window7_224 takes no such image"],
         ),
         ("distill", {"distill.keys": "momentum"}, ["bingo.negatives = bank: with distill.keys = momentum no key is stored"]),
         ("distill", {"distill.lr": 1e6}, ["distill: bingo: the loss is nan at step"]),
