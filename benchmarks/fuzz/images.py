@@ -290,7 +290,19 @@ def entries() -> st.SearchStrategy:
     small = st.one_of(pictures(), st.sampled_from(("empty", "text", "eps", "png header 60000", "gif 65535", "tiff 2^32", "jpeg 65535")))
     return st.builds(
         Entry,
-        st.sampled_from((*("train/0", "train/1", "val/0", "val/1") * 8, "train/\u00e9", "val/\udcff", "", "train", "test/0", "0")),
+        st.sampled_from(
+            (
+                *("train/0", "train/1", "val/0", "val/1") * 8,
+                "Test/0",
+                "train/e\u0301",
+                "train/\u00e9",
+                "val/\udcff",
+                "",
+                "train",
+                "test/0",
+                "0",
+            )
+        ),
         st.one_of(st.sampled_from(NAMES), st.from_regex(r"[a-z0-9]{1,3}", fullmatch=True)),
         st.sampled_from((*SUFFIXES * 2, ".JPG", "", ".txt")),
         st.sampled_from(("file",) * 60 + ("folder", "fifo", "link", "circle", "broken link", "outside")),
@@ -352,6 +364,7 @@ FOLDERS = Surface(
             {
                 "check": st.sampled_from(("decode", "header")),
                 "on_bad_image": st.sampled_from(("skip", "skip", "stop")),
+                "follow_links": st.booleans(),
                 "store_px": st.sampled_from((None, 1, 16)),
                 "train_images": st.sampled_from((None, None, 1, 2, 1000)),
                 "test_images": st.sampled_from((None, None, 1)),
