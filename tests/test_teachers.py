@@ -313,7 +313,7 @@ def test_published_weights_need_their_own_shape_normalisation_and_library(tmp_pa
     assert "teacher.width = 0.5, teacher.stem = imagenet: published weights" in refusal(teacher_params(source="timm", width=0.5))
     assert "teacher.stem = small: published weights" in refusal(teacher_params(source="timm", stem="small"))
     assert "set teacher.source: torchvision" in refusal(teacher_params(source="timm", arch="torchvision/resnet18"))
-    assert "set torchvision/resnet18" in refusal(teacher_params(source="torchvision", arch="resnet18"))
+    assert "set teacher.arch: torchvision/resnet18" in refusal(teacher_params(source="torchvision", arch="resnet18"))
     vit = teacher_params(source="timm", arch="test_vit")
     assert "expect [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]; set image.mean and image.std to these" in refusal(vit)
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pt")
