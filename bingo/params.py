@@ -378,9 +378,13 @@ class CropsParams(Section):
 
 
 class CropProbeParams(CachedProbeParams, CropsParams):
-    """The released protocol: a linear layer on features of random crops, the backbone frozen; `nets` says for which networks."""
+    """The released protocol: a linear layer on features of random crops, the backbone frozen; `nets` says for which networks.
+
+    `standardise`: as CompRess, SimReg and ISD do, features of unit length by the mean and deviation of the train images' centre views.
+    """
 
     nets: list[str]
+    standardise: bool
 
 
 class FeatureParams(Section):

@@ -12,7 +12,7 @@ from bingo.data.images import MemoryImages
 from bingo.errors import UserError
 from bingo.evals.features import backbone_features
 from bingo.evals.finetune import FROZEN
-from bingo.evals.linear import linear_on_crops, linear_on_features
+from bingo.evals.linear import Standardised, linear_on_crops, linear_on_features
 from bingo.evals.scores import linear_layer
 from bingo.nets.backbones import build_backbone
 from bingo.params import CachedProbeParams, CropProbeParams, ImageParams
@@ -21,7 +21,9 @@ CPU = torch.device("cpu")
 COSINE = {"drop_epochs": None, "drop_factor": 0.1, "hold_epochs": 0}
 CACHED = CachedProbeParams(epochs=40, batch_images=64, lr=0.1, weight_decay=1e-3, **COSINE)
 IMAGE = ImageParams(crop_px=12, resize_px=14, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
-CROP = CropProbeParams(nets=["student"], epochs=3, batch_images=16, lr=0.2, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **COSINE)
+CROP = CropProbeParams(
+    nets=["student"], standardise=False, epochs=3, batch_images=16, lr=0.2, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **COSINE
+)
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +146,27 @@ def test_crops_learn_and_leave_the_backbone_untouched(tmp_path):
     assert len(seen_modes) == 3 + 3 * 8  # 40 test images once, 120 train images at each of 3 epochs
     assert all(module.training for module in backbone.modules())
     assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_standardised_features_are_umbcs(tmp_path):
+    """eval_linear.py, by hand: unit length, minus the mean, divided by sqrt(variance + 1e-5), of the train images' centre views."""
+    images, labels, train_rows, test_rows = coloured_squares()
+    backbone = build_backbone("resnet18", 0.125, "small", 0)
+    rows = (IMAGE, CPU, "fp32", 16)
+    train, test = (backbone_features(backbone, images, which, *rows).astype(np.float64) for which in (train_rows, test_rows))
+    train, test = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
+    want = (test - train.mean(axis=0)) / np.sqrt(train.var(axis=0, ddof=1) + 1e-5)
+    net = Standardised(backbone, torch.from_numpy(backbone_features(backbone, images, train_rows, *rows)))
+    np.testing.assert_allclose(backbone_features(net, images, test_rows, *rows), want, atol=1e-3)
+    assert 0.5 < want.std() < 1.5
+    standardised = CROP.model_copy(update={"standardise": True, "lr": 0.05})
+    checkpoints = Checkpoints(tmp_path)
+    score = linear_on_crops(backbone, images, labels, train_rows, test_rows, 4, standardised, IMAGE, "fp32", 0, CPU, checkpoints)
+    assert score["top1_last"] >= 75
+    raw = CROP.model_copy(update={"lr": 0.05})
+    checkpoints = Checkpoints(tmp_path / "raw")
+    plain = linear_on_crops(backbone, images, labels, train_rows, test_rows, 4, raw, IMAGE, "fp32", 0, CPU, checkpoints)
+    assert plain != score
 
 
 def test_crops_are_new_at_every_epoch_and_repeatable(tmp_path):

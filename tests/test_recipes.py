@@ -229,6 +229,7 @@ def test_the_published_precision_is_said_of_every_row():
 
 MOCO_LAYER = (30.0, 100, [60, 80], 0.1)
 BINGO_LAYER = (30.0, 120, None, 0.1)
+UMBC_LAYER = (0.01, 40, [15, 30], 0.1)
 DISCO_LAYER = (3.0, 100, [5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80], 0.5)
 
 
@@ -246,10 +247,10 @@ DISCO_LAYER = (3.0, 100, [5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80], 0.5)
         ("r18-disco-r50w2", (0.03, 200, None, 0), (30.0, *DISCO_LAYER[1:])),
         ("effb0-disco-r50w2", (0.03, 200, None, 0), DISCO_LAYER),
         ("r18-coss-r50-200ep", (0.03, 25, None, 5), MOCO_LAYER),
-        ("r18-compress-1q-swav-r50", (0.01, 130, [90, 120], 0), None),
-        ("r18-compress-2q-r50-800ep", (0.01, 130, [90, 120], 0), None),
-        ("r18-simreg-byol-r50", (0.05, 130, None, 0), None),
-        ("r18-isd", (0.01, 200, [140, 180], 0), None),
+        ("r18-compress-1q-swav-r50", (0.01, 130, [90, 120], 0), UMBC_LAYER),
+        ("r18-compress-2q-r50-800ep", (0.01, 130, [90, 120], 0), UMBC_LAYER),
+        ("r18-simreg-byol-r50", (0.05, 130, None, 0), UMBC_LAYER),
+        ("r18-isd", (0.01, 200, [140, 180], 0), UMBC_LAYER),
     ],
 )
 def test_every_learning_rate_is_its_papers(name, training, layer):
@@ -258,8 +259,8 @@ def test_every_learning_rate_is_its_papers(name, training, layer):
     assert (distill.lr, distill.epochs, distill.drop_epochs, distill.hold_epochs) == training
     assert distill.drop_factor == (0.2 if distill.drop_epochs else 0.1)
     assert (distill.lr_warmup_epochs, crops.hold_epochs) == (0, 0)
-    if layer:
-        assert (crops.lr, crops.epochs, crops.drop_epochs, crops.drop_factor) == layer
+    assert (crops.lr, crops.epochs, crops.drop_epochs, crops.drop_factor) == layer
+    assert (crops.standardise, crops.weight_decay) == ((True, 1e-4) if layer == UMBC_LAYER else (False, 0.0))
     assert not [line for line in recipe(f"imagenet-{name}").about.deviates if line.startswith("lr: ")]
 
 
@@ -429,7 +430,7 @@ def test_show_prints_the_file_what_it_sets_and_what_it_costs(clone):
     assert (FOLDER / "imagenet-r18-simreg-swav-r50.yaml").read_text() in text
     assert "  methods.simreg.head_hidden: 1024\n" in text
     assert "  dataset.store_px: null\n" in text
-    assert "deviates: linear_eval.crops: " in text
+    assert "deviates: distill.precision: " in text
     # ResNet-18 three times but for the images' gradient in its first convolution (7 x 7, 112 x 112 places), and a head of four layers
     by_hand = 3 * 3.627122688 - 2 * 64 * 3 * 49 * 112**2 / 1e9 + 6 * (3 * 512 * 1024 + 1024 * 2048) / 1e9
     assert f"FLOPs: {by_hand:.4g} GFLOP an anchor" in text
@@ -458,8 +459,9 @@ def test_the_page_has_every_row_with_the_published_value_beside_ours(clone):
     reasons = [next(line for line in lines if line.startswith(f"{number}. ")) for number in numbers]
     assert [reason.partition(". ")[2] for reason in reasons] == recipe("imagenet-r18-moco").about.deviates
     isd = rows["r18-isd"]
-    assert "lr **30.0** (0.01)" in isd
-    assert "epochs **100** (40)" in isd
+    assert "precision **auto** (fp32)" in isd
+    assert "standardise true" in isd
+    assert "epochs 40, drop_epochs [15, 30]" in isd
     assert "sgd_momentum 0.9" in rows["all of them"]
     assert "sgd_momentum" not in isd
 

@@ -157,7 +157,9 @@ def test_evaluations_follow_their_schedules(tmp_path, used):
     assert used == [[0.8]] * 3 + [[0.4]] * 3 + [[0.2]] * 3
     used.clear()
     what = task()  # 27 train images
-    crops = CropProbeParams(nets=[], batch_images=9, lr=0.8, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **FALLS)
+    crops = CropProbeParams(
+        nets=[], standardise=False, batch_images=9, lr=0.8, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **FALLS
+    )
     rows = (what.images, what.labels_N, what.train_rows_N, what.test_rows_N, what.classes)
     linear_on_crops(Tiny(True), *rows, crops, what.image, "fp32", 0, CPU, Checkpoints(tmp_path / "crops", 1e9))
     assert used == [[0.8]] * 3 + [[0.4]] * 3 + [[0.2]] * 3

@@ -7,7 +7,7 @@ papers report; it is chosen on the test set. Shape letters: N rows, B rows of a 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bingo import seeds
 from bingo.errors import UserError
 from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
+from bingo.nets.heads import unit
 from bingo.params import CachedProbeParams, CropProbeParams, ImageParams, TuneParams
 from bingo.progress import progress_bar
 from bingo.schedules import learning_rate
@@ -81,16 +82,37 @@ def linear_on_crops(
 ) -> dict[str, float | int]:
     """BINGO's released protocol (main_lincls.py, scripts/lincls/Res.sh).
 
-    At every epoch each train image is seen once as a random crop; the raw pooled features of the frozen backbone, in evaluation
-    mode, go to the linear layer. Tested on centre views. A cosine moves at every step and ends at 0 (released: once an epoch, ends
-    at 0.01). `labels_N` belongs to the rows of `images`. Returns and raises what `linear_on_features` does; it is
-    `finetune.ClassifierTrainer` with a frozen backbone, so it goes on from its checkpoint and several processes share each batch.
+    At every epoch each train image is seen once as a random crop; the pooled features of the frozen backbone, in evaluation mode, go
+    to the linear layer, raw or, with `params.standardise`, as `Standardised` has them. Tested on centre views. A cosine moves at every
+    step and ends at 0 (released: once an epoch, ends at 0.01). `labels_N` belongs to the rows of `images`. Returns and raises what
+    `linear_on_features` does; it is `finetune.ClassifierTrainer` with a frozen backbone, so it goes on from its checkpoint and several
+    processes share each batch.
     """
+    from bingo.evals.features import backbone_features
     from bingo.evals.finetune import ClassifierTrainer, Task, random_crops  # timm, which features that are stored do not need
 
+    judged: Any = backbone
+    if params.standardise:
+        seen = images, train_rows_N, image, device, precision, params.batch_images
+        judged = Standardised(backbone, torch.from_numpy(backbone_features(backbone, *seen)).to(device))
     task = Task(images, labels_N, train_rows_N, test_rows_N, classes, image, random_crops(params.crop_scale, params.flip_p))
     tune = TuneParams(**params.model_dump(include=set(TuneParams.model_fields)), nesterov=False)
-    return ClassifierTrainer(backbone, task, tune, params.lr, None, precision, seed, device, checkpoints, _LABEL).run()
+    return ClassifierTrainer(judged, task, tune, params.lr, None, precision, seed, device, checkpoints, _LABEL).run()
+
+
+class Standardised(nn.Module):
+    """A backbone whose features are divided by their length, and then standardised for each dimension by the mean and the variance, plus
+    1e-5, of `centre_features_TD`, divided likewise (UMBCvision's eval_linear.py: Normalize, FullBatchNorm): float32 (B, D)."""
+
+    def __init__(self, backbone: "Backbone", centre_features_TD: Tensor):
+        super().__init__()
+        self.backbone, self.feature_width = backbone, backbone.feature_width
+        self.standardise = nn.BatchNorm1d(self.feature_width, affine=False).to(centre_features_TD.device)
+        variance_D, mean_D = torch.var_mean(unit(centre_features_TD), dim=0)
+        self.standardise.running_mean, self.standardise.running_var = mean_D, variance_D
+
+    def forward(self, images_B3PP: Tensor) -> Tensor:
+        return self.standardise(unit(self.backbone(images_B3PP)))
 
 
 class _Trainer:
