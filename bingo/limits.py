@@ -64,12 +64,21 @@ def _remember(memory: Path, passed: list[str]) -> None:
 
 
 def check_batches(params: Any, train_rows: int) -> None:
-    """Raises UserError with a line for each training whose batch is larger than the number of train images."""
+    """Raises UserError with a line for each training whose batch, and each size of bags that, is larger than the train images allow."""
     trainings = _trainings(params)
     lines = [
         f"{name}.batch_anchors = {schedule.batch_anchors}: there are only {train_rows} train images; lower it to at most that"
         for name, schedule, _ in trainings
         if schedule.batch_anchors > train_rows
+    ]
+    bagging = params.bagging
+    sizes = {"k": (bagging.k, train_rows - 1)}
+    sizes |= {"clusters": (bagging.clusters, train_rows)} if bagging.method == "kmeans" else {}
+    sizes |= {"lists": (bagging.lists or 1, train_rows)} if bagging.search == "ivf" else {}
+    lines += [
+        f"bagging.{name} = {size}: of {train_rows} train images allowed are 1 to {most}; lower it"
+        for name, (size, most) in sizes.items()
+        if size > most
     ]
     if lines:
         raise UserError(list(dict.fromkeys(lines)))

@@ -154,6 +154,23 @@ def test_batches_are_held_against_the_images():
     check_batches(params, 301)
 
 
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"bagging.k": 300}, 301),
+        ({"bagging.method": "kmeans", "bagging.clusters": 300}, 300),
+        ({"bagging.search": "ivf", "bagging.lists": 300}, 300),
+    ],
+)
+def test_sizes_of_bags_are_held_against_the_images(changes, most):
+    params = validate(raw({"distill.batch_anchors": 8, "teacher.pretrain.batch_anchors": 8} | changes), "p")
+    with pytest.raises(UserError) as caught:
+        check_batches(params, most - 1)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{list(changes)[-1]} = 300: ")
+    check_batches(params, most)
+
+
 def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path, monkeypatch):
     memory, tried = tmp_path / "limits.json", []
     from bingo import network_limits
