@@ -94,7 +94,7 @@ class _GroupedBatchNorm(TorchFunctionMode):
 
 
 def _copies(running_C: Tensor | None, groups: int) -> Any:
-    return [None] * groups if running_C is None else running_C.repeat(groups, 1)
+    return [None] * groups if running_C is None else running_C.expand(groups, -1).clone()
 
 
 def _move_to_mean(running_C: Tensor | None, moved_GC: Any) -> None:
