@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from stages.commands import Parser
+
 IMAGENET_ROWS, IMAGENET_WIDTH = 1_281_167, 2048
 CENTRES, INNER_WIDTH, NOISE = 1000, 16, 0.3  # classes, the width in which images of a class differ, and what is the same for nobody
 CHUNK_ROWS = 8192
@@ -85,7 +87,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 30_000, 100_000, 300_000, 1_000_000])
     parser.add_argument("--width", type=int, default=IMAGENET_WIDTH)
     parser.add_argument("--k", type=int, default=20)

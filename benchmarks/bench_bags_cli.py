@@ -3,7 +3,6 @@
 python benchmarks/bench_bags_cli.py [--rows 1281167] [--gallery]      needs about 0.7 GB of disk, 2 GB with --gallery
 """
 
-import argparse
 import multiprocessing
 import os
 import subprocess
@@ -13,6 +12,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from stages.commands import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,7 +59,7 @@ def measure(root: Path, command: list[str]) -> tuple[float, float, float]:
 
 def main() -> None:
     """Print one line a command: the fastest and the median of five runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_281_167)
     parser.add_argument("--gallery", action="store_true")
     arguments = parser.parse_args()

@@ -33,6 +33,7 @@ from bingo.nets.heads import mlp_head
 from bingo.nets.precision import autocast, resolve_precision
 from bingo.nets.teachers import Teacher
 from bingo.params import AugmentParams, ExtractParams, ImageParams
+from stages.commands import Parser
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 FILE_WIDTH_PX, FILE_HEIGHT_PX = 500, 375  # ImageNet's most frequent size
@@ -113,7 +114,7 @@ def peak_mb(rows: int) -> float:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--files", action="store_true", help="decode JPEG files at use instead of reading an array in memory")

@@ -34,6 +34,7 @@ from bingo.nets.backbones import build_backbone
 from bingo.params import Params, read_yaml, validate
 from bingo.recipes import lay_over, read_recipe
 from bingo.train import Trainer
+from stages.commands import Parser
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -148,7 +149,7 @@ def trainings(recipe: str, rows: int, folder: Path) -> list[Training]:
 
 def main() -> None:
     """Print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="cifar10")
     parser.add_argument("--rows", type=int, default=GOAL_ROWS, help="train images")
     parser.add_argument("--batches", type=int, nargs="+", help="anchors of a step; default: the recipe's, and 4096")

@@ -38,6 +38,7 @@ from bingo.data.images import FileImages, MemoryImages
 from bingo.data.loader import Request, ViewLoader
 from bingo.data.workers import worker_count
 from bingo.params import AugmentParams, ImageParams
+from stages.commands import Parser
 
 CASE = CASES["large"]
 IMAGE = ImageParams(crop_px=CASE.crop_px, resize_px=CASE.store_px, mean=MEAN, std=STD)
@@ -256,7 +257,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=["files", "colours", "memory"], default=["files", "colours", "memory"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", help="photographs, instead of made images")

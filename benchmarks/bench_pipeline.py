@@ -22,6 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from stages.commands import Parser
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["commands", "hashing", "pipeline"]
 RECIPE = "digits-short"
@@ -33,7 +35,7 @@ READ_BYTES = 1 << 20
 
 def main() -> None:
     """Measure, and print as it goes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--store-gb", type=float, default=5.0, help="bytes to hash, in 10^9")
     parser.add_argument("--repeats", type=int, default=5)

@@ -42,6 +42,7 @@ from bingo.nets.precision import autocast, resolve_precision
 from bingo.nets.teachers import Teacher
 from bingo.params import Params, load_params, method_section
 from bingo.train import Trainer
+from stages.commands import Parser
 
 NEGATIVES, KEY_WIDTH, HEAD_HIDDEN, TEMPERATURE, BAG = 65536, 128, 2048, 0.2, 5
 VARIANTS = {  # the switches of methods.bingo, and where the keys come from
@@ -349,7 +350,7 @@ def case_of(options: argparse.Namespace) -> Case:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=["large", "small"], default="large", help="224 px, or 32 px with a stem for small images")
     parser.add_argument("--teacher", default="resnet50", help="a timm name")
     parser.add_argument("--width", type=float, default=1.0, help="of the teacher: 2 for R50x2")

@@ -11,7 +11,6 @@ kill may cut off are two things of dvc's own, its lock and an entry of its run c
 How far a stage is, its progress bar knows: the workspace's copy of bingo/progress.py also writes that down.
 """
 
-import argparse
 import hashlib
 import os
 import random
@@ -31,9 +30,11 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from benchmarks.processes import session
+from bingo.errors import INTERRUPTED
 from bingo.params import read_yaml
 from bingo.progress import progress_bar
 from bingo.recipes import lay_over, read_recipe
+from stages.commands import Parser
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("teacher", "extract", "bag", "distill", "baseline@moco", "linear_eval@student", "semi_eval@half")
@@ -53,7 +54,7 @@ WAYS = (
 CUT_LOCK = "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted"
 CUT_RUN = "join() argument must be str, bytes, or os.PathLike object, not 'NoneType'"  # a folder of the run cache without an entry
 PATIENCE_SECONDS = 300
-STOPPED = 75
+STOPPED = INTERRUPTED
 INTERVAL_SECONDS = 0.5
 # 1,438 train images; each training takes some seconds, extract has 9 chunks.
 SMALL = {
@@ -424,7 +425,7 @@ def table(tallies: dict[str, Tally]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="of all stages together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which are killed; those before them only run")

@@ -9,7 +9,6 @@ wrong there touches the workspace. All variants of a seed run in one clone, one 
 teacher and embeddings, the others take them from DVC's run cache; no two jobs ever compute the same. `--jobs` is over seeds.
 """
 
-import argparse
 import fcntl
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bingo.errors import UserError
+from stages.commands import Parser
 from stages.common import die_with_parent, mistakes_as_lines
 
 FOLDER = Path(".bingo/compare")
@@ -61,7 +61,7 @@ class Lane:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variants", nargs="+", required=True, metavar="RECIPE", help="recipes, as `bingo recipe list` prints them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--base", metavar="RECIPE", help="a recipe that every variant is laid over: other images, another scale")

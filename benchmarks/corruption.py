@@ -6,7 +6,6 @@ Half of the flips fall anywhere, half near the beginning or the end of a file, w
 stages, in this process. Exit code 1 where a flip was neither refused in one line that names the artefact nor without effect.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import os
@@ -40,6 +39,7 @@ from bingo.params import read_yaml
 from bingo.progress import progress_bar
 from bingo.recipes import lay_over, read_recipe
 from bingo.report_inputs import read_network_facts
+from stages.commands import Parser
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("scan", "teacher", "extract", "bag", "distill")
@@ -207,7 +207,7 @@ def prepare(root: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--flips", type=int, default=1000, help="for each artefact and reader")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

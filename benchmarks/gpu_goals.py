@@ -25,6 +25,7 @@ from bingo.data.listing import read_listing
 from bingo.errors import UserError
 from bingo.params import read_yaml, validate
 from bingo.recipes import lay_over, read_recipe
+from stages.commands import Parser
 from stages.common import mistakes_as_lines
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def measure(folder: Path, recipe: str, epochs: int, root: str | None, device: st
 
 def main() -> None:
     """Run the stages and print one line for each, and for each goal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="cifar10")
     parser.add_argument("--root", help="where CIFAR-10 is")
     parser.add_argument("--epochs", type=int, default=5, help="of each training that are run")

@@ -25,6 +25,7 @@ from benchmarks.bench_step import Case, measure, product_step, spread
 from bingo.data.decoding import FileDecoder, Plan
 from bingo.data.draws import draw_views
 from bingo.memory import keep_freed_memory
+from stages.commands import Parser
 
 MIDDLE = Case(32, "small", 32, "resnet50", 1.0, torch.device("cpu"), 65536, "auto", negatives=8192)
 AXES: dict[str, tuple[str, list[int]]] = {  # the field of a case, and its values
@@ -126,7 +127,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", choices=[*AXES, "workers"], default=[*AXES, "workers"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-anchors", type=int, default=MIDDLE.batch_anchors)

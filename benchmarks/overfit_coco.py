@@ -6,7 +6,6 @@ The student is an untrained ResNet-18 of a quarter of the width; images and head
 with two to eight instances; they are trained on and measured on, so the figures say nothing about detection.
 """
 
-import argparse
 import tempfile
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from bingo.evals.detection_scores import coco_scores, detect
 from bingo.nets.backbones import build_backbone
 from bingo.nets.detector import DetectorSettings, build_detector
 from bingo.params import CocoParams, load_params
+from stages.commands import Parser
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -31,7 +31,7 @@ SMALL = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, required=True, help="folder of COCO")
     parser.add_argument("--images", default="train2017", help="folder of the training images, under --root")
     parser.add_argument("--head", choices=list(SMALL), default="fpn")

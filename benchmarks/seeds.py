@@ -3,18 +3,19 @@
 python benchmarks/seeds.py --seeds 0 1 2        # about 2.5 minutes a seed on 2 cores; what DVC has cached is not run again
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import time
 from pathlib import Path
 
+from stages.commands import Parser
+
 RESULTS = Path("reports/results.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args().seeds
     runs = [_run(seed) for seed in seeds]

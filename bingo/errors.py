@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 75  # exit codes; 75: a stop with a checkpoint, or another run holds it: start again
 _MOST_CHARACTERS, _MOST_SHOWN, _MOST_REASON = 1000, 80, 160
 _NO_MEMORY = re.compile("out of memory|allocate memory|bad_alloc")  # of CUDA's and of the CPU's allocator in torch, and of FAISS
 _REPR = reprlib.Repr()  # of all values whatever: bounded in depth, width and length, where an alias in YAML may stand for billions

@@ -11,9 +11,20 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from bingo.errors import UserError, near_matches, short
+from bingo.places import expanded, located
 
 # Bounds are far beyond sense: they keep a slip of the keyboard from becoming an overflow or an endless run.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -27,6 +38,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
+FilePath = Annotated[str, AfterValidator(located)]  # a file or folder of the user's
+PathUnderRoot = Annotated[str, AfterValidator(expanded)]
 Precision = Literal["auto", "fp32", "bf16"]
 Interpolation = Literal["bilinear", "bicubic"]
 _MOST_MISTAKES = 40
@@ -72,7 +85,7 @@ class DatasetParams(Section):
     """
 
     source: Literal["digits", "folder", "cifar10", "cifar100"]
-    root: str | None
+    root: FilePath | None
     follow_links: bool
     store_px: Annotated[int, Field(ge=1, le=4096)] | None
     train_images: Count | None
@@ -279,7 +292,7 @@ class TeacherParams(NetworkParams):
     """
 
     source: Literal["pretrain", "timm", "torchvision", "checkpoint", "random"]
-    checkpoint: str | None
+    checkpoint: FilePath | None
     format: str
     pretrain: PretrainParams
 
@@ -414,11 +427,11 @@ class CocoParams(Section):
     """
 
     runs: list[str]
-    root: str | None
-    train_images: str
-    train_annotations: str
-    val_images: str
-    val_annotations: str
+    root: FilePath | None
+    train_images: PathUnderRoot
+    train_annotations: PathUnderRoot
+    val_images: PathUnderRoot
+    val_annotations: PathUnderRoot
     schedules: dict[str, Annotated[list[Count], Field(min_length=1)]]
     batch_images: Count
     lr: Positive
@@ -469,7 +482,7 @@ class SplitParams(Section):
     """A share of the train labels: `list_file` names the images (SimCLR's lists), or null for a seeded draw balanced over the classes."""
 
     percent: Annotated[float, Field(gt=0, le=100)]
-    list_file: str | None
+    list_file: FilePath | None
     trunk_lr: Positive
     head_lr: Positive
     linear_lr: Positive
@@ -489,7 +502,7 @@ class TransferSetParams(Section):
     """Other labelled images to transfer to; what is not said here is as in `dataset`."""
 
     source: Literal["digits", "folder", "cifar10", "cifar100"]
-    root: str | None
+    root: FilePath | None
     store_px: Annotated[int, Field(ge=1, le=4096)] | None
     train_images: Count | None
     test_images: Count | None

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bingo.errors import UserError, near_matches, short
-from bingo.params import mistakes, read_yaml
+from bingo.params import mistakes, read_yaml, schema
 
 PARTS = "parts"
 MEASURES = {
@@ -157,6 +157,15 @@ def _standing(deviates: list[str], ours: dict[str, Any], published: dict[str, An
     """The lines that are true of a recipe: of those about parameters the ones of which one has another value than was published."""
     others = [key for key, value in published.items() if ours.get(key, value) != value]
     return [line for line in deviates if not explained(line) or any(speaks_of(line, key) for key in others)]
+
+
+def overlay_mistakes(overlay: dict[str, Any]) -> list[str]:
+    """One line for each key of an overlay that params.yaml does not have, and for each value that it does not allow there."""
+    try:
+        schema().model_validate(overlay)
+    except ValidationError as error:
+        return [line for line in mistakes(error, schema()) if " is missing; add it " not in line]  # the rest stands in params.yaml
+    return []
 
 
 def _for_the_report(recipe: Recipe) -> dict[str, Any]:

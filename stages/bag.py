@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from stages import paths
-from stages.common import Run, process_group, stage_run
+from stages.common import Run, process_group, run_command, stage_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,4 +87,4 @@ def _build(run: Run, features: "Rows", labels_T: "np.ndarray") -> "Bags":
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stages import paths
+from stages.commands import from_here
 from stages.common import mistakes_as_lines
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def show(
         typer.echo(members_table(source, members, cosines, label))
         heading = f"{source.listing.dataset}, row {row}: {path}   ({source.describe(row)}; {source.name})"
         sheet = contact_sheet(heading, source.tile(row), source.member_tiles(members, cosines, label))
-        _deliver(sheet, out or _SHEETS / _file_name(f"bag-{row}", source))
+        _deliver(sheet, out, _SHEETS / _file_name(f"bag-{row}", source))
 
 
 @app.command()
@@ -99,7 +100,7 @@ def diff(
             return
         typer.echo(diff_text(sources, found, rows_R, by))
         sheet = side_by_side((sources[0].title, sources[1].title), [_band(sources, found, row) for row in rows_R.tolist()])
-        _deliver(sheet, out or _SHEETS / _file_name(f"diff-{by}", *sources))
+        _deliver(sheet, out, _SHEETS / _file_name(f"diff-{by}", *sources))
 
 
 @app.command()
@@ -117,15 +118,15 @@ def find(
         from stages.bag_tables import members_table
         from stages.terminal import printable
 
-        picture = file_picture(image)
+        picture = file_picture(file := from_here("IMAGE", image))
         source = BagSource(rev)
-        members, cosines = _nearest(source, image, k or source.index.k)
+        members, cosines = _nearest(source, file, k or source.index.k)
         title = f"{image}: the {len(members)} nearest train rows of {source.listing.dataset}"
         typer.echo(printable(title))
         typer.echo(members_table(source, members, cosines, None))
         tiles = source.member_tiles(members, cosines, None)
         sheet = contact_sheet(f"{title}   ({source.name})", Tile(picture, image.name, "the image"), tiles)
-        _deliver(sheet, out or _SHEETS / _file_name(f"find-{image.stem}", source))
+        _deliver(sheet, out, _SHEETS / _file_name(f"find-{image.stem}", source))
 
 
 @app.command()
@@ -142,7 +143,8 @@ def gallery(
         from stages.bag_source import BagSource
 
         source = BagSource(rev)
-        folder = out or (_GALLERY if source.artefacts.is_workspace else _GALLERY.with_name(f"gallery@{_tag(source)}"))
+        default = _GALLERY if source.artefacts.is_workspace else _GALLERY.with_name(f"gallery@{_tag(source)}")
+        folder = from_here("--out", out) if out else default
         meta = _gallery_meta(source)
         if not is_current(folder, meta):
             with progress_bar("thumbnails", source.index.train_rows, "images") as bar:
@@ -215,15 +217,15 @@ def _file_name(stem: str, *sources: "BagSource") -> str:
     return f"{'@'.join([stem, '..'.join(tags)]) if tags else stem}.png"
 
 
-def _deliver(sheet: "Image", path: Path) -> None:
-    """Write the PNG, show it where the terminal can, and say where it is."""
+def _deliver(sheet: "Image", out: Path | None, default: Path) -> None:
+    """Write the PNG to --out or the default, show it where the terminal can, and say where it is."""
     import io
 
     from bingo.artefacts import write_bytes
     from bingo.errors import UserError
     from stages.terminal import inline_image
 
-    content = io.BytesIO()
+    path, content = from_here("--out", out) if out else default, io.BytesIO()
     sheet.save(content, "png")
     try:
         write_bytes(path, content.getvalue())

@@ -7,7 +7,7 @@ python -m stages.baseline moco     reads listing, images and params image, stude
 import typer
 
 from stages import paths
-from stages.common import item_name, process_group, stage_run
+from stages.common import item_name, process_group, run_command, stage_run
 from stages.launch import launch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -44,4 +44,4 @@ def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

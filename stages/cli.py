@@ -20,7 +20,7 @@ from stages import (
     transfer_cifar,
     transfer_coco,
 )
-from stages.common import mistakes_as_lines
+from stages.common import run_command
 
 app = typer.Typer(
     name="bingo",
@@ -40,5 +40,8 @@ app.add_typer(recipe.app, name="recipe", help="Whole settings by name.", rich_he
 
 def main() -> None:
     """The console script."""
-    with mistakes_as_lines():
-        app()
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,18 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bingo.artefacts import file_fingerprint, fingerprint, write_json
-from bingo.errors import GroupLost, Interrupted, UserError, near_matches, out_of_memory
+from bingo.errors import FAILED, INTERRUPTED, USER_MISTAKE, GroupLost, Interrupted, UserError, near_matches, out_of_memory
 from bingo.limits import check_limits
 from bingo.memory import keep_freed_memory
 from bingo.params import Params, load_params, read_yaml
+from stages.commands import enter_workspace, run_app
 from stages.launch import expected_processes
 from stages.paths import LIMITS, RUNS
 from stages.state import sweep
 
 if TYPE_CHECKING:
     import torch
+    import typer
 
-FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 75
 # How long a process of a group waits before it speaks: the launcher, who sees the first one fail, ends the others meanwhile.
 OTHERS_WAIT_SECONDS, LOST_WAIT_SECONDS = 2, 5
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,6 +53,13 @@ class Run:
         """Print one line, on the first process only."""
         if os.environ.get("RANK", "0") == "0":
             print(line, flush=True)
+
+
+def run_command(app: "typer.Typer") -> None:
+    """Run a command line in the workspace that its folder is part of. Each of the user's mistakes is one line, the exit code then 2."""
+    with mistakes_as_lines():
+        enter_workspace()
+        run_app(app)
 
 
 @contextmanager

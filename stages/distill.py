@@ -8,7 +8,7 @@ A killed run goes on from its checkpoint when it is started again.
 import typer
 
 from stages import paths
-from stages.common import stage_run
+from stages.common import run_command, stage_run
 from stages.launch import launch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

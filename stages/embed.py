@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from stages import paths
-from stages.common import check_output, mistakes_as_lines
+from stages.commands import from_here
+from stages.common import check_output, mistakes_as_lines, run_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -42,6 +43,8 @@ def main(
         from bingo.nets.stored import read_student, read_teacher
         from stages.common import pick_device
 
+        folder, out = from_here("FOLDER", folder), from_here("--out", out)
+        student = student and from_here("--student", student)
         if teacher and student:
             raise UserError(f"--student = {student}: --teacher embeds by {paths.TEACHER}; give one of the two")
         check_output("--out", out, SUFFIXES, force)
@@ -59,4 +62,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stages import paths
-from stages.common import check_output, mistakes_as_lines
+from stages.commands import from_here
+from stages.common import check_output, mistakes_as_lines, run_command
 
 if TYPE_CHECKING:
     from bingo.model_card import Provenance
@@ -23,7 +24,7 @@ _REPORTS = {"linear_eval": paths.REPORTS / "linear", "knn_eval": paths.REPORTS /
 def main(
     to: Annotated[str, typer.Option(help="safetensors, timm, torchvision, detectron2, mmdet or onnx.")],
     out: Annotated[Path, typer.Option(help="The file; its model card goes beside it, as OUT.md.")],
-    student: Annotated[Path, typer.Option(help="The student's file, or a baseline's.")] = paths.STUDENT,
+    student: Annotated[Path | None, typer.Option(help="A student's or baseline's file; without it models/student.safetensors.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is there already.")] = False,
 ) -> None:
     """Write the trained backbone for another library, read it back with that library, and write a model card."""
@@ -35,7 +36,8 @@ def main(
         from bingo.nets.stored import read_student
         from bingo.progress import progress_bar
 
-        target = find_target(to)
+        target, out = find_target(to), from_here("--out", out)
+        student = from_here("--student", student) if student else paths.STUDENT
         check_output("--out", out, target.SUFFIXES, force)
         check_output("--out: beside it", card := out.with_name(f"{out.name}.md"), [".md"], force)
         network = read_student(student)
@@ -136,4 +138,4 @@ def _was_measured_on_another(stage: str, net: str, file: Path) -> bool:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

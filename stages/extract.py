@@ -8,7 +8,7 @@ the same network untrained, where there are labels: a teacher that is no better 
 import typer
 
 from stages import paths
-from stages.common import code_fingerprint, process_group, stage_run
+from stages.common import code_fingerprint, process_group, run_command, stage_run
 from stages.launch import launch
 from stages.state import state_folder
 
@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from stages import paths
-from stages.common import Run, chosen_networks, item_name, process_group, stage_run
+from stages.common import Run, chosen_networks, item_name, process_group, run_command, stage_run
 
 if TYPE_CHECKING:
     import torch
@@ -66,4 +66,4 @@ def _scores(
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

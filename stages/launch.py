@@ -9,12 +9,11 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from bingo.errors import UserError
-
-FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 75  # exit codes as in stages/common.py; 75 is a stop with a checkpoint
+from bingo.errors import FAILED, INTERRUPTED, USER_MISTAKE, UserError
 
 
 def launch(stage: str, *arguments: str) -> None:
@@ -99,10 +98,19 @@ def run_torchrun(arguments: list[str]) -> int:
         return FAILED
     except SignalException:
         return INTERRUPTED
-    except (ValueError, LookupError, OSError, ImportError) as error:  # an address, a folder or a backend that is none is found late
+    except (ValueError, LookupError, OSError, ImportError) as error:
+        if not _in_preparation(error):
+            raise
         print(f"error: BINGO_LAUNCH = {given}: {' '.join(str(error).split())}; give arguments of torchrun", file=sys.stderr)
         return USER_MISTAKE
     return 0
+
+
+def _in_preparation(error: Exception) -> bool:
+    """Whether torchrun raised this while it took up its arguments, where an address, a log folder or a backend that is none is found;
+    what it raises once it starts and watches processes has another reason."""
+    names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return "_invoke_run" not in names or "reify" in names  # the agent's loop; in it, the making of log folders
 
 
 def _check(arguments: list[str]) -> None:
@@ -128,7 +136,8 @@ def _check(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from stages.common import die_with_parent
+    from stages.common import die_with_parent, mistakes_as_lines
 
     die_with_parent()  # of a prefix, which may be ended before what it runs
-    raise SystemExit(run_torchrun(sys.argv[1:]))
+    with mistakes_as_lines():
+        raise SystemExit(run_torchrun(sys.argv[1:]))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from stages import paths
-from stages.common import Run, chosen_networks, code_fingerprint, item_name, process_group, stage_run
+from stages.common import Run, chosen_networks, code_fingerprint, item_name, process_group, run_command, stage_run
 from stages.state import state_folder
 
 if TYPE_CHECKING:
@@ -97,4 +97,4 @@ def _say(run: Run, name: str, protocol: str, score: dict) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

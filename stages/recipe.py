@@ -1,11 +1,14 @@
 """bingo recipe list | show | table | use | check: overlays on params.yaml, one file each in recipes/, as bingo/recipes.py has them."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages.common import USER_MISTAKE, mistakes_as_lines
+from bingo.errors import USER_MISTAKE
+from stages.commands import from_here
+from stages.common import mistakes_as_lines
 
 if TYPE_CHECKING:
     from bingo.recipes import About, Recipe
@@ -31,18 +34,37 @@ Name = Annotated[str, typer.Argument(help="A recipe's name, as `bingo recipe lis
 
 @app.command("list")
 def list_recipes(everything: Annotated[bool, typer.Option("--all", help="Also the parts that recipes share.")] = False) -> None:
-    """Print every recipe with its published linear top-1 / top-5 accuracy in percent, if it has one, and its first line."""
+    """Print every recipe with its published linear top-1 / top-5 accuracy in percent, if it has one, and its first line. One that
+    cannot be read stands there with its mistake, and the exit code is 2."""
     with mistakes_as_lines():
-        from bingo.recipes import description, own_about, recipe_names, recipe_path
+        from bingo.recipes import recipe_names
 
-        names = recipe_names(FOLDER, parts=everything)
+        names, broken = recipe_names(FOLDER, parts=everything), False
         for start, heading in GROUPS.items():
             members = [name for name in names if _group(name) == start]
             if members:
                 typer.echo(f"{heading}:")
             for name in members:
-                path = recipe_path(FOLDER, name)
-                typer.echo(f"  {name:52} {_figures(own_about(path)):12} {description(path)}")
+                text, whole = _summary(name)
+                typer.echo(f"  {name:52} {text}")
+                broken |= not whole
+        if broken:
+            raise SystemExit(USER_MISTAKE)
+
+
+def _summary(name: str) -> tuple[str, bool]:
+    """Figures and first line of a recipe and True, or what is wrong with it and False."""
+    from bingo.errors import UserError
+    from bingo.recipes import description, overlay_mistakes, own_about, read_recipe, recipe_path
+
+    path = recipe_path(FOLDER, name)
+    try:
+        lines = [f"{path}: {line}" for line in overlay_mistakes(read_recipe(FOLDER, name).overlay)]
+    except UserError as error:
+        lines = error.lines
+    if lines:
+        return f"{'BROKEN':12} {'; '.join(lines)}", False
+    return f"{_figures(own_about(path)):12} {description(path)}", True
 
 
 def _group(name: str) -> str:
@@ -63,6 +85,9 @@ def show(name: Name) -> None:
         from stages.recipe_costs import cost_lines
 
         recipe = read_recipe(FOLDER, name)
+        document = read_yaml(PARAMS)
+        lay_over(document, recipe.overlay)
+        params = validate(document, f"{PARAMS} with recipe {name}")
         typer.echo(recipe_path(FOLDER, name).read_text())
         typer.echo("It sets:")
         for key, value in flattened(recipe.overlay):
@@ -70,9 +95,6 @@ def show(name: Name) -> None:
         typer.echo()
         for line in _about_lines(recipe):
             typer.echo(line)
-        document = read_yaml(PARAMS)
-        lay_over(document, recipe.overlay)
-        params = validate(document, f"{PARAMS} with recipe {name}")
         typer.echo("\n".join(cost_lines(params, recipe.about)))
 
 
@@ -102,10 +124,8 @@ def table() -> None:
 
 @app.command()
 def use(name: Name, root: Annotated[str | None, typer.Option(help="Where the images are: sets dataset.root.")] = None) -> None:
-    """Lay a recipe over params.yaml: print each change, check the result whole, then write it (comments stay)."""
+    """Lay a recipe over params.yaml: print each change, check the result whole, then write it (remarks stay)."""
     with mistakes_as_lines():
-        from ruamel.yaml import YAML
-
         from bingo.artefacts import write_bytes
         from bingo.errors import UserError
         from bingo.params import read_yaml, validate
@@ -113,32 +133,62 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Where the ima
 
         if root == "":
             raise UserError("--root is empty: give the folder of the images")
-        validate(read_yaml(PARAMS), str(PARAMS))
+        params = read_yaml(PARAMS)
+        validate(params, str(PARAMS))
         overlay = read_recipe(FOLDER, name).overlay
         if root is not None:
-            lay_over(overlay, {"dataset": {"root": root}})
-        text, changes = _overlaid(overlay, YAML())
-        validate(YAML(typ="safe", pure=True).load(text), f"{PARAMS} with recipe {name}")
-        write_bytes(PARAMS, text.encode())
+            lay_over(overlay, {"dataset": {"root": _seen_from_workspace(root)}})
+        changes = lay_over(params, overlay)
+        validate(params, f"{PARAMS} with recipe {name}")
+        write_bytes(PARAMS, _rewritten(overlay, params).encode())
         for key, old, new in changes:
             typer.echo(f"{key}: {as_text(old)} -> {as_text(new)}")
         typer.echo(f"params.yaml: {len(changes)} changes; back: git checkout params.yaml; next: dvc repro")
 
 
-def _overlaid(overlay: dict[str, Any], yaml: Any) -> tuple[str, list[tuple[str, Any, Any]]]:
-    """params.yaml's text with the overlay's values in place, and each change as (dotted key, old, new)."""
-    import io
+def _seen_from_workspace(root: str) -> str:
+    """A folder as params.yaml is to name it: as the user gave it, but relative to the workspace where that is not where the user stands."""
+    if root.startswith("~"):
+        return root
+    place = from_here("--root", Path(root))
+    return os.path.relpath(place) if place.is_absolute() and not Path(root).is_absolute() else root
+
+
+def _rewritten(overlay: dict[str, Any], expected: dict[str, Any]) -> str:
+    """params.yaml's text with the overlay's values in place. Remarks stay, unless they would break it: it holds `expected` in any case."""
+    from ruamel.yaml import YAML
 
     from bingo.recipes import lay_over
 
+    try:
+        document = _yaml().load(PARAMS.read_text())
+        lay_over(document, overlay)
+        text = _dumped(document)
+        if YAML(typ="safe", pure=True).load(text) == expected:
+            return text
+    except Exception:  # a remark behind a list, as other tools leave it, makes the library write what it cannot read
+        pass
+    typer.echo("warning: params.yaml: its remarks are not kept, as one behind a value would break it; see: git diff params.yaml", err=True)
+    return _dumped(expected)
+
+
+def _dumped(document: Any) -> str:
+    import io
+
+    text = io.StringIO()
+    _yaml().dump(document, text)
+    return text.getvalue()
+
+
+def _yaml() -> Any:
+    """The reader and writer that keeps remarks and quotes."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
     yaml.width = 200
     yaml.preserve_quotes = True
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))  # not an empty field
-    document = yaml.load(PARAMS.read_text())
-    changes = lay_over(document, overlay)
-    text = io.StringIO()
-    yaml.dump(document, text)
-    return text.getvalue(), changes
+    return yaml
 
 
 @app.command()

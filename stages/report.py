@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stages import paths
-from stages.common import Run, chosen_networks, mistakes_as_lines, stage_run
+from stages.common import Run, chosen_networks, mistakes_as_lines, run_command, stage_run
 
 if TYPE_CHECKING:
     from bingo.report_inputs import Artefacts
@@ -92,4 +92,4 @@ def _present(folder: str, names: Iterable[str]) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bingo.errors import UserError
+from bingo.places import expanded, located
 from stages import paths
 
 PARAMS = Path("params.yaml")
@@ -33,7 +34,7 @@ class Workspace:
 
     def open_image(self, path: Path) -> BinaryIO:
         """An image file of the dataset. Raises OSError where it is absent."""
-        return open(path, "rb")
+        return open(located(str(path)), "rb")
 
     def local(self, path: Path, folder: Path) -> Path:
         """A path of this machine under which the file can be read; `folder` takes it where it has to be copied."""
@@ -78,7 +79,7 @@ class Revision:
         """An image file of the dataset: the revision's where it keeps the dataset, otherwise the one that lies here now."""
         if not path.is_absolute() and self._hash(path.as_posix()):
             return self.open(path)
-        return open(path, "rb")
+        return open(located(str(path)), "rb")
 
     def local(self, path: Path, folder: Path) -> Path:
         """The file, copied into `folder`."""
@@ -164,4 +165,9 @@ def _files_of(revision: Revision) -> Any:
 
 def _dataset(params: Any) -> dict[str, Any]:
     section = params.get("dataset") if isinstance(params, dict) else None
-    return section if isinstance(section, dict) else {}
+    if not isinstance(section, dict) or not isinstance(root := section.get("root"), str):
+        return section if isinstance(section, dict) else {}
+    try:
+        return section | {"root": expanded(root)}
+    except ValueError as error:
+        raise UserError(f"dataset.root = {root}: {error}") from None

@@ -6,7 +6,7 @@ python -m stages.scan        reads params dataset, seed; writes data/listing.par
 import typer
 
 from stages import paths
-from stages.common import stage_run
+from stages.common import run_command, stage_run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from stages import paths
-from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, stage_run
+from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, run_command, stage_run
 from stages.launch import launch
 from stages.state import state_folder
 
@@ -50,8 +50,9 @@ def _judge(run: Run, name: str, split: "SplitParams", device: "torch.device") ->
         raise UserError("semi_eval: the listing has no labelled test images; sort the images into classes, or empty semi_eval.splits")
     nets, rows_L = backbones(run, semi.nets), _labelled_rows(run, listing, name, split)
     run.say(f"semi_eval: {name}: {len(rows_L):,} of {listing.train_rows:,} labels")
+    rates = split.model_copy(update={"list_file": None})  # its rows are among the inputs, wherever it lies
     values = {
-        "params": [judged(run, semi.finetune, semi.linear, split), semi.crop_scale, semi.flip_p, semi.precision],
+        "params": [judged(run, semi.finetune, semi.linear, rates), semi.crop_scale, semi.flip_p, semi.precision],
         "inputs": [listing.fingerprint, backbone_files(semi.nets), rows_L.tolist()],
         "code": code_fingerprint("semi_eval"),
     }
@@ -89,4 +90,4 @@ def _protocols(run: Run, listing: "Listing", rows_L: "np.ndarray", split: "Split
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

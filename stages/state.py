@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bingo.artefacts import errors_named, fingerprint, read_json, write_json
-from bingo.errors import UserError
+from bingo.errors import INTERRUPTED, UserError
 from bingo.params import read_yaml
 
-BUSY = 75
 _FINISHED, _COMMITTED = "finished.json", "committed.json"
 
 
@@ -39,7 +38,7 @@ def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 print(f"error: another {stage} with the same parameters holds {folder}; wait for it or end it", file=sys.stderr)
-                raise SystemExit(BUSY) from None
+                raise SystemExit(INTERRUPTED) from None
             (folder / _FINISHED).unlink(missing_ok=True)
         with errors_named(folder):
             yield folder

@@ -6,7 +6,7 @@ python -m stages.teacher     reads params teacher, image, seed; with source pret
 import typer
 
 from stages import paths
-from stages.common import Run, process_group, stage_run
+from stages.common import Run, process_group, run_command, stage_run
 from stages.launch import launch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -60,4 +60,4 @@ def _convert(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

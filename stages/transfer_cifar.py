@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from stages import paths
-from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, stage_run
+from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, run_command, stage_run
 from stages.launch import launch
 from stages.state import state_folder
 
@@ -133,4 +133,4 @@ def _check(run: Run, protocol: str, image: "ImageParams") -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

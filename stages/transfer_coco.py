@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from stages import paths
-from stages.common import Run, code_fingerprint, item_name, process_group, stage_run
+from stages.common import Run, code_fingerprint, item_name, process_group, run_command, stage_run
 from stages.launch import launch
 from stages.state import state_folder
 
@@ -135,4 +135,4 @@ def _train_and_measure(run: Run, name: str, trainer: "DetectorTrainer", val: "In
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

@@ -13,6 +13,7 @@ from workspace import Running, Workspace, new_workspace, saved_step, until
 
 from bingo.errors import GroupLost, Interrupted, UserError
 from stages.common import mistakes_as_lines, pick_device
+from stages.launch import run_torchrun
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 SHORT = {
@@ -211,3 +212,35 @@ def test_memory_that_ran_out_is_one_line(capsys):
         raise MemoryError("Unable to allocate\n7 GiB")
     assert left.value.code == 2
     assert capsys.readouterr().err.startswith("error: out of memory (Unable to allocate 7 GiB); lower the batch, ")
+
+
+@pytest.mark.parametrize(
+    ("error", "where", "argument"),
+    [
+        (ValueError("no such backend"), ("main",), True),
+        (FileNotFoundError("no such folder"), ("main", "_invoke_run", "_start_workers", "reify"), True),
+        (OSError("No space left on device"), ("main", "_invoke_run", "_start_workers", "start"), False),
+        (KeyError("a fault of torch's"), ("main", "_invoke_run", "_monitor_workers"), False),
+        (ConnectionResetError("the store is gone"), ("main", "_invoke_run", "_restart_workers", "barrier"), False),
+    ],
+)
+def test_what_torchrun_raises_late_is_no_wrong_argument(monkeypatch, capsys, error, where, argument):
+    """torchrun is stood in for by functions of the names that its own have."""
+    from torch.distributed import run
+
+    def raised(names: tuple[str, ...]) -> None:
+        if not names:
+            raise error
+        scope: dict = {"inner": lambda: raised(names[1:])}
+        exec(f"def {names[0]}(*given): inner()", scope)
+        scope[names[0]]()
+
+    monkeypatch.setattr(run, "main", lambda arguments: raised(where))
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    arguments = ["--standalone", "--nproc-per-node=1", "-m", "stages.scan"]
+    if argument:
+        assert run_torchrun(arguments) == 2
+        assert capsys.readouterr().err.endswith("; give arguments of torchrun\n")
+    else:
+        with pytest.raises(type(error)):
+            run_torchrun(arguments)

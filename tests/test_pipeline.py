@@ -18,9 +18,10 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 # Files whose change cannot alter an output: the command line, launching, records of a run, checkpoints, validation, progress bars.
 INFRASTRUCTURE = {
-    "stages/common.py", "stages/launch.py", "stages/paths.py", "stages/state.py", "bingo/artefacts.py",
+    "stages/common.py", "stages/commands.py", "stages/launch.py", "stages/paths.py", "stages/state.py", "bingo/artefacts.py",
     "bingo/checksums.py", "bingo/errors.py", "bingo/limits.py", "bingo/memory.py",
-    "bingo/params.py", "bingo/progress.py", "bingo/checkpoints.py", "bingo/finite.py", "bingo/distributed.py", "bingo/nets/names.py",
+    "bingo/params.py", "bingo/places.py", "bingo/progress.py", "bingo/checkpoints.py", "bingo/finite.py", "bingo/distributed.py",
+    "bingo/nets/names.py",
     "bingo/data/chunks.py", "bingo/data/inside.py", "bingo/data/task_loader.py",
     "bingo/data/workers.py",
 } | {f"bingo/methods/{name}_params.py" for name in method_names()}  # fmt: skip
@@ -35,7 +36,7 @@ WATCHING = {
 WATCHED = ("teacher", "extract", "distill", "baseline")
 # Which layer a module is in; imports go to the same or a lower number.
 LAYERS = [
-    (r"bingo/(params|errors|limits|recipes|recipe_table|artefacts|checksums|seeds|schedules|distributed)\.py", 0),
+    (r"bingo/(params|places|errors|limits|recipes|recipe_table|artefacts|checksums|seeds|schedules|distributed)\.py", 0),
     (r"bingo/(progress|checkpoints|finite|memory)\.py", 0),
     (r"bingo/methods/\w+_params\.py", 0),
     (r"bingo/nets/names\.py", 0),

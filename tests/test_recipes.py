@@ -393,6 +393,75 @@ def test_use_prints_every_change_and_keeps_the_comments(clone):
     load_params("params.yaml")
 
 
+BREAKING = {
+    "behind a list that a tool has made a block": ("baselines: [moco]\n", "baselines:\n- moco  # remark\n\n# another\n"),
+    "behind a list of one line": ("baselines: [moco]\n", "baselines: [moco]   # remark\n\n\n# another\n"),
+    "between the members of a list": ("baselines: [moco]\n", "baselines:\n  # remark\n  - moco\n  # another\n"),
+    "behind a section": ("report:\n", "report:  # remark\n"),
+    "in a list of several lines": ("baselines: [moco]\n", "baselines: [  # remark\n  moco,  # another\n  ]\n"),
+    "behind every value": ("\n", "\n"),
+}
+
+
+@pytest.mark.parametrize("place", BREAKING)
+@pytest.mark.parametrize("recipe", ["imagenet-r18-bingo-r50-200ep", "downstream-digits"])
+def test_use_survives_remarks_at_any_place(clone, place, recipe):
+    """The first recipe empties `baselines`, the second fills sections of the user's own words."""
+    before, after = BREAKING[place]
+    text = Path("params.yaml").read_text()
+    assert before in text
+    text = text.replace(before, after)
+    if place == "behind every value":
+        text = "\n".join(line if line.endswith(":") or line.lstrip().startswith("#") else f"{line}  # remark" for line in text.split("\n"))
+    Path("params.yaml").write_text(text)
+    expected = read_yaml("params.yaml")
+    lay_over(expected, read_recipe(FOLDER, recipe).overlay)
+    result = call("use", recipe)
+    assert result.exit_code == 0, result.stderr
+    assert read_yaml("params.yaml") == expected
+    assert len(result.stderr.splitlines()) <= 1
+
+
+def test_use_keeps_all_remarks_of_the_shipped_layout_however_often(clone):
+    remarks = [line for line in Path("params.yaml").read_text().splitlines() if line.lstrip().startswith("#")]
+    for name in ("imagenet-r18-bingo-r50-200ep", "downstream-digits", "coco-fpn", "method-moco", "imagenet-mobv3-moco"):
+        result = call("use", name)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert [line for line in Path("params.yaml").read_text().splitlines() if line.lstrip().startswith("#")] == remarks
+
+
+def test_list_shows_broken_recipes_among_the_others(clone):
+    (clone / "recipes").unlink()
+    broken = {
+        "no_yaml": "# x\nseed: [1\n",
+        "unknown_key": "# x\nbagging: {kk: 5}\n",
+        "wrong_value": "# x\nbagging: {k: five}\n",
+        "no_include": "# x\nincludes: [absent]\n",
+        "in_a_circle": "# x\nincludes: [in_a_circle]\n",
+        "no_sections": "# x\n- 1\n",
+        "wrong_about": "# x\nabout: {expected: {linear_top9: 1}}\n",
+        "includes_broken": "# x\nincludes: [no_yaml]\n",
+        "twice": "# x\nseed: 1\nseed: 2\n",
+    }
+    write(clone / "recipes", whole="# a whole one\nbagging: {k: 7}\n", **broken)
+    (clone / "recipes/no_text.yaml").write_bytes(b"# \xff\xfe\nseed: 1\n")
+    result = call("list")
+    assert (result.exit_code, result.stderr) == (2, "")
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
+    assert set(lines) == {*broken, "no_text", "whole"}
+    assert lines["whole"].endswith("a whole one")
+    assert all(" BROKEN " in line for name, line in lines.items() if name != "whole")
+    assert "bagging.kk is not a known key" in lines["unknown_key"]
+    assert "bagging.k = 'five': allowed is" in lines["wrong_value"]
+    for name in broken:
+        shown = call("show", name)
+        assert shown.exit_code == 2, name
+    for path in (clone / "recipes").glob("*.yaml"):
+        if path.stem != "whole":
+            path.unlink()
+    assert call("list").exit_code == 0
+
+
 def test_a_second_row_leaves_no_figures_of_the_first(clone):
     call("use", "imagenet-r18-bingo-r50-200ep")
     assert load_params("params.yaml").report.published["kNN, k = 10, weighted votes"].startswith("54.16 %")

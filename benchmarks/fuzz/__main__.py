@@ -5,7 +5,6 @@ python -m benchmarks.fuzz --cases 10000 --seed 0 [--only images coco]
 Each surface runs in a process of its own. Exit code 1 where a case failed; then its description and the error's place are printed.
 """
 
-import argparse
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 from benchmarks.fuzz.harness import LAST, Tally
 from benchmarks.fuzz.surfaces import SURFACES, run
 from bingo.progress import progress_bar
+from stages.commands import Parser
 
 
 def tally_of(number: int, cases: int, seed: int) -> Tally:
@@ -33,7 +33,7 @@ def tally_of(number: int, cases: int, seed: int) -> Tally:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", type=int, default=10_000, help="of all surfaces together, at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[], help="surfaces whose names begin so")
