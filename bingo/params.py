@@ -44,6 +44,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Interpolation = Literal["bilinear", "bicubic"]
 _MOST_MISTAKES = 40
 _MOST_GROUPS, _LEAST_GROUP_IMAGES = 1024, 4
+_SHUFFLED_GROUP_IMAGES = 32
 
 
 def _check_name(name: Any) -> str:
@@ -246,10 +247,10 @@ class LrSchedule(Section):
 
 class ScheduleParams(LrSchedule):
     """SGD with momentum; the rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch, and BatchNorm's statistics
-    are of each of its `batchnorm_groups` equal groups (1: of all images of a process)."""
+    are of each of its `batchnorm_groups` equal groups (1: of all images of a process; null: as `groups_for` has it)."""
 
     batch_anchors: Count
-    batchnorm_groups: Annotated[int, Field(ge=1, le=_MOST_GROUPS)]
+    batchnorm_groups: Annotated[int, Field(ge=1, le=_MOST_GROUPS)] | None
     lr: Positive
     lr_warmup_epochs: Whole
     sgd_momentum: Share
@@ -266,12 +267,21 @@ class ScheduleParams(LrSchedule):
         images, groups = self.batch_anchors, self.batchnorm_groups
         largest = min(_MOST_GROUPS, images // _LEAST_GROUP_IMAGES)
         allowed = [n for n in range(1, largest + 1) if images % n == 0] or [1]
-        if groups not in allowed:
+        if groups is not None and groups not in allowed:
             raise ValueError(
                 f"batchnorm_groups: {groups}, allowed for batch_anchors {images} are {', '.join(map(str, allowed))} (equal groups of "
-                f"{_LEAST_GROUP_IMAGES} images or more); set one of these"
+                f"{_LEAST_GROUP_IMAGES} images or more); set one of these, or null"
             )
         return self
+
+    def groups_for(self, momentum_keys: bool, processes: int) -> int:
+        """How many groups of the global batch BatchNorm normalises by themselves: `batchnorm_groups`, or if that is null, 1 but where
+        a momentum encoder trains in one process. There ShuffleBN needs groups, which are then as many equal ones as have 32 images or
+        more, a GPU's share in the released codes."""
+        if self.batchnorm_groups is not None:
+            return self.batchnorm_groups
+        most = self.batch_anchors // _SHUFFLED_GROUP_IMAGES if momentum_keys and processes == 1 else 1
+        return max(n for n in range(1, max(1, most) + 1) if self.batch_anchors % n == 0)
 
 
 class PretrainParams(ScheduleParams):

@@ -192,8 +192,8 @@ def caveats(a: Artefacts) -> list[str]:
         found.append("A part of the dataset was drawn (dataset.train_images, dataset.test_images); published figures use all of it.")
     if leaking := _leaking_trainings(a):
         found.append(
-            f"BatchNorm over the whole batch of a process ({', '.join(leaking)} = 1): where one process trained, the moving average's keys "
-            "leak, as a query and its key are normalised with the same images, by which the network can tell its key from the negatives."
+            f"BatchNorm over the whole batch of a process ({', '.join(leaking)}: 1 group): where one process trained, the moving average's "
+            "keys leak: a query and its key are normalised with the same images, by which the network can find its key."
         )
     if a.params.bagging.method == "label":
         found.append("The bags were made from labels: an upper bound for bags, no unsupervised result.")
@@ -206,8 +206,8 @@ def _leaking_trainings(a: Artefacts) -> list[str]:
     baselines = [getattr(methods, name).momentum_keys("momentum") for name in a.params.baselines]
     student = getattr(methods, distill.method).momentum_keys(distill.keys) or any(baselines)
     trained = {
-        "teacher.pretrain.batchnorm_groups": a.params.teacher.source == "pretrain" and pretrain.batchnorm_groups == 1,
-        "distill.batchnorm_groups": student and distill.batchnorm_groups == 1,
+        "teacher.pretrain.batchnorm_groups": a.params.teacher.source == "pretrain" and pretrain.groups_for(True, 1) == 1,
+        "distill.batchnorm_groups": student and distill.groups_for(True, 1) == 1,
     }
     return [name for name, leaks in trained.items() if leaks]
 

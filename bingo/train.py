@@ -55,7 +55,8 @@ class Trainer:
         self.method = method.to(device).to(memory_format=torch.channels_last)
         self.batches, self.schedule, self.device = batches, schedule, device
         self.steps_per_epoch = batches.steps_per_epoch
-        self.groups, self.own_anchors = own_groups(schedule.batchnorm_groups), schedule.batch_anchors // distributed.world()
+        self.groups = own_groups(schedule.groups_for(False, distributed.world()))
+        self.own_anchors = schedule.batch_anchors // distributed.world()
         self.checkpoints, self.probe, self.label = checkpoints, probe, label
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(

@@ -56,7 +56,9 @@ def train_method(
 
     params = run.params
     steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{_schedule_name(run)}.batch_anchors")
-    own_groups(schedule.batchnorm_groups, f"{_schedule_name(run)}.batchnorm_groups")
+    groups = schedule.groups_for(section.momentum_keys(keys), distributed.world())
+    schedule = schedule.model_copy(update={"batchnorm_groups": groups})
+    own_groups(groups, f"{_schedule_name(run)}.batchnorm_groups")
     stored = _stored(run, section, embeddings, device) if embeddings is not None else None
     table = bags.table if bags is not None else None
     method = build_method(method_name, section, _context(run, device, network, schedule.precision, keys, stored, table, teacher))

@@ -176,6 +176,20 @@ def test_groups_that_processes_cannot_share_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("batch", "set_groups", "momentum", "processes", "groups"),
+    [
+        (64, None, True, 1, 2), (128, None, True, 1, 4), (256, None, True, 1, 8), (63, None, True, 1, 1), (100, None, True, 1, 2),
+        (96, None, True, 1, 3), (4, None, True, 1, 1), (256, None, False, 1, 1), (256, None, True, 2, 1),
+        (256, 1, True, 1, 1), (256, 4, False, 8, 4),
+    ],
+)  # fmt: skip
+def test_without_a_number_a_momentum_encoder_in_one_process_has_groups_of_a_gpu_s_images(batch, set_groups, momentum, processes, groups):
+    raw = read_yaml(Path(__file__).parent.parent / "params.yaml")
+    raw["distill"] |= {"batch_anchors": batch, "batchnorm_groups": set_groups}
+    assert validate(raw, "params.yaml").distill.groups_for(momentum, processes) == groups
+
+
+@pytest.mark.parametrize(
     ("batch", "groups", "allowed"),
     [
         (64, 3, "1, 2, 4, 8, 16"),

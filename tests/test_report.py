@@ -517,6 +517,8 @@ def test_every_method_is_named_as_its_paper_writes_it(method):
     [
         ({}, {"teacher", "distill"}),  # the baseline is MoCo-v2
         ({"distill__batchnorm_groups": 8, "teacher__pretrain__batchnorm_groups": 4}, set()),
+        ({"distill__batchnorm_groups": None, "teacher__pretrain__batchnorm_groups": None}, set()),
+        ({"distill__batchnorm_groups": None, "distill__batch_anchors": 48, "teacher__source": "random"}, {"distill"}),
         ({"teacher__source": "random", "distill__batchnorm_groups": 1}, {"distill"}),
         ({"baselines": [], "distill__method": "coss"}, {"teacher"}),
         ({"baselines": [], "distill__method": "bingo", "teacher__source": "random"}, set()),
