@@ -442,7 +442,7 @@ def test_the_command_writes_the_file_and_its_card(workspace):
         f"| parameters | {parameters:,} |",
         "short side to 36 pixels (bilinear, antialiased), then 32 x 32 from the middle",
         "minus the mean [0.5, 0.4, 0.3], divided by the deviation [0.25, 0.2, 0.2]",
-        "| method | bingo |",
+        "| method | BINGO |",
         "| parameters: distill | augment.crop_scale [0.2, 1], keys stored, lr 0.06 |",
         "| data | toys, 8 training images |",
         f"resnet10t, width 0.125, stem small, from checkpoint; sha256 {sha256}; sha256 of the checkpoint it came from: {'ab' * 32} |",
@@ -474,7 +474,7 @@ def test_the_lines_in_the_card_run(workspace, monkeypatch):
 def test_a_baselines_card_has_its_own_figures_and_no_teacher(workspace):
     assert bingo_export("--to", "safetensors", "--student", "models/baselines/moco.safetensors", "--out", "b.safetensors")[0] == 0
     card = Path("b.safetensors.md").read_text()
-    assert "| teacher | none: moco needs none |" in card
+    assert "| teacher | none: MoCo-v2 needs none |" in card
     assert "teacher's weights (" not in card
     assert "| kNN, k = 10 | 70.00 | 50.50 |" in card
     assert "91.25" not in card
