@@ -606,7 +606,8 @@ class _Core(Section):
 
     def transfer_set(self, name: str) -> DatasetParams:
         """The dataset that `transfer.datasets` has under this name."""
-        return DatasetParams.model_validate(self.dataset.model_dump() | self.transfer.datasets[name].model_dump())
+        as_dataset = self.dataset.model_dump(exclude=set(TransferSetParams.model_fields))
+        return DatasetParams.model_validate(as_dataset | self.transfer.datasets[name].model_dump())
 
     @field_validator("baselines")
     @classmethod

@@ -7,7 +7,7 @@ python -m stages.baseline moco     reads listing, images and params image, stude
 import typer
 
 from stages import paths
-from stages.common import item_name, process_group, run_command, stage_run
+from stages.common import check_item, item_name, process_group, run_command, stage_run
 from stages.launch import launch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -18,11 +18,7 @@ def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -
     """Train the student without a teacher."""
     method = item_name(method)
     with stage_run(f"baseline-{method}") as run:
-        from bingo.errors import UserError, near_matches
-
-        if method not in run.params.baselines:
-            allowed = ", ".join(run.params.baselines) or "none"
-            raise UserError(f"method = {method}: params.yaml's baselines allow {allowed}{near_matches(method, run.params.baselines)}")
+        check_item("method", method, run.params, "baselines")
         launch("baseline", method)
         from bingo.artefacts import write_json
         from bingo.data.listing import read_listing

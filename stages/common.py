@@ -201,6 +201,14 @@ def chosen_items(key: str, items: Mapping[str, Any], name: str | None) -> list[s
     return [name] if name else allowed
 
 
+def check_item(argument: str, name: str, params: Params, key: str) -> None:
+    """Raises UserError where a command's argument is none of those that a list in params.yaml allows; `key` is the list's."""
+    section, _, last = key.rpartition(".")
+    allowed = getattr(getattr(params, section) if section else params, last)
+    if name not in allowed:
+        raise UserError(f"{argument} = {name}: params.yaml's {key} allow {', '.join(allowed) or 'none'}{near_matches(name, allowed)}")
+
+
 def chosen_networks(params: Params, name: str | None) -> list[str]:
     """The network that an evaluation's argument names, or all of them. Raises UserError where there is none of that name."""
     allowed = ["student", *params.baselines, "untrained", "teacher", "pixels"]

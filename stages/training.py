@@ -154,7 +154,11 @@ def _identity(
 ) -> dict[str, Any]:
     """All that decides a training's outcome: a checkpoint of anything else is not gone on from."""
     return {
-        "params": [run.params.seed, run.params.image.model_dump(), *(part.model_dump() for part in (network, schedule, section)), keys],
+        "params": [
+            run.params.seed,
+            *(part.model_dump(exclude={"method", "keys"}) for part in (run.params.image, network, schedule, section)),
+            keys,
+        ],
         "inputs": [artefact.fingerprint if artefact else None for artefact in inputs],
         "method": method_name,
         "code": code_fingerprint(run.stage.partition("-")[0], method_name),

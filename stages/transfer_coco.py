@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from stages import paths
-from stages.common import Run, code_fingerprint, item_name, process_group, run_command, stage_run
+from stages.common import Run, check_item, code_fingerprint, item_name, process_group, run_command, stage_run
 from stages.launch import launch
 from stages.state import state_folder
 
@@ -30,11 +30,7 @@ def main(name: str = typer.Argument(help="HEAD-SCHEDULE, one of params.yaml's tr
     """Train Mask R-CNN on COCO with the student inside, and measure it."""
     name = item_name(name)
     with stage_run(f"transfer_coco-{name}") as run:
-        from bingo.errors import UserError, near_matches
-
-        if name not in (runs := run.params.transfer_coco.runs):
-            allowed = ", ".join(runs) or "none"
-            raise UserError(f"name = {name}: params.yaml's transfer_coco.runs allow {allowed}{near_matches(name, runs)}")
+        check_item("name", name, run.params, "transfer_coco.runs")
         launch("transfer_coco", name)
         from bingo.nets.detector import check_student
         from bingo.nets.students import load_student

@@ -219,6 +219,34 @@ def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
     assert_as_reference(workspace, reference, "teacher")
 
 
+ALL_KNN = {"knn_eval@student", "knn_eval@untrained", "knn_eval@teacher", "knn_eval@pixels", "knn_eval_baseline@moco"}
+
+
+def test_an_evaluation_is_out_of_date_where_its_own_network_or_parameters_change(workspace):
+    """What dvc status lists after a change; what follows from outputs that would then differ is not in it."""
+    for folder in ("semi", "transfer", "coco"):
+        (workspace.root / "reports" / folder).mkdir()
+
+    def dvc(*arguments: str) -> str:
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.run(command, cwd=workspace.root, env=environment(), check=True, capture_output=True, text=True).stdout
+
+    dvc("init", "--no-scm", "--quiet")
+    dvc("commit", "--force", "--quiet")
+    assert json.loads(dvc("status", "--json")) == {}
+    params, student = (workspace.root / "params.yaml").read_text(), workspace.root / "models/student.safetensors"
+    for changes, wanted in (
+        ({"bagging.k": 9}, {"bag"}),
+        ({"knn_eval.temperature": 0.2}, ALL_KNN),
+        ({"linear_eval.crops.nets": []}, {"linear_eval@student", "linear_eval@untrained", "linear_eval_baseline@moco"}),
+    ):
+        workspace.edit(changes)
+        assert set(json.loads(dvc("status", "--json"))) == {*wanted, "report"}
+        (workspace.root / "params.yaml").write_text(params)
+    student.write_bytes(student.read_bytes() + b"x")
+    assert set(json.loads(dvc("status", "--json"))) == {"distill", "linear_eval@student", "knn_eval@student", "report"}
+
+
 # Parameters.
 
 
@@ -429,6 +457,9 @@ def test_files_that_are_decoded_at_use(own_images):
     digit_folder(images, ["train", "val"], 3)
     own_images.edit({"dataset.store_px": None})
     own_images.done("scan")
+    for evaluation, report in (("linear_eval", "linear"), ("knn_eval", "knn")):
+        assert "pixels: the images are not held in memory" in own_images.done(f"{evaluation} pixels").out
+        assert json.loads((own_images.root / f"reports/{report}/pixels.json").read_text()) == {}
     training = own_images.start("teacher", BINGO_CHECKPOINT_SECONDS="0")
     until(lambda: saved_step(own_images, "teacher") >= 1, training.ended)
     training.kill()
