@@ -40,7 +40,10 @@ class Result:
 
 
 class Trainer:
-    """Trains one method on one process group. `probe` measures the student in words of {name: percent}; it runs on process 0."""
+    """Trains one method on one process group. `probe` measures the student in words of {name: percent}; it runs on process 0.
+
+    `batchnorm_groups` of the global batch have BatchNorm statistics of their own; None: as `schedule` says without a momentum encoder.
+    """
 
     def __init__(
         self,
@@ -51,11 +54,12 @@ class Trainer:
         checkpoints: Checkpoints,
         probe: Callable[[nn.Module], dict[str, float]] | None = None,
         label: str = "train",
+        batchnorm_groups: int | None = None,
     ):
         self.method = method.to(device).to(memory_format=torch.channels_last)
         self.batches, self.schedule, self.device = batches, schedule, device
         self.steps_per_epoch = batches.steps_per_epoch
-        self.groups = own_groups(schedule.groups_for(False, distributed.world()))
+        self.groups = own_groups(batchnorm_groups or schedule.groups_for(False, distributed.world()))
         self.own_anchors = schedule.batch_anchors // distributed.world()
         self.checkpoints, self.probe, self.label = checkpoints, probe, label
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]

@@ -57,7 +57,6 @@ def train_method(
     params = run.params
     steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{_schedule_name(run)}.batch_anchors")
     groups = schedule.groups_for(section.momentum_keys(keys), distributed.world())
-    schedule = schedule.model_copy(update={"batchnorm_groups": groups})
     own_groups(groups, f"{_schedule_name(run)}.batchnorm_groups")
     stored = _stored(run, section, embeddings, device) if embeddings is not None else None
     table = bags.table if bags is not None else None
@@ -70,7 +69,7 @@ def train_method(
     with state_folder(run.stage, values) as folder:
         batches = Batches(method.needs, loader, params.seed, listing.train_rows, schedule.batch_anchors, table, stored)
         label = f"{run.stage}: {method_name}"
-        trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label)
+        trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label, groups)
         if trainer.resumes():
             run.say(f"{run.stage}: going on from a checkpoint")
             run.notes["resumed"] = True
