@@ -30,7 +30,7 @@ test-oldest: $(VENV)-oldest/.done
 	PATH="$(VENV)-oldest/bin:$$PATH" python -m pytest -q -W default::DeprecationWarning  # old libraries call what newer ones deprecate
 
 fuzz: setup
-	python -m benchmarks.fuzz --cases $(FUZZ_CASES) --seed $(FUZZ_SEED)
+	python -m tests.stress.fuzz --cases $(FUZZ_CASES) --seed $(FUZZ_SEED)
 
 compare: setup
 	python -m benchmarks.compare --variants $(VARIANTS) --seeds $(SEEDS) --jobs $(JOBS) $(if $(BASE),--base $(BASE)) $(if $(ROOT),--root $(ROOT))

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.commands import Parser
+from bingo.pipeline.commands import Parser
 
 IMAGENET_ROWS, IMAGENET_WIDTH = 1_281_167, 2048
 CENTRES, INNER_WIDTH, NOISE = 1000, 16, 0.3  # classes, the width in which images of a class differ, and what is the same for nobody
@@ -120,7 +120,7 @@ def make_features(store: Path, rows: int, width: int) -> None:
     """Rows of CENTRES classes that differ in INNER_WIDTH directions within a class, and by noise."""
     import zarr
 
-    from bingo.data.chunks import new_array
+    from bingo.runtime.chunks import new_array
 
     random = np.random.default_rng(0)
     array = new_array(zarr.create_group(store, zarr_format=3), "features", (rows, width), np.float16, min(CHUNK_ROWS, rows))
@@ -138,7 +138,7 @@ def stored(store: Path, rows: int) -> Any:
     """The first rows of a store, not read yet."""
     import zarr
 
-    from bingo.data.chunks import StoredRows
+    from bingo.runtime.chunks import StoredRows
 
     return StoredRows(zarr.open_group(store, mode="r")["features"], rows, str(store), "the benchmark again")
 
@@ -184,8 +184,8 @@ def search_exactly(store: Path, rows: int, queries: int, options: argparse.Names
     """The product's search of the first rows in all, reading included."""
     import faiss  # noqa: F401 (before the clock starts)
 
-    from bingo.neighbors import top_k
-    from bingo.rows import held, memory_budget
+    from bingo.bags.neighbors import top_k
+    from bingo.bags.rows import held, memory_budget
 
     budget = memory_budget() if budget_bytes is None else budget_bytes
     _ = stored(store, 1)[:]  # so that zarr is imported
@@ -202,7 +202,7 @@ def search_flat(store: Path, rows: int, queries: int, options: argparse.Namespac
     """FAISS's own exact index of unit rows, on the first GPU in half precision where the device is one."""
     import faiss
 
-    from bingo.rows import blocks, unit_rows
+    from bingo.bags.rows import blocks, unit_rows
 
     index = faiss.IndexFlatIP(options.width)
     if options.device == "cuda":
@@ -274,7 +274,7 @@ def kmeans_bags(store: Path, rows: int, options: argparse.Namespace) -> tuple[li
     """The product's K-means bags; seconds and operations, of training, assignment and neighbours within clusters."""
     import faiss  # noqa: F401 (before the clock starts)
 
-    from bingo.bag_builders import build_kmeans
+    from bingo.bags.builders import build_kmeans
 
     sizes_C = np.zeros(options.clusters)
 
@@ -330,8 +330,8 @@ def approximate_lines(store: Path, options: argparse.Namespace) -> list[str]:
     """Build and search inverted lists, and a graph if asked for; recall on a sample of queries, whose bags are searched exactly."""
     import faiss
 
-    from bingo.neighbors import top_k
-    from bingo.rows import unit_rows
+    from bingo.bags.neighbors import top_k
+    from bingo.bags.rows import unit_rows
 
     rows, queries = options.ivf_rows, min(2000, options.ivf_rows)
     unit_ND = unit_rows(stored(store, rows)[:])

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.commands import Parser
+from bingo.pipeline.commands import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 K, CLASSES, SIDE_PX = 20, 1000, 8
-BINGO = [sys.executable, "-c", "from stages.cli import main; main()"]
+BINGO = [sys.executable, "-c", "from bingo.cli.main import main; main()"]
 REPEATS = 5
 
 
 def make(root: Path, rows: int) -> None:
     """Listing, images and bags of `rows` train rows; members are random rows, similarities fall."""
-    from bingo.bags import Bags, write_bags
-    from bingo.data.images import write_images
-    from bingo.data.listing import Listing, write_listing
+    from bingo.bags.index import Bags, write_bags
+    from bingo.images.images import write_images
+    from bingo.images.listing import Listing, write_listing
 
     random = np.random.default_rng(0)
     labels_N = np.sort(random.integers(0, CLASSES, rows))

@@ -24,16 +24,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bingo.data.images import FileImages, Images, MemoryImages
-from bingo.data.listing import Listing
-from bingo.extract import extract_embeddings
-from bingo.memory import keep_freed_memory
+from bingo.embeddings.extract import extract_embeddings
+from bingo.images.images import FileImages, Images, MemoryImages
+from bingo.images.listing import Listing
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
 from bingo.nets.precision import autocast, resolve_precision
-from bingo.nets.teachers import Teacher
 from bingo.params import AugmentParams, ExtractParams, ImageParams
-from stages.commands import Parser
+from bingo.pipeline.commands import Parser
+from bingo.runtime.memory import keep_freed_memory
+from bingo.teachers.teacher import Teacher
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 FILE_WIDTH_PX, FILE_HEIGHT_PX = 500, 375  # ImageNet's most frequent size

@@ -23,18 +23,18 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bingo.bags import Bags
-from bingo.batches import Batches, Stored
-from bingo.checkpoints import Checkpoints
-from bingo.data.images import MemoryImages
-from bingo.data.loader import ViewLoader
+from bingo.bags.index import Bags
+from bingo.images.images import MemoryImages
+from bingo.images.loader import ViewLoader
 from bingo.methods.contract import Context, Progress, build_method
 from bingo.methods.parts import cutmix
 from bingo.nets.backbones import build_backbone
 from bingo.params import Params, read_yaml, validate
-from bingo.recipes import lay_over, read_recipe
-from bingo.train import Trainer
-from stages.commands import Parser
+from bingo.pipeline.commands import Parser
+from bingo.planning.recipes import lay_over, read_recipe
+from bingo.runtime.checkpoints import Checkpoints
+from bingo.training.batches import Batches, Stored
+from bingo.training.loop import Trainer
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -31,14 +31,14 @@ from torchvision import transforms
 
 from benchmarks.bench_extract import CASES, MEAN, STD, make_images
 from benchmarks.bench_step import Case, bare_step, spread
-from bingo.data.augment import cropped_views
-from bingo.data.decoding import FileDecoder, Plan
-from bingo.data.draws import draw_views
-from bingo.data.images import FileImages, MemoryImages
-from bingo.data.loader import Request, ViewLoader
-from bingo.data.workers import worker_count
+from bingo.images.augment import cropped_views
+from bingo.images.decoding import FileDecoder, Plan
+from bingo.images.draws import draw_views
+from bingo.images.images import FileImages, MemoryImages
+from bingo.images.loader import Request, ViewLoader
 from bingo.params import AugmentParams, ImageParams
-from stages.commands import Parser
+from bingo.pipeline.commands import Parser
+from bingo.runtime.workers import worker_count
 
 CASE = CASES["large"]
 IMAGE = ImageParams(crop_px=CASE.crop_px, resize_px=CASE.store_px, mean=MEAN, std=STD)

@@ -22,12 +22,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.commands import Parser
+from bingo.pipeline.commands import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["commands", "hashing", "pipeline"]
 RECIPE = "digits-short"
-BINGO = [sys.executable, "-c", "from stages.cli import main; main()"]
+BINGO = [sys.executable, "-c", "from bingo.cli.main import main; main()"]
 DVC = [sys.executable, "-m", "dvc"]
 CHUNK_BYTES = 32 << 20  # a chunk of 8,192 rows of 2,048 float16
 READ_BYTES = 1 << 20
@@ -90,7 +90,7 @@ def commands(repeats: int) -> None:
     """`--help` of every command that `bingo` has."""
     import typer
 
-    from stages.cli import app
+    from bingo.cli.main import app
 
     names: list[list[str]] = [[]]
     top = typer.main.get_command(app)

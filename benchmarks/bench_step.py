@@ -31,18 +31,18 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from bingo.bags import Bags
-from bingo.batches import Batches, Stored
-from bingo.checkpoints import Checkpoints
-from bingo.memory import keep_freed_memory
+from bingo.bags.index import Bags
 from bingo.methods.contract import Context, Progress, build_method
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast, resolve_precision
-from bingo.nets.teachers import Teacher
 from bingo.params import Params, load_params, method_section
-from bingo.train import Trainer
-from stages.commands import Parser
+from bingo.pipeline.commands import Parser
+from bingo.runtime.checkpoints import Checkpoints
+from bingo.runtime.memory import keep_freed_memory
+from bingo.teachers.teacher import Teacher
+from bingo.training.batches import Batches, Stored
+from bingo.training.loop import Trainer
 
 NEGATIVES, KEY_WIDTH, HEAD_HIDDEN, TEMPERATURE, BAG = 65536, 128, 2048, 0.2, 5
 VARIANTS = {  # the switches of methods.bingo, and where the keys come from

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from bingo.errors import UserError
-from stages.commands import Parser
-from stages.common import die_with_parent, mistakes_as_lines
+from bingo.pipeline.commands import Parser
+from bingo.pipeline.run import die_with_parent, mistakes_as_lines
+from bingo.runtime.errors import UserError
 
 FOLDER = Path(".bingo/compare")
 COMMON = {"baselines": [], "linear_eval": {"crops": {"nets": []}}}  # what a comparison does not need, unless a variant asks for it
@@ -92,7 +92,7 @@ def overrides(variant: str, seed: int, base: str | None = None, root: str | None
     The folder of the images is made absolute, as experiments run elsewhere. Raises UserError where the result is not allowed.
     """
     from bingo.params import read_yaml, validate
-    from bingo.recipes import lay_over, read_recipe
+    from bingo.planning.recipes import lay_over, read_recipe
 
     document = read_yaml("params.yaml")
     validate(document, "params.yaml")

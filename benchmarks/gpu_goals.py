@@ -21,12 +21,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from bingo.data.listing import read_listing
-from bingo.errors import UserError
+from bingo.images.listing import read_listing
 from bingo.params import read_yaml, validate
-from bingo.recipes import lay_over, read_recipe
-from stages.commands import Parser
-from stages.common import mistakes_as_lines
+from bingo.pipeline.commands import Parser
+from bingo.pipeline.run import mistakes_as_lines
+from bingo.planning.recipes import lay_over, read_recipe
+from bingo.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("scan", "teacher", "extract", "bag", "distill", "linear_eval", "knn_eval", "report")

@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.bench_loader import CASE, IMAGE, images_per_second, made
 from benchmarks.bench_step import Case, measure, product_step, spread
-from bingo.data.decoding import FileDecoder, Plan
-from bingo.data.draws import draw_views
-from bingo.memory import keep_freed_memory
-from stages.commands import Parser
+from bingo.images.decoding import FileDecoder, Plan
+from bingo.images.draws import draw_views
+from bingo.pipeline.commands import Parser
+from bingo.runtime.memory import keep_freed_memory
 
 MIDDLE = Case(32, "small", 32, "resnet50", 1.0, torch.device("cpu"), 65536, "auto", negatives=8192)
 AXES: dict[str, tuple[str, list[int]]] = {  # the field of a case, and its values

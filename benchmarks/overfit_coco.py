@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from bingo.checkpoints import Checkpoints
-from bingo.data.coco import CocoImages, Instances, read_instances, training_targets
-from bingo.evals.detection import DetectorTrainer
-from bingo.evals.detection_scores import coco_scores, detect
+from bingo.detection.coco import CocoImages, Instances, read_instances, training_targets
+from bingo.detection.detector import DetectorSettings, build_detector
+from bingo.detection.loop import DetectorTrainer
+from bingo.detection.scores import coco_scores, detect
 from bingo.nets.backbones import build_backbone
-from bingo.nets.detector import DetectorSettings, build_detector
 from bingo.params import CocoParams, load_params
-from stages.commands import Parser
+from bingo.pipeline.commands import Parser
+from bingo.runtime.checkpoints import Checkpoints
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from stages.commands import Parser
+from bingo.pipeline.commands import Parser
 
 RESULTS = Path("reports/results.json")
 

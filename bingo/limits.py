@@ -1,8 +1,8 @@
 """Limits that lie between sections of params.yaml: what teacher, student, method, batch and images can be together.
 
 All are checked before any work, and every mistake is in one answer. Those that need no network are here, one function each, and take
-no time; a limit more is a function more in `_RULES`. Those that a network itself has (bingo/network_limits.py) are tried on it once: what
-has passed is remembered, so that a stage without torch stays without it.
+no time; a limit more is a function more in `_RULES`. Those that a network itself has (bingo/planning/network_limits.py) are tried on it
+once: what has passed is remembered, so that a stage without torch stays without it.
 """
 
 import importlib
@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bingo.artefacts import fingerprint, read_json, write_json
-from bingo.errors import UserError
+from bingo.runtime.artefacts import fingerprint, read_json, write_json
+from bingo.runtime.errors import UserError
 
 Rule = Callable[[Any, int], Iterator[str]]
 _SECTIONS = (
@@ -32,7 +32,7 @@ def check_limits(params: Any, processes: int, memory: Path | None = None) -> Non
     key = fingerprint([values, params.seed, params.baselines, processes, version("torch"), version("timm"), version("torchvision")])
     if key not in passed:
         # By its name, so that no stage depends on this file's imports: none of them can change an output.
-        found = importlib.import_module("bingo.network_limits").network_mistakes(params, processes)
+        found = importlib.import_module("bingo.planning.network_limits").network_mistakes(params, processes)
         if not found and memory is not None:
             _remember(memory, [*passed, key][-_MOST_REMEMBERED:])
         lines += found
@@ -108,7 +108,7 @@ def source_mistakes(teacher: Any) -> Iterator[str]:
 
 def _torchvisions(arch: str) -> str:
     """The way out where torchvision's weights of timm's network are asked for."""
-    names = importlib.import_module("bingo.nets.names").arch_names()
+    names = importlib.import_module("bingo.runtime.names").arch_names()
     other = f"torchvision/{arch}"
     return f"set teacher.arch: {other}, or teacher.source: timm" if other in names else "set teacher.source: timm"
 

@@ -23,8 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from bingo.errors import UserError, near_matches, short
-from bingo.places import expanded, located
+from bingo.runtime.errors import UserError, near_matches, short
+from bingo.runtime.places import expanded, located
 
 # Bounds are far beyond sense: they keep a slip of the keyboard from becoming an overflow or an endless run.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -176,7 +176,7 @@ class NetworkParams(Section):
     @field_validator("arch")
     @classmethod
     def _arch_exists(cls, arch: str) -> str:
-        from bingo.nets.names import arch_mistake
+        from bingo.runtime.names import arch_mistake
 
         if mistake := arch_mistake(arch):
             raise ValueError(mistake)
@@ -631,8 +631,8 @@ def display_name(method: str) -> str:
 
 
 def format_names() -> list[str]:
-    """Every format of checkpoints that has a file in bingo/nets/formats."""
-    folder = Path(__file__).parent / "nets/formats"
+    """Every format of checkpoints that has a file in bingo/teachers/formats."""
+    folder = Path(__file__).parent / "teachers/formats"
     return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
 
 

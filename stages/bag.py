@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from stages import paths
-from stages.common import Run, process_group, run_command, stage_run
+from bingo.pipeline import paths
+from bingo.pipeline.run import Run, process_group, run_command, stage_run
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from bingo.bags import Bags
-    from bingo.data.listing import Listing
-    from bingo.rows import Rows
+    from bingo.bags.index import Bags
+    from bingo.bags.rows import Rows
+    from bingo.images.listing import Listing
 
 _LOW_RECALL = 0.95
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -27,11 +27,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main() -> None:
     """Build the bag index of the train images, with its statistics."""
     with stage_run("bag") as run:
-        from bingo.artefacts import write_json
-        from bingo.bag_metrics import bag_metrics
-        from bingo.bags import write_bags
-        from bingo.data.embeddings import read_embeddings
-        from bingo.data.listing import read_listing
+        from bingo.bags.index import write_bags
+        from bingo.bags.metrics import bag_metrics
+        from bingo.embeddings.store import read_embeddings
+        from bingo.images.listing import read_listing
+        from bingo.runtime.artefacts import write_json
 
         listing = read_listing(paths.LISTING)
         embeddings = read_embeddings(paths.EMBEDDINGS, listing)
@@ -56,8 +56,8 @@ def _student_features(run: Run, listing: "Listing") -> "np.ndarray":
     import numpy as np
     import torch
 
-    from bingo.data.images import open_images
     from bingo.evals.features import backbone_features
+    from bingo.images.images import open_images
     from bingo.nets.students import load_student
 
     params = run.params
@@ -72,8 +72,8 @@ def _student_features(run: Run, listing: "Listing") -> "np.ndarray":
 def _build(run: Run, features: "Rows", labels_T: "np.ndarray") -> "Bags":
     from dataclasses import replace
 
-    from bingo.bag_builders import build_kmeans, build_knn, build_label
-    from bingo.bag_ivf import InvertedFile
+    from bingo.bags.builders import build_kmeans, build_knn, build_label
+    from bingo.bags.ivf import InvertedFile
 
     params = run.params.bagging
     if params.method == "knn":

@@ -6,9 +6,9 @@ python -m stages.baseline moco     reads listing, images and params image, stude
 
 import typer
 
-from stages import paths
-from stages.common import check_item, item_name, process_group, run_command, stage_run
-from stages.launch import launch
+from bingo.pipeline import paths
+from bingo.pipeline.launch import launch
+from bingo.pipeline.run import check_item, item_name, process_group, run_command, stage_run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -20,10 +20,10 @@ def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -
     with stage_run(f"baseline-{method}") as run:
         check_item("method", method, run.params, "baselines")
         launch("baseline", method)
-        from bingo.artefacts import write_json
-        from bingo.data.listing import read_listing
+        from bingo.images.listing import read_listing
         from bingo.nets.students import save_student
-        from stages.training import last_record, train_method, write_curves
+        from bingo.pipeline.training import last_record, train_method, write_curves
+        from bingo.runtime.artefacts import write_json
 
         params, listing = run.params, read_listing(paths.LISTING)
 

@@ -7,9 +7,9 @@ A killed run goes on from its checkpoint when it is started again.
 
 import typer
 
-from stages import paths
-from stages.common import run_command, stage_run
-from stages.launch import launch
+from bingo.pipeline import paths
+from bingo.pipeline.launch import launch
+from bingo.pipeline.run import run_command, stage_run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -21,15 +21,15 @@ def main() -> None:
         launch("distill")
         import torch
 
-        from bingo.artefacts import write_json
-        from bingo.bags import read_bags
-        from bingo.data.embeddings import read_embeddings
-        from bingo.data.listing import read_listing
+        from bingo.bags.index import read_bags
+        from bingo.embeddings.store import read_embeddings
+        from bingo.images.listing import read_listing
         from bingo.nets.precision import resolve_precision
         from bingo.nets.students import save_student
-        from bingo.nets.teachers import load_teacher
-        from stages.common import process_group
-        from stages.training import last_record, train_method, write_curves
+        from bingo.pipeline.run import process_group
+        from bingo.pipeline.training import last_record, train_method, write_curves
+        from bingo.runtime.artefacts import write_json
+        from bingo.teachers.teacher import load_teacher
 
         params, listing = run.params, read_listing(paths.LISTING)
         embeddings = read_embeddings(paths.EMBEDDINGS, listing)

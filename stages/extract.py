@@ -7,10 +7,10 @@ the same network untrained, where there are labels: a teacher that is no better 
 
 import typer
 
-from stages import paths
-from stages.common import code_fingerprint, process_group, run_command, stage_run
-from stages.launch import launch
-from stages.state import state_folder
+from bingo.pipeline import paths
+from bingo.pipeline.launch import launch
+from bingo.pipeline.run import code_fingerprint, process_group, run_command, stage_run
+from bingo.pipeline.state import state_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -22,14 +22,14 @@ def main() -> None:
         launch("extract")
         import torch
 
-        from bingo import distributed
-        from bingo.artefacts import file_fingerprint
-        from bingo.data.embeddings import read_embeddings
-        from bingo.data.images import open_images
-        from bingo.data.listing import read_listing
+        from bingo.embeddings.extract import extract_embeddings
+        from bingo.embeddings.store import read_embeddings
         from bingo.evals.teacher_check import teacher_quality
-        from bingo.extract import extract_embeddings
-        from bingo.nets.teachers import load_teacher
+        from bingo.images.images import open_images
+        from bingo.images.listing import read_listing
+        from bingo.runtime import distributed
+        from bingo.runtime.artefacts import file_fingerprint
+        from bingo.teachers.teacher import load_teacher
 
         params, listing = run.params, read_listing(paths.LISTING)
         images = open_images(listing, paths.IMAGES, params.dataset)

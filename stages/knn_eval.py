@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from stages import paths
-from stages.common import Run, chosen_networks, item_name, process_group, run_command, stage_run
+from bingo.pipeline import paths
+from bingo.pipeline.run import Run, chosen_networks, item_name, process_group, run_command, stage_run
 
 if TYPE_CHECKING:
     import torch
 
-    from bingo.data.listing import Listing
-    from stages.networks import Networks
+    from bingo.images.listing import Listing
+    from bingo.pipeline.networks import Networks
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,9 +27,9 @@ def main(net: str | None = typer.Argument(None, help="student, a baseline, untra
     """Nearest-neighbour evaluation."""
     net = item_name(net) if net else None
     with stage_run(f"knn_eval-{net}" if net else "knn_eval") as run:
-        from bingo.artefacts import write_json
-        from bingo.data.listing import read_listing
-        from stages.networks import Networks
+        from bingo.images.listing import read_listing
+        from bingo.pipeline.networks import Networks
+        from bingo.runtime.artefacts import write_json
 
         names, listing = chosen_networks(run.params, net), read_listing(paths.LISTING)
         ks = _ks(run, listing)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from stages import paths
-from stages.common import Run, chosen_networks, code_fingerprint, item_name, process_group, run_command, stage_run
-from stages.state import state_folder
+from bingo.pipeline import paths
+from bingo.pipeline.run import Run, chosen_networks, code_fingerprint, item_name, process_group, run_command, stage_run
+from bingo.pipeline.state import state_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from bingo.data.listing import Listing
-    from stages.networks import Networks
+    from bingo.images.listing import Listing
+    from bingo.pipeline.networks import Networks
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,9 +27,9 @@ def main(net: str | None = typer.Argument(None, help="student, a baseline, untra
     """Linear evaluation by both protocols."""
     net = item_name(net) if net else None
     with stage_run(f"linear_eval-{net}" if net else "linear_eval") as run:
-        from bingo.artefacts import write_json
-        from bingo.data.listing import read_listing
-        from stages.networks import Networks
+        from bingo.images.listing import read_listing
+        from bingo.pipeline.networks import Networks
+        from bingo.runtime.artefacts import write_json
 
         names, listing = chosen_networks(run.params, net), read_listing(paths.LISTING)
         if not listing.labelled or listing.train_rows == len(listing):
@@ -66,8 +66,8 @@ def _crops(run: Run, name: str, networks: "Networks", listing: "Listing", device
         return {}
     import torch
 
-    from bingo.checkpoints import Checkpoints
     from bingo.evals.linear import linear_on_crops
+    from bingo.runtime.checkpoints import Checkpoints
 
     params, evaluation = run.params, run.params.linear_eval
     train_rows, test_rows = np.split(np.arange(len(listing)), [listing.train_rows])
@@ -83,7 +83,7 @@ def _crops(run: Run, name: str, networks: "Networks", listing: "Listing", device
 
 def _identity(run: Run, name: str, listing: "Listing") -> dict:
     """All that decides what the crops give: a checkpoint of anything else is not gone on from."""
-    from stages.backbones import backbone_files, judged
+    from bingo.pipeline.backbones import backbone_files, judged
 
     return {
         "params": [judged(run, run.params.linear_eval.crops), run.params.linear_eval.precision],

@@ -2,7 +2,7 @@
 
 python -m stages.report      reads everything that is there; writes reports/index.html, reports/results.json (the few
 figures that `dvc metrics` and `dvc exp show` compare) and, no output of the stage, reports/run.js
-bingo report --experiments   instead, DVC's experiments beside each other: see stages/experiments.py
+bingo report --experiments   instead, DVC's experiments beside each other: see bingo/cli/experiments.py
 """
 
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stages import paths
-from stages.common import Run, chosen_networks, mistakes_as_lines, run_command, stage_run
+from bingo.pipeline import paths
+from bingo.pipeline.run import Run, chosen_networks, mistakes_as_lines, run_command, stage_run
 
 if TYPE_CHECKING:
-    from bingo.report_inputs import Artefacts
+    from bingo.report.inputs import Artefacts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -30,19 +30,19 @@ def main(
     """Write the page of this run, or compare experiments."""
     if experiments:
         with mistakes_as_lines():
-            from stages.experiments import report_experiments
+            from bingo.cli.experiments import report_experiments
 
             report_experiments(prefixes or [], against, rev)
         return
     if prefixes or against or rev != "HEAD":
         raise typer.BadParameter("PREFIXES, --against and --rev go with --experiments")
     with stage_run("report") as run:
-        from bingo.artefacts import read_json, write_bytes, write_json
-        from bingo.progress import progress_bar
-        from bingo.report import build_page, run_script
-        from bingo.report_results import compared_figures
-        from bingo.report_semi import figures as semi_figures
-        from bingo.report_transfer import figures as transfer_figures
+        from bingo.report.page import build_page, run_script
+        from bingo.report.results import compared_figures
+        from bingo.report.semi import figures as semi_figures
+        from bingo.report.transfer import figures as transfer_figures
+        from bingo.runtime.artefacts import read_json, write_bytes, write_json
+        from bingo.runtime.progress import progress_bar
 
         records = [read_json(path) for path in sorted(paths.RUNS.glob("*.json")) if path.stem != "report"]
         with progress_bar("report"):
@@ -54,10 +54,10 @@ def main(
 
 
 def _artefacts(run: Run) -> "Artefacts":
-    from bingo.bags import read_bags
-    from bingo.data.images import open_images
-    from bingo.data.listing import read_listing
-    from bingo.report_inputs import Artefacts, by_protocol, read_curves, read_network_facts, read_optional_json
+    from bingo.bags.index import read_bags
+    from bingo.images.images import open_images
+    from bingo.images.listing import read_listing
+    from bingo.report.inputs import Artefacts, by_protocol, read_curves, read_network_facts, read_optional_json
 
     params, listing = run.params, read_listing(paths.LISTING)
     nets = chosen_networks(params, None)
@@ -85,7 +85,7 @@ def _artefacts(run: Run) -> "Artefacts":
 
 def _present(folder: str, names: Iterable[str]) -> dict[str, dict]:
     """What reports/FOLDER/NAME.json hold, of those that are there."""
-    from bingo.report_inputs import read_optional_json
+    from bingo.report.inputs import read_optional_json
 
     found = {name: read_optional_json(paths.REPORTS / folder / f"{name}.json") for name in names}
     return {name: value for name, value in found.items() if value}

@@ -5,8 +5,8 @@ python -m stages.scan        reads params dataset, seed; writes data/listing.par
 
 import typer
 
-from stages import paths
-from stages.common import run_command, stage_run
+from bingo.pipeline import paths
+from bingo.pipeline.run import run_command, stage_run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -15,11 +15,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main() -> None:
     """List the dataset's images, and pack them where they are small."""
     with stage_run("scan") as run:
-        from bingo.data.images import write_images
-        from bingo.data.listing import write_listing
-        from bingo.data.sources import scan
+        from bingo.datasets.sources import scan
+        from bingo.images.images import write_images
+        from bingo.images.listing import write_listing
         from bingo.limits import check_batches
-        from bingo.progress import progress_bar
+        from bingo.runtime.progress import progress_bar
 
         listing, images = scan(run.params.dataset, run.params.seed, run.say)
         check_batches(run.params, listing.train_rows)

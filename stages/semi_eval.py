@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from stages import paths
-from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, run_command, stage_run
-from stages.launch import launch
-from stages.state import state_folder
+from bingo.pipeline import paths
+from bingo.pipeline.launch import launch
+from bingo.pipeline.run import Run, chosen_items, code_fingerprint, item_name, process_group, run_command, stage_run
+from bingo.pipeline.state import state_folder
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from bingo.data.listing import Listing
+    from bingo.images.listing import Listing
     from bingo.params import SplitParams
-    from stages.classifying import Protocol
+    from bingo.pipeline.classifying import Protocol
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -38,12 +38,12 @@ def main(split: str | None = typer.Argument(None, help="One of params.yaml's sem
 
 
 def _judge(run: Run, name: str, split: "SplitParams", device: "torch.device") -> None:
-    from bingo import distributed
-    from bingo.artefacts import write_json
-    from bingo.data.listing import read_listing
-    from bingo.errors import UserError
-    from stages.backbones import backbone_files, backbones, judged
-    from stages.classifying import scores_by_net
+    from bingo.images.listing import read_listing
+    from bingo.pipeline.backbones import backbone_files, backbones, judged
+    from bingo.pipeline.classifying import scores_by_net
+    from bingo.runtime import distributed
+    from bingo.runtime.artefacts import write_json
+    from bingo.runtime.errors import UserError
 
     listing, semi = read_listing(paths.LISTING), run.params.semi_eval
     if not listing.labelled or listing.train_rows == len(listing):
@@ -75,9 +75,9 @@ def _labelled_rows(run: Run, listing: "Listing", name: str, split: "SplitParams"
 def _protocols(run: Run, listing: "Listing", rows_L: "np.ndarray", split: "SplitParams") -> "dict[str, Protocol]":
     import numpy as np
 
-    from bingo.data.images import open_images
     from bingo.evals.finetune import Task, random_crops
-    from stages.classifying import Protocol
+    from bingo.images.images import open_images
+    from bingo.pipeline.classifying import Protocol
 
     params, semi = run.params, run.params.semi_eval
     images, test_rows = open_images(listing, paths.IMAGES, params.dataset), np.arange(listing.train_rows, len(listing))

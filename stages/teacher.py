@@ -5,9 +5,9 @@ python -m stages.teacher     reads params teacher, image, seed; with source pret
 
 import typer
 
-from stages import paths
-from stages.common import Run, process_group, run_command, stage_run
-from stages.launch import launch
+from bingo.pipeline import paths
+from bingo.pipeline.launch import launch
+from bingo.pipeline.run import Run, process_group, run_command, stage_run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -24,10 +24,10 @@ def main() -> None:
 
 
 def _pretrain(run: Run) -> None:
-    from bingo.artefacts import write_json
-    from bingo.data.listing import read_listing
-    from bingo.nets.teachers import save_teacher, teacher_metadata
-    from stages.training import last_record, train_method, write_curves
+    from bingo.images.listing import read_listing
+    from bingo.pipeline.training import last_record, train_method, write_curves
+    from bingo.runtime.artefacts import write_json
+    from bingo.teachers.teacher import save_teacher, teacher_metadata
 
     teacher, listing = run.params.teacher, read_listing(paths.LISTING)
     section = teacher.pretrain.moco
@@ -44,11 +44,11 @@ def _pretrain(run: Run) -> None:
 
 
 def _convert(run: Run) -> None:
-    from bingo.artefacts import write_json
-    from bingo.nets.teacher_sources import make_teacher
-    from bingo.nets.teachers import save_teacher
-    from bingo.progress import progress_bar
-    from stages.training import write_curves
+    from bingo.pipeline.training import write_curves
+    from bingo.runtime.artefacts import write_json
+    from bingo.runtime.progress import progress_bar
+    from bingo.teachers.sources import make_teacher
+    from bingo.teachers.teacher import save_teacher
 
     params = run.params.teacher
     with progress_bar(f"converting {params.checkpoint or params.arch}"):

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from stages import paths
-from stages.common import Run, chosen_items, code_fingerprint, item_name, process_group, run_command, stage_run
-from stages.launch import launch
-from stages.state import state_folder
+from bingo.pipeline import paths
+from bingo.pipeline.launch import launch
+from bingo.pipeline.run import Run, chosen_items, code_fingerprint, item_name, process_group, run_command, stage_run
+from bingo.pipeline.state import state_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from bingo.data.images import Images
-    from bingo.data.listing import Listing
+    from bingo.images.images import Images
+    from bingo.images.listing import Listing
     from bingo.params import ImageParams
-    from stages.classifying import Protocol
+    from bingo.pipeline.classifying import Protocol
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,10 +40,10 @@ def main(name: str | None = typer.Argument(None, help="One of params.yaml's tran
 
 
 def _judge(run: Run, name: str, device: "torch.device") -> None:
-    from bingo import distributed
-    from bingo.artefacts import write_json
-    from stages.backbones import backbone_files, backbones, judged
-    from stages.classifying import scores_by_net
+    from bingo.pipeline.backbones import backbone_files, backbones, judged
+    from bingo.pipeline.classifying import scores_by_net
+    from bingo.runtime import distributed
+    from bingo.runtime.artefacts import write_json
 
     transfer = run.params.transfer
     nets = backbones(run, transfer.nets)
@@ -66,10 +66,10 @@ def _judge(run: Run, name: str, device: "torch.device") -> None:
 
 def _scan(run: Run, name: str) -> "tuple[Listing, Images]":
     """The dataset's listing and images. The first process goes first: it may have to download them."""
-    from bingo import distributed
-    from bingo.data.images import FileImages, MemoryImages
-    from bingo.data.sources import scan
-    from bingo.errors import UserError
+    from bingo.datasets.sources import scan
+    from bingo.images.images import FileImages, MemoryImages
+    from bingo.runtime import distributed
+    from bingo.runtime.errors import UserError
 
     dataset, own = run.params.transfer_set(name), f"transfer.datasets.{name}."
     if distributed.rank() > 0:
@@ -90,7 +90,7 @@ def _protocols(run: Run, listing: "Listing", images: "Images") -> "dict[str, Pro
 
     from bingo.evals.finetune import Task, random_crops
     from bingo.params import BicubicImageParams
-    from stages.classifying import Protocol
+    from bingo.pipeline.classifying import Protocol
 
     transfer, found = run.params.transfer, {}
     train_rows, test_rows = np.split(np.arange(len(listing)), [listing.train_rows])
@@ -109,7 +109,7 @@ def _protocols(run: Run, listing: "Listing", images: "Images") -> "dict[str, Pro
 
 def _image(image: "ImageParams", images: "Images", resized_px: int | None) -> "ImageParams":
     """Views of `resized_px`, or of the native size: that of images in memory, which are seen whole; files are seen as params image says."""
-    from bingo.data.images import MemoryImages
+    from bingo.images.images import MemoryImages
 
     if isinstance(images, MemoryImages):
         side_px = resized_px or images.side_px
@@ -121,8 +121,8 @@ def _image(image: "ImageParams", images: "Images", resized_px: int | None) -> "I
 
 def _check(run: Run, protocol: str, image: "ImageParams") -> None:
     """Raises UserError where the student's architecture takes no images of a protocol's size."""
-    from bingo.errors import UserError
     from bingo.nets.backbones import build_backbone, check_images
+    from bingo.runtime.errors import UserError
 
     network = run.params.student
     try:

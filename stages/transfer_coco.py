@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from stages import paths
-from stages.common import Run, check_item, code_fingerprint, item_name, process_group, run_command, stage_run
-from stages.launch import launch
-from stages.state import state_folder
+from bingo.pipeline import paths
+from bingo.pipeline.launch import launch
+from bingo.pipeline.run import Run, check_item, code_fingerprint, item_name, process_group, run_command, stage_run
+from bingo.pipeline.state import state_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from bingo.data.coco import Instances
-    from bingo.evals.detection import DetectorTrainer
+    from bingo.detection.coco import Instances
+    from bingo.detection.loop import DetectorTrainer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 WHERE = ("runs", "root", "train_images", "train_annotations", "val_images", "val_annotations")  # not what: the files' hashes say that
@@ -32,7 +32,7 @@ def main(name: str = typer.Argument(help="HEAD-SCHEDULE, one of params.yaml's tr
     with stage_run(f"transfer_coco-{name}") as run:
         check_item("name", name, run.params, "transfer_coco.runs")
         launch("transfer_coco", name)
-        from bingo.nets.detector import check_student
+        from bingo.detection.detector import check_student
         from bingo.nets.students import load_student
 
         student, _ = load_student(paths.STUDENT, run.params.student)
@@ -43,12 +43,12 @@ def main(name: str = typer.Argument(help="HEAD-SCHEDULE, one of params.yaml's tr
 
 def _transfer(run: Run, name: str, student: Any, device: "torch.device") -> None:
     from bingo import seeds
-    from bingo.checkpoints import Checkpoints
-    from bingo.data.coco import training_targets
-    from bingo.errors import UserError
-    from bingo.evals.detection import DetectorTrainer
+    from bingo.detection.coco import training_targets
+    from bingo.detection.detector import build_detector, student_inside
+    from bingo.detection.loop import DetectorTrainer
     from bingo.nets.checkpoint import weights_sha256
-    from bingo.nets.detector import build_detector, student_inside
+    from bingo.runtime.checkpoints import Checkpoints
+    from bingo.runtime.errors import UserError
 
     params, image = run.params.transfer_coco, run.params.image
     head, _, schedule = name.partition("-")
@@ -76,8 +76,8 @@ def _transfer(run: Run, name: str, student: Any, device: "torch.device") -> None
 
 def _instances(run: Run) -> "tuple[Instances, Instances]":
     """COCO's training and validation instances, which must be of the same categories."""
-    from bingo.data.coco import read_instances
-    from bingo.errors import UserError
+    from bingo.detection.coco import read_instances
+    from bingo.runtime.errors import UserError
 
     params = run.params.transfer_coco
     root, found = Path(params.root), []
@@ -96,7 +96,7 @@ def _instances(run: Run) -> "tuple[Instances, Instances]":
 
 def _made_from(run: Run, name: str, train: "Instances", val: "Instances") -> dict[str, Any]:
     """All that decides the outcome but the code: a checkpoint of anything else is not gone on from."""
-    from bingo.artefacts import file_fingerprint
+    from bingo.runtime.artefacts import file_fingerprint
 
     params = run.params.transfer_coco.model_dump(exclude={*WHERE, "schedules"})
     return {
@@ -112,10 +112,10 @@ def _made_from(run: Run, name: str, train: "Instances", val: "Instances") -> dic
 
 def _train_and_measure(run: Run, name: str, trainer: "DetectorTrainer", val: "Instances", made_from: dict[str, Any]) -> None:
     """Train to the end, look at the validation images, write the outputs."""
-    from bingo import distributed
-    from bingo.artefacts import write_csv, write_json
-    from bingo.evals.detection_scores import coco_scores, detect
+    from bingo.detection.scores import coco_scores, detect
     from bingo.nets.checkpoint import save_network
+    from bingo.runtime import distributed
+    from bingo.runtime.artefacts import write_csv, write_json
 
     result = trainer.run()
     run.notes["images_per_second"] = round(result.images / max(result.seconds, 1e-9), 1)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 from workspace import SHORT, STAGES, Stages, Workspace, new_workspace, stage_server
 
-from bingo import progress
+from bingo.runtime import progress
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bingo.bag_builders import build_kmeans, build_knn
-from bingo.bags import write_bags
-from bingo.data.embeddings import create_embeddings
-from bingo.data.images import write_images
-from bingo.data.listing import Listing, write_listing
-from bingo.data.sources import memory_listing
+from bingo.bags.builders import build_kmeans, build_knn
+from bingo.bags.index import write_bags
+from bingo.datasets.sources import memory_listing
+from bingo.embeddings.store import create_embeddings
+from bingo.images.images import write_images
+from bingo.images.listing import Listing, write_listing
 
 PARAMS = "dataset:\n  root: null\n"
 

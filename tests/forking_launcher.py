@@ -1,4 +1,4 @@
-"""What `python -m stages.launch` does, with forks of this process as torchrun's processes: 0.5 s instead of 5 s each.
+"""What `python -m bingo.pipeline.launch` does, with forks of this process as torchrun's processes: 0.5 s instead of 5 s each.
 
 python -m forking_launcher TORCHRUN'S ARGUMENTS. Each process writes its id to `rank-N.pid`. FAIL_ON_RANK: the process of that rank
 finds a mistake of the user's at the end of its first epoch.
@@ -12,9 +12,9 @@ from typing import Any
 
 from torch.distributed import run
 
-from bingo import train
-from bingo.errors import UserError
-from stages.launch import run_torchrun
+from bingo.pipeline.launch import run_torchrun
+from bingo.runtime.errors import UserError
+from bingo.training import loop as train
 
 
 def stage(module: str, *arguments: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bingo.errors import UserError
 from bingo.params import load_params, method_names, read_yaml, validate
+from bingo.runtime.errors import UserError
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 

@@ -12,39 +12,42 @@ from closure import ROOT, closure, imported_files
 from ruamel.yaml import YAML
 
 from bingo.params import format_names, method_names, read_yaml
-from bingo.recipes import lay_over, read_recipe
+from bingo.planning.recipes import lay_over, read_recipe
 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 # Files whose change cannot alter an output: the command line, launching, records of a run, checkpoints, validation, progress bars.
 INFRASTRUCTURE = {
-    "stages/common.py", "stages/commands.py", "stages/launch.py", "stages/paths.py", "stages/state.py", "bingo/artefacts.py",
-    "bingo/checksums.py", "bingo/errors.py", "bingo/limits.py", "bingo/memory.py",
-    "bingo/params.py", "bingo/places.py", "bingo/progress.py", "bingo/checkpoints.py", "bingo/finite.py", "bingo/distributed.py",
-    "bingo/nets/names.py",
-    "bingo/data/chunks.py", "bingo/data/inside.py", "bingo/data/task_loader.py",
-    "bingo/data/workers.py",
-} | {f"bingo/methods/{name}_params.py" for name in method_names()}  # fmt: skip
+    *(f"bingo/pipeline/{name}.py" for name in ("run", "commands", "launch", "paths", "state")),
+    *(str(path.relative_to(ROOT)) for path in ROOT.glob("bingo/runtime/*.py")),
+    *(f"bingo/methods/{name}_params.py" for name in method_names()),
+    *("bingo/params.py", "bingo/limits.py", "bingo/training/finite.py"),
+}
 # `bingo report --experiments` compares what runs have left: no part of a run's own report.
-INFRASTRUCTURE |= {"stages/experiments.py", "bingo/experiments.py", "bingo/experiments_table.py", "bingo/report_experiments.py"}
+INFRASTRUCTURE |= {
+    "bingo/cli/experiments.py",
+    "bingo/report/experiments.py",
+    "bingo/report/experiments_table.py",
+    "bingo/report/experiments_page.py",
+}
 # A network's kNN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
 # a teacher pass or a training, and none of them can reach a network or an embedding.
 WATCHING = {
-    f"bingo/{name}.py"
-    for name in ("neighbors", "rows", "evals/knn", "evals/probe", "evals/features", "evals/collapse", "evals/teacher_check", "costs")
+    *(f"bingo/evals/{name}.py" for name in ("knn", "probe", "features", "collapse", "teacher_check")),
+    *("bingo/bags/neighbors.py", "bingo/bags/rows.py", "bingo/training/costs.py"),
 }
 WATCHED = ("teacher", "extract", "distill", "baseline")
-# Which layer a module is in; imports go to the same or a lower number.
+# The house from the ground up: what a file imports is on its own layer or below.
 LAYERS = [
-    (r"bingo/(params|places|errors|limits|recipes|recipe_table|artefacts|checksums|seeds|schedules|distributed)\.py", 0),
-    (r"bingo/(progress|checkpoints|finite|memory)\.py", 0),
-    (r"bingo/methods/\w+_params\.py", 0),
-    (r"bingo/nets/names\.py", 0),
-    (r"bingo/(data|nets)/.*|bingo/(neighbors|rows)\.py", 1),
-    (r"bingo/bag\w*\.py|bingo/gallery.*|bingo/methods/.*", 2),
-    (r"bingo/(train|batches|costs|estimates|dry_run|network_limits|extract|embed\w*|model_card|plots|experiments\w*|report\w*)\.py", 3),
-    (r"bingo/(evals|export)/.*", 3),
-    (r"stages/.*", 4),
+    ("bingo/runtime/",),
+    ("bingo/params.py", "bingo/limits.py", "bingo/seeds.py", "bingo/schedules.py"),
+    ("bingo/nets/", "bingo/images/"),
+    ("bingo/bags/", "bingo/teachers/", "bingo/datasets/"),
+    ("bingo/methods/", "bingo/report/", "bingo/browse/", "bingo/export/"),
+    ("bingo/embeddings/",),
+    ("bingo/evals/", "bingo/detection/", "bingo/training/"),
+    ("bingo/pipeline/", "bingo/planning/"),
+    ("stages/", "bingo/cli/"),
 ]
 
 
@@ -70,7 +73,7 @@ def expected_deps(stage: str, method: str) -> set[str]:
     if stage in ("teacher", "distill", "baseline"):  # a method is found by its name, which no import shows
         files |= closure(f"bingo/methods/{method}.py") - INFRASTRUCTURE
     if stage == "teacher":  # so is a format
-        files |= closure("bingo/nets/formats/moco.py") - INFRASTRUCTURE
+        files |= closure("bingo/teachers/formats/moco.py") - INFRASTRUCTURE
     return files
 
 
@@ -87,9 +90,9 @@ def test_deps_are_the_files_that_decide_the_output(stage):
 
 @pytest.mark.parametrize("name", format_names())
 def test_the_teacher_depends_on_its_format_alone(name):
-    assert closure(f"bingo/nets/formats/{name}.py") - INFRASTRUCTURE <= code_deps("teacher", "moco", name)
-    others = {f"bingo/nets/formats/{other}.py" for other in format_names() if other != name}
-    assert not others & (code_deps("teacher", "moco", name) | closure(f"bingo/nets/formats/{name}.py"))
+    assert closure(f"bingo/teachers/formats/{name}.py") - INFRASTRUCTURE <= code_deps("teacher", "moco", name)
+    others = {f"bingo/teachers/formats/{other}.py" for other in format_names() if other != name}
+    assert not others & (code_deps("teacher", "moco", name) | closure(f"bingo/teachers/formats/{name}.py"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -100,13 +103,16 @@ def test_a_stage_has_a_description_and_a_module_of_its_name(stage):
 
 
 def layer(file: str) -> int:
-    return next(number for pattern, number in LAYERS if re.fullmatch(pattern, file))
+    if re.fullmatch(r"bingo/methods/\w+_params\.py", file):
+        return layer("bingo/params.py")
+    return next(number for number, places in enumerate(LAYERS) if file.startswith(places))
 
 
-@pytest.mark.parametrize("file", [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("bingo/**/*.py"))])
+CODE = [str(path.relative_to(ROOT)) for folder in ("bingo", "stages") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("file", [file for file in CODE if Path(file).name != "__init__.py"])
 def test_imports_run_downwards(file):
-    if Path(file).name == "__init__.py":
-        return
     for other in imported_files(file):
         if not other.endswith("__init__.py"):
             assert layer(other) <= layer(file), f"{file} imports {other}, which is above it"

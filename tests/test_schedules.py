@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_finetune import Tiny, task
-from test_train import trainer
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from bingo.checkpoints import Checkpoints
 from bingo.evals.finetune import ClassifierTrainer
 from bingo.evals.linear import linear_on_crops, linear_on_features
 from bingo.params import CachedProbeParams, CropProbeParams, LrSchedule, TuneParams, load_params
+from bingo.runtime.checkpoints import Checkpoints
 from bingo.schedules import learning_rate
+from tests.evals.test_finetune import Tiny, task
+from tests.training.test_train import trainer
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")

@@ -17,11 +17,11 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from benchmarks.processes import session
 from bingo.params import read_yaml
+from tests.processes import session
 
 ROOT = Path(__file__).parent.parent
-# What bingo/progress.py writes of work that lasts over two seconds: whether there is any depends on how busy the machine is.
+# What bingo/runtime/progress.py writes of work that lasts over two seconds: whether there is any depends on how busy the machine is.
 PROGRESS = re.compile(r"^(?!error|warning)[^\n]*: [^\n]*(?:/s|/s, \d+:\d\d:\d\d left|\d+:\d\d:\d\d so far)\n", re.MULTILINE)
 PATIENCE_SECONDS = 120  # the machine may be busy
 # In the order in which each finds its inputs.

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from bingo import seeds
-from bingo.data.images import Images
-from bingo.data.listing import Listing
 from bingo.evals.features import backbone_features
+from bingo.images.images import Images
+from bingo.images.listing import Listing
 from bingo.params import ImageParams
 
 IMAGES, BATCH_IMAGES = 1000, 256

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from bingo.data.images import Images
-from bingo.data.loader import center_views
+from bingo.images.images import Images
+from bingo.images.loader import center_views
 from bingo.nets.precision import autocast
 from bingo.params import ImageParams
-from bingo.progress import progress_bar
+from bingo.runtime.progress import progress_bar
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bingo.data.decode import SUFFIXES
-from bingo.data.inside import folded
-from bingo.data.layout import role_of
-from bingo.data.listing import Listing
-from bingo.data.subset import balanced_rows
-from bingo.errors import UserError, short
+from bingo.datasets.layout import role_of
+from bingo.datasets.subset import balanced_rows
+from bingo.images.decode import SUFFIXES
+from bingo.images.listing import Listing
+from bingo.runtime.errors import UserError, short
+from bingo.runtime.inside import folded
 
 _SHOWN = 3
 _NOTES = {

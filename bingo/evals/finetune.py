@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from bingo import distributed, seeds
-from bingo.checkpoints import Checkpoints, stop_requests
-from bingo.data.images import Images
-from bingo.data.loader import Request, ViewLoader, center_views
-from bingo.errors import Interrupted, UserError
+from bingo import seeds
 from bingo.evals.features import backbone_features
 from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
+from bingo.images.images import Images
+from bingo.images.loader import Request, ViewLoader, center_views
 from bingo.nets.backbones import Backbone
 from bingo.nets.precision import autocast
 from bingo.params import AugmentParams, ImageParams, Range, TuneParams
-from bingo.progress import progress_bar
+from bingo.runtime import distributed
+from bingo.runtime.checkpoints import Checkpoints, stop_requests
+from bingo.runtime.errors import Interrupted, UserError
+from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
 
 FROZEN, WHOLE = "linear-crops", "finetune"  # purposes of bingo.seeds

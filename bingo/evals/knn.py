@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bingo.errors import UserError
-from bingo.neighbors import top_k, votes
+from bingo.bags.neighbors import top_k, votes
+from bingo.runtime.errors import UserError
 
 
 def knn_accuracies(

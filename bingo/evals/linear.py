@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.errors import UserError
 from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
 from bingo.nets.heads import unit
 from bingo.params import CachedProbeParams, CropProbeParams, ImageParams, TuneParams
-from bingo.progress import progress_bar
+from bingo.runtime.errors import UserError
+from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
 
 if TYPE_CHECKING:
-    from bingo.checkpoints import Checkpoints
-    from bingo.data.images import Images
+    from bingo.images.images import Images
     from bingo.nets.backbones import Backbone
+    from bingo.runtime.checkpoints import Checkpoints
 
 CACHED = "linear-cached"  # a purpose of bingo.seeds
 _LABEL = "linear evaluation"

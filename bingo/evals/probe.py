@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from bingo import seeds
-from bingo.data.images import Images
-from bingo.data.listing import Listing
 from bingo.evals.features import backbone_features
 from bingo.evals.knn import knn_accuracies
+from bingo.images.images import Images
+from bingo.images.listing import Listing
 from bingo.params import ImageParams
 
 BANK_IMAGES, QUERY_IMAGES, NEIGHBORS, TEMPERATURE, BATCH_IMAGES = 5000, 1000, 10, 0.07, 256

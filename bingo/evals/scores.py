@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.errors import UserError
+from bingo.runtime.errors import UserError
 
 
 def linear_layer(width: int, classes: int, seed: int, purpose: str, device: torch.device) -> nn.Linear:

@@ -4,14 +4,14 @@ import numpy as np
 import torch
 
 from bingo import seeds
-from bingo.data.embeddings import Embeddings
-from bingo.data.images import Images
-from bingo.data.listing import Listing
+from bingo.embeddings.store import Embeddings
 from bingo.evals.features import backbone_features
 from bingo.evals.knn import knn_accuracies
 from bingo.evals.probe import NEIGHBORS, TEMPERATURE, probe_rows
-from bingo.nets.teachers import Teacher, untrained_backbone
+from bingo.images.images import Images
+from bingo.images.listing import Listing
 from bingo.params import ImageParams
+from bingo.teachers.teacher import Teacher, untrained_backbone
 
 
 def teacher_quality(

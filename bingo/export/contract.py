@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol, cast
 
 from torch import Tensor
 
-from bingo.errors import UserError, near_matches
-from bingo.nets.stored import StoredNetwork
+from bingo.export.stored import StoredNetwork
+from bingo.runtime.errors import UserError, near_matches
 
 
 class NotReadBack(Exception):

@@ -9,8 +9,8 @@ from timm.models.resnet import ResNet
 from torch import nn
 from torchvision import models as vision
 
+from bingo.export.stored import StoredNetwork
 from bingo.nets.backbones import Backbone
-from bingo.nets.stored import StoredNetwork
 
 
 def changes(network: StoredNetwork, library: str) -> str:

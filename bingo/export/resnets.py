@@ -1,8 +1,8 @@
 """The ResNets that detection libraries build: which of BINGO's networks are those, and by which depth they are called."""
 
-from bingo.errors import UserError
+from bingo.export.stored import StoredNetwork
 from bingo.export.twins import bare_name, way_out
-from bingo.nets.stored import StoredNetwork
+from bingo.runtime.errors import UserError
 
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 BASIC_DEPTHS = (18, 34)  # of two 3x3 convolutions a block, the others of three with a bottleneck

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bingo import seeds
-from bingo.errors import UserError
 from bingo.export.contract import NotReadBack, Target
-from bingo.nets.stored import StoredNetwork
+from bingo.export.stored import StoredNetwork
+from bingo.runtime.errors import UserError
 
 TOLERANCE = 1e-5  # of the largest output
 _IMAGES = 3

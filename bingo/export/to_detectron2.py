@@ -2,7 +2,7 @@
 
 Layout and names are those that MoCo's detection/convert-pretrain-to-detectron2.py writes, without the counters of batch normalisation,
 which detectron2's frozen one (its default) has not. detectron2 itself is on no package registry; where it is not installed,
-tests/test_export.py rebuilds its ResNet (modeling/backbone/resnet.py) and compares outputs.
+tests/export/test_export.py rebuilds its ResNet (modeling/backbone/resnet.py) and compares outputs.
 """
 
 import io
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bingo.artefacts import write_bytes
-from bingo.errors import UserError
 from bingo.export.contract import Loading, NotReadBack, ReadBack, quoted
 from bingo.export.resnets import BASIC_DEPTHS, STEM_CHANNELS, in_255, resnet_depth
+from bingo.export.stored import StoredNetwork
 from bingo.export.twins import way_out
-from bingo.nets.stored import StoredNetwork
+from bingo.runtime.artefacts import write_bytes
+from bingo.runtime.errors import UserError
 
 SUFFIXES = (".pkl",)
 _RENAMES = ((r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"), (r"\bbn(\d)", r"conv\1.norm"))

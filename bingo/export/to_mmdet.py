@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bingo.artefacts import canonical_json, write_bytes
 from bingo.export.contract import Loading, NotReadBack, ReadBack, quoted
 from bingo.export.resnets import STEM_CHANNELS, in_255, resnet_depth
-from bingo.nets.stored import StoredNetwork
+from bingo.export.stored import StoredNetwork
+from bingo.runtime.artefacts import canonical_json, write_bytes
 
 SUFFIXES = (".pth", ".pt")
 PREFIX = "backbone."

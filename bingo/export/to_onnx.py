@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bingo.artefacts import canonical_json, write_bytes
-from bingo.errors import UserError
 from bingo.export.contract import Loading, NotReadBack, ReadBack, quoted
-from bingo.nets.stored import StoredNetwork
+from bingo.export.stored import StoredNetwork
+from bingo.runtime.artefacts import canonical_json, write_bytes
+from bingo.runtime.errors import UserError
 
 SUFFIXES = (".onnx",)
 _WRITERS = ("onnx", "onnxscript")  # what torch's exporter imports

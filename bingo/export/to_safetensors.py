@@ -7,10 +7,10 @@ import safetensors.torch
 
 from bingo.export.contract import Loading, ReadBack, quoted
 from bingo.export.rebuilding import changes, timm_lines, torchvision_lines
+from bingo.export.stored import StoredNetwork
 from bingo.export.twins import bare_name
 from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import save_network
-from bingo.nets.stored import StoredNetwork
 
 SUFFIXES = (".safetensors",)
 

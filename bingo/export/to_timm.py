@@ -4,13 +4,13 @@ from pathlib import Path
 
 import timm
 
-from bingo.errors import UserError
 from bingo.export.contract import Loading, ReadBack, quoted
 from bingo.export.rebuilding import changes, timm_lines
+from bingo.export.stored import StoredNetwork
 from bingo.export.twins import bare_name, twin, way_out
 from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import save_network
-from bingo.nets.stored import StoredNetwork
+from bingo.runtime.errors import UserError
 
 SUFFIXES = (".safetensors",)
 

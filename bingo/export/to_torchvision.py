@@ -7,13 +7,13 @@ import torch
 import torchvision
 from torchvision import models as vision
 
-from bingo.artefacts import write_bytes
-from bingo.errors import UserError
 from bingo.export.contract import Loading, ReadBack, quoted
 from bingo.export.rebuilding import changes, torchvision_lines
+from bingo.export.stored import StoredNetwork
 from bingo.export.twins import bare_name, twin, way_out
 from bingo.nets.backbones import build_backbone
-from bingo.nets.stored import StoredNetwork
+from bingo.runtime.artefacts import write_bytes
+from bingo.runtime.errors import UserError
 
 SUFFIXES = (".pth", ".pt")
 

@@ -4,9 +4,9 @@ Most ResNets and DenseNets have equal names in both; EfficientNets have the same
 is a claim, which the export proves by comparing outputs: batch normalisation with another epsilon, for one, shows there alone.
 """
 
-from bingo.errors import UserError
+from bingo.export.stored import StoredNetwork
 from bingo.nets.backbones import Backbone, build_backbone
-from bingo.nets.stored import StoredNetwork
+from bingo.runtime.errors import UserError
 
 
 def twin(network: StoredNetwork, arch: str) -> Backbone:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.errors import UserError
 from bingo.methods.bingo_params import Params
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.negatives import Negatives
@@ -23,6 +22,7 @@ from bingo.methods.parts import MomentumCopy, cutmix, info_nce, negative_logsume
 from bingo.methods.view_gradients import sum_of_terms
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast, casts_kept
+from bingo.runtime.errors import UserError
 
 WeightedKeys = list[tuple[float | Tensor, Tensor]]
 

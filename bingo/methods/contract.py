@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
-    from bingo.bags import Bags
-    from bingo.nets.teachers import Teacher
+    from bingo.bags.index import Bags
+    from bingo.teachers.teacher import Teacher
 
 
 @dataclass(frozen=True)

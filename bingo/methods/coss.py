@@ -9,13 +9,14 @@ before it multiplies them. Published: 64 anchors, 15 of their 31 neighbours each
 import torch.nn.functional as F
 from torch import Tensor
 
-from bingo import distributed, seeds
-from bingo.errors import UserError
+from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.coss_params import Params
 from bingo.methods.targets import Targets
 from bingo.nets.heads import mlp_head
 from bingo.nets.precision import autocast
+from bingo.runtime import distributed
+from bingo.runtime.errors import UserError
 
 
 class Coss(Method):

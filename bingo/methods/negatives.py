@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.data.augment import upload
+from bingo.images.augment import upload
 from bingo.methods.contract import Batch, Context
 from bingo.methods.parts import Queue, hidden_negatives, hidden_places
 

@@ -12,9 +12,10 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor, nn
 
-from bingo import distributed, seeds
-from bingo.data.augment import upload
+from bingo import seeds
+from bingo.images.augment import upload
 from bingo.nets import batchnorm
+from bingo.runtime import distributed
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32: all of a usual batch on a GPU
 BANK_AT_ONCE = 2**20  # numbers of the bank, or logits: 4 MiB in float32, which stay in a CPU's cache up to the gradient

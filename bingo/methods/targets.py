@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bingo.errors import UserError
 from bingo.methods.contract import Batch, Context
 from bingo.nets.precision import autocast
+from bingo.runtime.errors import UserError
 
 
 class Targets:

@@ -21,8 +21,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 from torchvision import models as vision
 
-from bingo import distributed
-from bingo.errors import UserError
+from bingo.runtime import distributed
+from bingo.runtime.errors import UserError
 
 _RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
 RATES = ("drop_path_rate", "drop_rate")  # timm's names

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bingo import distributed
-from bingo.errors import UserError
+from bingo.runtime import distributed
+from bingo.runtime.errors import UserError
 
 _GROUPS = ContextVar("groups", default=1)
 

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bingo.artefacts import canonical_json, write_bytes
-from bingo.checksums import Damaged, check_safetensors, seal_safetensors
-from bingo.errors import UserError, out_of_memory
+from bingo.runtime.artefacts import canonical_json, write_bytes
+from bingo.runtime.checksums import Damaged, check_safetensors, seal_safetensors
+from bingo.runtime.errors import UserError, out_of_memory
 
 _ENTRY = "bingo"  # safetensors writes several entries in an order that changes from run to run, so there is one
 

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from bingo.errors import UserError
+from bingo.runtime.errors import UserError
 
 
 @cache

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bingo.artefacts import file_fingerprint
-from bingo.errors import UserError
 from bingo.nets.backbones import Backbone, build_backbone
 from bingo.nets.checkpoint import building, load_network, load_strictly, save_network
 from bingo.params import STUDENT_OPTIONS, ImageParams, NetworkParams
+from bingo.runtime.artefacts import file_fingerprint
+from bingo.runtime.errors import UserError
 
 
 def save_student(

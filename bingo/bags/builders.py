@@ -1,0 +1,134 @@
+"""Building bags from the teacher's features of the train rows: nearest neighbours, K-means, or labels (the upper bound).
+
+Shape letters: T train rows, D feature width, K members listed, C clusters or classes; n rows of a block. Every builder takes features
+of any float type (T, D), not normalised, and measures by cosine. BINGO (Xu et al. 2022) describes all three; the released code has only
+knn.
+
+Features may be in a store (bingo.runtime.chunks.StoredRows) and larger than the memory. Where they and a normalised copy fit half of the
+free memory they are read once; otherwise they are streamed, as `top_k` and `search_lists` say, and the bags are the same to the bit.
+The memory for members and cosines, 12 bytes x T x K, is needed in any case.
+"""
+
+import numpy as np
+
+from bingo.bags.index import Bags
+from bingo.bags.ivf import InvertedFile, recall_of, search_lists
+from bingo.bags.kmeans import each_cluster, sorted_by_cluster, train_centroids
+from bingo.bags.neighbors import top_k
+from bingo.bags.rows import Rows, held, inverse_norms, memory_budget
+from bingo.runtime.errors import UserError
+from bingo.runtime.progress import progress_bar
+
+_SAME_COSINE = 1 - 1e-6
+_CHECKED_ROWS = 4096
+
+
+def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile | None = None) -> Bags:
+    """The k rows with the highest cosine to each row, itself left out by its number; `mutual`: those of them that have the row among
+    their own k (which reads members alone).
+
+    `search` (None: exact) finds most of them in less time; the setting `recall` then says how many, before `mutual`. Raises UserError
+    where k or the number of lists is too large.
+    """
+    rows = len(features)
+    _check_k(k, rows)
+    if search is not None and search.list_count(rows) > rows:
+        raise UserError(f"bagging.lists = {search.lists}: there are only {rows} train rows; lower bagging.lists, or set it to null")
+    features = held(features, memory_budget())
+    _check_features(features)
+    settings = {**_settings("knn", k), "mutual": mutual}
+    if search is None:
+        members_TK, cosines_TK = top_k(features, features, k, np.arange(rows))
+    else:
+        members_TK, cosines_TK = search_lists(features, k, search)
+        lists = search.list_count(rows)
+        found = {"lists": lists, "probes": min(search.probes, lists), "recall": recall_of(cosines_TK, features, search.seed)}
+        settings |= {"search": "ivf", "seed": search.seed, **found}
+    similarity_TK = cosines_TK.astype(np.float16)
+    if mutual:
+        members_TK, similarity_TK = _mutual(members_TK, similarity_TK)
+    return Bags(settings, members_TK, similarity_TK)
+
+
+def _check_k(k: int, rows: int) -> None:
+    if k >= rows:
+        raise UserError(f"bagging.k = {k}: a bag of the {rows} train rows has at most {rows - 1} members; lower bagging.k")
+
+
+def _mutual(members_TK: np.ndarray, similarity_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Only members whose own list has the anchor, moved to the front of each row."""
+    rows_T1, kept_TK = np.arange(len(members_TK))[:, None], np.empty(members_TK.shape, bool)
+    for place, members_T in enumerate(members_TK.T):  # a column at a time bounds the memory
+        kept_TK[:, place] = (members_TK[members_T] == rows_T1).any(axis=1)
+    order_TK = np.argsort(~kept_TK, axis=1, kind="stable")
+    moved = (np.take_along_axis(x_TK, order_TK, axis=1) for x_TK in (kept_TK, members_TK, similarity_TK))
+    kept_TK, members_TK, similarity_TK = moved
+    return np.where(kept_TK, members_TK, -1).astype(np.int32), np.where(kept_TK, similarity_TK, -np.inf).astype(np.float16)
+
+
+def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: int) -> Bags:
+    """Spherical K-means: the bag is all others of the row's cluster.
+
+    A row belongs to the centroid with the largest dot product (see `train_centroids`). The k nearest of its cluster are listed; a row
+    alone there has an empty bag. Raises UserError where clusters exceed rows.
+    """
+    rows = len(features)
+    if clusters > rows:
+        raise UserError(f"bagging.clusters = {clusters}: there are only {rows} train rows; lower bagging.clusters")
+    _check_k(k, rows)
+    features = held(features, memory_budget())
+    _check_features(features)
+    centroids_CD, trained_rows = train_centroids(features, clusters, iterations, seed)
+    cluster_T = top_k(features, centroids_CD, 1)[0][:, 0]
+    settings = {**_settings("kmeans", k), "clusters": clusters, "iterations": iterations, "seed": seed, "trained_rows": trained_rows}
+    return _grouped(settings, features, cluster_T, clusters, k, centroids_CD)
+
+
+def build_label(labels_T: np.ndarray, features: Rows, k: int) -> Bags:
+    """The bag is all others of the row's class; the k nearest are listed. Raises UserError where a label is unknown."""
+    unknown = int((labels_T < 0).sum())
+    if unknown:
+        problem = f"bagging.method = label: {unknown} of {len(labels_T)} train rows have no label"
+        raise UserError(f"{problem}; set bagging.method to knn or kmeans, or sort the images into class folders")
+    _check_k(k, len(labels_T))
+    features = held(features, memory_budget())
+    _check_features(features)
+    classes = int(labels_T.max()) + 1
+    return _grouped(_settings("label", k), features, labels_T.astype(np.int32), classes, k, None)
+
+
+def _grouped(settings: dict, features: Rows, cluster_T: np.ndarray, clusters: int, k: int, centroids_CD: np.ndarray | None) -> Bags:
+    """Bags that are clusters: the rows of each, and the k nearest of them for each row."""
+    cluster_rows_T, cluster_start = sorted_by_cluster(cluster_T, clusters)
+    members_TK = np.full((len(cluster_T), k), -1, np.int32)
+    similarity_TK = np.full((len(cluster_T), k), -np.inf, np.float16)
+    with progress_bar("neighbours", len(cluster_T), "images") as bar:
+        for _, rows, own_features in each_cluster(features, cluster_rows_T, cluster_start):
+            nearest, cosines = top_k(own_features, own_features, k, np.arange(len(rows)))
+            members_TK[rows] = np.where(nearest >= 0, rows[nearest], -1)
+            similarity_TK[rows] = cosines
+            bar.advance(len(rows))
+    return Bags(settings, members_TK, similarity_TK, cluster_T, cluster_rows_T, cluster_start, centroids_CD)
+
+
+def _settings(method: str, k: int) -> dict:
+    return {"method": method, "k": k, "metric": "cosine", "search": "exact"}
+
+
+def _check_features(features: Rows) -> None:
+    """Refuse features that no working teacher gives, before they become bags."""
+    import faiss
+
+    way_out = "the teacher is broken: check teacher.checkpoint and image.mean/std, then run: dvc repro extract"
+    try:
+        inverse_T = inverse_norms(features, faiss.omp_get_max_threads())
+    except ValueError as error:
+        raise UserError(f"embeddings: {error}; {way_out}") from None
+    if not inverse_T.all():
+        row = int((inverse_T == 0).argmax())
+        raise UserError(f"embeddings: {int((inverse_T == 0).sum())} train rows are all zeros, the first is row {row}; {way_out}")
+    rows_n = np.arange(0, len(features), max(1, len(features) // _CHECKED_ROWS))
+    sample_nD = features[rows_n].astype(np.float32)
+    cosines_n = sample_nD @ (sample_nD[0] * inverse_T[0]) * inverse_T[rows_n]
+    if len(rows_n) > 1 and cosines_n.min() > _SAME_COSINE:
+        raise UserError(f"embeddings: all train rows have the same features (least cosine {cosines_n.min():.7f}); {way_out}")

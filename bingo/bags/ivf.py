@@ -1,0 +1,112 @@
+"""Approximate nearest neighbours for tens of millions of rows: an inverted file, that is lists of rows around K-means centroids.
+
+Every row is in the list of its nearest centroid, and its neighbours are searched in the lists of the `probes` centroids nearest to
+it. Within these the search is exact: with all lists probed it gives the bits of `top_k`, but for ties that this leaves open. What it
+misses is measured against the exact search of a sample (Sivic and Zisserman 2003; Jégou et al. 2011 for descriptors).
+
+Shape letters: T train rows, D feature width, C lists, K members, P probes; q rows of a block, n of a choice.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from bingo import seeds
+from bingo.bags.kmeans import each_cluster, sorted_by_cluster, train_centroids
+from bingo.bags.neighbors import Found, best_of, top_k
+from bingo.bags.rows import Rows, memory_budget, unit_rows
+from bingo.runtime.progress import progress_bar
+
+_ITERATIONS = 10  # of K-means: lists need not be the best ones
+_TRAINED_ROWS_A_LIST = 64
+_RECALL_ROWS = 1000
+_PROBE_BYTES = 16  # of one probe of one row: list and cosine, then its place in the order by list
+
+
+@dataclass(frozen=True)
+class InvertedFile:
+    """How many lists (None: 4 sqrt(T)) and how many of them are searched for each row; more than there are means all."""
+
+    lists: int | None
+    probes: int
+    seed: int
+
+    def list_count(self, rows: int) -> int:
+        """The number of lists for so many train rows."""
+        return self.lists or min(rows, round(4 * math.sqrt(rows)))
+
+    def cosines(self, rows: int) -> float:
+        """How many cosines a search among so many rows computes: training, both assignments, the lists (were all alike), recall."""
+        lists = self.list_count(rows)
+        trained = _ITERATIONS * min(rows, _TRAINED_ROWS_A_LIST * lists)
+        return float((trained + 2 * rows) * lists + rows * rows * min(self.probes, lists) / lists + min(_RECALL_ROWS, rows) * rows)
+
+
+def search_lists(features: Rows, k: int, ivf: InvertedFile) -> Found:
+    """The k nearest rows to each row in the lists that it probes, itself left out: (rows int32 (T, K), cosines float32 (T, K)), -1 and
+    -inf where these lists hold fewer.
+
+    Memory beside what is given and returned: a block of queries at length 1 with the lists that they probe, and a group of lists where
+    features are in a store, which is read once for each of both. Both are as large as `memory_budget` allows.
+    """
+    lists = ivf.list_count(len(features))
+    probes = min(ivf.probes, lists)
+    centroids_CD, _ = train_centroids(features, lists, _ITERATIONS, ivf.seed, _TRAINED_ROWS_A_LIST)
+    list_T = top_k(features, centroids_CD, 1)[0][:, 0]
+    list_rows_T, list_start = sorted_by_cluster(list_T, lists)
+    members_TK = np.full((len(features), k), -1, np.int32)
+    cosines_TK = np.full((len(features), k), -np.inf, np.float32)
+    block_rows = max(1, memory_budget() // 2 // (_PROBE_BYTES * probes + features.shape[1] * (features.dtype.itemsize + 4)))
+    starts = range(0, len(features), block_rows)
+    with progress_bar("neighbours", lists * len(starts), "lists") as bar:
+        for turn, start in enumerate(starts):
+            block = slice(start, start + block_rows)
+            queries = _Queries(unit_rows(features[block]), list_T[block], start, members_TK[block], cosines_TK[block])
+            probing, probing_start = _by_list(top_k(queries.unit_qD, centroids_CD, probes, unit_queries=True)[0], lists)
+            for number, rows_n, own_nD in each_cluster(features, list_rows_T, list_start):
+                queries.search(probing[probing_start[number] : probing_start[number + 1]], number, rows_n, own_nD)
+                bar.advance_to(turn * lists + number + 1)
+    return members_TK, cosines_TK
+
+
+def _by_list(probed_qP: np.ndarray, lists: int) -> tuple[np.ndarray, np.ndarray]:
+    """The queries sorted by the lists that they probe, int64 (q * P,), and where each list starts among them (C+1,)."""
+    probing = np.argsort(probed_qP, axis=None, kind="stable")
+    probing //= probed_qP.shape[1]
+    return probing, np.concatenate([[0], np.bincount(probed_qP.ravel(), minlength=lists).cumsum()])
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """A block of rows that are searched for, the list that each is in, the number of the first, and the best that was found so far."""
+
+    unit_qD: np.ndarray
+    list_q: np.ndarray
+    first_row: int
+    members_qK: np.ndarray
+    cosines_qK: np.ndarray
+
+    def search(self, asking_n: np.ndarray, number: int, rows_n: np.ndarray, own_nD: Rows) -> None:
+        """Put what these queries find in one list, that is its rows and their features, among their best."""
+        if not len(asking_n):
+            return
+        k = self.members_qK.shape[1]
+        # which row of the list a query is itself
+        self_n = np.where(self.list_q[asking_n] == number, np.searchsorted(rows_n, asking_n + self.first_row), -1)
+        floor_n = self.cosines_qK[asking_n, -1]
+        base_nD = own_nD.astype(np.float32) if isinstance(own_nD, np.ndarray) else own_nD
+        places_nK, cosines_nK = top_k(self.unit_qD[asking_n], base_nD, k, self_n, floor_Q=floor_n, unit_queries=True)
+        better_n = cosines_nK[:, 0] >= floor_n
+        asking_n, places_nK, cosines_nK = asking_n[better_n], places_nK[better_n], cosines_nK[better_n]
+        both_rows = np.concatenate([self.members_qK[asking_n], np.where(places_nK >= 0, rows_n[places_nK], -1)], axis=1)
+        both_cosines = np.concatenate([self.cosines_qK[asking_n], cosines_nK], axis=1)
+        self.members_qK[asking_n], self.cosines_qK[asking_n] = best_of(both_rows, both_cosines, k)
+
+
+def recall_of(cosines_TK: np.ndarray, features: Rows, seed: int) -> float:
+    """The share of the k nearest rows, searched exactly, that were found for up to 1,000 rows drawn from the seed: of those that were
+    found, the ones at least as near as the last exact one (cosines are the same bits in both searches)."""
+    rows_n = seeds.distinct(seed, "recall", 0, len(features), _RECALL_ROWS)
+    _, exact_nK = top_k(features[rows_n], features, cosines_TK.shape[1], rows_n)
+    return float((cosines_TK[rows_n] >= exact_nK[:, -1:]).mean())

@@ -1,0 +1,104 @@
+"""What a bag index is like, in numbers: purity, hubs, orphans, mutual neighbours, similarity, near-duplicates, cluster sizes."""
+
+from typing import Any
+
+import numpy as np
+
+from bingo.bags.index import Bags
+from bingo.runtime.progress import progress_bar
+
+_NEAR_DUPLICATE_COSINE = 0.9999
+_HUBS = 10
+
+
+@progress_bar("bag statistics")
+def bag_metrics(bags: Bags, labels_T: np.ndarray | None) -> dict[str, Any]:
+    """JSON-able metrics; shares are of 1, numbers rounded to 6 digits. `labels_T`: classes of the train rows, -1 unknown.
+
+    Of the members that are listed: `in_degree` (in how many bags a row is), `hubs` (the rows in most bags), `orphan_share` (rows
+    in no bag), `mutual_share` (members j of i such that i is a member of j), `similarity` (cosines to the anchor),
+    `near_duplicates` (rows whose nearest member has a cosine above 0.9999; as cosines are stored in float16, above 0.99988),
+    `empty_bags`, `short_bags` (neither empty nor full), `purity` (mean over bags of the share of members with the anchor's
+    label). Of whole bags: `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`. Of an approximate search: `recall`,
+    `lists` and `probes`, as the settings have them.
+    """
+    listed_TK = bags.members_TK >= 0
+    counts_T = listed_TK.sum(axis=1)
+    degrees_T = np.bincount(bags.members_TK[listed_TK], minlength=len(listed_TK))
+    metrics: dict[str, Any] = {
+        "in_degree": _spread(degrees_T),
+        "hubs": [{"row": int(row), "count": int(degrees_T[row])} for row in np.argsort(-degrees_T, kind="stable")[:_HUBS]],
+        "orphan_share": _round((degrees_T == 0).mean()),
+        "mutual_share": _mutual_share(bags.members_TK),
+        "similarity": _quantiles(bags.similarity_TK[listed_TK].astype(np.float32)),
+        "near_duplicates": int((bags.similarity_TK[:, 0].astype(np.float32) > _NEAR_DUPLICATE_COSINE).sum()),
+        "bag_size": _spread(bags.bag_sizes_T),
+        "empty_bags": int((counts_T == 0).sum()),
+        "short_bags": int(((counts_T > 0) & (counts_T < listed_TK.shape[1])).sum()),
+    }
+    if "recall" in bags.settings:
+        metrics |= {"recall": _round(bags.settings["recall"]), "lists": bags.settings["lists"], "probes": bags.settings["probes"]}
+    if bags.cluster_start is not None:
+        metrics["cluster_size"] = _cluster_sizes(np.diff(bags.cluster_start))
+    if labels_T is not None and (labels_T >= 0).any():
+        metrics["purity"] = _purity(bags.members_TK, labels_T)
+        if bags.cluster_T is not None:
+            metrics["whole_bag_purity"] = _whole_bag_purity(bags.cluster_T, labels_T)
+    return metrics
+
+
+def _purity(members_TK: np.ndarray, labels_T: np.ndarray) -> float:
+    """Mean over labelled anchors with at least one labelled member."""
+    member_labels_TK = np.where(members_TK >= 0, labels_T[members_TK], -1)
+    known_TK = (member_labels_TK >= 0) & (labels_T >= 0)[:, None]
+    same_T = (known_TK & (member_labels_TK == labels_T[:, None])).sum(axis=1)
+    return _mean_share(same_T, known_TK.sum(axis=1))
+
+
+def _whole_bag_purity(cluster_T: np.ndarray, labels_T: np.ndarray) -> float:
+    """As `_purity`, over all others of the anchor's cluster."""
+    known = labels_T >= 0
+    cluster_n, labels_n = cluster_T[known].astype(np.int64), labels_T[known].astype(np.int64)
+    pair_n = cluster_n * (labels_n.max() + 1) + labels_n
+    _, place_n, pair_counts = np.unique(pair_n, return_inverse=True, return_counts=True)
+    return _mean_share(pair_counts[place_n] - 1, np.bincount(cluster_n)[cluster_n] - 1)
+
+
+def _mean_share(part_T: np.ndarray, whole_T: np.ndarray) -> float:
+    counted = whole_T > 0
+    return _round((part_T[counted] / whole_T[counted]).mean()) if counted.any() else 0.0
+
+
+def _mutual_share(members_TK: np.ndarray) -> float:
+    listed, mutual, rows_T1 = 0, 0, np.arange(len(members_TK))[:, None]
+    for members_T in members_TK.T:  # a column at a time bounds the memory
+        back_T = (members_TK[members_T] == rows_T1).any(axis=1) & (members_T >= 0)
+        listed, mutual = listed + int((members_T >= 0).sum()), mutual + int(back_T.sum())
+    return _round(mutual / listed) if listed else 0.0
+
+
+def _cluster_sizes(sizes_C: np.ndarray) -> dict[str, float]:
+    return {
+        "min": int(sizes_C.min()),
+        "median": _round(np.median(sizes_C)),
+        "mean": _round(sizes_C.mean()),
+        "max": int(sizes_C.max()),
+        "max_over_mean": _round(sizes_C.max() / sizes_C.mean()),
+        "singletons": int((sizes_C == 1).sum()),
+        "unused": int((sizes_C == 0).sum()),
+    }
+
+
+def _spread(counts: np.ndarray) -> dict[str, float]:
+    median, p90, p99 = np.quantile(counts, [0.5, 0.9, 0.99])
+    return {"min": int(counts.min()), "median": _round(median), "p90": _round(p90), "p99": _round(p99), "max": int(counts.max())}
+
+
+def _quantiles(cosines: np.ndarray) -> dict[str, float]:
+    if not len(cosines):
+        return {}
+    return {f"p{percent:02d}": _round(np.quantile(cosines, percent / 100)) for percent in (1, 5, 25, 50, 75, 95, 99)}
+
+
+def _round(x: Any) -> float:
+    return round(float(x), 6)

@@ -1,0 +1,115 @@
+"""Matrices of features, in memory or in a store that is read block by block: their lengths, unit rows, and how much memory is free.
+
+Shape letters: N rows, D feature width, n rows of a block or of a choice.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+
+from bingo.runtime.progress import progress_bar
+
+_READ_ROWS, _THREAD_ROWS = 8192, 512
+_FLOAT32_BYTES = 4
+_LEAST_BUDGET_BYTES = 256 << 20  # with less, a search would be cut into so many blocks that it did not end
+_OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+class Rows(Protocol):
+    """What a search needs of a matrix (N, D) of any float type: a numpy array, or `bingo.runtime.chunks.StoredRows`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
+
+def memory_budget() -> int:
+    """Bytes that a stage may plan with: half of what is free on this machine, or within the limits of its control group (containers,
+    SLURM); 256 MiB at least. Nothing that is computed depends on it, only how often a store is read."""
+    return max(_LEAST_BUDGET_BYTES, min([psutil.virtual_memory().available, *_cgroup_room()]) // 2)
+
+
+def _cgroup_room() -> Iterator[int]:
+    """What each control group around this process still allows; the page cache that it holds counts as free."""
+    try:
+        own = {names: path for _, names, path in (line.split(":", 2) for line in _OWN_CGROUPS.read_text().splitlines())}
+    except OSError:
+        return
+    kinds = [("", _CGROUPS, "memory.max", "memory.current", "inactive_file")]
+    kinds += [("memory", _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")]
+    for names, top, limit, used, cache in kinds:
+        folder = Path(own.get(names, "/"))
+        for group in (top / level.relative_to("/") for level in (folder, *folder.parents)):
+            try:
+                most, taken = int((group / limit).read_text()), int((group / used).read_text())
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield most - taken + int(statistics.get(cache, 0))
+            except (OSError, ValueError):  # no such group here, or no limit ("max")
+                continue
+
+
+def held(x: Rows, budget_bytes: int) -> Rows:
+    """The rows in memory where they and a normalised float32 copy fit the budget, otherwise as they are."""
+    numbers = len(x) * x.shape[1]
+    if numbers * (x.dtype.itemsize + _FLOAT32_BYTES) > budget_bytes:
+        return x
+    with progress_bar("reading the features"):
+        return x[:]
+
+
+def blocks(x: Rows, block_rows: int = _READ_ROWS) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows (n, D)) of every block of a matrix."""
+    for start in range(0, len(x), block_rows):
+        yield start, x[start : start + block_rows]
+
+
+def in_threads(work: Callable[[int], None], starts: Sequence[int], threads: int) -> None:
+    """`work` of every start; numpy computes without Python's lock."""
+    if len(starts) == 1 or threads == 1:
+        for start in starts:
+            work(start)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, starts))
+
+
+def inverse_norms(x: Rows, threads: int = 1) -> np.ndarray:
+    """1 / length of each row, float32 (N,), and 0 for a row of zeros. Raises ValueError where a number is not finite."""
+    inverse_N = np.empty(len(x), np.float32)
+    with progress_bar("lengths of the features", len(x), "rows") as bar:
+        for first, x_nD in blocks(x):
+
+            def one_part(start: int, first: int = first, x_nD: np.ndarray = x_nD) -> None:
+                part_nD = x_nD[start : start + _THREAD_ROWS].astype(np.float64)
+                squares_n = np.vecdot(part_nD, part_nD)  # a dot product for each row: equal rows have equal lengths, wherever they stand
+                if not np.isfinite(squares_n).all():
+                    raise ValueError(f"row {first + start + int((~np.isfinite(squares_n)).argmax())} of the features is not finite")
+                lengths_n = np.sqrt(np.where(squares_n > 0, squares_n, 1))
+                inverse_N[first + start : first + start + len(part_nD)] = np.where(squares_n > 0, 1 / lengths_n, 0)
+
+            in_threads(one_part, range(0, len(x_nD), _THREAD_ROWS), threads)
+            bar.advance(len(x_nD))
+    return inverse_N
+
+
+def unit_rows(x_ND: np.ndarray, dtype: type = np.float32, inverse_N: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
+    """A contiguous copy of the rows at length 1; rows of zeros stay zeros. Raises ValueError where a number is not finite.
+
+    `inverse_N`: their `inverse_norms`, where they are known.
+    """
+    known_N = inverse_norms(x_ND, threads) if inverse_N is None else inverse_N
+    unit_ND: np.ndarray = np.empty(x_ND.shape, dtype)
+
+    def one_part(start: int) -> None:
+        part = slice(start, start + _THREAD_ROWS)
+        unit_ND[part] = x_ND[part].astype(np.float32) * known_N[part, None]
+
+    in_threads(one_part, range(0, len(x_ND), _THREAD_ROWS), threads)
+    return unit_ND

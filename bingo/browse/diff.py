@@ -1,0 +1,109 @@
+"""Two bag indexes of one listing compared, anchor by anchor: how much their bags overlap, and what purity was gained or lost.
+
+Shape letters: T train rows, K members listed, n rows of a block.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bingo.bags.anchors import purities
+from bingo.bags.index import Bags
+from bingo.runtime.progress import progress_bar
+
+_BLOCK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class BagDiff:
+    """Of every anchor: `jaccard_T` float32, rows in both bags over rows in either (1 where both are empty), of whole bags (all
+    others of a cluster, not those that are listed alone); `purity_before_T`, `purity_after_T` float32 of the listed members.
+    """
+
+    jaccard_T: np.ndarray
+    purity_before_T: np.ndarray
+    purity_after_T: np.ndarray
+
+    @property
+    def gain_T(self) -> np.ndarray:
+        """Purity after minus purity before, 0 where either is unknown."""
+        return np.nan_to_num(self.purity_after_T - self.purity_before_T)
+
+    def most(self, order: str, count: int) -> np.ndarray:
+        """Rows int64 (count,) that `changed` most (least overlap, then largest change of purity), `gained` or `lost` most."""
+        keys = {
+            "changed": (-np.abs(self.gain_T), self.jaccard_T),
+            "gained": (self.jaccard_T, -self.gain_T),
+            "lost": (self.jaccard_T, self.gain_T),
+        }
+        return np.lexsort((np.arange(len(self.jaccard_T)), *keys[order]))[:count]
+
+    def records(self, rows_R: np.ndarray) -> list[dict[str, Any]]:
+        """JSON-able: row, jaccard, and purity before and after (None where unknown) of these anchors."""
+        purity = {"purity_before": self.purity_before_T, "purity_after": self.purity_after_T}
+        known = [{name: None if np.isnan(x_T[row]) else _round(x_T[row]) for name, x_T in purity.items()} for row in rows_R]
+        return [{"row": int(row), "jaccard": _round(self.jaccard_T[row]), **figures} for row, figures in zip(rows_R, known, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able figures over all anchors; shares are of 1, numbers rounded to 6 digits.
+
+        `same_bags`, `disjoint_bags`, `gained_anchors` and `lost_anchors` are counts. Purity after = before + gained + lost.
+        """
+        quantiles = {f"p{percent:02d}": _round(np.quantile(self.jaccard_T, percent / 100)) for percent in (5, 25, 50, 75, 95)}
+        figures: dict[str, Any] = {
+            "anchors": len(self.jaccard_T),
+            "jaccard": {"mean": _round(self.jaccard_T.mean()), **quantiles},
+            "same_bags": int((self.jaccard_T == 1).sum()),
+            "disjoint_bags": int((self.jaccard_T == 0).sum()),
+        }
+        known_T = ~np.isnan(self.purity_before_T) & ~np.isnan(self.purity_after_T)
+        if known_T.any():
+            gain_n = self.gain_T[known_T]
+            figures["purity"] = {
+                "before": _round(self.purity_before_T[known_T].mean()),
+                "after": _round(self.purity_after_T[known_T].mean()),
+                "gained_anchors": int((gain_n > 0).sum()),
+                "lost_anchors": int((gain_n < 0).sum()),
+                "gained": _round(gain_n[gain_n > 0].sum() / len(gain_n)),
+                "lost": _round(gain_n[gain_n < 0].sum() / len(gain_n)),
+            }
+        return figures
+
+
+@progress_bar("comparing the bags")
+def compare_bags(before: Bags, after: Bags, labels_T: np.ndarray) -> BagDiff:
+    """Compare two indexes of the same train rows. `labels_T`: their classes, -1 unknown."""
+    both_T = _overlap(before, after)
+    either_T = before.bag_sizes_T + after.bag_sizes_T - both_T
+    jaccard_T = np.where(either_T > 0, both_T / np.maximum(either_T, 1), 1).astype(np.float32)
+    return BagDiff(jaccard_T, purities(before.members_TK, labels_T), purities(after.members_TK, labels_T))
+
+
+def _overlap(before: Bags, after: Bags) -> np.ndarray:
+    """How many rows are in both bags of each anchor, int64 (T,): clusters are counted, lists are compared in blocks."""
+    if before.cluster_T is not None and after.cluster_T is not None:
+        return _shared_cluster_sizes(before.cluster_T, after.cluster_T) - 1  # the anchor is in both clusters
+    listed, other = (after, before) if before.cluster_T is not None else (before, after)
+    rows = len(listed.members_TK)
+    both_T = np.zeros(rows, np.int64)
+    for start in range(0, rows, _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        members_nK = listed.members_TK[block]
+        if other.cluster_T is None:
+            inside_nK = (members_nK[:, :, None] == other.members_TK[block][:, None, :]).any(axis=2)
+        else:
+            inside_nK = other.cluster_T[members_nK] == other.cluster_T[block][:, None]
+        both_T[block] = (inside_nK & (members_nK >= 0)).sum(axis=1)
+    return both_T
+
+
+def _shared_cluster_sizes(before_T: np.ndarray, after_T: np.ndarray) -> np.ndarray:
+    """How many rows share both the first and the second cluster of each row, itself included, int64 (T,)."""
+    pair_T = before_T.astype(np.int64) * (int(after_T.max()) + 1) + after_T
+    _, place_T, counts = np.unique(pair_T, return_inverse=True, return_counts=True)
+    return counts[place_T]
+
+
+def _round(x: Any) -> float:
+    return round(float(x), 6)

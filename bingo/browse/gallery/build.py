@@ -1,0 +1,78 @@
+"""Put a gallery together: the page, its data, and the sheets of thumbnails, in one folder that can be copied anywhere."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bingo.bags.index import Bags
+from bingo.browse.gallery.sidecars import write_sidecars
+from bingo.browse.gallery.sprites import make_sprites, sprite_format
+from bingo.browse.listing_rows import ListingRows
+from bingo.browse.pictures import Pictures
+from bingo.runtime.artefacts import fingerprint, new_directory, read_json, write_json
+from bingo.runtime.errors import UserError
+
+_STATIC = Path(__file__).parent / "static"
+_OWN_FILE = "made_from.json"
+
+
+def build_gallery(
+    out: Path,
+    cache: Path,
+    bags: Bags,
+    listing: ListingRows,
+    pictures: Pictures,
+    meta: dict[str, Any],
+    progress: Callable[[int], None],
+) -> int:
+    """Write the gallery to `out`, in the place of an older one; return how many thumbnails could not be made.
+
+    `cache` keeps thumbnails between galleries, a folder for each listing. `progress` is told how many have a thumbnail.
+    Raises UserError where `out` holds anything but a gallery.
+    """
+    _check_target(out)
+    rows = len(bags.members_TK)
+    form = sprite_format(pictures, rows)
+    sprites = cache / f"{listing.fingerprint}-{form.px}-{form.suffix}"
+    unreadable = make_sprites(sprites, pictures, listing, rows, form, progress)
+    with new_directory(out) as partial:
+        for file in sorted(_STATIC.iterdir()):
+            shutil.copyfile(file, partial / file.name)
+        (partial / "data").mkdir()
+        (partial / "thumbnails").mkdir()
+        write_sidecars(partial / "data", meta | {"sprites": form.as_dict()}, bags, listing)
+        for file in sorted(sprites.glob(f"s*.{form.suffix}")):
+            _link(file, partial / "thumbnails" / file.name)
+        # where images are missing the next call tries again
+        write_json(partial / _OWN_FILE, None if unreadable else made_from(meta))
+    return unreadable
+
+
+def made_from(meta: dict[str, Any]) -> str:
+    """What a gallery is made from: what `meta` says of the index, and the files of the page."""
+    page = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(_STATIC.iterdir())}
+    return fingerprint({"meta": meta, "page": page})
+
+
+def is_current(out: Path, meta: dict[str, Any]) -> bool:
+    """Whether `out` already holds the whole gallery that `build_gallery` would write."""
+    return (out / _OWN_FILE).is_file() and read_json(out / _OWN_FILE) == made_from(meta)
+
+
+def _check_target(out: Path) -> None:
+    """A gallery replaces a gallery, never a folder with anything else in it."""
+    if out.is_dir() and any(out.iterdir()) and not (out / _OWN_FILE).is_file():
+        raise UserError(f"--out = {out}: holds files that are no gallery; give a new folder, an empty one or a gallery's")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out = {out}: is a file; give a folder")
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file twice on one disk; a copy where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,68 @@
+"""The gallery's data as scripts that call one function of the page: a page opened from a file may load scripts, not fetch.
+
+Numbers are little-endian bytes in base64, names are JSON in ASCII, so no name can end a string or a script.
+
+    data/meta.js             everything about the whole index: title, classes, sizes of the blocks, how thumbnails lie
+    data/columns.js          one number a row: label, purity, similarity, in how many bags, cluster
+    data/bags-NNNNNN.js      members int32 (n, K), then similarities int16 (n, K), of one block of rows
+    data/paths-NNNNNN.js     paths of one block of rows
+"""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bingo.bags.anchors import anchor_figures
+from bingo.bags.index import Bags
+from bingo.browse.listing_rows import ListingRows
+
+BAG_ROWS, PATH_ROWS = 1024, 4096
+SCALE = 10_000  # shares and cosines are whole numbers of ten-thousandths
+UNKNOWN = -32768
+
+
+def write_sidecars(folder: Path, meta: dict[str, Any], bags: Bags, listing: ListingRows) -> None:
+    """Write all scripts into `folder`. `meta` is added to what the index itself says."""
+    rows, k = bags.members_TK.shape
+    labels_T = listing.labels_N[:rows]
+    numbers = {"rows": rows, "k": k, "bag_rows": BAG_ROWS, "path_rows": PATH_ROWS, "scale": SCALE, "unknown": UNKNOWN}
+    _call(folder / "meta.js", "meta", numbers | {"classes": listing.classes} | meta)
+    columns = _columns(bags, labels_T)
+    _call(folder / "columns.js", "columns", {name: [x.dtype.name, _base64(x)] for name, x in columns.items()})
+    for block, start in enumerate(range(0, rows, BAG_ROWS)):
+        part = slice(start, start + BAG_ROWS)
+        listed = bags.members_TK[part] >= 0
+        members = bags.members_TK[part].astype("<i4").tobytes()
+        cosines = np.where(listed, bags.similarity_TK[part], np.nan)
+        content = base64.b64encode(members + _scaled(cosines).tobytes()).decode()
+        _call(folder / f"bags-{block:06d}.js", "put", "bags", block, content)
+    for start, paths in listing.paths(PATH_ROWS):
+        if start < rows:
+            _call(folder / f"paths-{start // PATH_ROWS:06d}.js", "put", "paths", start // PATH_ROWS, paths[: rows - start])
+
+
+def _columns(bags: Bags, labels_T: np.ndarray) -> dict[str, np.ndarray]:
+    figures = anchor_figures(bags, labels_T)
+    columns = {
+        "label": labels_T.astype("<i4"),
+        "purity": _scaled(figures.purity_T),
+        "similarity": _scaled(figures.similarity_T),
+        "in_bags": figures.in_degree_T.astype("<i4"),
+    }
+    return columns if bags.cluster_T is None else columns | {"cluster": bags.cluster_T.astype("<i4")}
+
+
+def _scaled(x: np.ndarray) -> np.ndarray:
+    """Numbers within -1..1 as int16, `UNKNOWN` for NaN."""
+    return np.where(np.isnan(x), UNKNOWN, np.rint(np.nan_to_num(x).astype(np.float64) * SCALE)).astype("<i2")
+
+
+def _base64(x: np.ndarray) -> str:
+    return base64.b64encode(x.tobytes()).decode()
+
+
+def _call(path: Path, function: str, *arguments: Any) -> None:
+    path.write_text(f"bingo.{function}({', '.join(json.dumps(argument) for argument in arguments)});\n", encoding="ascii")

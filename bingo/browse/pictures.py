@@ -1,0 +1,77 @@
+"""One image of a listing at a time, for people to look at: out of the packed store without reading its chunk, or from its file.
+
+No torch. Only the bytes of the row are read, so the checksum of its chunk is not: a training reads whole chunks and checks them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from bingo.images.decode import BadImage, decode_rgb
+from bingo.runtime.chunks import open_array, open_group
+from bingo.runtime.errors import UserError
+
+Opener = Callable[[str], BinaryIO]
+_WAY_OUT = "dvc repro scan"
+
+
+class Pictures:
+    """The images of one listing, opened by row."""
+
+    def __init__(self, store: Any, name: str, listing: str, open_chunk: Opener, open_path: Opener, gray_bits: int | None = None):
+        """`store` is images.zarr as zarr takes it, made from the listing with fingerprint `listing`.
+
+        `open_chunk` opens a file of the store by its key, `open_path` an image file by its path in the listing;
+        `gray_bits` is as in a Listing.
+        Raises UserError where the store is absent, damaged or another listing's.
+        """
+        group = open_group(store, name, _WAY_OUT)
+        if (owner := group.attrs.get("listing")) != listing:
+            raise UserError(f"{name}: was made from listing {owner}, the bags from listing {listing}; run: {_WAY_OUT}")
+        array = open_array(group, "images", name, np.uint8, 4, _WAY_OUT)
+        self.stored_rows, self.stored_px = array.shape[:2]
+        self._chunk_rows: int = array.chunks[0]
+        self._open_chunk, self._open_path, self._gray_bits = open_chunk, open_path, gray_bits
+
+    @property
+    def are_files(self) -> bool:
+        """Whether images are decoded from their files."""
+        return self.stored_rows == 0
+
+    def picture(self, row: int, path: str, side_px: int) -> Image.Image | None:
+        """The RGB image of a row: as stored, or decoded with its short side at least `side_px`; None where it cannot be read."""
+        try:
+            if not self.are_files:
+                return self._stored(row)
+            with self._open_path(path) as file:
+                return decode_rgb(file.read(), lambda height, width: min(height, width) / side_px, self._gray_bits)[0]
+        except (OSError, BadImage):
+            return None
+
+    def _stored(self, row: int) -> Image.Image | None:
+        side, row_bytes = self.stored_px, self.stored_px**2 * 3
+        with self._open_chunk(f"images/c/{row // self._chunk_rows}/0/0/0") as file:
+            file.seek(row % self._chunk_rows * row_bytes)
+            content = file.read(row_bytes)
+        return Image.frombytes("RGB", (side, side), content) if len(content) == row_bytes else None
+
+
+def file_picture(path: Path) -> Image.Image:
+    """The RGB image in a file. Raises UserError where it cannot be read or decoded."""
+    try:
+        return decode_rgb(path.read_bytes(), lambda height, width: 1)[0]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give an image file") from None
+    except BadImage as error:
+        raise UserError(f"{path}: is no image that can be decoded ({error}); give a JPEG or PNG file") from None
+
+
+def square(picture: Image.Image, side_px: int) -> Image.Image:
+    """The middle square of a picture at `side_px`; small pictures are enlarged without smoothing, so that pixels stay pixels."""
+    short = min(picture.size)
+    left, top = (picture.width - short) // 2, (picture.height - short) // 2
+    how = Image.Resampling.NEAREST if short * 2 <= side_px else Image.Resampling.BICUBIC
+    return picture.resize((side_px, side_px), how, (left, top, left + short, top + short))

@@ -1,0 +1,129 @@
+"""What the `bags` commands read of the workspace or of one revision, each artefact opened when it is first needed."""
+
+import io
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from bingo.cli.revisions import artefacts
+from bingo.pipeline import paths
+from bingo.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bingo.bags.index import BagIndex
+    from bingo.browse.listing_rows import ListingRows
+    from bingo.browse.pictures import Pictures
+    from bingo.browse.sheets import Tile
+
+PICTURE_PX = 160
+
+
+class BagSource:
+    """Listing, bag index and pictures that belong together: readers compare their fingerprints."""
+
+    def __init__(self, rev: str | None = None):
+        self.artefacts = artefacts(rev)
+        self.name = self.artefacts.name
+
+    @cached_property
+    def listing(self) -> "ListingRows":
+        """The listing, read row by row."""
+        from bingo.browse.listing_rows import ListingRows
+
+        title = self.artefacts.title(paths.LISTING)
+        if self.artefacts.is_workspace:
+            return ListingRows(paths.LISTING, title)
+        with self.artefacts.open(paths.LISTING) as file:
+            return ListingRows(io.BytesIO(file.read()), title)
+
+    @cached_property
+    def index(self) -> "BagIndex":
+        """The bag index, read row by row. Raises UserError where it is absent, damaged or another listing's."""
+        from bingo.bags.index import read_bags
+
+        listing = self.listing
+        index = read_bags(self.artefacts.store(paths.BAGS), listing)
+        index.name = self.artefacts.title(paths.BAGS)
+        return index
+
+    @cached_property
+    def pictures(self) -> "Pictures":
+        """The images, opened row by row."""
+        from bingo.browse.pictures import Pictures
+        from bingo.runtime.inside import path_inside
+
+        dataset = self.artefacts.dataset
+        root, follow_links = dataset.get("root") or ".", dataset.get("follow_links") is True
+
+        def open_image(path: str):
+            return self.artefacts.open_image(path_inside(root, path, follow_links))
+
+        return Pictures(
+            self.artefacts.store(paths.IMAGES), self.artefacts.title(paths.IMAGES), self.listing.fingerprint,
+            lambda key: self.artefacts.open(paths.IMAGES / key), open_image, self.listing.gray_bits,
+        )  # fmt: skip
+
+    @property
+    def title(self) -> str:
+        """Which bags these are: name, method and its number."""
+        index = self.index
+        clusters = f", {index.attrs['clusters']} clusters" if index.method == "kmeans" and "clusters" in index.attrs else ""
+        lists = f", {index.attrs['probes']} of {index.attrs['lists']} lists" if "recall" in index.attrs else ""
+        return f"{self.name} ({index.method}, k {index.k}{clusters}{lists})"
+
+    def describe(self, row: int) -> str:
+        """How the bag of a row was made, and under clusters how many rows can be drawn beside those that are listed."""
+        index = self.index
+        cluster = index.cluster(row)
+        if cluster is None:
+            return f"{index.method}, k {index.k}"
+        others = len(index.bag(row))
+        word = "class" if index.method == "label" else "cluster"
+        return f"{index.method}, {word} {cluster}: {others} other rows, the nearest {min(index.k, others)} listed"
+
+    def row_of(self, target: str) -> int:
+        """The row that a command's argument names: digits are a row, anything else is a path."""
+        number = target.removeprefix("-")
+        return int(target) if number.isascii() and number.isdigit() else self.listing.row_of(target)
+
+    def class_name(self, label: int) -> str:
+        """The name of a class; `-` where the label is unknown."""
+        return self.listing.classes[label] if 0 <= label < len(self.listing.classes) else "-"
+
+    def tile(self, row: int, caption: str | None = None) -> "Tile":
+        """The picture of an anchor, with its class below it or another caption."""
+        import numpy as np
+
+        _, labels = self.listing.rows([row])
+        return self.tiles(np.array([row]), [caption or self.class_name(int(labels[0]))], None)[0]
+
+    def member_tiles(self, members: "np.ndarray", cosines: "np.ndarray", anchor_label: int | None) -> list["Tile"]:
+        """Pictures of a bag, with similarity and class below, framed by whether the class is `anchor_label`."""
+        _, labels = self.listing.rows(members)
+        names = (self.class_name(label) for label in labels.tolist())
+        captions = [f"{cosine:.3f}  {name}" for cosine, name in zip(cosines.tolist(), names, strict=True)]
+        return self.tiles(members, captions, anchor_label)
+
+    def tiles(self, rows: "np.ndarray", captions: list[str], anchor_label: int | None) -> list["Tile"]:
+        """Pictures of rows with a line below each; framed by whether their label is `anchor_label` (None: not framed)."""
+        from bingo.browse.sheets import Tile
+
+        listed_paths, labels = self.listing.rows(rows)
+        return [
+            Tile(self.pictures.picture(row, path, PICTURE_PX), f"row {row}", caption, same_label(label, anchor_label))
+            for row, path, label, caption in zip(rows.tolist(), listed_paths, labels.tolist(), captions, strict=True)
+        ]
+
+
+def same_label(label: int, anchor_label: int | None) -> bool | None:
+    """Whether two labels are the same; None where one is unknown."""
+    return None if anchor_label is None or anchor_label < 0 or label < 0 else label == anchor_label
+
+
+def check_comparable(before: BagSource, after: BagSource) -> None:
+    """Raises UserError where two indexes are of different listings: their row numbers then mean different images."""
+    first, second = before.listing, after.listing
+    if first.fingerprint != second.fingerprint:
+        sizes = f"listing {first.fingerprint[:8]} ({len(first)} rows) and listing {second.fingerprint[:8]} ({len(second)} rows)"
+        raise UserError(f"{before.name} and {after.name}: their bags are of {sizes}; only bags of one listing can be compared")

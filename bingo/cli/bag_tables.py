@@ -1,0 +1,80 @@
+"""The `bags` commands' text: a bag, statistics and a comparison as aligned columns."""
+
+from typing import TYPE_CHECKING, Any
+
+from bingo.cli.bag_source import same_label
+from bingo.cli.terminal import printable, table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bingo.browse.diff import BagDiff
+    from bingo.cli.bag_source import BagSource
+
+
+def members_table(source: "BagSource", members: "np.ndarray", cosines: "np.ndarray", anchor_label: int | None) -> str:
+    """One line a member, nearest first; without the column `same` where the anchor is not of the dataset (None)."""
+    if not len(members):
+        return "the bag is empty"
+    listed_paths, labels = source.listing.rows(members)
+    words = {True: "yes", False: "no", None: "?"}
+    rows = []
+    for place, (row, cosine, label, path) in enumerate(zip(members.tolist(), cosines, labels.tolist(), listed_paths, strict=True), 1):
+        same = [] if anchor_label is None else [words[same_label(label, anchor_label)]]
+        rows.append([str(place), str(row), f"{cosine:.4f}", printable(source.class_name(label)), *same, printable(path)])
+    heads = ["#", "row", "similarity", "label", *([] if anchor_label is None else ["same"]), "path"]
+    return table(heads, rows, "rrr")
+
+
+def stats_text(source: "BagSource", metrics: dict[str, Any]) -> str:
+    """`bag_metrics` as two columns, and its hubs with their paths."""
+    index = source.index
+    rows = [(name.replace("_", " "), _value(value)) for name, value in metrics.items() if name != "hubs"]
+    hubs = metrics["hubs"]
+    listed_paths, labels = source.listing.rows([hub["row"] for hub in hubs])
+    lines = [
+        (str(hub["row"]), str(hub["count"]), printable(source.class_name(label)), printable(path))
+        for hub, path, label in zip(hubs, listed_paths, labels.tolist(), strict=True)
+    ]
+    head = f"{index.name}: {index.method} bags of {index.train_rows} rows of {printable(source.listing.dataset)}, k {index.k}"
+    return "\n".join(
+        [
+            head,
+            table(("figure", "value"), rows),
+            "",
+            "hubs: the rows in most bags",
+            table(("row", "bags", "label", "path"), lines, "rr"),
+        ]
+    )
+
+
+def diff_text(sources: "tuple[BagSource, BagSource]", found: "BagDiff", rows_R: "np.ndarray", by: str) -> str:
+    """The comparison's figures, and the anchors `rows_R` one a line."""
+    before, after = sources
+    lines = [(name.replace("_", " "), _value(value)) for name, value in found.summary().items()]
+    listed_paths, labels = before.listing.rows(rows_R)
+    anchors = [
+        (str(row), f"{found.jaccard_T[row]:.3f}", _share(found.purity_before_T[row]), _share(found.purity_after_T[row]),
+         printable(before.class_name(label)), printable(path))
+        for row, path, label in zip(rows_R.tolist(), listed_paths, labels.tolist(), strict=True)
+    ]  # fmt: skip
+    title = {"changed": "changed most", "gained": "gained most purity", "lost": "lost most purity"}[by]
+    heads = ("row", "jaccard", "purity before", "purity after", "label", "path")
+    return "\n".join(
+        [f"before: {before.title}", f"after: {after.title}", table(("figure", "value"), lines), "", f"anchors that {title}",
+         table(heads, anchors, "rrrr")]
+    )  # fmt: skip
+
+
+def _value(value: Any) -> str:
+    return ", ".join(f"{key} {_number(x)}" for key, x in value.items()) if isinstance(value, dict) else _number(value)
+
+
+def _number(x: float) -> str:
+    if isinstance(x, int):
+        return f"{x:,}"
+    return f"{x:.4f}".rstrip("0").rstrip(".") if x else "0"
+
+
+def _share(x: float) -> str:
+    return "?" if x != x else f"{x:.2f}"

@@ -1,0 +1,236 @@
+"""bingo bags show | stats | diff | find | gallery: look into the bags of the workspace, or of any revision or DVC experiment.
+
+bingo bags show 5            one bag as a table and a picture: one row group and one chunk are read, not the index
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bingo.pipeline import paths
+from bingo.pipeline.commands import from_here
+from bingo.pipeline.run import mistakes_as_lines
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+    from bingo.browse.diff import BagDiff
+    from bingo.browse.sheets import Tile
+    from bingo.cli.bag_source import BagSource
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+_SHEETS, _GALLERY, _THUMBNAILS = Path(".bingo/sheets"), Path(".bingo/gallery"), Path(".bingo/thumbnails")
+_PORT = 8017
+_ORDERS = ("changed", "gained", "lost")
+Rev = Annotated[str | None, typer.Option(help="A Git revision or DVC experiment; without it the workspace.")]
+Out = Annotated[Path | None, typer.Option(help="Where the PNG goes; without it below .bingo/sheets.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+# -1 is a row that does not exist, and no option
+_NEGATIVE_ROWS = {"ignore_unknown_options": True}
+
+
+@app.command(context_settings=_NEGATIVE_ROWS)
+def show(
+    target: Annotated[str, typer.Argument(metavar="ROW|PATH", help="A row number, or a path of the listing.")],
+    rev: Rev = None,
+    out: Out = None,
+) -> None:
+    """Print one bag and draw it."""
+    with mistakes_as_lines():
+        from bingo.browse.sheets import contact_sheet
+        from bingo.cli.bag_source import BagSource
+        from bingo.cli.bag_tables import members_table
+        from bingo.cli.terminal import printable
+
+        source = BagSource(rev)
+        row = source.row_of(target)
+        members, cosines = source.index.members(row), source.index.similarity(row)
+        (path, *_), (label, *_) = source.listing.rows([row])
+        typer.echo(f"row {row}  {printable(path)}  label {printable(source.class_name(label))}  ({source.describe(row)})")
+        typer.echo(members_table(source, members, cosines, label))
+        heading = f"{source.listing.dataset}, row {row}: {path}   ({source.describe(row)}; {source.name})"
+        sheet = contact_sheet(heading, source.tile(row), source.member_tiles(members, cosines, label))
+        _deliver(sheet, out, _SHEETS / _file_name(f"bag-{row}", source))
+
+
+@app.command()
+def stats(rev: Rev = None, as_json: AsJson = False) -> None:
+    """Purity, hubs, orphans, mutual neighbours, similarity, near-duplicates and cluster sizes of all bags."""
+    with mistakes_as_lines():
+        from bingo.bags.metrics import bag_metrics
+        from bingo.cli.bag_source import BagSource
+        from bingo.cli.bag_tables import stats_text
+        from bingo.runtime.artefacts import canonical_json
+
+        source = BagSource(rev)
+        table, listing = source.index.table, source.listing
+        metrics = bag_metrics(table, listing.labels_N[: listing.train_rows] if listing.labelled else None)
+        typer.echo(canonical_json(metrics).rstrip() if as_json else stats_text(source, metrics))
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(metavar="REV1", help="A Git revision, a DVC experiment, or: workspace.")],
+    after: Annotated[str, typer.Argument(metavar="REV2", help="The same.")],
+    by: Annotated[str, typer.Option(help="Which anchors are listed and drawn: changed, gained or lost (purity) most.")] = "changed",
+    anchors: Annotated[int, typer.Option(min=1, max=200, help="How many of them.")] = 8,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the bags of two revisions: overlap, anchors that changed most, purity gained and lost."""
+    with mistakes_as_lines():
+        from bingo.browse.diff import compare_bags
+        from bingo.browse.sheets import side_by_side
+        from bingo.cli.bag_source import BagSource, check_comparable
+        from bingo.cli.bag_tables import diff_text
+        from bingo.runtime.artefacts import canonical_json
+        from bingo.runtime.errors import UserError
+
+        if by not in _ORDERS:
+            raise UserError(f"--by = {by}: allowed are {', '.join(_ORDERS)}")
+        sources = BagSource(before), BagSource(after)
+        check_comparable(*sources)
+        listing = sources[0].listing
+        found = compare_bags(sources[0].index.table, sources[1].index.table, listing.labels_N[: listing.train_rows])
+        rows_R = found.most(by, anchors)
+        if as_json:
+            typer.echo(canonical_json({**found.summary(), f"most_{by}": found.records(rows_R)}).rstrip())
+            return
+        typer.echo(diff_text(sources, found, rows_R, by))
+        sheet = side_by_side((sources[0].title, sources[1].title), [_band(sources, found, row) for row in rows_R.tolist()])
+        _deliver(sheet, out, _SHEETS / _file_name(f"diff-{by}", *sources))
+
+
+@app.command()
+def find(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file, of the dataset or not.")],
+    k: Annotated[int | None, typer.Option(min=1, help="How many neighbours; otherwise as many as the bags list.")] = None,
+    rev: Rev = None,
+    out: Out = None,
+) -> None:
+    """Print and draw the bag that an image outside the dataset would have, through the teacher."""
+    with mistakes_as_lines():
+        from bingo.browse.pictures import file_picture
+        from bingo.browse.sheets import Tile, contact_sheet
+        from bingo.cli.bag_source import BagSource
+        from bingo.cli.bag_tables import members_table
+        from bingo.cli.terminal import printable
+
+        picture = file_picture(file := from_here("IMAGE", image))
+        source = BagSource(rev)
+        members, cosines = _nearest(source, file, k or source.index.k)
+        title = f"{image}: the {len(members)} nearest train rows of {source.listing.dataset}"
+        typer.echo(printable(title))
+        typer.echo(members_table(source, members, cosines, None))
+        tiles = source.member_tiles(members, cosines, None)
+        sheet = contact_sheet(f"{title}   ({source.name})", Tile(picture, image.name, "the image"), tiles)
+        _deliver(sheet, out, _SHEETS / _file_name(f"find-{image.stem}", source))
+
+
+@app.command()
+def gallery(
+    rev: Rev = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the page; without it .bingo/gallery.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve it on 127.0.0.1 afterwards.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0: any free one.")] = _PORT,
+) -> None:
+    """Make an offline page of all bags: search, sort, click from bag to bag. It needs no server and no network."""
+    with mistakes_as_lines():
+        from bingo.browse.gallery.build import build_gallery, is_current
+        from bingo.cli.bag_source import BagSource
+        from bingo.runtime.progress import progress_bar
+
+        source = BagSource(rev)
+        default = _GALLERY if source.artefacts.is_workspace else _GALLERY.with_name(f"gallery@{_tag(source)}")
+        folder = from_here("--out", out) if out else default
+        meta = _gallery_meta(source)
+        if not is_current(folder, meta):
+            with progress_bar("thumbnails", source.index.train_rows, "images") as bar:
+                table, listing = source.index.table, source.listing
+                unreadable = build_gallery(folder, _THUMBNAILS, table, listing, source.pictures, meta, bar.advance_to)
+            if unreadable:
+                typer.echo(f"warning: {unreadable} images could not be read and are grey; check dataset.root", err=True)
+        typer.echo(f"gallery: {folder / 'index.html'}")
+        if serve:
+            from bingo.cli.gallery_server import serve_folder
+
+            serve_folder(folder, port)
+
+
+def _gallery_meta(source: "BagSource") -> dict[str, Any]:
+    index, listing = source.index, source.listing
+    return {
+        "title": f"{listing.dataset}: bags of {source.title}",
+        "figures": f"{index.train_rows:,} anchors, {len(listing.classes) or 'no'} classes",
+        "method": index.method,
+        "fingerprint": index.fingerprint,
+        "listing": listing.fingerprint,
+    }
+
+
+def _band(sources: "tuple[BagSource, BagSource]", found: "BagDiff", row: int) -> "tuple[Tile, list[Tile], list[Tile]]":
+    """An anchor and its two bags; a member is marked as kept where the other whole bag has it too."""
+    from dataclasses import replace
+
+    _, (label,) = sources[0].listing.rows([row])
+    bags = [source.index.members(row) for source in sources]
+    bands = []
+    for source, members, other in zip(sources, bags, reversed(sources), strict=True):
+        kept = set(other.index.bag(row).tolist())
+        tiles = source.member_tiles(members, source.index.similarity(row), label)
+        bands.append([replace(tile, kept=member in kept) for tile, member in zip(tiles, members.tolist(), strict=True)])
+    caption = f"{sources[0].class_name(label)}  J {found.jaccard_T[row]:.2f}"
+    return sources[0].tile(row, caption), bands[0], bands[1]
+
+
+def _nearest(source: "BagSource", image: Path, k: int) -> "tuple[np.ndarray, np.ndarray]":
+    """Train rows and cosines nearest to an image file. Raises UserError where the features are not this teacher's."""
+    import tempfile
+
+    from bingo.browse.find import StoredFeatures, image_feature
+    from bingo.pipeline.run import pick_device
+    from bingo.runtime.artefacts import file_fingerprint
+    from bingo.runtime.errors import UserError
+
+    files, listing = source.artefacts, source.listing
+    stored = StoredFeatures(files.store(paths.EMBEDDINGS), files.title(paths.EMBEDDINGS), listing.fingerprint, listing.train_rows)
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = files.local(paths.TEACHER, Path(folder))
+        if (fingerprint := file_fingerprint(teacher)) != stored.attrs["teacher"]:
+            problem = f"was made by teacher {stored.attrs['teacher']}, {files.title(paths.TEACHER)} is {fingerprint}"
+            raise UserError(f"{stored.name}: {problem}; run: dvc repro extract")
+        stored_px, gray_bits = source.pictures.stored_px, source.listing.gray_bits
+        feature_D = image_feature(image, teacher, stored.attrs["recipe"], stored_px, pick_device(), gray_bits)
+    return stored.nearest(feature_D, k)
+
+
+def _tag(source: "BagSource") -> str:
+    """The revision's name, made harmless for a file name."""
+    return "".join(char if char.isalnum() or char in "._-" else "-" for char in source.name)
+
+
+def _file_name(stem: str, *sources: "BagSource") -> str:
+    """`stem.png`, with the names of revisions after it."""
+    tags = [_tag(source) for source in sources if len(sources) > 1 or not source.artefacts.is_workspace]
+    return f"{'@'.join([stem, '..'.join(tags)]) if tags else stem}.png"
+
+
+def _deliver(sheet: "Image", out: Path | None, default: Path) -> None:
+    """Write the PNG to --out or the default, show it where the terminal can, and say where it is."""
+    import io
+
+    from bingo.cli.terminal import inline_image
+    from bingo.runtime.artefacts import write_bytes
+    from bingo.runtime.errors import UserError
+
+    path, content = from_here("--out", out) if out else default, io.BytesIO()
+    sheet.save(content, "png")
+    try:
+        write_bytes(path, content.getvalue())
+    except OSError as error:
+        raise UserError(f"--out = {path}: cannot be written ({error.strerror}); give a file in a folder that can be") from None
+    if escapes := inline_image(content.getvalue()):
+        typer.echo(escapes, nl=False)
+    typer.echo(f"picture: {path}")

@@ -1,0 +1,65 @@
+"""bingo embed: features of a user's own images, by the student or its teacher.
+
+bingo embed ~/photos --out photos.parquet
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bingo.pipeline import paths
+from bingo.pipeline.commands import from_here
+from bingo.pipeline.run import check_output, mistakes_as_lines, run_command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class OnBadImage(StrEnum):
+    """What happens where an image cannot be read."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@app.command()
+def main(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, at any depth.")],
+    out: Annotated[Path, typer.Option(help="A .zarr, .npy (names in a .txt beside it) or .parquet file, float32.")],
+    student: Annotated[Path | None, typer.Option(help="A student's or baseline's file; without it models/student.safetensors.")] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="Embed by the teacher instead.")] = False,
+    batch_images: Annotated[int, typer.Option(min=1, max=65536, help="Images that pass the network at once.")] = 256,
+    on_bad_image: Annotated[OnBadImage, typer.Option(help="Unreadable images: name them and stop, or leave them out.")] = OnBadImage.stop,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Follow links that lead out of FOLDER.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is there already.")] = False,
+) -> None:
+    """Write the features of all images in a folder, in the order of their paths."""
+    with mistakes_as_lines():
+        from bingo.embeddings.files import SUFFIXES, files_of
+        from bingo.embeddings.of_folder import embed_folder
+        from bingo.export.stored import read_student, read_teacher
+        from bingo.pipeline.run import pick_device
+        from bingo.runtime.artefacts import file_fingerprint
+        from bingo.runtime.errors import UserError
+
+        folder, out = from_here("FOLDER", folder), from_here("--out", out)
+        student = student and from_here("--student", student)
+        if teacher and student:
+            raise UserError(f"--student = {student}: --teacher embeds by {paths.TEACHER}; give one of the two")
+        check_output("--out", out, SUFFIXES, force)
+        for beside in files_of(out)[1:]:
+            check_output("--out: beside it", beside, [beside.suffix], force)
+        file = paths.TEACHER if teacher else student or paths.STUDENT
+        network = read_teacher(file) if teacher else read_student(file)
+        skip = on_bad_image is OnBadImage.skip
+        images, bad = embed_folder(
+            network, file_fingerprint(file), folder, out, pick_device(), batch_images, skip, follow_links, typer.echo
+        )
+        typer.echo(f"written {out}: {images:,} x {network.backbone.feature_width} float32, by {file}")
+        if bad:
+            typer.echo(f"left out, unreadable: {len(bad)} ({', '.join(ascii(path) for path in bad[:5])}{', ...' if len(bad) > 5 else ''})")
+
+
+if __name__ == "__main__":
+    run_command(app)

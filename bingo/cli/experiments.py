@@ -1,0 +1,93 @@
+"""bingo report --experiments: DVC's experiments of one commit beside each other, as a page and as Markdown on stdout.
+
+What DVC shows (parameters, metrics) comes from `dvc exp show`; timings come from the records that stages keep of experiments in
+.bingo/runs/EXPERIMENT (bingo/pipeline/run.py).
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from bingo.pipeline import paths
+from bingo.runtime.artefacts import read_json, write_bytes
+from bingo.runtime.errors import UserError, near_matches
+
+if TYPE_CHECKING:
+    from bingo.report.experiments import Experiment
+
+PAGE = paths.REPORTS / "experiments.html"
+AGAINST = "method-moco"
+
+
+def report_experiments(prefixes: Sequence[str], against: str | None, revision: str) -> None:
+    """Write reports/experiments.html and print its tables: of the experiments whose names start with one of `prefixes` (none: all),
+    and always of the reference. Raises UserError where there are none, or none of a variant that `against` names."""
+    from bingo.report.experiments import variants
+    from bingo.report.experiments_page import build_page
+    from bingo.report.experiments_table import by_seed, summary
+    from bingo.runtime.progress import progress_bar
+
+    with progress_bar("reading the experiments"):
+        commit, known = _experiments(revision)
+    names = {experiment.variant for experiment in known}
+    if against is not None and against not in names:
+        raise UserError(f"--against = {against}: allowed are {', '.join(sorted(names)) or 'none'}{near_matches(against, sorted(names))}")
+    reference = against or _reference(names)
+    asked = [one for one in known if not prefixes or one.name.startswith(tuple(prefixes))]
+    if not asked:
+        raise UserError(f"{' '.join(prefixes)}: no experiment of {commit[:7]} has such a name; there are {', '.join(sorted(names))}")
+    chosen = [one for one in known if one in asked or one.variant == reference]
+    records = [read_json(path) | {"experiment": path.parent.name} for path in sorted(paths.RUNS.glob("*/distill.json"))]
+    found = variants(chosen, records)
+    tables = {"summary": summary(found, reference), "seeds": by_seed(found)}
+    used = [record for record in records if record["experiment"] in {one.name for one in chosen}]
+    write_bytes(PAGE, build_page(commit[:7], chosen, found, tables, reference, used).encode())
+    typer.echo("\n\n".join(table.markdown() for table in tables.values()))
+    typer.echo(f"report: {PAGE.resolve().as_uri()}", err=True)
+
+
+def _reference(names: Collection[str]) -> str | None:
+    """AGAINST, or where there is none the only variant that lays it over a base (benchmarks/compare.py)."""
+    found = [name for name in names if name.rpartition("+")[2] == AGAINST]
+    return AGAINST if AGAINST in names else found[0] if len(found) == 1 else None
+
+
+def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
+    """The commit, and its experiments that have run to their end. Raises UserError where there is none."""
+    from bingo.report.experiments import Experiment
+
+    shown = next((entry for entry in _shown_by_dvc(revision) if entry["rev"] != "workspace"), None)
+    commit = shown["rev"] if shown else revision
+    runs = [one["revs"][0] for one in (shown or {}).get("experiments") or [] if not one.get("executor")]
+    complete = [run for run in runs if run["name"] and (run["data"] or {}).get("metrics", {}).get("reports/results.json", {}).get("data")]
+    if not complete:
+        raise UserError(f"--rev = {revision}: commit {commit[:7]} has no experiment that ran to its end{_elsewhere()}")
+    return commit, [
+        Experiment(run["name"], run["data"]["params"]["params.yaml"]["data"], _figures(run["data"]["metrics"])) for run in complete
+    ]
+
+
+def _figures(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {file: content["data"] for file, content in metrics.items() if content.get("data")}
+
+
+def _shown_by_dvc(revision: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--rev", revision]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"--rev = {revision}: DVC says: {' '.join(done.stderr.split())}")
+    return json.loads(done.stdout)
+
+
+def _elsewhere() -> str:
+    """The way out: the newest commit that has experiments, or how to make some."""
+    listed = subprocess.run(
+        ["git", "for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps"], capture_output=True, text=True, check=False
+    )
+    commits = ["".join(Path(line).parts[2:4]) for line in listed.stdout.split() if len(Path(line).parts[2]) == 2]
+    return f"; the newest experiments are of --rev {commits[0][:7]}" if commits else "; run some: make compare"

@@ -1,0 +1,212 @@
+"""bingo recipe list | show | table | use | check: overlays on params.yaml, one file each in recipes/ (bingo/planning/recipes.py)."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bingo.pipeline.commands import from_here
+from bingo.pipeline.run import mistakes_as_lines
+from bingo.runtime.errors import USER_MISTAKE
+
+if TYPE_CHECKING:
+    from bingo.planning.recipes import About, Recipe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+FOLDER = Path("recipes")
+PARAMS = Path("params.yaml")
+# Headings of the list, by what a name begins with.
+GROUPS = {
+    "method-": "Methods, on whatever images params.yaml has",
+    "ablation-": "Ablations of BINGO, on whatever images params.yaml has",
+    "imagenet-r18-": "ImageNet, ResNet-18",
+    "imagenet-r34-": "ImageNet, ResNet-34",
+    "imagenet-effb0-": "ImageNet, EfficientNet-B0",
+    "imagenet-mobv3-": "ImageNet, MobileNet-v3-large",
+    "coco-": "COCO, beside an ImageNet recipe",
+    "downstream-": "Few labels and transfer, of whatever student params.yaml trains",
+    "parts/": "Parts that recipes include",
+    "": "Small datasets",
+}
+Name = Annotated[str, typer.Argument(help="A recipe's name, as `bingo recipe list` prints it.")]
+
+
+@app.command("list")
+def list_recipes(everything: Annotated[bool, typer.Option("--all", help="Also the parts that recipes share.")] = False) -> None:
+    """Print every recipe with its published linear top-1 / top-5 accuracy in percent, if it has one, and its first line. One that
+    cannot be read stands there with its mistake, and the exit code is 2."""
+    with mistakes_as_lines():
+        from bingo.planning.recipes import recipe_names
+
+        names, broken = recipe_names(FOLDER, parts=everything), False
+        for start, heading in GROUPS.items():
+            members = [name for name in names if _group(name) == start]
+            if members:
+                typer.echo(f"{heading}:")
+            for name in members:
+                text, whole = _summary(name)
+                typer.echo(f"  {name:52} {text}")
+                broken |= not whole
+        if broken:
+            raise SystemExit(USER_MISTAKE)
+
+
+def _summary(name: str) -> tuple[str, bool]:
+    """Figures and first line of a recipe and True, or what is wrong with it and False."""
+    from bingo.planning.recipes import description, overlay_mistakes, own_about, read_recipe, recipe_path
+    from bingo.runtime.errors import UserError
+
+    path = recipe_path(FOLDER, name)
+    try:
+        lines = [f"{path}: {line}" for line in overlay_mistakes(read_recipe(FOLDER, name).overlay)]
+    except UserError as error:
+        lines = error.lines
+    if lines:
+        return f"{'BROKEN':12} {'; '.join(lines)}", False
+    return f"{_figures(own_about(path)):12} {description(path)}", True
+
+
+def _group(name: str) -> str:
+    return next(start for start in GROUPS if name.startswith(start))
+
+
+def _figures(about: "About") -> str:
+    figures = [about.expected[measure] for measure in ("linear_top1", "linear_top5") if measure in about.expected]
+    return " / ".join(f"{percent:.1f}" for percent in figures)
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print one recipe, what it sets when all that it includes is laid over, what to expect of it, and what a run will cost."""
+    with mistakes_as_lines():
+        from bingo.cli.recipe_costs import cost_lines
+        from bingo.params import read_yaml, validate
+        from bingo.planning.recipes import as_text, flattened, lay_over, read_recipe, recipe_path
+
+        recipe = read_recipe(FOLDER, name)
+        document = read_yaml(PARAMS)
+        lay_over(document, recipe.overlay)
+        params = validate(document, f"{PARAMS} with recipe {name}")
+        typer.echo(recipe_path(FOLDER, name).read_text())
+        typer.echo("It sets:")
+        for key, value in flattened(recipe.overlay):
+            typer.echo(f"  {key}: {as_text(value)}")
+        typer.echo()
+        for line in _about_lines(recipe):
+            typer.echo(line)
+        typer.echo("\n".join(cost_lines(params, recipe.about)))
+
+
+def _about_lines(recipe: "Recipe") -> list[str]:
+    """What to expect, from which teacher, and what differs from the published setting."""
+    from bingo.planning.recipes import MEASURES
+
+    about = recipe.about
+    lines = [f"published: {MEASURES[measure]} {percent} % ({about.source})" for measure, percent in about.expected.items()]
+    if about.teacher is not None:
+        teacher, file = about.teacher, recipe.overlay["teacher"]
+        lines.append(
+            f"teacher: {file['checkpoint']}, format {file['format']}, see the {teacher.published_by}, linear {teacher.linear_top1} %"
+        )
+    return lines + [f"deviates: {line}" for line in about.deviates]
+
+
+@app.command()
+def table() -> None:
+    """Print the page docs/recipes.md: the settings of every row of the papers' tables, the published values beside them."""
+    with mistakes_as_lines():
+        from bingo.params import read_yaml
+        from bingo.planning.recipe_table import markdown
+
+        typer.echo(markdown(FOLDER, read_yaml(PARAMS)), nl=False)
+
+
+@app.command()
+def use(name: Name, root: Annotated[str | None, typer.Option(help="Where the images are: sets dataset.root.")] = None) -> None:
+    """Lay a recipe over params.yaml: print each change, check the result whole, then write it (remarks stay)."""
+    with mistakes_as_lines():
+        from bingo.params import read_yaml, validate
+        from bingo.planning.recipes import as_text, lay_over, read_recipe
+        from bingo.runtime.artefacts import write_bytes
+        from bingo.runtime.errors import UserError
+
+        if root == "":
+            raise UserError("--root is empty: give the folder of the images")
+        params = read_yaml(PARAMS)
+        validate(params, str(PARAMS))
+        overlay = read_recipe(FOLDER, name).overlay
+        if root is not None:
+            lay_over(overlay, {"dataset": {"root": _seen_from_workspace(root)}})
+        changes = lay_over(params, overlay)
+        validate(params, f"{PARAMS} with recipe {name}")
+        write_bytes(PARAMS, _rewritten(overlay, params).encode())
+        for key, old, new in changes:
+            typer.echo(f"{key}: {as_text(old)} -> {as_text(new)}")
+        typer.echo(f"params.yaml: {len(changes)} changes; back: git checkout params.yaml; next: dvc repro")
+
+
+def _seen_from_workspace(root: str) -> str:
+    """A folder as params.yaml is to name it: as the user gave it, but relative to the workspace where that is not where the user stands."""
+    if root.startswith("~"):
+        return root
+    place = from_here("--root", Path(root))
+    return os.path.relpath(place) if place.is_absolute() and not Path(root).is_absolute() else root
+
+
+def _rewritten(overlay: dict[str, Any], expected: dict[str, Any]) -> str:
+    """params.yaml's text with the overlay's values in place. Remarks stay, unless they would break it: it holds `expected` in any case."""
+    from ruamel.yaml import YAML
+
+    from bingo.planning.recipes import lay_over
+
+    try:
+        document = _yaml().load(PARAMS.read_text())
+        lay_over(document, overlay)
+        text = _dumped(document)
+        if YAML(typ="safe", pure=True).load(text) == expected:
+            return text
+    except Exception:  # a remark behind a list, as other tools leave it, makes the library write what it cannot read
+        pass
+    typer.echo("warning: params.yaml: its remarks are not kept, as one behind a value would break it; see: git diff params.yaml", err=True)
+    return _dumped(expected)
+
+
+def _dumped(document: Any) -> str:
+    import io
+
+    text = io.StringIO()
+    _yaml().dump(document, text)
+    return text.getvalue()
+
+
+def _yaml() -> Any:
+    """The reader and writer that keeps remarks and quotes."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 200
+    yaml.preserve_quotes = True
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))  # not an empty field
+    return yaml
+
+
+@app.command()
+def check(name: Annotated[str | None, typer.Argument(help="A recipe, laid over params.yaml; none: params.yaml as it is.")] = None) -> None:
+    """Dry run: build the networks, read the teacher's checkpoint if it is there, train one step on fabricated images, tell the costs
+    and what is missing. Exit code 0: all is there; 2: something is missing or wrong."""
+    with mistakes_as_lines():
+        from bingo.cli import recipe_check
+        from bingo.params import read_yaml, validate
+        from bingo.planning.recipes import About, lay_over, read_recipe
+
+        document, about, origin = read_yaml(PARAMS), About(), str(PARAMS)
+        if name is not None:
+            recipe = read_recipe(FOLDER, name)
+            lay_over(document, recipe.overlay)
+            about, origin = recipe.about, f"{PARAMS} with recipe {name}"
+        missing = recipe_check.check(validate(document, origin), about, typer.echo)
+        for line in missing:
+            typer.echo(f"missing: {line}")
+        if missing:
+            raise SystemExit(USER_MISTAKE)

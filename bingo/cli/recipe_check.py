@@ -1,0 +1,125 @@
+"""`bingo recipe check`: everything that a run builds, built once and tried on fabricated images, before any image is read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bingo.cli.recipe_costs import estimate_lines, images_line, in_bytes, known_counts, whole_estimate
+from bingo.pipeline.launch import expected_processes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bingo.params import Params
+    from bingo.planning.dry_run import DryTraining
+    from bingo.planning.estimates import Counts
+    from bingo.planning.recipes import About
+    from bingo.teachers.teacher import Teacher
+
+
+def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[str]:
+    """Say a line for each thing that was tried, and return one for each that is missing. Raises UserError for what is wrong."""
+    from bingo.limits import check_limits
+    from bingo.planning.dry_run import dry_student
+    from bingo.planning.estimates import count_images
+    from bingo.runtime.progress import progress_bar
+
+    check_limits(params, expected_processes())
+    missing: list[str] = []
+    counts = count_images(params.dataset, params.seed)
+    if counts is None:
+        missing.append(_missing_images(params, about))
+        counts = known_counts(params, about)
+    teacher = _teacher(params, about, say, missing)
+    with progress_bar("building the student"):
+        student = dry_student(params, teacher)
+    network = params.student
+    say(f"student: {network.arch} x {network.width:g} at {params.image.crop_px} px, {_millions(student.method.student)}")
+    if params.transfer_coco.runs:
+        missing += _missing_coco(params, student.method.student)
+    with progress_bar("a step"):
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in student.step().items())
+    say(f"step: {student.name} on {student.anchors} anchors of fabricated images: {terms}")
+    if counts is not None:
+        with progress_bar("counting the cost of a step"):
+            lines = _cost_lines(params, counts, teacher, student)
+        for line in lines:
+            say(line)
+    return missing + _missing_downstream(params)
+
+
+def _missing_coco(params: "Params", student: "nn.Module") -> list[str]:
+    """What of COCO is not there. Raises UserError where the student is no backbone of a detector."""
+    from bingo.detection.detector import check_student
+
+    check_student(student)
+    coco = params.transfer_coco
+    parts = (coco.train_images, coco.train_annotations, coco.val_images, coco.val_annotations)
+    missing = [part for part in parts if not (Path(str(coco.root)) / part).exists()]
+    where = f"transfer_coco.root = {coco.root}: there is no {', no '.join(missing)}"
+    return [f"{where}; COCO 2017 is published by cocodataset.org, set transfer_coco.root to its folder"] if missing else []
+
+
+def _missing_images(params: "Params", about: "About") -> str:
+    line = f"dataset.root = {params.dataset.root}: there is no such folder"
+    if about.images is None:
+        return f"{line}, so the costs are not known; set dataset.root to the folder of the images"
+    return f"{line}; {about.images.train:,} train and {about.images.test:,} test images are published by {about.images.published_by}"
+
+
+def _missing_downstream(params: "Params") -> list[str]:
+    """What semi_eval and transfer_cifar read, and would ask for only when the student is trained; torchvision may yet download CIFAR."""
+    lists = {f"semi_eval.splits.{name}.list_file": split.list_file for name, split in params.semi_eval.splits.items()}
+    folders = {f"transfer.datasets.{name}.root": item.root for name, item in params.transfer.datasets.items() if item.source == "folder"}
+    return [
+        *(
+            f"{key} = {path}: there is no such file; null draws the labels"
+            for key, path in lists.items()
+            if path and not Path(path).is_file()
+        ),
+        *(f"{key} = {root}: there is no such folder" for key, root in folders.items() if root and not Path(root).is_dir()),
+    ]
+
+
+def _teacher(params: "Params", about: "About", say: Callable[[str], None], missing: list[str]) -> "Teacher":
+    """The teacher, from its checkpoint if that is there."""
+    from bingo.planning.dry_run import dry_teacher
+    from bingo.runtime.progress import progress_bar
+
+    asked = params.teacher
+    there = asked.checkpoint is not None and Path(asked.checkpoint).is_file() and asked.source != "pretrain"
+    with progress_bar("building the teacher"):
+        teacher = dry_teacher(params, checkpoint=there)
+    if there:
+        origin = f"read from {asked.checkpoint}"
+    elif asked.checkpoint is not None and asked.source != "pretrain":
+        origin = "random weights in place of the checkpoint"
+        missing.append(_missing_checkpoint(params, about))
+    else:
+        later = {"pretrain": "which the stage teacher trains", "random": "as asked for"}
+        origin = f"random weights here, {later.get(asked.source, f'the stage teacher downloads those of {asked.source}')}"
+    features, keys = teacher.metadata["feature_width"], teacher.metadata["key_width"]
+    say(f"teacher: {asked.arch} x {asked.width:g}, {_millions(teacher)}, features {features}, keys {keys}; {origin}")
+    return teacher
+
+
+def _missing_checkpoint(params: "Params", about: "About") -> str:
+    line = f"teacher.checkpoint = {params.teacher.checkpoint}: there is no such file"
+    return f"{line}; set teacher.checkpoint to it" if about.teacher is None else f"{line}; the {about.teacher.published_by} links it"
+
+
+def _cost_lines(params: "Params", counts: "Counts", teacher: "Teacher", student: "DryTraining") -> list[str]:
+    from bingo.planning.estimates import step_memory
+
+    memory = step_memory(params, student, teacher, counts)
+    parts = ", ".join(f"{what} {in_bytes(size)}" for what, size in memory.items())
+    batch = params.distill.batch_anchors
+    return [
+        images_line(params, counts),
+        *estimate_lines(whole_estimate(params, counts, teacher, student)),
+        f"memory of a step of {batch} anchors on one GPU, in float32: {parts}; in all {in_bytes(sum(memory.values()))}",
+    ]
+
+
+def _millions(network) -> str:
+    return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters"

@@ -1,0 +1,80 @@
+"""The lines in which `bingo recipe show` and `check` tell what a run costs."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bingo.params import Params
+    from bingo.planning.estimates import Counts, Estimate
+    from bingo.planning.recipes import About
+
+MEGA, GIGA, TERA = 1e6, 1e9, 1e12
+
+
+def cost_lines(params: "Params", about: "About") -> list[str]:
+    """Counted on fabricated data, with random weights in the teacher's place."""
+    from bingo.planning.dry_run import dry_student, dry_teacher
+
+    teacher = dry_teacher(params, checkpoint=False)
+    counts = known_counts(params, about)
+    if counts is None:
+        return [f"images: {params.dataset.root} is not there, so how many is not known, and neither is the cost"]
+    return [images_line(params, counts), *estimate_lines(whole_estimate(params, counts, teacher, dry_student(params, teacher)))]
+
+
+def known_counts(params: "Params", about: "About") -> "Counts | None":
+    """How many images the dataset has: as the recipe says, or else as they are found; None where neither is known."""
+    from bingo.planning.estimates import Counts, count_images
+
+    if about.images is not None and params.dataset.source == "folder":
+        train, test = params.dataset.train_images, params.dataset.test_images
+        return Counts(train or about.images.train, test or about.images.test)
+    return count_images(params.dataset, params.seed)
+
+
+def whole_estimate(params: "Params", counts: "Counts", teacher, student) -> "Estimate":
+    """With the baselines' trainings, and the teacher's where there is one."""
+    from bingo.planning.dry_run import dry_baseline, dry_pretraining
+    from bingo.planning.estimates import estimate
+
+    baselines = [dry_baseline(params, method) for method in params.baselines]
+    return estimate(params, counts, teacher, student, baselines, dry_pretraining(params) if params.teacher.source == "pretrain" else None)
+
+
+def images_line(params: "Params", counts: "Counts") -> str:
+    """Where the images are and how many."""
+    where = "" if params.dataset.root is None else f" in {params.dataset.root}"
+    return f"images: {params.dataset.source}{where}, {counts.train:,} to train on and {counts.test:,} to test on"
+
+
+def estimate_lines(estimate: "Estimate") -> list[str]:
+    """FLOPs, time of a GPU and disk, one line each."""
+    from bingo.training.costs import SUSTAINED_FLOP_PER_SECOND
+
+    stages = ", ".join(f"{stage} {_time(flops)}" for stage, flops in estimate.stage_flops.items())
+    disk = ", ".join(f"{what} {in_bytes(size)}" for what, size in estimate.disk_bytes.items())
+    networks = f"{_giga(estimate.teacher_image_flops)} an image in the teacher, {_giga(estimate.student_image_flops)} in the student"
+    rate = f"{SUSTAINED_FLOP_PER_SECOND / TERA:g} TFLOP/s"
+    return [
+        f"FLOPs: {_giga(estimate.anchor_flops)} an anchor in a training step, {networks} (1 multiply-add = 2)",
+        f"time of one GPU, if it kept up {rate} and never waited for images (both assumed): {stages};"
+        f" in all {_time(sum(estimate.stage_flops.values()))}",
+        f"disk: {disk}; in all {in_bytes(sum(estimate.disk_bytes.values()))}",
+    ]
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / GIGA:.4g} GFLOP"
+
+
+def _time(flops: float) -> str:
+    from bingo.training.costs import gpu_hours
+
+    seconds = 3600 * gpu_hours(flops)
+    if seconds < 1:
+        return "under 1 s"
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def in_bytes(count: int) -> str:
+    """Bytes as MB or GB."""
+    return f"{count / GIGA:.1f} GB" if count >= GIGA else f"{count / MEGA:.1f} MB"

@@ -1,0 +1,173 @@
+"""Artefacts for reading, by their path: those of the workspace, or those of any Git revision or DVC experiment.
+
+A revision's files come straight from the DVC cache, or from the remote where the cache lacks them; nothing is checked out or
+written. DVC is imported only then.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bingo.pipeline import paths
+from bingo.runtime.errors import UserError
+from bingo.runtime.places import expanded, located
+
+PARAMS = Path("params.yaml")
+WORKSPACE = "workspace"
+
+
+class Workspace:
+    """The files that lie here now."""
+
+    name = WORKSPACE
+    is_workspace = True
+
+    def store(self, path: Path) -> Any:
+        """A zarr store, as `zarr.open_group` takes it."""
+        return path
+
+    def open(self, path: Path) -> BinaryIO:
+        """A file, opened for reading. Raises OSError where it is absent."""
+        return open(path, "rb")
+
+    def open_image(self, path: Path) -> BinaryIO:
+        """An image file of the dataset. Raises OSError where it is absent."""
+        return open(located(str(path)), "rb")
+
+    def local(self, path: Path, folder: Path) -> Path:
+        """A path of this machine under which the file can be read; `folder` takes it where it has to be copied."""
+        return path
+
+    def title(self, path: Path) -> str:
+        """The artefact's name in messages."""
+        return path.as_posix()
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """The section dataset of the parameters."""
+        from bingo.params import read_yaml
+
+        return _dataset(read_yaml(PARAMS))
+
+
+class Revision:
+    """The files of one Git revision or DVC experiment of the repository here. Raises UserError where it has none of this name."""
+
+    is_workspace = False
+
+    def __init__(self, name: str):
+        self.name = name
+        with self._mistakes():
+            self._files = _files_of(self)
+
+    def store(self, path: Path) -> Any:
+        """A zarr store, as `zarr.open_group` takes it. Raises UserError where the revision has none or its data are gone."""
+        self.open(path / "zarr.json").close()
+        return self._files.get_mapper(path.as_posix())
+
+    def open(self, path: Path) -> BinaryIO:
+        """A file, opened for reading. Raises UserError where the revision has none or its data are gone."""
+        with self._mistakes():
+            try:
+                return self._files.open(path.as_posix())
+            except FileNotFoundError:
+                raise self.absent(path.as_posix()) from None
+
+    def open_image(self, path: Path) -> BinaryIO:
+        """An image file of the dataset: the revision's where it keeps the dataset, otherwise the one that lies here now."""
+        if not path.is_absolute() and self._hash(path.as_posix()):
+            return self.open(path)
+        return open(located(str(path)), "rb")
+
+    def local(self, path: Path, folder: Path) -> Path:
+        """The file, copied into `folder`."""
+        with self.open(path) as file:
+            (folder / path.name).write_bytes(file.read())
+        return folder / path.name
+
+    def title(self, path: Path) -> str:
+        """The artefact's name in messages."""
+        return f"{path.as_posix()} of {self.name}"
+
+    @cached_property
+    def dataset(self) -> dict[str, Any]:
+        """The section dataset of the revision's parameters."""
+        from ruamel.yaml import YAML
+
+        with self.open(PARAMS) as file:
+            return _dataset(YAML(typ="safe", pure=True).load(file.read()))
+
+    def absent(self, path: str) -> UserError:
+        """Why a file cannot be read, in one line."""
+        out = next((str(known) for known in _OUTPUTS if path == str(known) or path.startswith(f"{known}/")), path)
+        if self._hash(path) or self._hash(out):
+            again = f"git worktree add ../again {self._commit}, and there: dvc repro bag"
+            return UserError(
+                f"{out} of {self.name}: neither the DVC cache nor a remote holds its data; push them from where they were made"
+                f" (dvc push, dvc exp push), or make them again: {again}"
+            )
+        return UserError(f"{out} of {self.name}: this revision has no such file; it was committed before its pipeline had run")
+
+    @property
+    def _commit(self) -> str:
+        return self._files.repo.get_rev()[:7]
+
+    def _hash(self, path: str) -> str | None:
+        try:
+            return self._files.info(path).get("md5")
+        except OSError:
+            return None
+
+    @contextmanager
+    def _mistakes(self) -> Iterator[None]:
+        from dvc.exceptions import DvcException, NotDvcRepoError
+        from dvc.scm import RevError, SCMError
+
+        try:
+            yield
+        except (RevError, SCMError):
+            known = "see `git log --oneline --all` and `dvc exp list --all-commits`"
+            raise UserError(f"{self.name}: is no Git revision and no DVC experiment of this repository; {known}") from None
+        except NotDvcRepoError:
+            raise UserError(f"{self.name}: {Path.cwd()} lies in no DVC repository; run from the folder of params.yaml") from None
+        except DvcException as error:
+            raise UserError(f"{self.name}: DVC says: {' '.join(str(error).split())}") from None
+
+
+_OUTPUTS = (paths.BAGS, paths.IMAGES, paths.EMBEDDINGS)  # folders: a message names the output, not the chunk
+
+
+def artefacts(name: str | None) -> Workspace | Revision:
+    """The workspace (None or its name) or a revision."""
+    return Workspace() if name in (None, WORKSPACE) else Revision(name)
+
+
+def _files_of(revision: Revision) -> Any:
+    from dvc.api import DVCFileSystem
+
+    class Files(DVCFileSystem):  # type: ignore[misc]
+        """zarr takes a file that cannot be read for one that was never written; this tells them apart."""
+
+        def cat_file(self, path: str, *args: Any, **kwargs: Any) -> bytes:
+            try:
+                return super().cat_file(path, *args, **kwargs)
+            except FileNotFoundError:
+                if revision._hash(path.strip("/")):
+                    raise revision.absent(path.strip("/")) from None
+                raise
+
+    files = Files(".", rev=revision.name)
+    assert files.repo is not None  # opens it: an unknown revision is told now
+    return files
+
+
+def _dataset(params: Any) -> dict[str, Any]:
+    section = params.get("dataset") if isinstance(params, dict) else None
+    if not isinstance(section, dict) or not isinstance(root := section.get("root"), str):
+        return section if isinstance(section, dict) else {}
+    try:
+        return section | {"root": expanded(root)}
+    except ValueError as error:
+        raise UserError(f"dataset.root = {root}: {error}") from None

@@ -1,0 +1,111 @@
+"""Every image file read once, in parallel: its size, its hash, whether it decodes, and its pixels where they are to be stored.
+
+No torch. Shape letters: N files, S side of a stored image in pixels.
+"""
+
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from bingo.images.decode import BadImage, bits_of, check_header, check_pixels, decode_square, largest_gray
+from bingo.images.listing import Content
+from bingo.runtime.progress import progress_bar
+from bingo.runtime.workers import begin_worker
+
+CHUNK_FILES = 64
+THREADS_UP_TO_FILES = 4096  # processes scale further than threads, but take about a second to start
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What one file is; `reason` says in one line why it is no readable image, None where it is one.
+
+    `largest` is the largest value of a grey image of 16 bits, None for any other.
+    """
+
+    content: Content
+    reason: str | None
+    largest: int | None = None
+
+
+def check_files(
+    root: Path, paths: list[str], decode: bool, store_px: int | None, gray_bits: int | None = None
+) -> tuple[list[Checked], np.ndarray | None]:
+    """Check N files under `root`; with `store_px` also their pixels as squares, uint8 (N, S, S, 3), black where unreadable.
+
+    `decode`: read, hash and decode each file; otherwise size and header alone (and what `store_px` needs), without a hash.
+    `gray_bits` is as in `bingo.images.decode.to_rgb`.
+    """
+    images_NSS3 = None if store_px is None else np.zeros((len(paths), store_px, store_px, 3), np.uint8)
+    chunks = [paths[start : start + CHUNK_FILES] for start in range(0, len(paths), CHUNK_FILES)]
+    checked: list[Checked] = []
+    with _pool(len(paths)) as pool, progress_bar("checking the images", len(paths), "images") as bar:
+        for results in pool.map(partial(_check_chunk, root, decode, store_px, gray_bits), chunks):
+            for file, pixels_SS3 in results:
+                if images_NSS3 is not None and pixels_SS3 is not None:
+                    images_NSS3[len(checked)] = pixels_SS3
+                checked.append(file)
+            bar.advance_to(len(checked))
+    return checked, images_NSS3
+
+
+def common_bits(root: Path, paths: list[str], checked: list[Checked], images_NSS3: np.ndarray | None) -> int | None:
+    """How many bits the grey images of 16 bits use at most, one of GRAY_BITS; None where there are none.
+
+    Stored pixels of images that use fewer were scaled by these alone: they are decoded again.
+    """
+    bits_N = [None if file.largest is None else bits_of(file.largest) for file in checked]
+    common = max((bits for bits in bits_N if bits is not None), default=None)
+    again = [row for row, bits in enumerate(bits_N) if bits not in (None, common)]
+    if images_NSS3 is not None and again:
+        _, images_nSS3 = check_files(root, [paths[row] for row in again], False, images_NSS3.shape[1], common)
+        images_NSS3[again] = images_nSS3
+    return common
+
+
+@contextmanager
+def _pool(files: int) -> Iterator[Executor]:
+    """A pool over this process's processors; what waits in it is dropped where the caller stops early."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool: Executor
+    if processors == 1 or files <= THREADS_UP_TO_FILES:
+        pool = ThreadPoolExecutor(processors)
+    else:
+        pool = ProcessPoolExecutor(processors, multiprocessing.get_context("forkserver"), begin_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_chunk(
+    root: Path, decode: bool, store_px: int | None, gray_bits: int | None, paths: list[str]
+) -> list[tuple[Checked, np.ndarray | None]]:
+    return [_check(root / path, decode, store_px, gray_bits) for path in paths]
+
+
+def _check(path: Path, decode: bool, store_px: int | None, gray_bits: int | None) -> tuple[Checked, np.ndarray | None]:
+    content, pixels_SS3 = Content(0, None), None
+    try:
+        if not decode and store_px is None:
+            content = Content(path.stat().st_size, None)
+            return Checked(content, None, check_header(path)), None
+        file_bytes = path.read_bytes()
+        content = Content(len(file_bytes), hashlib.sha256(file_bytes).hexdigest() if decode else None)
+        if store_px is None:
+            check_pixels(file_bytes)
+        else:
+            pixels_SS3 = decode_square(file_bytes, store_px, store_px, gray_bits=gray_bits)
+        return Checked(content, None, largest_gray(file_bytes)), pixels_SS3
+    except BadImage as error:
+        return Checked(content, str(error)), None
+    except OSError as error:
+        return Checked(content, error.strerror or str(error)), None

@@ -1,0 +1,82 @@
+"""A folder of image files as a listing: find them, draw a subset, check each, leave out or refuse what cannot be read."""
+
+from pathlib import Path
+
+import numpy as np
+
+from bingo.datasets.filecheck import Checked, check_files, common_bits
+from bingo.datasets.layout import Say, Split, find_splits
+from bingo.datasets.subset import draw_subset
+from bingo.images.listing import Listing, listing_fingerprint
+from bingo.params import DatasetParams
+from bingo.runtime.errors import UserError
+from bingo.runtime.inside import shown
+
+BAD_LINES = 20
+_DATASET = "folder"
+
+
+def scan_folder(dataset: DatasetParams, seed: int, say: Say) -> tuple[Listing, np.ndarray | None]:
+    """Listing and, with store_px, images of `dataset.root`; `say` is given a line for each thing that is assumed or passed over.
+
+    Raises UserError for every mistake in the folder or its files.
+    """
+    root = Path(str(dataset.root))
+    train, test = find_splits(root, dataset.follow_links, say)
+    classes = train.classes or test.classes
+    chosen = [_choose(dataset, name, split, classes, seed) for name, split in (("train", train), ("test", test))]
+    paths = chosen[0][0] + chosen[1][0]
+    labels_N = np.concatenate([labels for _, labels in chosen])
+    checked, images_NSS3 = check_files(root, paths, dataset.check == "decode", dataset.store_px)
+    gray_bits = common_bits(root, paths, checked, images_NSS3)
+    if gray_bits is not None:
+        deep = [file.largest for file in checked if file.largest is not None]
+        say(f"{len(deep):,} images are grey with 16 bits: {gray_bits} of them hold the picture, as the largest value is {max(deep)}")
+    keep = [row for row, file in enumerate(checked) if file.reason is None]
+    if len(keep) < len(paths):
+        _judge_bad(dataset, paths, checked, any(row < len(chosen[0][0]) for row in keep))
+        if images_NSS3 is not None:
+            for row, old_row in enumerate(keep):  # in place: there may be no room for two copies
+                images_NSS3[row] = images_NSS3[old_row]
+            images_NSS3 = images_NSS3[: len(keep)]
+    skipped = [path for path, file in zip(paths, checked, strict=True) if file.reason is not None]
+    train_rows = sum(row < len(chosen[0][0]) for row in keep)
+    kept_paths, kept_labels = [paths[row] for row in keep], labels_N[keep]
+    _say_of_rows(kept_paths, [checked[row].content.sha256 for row in keep], kept_labels, train_rows, classes, say)
+    header = {"dataset": _DATASET, "classes": classes, "store_px": dataset.store_px}
+    header |= {} if gray_bits in (None, 16) else {"gray_bits": gray_bits}
+    fingerprint = listing_fingerprint(header, kept_paths, (checked[row].content for row in keep), kept_labels, train_rows)
+    return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint, gray_bits), images_NSS3
+
+
+def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say) -> None:
+    """Images that are in both splits, and classes of which no train image is left."""
+    row_of = {sha256: row for row, sha256 in enumerate(hashes[:train_rows]) if sha256}
+    if shared := [(row_of[sha256], row) for row, sha256 in enumerate(hashes[train_rows:], train_rows) if sha256 in row_of]:
+        pair = " and ".join(shown(paths[row]) for row in shared[0])
+        say(f"warning: {len(shared)} test images are train images too, byte for byte ({pair}): figures on them are too high")
+    if absent := [classes[label] for label in np.flatnonzero(np.bincount(labels_N[:train_rows].clip(0), minlength=len(classes)) == 0)]:
+        say(f"warning: no train image of {len(absent)} of {len(classes)} classes is left ({shown(absent[0])}, ...)")
+
+
+def _choose(dataset: DatasetParams, name: str, split: Split, classes: list[str], seed: int) -> tuple[list[str], np.ndarray]:
+    """Paths and labels of a split after the seeded draw of a subset."""
+    number = {class_name: label for label, class_name in enumerate(classes)}
+    labels_N = np.array([number[class_name] for class_name in split.class_names], np.int64)
+    if not split.classes:
+        labels_N = np.full(len(split.paths), -1)
+    rows = draw_subset(dataset, name, labels_N, seed)
+    return [split.paths[row] for row in rows.tolist()], labels_N[rows]
+
+
+def _judge_bad(dataset: DatasetParams, paths: list[str], checked: list[Checked], some_train: bool) -> None:
+    """Raises UserError with a line for each unreadable file, unless such files are to be skipped and train images are left."""
+    bad = [(path, row, file.reason) for row, (path, file) in enumerate(zip(paths, checked, strict=True)) if file.reason]
+    lines = [f"dataset.root = {dataset.root}: {path} (row {row}) cannot be read: {reason}" for path, row, reason in bad[:BAD_LINES]]
+    if len(bad) > BAD_LINES:
+        lines.append(f"dataset.root = {dataset.root}: and {len(bad) - BAD_LINES} more")
+    count = f"{len(bad)} of {len(paths)} images are unreadable"
+    if dataset.on_bad_image == "stop":
+        raise UserError([*lines, f"{count}; mend or delete them, or set dataset.on_bad_image: skip"])
+    if not some_train:
+        raise UserError([*lines, f"{count}, and no train image is left; name another folder in dataset.root"])

@@ -1,0 +1,312 @@
+"""Where images lie under a root: train/CLASS/* with val|test/CLASS/*, or CLASS/* alone, or images without class folders.
+
+Splits go by the usual names in any case (Train, training, valid, val2017, test_images, ...). The order is that of the sorted names and
+nothing else: not of the disk, of times or of workers. Files may lie deeper than the class folder. Hidden files, folders that systems
+leave behind and files without a suffix that is read are passed over, and counted. Links out of the root are followed only on request.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from unicodedata import normalize
+
+from bingo.images.decode import SUFFIXES
+from bingo.runtime.errors import UserError
+from bingo.runtime.inside import folded, shown
+from bingo.runtime.progress import progress_bar
+
+SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__")
+_MOST_LINES, _MOST_NAMES, _MOST_SUFFIXES = 20, 3, 8
+_AFFIX = r"(?:images?|imgs?|set|split|data|\d{1,5})"
+_WORDS = {
+    "train": "train|training|trn",
+    "test": "val|valid|validation|dev|test|testing|tst|eval|evaluation|hold[ _-]?out|held[ _-]?out",
+}
+_ROLES = {role: re.compile(rf"(?:{_AFFIX}[ _.-]?)?(?:{words})(?:[ _.-]?{_AFFIX})?") for role, words in _WORDS.items()}
+_USUAL = {"train": ("train",), "test": ("val", "test")}  # which of several folders of a role is taken
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split in order, and the class of each; `classes` is empty where images lie outside class folders."""
+
+    paths: list[str]
+    classes: list[str]
+    class_names: list[str]  # one for each path; empty for a split without classes
+
+
+_NO_SPLIT = Split([], [], [])
+
+
+def role_of(folder: str) -> str | None:
+    """`train` or `test` where a folder's name is one that splits have, whatever its case; otherwise None."""
+    return next((role for role, pattern in _ROLES.items() if pattern.fullmatch(folded(folder))), None)
+
+
+@progress_bar("finding the images")
+def find_images(root: Path, name: str, follow_links: bool, say: Say) -> list[str]:
+    """Every image under a root, relative to it, sorted by the parts of its path; `name` is what messages call the root.
+
+    `say` is given a line on what is passed over. Raises UserError where there is no image, or a link leads in a circle or (unless
+    `follow_links`) out of the root.
+    """
+    if not root.is_dir():
+        raise UserError(f"{name} = {root}: there is no such folder; name one that holds images")
+    walker = _Walker(root, name, follow_links)
+    paths = walker.images("")
+    if not paths:
+        raise UserError(f"{name} = {root}: holds no images; recognised are {', '.join(SUFFIXES)}{walker.seen_instead()}")
+    walker.report(say)
+    return paths
+
+
+@progress_bar("finding the images")
+def find_splits(root: Path, follow_links: bool = False, say: Say = lambda line: None) -> tuple[Split, Split]:
+    """The train and the test split under a root, by its layout. `say` is given a line for each thing that is assumed or passed over.
+
+    Raises UserError where the layout leaves open what is trained on.
+    """
+    if not root.is_dir():
+        raise UserError(f"dataset.root = {root}: there is no such folder; name the folder that holds train/ or the images")
+    walker = _Walker(root, "dataset.root", follow_links)
+    here, folders = walker.entries("")
+    train_name, test_name = (_folder_of(walker, role, folders) for role in ("train", "test"))
+    walker.refuse_outside([link for link in walker.top_links if train_name is None or link in (train_name, test_name)])
+    if train_name is None:
+        if test_name is not None:
+            way_out = "put the images to train on into train/ (all class folders, where it is one of them)"
+            raise UserError(f"{walker.shown}: has {test_name}/ but no train/; {way_out}")
+        train, test = _find_split(walker, "", say), _NO_SPLIT
+    else:
+        _refuse_class_named_train(walker, train_name, test_name, folders)
+        walker.passed_folders += [folder for folder in folders if folder not in (train_name, test_name)]
+        walker.passed += Counter({"images outside the splits": len(here)})
+        train = _find_split(walker, train_name, say)
+        test = _find_split(walker, test_name, say) if test_name else _NO_SPLIT
+        if (train_name, test_name) not in (("train", None), ("train", "val"), ("train", "test")):
+            say(f"{walker.shown}: train images are those in {shown(train_name)}/, test images {_or_none(test_name)}")
+        test = _with_classes_of_train(walker, train, test, str(test_name), say)
+    walker.report(say)
+    return train, test
+
+
+def _or_none(test_name: str | None) -> str:
+    return f"those in {shown(test_name)}/" if test_name else "there are none"
+
+
+def _folder_of(walker: "_Walker", role: str, folders: list[str]) -> str | None:
+    """The folder of a role: the one that is named as usual, or the only one. Raises UserError where that leaves it open."""
+    found = [folder for folder in folders if role_of(folder) == role]
+    for usual in _USUAL[role]:
+        if usual in found:
+            return usual
+    if len(found) > 1:
+        names = ", ".join(f"{shown(folder)}/" for folder in found)
+        raise UserError(f"{walker.shown}: {names} may each be the {role} split; rename one to {_USUAL[role][0]}/, and move the others out")
+    return found[0] if found else None
+
+
+def _refuse_class_named_train(walker: "_Walker", train_name: str, test_name: str | None, folders: list[str]) -> None:
+    """Raises UserError for CLASS/* where a class has the name of the train split."""
+    beside = [folder for folder in folders if folder != train_name]
+    probe = _Walker(walker.root, walker.name, walker.follow_links)
+    if test_name is None and probe.entries(train_name)[0] and (other := next((x for x in beside if probe.entries(x)[0]), None)):
+        way_out = f"if it is a class, move all class folders into train/; if it is the split, move {shown(other)}/ out"
+        raise UserError(f"{walker.shown}: {shown(train_name)}/ may be the train split or a class beside {shown(other)}/; {way_out}")
+
+
+def _with_classes_of_train(walker: "_Walker", train: Split, test: Split, test_name: str, say: Say) -> Split:
+    """The test split by the names that train has for its classes. Raises UserError where it has others."""
+    if not train.classes or not test.paths:
+        return test
+    if not test.classes:
+        raise UserError(f"{walker.shown}: {test_name}/ has no class folders, but train/ has; sort its images into the same classes")
+    of_train, known = _unique_folded(train.classes), set(train.classes)
+    renamed = {name: of_train[key] for key, name in _unique_folded(test.classes).items() if name not in known and key in of_train}
+    if unknown := [name for name in test.classes if name not in known and name not in renamed]:
+        way_out = "name the class folders as in train/"
+        raise UserError(f"{walker.shown}: {test_name}/ has classes that train/ lacks: {_some(unknown)}; {way_out}")
+    if renamed:
+        pairs = [f"{old} is {new}" for old, new in renamed.items()]
+        say(f"{walker.shown}: class names of {test_name}/ differ from those of train/ in case alone: {_some(pairs)}")
+    if missing := sorted(known - {renamed.get(name, name) for name in test.classes}):
+        say(f"{walker.shown}: {test_name}/ has no image of {len(missing)} of the {len(train.classes)} classes: {_some(missing)}")
+    names = [renamed.get(name, name) for name in test.class_names]
+    return replace(test, classes=sorted(set(names)), class_names=names)
+
+
+def _unique_folded(names: list[str]) -> dict[str, str]:
+    """Each name that no other equals but for its case, by its folded form."""
+    counts = Counter(folded(name) for name in names)
+    return {folded(name): name for name in names if counts[folded(name)] == 1}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(shown(name) for name in names[:_MOST_NAMES]) + more
+
+
+def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
+    """All images under one folder: by class folder, or without classes where they lie in the folder itself."""
+    here, folders = walker.entries(split) if split else walker.top
+    where = f"{walker.shown}: {shown(split) + '/' if split else 'it'}"
+    walker.refuse_mixed(split, folders)
+    by_folder = {folder: walker.images(folder) for folder in folders}
+    if here and any(by_folder.values()):
+        raise UserError(f"{where} holds images ({here[0]}) beside class folders; move them into a class, or out of the root")
+    if here:
+        return Split(here, [], [])
+    if not any(by_folder.values()):
+        raise UserError(f"{where} holds no images; recognised are {', '.join(SUFFIXES)}{walker.seen_instead()}")
+    if empty := [folder for folder, paths in by_folder.items() if not paths]:
+        lines = [f"{where} has the class folder {_last(x)} without images{walker.seen_in(x)}; fill it, or delete it" for x in empty]
+        raise UserError(lines[:_MOST_LINES])
+    by_class: dict[str, list[str]] = {}
+    for folder, paths in by_folder.items():
+        if by_class.setdefault(normalize("NFC", _last(folder)), paths) is not paths:
+            raise UserError(f"{where} has two folders {_last(folder)!a} that differ in their Unicode form alone; merge them into one")
+    classes = sorted(by_class)
+    _say_of_classes(walker, where, classes, list(by_folder), say)
+    paths = [path for name in classes for path in by_class[name]]
+    return Split(paths, classes, [name for name in classes for _ in by_class[name]])
+
+
+def _say_of_classes(walker: "_Walker", where: str, classes: list[str], folders: list[str], say: Say) -> None:
+    """What of the class folders may not be as it was meant."""
+    if len(classes) == 1:
+        say(f"{where} has one class alone, {shown(classes[0])}: evaluations by labels say nothing")
+    if nested := [f"{folder}/{inner[0]}" for folder in folders if len(inner := walker.inner[folder]) > 1]:
+        say(f"{where} has classes with sub-folders ({_some(nested)}), whose images belong to the class above them")
+    if similar := sorted(set(classes) - set(_unique_folded(classes).values())):
+        say(f"{where} has classes whose names differ in case alone: {_some(similar)}; they stay apart")
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+class _Walker:
+    """Lists what lies under a root and counts what is passed over; refuses links that lead in a circle or, unless allowed, out of it."""
+
+    def __init__(self, root: Path, name: str, follow_links: bool):
+        self.root, self.name, self.follow_links = root, name, follow_links
+        self.real_root, self.shown = os.path.realpath(root), f"{name} = {root}"
+        self.passed: Counter[str] = Counter()  # by suffix or reason
+        self.passed_folders: list[str] = []
+        self.inner: dict[str, list[str]] = {}  # of folders that were walked, the names of the sub-folders that hold images
+        self.top: tuple[list[str], list[str]] = ([], [])  # entries of the root, whose links are judged when it is known which are read
+        self.top_links: list[str] = []
+
+    def images(self, folder: str) -> list[str]:
+        """Images in a folder and below, relative to the root, sorted by the parts of their paths."""
+        found: list[str] = []
+        self._collect(folder, (), found)
+        return sorted(found, key=lambda path: path.split("/"))
+
+    def _collect(self, folder: str, above: tuple[str, ...], found: list[str]) -> None:
+        real = os.path.realpath(self.root / folder)
+        if real in above:
+            raise UserError(f"{self.shown}: {folder} is a link that leads in a circle; delete it")
+        here, folders = self.entries(folder)
+        if not folder:
+            self.refuse_outside(self.top_links)
+        found.extend(here)
+        if self.name == "dataset.root":
+            self.refuse_mixed(folder, folders)
+        self.inner[folder] = []
+        for inner in folders:
+            count = len(found)
+            self._collect(inner, (*above, real), found)
+            if len(found) > count:
+                self.inner[folder].append(_last(inner))
+
+    def refuse_mixed(self, folder: str, folders: list[str]) -> None:
+        """Raises UserError where a folder within a split or class has both a train and a test split in it."""
+        roles = {role_of(_last(inner)): _last(inner) for inner in folders}
+        if "train" in roles and "test" in roles:
+            problem = f"{folder}/ holds {roles['train']}/ and {roles['test']}/, which would be mixed"
+            way_out = f"set dataset.root to {self.root / folder}, or lay the images out as train/CLASS and test/CLASS"
+            raise UserError(f"{self.shown}: {problem}; {way_out}")
+
+    def entries(self, folder: str) -> tuple[list[str], list[str]]:
+        """Images and folders directly in `folder`, both sorted, relative to the root. Raises UserError."""
+        images: list[str] = []
+        folders: list[str] = []
+        links: list[str] = []
+        try:
+            with os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    path = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.name.startswith("."):
+                        self.passed["hidden"] += 1
+                        continue
+                    if entry.is_symlink() and not self.follow_links:
+                        links.append(path)
+                    if _is_folder(entry):
+                        (self.passed_folders if entry.name.lower() in SYSTEM_FOLDERS else folders).append(path)
+                    elif entry.name.lower().endswith(SUFFIXES):
+                        if entry.is_symlink() or entry.is_file():
+                            images.append(path)
+                        else:
+                            raise UserError(f"{self.shown}: {path} is no regular file (a pipe or device?); remove it")
+                    else:
+                        self.passed[shown(PurePosixPath(entry.name).suffix.lower()) or "without a suffix"] += 1
+        except OSError as error:
+            raise UserError(f"{self.shown}: {folder or 'it'} cannot be listed ({error.strerror}); mend its rights") from None
+        for path in images:
+            if not path.isprintable() or not path.isascii():
+                self._refuse_undecodable(path)
+        found = sorted(images), sorted(folders)
+        if folder:
+            self.refuse_outside(links)
+        else:
+            self.top, self.top_links = found, links
+        return found
+
+    def report(self, say: Say) -> None:
+        """Say in one line what was passed over, if anything was."""
+        if self.passed.total() or self.passed_folders:
+            say(f"{self.shown}: passed over: {self._counted()}")
+
+    def seen_instead(self) -> str:
+        """For a message on a folder without images: what it holds."""
+        return f" (passed over: {self._counted()})" if self.passed.total() or self.passed_folders else ""
+
+    def seen_in(self, folder: str) -> str:
+        """For a message on one folder without images: what it holds."""
+        walker = _Walker(self.root, self.name, self.follow_links)
+        walker.images(folder)
+        return walker.seen_instead()
+
+    def _counted(self) -> str:
+        parts = [f"{len(self.passed_folders)} folders ({_some(self.passed_folders)})"] if self.passed_folders else []
+        common = [(what, count) for what, count in self.passed.most_common() if count]
+        parts += [f"{count:,} {what}" for what, count in common[:_MOST_SUFFIXES]]
+        if rest := common[_MOST_SUFFIXES:]:
+            parts.append(f"{sum(count for _, count in rest):,} of {len(rest)} other suffixes")
+        return ", ".join(parts)
+
+    def refuse_outside(self, links: list[str]) -> None:
+        """Raises UserError where a link leads out of the root."""
+        for path in links:
+            target = os.path.realpath(self.root / path)
+            if not target.startswith(self.real_root + os.sep):
+                door = "set dataset.follow_links: true" if self.name == "dataset.root" else "give --follow-links"
+                raise UserError(f"{self.shown}: {path} is a link out of it, to {target}; {door}, or copy the images into the root")
+
+    def _refuse_undecodable(self, path: str) -> None:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{self.shown}: {path!a} is no UTF-8 name; rename the file") from None

@@ -1,0 +1,44 @@
+"""From the parameters of a data set to its listing and, for small images, their pixels: the one entry for every source.
+
+A new source is one new file with a function here. No torch for digits and folders: a scan starts at once.
+"""
+
+import numpy as np
+
+from bingo.datasets import digits
+from bingo.datasets.layout import Say
+from bingo.datasets.subset import draw_subset
+from bingo.images.listing import Listing, memory_listing
+from bingo.params import DatasetParams
+
+
+def scan(dataset: DatasetParams, seed: int, say: Say = lambda line: None) -> tuple[Listing, np.ndarray | None]:
+    """The listing and the images, uint8 (N, S, S, 3) with S = store_px, or None where files are decoded at use.
+
+    Train rows first, each split in the order of its names. `say` is given a line for each thing of a folder that is assumed or passed
+    over. Raises UserError for everything that is wrong with the data.
+    """
+    if dataset.source == "digits":
+        return _scan_digits(dataset, seed)
+    if dataset.source == "folder":
+        from bingo.datasets.folder import scan_folder
+
+        return scan_folder(dataset, seed, say)
+    from bingo.datasets.cifar import scan_cifar
+
+    return scan_cifar(dataset, seed)
+
+
+def _scan_digits(dataset: DatasetParams, seed: int) -> tuple[Listing, np.ndarray]:
+    digits_D88, labels_D = digits.read_digits()
+    is_test_D = digits.is_test_digit(labels_D, seed)
+    split_rows, split_names = [], ("train", "test")
+    for name, members_D in zip(split_names, (np.flatnonzero(~is_test_D), np.flatnonzero(is_test_D)), strict=True):
+        rows = [(digit, placement) for digit in members_D.tolist() for placement in range(dataset.placements)]
+        chosen = draw_subset(dataset, name, labels_D[[digit for digit, _ in rows]], seed)
+        split_rows.append([rows[i] for i in chosen.tolist()])
+    rows_N2 = np.array(split_rows[0] + split_rows[1])
+    images_NSS3 = digits.draw_digits(digits_D88, rows_N2[:, 0], rows_N2[:, 1], dataset, seed)
+    paths = [f"digit/{digit:04d}/p{placement}" for digit, placement in rows_N2.tolist()]
+    classes = [str(label) for label in range(10)]
+    return memory_listing(digits.DATASET, paths, labels_D[rows_N2[:, 0]], len(split_rows[0]), classes, images_NSS3), images_NSS3

@@ -1,0 +1,36 @@
+"""The seeded draw of fewer images than a split has, balanced over its classes."""
+
+import numpy as np
+
+from bingo import seeds
+from bingo.params import DatasetParams
+from bingo.runtime.errors import UserError
+
+
+def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: int) -> np.ndarray:
+    """Rows of one split that `dataset.train_images` or `test_images` keeps: int64, rising, balanced over the classes.
+
+    Every class gives as many rows as the others, or all it has; which rows is drawn with the seed.
+    Raises UserError where more are asked for than there are.
+    """
+    count = dataset.train_images if split == "train" else dataset.test_images
+    if count is None:
+        return np.arange(len(labels_N))
+    if count > len(labels_N):
+        have = f"the {split} split has {len(labels_N)} images"
+        raise UserError(f"dataset.{split}_images = {count}: {have}; lower it, or set null for all")
+    return balanced_rows(labels_N, count, seed, f"subset/{split}")
+
+
+def balanced_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str) -> np.ndarray:
+    """`count` of the rows of `labels_N`, drawn with the seed and balanced over the classes: int64, rising.
+
+    Of every class as many as of the others (one more where the count does not divide), or all it has. A smaller draw with the same
+    seed and purpose is part of a larger one.
+    """
+    order_N = seeds.permutation(seed, purpose, 0, len(labels_N))
+    by_class_N = order_N[np.argsort(labels_N[order_N], kind="stable")]
+    _, starts, sizes = np.unique(labels_N[by_class_N], return_index=True, return_counts=True)
+    turn_N = np.arange(len(labels_N)) - np.repeat(starts, sizes)  # how many of its class were drawn before
+    shuffle_N = np.argsort(order_N)[by_class_N]  # which classes give one more where the count does not divide
+    return np.sort(by_class_N[np.lexsort((shuffle_N, turn_N))[:count]])

@@ -1,0 +1,236 @@
+"""Training of a detector: batches of images whose order, side and mirroring are drawn by key, SGD with a stepped learning rate.
+
+A run that was killed and started again ends with the same numbers as one that was not, on the CPU with the same bytes; on a GPU
+RoIAlign's gradient is summed in any order. Shape letters: B images of one process's share, N rows.
+"""
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from bingo import seeds
+from bingo.detection.coco import CocoImages, Targets
+from bingo.detection.detector import keep_sampling
+from bingo.detection.loader import CocoLoader, Example, View
+from bingo.nets.precision import autocast
+from bingo.params import CocoParams
+from bingo.runtime import distributed
+from bingo.runtime.checkpoints import Checkpoints
+from bingo.runtime.errors import Interrupted, UserError
+from bingo.runtime.progress import progress_bar
+from bingo.schedules import step_lr
+
+CURVE_POINTS = 200
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step of this process: its views, and a number for each that fixes which anchors and regions are sampled in it."""
+
+    views: list[View]
+    sampling_B: list[int]
+
+
+@dataclass
+class Result:
+    """What a training leaves behind beside the weights: mean losses over equal spans of steps, and this run's speed."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    images: int = 0
+    seconds: float = 0.0
+
+
+def steps_in_epoch(rows: int, batch_images: int) -> int:
+    """Whole batches in an epoch; the tail is dropped, another one each epoch. Raises UserError where there is none, or no equal share."""
+    if rows == 0:
+        raise UserError("transfer_coco.train_annotations: no image has an instance to learn; give annotations that are not all crowds")
+    if batch_images > rows:
+        raise UserError(f"transfer_coco.batch_images = {batch_images}: only {rows} images have instances to learn; lower it")
+    if batch_images % (processes := distributed.world()):
+        raise UserError(f"transfer_coco.batch_images = {batch_images}: {processes} processes cannot share it equally; use a multiple")
+    return rows // batch_images
+
+
+def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed: int, first: int, last: int) -> Iterator[Plan]:
+    """Steps `first` to `last` - 1 (from 0) on the rows that have targets.
+
+    A batch is sorted by its images' shape, so that a process's share mostly lies or mostly stands, and little is padded; detectron2
+    groups by shape to the same end (ASPECT_RATIO_GROUPING).
+    """
+    per_epoch = steps_in_epoch(len(rows_N), params.batch_images)
+    aspect_N = np.array([width / height for height, width in map(images.sides_px, rows_N)])
+    for step in range(first, last):
+        epoch, position = divmod(step, per_epoch)
+        if step == first or position == 0:
+            order_N = seeds.permutation(seed, "coco order", epoch, len(rows_N))
+        batch = order_N[position * params.batch_images : (position + 1) * params.batch_images]
+        batch = batch[np.argsort(aspect_N[batch], kind="stable")]
+        yield plan_step(rows_N[distributed.own_share(batch)], params, seed, epoch)
+
+
+def plan_step(rows_B: np.ndarray, params: CocoParams, seed: int, epoch: int) -> Plan:
+    """The drawn side, mirroring and sampling of each row."""
+    u_B3 = seeds.uniforms(seed, "coco view", epoch, rows_B, draws=3)
+    sides = [params.min_side_px[int(u * len(params.min_side_px))] for u in u_B3[:, 0]]
+    flips = u_B3[:, 1] < params.flip_p
+    views = [View(int(row), side, params.max_side_px, bool(flip)) for row, side, flip in zip(rows_B, sides, flips, strict=True)]
+    return Plan(views, [int(u * 2**53) for u in u_B3[:, 2]])
+
+
+@contextmanager
+def compiled_roi_align(device: torch.device) -> Iterator[None]:
+    """On a GPU, torchvision computes RoIAlign with many times the memory while torch is asked for determinism: not within this."""
+    wanted = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=device.type == "cuda")
+
+
+def sgd(detector: nn.Module, params: CocoParams) -> torch.optim.SGD:
+    """SGD with momentum; normalisation layers have no weight decay, as in detectron2 (WEIGHT_DECAY_NORM 0)."""
+    norms = [p for module in detector.modules() if isinstance(module, _NORMS) for p in module.parameters(recurse=False)]
+    known = {id(p) for p in norms}
+    others = [p for p in detector.parameters() if id(p) not in known]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=params.lr, momentum=params.sgd_momentum, weight_decay=params.weight_decay, fused=True)
+
+
+class DetectorTrainer:
+    """Trains a detector of `build_detector` on one process group; `schedule` is one of `params.schedules`."""
+
+    def __init__(
+        self,
+        detector: GeneralizedRCNN,
+        images: CocoImages,
+        targets: Targets,
+        params: CocoParams,
+        schedule: list[int],
+        seed: int,
+        device: torch.device,
+        checkpoints: Checkpoints,
+        label: str = "detection",
+        workers: int | None = None,
+    ):
+        if params.sync_batchnorm and device.type == "cuda" and distributed.world() > 1:
+            detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+        self.detector = detector.to(device)
+        self.images, self.rows_N, self.params, self.seed, self.device = images, targets.rows, params, seed, device
+        *self.drop_steps, self.total_steps = schedule
+        self.checkpoints, self.label = checkpoints, label
+        steps_in_epoch(len(self.rows_N), params.batch_images)
+        self.loader = CocoLoader(images, targets.lines, device, workers)
+        self.optimizer = sgd(detector, params)
+        self.network = distributed.data_parallel(self.detector, device)
+        self.step, self.sums, self.summed, self.result = 0, dict[str, Tensor](), 0, Result()
+        self.stopping = False
+
+    def resumes(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self.checkpoints.exists()
+
+    def run(self) -> Result:
+        """Train to the end, from the last checkpoint if there is one; all processes then hold the same network.
+
+        Raises Interrupted after SIGTERM or SIGINT, with a checkpoint, and UserError for a loss that is not finite, before the update.
+        """
+        self._resume()
+        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        begun = time.monotonic()
+        try:
+            with progress_bar(self.label, self.total_steps * self.params.batch_images, "images") as bar, compiled_roi_align(self.device):
+                bar.resume_at(self.step * self.params.batch_images)
+                self._steps(bar)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self.result.seconds = time.monotonic() - begun
+        distributed.share_buffers(self.detector)
+        return self.result
+
+    def _steps(self, bar: Any) -> None:
+        self.detector.train()
+        for plan, batch in self._batches():
+            self._train_step(plan, batch)
+            self.step += 1
+            self.result.images += self.params.batch_images
+            bar.advance_to(self.step * self.params.batch_images)
+            if self.step % max(1, self.total_steps // CURVE_POINTS) == 0 or self.step == self.total_steps:
+                self._record()
+            self._checkpoint_if_due()
+
+    def _batches(self) -> Iterator[tuple[Plan, list[Example]]]:
+        plans: deque[Plan] = deque()
+
+        def views() -> Iterator[View]:
+            for plan in plan_steps(self.images, self.rows_N, self.params, self.seed, self.step, self.total_steps):
+                plans.append(plan)
+                yield from plan.views
+
+        batch: list[Example] = []
+        for example in self.loader.examples(views()):
+            batch.append(example)
+            if len(batch) == len(plans[0].views):
+                yield plans.popleft(), batch
+                batch = []
+
+    def _train_step(self, plan: Plan, batch: list[Example]) -> None:
+        rate = step_lr(self.step, self.params.lr, self.drop_steps, warmup_steps=self.params.lr_warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        keep_sampling(self.detector, plan.sampling_B)
+        targets = [{"boxes": example.boxes_I4, "labels": example.labels_I, "masks": example.masks_IHW} for example in batch]
+        with autocast(self.params.precision, self.device):
+            losses = self.network([example.image_3HW.float() / 255 for example in batch], targets)
+        loss = torch.stack(list(losses.values())).sum()
+        if distributed.any_true(not math.isfinite(loss.item()), self.device):
+            way_out = f"lower transfer_coco.lr (now {self.params.lr})" if self.step else "look at image.std and at the student's weights"
+            raise UserError(f"{self.label}: the loss is {loss.item()} at step {self.step}; {way_out}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.summed += 1
+        for name, value in {"loss": loss, **losses}.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+
+    def _record(self) -> None:
+        """Write a point of the curves: means over the steps since the last point and over all processes."""
+        record = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        self.result.history.append(
+            record | {name: round(float(distributed.mean(value / self.summed)), 6) for name, value in self.sums.items()}
+        )
+        self.sums, self.summed = {}, 0
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self.stopping = True
+
+    def _checkpoint_if_due(self) -> None:
+        stop = distributed.any_true(self.stopping, self.device)
+        if stop or self.checkpoints.due():
+            names = ("step", "sums", "summed")
+            state = {name: getattr(self, name) for name in names} | {"history": self.result.history}
+            state |= {"detector": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
+            self.checkpoints.save(state, self.step)
+        if stop:
+            raise Interrupted(f"{self.label}: stopped at step {self.step} with a checkpoint; start again to go on from there")
+
+    def _resume(self) -> None:
+        state = self.checkpoints.load(self.device)
+        if state is None:
+            return
+        self.detector.load_state_dict(state["detector"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.sums, self.summed, self.result.history = state["step"], state["sums"], state["summed"], state["history"]

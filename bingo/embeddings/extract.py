@@ -1,0 +1,217 @@
+"""The teacher pass: pooled features of every centre view and keys of the train rows' random views, once, in chunks of rows.
+
+A chunk belongs to one process and is computed in batches of its own rows, so the result depends neither on the number of
+processes nor on an interruption: a chunk that is on the disk is not computed again. Host memory holds two chunks, whatever the
+length of the listing: while a thread writes one, the next is computed. Shape letters: n rows of a chunk, t train rows of a chunk,
+D feature width, V views, P key width.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bingo.embeddings.store import EmbeddingsWriter, create_embeddings, embeddings_fingerprint, open_for_writing
+from bingo.images.images import Images
+from bingo.images.listing import Listing
+from bingo.images.loader import Request, ViewLoader, center_batches
+from bingo.nets.precision import autocast
+from bingo.params import ExtractParams, ImageParams
+from bingo.runtime import distributed
+from bingo.runtime.artefacts import read_json, write_bytes, write_json
+from bingo.runtime.errors import UserError
+from bingo.runtime.progress import Bar, progress_bar
+from bingo.teachers.teacher import Teacher
+
+LEAST_SPREAD = 1e-3  # of float16 numbers that are equal but for their rounding it is 5e-4
+PURPOSE = "extract"  # of bingo.seeds, with epoch 0 and key row = row: a stored key's view can be drawn again
+
+
+def extract_embeddings(
+    teacher: Teacher,
+    listing: Listing,
+    images: Images,
+    extract: ExtractParams,
+    image: ImageParams,
+    seed: int,
+    state: Path,
+    out: Path,
+    device: torch.device,
+    attrs: Mapping[str, Any],
+) -> float:
+    """Write the store of `listing` to `out`; every process of the group calls this with equal arguments, its device apart.
+
+    `state` is a folder for the unfinished store and the list of done chunks, kept between calls; `attrs` holds the fingerprint
+    `teacher` and what else the store is to keep. Returns images per second over all processes, where every view that passed
+    the teacher counts as one image. Raises UserError where a feature or key is not finite (with its row), or all features or
+    all keys are as good as equal.
+    """
+    recipe = {"extract": extract.model_dump(mode="json"), "image": image.model_dump(mode="json"), "seed": seed}
+    attrs = {**attrs, "listing": listing.fingerprint, "recipe": recipe}
+    store = _Unfinished(state)
+    store.open(lambda path: _create(path, teacher, listing, extract, attrs), embeddings_fingerprint(attrs))
+    todo = store.missing_chunks()
+    distributed.barrier()  # nobody writes before everybody has looked
+    own = [chunk for chunk in todo if chunk % distributed.world() == distributed.rank()]
+    begun = time.monotonic()
+    teacher.to(device).to(memory_format=torch.channels_last)
+    _Pass(teacher, images, extract, image, seed, device).run(store, own)
+    distributed.barrier()
+    seconds = time.monotonic() - begun
+    if distributed.rank() == 0:
+        store.publish(out)
+    distributed.barrier()
+    return _views(store.writer, todo, extract.views) / max(seconds, 1e-9)
+
+
+def _create(path: Path, teacher: Teacher, listing: Listing, extract: ExtractParams, attrs: Mapping[str, Any]) -> None:
+    widths = teacher.metadata["feature_width"], teacher.metadata["key_width"]
+    create_embeddings(path, len(listing), listing.train_rows, widths[0], extract.views, widths[1], extract.chunk_rows, attrs)
+
+
+def _views(writer: EmbeddingsWriter, chunks: Sequence[int], views: int) -> int:
+    """How many images the teacher sees for these chunks: one centre view of each row, `views` random ones of each train row."""
+    return sum(len(writer.rows(chunk)) + views * len(writer.train_rows(chunk)) for chunk in chunks)
+
+
+class _Pass:
+    """Computes chunks on one device, while a thread writes the previous one."""
+
+    def __init__(self, teacher: Teacher, images: Images, extract: ExtractParams, image: ImageParams, seed: int, device: torch.device):
+        self.teacher, self.images, self.extract, self.image, self.device = teacher, images, extract, image, device
+        self.loader = ViewLoader(images, image, extract.augment, seed, device)
+        self.images_done = 0
+
+    def run(self, store: "_Unfinished", chunks: Sequence[int]) -> None:
+        """Compute and write these chunks. Both streams of views run over all chunks, so that reading ahead never stops."""
+        writer = store.writer
+        center_rows = [rows_B for chunk in chunks for rows_B in self._batches(writer.rows(chunk))]
+        centers = center_batches(self.images, center_rows, self.image, self.device)
+        randoms = self.loader.views([request] for chunk in chunks for request in self._requests(writer.train_rows(chunk)))
+        writing: Future | None = None
+        total = _views(writer, chunks, self.extract.views)
+        with progress_bar("extract" + distributed.share(), total, "images") as bar, ThreadPoolExecutor(1) as thread:
+            for chunk in chunks:
+                features_nD = self._features(writer.rows(chunk), centers, bar)
+                keys_tVP = self._keys(writer.train_rows(chunk), randoms, bar)
+                if writing is not None:
+                    writing.result()  # so that no more than two chunks are held
+                writing = thread.submit(store.write, chunk, features_nD, keys_tVP)
+            if writing is not None:
+                writing.result()
+
+    def _batches(self, rows: range) -> list[np.ndarray]:
+        """Rows of a chunk in batches, the last one as short as it is: no batch of the stream crosses a chunk's edge."""
+        step = self.extract.batch_images
+        return [np.arange(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
+
+    def _requests(self, rows: range) -> Iterator[Request]:
+        """All views of some rows at a time, at most `batch_images` in all (if V is), so that a file is decoded once for them."""
+        views, step = self.extract.views, max(1, self.extract.batch_images // self.extract.views)
+        for start in range(rows.start, rows.stop, step):
+            rows_B = np.repeat(np.arange(start, min(start + step, rows.stop)), views)
+            yield Request(rows_B, rows_B, PURPOSE, 0, np.tile(np.arange(views), len(rows_B) // views))
+
+    @torch.inference_mode()
+    def _features(self, rows: range, centers: Iterator[Tensor], bar: Bar) -> np.ndarray:
+        """Features of centre views, float32 (n, D)."""
+        batches = []  # kept on the device, so that the host does not wait for it before the chunk is complete
+        for _ in self._batches(rows):
+            views_B = next(centers)
+            with autocast(self.extract.precision, self.device):
+                batches.append(self.teacher.features(views_B))
+            self._advance(bar, len(views_B))
+        return torch.cat(batches).cpu().numpy()
+
+    @torch.inference_mode()
+    def _keys(self, rows: range, randoms: Iterator[list[Tensor]], bar: Bar) -> np.ndarray:
+        """Unit keys of random views, float32 (t, V, P)."""
+        batches = []
+        for _ in self._requests(rows):
+            (views_B,) = next(randoms)
+            with autocast(self.extract.precision, self.device):
+                batches.append(self.teacher.keys(views_B).unflatten(0, (-1, self.extract.views)))
+            self._advance(bar, len(views_B))
+        if not batches:
+            return np.empty((0, self.extract.views, self.teacher.metadata["key_width"]), np.float32)
+        return torch.cat(batches).cpu().numpy()
+
+    def _advance(self, bar: Bar, images: int) -> None:
+        self.images_done += images
+        bar.advance_to(self.images_done)
+
+
+class _Unfinished:
+    """The store that is being written, and the list of its chunks that are whole and on the disk: a file for each in `done`."""
+
+    writer: EmbeddingsWriter
+
+    def __init__(self, state: Path):
+        self.path, self.done, self.owner = state / "embeddings.zarr", state / "done", state / "owner.json"
+
+    def open(self, create: Callable[[Path], None], fingerprint: str) -> None:
+        """Go on with the store of this fingerprint, or let the first process make an empty one in the place of any other."""
+        if distributed.rank() == 0 and not (self.owner.exists() and self.path.exists() and read_json(self.owner) == fingerprint):
+            self.owner.unlink(missing_ok=True)  # first away and last written: a store that is half made has no owner
+            shutil.rmtree(self.done, ignore_errors=True)
+            self.done.mkdir(parents=True)
+            create(self.path)
+            write_json(self.owner, fingerprint)
+        distributed.barrier()
+        self.writer = open_for_writing(self.path)
+
+    def missing_chunks(self) -> list[int]:
+        """The chunks that are not done, in order."""
+        return [c for c in range(self.writer.chunks) if not ((self.done / str(c)).exists() and self.writer.chunk_is_complete(c))]
+
+    def write(self, chunk: int, features_nD: np.ndarray, keys_tVP: np.ndarray) -> None:
+        """Write a chunk and, once its files are on the disk, put it on the list. Raises UserError where a number is not finite.
+
+        Its file in `done` holds the `_moments` of its features and of its keys.
+        """
+        self.writer.write_chunk(chunk, features_nD, keys_tVP)
+        for array in ("features", "keys"):
+            for file in (self.path / array / "c" / str(chunk)).rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+        write_bytes(self.done / str(chunk), np.concatenate([_moments(features_nD), _moments(keys_tVP)]).tobytes())
+
+    def publish(self, out: Path) -> None:
+        """Check the store and put it at `out` in one rename; `state` keeps it until the caller removes that.
+
+        Raises UserError where a chunk is missing, or all features or all keys are as good as equal.
+        """
+        if not self.missing_chunks():
+            for kind, images, spread in self._spreads():
+                if images > 1 and spread < LEAST_SPREAD:
+                    line = f"{out}: the teacher gives all {images} images the same {kind} (they differ by {spread:.1g} of their length)"
+                    raise UserError(f"{line}, allowed are different ones; check teacher.checkpoint and image.mean/std, and the images")
+        self.writer.finish(out)
+
+    def _spreads(self) -> Iterator[tuple[str, int, float]]:
+        """Of features and of keys: the name, how many images have them, and their standard deviation over their root mean square."""
+        rows = [self.writer.rows(chunk) for chunk in range(self.writer.chunks)]
+        train_rows = sum(len(self.writer.train_rows(chunk)) for chunk in range(self.writer.chunks))
+        moments = np.sum([np.frombuffer((self.done / str(chunk)).read_bytes()) for chunk in range(self.writer.chunks)], axis=0)
+        width = self.writer.feature_width
+        for kind, images, part in (("feature", rows[-1].stop, moments[: width + 2]), ("key", train_rows, moments[width + 2 :])):
+            count, squares, sums = part[0], part[1], part[2:]
+            if count and squares:
+                mean_square = squares / count
+                yield kind, images, float(np.sqrt(max(0.0, mean_square - ((sums / count) ** 2).sum()) / mean_square))
+            else:
+                yield kind, images if count else 0, 0.0
+
+
+def _moments(x: np.ndarray) -> np.ndarray:
+    """Of vectors in the last dimension, as they are stored: their number, their summed squared lengths, their sum; float64 (2 + D,)."""
+    x_nD = x.reshape(-1, x.shape[-1]).astype(np.float16).astype(np.float64)
+    return np.concatenate([[len(x_nD), (x_nD**2).sum()], x_nD.sum(axis=0)])

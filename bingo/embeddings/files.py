@@ -1,0 +1,101 @@
+"""Embeddings of a folder as a file that other programs open: zarr, NumPy or Parquet, float32, one row for each image.
+
+Rows come in batches and are written in blocks, so that memory holds one block. A file is there whole or not at all.
+Shape letters: N images, D feature width, B rows of a block.
+
+    .zarr      features float32 (N, D), paths string (N,), attributes as given; in chunks of rows as data/embeddings.zarr is
+    .npy       float32 (N, D), which NumPy can map; the paths are in a .txt beside it, a line each
+    .parquet   columns path (string) and embedding (D float32 in a fixed-size list); attributes in the schema's metadata
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from bingo.runtime.artefacts import canonical_json, new_directory, new_file, write_bytes
+from bingo.runtime.chunks import new_array
+from bingo.runtime.errors import UserError
+
+BLOCK_ROWS = 8192
+
+
+def write_embeddings(path: Path, paths: Sequence[str], width: int, batches: Iterable[np.ndarray], attributes: Mapping[str, Any]) -> None:
+    """Write float32 (N, D) in the format of `path`'s suffix; `batches` are its rows in the order of the N `paths`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _FORMATS[path.suffix](path, paths, width, _blocks(batches), attributes)
+
+
+def check_names(path: Path, paths: Sequence[str]) -> None:
+    """Raises UserError where the format of `path` cannot hold one of these names."""
+    if path.suffix == ".npy" and (broken := [name for name in paths if len(name.splitlines()) > 1]):
+        raise UserError(
+            f"--out = {path}: {broken[0]!a} has a line break in its name, and .npy has its names in lines; write .parquet or .zarr"
+        )
+
+
+def files_of(path: Path) -> list[Path]:
+    """What writing `path` puts there: itself, and for .npy the names beside it."""
+    return [path, path.with_suffix(".txt")] if path.suffix == ".npy" else [path]
+
+
+def _blocks(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same rows in blocks of BLOCK_ROWS, the last one shorter."""
+    waiting: list[np.ndarray] = []
+    for batch in batches:
+        waiting.append(batch)
+        while sum(len(part) for part in waiting) >= BLOCK_ROWS:
+            rows = np.concatenate(waiting)
+            yield rows[:BLOCK_ROWS]
+            waiting = [rows[BLOCK_ROWS:]]
+    if sum(len(part) for part in waiting):
+        yield np.concatenate(waiting)
+
+
+def _zarr(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.ndarray], attributes: Mapping[str, Any]) -> None:
+    rows = len(paths)
+    chunk_rows = min(BLOCK_ROWS, rows)
+    with new_directory(path) as folder:
+        group = zarr.create_group(folder, zarr_format=3, attributes=dict(attributes))
+        new_array(group, "features", (rows, width), np.float32, chunk_rows)
+        names = group.create_array("paths", shape=(rows,), chunks=(chunk_rows,), dtype=str, filters=None, compressors=[Crc32cCodec()])
+        names[:] = np.array(paths, dtype=object)
+        features: Any = group["features"]
+        for start, block_BD in _numbered(blocks):
+            features[start : start + len(block_BD)] = block_BD
+
+
+def _npy(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.ndarray], attributes: Mapping[str, Any]) -> None:
+    with new_file(path) as partial:
+        with open(partial, "wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": (len(paths), width)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block_BD in blocks:
+                file.write(np.ascontiguousarray(block_BD, np.float32).data)
+        write_bytes(files_of(path)[1], "".join(f"{name}\n" for name in paths).encode())
+
+
+def _parquet(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.ndarray], attributes: Mapping[str, Any]) -> None:
+    fields = [pa.field("path", pa.string()), pa.field("embedding", pa.list_(pa.float32(), width))]
+    schema = pa.schema(fields, metadata={"bingo": canonical_json(dict(attributes))})
+    with new_file(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for start, block_BD in _numbered(blocks):
+            values = pa.FixedSizeListArray.from_arrays(pa.array(block_BD.ravel()), width)
+            writer.write_table(pa.table([pa.array(paths[start : start + len(block_BD)]), values], schema=schema))
+
+
+def _numbered(blocks: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """Each block with the number of its first row."""
+    start = 0
+    for block_BD in blocks:
+        yield start, block_BD
+        start += len(block_BD)
+
+
+_FORMATS = {".zarr": _zarr, ".npy": _npy, ".parquet": _parquet}
+SUFFIXES = tuple(_FORMATS)

@@ -1,0 +1,72 @@
+"""Features of every image in a folder of a user's own, by a stored network: centre views as its file says they are cut.
+
+Each image is resized and cropped from its file (`image.resize_px`, `image.crop_px`), smaller ones are enlarged, as in the pipeline; where
+the pipeline packs images to `dataset.store_px` first, that changes no more than the rounding, unless store_px is below resize_px.
+Shape letters: B images of a batch, D feature width.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bingo.datasets.filecheck import check_files, common_bits
+from bingo.datasets.folder import BAD_LINES
+from bingo.datasets.layout import Say, find_images
+from bingo.embeddings.files import check_names, write_embeddings
+from bingo.export.stored import StoredNetwork
+from bingo.images.images import FileImages
+from bingo.images.loader import center_views
+from bingo.runtime.errors import UserError
+from bingo.runtime.progress import progress_bar
+
+_FEW_IMAGES = 512  # decoded sooner by this process than workers start
+
+
+def embed_folder(
+    network: StoredNetwork,
+    fingerprint: str,
+    root: Path,
+    out: Path,
+    device: torch.device,
+    batch_images: int,
+    skip_bad: bool,
+    follow_links: bool = False,
+    say: Say = lambda line: None,
+) -> tuple[int, list[str]]:
+    """Write the features, float32, of all images under `root` to `out`, in the order of their paths; `fingerprint` names the network.
+
+    Every file is decoded once before, so that bad ones are known before the work; `say` is given a line on what is passed over. Returns
+    how many images are in the file, and those left out. Raises UserError for an empty folder, images that cannot be read (unless
+    `skip_bad`), links out of it (unless `follow_links`), and names that `out` cannot hold.
+    """
+    found = find_images(root, "FOLDER", follow_links, say)
+    paths, bad, gray_bits = _readable(root, found, skip_bad)
+    check_names(out, paths)
+    metadata = {name: network.metadata[name] for name in ("kind", "arch", "width", "stem")}
+    attributes = {**metadata, **network.image.model_dump(), "network": fingerprint, "precision": "fp32"}
+    batches = _features(network, FileImages(str(root), paths, follow_links, gray_bits), device, batch_images)
+    write_embeddings(out, paths, network.backbone.feature_width, batches, attributes)
+    return len(paths), bad
+
+
+def _readable(root: Path, paths: list[str], skip_bad: bool) -> tuple[list[str], list[str], int | None]:
+    """The images that can be decoded, those that cannot, and `gray_bits` as in a Listing. Raises UserError with their names and reasons."""
+    checked, _ = check_files(root, paths, decode=True, store_px=None)
+    reasons = {path: file.reason for path, file in zip(paths, checked, strict=True) if file.reason is not None}
+    if reasons and (not skip_bad or len(reasons) == len(paths)):
+        lines = [f"{path}: cannot be read ({reason})" for path, reason in list(reasons.items())[:BAD_LINES]]
+        way_out = "mend or delete them" + ("" if skip_bad else ", or leave them out with --on-bad-image skip")
+        raise UserError([*lines, f"FOLDER = {root}: {len(reasons)} of {len(paths)} images are unreadable; {way_out}"])
+    return [path for path in paths if path not in reasons], list(reasons), common_bits(root, paths, checked, None)
+
+
+def _features(network: StoredNetwork, images: FileImages, device: torch.device, batch_images: int) -> Iterator[np.ndarray]:
+    """Pooled features of each batch, float32 (B, D)."""
+    backbone = network.backbone.to(device).to(memory_format=torch.channels_last)
+    rows, workers = np.arange(len(images)), 0 if len(images) <= _FEW_IMAGES else None
+    with progress_bar("embedding", len(images), "images") as bar, torch.inference_mode():
+        for views_B in center_views(images, rows, network.image, device, batch_images, workers):
+            yield backbone(views_B).float().cpu().numpy()
+            bar.advance(len(views_B))

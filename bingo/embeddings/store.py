@@ -1,0 +1,192 @@
+"""The teacher's embeddings in a zarr store: features of every row's centre view, keys of the train rows' random views.
+
+Shape letters: N rows of the listing, T train rows (the first ones), V stored views, P key width, D feature width.
+
+    features  float16 (N, D)      what the backbone returns, not normalised; bags and probes read it
+    keys      float16 (T, V, P)   unit rows; key v of row t belongs to view v that the recipe draws for row t
+
+Both are cut into chunks of the same number of rows, and a chunk is a file: it is written once, whole, by one process.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+from bingo.runtime.artefacts import fingerprint, new_directory
+from bingo.runtime.chunks import StoredRows, chunk_is_written, new_array, open_array, open_group, read_rows, seal
+from bingo.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from bingo.images.listing import Listing
+
+_WAY_OUT = "dvc repro extract"
+_MADE_FROM = ("listing", "teacher", "recipe")
+
+
+class EmbeddingsWriter:
+    """A store that is being written, chunk by chunk, by one or several processes."""
+
+    def __init__(self, path: Path, group: zarr.Group):
+        self.path = path
+        name = str(path)
+        self._features = open_array(group, "features", name, np.float16, 2, _WAY_OUT)
+        self._keys = open_array(group, "keys", name, np.float16, 3, _WAY_OUT)
+        self.feature_width: int = self._features.shape[1]
+        self.chunk_rows: int = self._features.chunks[0]
+        self.chunks: int = -(-self._features.shape[0] // self.chunk_rows)
+
+    def rows(self, chunk: int) -> range:
+        """The listing rows of a chunk."""
+        return range(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self._features.shape[0]))
+
+    def train_rows(self, chunk: int) -> range:
+        """Those rows of a chunk that have keys: a prefix of `rows(chunk)`, possibly empty."""
+        rows = self.rows(chunk)
+        return range(rows.start, max(rows.start, min(rows.stop, self._keys.shape[0])))
+
+    def chunk_is_complete(self, chunk: int) -> bool:
+        """Whether the files of a chunk are there: they appear whole or not at all, so no list of what is done is needed."""
+        arrays = [self._features, self._keys] if self.train_rows(chunk) else [self._features]
+        return all(chunk_is_written(self.path, array, chunk) for array in arrays)
+
+    def write_chunk(self, chunk: int, features_nD: np.ndarray, keys_tVP: np.ndarray) -> None:
+        """Write the rows `rows(chunk)` of the features and `train_rows(chunk)` of the keys, of any float type.
+
+        Raises UserError where a number is not finite or too large for float16, ValueError where a shape is wrong.
+        """
+        rows, train_rows = self.rows(chunk), self.train_rows(chunk)
+        if train_rows:
+            keys_shape = (len(train_rows), *self._keys.shape[1:])
+            self._keys[train_rows.start : train_rows.stop] = _half(keys_tVP, keys_shape, "key", rows)
+        self._features[rows.start : rows.stop] = _half(features_nD, (len(rows), self._features.shape[1]), "feature", rows)
+
+    def finish(self, target: Path) -> None:
+        """Check that every chunk is there and put the store at `target`, in one rename, without what a killed process left.
+
+        The store stays where it was too, in the same files where both are on one disk: who asked for it removes it when `target` is safe.
+        """
+        missing = [chunk for chunk in range(self.chunks) if not self.chunk_is_complete(chunk)]
+        if missing:
+            raise UserError(f"{self.path}: {len(missing)} of {self.chunks} chunks are not written; run again: {_WAY_OUT}")
+        with new_directory(target) as folder:
+            leftovers = shutil.ignore_patterns("*.partial")  # zarr's temporary files
+            shutil.copytree(self.path, folder, copy_function=_link_or_copy, ignore=leftovers, dirs_exist_ok=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def create_embeddings(
+    path: Path,
+    rows: int,
+    train_rows: int,
+    feature_width: int,
+    views: int,
+    key_width: int,
+    chunk_rows: int,
+    attrs: Mapping[str, Any],
+) -> EmbeddingsWriter:
+    """Make an empty store at `path`, in the place of whatever stands there; one process calls this, the others wait.
+
+    `attrs` holds the fingerprints `listing` and `teacher`, the dict `recipe`, and what else is to be kept, all JSON-able.
+    """
+    chunk_rows = min(chunk_rows, rows)  # a chunk is stored in full size: a small store is not padded to a large chunk
+    attributes = {**attrs, "fingerprint": embeddings_fingerprint(attrs)}
+    group = zarr.create_group(path, zarr_format=3, overwrite=True, attributes=attributes)
+    new_array(group, "features", (rows, feature_width), np.float16, chunk_rows)
+    new_array(group, "keys", (train_rows, views, key_width), np.float16, chunk_rows)
+    seal(Path(path), group)
+    return EmbeddingsWriter(Path(path), group)
+
+
+def open_for_writing(path: Path) -> EmbeddingsWriter:
+    """A store that `create_embeddings` made: for the other processes, and to go on after an interruption. Raises UserError where it
+    is absent or its metadata are damaged.
+    """
+    return EmbeddingsWriter(Path(path), open_group(path, str(path), _WAY_OUT, "r+"))
+
+
+def embeddings_fingerprint(attrs: Mapping[str, Any]) -> str:
+    """32 hex digits that name what embeddings were made from: listing, teacher and recipe."""
+    return fingerprint({key: attrs[key] for key in _MADE_FROM})
+
+
+class Embeddings:
+    """A finished store. `features_ND` and `keys_NVP` are read whole when they are first asked for, and kept."""
+
+    def __init__(self, name: str, group: zarr.Group):
+        self.name = name
+        self.attrs: dict[str, Any] = dict(group.attrs)
+        self.fingerprint: str = self.attrs.get("fingerprint", "")
+        self._features = open_array(group, "features", name, np.float16, 2, _WAY_OUT)
+        self._keys = open_array(group, "keys", name, np.float16, 3, _WAY_OUT)
+        self.rows, self.feature_width = self._features.shape
+        self.train_rows, self.views, self.key_width = self._keys.shape
+
+    @cached_property
+    def features_ND(self) -> np.ndarray:
+        """Features of all rows, float16 (N, D). Raises UserError where a chunk is damaged or missing."""
+        return read_rows(self._features, slice(None), self.name, _WAY_OUT)
+
+    @cached_property
+    def keys_NVP(self) -> np.ndarray:
+        """Keys of the train rows (the first T of N), float16 (T, V, P). Raises UserError where a chunk is damaged or missing."""
+        return read_rows(self._keys, slice(None), self.name, _WAY_OUT)
+
+    @cached_property
+    def train_features_TD(self) -> np.ndarray:
+        """Features of the train rows, float16 (T, D), from their chunks alone unless `features_ND` is in memory already."""
+        if "features_ND" in self.__dict__:
+            return self.features_ND[: self.train_rows]
+        return read_rows(self._features, slice(0, self.train_rows), self.name, _WAY_OUT)
+
+    @property
+    def train_features(self) -> StoredRows:
+        """Features of the train rows, float16 (T, D), left in the store until rows are asked for."""
+        return StoredRows(self._features, self.train_rows, self.name, _WAY_OUT)
+
+
+def read_embeddings(path: Path | str, listing: "Listing") -> Embeddings:
+    """Open the store of a listing; nothing but metadata is read yet.
+
+    Raises UserError where there is none, its metadata are damaged, or it was made from another listing.
+    """
+    embeddings = Embeddings(str(path), open_group(path, str(path), _WAY_OUT))
+    made_from, wanted = embeddings.attrs.get("listing"), listing.fingerprint
+    if made_from != wanted:
+        raise UserError(f"{path}: was made from listing {made_from}, this run reads listing {wanted}; run: {_WAY_OUT}")
+    if (embeddings.rows, embeddings.train_rows) != (len(listing), listing.train_rows):
+        problem = f"holds {embeddings.rows} rows, {embeddings.train_rows} of them with keys"
+        expected = f"its listing has {len(listing)} rows, {listing.train_rows} of them for training"
+        raise UserError(f"{path}: {problem}, but {expected}; delete it and run: {_WAY_OUT}")
+    complete = all(key in embeddings.attrs for key in _MADE_FROM)
+    if not complete or embeddings_fingerprint(embeddings.attrs) != embeddings.fingerprint:
+        problem = f"its attributes do not give its fingerprint {embeddings.fingerprint!r}"
+        raise UserError(f"{path}: {problem}; delete it and run: {_WAY_OUT}")
+    return embeddings
+
+
+def _half(x: np.ndarray, shape: tuple[int, ...], name: str, rows: range) -> np.ndarray:
+    """`x` in float16. Raises UserError where a number does not survive it."""
+    if x.shape != shape:
+        raise ValueError(f"{name}s of rows {rows.start}..{rows.stop - 1} have shape {x.shape}, wanted {shape}")
+    with np.errstate(over="ignore"):
+        half = x.astype(np.float16)
+    if not np.isfinite(half).all():
+        bad = int((~np.isfinite(half)).reshape(len(x), -1).any(axis=1).argmax())
+        largest = np.abs(x[bad].astype(np.float64)).max()
+        raise UserError(
+            f"the teacher's {name} at row {rows.start + bad} reaches {largest}, allowed are finite numbers up to 65504 "
+            f"(float16); check teacher.checkpoint and image.mean/std, or set extract.precision: fp32"
+        )
+    return half

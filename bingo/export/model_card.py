@@ -1,0 +1,192 @@
+"""The model card beside exported weights: what the network is, what made it, what it reaches, whose terms bind it, how to load it.
+
+Markdown with no time, place or machine in it: the same network in the same workspace has the same bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bingo.export.contract import Loading
+from bingo.export.stored import StoredNetwork
+from bingo.params import display_name, method_names, method_section
+
+_PROTOCOLS = {"cached": "linear layer on stored features", "crops": "linear layer on random crops"}
+_UNKNOWN = "not known: this workspace no longer holds it"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the workspace knows of a network's making; None or empty where it no longer holds exactly what the network was made from.
+
+    `teacher` is the metadata of the teacher's file, `bags` the attributes of the bag index, `scores` are rows of a measure's name
+    and each network's percent, this network's under `net`.
+    """
+
+    net: str = ""
+    dataset: str | None = None
+    train_images: int | None = None
+    teacher: Mapping[str, Any] | None = None
+    teacher_sha256: str | None = None
+    bags: Mapping[str, Any] | None = None
+    scores: Sequence[tuple[str, Mapping[str, float]]] = field(default_factory=tuple)
+
+
+def score_rows(linear: Mapping[str, Any], knn: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """(measure, {network: percent}) of linear scores by protocol and network, and of kNN scores by network; the last epoch's figures."""
+    rows = []
+    for protocol, name in _PROTOCOLS.items():
+        for key, top in (("top1_last", "top-1"), ("top5_last", "top-5")):
+            rows.append((f"{name}, {top}", {net: scores[key] for net, scores in linear.get(protocol, {}).items()}))
+    for key in sorted({key for scores in knn.values() for key in scores}, key=_knn_order):
+        number, _, weighted = key.removeprefix("knn_").partition("_")
+        name = f"kNN, k = {number}" + (", weighted votes" if weighted else "")
+        rows.append((name, {net: scores[key] for net, scores in knn.items() if key in scores}))
+    return rows
+
+
+def _knn_order(key: str) -> tuple[bool, int]:
+    number, _, weighted = key.removeprefix("knn_").partition("_")
+    return bool(weighted), int(number)
+
+
+def model_card(network: StoredNetwork, target: str, file_name: str, loading: Loading, check: str, provenance: Provenance) -> str:
+    """The card of a file that `export_network` wrote for `target`; `check` is what that said."""
+    feature_width = network.backbone.feature_width
+    parts = [
+        f"# {network.arch}, trained by {_method(network.metadata)}",
+        f"`{file_name}` is a backbone without a classifier, written for {target}: normalised images in, "
+        f"{feature_width} pooled features out. {check[0].upper()}{check[1:]}.",
+        "## Load it",
+        f"```{loading.language}\n{loading.text}\n```",
+        "## The network",
+        _table(_network_rows(network)),
+        "## Its images",
+        _images(network),
+        "## What made it",
+        _table(_training_rows(network, provenance)),
+        "## What it reaches",
+        _scores(provenance),
+        "## Licence",
+        _licence(network, provenance),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _network_rows(network: StoredNetwork) -> list[tuple[str, str]]:
+    stems = {"imagenet": "imagenet (as published)", "small": "small (stride 1, and no pooling behind it in ResNets)"}
+    parameters = sum(parameter.numel() for parameter in network.backbone.parameters())
+    return [
+        ("architecture", network.arch),
+        ("width", f"{network.width:g} of all channels"),
+        ("stem", stems[network.stem]),
+        ("parameters", f"{parameters:,}"),
+        ("features", str(network.backbone.feature_width)),
+    ]
+
+
+def _images(network: StoredNetwork) -> str:
+    image = network.image
+    resize = f"short side to {image.resize_px} pixels (bilinear, antialiased), then {image.crop_px} x {image.crop_px} from the middle"
+    return (
+        f"RGB, {resize}, divided by 255, then for each channel minus the mean {_list(image.mean)}, divided by the deviation "
+        f"{_list(image.std)}. The network takes float32 (batch, 3, {image.crop_px}, {image.crop_px})."
+    )
+
+
+def _training_rows(network: StoredNetwork, provenance: Provenance) -> list[tuple[str, str]]:
+    metadata = network.metadata
+    method = _method(metadata)
+    params = metadata.get("params", {})
+    rows = [("method", method), ("epochs", str(metadata.get("epochs", "unknown")))]
+    if options := metadata.get("options"):
+        rows.append(("its network while it was trained", _params(options)))
+    rows += [(f"parameters: {section}", _params(values)) for section, values in sorted(params.items())]
+    dataset = _UNKNOWN if provenance.dataset is None else f"{provenance.dataset}, {provenance.train_images:,} training images"
+    rows += [("data", dataset), ("listing's fingerprint", str(metadata.get("listing", "unknown")))]
+    if _has_teacher(metadata):
+        rows += [("teacher", _teacher(provenance)), ("bags", _bags(provenance))]
+    else:
+        rows += [("teacher", f"none: {method} needs none")]
+    return rows + [(name, str(metadata[name])) for name in ("revision",) if name in metadata]
+
+
+def _method(metadata: Mapping[str, Any]) -> str:
+    """The method as its paper writes it."""
+    return display_name(str(metadata.get("method", "an unknown method")))
+
+
+def _has_teacher(metadata: Mapping[str, Any]) -> bool:
+    """Whether a teacher had a part in the training; a method that this BINGO does not know is taken to have had one."""
+    method = metadata.get("method")
+    return "embeddings" in metadata and (method not in method_names() or method_section(method).needs_teacher)
+
+
+def _teacher(provenance: Provenance) -> str:
+    teacher = provenance.teacher
+    if teacher is None:
+        return _UNKNOWN
+    weights = f" ({teacher['weights']})" if "weights" in teacher else ""
+    trained = "" if teacher.get("pretrained", True) else ", WITHOUT trained weights"
+    checkpoint = f"; sha256 of the checkpoint it came from: {teacher['source_sha256']}" if teacher.get("source_sha256") else ""
+    shape = f"{teacher['arch']}, width {teacher['width']:g}, stem {teacher['stem']}"
+    return f"{shape}, from {teacher['source']}{weights}{trained}; sha256 {provenance.teacher_sha256}{checkpoint}"
+
+
+def _bags(provenance: Provenance) -> str:
+    if provenance.bags is None:
+        return _UNKNOWN
+    hidden = ("listing", "embeddings", "fingerprint")
+    return _params({name: value for name, value in provenance.bags.items() if name not in hidden and not isinstance(value, dict)})
+
+
+def _scores(provenance: Provenance) -> str:
+    measured = [(name, percents) for name, percents in provenance.scores if provenance.net in percents]
+    if not measured:
+        return "Not measured in this workspace."
+    others = [net for net in ("teacher", "untrained") if any(net in percents for _, percents in measured)]
+    header = [
+        "percent of the test images",
+        "this network",
+        *("the same network untrained" if net == "untrained" else net for net in others),
+    ]
+    lines = [header, ["---", *["---:"] * (1 + len(others))]]
+    for name, percents in measured:
+        lines.append([name, *(f"{percents[net]:.2f}" if net in percents else "" for net in (provenance.net, *others))])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _licence(network: StoredNetwork, provenance: Provenance) -> str:
+    origin = f"the images ({provenance.dataset})" if provenance.dataset else "the images"
+    if _has_teacher(network.metadata):
+        teacher = provenance.teacher
+        origin += " and the teacher's weights" + (f" ({teacher['source']}: {teacher['arch']})" if teacher else "")
+    return (
+        f"BINGO's code is Apache-2.0, which says nothing of these weights. They come from {origin} "
+        "and may inherit their terms. Before you pass them on, check: what the dataset's licence says of models trained on it, and of "
+        "commercial use; what the licence of the teacher's weights says of networks derived from them; whether people in the images agreed."
+    )
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    escaped = [(name, value.replace("|", "\\|").replace("\n", " ")) for name, value in rows]
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in escaped)])
+
+
+def _params(values: Mapping[str, Any]) -> str:
+    """Nested parameters in one line: a 1, b.c 2."""
+    return ", ".join(f"{name} {value}" for name, value in sorted(_flat(values, "")))
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+    found = []
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        found += (
+            _flat(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", _list(value) if isinstance(value, list) else str(value))]
+        )
+    return found
+
+
+def _list(values: Sequence[Any]) -> str:
+    return f"[{', '.join(f'{value:g}' if isinstance(value, float) else str(value) for value in values)}]"

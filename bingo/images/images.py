@@ -1,0 +1,126 @@
+"""The pixels behind a listing: small images whole in memory, large ones as files that are decoded at every use.
+
+No torch at the top: scans import this file. Shape letters: N rows of the listing, S side of a stored image, B rows asked for.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from bingo.images.listing import Listing
+from bingo.runtime.artefacts import new_directory
+from bingo.runtime.chunks import chunk_is_written, forget_other_reads, open_array, open_group, seal
+from bingo.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from bingo.params import DatasetParams
+
+CHUNK_ROWS = 8192
+_WAY_OUT = "dvc repro scan"
+
+
+class MemoryImages:
+    """All images as one uint8 array (N, S, S, 3)."""
+
+    def __init__(self, images_NSS3: np.ndarray):
+        self.images_NSS3 = images_NSS3
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.images_NSS3)
+
+    @property
+    def side_px(self) -> int:
+        """Height and width of every image."""
+        return self.images_NSS3.shape[1]
+
+    def on_device(self, device: "torch.device") -> "torch.Tensor":
+        """The images as a uint8 tensor (N, S, S, 3) on `device`: copied there once; on the CPU the same memory.
+
+        Raises UserError where a GPU has no room for them.
+        """
+        import torch
+
+        if device not in self._on_device:
+            try:
+                self._on_device[device] = torch.from_numpy(self.images_NSS3).to(device)
+            except torch.cuda.OutOfMemoryError:
+                need = f"{len(self)} images need {self.images_NSS3.nbytes / 2**30:.1f} GiB of the GPU, more than is free"
+                way_out = "lower dataset.store_px, or set it to null: files are then decoded at use"
+                raise UserError(f"dataset.store_px = {self.side_px}: {need}; {way_out}") from None
+        return self._on_device[device]
+
+
+class FileImages:
+    """N image files under one folder, decoded at every use by the loader's workers; `follow_links`: links may lead out of it.
+
+    `gray_bits` is as in a Listing.
+    """
+
+    def __init__(self, root: str, paths: list[str], follow_links: bool = False, gray_bits: int | None = None):
+        self.root = root
+        self.paths = paths
+        self.follow_links = follow_links
+        self.gray_bits = gray_bits
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+Images = MemoryImages | FileImages
+
+
+def write_images(path: Path | str, listing: Listing, images_NSS3: np.ndarray | None) -> None:
+    """Write the zarr group of a listing's images; None where files are decoded at use: the group then holds no rows."""
+    if images_NSS3 is None:
+        images_NSS3 = np.zeros((0, 0, 0, 3), np.uint8)
+    chunk_rows = min(CHUNK_ROWS, max(1, len(images_NSS3)))  # a chunk is stored in full size
+    with new_directory(path) as folder:
+        group = zarr.create_group(folder, zarr_format=3, attributes={"listing": listing.fingerprint})
+        array = group.create_array(
+            "images",
+            shape=images_NSS3.shape,
+            chunks=(chunk_rows, *(max(1, side) for side in images_NSS3.shape[1:])),
+            dtype="uint8",
+            filters=None,
+            compressors=[Crc32cCodec()],
+            config={"write_empty_chunks": True},  # black images too, so that a missing chunk is an error and not black
+        )
+        seal(folder, group)
+        if len(images_NSS3):
+            array[:] = images_NSS3
+
+
+def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetParams | None") -> Images:
+    """The images of `listing`: in memory where `images_zarr` holds them, otherwise the files under `dataset.root`.
+
+    Raises UserError where the store is absent, damaged or another listing's, and where files are needed but there is no `root`.
+    """
+    name = str(images_zarr)
+    group = open_group(images_zarr, name, _WAY_OUT)
+    if (owner := group.attrs.get("listing")) != listing.fingerprint:
+        raise UserError(f"{name}: was made from listing {owner}, this run reads listing {listing.fingerprint}; run: {_WAY_OUT}")
+    array = open_array(group, "images", name, np.uint8, 4, _WAY_OUT)
+    if array.shape[0] == len(listing):
+        return MemoryImages(_read_whole(Path(images_zarr), array))
+    if array.shape[0]:
+        raise UserError(f"{name}: holds {array.shape[0]} images for {len(listing)} rows; delete it and run: {_WAY_OUT}")
+    if dataset is None or dataset.root is None:
+        raise UserError("dataset.root = null: the images are files to be decoded; set dataset.root to their folder")
+    return FileImages(dataset.root, listing.paths, dataset.follow_links, listing.gray_bits)
+
+
+def _read_whole(path: Path, array: zarr.Array) -> np.ndarray:
+    chunks = -(-array.shape[0] // array.chunks[0])
+    if absent := [chunk for chunk in range(chunks) if not chunk_is_written(path, array, chunk)]:
+        raise UserError(f"{path}: chunk {absent[0]} is missing or cut off; delete it and run: {_WAY_OUT}")
+    try:
+        return np.asarray(array[:])
+    except (ValueError, OSError) as error:
+        forget_other_reads()
+        raise UserError(f"{path}: is damaged ({' '.join(str(error).split())}); delete it and run: {_WAY_OUT}") from None

@@ -1,0 +1,177 @@
+"""The listing: which images there are, in which order. Its row number is the only key of every later artefact.
+
+Train rows come first, so an array over the train rows alone is a prefix. Kept as parquet; the same listing has the same bytes.
+The metadata hold a sha256 of every column of every row group and of the metadata, so that damage is found in whatever is read.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bingo.runtime.artefacts import canonical_json, fingerprint, write_bytes
+from bingo.runtime.errors import UserError
+from bingo.runtime.inside import leads_out
+
+_SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
+_KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "gray_bits", "group_rows", "columns", "checksum")
+PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # what damaged files make pyarrow raise
+_GROUP_ROWS = 65536  # what `listing_rows` reads to learn of one row
+
+
+@dataclass(frozen=True)
+class Listing:
+    """N images in order: relative posix paths (or names such as digit/0012/p3), labels int64 (N,) with -1 where unknown.
+
+    Rows 0..train_rows-1 are the train split, the others the test split. `skipped` names unreadable images that were left out.
+    `gray_bits`: how many of the 16 bits of grey images hold the picture, in all images of the dataset; None where there are none.
+    """
+
+    dataset: str
+    paths: list[str]
+    labels_N: np.ndarray
+    train_rows: int
+    classes: list[str]
+    skipped: list[str]
+    fingerprint: str
+    gray_bits: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every row has a label."""
+        return len(self) > 0 and bool((self.labels_N >= 0).all())
+
+    def split(self, row: int) -> str:
+        """`train` or `test`."""
+        return "train" if row < self.train_rows else "test"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What identifies one image: its size in bytes, and the sha256 of its bytes (None where only headers were read)."""
+
+    size_bytes: int
+    sha256: str | None
+
+
+def listing_fingerprint(header: dict, paths: list[str], contents: Iterable[Content], labels_N: np.ndarray, train_rows: int) -> str:
+    """32 hex digits over `header` (dataset, classes, stored size) and the ordered rows: path, bytes, content, label, split.
+
+    No times, owners or places enter: the same images in another folder have the same fingerprint.
+    """
+    hasher = hashlib.sha256(canonical_json(header).encode())
+    for row, (path, content, label) in enumerate(zip(paths, contents, labels_N.tolist(), strict=True)):
+        split = "train" if row < train_rows else "test"
+        hasher.update(json.dumps([path, content.size_bytes, content.sha256, label, split]).encode() + b"\n")
+    return hasher.hexdigest()[:32]
+
+
+def memory_listing(
+    name: str, paths: list[str], labels_N: np.ndarray, train_rows: int, classes: list[str], images_NSS3: np.ndarray
+) -> Listing:
+    """The listing of images that have no files of their own: a row's content is its stored pixels."""
+    contents = [Content(image.nbytes, hashlib.sha256(image.tobytes()).hexdigest()) for image in images_NSS3]
+    header = {"dataset": name, "classes": classes, "store_px": images_NSS3.shape[1]}
+    fingerprint = listing_fingerprint(header, paths, contents, labels_N, train_rows)
+    return Listing(name, paths, labels_N, train_rows, classes, [], fingerprint)
+
+
+def write_listing(path: Path | str, listing: Listing) -> None:
+    """Write the listing as parquet with columns row, path, label, split; everything else is in the schema's metadata."""
+    n = len(listing)
+    splits = ["train"] * listing.train_rows + ["test"] * (n - listing.train_rows)
+    columns = [pa.array(column) for column in (np.arange(n), listing.paths, listing.labels_N, splits)]
+    table = pa.table(columns, schema=_SCHEMA)
+    metadata = {
+        "dataset": listing.dataset,
+        "classes": json.dumps(listing.classes, ensure_ascii=False),
+        "skipped": json.dumps(listing.skipped, ensure_ascii=False),
+        "fingerprint": listing.fingerprint,
+        "rows": str(n),
+        "train_rows": str(listing.train_rows),
+        "gray_bits": json.dumps(listing.gray_bits),
+        "group_rows": str(_GROUP_ROWS),
+        "columns": json.dumps(_column_digests(table, _GROUP_ROWS)),
+    }
+    metadata["checksum"] = fingerprint(metadata)
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(metadata), sink, row_group_size=_GROUP_ROWS, compression="zstd")
+    write_bytes(path, sink.getvalue())
+
+
+def _column_digests(table: pa.Table, group_rows: int) -> dict[str, list[str]]:
+    """The sha256 of the values of each column of a listing, one for every row group."""
+    starts = range(0, len(table), group_rows)
+    return {name: [column_digest(table[name].slice(start, group_rows)) for start in starts] for name in table.column_names}
+
+
+def column_digest(column: pa.ChunkedArray) -> str:
+    """The sha256 of one column of one row group: of its int64 numbers, or of its strings' lengths and bytes. ValueError for nulls."""
+    if column.null_count:
+        raise ValueError("it has empty fields")
+    if not len(column) or not pa.types.is_string(column.type):
+        return hashlib.sha256(column.to_numpy().astype("<i8").tobytes() if len(column) else b"").hexdigest()
+    array = column.combine_chunks()
+    _, offsets, text = array.buffers()
+    offsets_n = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]
+    hasher = hashlib.sha256(np.diff(offsets_n).astype("<i4").tobytes())
+    hasher.update(memoryview(text)[offsets_n[0] : offsets_n[-1]] if text is not None else b"")
+    return hasher.hexdigest()
+
+
+def metadata_of(schema: pa.Schema) -> dict[str, str]:
+    """A listing's metadata; raises ValueError where they do not fit their checksum or some are missing."""
+    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key.decode() in _KEYS}
+    checksum = metadata.pop("checksum", None)
+    if len(metadata) < len(_KEYS) - 1 or checksum != fingerprint(metadata):
+        raise ValueError("its metadata do not fit their checksum")
+    return metadata
+
+
+def read_listing(path: Path | str) -> Listing:
+    """Read what `write_listing` wrote. Raises UserError where the file is absent, damaged or no listing."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it: dvc repro") from None
+    try:
+        table = pq.read_table(io.BytesIO(content))
+        if not table.schema.equals(_SCHEMA):
+            raise UserError(f"{path}: is not a listing (columns {', '.join(table.schema.names)}); delete it and run: dvc repro")
+        metadata = metadata_of(table.schema)
+        if json.loads(metadata["columns"]) != _column_digests(table, int(metadata["group_rows"])):
+            raise ValueError("its rows do not fit their checksums")
+    except PARQUET_DAMAGE as error:
+        raise _damaged(path, str(error)) from None
+    return _from_table(path, table, metadata)
+
+
+def _from_table(path: Path | str, table: pa.Table, metadata: dict[str, str]) -> Listing:
+    paths = table["path"].to_pylist()
+    labels_N = table["label"].to_numpy().copy()
+    is_train_N = np.array(table["split"].to_pylist(), dtype=str) == "train"
+    train_rows, classes = int(is_train_N.sum()), json.loads(metadata["classes"])
+    is_whole = (str(len(paths)), str(train_rows)) == (metadata["rows"], metadata["train_rows"])
+    in_order = np.array_equal(table["row"].to_numpy(), np.arange(len(paths))) and bool(is_train_N[:train_rows].all())
+    if not is_whole or not in_order:
+        raise _damaged(path, "its rows are not in order, train rows first")
+    if len(paths) and (labels_N.min() < -1 or labels_N.max() >= len(classes)):
+        raise _damaged(path, f"labels from {labels_N.min()} to {labels_N.max()} for {len(classes)} classes")
+    if outside := [p for p in paths if leads_out(p)]:
+        raise _damaged(path, f"{outside[0]} leads out of the dataset's folder")
+    skipped = json.loads(metadata["skipped"])
+    gray_bits = json.loads(metadata["gray_bits"])
+    return Listing(metadata["dataset"], paths, labels_N, train_rows, classes, skipped, metadata["fingerprint"], gray_bits)
+
+
+def _damaged(path: Path | str, reason: str) -> UserError:
+    return UserError(f"{path}: is damaged ({' '.join(reason.split())}); delete it and run: dvc repro")

@@ -1,0 +1,159 @@
+"""Batches of views on the device, for training (random views by key) and for features (centre views in row order).
+
+The same key gives the same pixels whoever asks, with any number of workers, in any batch: a stored teacher view can be drawn
+again. A JPEG file far larger than its crops is the exception: it is decoded at a fraction of its size that suits all views asked for
+together (bingo/images/decode.py), so a view asked for alone may differ by about 1/100 of a pixel's standard deviation.
+
+Shape letters: B views of a request, T views of a plan (all its requests), P side of a view in pixels.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bingo.images.augment import center_view, cropped_views, normalize, random_views, to_unit, upload
+from bingo.images.decoding import FileDecoder, Plan
+from bingo.images.draws import Colours, Crops, draw_views, join_colours, join_crops
+from bingo.images.images import Images, MemoryImages
+from bingo.params import AugmentParams, ImageParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """B random views: of images `image_rows_B` (int64), their randomness keyed by (purpose, epoch, key row, view).
+
+    The key row is the image's own, except where another image is to be seen through the same crop and colours. `augment`: another
+    family of views than the loader's.
+    """
+
+    image_rows_B: np.ndarray
+    key_rows_B: np.ndarray
+    purpose: str
+    epoch: int
+    view_B: int | np.ndarray
+    augment: AugmentParams | None = None
+
+
+class ViewLoader:
+    """Random views of `images` on `device`. `workers` (None: found by itself) matters for files alone.
+
+    `augment` is the family of views of a request that names none; `wait_seconds` is how long the consumer waited in all: for
+    files, or on the CPU for the views to be computed.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        image: ImageParams,
+        augment: AugmentParams,
+        seed: int,
+        device: torch.device,
+        workers: int | None = None,
+    ):
+        self.wait_seconds = 0.0
+        self.augment = augment
+        self._images, self._image, self._seed, self._device = images, image, seed, device
+        self._decoder: FileDecoder | None = None
+        if not isinstance(images, MemoryImages):
+            self._decoder = FileDecoder(images, image, workers, pin=device.type == "cuda")
+
+    def views(self, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
+        """For each plan one normalised float32 (B, 3, P, P) channels_last tensor for each request, in order.
+
+        Plans are read ahead of use. Raises UserError naming path and row where a file can no longer be read.
+        """
+        source = self._from_memory(plans) if self._decoder is None else self._from_files(self._decoder, plans)
+        while True:
+            asked = time.perf_counter()
+            views = next(source, None)
+            self.wait_seconds += time.perf_counter() - asked
+            if views is None:
+                return
+            yield views
+
+    def _draw(self, request: Request) -> tuple[Crops, Colours]:
+        keys = (request.purpose, request.epoch, request.key_rows_B, request.view_B)
+        return draw_views(self._family(request), self._seed, *keys)
+
+    def _family(self, request: Request) -> AugmentParams:
+        return request.augment or self.augment
+
+    def _from_memory(self, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
+        for plan in plans:
+            together = [self._memory_views(list(requests), family) for family, requests in groupby(plan, self._family)]
+            yield [views_B3PP for views in together for views_B3PP in views]
+
+    def _memory_views(self, requests: list[Request], family: AugmentParams) -> Sequence[Tensor]:
+        """Views of neighbouring requests of one family, computed together: on a GPU a small batch costs the calls, not the pixels."""
+        images_TSS3 = _gather(self._images, np.concatenate([request.image_rows_B for request in requests]), self._device)
+        crops, colours = zip(*(self._draw(request) for request in requests), strict=True)
+        views_T3PP = random_views(images_TSS3, join_crops(crops), join_colours(colours), family, self._image)
+        return views_T3PP.split([len(request.image_rows_B) for request in requests])
+
+    def _from_files(self, decoder: FileDecoder, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
+        ahead: deque[list[tuple[Colours, AugmentParams]]] = deque()
+
+        def decoder_plans() -> Iterator[Plan]:
+            for plan in plans:
+                crops_of_plan, colours_of_plan = zip(*(self._draw(request) for request in plan), strict=True)
+                ahead.append([(x, self._family(request)) for x, request in zip(colours_of_plan, plan, strict=True)])
+                yield Plan(np.concatenate([request.image_rows_B for request in plan]), join_crops(crops_of_plan))
+
+        for crops_TPP3 in _on_device(decoder.batches(decoder_plans()), self._device):
+            of_plan = ahead.popleft()
+            parts = crops_TPP3.split([len(colours.gray_B) for colours, _ in of_plan])
+            yield [cropped_views(x, *drawn, self._image) for x, drawn in zip(parts, of_plan, strict=True)]
+
+
+def center_views(
+    images: Images, rows_N, image: ImageParams, device: torch.device, batch_images: int, workers: int | None = None
+) -> Iterator[Tensor]:
+    """Centre views of the listing rows `rows_N` in that order, `batch_images` at a time: normalised float32 (b, 3, P, P).
+
+    Raises UserError naming path and row where a file can no longer be read.
+    """
+    rows_N = np.asarray(rows_N, np.int64)
+    batches = [rows_N[start : start + batch_images] for start in range(0, len(rows_N), batch_images)]
+    return center_batches(images, batches, image, device, workers)
+
+
+def center_batches(
+    images: Images, batches: Sequence[np.ndarray], image: ImageParams, device: torch.device, workers: int | None = None
+) -> Iterator[Tensor]:
+    """Centre views of batches of listing rows, int64 (b,) each, read ahead of use: as `center_views` gives them."""
+    if isinstance(images, MemoryImages):
+        for rows_B in batches:
+            yield center_view(_gather(images, rows_B, device), image)
+        return
+    decoder = FileDecoder(images, image, workers, pin=device.type == "cuda")
+    for x_BPP3 in _on_device(decoder.batches(Plan(rows_B, None) for rows_B in batches), device):
+        yield normalize(to_unit(x_BPP3), image)
+
+
+def _gather(images: Images, rows_B: np.ndarray, device: torch.device) -> Tensor:
+    """Images of these rows, uint8 (B, S, S, 3)."""
+    assert isinstance(images, MemoryImages)
+    return images.on_device(device).index_select(0, upload(rows_B, device))
+
+
+def _on_device(batches: Iterable[tuple[list[Tensor], np.ndarray]], device: torch.device) -> Iterator[Tensor]:
+    """Views of each plan in order, uint8 (T, P, P, 3). A GPU copies them on a stream of its own, beside the running step."""
+    if device.type != "cuda":
+        for parts, places_T in batches:
+            yield torch.cat(parts).index_select(0, torch.from_numpy(places_T))
+        return
+    beside = torch.cuda.Stream(device)
+    for parts, places_T in batches:
+        with torch.cuda.stream(beside):
+            x_TPP3 = torch.cat([part.to(device, non_blocking=True) for part in parts])
+            x_TPP3 = x_TPP3.index_select(0, upload(places_T, device))
+        here = torch.cuda.current_stream(device)
+        here.wait_stream(beside)
+        x_TPP3.record_stream(here)
+        yield x_TPP3

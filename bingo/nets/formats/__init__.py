@@ -1,1 +1,0 @@
-"""One file a published format of checkpoints: NAME.py is teacher.format NAME, and nothing else names it (bingo/nets/parts.py)."""

@@ -1,0 +1,82 @@
+"""What every command line does: find the workspace from any of its folders, and answer a wrong option in one line.
+
+No output depends on this file.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+
+from bingo.runtime.errors import INTERRUPTED, USER_MISTAKE, UserError
+from bingo.runtime.places import expanded
+
+_UsageError: Any = typer.BadParameter.__base__  # which typer does not export
+_stands = Path()  # where the user stands, if not in the workspace's own folder
+_BEFORE_ALLOWED = re.compile(r"^(Value error, )?(Input should be |.* is not )", re.DOTALL)
+_INVALID = re.compile(r"argument (?P<name>\S+): invalid (?P<allowed>\w+) value: '(?P<value>.*)'", re.DOTALL)
+_NO_CHOICE = re.compile(r"argument (?P<name>\S+): invalid choice: '?(?P<value>.*?)'? \(choose from (?P<allowed>.*)\)", re.DOTALL)
+_KINDS = {"int": "a whole number", "float": "a number"}
+
+
+def enter_workspace() -> None:
+    """Make the nearest folder above that holds params.yaml and dvc.yaml the current one, unless params.yaml is here."""
+    global _stands
+    here = Path.cwd()
+    if not (here / "params.yaml").exists():
+        for folder in here.parents:
+            if (folder / "params.yaml").exists() and (folder / "dvc.yaml").exists():
+                os.chdir(folder)
+                _stands = here
+                return
+
+
+def from_here(option: str, path: Path) -> Path:
+    """A path that the user gave to a command, seen from where the user stands; `~` is a home. Raises UserError where nobody has it."""
+    try:
+        return _stands / expanded(str(path))
+    except ValueError as error:
+        raise UserError(f"{option} = {path}: {error}") from None
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line to its end. Raises UserError for what it does not understand, and SystemExit for exit codes but 0."""
+    try:
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            raise SystemExit(USER_MISTAKE) from None
+        raise UserError(f"{_in_one_line(error)}; see: {error.ctx.command_path if error.ctx else 'bingo'} --help") from None
+    except typer.Abort:
+        raise SystemExit(INTERRUPTED) from None
+    if code:
+        raise SystemExit(code)
+
+
+def _in_one_line(error: Any) -> str:
+    """What typer found wrong: name = value: what is allowed."""
+    if (parameter := getattr(error, "param", None)) is None:
+        return " ".join(error.format_message().split()).rstrip(".")
+    name = next((word for word in parameter.opts if word.startswith("--")), parameter.metavar or parameter.name.upper())
+    if not error.message:
+        return f"{name} is missing"
+    cause = error.__cause__ or error.__context__
+    value = f" = {cause.errors()[0]['input']}" if isinstance(cause, ValidationError) else ""
+    return f"{name}{value}: allowed is {_BEFORE_ALLOWED.sub('', error.message).partition(', unable')[0].rstrip('.')}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose answer to a wrong option is one line: name = value: what is allowed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and leave with the exit code of a user's mistake."""
+        if found := _INVALID.fullmatch(message) or _NO_CHOICE.fullmatch(message):
+            message = f"{found['name']} = {found['value']}: allowed is {_KINDS.get(found['allowed'], found['allowed'])}"
+        print(f"error: {message}; see: {self.prog} --help", file=sys.stderr, flush=True)
+        raise SystemExit(USER_MISTAKE)

@@ -1,0 +1,310 @@
+"""What every stage command does before and after its work: parameters, mistakes as one line each, record of the run.
+
+Nothing here can change a stage's output, so no stage depends on this file.
+"""
+
+import ctypes
+import errno
+import os
+import platform
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bingo.limits import check_limits
+from bingo.params import Params, load_params, read_yaml
+from bingo.pipeline.commands import enter_workspace, run_app
+from bingo.pipeline.launch import expected_processes
+from bingo.pipeline.paths import LIMITS, RUNS
+from bingo.pipeline.state import sweep
+from bingo.runtime.artefacts import file_fingerprint, fingerprint, write_json
+from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, GroupLost, Interrupted, UserError, near_matches, out_of_memory
+from bingo.runtime.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    import torch
+    import typer
+
+# How long a process of a group waits before it speaks: the launcher, who sees the first one fail, ends the others meanwhile.
+OTHERS_WAIT_SECONDS, LOST_WAIT_SECONDS = 2, 5
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+PACKAGES = ("torch", "torchvision", "timm", "zarr", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn")
+
+
+@dataclass
+class Run:
+    """One run of one stage: its parameters, and what is worth noting of it (never part of an output)."""
+
+    stage: str
+    params: Params
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, line: str) -> None:
+        """Print one line, on the first process only."""
+        if os.environ.get("RANK", "0") == "0":
+            print(line, flush=True)
+
+
+def run_command(app: "typer.Typer") -> None:
+    """Run a command line in the workspace that its folder is part of. Each of the user's mistakes is one line, the exit code then 2."""
+    with mistakes_as_lines():
+        enter_workspace()
+        run_app(app)
+
+
+@contextmanager
+def stage_run(stage: str) -> Iterator[Run]:
+    """Load the parameters, do the work in the body, write the run's records. A user's mistake is one line and exit code 2."""
+    die_with_parent()
+    with mistakes_as_lines():
+        params = load_params()
+        if "RANK" not in os.environ:  # the launcher has done it
+            check_limits(params, expected_processes(), Path(os.environ.get("DVC_ROOT", ".")) / LIMITS)
+            sweep()
+        run = Run(stage, params)
+        begun = time.monotonic()
+        yield run
+        if os.environ.get("RANK", "0") == "0":
+            seconds = round(time.monotonic() - begun, 2)
+            ended = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+            record = {"stage": stage, "seconds": seconds, "ended": ended, **_peak_memory(), **run.notes, **_surroundings(run.params)}
+            _write_record(record)
+            made = ", ".join(_outputs(stage))
+            run.say(f"{stage}: {f'wrote {made}' if made else 'done'} in {seconds:,.1f} s")
+
+
+def _outputs(stage: str) -> list[str]:
+    """The files that dvc.yaml lists as outputs of a stage, or of a stage's item (STAGE-ITEM), and that are there."""
+    name, _, item = stage.partition("-")
+    definition = (read_yaml("dvc.yaml") if Path("dvc.yaml").exists() else {"stages": {}})["stages"].get(name, {})
+    definition = definition.get("do", definition)
+    listed = [
+        path
+        for part in ("outs", "metrics", "plots")
+        for entry in definition.get(part, [])
+        for path in ([entry] if isinstance(entry, str) else entry)
+    ]
+    return [path for path in (re.sub(r"\$\{(item|key)\}", lambda _: item, path) for path in listed) if Path(path).exists()]
+
+
+def _write_record(record: dict[str, Any]) -> None:
+    """Keep what is worth noting of a run. The stage's outputs are whole, so where there is no room for this, a line says so and no more."""
+    for folder in _record_folders():
+        try:
+            write_json(folder / f"{record['stage']}.json", record)
+        except OSError as error:
+            if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
+                raise
+            _tell([f"{error.filename}: {error.strerror}; the outputs are whole, but this run leaves no record of itself"], "warning")
+
+
+def _record_folders() -> list[Path]:
+    """Where a run's record goes: `.bingo/runs`, and of an experiment of DVC, whose folder may be deleted after the run, to
+    `.bingo/runs/EXPERIMENT` of the original repository too (or of the folder that BINGO_RUNS names)."""
+    experiment = os.environ.get("DVC_EXP_NAME")
+    kept = Path(os.environ.get("BINGO_RUNS") or Path(os.environ.get("DVC_ROOT", ".")) / RUNS)
+    return [RUNS, kept / experiment] if experiment else [RUNS]
+
+
+def _peak_memory() -> dict[str, float]:
+    """The most memory that this process held, in MB of 2^20 bytes: of the machine, and of the GPU where one was used."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS tells bytes, Linux kilobytes
+    peaks = {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peaks["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peaks
+
+
+@contextmanager
+def mistakes_as_lines() -> Iterator[None]:
+    """Print a UserError's lines and leave with exit code 2; leave with 75 where a checkpoint was written on the way out.
+
+    Of several processes the one that failed first tells its reason; the others mostly fail by it, or find the same mistake.
+    """
+    try:
+        yield
+    except UserError as error:
+        _tell(error.lines)
+        raise SystemExit(USER_MISTAKE) from None
+    except OSError as error:
+        if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
+            raise
+        way_out = "free some room" if error.errno in NO_ROOM else "mend the rights"
+        _tell([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: what is done is not lost"])
+        raise SystemExit(USER_MISTAKE) from None
+    except Interrupted as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except GroupLost as error:
+        time.sleep(LOST_WAIT_SECONDS)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}; start again to go on", file=sys.stderr, flush=True)
+        raise SystemExit(FAILED) from None
+    except Exception as error:
+        if line := out_of_memory(error):
+            _tell([line])
+            raise SystemExit(USER_MISTAKE) from None
+        _let_the_first_speak()
+        raise
+
+
+def _let_the_first_speak() -> None:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHERS_WAIT_SECONDS)
+
+
+def _tell(lines: Sequence[str], word: str = "error") -> None:
+    """Print mistakes, which all processes mostly find alike."""
+    _let_the_first_speak()
+    print("\n".join(f"{word}: {_printable(line)}" for line in lines), file=sys.stderr, flush=True)
+
+
+def _printable(line: str) -> str:
+    """A line as it is, but for what would break it or move the cursor: the names of files hold anything."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+
+
+def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) -> None:
+    """Refuse an output of another ending than these or in no folder, and one that is there already unless `force` says to replace it."""
+    if path.suffix not in suffixes:
+        raise UserError(f"{option} = {path}: allowed are names that end in {', '.join(suffixes)}")
+    if nearest := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
+        raise UserError(f"{option} = {path}: {nearest} is a file, not a folder; give another name")
+    if path.is_symlink() or path.exists():
+        if not force:
+            raise UserError(f"{option} = {path}: is there already; give another name, or --force to replace it")
+        if path.is_symlink() or path.is_dir() != (path.suffix == ".zarr") or (path.is_dir() and not (path / "zarr.json").is_file()):
+            raise UserError(f"{option} = {path}: is no file of this kind, so --force does not replace it; give another name")
+
+
+def chosen_items(key: str, items: Mapping[str, Any], name: str | None) -> list[str]:
+    """The item of a mapping in params.yaml that a command names, or all. Raises UserError where there is none of that name, or none."""
+    allowed = list(items)
+    if not allowed:
+        raise UserError(f"{key} = {{}}: nothing is named to be judged; add an entry (params.yaml and `bingo recipe list` show how)")
+    if name is not None and name not in allowed:
+        raise UserError(f"{key} has no {name}: allowed are {', '.join(allowed)}{near_matches(name, allowed)}")
+    return [name] if name else allowed
+
+
+def check_item(argument: str, name: str, params: Params, key: str) -> None:
+    """Raises UserError where a command's argument is none of those that a list in params.yaml allows; `key` is the list's."""
+    section, _, last = key.rpartition(".")
+    allowed = getattr(getattr(params, section) if section else params, last)
+    if name not in allowed:
+        raise UserError(f"{argument} = {name}: params.yaml's {key} allow {', '.join(allowed) or 'none'}{near_matches(name, allowed)}")
+
+
+def chosen_networks(params: Params, name: str | None) -> list[str]:
+    """The network that an evaluation's argument names, or all of them. Raises UserError where there is none of that name."""
+    allowed = ["student", *params.baselines, "untrained", "teacher", "pixels"]
+    if name is not None and name not in allowed:
+        raise UserError(f"net = {name}: allowed are {', '.join(allowed)}{near_matches(name, allowed)}")
+    return [name] if name else allowed
+
+
+def item_name(argument: str) -> str:
+    """The item that a command's argument names: itself, or of DVC's STAGE@ITEM, which dvc.yaml hands over, what follows the @."""
+    return argument.rpartition("@")[2]
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when the one that started it ends: a killed `dvc` must leave no training behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if _is_orphan():  # it was killed before this line
+            print("error: the dvc that started this stage has ended; start again", file=sys.stderr, flush=True)
+            raise SystemExit(INTERRUPTED)
+
+
+def _is_orphan() -> bool:
+    """Whether DVC started this process, and its parent is now the first of all processes, which in a container may be DVC itself."""
+    if "DVC_STAGE" not in os.environ or "RANK" in os.environ or os.getppid() != 1:  # a rank's parent is torchrun
+        return False
+    try:
+        name = Path("/proc/1/comm").read_text().strip()
+    except OSError:  # hidden: another user's
+        return True
+    return name != "dvc" and not name.startswith("python")
+
+
+def _surroundings(params: Params) -> dict[str, Any]:
+    """Versions, revision, machine and resolved parameters of a run."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "revision": git.stdout.strip() or None,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "params": params.model_dump(serialize_as_any=True),  # with the methods' own keys
+    }
+
+
+def pick_device() -> "torch.device":
+    """The device of this process: BINGO_DEVICE (cpu, cuda or auto), and with several processes the GPU of its local rank.
+
+    For the CPU, freed memory is kept from now on."""
+    import torch
+
+    wanted = os.environ.get("BINGO_DEVICE", "auto")
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"BINGO_DEVICE = {wanted}: allowed are auto, cpu, cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("BINGO_DEVICE = cuda: torch sees no GPU here; set BINGO_DEVICE=cpu, or mend the driver (nvidia-smi)")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
+        return torch.device("cpu")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(f"BINGO_PROCESSES = {processes}: each needs a GPU and torch sees {gpus} here; lower it, or set BINGO_DEVICE=cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def process_group(run: Run) -> Iterator["torch.device"]:
+    """Pick the device, make the arithmetic repeatable, and join the launcher's process group if there is one."""
+    import torch
+
+    from bingo.runtime import distributed
+
+    device = pick_device()
+    torch.backends.cudnn.benchmark = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    run.notes["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    with distributed.group(device):
+        run.notes["processes"] = distributed.world()
+        if restart := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            run.notes["restarts"] = restart
+            run.say(f"{run.stage}: a process ended early; restart {restart} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')}")
+        yield device
+
+
+def code_fingerprint(stage: str, method: str = "") -> str:
+    """Names the source files that dvc.yaml lists for a stage: a checkpoint of other code is not gone on from."""
+    stages = read_yaml("dvc.yaml")["stages"]
+    definition = stages[stage].get("do", stages[stage])
+    params = read_yaml("params.yaml")
+    chosen = {"distill.method": method, "item": method, "teacher.format": params["teacher"]["format"]}
+    paths = [re.sub(r"\$\{(.+?)\}", lambda key: chosen.get(key[1], key[0]), dep) for dep in definition["deps"]]
+    return fingerprint({path: file_fingerprint(path) for path in paths if path.endswith(".py")})

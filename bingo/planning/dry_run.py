@@ -1,0 +1,171 @@
+"""A training built as a run would build it, but on fabricated images, keys, features and bags: does it fit together, what does it cost.
+
+It runs on the CPU in float32, whatever the parameters say. Shape letters: T fabricated train rows, V stored views, P key width,
+D feature width, K bag size.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bingo import seeds
+from bingo.bags.index import Bags
+from bingo.images.images import MemoryImages
+from bingo.images.loader import ViewLoader
+from bingo.methods.contract import Batch, Context, Method, build_method
+from bingo.nets.backbones import build_backbone, check_images
+from bingo.nets.heads import mlp_head
+from bingo.params import AugmentParams, NetworkParams, Params, ScheduleParams
+from bingo.runtime.checkpoints import Checkpoints
+from bingo.teachers.sources import make_teacher
+from bingo.teachers.teacher import Teacher
+from bingo.training.batches import Batches, Stored
+from bingo.training.loop import Trainer
+
+CPU = torch.device("cpu")
+_ROWS = 64
+_MOST_ROWS = 65536
+_IMAGE_PX = 8  # of the fabricated images, which are enlarged to views of image.crop_px like any others
+# Of the published formats that hold a head: the width of their keys.
+_KEY_WIDTHS = {
+    "moco": 128,
+    "swav": 128,
+    "seed": 128,
+    "disco": 128,
+    "moco_v3": 256,
+    "dino": 256,
+    "simsiam": 2048,
+    "barlow": 8192,
+    "vicreg": 8192,
+}
+
+
+@dataclass(frozen=True)
+class DryTraining:
+    """A method on fabricated data, how it is trained, and the images of one step."""
+
+    name: str
+    method: Method
+    schedule: ScheduleParams
+    loader: ViewLoader
+    seed: int
+    bags: Bags | None
+    stored: Stored | None
+
+    @property
+    def anchors(self) -> int:
+        """How many anchors a step has: BatchNorm wants two images."""
+        return 1 if self.method.needs.companions else 2
+
+    def batch(self, anchors: int) -> Batch:
+        """One batch of so many anchors."""
+        return next(self._batches(anchors).epoch(0, 0))
+
+    def _batches(self, anchors: int) -> Batches:
+        """Epochs of a single batch."""
+        return Batches(self.method.needs, self.loader, self.seed, anchors, anchors, self.bags, self.stored)
+
+    def step(self) -> dict[str, float]:
+        """One step of the real training loop: the loss terms. Raises UserError where the loss is not finite."""
+        once = {"epochs": 1, "batch_anchors": self.anchors, "batchnorm_groups": 1, "lr_warmup_epochs": 0, "probe_every_epochs": 0}
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints = Checkpoints(Path(folder), every_seconds=float("inf"))
+            trainer = Trainer(
+                self.method, self._batches(self.anchors), self.schedule.model_copy(update=once), CPU, checkpoints, label=self.name
+            )
+            (record,) = trainer.run().history
+        return {name: value for name, value in record.items() if name not in ("epoch", "lr")}
+
+
+def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
+    """The teacher, on the CPU: read from `teacher.checkpoint` if `checkpoint`, otherwise with random weights in its place.
+
+    A stand-in's head is MoCo-v2's, its keys as wide as those of published files of `teacher.format`. Raises UserError as the
+    teacher stage does.
+    """
+    teacher = params.teacher
+    if checkpoint:
+        return Teacher(*make_teacher(teacher, params.image, params.seed))
+    backbone = build_backbone(teacher.arch, teacher.width, teacher.stem, seeds.torch_seed(params.seed, "random teacher"))
+    check_images(backbone, teacher.arch, params.image.crop_px)
+    width = backbone.feature_width
+    head = None
+    if teacher.source == "pretrain":
+        head = mlp_head([width, teacher.pretrain.moco.head_hidden, teacher.pretrain.moco.key_width], seed_value=0)
+    elif teacher.source == "checkpoint" and teacher.format in _KEY_WIDTHS:
+        head = mlp_head([width, width, _KEY_WIDTHS[teacher.format]], seed_value=0)
+    key_width = width if head is None else head[-1].out_features
+    return Teacher(backbone, head, {"feature_width": width, "key_width": key_width})
+
+
+def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTraining:
+    """Training of the student as `distill` has it; without `bank` on so few rows that its negatives cost nothing."""
+    section = getattr(params.methods, params.distill.method)
+    rows = _rows(params, section if bank else None)
+    stored, bags = _stored(params, teacher, rows, section.reads_features), _bags(params, rows)
+    return _built(params, params.distill.method, section, params.student, params.distill, params.distill.augment, stored, bags, teacher)
+
+
+def dry_baseline(params: Params, method: str) -> DryTraining:
+    """Training of the student without a teacher, as the stage `baseline` has it."""
+    section = getattr(params.methods, method)
+    return _built(params, method, section, params.student, params.distill, params.distill.augment)
+
+
+def dry_pretraining(params: Params) -> DryTraining:
+    """Pretraining of the teacher, as the stage `teacher` has it."""
+    pretrain = params.teacher.pretrain
+    return _built(params, "moco", pretrain.moco, params.teacher, pretrain, pretrain.augment)
+
+
+def _built(
+    params: Params,
+    name: str,
+    section: Any,
+    network: NetworkParams,
+    schedule: ScheduleParams,
+    augment: AugmentParams,
+    stored: Stored | None = None,
+    bags: Bags | None = None,
+    teacher: Teacher | None = None,
+) -> DryTraining:
+    student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(params.seed, "student"), network.options)
+    check_images(student, network.arch, params.image.crop_px)
+    keys = params.distill.keys if teacher is not None else "momentum"
+    context = Context(
+        student, student.feature_width, params.seed, keys, "fp32", CPU, teacher if keys == "live" else None,
+        stored.keys_TVP if stored else None, stored.features_TD if stored else None, bags,
+    )  # fmt: skip
+    method = build_method(name, section, context).to(memory_format=torch.channels_last)
+    rows = len(bags.members_TK) if bags else _ROWS
+    pixels = np.random.default_rng(params.seed).integers(0, 256, (rows, _IMAGE_PX, _IMAGE_PX, 3), dtype=np.uint8)
+    loader = ViewLoader(MemoryImages(pixels), params.image, augment, params.seed, CPU)
+    return DryTraining(name, method, schedule, loader, params.seed, bags, stored)
+
+
+def _rows(params: Params, section: Any) -> int:
+    """Enough rows for the bags, and for the bank of negatives if there is one, so that its product is counted."""
+    return max(_ROWS, 2 * min(params.bagging.k, 1024) + 2, min(getattr(section, "negative_rows", 0), _MOST_ROWS))
+
+
+def _stored(params: Params, teacher: Teacher, rows: int, features: bool) -> Stored:
+    """Random unit keys, a few that come again and again (they cost as much as others), and random features where they are read."""
+    generator = torch.Generator().manual_seed(params.seed)
+
+    def units(width: int) -> torch.Tensor:
+        few = torch.nn.functional.normalize(torch.randn(_ROWS, width, generator=generator), dim=1).half()
+        return few[torch.arange(rows) % _ROWS]
+
+    keys_TVP = units(teacher.metadata["key_width"])[:, None].expand(-1, min(params.extract.views, 2), -1)
+    return Stored(keys_TVP, params.extract.augment, units(teacher.metadata["feature_width"]) if features else None)
+
+
+def _bags(params: Params, rows: int) -> Bags:
+    """Bags of the rows that follow, whatever `bagging.method` is: a step costs the same."""
+    members_TK = (np.arange(rows)[:, None] + 1 + np.arange(min(params.bagging.k, 1024))).astype(np.int32) % rows
+    similarity_TK = np.ones(members_TK.shape, np.float16)
+    return Bags({"method": "knn", "draw_temperature": params.bagging.draw_temperature}, members_TK, similarity_TK)

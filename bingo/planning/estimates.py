@@ -1,0 +1,141 @@
+"""What a whole run will cost, from what one step and one image cost: floating-point operations, memory of a step, disk.
+
+Shape letters: N listed images, T train images, V stored views, P key width, D feature width, K bag size, C clusters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bingo.bags.ivf import InvertedFile
+from bingo.datasets import digits
+from bingo.datasets.layout import find_splits
+from bingo.methods.contract import Progress
+from bingo.params import DatasetParams, Params
+from bingo.planning.dry_run import DryTraining
+from bingo.teachers.teacher import Teacher
+from bingo.training.costs import forward_flops, saved_bytes, step_flops
+
+_FLOAT, _HALF, _INDEX = 4, 2, 4  # bytes
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many images a dataset has."""
+
+    train: int
+    test: int
+
+
+_CIFAR = Counts(50_000, 10_000)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """FLOPs of one anchor of the student's training and of one image of teacher and student, of each stage, and bytes of each output."""
+
+    anchor_flops: float
+    teacher_image_flops: int
+    student_image_flops: int
+    stage_flops: dict[str, float]
+    disk_bytes: dict[str, int]
+
+
+def count_images(dataset: DatasetParams, seed: int) -> Counts | None:
+    """How many images `scan` will list; None for a folder that is not there. Raises UserError as `scan` does for a folder's layout."""
+    if dataset.source == "digits":
+        _, labels_D = digits.read_digits()
+        test = int(digits.is_test_digit(labels_D, seed).sum())
+        found = Counts((len(labels_D) - test) * dataset.placements, test * dataset.placements)
+    elif dataset.source == "folder":
+        if dataset.root is None or not Path(dataset.root).is_dir():
+            return None
+        found = Counts(*(len(split.paths) for split in find_splits(Path(dataset.root), dataset.follow_links)))
+    else:
+        found = _CIFAR
+    return Counts(min(found.train, dataset.train_images or found.train), min(found.test, dataset.test_images or found.test))
+
+
+def estimate(
+    params: Params,
+    counts: Counts,
+    teacher: Teacher,
+    student: DryTraining,
+    baselines: Sequence[DryTraining],
+    pretraining: DryTraining | None,
+) -> Estimate:
+    """The estimate of a run with these parameters on so many images."""
+    image = torch.zeros(1, 3, params.image.crop_px, params.image.crop_px)
+    teacher_flops, student_flops = forward_flops(teacher, image), forward_flops(student.method.student, image)
+    anchor_flops = flops_per_anchor(student)
+    stages = {"teacher": _training(pretraining, counts)} if pretraining is not None else {}
+    stages["extract"] = (counts.train + counts.test + params.extract.views * counts.train) * teacher_flops
+    stages["bag"] = _bag_flops(params, counts.train, teacher.metadata["feature_width"])
+    stages["distill"] = params.distill.epochs * counts.train * anchor_flops
+    stages |= {f"baseline {training.name}": _training(training, counts) for training in baselines}
+    stages["linear_eval, knn_eval"] = _evaluation_flops(params, counts, student_flops)
+    return Estimate(anchor_flops, teacher_flops, student_flops, stages, _disk(params, counts, teacher, student))
+
+
+def flops_per_anchor(training: DryTraining) -> float:
+    """FLOPs of one anchor in one step of a training, forward and backward."""
+    progress = Progress(training.schedule.epochs - 1, 0)  # after all warm-ups
+    return step_flops(training.method, training.batch(training.anchors), progress) / training.anchors
+
+
+def step_memory(params: Params, training: DryTraining, teacher: Teacher, counts: Counts) -> dict[str, int]:
+    """Bytes in memory in one step of the student's training, in float32, by what they hold; a GPU shares none of them with another."""
+    progress = Progress(training.schedule.epochs - 1, 0)
+    fewer, more = (saved_bytes(training.method, training.batch(anchors), progress) for anchors in (training.anchors, training.anchors + 1))
+    trained = sum(parameter.numel() for parameter in training.method.parameters() if parameter.requires_grad)
+    state = _bytes(training.method) + 2 * _FLOAT * trained  # gradients and SGD's momentum
+    if params.distill.keys == "live":
+        state += _bytes(teacher)
+    stored = params.extract.views * teacher.metadata["key_width"]
+    if training.stored is not None and training.stored.features_TD is not None:
+        stored += teacher.metadata["feature_width"]
+    return {
+        "activations": (more - fewer) * training.schedule.batch_anchors,
+        "weights and state": state,
+        "stored keys and features": counts.train * stored * _HALF,
+    }
+
+
+def _training(training: DryTraining, counts: Counts) -> float:
+    return training.schedule.epochs * counts.train * flops_per_anchor(training)
+
+
+def _bag_flops(params: Params, train: int, feature_width: int) -> float:
+    """All pairs of train rows for knn, or those that its inverted file leaves; for kmeans rows against centroids at each iteration, then
+    pairs within clusters."""
+    pairs = 2 * train**2 * feature_width
+    if params.bagging.search == "ivf":
+        return 2 * InvertedFile(params.bagging.lists, params.bagging.probes, params.seed).cosines(train) * feature_width
+    if params.bagging.method == "kmeans":
+        return pairs * params.bagging.clusters / train * params.bagging.iterations + pairs / params.bagging.clusters
+    return pairs
+
+
+def _evaluation_flops(params: Params, counts: Counts, student_flops: int) -> float:
+    """Features of centre views of every student-like network, twice, and the crops of each epoch of linear_eval.crops."""
+    networks, crops = 2 + len(params.baselines), params.linear_eval.crops
+    centre = 2 * networks * (counts.train + counts.test)
+    return (centre + len(crops.nets) * crops.epochs * counts.train) * student_flops
+
+
+def _disk(params: Params, counts: Counts, teacher: Teacher, student: DryTraining) -> dict[str, int]:
+    images, widths = counts.train + counts.test, teacher.metadata
+    keys = counts.train * params.extract.views * widths["key_width"]
+    found = {
+        "embeddings": (images * widths["feature_width"] + keys) * _HALF,
+        "bags": counts.train * params.bagging.k * (_INDEX + _HALF),
+        "networks": _bytes(teacher) + (1 + len(params.baselines)) * (_bytes(student.method.student) + _bytes(student.method.head)),
+    }
+    return found | ({"images": images * 3 * params.dataset.store_px**2} if params.dataset.store_px else {})
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in network.state_dict().values())

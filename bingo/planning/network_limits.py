@@ -1,0 +1,95 @@
+"""Limits that networks themselves have, tried on them: widths, stems, sizes of images, what a method makes of its parameters, batches of 1.
+
+Large networks are built without numbers (torch's meta device), and nothing is read or downloaded.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from bingo.methods.contract import Progress
+from bingo.nets.backbones import Backbone, build_backbone, check_images
+from bingo.planning.dry_run import DryTraining, dry_baseline, dry_pretraining, dry_student, dry_teacher
+from bingo.runtime.errors import UserError
+from bingo.teachers.teacher import Teacher
+
+_OF_A_NETWORK = re.compile(r"^(arch|width|stem|drop_rate|drop_path_rate|batchnorm_momentum) = ")
+
+
+def network_mistakes(params: Any, processes: int) -> list[str]:
+    """A line for each thing that the networks cannot be or do together. `processes` share each batch."""
+    lines: list[str] = []
+    teacher: Teacher | None = None
+    student: Backbone | None = None
+    with _noted(lines, "teacher"):
+        teacher = _teacher(params)
+    with _noted(lines, "student"):
+        built = build_backbone(params.student.arch, params.student.width, params.student.stem, 0, params.student.options)
+        check_images(built, params.student.arch, params.image.crop_px)
+        student = built
+    if student is None:
+        return lines
+    trainings: list[tuple[str, Callable[[], DryTraining], int]] = [
+        ("distill", lambda: dry_student(params, teacher or _any_teacher(), bank=False), params.distill.batch_anchors),
+        *((f"baseline {name}", lambda name=name: dry_baseline(params, name), params.distill.batch_anchors) for name in params.baselines),
+    ]
+    if params.teacher.source == "pretrain" and teacher is not None:
+        trainings.append(("teacher.pretrain", lambda: dry_pretraining(params), params.teacher.pretrain.batch_anchors))
+    for name, build, batch_anchors in trainings:
+        with _noted(lines, "student"):
+            _check_rows(build(), name, batch_anchors, processes)
+    _check_downstream(params, student, lines)
+    return lines
+
+
+@contextmanager
+def _noted(lines: list[str], network: str) -> Iterator[None]:
+    """Keep what is refused within it; a key of a network without its section gets that."""
+    try:
+        yield
+    except UserError as error:
+        lines += [_OF_A_NETWORK.sub(rf"{network}.\1 = ", line) for line in error.lines]
+
+
+def _teacher(params: Any) -> Teacher:
+    """A stand-in for the teacher, without numbers where that can be."""
+    with suppress(NotImplementedError, RuntimeError, TypeError, ValueError), torch.device("meta"):
+        return dry_teacher(params, checkpoint=False)
+    return dry_teacher(params, checkpoint=False)
+
+
+def _any_teacher() -> Teacher:
+    """In place of a teacher that cannot be, so that the student's training is tried all the same."""
+    return Teacher(torch.nn.Identity(), None, {"feature_width": 128, "key_width": 128})
+
+
+def _check_rows(training: DryTraining, name: str, batch_anchors: int, processes: int) -> None:
+    """Raises UserError where a process has one image in a batch, and the training has a BatchNorm that wants two."""
+    if batch_anchors // processes != 1 or training.method.needs.companions:
+        return
+    try:
+        training.method.train()(training.batch(1), Progress(0, 0))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        key = "teacher.pretrain" if name == "teacher.pretrain" else "distill"
+        shared = f" of {processes} processes" if processes > 1 else ""
+        line = f"{key}.batch_anchors = {batch_anchors}: BatchNorm in {training.name} wants more than one image"
+        raise UserError(f"{line} in each batch{shared}; set {key}.batch_anchors: {2 * processes} or more") from None
+
+
+def _check_downstream(params: Any, student: Backbone, lines: list[str]) -> None:
+    """What the evaluations ask of the student beside: images of other sizes, the stages of a detector."""
+    if params.transfer.datasets and "linear_resized" in params.transfer.protocols:
+        try:
+            check_images(student, params.student.arch, params.transfer.resized_px)
+        except UserError as error:
+            lines += [line.replace("image.crop_px", "transfer.resized_px") for line in error.lines]
+    if params.transfer_coco.runs:
+        from bingo.detection.detector import check_student
+
+        with _noted(lines, "student"):
+            check_student(student)

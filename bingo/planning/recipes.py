@@ -1,0 +1,237 @@
+"""Recipes: YAML overlays on params.yaml, one file each, whose head may name other recipes to lay over first.
+
+The first line is a comment that describes the recipe. Beside the sections of params.yaml a file may hold
+
+    includes: [names]    recipes that are laid over before this one, in this order (`parts/NAME`: pieces that recipes share)
+    about:               what to expect and what is needed, see `About`; no parameter
+
+Expected figures become `report.title` and `report.published`, so that the report prints them beside the measured ones. A recipe without
+such figures takes those of another away, unless it only adds evaluations: they are not of what it sets.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bingo.params import mistakes, read_yaml, schema
+from bingo.runtime.errors import UserError, near_matches, short
+
+PARTS = "parts"
+MEASURES = {
+    "linear_top1": "linear, top-1",
+    "linear_top5": "linear, top-5",
+    "knn_1": "kNN, k = 1",
+    "knn_10_weighted": "kNN, k = 10, weighted votes",
+    "knn_20": "kNN, k = 20",
+}
+Percent = Annotated[float, Field(ge=0, le=100)]
+# Sections whose keys are the user's own words: they are replaced whole.
+_ADDED = {"semi_eval", "transfer", "transfer_coco", "report"}  # sections of evaluations that are laid over any other recipe
+_WHOLE = {"report.published", "semi_eval.splits", "transfer.datasets"}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TeacherFile(_Strict):
+    """The teacher's checkpoint, which `teacher.checkpoint` names: who publishes it, and its linear top-1 accuracy in percent."""
+
+    published_by: str
+    linear_top1: Percent
+
+
+class ImagesFrom(_Strict):
+    """How many images the dataset has, and who publishes it."""
+
+    train: int
+    test: int
+    published_by: str
+
+
+class About(_Strict):
+    """What a recipe says of itself.
+
+    expected: published accuracies in percent by the names of MEASURES; source: where they are from. These two are a recipe's own; the
+    others are inherited from what it includes: `teacher`, `images`; `published`, the settings that were published, by their dotted keys;
+    and `deviates`, what differs from them and why. A line of the last that begins with keys or sections of params.yaml and a colon
+    speaks of these, and is left out of a recipe that sets all of them as published.
+    """
+
+    expected: dict[Literal["linear_top1", "linear_top5", "knn_1", "knn_10_weighted", "knn_20"], Percent] = {}
+    source: str | None = None
+    teacher: TeacherFile | None = None
+    images: ImagesFrom | None = None
+    published: dict[str, Any] = {}
+    deviates: list[str] = []
+
+    @model_validator(mode="after")
+    def _figures_have_a_source(self) -> Self:
+        if self.expected and not self.source:
+            raise ValueError("expected has figures, but source does not say where they are from; add about.source")
+        return self
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe with all that it includes. `overlay` maps sections of params.yaml to what is laid over them."""
+
+    name: str
+    description: str
+    overlay: dict[str, Any]
+    about: About
+
+
+def recipe_names(folder: Path, parts: bool = False) -> list[str]:
+    """Names of all recipes; with `parts` the shared pieces behind them, as parts/NAME. Raises UserError where there is no folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder here; run from the repository's top level")
+    pieces = [f"{PARTS}/{path.stem}" for path in (folder / PARTS).glob("*.yaml")] if parts else []
+    return sorted((path.stem for path in folder.glob("*.yaml")), key=_by_number) + sorted(pieces, key=_by_number)
+
+
+def _by_number(name: str) -> list[str]:
+    """k-5 before k-10."""
+    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def recipe_path(folder: Path, name: str) -> Path:
+    """The file of a recipe or part. Raises UserError for an unknown name."""
+    if name not in (names := recipe_names(folder, parts=True)):
+        raise UserError(f"recipe = {name}: there is none of this name; see: bingo recipe list{near_matches(name, names)}")
+    return folder / f"{name}.yaml"
+
+
+def description(path: Path) -> str:
+    """A recipe's first line without the comment sign."""
+    with path.open() as file:
+        return file.readline().lstrip("# ").strip()
+
+
+def own_about(path: Path) -> About:
+    """What this file alone says of itself. Raises UserError for unknown keys and wrong types."""
+    try:
+        return About.model_validate(_content(path).get("about") or {})
+    except ValidationError as error:
+        raise UserError([f"{path}: {line}" for line in mistakes(error, About, "about")]) from None
+
+
+def read_recipe(folder: Path, name: str) -> Recipe:
+    """A recipe with its includes laid over one another. Raises UserError for unknown names and for includes that form a circle."""
+    path = recipe_path(folder, name)
+    overlay: dict[str, Any] = {}
+    inherited: dict[str, Any] = {"published": {}, "deviates": []}
+    for part in _in_order(folder, name, ()):
+        lay_over(overlay, {key: value for key, value in _content(part).items() if key not in ("about", "includes")})
+        about = own_about(part)
+        inherited |= {key: value for key in ("teacher", "images") if (value := getattr(about, key)) is not None}
+        inherited["published"] |= about.published
+        inherited["deviates"] += [line for line in about.deviates if line not in inherited["deviates"]]
+    inherited["deviates"] = _standing(inherited["deviates"], dict(flattened(overlay)), inherited["published"])
+    if "teacher" in inherited and not (isinstance(overlay.get("teacher"), dict) and "checkpoint" in overlay["teacher"]):
+        raise UserError(f"{path}: about.teacher tells of a file that the recipe does not name; set teacher.checkpoint, or leave it out")
+    recipe = Recipe(name, description(path), overlay, own_about(path).model_copy(update=inherited))
+    lay_over(overlay, _for_the_report(recipe))
+    return recipe
+
+
+def explained(line: str) -> list[str]:
+    """The keys and sections of params.yaml with which a line of `deviates` begins; none where it is not about parameters."""
+    keys = line.partition(": ")[0].split(", ")
+    return keys if all(re.fullmatch(r"[a-z_]+(\.\w+)+", key) for key in keys) else []
+
+
+def speaks_of(line: str, key: str) -> bool:
+    """Whether a line of `deviates` explains this key's value."""
+    return any(f"{key}.".startswith(f"{named}.") for named in explained(line))
+
+
+def _standing(deviates: list[str], ours: dict[str, Any], published: dict[str, Any]) -> list[str]:
+    """The lines that are true of a recipe: of those about parameters the ones of which one has another value than was published."""
+    others = [key for key, value in published.items() if ours.get(key, value) != value]
+    return [line for line in deviates if not explained(line) or any(speaks_of(line, key) for key in others)]
+
+
+def overlay_mistakes(overlay: dict[str, Any]) -> list[str]:
+    """One line for each key of an overlay that params.yaml does not have, and for each value that it does not allow there."""
+    try:
+        schema().model_validate(overlay)
+    except ValidationError as error:
+        return [line for line in mistakes(error, schema()) if " is missing; add it " not in line]  # the rest stands in params.yaml
+    return []
+
+
+def _for_the_report(recipe: Recipe) -> dict[str, Any]:
+    """Expected figures as the report's sections have them; neither title nor figures where there are none."""
+    if not recipe.about.expected:
+        cleared: dict[str, Any] = {"report": {"title": None, "published": {}}} if recipe.overlay.keys() - _ADDED else {}
+        lay_over(cleared, {key: value for key, value in recipe.overlay.items() if key == "report"})
+        return cleared
+    published = {MEASURES[measure]: f"{percent} % ({recipe.about.source})" for measure, percent in recipe.about.expected.items()}
+    return {"report": {"title": recipe.description, "published": published}}
+
+
+def _in_order(folder: Path, name: str, above: tuple[str, ...]) -> Iterator[Path]:
+    """The files of a recipe, each behind what it includes."""
+    path = recipe_path(folder, name)
+    if name in above:
+        raise UserError(f"{path}: includes go round in a circle ({' -> '.join((*above, name))}); take one of them out")
+    names = _content(path).get("includes") or []
+    if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
+        raise UserError(f"{path}: includes = {short(names)}: allowed is a list of recipes' names")
+    for included in names:
+        if included not in (known := recipe_names(folder, parts=True)):
+            raise UserError(f"{path}: includes {included}, but there is no such recipe{near_matches(included, known)}")
+        yield from _in_order(folder, included, (*above, name))
+    yield path
+
+
+def _content(path: Path) -> dict[str, Any]:
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _parsed(path: Path, _changed: int) -> dict[str, Any]:
+    """Parts are read once for all recipes that include them, unless they were changed."""
+    content = read_yaml(path) or {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {type(content).__name__}, not sections of params.yaml")
+    return content
+
+
+Change = tuple[str, Any, Any]
+
+
+def lay_over(document: dict[str, Any], overlay: dict[str, Any], prefix: str = "") -> list[Change]:
+    """Put the overlay's values into `document`, section by section, and return each change as (dotted key, old or None, new)."""
+    changes: list[Change] = []
+    for key, value in overlay.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(document.get(key), dict) and name not in _WHOLE:
+            changes += lay_over(document[key], value, f"{name}.")
+        elif document.get(key, ...) != value:
+            changes.append((name, document.get(key), value))
+            document[key] = deepcopy(value)  # laying over one document never changes another, and nothing is shared within one
+    return changes
+
+
+def flattened(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with its dotted key; sections of the user's own words stay whole."""
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value and name not in _WHOLE:
+            yield from flattened(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def as_text(value: Any) -> str:
+    """A value as YAML has it, on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

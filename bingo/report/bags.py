@@ -1,0 +1,200 @@
+"""The report's bags: statistics in plain words, charts of their spread, and a gallery of anchors with their members."""
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from bingo.images.decode import BadImage, decode_rgb
+from bingo.images.images import Images, MemoryImages
+from bingo.report.inputs import Artefacts
+from bingo.report.plots import quantile_strip
+from bingo.runtime.inside import path_inside
+
+if TYPE_CHECKING:
+    from bingo.images.listing import Listing
+
+THUMBNAIL_PX = 96
+_TINY_PX = 48  # shown with hard pixels rather than blurred
+_MEMBERS_SHOWN, _HUBS_SHOWN = 10, 8
+_COSINE_BANDS = [("p01", "p99"), ("p05", "p95"), ("p25", "p75")]
+_DEGREE_BANDS = [("min", "max"), ("min", "p99"), ("min", "p90")]
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture as a PNG data URI (None where it cannot be read) with its size in pixels, its row, path and class's name."""
+
+    row: int
+    uri: str | None
+    width_px: int
+    height_px: int
+    path: str
+    class_name: str
+
+    @property
+    def tiny(self) -> bool:
+        return max(self.width_px, self.height_px) <= _TINY_PX
+
+    @property
+    def alt(self) -> str:
+        """What is read in place of the picture."""
+        of_class = f", class {self.class_name}" if self.class_name else ""
+        return f"Image {self.row}{of_class}: {self.path}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A bag's member: its cosine to the anchor, and whether it is of the anchor's class (None: a label is unknown)."""
+
+    thumbnail: Thumbnail
+    similarity: float
+    same_class: bool | None
+
+
+@dataclass(frozen=True)
+class Bag:
+    """An anchor and the members that are shown; `hidden` more are listed in the index."""
+
+    anchor: Thumbnail
+    members: list[Member]
+    hidden: int
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One line of the table of statistics."""
+
+    name: str
+    value: str
+    meaning: str
+
+
+def gallery_rows(listing: "Listing", anchors: int) -> list[int]:
+    """At most `anchors` train rows, evenly spread over the rows sorted by class, so that small classes and large ones appear."""
+    order_T = np.argsort(listing.labels_N[: listing.train_rows], kind="stable")
+    count = min(anchors, len(order_T))
+    middles = (np.arange(count) + 0.5) * len(order_T) / max(1, count)
+    return order_T[middles.astype(np.int64)].tolist()
+
+
+def gallery(a: Artefacts) -> list[Bag]:
+    """The bags of `report.gallery_anchors` anchors; empty without images or bags."""
+    if a.images is None or a.bags is None:
+        return []
+    return [_bag(a, row) for row in gallery_rows(a.listing, a.params.report.gallery_anchors)]
+
+
+def hubs(a: Artefacts) -> list[tuple[Thumbnail, int]]:
+    """The images that are in most bags, each with the number of bags; empty without images."""
+    if a.images is None:
+        return []
+    shown = a.bag_metrics.get("hubs", [])[:_HUBS_SHOWN]
+    return [(thumbnail(a.images, a.listing, hub["row"]), hub["count"]) for hub in shown]
+
+
+def thumbnail(images: Images, listing: "Listing", row: int) -> Thumbnail:
+    """The image of a row, at most 96 pixels wide and high; without a picture where its file cannot be read any more."""
+    label = int(listing.labels_N[row])
+    name = listing.classes[label] if label >= 0 else ""
+    try:
+        picture = _picture(images, row)
+    except (OSError, BadImage):
+        return Thumbnail(row, None, THUMBNAIL_PX, THUMBNAIL_PX, listing.paths[row], name)
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
+    png = io.BytesIO()
+    picture.save(png, "PNG", optimize=True)
+    uri = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return Thumbnail(row, uri, picture.width, picture.height, listing.paths[row], name)
+
+
+def _picture(images: Images, row: int) -> Image.Image:
+    if isinstance(images, MemoryImages):
+        return Image.fromarray(images.images_NSS3[row])
+    file_bytes = path_inside(images.root, images.paths[row], images.follow_links).read_bytes()
+    return decode_rgb(file_bytes, lambda height, width: max(height, width) / (2 * THUMBNAIL_PX), images.gray_bits)[0]
+
+
+def _bag(a: Artefacts, row: int) -> Bag:
+    assert a.images is not None
+    assert a.bags is not None
+    members_K, similarity_K = a.bags.members(row), a.bags.similarity(row)
+    label, shown = a.listing.labels_N[row], []
+    for member, similarity in zip(members_K.tolist()[:_MEMBERS_SHOWN], similarity_K.tolist(), strict=False):
+        known = label >= 0 and a.listing.labels_N[member] >= 0
+        same = bool(a.listing.labels_N[member] == label) if known else None
+        shown.append(Member(thumbnail(a.images, a.listing, member), similarity, same))
+    return Bag(thumbnail(a.images, a.listing, row), shown, max(0, len(members_K) - _MEMBERS_SHOWN))
+
+
+def statistics(metrics: dict[str, Any]) -> list[Statistic]:
+    """What `bag_metrics.bag_metrics` measured, each line with its meaning; lines that were not measured are left out."""
+    lines = [Statistic(name, write(metrics[key]), meaning) for key, name, write, meaning in _LINES if key in metrics]
+    return [line for line in lines if line.value]
+
+
+def spread_svgs(metrics: dict[str, Any]) -> list[tuple[Markup, str]]:
+    """Charts of the spread of cosines and of in-degrees, each with its caption; none for what was not measured."""
+    charts = []
+    if quantiles := metrics.get("similarity"):
+        svg = quantile_strip("similarity", "cosine to the anchor", quantiles, "p50", _COSINE_BANDS)
+        caption = "Cosines of the listed members. The mark is the median; the bands hold 50, 90 and 98 percent of the members."
+        charts.append((svg, caption))
+    if spread := metrics.get("in_degree"):
+        svg = quantile_strip("in-degree", "in how many bags an image is", spread, "median", _DEGREE_BANDS)
+        charts.append((svg, "The mark is the median; the bands go from the least to the 90th percentile, the 99th, and the most."))
+    return charts
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _count(count: int) -> str:
+    return f"{count:,}"
+
+
+def _spread(spread: dict[str, float]) -> str:
+    if spread["min"] == spread["max"]:
+        return f"{spread['min']:,} for all"
+    return f"median {spread['median']:,g}, 99 % up to {spread['p99']:,g}, from {spread['min']:,} to {spread['max']:,}"
+
+
+def _quantiles(quantiles: dict[str, float]) -> str:
+    return f"median {quantiles['p50']:.3f}, 90 % in {quantiles['p05']:.3f} to {quantiles['p95']:.3f}" if quantiles else ""
+
+
+def _clusters(sizes: dict[str, float]) -> str:
+    extremes = f"median {sizes['median']:,g}, from {sizes['min']:,} to {sizes['max']:,} ({sizes['max_over_mean']:.1f} times the mean)"
+    return f"{extremes}; {sizes['singletons']:,} with one image, {sizes['unused']:,} unused"
+
+
+_LINES: list[tuple[str, str, Callable[[Any], str], str]] = [
+    (
+        "purity", "Purity", _share,
+        "Share of the listed members that are of the anchor's class, the mean over all bags. Labels are read for this figure,"
+        " and never to make bags by knn or kmeans.",
+    ),
+    (
+        "whole_bag_purity", "Purity of whole bags", _share,
+        "The same over everything that can be drawn from a bag, not only over its nearest members.",
+    ),
+    (
+        "recall", "Recall of the search", _share,
+        "Share of the nearest images that the approximate search found, measured on up to 1,000 anchors.",
+    ),
+    ("bag_size", "Bag size", _spread, "Among how many images a member is drawn for an anchor."),
+    ("similarity", "Cosine to the anchor", _quantiles, "How alike the teacher finds the two; 1 is the same direction."),
+    ("mutual_share", "Mutual members", _share, "Share of the members whose own bag lists the anchor in turn."),
+    ("in_degree", "In how many bags an image is", _spread, "A long upper end means hubs: few images near to very many."),
+    ("orphan_share", "Orphans", _share, "Share of images that no bag lists."),
+    ("near_duplicates", "Near-duplicates", _count, "Images whose nearest member has a cosine above 0.9999, as copies have."),
+    ("empty_bags", "Empty bags", _count, "Anchors without any member; such an anchor stands for its own member."),
+    ("short_bags", "Short bags", _count, "Bags that list fewer members than bagging.k, but at least one."),
+    ("cluster_size", "Cluster size", _clusters, "How many images share a cluster; a large one makes vague bags."),
+]  # fmt: skip

@@ -1,0 +1,62 @@
+"""A section of the report that shows what was measured here beside what was published: two tables, and how far they can be compared."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from bingo.report.inputs import Artefacts
+from bingo.report.results import ROLES, Cell, Row, network_label
+
+
+@dataclass(frozen=True)
+class Published:
+    """A table as others report it: its caption, what its columns of figures are, and of each row method, remark and figures."""
+
+    caption: str
+    headers: list[str]
+    rows: list[tuple[str, str, list[str]]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section: id, title, a sentence; the measured table (groups of columns with their span, headers, rows), the published one."""
+
+    id: str
+    title: str
+    lead: str
+    caption: str
+    groups: list[tuple[str, int]]
+    headers: list[str]
+    rows: list[Row]
+    published: Published
+
+    @property
+    def html(self) -> Markup:
+        """The section as markup."""
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        template = files("bingo.report").joinpath("report_beside.html.j2").read_text(encoding="utf-8")
+        return Markup(environment.from_string(template).render(section=self))
+
+
+def net_rows(a: Artefacts, columns: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Row]:
+    """A row for each network; `columns` are {net: scores} as reports/semi and reports/transfer have them. The best epoch is the note."""
+    measured = {net for column in columns for net in column}
+    order = ["student", *sorted(measured - {"student", "untrained"}), "untrained"]
+    return [
+        Row(net, network_label(a, net), ROLES.get(net, ""), [_cell(column.get(net)) for column in columns])
+        for net in order
+        if net in measured
+    ]
+
+
+def last_figures(nets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
+    """{NET_PROTOCOL: top-1 after the last epoch, percent, four places}."""
+    return {f"{net}_{protocol}": round(score["top1_last"], 4) for net, scores in nets.items() for protocol, score in scores.items()}
+
+
+def _cell(scores: Mapping[str, Any] | None) -> Cell:
+    return Cell(None) if scores is None else Cell(scores["top1_last"], f"best {scores['top1_best']:.1f}")

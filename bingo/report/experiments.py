@@ -1,0 +1,157 @@
+"""Experiments beside each other: runs of one variant with several seeds, their means, and differences to a reference paired by seed.
+
+A variant is what an experiment is called without its seed: `method-bingo` of `method-bingo-s2`. Every figure is kept by its seed,
+{measure: {seed: value}}, so that differences are taken between runs of the same seed, which share split, teacher and bags.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from bingo.params import method_names, method_section
+
+LEVEL = 0.95
+_RESULTS, _DISTILL = "reports/results.json", "reports/distill.json"
+_UPSTREAM = ("seed", "dataset", "image", "teacher", "extract", "bagging", "student", "distill")  # what a training's timing is of
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: its parameters (params.yaml as read), its metrics {file: figures}, and the records of its stages, if any are known."""
+
+    name: str
+    params: Mapping[str, Any]
+    metrics: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        return self.params["seed"]
+
+    @property
+    def variant(self) -> str:
+        return re.sub(rf"-s{self.seed}$", "", self.name)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The runs of one variant. `values` has, of each measure that was taken, the value of each seed; see `measures`."""
+
+    name: str
+    method: str
+    with_teacher: bool
+    seeds: Sequence[int]
+    values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    def spread(self, measure: str) -> "Spread | None":
+        """Mean and standard deviation over the seeds, None where no seed has the measure."""
+        return spread(self.values.get(measure, {}).values())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (over n - 1; None of a single value)."""
+
+    mean: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference over the seeds that both have, with the bounds of its 95 % interval (None of a single seed)."""
+
+    mean: float
+    bounds: tuple[float, float] | None
+    pairs: int
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Mean and sample standard deviation; None of nothing."""
+    known = list(values)
+    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None) if known else None
+
+
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+    """Ours minus theirs over the common seeds, with Student's t-interval of paired samples: mean ± t(n - 1) sd / sqrt(n).
+
+    None without a common seed.
+    """
+    common = spread(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+    if common is None:
+        return None
+    pairs = len(ours.keys() & theirs.keys())
+    if common.deviation is None:
+        return Difference(common.mean, None, pairs)
+    reach = float(student_t.ppf((1 + LEVEL) / 2, pairs - 1)) * common.deviation / math.sqrt(pairs)
+    return Difference(common.mean, (common.mean - reach, common.mean + reach), pairs)
+
+
+def variants(experiments: Sequence[Experiment], records: Sequence[Mapping[str, Any]]) -> list[Variant]:
+    """The experiments by variant, the most accurate first. `records` are those of distill stages (bingo/pipeline/run.py), of any run."""
+    names = dict.fromkeys(experiment.variant for experiment in experiments)
+    found = [_variant([one for one in experiments if one.variant == name], records) for name in names]
+    return sorted(found, key=lambda variant: -_rank(variant))
+
+
+def _rank(variant: Variant) -> float:
+    known = variant.spread("linear") or variant.spread("knn_10")
+    return known.mean if known else -math.inf
+
+
+def _variant(runs: Sequence[Experiment], records: Sequence[Mapping[str, Any]]) -> Variant:
+    values: dict[str, dict[int, float]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        for measure, value in measures(run, record_of(run, records)).items():
+            values.setdefault(measure, {})[run.seed] = value
+    return Variant(runs[0].variant, runs[0].params["distill"]["method"], _with_teacher(runs[0]), sorted({run.seed for run in runs}), values)
+
+
+def _with_teacher(experiment: Experiment) -> bool:
+    method = experiment.params["distill"]["method"]
+    return method not in method_names() or method_section(method).needs_teacher
+
+
+def record_of(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The record of the training that gave the student: the experiment's own, or that of another one with the same parameters,
+    whose student DVC took from its cache. Empty where there is none, or where the training was interrupted, so that its time is
+    not the whole one."""
+    method = experiment.params["distill"]["method"]
+
+    def is_of(record: Mapping[str, Any]) -> bool:
+        noted = {section: record["params"].get(section) for section in _UPSTREAM}
+        return _within({**noted, "methods": {method: record["params"].get("methods", {}).get(method)}}, experiment.params)
+
+    same = [record for record in records if is_of(record)]
+    own = [record for record in same if record.get("experiment") == experiment.name]
+    record = next(iter(own or same), {})
+    return {} if record.get("resumed") else record
+
+
+def _within(part: Any, whole: Any) -> bool:
+    """Whether every key of `part`, at any depth, has the same value in `whole`."""
+    if isinstance(part, Mapping):
+        return isinstance(whole, Mapping) and all(key in whole and _within(value, whole[key]) for key, value in part.items())
+    return part == whole
+
+
+def measures(experiment: Experiment, record: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of one run that are known.
+
+    linear, knn_10: the student's top-1, percent; teacher_linear, teacher_knn_10: its teacher's; of_teacher: linear as percent of the
+    teacher's; gflop_per_anchor; gflop_per_image: that times the epochs, so what training cost for each train image;
+    anchors_per_second, peak_memory_mb, peak_gpu_memory_mb, minutes: of the distill stage's run.
+    """
+    results, distill = experiment.metrics.get(_RESULTS, {}), experiment.metrics.get(_DISTILL, {})
+    figures = {measure: results.get(measure, {}).get("student") for measure in ("linear", "knn_10")}
+    figures |= {f"teacher_{measure}": results.get(measure, {}).get("teacher") for measure in ("linear", "knn_10")}
+    if _with_teacher(experiment) and figures["linear"] is not None and figures["teacher_linear"]:
+        figures["of_teacher"] = 100 * figures["linear"] / figures["teacher_linear"]
+    if cost := distill.get("gflop_per_anchor"):
+        figures |= {"gflop_per_anchor": cost, "gflop_per_image": cost * experiment.params["distill"]["epochs"]}
+    figures |= {measure: record.get(measure) for measure in ("anchors_per_second", "peak_memory_mb", "peak_gpu_memory_mb")}
+    figures["minutes"] = record["seconds"] / 60 if "seconds" in record else None
+    return {measure: value for measure, value in figures.items() if value is not None}

@@ -1,0 +1,110 @@
+"""The page over experiments: what `bingo.report.experiments_table` says as tables, and accuracy against what training cost as charts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from bingo.params import display_name
+from bingo.report.experiments import Experiment, Variant, spread
+from bingo.report.experiments_table import Table
+from bingo.report.plots import Point, labelled_points
+from bingo.report.render import render
+
+_WITH_TEACHER, _WITHOUT = 0, 2  # of plots.SERIES, as on a run's page
+_AXES = {
+    "gflop_per_image": "GFLOP of training for each train image, all epochs",
+    "minutes": "minutes of training, start-up included",
+}
+_FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "Dataset": lambda params: params["dataset"]["source"],
+    "Teacher": lambda params: _network(params["teacher"]),
+    "Student": lambda params: _network(params["student"]),
+    "Epochs": lambda params: str(params["distill"]["epochs"]),
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart and the sentence under it."""
+
+    svg: Markup
+    caption: str
+
+
+def build_page(
+    commit: str,
+    experiments: Sequence[Experiment],
+    found: Sequence[Variant],
+    tables: Mapping[str, Table],
+    against: str | None,
+    records: Sequence[Mapping[str, Any]],
+) -> str:
+    """The whole page. `tables` has summary and seeds; `against` is the reference's name, None where there is none of this name."""
+    context = {
+        "commit": commit,
+        "experiments": len(experiments),
+        "against": against,
+        "facts": {name: _fact(experiments, read) for name, read in _FACTS.items()},
+        "summary": tables["summary"],
+        "seeds": tables["seeds"],
+        "charts": [chart for measure in _AXES if (chart := _chart(found, measure))],
+        "machines": sorted({_machine(record) for record in records}),
+    }
+    return render("report_experiments.html.j2", context)
+
+
+def _network(section: Mapping[str, Any]) -> str:
+    return section["arch"] + ("" if section["width"] == 1 else f" × {section['width']:g} wide")
+
+
+def _fact(experiments: Sequence[Experiment], read: Callable[[Mapping[str, Any]], str]) -> str:
+    """The values that the experiments have, the most frequent first."""
+    values = [read(experiment.params) for experiment in experiments]
+    return ", ".join(sorted(set(values), key=lambda value: (-values.count(value), value)))
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    processes = record.get("processes", 1)
+    return f"{record.get('device', 'unknown device')}{f' × {processes}' if processes > 1 else ''}, {record.get('cores', '?')} cores"
+
+
+def _chart(found: Sequence[Variant], cost: str) -> Chart | None:
+    """Accuracy against a cost, over the variants that have both; None where there are fewer than two."""
+    measure, title = ("linear", "linear top-1") if any("linear" in variant.values for variant in found) else ("knn_10", "kNN, k = 10")
+    points = [point for variant in found if (point := _point(variant, cost, measure, _prefix(found)))]
+    if len(points) < 2:
+        return None
+    told = (f"{point.label} {point.y:.1f} percent at {point.x:.3g}" for point in points)
+    ceiling = spread(value for variant in found for value in variant.values.get(f"teacher_{measure}", {}).values())
+    line = (f"teacher {ceiling.mean:.1f}", ceiling.mean) if ceiling else None
+    svg = labelled_points(
+        f"cost-{cost.replace('_', '-')}", points, _AXES[cost], f"{title}, percent", line, f"{title} by {_AXES[cost]}: {'; '.join(told)}."
+    )
+    shapes = "Circles: with a teacher; squares: without." if len({point.kind for point in points}) > 1 else ""
+    return Chart(svg, f"Mean {title} against {_AXES[cost]}. Bars: one standard deviation over the seeds, up and down. {shapes}".strip())
+
+
+def _point(variant: Variant, cost: str, measure: str, prefix: str) -> Point | None:
+    accuracy, price = variant.spread(measure), variant.spread(cost)
+    if accuracy is None or price is None:
+        return None
+    kind = _WITH_TEACHER if variant.with_teacher else _WITHOUT
+    return Point(_label(variant, prefix), price.mean, accuracy.mean, accuracy.deviation, kind)
+
+
+def _label(variant: Variant, prefix: str) -> str:
+    """A variant's name without what all begin with; of recipes method-NAME, the method as its paper writes it and what follows."""
+    name = variant.name.removeprefix(prefix)
+    method, hyphen, rest = name.removeprefix("method-").partition("-")
+    return f"{display_name(method)}{hyphen}{rest}" if method == variant.method else name
+
+
+def _prefix(found: Sequence[Variant]) -> str:
+    """What all names begin with, as it says nothing on a chart: a base with its plus, then the first word with its hyphen."""
+    bases = {variant.name.rpartition("+")[0] for variant in found}
+    base = f"{bases.pop()}+" if len(bases) == 1 and all("+" in variant.name for variant in found) else ""
+    names = [variant.name.removeprefix(base) for variant in found]
+    words = {name.partition("-")[0] for name in names}
+    return base + (f"{words.pop()}-" if len(words) == 1 and all("-" in name for name in names) else "")

@@ -1,0 +1,94 @@
+"""The tables of a comparison as text: one for Markdown and for the page. A minus is a minus sign, what is not known is a dash."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bingo.params import display_name
+from bingo.report.experiments import Difference, Variant, paired_difference
+
+ABSENT = "–"
+_ACCURACIES = {"linear": "linear", "knn_10": "kNN, k = 10"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers, and rows of as many cells; the first cell of a row is its name."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """As Markdown, numbers to the right."""
+        lines = [self.headers, ["---", *("---:" for _ in self.headers[1:])], *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summary(found: Sequence[Variant], against: str | None) -> Table:
+    """A row for each variant: accuracies as mean ± standard deviation, paired differences to the variant `against`, and costs.
+
+    A column that nobody has a figure for is left out.
+    """
+    reference = next((variant for variant in found if variant.name == against), None)
+    columns = {"variant": [variant.name for variant in found], "method": [display_name(variant.method) for variant in found]}
+    columns["seeds"] = [str(len(variant.seeds)) for variant in found]
+    columns |= {header: [_accuracy(variant, measure) for variant in found] for measure, header in _ACCURACIES.items()}
+    if reference:
+        for measure, header in _ACCURACIES.items():
+            columns[f"{header}, minus {against}"] = [_difference(variant, reference, measure) for variant in found]
+    columns |= {header: [_mean(variant, measure, form) for variant in found] for measure, header, form in _COSTS}
+    shown = {header: cells for header, cells in columns.items() if set(cells) != {ABSENT}}
+    return Table(list(shown), list(zip(*shown.values(), strict=True)))
+
+
+_COSTS = (
+    ("of_teacher", "linear, % of its teacher", ",.1f"),
+    ("gflop_per_anchor", "GFLOP per anchor", ".3g"),
+    ("anchors_per_second", "anchors/s", ",.0f"),
+    ("peak_memory_mb", "peak memory, MB", ",.0f"),
+    ("peak_gpu_memory_mb", "peak GPU memory, MB", ",.0f"),
+    ("minutes", "minutes", ",.2f"),
+)
+
+
+def by_seed(found: Sequence[Variant]) -> Table:
+    """A row for each variant, a column for each seed: linear / kNN, percent."""
+    seeds = sorted({seed for variant in found for seed in variant.seeds})
+    rows = [[variant.name, *(_pair(variant, seed) for seed in seeds)] for variant in found]
+    return Table(["linear / kNN, k = 10", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def _pair(variant: Variant, seed: int) -> str:
+    values = [variant.values.get(measure, {}).get(seed) for measure in _ACCURACIES]
+    known = [ABSENT if value is None else f"{value:.1f}" for value in values]
+    return ABSENT if seed not in variant.seeds else " / ".join(known)
+
+
+def _accuracy(variant: Variant, measure: str) -> str:
+    known = variant.spread(measure)
+    if known is None:
+        return ABSENT
+    return f"{known.mean:.1f}" + ("" if known.deviation is None else f" ± {known.deviation:.1f}")
+
+
+def _mean(variant: Variant, measure: str, form: str) -> str:
+    known = variant.spread(measure)
+    return ABSENT if known is None else format(known.mean, form)
+
+
+def _difference(variant: Variant, reference: Variant, measure: str) -> str:
+    if variant is reference:
+        return ABSENT
+    found = paired_difference(variant.values.get(measure, {}), reference.values.get(measure, {}))
+    return ABSENT if found is None else difference_text(found, len(variant.seeds))
+
+
+def difference_text(found: Difference, seeds: int) -> str:
+    """For example "+15.1 (+8.2 to +22.0)", with the number of pairs where not every seed has its counterpart."""
+    bounds = "" if found.bounds is None else f" ({_signed(found.bounds[0])} to {_signed(found.bounds[1])})"
+    return f"{_signed(found.mean)}{bounds}" + (f", {found.pairs} of {seeds} seeds" if found.pairs < seeds else "")
+
+
+def _signed(points: float) -> str:
+    """With its sign, a minus sign as wide as the plus; nothing for what rounds to 0.0."""
+    text = f"{points:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")

@@ -1,0 +1,124 @@
+"""What the report is made from, and how it is read: metrics, curves, network headers. What a run has not made is absent.
+
+No torch: a page takes a second or two. Shape letters: E epochs of a training.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from bingo.params import Params
+from bingo.runtime.artefacts import read_json
+from bingo.runtime.checksums import Damaged, check_safetensors
+from bingo.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from bingo.bags.index import BagIndex
+    from bingo.images.images import Images
+    from bingo.images.listing import Listing
+
+Curves = dict[str, list[float]]
+_BUFFERS = ("running_mean", "running_var")  # BatchNorm's statistics are stored beside the weights, and are no parameters
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """A stored network's metadata, and its backbone's number of parameters (no counters, no BatchNorm statistics)."""
+
+    metadata: dict[str, Any]
+    backbone_parameters: int
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """All that the page shows; scores are in percent.
+
+    `terms` and `curves` have a key for each training: teacher, distill, baseline-METHOD.
+    `knn` is {net: {knn_K, knn_K_weighted}}, `linear` is {protocol: {net: {top1_last, top5_last, top1_best, top5_best,
+    best_epoch}}} with the protocols cached and crops, `bag_metrics` is what `bag_metrics.bag_metrics` returns.
+    `semi` and `transfer` are by name what reports/semi and reports/transfer hold, each {nets: {net: {protocol: {top1_last, ..}}}, ..}.
+    `coco` is {run: {kind: {measure: percent}}} with the kinds box and mask.
+    """
+
+    params: Params
+    params_text: str
+    listing: "Listing"
+    images: "Images | None" = None
+    bags: "BagIndex | None" = None
+    bag_metrics: dict[str, Any] = field(default_factory=dict)
+    teacher: NetworkFacts | None = None
+    student: NetworkFacts | None = None
+    knn: dict[str, dict[str, float]] = field(default_factory=dict)
+    linear: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    terms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curves: dict[str, Curves] = field(default_factory=dict)
+    semi: dict[str, dict[str, Any]] = field(default_factory=dict)
+    transfer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    coco: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file. Raises UserError where the file is damaged or holds no object."""
+    value = read_json(path) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, wanted an object; delete it and run: dvc repro")
+    return value
+
+
+def by_protocol(linear: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{protocol: {net: scores}} of what reports/linear holds, {net: {protocol: scores}}."""
+    protocols = dict.fromkeys(protocol for scores in linear.values() for protocol in scores)
+    return {protocol: {net: scores[protocol] for net, scores in linear.items() if protocol in scores} for protocol in protocols}
+
+
+def read_curves(path: Path) -> Curves:
+    """The columns of a training's CSV, each E numbers, nan where a field is empty; {} where there is no file or no epoch in it.
+
+    Raises UserError where a field is no number.
+    """
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        curves: Curves = {name: [] for name in reader.fieldnames or []}
+        for record in reader:
+            for name, column in curves.items():
+                column.append(_number(record[name], name, path))
+    return curves if curves.get("epoch") else {}
+
+
+def _number(text: str | None, name: str, path: Path) -> float:
+    try:
+        return float(text) if text else math.nan
+    except ValueError:
+        raise UserError(f"{path}: {name} = {text!r}, allowed are numbers; delete it and run: dvc repro") from None
+
+
+def read_network_facts(path: Path, prefix: str = "") -> NetworkFacts | None:
+    """The header of a network's file, None where there is no file; the backbone is the tensors whose names start with `prefix`.
+
+    Raises UserError where the file is damaged or holds no metadata of BINGO.
+    """
+    if not path.exists():
+        return None
+    try:
+        check_safetensors(path)
+        with safe_open(path, framework="numpy") as file:
+            metadata = json.loads((file.metadata() or {})["bingo"])
+            slices = [file.get_slice(name) for name in file.keys() if _is_parameter(name, prefix)]  # noqa: SIM118 (no mapping)
+            counts = [math.prod(part.get_shape()) for part in slices if "F" in part.get_dtype()]  # F32, F16, BF16
+            if not isinstance(metadata, dict):
+                raise Damaged("its metadata are no names with values")
+    except (Damaged, SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no network of BINGO ({' '.join(str(error).split())}); delete it and run: dvc repro") from None
+    return NetworkFacts(metadata, sum(counts))
+
+
+def _is_parameter(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and not name.endswith(_BUFFERS)

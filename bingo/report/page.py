@@ -1,0 +1,182 @@
+"""The report: one HTML page that needs no network. The same artefacts give the same bytes; timings lie beside it, in run.js.
+
+The looks are in report.html.j2 and report.css. What is text goes through the template's escaping; only charts are markup already.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from bingo.params import display_name
+from bingo.report import bags as report_bags
+from bingo.report import coco as report_coco
+from bingo.report import results as report_results
+from bingo.report import semi as report_semi
+from bingo.report import transfer as report_transfer
+from bingo.report.inputs import Artefacts, Curves, NetworkFacts
+from bingo.report.plots import SERIES, lines
+from bingo.report.render import render
+
+_STAGE_ORDER = (
+    "scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar", "transfer_coco",
+)  # fmt: skip
+_COLORS, _BASELINE_COLOR = {"distill": 0, "teacher": 1}, 2  # of plots.SERIES, as in the results
+_DATASETS = {"digits": "Handwritten digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # by dataset.source
+_PROBE_COLORS = [0, 2, 4, 1, 3]
+_RUN_KEYS = (
+    "stage", "seconds", "images_per_second", "anchors_per_second", "data_wait", "device", "processes", "cores",
+    "revision", "ended", "python", "versions",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training's charts with what they show: its name, a sentence on its last epoch, and the charts."""
+
+    title: str
+    caption: str
+    charts: list[Markup]
+
+
+def build_page(a: Artefacts) -> str:
+    """The whole page. What an artefact lacks is said in its section."""
+    found = report_results.columns(a)
+    context = {
+        "a": a,
+        "teacher": _network(a.params.teacher, a.teacher),
+        "student": _network(a.params.student, a.student),
+        "shrinkage": _shrinkage(a),
+        "method": display_name(a.params.distill.method),
+        "title": _title(a),
+        "with_teacher": report_results.needs_teacher(a),
+        "dataset": _dataset(a),
+        "headline": report_results.headline(a),
+        "measure": report_results.headline_measure(a),
+        "tiles": report_results.tiles(a),
+        "warnings": report_results.warnings(a),
+        "caveats": report_results.caveats(a),
+        "columns": found,
+        "column_groups": report_results.column_groups(found),
+        "rows": report_results.rows(a, found),
+        "chance": report_results.chance_row(a, found),
+        "bars": report_results.bars_svg(a),
+        "bars_caption": report_results.bars_caption(a),
+        "downstream": [section for section in (report_semi.section(a), report_transfer.section(a)) if section],
+        "coco": report_coco.coco_table(a),
+        "trainings": _trainings(a),
+        "probes": _probes(a),
+        "bags": report_bags.gallery(a),
+        "hubs": report_bags.hubs(a),
+        "statistics": report_bags.statistics(a.bag_metrics),
+        "spreads": report_bags.spread_svgs(a.bag_metrics),
+    }
+    return render("report.html.j2", context)
+
+
+def run_script(records: Iterable[Mapping[str, Any]]) -> str:
+    """The text of run.js: what the page shows of each stage's last run, in the order of the stages; parameters are left out."""
+    kept = [{key: record[key] for key in _RUN_KEYS if record.get(key) is not None} for record in records]
+    kept.sort(key=lambda record: (_stage_number(record["stage"]), record["stage"]))
+    return f"window.bingoRuns = {json.dumps(kept, indent=1)};\n"
+
+
+def _stage_number(stage: str) -> int:
+    family = stage.partition("-")[0]
+    return _STAGE_ORDER.index(family) if family in _STAGE_ORDER else len(_STAGE_ORDER)
+
+
+def _network(network: Any, facts: NetworkFacts | None) -> str:
+    """Architecture, width where it is not 1, and the number of parameters where a file tells it."""
+    width = "" if network.width == 1 else f" × {network.width:g} wide"
+    return f"{network.arch}{width}" + (f", {_rounded(facts.backbone_parameters)} parameters" if facts else "")
+
+
+def _shrinkage(a: Artefacts) -> str:
+    """How much smaller the student is, or an empty string where that is unknown or not so."""
+    if not a.teacher or not a.student or a.student.backbone_parameters >= a.teacher.backbone_parameters:
+        return ""
+    return f"{a.teacher.backbone_parameters / a.student.backbone_parameters:.3g} times smaller"
+
+
+def _rounded(count: int) -> str:
+    for unit, size in (("billion", 10**9), ("million", 10**6), ("thousand", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _title(a: Artefacts) -> str:
+    """`report.title`, or what the images are: "CIFAR-10: 50,000 train and 10,000 test images"."""
+    return a.params.report.title or f"{_dataset_name(a)}: {_images(a)}"
+
+
+def _dataset_name(a: Artefacts) -> str:
+    """A published dataset's name, or that of the folder."""
+    dataset = a.params.dataset
+    root = Path(dataset.root or ".")
+    return _DATASETS.get(dataset.source) or (root.resolve() if root.name in ("", "..") else root).name or dataset.source
+
+
+def _images(a: Artefacts) -> str:
+    test_images = len(a.listing) - a.listing.train_rows
+    train = f"{a.listing.train_rows:,} train" + (f" and {test_images:,} test" if test_images else "")
+    return f"{train} image{'s' if len(a.listing) > 1 else ''}"
+
+
+def _dataset(a: Artefacts) -> str:
+    classes = f"{len(a.listing.classes):,} classes" if a.listing.labelled else "no labels"
+    return f"{_dataset_name(a)}: {_images(a)}, {classes}"
+
+
+def _trainings(a: Artefacts) -> list[Training]:
+    """The charts of each training that was done here: teacher, student, baselines."""
+    trained = [(name, curves) for name, curves in a.curves.items() if curves]
+    return [_training(name, _training_title(a, name), curves, a.terms.get(name, {})) for name, curves in trained]
+
+
+def _training_title(a: Artefacts, name: str) -> str:
+    if name == "teacher":
+        return f"Teacher, pretrained by {display_name('moco')}"
+    return report_results.network_label(a, "student" if name == "distill" else name.removeprefix("baseline-"))
+
+
+def _training(name: str, title: str, curves: Curves, terms: dict[str, Any]) -> Training:
+    epochs, final = curves["epoch"], terms.get("last_loss", curves.get("loss", [math.nan])[-1])
+    losses = [column for column in curves if column not in ("epoch", "lr") and not column.startswith("knn_")]
+    panels = {"Loss": losses, "Learning rate": ["lr"], "kNN accuracy, percent": [c for c in curves if c.startswith("knn_")]}
+    own_color = _COLORS.get(name, _BASELINE_COLOR)
+    colors, charts = [own_color, *(color for color in range(len(SERIES)) if color != own_color)], []
+    for panel, names in panels.items():
+        series = {column: (epochs, curves[column]) for column in names if any(map(math.isfinite, curves.get(column, [])))}
+        if series:
+            summary = f"{title}: {panel} by epoch. {_ends(series)}"
+            charts.append(lines(f"{name}-{panel.split()[0].lower()}", panel, series, colors, summary))
+    return Training(title, f"{len(epochs)} epochs; the loss ended at {final:.4g}.", charts)
+
+
+def _ends(series: Mapping[str, tuple[list[float], list[float]]]) -> str:
+    """First and last figure of each line, for those who do not see the chart."""
+    parts = []
+    for label, (_, values) in series.items():
+        known = [value for value in values if math.isfinite(value)]
+        parts.append(f"{label} from {known[0]:.4g} to {known[-1]:.4g}")
+    return "; ".join(parts) + "."
+
+
+def _probes(a: Artefacts) -> str:
+    """The student's kNN accuracy while training beside its baselines'; empty where fewer than two were measured."""
+    series = {
+        _training_title(a, name): (curves["epoch"], curves["knn_10"])
+        for name, curves in a.curves.items()
+        if name != "teacher" and any(map(math.isfinite, curves.get("knn_10", [])))
+    }
+    return (
+        lines("probes", "kNN accuracy, percent", series, _PROBE_COLORS, f"kNN accuracy by epoch. {_ends(series)}")
+        if len(series) > 1
+        else ""
+    )

@@ -1,0 +1,271 @@
+"""The report's results: rows of networks, columns of measures, the headline, and what a reader must know to judge the figures."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bingo.params import display_name
+from bingo.report.inputs import Artefacts
+from bingo.report.plots import Bar, accuracy_bars
+
+_KNN_COLUMNS = {"knn_10": "k\u00a0=\u00a010", "knn_20_weighted": "k\u00a0=\u00a020, weighted"}
+_LINEAR_COLUMNS = {"top1_last": "top-1", "top5_last": "top-5", "top1_best": "top-1, best epoch, chosen on the test split"}
+_PROTOCOLS = {"cached": "Linear layer on stored features", "crops": "Linear layer on random crops"}
+_HEADLINES = (
+    ("linear cached", "top1_last", "linear top-1"),
+    ("knn", "knn_10", "kNN, k = 10"),
+    ("knn", "knn_20_weighted", "weighted kNN, k = 20"),
+)
+ROLES = {"teacher": "ceiling", "untrained": "floor", "pixels": "no network"}
+_FAMILY_COLORS = {"student": 0, "teacher": 1, "untrained": 3, "pixels": 3}  # of plots.SERIES; the baselines' is 2
+_SKIPPED_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Column:
+    """One measure: `group` is "knn" or "linear PROTOCOL", `key` the key in that file."""
+
+    group: str
+    key: str
+    header: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of the table, in percent; `note` is the best epoch's number."""
+
+    percent: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network: the key that the metrics files use, what it is, its role, and a cell for each column."""
+
+    net: str
+    label: str
+    role: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One large figure at the top of the page."""
+
+    net: str
+    label: str
+    percent: float
+
+
+def needs_teacher(a: Artefacts) -> bool:
+    """Whether the student learnt from the teacher: MoCo-v2 and ISD are methods of their own."""
+    return getattr(a.params.methods, a.params.distill.method).needs_teacher
+
+
+def network_label(a: Artefacts, net: str) -> str:
+    """What a key of the metrics files stands for."""
+    method = a.params.distill.method
+    fixed = {
+        "teacher": "Teacher",
+        "student": f"Student by {display_name(method)}{'' if needs_teacher(a) else ', no teacher'}",
+        "untrained": "Student, untrained",
+        "pixels": "Raw pixels",
+    }
+    return fixed.get(net, f"{'Baseline' if net == method else 'Student'} by {display_name(net)}, no teacher")
+
+
+def columns(a: Artefacts) -> list[Column]:
+    """The measures that at least one network has; of kNN the two usual ones, or else every one that was measured."""
+    knn_keys = {key for scores in a.knn.values() for key in scores}
+    usual = {key: header for key, header in _KNN_COLUMNS.items() if key in knn_keys}
+    found = [Column("knn", key, header) for key, header in (usual or {key: _knn_header(key) for key in sorted(knn_keys)}).items()]
+    for protocol in _PROTOCOLS:
+        keys = {key for scores in a.linear.get(protocol, {}).values() for key in scores}
+        found += [Column(f"linear {protocol}", key, header) for key, header in _LINEAR_COLUMNS.items() if key in keys]
+    return found
+
+
+def column_groups(found: Sequence[Column]) -> list[tuple[str, int]]:
+    """The header above the columns: name of each group and over how many columns it runs."""
+    names = {"knn": "Nearest neighbours", **{f"linear {protocol}": name for protocol, name in _PROTOCOLS.items()}}
+    groups = dict.fromkeys(column.group for column in found)
+    return [(names[group], sum(column.group == group for column in found)) for group in groups]
+
+
+def rows(a: Artefacts, found: Sequence[Column]) -> list[Row]:
+    """Teacher, student, baselines, the untrained student, raw pixels: those that were measured, in this order."""
+    return [
+        Row(net, network_label(a, net), _role(a, net), [_cell(a, net, column) for column in found]) for net in _nets(a)
+    ]  # fmt: skip
+
+
+def _role(a: Artefacts, net: str) -> str:
+    return "not learnt from" if net == "teacher" and not needs_teacher(a) else ROLES.get(net, "")
+
+
+def chance_row(a: Artefacts, found: Sequence[Column]) -> list[float]:
+    """What guessing one class (or five) of equally many images would reach, percent, for each column."""
+    classes = max(1, len(a.listing.classes))
+    return [100 * min(5 if column.key.startswith("top5") else 1, classes) / classes for column in found]
+
+
+def bars_svg(a: Artefacts) -> str:
+    """The bars beside the table: the headline's measure, and kNN where the headline is another; empty without scores."""
+    measures = [column for column in _headline_columns(a) if column.key != "knn_20_weighted"][:2] or _headline_columns(a)[:1]
+    if not measures:
+        return ""
+    bars = []
+    for net in _nets(a):
+        percents = [_cell(a, net, column).percent for column in measures]
+        bars.append(Bar(_short_label(net, a.params.distill.method), percents, _FAMILY_COLORS.get(net, 2)))
+    return accuracy_bars("results", bars, [column.header for column in measures], chance_row(a, measures[:1])[0])
+
+
+def bars_caption(a: Artefacts) -> str:
+    """What the bars show, in one sentence."""
+    names = [column.header for column in _headline_columns(a) if column.key != "knn_20_weighted"][:2]
+    if not names:
+        return ""
+    pale = f"; the pale bars are {names[1]}" if len(names) > 1 else ""
+    return f"Percent of the test images, {names[0]}{pale}. The dashed line is chance."
+
+
+def headline_measure(a: Artefacts) -> str:
+    """The measure that the headline is in, or an empty string."""
+    found = _headline_columns(a)
+    return found[0].header if found else ""
+
+
+def tiles(a: Artefacts) -> list[Tile]:
+    """The headline's figures: student, its baselines, the teacher, the floor."""
+    found = _headline_columns(a)
+    if not found:
+        return []
+    figures = {net: _cell(a, net, found[0]).percent for net in _nets(a)}
+    order = ["student", *_baselines(a), "teacher", "untrained"]
+    return [Tile(net, network_label(a, net), percent) for net in order if (percent := figures.get(net)) is not None]
+
+
+def headline(a: Artefacts) -> str:
+    """The result in one sentence, with signed differences: better or worse than the baselines, the floor and the teacher."""
+    figures = {tile.net: tile.percent for tile in tiles(a)}
+    if "student" not in figures:
+        return ""
+    student = figures.pop("student")
+    against = [f"{_difference(student - percent)} {_against(a, net)}" for net, percent in figures.items()]
+    compared = f": {_listed(against)}" if against else ""
+    return f"The student classifies {student:.1f} % of the test images correctly ({headline_measure(a)}){compared}."
+
+
+def warnings(a: Artefacts) -> list[str]:
+    """What makes the figures mean something else than a reader would think: shown in red."""
+    found = []
+    teacher = a.params.teacher
+    converted = a.teacher.metadata if a.teacher else {}
+    if teacher.source == "random" or False in (converted.get("pretrained"), a.terms.get("teacher", {}).get("pretrained")):
+        found.append("The teacher has random weights (no trained weights were loaded), so this page says nothing about distillation.")
+    if a.listing.skipped:
+        names, more = a.listing.skipped[:_SKIPPED_SHOWN], len(a.listing.skipped) - _SKIPPED_SHOWN
+        rest = f" and {more:,} more" if more > 0 else ""
+        found.append(f"Unreadable images left out: {len(a.listing.skipped):,} ({', '.join(names)}{rest}).")
+    return found
+
+
+def caveats(a: Artefacts) -> list[str]:
+    """Honest limits of the figures, one sentence or two each."""
+    found: list[str] = []
+    dataset, test_images = a.params.dataset, len(a.listing) - a.listing.train_rows
+    if not _nets(a):
+        return found
+    if test_images:
+        student = next((tile.percent for tile in tiles(a) if tile.net == "student"), 50.0)
+        share = min(1.0, max(0.0, student / 100))
+        found.append(
+            f"One run with seed {a.params.seed}. With {test_images:,} test images, chance alone moves the student's figure by"
+            f" ±{196 * math.sqrt(share * (1 - share) / test_images):.1f} points (95 %) or more: smaller differences mean little."
+        )
+    if any(column.key == "top1_best" for column in columns(a)):
+        found.append("The best epoch was chosen on the test split, so that column is optimistic; the others are the last epoch's.")
+    if dataset.source == "digits" and dataset.placements > 1:
+        found.append(f"Each digit was drawn at {dataset.placements} places, so the test images are not independent of each other.")
+    if dataset.train_images or dataset.test_images:
+        found.append("A part of the dataset was drawn (dataset.train_images, dataset.test_images); published figures use all of it.")
+    if leaking := _leaking_trainings(a):
+        found.append(
+            f"BatchNorm over the whole batch of a process ({', '.join(leaking)}: 1 group): where one process trained, the moving average's "
+            "keys leak: a query and its key are normalised with the same images, by which the network can find its key."
+        )
+    if a.params.bagging.method == "label":
+        found.append("The bags were made from labels: an upper bound for bags, no unsupervised result.")
+    return found
+
+
+def _leaking_trainings(a: Artefacts) -> list[str]:
+    """Parameters that leave BatchNorm whole where a momentum encoder is trained: of the teacher, and of the student or a baseline."""
+    pretrain, distill, methods = a.params.teacher.pretrain, a.params.distill, a.params.methods
+    baselines = [getattr(methods, name).momentum_keys("momentum") for name in a.params.baselines]
+    student = getattr(methods, distill.method).momentum_keys(distill.keys) or any(baselines)
+    trained = {
+        "teacher.pretrain.batchnorm_groups": a.params.teacher.source == "pretrain" and pretrain.groups_for(True, 1) == 1,
+        "distill.batchnorm_groups": student and distill.groups_for(True, 1) == 1,
+    }
+    return [name for name, leaks in trained.items() if leaks]
+
+
+def _nets(a: Artefacts) -> list[str]:
+    measured = {net for scores in (a.knn, *a.linear.values()) for net in scores}
+    order = ["teacher", "student", *_baselines(a), "untrained", "pixels"]
+    return [net for net in order if net in measured]
+
+
+def _baselines(a: Artefacts) -> list[str]:
+    others = {net for scores in (a.knn, *a.linear.values()) for net in scores}
+    return sorted(others - {"teacher", "student", "untrained", "pixels"})
+
+
+def _cell(a: Artefacts, net: str, column: Column) -> Cell:
+    scores = a.knn if column.group == "knn" else a.linear.get(column.group.removeprefix("linear "), {})
+    of_net = scores.get(net, {})
+    note = f"epoch {of_net['best_epoch']}" if column.key == "top1_best" and "best_epoch" in of_net else ""
+    return Cell(of_net.get(column.key), note)
+
+
+def _headline_columns(a: Artefacts) -> list[Column]:
+    """Measures fit for a headline, the preferred one first: those that the student has."""
+    found = [Column(*headline) for headline in _HEADLINES]
+    return [column for column in found if _cell(a, "student", column).percent is not None]
+
+
+def _knn_header(key: str) -> str:
+    number, _, weighted = key.removeprefix("knn_").partition("_")
+    return f"k\u00a0=\u00a0{number}" + (", weighted" if weighted else "")
+
+
+def _short_label(net: str, method: str) -> str:
+    fixed = {"teacher": "Teacher", "student": display_name(method), "untrained": "Untrained", "pixels": "Pixels"}
+    return fixed.get(net, f"{display_name(net)} baseline" if net == method else display_name(net))
+
+
+def _difference(points: float) -> str:
+    size = f"{abs(points):.1f}"
+    return "as good as" if size == "0.0" else f"{size} points {'above' if points > 0 else 'below'}"
+
+
+def _against(a: Artefacts, net: str) -> str:
+    teacher = "its teacher" if needs_teacher(a) else "the teacher, which it did not learn from"
+    fixed = {"teacher": teacher, "untrained": "the same network untrained"}
+    return fixed.get(net, f"the same network trained by {display_name(net)} without a teacher")
+
+
+def _listed(parts: Iterable[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def compared_figures(a: Artefacts) -> dict[str, dict[str, float]]:
+    """The few figures by which experiments are compared: {measure: {network: percent}}, and shares of the bags."""
+    figures = {"knn_10": {net: scores["knn_10"] for net, scores in a.knn.items() if "knn_10" in scores}}
+    figures["linear"] = {net: scores["top1_last"] for net, scores in a.linear.get("cached", {}).items()}
+    figures["linear_crops"] = {net: scores["top1_last"] for net, scores in a.linear.get("crops", {}).items()}
+    figures["bags"] = {name: a.bag_metrics[name] for name in ("purity", "mutual_share", "orphan_share", "recall") if name in a.bag_metrics}
+    return {name: {key: round(value, 4) for key, value in group.items()} for name, group in figures.items() if group}

@@ -1,0 +1,119 @@
+"""Writing so that a file is whole or absent, equal content has equal bytes, and every artefact can be told from another."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from bingo.runtime.errors import UserError
+from bingo.runtime.progress import progress_bar
+
+
+def canonical_json(value: Any) -> str:
+    """Sorted keys, two spaces, a newline at the end: the same value has the same bytes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def fingerprint(value: Any) -> str:
+    """32 hex digits that name a JSON-able value (sha256, shortened)."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
+
+
+def file_fingerprint(path: Path | str) -> str:
+    """32 hex digits that name the bytes of a file (sha256, shortened). Raises UserError where there is no such file."""
+    try:
+        with open(path, "rb") as file, progress_bar(f"hashing {path}"):
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it: dvc repro") from None
+
+
+@contextmanager
+def errors_named(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Within it an OSError that names no file, or one in `partial`, names `path`: most of what writes does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or not (error.filename is None or (partial and str(error.filename).startswith(str(partial)))):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+@contextmanager
+def new_file(path: Path | str, flush: bool = True) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, for a file that on success takes the place of `path`, on an error is removed.
+
+    `flush`: it is on the disk before it is renamed. Raises OSError with the name of `path` where there is no room or no right to write.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    with errors_named(path, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            if flush:
+                with open(partial, "rb") as written:
+                    os.fsync(written.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write under a temporary name beside `path`, flush to the disk, rename into place; raises what `new_file` does."""
+    with new_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """`canonical_json` of `value`, written whole or not at all."""
+    write_bytes(path, canonical_json(value).encode())
+
+
+def write_csv(path: Path | str, records: Sequence[Mapping[str, Any]], first_columns: Sequence[str]) -> None:
+    """One line for each record, whole or not at all; `first_columns` lead, and a value that a record lacks is an empty field."""
+    columns = list(dict.fromkeys([*first_columns, *(name for record in records for name in record)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_bytes(path, text.getvalue().encode())
+
+
+def read_json(path: Path | str) -> Any:
+    """The value in a JSON file. Raises UserError where the file is absent or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it: dvc repro") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); delete it and run: dvc repro") from None
+
+
+@contextmanager
+def new_directory(path: Path | str) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on success it takes the place of `path`, on an error it is removed.
+
+    Raises OSError with the name of `path` where there is no room or no right to write.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    with errors_named(path, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            yield partial
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

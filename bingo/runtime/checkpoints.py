@@ -1,0 +1,104 @@
+"""Checkpoints of an unfinished training: whole or absent, the previous one kept until the next is complete, one file a process.
+
+A file is the sha256 of what torch.save wrote, and that: zip archives have checksums too, but torch does not look at them.
+"""
+
+import io
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bingo.runtime import distributed
+from bingo.runtime.artefacts import fingerprint, read_json, write_bytes, write_json
+from bingo.runtime.checksums import Damaged, seal, unseal
+from bingo.runtime.errors import UserError, out_of_memory
+
+SECONDS_VARIABLE = "BINGO_CHECKPOINT_SECONDS"
+
+
+def seconds_between() -> float:
+    """How many seconds lie between two saves: BINGO_CHECKPOINT_SECONDS, 120 where it is not set. Raises UserError for no such number."""
+    wanted = os.environ.get(SECONDS_VARIABLE, "120")
+    try:
+        seconds = float(wanted)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{SECONDS_VARIABLE} = {wanted}: allowed is a number of seconds from 0 (a checkpoint at every step)")
+    return seconds
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM and SIGINT end nothing; the function that is yielded tells whether one of them came."""
+    came = []
+    previous = {number: signal.signal(number, lambda *_: came.append(True)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Checkpoints:
+    """The checkpoints in one folder. Each process keeps its own file, since BatchNorm's statistics differ between processes."""
+
+    def __init__(self, folder: Path, every_seconds: float | None = None):
+        self.folder = folder
+        self.every_seconds = seconds_between() if every_seconds is None else every_seconds
+        self.last_seconds = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def due(self) -> bool:
+        """Whether the interval has passed since the last save; the first process decides for all."""
+        flag = torch.tensor([time.monotonic() - self.last_seconds >= self.every_seconds], dtype=torch.int32)
+        if distributed.world() > 1:
+            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
+            flag = flag.to(device)
+            torch.distributed.broadcast(flag, src=0)
+        return bool(flag.item())
+
+    def save(self, state: dict[str, Any], step: int) -> None:
+        """Write this process's state; when all have, `latest.json` names the step and older files go."""
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_bytes(self._file(step, distributed.rank()), seal(content.getvalue()))
+        distributed.barrier()
+        if distributed.rank() == 0:
+            latest = {"step": step, "processes": distributed.world()}
+            write_json(self.folder / "latest.json", {**latest, "checksum": fingerprint(latest)})
+            for path in self.folder.glob("step-*.pt"):
+                if not path.name.startswith(f"step-{step}."):
+                    path.unlink()
+        self.last_seconds = time.monotonic()
+
+    def exists(self) -> bool:
+        """Whether a complete checkpoint is here."""
+        return (self.folder / "latest.json").exists()
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """This process's state at the last complete save, or None. With another number of processes, all take the first one's."""
+        if not self.exists():
+            return None
+        latest = read_json(self.folder / "latest.json")
+        try:
+            if latest.pop("checksum") != fingerprint(latest):
+                raise Damaged("latest.json does not fit its checksum")
+            rank = distributed.rank() if latest["processes"] == distributed.world() else 0
+            content = unseal(self._file(latest["step"], rank).read_bytes())
+            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        except Exception as error:  # torch tells a damaged file in many ways
+            if line := out_of_memory(error):
+                raise UserError(f"{self.folder}: the checkpoint cannot be loaded: {line}") from None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise UserError(f"{self.folder}: the checkpoint is damaged ({reason}); delete this folder to start anew") from None
+
+    def _file(self, step: int, rank: int) -> Path:
+        return self.folder / f"step-{step}.rank-{rank}.pt"

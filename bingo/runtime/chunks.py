@@ -1,0 +1,153 @@
+"""Arrays of rows in zarr v3: unsharded, uncompressed, one file a chunk, each with a CRC-32C.
+
+zarr answers a missing chunk with the fill value and no error. So the fill is a value that no row holds (NaN, or -2 for integers),
+and reading refuses a row that holds it. A damaged file fails its CRC. Metadata have none, so the group's attributes hold digests:
+`checksums` of each array's zarr.json, and `checksum` of the attributes themselves.
+"""
+
+import hashlib
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from bingo.runtime.artefacts import fingerprint
+from bingo.runtime.errors import UserError
+
+INTEGER_FILL = -2
+_CRC_BYTES = 4
+_CHECKED_ROWS = 8192  # rows whose fill is looked for at once: bounds the temporary array
+# what zarr raises on damaged files
+_DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, OverflowError)
+
+
+def new_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: Any, chunk_rows: int) -> zarr.Array:
+    """Create array `name` in chunks of `chunk_rows` rows; a chunk is for one writer, as two writers of one file lose rows."""
+    fill = np.nan if np.issubdtype(dtype, np.floating) else INTEGER_FILL
+    chunks = (chunk_rows, *(max(1, width) for width in shape[1:]))
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        fill_value=fill,
+        filters=None,
+        compressors=[Crc32cCodec()],
+    )
+
+
+def seal(folder: Path, group: zarr.Group) -> None:
+    """Put the checksums of the metadata of the group in `folder` into its attributes, when all its arrays are created."""
+    digests = {name: _digest(folder, name) for name in sorted(group.array_keys())}
+    attributes = {**group.attrs, "checksums": digests}
+    group.update_attributes({**attributes, "checksum": fingerprint(attributes)})
+
+
+def _digest(store: Any, array: str) -> str:
+    """sha256 of an array's zarr.json in a folder or a mapping of bytes."""
+    key = f"{array}/zarr.json"
+    content = (Path(store) / key).read_bytes() if isinstance(store, (str, Path)) else store[key]
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check_metadata(store: Any, attributes: dict[str, Any]) -> None:
+    """Raises ValueError or KeyError where metadata are not those that `seal` has seen."""
+    checksum = attributes.pop("checksum", None)
+    if checksum is None or checksum != fingerprint(attributes):
+        raise ValueError("the attributes do not fit their checksum")
+    for name, digest in attributes["checksums"].items():
+        if _digest(store, name) != digest:
+            raise ValueError(f"{name}/zarr.json does not fit its checksum")
+
+
+def chunk_is_written(path: Path, array: zarr.Array, chunk: int) -> bool:
+    """Whether the file of a chunk of an array of the store at `path` is there in full size (zarr renames whole files)."""
+    file = path / array.name.strip("/") / "c" / "/".join([str(chunk)] + ["0"] * (array.ndim - 1))
+    return file.is_file() and file.stat().st_size == int(np.prod(array.chunks)) * array.dtype.itemsize + _CRC_BYTES
+
+
+def open_group(store: Any, name: str, way_out: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
+    """The group in `store` (a folder, or a mapping from keys to bytes), called `name` in messages, its metadata checked.
+
+    Raises UserError, ending in the command `way_out`, where there is none or its metadata are damaged.
+    """
+    try:
+        group = zarr.open_group(store, mode=mode, zarr_format=3)
+        _check_metadata(store, dict(group.attrs))
+        return group
+    except FileNotFoundError:
+        raise UserError(f"{name}: there is no such store, or it is not whole; run: {way_out}") from None
+    except _DAMAGE as error:
+        raise UserError(f"{name}: its metadata are damaged ({_line(error)}); delete it and run: {way_out}") from None
+
+
+def open_array(group: zarr.Group, name: str, store_name: str, dtype: Any, ndim: int, way_out: str) -> zarr.Array:
+    """Array `name` of a group, not read yet. Raises UserError where it is absent, damaged or of another type or rank."""
+    try:
+        array = group[name]
+        if isinstance(array, zarr.Array) and array.dtype == np.dtype(dtype) and array.ndim == ndim:
+            return array
+        problem = f"not {np.dtype(dtype)} with {ndim} dimensions"
+    except _DAMAGE as error:
+        problem = f"missing or damaged ({_line(error)})"
+    raise UserError(f"{store_name}: array {name} is {problem}; delete the store and run: {way_out}") from None
+
+
+def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: str) -> np.ndarray:
+    """`array[rows]`, from the chunks that hold these rows alone. Raises UserError where one of those is damaged or missing."""
+    label = f"{store_name}: array {array.name.strip('/')}"
+    try:
+        x = np.asarray(array[rows])
+    except _DAMAGE as error:
+        forget_other_reads()
+        raise UserError(f"{label} has a damaged chunk ({_line(error)}); delete the store and run: {way_out}") from None
+    first_row = rows.indices(array.shape[0])[0] if isinstance(rows, slice) else rows
+    for start in range(0, len(x) if isinstance(rows, slice) else 1, _CHECKED_ROWS):
+        part = x[start : start + _CHECKED_ROWS] if isinstance(rows, slice) else x[None]
+        unwritten = (np.isnan(part) if part.dtype.kind == "f" else part == INTEGER_FILL).reshape(len(part), -1).any(axis=1)
+        if unwritten.any():
+            row = first_row + start + int(unwritten.argmax())
+            raise UserError(f"{label} has no value at row {row}: chunk {row // array.chunks[0]} is missing; run: {way_out}")
+    return x
+
+
+class StoredRows:
+    """The first rows of an array of floats (N, D) in a store, read when they are asked for: the whole may be larger than the memory.
+
+    Indexed as a numpy array is: by a slice, or by row numbers int (n,), for which each chunk that holds one is read once. Reading
+    raises UserError where a chunk is damaged or missing.
+    """
+
+    def __init__(self, array: zarr.Array, rows: int, store_name: str, way_out: str):
+        self._array, self._store_name, self._way_out = array, store_name, way_out
+        self.shape: tuple[int, ...] = (rows, *array.shape[1:])
+        self.dtype = np.dtype(array.dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
+        if isinstance(rows, slice):
+            return read_rows(self._array, slice(*rows.indices(len(self))), self._store_name, self._way_out)
+        x = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        chunk_rows = self._array.chunks[0]
+        chunks_n = rows // chunk_rows
+        for chunk in np.unique(chunks_n):
+            wanted = np.flatnonzero(chunks_n == chunk)
+            start = int(chunk) * chunk_rows
+            x[wanted] = self[start : start + chunk_rows][rows[wanted] - start]
+        return x
+
+
+def forget_other_reads() -> None:
+    """After a failed read: zarr leaves its reads of other chunks unfinished, of which asyncio and Python would print lines at the end."""
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,147 @@
+"""Several processes, with one process as the ordinary case: nothing above this file asks whether there is a group."""
+
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bingo.runtime.errors import GroupLost, Interrupted
+
+
+def rank() -> int:
+    """This process's number, 0 where there is only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes, 1 where no group was started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share() -> str:
+    """What follows the label of work of which each process does its part: empty where there is one process."""
+    return f" (process {rank() + 1} of {world()})" if world() > 1 else ""
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def group(device: torch.device) -> Iterator[None]:
+    """Join the group that the launcher's environment describes (WORLD_SIZE, RANK, MASTER_ADDR), if there is one.
+
+    Raises GroupLost where the body failed because another process is gone. A process that fails by itself leaves its connections open
+    until it ends: the others learn of it only after it has told why.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    try:
+        yield
+    except Interrupted:  # all processes have agreed on it
+        dist.destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise GroupLost(f"process {dist.get_rank()} of {dist.get_world_size()} lost the others ({_first_sentence(error)})") from error
+    dist.destroy_process_group()
+
+
+def _first_sentence(error: Exception) -> str:
+    """What went wrong without the place in the library's source that comes first, and without its advice."""
+    return " ".join(re.sub(r"^\[.*?\]\s*", "", str(error)).partition(". ")[0].split())[:160]
+
+
+def gather(x_BD: Tensor) -> Tensor:
+    """Rows of all processes in rank order, (world * B, D), without gradient; every process must hold as many rows."""
+    if world() == 1:
+        return x_BD
+    parts = [torch.empty_like(x_BD) for _ in range(world())]
+    dist.all_gather(parts, x_BD.contiguous())
+    return torch.cat(parts)
+
+
+def gather_with_gradient(x_BD: Tensor) -> Tensor:
+    """As `gather`, and the gradient of every process's result with respect to this process's rows comes back, summed."""
+    if world() == 1:
+        return x_BD
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x_BD.contiguous()))
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean over processes of a tensor that each of them holds."""
+    if world() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / world()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over processes of a tensor that each of them holds."""
+    if world() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def any_true(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on any process."""
+    if world() == 1:
+        return flag
+    x = torch.tensor(float(flag), device=device)
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return bool(x.item())
+
+
+def own_share(rows_N):
+    """This process's consecutive share of the rows of a global batch, whose length the number of processes divides."""
+    share = len(rows_N) // world()
+    return rows_N[rank() * share : (rank() + 1) * share]
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with its gradients averaged over processes; each process keeps its own buffers, BatchNorm's statistics among them."""
+    if world() == 1:
+        return module
+    # The argument that leaves buffers alone changed its name in torch 2.15.
+    known = inspect.signature(DistributedDataParallel).parameters
+    own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    parallel = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **own_buffers)
+    # Whoever lets go of the group last waits for its threads to end. torch 2.11's reducer waits with Python's lock held, for which a thread
+    # that still drops its tensors waits in turn; this attribute waits without the lock. Set again, it is let go after the reducer.
+    parallel.process_group = parallel.__dict__.pop("process_group")
+    return parallel
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers, so that all hold the same network."""
+    if world() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def gather_objects(objects: list[Any]) -> list[Any]:
+    """The lists of all processes as one, in rank order; they travel pickled between the processes of this run."""
+    if world() == 1:
+        return objects
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, objects)
+    return [item for part in parts for item in part]

@@ -1,0 +1,61 @@
+"""Which names networks and their weights have, read from the source text of timm and torchvision: importing them would take seconds."""
+
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
+from bingo.runtime.errors import near_matches
+
+_TAGGED = re.compile(r"""['"](\w+)\.(\w+)['"]\s*:""")
+_REGISTERED = re.compile(r"^@register_model(?:\(\))?\s*\n(?:@[^\n]*\n)*def (\w+)\(", re.MULTILINE)
+
+
+@cache
+def arch_names() -> tuple[str, ...]:
+    """timm's registered names, and torchvision's classification networks as torchvision/NAME, sorted."""
+    timm = _registered("timm", "models")
+    torchvision = [f"torchvision/{name}" for name in _registered("torchvision", "models", folders=False)]
+    return tuple(sorted([*timm, *torchvision]))
+
+
+@cache
+def weight_tags() -> dict[str, tuple[str, ...]]:
+    """timm's tags of pretrained weights by the network's name, in timm's order: the first are those that the name alone stands for.
+
+    A few networks that timm registers in a loop are not found and so are no key.
+    """
+    tags: dict[str, list[str]] = {}
+    for path in _folder("timm", "models").rglob("*.py"):
+        for name, tag in _TAGGED.findall(path.read_text(encoding="utf-8")):
+            tags.setdefault(name, []).append(tag)
+    return {name: tuple(dict.fromkeys(tags[name])) for name in arch_names() if name in tags}
+
+
+def arch_mistake(arch: str) -> str | None:
+    """What is wrong with `arch`, in words that end in a way out, or None: a name of `arch_names`, and of timm also NAME.TAG."""
+    name, dot, tag = arch.partition(".")
+    if name not in arch_names():
+        plain = re.sub(r"^(hf[-_]hub:)?timm/", "", arch)
+        if plain != arch and arch_mistake(plain) is None:
+            return f"timm's names stand without the hub's; set arch: {plain}"
+        return f"no network of timm (or torchvision/NAME) has this name{near_matches(name, arch_names())}"
+    tags = weight_tags().get(name, ())
+    if not dot or tag in tags or (tag and not tags and not name.startswith("torchvision/")):
+        return None
+    if not tags:
+        return f"torchvision has no tags, {name} stands for its default weights; set arch: {name}"
+    return f"timm has no weights of {name} with this tag{near_matches(tag, tags)}; it has {', '.join(tags)}"
+
+
+def _registered(package: str, folder: str, folders: bool = True) -> list[str]:
+    root = _folder(package, folder)
+    paths = root.rglob("*.py") if folders else root.glob("*.py")
+    return [name for path in paths for name in _REGISTERED.findall(path.read_text(encoding="utf-8"))]
+
+
+def _folder(package: str, folder: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec, f"{package} is not installed"
+    assert spec.submodule_search_locations, f"{package} is no package"
+    return Path(spec.submodule_search_locations[0]) / folder

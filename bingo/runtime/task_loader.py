@@ -1,0 +1,58 @@
+"""A DataLoader whose indices are tasks, handed out pass by pass: the workers live from one pass to the next."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from bingo.runtime.workers import begin_worker, fork_server, worker_count
+
+
+class TaskLoader:
+    """Does tasks in order, some ahead of their use, in `workers` processes (0: in this one, at use; None: as many as suit the machine).
+
+    `dataset[task]` is a task's result; its module is what workers are forked from. `pin`: results come in page-locked memory.
+    """
+
+    def __init__(self, dataset: Dataset, workers: int | None, tasks_ahead: int, pin: bool):
+        workers = worker_count() if workers is None else workers
+        self._feed = _Feed()
+        self._loader = DataLoader(
+            dataset,
+            sampler=self._feed,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=tasks_ahead if workers else None,
+            persistent_workers=workers > 0,
+            multiprocessing_context=fork_server(type(dataset).__module__) if workers else None,
+            worker_init_fn=begin_worker,
+            pin_memory=pin,
+            generator=torch.Generator(),  # its own, so that torch's global random state stays as it is
+        )
+
+    def results(self, tasks: Iterator[Any]) -> Iterator[Any]:
+        """The results of one pass. Tasks are taken from `tasks` before their results are asked for."""
+        self._feed.tasks = tasks
+        try:
+            yield from self._loader
+        finally:
+            self._feed.tasks = iter(())  # or an abandoned pass is a cycle of references, and the workers end seconds late
+
+
+class _Feed(Sampler):
+    """The tasks of the present pass."""
+
+    def __init__(self) -> None:
+        self.tasks: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.tasks)
+
+
+def _as_it_is(result: Any) -> Any:
+    return result

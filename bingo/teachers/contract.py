@@ -1,0 +1,86 @@
+"""What a foreign checkpoint holds of a teacher: the backbone's weights, the projection head's, and what is left out.
+
+Each file in bingo/teachers/formats has `EXPECTED`, what such a checkpoint looks like (for an error line), and `parts`, which finds the
+parts in what `read_checkpoint` gave, or returns None where it is of another format.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from bingo.teachers.foreign import is_state_dict
+
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+ANY_IMAGE = {"dynamic_img_size": True}  # vision transformers of timm: position embeddings are resampled to the image
+FIRST_WEIGHTS = ("conv1.weight", "patch_embed.proj.weight", "conv_stem.weight", "cls_token")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A checkpoint's parts. `trunk` has the names of timm and torchvision, `head` those of a Sequential of `layers`
+    (bingo.nets.heads; none: the checkpoint has no head).
+
+    `left_out` names modules that are no part of the teacher, `unknown` what such a checkpoint never holds. `options` are what the
+    network has beyond timm's default (bingo.nets.backbones). `mean_std` is the normalisation that it was trained with. `sure` is
+    False where the names are a library's own, so that other formats fit as well.
+    """
+
+    trunk: dict[str, Tensor]
+    head: dict[str, Tensor] = field(default_factory=dict)
+    layers: Sequence[str] = ()
+    left_out: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    mean_std: tuple[list[float], list[float]] = IMAGENET
+    sure: bool = True
+
+
+def divide(state: Mapping[str, Tensor], trunk: str, head: str | None = None, left_out: Sequence[str] = (), **more: Any) -> Parts:
+    """Divide names by their prefixes: `head` and `left_out` (whole modules) first, then `trunk`; all others are unknown.
+
+    `trunk` and `head` end with a dot or are empty. `more` are further fields of Parts.
+    """
+    prefixes = {f"{module}.": module for module in left_out}
+    others = {name: next((prefixes[prefix] for prefix in prefixes if f"{name}.".startswith(prefix)), None) for name in state}
+    rest = [name for name, module in others.items() if module is None]
+    in_head = {name for name in rest if head and name.startswith(head)}
+    in_trunk = [name for name in rest if name not in in_head and name.startswith(trunk)]
+    return Parts(
+        trunk={name.removeprefix(trunk): state[name] for name in in_trunk},
+        head={name.removeprefix(head or ""): state[name] for name in rest if name in in_head},
+        left_out=sorted({module for module in others.values() if module}),
+        unknown=sorted(set(rest) - in_head - set(in_trunk)),
+        **more,
+    )
+
+
+def whole(content: Any) -> dict[str, Tensor]:
+    """The content itself, if it is a state dict; otherwise {}."""
+    return content if is_state_dict(content) else {}
+
+
+def entry(content: Any, name: str) -> dict[str, Tensor]:
+    """The state dict under this name of a checkpoint; {} if there is none."""
+    return whole(content.get(name)) if isinstance(content, dict) else {}
+
+
+def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def wrapper(state: Mapping[str, Tensor], module: str) -> str:
+    """`module.`, if DDP has put that before the names of this module; otherwise nothing."""
+    return "module." if under(state, f"module.{module}.") else ""
+
+
+def bare(content: Any) -> dict[str, Tensor]:
+    """The content itself, if it is the state dict of a backbone alone under a library's names; otherwise {}."""
+    return whole(content) if any(name in whole(content) for name in FIRST_WEIGHTS) else {}
+
+
+def depth_of(head: Mapping[str, Tensor]) -> int:
+    """How many linear layers a Sequential's state dict has (those with a matrix for a weight)."""
+    return sum(name.endswith(".weight") and tensor.ndim == 2 for name, tensor in head.items())

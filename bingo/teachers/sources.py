@@ -1,0 +1,299 @@
+"""Where a teacher comes from: one function for each source, all strict, none run when a teacher is only read.
+
+Each gives a backbone, a projection head or None, and what the teacher's file says of its origin. `left_out` names what the
+file held beyond the teacher; anything that was not foreseen there is refused. Published formats are in bingo/teachers/formats.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision import models as vision
+
+from bingo import seeds
+from bingo.limits import source_mistakes
+from bingo.nets.backbones import Backbone, build_backbone, check_images, is_transformer
+from bingo.nets.checkpoint import check_fits, first_names, load_strictly
+from bingo.nets.heads import layered_head
+from bingo.params import ImageParams, TeacherParams, format_names
+from bingo.runtime.errors import UserError, near_matches
+from bingo.teachers.contract import ANY_IMAGE, FIRST_WEIGHTS, Parts
+from bingo.teachers.foreign import read_checkpoint, states_in, summary
+from bingo.teachers.teacher import teacher_metadata
+from bingo.teachers.wrapped import UNKNOWN_RANK, find, grid_px, places, settings_in, settings_that_fit, variants, without_classifier
+
+Made = tuple[Backbone, nn.Sequential | None, dict[str, Any]]
+_STATES = ("state_dict", "model")  # where most published checkpoints keep their weights
+
+
+def make_teacher(params: TeacherParams, image: ImageParams, seed: int) -> Made:
+    """The backbone, head (or None) and metadata for `save_teacher`, from any source but `pretrain`. Raises UserError."""
+    makers: dict[str, Callable[[], Made]] = {
+        "timm": lambda: from_timm(params, image),
+        "torchvision": lambda: from_torchvision(params, image),
+        "checkpoint": lambda: from_checkpoint(params, image),
+        "random": lambda: untrained(params, seed),
+    }
+    if lines := list(source_mistakes(params)):
+        raise UserError(lines)
+    backbone, head, source = makers[params.source]()
+    check_images(backbone, params.arch, image.crop_px)
+    return backbone, head, teacher_metadata(params, image, backbone, head, {"source": params.source, **source})
+
+
+def untrained(params: TeacherParams, seed: int) -> Made:
+    """Seeded initial weights without a head: a control, and a way to try the pipeline out."""
+    backbone = build_backbone(params.arch, params.width, params.stem, seeds.torch_seed(seed, "random teacher"))
+    return backbone, None, {"pretrained": False}
+
+
+def from_timm(params: TeacherParams, image: ImageParams) -> Made:
+    """timm's pretrained weights, or the local file `teacher.checkpoint` under timm's names; the classifier is left out.
+
+    Raises UserError where the weights cannot be downloaded, do not fit, or were trained with another mean and std than `image`
+    has (for a local file, whose training is not known, that is a line on stderr).
+    """
+    options = ANY_IMAGE if is_transformer(params.arch) else {}
+    backbone = _empty(params, options)
+    cfg: Any = backbone.pretrained_cfg
+    _compare_normalisation(params, image, cfg["mean"], cfg["std"])
+    if params.checkpoint:
+        return _from_own_file(params, backbone, options)
+    state = _download(params, lambda: timm.create_model(params.arch, pretrained=True))
+    left_out = _load_trunk(backbone, state, f"timm's weights of {params.arch}")
+    weights = f"{cfg['architecture']}.{cfg['tag']}"
+    return backbone, None, {"pretrained": True, "weights": weights, "left_out": left_out, **_told(options)}
+
+
+def from_torchvision(params: TeacherParams, image: ImageParams) -> Made:
+    """torchvision's default weights, or the local file `teacher.checkpoint` under its names; otherwise as `from_timm`."""
+    backbone, name = _empty(params, {}), params.arch.removeprefix("torchvision/")
+    weights: Any = vision.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    preset = weights.transforms()
+    _compare_normalisation(params, image, preset.mean, preset.std)
+    if params.checkpoint:
+        return _from_own_file(params, backbone, {})
+    state = _download(params, lambda: vision.get_model(name, weights=weights, progress=False))
+    left_out = _load_trunk(backbone, state, f"torchvision's weights of {name}")
+    return backbone, None, {"pretrained": True, "weights": str(weights), "left_out": left_out}
+
+
+def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
+    """The backbone and the projection head, if there is one, of a checkpoint of the published format `teacher.format`.
+
+    Wrappers around the format's own names are taken off, with a line on stderr. Raises UserError where it is of another format (and
+    says of which), for names that such a file does not have, and for weights that do not fit `teacher.arch`. Another mean and std
+    than `image` has are a line on stderr.
+    """
+    path = str(params.checkpoint)
+    content, sha256 = read_checkpoint(path)
+    parts = _parts(params, content)
+    if parts.unknown:
+        line = f"{path}: holds what no checkpoint of format {params.format} has: {first_names(parts.unknown)}"
+        raise UserError(f"{line}; set teacher.checkpoint to a file without it, or teacher.format to the code that wrote it")
+    origin = f"{path}: its backbone does not fit {params.arch}"
+    if "dynamic_img_size" in parts.options and not is_transformer(params.arch):
+        raise UserError(f"{origin}: these are the weights of a vision transformer; {_settings(params, parts.trunk)}")
+    backbone, options = _of_its_grid(params, _empty(params, parts.options), parts.options, parts.trunk)
+    load_strictly(backbone, parts.trunk, origin, lambda: _settings(params, parts.trunk))
+    head = _head(parts, backbone, f"{path}: its projection head is not that of format {params.format}") if parts.layers else None
+    _compare_normalisation(params, image, *parts.mean_std)
+    _mention_stem(params)
+    source = {"pretrained": True, "source_sha256": sha256, "format": params.format, "left_out": parts.left_out}
+    return backbone, head, source | _told(options)
+
+
+def _parts(params: TeacherParams, content: Any) -> Parts:
+    """The parts of a checkpoint of `teacher.format`, which may have wrappers around it. Raises UserError where it is of another format."""
+    if (parts := _format(params.format).parts(content)) is not None:
+        return parts
+    wrapped = ((_format(params.format).parts(variant), taken) for variant, taken in variants(content))
+    found = next(((parts, taken) for parts, taken in wrapped if parts is not None and not parts.unknown), None)
+    others = [name for name, parts in _readers(content).items() if parts.sure and name != params.format]
+    if found is None and not others:
+        found = _beside(params, content)
+    if found is None or (others and not found[0].sure):
+        raise UserError(f"{params.checkpoint}: is no checkpoint of format {params.format}: {_what_instead(params, content)}")
+    _mention(params, *found)
+    return found[0]
+
+
+def _beside(params: TeacherParams, content: Any) -> tuple[Parts, str] | None:
+    """A backbone alone that lies beside other modules under a name of its own, for formats that read one."""
+    candidates = sorted((place for anchor in FIRST_WEIGHTS for place in places(content, anchor)), key=lambda place: place.rank)
+    for place in candidates:
+        parts = _format(params.format).parts(place.state)
+        if parts is not None and not parts.unknown and place.rank != [UNKNOWN_RANK]:
+            return replace(parts, left_out=sorted({*parts.left_out, *place.beside})), str(place)
+    return None
+
+
+def _mention(params: TeacherParams, parts: Parts, taken: str) -> None:
+    if taken:
+        left_out = f"; left out: {first_names(parts.left_out)}" if parts.left_out else ""
+        print(f"teacher.checkpoint = {params.checkpoint}: read {taken}{left_out}", file=sys.stderr)
+
+
+def _mention_stem(params: TeacherParams) -> None:
+    """Of networks whose stem differs in its stride alone, no file says which stem it was trained with."""
+    if params.stem == "small":
+        line = "teacher.stem = small: fits the file, which does not say with which stem it was trained"
+        print(f"{line}; published networks have teacher.stem: imagenet", file=sys.stderr)
+
+
+def _of_its_grid(
+    params: TeacherParams, backbone: Backbone, options: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[Backbone, dict[str, Any]]:
+    """The network with a position embedding of the file's grid, and the options with which it is built."""
+    side_px = grid_px(backbone, state["pos_embed"]) if "pos_embed" in state else None
+    own: Any = backbone
+    if side_px is None or state["pos_embed"].shape == own.pos_embed.shape:
+        return backbone, dict(options)
+    options = {**options, "img_size": side_px}
+    return _empty(params, options), options
+
+
+def _format(name: str) -> Any:
+    return importlib.import_module(f"bingo.teachers.formats.{name}")
+
+
+def _readers(content: Any) -> dict[str, Parts]:
+    """The formats that read a checkpoint, as it is or without wrappers, and what they find."""
+    found = {name: parts for name in format_names() if (parts := _format(name).parts(content)) is not None}
+    if not any(parts.sure for parts in found.values()):
+        for name in format_names():
+            reads = (_format(name).parts(variant) for variant, _ in variants(content))
+            if (parts := next((parts for parts in reads if parts is not None and not parts.unknown), None)) is not None:
+                found.setdefault(name, parts)
+    return found
+
+
+def _what_instead(params: TeacherParams, content: Any) -> str:
+    """What was expected and what was found, and which parameter the file would suit."""
+    inside = [content[name] for name in _STATES if isinstance(content, dict) and content.get(name)]
+    line = f"expected {_format(params.format).EXPECTED}, found {summary(inside[0] if inside else content)}"
+    read_by = _readers(content)
+    if fitting := [name for name, parts in read_by.items() if parts.sure]:
+        return f"{line}; set teacher.format: {' or '.join(fitting)}"
+    if read_by:
+        source = "torchvision" if params.arch.startswith("torchvision/") else "timm"
+        return f"{line}; it holds a backbone alone: set teacher.source: {source}, or teacher.format: {' or '.join(read_by)}"
+    return f"{line}; set teacher.checkpoint to a file of one of the formats {', '.join(format_names())}"
+
+
+def _settings(params: TeacherParams, state: Mapping[str, Tensor]) -> str:
+    """The way out where a state dict does not fit `teacher.arch`: what it fits, if that is known."""
+    found = settings_that_fit(state)
+    if found is None or all(getattr(params, name) == value for name, value in found.items()):
+        line = "no usual network has just these weights: give a whole file in teacher.checkpoint"
+        return f"{line}, or set teacher.arch, width and stem to what was trained"
+    return f"set {_as_settings(params, found)}"
+
+
+def _as_settings(params: TeacherParams, found: Mapping[str, Any]) -> str:
+    return ", ".join(f"teacher.{name}: {value}" for name, value in found.items() if getattr(params, name) != value)
+
+
+def _head(parts: Parts, backbone: Backbone, origin: str) -> nn.Sequential:
+    """The head that the checkpoint's shapes tell, loaded strictly."""
+    linears = [f"{i}.weight" for i, kind in enumerate(parts.layers) if kind.startswith("linear")]
+    shapes = [tuple(parts.head[name].shape) if name in parts.head else () for name in linears]
+    widths = [shape[0] if len(shape) == 2 else 1 for shape in shapes]  # where it is 1, loading names what is wrong
+    with torch.device("meta"):  # shapes that do not fit one another may be of any size
+        empty = layered_head(parts.layers, [backbone.feature_width, *widths]).state_dict()
+        check_fits(empty, parts.head, origin, lambda: "set teacher.format to the code that wrote it, or teacher.checkpoint to a whole file")
+    head = layered_head(parts.layers, [backbone.feature_width, *widths])
+    load_strictly(head, parts.head, origin)
+    return head
+
+
+def _empty(params: TeacherParams, options: Mapping[str, Any]) -> Backbone:
+    """The network that weights are about to be loaded into."""
+    return build_backbone(params.arch, params.width, params.stem, 0, options)
+
+
+def _told(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What metadata say of the backbone's options: nothing where there are none, so that such files stay as they were."""
+    return {"options": dict(options)} if options else {}
+
+
+def _from_own_file(params: TeacherParams, backbone: Backbone, options: Mapping[str, Any]) -> Made:
+    """The weights of `backbone` wherever they are in `teacher.checkpoint`, and what lies beside them by name."""
+    path = str(params.checkpoint)
+    content, sha256 = read_checkpoint(path)
+    try:
+        found = find(content, backbone)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if found is None:
+        raise _misfit(params, backbone, content)
+    place, others = found
+    state, left_out = without_classifier(backbone, place.state)
+    if (place.keys, place.prefix) != ((), ""):
+        more = "".join(f"; {other} would fit as well" for other in others)
+        beside = f"; left out: {first_names(place.beside)}" if place.beside else ""
+        print(f"teacher.checkpoint = {path}: read {place}{beside}{more}", file=sys.stderr)
+    backbone, options = _of_its_grid(params, backbone, options, state)
+    load_strictly(backbone, state, path)
+    _mention_stem(params)
+    return backbone, None, {"pretrained": True, "source_sha256": sha256, "left_out": left_out + sorted(place.beside), **_told(options)}
+
+
+def _misfit(params: TeacherParams, backbone: Backbone, content: Any) -> UserError:
+    """What differs from the network in the most similar place of a checkpoint, and what the file suits instead."""
+    path, own = str(params.checkpoint), backbone.state_dict()
+    states = [place.state for place in places(content, next(iter(own)))] + [state for _, state in states_in(content)]
+    if not states:
+        return UserError(f"{path}: holds no weights by name, but {summary(content)}; save the network's state_dict() with torch.save")
+    state, _ = without_classifier(backbone, max(states, key=lambda state: sum(name in own for name in state)))
+
+    def way_out() -> str:
+        formats = [name for name, parts in _readers(content).items() if parts.sure]
+        if formats:
+            return f"set teacher.source: checkpoint and teacher.format: {' or '.join(formats)}"
+        found = settings_in(content)
+        source = "torchvision" if found and found["arch"].startswith("torchvision/") else "timm"
+        changed = f"teacher.source: {source}, " if source != params.source else ""
+        return f"set {changed}{_as_settings(params, found)}" if found else _settings(params, state)
+
+    try:
+        check_fits(own, state, f"{path}: does not fit {params.arch}", way_out)
+    except UserError as error:
+        return error
+    raise AssertionError("a state dict that fits is found")
+
+
+def _load_trunk(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> list[str]:
+    """Load all but the classifier, strictly, and return the names that were left out."""
+    trunk, left_out = without_classifier(backbone, state)
+    load_strictly(backbone, trunk, origin, lambda: "install the versions of timm and torchvision in requirements.lock")
+    return left_out
+
+
+def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """The state dict of a pretrained network with its classifier, loaded strictly by the library itself."""
+    try:
+        return get().state_dict()
+    except Exception as error:  # the libraries' network clients raise errors of many kinds
+        reason = " ".join(str(error).split())[:160]
+        line = f"teacher.arch = {params.arch}: no pretrained weights could be had ({reason})"
+        if "No pretrained weights exist" in reason or "Invalid pretrained tag" in reason:
+            near = near_matches(params.arch, timm.list_pretrained())
+            raise UserError(f"{line}; set teacher.arch to one of timm.list_pretrained(){near}") from None
+        raise UserError(f"{line}; set teacher.checkpoint to a local file of them") from None
+
+
+def _compare_normalisation(params: TeacherParams, image: ImageParams, mean: Any, std: Any) -> None:
+    if np.allclose([*image.mean, *image.std], [*mean, *std], rtol=0, atol=2e-3):  # SwAV's 0.228 for 0.229 is of no consequence
+        return
+    expected = f"the published weights of {params.arch} expect {list(mean)}, {list(std)}"
+    line = f"image.mean = {image.mean}, image.std = {image.std}: {expected}"
+    if not params.checkpoint:
+        raise UserError(f"{line}; set image.mean and image.std to these")
+    print(f"{line}; right if teacher.checkpoint was trained otherwise", file=sys.stderr)

@@ -1,0 +1,143 @@
+"""What each step of a training holds: rows, drawn bag members and companions, their views, stored keys and features.
+
+All of it is a function of (seed, purpose, epoch, row), so it depends neither on a restart nor on the number of processes. Shape
+letters: B rows of a batch, M companions of an anchor, S stored views of a row, T train rows, V stored views, P key width, D feature
+width.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from bingo import seeds
+from bingo.images.augment import upload
+from bingo.images.loader import Request, ViewLoader
+from bingo.methods.contract import Batch, Needs
+from bingo.params import AugmentParams
+from bingo.runtime import distributed
+from bingo.runtime.errors import UserError
+
+if TYPE_CHECKING:  # a method without bags does not depend on them
+    from bingo.bags.index import Bags
+
+STORED_VIEWS = "extract"  # the purpose under which the teacher's pass draws its views (bingo/embeddings/extract.py)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the teacher's pass left for training, on the device: keys (T, V, P) and features (T, D) in float16, and the family of the
+    views that the keys were made from."""
+
+    keys_TVP: Tensor
+    augment: AugmentParams
+    features_TD: Tensor | None = None
+
+
+@dataclass
+class Plan:
+    """One step of this process: rows, the drawn members, the stored views whose keys each row is given."""
+
+    rows_B: np.ndarray
+    member_rows_B: np.ndarray | None
+    view_SB: np.ndarray
+    requests: list[Request]
+
+
+def steps_in_epoch(train_rows: int, batch_anchors: int, name: str = "batch_anchors") -> int:
+    """Whole batches in an epoch; the tail is dropped, another one each epoch.
+
+    Raises UserError, which calls the parameter `name`, where there is no whole batch, or no equal share of it for each process.
+    """
+    if batch_anchors > train_rows:
+        raise UserError(f"{name} = {batch_anchors}: there are only {train_rows} train images; lower it to at most that")
+    if batch_anchors % distributed.world():
+        raise UserError(f"{name} = {batch_anchors}: {distributed.world()} processes cannot share it equally; use a multiple")
+    return train_rows // batch_anchors
+
+
+def weak_family(augment: AugmentParams) -> AugmentParams:
+    """Crop, turn and flip of a family of views, without its colours and its blur."""
+    return augment.model_copy(update={"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0})
+
+
+class Batches:
+    """The batches that a method with these needs is trained on."""
+
+    def __init__(
+        self, needs: Needs, loader: ViewLoader, seed: int, train_rows: int, batch_anchors: int, bags: "Bags | None", stored: Stored | None
+    ):
+        self.needs, self.loader, self.seed, self.train_rows, self.batch_anchors = needs, loader, seed, train_rows, batch_anchors
+        self.bags, self.stored = bags, stored
+        self.steps_per_epoch = steps_in_epoch(train_rows, batch_anchors)
+
+    def epoch(self, epoch: int, first: int) -> Iterator[Batch]:
+        """This process's share of each global batch of an epoch, from step `first` on."""
+        plans: deque[Plan] = deque()
+
+        def requests() -> Iterator[list[Request]]:
+            order_N = seeds.permutation(self.seed, "order", epoch, self.train_rows)
+            for step in range(first, self.steps_per_epoch):
+                rows_B = order_N[step * self.batch_anchors : (step + 1) * self.batch_anchors]
+                plans.append(self.plan(epoch, distributed.own_share(rows_B)))
+                yield plans[-1].requests
+
+        for views in self.loader.views(requests()):
+            yield self.make(plans.popleft(), views)
+
+    def plan(self, epoch: int, rows_B: np.ndarray) -> Plan:
+        """What one step holds. A companion's draws are keyed by its anchor and its place among the companions, so a row that comes
+        twice is seen twice."""
+        needs, key_rows_B, place_B = self.needs, rows_B, np.zeros(len(rows_B), np.int64)
+        if needs.companions:
+            place_B = np.repeat(np.arange(1 + needs.companions), len(rows_B))
+            key_rows_B, rows_B = np.tile(rows_B, 1 + needs.companions), np.concatenate([rows_B, self._companions(epoch, rows_B)])
+        view_SB = self._stored_views(epoch, key_rows_B, place_B)
+        requests = [Request(rows_B, key_rows_B, "anchor", epoch, view + needs.anchor_views * place_B) for view in range(needs.anchor_views)]
+        for view in range(needs.same_views):
+            assert self.stored is not None, "a method that needs stored views is given them"
+            requests[view] = Request(rows_B, rows_B, STORED_VIEWS, 0, view_SB[view], self.stored.augment)
+        for view in range(needs.anchor_views - needs.weak_views, needs.anchor_views):
+            requests[view] = replace(requests[view], augment=weak_family(self.loader.augment))
+        member_rows_B = None
+        if needs.members:
+            assert self.bags is not None, "a method that needs members is given bags"
+            member_rows_B = self.bags.draw(rows_B, seeds.uniforms(self.seed, "member", epoch, rows_B)[:, 0])
+            requests += [Request(member_rows_B, rows_B, "member", epoch, view) for view in range(needs.member_views)]
+        return Plan(rows_B, member_rows_B, view_SB, requests)
+
+    def _companions(self, epoch: int, rows_B: np.ndarray) -> np.ndarray:
+        """Distinct listed members of each anchor's bag, int64 (M * B,): the first of every anchor, then the second, and so on."""
+        assert self.bags is not None, "a method that needs companions is given bags"
+        u_BK = seeds.uniforms(self.seed, "companions", epoch, rows_B, draws=self.bags.members_TK.shape[1])
+        return self.bags.draw_listed(rows_B, u_BK, self.needs.companions).T.ravel()
+
+    def _stored_views(self, epoch: int, key_rows_B: np.ndarray, place_B: np.ndarray) -> np.ndarray:
+        """Numbers of stored views, int64 (S, B): one drawn for each row and, where two same views are needed, another one."""
+        views = self.stored.keys_TVP.shape[1] if self.stored is not None else 1
+        u_B2 = seeds.uniforms(self.seed, "stored view", epoch, key_rows_B, place_B, draws=2)
+        first_B = (u_B2[:, 0] * views).astype(np.int64)
+        if self.needs.same_views < 2:
+            return first_B[None]
+        return np.stack([first_B, (first_B + 1 + (u_B2[:, 1] * (views - 1)).astype(np.int64)) % views])
+
+    def make(self, plan: Plan, views: list[Tensor]) -> Batch:
+        """A plan with its views, and the stored keys and features of its rows."""
+        device, anchors = views[0].device, self.needs.anchor_views
+        batch = Batch(upload(plan.rows_B, device), views[:anchors], member_views=views[anchors:], host_rows_B=plan.rows_B)
+        if plan.member_rows_B is not None:
+            batch.member_rows_B = upload(plan.member_rows_B, device)
+        if self.needs.stored_keys:
+            assert self.stored is not None, "a method that needs stored keys is given them"
+            keys_TVP, view_SB = self.stored.keys_TVP, upload(plan.view_SB, device)
+            batch.anchor_keys = [keys_TVP[batch.anchor_rows_B, view_B].float() for view_B in view_SB]
+            if batch.member_rows_B is not None:
+                batch.member_keys_BP = keys_TVP[batch.member_rows_B, view_SB[0]].float()
+        if self.needs.stored_features:
+            features_TD = self.stored.features_TD if self.stored is not None else None
+            assert features_TD is not None, "a method that needs stored features is given them"
+            batch.anchor_features_BD = features_TD[batch.anchor_rows_B].float()
+        return batch

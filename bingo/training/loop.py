@@ -1,0 +1,189 @@
+"""The one training loop: batch, terms, finite?, backward, step, after_step, log, checkpoint, resume. It knows no method by name,
+and nothing in a step waits for the device.
+
+Every random choice is a function of (seed, purpose, epoch, row), so a run that was killed and started again from its checkpoint
+ends with the same bytes as one that was not.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bingo import seeds
+from bingo.methods.contract import Batch, Method, Progress
+from bingo.nets.batchnorm import grouped_batchnorm, own_groups
+from bingo.params import ScheduleParams
+from bingo.runtime import distributed
+from bingo.runtime.checkpoints import Checkpoints
+from bingo.runtime.errors import Interrupted, UserError
+from bingo.runtime.progress import progress_bar
+from bingo.schedules import learning_rate
+from bingo.training.batches import Batches
+from bingo.training.finite import LossWatch
+
+
+@dataclass
+class Result:
+    """What a training leaves behind beside the method's weights: one record an epoch, how far the network's features are spread,
+    what an anchor costs (GFLOP, forward and backward), and how fast it went in this process."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    spread: dict[str, float] = field(default_factory=dict)
+    anchors: int = 0
+    gflop_per_anchor: float = 0.0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+
+class Trainer:
+    """Trains one method on one process group. `probe` measures the student in words of {name: percent}; it runs on process 0.
+
+    `batchnorm_groups` of the global batch have BatchNorm statistics of their own; None: as `schedule` says without a momentum encoder.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        batches: Batches,
+        schedule: ScheduleParams,
+        device: torch.device,
+        checkpoints: Checkpoints,
+        probe: Callable[[nn.Module], dict[str, float]] | None = None,
+        label: str = "train",
+        batchnorm_groups: int | None = None,
+    ):
+        self.method = method.to(device).to(memory_format=torch.channels_last)
+        self.batches, self.schedule, self.device = batches, schedule, device
+        self.steps_per_epoch = batches.steps_per_epoch
+        self.groups = own_groups(batchnorm_groups or schedule.groups_for(False, distributed.world()))
+        self.own_anchors = schedule.batch_anchors // distributed.world()
+        self.checkpoints, self.probe, self.label = checkpoints, probe, label
+        trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            trained, lr=schedule.lr, momentum=schedule.sgd_momentum, weight_decay=schedule.weight_decay, fused=True
+        )
+        self.network = distributed.data_parallel(self.method, device)
+        self.watch = LossWatch(device)
+        self.sums: dict[str, Tensor] = {}
+        self.step, self.result = 0, Result()
+        self.stopping = False
+
+    def resumes(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self.checkpoints.exists()
+
+    def run(self) -> Result:
+        """Train to the end, from the last checkpoint if there is one. Raises Interrupted after SIGTERM or SIGINT, with a checkpoint."""
+        self._resume()
+        total = self.schedule.epochs * self.steps_per_epoch
+        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        begun = time.monotonic()
+        try:
+            with progress_bar(self.label, total * self.schedule.batch_anchors, "anchors") as bar:
+                bar.resume_at(self.step * self.schedule.batch_anchors)
+                while self.step < total:
+                    self._epoch(bar)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self.result.seconds, self.result.wait_seconds = time.monotonic() - begun, self.batches.loader.wait_seconds
+        return self.result
+
+    def _epoch(self, bar: Any) -> None:
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        self.method.train()
+        for batch in self.batches.epoch(epoch, first):
+            self._train_step(batch, Progress(epoch, self.step))
+            self.step += 1
+            self.result.anchors += self.schedule.batch_anchors
+            bar.advance_to(self.step * self.schedule.batch_anchors)
+            if self.step % self.steps_per_epoch == 0:
+                self._end_epoch(epoch)
+            self._checkpoint_if_due()
+
+    def _train_step(self, batch: Batch, progress: Progress) -> None:
+        rate = learning_rate(self.step, self.steps_per_epoch, self.schedule.lr, self.schedule)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)  # before the forward, whose activations can have their room
+        self._seed_draws()
+        with grouped_batchnorm(self.groups, self.own_anchors):
+            terms = self.network(batch, progress)
+        self.watch.note(terms["loss"], self.step)
+        if self.watch.due(self.step):
+            self._refuse_what_is_not_finite()
+        terms["loss"].backward()
+        self.optimizer.step()
+        self.method.after_step()
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+
+    def _seed_draws(self) -> None:
+        """Let what the network itself draws (dropout, stochastic depth) follow from seed, step and process alone."""
+        purpose = f"dropout of process {distributed.rank()}"
+        seed_generator = torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
+        seed_generator(seeds.torch_seed(self.batches.seed, purpose, self.step))  # the device's alone: torch.manual_seed takes 0.2 ms
+
+    def _refuse_what_is_not_finite(self) -> None:
+        """Stop if a loss was not finite since this was last called. It waits for the device."""
+        if (found := self.watch.first(self.step)) is not None:
+            raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; {self._way_out(found[0])}")
+
+    def _way_out(self, step: int) -> str:
+        if step == 0:
+            return "no step was taken yet, so look at the method's temperature, image.std and augment"
+        return f"lower lr (now {self.schedule.lr})"
+
+    def _check_weights(self) -> None:
+        """The loss is looked at before a step; what the last one made of the weights no loss would tell."""
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in self.method.state_dict().values())
+        if distributed.any_true(not finite, self.device):
+            raise UserError(f"{self.label}: weights are nan or inf after {self.step} steps; lower lr (now {self.schedule.lr})")
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Write the epoch's record: mean of each term over all processes, and the probe's figures when it is due."""
+        self._refuse_what_is_not_finite()
+        self._check_weights()
+        record = {"epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
+        for name, value in self.sums.items():
+            record[name] = round(float(distributed.mean(value / self.steps_per_epoch)), 6)
+        every = self.schedule.probe_every_epochs
+        last = epoch + 1 == self.schedule.epochs
+        if self.probe is not None and every and ((epoch + 1) % every == 0 or last) and distributed.rank() == 0:
+            record |= self.probe(self.method.student)
+        distributed.barrier()
+        self.sums = {}
+        self.result.history.append(record)
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self.stopping = True
+
+    def _checkpoint_if_due(self) -> None:
+        """Several processes agree on it only where the loss is read as well: to agree waits for the device."""
+        if distributed.world() > 1 and not self.watch.due(self.step):
+            return
+        stop = distributed.any_true(self.stopping, self.device)
+        if stop or self.checkpoints.due():
+            self._refuse_what_is_not_finite()
+            state = {
+                "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "sums": self.sums,
+                "history": self.result.history,
+            }
+            self.checkpoints.save(state, self.step)
+        if stop:
+            raise Interrupted(f"{self.label}: stopped at step {self.step} with a checkpoint; start again to go on from there")
+
+    def _resume(self) -> None:
+        state = self.checkpoints.load(self.device)
+        if state is None:
+            return
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.sums, self.result.history = state["step"], state["sums"], state["history"]

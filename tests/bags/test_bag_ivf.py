@@ -1,0 +1,119 @@
+"""Bags by an inverted file: brute force within the probed lists, the exact search where all are probed, the same bits everywhere."""
+
+import faiss
+import numpy as np
+import pytest
+import zarr
+from sklearn.datasets import load_digits
+
+from bingo import seeds
+from bingo.bags import ivf as bag_ivf
+from bingo.bags import kmeans as bag_clusters
+from bingo.bags import neighbors
+from bingo.bags.builders import build_knn
+from bingo.bags.ivf import InvertedFile, search_lists
+from bingo.bags.kmeans import train_centroids
+from bingo.bags.metrics import bag_metrics
+from bingo.bags.neighbors import top_k
+from bingo.runtime.chunks import StoredRows, new_array
+from bingo.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def features():
+    """600 digits, 30 of which are copies of one image."""
+    images, _ = load_digits(return_X_y=True)
+    x = (images[:600] + np.random.default_rng(0).random((600, 64))).astype(np.float16)
+    x[7:300:10] = x[7]
+    return x
+
+
+def by_loops(features, k, lists, probes, seed):
+    """The definition in float64: (members, cosines) of the k nearest rows of the lists whose centroids are nearest to each row."""
+    unit = features.astype(np.float64) / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+    centroids, _ = train_centroids(features, lists, 10, seed, 64)
+    dots = unit @ centroids.astype(np.float64).T
+    list_of = dots.argmax(axis=1)
+    members, cosines = np.full((len(unit), k), -1), np.full((len(unit), k), -np.inf)
+    for row in range(len(unit)):
+        probed = sorted(range(lists), key=lambda number, row=row: -dots[row, number])[:probes]
+        scored = [(-round(float((unit[row] * unit[other]).sum()), 9), other) for other in np.flatnonzero(np.isin(list_of, probed))]
+        for place, (cosine, other) in enumerate(sorted(pair for pair in scored if pair[1] != row)[:k]):
+            members[row, place], cosines[row, place] = other, -cosine
+    return members, cosines
+
+
+@pytest.mark.parametrize(("lists", "probes", "k"), [(30, 1, 40), (30, 4, 5), (200, 6, 5), (7, 3, 20)])
+def test_members_are_the_nearest_within_the_probed_lists(features, lists, probes, k):
+    found, found_cosines = search_lists(features, k, InvertedFile(lists, probes, 3))
+    members, cosines = by_loops(features, k, lists, probes, 3)
+    np.testing.assert_allclose(found_cosines, cosines, atol=1e-6)
+    for row, place in zip(*np.nonzero(found != members), strict=True):  # only where float32 cannot tell two cosines
+        other = list(members[row]).index(found[row, place])
+        assert 0 < abs(cosines[row, other] - cosines[row, place]) < 1e-6
+    assert (members < 0).any() == (k == 40)
+    assert (found.dtype, found_cosines.dtype) == (np.int32, np.float32)
+
+
+@pytest.mark.parametrize(("lists", "k"), [(1, 5), (23, 1), (23, 35), (23, 200), (600, 5)])
+def test_all_lists_give_the_bits_of_the_exact_search(features, lists, k):
+    exact, found = build_knn(features, k, mutual=True), build_knn(features, k, True, InvertedFile(lists, 10**9, 0))
+    np.testing.assert_array_equal(found.members_TK, exact.members_TK)
+    np.testing.assert_array_equal(found.similarity_TK, exact.similarity_TK)
+    assert (found.settings["recall"], found.settings["probes"]) == (1, lists)
+
+
+@pytest.mark.parametrize("lists", [5, 60])
+def test_a_store_larger_than_the_memory_gives_the_same_bits(features, tmp_path, monkeypatch, lists):
+    """In blocks of queries and groups of lists; of five lists some are larger than the budget."""
+    array = new_array(zarr.create_group(tmp_path / "store", zarr_format=3), "features", features.shape, np.float16, 48)
+    array[:] = features
+    wanted = search_lists(features, 5, InvertedFile(lists, 4, 0))
+    for module in (neighbors, bag_clusters, bag_ivf):
+        monkeypatch.setattr(module, "memory_budget", lambda: 40_000)
+    for x in (features, StoredRows(array, len(features), "store", "dvc repro extract")):
+        for found, bits in zip(search_lists(x, 5, InvertedFile(lists, 4, 0)), wanted, strict=True):
+            np.testing.assert_array_equal(found, bits)
+
+
+def test_any_number_of_threads_gives_the_same_bits(features):
+    threads, found = faiss.omp_get_max_threads(), []
+    try:
+        for count in (1, 2):
+            faiss.omp_set_num_threads(count)
+            found.append(search_lists(features, 5, InvertedFile(None, 8, 0)))
+    finally:
+        faiss.omp_set_num_threads(threads)
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_recall_is_its_definition(features, monkeypatch):
+    exact, _ = top_k(features, features, 5, np.arange(600))
+    monkeypatch.setattr(bag_ivf, "_RECALL_ROWS", 100)
+    bags = build_knn(features, 5, False, InvertedFile(None, 4, 1))
+    sample = seeds.distinct(1, "recall", 0, 600, 100)
+    share = np.mean([len(set(exact[row]) & set(bags.members_TK[row])) / 5 for row in sample])
+    assert 0.5 < share < 1
+    assert bags.settings["recall"] == pytest.approx(share)
+    assert (bags.settings["search"], bags.settings["lists"], bags.settings["probes"]) == ("ivf", 98, 4)
+    assert bags.settings["recall"] == build_knn(features, 5, True, InvertedFile(None, 4, 1)).settings["recall"]
+    metrics = bag_metrics(bags, None)
+    assert (metrics["recall"], metrics["lists"], metrics["probes"]) == (pytest.approx(share, abs=1e-6), 98, 4)
+    assert not {"recall", "lists", "probes"} & set(bag_metrics(build_knn(features, 5), None))
+
+
+def test_recall_is_whole_where_ties_are_left_open():
+    """Of 400 equal rows any 5 are the nearest: nothing is missed where all lists are searched."""
+    rng = np.random.default_rng(0)
+    features = np.concatenate([np.repeat(rng.standard_normal((2, 8)), 400, axis=0), rng.standard_normal((50, 8))]).astype(np.float32)
+    assert build_knn(features, 5, False, InvertedFile(8, 8, 0)).settings["recall"] == 1
+
+
+def test_the_number_of_lists():
+    assert [InvertedFile(None, 64, 0).list_count(rows) for rows in (2, 9, 16, 10_000, 10**7)] == [2, 9, 16, 400, 12_649]
+    assert InvertedFile(7, 64, 0).list_count(100) == 7
+
+
+def test_more_lists_than_rows_are_a_mistake(features):
+    with pytest.raises(UserError, match=r"^bagging\.lists = 601: there are only 600 train rows; lower bagging\.lists, or set it to null$"):
+        build_knn(features, 5, False, InvertedFile(601, 4, 0))

@@ -1,0 +1,135 @@
+"""Bags of a Git revision or a DVC experiment: from the cache, from the remote, and in one line where neither has them."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fabricated import make_workspace
+
+from bingo.bags.index import read_bags
+from bingo.images.listing import read_listing
+from bingo.runtime.artefacts import read_json
+from tests.cli.test_bags_cli import bingo_bags, mistake
+
+PIPELINE = """stages:
+  bag:
+    cmd: "true"
+    outs: [data/listing.parquet, data/images.zarr, data/bags.zarr]
+"""
+IDENTITY = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (("NAME", "a"), ("EMAIL", "a@b"))}
+
+
+def run(*command):
+    program = [sys.executable, "-m", "dvc"] if command[0] == "dvc" else [command[0]]
+    done = subprocess.run([*program, *command[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fingerprint_of_the_workspace(root):
+    """All files but Git's, DVC's and those that the commands write."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and not {".git", ".dvc", ".bingo"} & set(path.parts)]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}, run("git", "status", "--porcelain")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """v0: a pipeline that has not run; v1: bags of k 4; experiment k6: bags of k 6; workspace: other images. A remote has all."""
+    root, patch = tmp_path_factory.mktemp("repository"), pytest.MonkeyPatch()
+    for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):
+        patch.setenv(name, str(tmp_path_factory.mktemp("dvc")))
+    for name, value in {**IDENTITY, "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "1"}.items():
+        patch.setenv(name, value)
+    patch.chdir(root)
+    run("git", "init", "-q")
+    run("dvc", "init", "-q")
+    run("dvc", "remote", "add", "-q", "-d", "there", str(tmp_path_factory.mktemp("remote")))
+    Path(".gitignore").write_text(".bingo/\n")
+    Path("dvc.yaml").write_text(PIPELINE)
+    run("git", "add", "-A")
+    run("git", "commit", "-qm", "a pipeline")
+    run("git", "tag", "v0")
+    make_workspace(root, k=4)
+    run("dvc", "commit", "-fq")
+    run("git", "add", "-A")
+    run("git", "commit", "-qm", "bags")
+    run("git", "tag", "v1")
+    run("dvc", "push", "-q")
+    make_workspace(root, k=6)
+    run("dvc", "commit", "-fq")
+    run("dvc", "push", "-q")
+    run("dvc", "exp", "save", "-n", "k6")
+    run("git", "checkout", "-q", "--", ".")
+    make_workspace(root, train_rows=50)
+    yield root
+    patch.undo()
+
+
+def test_reading_a_revision_leaves_the_workspace_alone(repository):
+    before = fingerprint_of_the_workspace(repository)
+    for name, k in (("v1", 4), ("k6", 6), ("HEAD", 4)):
+        code, out, _ = bingo_bags("show", 5, "--rev", name)
+        assert code == 0
+        lines = out.splitlines()
+        assert lines[0] == f"row 5  class/image_0005.png  label cat  (knn, k {k})"
+        assert len(lines) == 2 + k + 1
+        assert lines[-1] == f"picture: .bingo/sheets/bag-5@{name}.png"
+    assert bingo_bags("stats", "--rev", "k6")[1].startswith("data/bags.zarr of k6: knn bags of 60 rows of fabricated, k 6\n")
+    assert fingerprint_of_the_workspace(repository) == before
+
+
+def test_a_revision_gives_what_its_workspace_gave(repository, tmp_path, monkeypatch):
+    bingo_bags("show", 5, "--rev", "k6", "--out", tmp_path / "revision.png")
+    make_workspace(tmp_path, k=6)
+    listing = read_listing(tmp_path / "data/listing.parquet")
+    members = read_bags(tmp_path / "data/bags.zarr", listing).members(5).tolist()
+    lines = bingo_bags("show", "class/image_0005.png", "--rev", "k6")[1].splitlines()
+    assert [int(line.split()[1]) for line in lines[2:-1]] == members
+
+
+def test_diff_of_two_revisions(repository):
+    code, out, _ = bingo_bags("diff", "v1", "k6")
+    assert code == 0
+    assert out.startswith("before: v1 (knn, k 4)\nafter: k6 (knn, k 6)\n")
+    assert "mean 0.6667" in out  # of six neighbours four are the same
+    assert "only bags of one listing can be compared" in mistake("diff", "v1", "workspace")
+
+
+def test_gallery_of_a_revision(repository):
+    code, out, _ = bingo_bags("gallery", "--rev", "v1")
+    assert (code, out) == (0, "gallery: .bingo/gallery@v1/index.html\n")
+    assert read_json(".bingo/gallery@v1/made_from.json")
+
+
+def test_revisions_that_there_are_not(repository):
+    line = mistake("show", 5, "--rev", "nowhere")
+    assert line.startswith("error: nowhere: is no Git revision and no DVC experiment of this repository; see `git log")
+    line = mistake("show", 5, "--rev", "v0")
+    assert line.startswith("error: data/listing.parquet of v0: this revision has no such file")
+
+
+def test_from_the_remote_and_from_nowhere(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))  # as in a fresh clone
+    shutil.rmtree(".dvc/cache")
+    assert bingo_bags("show", 5, "--rev", "k6")[0] == 0
+    shutil.rmtree(".dvc/cache", ignore_errors=True)
+    run("dvc", "remote", "modify", "-q", "there", "url", str(tmp_path / "empty"))
+    for site in ("site", "other-site"):
+        monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / site))
+        line = mistake("show", 5, "--rev", "k6")
+        assert "data/listing.parquet of k6: neither the DVC cache nor a remote holds its data; push them from" in line
+        assert "dvc repro bag" in line
+
+
+def test_a_chunk_that_is_nowhere_is_not_taken_for_an_empty_one(repository):
+    """zarr answers a file that cannot be read with its fill value."""
+    run("dvc", "commit", "-fq")
+    run("git", "add", "-A")
+    run("git", "commit", "-qm", "other images")
+    digest = hashlib.md5((repository / "data/bags.zarr/members/c/0/0").read_bytes(), usedforsecurity=False).hexdigest()
+    (repository / f".dvc/cache/files/md5/{digest[:2]}/{digest[2:]}").unlink()
+    assert "data/bags.zarr of HEAD: neither the DVC cache nor a remote holds its data" in mistake("show", 5, "--rev", "HEAD")

@@ -1,0 +1,290 @@
+"""What a scan assumes of a folder, and what it passes over: said in a line, or refused where train and test images would be mixed."""
+
+import shutil
+from pathlib import Path
+from unicodedata import normalize
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from bingo.datasets.layout import role_of
+from bingo.datasets.sources import scan
+from bingo.images.decode import SUFFIXES
+from bingo.images.listing import Listing
+from tests.datasets.test_sources import folder, lines_of, save
+
+
+def make(root: Path, *names: str) -> Path:
+    """Different images under these names."""
+    for seed, name in enumerate(names):
+        save(root / name, seed)
+    return root
+
+
+def said(root: Path, **changes) -> tuple[Listing, str]:
+    """The listing of a folder and all lines of its scan."""
+    lines: list[str] = []
+    listing, _ = scan(folder(root, **changes), 0, lines.append)
+    assert all("\n" not in line for line in lines)
+    return listing, "\n".join(lines)
+
+
+SPLITS = [
+    ("Train", "Val"),
+    ("training", "testing"),
+    ("TRAIN", "TEST"),
+    ("train2017", "val2017"),
+    ("train_images", "test_images"),
+    ("train", "valid"),
+    ("train", "dev"),
+    ("Training Set", "hold-out"),
+    ("images_train", "images_validation"),
+    ("trn", "tst"),
+]
+
+
+@pytest.mark.parametrize(("train", "test"), SPLITS)
+def test_splits_go_by_their_usual_names_and_are_named(tmp_path, train, test):
+    make(tmp_path, f"{train}/cat/1.png", f"{train}/dog/2.png", f"{test}/cat/3.png", f"{test}/dog/4.png")
+    listing, lines = said(tmp_path)
+    assert listing.paths == [f"{train}/cat/1.png", f"{train}/dog/2.png", f"{test}/cat/3.png", f"{test}/dog/4.png"]
+    assert (listing.train_rows, listing.classes, listing.labels_N.tolist()) == (2, ["cat", "dog"], [0, 1, 0, 1])
+    assert f"{train}/" in lines
+    assert f"{test}/" in lines
+
+
+@pytest.mark.parametrize("name", ["cat", "trainer", "contest", "value", "trains", "n01440764", "device", "holding", "retrain"])
+def test_other_words_are_no_splits(name):
+    assert role_of(name) is None
+
+
+def test_the_usual_layout_needs_no_word(tmp_path):
+    make(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/dog/4.png")
+    assert said(tmp_path)[1] == ""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"),  # splits below the classes
+        ("ILSVRC/train/cat/1.png", "ILSVRC/val/cat/2.png"),  # a folder too high
+        ("train/a/Train/cat/1.png", "train/a/Valid/cat/2.png", "train/b/1.png"),
+        ("train2014/cat/1.png", "train2017/cat/2.png", "val/cat/3.png"),  # which of two
+        ("train/cat/1.png", "val2014/cat/2.png", "val2017/cat/3.png"),
+        ("car/1.png", "train/2.png", "bus/3.png"),  # a class of that name
+        ("cat/1.png", "dog/2.png", "holdout/3.png"),
+        ("Test/cat/1.png",),
+    ],
+)
+def test_what_may_mix_train_and_test_is_refused(tmp_path, names):
+    (line,) = lines_of(folder(make(tmp_path, *names)))
+    assert line.startswith(f"dataset.root = {tmp_path}: ")
+
+
+def test_the_ways_out_of_a_mixture_help(tmp_path):
+    make(tmp_path, "ILSVRC/train/cat/1.png", "ILSVRC/val/cat/2.png")
+    assert f"set dataset.root to {tmp_path}/ILSVRC," in lines_of(folder(tmp_path))[0]
+    assert said(tmp_path / "ILSVRC")[0].train_rows == 1
+    shutil.rmtree(tmp_path / "ILSVRC")
+    make(tmp_path, "car/3.png", "train/4.png")
+    assert "move all class folders into train/" in lines_of(folder(tmp_path))[0]
+    (tmp_path / "train").rename(tmp_path / "now")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "now").rename(tmp_path / "train/train")
+    (tmp_path / "car").rename(tmp_path / "train/car")
+    assert said(tmp_path)[0].classes == ["car", "train"]
+
+
+def test_what_lies_beside_the_splits_is_named(tmp_path):
+    make(tmp_path, "train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "test/3.png", "extra/4.png", "logo.png")
+    listing, lines = said(tmp_path)
+    assert listing.paths == ["train/cat/1.png", "train/dog/1.png", "val/cat/2.png"]
+    assert "2 folders (extra, test), 1 images outside the splits" in lines
+    assert "no image of 1 of the 2 classes: dog" in lines
+
+
+def test_litter_is_passed_over_and_counted(tmp_path):
+    make(tmp_path, "train/cat/1.png", "train/dog/2.png", "__MACOSX/train/cat/3.png", "train/cat/@eaDir/4.png", "lost+found/5.png")
+    make(tmp_path, "train/.ipynb_checkpoints/6.png", "train/cat/._1.png")
+    for name in ("train/cat/Thumbs.db", "train/cat/x.heic", "train/dog/y.HEIC", "train/notes.txt", "train/dog/README"):
+        (tmp_path / name).write_bytes(b"x")
+    for number in range(9):
+        (tmp_path / f"train/cat/z.{number}").write_bytes(b"x")
+    listing, lines = said(tmp_path)
+    assert listing.paths == ["train/cat/1.png", "train/dog/2.png"]
+    for part in ("3 folders (", "__MACOSX", "lost+found", "train/cat/@eaDir", "2 hidden", "2 .heic"):
+        assert part in lines
+    assert " other suffixes" in lines
+
+
+def test_names_that_cannot_be_printed_are_counted_all_the_same(tmp_path):
+    make(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "a" / "x.\udcff\n").write_bytes(b"x")
+    (tmp_path / "\x1b[2J").mkdir()
+    line = lines_of(folder(tmp_path))[0]
+    assert "without images" in line
+    (tmp_path / "\x1b[2J").rmdir()
+    _, lines = said(tmp_path)
+    assert lines.isprintable()
+    assert lines.encode()
+
+
+def test_a_folder_of_files_that_are_not_read_says_so(tmp_path):
+    make(tmp_path, "train/cat/1.png")
+    (tmp_path / "train/dog").mkdir()
+    (tmp_path / "train/dog/2.heic").write_bytes(b"x")
+    assert lines_of(folder(tmp_path))[0].endswith("dog without images (passed over: 1 .heic); fill it, or delete it")
+    shutil.rmtree(tmp_path / "train/cat")
+    assert "(passed over: 1 .heic)" in lines_of(folder(tmp_path))[0]
+
+
+def test_one_class_and_folders_in_classes_are_named(tmp_path):
+    make(tmp_path, "images/cat/1.png", "images/dog/2.png")
+    listing, lines = said(tmp_path)
+    assert listing.classes == ["images"]
+    assert "one class alone, images" in lines
+    assert "images/cat" in lines
+    make(tmp_path, "other/only/1.png")
+    listing, lines = said(tmp_path)
+    assert listing.labels_N.tolist() == [0, 0, 1]
+    assert "one class" not in lines
+    assert "other/only" not in lines
+
+
+def test_class_names_that_differ_in_case_or_form_alone(tmp_path):
+    nfc, nfd = "caf\u00e9", normalize("NFD", "caf\u00e9")
+    make(
+        tmp_path,
+        f"train/{nfd}/1.png",
+        "train/Dog/2.png",
+        "train/a/3.png",
+        "train/A/4.png",
+        f"val/{nfc}/5.png",
+        "val/dog/6.png",
+        "val/a/7.png",
+    )
+    listing, lines = said(tmp_path)
+    assert listing.classes == ["A", "Dog", "a", nfc]
+    assert dict(zip(listing.paths, listing.labels_N.tolist(), strict=True)) == {
+        "train/A/4.png": 0,
+        "train/Dog/2.png": 1,
+        "train/a/3.png": 2,
+        f"train/{nfd}/1.png": 3,
+        "val/a/7.png": 2,
+        f"val/{nfc}/5.png": 3,
+        "val/dog/6.png": 1,
+    }
+    assert "dog is Dog" in lines
+    assert "differ in case alone: A, a" in lines
+    make(tmp_path, f"train/{nfc}/8.png")
+    assert "Unicode form alone" in lines_of(folder(tmp_path))[0]
+
+
+def test_a_test_class_of_either_case_is_refused_where_train_has_both(tmp_path):
+    make(tmp_path, "train/ab/1.png", "train/AB/2.png", "val/Ab/3.png")
+    assert "has classes that train/ lacks: Ab" in lines_of(folder(tmp_path))[0]
+
+
+def test_images_of_both_splits_are_counted(tmp_path):
+    make(tmp_path, "train/cat/1.png", "train/cat/2.png", "train/dog/3.png", "val/cat/4.png", "val/dog/5.png")
+    shutil.copy(tmp_path / "train/cat/2.png", tmp_path / "val/cat/9.png")
+    shutil.copy(tmp_path / "train/dog/3.png", tmp_path / "val/cat/8.png")
+    listing, lines = said(tmp_path)
+    assert "2 test images are train images too, byte for byte (train/dog/3.png and val/cat/8.png)" in lines
+    assert len(listing) == 7
+    assert "byte for byte" not in said(tmp_path, check="header")[1]
+
+
+def test_a_class_that_loses_all_its_images_is_named(tmp_path):
+    make(tmp_path, "train/cat/1.png", "train/dog/2.png")
+    (tmp_path / "train/dog/2.png").write_bytes(b"broken")
+    assert "no train image of 1 of 2 classes is left (dog" in said(tmp_path, on_bad_image="skip")[1]
+
+
+FORMATS = {".jfif": "JPEG", ".jpe": "JPEG", ".apng": "PNG", ".pbm": "PPM", ".pnm": "PPM", ".avif": "AVIF", ".jp2": "JPEG2000"}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_pillow_reads_is_read(tmp_path, suffix):
+    feature = {"AVIF": "avif", "JPEG2000": "jpg_2000"}.get(FORMATS[suffix])
+    assert (suffix in SUFFIXES) == (feature is None or features.check(feature))
+    if suffix in SUFFIXES:
+        picture = Image.fromarray(np.kron([[0, 255], [255, 0]], np.ones((16, 16))).astype(np.uint8)).convert(
+            "1" if suffix == ".pbm" else "L"
+        )
+        (tmp_path / "a").mkdir()
+        picture.save(tmp_path / f"a/x{suffix}", FORMATS[suffix])
+        (tmp_path / f"a/x{suffix}").rename(tmp_path / f"a/x{suffix.upper()}")
+        listing, images = scan(folder(tmp_path, store_px=32), 0)
+        assert listing.paths == [f"a/x{suffix.upper()}"]
+        assert np.abs(images[0].astype(int) - np.asarray(picture.convert("RGB"))).mean() < 8
+
+
+def test_postscript_stays_unread(tmp_path):
+    make(tmp_path, "1.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "y.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
+    assert "1 .eps" in said(tmp_path, on_bad_image="skip")[1]
+    assert "y.png (row 1) cannot be read: no image format is recognised" in lines_of(folder(tmp_path))[0]
+
+
+# --- links
+
+
+@pytest.fixture
+def linked(tmp_path) -> tuple[Path, Path]:
+    """The same images as files, and as a tree of links to files and folders elsewhere, under other names."""
+    files = make(tmp_path / "files", "train/cat/1.png", "train/cat/2.png", "train/dog/3.png", "val/cat/4.png", "val/dog/5.png")
+    links, store = tmp_path / "links", tmp_path / "store"
+    shutil.copytree(files / "train/dog", store / "dog")
+    for number, name in enumerate(["train/cat/1.png", "train/cat/2.png", "val/cat/4.png", "val/dog/5.png"]):
+        (links / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(files / name, store / f"{number:032x}")
+        (links / name).symlink_to(store / f"{number:032x}")
+    (links / "train/dog").symlink_to(store / "dog")
+    return files, links
+
+
+@pytest.mark.parametrize("changes", [{"check": "decode"}, {"check": "header"}, {"store_px": 16}])
+def test_links_out_of_the_root_are_followed_on_request(linked, changes):
+    files, links = linked
+    assert "set dataset.follow_links: true" in lines_of(folder(links, **changes))[0]
+    by_files, images = scan(folder(files, **changes), 0)
+    by_links, again = scan(folder(links, follow_links=True, **changes), 0)
+    assert (by_links.paths, by_links.fingerprint) == (by_files.paths, by_files.fingerprint)
+    assert (images is None) == (again is None)
+    if images is not None:
+        np.testing.assert_array_equal(images, again)
+
+
+def test_followed_links_are_decoded_at_use(linked):
+    import torch
+
+    from bingo.images.images import FileImages
+    from bingo.images.loader import center_views
+    from bingo.params import ImageParams
+
+    files, links = linked
+    image = ImageParams(crop_px=16, resize_px=16, mean=[0.0] * 3, std=[1.0] * 3)
+    listing, _ = scan(folder(links, follow_links=True), 0)
+    views = [
+        torch.cat(list(center_views(FileImages(str(root), listing.paths, follow), range(5), image, torch.device("cpu"), 2, workers=0)))
+        for root, follow in ((files, False), (links, True))
+    ]
+    assert torch.equal(*views)
+
+
+def test_bad_links_are_found_though_links_are_followed(linked):
+    _, links = linked
+    (links / "train/cat/gone.png").symlink_to("/nowhere/at/all.png")
+    (links / "train/cat/self.png").symlink_to("self.png")
+    (links / "val/cat/twin.png").symlink_to(links / "train/cat/1.png")
+    lines = lines_of(folder(links, follow_links=True))
+    assert [line.split(": ")[1].split(" ")[0] for line in lines[:-1]] == ["train/cat/gone.png", "train/cat/self.png"]
+    listing, told = said(links, follow_links=True, on_bad_image="skip")
+    assert "1 test images are train images too" in told
+    assert listing.paths[-2:] == ["val/cat/twin.png", "val/dog/5.png"]
+    (links / "train/cat/round").symlink_to(links / "train")
+    assert "leads in a circle" in lines_of(folder(links, follow_links=True))[0]

@@ -1,0 +1,153 @@
+"""Which images keep their label: counts by brute force, SimCLR's lists by file name, and one line for a list of other images."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from bingo.evals.few_labels import drawn_rows, listed_rows
+from bingo.images.listing import Listing
+from bingo.runtime.errors import UserError
+
+SIZES = {"n01440764": 40, "n01443537": 9, "n01484850": 2, "n01491361": 149}
+
+
+def imagenet(sizes=SIZES) -> Listing:
+    """A listing as a scan of ImageNet's folders gives it; a test image has a train image's file name."""
+    paths = [f"train/{name}/{name}_{10000 + i}.JPEG" for name, size in sizes.items() for i in range(size)]
+    labels = [label for label, size in enumerate(sizes.values()) for _ in range(size)]
+    test = [f"val/{name}/{name}_10000.JPEG" for name in sizes]
+    return Listing("folder", paths + test, np.array([*labels, *range(len(sizes))]), len(paths), list(sizes), [], "0" * 32)
+
+
+@pytest.mark.parametrize("percent", [0.1, 1.0, 5.0, 10.0, 37.5, 100.0])
+def test_a_draw_is_balanced_over_the_classes(percent):
+    listing = imagenet()
+    rows = drawn_rows(listing, percent, 0)
+    assert (np.diff(rows) > 0).all()
+    assert 0 <= rows[0] <= rows[-1] < listing.train_rows
+    left, wanted = dict(enumerate(SIZES.values())), Counter()
+    count = max(4, round(200 * percent / 100))
+    while sum(wanted.values()) < count:  # one more of each class that has one, as long as there is one to give to each
+        open_classes = [label for label, size in left.items() if size]
+        if count - sum(wanted.values()) < len(open_classes):
+            break
+        for label in open_classes:
+            wanted[label] += 1
+            left[label] -= 1
+    found = Counter(listing.labels_N[rows].tolist())
+    assert len(rows) == count
+    assert min(found.values()) >= 1
+    assert all(0 <= found[label] - wanted[label] <= 1 for label in range(4))
+    assert sum(found[label] - wanted[label] for label in range(4)) == count - sum(wanted.values())
+
+
+def test_a_draw_follows_the_seed_and_a_smaller_one_is_part_of_a_larger():
+    listing = imagenet()
+    assert np.array_equal(drawn_rows(listing, 10, 3), drawn_rows(listing, 10, 3))
+    assert not np.array_equal(drawn_rows(listing, 10, 3), drawn_rows(listing, 10, 4))
+    assert set(drawn_rows(listing, 2, 3)) < set(drawn_rows(listing, 10, 3))
+
+
+def test_a_list_of_simclr_names_train_images(tmp_path):
+    listing, path = imagenet(), tmp_path / "1percent.txt"
+    path.write_text("n01491361_10148.JPEG\nn01440764_10000.JPEG\n\nn01443537_10003.JPEG\nn01440764_10000.JPEG\n")
+    rows = listed_rows(listing, path, "list")
+    assert rows.tolist() == [0, 43, 199]
+    assert [listing.paths[row] for row in rows] == [
+        "train/n01440764/n01440764_10000.JPEG",
+        "train/n01443537/n01443537_10003.JPEG",
+        "train/n01491361/n01491361_10148.JPEG",
+    ]
+
+
+def test_a_path_tells_images_of_one_file_name_apart(tmp_path):
+    listing = Listing("folder", ["a/1.png", "b/1.png", "bb/1.png", "a/2.png"], np.array([0, 1, 2, 0]), 4, ["a", "b", "bb"], [], "")
+    path = tmp_path / "list.txt"
+    path.write_text("b/1.png\r\n2.png\r\n")
+    assert listed_rows(listing, path, "list").tolist() == [1, 3]
+    path.write_text("1.png\n2.png\n")
+    with pytest.raises(UserError, match=r"^list = .*: 1 of 2 images \(1.png\) stand for several train images; write their paths from"):
+        listed_rows(listing, path, "list")
+
+
+OTHERS = {
+    "a mark at the start": (b"\xef\xbb\xbfn01440764_10000.JPEG\nn01443537_10003.JPEG\n", ""),
+    "UTF-16": ("n01440764_10000.JPEG\r\nn01443537_10003.JPEG".encode("utf-16"), ""),
+    "ends of lines of old": (b"n01440764_10000.JPEG\rn01443537_10003.JPEG\r", ""),
+    "remarks": (b"# drawn with seed 3\nn01440764_10000.JPEG\n  # n01443537_10001.JPEG\n n01443537_10003.JPEG \n", ""),
+    "a label after a space": (b"n01440764_10000.JPEG 0\nn01443537/n01443537_10003.JPEG 1\n", "2 have more than a name"),
+    "a label after tabs": (b"n01440764_10000.JPEG\t0\t1\nn01443537_10003.JPEG\t1\t1\n", "2 have more than a name"),
+    "a table with a heading": (b"file,label\nn01440764_10000.JPEG,0\n'n01443537_10003.JPEG',1\n", "file,label', is taken for a heading"),
+    "quotes": (b'"n01440764_10000.JPEG"\n"n01443537_10003.JPEG"\n', "2 have more than a name"),
+    "from here": (b"./train/n01440764/n01440764_10000.JPEG\n./n01443537/n01443537_10003.JPEG\n", ""),
+    "absolute": (b"/data/in/train/n01440764/n01440764_10000.JPEG\n/ssd/n01443537/n01443537_10003.JPEG\n", ""),
+    "absolute elsewhere": (b"C:\\in\\train\\n01440764\\n01440764_10000.JPEG\nD:/x/n01443537/n01443537_10003.JPEG\n", ""),
+    "case": (b"N01440764_10000.jpeg\nn01443537/n01443537_10003.jpeg\n", "2 name files of another case"),
+    "no suffix": (b"n01440764_10000\nn01443537_10003\n", "2 name files of another suffix"),
+    "another suffix": (b"n01440764_10000.png 0\nn01443537/n01443537_10003.JPG 1\n", "2 name files of another suffix"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_lists_of_other_origins(tmp_path, kind):
+    content, wanted = OTHERS[kind]
+    (tmp_path / "list.txt").write_bytes(content)
+    said: list[str] = []
+    assert listed_rows(imagenet(), tmp_path / "list.txt", "the list", said.append).tolist() == [0, 43]
+    assert wanted in "\n".join(said)
+    assert bool(said) == bool(wanted)
+
+
+def test_names_with_spaces_commas_and_other_forms(tmp_path):
+    paths = ["train/a b/caf\u00e9 1.png", "train/a b/x, y.png", "train/c/2 3.png", "train/c/2.png"]
+    listing = Listing("folder", paths, np.array([0, 0, 1, 1]), 4, ["a b", "c"], [], "")
+    path = tmp_path / "list.txt"
+    for content, rows in (
+        ("cafe\u0301 1.png 0\nx, y.png\n", [0, 1]),
+        ("2 3.png\nx, y.png, 0", [1, 2]),
+        ("2.png 3.png\n", [3]),
+        ("a b/x, y.png\t0\n/data/train/c/2.PNG\n", [1, 3]),
+    ):
+        path.write_text(content)
+        assert listed_rows(listing, path, "list").tolist() == rows
+
+
+@pytest.mark.parametrize(
+    "line", ["/data/val/n01440764/n01440764_10000.JPEG", "/n01443537/n01440764_10000.JPEG", "/n01440764_10000.JPEG", "test/n01440764_10000"]
+)
+def test_an_image_of_another_folder_is_not_taken_for_it(tmp_path, line):
+    (tmp_path / "list.txt").write_text(line)
+    with pytest.raises(UserError, match="not in the train split"):
+        listed_rows(imagenet(), tmp_path / "list.txt", "list")
+
+
+def test_what_stands_for_two_images_without_its_suffix_is_not_guessed(tmp_path):
+    listing = Listing("folder", ["a/1.png", "a/1.jpg", "a/B.png", "a/b.png"], np.zeros(4, int), 4, ["a"], [], "")
+    for line in ("1", "1.gif", "a/B.PNG"):
+        (tmp_path / "list.txt").write_text(line)
+        with pytest.raises(UserError, match="several train images"):
+            listed_rows(listing, tmp_path / "list.txt", "list")
+    (tmp_path / "list.txt").write_text("b.png\n1.jpg\n")
+    assert listed_rows(listing, tmp_path / "list.txt", "list").tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a_1.JPEG\nn01440764_10000.JPEG\nb_2.JPEG\nc_3.JPEG\nd_4.JPEG\n", r"4 of 5 images \(a_1.JPEG, b_2.JPEG, c_3.JPEG and 1 more\)"),
+        ("val/n01440764/n01440764_10000.JPEG", r"1 of 1 images \(val/n01440764/n01440764_10000.JPEG\) are not in the train split"),
+        ("\n\n", "names no image"),
+        (b"\xff\xfe\x00", "is no text"),
+        (None, r"cannot be read \(No such file or directory\)"),
+    ],
+)
+def test_a_list_of_other_images_is_one_line(tmp_path, content, said):
+    path = tmp_path / "list.txt"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=said) as caught:
+        listed_rows(imagenet(), path, "semi_eval.splits.one.list_file")
+    (line,) = caught.value.lines
+    assert line.startswith(f"semi_eval.splits.one.list_file = {path}: ")
+    assert "\n" not in line

@@ -1,0 +1,68 @@
+"""kNN accuracy against scikit-learn and against its definition in loops."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+from bingo.evals.knn import knn_accuracies
+from bingo.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    features = images + np.random.default_rng(0).random(images.shape)  # no exact ties between rows
+    return features[:900].astype(np.float32), labels[:900], features[900:].astype(np.float32), labels[900:]
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20])
+def test_agrees_with_scikit_learn_where_votes_are_not_tied(digits, k):
+    train, train_labels, test, test_labels = digits
+    reference = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train, train_labels)
+    shares = np.sort(reference.predict_proba(test), axis=1)
+    clear = shares[:, -1] > shares[:, -2] + 1e-9
+    assert clear.sum() > 500
+    found = knn_accuracies(train, train_labels, test[clear], test_labels[clear], [k], 0.07)
+    assert found[f"knn_{k}"] == pytest.approx(100 * reference.score(test[clear], test_labels[clear]), abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [5, 20])
+def test_weighted_votes_agree_with_scikit_learn(digits, k):
+    train, train_labels, test, test_labels = digits
+    reference = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda distances: np.exp((1 - distances) / 0.07)).fit(
+        train, train_labels
+    )
+    found = knn_accuracies(train, train_labels, test, test_labels, [1, k], 0.07)
+    assert list(found) == ["knn_1", "knn_1_weighted", f"knn_{k}", f"knn_{k}_weighted"]
+    assert found[f"knn_{k}_weighted"] == pytest.approx(100 * reference.score(test, test_labels), abs=1e-6)
+
+
+def test_the_definition_in_loops(digits):
+    train, train_labels, test, test_labels = (x[:120] for x in digits)
+    found = knn_accuracies(train.astype(np.float16), train_labels, test.astype(np.float16), test_labels, [4], 0.1)
+    hits = weighted_hits = 0
+    for image, label in zip(test.astype(np.float16).astype(float), test_labels, strict=True):
+        scored = []
+        for row, other in enumerate(train.astype(np.float16).astype(float)):
+            scored.append((-(image @ other) / np.linalg.norm(image) / np.linalg.norm(other), row))
+        nearest = sorted(scored)[:4]
+        plain, weighted = np.zeros(10), np.zeros(10)
+        for score, row in nearest:
+            plain[train_labels[row]] += 1
+            weighted[train_labels[row]] += np.exp(-score / 0.1)
+        hits += next(train_labels[row] for _, row in nearest if plain[train_labels[row]] == plain.max()) == label
+        weighted_hits += weighted.argmax() == label
+    assert found == {"knn_4": pytest.approx(hits / 1.2, abs=1e-5), "knn_4_weighted": pytest.approx(weighted_hits / 1.2, abs=1e-5)}
+
+
+def test_mistakes_are_one_line(digits):
+    train, train_labels, test, test_labels = digits
+    with pytest.raises(UserError, match=r"knn_eval.k = 901: there are only 900 train rows"):
+        knn_accuracies(train, train_labels, test, test_labels, [1, 901], 0.07)
+    with pytest.raises(UserError, match="897 of 897 test rows have no label"):
+        knn_accuracies(train, train_labels, test, np.full(897, -1), [1], 0.07)
+    with pytest.raises(UserError, match="no test rows"):
+        knn_accuracies(train, train_labels, test[:0], test_labels[:0], [1], 0.07)
+    with pytest.raises(UserError, match="row 3 of the features is not finite"):
+        knn_accuracies(train, train_labels, np.where(np.arange(897)[:, None] == 3, np.nan, test), test_labels, [1], 0.07)

@@ -1,0 +1,142 @@
+"""The model card: what it says of a network, of what is known of its making and what is not. The command's card is in test_export.py."""
+
+import pytest
+
+from bingo.export.contract import Loading
+from bingo.export.model_card import Provenance, model_card, score_rows
+from bingo.export.stored import StoredNetwork
+from bingo.nets.backbones import build_backbone
+from bingo.params import ImageParams
+
+IMAGE = {"crop_px": 224, "resize_px": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+SHAPE = {"kind": "student", "arch": "resnet10t", "width": 0.125, "stem": "small"}
+MADE = {"method": "bingo", "epochs": 200, "listing": "11aa", "embeddings": "22bb", "bags": "33cc"}
+TEACHER = {"source": "checkpoint", "arch": "resnet50", "width": 2.0, "stem": "imagenet", "pretrained": True}
+KNOWN = Provenance(
+    net="student", dataset="folder", train_images=1281167, teacher=TEACHER, teacher_sha256="ab" * 32,
+    bags={"method": "kmeans", "clusters": 5, "listing": "11aa", "embeddings": "22bb", "fingerprint": "33cc"},
+)  # fmt: skip
+SECTIONS = ["Load it", "The network", "Its images", "What made it", "What it reaches", "Licence"]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return build_backbone("resnet10t", 0.125, "small", seed_value=0)
+
+
+@pytest.fixture
+def card(backbone):
+    """The card for metadata (MADE by default) and a provenance."""
+
+    def written(provenance: Provenance, **metadata) -> str:
+        network = StoredNetwork(backbone, {**SHAPE, **IMAGE, **(metadata or MADE)}, ImageParams(**IMAGE))
+        return model_card(network, "timm", "net.safetensors", Loading("python", "import timm"), "not read back: why", provenance)
+
+    return written
+
+
+def rows(card: str, section: str) -> dict[str, str]:
+    """First and second cell of a section's table."""
+    lines = card.partition(f"## {section}\n")[2].partition("\n## ")[0].splitlines()
+    return {
+        cells[1].strip(): cells[2].strip() for cells in (line.split("|") for line in lines if line.startswith("| ")) if cells[1].strip()
+    }
+
+
+def test_every_section_is_there_once_and_in_order(card):
+    text = card(KNOWN)
+    assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == SECTIONS
+    assert text.startswith("# resnet10t, trained by BINGO\n\n`net.safetensors` is a backbone without a classifier, written for timm: ")
+    assert "64 pooled features out. Not read back: why.\n" in text
+    assert "```python\nimport timm\n```" in text
+    assert "short side to 256 pixels (bilinear, antialiased), then 224 x 224 from the middle" in text
+    assert "mean [0.485, 0.456, 0.406], divided by the deviation [0.229, 0.224, 0.225]" in text
+    assert text == card(KNOWN), "no time in it"
+    assert text.endswith(".\n")
+
+
+def test_what_made_it_is_told_where_it_is_known(card):
+    text = card(
+        KNOWN, **MADE, revision="v1-3-gabc", params={"distill": {"lr": 0.06, "augment": {"crop_scale": [0.2, 1.0]}}, "bingo": {"t": 0.2}}
+    )
+    found = rows(text, "What made it")
+    assert found["method"] == "BINGO"
+    assert found["epochs"] == "200"
+    assert found["data"] == "folder, 1,281,167 training images"
+    assert found["listing's fingerprint"] == "11aa"
+    assert found["teacher"] == f"resnet50, width 2, stem imagenet, from checkpoint; sha256 {'ab' * 32}"
+    assert found["bags"] == "clusters 5, method kmeans"
+    assert found["parameters: distill"] == "augment.crop_scale [0.2, 1], lr 0.06"
+    assert found["parameters: bingo"] == "t 0.2"
+    assert found["revision"] == "v1-3-gabc"
+    assert "the images (folder) and the teacher's weights (checkpoint: resnet50)" in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"source": "timm", "weights": "resnet50.a1_in1k"}, "from timm (resnet50.a1_in1k); sha256"),
+        ({"source": "random", "pretrained": False}, "from random, WITHOUT trained weights; sha256"),
+        ({"source_sha256": "cd" * 32}, f"; sha256 of the checkpoint it came from: {'cd' * 32}"),
+    ],
+)
+def test_where_the_teacher_is_from(card, facts, says):
+    provenance = Provenance(teacher={**TEACHER, **facts}, teacher_sha256="ab" * 32)
+    assert says in rows(card(provenance), "What made it")["teacher"]
+
+
+def test_what_is_not_known_is_not_claimed(card):
+    text = card(Provenance())
+    found = rows(text, "What made it")
+    assert {found[name] for name in ("data", "teacher", "bags")} == {"not known: this workspace no longer holds it"}
+    assert "Not measured in this workspace." in text
+    assert "They come from the images and the teacher's weights and may inherit their terms." in text
+
+
+@pytest.mark.parametrize("metadata", [{"method": "moco", "listing": "11aa", "epochs": 3}, {"method": "moco", "embeddings": "22bb"}])
+def test_a_method_without_teacher_has_none_on_the_card(card, metadata):
+    text = card(KNOWN, **metadata)
+    found = rows(text, "What made it")
+    assert found["teacher"] == "none: MoCo-v2 needs none"
+    assert "bags" not in found
+    assert "They come from the images (folder) and may inherit their terms." in text
+
+
+def test_a_method_that_this_bingo_does_not_know_is_taken_to_have_had_a_teacher(card):
+    found = rows(card(KNOWN, method="of 2031", embeddings="22bb"), "What made it")
+    assert found["method"] == "of 2031"
+    assert found["teacher"].startswith("resnet50")
+
+
+def test_no_name_breaks_the_table(card):
+    found = card(Provenance(dataset="a|b\nc", train_images=1))
+    assert "| data | a\\|b c, 1 training images |" in found
+
+
+# ---- figures
+
+
+def test_figures_are_rows_of_measures_and_columns_of_networks(card):
+    linear = {"cached": {"student": {"top1_last": 64.0, "top5_last": 85.7}, "teacher": {"top1_last": 71.1, "top5_last": 90.0}}}
+    knn = {"student": {"knn_200": 57.5, "knn_10": 60.25}, "untrained": {"knn_10": 3.125}, "moco": {"knn_10": 1.0}}
+    text = card(Provenance(net="student", scores=score_rows(linear, knn)))
+    assert text.partition("## What it reaches\n\n")[2].partition("\n\n")[0].splitlines() == [
+        "| percent of the test images | this network | teacher | the same network untrained |",
+        "| --- | ---: | ---: | ---: |",
+        "| linear layer on stored features, top-1 | 64.00 | 71.10 |  |",
+        "| linear layer on stored features, top-5 | 85.70 | 90.00 |  |",
+        "| kNN, k = 10 | 60.25 |  | 3.12 |",
+        "| kNN, k = 200 | 57.50 |  |  |",
+    ]
+
+
+def test_measures_are_in_the_order_of_k_and_weighted_votes_come_last():
+    knn = {"student": {"knn_200": 1.0, "knn_20_weighted": 2.0, "knn_5": 3.0}, "teacher": {"knn_20": 4.0}}
+    names = [name for name, _ in score_rows({}, knn)]
+    assert names[-4:] == ["kNN, k = 5", "kNN, k = 20", "kNN, k = 200", "kNN, k = 20, weighted votes"]
+
+
+def test_a_stranger_has_no_figures_of_the_student(card):
+    text = card(Provenance(net="", scores=score_rows({}, {"student": {"knn_10": 60.0}})))
+    assert "Not measured in this workspace." in text
+    assert "60.00" not in text

@@ -1,0 +1,151 @@
+"""The listing's file: whole again after reading, equal bytes for equal content, refused where it is damaged."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bingo.browse.listing_rows import ListingRows
+from bingo.images.images import MemoryImages, open_images, write_images
+from bingo.images.listing import Content, Listing, listing_fingerprint, read_listing, write_listing
+from bingo.params import load_params
+from bingo.runtime.errors import UserError
+
+LISTING = Listing(
+    dataset="folder",
+    paths=["train/a/é 1.jpg", "train/b/2.jpg", "val/a/3.jpg"],
+    labels_N=np.array([0, 1, 0]),
+    train_rows=2,
+    classes=["a", "b"],
+    skipped=["train/a/broken.jpg"],
+    fingerprint="0123",
+)
+
+
+def test_a_listing_reads_as_it_was_written_and_has_stable_bytes(tmp_path):
+    write_listing(tmp_path / "listing.parquet", LISTING)
+    again = read_listing(tmp_path / "listing.parquet")
+    assert replace(again, labels_N=None) == replace(LISTING, labels_N=None)
+    np.testing.assert_array_equal(again.labels_N, LISTING.labels_N)
+    write_listing(tmp_path / "again.parquet", again)
+    assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "listing.parquet").read_bytes()
+    assert pq.read_table(tmp_path / "listing.parquet").column_names == ["row", "path", "label", "split"]
+
+
+def test_labelled_and_split():
+    assert LISTING.labelled
+    assert not replace(LISTING, labels_N=np.array([0, -1, 0])).labelled
+    assert [LISTING.split(row) for row in range(3)] == ["train", "train", "test"]
+
+
+def test_an_empty_split_can_be_written(tmp_path):
+    unlabelled = replace(LISTING, labels_N=np.full(3, -1), classes=[], train_rows=3)
+    write_listing(tmp_path / "listing.parquet", unlabelled)
+    assert read_listing(tmp_path / "listing.parquet").train_rows == 3
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut", "flipped", "other"])
+def test_what_is_no_listing_is_refused(tmp_path, damage):
+    path = tmp_path / "listing.parquet"
+    write_listing(path, LISTING)
+    content = path.read_bytes()
+    if damage == "absent":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        path.write_bytes(b"not parquet at all")
+    else:
+        pq.write_table(pa.table({"x": [1]}), path)
+    with pytest.raises(UserError, match=r"listing\.parquet.*dvc repro") as error:
+        read_listing(path)
+    assert len(error.value.lines) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"labels_N": np.array([0, 2, 0])},
+        {"paths": ["../outside.jpg", "b.jpg", "c.jpg"]},
+        {"paths": ["/outside.jpg", "b.jpg", "c.jpg"]},
+    ],
+)
+def test_impossible_rows_are_refused(tmp_path, wrong):
+    write_listing(tmp_path / "listing.parquet", replace(LISTING, **wrong))
+    for read in (read_listing, lambda path: ListingRows(path, str(path)).rows([0])):
+        if read is read_listing or "paths" in wrong:
+            with pytest.raises(UserError, match="is damaged"):
+                read(tmp_path / "listing.parquet")
+
+
+def test_fingerprint_changes_with_every_part_of_a_row():
+    contents = [Content(10, "aa"), Content(20, "bb"), Content(30, None)]
+    header = {"dataset": "folder"}
+
+    def fingerprint(paths=LISTING.paths, contents=contents, labels=LISTING.labels_N, train_rows=2, header=header) -> str:
+        return listing_fingerprint(header, paths, contents, labels, train_rows)
+
+    others = [
+        fingerprint(paths=["other", *LISTING.paths[1:]]),
+        fingerprint(contents=[Content(11, "aa"), *contents[1:]]),
+        fingerprint(contents=[Content(10, "ab"), *contents[1:]]),
+        fingerprint(labels=np.array([1, 1, 0])),
+        fingerprint(train_rows=1),
+        fingerprint(header={"dataset": "other"}),
+        fingerprint(paths=LISTING.paths[::-1], contents=contents[::-1], labels=LISTING.labels_N[::-1]),
+    ]
+    assert fingerprint() == fingerprint()
+    assert len({fingerprint(), *others}) == len(others) + 1
+
+
+def test_images_are_read_back_and_another_listings_are_refused(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 5, 3), dtype=np.uint8)
+    images[1] = 0  # a black image is stored like any other
+    write_images(tmp_path / "images.zarr", LISTING, images)
+    opened = open_images(LISTING, tmp_path / "images.zarr", None)
+    assert isinstance(opened, MemoryImages)
+    assert opened.side_px == 5
+    np.testing.assert_array_equal(opened.images_NSS3, images)
+    with pytest.raises(UserError, match="was made from listing 0123, this run reads listing 4567"):
+        open_images(replace(LISTING, fingerprint="4567"), tmp_path / "images.zarr", None)
+    with pytest.raises(UserError, match="no such store"):
+        open_images(LISTING, tmp_path / "absent.zarr", None)
+
+
+def test_a_damaged_or_missing_chunk_is_refused(tmp_path):
+    path = tmp_path / "images.zarr"
+    write_images(path, LISTING, np.full((3, 5, 5, 3), 7, np.uint8))
+    chunk = path / "images/c/0/0/0/0"
+    content = bytearray(chunk.read_bytes())
+    content[5] ^= 1
+    chunk.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        open_images(LISTING, path, None)
+    chunk.unlink()
+    with pytest.raises(UserError, match="chunk 0 is missing"):
+        open_images(LISTING, path, None)
+
+
+def test_files_need_their_root(tmp_path):
+    write_images(tmp_path / "images.zarr", LISTING, None)
+    dataset = load_params(Path(__file__).parents[2] / "params.yaml").dataset.model_copy(update={"root": "somewhere"})
+    opened = open_images(LISTING, tmp_path / "images.zarr", dataset)
+    assert (opened.root, opened.paths, len(opened)) == ("somewhere", LISTING.paths, 3)
+    with pytest.raises(UserError, match=r"dataset\.root = null"):
+        open_images(LISTING, tmp_path / "images.zarr", None)
+
+
+def test_a_path_is_found_in_another_case_or_unicode_form(tmp_path):
+    paths = ["a/caf\u00e9.png", "a/CAFE.png", "b/X.png", "b/x.png", "c/e\u0301.JPG"]
+    content = [Content(1, None)] * 5
+    labels = np.zeros(5, np.int64)
+    listing = Listing("folder", paths, labels, 5, ["a"], [], listing_fingerprint({}, paths, content, labels, 5))
+    write_listing(tmp_path / "listing.parquet", listing)
+    rows = ListingRows(tmp_path / "listing.parquet", "the listing")
+    for path, row in (("a/cafe\u0301.png", 0), ("A/cafe.PNG", 1), ("b/X.png", 2), ("b/x.png", 3), ("c/\u00e9.jpg", 4)):
+        assert rows.row_of(path) == row
+    with pytest.raises(UserError, match="no such path"):
+        rows.row_of("B/X.PNG")

@@ -1,0 +1,273 @@
+"""Limits between sections: every mistake in one answer, before any work; and what a message says to set is then accepted."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from workspace import ROOT, SHORT, new_workspace
+
+from bingo.limits import check_batches, check_limits
+from bingo.methods.contract import Progress
+from bingo.nets.backbones import build_backbone, check_images, is_transformer
+from bingo.params import read_yaml, validate
+from bingo.planning import limits
+from bingo.planning.dry_run import dry_student, dry_teacher
+from bingo.runtime.errors import UserError
+
+SMALL = {
+    "teacher.width": 0.125,
+    "teacher.pretrain.moco.queue_rows": 512,
+    "student.width": 0.125,
+    "distill.method": "moco",
+    "baselines": [],
+    "image.crop_px": 16,
+    "image.resize_px": 16,
+}
+VIT = {"student.arch": "vit_tiny_patch16_224", "student.width": 1.0, "student.stem": "imagenet"}
+KINDS: dict[type, str] = {int: r"\d+", float: r"\d+\.\d+"}
+ANY_SIDE = {"image.resize_px": 512}
+
+
+def raw(changes: dict[str, Any]) -> dict[str, Any]:
+    document = read_yaml(ROOT / "params.yaml")
+    for key, value in (SMALL | changes).items():
+        *sections, last = key.split(".")
+        section = document
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    return document
+
+
+def answer(changes: dict[str, Any], processes: int = 1, memory: Path | None = None) -> list[str]:
+    """The lines with which the parameters are refused; none where they pass."""
+    try:
+        check_limits(validate(raw(changes), "params.yaml"), processes, memory)
+    except UserError as error:
+        return error.lines
+    return []
+
+
+def advised(line: str) -> dict[str, Any]:
+    """The settings that a line ends in, KEY: VALUE or KEY to VALUE; of alternatives the first."""
+    sections = "image|teacher|student|distill|methods|bagging|transfer|extract"
+    way_out = line.rpartition("; ")[2].partition(", or ")[0]
+    found = dict(re.findall(rf"((?:{sections})\.[\w.]+?)(?:: | to | = )([\w./-]+)", way_out))
+    return {key: next((kind(value) for kind, form in KINDS.items() if re.fullmatch(form, value)), value) for key, value in found.items()}
+
+
+PUBLISHED = {"teacher.width": 1.0, "teacher.stem": "imagenet"}
+REFUSED: list[dict[str, Any]] = [
+    VIT | ANY_SIDE | {"image.crop_px": 40},
+    {"student.arch": "inception_v3", "student.width": 1.0, "student.stem": "imagenet", **ANY_SIDE, "image.crop_px": 31},
+    {"distill.method": "simreg", "distill.batch_anchors": 2},
+    {"distill.method": "isd", "distill.batch_anchors": 2},
+    {"distill.method": "coss", "methods.coss.companions": 9},
+    {"distill.method": "compress", "methods.compress.queue_rows": 32},
+    {"distill.method": "seed", "methods.seed.negatives": "queue", "methods.seed.negative_rows": 20},
+    {"teacher.pretrain.moco.queue_rows": 100},
+    {"distill.batch_anchors": 51, "teacher.pretrain.batch_anchors": 127},
+    {"distill.method": "bingo", "methods.bingo.inter_warmup_epochs": 5},
+    {"distill.method": "bingo", "distill.keys": "momentum"},
+    {"distill.method": "disco", "distill.keys": "momentum"},
+    {"distill.method": "disco", "extract.views": 1},
+    {"student.arch": "resnet18.a1_in1k"},
+    {"teacher.source": "random", "teacher.arch": "resnet18.a1_in1k"},
+    {"teacher.source": "timm", "teacher.arch": "resnet18", "teacher.width": 0.25},
+    {"teacher.source": "torchvision", "teacher.arch": "resnet10t", **PUBLISHED},
+    {"teacher.source": "torchvision", "teacher.arch": "resnet18", **PUBLISHED},
+]
+
+
+@pytest.mark.parametrize("changes", REFUSED, ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()))
+def test_what_a_refusal_advises_is_accepted(changes):
+    lines = answer(changes, processes=2)
+    assert lines
+    assert not any("\n" in line for line in lines)
+    settings = {key: value for line in lines for key, value in advised(line).items()}
+    assert settings, lines
+    assert answer(changes | settings, processes=2) == [], settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"student.arch": "efficientnet_b0", "student.width": 0.5}, "width"),
+        ({"student.arch": "resnet14t", "student.width": 0.0625, "student.stem": "imagenet"}, "width"),
+        ({"student.arch": "regnetx_002", "student.width": 1.0}, "stem"),
+    ],
+)
+def test_what_a_network_cannot_have_is_of_the_section_that_asks_for_it(changes, key):
+    (line,) = answer(changes)
+    value = re.search(rf"set {key}: ([\w.]+)", line)
+    assert line.startswith(f"student.{key} = ")
+    assert value
+    assert answer(changes | {f"student.{key}": float(value[1]) if key == "width" else value[1]}) == []
+
+
+@pytest.mark.parametrize("method", ["bingo", "moco", "seed", "compress", "disco", "simreg", "isd", "coss"])
+@pytest.mark.parametrize("companions", [0, 1])
+def test_a_batch_of_one_is_refused_just_where_a_step_would_fail(method, companions):
+    """Beside the real step on one image: no method is refused that works, none passes that would end in a traceback."""
+    changes = {"distill.method": method, "distill.batch_anchors": 1, "methods.coss.companions": companions}
+    params = validate(raw(changes), "params.yaml")
+    training = dry_student(params, dry_teacher(params, checkpoint=False), bank=False)
+    works = True
+    try:
+        training.method.train()(training.batch(1), Progress(0, 0))
+    except ValueError:
+        works = False
+    meaningless = method == "coss" and not companions  # the cosine of single numbers is 1 or -1 whatever they are
+    assert bool(answer(changes)) == (not works or meaningless)
+
+
+def test_all_mistakes_are_in_one_answer():
+    changes = VIT | {
+        "image.crop_px": 15,
+        "teacher.width": 0.3,
+        "distill.batch_anchors": 33,
+        "methods.moco.queue_rows": 8,
+    }
+    lines = answer(changes, processes=2)
+    for what in ("crop_px = 15", "teacher.width = 0.3", "batch_anchors = 33", "methods.moco.queue_rows = 8"):
+        assert any(what in line for line in lines), what
+
+
+def test_names_of_networks_that_are_not_trained_are_all_named():
+    changes = {"semi_eval.nets": ["moco", "studnt"], "transfer.nets": ["isd"], "bagging.relation": "baselines/moco"}
+    with pytest.raises(UserError) as caught:
+        validate(raw(changes), "params.yaml")
+    for what in ("'moco' is no network", "'studnt'", "'isd'", "bagging.relation"):
+        assert any(what in line for line in caught.value.lines), what
+
+
+def test_batches_are_held_against_the_images():
+    params = validate(raw({"distill.batch_anchors": 300, "teacher.pretrain.batch_anchors": 301, "methods.moco.queue_rows": 300}), "p")
+    with pytest.raises(UserError) as caught:
+        check_batches(params, 299)
+    assert len(caught.value.lines) == 2
+    check_batches(params, 301)
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"bagging.k": 300}, 301),
+        ({"bagging.method": "kmeans", "bagging.clusters": 300}, 300),
+        ({"bagging.search": "ivf", "bagging.lists": 300}, 300),
+    ],
+)
+def test_sizes_of_bags_are_held_against_the_images(changes, most):
+    params = validate(raw({"distill.batch_anchors": 8, "teacher.pretrain.batch_anchors": 8} | changes), "p")
+    with pytest.raises(UserError) as caught:
+        check_batches(params, most - 1)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{list(changes)[-1]} = 300: ")
+    check_batches(params, most)
+
+
+def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path, monkeypatch):
+    memory, tried = tmp_path / "limits.json", []
+    from bingo.planning import network_limits
+
+    real = network_limits.network_mistakes
+    monkeypatch.setattr(network_limits, "network_mistakes", lambda *given: tried.append(given) or real(*given))
+    assert answer({}, memory=memory) == answer({}, memory=memory) == []
+    assert len(tried) == 1
+    assert answer({"student.width": 0.3}, memory=memory) == answer({"student.width": 0.3}, memory=memory) != []
+    assert len(tried) == 3  # what has failed is tried again
+    memory.write_text("[1, {")
+    assert answer({}, memory=memory) == []
+    assert len(json.loads(memory.read_text())) == 1
+
+
+def test_what_needs_no_network_needs_no_torch():
+    code = (
+        "import sys; from bingo import limits; from bingo.params import load_params; params = load_params();"
+        "print([line for rule in limits._RULES for line in rule(params, 1)], 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[] False\n"
+
+
+# Vision transformers take any whole number of patches, as whatever they serve.
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_tiny_patch16_dinov3_qkvb"])
+@pytest.mark.parametrize("side_px", [32, 48])
+def test_a_vision_transformer_takes_other_sizes_as_student_and_as_random_teacher(capsys, arch, side_px):
+    student = {"student.arch": arch, "student.width": 1.0, "student.stem": "imagenet"}
+    teacher = {"teacher.source": "random", "teacher.arch": arch, "teacher.width": 1.0, "teacher.stem": "imagenet"}
+    assert answer(student | teacher | {"image.crop_px": side_px, "image.resize_px": side_px}) == []
+    resampled = "dinov3" not in arch  # its rotary embedding is computed for any grid
+    assert (f"resampled to {side_px // 16}x{side_px // 16}" in capsys.readouterr().err) == resampled
+
+
+def test_a_resampled_embedding_is_the_interpolated_one():
+    net: Any = build_backbone("vit_tiny_patch16_224", 1.0, "imagenet", 0).eval()
+    grid = net.pos_embed[:, 1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(grid, (2, 2), mode="bicubic", antialias=True, align_corners=False)
+    expected = torch.cat([net.pos_embed[:, :1], small.permute(0, 2, 3, 1).reshape(1, 4, -1)], dim=1)
+    other: Any = build_backbone("vit_tiny_patch16_224", 1.0, "imagenet", 0, {"img_size": 32}).eval()
+    state = net.state_dict() | {"pos_embed": expected}
+    other.load_state_dict(state)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), other(x), rtol=1e-4, atol=1e-4)
+
+
+def test_at_its_own_size_a_transformer_is_the_librarys_network():
+    import timm
+
+    assert is_transformer("vit_tiny_patch16_224")
+    net = build_backbone("vit_tiny_patch16_224", 1.0, "imagenet", 0).eval()
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    plain.load_state_dict(net.state_dict())
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(net(x), plain(x))
+
+
+@pytest.mark.parametrize("arch", ["resnet10t", "resnet14t", "resnet26d", "resnet18", "resnet50d"])
+@pytest.mark.parametrize("width", [1 / 32, 1 / 16, 1 / 8])
+@pytest.mark.parametrize("stem", ["small", "imagenet"])
+def test_narrow_networks_have_a_channel_everywhere_or_are_refused_without_a_warning(arch, width, stem):
+    """Warnings are errors here, among them torch's of tensors without elements."""
+    try:
+        net = build_backbone(arch, width, stem, 0)
+    except UserError as error:
+        wider = re.search(r"set width: ([\d.]+)", str(error))
+        assert wider
+        net = build_backbone(arch, float(wider[1]), stem, 0)
+    assert all(tensor.numel() for tensor in net.state_dict().values())
+    check_images(net, arch, 16)
+
+
+# In the stages.
+
+
+def test_scan_answers_with_all_limits_before_it_reads_an_image(tmp_path, stages):
+    workspace = new_workspace(tmp_path / "bingo", stages, {"distill.method": "simreg", "distill.batch_anchors": 1, "teacher.width": 0.3})
+    done = workspace.run("scan")
+    assert (done.status, done.out) == (2, "")
+    assert len(done.err.splitlines()) == 2
+    assert not (workspace.root / "data").exists()
+
+
+def test_every_stage_holds_the_batch_against_the_processes(tmp_path, stages):
+    workspace = new_workspace(tmp_path / "bingo", stages, SHORT)
+    for stage in ("teacher", "bag", "report"):
+        done = workspace.run(stage, BINGO_PROCESSES="3")
+        assert (done.status, len(done.err.splitlines())) == (2, 2), done.err
+        assert "distill.batch_anchors = 32: 3 processes" in done.err
+    assert not (workspace.root / "models").exists()
+
+
+def test_a_rule_more_is_a_function_more(monkeypatch):
+    monkeypatch.setattr(limits, "_RULES", (*limits._RULES, lambda params, processes: iter(["x = 1: no"])))
+    assert answer({}) == ["x = 1: no"]

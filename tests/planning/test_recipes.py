@@ -1,0 +1,690 @@
+"""Recipes: every row of the papers' tables is there, resolves and validates; includes; what `list`, `show`, `use` and `check` do."""
+
+import math
+import shutil
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+from torch import nn
+from typer.testing import CliRunner
+
+from bingo.cli import recipe as commands
+from bingo.images.augment import center_view, random_views
+from bingo.images.draws import draw_views
+from bingo.nets.backbones import build_backbone
+from bingo.nets.heads import mlp_head
+from bingo.params import AugmentParams, load_params, read_yaml, validate
+from bingo.planning.dry_run import dry_student, dry_teacher
+from bingo.planning.recipes import Recipe, explained, flattened, lay_over, read_recipe, recipe_names, speaks_of
+from bingo.runtime.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "recipes"
+SHIPPED = read_yaml(ROOT / "params.yaml")
+NAMES = recipe_names(FOLDER, parts=True)
+
+# BINGO's ImageNet table: method, teacher, then top-1 and top-5 of ResNet-18 and of ResNet-34.
+TABLE = [
+    ("moco", None, (52.5, 77.0), (57.4, 81.6)),
+    ("seed", "r50-200ep", (57.6, 81.8), (58.5, 82.6)),
+    ("disco", "r50-200ep", (60.6, 83.7), (62.5, 85.4)),
+    ("bingo", "r50-200ep", (61.4, 84.3), (63.5, 85.7)),
+    ("bingo", "r50-800ep", (64.0, 85.7), (66.1, 87.2)),
+    ("seed", "r152", (59.5, 83.3), (62.7, 85.8)),
+    ("disco", "r152", (65.5, 86.7), (68.1, 88.6)),
+    ("bingo", "r152", (65.9, 87.1), (69.1, 88.9)),
+    ("seed", "r50w2", (63.0, 84.9), (65.7, 86.8)),
+    ("disco", "r50w2", (65.2, 86.8), (67.6, 88.6)),
+    ("bingo", "r50w2", (65.5, 87.0), (68.9, 89.0)),
+]
+# Other students from SwAV's R50x2, top-1: MoCo-v2, SEED, DisCo, BINGO.
+SMALL = {"effb0": (42.2, 67.6, 69.1, 69.3), "mobv3": (36.3, 68.2, 58.9, 67.1)}
+STUDENTS = {"r18": "resnet18", "r34": "resnet34", "effb0": "tf_efficientnet_b0", "mobv3": "mobilenetv3_large_100"}
+TEACHERS = {
+    "r50-200ep": ("resnet50", 1.0, "moco", "moco_v2_200ep_pretrain.pth.tar", 67.4),
+    "r50-800ep": ("resnet50", 1.0, "moco", "moco_v2_800ep_pretrain.pth.tar", 71.1),
+    "r152": ("resnet152", 1.0, "moco", "800-resnet152-moco-v2-checkpoint_0799.pth.tar", 74.1),
+    "swav-r50": ("resnet50", 1.0, "swav", "swav_800ep_pretrain.pth.tar", 75.3),
+    "swav-r50-400": ("resnet50", 1.0, "swav", "swav_400ep_bs256_pretrain.pth.tar", 74.3),  # SimReg's README links this one
+    "byol-r50": ("resnet50", 1.0, "byol", "pretrain_res50x1.pth.tar", 74.3),
+    "r50w2": ("resnet50", 2.0, "swav", "swav_RN50w2_400ep_pretrain.pth.tar", 77.3),  # all widths doubled: no wide_resnet50_2
+}
+# Figures of other tables: linear top-1, then kNN by its k.
+OTHERS = {
+    "imagenet-r18-ablation-keys-momentum-relation-none": (52.2, {}),
+    "imagenet-r18-ablation-keys-momentum-relation-student": (57.2, {}),
+    "imagenet-r18-ablation-keys-momentum-relation-teacher": (62.2, {}),
+    "imagenet-r18-ablation-keys-stored-relation-none": (62.0, {}),
+    "imagenet-r18-ablation-keys-stored-relation-student": (62.5, {}),
+    "imagenet-r18-ablation-keys-stored-relation-teacher": (64.0, {}),
+    "imagenet-r18-ablation-clusters-5000": (62.7, {}),
+    "imagenet-r18-ablation-clusters-10000": (63.5, {}),
+    "imagenet-r18-ablation-clusters-20000": (63.8, {}),
+    "imagenet-r18-ablation-clusters-50000": (63.6, {}),
+    "imagenet-r18-compress-2q-r50-800ep": (61.7, {1: 53.4}),
+    "imagenet-r18-compress-1q-r50-800ep": (62.6, {1: 53.5}),
+    "imagenet-r18-compress-2q-swav-r50": (62.4, {1: 53.7}),
+    "imagenet-r18-compress-1q-swav-r50": (65.6, {1: 56.0}),
+    "imagenet-r18-simreg-r50-800ep": (65.1, {1: 54.8}),
+    "imagenet-r18-simreg-byol-r50": (66.8, {1: 56.7}),
+    "imagenet-r18-simreg-swav-r50": (65.8, {1: 54.0}),
+    "imagenet-r18-isd": (53.8, {1: 41.5, 20: 46.6}),
+    "imagenet-r18-coss-r50-200ep": (62.35, {10: 53.78}),
+    "imagenet-r34-coss-r50-200ep": (64.01, {10: 54.80}),
+    "imagenet-effb0-coss-r50-200ep": (67.36, {10: 58.33}),
+    "imagenet-effb0-bingo-r50-200ep": (63.74, {10: 54.75}),
+    "imagenet-r18-seed-r50-200ep-head2048": (60.31, {}),
+    "imagenet-r18-bingo-r50-200ep": (61.4, {10: 54.16}),
+    "imagenet-r18-moco": (52.5, {10: 36.7}),
+    "imagenet-r18-seed-r50-200ep": (57.6, {10: 50.12}),
+    "imagenet-r18-disco-r50-200ep": (60.6, {10: 52.03}),
+}
+
+
+@cache
+def recipe(name: str) -> Recipe:
+    return read_recipe(FOLDER, name)
+
+
+@cache
+def resolved(name: str):
+    document = deepcopy(SHIPPED)
+    lay_over(document, recipe(name).overlay)
+    return validate(document, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_and_part_resolves_validates_and_says_what_it_is(name):
+    resolved(name)
+    assert len(recipe(name).description) > 15
+    assert recipe(name).about.source or not recipe(name).about.expected
+
+
+def assert_row(name: str, student: str, method: str, teacher: str | None) -> None:
+    params, about = resolved(name), recipe(name).about
+    own = "efficientnet_b0" if (student, method) == ("effb0", "disco") else STUDENTS[student]
+    assert (params.student.arch, params.student.width, params.student.stem) == (own, 1.0, "imagenet")
+    assert (params.image.crop_px, params.image.resize_px, params.dataset.source) == (224, 256, "folder")
+    assert params.distill.method == method
+    assert (about.images.train, about.images.test) == (1281167, 50000)
+    if teacher is None:
+        assert (params.teacher.source, params.distill.keys) == ("random", "momentum")
+        return
+    arch, width, written_by, file, top1 = TEACHERS[teacher]
+    assert (params.teacher.arch, params.teacher.width, params.teacher.stem) == (arch, width, "imagenet")
+    assert (params.teacher.source, params.teacher.format, Path(params.teacher.checkpoint).name) == ("checkpoint", written_by, file)
+    assert about.teacher.linear_top1 == top1
+
+
+@pytest.mark.parametrize(("method", "teacher", "r18", "r34"), TABLE)
+def test_every_row_of_the_imagenet_table_is_there(method, teacher, r18, r34):
+    for student, (top1, top5) in (("r18", r18), ("r34", r34)):
+        name = "-".join(["imagenet", student, method, *([teacher] if teacher else [])])
+        assert_row(name, student, method, teacher)
+        expected = recipe(name).about.expected
+        assert (expected["linear_top1"], expected["linear_top5"]) == (top1, top5)
+        params = resolved(name)
+        small_patches = {"r18": 400, "r34": 800}[student]  # the released file's name, the caption of SEED's table
+        assert params.distill.epochs == (small_patches if (method, teacher) == ("seed", "r50w2") else 200)
+        assert (params.distill.lr, params.distill.batch_anchors, params.distill.weight_decay) == (0.03, 256, 1e-4)
+
+
+@pytest.mark.parametrize("student", SMALL)
+def test_every_row_of_the_small_students_is_there(student):
+    for method, top1 in zip(("moco", "seed", "disco", "bingo"), SMALL[student], strict=True):
+        teacher = None if method == "moco" else "r50w2"
+        name = "-".join(["imagenet", student, method, *([teacher] if teacher else [])])
+        assert_row(name, student, method, teacher)
+        assert recipe(name).about.expected == {"linear_top1": top1}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_row_of_the_other_tables_is_there(name):
+    top1, knn = OTHERS[name]
+    expected = recipe(name).about.expected
+    assert expected["linear_top1"] == top1
+    found = {measure: x for measure, x in expected.items() if measure.startswith("knn")}
+    weighted = {k: "_weighted" if k == 10 else "" for k in knn}  # of CoSS's table alone, whose votes are weighted
+    assert found == {f"knn_{k}{weighted[k]}": x for k, x in knn.items()}
+    _, student, method, *rest = name.split("-")
+    if method in ("coss", "simreg", "compress"):
+        teacher = "-".join(rest).removeprefix("2q-").removeprefix("1q-")
+        teacher += "-400" if (method, teacher) == ("simreg", "swav-r50") else ""
+        assert_row(name, student, method, teacher)
+
+
+def test_published_numbers_of_the_methods():
+    bingo = resolved("imagenet-r18-bingo-r50w2").methods.bingo
+    assert (bingo.terms, bingo.temperature, bingo.head_hidden, bingo.inter_warmup_epochs) == ("symmetric_mix", 0.2, 2048, 11)
+    small = resolved("imagenet-effb0-bingo-r50w2")
+    assert (small.methods.bingo.temperature, small.distill.weight_decay) == (0.12, 4e-5)
+    for method in ("bingo-r50w2", "seed-r50w2", "moco", "coss-r50-200ep"):
+        params = resolved(f"imagenet-effb0-{method}")
+        assert params.student.options == {"drop_path_rate": 0.2, "drop_rate": 0.2, "batchnorm_momentum": 0.01}
+        assert params.distill.weight_decay == (4e-5 if method.startswith("bingo") else 1e-4)
+    disco = resolved("imagenet-effb0-disco-r50w2")
+    assert (disco.student.options, disco.distill.weight_decay, disco.linear_eval.crops.lr) == ({}, 1e-4, 3.0)
+    for student in ("r34", "effb0", "mobv3"):
+        seed = resolved(f"imagenet-{student}-seed-r50w2")
+        assert seed.distill.augment.crop_scale == seed.extract.augment.crop_scale == [0.14, 1.0]
+        assert (seed.distill.epochs, seed.distill.augment.jitter, seed.linear_eval.crops.lr) == (800, [0.4, 0.4, 0.4, 0.1], 30.0)
+    mobile = resolved("imagenet-mobv3-moco")
+    assert (mobile.methods.moco.head_hidden, mobile.linear_eval.crops.lr) == (512, 3.0)
+    assert recipe("imagenet-effb0-coss-r50-200ep").about.expected["linear_top5"] == 87.75
+    assert resolved("imagenet-r34-moco").methods.moco.head_hidden == 512
+    assert resolved("imagenet-mobv3-seed-r50w2").methods.seed.head_hidden == 1280  # as wide as the student's features
+    assert resolved("imagenet-r18-disco-r152").methods.disco.head_hidden == 2048
+    assert resolved("imagenet-r18-compress-1q-r50-800ep").methods.compress.queues == 1
+    assert (simreg := resolved("imagenet-r18-simreg-r50-800ep")).distill.epochs == 130
+    assert (simreg.distill.keys, resolved("imagenet-r18-simreg-swav-r50").distill.keys) == ("live", "stored")
+    coss = resolved("imagenet-r18-coss-r50-200ep")
+    assert (coss.distill.batch_anchors, coss.bagging.k, coss.methods.coss.companions) == (64, 31, 15)
+    images_of_a_gpu = {
+        name: resolved(name).distill.batch_anchors // resolved(name).distill.batchnorm_groups
+        for name in (*OTHERS, "imagenet-r34-bingo-r152")
+    }
+    others = {"coss": 16, "simreg": 64}  # their scripts take 4 GPUs
+    assert images_of_a_gpu == {name: others.get(name.split("-")[2], 32) for name in images_of_a_gpu}
+    student = resolved("imagenet-r18-ablation-keys-stored-relation-student")
+    assert (student.bagging.relation, student.baselines, student.methods.moco.queue_rows) == ("baselines/moco", ["moco"], 65536)
+
+
+PAPERS = [name for name in NAMES if name.startswith("imagenet-")]
+# What is known of every row: a recipe whose `published` lacks one of these says less than was published.
+KNOWN = {
+    "student.arch", "image.crop_px", "image.resize_px", "image.mean", "image.std",
+    *(f"distill.{key}" for key in ("keys", "epochs", "batch_anchors", "lr", "drop_epochs", "hold_epochs", "sgd_momentum", "weight_decay")),
+    *(f"distill.augment.{key}" for key in ("crop_scale", "jitter", "jitter_p", "gray_p", "blur_p", "flip_p")), "distill.precision",
+    *(f"linear_eval.crops.{key}" for key in ("epochs", "batch_images", "lr", "drop_epochs", "weight_decay", "crop_scale", "flip_p")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_setting_is_the_published_one_or_a_line_says_why_not(name):
+    """And no line says so of one that is."""
+    about, ours = recipe(name).about, dict(flattened(resolved(name).model_dump()))
+    assert set(about.published) >= KNOWN
+    assert set(about.published) <= set(ours)
+    others = {key for key, value in about.published.items() if ours[key] != value}
+    assert not [key for key in others if not any(speaks_of(line, key) for line in about.deviates)]
+    named = [key for line in about.deviates for key in explained(line)]
+    assert not [key for key in named if not any(f"{other}.".startswith(f"{key}.") for other in ours)]  # each is a key or a section
+    assert not [line for line in about.deviates if explained(line) and not any(speaks_of(line, key) for key in others)]
+
+
+def test_the_published_precision_is_said_of_every_row():
+    """BINGO, MoCo-v2, DisCo, CompRess, SimReg and ISD train in float32; SEED and CoSS in float16 by autocast."""
+    for name in PAPERS:
+        params, published = resolved(name), recipe(name).about.published
+        assert published["distill.precision"] == ("fp16" if params.distill.method in ("seed", "coss") else "fp32")
+        assert any(line.startswith("distill.precision: bf16 on a GPU") for line in recipe(name).about.deviates) == (
+            params.distill.precision != published["distill.precision"]
+        )
+
+
+MOCO_LAYER = (30.0, 100, [60, 80], 0.1)
+BINGO_LAYER = (30.0, 120, None, 0.1)
+UMBC_LAYER = (0.01, 40, [15, 30], 0.1)
+DISCO_LAYER = (3.0, 100, [5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "layer"),
+    [
+        ("r18-bingo-r50-200ep", (0.03, 200, None, 0), BINGO_LAYER),
+        ("r34-bingo-r152", (0.03, 200, None, 0), BINGO_LAYER),
+        ("effb0-bingo-r50w2", (0.03, 200, None, 0), (3.0, 120, None, 0.1)),
+        ("r18-ablation-keys-stored-relation-student", (0.03, 200, None, 0), BINGO_LAYER),
+        ("r18-moco", (0.03, 200, None, 0), MOCO_LAYER),
+        ("r34-seed-r50-200ep", (0.03, 200, None, 5), MOCO_LAYER),
+        ("r18-seed-r50w2", (0.03, 400, None, 5), MOCO_LAYER),
+        ("r18-disco-r50-200ep", (0.03, 200, None, 0), DISCO_LAYER),
+        ("r18-disco-r50w2", (0.03, 200, None, 0), (30.0, *DISCO_LAYER[1:])),
+        ("effb0-disco-r50w2", (0.03, 200, None, 0), DISCO_LAYER),
+        ("r18-coss-r50-200ep", (0.03, 25, None, 5), MOCO_LAYER),
+        ("r18-compress-1q-swav-r50", (0.01, 130, [90, 120], 0), UMBC_LAYER),
+        ("r18-compress-2q-r50-800ep", (0.01, 130, [90, 120], 0), UMBC_LAYER),
+        ("r18-simreg-byol-r50", (0.05, 130, None, 0), UMBC_LAYER),
+        ("r18-isd", (0.01, 200, [140, 180], 0), UMBC_LAYER),
+    ],
+)
+def test_every_learning_rate_is_its_papers(name, training, layer):
+    params = resolved(f"imagenet-{name}")
+    distill, crops = params.distill, params.linear_eval.crops
+    assert (distill.lr, distill.epochs, distill.drop_epochs, distill.hold_epochs) == training
+    assert distill.drop_factor == (0.2 if distill.drop_epochs else 0.1)
+    assert (distill.lr_warmup_epochs, crops.hold_epochs) == (0, 0)
+    assert (crops.lr, crops.epochs, crops.drop_epochs, crops.drop_factor) == layer
+    assert (crops.standardise, crops.weight_decay) == ((True, 1e-4) if layer == UMBC_LAYER else (False, 0.0))
+    assert not [line for line in recipe(f"imagenet-{name}").about.deviates if line.startswith("lr: ")]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ablation-")])
+def test_an_ablation_changes_neither_the_images_nor_the_budget(name):
+    allowed = ("distill.method", "distill.keys", "bagging.", "extract.views", "extract.augment.", "methods.bingo.", "baselines", "report.")
+    assert not [key for key, _ in flattened(recipe(name).overlay) if not key.startswith(allowed)]
+
+
+def test_six_relations_are_six_settings():
+    chosen = set()
+    for keys in ("momentum", "stored"):
+        for relation in ("none", "student", "teacher"):
+            params = resolved(f"ablation-keys-{keys}-relation-{relation}")
+            whose = "none" if params.methods.bingo.relation == "none" else params.bagging.relation
+            assert whose == {"none": "none", "student": "baselines/moco", "teacher": "teacher"}[relation]
+            chosen.add((params.distill.keys, whose))
+    assert len(chosen) == 6
+
+
+def test_the_centre_recipe_gives_the_centre_view():
+    pixels = torch.randint(0, 256, (3, 20, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = load_params(ROOT / "params.yaml").image
+    augment: AugmentParams = resolved("ablation-views-centre").extract.augment
+    views = random_views(pixels, *draw_views(augment, 5, "extract", 0, [1, 2, 3], 0), augment, image)
+    torch.testing.assert_close(views, center_view(pixels, image))
+
+
+def write(folder: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_line_about_parameters_stands_only_where_one_of_them_differs(tmp_path):
+    lines = '["bagging.k, methods.seed.head_hidden: ours (published: others)", "methods.seed: more of it", "no parameter: but true"]'
+    write(
+        tmp_path,
+        parts__a="# a\nbagging: {k: 5}\nmethods: {seed: {head_hidden: 8}}\n"
+        f"about: {{published: {{bagging.k: 7, methods.seed.head_hidden: 9}}, deviates: {lines}}}\n",
+        as_ours="# as ours\nincludes: [parts/a]\n",
+        half="# one of two as published\nincludes: [parts/a]\nmethods: {seed: {head_hidden: 9}}\n",
+        as_published="# as published\nincludes: [parts/a]\nbagging: {k: 7}\nmethods: {seed: {head_hidden: 9}}\n",
+        another="# another row, of which other settings were published\nincludes: [half]\nabout: {published: {bagging.k: 5}}\n",
+    )
+    both, section, other = read_recipe(tmp_path, "as_ours").about.deviates
+    assert explained(both) == ["bagging.k", "methods.seed.head_hidden"]
+    assert (explained(section), explained(other)) == (["methods.seed"], [])
+    assert read_recipe(tmp_path, "half").about.deviates == [both, other]
+    assert read_recipe(tmp_path, "as_published").about.deviates == [other]
+    assert read_recipe(tmp_path, "another").about.deviates == [other]
+    assert read_recipe(tmp_path, "another").about.published == {"bagging.k": 5, "methods.seed.head_hidden": 9}
+
+
+def test_includes_are_laid_over_in_order_and_before_the_recipe_itself(tmp_path):
+    deviates = "about: {deviates: [%s], expected: {linear_top1: 1.0}, source: x}\n"
+    write(
+        tmp_path,
+        parts__a="# a\nbagging: {k: 1, clusters: 1, method: knn}\n" + deviates % "one",
+        parts__b="# b\nincludes: [parts/a]\nbagging: {k: 2, clusters: 2}\n" + deviates % "one, two",
+        c="# c\nincludes: [parts/b, parts/a]\nbagging: {k: 3}\n",
+    )
+    made = read_recipe(tmp_path, "c")
+    assert made.overlay.pop("report") == {"title": None, "published": {}}  # other figures than another recipe's
+    assert made.overlay == {"bagging": {"k": 3, "clusters": 1, "method": "knn"}}
+    assert made.about.deviates == ["one", "two"]
+    assert not made.about.expected  # a figure belongs to one setting: it is not inherited
+    assert recipe_names(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("includes: [a]", ["a.yaml", "circle (a -> a)"]),
+        ("includes: [parts/b]", ["circle (a -> parts/b -> a)"]),
+        ("includes: [parts/bb]", ["includes parts/bb", "did you mean parts/b"]),
+        ("includes: parts/b", ["includes = 'parts/b'", "list"]),
+        ("about: {expected: {linear: 3.0}}", ["about.expected.linear"]),
+        ("about: {expected: {linear_top1: many}}", ["about.expected.linear_top1"]),
+        ("about: {note: x}", ["about.note"]),
+        ("- 3", ["holds list"]),
+        ("about: [1]", ["about = [1]: allowed is a section"]),
+        ("about: {expected: {linear_top1: 120}}", ["about.expected.linear_top1 = 120: allowed is less than"]),
+        ("about: {expected: {linear_top1: 60}}", ["source does not say where they are from"]),
+        ("about: {teacher: {note: x, linear_top1: 70, published_by: x}}", ["about.teacher.note is not a known key", "published_by"]),
+        ("about: {teacher: {linear_top1: 70, published_by: x}}", ["about.teacher tells of a file", "set teacher.checkpoint"]),
+        ("bagging: {k: [}", ["is not YAML: ", "at line 2, column 15"]),
+        ("bagging: {k: 3, k: 4}", ['found duplicate key "k"', "at line 2, column 17"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_line(tmp_path, text, said):
+    write(tmp_path, a=f"# a\n{text}\n", parts__b="includes: [a]\n")
+    with pytest.raises(UserError) as caught:
+        read_recipe(tmp_path, "a")
+    (line,) = caught.value.lines
+    assert all(words in line for words in said), line
+    assert "\n" not in line
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> Path:
+    """What the commands need of a clone of the repository, as the current folder."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "recipes").symlink_to(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments: str):
+    result = CliRunner().invoke(commands.app, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_use_prints_every_change_and_keeps_the_comments(clone):
+    before = read_yaml("params.yaml")
+    result = call("use", "imagenet-r18-bingo-r50-800ep", "--root", "/pictures")
+    assert result.exit_code == 0
+    assert "dataset.root: null -> /pictures" in result.stdout
+    assert "image.crop_px: 16 -> 224" in result.stdout
+    after = dict(flattened(read_yaml("params.yaml")))
+    changed = {key for key, value in flattened(before) if after[key] != value}
+    printed = {line.partition(":")[0] for line in result.stdout.splitlines() if " -> " in line}
+    assert printed == changed
+    assert f"{len(changed)} changes" in result.stdout
+    assert "# what is not here is not a parameter" not in result.stdout
+    assert "of all channels, ResNets only" in Path("params.yaml").read_text()
+    assert after["report.published"]["linear, top-1"] == "64.0 % (BINGO's ImageNet table)"
+    load_params("params.yaml")
+
+
+BREAKING = {
+    "behind a list that a tool has made a block": ("baselines: [moco]\n", "baselines:\n- moco  # remark\n\n# another\n"),
+    "behind a list of one line": ("baselines: [moco]\n", "baselines: [moco]   # remark\n\n\n# another\n"),
+    "between the members of a list": ("baselines: [moco]\n", "baselines:\n  # remark\n  - moco\n  # another\n"),
+    "behind a section": ("report:\n", "report:  # remark\n"),
+    "in a list of several lines": ("baselines: [moco]\n", "baselines: [  # remark\n  moco,  # another\n  ]\n"),
+    "behind every value": ("\n", "\n"),
+}
+
+
+@pytest.mark.parametrize("place", BREAKING)
+@pytest.mark.parametrize("recipe", ["imagenet-r18-bingo-r50-200ep", "downstream-digits"])
+def test_use_survives_remarks_at_any_place(clone, place, recipe):
+    """The first recipe empties `baselines`, the second fills sections of the user's own words."""
+    before, after = BREAKING[place]
+    text = Path("params.yaml").read_text()
+    assert before in text
+    text = text.replace(before, after)
+    if place == "behind every value":
+        text = "\n".join(line if line.endswith(":") or line.lstrip().startswith("#") else f"{line}  # remark" for line in text.split("\n"))
+    Path("params.yaml").write_text(text)
+    expected = read_yaml("params.yaml")
+    lay_over(expected, read_recipe(FOLDER, recipe).overlay)
+    result = call("use", recipe)
+    assert result.exit_code == 0, result.stderr
+    assert read_yaml("params.yaml") == expected
+    assert len(result.stderr.splitlines()) <= 1
+
+
+def test_use_keeps_all_remarks_of_the_shipped_layout_however_often(clone):
+    remarks = [line for line in Path("params.yaml").read_text().splitlines() if line.lstrip().startswith("#")]
+    for name in ("imagenet-r18-bingo-r50-200ep", "downstream-digits", "coco-fpn", "method-moco", "imagenet-mobv3-moco"):
+        result = call("use", name)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert [line for line in Path("params.yaml").read_text().splitlines() if line.lstrip().startswith("#")] == remarks
+
+
+def test_list_shows_broken_recipes_among_the_others(clone):
+    (clone / "recipes").unlink()
+    broken = {
+        "no_yaml": "# x\nseed: [1\n",
+        "unknown_key": "# x\nbagging: {kk: 5}\n",
+        "wrong_value": "# x\nbagging: {k: five}\n",
+        "no_include": "# x\nincludes: [absent]\n",
+        "in_a_circle": "# x\nincludes: [in_a_circle]\n",
+        "no_sections": "# x\n- 1\n",
+        "wrong_about": "# x\nabout: {expected: {linear_top9: 1}}\n",
+        "includes_broken": "# x\nincludes: [no_yaml]\n",
+        "twice": "# x\nseed: 1\nseed: 2\n",
+    }
+    write(clone / "recipes", whole="# a whole one\nbagging: {k: 7}\n", **broken)
+    (clone / "recipes/no_text.yaml").write_bytes(b"# \xff\xfe\nseed: 1\n")
+    result = call("list")
+    assert (result.exit_code, result.stderr) == (2, "")
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
+    assert set(lines) == {*broken, "no_text", "whole"}
+    assert lines["whole"].endswith("a whole one")
+    assert all(" BROKEN " in line for name, line in lines.items() if name != "whole")
+    assert "bagging.kk is not a known key" in lines["unknown_key"]
+    assert "bagging.k = 'five': allowed is" in lines["wrong_value"]
+    for name in broken:
+        shown = call("show", name)
+        assert shown.exit_code == 2, name
+    for path in (clone / "recipes").glob("*.yaml"):
+        if path.stem != "whole":
+            path.unlink()
+    assert call("list").exit_code == 0
+
+
+def test_a_second_row_leaves_no_figures_of_the_first(clone):
+    call("use", "imagenet-r18-bingo-r50-200ep")
+    assert load_params("params.yaml").report.published["kNN, k = 10, weighted votes"].startswith("54.16 %")
+    call("use", "imagenet-r18-simreg-r50-800ep")
+    assert set(load_params("params.yaml").report.published) == {"linear, top-1", "kNN, k = 1"}
+    call("use", "ablation-k-1")
+    assert load_params("params.yaml").bagging.k == 1
+
+
+def test_an_unknown_recipe_is_one_line_and_changes_nothing(clone):
+    before = Path("params.yaml").read_bytes()
+    result = call("use", "imagenet-r18-bing-r50-800ep")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "did you mean imagenet-r18-bingo-r50-800ep" in result.stderr
+    assert call("use", "../params").exit_code == 2
+    assert Path("params.yaml").read_bytes() == before
+
+
+def test_list_groups_recipes_and_shows_their_figures(clone):
+    text = call("list").stdout
+    assert [name for name in NAMES if name.startswith("parts/") and name in text] == []
+    assert all(f"  {name} " in text for name in NAMES if not name.startswith("parts/"))
+    (line,) = (line for line in text.splitlines() if "imagenet-r34-bingo-r152 " in line)
+    assert "69.1 / 88.9" in line
+    headings = [line for line in text.splitlines() if not line.startswith(" ")]
+    assert headings[0].startswith("Methods")
+    assert headings[-1] == "Small datasets:"
+    assert text.index("ablation-k-5 ") < text.index("ablation-k-10 ")
+    assert "parts/imagenet " in call("list", "--all").stdout
+
+
+def test_show_prints_the_file_what_it_sets_and_what_it_costs(clone):
+    text = call("show", "imagenet-r18-simreg-swav-r50").stdout
+    assert (FOLDER / "imagenet-r18-simreg-swav-r50.yaml").read_text() in text
+    assert "  methods.simreg.head_hidden: 1024\n" in text
+    assert "  dataset.store_px: null\n" in text
+    assert "deviates: distill.precision: " in text
+    # ResNet-18 three times but for the images' gradient in its first convolution (7 x 7, 112 x 112 places), and a head of four layers
+    by_hand = 3 * 3.627122688 - 2 * 64 * 3 * 49 * 112**2 / 1e9 + 6 * (3 * 512 * 1024 + 1024 * 2048) / 1e9
+    assert f"FLOPs: {by_hand:.4g} GFLOP an anchor" in text
+    # 1,331,167 features of 2048 and one key of 128 for each of 1,281,167 train images, 2 bytes each
+    assert f"embeddings {(1331167 * 2048 + 1281167 * 128) * 2 / 1e9:.1f} GB" in text
+
+
+def test_the_page_of_the_docs_is_what_the_command_prints(clone):
+    way_out = "what recipes set has changed: bingo recipe table > docs/recipes.md"
+    assert (ROOT / "docs/recipes.md").read_text() == call("table").stdout, way_out
+
+
+def test_the_page_has_every_row_with_the_published_value_beside_ours(clone):
+    lines = call("table").stdout.splitlines()
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
+    assert {f"imagenet-{name}" for name in rows} - {"imagenet-Recipe", "imagenet----", "imagenet-all of them"} == set(PAPERS)
+    moco = rows["r18-moco"]
+    assert "| arch resnet18, drop_path_rate 0.0" in moco
+    assert " epochs 200, " in moco
+    assert "precision **auto** (fp32)" in moco
+    assert "keys momentum" in moco
+    assert moco.count("**") == 2  # one value differs
+    for line in rows.values():
+        assert len(line.split(" | ")) == 10
+    numbers = [int(number) for number in moco.removesuffix(" |").rpartition(" | ")[2].split(", ")]
+    reasons = [next(line for line in lines if line.startswith(f"{number}. ")) for number in numbers]
+    assert [reason.partition(". ")[2] for reason in reasons] == recipe("imagenet-r18-moco").about.deviates
+    isd = rows["r18-isd"]
+    assert "precision **auto** (fp32)" in isd
+    assert "standardise true" in isd
+    assert "epochs 40, drop_epochs [15, 30]" in isd
+    assert "sgd_momentum 0.9" in rows["all of them"]
+    assert "sgd_momentum" not in isd
+
+
+def test_check_of_the_shipped_parameters_finds_all_there(clone):
+    result = call("check")
+    assert result.exit_code == 0, result.stdout
+    assert "5,752 to train on and 1,436 to test on" in result.stdout
+    assert "missing" not in result.stdout
+    assert {path.name for path in clone.iterdir()} == {"params.yaml", "recipes"}
+
+
+def test_the_coco_recipes_are_detectron2s_settings(clone):
+    """By hand from mask_rcnn_R_50_FPN_1x and _3x's family: 16 images a step, 90k and 180k steps, short sides 640 to 800."""
+    assert (resolved("coco-fpn").transfer_coco.runs, resolved("coco-c4").transfer_coco.runs) == (["fpn-1x", "fpn-2x"], ["c4-2x"])
+    for name in ("coco-fpn", "coco-c4"):
+        coco = resolved(name).transfer_coco
+        assert coco.schedules == {"1x": [60000, 80000, 90000], "2x": [120000, 160000, 180000]}
+        assert (coco.batch_images, coco.lr, coco.lr_warmup_steps, coco.sgd_momentum, coco.weight_decay) == (16, 0.02, 1000, 0.9, 1e-4)
+        assert (coco.min_side_px, coco.max_side_px, coco.test_min_side_px) == (list(range(640, 801, 32)), 1333, 800)
+        assert coco.sync_batchnorm
+    for name in ("imagenet-r18-bingo-r50-800ep", "coco-fpn"):
+        assert call("use", name).exit_code == 0
+    params = load_params("params.yaml")
+    assert (params.student.arch, params.student.stem, params.transfer_coco.root) == ("resnet18", "imagenet", "data/coco")
+
+
+def test_check_names_what_of_coco_is_missing_and_a_student_that_cannot_be_used(clone):
+    overlay = "# x\nstudent: {arch: resnet18, width: 0.125, stem: %s}\ntransfer_coco: {runs: [fpn-1x], root: coco}\n"
+    (clone / "recipes").unlink()
+    write(clone / "recipes", fits=overlay % "imagenet", small=overlay % "small")
+    (clone / "coco/val2017").mkdir(parents=True)
+    (line,) = [line for line in call("check", "fits").stdout.splitlines() if "coco" in line]
+    missing = "no train2017, no annotations/instances_train2017.json, no annotations/instances_val2017.json"
+    assert line.startswith(f"missing: transfer_coco.root = coco: there is {missing}; COCO 2017 is published by cocodataset.org")
+    result = call("check", "small")
+    assert result.exit_code == 2
+    assert "student.stem = small: its maps are too large" in result.output
+
+
+def test_check_names_what_is_missing(clone):
+    before = Path("params.yaml").read_bytes()
+    result = call("check", "imagenet-mobv3-moco")
+    assert result.exit_code == 2
+    assert [line for line in result.stdout.splitlines() if line.startswith("missing")] == [
+        "missing: dataset.root = data/imagenet: there is no such folder; 1,281,167 train and 50,000 test images are published by "
+        "image-net.org (ILSVRC 2012), as train/CLASS/*.JPEG and val/CLASS/*.JPEG"
+    ]
+    assert "student: mobilenetv3_large_100 x 1 at 224 px, 4.2 M parameters" in result.stdout
+    assert Path("params.yaml").read_bytes() == before
+
+
+def test_check_reads_the_checkpoint_and_the_images_that_are_there(clone):
+    """A fabricated checkpoint in MoCo's layout, and a folder of four images."""
+    query = nn.Module()
+    query.encoder_q = build_backbone("resnet50", 1.0, "imagenet", 0)
+    query.encoder_q.fc = mlp_head([2048, 2048, 128], 0)
+    path = clone / "data/teachers/moco_v2_800ep_pretrain.pth.tar"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in query.state_dict().items()}, "epoch": 800}, path)
+    for place in ("train/a/1", "train/a/2", "train/b/3", "val/b/4"):
+        file = clone / f"data/imagenet/{place}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(file)
+    result = call("check", "imagenet-r18-bingo-r50-800ep")
+    assert result.exit_code == 0, result.output
+    assert "features 2048, keys 128; read from data/teachers/moco_v2_800ep_pretrain.pth.tar" in result.stdout
+    assert "3 to train on and 1 to test on" in result.stdout
+    assert "FLOPs: 32.06 GFLOP an anchor in a training step, 8.183 GFLOP an image in the teacher, 3.627" in result.stdout
+    assert "step: bingo on 2 anchors of fabricated images: loss " in result.stdout
+
+    path.write_bytes(b"no checkpoint")
+    result = call("check", "imagenet-r18-bingo-r50-800ep")
+    assert result.exit_code == 2
+    assert "moco_v2_800ep_pretrain.pth.tar: is no checkpoint" in result.stderr
+
+
+def test_few_labels_and_transfer_as_published():
+    semi = resolved("downstream-imagenet-semi").semi_eval
+    rates = {name: (split.percent, split.trunk_lr, split.head_lr, split.linear_lr) for name, split in semi.splits.items()}
+    assert rates == {"percent_1": (1.0, 0.02, 5.0, 3.0), "percent_10": (10.0, 0.01, 0.2, 3.0)}  # SwAV's eval_semisup.py; DisCo's lr 3
+    assert (semi.finetune.epochs, semi.finetune.drop_epochs, semi.finetune.drop_factor) == (20, [12, 16], 0.2)
+    assert (semi.linear.epochs, semi.linear.drop_epochs, semi.linear.drop_factor) == (100, [60, 80], 0.5)
+    transfer = resolved("downstream-imagenet-cifar").transfer
+    assert [item.source for item in transfer.datasets.values()] == ["cifar10", "cifar100"]
+    assert (transfer.linear.lr, transfer.linear.epochs, transfer.linear.drop_epochs, transfer.resized_px) == (3.0, 200, [], 224)
+    assert transfer.linear.batch_images == semi.linear.batch_images == semi.finetune.batch_images == 256
+    assert semi.crop_scale == transfer.crop_scale == [0.08, 1.0]
+    assert transfer.interpolation == "bicubic"
+    assert not recipe("downstream-imagenet-cifar").about.deviates
+
+
+def test_what_is_named_by_the_user_is_replaced_whole(clone):
+    assert call("use", "downstream-digits").exit_code == 0
+    assert set(load_params("params.yaml").transfer.datasets) == {"digits_24px"}
+    for name in ("imagenet-r18-bingo-r50-200ep", "downstream-imagenet-semi", "downstream-imagenet-cifar"):
+        assert call("use", name).exit_code == 0
+    params = load_params("params.yaml")
+    assert set(params.transfer.datasets) == {"cifar10", "cifar100"}
+    assert params.semi_eval.splits["percent_1"].list_file == "data/simclr/1percent.txt"
+    assert (params.student.arch, params.distill.epochs) == ("resnet18", 200)
+
+
+def test_check_names_missing_lists_and_transfer_sets(clone):
+    call("use", "downstream-imagenet-semi")
+    params = YAML(typ="safe", pure=True).load(Path("params.yaml").read_text())
+    photos = {"source": "folder", "root": "photos", "store_px": None, "train_images": None, "test_images": None}
+    params["transfer"]["datasets"] = {"photos": photos, "cifar10": {**photos, "source": "cifar10", "root": "cifar", "store_px": 32}}
+    with open("params.yaml", "w") as file:
+        YAML(typ="safe", pure=True).dump(params, file)
+    Path("data/simclr").mkdir(parents=True)
+    Path("data/simclr/10percent.txt").write_text("a\n")
+    result = call("check")
+    assert result.exit_code == 2
+    assert [line for line in result.stdout.splitlines() if line.startswith("missing")] == [
+        "missing: semi_eval.splits.percent_1.list_file = data/simclr/1percent.txt: there is no such file; null draws the labels",
+        "missing: transfer.datasets.photos.root = photos: there is no such folder",
+    ]
+
+
+def test_sections_of_a_recipe_do_not_hang_together_with_params(clone):
+    """Two sections that share a YAML anchor are written as two."""
+    call("use", "imagenet-r18-compress-2q-r50-800ep")
+    assert "&" not in "".join(line.partition("#")[0] for line in Path("params.yaml").read_text().splitlines())
+    text = Path("params.yaml").read_text()
+    params = YAML(typ="safe", pure=True).load(text)
+    assert params["distill"]["augment"] == params["extract"]["augment"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("method-", "ablation-"))])
+def test_every_method_and_ablation_takes_a_step(name):
+    params = resolved(name)
+    terms = dry_student(params, dry_teacher(params, checkpoint=False)).step()
+    assert all(math.isfinite(value) for value in terms.values())
+
+
+@pytest.mark.parametrize(("recipe_name", "key_width"), [("imagenet-r18-simreg-byol-r50", 2048), ("imagenet-r18-moco", 512)])
+def test_where_a_teacher_has_no_head_its_feature_is_the_key(recipe_name, key_width):
+    teacher = dry_teacher(resolved(recipe_name), checkpoint=False)
+    assert teacher.metadata["key_width"] == key_width
+    assert teacher.keys(torch.zeros(1, 3, 32, 32)).shape == (1, key_width)
+
+
+def test_figures_and_title_of_a_recipe_go_with_the_next_one_but_stay_under_evaluations():
+    row = read_recipe(FOLDER, "imagenet-r18-bingo-r50-800ep")
+    for name in recipe_names(FOLDER):
+        laid = {"report": {"title": "Mine", "published": {}, "gallery_anchors": 12}}
+        lay_over(laid, row.overlay)
+        recipe = read_recipe(FOLDER, name)
+        lay_over(laid, recipe.overlay)
+        if recipe.about.expected:
+            assert laid["report"]["title"] == recipe.description
+        elif name.startswith(("downstream-", "coco-")):
+            assert laid["report"] == {"gallery_anchors": 12} | row.overlay["report"]
+        else:
+            assert laid["report"]["title"] is None
+            assert laid["report"]["published"] == {}

@@ -1,0 +1,347 @@
+"""Comparisons: statistics against SciPy and closed forms, tables and page to the letter, overrides through DVC's own parser."""
+
+import copy
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import scipy.stats
+
+from benchmarks.compare import overrides, written
+from bingo.cli import experiments
+from bingo.params import read_yaml
+from bingo.pipeline import run as common
+from bingo.planning.recipes import lay_over, read_recipe
+from bingo.report.experiments import Experiment, Variant, measures, paired_difference, record_of, spread, variants
+from bingo.report.experiments_page import _label, build_page
+from bingo.report.experiments_table import Table, by_seed, difference_text, summary
+from bingo.report.plots import Point, labelled_points
+from bingo.runtime.artefacts import write_json
+from bingo.runtime.errors import UserError
+from tests.report.test_report import ATTACK, Page
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = read_yaml(ROOT / "params.yaml")
+
+
+def experiment(name: str, seed: int, linear: float | None, method: str = "bingo", **costs: float) -> Experiment:
+    params = copy.deepcopy(SHIPPED)
+    lay_over(params, {"seed": seed, "distill": {"method": method, "epochs": 4}})
+    results = {"linear": {"student": linear, "teacher": 80.0}, "knn_10": {"student": linear - 1, "teacher": 75.0}} if linear else {}
+    return Experiment(name, params, {"reports/results.json": results, "reports/distill.json": costs})
+
+
+def record(of: Experiment, **notes) -> dict:
+    return {"experiment": of.name, "params": of.params, "seconds": 90.0, "anchors_per_second": 1500.4, "peak_memory_mb": 1083.2, **notes}
+
+
+BINGO = [experiment(f"method-bingo-s{seed}", seed, value, gflop_per_anchor=0.01234) for seed, value in enumerate((70.0, 71.0, 75.0))]
+MOCO = [experiment(f"method-moco-s{seed}", seed, value, "moco", gflop_per_anchor=0.01) for seed, value in enumerate((60.0, 62.0))]
+ALONE = [experiment("my-idea", 0, 65.0)]
+ALL = [*MOCO, *BINGO, *ALONE]
+RECORDS = [record(BINGO[0], device="cpu", cores=2), record(BINGO[1], seconds=30.0), record(MOCO[0], resumed=True)]
+
+
+def test_spread_is_the_sample_deviation():
+    found = spread([1.0, 2.0, 4.0])
+    assert (found.mean, found.deviation) == (pytest.approx(7 / 3), pytest.approx((7 / 3) ** 0.5))
+    assert spread([5.0]).deviation is None
+    assert spread([]) is None
+
+
+def test_paired_difference_is_that_of_scipy():
+    ours, theirs = {0: 70.0, 1: 71.5, 2: 75.0, 9: 1.0}, {2: 64.0, 1: 62.0, 0: 60.0, 8: 2.0}
+    found = paired_difference(ours, theirs)
+    expected = scipy.stats.ttest_rel([70.0, 71.5, 75.0], [60.0, 62.0, 64.0]).confidence_interval(0.95)
+    assert found.bounds == pytest.approx((expected.low, expected.high))
+    assert (found.mean, found.pairs) == (pytest.approx(30.5 / 3), 3)
+
+
+def test_paired_difference_of_two_is_the_closed_form():
+    found = paired_difference({0: 3.0, 1: 5.0}, {0: 1.0, 1: 1.0})  # differences 2 and 4: sd / sqrt(2) is 1, t(0.975, 1) = tan(0.475 pi)
+    assert found.bounds == pytest.approx((3 - 12.7062047, 3 + 12.7062047))
+
+
+def test_paired_difference_of_one_has_no_interval_and_of_none_is_none():
+    assert (paired_difference({0: 3.0}, {0: 1.0, 1: 9.0}).mean, paired_difference({0: 3.0}, {0: 1.0}).bounds) == (2.0, None)
+    assert paired_difference({0: 3.0}, {1: 1.0}) is None
+
+
+def test_experiments_are_grouped_by_name_without_their_own_seed():
+    found = variants([*ALL, experiment("ablation-k-1-s10", 10, 50.0), experiment("odd-s3", 4, 40.0)], [])
+    assert [(variant.name, list(variant.seeds)) for variant in found] == [
+        ("method-bingo", [0, 1, 2]), ("my-idea", [0]), ("method-moco", [0, 1]), ("ablation-k-1", [10]), ("odd-s3", [4]),
+    ]  # fmt: skip
+    assert [variant.with_teacher for variant in found] == [True, True, False, True, True]
+    assert found[0].values["linear"] == {0: 70.0, 1: 71.0, 2: 75.0}
+    assert found[0].values["of_teacher"][0] == 87.5
+    assert "of_teacher" not in found[2].values
+    assert found[0].values["gflop_per_image"][0] == pytest.approx(4 * 0.01234)
+
+
+def test_what_was_not_measured_is_no_zero():
+    assert measures(experiment("a", 0, None), {}) == {}
+
+
+def test_timings_are_of_the_same_training():
+    first, other = BINGO[0], experiment("same-under-another-name-s0", 0, 1.0)
+    assert record_of(first, RECORDS) is RECORDS[0]
+    assert record_of(other, RECORDS) is RECORDS[0], "DVC took its student from the cache"
+    assert record_of(other, [*RECORDS, mine := record(other)]) is mine
+    assert record_of(BINGO[2], RECORDS) == {}
+    assert record_of(MOCO[0], RECORDS) == {}, "an interrupted run's time is not the whole one"
+    changed = copy.deepcopy(first.params)
+    lay_over(changed, {"methods": {"bingo": {"temperature": 0.5}}})
+    assert record_of(Experiment(first.name, changed, {}), RECORDS) == {}, "the record is of an earlier run under this name"
+    lay_over(changed, {"methods": {"bingo": {"temperature": 0.1}, "moco": {"temperature": 0.5}}, "knn_eval": {"k": [1]}})
+    assert record_of(Experiment(first.name, changed, {}), RECORDS) is RECORDS[0], "what others read decides nothing"
+
+
+def test_the_summary_as_markdown():
+    lines = summary(variants(ALL, RECORDS), "method-moco").markdown().splitlines()
+    assert lines == [
+        "| variant | method | seeds | linear | kNN, k = 10 | linear, minus method-moco | kNN, k = 10, minus method-moco"
+        " | linear, % of its teacher | GFLOP per anchor | anchors/s | peak memory, MB | minutes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method-bingo | BINGO | 3 | 72.0 ± 2.6 | 71.0 ± 2.6 | +9.5 (+3.1 to +15.9), 2 of 3 seeds | +9.5 (+3.1 to +15.9), 2 of 3 seeds"
+        " | 90.0 | 0.0123 | 1,500 | 1,083 | 1.00 |",
+        "| my-idea | BINGO | 1 | 65.0 | 64.0 | +5.0 | +5.0 | 81.2 | – | 1,500 | 1,083 | 1.50 |",
+        "| method-moco | MoCo-v2 | 2 | 61.0 ± 1.4 | 60.0 ± 1.4 | – | – | – | 0.01 | – | – | – |",
+    ]
+
+
+def test_without_a_reference_there_are_no_differences():
+    assert summary(variants(ALONE, []), None).headers == ["variant", "method", "seeds", "linear", "kNN, k = 10", "linear, % of its teacher"]
+
+
+def test_seed_by_seed():
+    assert by_seed(variants(ALL, [])).rows == [
+        ["method-bingo", "70.0 / 69.0", "71.0 / 70.0", "75.0 / 74.0"],
+        ["my-idea", "65.0 / 64.0", "–", "–"],
+        ["method-moco", "60.0 / 59.0", "62.0 / 61.0", "–"],
+    ]
+
+
+def test_signs():
+    assert difference_text(paired_difference({0: 1.0, 1: 1.0}, {0: 1.04, 1: 0.96}), 2) == "0.0 (−0.5 to +0.5)"
+    assert difference_text(paired_difference({0: 1.0}, {0: 2.0}), 1) == "−1.0"
+
+
+def page_of(found, reference="method-moco") -> str:
+    tables = {"summary": summary(found, reference), "seeds": by_seed(found)}
+    return build_page("abc1234", ALL, found, tables, reference, RECORDS)
+
+
+def test_the_page_is_offline_accessible_and_repeatable():
+    found = variants([*ALL, experiment(f"{ATTACK}-s0", 0, 55.0, gflop_per_anchor=1.0)], RECORDS)
+    text = page_of(found)
+    assert text == page_of(found)
+    assert ATTACK not in text
+    page = Page(text)
+    assert not [tag for tag, attrs in page.tags if tag in ("script", "link", "img") or "onerror" in attrs]
+    assert "http" not in text.replace("http-equiv", "")
+    assert page.rows["method-bingo"][:5] == ["BINGO", "3", "72.0 ± 2.6", "71.0 ± 2.6", "+9.5(+3.1 to +15.9), 2 of 3 seeds"]
+    assert page.rows["method-moco"][4] == "–none"
+    svgs = [attrs for tag, attrs in page.tags if tag == "svg" and "aria-hidden" not in attrs]
+    assert [attrs["role"] for attrs in svgs] == ["img", "img"]
+    assert "MoCo-v2 61.0 percent at 0.04" in svgs[0]["aria-label"]
+    assert len(page.all("caption")) == len(page.all("table")) == 2
+    assert "Circles: with a teacher; squares: without." in page.words
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "prefix", "label"),
+    [
+        ("method-coss", "coss", "method-", "CoSS"),
+        ("method-coss-1", "coss", "", "CoSS-1"),
+        ("base+method-bingo-paper", "bingo", "base+", "BINGO-paper"),
+        ("ablation-k-1", "bingo", "ablation-", "k-1"),
+        ("seed-sweep", "bingo", "", "seed-sweep"),
+        ("method-mine", "bingo", "", "method-mine"),
+        ("moco", "moco", "", "MoCo-v2"),
+    ],
+)
+def test_points_are_named_as_papers_write_their_methods(name, method, prefix, label):
+    assert _label(Variant(name, method, True, [0]), prefix) == label
+
+
+def test_the_page_of_one_variant_has_no_chart():
+    assert "No costs are known of two variants or more." in page_of(variants(ALONE, []), None)
+
+
+def test_names_of_points_are_apart():
+    points = [Point(f"a rather long name {number}", 1.0 + 0.01 * number, 90.0 + 0.01 * number, 0.5, 0) for number in range(6)]
+    svg = labelled_points("p", [*points, Point("far", 100.0, 50.0, None, 2)], "cost", "accuracy", ("teacher", 95.0), "so")
+    heights = [float(y) for y in re.findall(r'<text[^>]*? y="([-\d.]+)"[^>]*>a rather', svg)]
+    assert len(heights) == 6
+    assert min(after - before for before, after in pairwise(sorted(heights))) > 8, "they start at one place, so each has its own line"
+    assert svg == labelled_points("p", [*points, Point("far", 100.0, 50.0, None, 2)], "cost", "accuracy", ("teacher", 95.0), "so")
+
+
+def laid_by_dvc(folder: Path, given: list[str]) -> dict:
+    """params.yaml as DVC leaves it after `-S` of each of `given`."""
+    from dvc.utils.cli_parse import to_path_overrides
+    from dvc.utils.hydra import apply_overrides
+
+    shutil.copy(ROOT / "params.yaml", folder / "params.yaml")
+    for file, changes in to_path_overrides(given).items():
+        apply_overrides(folder / file, changes)
+    return read_yaml(folder / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dataset.root", "/a b/it's: x=1, [y] {z} \\ \\' $ ~\\"),
+        ("dataset.root", "ümläut \\\\"),
+        ("report.title", "123"),
+        ("teacher.checkpoint", "null"),
+        ("dataset.source", ""),
+        ("dataset.train_images", None),
+        ("distill.lr", 1e-05),
+        ("image.mean", [0.1, 2, -3.5e-07]),
+        ("baselines", []),
+        ("linear_eval.crops.nets", ["student", "moco"]),
+        ("bagging.mutual", True),
+    ],
+)
+def test_a_value_comes_through_the_parser_of_dvc(tmp_path, key, value):
+    got = laid_by_dvc(tmp_path, [f"{key}={written(value)}"])
+    expected = copy.deepcopy(SHIPPED)
+    *sections, last = key.split(".")
+    place, wanted = got, expected
+    for section in sections:
+        place, wanted = place[section], wanted[section]
+    wanted[last] = value
+    assert got == expected
+    assert type(place[last]) is type(value)
+
+
+@pytest.mark.parametrize("name", ["method-moco", "method-coss", "ablation-keys-stored-relation-student", "cifar10"])
+def test_a_recipe_comes_through_the_parser_of_dvc(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    expected = copy.deepcopy(SHIPPED)
+    title = expected["report"]
+    lay_over(expected, {"baselines": [], "linear_eval": {"crops": {"nets": []}}})
+    lay_over(expected, {**read_recipe(ROOT / "recipes", name).overlay, "seed": 7, "report": title})
+    if root := expected["dataset"]["root"]:
+        expected["dataset"]["root"] = str(ROOT / root)  # experiments run elsewhere
+    assert laid_by_dvc(tmp_path, list(overrides(name, 7))) == expected
+
+
+def test_a_recipe_that_is_not_allowed_is_told_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    Path("recipes").mkdir()
+    Path("recipes/worse.yaml").write_text("# worse\ndistill: {lr: high}\n")
+    with pytest.raises(UserError, match=r"with recipe worse: distill\.lr = 'high'"):
+        overrides("worse", 0)
+    Path("recipes/worst.yaml").write_text("# worst\ndataset: 5\n")
+    with pytest.raises(UserError, match=r"with recipe worst: dataset = 5: allowed is a section"):
+        overrides("worst", 0)
+
+
+def shown_by_dvc(*runs: Experiment) -> list[dict]:
+    """What `dvc exp show --json` prints, as far as it is read."""
+    entries = [{"name": "half-s0", "executor": {"state": "running"}, "revs": [{"name": "half-s0", "data": None}]}]
+    entries += [{"name": "broken-s0", "executor": None, "revs": [{"name": "broken-s0", "data": None}]}]
+    for run in runs:
+        data = {"params": {"params.yaml": {"data": run.params}}, "metrics": {file: {"data": found} for file, found in run.metrics.items()}}
+        entries.append({"name": run.name, "executor": None, "revs": [{"name": run.name, "data": data}]})
+    commit = {"rev": "30b9f93d617b004bd7cfbc469f196d855a93b5b6", "experiments": entries}
+    return [{"rev": "workspace", "experiments": None}, commit]
+
+
+@pytest.fixture
+def shown(tmp_path, monkeypatch):
+    """A folder where DVC shows ALL and timings are recorded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "_shown_by_dvc", lambda revision: shown_by_dvc(*ALL))
+    for one in RECORDS:
+        write_json(Path(".bingo/runs") / one["experiment"] / "distill.json", one)
+    write_json(Path(".bingo/runs/distill.json"), {"params": {}})
+    return tmp_path
+
+
+def test_the_report_prints_tables_and_writes_the_page(shown, capsys):
+    experiments.report_experiments([], None, "HEAD")
+    out, err = capsys.readouterr()
+    found = variants(ALL, RECORDS)
+    assert out == f"{summary(found, 'method-moco').markdown()}\n\n{by_seed(found).markdown()}\n"
+    assert err.startswith("report: file://")
+    text = (shown / "reports/experiments.html").read_text()
+    assert "commit 30b9f93" in text
+    assert "(cpu, 2 cores; unknown device, ? cores)" in text
+
+
+def test_prefixes_choose_and_the_reference_stays(shown, capsys):
+    experiments.report_experiments(["my-"], None, "HEAD")
+    assert re.findall(r"^\| (m\S+)", capsys.readouterr().out, re.MULTILINE) == ["my-idea", "method-moco"] * 2
+    experiments.report_experiments(["method-b"], "my-idea", "HEAD")
+    assert "minus my-idea" in capsys.readouterr().out
+
+
+def test_over_a_base_the_reference_is_found_and_the_base_is_on_no_chart(shown, monkeypatch, capsys):
+    based = [dataclasses.replace(one, name=f"my-base+{one.name}") for one in (*MOCO, *BINGO)]
+    monkeypatch.setattr(experiments, "_shown_by_dvc", lambda revision: shown_by_dvc(*based))
+    experiments.report_experiments([], None, "HEAD")
+    assert "minus my-base+method-moco" in capsys.readouterr().out
+    assert "MoCo-v2 61.0 percent at 0.04" in (shown / "reports/experiments.html").read_text()
+    assert "my-base+method-moco 61.0" not in (shown / "reports/experiments.html").read_text()
+    monkeypatch.setattr(
+        experiments, "_shown_by_dvc", lambda revision: shown_by_dvc(*based, dataclasses.replace(MOCO[0], name="b+method-moco"))
+    )
+    experiments.report_experiments([], None, "HEAD")
+    assert "minus" not in capsys.readouterr().out  # two could be meant
+
+
+def test_wrong_choices_are_one_line(shown, monkeypatch):
+    with pytest.raises(UserError, match="nothing-: no experiment of 30b9f93 has such a name; there are method-bingo, method-moco, my-idea"):
+        experiments.report_experiments(["nothing-"], None, "HEAD")
+    with pytest.raises(UserError, match=r"--against = method-mco: allowed are .*did you mean method-moco"):
+        experiments.report_experiments([], "method-mco", "HEAD")
+    monkeypatch.setattr(experiments, "_shown_by_dvc", lambda revision: shown_by_dvc())
+    with pytest.raises(UserError, match="commit 30b9f93 has no experiment that ran to its end; run some: make compare"):
+        experiments.report_experiments([], None, "HEAD")
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    subprocess.run(["git", "update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/a-s0", commit], check=True)
+    with pytest.raises(UserError, match=f"the newest experiments are of --rev {commit[:7]}"):
+        experiments.report_experiments([], None, "HEAD")
+
+
+def test_records_of_experiments_outlive_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    for name in ("DVC_EXP_NAME", "DVC_ROOT", "BINGO_RUNS", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(common, "die_with_parent", lambda: None)
+
+    def run() -> None:
+        with common.stage_run("scan") as stage:
+            stage.notes["images"] = 5
+
+    run()
+    monkeypatch.setenv("DVC_EXP_NAME", "a-s0")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "home"))
+    run()
+    monkeypatch.setenv("BINGO_RUNS", str(tmp_path / "elsewhere"))
+    run()
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("scan.json")}
+    assert names == {".bingo/runs/scan.json", "home/.bingo/runs/a-s0/scan.json", "elsewhere/a-s0/scan.json"}
+    kept = json.loads(Path("elsewhere/a-s0/scan.json").read_text())
+    assert 20 < kept["peak_memory_mb"] < 10**5
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", kept["ended"])
+    assert kept["params"]["teacher"]["pretrain"]["moco"]["queue_rows"] == SHIPPED["teacher"]["pretrain"]["moco"]["queue_rows"]
+
+
+def test_markdown_of_nothing():
+    assert Table(["variant", "n"], []).markdown() == "| variant | n |\n| --- | ---: |"

@@ -1,0 +1,534 @@
+"""The report: figures in the right rows, nothing unescaped or from outside, the same bytes twice, every gap said in words."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from bingo.bags.index import Bags, read_bags, write_bags
+from bingo.images.images import FileImages, MemoryImages, write_images
+from bingo.images.listing import Listing, write_listing
+from bingo.params import method_names, read_yaml, validate
+from bingo.report import semi as report_semi
+from bingo.report import transfer as report_transfer
+from bingo.report.bags import THUMBNAIL_PX, gallery_rows, statistics, thumbnail
+from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_network_facts
+from bingo.report.page import build_page, run_script
+from bingo.report.plots import Bar, accuracy_bars, lines, quantile_strip
+from bingo.report.results import caveats, headline
+from bingo.runtime.artefacts import write_bytes, write_json
+from bingo.runtime.checksums import seal_safetensors
+from bingo.runtime.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+ATTACK = "<img src=x onerror=alert(1)>"
+VOID = {"meta", "img", "br"}
+TRAIN, TEST = 12, 6
+KNN = {
+    "student": {"knn_1": 80.5, "knn_10": 81.25, "knn_20_weighted": 82.75},
+    "moco": {"knn_1": 60.0, "knn_10": 61.5, "knn_20_weighted": 62.5},
+    "untrained": {"knn_1": 31.0, "knn_10": 32.0, "knn_20_weighted": 33.0},
+    "teacher": {"knn_1": 90.0, "knn_10": 91.0, "knn_20_weighted": 92.0},
+}
+LINEAR = {
+    "cached": {
+        net: {"top1_last": top1, "top5_last": 99.0, "top1_best": top1 + 1, "top5_best": 99.5, "best_epoch": 41}
+        for net, top1 in (("student", 84.0), ("moco", 70.0), ("untrained", 40.0), ("teacher", 95.0), ("pixels", 55.5))
+    },
+    "crops": {"student": {"top1_last": 83.0, "top5_last": 98.0, "top1_best": 83.5, "top5_best": 98.0, "best_epoch": 7}},
+}
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask for, and refuses elements that are not closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.rows: dict[str, list[str]] = {}
+        self.text: list[str] = []
+        self._row: list[str] | None = None
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), f"<{tag}> has an attribute twice"
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self._row = []
+        elif tag in ("td", "th") and self._row is not None:
+            self._row.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+        if tag == "tr":
+            self.rows.setdefault(self._row[0], self._row[1:])
+            self._row = None
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self._row:
+            self._row[-1] += data.strip()
+
+    def all(self, tag: str) -> list[dict]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def params(**changes):
+    """The shipped parameters with some dotted keys changed, spelt section__key."""
+    raw = read_yaml(ROOT / "params.yaml")
+    raw["distill"]["method"] = "bingo"
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        section = raw
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    return validate(raw, "params.yaml")
+
+
+def make_listing(labelled=True, skipped=()):
+    rows = TRAIN + TEST
+    labels = np.arange(rows) % 3 if labelled else np.full(rows, -1)
+    classes = [ATTACK, "two", "three"] if labelled else []
+    return Listing("made-up", [f"{ATTACK}/{row}.png" for row in range(rows)], labels, TRAIN, classes, list(skipped), "0" * 32)
+
+
+def make_bags() -> Bags:
+    members = (np.arange(TRAIN)[:, None] + np.array([3, 1, 6])) % TRAIN
+    similarity = np.tile(np.float16([0.9375, 0.75, 0.5]), (TRAIN, 1))
+    members[5], similarity[5] = [8, -1, -1], [0.25, -np.inf, -np.inf]
+    settings = {"method": "knn", "k": 3, "metric": "cosine", "search": "exact"}
+    return Bags(settings, members.astype(np.int32), similarity)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (TRAIN + TEST, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, pixels):
+    """A workspace as a whole run leaves it, with small made-up artefacts."""
+    from bingo.bags.metrics import bag_metrics
+
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    listing, bags = make_listing(), make_bags()
+    write_listing(folder / "data/listing.parquet", listing)
+    write_images(folder / "data/images.zarr", listing, pixels)
+    write_bags(folder / "data/bags.zarr", bags, listing.fingerprint, "1" * 32)
+    reports = folder / "reports"
+    write_json(reports / "bags.json", bag_metrics(bags, listing.labels_N[:TRAIN]))
+    for net, scores in KNN.items():
+        write_json(reports / f"knn/{net}.json", scores)
+    for net in LINEAR["cached"]:
+        write_json(reports / f"linear/{net}.json", {protocol: scores[net] for protocol, scores in LINEAR.items() if net in scores})
+    write_json(reports / "knn/isd.json", {"knn_10": 1.0})  # of a baseline that is one no longer
+    write_json(reports / "linear/isd.json", {"cached": {"top1_last": 1.0}})
+    write_json(reports / "distill.json", {"last_loss": 3.125, "last_mix": 2.5, "last_knn_10": 80.0})
+    write_json(reports / "baselines/moco.json", {"last_loss": 5.5})
+    write_json(reports / "teacher.json", {"pretrained": True})
+    write_bytes(reports / "plots/teacher.csv", b"\n")
+    curve = b"epoch,lr,loss,mix,knn_10\n1,0.1,5.0,4.0,\n2,0.05,4.0,3.0,70.0\n3,0.0,3.125,2.5,80.0\n"
+    write_bytes(reports / "plots/distill.csv", curve)
+    write_bytes(reports / "plots/baseline-moco.csv", curve.replace(b",mix", b"").replace(b",4.0,\n", b",\n"))
+    weights = {
+        "conv.weight": np.zeros((7, 3), np.float32),
+        "bn.running_mean": np.zeros(7, np.float32),
+        "n": np.zeros((), np.int64),
+    }
+    write_bytes(folder / "models/student.safetensors", seal_safetensors(save(weights, {"bingo": json.dumps({"arch": "resnet18"})})))
+    teacher = {"backbone.w": np.zeros((21, 10), np.float16), "head.w": np.zeros(99, np.float32)}
+    write_bytes(folder / "models/teacher.safetensors", seal_safetensors(save(teacher, {"bingo": json.dumps({"pretrained": True})})))
+    run = {"stage": "distill", "seconds": 12.5, "anchors_per_second": 900.0, "versions": {"torch": "9"}, "params": {"seed": 0}}
+    write_json(folder / ".bingo/runs/distill.json", run)
+    return folder
+
+
+def run_stage(folder: Path) -> bytes:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "stages.report"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return (folder / "reports/index.html").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def built(workspace):
+    return run_stage(workspace)
+
+
+@pytest.fixture(scope="module")
+def page(built):
+    return Page(built.decode())
+
+
+def artefacts(**changes) -> Artefacts:
+    base = Artefacts(params=params(), params_text="seed: 0\n", listing=make_listing(), knn=KNN, linear=LINEAR)
+    return dataclasses.replace(base, **changes)
+
+
+def test_every_figure_is_in_its_row(page):
+    by_label = {"teacher": "Teacherceiling", "student": "Student by BINGO", "moco": "Student by MoCo-v2, no teacher"}
+    by_label |= {"untrained": "Student, untrainedfloor", "pixels": "Raw pixelsno network"}
+    for net, label in by_label.items():
+        cells = page.rows[label]
+        for position, key in enumerate(["knn_10", "knn_20_weighted"]):
+            assert cells[position].startswith(f"{KNN[net][key]:.1f}" if net in KNN else "–"), (net, key)
+        for position, key in enumerate(["top1_last", "top5_last", "top1_best"]):
+            assert cells[2 + position].startswith(f"{LINEAR['cached'][net][key]:.1f}"), (net, key)
+            measured = LINEAR["crops"].get(net)
+            assert cells[5 + position].startswith(f"{measured[key]:.1f}" if measured else "–"), (net, key)
+        assert cells[4].endswith("epoch 41")
+    assert not [label for label in page.rows if "ISD" in label]
+    assert page.rows["Chanceequal classes"] == ["33.3", "33.3", "33.3", "100.0", "33.3", "33.3", "100.0", "33.3"]
+    assert list(page.rows).index("Teacherceiling") < list(page.rows).index("Student by BINGO")
+    assert "best epoch, chosen on the test split" in page.words
+
+
+def test_headline_has_signed_differences(page):
+    expected = "The student classifies 84.0 % of the test images correctly (linear top-1): 14.0 points above the same network trained by"
+    assert (
+        f"{expected} MoCo-v2 without a teacher, 11.0 points below its teacher and 44.0 points above the same network untrained."
+        in page.words
+    )
+
+
+def test_networks_are_described_from_their_files(page):
+    student, teacher = params().student, params().teacher
+    assert f"{student.arch} × {student.width:g} wide, 21 parameters" in page.words  # running statistics and counters are no parameters
+    assert f"{teacher.arch} × {teacher.width:g} wide, 210 parameters" in page.words  # the head is not of the backbone
+    assert "10 times smaller" in page.words
+
+
+def test_nothing_is_unescaped(built, page):
+    assert ATTACK.encode() not in built
+    assert all("onerror" not in attrs for _, attrs in page.tags)
+    assert any(ATTACK in attrs["alt"] for attrs in page.all("img"))  # as text it is there
+
+
+def test_nothing_comes_from_outside(built, page):
+    assert b"http" not in re.sub(rb"http-equiv", b"", built)
+    for _, attrs in page.tags:
+        for name in ("src", "href"):
+            if name in attrs:
+                assert attrs[name].startswith(("data:image/png;base64,", "#")) or attrs[name] == "run.js"
+    assert not page.all("link")
+    assert [attrs.get("src") for attrs in page.all("script")] == ["run.js", None]
+
+
+def test_the_page_is_accessible_and_its_ids_are_distinct(page):
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert all(attrs.get("alt") for attrs in page.all("img"))
+    assert all(attrs.get("role") == "img" and attrs.get("aria-label") for attrs in page.all("svg") if "aria-hidden" not in attrs)
+    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1
+    assert headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(headings))
+    assert len(page.all("caption")) == len(page.all("table"))
+    targets = {attrs["href"][1:] for attrs in page.all("a")}
+    assert targets <= set(ids)
+    assert set(re.findall(r"url\(#([^)]+)\)", str(page.tags))) <= set(ids)
+
+
+def test_a_second_build_has_the_same_bytes(workspace, built):
+    assert run_stage(workspace) == built
+
+
+def test_timings_lie_beside_the_page(workspace, built):
+    script = (workspace / "reports/run.js").read_text()
+    records = json.loads(script.removeprefix("window.bingoRuns = ").removesuffix(";\n"))
+    assert records == [{"stage": "distill", "seconds": 12.5, "anchors_per_second": 900.0, "versions": {"torch": "9"}}]
+    assert b"900" not in built.partition(b'id="timings"')[2]
+
+
+def test_runs_are_in_the_order_of_the_stages():
+    names = ["knn_eval", "scan", "export", "baseline-moco", "teacher"]
+    script = run_script({"stage": name, "seconds": 1} for name in names)
+    assert re.findall(r'"stage": "([^"]+)"', script) == ["scan", "teacher", "baseline-moco", "knn_eval", "export"]
+
+
+def test_the_gallery_shows_members_with_cosine_and_sign(page):
+    items = [attrs["class"].split()[-1] for attrs in page.all("li") if attrs.get("class", "").startswith("item")]
+    # three classes in turn: members 3 and 6 rows on are of the anchor's class, 1 row on is not; row 5 has one member
+    assert items.count("same") == 11 * 2 + 1
+    assert items.count("other") == 11
+    counts = {cosine: page.text.count(cosine) for cosine in ("0.938", "0.750", "0.500", "0.250")}
+    assert counts == {"0.938": 11, "0.750": 11, "0.500": 11, "0.250": 1}
+    assert page.words.count(", same class") == items.count("same")
+    assert page.words.count(", other class") == items.count("other")
+
+
+def test_bag_statistics_are_explained(page):
+    assert page.rows["Purity"][0] == f"{100 * (11 * 2 / 3 + 1) / 12:.1f} %"
+    assert page.rows["Short bags"][0] == "1"
+    assert all(len(cells) == 2 and cells[1].endswith(".") for name, cells in page.rows.items() if name in ("Purity", "Short bags"))
+
+
+def test_the_report_needs_no_torch(workspace):
+    code = "import sys, stages.report as r; r.app(standalone_mode=False); assert not {'torch', 'sklearn'} & {*sys.modules}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=workspace, env=environment, check=True)
+
+
+def test_empty_artefacts_give_a_page_that_says_so():
+    text = build_page(artefacts(knn={}, linear={}))
+    words = Page(text).words
+    for sentence in ("Nothing was measured", "no training curves", "There is no gallery", "no bag statistics"):
+        assert sentence in words
+    assert "How far to trust them" not in words
+
+
+def test_without_labels_the_page_says_so(tmp_path, pixels):
+    listing = make_listing(labelled=False)
+    write_bags(tmp_path / "bags.zarr", make_bags(), listing.fingerprint, "")
+    bags = read_bags(tmp_path / "bags.zarr", listing)
+    page = Page(build_page(artefacts(listing=listing, knn={}, linear={}, images=MemoryImages(pixels), bags=bags)))
+    assert "The images have no labels" in page.words
+    assert not [attrs for attrs in page.all("li") if attrs.get("class", "").endswith(("same", "other"))]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"params": params(teacher__source="random")},
+        {"teacher": NetworkFacts({"pretrained": False}, 5)},
+        {"terms": {"teacher": {"pretrained": False}}},
+    ],
+)
+def test_a_random_teacher_is_a_red_notice(changes):
+    assert "The teacher has random weights" in Page(build_page(artefacts(**changes))).words
+    assert "random weights" not in Page(build_page(artefacts())).words
+
+
+def test_skipped_images_are_counted_and_the_first_named():
+    skipped = [f"bad<{number}>.jpg" for number in range(13)]
+    words = Page(build_page(artefacts(listing=make_listing(skipped=skipped)))).words
+    assert "left out: 13 (bad<0>.jpg" in words
+    assert "bad<9>.jpg and 3 more)" in words
+    assert "bad<10>" not in words
+
+
+def scores(top1: float) -> dict[str, float]:
+    return {"top1_last": top1, "top5_last": 99.0, "top1_best": top1 + 1, "top5_best": 99.0, "best_epoch": 3}
+
+
+SEMI = {
+    "tenth": {
+        "percent": 10.0,
+        "labels": 1234,
+        "origin": "listed",
+        "nets": {net: {"linear": scores(top1), "finetune": scores(top1 + 5)} for net, top1 in (("untrained", 30.0), ("student", 60.0))},
+    },
+    "one": {"percent": 1.0, "labels": 123, "origin": "drawn", "nets": {"student": {"linear": scores(41.0), "finetune": scores(38.0)}}},
+}
+TRANSFER = {
+    "cifar10": {
+        "dataset": "cifar10",
+        "images": [50000, 10000],
+        "protocols": {"finetune": {"crop_px": 32}, "linear_resized": {"crop_px": 224}},
+        "nets": {"student": {"finetune": scores(90.5), "linear_resized": scores(85.0)}},
+    }
+}
+
+
+def test_few_labels_and_transfer_are_beside_the_published_figures():
+    page = Page(build_page(artefacts(knn={}, linear={}, semi=SEMI, transfer={})))
+    # by percent, in each of them fine-tuned before linear only; below a figure the best epoch's
+    assert page.rows["Student by BINGO"] == ["38.0best 39.0", "41.0best 42.0", "65.0best 66.0", "60.0best 61.0"]
+    assert page.rows["Student, untrainedfloor"] == ["–not measured", "–not measured", "35.0best 36.0", "30.0best 31.0"]
+    assert page.rows["Network"] == ["fine-tuned", "linear only", "fine-tuned", "linear only"]
+    assert page.rows[""] == ["1\xa0%: 123 labels, drawn", "10\xa0%: 1,234 labels, listed"]
+    assert page.rows["SEEDR50 67.4, linear only"] == ["39.1", "50.2"]
+    assert page.rows["BINGOR50 67.4, fine-tuned"] == ["42.8", "57.5"]
+    assert page.rows["BINGOR152, fine-tuned"] == ["50.3", "61.2"]
+    assert "#few-labels" in {attrs["href"] for attrs in page.all("a")}
+    assert "#transfer" not in {attrs["href"] for attrs in page.all("a")}
+
+    page = Page(build_page(artefacts(knn={}, linear={}, transfer=TRANSFER)))
+    assert page.rows["Student by BINGO"] == ["85.0best 86.0", "90.5best 91.5"]
+    assert page.rows["Network"] == ["linear, enlarged, 224\xa0px", "fine-tuned, 32\xa0px"]
+    assert page.rows["BINGOR50 67.4"] == ["86.8", "66.5"]
+    assert page.rows["MoCo-v2no teacher"] == ["77.9", "48.1"]
+    assert len(page.all("caption")) == len(page.all("table"))
+
+
+def test_what_was_not_asked_for_has_no_section(page):
+    assert not {"few-labels", "transfer"} & {attrs.get("id") for _, attrs in page.tags}
+
+
+def test_experiments_compare_few_labels_and_transfer_too():
+    a = artefacts(semi=SEMI, transfer=TRANSFER)
+    assert report_semi.figures(a) == {
+        "semi_tenth": {"untrained_linear": 30.0, "untrained_finetune": 35.0, "student_linear": 60.0, "student_finetune": 65.0},
+        "semi_one": {"student_linear": 41.0, "student_finetune": 38.0},
+    }
+    assert report_transfer.figures(a) == {"transfer_cifar10": {"student_finetune": 90.5, "student_linear_resized": 85.0}}
+
+
+def test_published_figures_have_a_table_of_their_own():
+    page = Page(build_page(artefacts(params=params(report__published={"BINGO, <ImageNet>": "64.0"}))))
+    assert page.rows["BINGO, <ImageNet>"] == ["64.0"]
+
+
+def test_other_k_than_the_usual_ones_are_shown_too():
+    page = Page(build_page(artefacts(knn={"student": {"knn_5": 50.0, "knn_5_weighted": 51.0}}, linear={})))
+    assert page.rows["Student by BINGO"] == ["50.0", "51.0"]
+    assert headline(artefacts(knn={"student": {"knn_5": 50.0}}, linear={})) == ""
+
+
+def test_gallery_rows_cover_the_classes_evenly():
+    listing = make_listing()
+    assert gallery_rows(listing, 3) == [6, 7, 8]  # of each class the middle one
+    assert sorted(gallery_rows(listing, 100)) == list(range(TRAIN))
+    assert gallery_rows(listing, 0) == []
+
+
+def test_thumbnails_of_files_are_small_and_a_lost_file_is_said(tmp_path):
+    from PIL import Image
+
+    listing = dataclasses.replace(make_listing(), paths=["a.jpg", "gone.jpg", "broken.jpg"], labels_N=np.zeros(3, np.int64), train_rows=3)
+    Image.new("RGB", (640, 320), "red").save(tmp_path / "a.jpg")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    images = FileImages(str(tmp_path), listing.paths)
+    small = thumbnail(images, listing, 0)
+    assert (small.width_px, small.height_px) == (THUMBNAIL_PX, THUMBNAIL_PX // 2)
+    assert [thumbnail(images, listing, row).uri for row in (1, 2)] == [None, None]
+
+
+def test_curves_are_read_with_gaps(tmp_path):
+    path = tmp_path / "curve.csv"
+    assert read_curves(path) == {}
+    path.write_text("\n")
+    assert read_curves(path) == {}
+    path.write_text("epoch,knn_10\n1,\n2,50.5\n")
+    curves = read_curves(path)
+    assert curves["epoch"] == [1, 2]
+    np.testing.assert_array_equal(curves["knn_10"], [np.nan, 50.5])
+    path.write_text("epoch,loss\n1,low\n")
+    with pytest.raises(UserError, match="loss = 'low'"):
+        read_curves(path)
+
+
+def test_a_damaged_network_is_one_line(tmp_path):
+    path = tmp_path / "student.safetensors"
+    assert read_network_facts(path) is None
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="is no network of BINGO"):
+        read_network_facts(path)
+    path.write_bytes(save({"w": np.zeros(2, np.float32)}))
+    with pytest.raises(UserError, match="is no network of BINGO"):
+        read_network_facts(path)
+
+
+def test_statistics_of_clusters_and_of_nothing():
+    sizes = {"min": 1, "median": 4.0, "mean": 5.0, "max": 20, "max_over_mean": 4.0, "singletons": 2, "unused": 0}
+    (line,) = statistics({"cluster_size": sizes})
+    assert line.value == "median 4, from 1 to 20 (4.0 times the mean); 2 with one image, 0 unused"
+    (line,) = statistics({"recall": 0.9696, "lists": 1265, "probes": 64})
+    assert (line.name, line.value) == ("Recall of the search", "97.0 %")
+    assert statistics({}) == []
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: accuracy_bars("a", [Bar("x <&$ y", [50.0, None], 0)], ["one", "two"], 10.0),
+        lambda: lines("b", "Loss", {"l$<": ([1.0], [2.0]), "m": ([1.0], [float("nan")])}, [0, 2], 'a "summary"'),
+        lambda: quantile_strip("c", "cosine", {"p1": 0.1, "p50": 0.1, "p99": 0.1}, "p50", [("p1", "p99")]),
+    ],
+)
+def test_charts_are_well_formed_and_repeatable(draw):
+    svg = draw()
+    assert svg == draw()
+    page = Page(svg)
+    name, attrs = page.tags[0]
+    assert (name, attrs["role"]) == ("svg", "img")
+    assert attrs["aria-label"]
+    assert not re.search(r"#0[0-9a]0[0-9]0[0-9]", svg), "a stand-in colour is left"
+    assert "style" not in {tag for tag, _ in page.tags}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "rows", "train_rows", "title"),
+    [
+        ({"source": "digits"}, 18, 12, "Handwritten digits: 12 train and 6 test images"),
+        ({"source": "cifar100", "root": "data/c"}, 18, 12, "CIFAR-100: 12 train and 6 test images"),
+        ({"source": "folder", "root": "/data/pets/"}, 18, 18, "pets: 18 train images"),
+        ({"source": "folder", "root": "../a b <i>"}, 1, 1, "a b &lt;i&gt;: 1 train image"),
+        ({"source": "folder", "root": "."}, 12_345, 11_000, f"{Path.cwd().name}: 11,000 train and 1,345 test images"),
+        ({"source": "folder", "root": ".."}, 2, 2, f"{Path.cwd().parent.name}: 2 train images"),
+    ],
+)
+def test_a_title_comes_from_the_dataset_unless_it_is_set(dataset, rows, train_rows, title):
+    listing = Listing("made-up", [str(row) for row in range(rows)], np.full(rows, -1), train_rows, [], [], "0" * 32)
+    for given in (None, "Mine & <b>"):
+        changed = params(report__title=given, **{f"dataset__{key}": value for key, value in dataset.items()})
+        text = build_page(artefacts(params=changed, listing=listing, knn={}, linear={}))
+        assert f"<h1>{title if given is None else 'Mine &amp; &lt;b&gt;'}</h1>" in text
+        assert text.count(f"<title>{title if given is None else 'Mine &amp; &lt;b&gt;'} · BINGO</title>") == 1
+
+
+PAPERS = {
+    "bingo": "BINGO", "compress": "CompRess", "coss": "CoSS", "disco": "DisCo", "isd": "ISD", "moco": "MoCo-v2", "seed": "SEED",
+    "simreg": "SimReg",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_is_named_as_its_paper_writes_it(method):
+    scores = {net: {"knn_10": 50.0} for net in ("student", "moco", "isd")}
+    curves = {"distill": {"epoch": [1.0], "loss": [2.0], "knn_10": [3.0]}, "baseline-isd": {"epoch": [1.0], "loss": [2.0], "knn_10": [3.0]}}
+    coco = {"fpn-1x": {kind: dict.fromkeys(("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"), 1.0) for kind in ("box", "mask")}}
+    page = Page(build_page(artefacts(params=params(distill__method=method), knn=scores, linear={}, curves=curves, coco=coco)))
+    shown, labels = page.words, " ".join(attrs.get("aria-label", "") for attrs in page.all("svg"))
+    assert f"Student by {PAPERS[method]}" in shown
+    assert f"{params().student.arch} by {PAPERS[method]}" in shown
+    assert f"{PAPERS[method]} 50.0" in labels
+    assert f"MoCo-v2{' baseline' if method == 'moco' else ''} 50.0" in labels
+    assert "by ISD, no teacher from 3 to 3" in labels
+    assert not re.search(r"\b(COSS|MOCO|DISCO|COMPRESS|SIMREG)\b", shown + labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, {"teacher", "distill"}),  # the baseline is MoCo-v2
+        ({"distill__batchnorm_groups": 8, "teacher__pretrain__batchnorm_groups": 4}, set()),
+        ({"distill__batchnorm_groups": None, "teacher__pretrain__batchnorm_groups": None}, set()),
+        ({"distill__batchnorm_groups": None, "distill__batch_anchors": 48, "teacher__source": "random"}, {"distill"}),
+        ({"teacher__source": "random", "distill__batchnorm_groups": 1}, {"distill"}),
+        ({"baselines": [], "distill__method": "coss"}, {"teacher"}),
+        ({"baselines": [], "distill__method": "bingo", "teacher__source": "random"}, set()),
+        ({"baselines": [], "distill__method": "bingo", "distill__keys": "momentum", "teacher__source": "random"}, {"distill"}),
+        ({"baselines": [], "distill__method": "disco", "teacher__source": "random"}, {"distill"}),
+        ({"baselines": [], "distill__method": "compress", "teacher__source": "random"}, set()),  # no query meets its own key
+    ],
+)
+def test_a_moving_average_trained_with_whole_batchnorm_is_a_caveat(changes, named):
+    whole = {"teacher__pretrain__batchnorm_groups": 1, "distill__batchnorm_groups": 1}
+    found = " ".join(caveats(artefacts(params=params(**whole | changes), knn=KNN)))
+    assert {name for name in ("teacher", "distill") if re.search(rf"\b{name}\S*\.?batchnorm_groups", found)} == named

@@ -1,0 +1,613 @@
+"""The stages as processes on real digits: the same bytes every time, after every kill, and one line for every mistake of a user's."""
+
+import errno
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from workspace import (
+    PATIENCE_SECONDS,
+    SHORT,
+    STAGES,
+    Workspace,
+    assert_as_reference,
+    environment,
+    new_workspace,
+    remove,
+    saved_step,
+    until,
+)
+
+from bingo.bags.index import Bags, write_bags
+from bingo.embeddings.store import read_embeddings
+from bingo.images.listing import read_listing
+from bingo.pipeline import run as common
+from bingo.pipeline.run import mistakes_as_lines
+from bingo.runtime.errors import UserError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+GOES_ON = "going on from a checkpoint"
+
+
+def refused(workspace: Workspace, stage: str, *wanted: str, **variables: str) -> None:
+    """A stage ends with exit code 2 and one line for each mistake, in which `wanted` stands, and has changed no output."""
+    before = workspace.existing_files()
+    done = workspace.run(stage, **variables)
+    lines = done.err.splitlines()
+    assert done.status == 2, done
+    assert not done.out
+    assert len(lines) == len(wanted), done.err
+    for line, words in zip(lines, wanted, strict=True):
+        assert line.startswith("error: ")
+        assert words in line
+    assert workspace.existing_files() == before
+
+
+# The same bytes.
+
+
+def test_a_second_run_in_another_folder_gives_the_same_bytes(tmp_path, stages, reference):
+    again = new_workspace(tmp_path / "bingo", stages, SHORT)
+    for together in (["scan"], ["teacher", "baseline moco"], ["extract"], ["bag"], ["distill"], ["linear_eval", "knn_eval"], ["report"]):
+        commands = [[sys.executable, "-m", *f"stages.{stage}".split()] for stage in together]
+        running = [subprocess.Popen(command, cwd=again.root, env=environment()) for command in commands]
+        assert [process.wait(PATIENCE_SECONDS) for process in running] == [0] * len(together)
+    files, wanted = again.files(), reference.files()
+    assert sorted(files) == sorted(wanted)
+    assert [path for path in files if files[path] != wanted[path]] == []
+
+
+# Kills.
+
+
+def done_chunks(workspace: Workspace) -> list[Path]:
+    return sorted((workspace.root / ".bingo/state/extract").glob("*/store/done/[0-9]*"))
+
+
+@pytest.mark.parametrize("stage", ["teacher", "distill"])
+def test_a_killed_training_goes_on_from_its_checkpoint(workspace, reference, stage):
+    remove(workspace, *workspace.outputs(stage))
+    for step in (1, 13, 25):  # within the first, second and third epoch
+        training = workspace.start(stage, BINGO_CHECKPOINT_SECONDS="0")
+        until(lambda step=step: saved_step(workspace, stage) >= step, training.ended)
+        done = training.kill()
+        assert (done.status, done.err) == (-signal.SIGKILL, "")
+        assert (GOES_ON in done.out) == (step > 1)
+        assert not workspace.existing_files(*workspace.outputs(stage))
+    assert f"{stage}: {GOES_ON}" in workspace.done(stage).out
+    assert_as_reference(workspace, reference, stage)
+
+
+def test_a_killed_pass_of_the_teacher_keeps_its_chunks(workspace, reference):
+    remove(workspace, "data/embeddings.zarr")
+    written: dict[str, int] = {}
+    for chunks in (1, 5, 9):
+        extract = workspace.start("extract")
+        until(lambda chunks=chunks: len(done_chunks(workspace)) >= chunks, extract.ended)
+        assert extract.kill().status == -signal.SIGKILL
+        times = {path.name: path.stat().st_mtime_ns for path in done_chunks(workspace)}
+        assert len(times) < 16
+        assert written.items() <= times.items(), "a chunk was computed twice"
+        written = times
+        assert not (workspace.root / "data/embeddings.zarr").exists()
+    workspace.done("extract")
+    assert_as_reference(workspace, reference, "extract")
+
+
+@pytest.mark.parametrize("stage", ["teacher", "extract", "distill"])
+def test_kills_at_any_moment_do_no_harm(workspace, reference, stage):
+    remove(workspace, *workspace.outputs(stage))
+    moments = random.Random(stage)
+    for _ in range(4):
+        running = workspace.start(stage, BINGO_CHECKPOINT_SECONDS="0.05")
+        time.sleep(moments.uniform(0.1, 1.5))
+        assert running.kill().status in (-signal.SIGKILL, 0)
+    workspace.done(stage)
+    assert_as_reference(workspace, reference, stage)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "distill"])
+def test_a_training_that_is_asked_to_stop_saves_and_says_so(workspace, reference, stage):
+    training = workspace.start(stage, BINGO_CHECKPOINT_SECONDS="0")
+    until(lambda: saved_step(workspace, stage) >= 1, training.ended)
+    training.send(signal.SIGTERM)
+    done = training.wait()
+    assert done.status == 75
+    assert re.fullmatch(rf"{stage}: \w+: stopped at step \d+ with a checkpoint; start again to go on from there\n", done.err)
+    assert f"step {saved_step(workspace, stage)} " in done.err
+    assert GOES_ON in workspace.done(stage).out
+    assert_as_reference(workspace, reference, stage)
+
+
+def test_ctrl_c_during_the_pass_of_the_teacher_is_no_traceback(workspace, reference):
+    remove(workspace, "data/embeddings.zarr")
+    extract = workspace.start("extract")
+    until(lambda: len(done_chunks(workspace)) >= 1, extract.ended)
+    extract.send(signal.SIGINT)
+    done = extract.wait()
+    assert (done.status, done.err) == (75, "")
+    workspace.done("extract")
+    assert_as_reference(workspace, reference, "extract")
+
+
+def test_a_second_copy_beside_a_running_one_is_refused(workspace, reference):
+    first = workspace.start("teacher", BINGO_CHECKPOINT_SECONDS="0")
+    until(lambda: saved_step(workspace, "teacher") >= 1, first.ended)
+    first.send(signal.SIGSTOP)
+    second = workspace.run("teacher")
+    first.send(signal.SIGCONT)
+    assert (second.status, second.out) == (75, "")
+    assert re.fullmatch(r"error: another teacher with the same parameters holds .*; wait for it or end it\n", second.err)
+    assert first.wait().status == 0
+    assert_as_reference(workspace, reference, "teacher")
+
+
+def processes_in(folder: Path, word: str) -> list[int]:
+    """Processes that work in a folder, with `word` in their command."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink() == folder and word in (process / "cmdline").read_text():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variables", "parent", "first_process", "orphan"),
+    [
+        ({"DVC_STAGE": "teacher"}, 1, "systemd", True),
+        ({"DVC_STAGE": "teacher"}, 1, "dvc", False),
+        ({"DVC_STAGE": "teacher"}, 1, "python3.11", False),
+        ({"DVC_STAGE": "teacher"}, 2, "systemd", False),
+        ({"DVC_STAGE": "teacher", "RANK": "0"}, 1, "pt_elastic", False),
+        ({}, 1, "sh", False),
+    ],
+)
+def test_a_stage_whose_dvc_was_killed_while_python_started(monkeypatch, variables, parent, first_process, orphan):
+    for name in ("DVC_STAGE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getppid", lambda: parent)
+    monkeypatch.setattr(Path, "read_text", lambda path: {"/proc/1/comm": f"{first_process}\n"}[str(path)])
+    assert common._is_orphan() == orphan
+
+
+def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
+    """DVC refuses the second and says whom it waits for; a killed DVC leaves no training behind, and the next one goes on."""
+    remove(workspace, *workspace.outputs("teacher"))
+    variables = environment(BINGO_CHECKPOINT_SECONDS="0")
+
+    def dvc(log: str, *arguments: str) -> subprocess.Popen:
+        with (workspace.root / log).open("w") as file:
+            command = [sys.executable, "-m", "dvc", *arguments]
+            return subprocess.Popen(command, cwd=workspace.root, env=variables, stdout=file, stderr=subprocess.STDOUT)
+
+    assert dvc("init", "init", "--no-scm", "--quiet").wait() == 0
+    first = dvc("first", "repro", "--single-item", "teacher")
+    until(lambda: saved_step(workspace, "teacher") >= 1, lambda: first.poll() is not None)
+    (training,) = processes_in(workspace.root, "stages.teacher")
+    os.kill(training, signal.SIGSTOP)
+    saved = saved_step(workspace, "teacher")
+    assert dvc("second", "repro", "--single-item", "teacher").wait() == 255
+    told = (workspace.root / "second").read_text()
+    assert f"is busy, it is being blocked by:\n  (PID {first.pid}): " in told
+    assert "Traceback" not in told
+    os.kill(training, signal.SIGCONT)
+    until(lambda: saved_step(workspace, "teacher") > saved, lambda: first.poll() is not None)  # the first one is unharmed
+    first.kill()
+    first.wait()
+    until(lambda: not processes_in(workspace.root, "stages.teacher"))
+    assert not workspace.existing_files(*workspace.outputs("teacher"))
+    assert dvc("third", "repro", "--single-item", "teacher").wait() == 0, (workspace.root / "third").read_text()
+    assert f"teacher: {GOES_ON}" in (workspace.root / "third").read_text()
+    workspace.done("scan")  # the next stage takes away what was kept until DVC had committed the teacher
+    assert_as_reference(workspace, reference, "teacher")
+
+
+ALL_KNN = {"knn_eval@student", "knn_eval@untrained", "knn_eval@teacher", "knn_eval@pixels", "knn_eval_baseline@moco"}
+
+
+def test_an_evaluation_is_out_of_date_where_its_own_network_or_parameters_change(workspace):
+    """What dvc status lists after a change; what follows from outputs that would then differ is not in it."""
+    for folder in ("semi", "transfer", "coco"):
+        (workspace.root / "reports" / folder).mkdir()
+
+    def dvc(*arguments: str) -> str:
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.run(command, cwd=workspace.root, env=environment(), check=True, capture_output=True, text=True).stdout
+
+    dvc("init", "--no-scm", "--quiet")
+    dvc("commit", "--force", "--quiet")
+    assert json.loads(dvc("status", "--json")) == {}
+    params, student = (workspace.root / "params.yaml").read_text(), workspace.root / "models/student.safetensors"
+    for changes, wanted in (
+        ({"bagging.k": 9}, {"bag"}),
+        ({"knn_eval.temperature": 0.2}, ALL_KNN),
+        ({"linear_eval.crops.nets": []}, {"linear_eval@student", "linear_eval@untrained", "linear_eval_baseline@moco"}),
+    ):
+        workspace.edit(changes)
+        assert set(json.loads(dvc("status", "--json"))) == {*wanted, "report"}
+        (workspace.root / "params.yaml").write_text(params)
+    student.write_bytes(student.read_bytes() + b"x")
+    assert set(json.loads(dvc("status", "--json"))) == {"distill", "linear_eval@student", "knn_eval@student", "report"}
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "wanted"),
+    [
+        ("report", {"distil": {}}, ["params.yaml: distil is not a known key; did you mean distill?"]),
+        ("bag", {"bagging.K": 5}, ["params.yaml: bagging.K is not a known key; did you mean k?"]),
+        (
+            "scan",
+            {"seed": "0", "dataset.store_px": 16.5, "bagging.method": "kmeens"},
+            ["seed = '0': ", "dataset.store_px = 16.5: ", "bagging.method = 'kmeens': allowed is 'knn', 'kmeans' or 'label'"],
+        ),
+        (
+            "distill",
+            {"student.arch": "resnet10"},
+            ["student.arch = 'resnet10': no network of timm (or torchvision/NAME) has this name; did"],
+        ),
+        (
+            "distill",
+            {"distill.method": "bingoo"},
+            [
+                "distill.method = 'bingoo': allowed are bingo, compress, ",
+            ],
+        ),
+        ("teacher", {"image.crop_px": 32}, ["crop_px: 32 is larger than resize_px 16; lower image.crop_px"]),
+        ("teacher", {"teacher.source": "checkpoint"}, ["teacher.checkpoint to the file"]),
+        (
+            "linear_eval",
+            {"linear_eval.crops.nets": ["studnt"]},
+            ["linear_eval.crops.nets: 'studnt' is no network, allowed are student"],
+        ),
+        ("baseline bingo", {}, ["method = bingo: params.yaml's baselines allow moco"]),
+        ("baseline moco", {"baselines": ["bingo"]}, ["a baseline is a method without a teacher, allowed are isd, moco"]),
+        ("scan", {"dataset.train_images": 9999}, ["dataset.train_images = 9999: the train split has 1438 images"]),
+        ("teacher", {"teacher.pretrain.batch_anchors": 401}, ["teacher.pretrain.batch_anchors = 401: there are only 400 train images"]),
+        ("distill", {"distill.batch_anchors": 401}, ["distill.batch_anchors = 401: there are only 400 train images"]),
+        ("baseline moco", {"distill.batch_anchors": 401}, ["distill.batch_anchors = 401: there are only 400 train images"]),
+        ("bag", {"bagging.k": 400}, ["bagging.k = 400: a bag of the 400 train rows has at most 399 members"]),
+        ("bag", {"bagging.method": "kmeans", "bagging.clusters": 401}, ["bagging.clusters = 401: there are only 400 train rows"]),
+        ("distill", {"student.width": 0.013}, ["width = 0.013: 64 channels become 0.832"]),
+        ("distill", {"student.arch": "torchvision/resnet18"}, ["width = 0.125: torchvision/resnet18 cannot be scaled"]),
+        (
+            "distill",
+            {"student.arch": "swin_tiny_patch4_window7_224", "student.width": 1.0, "student.stem": "imagenet"},
+            ["image.crop_px = 16: swin_tiny_patch4_window7_224 takes no such image"],
+        ),
+        (
+            "teacher",
+            {"teacher.arch": "swin_tiny_patch4_window7_224", "teacher.width": 1.0, "teacher.stem": "imagenet"},
+            ["image.crop_px = 16: swin_tiny_patch4_window7_224 takes no such image"],
+        ),
+        ("distill", {"distill.keys": "momentum"}, ["bingo.negatives = bank: with distill.keys = momentum no key is stored"]),
+        ("distill", {"distill.lr": 1e6}, ["distill: bingo: the loss is nan at step"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_a_mistake_in_the_parameters(workspace, stage, changes, wanted):
+    workspace.edit(changes)
+    refused(workspace, stage, *wanted)
+
+
+def test_an_approximate_search_tells_its_recall(workspace):
+    workspace.edit({"bagging.search": "ivf", "bagging.lists": 50, "bagging.probes": 1})
+    done = workspace.run("bag")
+    recall = json.loads((workspace.root / "reports/bags.json").read_text())["recall"]
+    assert 0 < recall < 0.95
+    assert done.out.startswith("bag: knn bags of 400 images by 1 of 50 lists: ")
+    assert f"recall {recall:g}" in done.out
+    assert re.fullmatch(r"bag: wrote data/bags\.zarr, reports/bags\.json in [\d.]+ s", done.out.splitlines()[-1])
+    warning = f"warning: bag: recall {recall:g}: the search misses many of the nearest images; raise bagging.probes\n"
+    assert (done.status, done.err) == (0, warning)
+
+
+def test_bags_that_are_all_empty_end_bag_and_distill(workspace):
+    workspace.edit({"bagging.search": "ivf", "bagging.lists": 400, "bagging.probes": 1})
+    refused(workspace, "bag", "all 400 bags are empty: no other image was found for an anchor; raise bagging.probes (1)")
+    listing = read_listing(workspace.root / "data/listing.parquet")
+    embeddings = read_embeddings(workspace.root / "data/embeddings.zarr", listing)
+    nothing = Bags({"method": "knn", "k": 1}, np.full((400, 1), -1, np.int32), np.full((400, 1), -np.inf, np.float16))
+    remove(workspace, "data/bags.zarr")
+    write_bags(workspace.root / "data/bags.zarr", nothing, listing.fingerprint, embeddings.fingerprint)
+    workspace.edit({"distill.method": "bingo"})
+    refused(workspace, "distill", "all 400 bags are empty")
+    workspace.edit({"distill.method": "seed"})
+    workspace.done("distill")
+
+
+@pytest.mark.parametrize(
+    ("stage", "variables", "wanted"),
+    [
+        ("teacher", {"BINGO_DEVICE": "nonsense"}, "BINGO_DEVICE = nonsense: allowed are auto, cpu, cuda"),
+        ("teacher", {"BINGO_PROCESSES": "zero"}, "BINGO_PROCESSES = zero: allowed is a whole number from 1"),
+        ("extract", {"BINGO_PROCESSES": "0"}, "BINGO_PROCESSES = 0: allowed is a whole number from 1"),
+        ("distill", {"BINGO_CHECKPOINT_SECONDS": "soon"}, "BINGO_CHECKPOINT_SECONDS = soon: allowed is a number of seconds from 0"),
+        ("distill", {"BINGO_CHECKPOINT_SECONDS": "-1"}, "BINGO_CHECKPOINT_SECONDS = -1: allowed is a number of seconds from 0"),
+    ],
+)
+def test_a_mistake_in_the_environment(workspace, stage, variables, wanted):
+    refused(workspace, stage, wanted, **variables)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("stage", ["teacher", "extract", "distill", "linear_eval"])
+def test_cuda_where_there_is_none(workspace, stage):
+    refused(workspace, stage, "BINGO_DEVICE = cuda: torch sees no GPU here", BINGO_DEVICE="cuda")
+
+
+def test_a_stage_outside_of_a_workspace(tmp_path, stages):
+    for name in ("bingo", "stages"):
+        (tmp_path / name).symlink_to(Path(__file__).parents[2] / name)
+    done = Workspace(tmp_path, stages).run("scan")
+    assert (done.status, done.out) == (2, "")
+    assert done.err == "error: params.yaml: cannot be read (No such file or directory); run from the folder that holds params.yaml\n"
+
+
+def test_a_student_that_collapses_is_told(workspace):
+    figures = json.loads((workspace.root / "reports/distill.json").read_text())
+    assert figures["feature_std"] > 0.1
+    assert figures["effective_rank"] > 3
+    workspace.edit({"distill.weight_decay": 5.0, "distill.sgd_momentum": 0.0, "distill.epochs": 4})  # weights shrink to nothing
+    done = workspace.run("distill")
+    assert done.status == 0, done
+    (line,) = done.err.splitlines()
+    assert line.startswith("warning: distill: the network has collapsed, its features hardly differ (feature_std ")
+    assert json.loads((workspace.root / "reports/distill.json").read_text())["feature_std"] < 0.01
+
+
+# Images.
+
+
+def digit_folder(root: Path, names: list[str], classes: int, side_px: tuple[int, int] = (20, 24)) -> None:
+    """PNGs of noise in a colour of their own, under the folders `names`, each with `classes` classes (0: none)."""
+    numbers = np.random.default_rng(0)
+    for name in names:
+        for i in range(60):
+            folder = root / name / (f"class{i % classes}" if classes else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = numbers.integers(0, 255, (*side_px, 3)) * numbers.random(3)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
+
+
+@pytest.fixture
+def own_images(tmp_path, stages) -> Workspace:
+    """A workspace for images in `images/`, with batches small enough for few of them."""
+    small = {"teacher.pretrain.batch_anchors": 16, "distill.batch_anchors": 16, "extract.batch_images": 32, "extract.chunk_rows": 32}
+    own = {"dataset.source": "folder", "dataset.root": "images", "dataset.store_px": 16, "report.gallery_anchors": 2}
+    return new_workspace(tmp_path / "bingo", stages, {**own, **small})
+
+
+def test_a_missing_or_empty_folder(own_images):
+    refused(own_images, "scan", "dataset.root = images: there is no such folder")
+    (own_images.root / "images/train").mkdir(parents=True)
+    refused(own_images, "scan", "dataset.root = images: train/ holds no images; recognised are .jpg")
+
+
+def test_class_folders_without_images_are_all_named(own_images):
+    digit_folder(own_images.root / "images", ["train"], 3)
+    for name in ("empty", "void"):
+        (own_images.root / "images/train" / name).mkdir()
+    wanted = "dataset.root = images: train/ has the class folder {} without images; fill it, or delete it"
+    refused(own_images, "scan", wanted.format("empty"), wanted.format("void"))
+
+
+def test_unreadable_images_are_named_or_counted(own_images):
+    images = own_images.root / "images"
+    digit_folder(images, ["train", "val"], 3)
+    (images / "train/class0/00.png").write_bytes(b"")
+    jpeg = io.BytesIO()
+    Image.open(images / "train/class0/03.png").save(jpeg, "JPEG")
+    (images / "val/class1/zz.jpg").write_bytes(jpeg.getvalue()[:-100])
+    refused(
+        own_images,
+        "scan",
+        "train/class0/00.png (row 0) cannot be read: no image format is recognised in it",
+        "val/class1/zz.jpg (row 100) cannot be read: ",
+        "2 of 121 images are unreadable; mend or delete them, or set dataset.on_bad_image: skip",
+    )
+    own_images.edit({"dataset.on_bad_image": "skip"})
+    assert "59 train and 60 test images, 3 classes, 2 skipped" in own_images.done("scan").out
+
+
+def test_a_small_dataset_leaves_out_the_k_that_it_is_too_small_for(own_images):
+    digit_folder(own_images.root / "images", ["train", "val"], 3, (8, 9))  # smaller than image.crop_px
+    for stage in STAGES:
+        out = own_images.done(stage).out
+        if stage == "knn_eval":
+            assert "knn_eval: there are only 60 train images, so knn_eval.k 200 is left out" in out
+    scores = {path.stem: json.loads(path.read_text()) for path in (own_images.root / "reports/knn").iterdir()}
+    assert set(scores) == {"student", "moco", "untrained", "teacher", "pixels"}
+    assert list(scores["student"]) == ["knn_1", "knn_10", "knn_10_weighted", "knn_1_weighted", "knn_20", "knn_20_weighted"]
+
+
+def test_images_without_labels_go_through_to_a_report(own_images):
+    digit_folder(own_images.root / "images", [""], 0)
+    for stage in STAGES:
+        out = own_images.done(stage).out
+        assert ("has no labelled test images, so there is nothing to measure" in out) == stage.endswith("_eval")
+    for report in ("knn/student", "linear/moco"):
+        assert json.loads((own_images.root / f"reports/{report}.json").read_text()) == {}
+    assert (own_images.root / "reports/index.html").stat().st_size > 10_000
+    own_images.edit({"bagging.method": "label"})
+    refused(own_images, "bag", "bagging.method = label: 60 of 60 train rows have no label")
+
+
+def test_files_that_are_decoded_at_use(own_images):
+    images = own_images.root / "images"
+    digit_folder(images, ["train", "val"], 3)
+    own_images.edit({"dataset.store_px": None})
+    own_images.done("scan")
+    for evaluation, report in (("linear_eval", "linear"), ("knn_eval", "knn")):
+        assert "pixels: the images are not held in memory" in own_images.done(f"{evaluation} pixels").out
+        assert json.loads((own_images.root / f"reports/{report}/pixels.json").read_text()) == {}
+    training = own_images.start("teacher", BINGO_CHECKPOINT_SECONDS="0")
+    until(lambda: saved_step(own_images, "teacher") >= 1, training.ended)
+    training.kill()
+    until(lambda: not training.session())  # the workers end as well
+    assert GOES_ON in own_images.done("teacher").out
+    (images / "val/class1/01.png").unlink()
+    refused(own_images, "extract", "val/class1/01.png (row 80) can no longer be read (No such file or directory); restore it")
+
+
+# Artefacts that are missing, damaged, or another's.
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing", "wanted"),
+    [
+        ("teacher", "data/listing.parquet", "data/listing.parquet: cannot be read (No such file or directory)"),
+        ("teacher", "data/images.zarr", "data/images.zarr: there is no such store"),
+        ("extract", "models/teacher.safetensors", "models/teacher.safetensors: cannot be read (No such file or directory)"),
+        ("bag", "data/embeddings.zarr", "data/embeddings.zarr: there is no such store, or it is not whole; run: dvc repro extract"),
+        ("distill", "data/bags.zarr", "data/bags.zarr: there is no such store, or it is not whole; run: dvc repro bag"),
+        ("knn_eval", "models/student.safetensors", "models/student.safetensors: cannot be read (there is no such file)"),
+        ("linear_eval", "models/baselines/moco.safetensors", "models/baselines/moco.safetensors: cannot be read"),
+        ("distill", "dvc.yaml", "dvc.yaml: cannot be read (No such file or directory)"),
+    ],
+)
+def test_an_input_that_is_missing(workspace, stage, missing, wanted):
+    remove(workspace, missing)
+    refused(workspace, stage, wanted)
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "wanted"),
+    [
+        ("bag", "data/embeddings.zarr/features/c/3/0", "data/embeddings.zarr: array features has a damaged chunk"),
+        ("distill", "data/embeddings.zarr/keys/c/3/0/0", "data/embeddings.zarr: array keys has a damaged chunk"),
+        ("distill", "data/bags.zarr/members/c/0/0", "data/bags.zarr: array members has a damaged chunk"),
+        ("teacher", "data/images.zarr/images/c/0/0/0/0", "data/images.zarr: chunk 0 is missing or cut off"),
+        ("bag", "data/embeddings.zarr/zarr.json", "data/embeddings.zarr: its metadata are damaged"),
+        ("distill", "data/listing.parquet", "data/listing.parquet: is damaged"),
+        ("extract", "models/teacher.safetensors", "models/teacher.safetensors: is damaged, or BINGO did not write it"),
+        ("knn_eval", "models/student.safetensors", "models/student.safetensors: is damaged, or BINGO did not write it"),
+    ],
+)
+def test_an_input_that_is_cut_off(workspace, stage, file, wanted):
+    path = workspace.root / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refused(workspace, stage, wanted)
+
+
+@pytest.mark.parametrize("stage", ["bag", "distill", "linear_eval", "knn_eval"])
+def test_embeddings_of_another_listing(workspace, stage):
+    workspace.edit({"dataset.train_images": 390})
+    workspace.done("scan")
+    refused(workspace, stage, "data/embeddings.zarr: was made from listing ")
+
+
+def test_bags_of_another_listing(workspace):
+    workspace.edit({"dataset.train_images": 390})
+    for stage in ("scan", "extract"):
+        workspace.done(stage)
+    refused(workspace, "distill", "data/bags.zarr: was made from listing ")
+    refused(workspace, "report", "data/bags.zarr: was made from listing ")
+
+
+def test_images_of_another_listing(workspace, reference):
+    workspace.edit({"dataset.train_images": 390})
+    workspace.done("scan")
+    shutil.rmtree(workspace.root / "data/images.zarr")
+    shutil.copytree(reference.root / "data/images.zarr", workspace.root / "data/images.zarr")
+    refused(workspace, "teacher", "data/images.zarr: was made from listing ")
+
+
+def test_bags_of_other_embeddings(workspace):
+    workspace.edit({"extract.views": 2})
+    workspace.done("extract")
+    refused(workspace, "distill", "data/bags.zarr: was made from embeddings ")
+
+
+@pytest.mark.parametrize("stage", ["linear_eval", "knn_eval"])
+def test_a_student_of_another_architecture(workspace, stage):
+    workspace.edit({"student.width": 0.25, "student.stem": "imagenet"})
+    wanted = "student.width = 0.25, this network has 0.125, student.stem = imagenet, this network has small; run the stage"
+    refused(workspace, stage, f"models/student.safetensors: {wanted}")
+
+
+# Teachers from a file.
+
+
+class Code:
+    """What pickle runs when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def moco_state() -> dict[str, torch.Tensor]:
+    """A MoCo-v1 checkpoint's names for a network that is no ResNet."""
+    return {"module.encoder_q.conv.weight": torch.zeros(4, 3, 3, 3), "module.encoder_q.fc.weight": torch.zeros(8, 4)}
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (None, "cannot be read (No such file or directory); set teacher.checkpoint"),
+        (b"not a checkpoint", "is no checkpoint of torch.save"),
+        (
+            {"model": {"conv.weight": torch.zeros(1)}},
+            "is no checkpoint of format moco: expected a state_dict with module.encoder_q.*, found a dict of 1: conv.weight",
+        ),
+        ({"state_dict": moco_state()}, "its backbone does not fit resnet10t: missing conv1.weight"),
+        ({"state_dict": moco_state(), "code": Code()}, "holds pickled code (posix.system), which is never run"),
+    ],
+    ids=["absent", "no checkpoint", "another format", "unmatched keys", "pickled code"],
+)
+def test_a_checkpoint_that_is_no_teacher(workspace, content, wanted):
+    workspace.edit({"teacher.source": "checkpoint", "teacher.checkpoint": "source.pth"})
+    if isinstance(content, bytes):
+        (workspace.root / "source.pth").write_bytes(content)
+    elif content is not None:
+        torch.save(content, workspace.root / "source.pth")
+    refused(workspace, "teacher", f"source.pth: {wanted}")
+    assert not (workspace.root / "pwned").exists()
+
+
+# What the machine refuses.
+
+
+@pytest.mark.parametrize(("number", "wanted"), [(errno.ENOSPC, "free some room"), (errno.EACCES, "mend the rights")])
+def test_a_full_or_locked_disk_is_one_line(capsys, number, wanted):
+    with pytest.raises(SystemExit) as left, mistakes_as_lines():
+        raise OSError(number, os.strerror(number), "data/x")
+    assert left.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed == f"error: data/x: {os.strerror(number)}; {wanted}, and start again: what is done is not lost\n"
+
+
+def test_an_error_of_the_programs_own_is_not_hidden():
+    with pytest.raises(FileExistsError), mistakes_as_lines():
+        raise FileExistsError(errno.EEXIST, "exists", "data/x")
+
+
+def test_several_mistakes_are_several_lines(capsys):
+    with pytest.raises(SystemExit), mistakes_as_lines():
+        raise UserError(["a: wrong", "b: wrong"])
+    assert capsys.readouterr().err == "error: a: wrong\nerror: b: wrong\n"
+
+
+def test_a_mistake_with_a_line_break_in_a_name_is_one_line(capsys):
+    with pytest.raises(SystemExit), mistakes_as_lines():
+        raise UserError("FOLDER = a\nb\x1b[2J: an ä stays")
+    assert capsys.readouterr().err == "error: FOLDER = a\\nb\\x1b[2J: an ä stays\n"

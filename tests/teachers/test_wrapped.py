@@ -1,0 +1,272 @@
+"""Checkpoints under whatever wrappers: read where the network is certain, and refused with a way out that helps where it is not."""
+
+import gzip
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from published import lively
+from torch import Tensor, nn
+from torchvision import models as vision
+
+from bingo.nets.backbones import Backbone, build_backbone
+from bingo.params import NetworkParams, load_params
+from bingo.runtime.errors import UserError
+from bingo.teachers.foreign import read_checkpoint, shared_prefix
+from bingo.teachers.sources import make_teacher
+
+PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
+IMAGENET = {"crop_px": 32, "resize_px": 32, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+IMAGE = PARAMS.image.model_copy(update=IMAGENET)
+NARROW = {"arch": "resnet18", "width": 0.125, "stem": "imagenet"}
+
+
+@cache
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    """The weights of an eighth of ResNet-18, lively, so that two seeds differ in every tensor."""
+    torch.manual_seed(seed)
+    return dict(lively(build_backbone("resnet18", 0.125, "imagenet", seed)).state_dict())
+
+
+def under(prefix: str, seed: int = 0) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in weights(seed).items()}
+
+
+def params_of(path: Path, **changes):
+    return PARAMS.teacher.model_copy(update={**NARROW, "source": "timm", "checkpoint": str(path), **changes})
+
+
+def made(content, tmp_path, **changes) -> tuple[Backbone, dict]:
+    torch.save(content, tmp_path / "net.pt")
+    backbone, _, metadata = make_teacher(params_of(tmp_path / "net.pt", **changes), IMAGE, 0)
+    return backbone, metadata
+
+
+def has_weights(backbone: nn.Module, expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, expected[name]) for name, tensor in backbone.state_dict().items())
+
+
+JUNK = {"projector.0.weight": torch.zeros(3, 3), "prototypes.weight": torch.zeros(2)}
+WRAPPED = {
+    "compiled": under("_orig_mod."),
+    "compiled within DDP": under("module._orig_mod."),
+    "sharded, part by part": {f"_fsdp_wrapped_module.{name.replace('.conv1', '.conv1._orig_mod')}": t for name, t in weights().items()},
+    "vissl": {"classy_state_dict": {"base_model": {"model": {"trunk": under("_feature_blocks.")}}}},
+    "lightning": {"state_dict": under("model.net."), "hyper_parameters": {"lr": 0.1}, "epoch": 3},
+    "nested five times": {"model_state_dict": under("module.student.encoder.backbone.body.")},
+    "beside a head": {"state_dict": under("backbone.") | JUNK, "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(2)}}}},
+    "an entry of any name": {"my_net": weights(), "loss": 0.3},
+    "in another's shadow": {"model": under("module."), "ema": under("module.", 1)},
+    "a teacher and its student": {"student": under("backbone.", 1), "teacher": under("backbone.")},
+    "an online network and its average": {"state_dict": under("online_encoder.") | under("target_encoder.", 1)},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers_and_prefixes_are_taken_off(tmp_path, capsys, name):
+    backbone, metadata = made(WRAPPED[name], tmp_path)
+    assert has_weights(backbone, weights())
+    if name == "beside a head":
+        assert metadata["left_out"] == ["projector", "prototypes"]
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == (0 if name in ("compiled", "sharded, part by part") else 1)
+    if name == "in another's shadow":
+        assert "ema" in said
+
+
+def test_two_networks_of_which_neither_is_known_are_refused_and_one_alone_is_read(tmp_path):
+    content = {"a": weights(), "b": weights(1)}
+    with pytest.raises(UserError) as caught:
+        made(content, tmp_path)
+    assert re.findall(r"its entry (\w+)", str(caught.value)) == ["a", "b"]
+    assert has_weights(made(content["b"], tmp_path)[0], weights(1))
+
+
+def moco(rename) -> dict[str, Tensor]:
+    net = build_backbone("resnet18", 0.125, "imagenet", 0)
+    net.load_state_dict(weights())
+    net.fc = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+    state = {f"module.encoder_{which}.{name}": tensor for which in "qk" for name, tensor in net.state_dict().items()}
+    return {rename(name): tensor for name, tensor in (state | {"module.queue": torch.zeros(16, 8)}).items()}
+
+
+@pytest.mark.parametrize(
+    ("rename", "wrap"),
+    [
+        (lambda name: name.replace("module.", "module._orig_mod."), lambda state: {"state_dict": state}),
+        (lambda name: name.removeprefix("module."), lambda state: {"state_dict": state}),
+        (lambda name: name, lambda state: state),
+        (lambda name: name, lambda state: {"model_state_dict": state}),
+        (lambda name: f"model.{name}", lambda state: {"checkpoint": {"network": state}}),
+    ],
+)
+def test_a_published_format_is_read_under_other_wrappers_too(tmp_path, rename, wrap):
+    torch.save(wrap(moco(rename)), tmp_path / "net.pt")
+    params = params_of(tmp_path / "net.pt", source="checkpoint", format="moco")
+    backbone, head, _ = make_teacher(params, IMAGE, 0)
+    assert has_weights(backbone, weights())
+    assert head is not None
+
+
+def test_a_backbone_beside_the_heads_of_dinos_later_code(tmp_path, capsys):
+    """As facebookresearch/dinov2 writes teacher_checkpoint.pth."""
+    arch = "vit_small_patch14_dinov2"
+    net = timm.create_model(arch, num_classes=0)
+    state = {f"backbone.{name}": tensor for name, tensor in net.state_dict().items()}
+    heads = {"dino_head.mlp.0.weight": torch.zeros(2, 2), "ibot_head.mlp.0.weight": torch.zeros(2, 2)}
+    torch.save({"teacher": state | {"backbone.mask_token": torch.zeros(1, 384)} | heads}, tmp_path / "net.pt")
+    params = params_of(tmp_path / "net.pt", source="checkpoint", format="dinov2", arch=arch, width=1.0)
+    backbone, _, metadata = make_teacher(params, IMAGE.model_copy(update={"crop_px": 28}), 0)
+    assert has_weights(backbone, net.state_dict())
+    assert metadata["left_out"] == ["dino_head", "ibot_head", "mask_token"]
+    assert "backbone" in capsys.readouterr().err
+
+
+def settings_in(line: str) -> dict[str, object]:
+    """What a message says to set: `teacher.KEY: VALUE` behind its last semicolon, of several values the first."""
+    found = re.findall(r"teacher\.(\w+): ([\w./-]+)", line.rpartition("; ")[2])
+    return {key: float(value) if key == "width" else value for key, value in found}
+
+
+def wide(arch: str, width: float, stem: str) -> dict[str, Tensor]:
+    return build_backbone(arch, width, stem, 0).state_dict()
+
+
+MISFITS = {
+    "deeper, wider, other stem": lambda: wide("resnet34", 0.25, "small"),
+    "bottlenecks in a wrapper": lambda: {"state_dict": {f"module.{name}": t for name, t in wide("resnet50", 0.0625, "imagenet").items()}},
+    "a deep stem": lambda: wide("resnet10t", 0.125, "imagenet"),
+    "an efficientnet": lambda: {"model": timm.create_model("efficientnet_b0").state_dict()},
+    "a transformer": lambda: timm.create_model("vit_tiny_patch16_224").state_dict(),
+    "torchvision's": lambda: vision.mobilenet_v3_small().state_dict(),
+    "a published format": lambda: {"state_dict": moco(str)},
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_following_the_way_out_of_a_misfit_loads_the_file(tmp_path, name):
+    torch.save(MISFITS[name](), tmp_path / "net.pt")
+    params = params_of(tmp_path / "net.pt", arch="regnetx_002", width=1.0)
+    with pytest.raises(UserError) as caught:
+        make_teacher(params, IMAGE, 0)
+    settings = settings_in(str(caught.value))
+    assert settings
+    if name == "a published format":
+        settings |= NARROW
+    make_teacher(params.model_copy(update=settings), IMAGE, 0)
+
+
+@pytest.mark.parametrize("asked", ["swav", "dinov2", "simsiam", "seed"])
+def test_following_the_way_out_of_another_format_loads_the_file(tmp_path, asked):
+    torch.save({"model_state_dict": moco(str)} if asked != "seed" else weights(), tmp_path / "net.pt")
+    params = params_of(tmp_path / "net.pt", source="checkpoint", format=asked)
+    with pytest.raises(UserError) as caught:
+        make_teacher(params, IMAGE, 0)
+    make_teacher(params.model_copy(update=settings_in(str(caught.value).replace(", or teacher.format", "; "))
+                                   or settings_in(str(caught.value).partition(", or")[0])), IMAGE, 0)  # fmt: skip
+
+
+def test_safetensors_and_checkpoints_are_told_apart_by_what_they_hold(tmp_path):
+    safetensors.torch.save_file(weights(), tmp_path / "model.pth")
+    torch.save(weights(), tmp_path / "pytorch_model.bin")
+    for path in (tmp_path / "model.pth", tmp_path / "pytorch_model.bin"):
+        assert has_weights(make_teacher(params_of(path), IMAGE, 0)[0], weights())
+
+
+def test_a_folder_and_a_slip_of_the_pen_are_answered_with_the_file(tmp_path):
+    torch.save(weights(), tmp_path / "checkpoint_0200.pth")
+    for wrong in (tmp_path, tmp_path / "checkpoint_200.pth"):
+        with pytest.raises(UserError) as caught:
+            read_checkpoint(wrong)
+        assert "checkpoint_0200.pth" in str(caught.value)
+    read_checkpoint(tmp_path / "checkpoint_0200.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "helps"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+        (b"\n <!DOCTYPE html><html>Sign in", "the file itself"),
+        (gzip.compress(b"weights"), "unpack it"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(40), "convert its weights"),
+        (b'{"weight_map": {}}', "the file of weights itself"),
+        (b"", "download it again"),
+    ],
+)
+def test_what_is_no_checkpoint_is_answered_by_what_it_is(tmp_path, content, helps):
+    (tmp_path / "net.pt").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(tmp_path / "net.pt")
+    assert helps in str(caught.value)
+    assert len(caught.value.lines) == 1
+
+
+def test_a_program_of_torchscript_is_answered_with_how_to_get_at_its_weights(tmp_path):
+    net = build_backbone("resnet18", 0.125, "imagenet", 0).eval()
+    with pytest.warns(FutureWarning, match="deprecated"):
+        torch.jit.trace(net, torch.zeros(1, 3, 32, 32)).save(str(tmp_path / "net.pt"))
+    with pytest.raises(UserError, match=r"torch\.jit\.load"):
+        read_checkpoint(tmp_path / "net.pt")
+    with pytest.warns(FutureWarning, match="deprecated"):
+        torch.save(torch.jit.load(str(tmp_path / "net.pt")).state_dict(), tmp_path / "state.pt")  # what it says
+    make_teacher(params_of(tmp_path / "state.pt"), IMAGE, 0)
+
+
+def test_the_prefix_that_all_names_share():
+    assert shared_prefix({"a.b.x": torch.zeros(1), "a.b.c.y": torch.zeros(1)}) == "a.b."
+    assert shared_prefix({"a.x": torch.zeros(1), "b.x": torch.zeros(1)}) == ""
+    assert shared_prefix({"x": torch.zeros(1)}) == ""
+
+
+# Tags of timm.
+
+
+def arch_error(arch: str) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        NetworkParams(arch=arch, width=1.0, stem="imagenet")
+    return str(caught.value)
+
+
+def test_every_tag_of_timm_is_taken():
+    for name in timm.list_pretrained():
+        NetworkParams(arch=name, width=1.0, stem="imagenet")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("timm/vit_small_patch16_224.dino", "vit_small_patch16_224.dino"),
+        ("hf-hub:timm/resnet50.a1_in1k", "resnet50.a1_in1k"),
+        ("torchvision/resnet50.IMAGENET1K_V2", "torchvision/resnet50"),
+    ],
+)
+def test_a_name_that_another_tool_has_is_answered_with_ours(wrong, right):
+    message = arch_error(wrong)
+    assert f"set arch: {right}" in message
+    NetworkParams(arch=right, width=1.0, stem="imagenet")
+
+
+def test_a_tag_that_timm_has_not_is_answered_with_those_of_the_same_network():
+    message = arch_error("vit_small_patch16_224.mocov3")
+    listed = re.findall(r"\w+", message.partition("it has ")[2])
+    assert {f"vit_small_patch16_224.{tag}" for tag in listed} >= set(timm.list_pretrained("vit_small_patch16_224.*"))
+    arch_error("resnet50.")
+
+
+def test_the_tag_chooses_the_weights(monkeypatch):
+    asked = []
+    create = timm.create_model
+
+    def recorded(name, *args, pretrained=False, **kwargs):
+        asked.append((name, pretrained))
+        return create(name, *args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", recorded)
+    params = params_of(Path("x"), arch="vit_small_patch16_224.dino", width=1.0, checkpoint=None)
+    _, _, metadata = make_teacher(params, IMAGE, 0)
+    assert ("vit_small_patch16_224.dino", True) in asked
+    assert metadata["weights"] == "vit_small_patch16_224.dino"

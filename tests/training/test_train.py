@@ -1,0 +1,279 @@
+"""The training loop: resumed equals uninterrupted, two processes equal one, bf16 is really on, a loss that is not finite stops."""
+
+import itertools
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bingo.bags.builders import build_knn
+from bingo.images.images import MemoryImages
+from bingo.images.loader import ViewLoader
+from bingo.methods.contract import Context, build_method
+from bingo.nets.backbones import build_backbone
+from bingo.params import load_params, method_names, method_section
+from bingo.runtime.checkpoints import Checkpoints
+from bingo.runtime.errors import Interrupted, UserError
+from bingo.training.batches import Batches, Stored
+from bingo.training.loop import Trainer
+
+CPU = torch.device("cpu")
+PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
+IMAGE = PARAMS.image.model_copy(update={"crop_px": 12, "resize_px": 12})
+ROWS, SIDE_PX, FEATURES = 64, 12, 8
+SHRUNK = {  # beside what every method is given: a head 8 wide, a queue that wraps
+    "bingo": {"inter_warmup_epochs": 1},
+    "moco": {"key_width": 16},
+    "compress": {"target": "features"},
+    "coss": {"companions": 2, "teacher_temperature": 1.0, "student_temperature": 1.0},  # a loss as large as the others
+    "isd": {"weak_keys": True, "projection_width": 6},
+}
+
+
+class NoBatchNorm(nn.Module):
+    """A network whose output for an image does not depend on the other images of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, FEATURES, 3, stride=2)
+        self.feature_width = FEATURES
+
+    def forward(self, images):
+        return torch.relu(self.conv(images)).mean(dim=(2, 3))
+
+
+def rng_images() -> MemoryImages:
+    return MemoryImages(np.random.default_rng(0).integers(0, 256, (ROWS, SIDE_PX, SIDE_PX, 3), dtype=np.uint8))
+
+
+DRAWING = {"drop_rate": 0.3, "drop_path_rate": 0.3}
+
+
+def trainer(folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, network="plain", precision="fp32", lr=0.1, groups=1) -> Trainer:
+    torch.manual_seed(0)
+    options = DRAWING if network == "drawing" else {}
+    student = NoBatchNorm() if network == "plain" else build_backbone("resnet18", 0.125, "small", 0, options)
+    rng = np.random.default_rng(1)
+    keys = rng.standard_normal((ROWS, 3, 16)).astype(np.float32)
+    keys = torch.from_numpy((keys / np.linalg.norm(keys, axis=2, keepdims=True)).astype(np.float16))
+    features = torch.from_numpy(rng.standard_normal((ROWS, 6)).astype(np.float16))
+    bags = build_knn(features.numpy(), 3)
+    shipped = getattr(PARAMS.methods, method_name).model_dump()
+    shrink = {name: width for name, width in (("head_hidden", 8), ("queue_rows", 24)) if name in shipped}
+    section = method_section(method_name).model_validate(shipped | shrink | SHRUNK.get(method_name, {}))
+    context = Context(student, student.feature_width, 0, "stored", precision, CPU, None, keys, features, bags)
+    method = build_method(method_name, section, context)
+    changes = {"epochs": epochs, "batch_anchors": 16, "batchnorm_groups": groups, "lr": lr, "precision": precision}
+    schedule = PARAMS.distill.model_copy(update=changes)
+    loader = ViewLoader(rng_images(), IMAGE, PARAMS.distill.augment, 0, CPU)
+    batches = Batches(method.needs, loader, 0, ROWS, schedule.batch_anchors, bags, Stored(keys, PARAMS.extract.augment, features))
+    return Trainer(method, batches, schedule, CPU, Checkpoints(folder, every_seconds))
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(x == y and torch.equal(v, w) for (x, v), (y, w) in pairs)
+
+
+@pytest.mark.parametrize(
+    ("method_name", "stop_step"),
+    [*itertools.product(["bingo", "moco"], [1, 4, 6]), *((name, 6) for name in method_names() if name not in ("bingo", "moco"))],
+)
+@pytest.mark.parametrize(("network", "groups"), [("batchnorm", 1), ("drawing", 4)])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name, stop_step, network, groups, monkeypatch):
+    whole = trainer(tmp_path / "whole", method_name, network=network, groups=groups)
+    whole_result = whole.run()
+
+    first = trainer(tmp_path / "parts", method_name, network=network, groups=groups)
+    step = first._train_step
+
+    def stop_at(batch, progress):
+        step(batch, progress)
+        first.stopping = first.step + 1 == stop_step
+
+    monkeypatch.setattr(first, "_train_step", stop_at)
+    with pytest.raises(Interrupted, match=f"step {stop_step}"):
+        first.run()
+    torch.rand(5)  # whatever was drawn before
+    second = trainer(tmp_path / "parts", method_name, network=network, groups=groups)
+    torch.rand(3)
+    second_result = second.run()
+    assert second_result.history == whole_result.history
+    assert same_state(second.method, whole.method)
+
+
+def test_what_a_network_draws_follows_seed_step_and_process(tmp_path, monkeypatch):
+    """Dropout of 64 ones, seen in three steps of two seeds and two processes: 12 different masks, and the same ones again."""
+
+    def masks() -> list[tuple]:
+        seen = []
+        for seed, rank in itertools.product((0, 1), (0, 1)):
+            run = trainer(tmp_path)
+            run.batches.seed = seed
+            with monkeypatch.context() as patch:
+                patch.setattr("bingo.runtime.distributed.rank", lambda rank=rank: rank)
+                for run.step in (0, 1, 7):
+                    run._seed_draws()
+                    seen.append(tuple(torch.nn.functional.dropout(torch.ones(64), 0.5).tolist()))
+        return seen
+
+    first = masks()
+    assert len(set(first)) == len(first) == 12
+    assert masks() == first
+
+
+def test_a_network_that_draws_trains_other_weights_than_one_that_does_not(tmp_path):
+    plain, drawing = (trainer(tmp_path / network, network=network) for network in ("batchnorm", "drawing"))
+    assert same_state(plain.method, drawing.method)
+    plain.run(), drawing.run()
+    assert not same_state(plain.method, drawing.method)
+
+
+def test_only_the_last_complete_checkpoint_stays(tmp_path):
+    trainer(tmp_path, every_seconds=0, epochs=2).run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "step-8.rank-0.pt"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    run = trainer(tmp_path)
+    with torch.no_grad():
+        run.method.head[0].weight[0, 0] = float("nan")
+    before = {name: value.clone() for name, value in run.method.state_dict().items()}
+    with pytest.raises(UserError, match="loss is nan at step 0; no step was taken yet"):
+        run.run()
+    assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in run.method.state_dict().items())
+
+
+def test_one_pixel_that_is_no_number_stops_the_training(tmp_path):
+    run = trainer(tmp_path)
+    views = run.batches.loader.views
+
+    def with_nan(plans):
+        for views_of_plan in views(plans):
+            views_of_plan[0][3, 0, 5, 5] = float("nan")
+            yield views_of_plan
+
+    run.batches.loader.views = with_nan
+    with pytest.raises(UserError, match="loss is nan at step 0; no step was taken yet"):
+        run.run()
+    assert all(value.isfinite().all() for value in run.method.state_dict().values())
+
+
+@pytest.mark.parametrize("method_name", ["bingo", "simreg", "coss", "moco"])
+def test_an_exploding_learning_rate_is_told(tmp_path, method_name):
+    with pytest.raises(UserError, match=r"(loss is|weights are) (nan|inf|nan or inf) (at step|after) .*lower lr"):
+        trainer(tmp_path, method_name, lr=1e38).run()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_the_last_step_broke_are_not_handed_on(tmp_path, number):
+    run = trainer(tmp_path, epochs=1)
+    update = run.optimizer.step
+
+    def explode():
+        update()
+        if run.step == run.steps_per_epoch - 1:
+            with torch.no_grad():
+                run.method.student.conv.bias[0] = number
+
+    run.optimizer.step = explode
+    with pytest.raises(UserError, match=r"weights are nan or inf after 4 steps; lower lr \(now 0\.1\)"):
+        run.run()
+
+
+def test_a_batch_larger_than_the_dataset_is_refused(tmp_path):
+    run = trainer(tmp_path)
+    with pytest.raises(UserError, match="there are only 8 train images"):
+        Batches(run.method.needs, run.batches.loader, 0, 8, run.schedule.batch_anchors, run.batches.bags, run.batches.stored)
+
+
+def test_bf16_is_on_inside_the_network_on_the_cpu_and_the_loss_is_float32(tmp_path):
+    run = trainer(tmp_path, network="batchnorm", precision="bf16", epochs=1)
+    seen = set()
+    run.method.student.layer1[0].conv1.register_forward_hook(
+        lambda module, inputs, output: seen.add((output.dtype, output.is_contiguous(memory_format=torch.channels_last)))
+    )
+    losses = []
+    run.method.register_forward_hook(lambda module, inputs, output: losses.append(output["loss"].dtype))
+    run.run()
+    assert seen == {(torch.bfloat16, True)}
+    assert set(losses) == {torch.float32}
+
+
+GROUPED = {"network": "batchnorm", "groups": 4, "epochs": 1, "lr": 1e-4}  # small steps: what rounding differs by does not grow
+
+# SimReg's and ISD's heads have BatchNorm, whose statistics are of a process's own images by design: two processes train other weights.
+EACH_ROW_ALONE = ["bingo", "moco", "seed", "compress", "disco", "coss"]
+
+
+def _two_processes(rank: int, port: int, folder: Path, methods: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    from bingo.runtime import distributed
+
+    with distributed.group(CPU):
+        for name in methods:
+            for case, settings in (("", {}), ("-grouped", GROUPED)):
+                run = trainer(folder / "two" / f"{name}{case}", name, **settings)
+                result = run.run()
+                torch.save({"state": run.method.state_dict(), "history": result.history}, folder / f"{name}{case}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """Every method trained by two processes, one method after the other: to start the processes takes longer than to train."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_two_processes, (port, folder, method_names()), nprocs=2)
+    return folder
+
+
+def saved(folder: Path, method_name: str) -> list[dict]:
+    return [torch.load(folder / f"{method_name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("method_name", EACH_ROW_ALONE)
+def test_two_processes_train_what_one_trains_on_the_joined_batch(tmp_path, two_processes, method_name):
+    one = trainer(tmp_path, method_name)
+    history = one.run().history
+    for two in saved(two_processes, method_name):
+        for epoch, other in zip(history, two["history"], strict=True):
+            assert other["loss"] == pytest.approx(epoch["loss"], abs=2e-5)
+        for name, value in one.method.state_dict().items():
+            assert torch.allclose(two["state"][name].double(), value.double(), atol=2e-5), name
+
+
+@pytest.mark.parametrize("method_name", sorted(set(method_names()) - set(EACH_ROW_ALONE)))
+def test_two_processes_with_batchnorm_heads_stay_one_network(tmp_path, two_processes, method_name):
+    """They differ in their BatchNorm's running statistics alone, and a queue holds the images that it holds on one process."""
+    one = trainer(tmp_path, method_name)
+    one.run()
+    first, second = saved(two_processes, method_name)
+    assert first["history"] == second["history"]
+    assert all(np.isfinite(epoch["loss"]) for epoch in first["history"])
+    different = {name for name, value in first["state"].items() if not torch.equal(value, second["state"][name])}
+    assert different
+    assert all(name.endswith(("running_mean", "running_var")) for name in different)
+    for name, value in one.method.state_dict().items():
+        if name.endswith(("rows_Q", "pointer", "num_batches_tracked")):
+            assert torch.equal(first["state"][name], value), name
+
+
+@pytest.mark.parametrize("method_name", method_names())
+def test_two_processes_share_the_groups_that_one_process_has(tmp_path, two_processes, method_name):
+    """With BatchNorm in the student, and in some heads: losses and weights are one process's, running statistics in the mean."""
+    one = trainer(tmp_path / "one", method_name, **GROUPED)
+    history = one.run().history
+    whole = trainer(tmp_path / "whole", method_name, **GROUPED | {"groups": 1}).run().history
+    assert whole[0]["loss"] != pytest.approx(history[0]["loss"], rel=2e-4)
+    first, second = saved(two_processes, f"{method_name}-grouped")
+    assert first["history"][0]["loss"] == pytest.approx(history[0]["loss"], rel=5e-5)
+    for name, value in one.method.state_dict().items():
+        mean = (first["state"][name].double() + second["state"][name].double()) / 2
+        assert torch.allclose(mean, value.double(), rtol=1e-3, atol=1e-4), name
