@@ -31,7 +31,8 @@ class Networks:
         from bingo.images.images import open_images
 
         self.run, self.listing = run, listing
-        self.backbones = backbones(run, [name for name in names if name not in STORED])
+        run_ones = [name for name in names if name not in STORED]
+        self.backbones = backbones(run, run_ones) if run_ones else {}  # stored features need no timm
         self._teacher = read_embeddings(paths.EMBEDDINGS, listing) if "teacher" in names else None
         self.images = open_images(listing, paths.IMAGES, run.params.dataset) if set(names) - {"teacher"} else None
 

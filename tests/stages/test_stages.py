@@ -247,6 +247,12 @@ def test_an_evaluation_is_out_of_date_where_its_own_network_or_parameters_change
     assert set(json.loads(dvc("status", "--json"))) == {"distill", "linear_eval@student", "knn_eval@student", "report"}
 
 
+@pytest.mark.parametrize("net", ["teacher", "pixels"])
+def test_neighbours_among_stored_features_need_no_torch(workspace, net):
+    code = "import sys, stages.knn_eval as k; k.app(sys.argv[1:], standalone_mode=False); assert not {'torch', 'timm'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code, net], cwd=workspace.root, env=environment(), check=True)
+
+
 # Parameters.
 
 
