@@ -11,11 +11,12 @@ import pytest
 import torch
 from workspace import ROOT, SHORT, new_workspace
 
+from bingo import limits
 from bingo.limits import check_batches, check_limits
 from bingo.methods.contract import Progress
 from bingo.nets.backbones import build_backbone, check_images, is_transformer
 from bingo.params import read_yaml, validate
-from bingo.planning import limits
+from bingo.planning import network_limits
 from bingo.planning.dry_run import dry_student, dry_teacher
 from bingo.runtime.errors import UserError
 
@@ -173,8 +174,6 @@ def test_sizes_of_bags_are_held_against_the_images(changes, most):
 
 def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path, monkeypatch):
     memory, tried = tmp_path / "limits.json", []
-    from bingo.planning import network_limits
-
     real = network_limits.network_mistakes
     monkeypatch.setattr(network_limits, "network_mistakes", lambda *given: tried.append(given) or real(*given))
     assert answer({}, memory=memory) == answer({}, memory=memory) == []
