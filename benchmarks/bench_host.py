@@ -140,7 +140,7 @@ def trainings(recipe: str, rows: int, folder: Path) -> list[Training]:
     lay_over(document, read_recipe(ROOT / "recipes", recipe).overlay)
     params = validate(document, recipe)
     pretrain, distill = params.teacher.pretrain, params.distill
-    section = getattr(params.methods, distill.method)
+    section = params.methods.section(distill.method)
     return [
         Training("teacher", "moco", pretrain.moco, pretrain, params.teacher.arch, 10, rows, params, folder),
         Training("student", distill.method, section, distill, params.student.arch, 5, rows, params, folder),

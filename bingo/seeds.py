@@ -7,6 +7,7 @@ drawn again. Shape letters: B rows of a batch, J draws for one row, N rows of th
 import hashlib
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK_ROWS = 2**15  # they stay in the cache
@@ -30,7 +31,7 @@ def _key(seed: int, purpose: str, epoch: int) -> np.uint64:
     return np.uint64(int.from_bytes(digest[:8], "little"))
 
 
-def _hashes(seed: int, purpose: str, epoch: int, rows_B, views_B, draws: int) -> np.ndarray:
+def _hashes(seed: int, purpose: str, epoch: int, rows_B: ArrayLike, views_B: ArrayLike, draws: int) -> np.ndarray:
     rows_B = np.asarray(rows_B).astype(np.uint64)
     views_B = np.asarray(views_B).astype(np.uint64)  # or one for all
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
@@ -39,7 +40,7 @@ def _hashes(seed: int, purpose: str, epoch: int, rows_B, views_B, draws: int) ->
         return _mix(x_B[:, None] + steps_J[None, :])
 
 
-def uniforms(seed: int, purpose: str, epoch: int, rows_B, views_B=0, draws: int = 1) -> np.ndarray:
+def uniforms(seed: int, purpose: str, epoch: int, rows_B: ArrayLike, views_B: ArrayLike = 0, draws: int = 1) -> np.ndarray:
     """Uniform numbers in [0, 1), float64 (B, draws): row b belongs to `rows_B[b]` and view `views_B[b]` (or one view for all)."""
     return (_hashes(seed, purpose, epoch, rows_B, views_B, draws) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -64,7 +64,7 @@ def _student_features(run: Run, listing: "Listing") -> "np.ndarray":
     student, _ = load_student(paths.MODELS / f"{params.bagging.relation}.safetensors")
     images = open_images(listing, paths.IMAGES, params.dataset)
     with process_group(run) as device:
-        student = student.to(device, memory_format=torch.channels_last)
+        student = student.to(device).to(memory_format=torch.channels_last)
         rows_T = np.arange(listing.train_rows)
         return backbone_features(student, images, rows_T, params.image, device, params.extract.precision, params.extract.batch_images)
 

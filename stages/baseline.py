@@ -4,11 +4,17 @@ python -m stages.baseline moco     reads listing, images and params image, stude
                                    the method's own section; writes models/baselines/METHOD.safetensors, curves, metrics
 """
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from bingo.pipeline import paths
 from bingo.pipeline.launch import launch
 from bingo.pipeline.run import check_item, item_name, process_group, run_command, stage_run
+
+if TYPE_CHECKING:
+    from bingo.methods.contract import Method
+    from bingo.training.loop import Result
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,7 +33,7 @@ def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -
 
         params, listing = run.params, read_listing(paths.LISTING)
 
-        def finish(trained, result) -> None:
+        def finish(trained: "Method", result: "Result") -> None:
             made_from = {"method": method, "listing": listing.fingerprint, "epochs": params.distill.epochs}
             files = paths.BASELINES / f"{method}.safetensors", paths.BASELINES / f"{method}_head.safetensors"
             save_student(*files, trained.student, trained.head, params.student, params.image, made_from)
@@ -35,7 +41,7 @@ def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -
             write_json(paths.REPORTS / "baselines" / f"{method}.json", last_record(result))
 
         with process_group(run) as device:
-            section = getattr(params.methods, method)
+            section = params.methods.section(method)
             train_method(run, device, method, section, params.student, params.distill, params.distill.augment, listing, finish)
 
 

@@ -5,11 +5,17 @@
 A killed run goes on from its checkpoint when it is started again.
 """
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from bingo.pipeline import paths
 from bingo.pipeline.launch import launch
 from bingo.pipeline.run import run_command, stage_run
+
+if TYPE_CHECKING:
+    from bingo.methods.contract import Method
+    from bingo.training.loop import Result
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,9 +40,9 @@ def main() -> None:
         params, listing = run.params, read_listing(paths.LISTING)
         embeddings = read_embeddings(paths.EMBEDDINGS, listing)
         bags = read_bags(paths.BAGS, listing, embeddings.fingerprint)
-        section = getattr(params.methods, params.distill.method)
+        section = params.methods.section(params.distill.method)
 
-        def finish(method, result) -> None:
+        def finish(method: "Method", result: "Result") -> None:
             made_from = {
                 "method": params.distill.method,
                 "listing": listing.fingerprint,
@@ -53,7 +59,7 @@ def main() -> None:
             teacher = None
             if params.distill.keys == "live":
                 teacher = load_teacher(paths.TEACHER).weights_for(resolve_precision(params.distill.precision, device))
-                teacher.to(device, memory_format=torch.channels_last)
+                teacher.to(device).to(memory_format=torch.channels_last)
             train_method(
                 run, device, params.distill.method, section, params.student, params.distill, params.distill.augment, listing, finish,
                 params.distill.keys, embeddings, bags, teacher,

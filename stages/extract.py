@@ -40,7 +40,7 @@ def main() -> None:
             "code": code_fingerprint("extract"),
         }
         with process_group(run) as device, state_folder("extract", values) as folder:
-            teacher = load_teacher(paths.TEACHER).to(device, memory_format=torch.channels_last)
+            teacher = load_teacher(paths.TEACHER).to(device).to(memory_format=torch.channels_last)
             rate = extract_embeddings(
                 teacher, listing, images, params.extract, params.image, params.seed, folder / "store", paths.EMBEDDINGS, device,
                 {"teacher": fingerprint},

@@ -69,9 +69,10 @@ def _crops(run: Run, name: str, networks: "Networks", listing: "Listing", device
     from bingo.evals.linear import linear_on_crops
     from bingo.runtime.checkpoints import Checkpoints
 
+    assert networks.images is not None
     params, evaluation = run.params, run.params.linear_eval
     train_rows, test_rows = np.split(np.arange(len(listing)), [listing.train_rows])
-    backbone = networks.backbones[name].to(device, memory_format=torch.channels_last)
+    backbone = networks.backbones[name].to(device).to(memory_format=torch.channels_last)
     with state_folder(f"linear_eval-{name}", _identity(run, name, listing)) as folder:
         score = linear_on_crops(
             backbone, networks.images, listing.labels_N, train_rows, test_rows, len(listing.classes), evaluation.crops, params.image,

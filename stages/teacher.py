@@ -3,11 +3,17 @@
 python -m stages.teacher     reads params teacher, image, seed; with source pretrain also the images (MoCo-v2, resumable)
 """
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from bingo.pipeline import paths
 from bingo.pipeline.launch import launch
 from bingo.pipeline.run import Run, process_group, run_command, stage_run
+
+if TYPE_CHECKING:
+    from bingo.methods.contract import Method
+    from bingo.training.loop import Result
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -24,6 +30,8 @@ def main() -> None:
 
 
 def _pretrain(run: Run) -> None:
+    from torch import nn
+
     from bingo.images.listing import read_listing
     from bingo.pipeline.training import last_record, train_method, write_curves
     from bingo.runtime.artefacts import write_json
@@ -32,7 +40,8 @@ def _pretrain(run: Run) -> None:
     teacher, listing = run.params.teacher, read_listing(paths.LISTING)
     section = teacher.pretrain.moco
 
-    def finish(method, result) -> None:
+    def finish(method: "Method", result: "Result") -> None:
+        assert isinstance(method.head, nn.Sequential)  # moco's
         made_from = {"source": "pretrain", "pretrained": True, "listing": listing.fingerprint, "epochs": teacher.pretrain.epochs}
         metadata = teacher_metadata(teacher, run.params.image, method.student, method.head, made_from)
         save_teacher(paths.TEACHER, method.student, method.head, metadata)

@@ -92,7 +92,8 @@ def _protocols(run: Run, listing: "Listing", images: "Images") -> "dict[str, Pro
     from bingo.params import BicubicImageParams
     from bingo.pipeline.classifying import Protocol
 
-    transfer, found = run.params.transfer, {}
+    transfer = run.params.transfer
+    found: dict[str, Protocol] = {}
     train_rows, test_rows = np.split(np.arange(len(listing)), [listing.train_rows])
     crops = random_crops(transfer.crop_scale, transfer.flip_p)
     seen = BicubicImageParams(**run.params.image.model_dump()) if transfer.interpolation == "bicubic" else run.params.image

@@ -80,6 +80,7 @@ def _instances(run: Run) -> "tuple[Instances, Instances]":
     from bingo.runtime.errors import UserError
 
     params = run.params.transfer_coco
+    assert params.root is not None  # as a run is named
     root, found = Path(params.root), []
     for split in ("train", "val"):
         key, images = f"transfer_coco.{split}_annotations", root / getattr(params, f"{split}_images")

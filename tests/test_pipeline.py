@@ -1,7 +1,6 @@
 """dvc.yaml says the truth: dependencies are what a stage imports, every stage has a description, layers import downwards only."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,8 +19,8 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 INFRASTRUCTURE = {
     *(f"bingo/pipeline/{name}.py" for name in ("run", "commands", "launch", "paths", "state")),
     *(str(path.relative_to(ROOT)) for path in ROOT.glob("bingo/runtime/*.py")),
-    *(f"bingo/methods/{name}_params.py" for name in method_names()),
-    *("bingo/params.py", "bingo/limits.py", "bingo/training/finite.py"),
+    *(str(path.relative_to(ROOT)) for path in ROOT.glob("bingo/params/*.py")),
+    "bingo/training/finite.py",
 }
 # `bingo report --experiments` compares what runs have left: no part of a run's own report.
 INFRASTRUCTURE |= {
@@ -40,7 +39,7 @@ WATCHED = ("teacher", "extract", "distill", "baseline")
 # The house from the ground up: what a file imports is on its own layer or below.
 LAYERS = [
     ("bingo/runtime/",),
-    ("bingo/params.py", "bingo/limits.py", "bingo/seeds.py", "bingo/schedules.py"),
+    ("bingo/params/", "bingo/seeds.py", "bingo/schedules.py"),
     ("bingo/nets/", "bingo/images/"),
     ("bingo/bags/", "bingo/teachers/", "bingo/datasets/"),
     ("bingo/methods/", "bingo/report/", "bingo/browse/", "bingo/export/"),
@@ -103,8 +102,6 @@ def test_a_stage_has_a_description_and_a_module_of_its_name(stage):
 
 
 def layer(file: str) -> int:
-    if re.fullmatch(r"bingo/methods/\w+_params\.py", file):
-        return layer("bingo/params.py")
     return next(number for number, places in enumerate(LAYERS) if file.startswith(places))
 
 

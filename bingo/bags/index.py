@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import zarr
@@ -26,9 +26,6 @@ import zarr
 from bingo.runtime.artefacts import fingerprint, new_directory
 from bingo.runtime.chunks import new_array, open_array, open_group, read_rows, seal
 from bingo.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from bingo.images.listing import Listing
 
 _WAY_OUT = "dvc repro bag"
 _CHUNK_ROWS = 1024
@@ -234,7 +231,16 @@ def write_bags(path: Path | str, bags: Bags, listing: str, embeddings: str) -> N
         seal(partial, group)
 
 
-def read_bags(store: Path | str | Mapping[str, bytes], listing: "Listing", embeddings: str | None = None) -> BagIndex:
+class OfListing(Protocol):
+    """What an index is compared with: a listing, or its rows read one by one."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def train_rows(self) -> int: ...
+
+
+def read_bags(store: Path | str | Mapping[str, bytes], listing: OfListing, embeddings: str | None = None) -> BagIndex:
     """Open an index of a listing; nothing but metadata is read yet. `store` is a folder, or a mapping as fsspec gives it.
 
     Raises UserError where there is none, its metadata are damaged, or it was made from another listing or (where their

@@ -28,7 +28,8 @@ class StoredFeatures:
         group = open_group(store, name, _WAY_OUT)
         if (made_from := group.attrs.get("listing")) != listing:
             raise UserError(f"{name}: was made from listing {made_from}, the bags from listing {listing}; run: {_WAY_OUT}")
-        self.name, self.train_rows, self.attrs = name, train_rows, dict(group.attrs)
+        self.name, self.train_rows = name, train_rows
+        self.attrs: dict[str, Any] = dict(group.attrs)
         self._features = open_array(group, "features", name, np.float16, 2, _WAY_OUT)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 import io
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from bingo.cli.revisions import artefacts
 from bingo.pipeline import paths
@@ -56,7 +56,7 @@ class BagSource:
         dataset = self.artefacts.dataset
         root, follow_links = dataset.get("root") or ".", dataset.get("follow_links") is True
 
-        def open_image(path: str):
+        def open_image(path: str) -> BinaryIO:
             return self.artefacts.open_image(path_inside(root, path, follow_links))
 
         return Pictures(

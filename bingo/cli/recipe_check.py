@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[str]:
     """Say a line for each thing that was tried, and return one for each that is missing. Raises UserError for what is wrong."""
-    from bingo.limits import check_limits
+    from bingo.params.limits import check_limits
     from bingo.planning.dry_run import dry_student
     from bingo.planning.estimates import count_images
     from bingo.runtime.progress import progress_bar
@@ -121,5 +121,5 @@ def _cost_lines(params: "Params", counts: "Counts", teacher: "Teacher", student:
     ]
 
 
-def _millions(network) -> str:
+def _millions(network: "nn.Module") -> str:
     return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters"

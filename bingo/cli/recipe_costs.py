@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bingo.params import Params
+    from bingo.planning.dry_run import DryTraining
     from bingo.planning.estimates import Counts, Estimate
     from bingo.planning.recipes import About
+    from bingo.teachers.teacher import Teacher
 
 MEGA, GIGA, TERA = 1e6, 1e9, 1e12
 
@@ -31,7 +33,7 @@ def known_counts(params: "Params", about: "About") -> "Counts | None":
     return count_images(params.dataset, params.seed)
 
 
-def whole_estimate(params: "Params", counts: "Counts", teacher, student) -> "Estimate":
+def whole_estimate(params: "Params", counts: "Counts", teacher: "Teacher", student: "DryTraining") -> "Estimate":
     """With the baselines' trainings, and the teacher's where there is one."""
     from bingo.planning.dry_run import dry_baseline, dry_pretraining
     from bingo.planning.estimates import estimate

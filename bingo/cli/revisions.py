@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bingo.params.places import expanded, located
 from bingo.pipeline import paths
 from bingo.runtime.errors import UserError
-from bingo.runtime.places import expanded, located
 
 PARAMS = Path("params.yaml")
 WORKSPACE = "workspace"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from itertools import permutations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from bingo import seeds
 from bingo.params import AugmentParams
@@ -66,7 +67,9 @@ def join_colours(parts: Sequence[Colours]) -> Colours:
     return Colours(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Colours)))
 
 
-def draw_views(augment: AugmentParams, seed: int, purpose: str, epoch: int, key_rows_B, view_B) -> tuple[Crops, Colours]:
+def draw_views(
+    augment: AugmentParams, seed: int, purpose: str, epoch: int, key_rows_B: ArrayLike, view_B: ArrayLike
+) -> tuple[Crops, Colours]:
     """Draw B views, each keyed by its row and its view (or one view for all)."""
     u_BJ = seeds.uniforms(seed, purpose, epoch, key_rows_B, view_B, _DRAWS)
     ranges_B4 = np.broadcast_to(np.array([*augment.crop_scale, *augment.crop_ratio]), (len(u_BJ), 4))
@@ -91,7 +94,7 @@ def _jitter(augment: AugmentParams, u_BJ: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.where(u_BJ[:, _JITTER, None] < augment.jitter_p, operation_BO, -1), factor_BO
 
 
-def crop_boxes(crops: Crops, heights_B, widths_B) -> np.ndarray:
+def crop_boxes(crops: Crops, heights_B: ArrayLike, widths_B: ArrayLike) -> np.ndarray:
     """Boxes (top, left, height, width) in whole pixels, int64 (B, 4), in images of these sizes (arrays or one number for all).
 
     RandomResizedCrop of torchvision: of 10 boxes with area and log ratio uniform in the views' ranges the first that fits, at a

@@ -15,6 +15,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from bingo.images.augment import center_view, cropped_views, normalize, random_views, to_unit, upload
@@ -112,7 +113,7 @@ class ViewLoader:
 
 
 def center_views(
-    images: Images, rows_N, image: ImageParams, device: torch.device, batch_images: int, workers: int | None = None
+    images: Images, rows_N: ArrayLike, image: ImageParams, device: torch.device, batch_images: int, workers: int | None = None
 ) -> Iterator[Tensor]:
     """Centre views of the listing rows `rows_N` in that order, `batch_images` at a time: normalised float32 (b, 3, P, P).
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.methods.bingo_params import Params
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.negatives import Negatives
 from bingo.methods.parts import MomentumCopy, cutmix, info_nce, negative_logsumexp, shuffled
 from bingo.methods.view_gradients import sum_of_terms
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast, casts_kept
+from bingo.params.methods import BingoParams
 from bingo.runtime.errors import UserError
 
 WeightedKeys = list[tuple[float | Tensor, Tensor]]
@@ -30,7 +30,7 @@ WeightedKeys = list[tuple[float | Tensor, Tensor]]
 class Bingo(Method):
     """See the head of this file. Negatives: rows of the stored bank or a queue (bingo/methods/negatives.py)."""
 
-    def __init__(self, params: Params, context: Context):
+    def __init__(self, params: BingoParams, context: Context):
         super().__init__()
         self.params, self.context = params, context
         self.related = params.relation == "bags"
@@ -127,7 +127,7 @@ class Bingo(Method):
             self.key_encoder.move(nn.Sequential(self.student, self.head))
 
 
-def build(params: Params, context: Context) -> Method:
+def build(params: BingoParams, context: Context) -> Method:
     """BINGO on the student of `context`. Raises UserError for switches that contradict each other."""
     if context.keys == "momentum" and params.negatives == "bank":
         raise UserError(

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.methods.compress_params import Params
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.parts import MomentumCopy, Queue, kl_divergence, shuffled
 from bingo.methods.targets import Targets
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast
+from bingo.params.methods import CompressParams
 
 
 class Compress(Method):
     """See the head of this file. Two queues compare backbones, so that there is no head."""
 
-    def __init__(self, params: Params, context: Context):
+    def __init__(self, params: CompressParams, context: Context):
         super().__init__()
         self.params, self.context = params, context
         self.targets = Targets("compress", context, params.target)
@@ -58,6 +58,6 @@ class Compress(Method):
             self.key_encoder.move(self.student)
 
 
-def build(params: Params, context: Context) -> Method:
+def build(params: CompressParams, context: Context) -> Method:
     """CompRess on the student of `context`. Raises UserError where there is no teacher."""
     return Compress(params, context)

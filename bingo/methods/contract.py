@@ -6,14 +6,17 @@ J negatives.
 
 import importlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bingo.params import MethodSection
+
 if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
     from bingo.bags.index import Bags
+    from bingo.nets.backbones import Backbone
     from bingo.teachers.teacher import Teacher
 
 
@@ -75,7 +78,7 @@ class Context:
     """What a method is built from. `student` is the backbone; `keys_TVP` and `features_TD` float16 on the device; absent parts are
     None. `keys` says where the teacher's outputs come from: stored, live, or momentum (from no teacher)."""
 
-    student: nn.Module
+    student: "Backbone"
     feature_width: int
     seed: int
     keys: str
@@ -91,7 +94,7 @@ class Method(nn.Module):
     """A method. `forward` has no effect on keys, queues or moving averages; these move in `after_step` alone."""
 
     needs: Needs
-    student: nn.Module
+    student: "Backbone"
     head: nn.Module
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
@@ -102,6 +105,6 @@ class Method(nn.Module):
         """Move queues and moving averages, after the optimizer's step that used the last `forward`."""
 
 
-def build_method(name: str, section: Any, context: Context) -> Method:
+def build_method(name: str, section: MethodSection, context: Context) -> Method:
     """The method `name` from bingo/methods/NAME.py, with its section of params.yaml."""
     return importlib.import_module(f"bingo.methods.{name}").build(section, context)

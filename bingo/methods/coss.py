@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.coss_params import Params
 from bingo.methods.targets import Targets
 from bingo.nets.heads import mlp_head
 from bingo.nets.precision import autocast
+from bingo.params.methods import CossParams
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError
 
@@ -22,7 +22,7 @@ from bingo.runtime.errors import UserError
 class Coss(Method):
     """See the head of this file."""
 
-    def __init__(self, params: Params, context: Context):
+    def __init__(self, params: CossParams, context: Context):
         super().__init__()
         self.params, self.context = params, context
         self.targets = Targets("coss", context, params.target)
@@ -43,7 +43,7 @@ class Coss(Method):
         return {"loss": loss, "sample": sample, "dimension": dimension}
 
 
-def build(params: Params, context: Context) -> Method:
+def build(params: CossParams, context: Context) -> Method:
     """CoSS on the student of `context`. Raises UserError where there is no teacher, or bags list fewer members than `companions`."""
     if params.companions and context.bags is not None and params.companions > context.bags.members_TK.shape[1]:
         listed = context.bags.members_TK.shape[1]

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.disco_params import Params
 from bingo.methods.parts import MomentumCopy, Queue, info_nce, negative_logsumexp, shuffled
 from bingo.methods.targets import Targets
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast
+from bingo.params.methods import DiscoParams
 
 
 class Disco(Method):
     """See the head of this file."""
 
-    def __init__(self, params: Params, context: Context):
+    def __init__(self, params: DiscoParams, context: Context):
         super().__init__()
         self.params, self.context = params, context
         self.targets = Targets("disco", context, "keys", views=2)
@@ -50,6 +50,6 @@ class Disco(Method):
         self.key_encoder.move(nn.Sequential(self.student, self.head))
 
 
-def build(params: Params, context: Context) -> Method:
+def build(params: DiscoParams, context: Context) -> Method:
     """DisCo on the student of `context`. Raises UserError where there is no teacher, or it left fewer than two stored views."""
     return Disco(params, context)

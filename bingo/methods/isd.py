@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.isd_params import Params
 from bingo.methods.parts import MomentumCopy, Queue, batchnorm_mlp, kl_divergence, shuffled
 from bingo.nets.heads import unit
 from bingo.nets.precision import autocast
+from bingo.params.methods import IsdParams
 
 
 class Isd(Method):
     """See the head of this file. The head that is saved is the projector, if there is one, and the predictor."""
 
-    def __init__(self, params: Params, context: Context):
+    def __init__(self, params: IsdParams, context: Context):
         super().__init__()
         self.params, self.context = params, context
         self.needs = Needs(anchor_views=2, weak_views=1 if params.weak_keys else 0)
@@ -50,6 +50,6 @@ class Isd(Method):
         self.key_encoder.move(nn.Sequential(self.student, self.projector))
 
 
-def build(params: Params, context: Context) -> Method:
+def build(params: IsdParams, context: Context) -> Method:
     """ISD on the student of `context`."""
     return Isd(params, context)

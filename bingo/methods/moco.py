@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.moco_params import Params
 from bingo.methods.parts import MomentumCopy, Queue, info_nce, negative_logsumexp, shuffled
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast
+from bingo.params.methods import MocoParams
 
 
 class Moco(Method):
@@ -17,7 +17,7 @@ class Moco(Method):
 
     needs = Needs(anchor_views=2)
 
-    def __init__(self, params: Params, context: Context):
+    def __init__(self, params: MocoParams, context: Context):
         super().__init__()
         self.params, self.seed, self.precision, self.device = params, context.seed, context.precision, context.device
         self.student = context.student
@@ -42,6 +42,6 @@ class Moco(Method):
         self.key_encoder.move(nn.Sequential(self.student, self.head))
 
 
-def build(params: Params, context: Context) -> Method:
+def build(params: MocoParams, context: Context) -> Method:
     """MoCo-v2 on the student of `context`."""
     return Moco(params, context)

@@ -12,16 +12,16 @@ from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.negatives import Negatives
 from bingo.methods.parts import soft_cross_entropy
-from bingo.methods.seed_params import Params
 from bingo.methods.targets import Targets
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast
+from bingo.params.methods import SeedParams
 
 
 class Seed(Method):
     """See the head of this file. A bank's row of the anchor itself is left out: its similarity is the first of the row."""
 
-    def __init__(self, params: Params, context: Context):
+    def __init__(self, params: SeedParams, context: Context):
         super().__init__()
         self.params, self.precision, self.device = params, context.precision, context.device
         self.targets = Targets("seed", context, "keys")
@@ -55,6 +55,6 @@ def _similarities(query_BP: Tensor, key_BP: Tensor, bank_JP: Tensor) -> Tensor:
     return torch.cat([(query_BP * key_BP).sum(dim=1, keepdim=True), query_BP @ bank_JP.T], dim=1)
 
 
-def build(params: Params, context: Context) -> Method:
+def build(params: SeedParams, context: Context) -> Method:
     """SEED on the student of `context`. Raises UserError where there is no teacher."""
     return Seed(params, context)

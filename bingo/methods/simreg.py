@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.parts import batchnorm_mlp
-from bingo.methods.simreg_params import Params
 from bingo.methods.targets import Targets
 from bingo.nets.heads import layered_head
 from bingo.nets.precision import autocast
+from bingo.params.methods import SimregParams
 
 
 class SimReg(Method):
     """See the head of this file."""
 
-    def __init__(self, params: Params, context: Context):
+    def __init__(self, params: SimregParams, context: Context):
         super().__init__()
         self.context = context
         self.targets = Targets("simreg", context, params.target)
@@ -41,6 +41,6 @@ class SimReg(Method):
         return {"loss": (2 - 2 * cosine_B).mean()}
 
 
-def build(params: Params, context: Context) -> Method:
+def build(params: SimregParams, context: Context) -> Method:
     """SimReg on the student of `context`. Raises UserError where there is no teacher."""
     return SimReg(params, context)

@@ -36,7 +36,7 @@ def scores_by_net(
 
     scores: dict[str, dict[str, dict]] = {}
     for net, backbone in nets.items():
-        module, scores[net] = backbone.to(device, memory_format=torch.channels_last), {}
+        module, scores[net] = backbone.to(device).to(memory_format=torch.channels_last), {}
         for name, protocol in protocols.items():
             checkpoints, label = Checkpoints(folder / net / name), f"{run.stage}: {net}, {name}"
             if checkpoints.exists():

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import typer
 from pydantic import ValidationError
 
+from bingo.params.places import expanded
 from bingo.runtime.errors import INTERRUPTED, USER_MISTAKE, UserError
-from bingo.runtime.places import expanded
 
 _UsageError: Any = typer.BadParameter.__base__  # which typer does not export
 _stands = Path()  # where the user stands, if not in the workspace's own folder

@@ -117,8 +117,8 @@ def _check(arguments: list[str]) -> None:
     """Raises ValueError, in torchrun's words, for arguments that it does not take: it would print all that it knows, or a traceback."""
     from torch.distributed import run
 
-    def refuse(reason: str) -> NoReturn:
-        raise ValueError(reason)
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
 
     parser = run.get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]

@@ -57,6 +57,6 @@ class Networks:
 
         assert self.images is not None
         assert device is not None
-        backbone = self.backbones[name].to(device, memory_format=torch.channels_last)
+        backbone = self.backbones[name].to(device).to(memory_format=torch.channels_last)
         rows, image = np.arange(len(self.listing)), self.run.params.image
         return backbone_features(backbone, self.images, rows, image, device, params.precision, params.batch_images)

@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bingo.limits import check_limits
 from bingo.params import Params, load_params, read_yaml
+from bingo.params.limits import check_limits
 from bingo.pipeline.commands import enter_workspace, run_app
 from bingo.pipeline.launch import expected_processes
 from bingo.pipeline.paths import LIMITS, RUNS
@@ -256,7 +256,7 @@ def _surroundings(params: Params) -> dict[str, Any]:
         "python": platform.python_version(),
         "revision": git.stdout.strip() or None,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "params": params.model_dump(serialize_as_any=True),  # with the methods' own keys
+        "params": params.model_dump(),
     }
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bingo.embeddings.store import Embeddings
     from bingo.images.listing import Listing
     from bingo.methods.contract import Context, Method
-    from bingo.params import AugmentParams, NetworkParams, ScheduleParams
+    from bingo.params import AugmentParams, MethodSection, NetworkParams, ScheduleParams
     from bingo.teachers.teacher import Teacher
     from bingo.training.batches import Batches, Stored
     from bingo.training.loop import Result
@@ -27,7 +27,7 @@ def train_method(
     run: Run,
     device: "torch.device",
     method_name: str,
-    section: Any,
+    section: "MethodSection",
     network: "NetworkParams",
     schedule: "ScheduleParams",
     augment: "AugmentParams",
@@ -122,7 +122,7 @@ def _context(
     )
 
 
-def _stored(run: Run, section: Any, embeddings: "Embeddings", device: "torch.device") -> "Stored":
+def _stored(run: Run, section: "MethodSection", embeddings: "Embeddings", device: "torch.device") -> "Stored":
     """The teacher's stored outputs on the device. Raises UserError where the stored views cannot be drawn again as they were."""
     import torch
 
@@ -149,7 +149,7 @@ def _gflop_per_anchor(method: "Method", batches: "Batches") -> float:
 
 
 def _identity(
-    run: Run, method_name: str, section: Any, network: "NetworkParams", schedule: "ScheduleParams", keys: str, inputs: list[Any]
+    run: Run, method_name: str, section: "MethodSection", network: "NetworkParams", schedule: "ScheduleParams", keys: str, inputs: list[Any]
 ) -> dict[str, Any]:
     """All that decides a training's outcome: a checkpoint of anything else is not gone on from."""
     return {

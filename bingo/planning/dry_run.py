@@ -7,7 +7,6 @@ D feature width, K bag size.
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from bingo.images.loader import ViewLoader
 from bingo.methods.contract import Batch, Context, Method, build_method
 from bingo.nets.backbones import build_backbone, check_images
 from bingo.nets.heads import mlp_head
-from bingo.params import AugmentParams, NetworkParams, Params, ScheduleParams
+from bingo.params import AugmentParams, MethodSection, NetworkParams, Params, ScheduleParams
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.teachers.sources import make_teacher
 from bingo.teachers.teacher import Teacher
@@ -104,7 +103,7 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
 
 def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTraining:
     """Training of the student as `distill` has it; without `bank` on so few rows that its negatives cost nothing."""
-    section = getattr(params.methods, params.distill.method)
+    section = params.methods.section(params.distill.method)
     rows = _rows(params, section if bank else None)
     stored, bags = _stored(params, teacher, rows, section.reads_features), _bags(params, rows)
     return _built(params, params.distill.method, section, params.student, params.distill, params.distill.augment, stored, bags, teacher)
@@ -112,7 +111,7 @@ def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTrain
 
 def dry_baseline(params: Params, method: str) -> DryTraining:
     """Training of the student without a teacher, as the stage `baseline` has it."""
-    section = getattr(params.methods, method)
+    section = params.methods.section(method)
     return _built(params, method, section, params.student, params.distill, params.distill.augment)
 
 
@@ -125,7 +124,7 @@ def dry_pretraining(params: Params) -> DryTraining:
 def _built(
     params: Params,
     name: str,
-    section: Any,
+    section: MethodSection,
     network: NetworkParams,
     schedule: ScheduleParams,
     augment: AugmentParams,
@@ -147,7 +146,7 @@ def _built(
     return DryTraining(name, method, schedule, loader, params.seed, bags, stored)
 
 
-def _rows(params: Params, section: Any) -> int:
+def _rows(params: Params, section: MethodSection | None) -> int:
     """Enough rows for the bags, and for the bank of negatives if there is one, so that its product is counted."""
     return max(_ROWS, 2 * min(params.bagging.k, 1024) + 2, min(getattr(section, "negative_rows", 0), _MOST_ROWS))
 

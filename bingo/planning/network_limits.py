@@ -6,12 +6,12 @@ Large networks are built without numbers (torch's meta device), and nothing is r
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch
 
 from bingo.methods.contract import Progress
 from bingo.nets.backbones import Backbone, build_backbone, check_images
+from bingo.params import Params
 from bingo.planning.dry_run import DryTraining, dry_baseline, dry_pretraining, dry_student, dry_teacher
 from bingo.runtime.errors import UserError
 from bingo.teachers.teacher import Teacher
@@ -19,7 +19,7 @@ from bingo.teachers.teacher import Teacher
 _OF_A_NETWORK = re.compile(r"^(arch|width|stem|drop_rate|drop_path_rate|batchnorm_momentum) = ")
 
 
-def network_mistakes(params: Any, processes: int) -> list[str]:
+def network_mistakes(params: Params, processes: int) -> list[str]:
     """A line for each thing that the networks cannot be or do together. `processes` share each batch."""
     lines: list[str] = []
     teacher: Teacher | None = None
@@ -54,7 +54,7 @@ def _noted(lines: list[str], network: str) -> Iterator[None]:
         lines += [_OF_A_NETWORK.sub(rf"{network}.\1 = ", line) for line in error.lines]
 
 
-def _teacher(params: Any) -> Teacher:
+def _teacher(params: Params) -> Teacher:
     """A stand-in for the teacher, without numbers where that can be."""
     with suppress(NotImplementedError, RuntimeError, TypeError, ValueError), torch.device("meta"):
         return dry_teacher(params, checkpoint=False)
@@ -81,7 +81,7 @@ def _check_rows(training: DryTraining, name: str, batch_anchors: int, processes:
         raise UserError(f"{line} in each batch{shared}; set {key}.batch_anchors: {2 * processes} or more") from None
 
 
-def _check_downstream(params: Any, student: Backbone, lines: list[str]) -> None:
+def _check_downstream(params: Params, student: Backbone, lines: list[str]) -> None:
     """What the evaluations ask of the student beside: images of other sizes, the stages of a detector."""
     if params.transfer.datasets and "linear_resized" in params.transfer.protocols:
         try:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bingo.params import mistakes, read_yaml, schema
+from bingo.params import Params, mistake_lines, read_yaml
 from bingo.runtime.errors import UserError, near_matches, short
 
 PARTS = "parts"
@@ -120,7 +120,7 @@ def own_about(path: Path) -> About:
     try:
         return About.model_validate(_content(path).get("about") or {})
     except ValidationError as error:
-        raise UserError([f"{path}: {line}" for line in mistakes(error, About, "about")]) from None
+        raise UserError([f"{path}: {line}" for line in mistake_lines(error, About, "about")]) from None
 
 
 def read_recipe(folder: Path, name: str) -> Recipe:
@@ -162,9 +162,9 @@ def _standing(deviates: list[str], ours: dict[str, Any], published: dict[str, An
 def overlay_mistakes(overlay: dict[str, Any]) -> list[str]:
     """One line for each key of an overlay that params.yaml does not have, and for each value that it does not allow there."""
     try:
-        schema().model_validate(overlay)
+        Params.model_validate(overlay)
     except ValidationError as error:
-        return [line for line in mistakes(error, schema()) if " is missing; add it " not in line]  # the rest stands in params.yaml
+        return [line for line in mistake_lines(error, Params) if " is missing; add it " not in line]  # the rest stands in params.yaml
     return []
 
 

@@ -59,7 +59,7 @@ class Tile:
 
 def needs_teacher(a: Artefacts) -> bool:
     """Whether the student learnt from the teacher: MoCo-v2 and ISD are methods of their own."""
-    return getattr(a.params.methods, a.params.distill.method).needs_teacher
+    return a.params.methods.section(a.params.distill.method).needs_teacher
 
 
 def network_label(a: Artefacts, net: str) -> str:
@@ -203,8 +203,8 @@ def caveats(a: Artefacts) -> list[str]:
 def _leaking_trainings(a: Artefacts) -> list[str]:
     """Parameters that leave BatchNorm whole where a momentum encoder is trained: of the teacher, and of the student or a baseline."""
     pretrain, distill, methods = a.params.teacher.pretrain, a.params.distill, a.params.methods
-    baselines = [getattr(methods, name).momentum_keys("momentum") for name in a.params.baselines]
-    student = getattr(methods, distill.method).momentum_keys(distill.keys) or any(baselines)
+    baselines = [methods.section(name).momentum_keys("momentum") for name in a.params.baselines]
+    student = methods.section(distill.method).momentum_keys(distill.keys) or any(baselines)
     trained = {
         "teacher.pretrain.batchnorm_groups": a.params.teacher.source == "pretrain" and pretrain.groups_for(True, 1) == 1,
         "distill.batchnorm_groups": student and distill.groups_for(True, 1) == 1,

@@ -5,14 +5,17 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bingo.runtime.errors import GroupLost, Interrupted
+
+_Rows = TypeVar("_Rows", np.ndarray, Tensor)
 
 
 def rank() -> int:
@@ -111,7 +114,7 @@ def any_true(flag: bool, device: torch.device) -> bool:
     return bool(x.item())
 
 
-def own_share(rows_N):
+def own_share(rows_N: _Rows) -> _Rows:
     """This process's consecutive share of the rows of a global batch, whose length the number of processes divides."""
     share = len(rows_N) // world()
     return rows_N[rank() * share : (rank() + 1) * share]

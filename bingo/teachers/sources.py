@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torchvision import models as vision
 
 from bingo import seeds
-from bingo.limits import source_mistakes
 from bingo.nets.backbones import Backbone, build_backbone, check_images, is_transformer
 from bingo.nets.checkpoint import check_fits, first_names, load_strictly
 from bingo.nets.heads import layered_head
 from bingo.params import ImageParams, TeacherParams, format_names
+from bingo.params.limits import source_mistakes
 from bingo.runtime.errors import UserError, near_matches
 from bingo.teachers.contract import ANY_IMAGE, FIRST_WEIGHTS, Parts
 from bingo.teachers.foreign import read_checkpoint, states_in, summary

@@ -7,7 +7,7 @@ augmentation are not. Shape letter: B images of a batch.
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,18 @@ SUSTAINED_FLOP_PER_SECOND = 2e14  # an assumption: what one recent data-centre G
 
 
 def _conv_backward(
-    grad_out_shape, x_shape, w_shape, _bias, _stride, _padding, _dilation, transposed, _out_pad, _groups, wanted, **_
+    grad_out_shape: Sequence[int],
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    _bias: object,
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    _out_pad: object,
+    _groups: object,
+    wanted: Sequence[bool],
+    **_: object,
 ) -> int:
     """Each of the two gradients costs as much as the forward. torch 2.15's own formula forgets the groups in the weights' gradient,
     and counts a depthwise convolution's by as many times too much as it has channels."""

@@ -10,10 +10,9 @@ from torch import nn
 
 from bingo import seeds
 from bingo.methods import bingo, moco
-from bingo.methods.bingo_params import Params as BingoParams
 from bingo.methods.contract import Batch, Context, Progress
-from bingo.methods.moco_params import Params as MocoParams
 from bingo.methods.parts import Queue, cutmix, hidden_negatives, info_nce, negative_logsumexp
+from bingo.params import BingoParams, MocoParams
 from bingo.runtime.errors import UserError
 
 CPU = torch.device("cpu")

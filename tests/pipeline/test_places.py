@@ -18,9 +18,9 @@ from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
 from bingo.nets.students import save_student
 from bingo.params import load_params, read_yaml, validate
+from bingo.params.places import located
 from bingo.pipeline import commands
 from bingo.runtime.errors import UserError
-from bingo.runtime.places import located
 
 SMALL = {"arch": "resnet18", "width": 0.125, "stem": "small"}
 TUNE = {"epochs": 1, "batch_images": 8, "drop_epochs": None}

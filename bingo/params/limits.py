@@ -9,27 +9,30 @@ import importlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from bingo.params.arch_names import arch_names
+from bingo.params.methods import MethodSection
+from bingo.params.networks import TeacherParams
+from bingo.params.training import ScheduleParams
+from bingo.params.whole import Params
 from bingo.runtime.artefacts import fingerprint, read_json, write_json
 from bingo.runtime.errors import UserError
 
-Rule = Callable[[Any, int], Iterator[str]]
-_SECTIONS = (
-    "seed", "image", "teacher", "extract", "bagging", "student", "distill", "methods", "baselines", "transfer", "transfer_coco",
-)  # fmt: skip
+Rule = Callable[[Params, int], Iterator[str]]
+_Training = tuple[str, ScheduleParams, list[tuple[str, MethodSection]]]
+_READ = {"seed", "image", "teacher", "extract", "bagging", "student", "distill", "methods", "baselines", "transfer", "transfer_coco"}
 _MOST_REMEMBERED = 200
 
 
-def check_limits(params: Any, processes: int, memory: Path | None = None) -> None:
+def check_limits(params: Params, processes: int, memory: Path | None = None) -> None:
     """Raises UserError with a line for each limit that `params` break where `processes` train together.
 
     `memory` is a JSON file of parameters whose networks have passed; None: they are tried in any case.
     """
     lines = [line for rule in _RULES for line in rule(params, processes)]
     passed = _remembered(memory)
-    values = {name: getattr(params, name).model_dump(mode="json", serialize_as_any=True) for name in _SECTIONS if _is_section(params, name)}
-    key = fingerprint([values, params.seed, params.baselines, processes, version("torch"), version("timm"), version("torchvision")])
+    values = params.model_dump(mode="json", include=_READ)
+    key = fingerprint([values, processes, version("torch"), version("timm"), version("torchvision")])
     if key not in passed:
         # By its name, so that no stage depends on this file's imports: none of them can change an output.
         found = importlib.import_module("bingo.planning.network_limits").network_mistakes(params, processes)
@@ -38,10 +41,6 @@ def check_limits(params: Any, processes: int, memory: Path | None = None) -> Non
         lines += found
     if lines:
         raise UserError(list(dict.fromkeys(lines)))
-
-
-def _is_section(params: Any, name: str) -> bool:
-    return hasattr(getattr(params, name), "model_dump")
 
 
 def _remembered(memory: Path | None) -> list[str]:
@@ -63,7 +62,7 @@ def _remember(memory: Path, passed: list[str]) -> None:
         return
 
 
-def check_batches(params: Any, train_rows: int) -> None:
+def check_batches(params: Params, train_rows: int) -> None:
     """Raises UserError with a line for each training whose batch, and each size of bags that, is larger than the train images allow."""
     trainings = _trainings(params)
     lines = [
@@ -84,16 +83,16 @@ def check_batches(params: Any, train_rows: int) -> None:
         raise UserError(list(dict.fromkeys(lines)))
 
 
-def _trainings(params: Any) -> list[tuple[str, Any, list[tuple[str, Any]]]]:
+def _trainings(params: Params) -> list[_Training]:
     """Of each training the name of its section, its schedule, and the methods by the names of their sections."""
-    sections = [(f"methods.{name}", getattr(params.methods, name)) for name in dict.fromkeys([params.distill.method, *params.baselines])]
-    found = [("distill", params.distill, sections)]
+    sections = [(f"methods.{name}", params.methods.section(name)) for name in dict.fromkeys([params.distill.method, *params.baselines])]
+    found: list[_Training] = [("distill", params.distill, sections)]
     if params.teacher.source == "pretrain":
         found.append(("teacher.pretrain", params.teacher.pretrain, [("teacher.pretrain.moco", params.teacher.pretrain.moco)]))
     return found
 
 
-def source_mistakes(teacher: Any) -> Iterator[str]:
+def source_mistakes(teacher: TeacherParams) -> Iterator[str]:
     """What a teacher's section asks of a library that the library has not: another shape than published, the other library's name."""
     published = teacher.source in ("timm", "torchvision") and not teacher.checkpoint
     if published and (teacher.width != 1 or teacher.stem != "imagenet"):
@@ -108,12 +107,11 @@ def source_mistakes(teacher: Any) -> Iterator[str]:
 
 def _torchvisions(arch: str) -> str:
     """The way out where torchvision's weights of timm's network are asked for."""
-    names = importlib.import_module("bingo.runtime.names").arch_names()
     other = f"torchvision/{arch}"
-    return f"set teacher.arch: {other}, or teacher.source: timm" if other in names else "set teacher.source: timm"
+    return f"set teacher.arch: {other}, or teacher.source: timm" if other in arch_names() else "set teacher.source: timm"
 
 
-def _tags_choose_weights(params: Any, _: int) -> Iterator[str]:
+def _tags_choose_weights(params: Params, _: int) -> Iterator[str]:
     """A tag says which of timm's weights are loaded: it means nothing to a network that starts from none, or from a file."""
     for name, network, loads in (("teacher", params.teacher, params.teacher.source == "timm"), ("student", params.student, False)):
         plain, dot, _tag = network.arch.partition(".")
@@ -122,7 +120,7 @@ def _tags_choose_weights(params: Any, _: int) -> Iterator[str]:
             yield f"{name}.arch = {network.arch}: the tag names weights that are not loaded here; set {name}.arch: {plain}{source}"
 
 
-def _batches_are_shared(params: Any, processes: int) -> Iterator[str]:
+def _batches_are_shared(params: Params, processes: int) -> Iterator[str]:
     for name, schedule, _ in _trainings(params):
         if schedule.batch_anchors % processes:
             nearest = processes * max(1, round(schedule.batch_anchors / processes))
@@ -130,7 +128,7 @@ def _batches_are_shared(params: Any, processes: int) -> Iterator[str]:
             yield f"{line}; set {name}.batch_anchors: {nearest}, or another multiple"
 
 
-def _queues_hold_a_batch(params: Any, _: int) -> Iterator[str]:
+def _queues_hold_a_batch(params: Params, _: int) -> Iterator[str]:
     """A queue that is smaller than what is pushed at a time would lose keys that were never negatives."""
     for _name, schedule, sections in _trainings(params):
         for section_name, section in sections:
@@ -142,7 +140,7 @@ def _queues_hold_a_batch(params: Any, _: int) -> Iterator[str]:
                 yield f"{line}; set {section_name}.{key}: {pushed} or more, or lower batch_anchors"
 
 
-def _bags_list_companions(params: Any, _: int) -> Iterator[str]:
+def _bags_list_companions(params: Params, _: int) -> Iterator[str]:
     coss = params.methods.coss
     if params.distill.method != "coss":
         return
@@ -154,7 +152,7 @@ def _bags_list_companions(params: Any, _: int) -> Iterator[str]:
         yield f"{line}; set distill.batch_anchors to 2 or more, or methods.coss.companions to 1 or more"
 
 
-def _warmup_leaves_epochs(params: Any, _: int) -> Iterator[str]:
+def _warmup_leaves_epochs(params: Params, _: int) -> Iterator[str]:
     bingo, epochs = params.methods.bingo, params.distill.epochs
     if params.distill.method == "bingo" and bingo.relation == "bags" and bingo.pair_weights[1] and bingo.inter_warmup_epochs >= epochs:
         line = f"methods.bingo.inter_warmup_epochs = {bingo.inter_warmup_epochs}: with distill.epochs = {epochs} no bag would be trained on"

@@ -1,0 +1,59 @@
+"""params.yaml as frozen sections: every key required, unknown keys refused, no type converted, all mistakes reported at once.
+
+Values live in params.yaml alone, so a changed default is a changed file that DVC sees. Nothing here imports torch: a mistake is
+reported in a fraction of a second, before any stage does any work.
+
+    file           sections of params.yaml             read by the stages
+    data.py        dataset, image                      scan; all that look at images
+                   extract, bagging                    extract; bag
+    networks.py    teacher, student                    teacher; distill, baseline, and evaluations of the student
+    training.py    distill, teacher.pretrain           distill, baseline; teacher
+    methods.py     methods.NAME                        distill and baseline, of the method that they run
+    evals.py       linear_eval, knn_eval, semi_eval    those of these names
+                   transfer, transfer_coco             transfer_cifar, transfer_coco
+    whole.py       all of them, baselines, report      baseline; report
+
+Beside them: fields.py, what sections are made of; reading.py and mistakes.py, from a file to `Params` or to lines that say what is
+wrong; limits.py, what sections can be together; arch_names.py and places.py, names of networks and places of files.
+"""
+
+# ruff: noqa: F401 - these names are imported from here
+
+from bingo.params.data import AugmentParams, BaggingParams, BicubicImageParams, DatasetParams, ExtractParams, ImageParams
+from bingo.params.evals import (
+    CachedProbeParams,
+    CocoParams,
+    CropProbeParams,
+    CropsParams,
+    FeatureParams,
+    KnnEvalParams,
+    LinearEvalParams,
+    LinearTuneParams,
+    SemiEvalParams,
+    SplitParams,
+    TransferParams,
+    TransferSetParams,
+    TuneParams,
+    WholeTuneParams,
+)
+from bingo.params.fields import Interpolation, Precision, Range, Section
+from bingo.params.methods import (
+    BingoParams,
+    CompressParams,
+    CossParams,
+    DiscoParams,
+    IsdParams,
+    MethodSection,
+    MethodsParams,
+    MocoParams,
+    SeedParams,
+    SimregParams,
+    display_name,
+    method_names,
+    method_section,
+)
+from bingo.params.mistakes import mistake_lines
+from bingo.params.networks import STUDENT_OPTIONS, NetworkParams, StudentParams, TeacherParams, format_names
+from bingo.params.reading import load_params, read_yaml, validate
+from bingo.params.training import DistillParams, LrSchedule, PretrainParams, ScheduleParams
+from bingo.params.whole import Params, ReportParams

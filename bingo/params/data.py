@@ -1,0 +1,148 @@
+"""Sections about images: what they are and how they are seen (dataset, image, augment), the pass of the teacher over them, their bags."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from bingo.params.fields import (
+    Count,
+    FilePath,
+    Interpolation,
+    NotNegative,
+    PerChannel,
+    Positive,
+    Precision,
+    Range,
+    Section,
+    Share,
+    Temperature,
+)
+
+
+class DatasetParams(Section):
+    """What the images are. `train_images` and `test_images` draw a seeded subset balanced over the classes (null: all).
+
+    `follow_links`: links in a folder of images may lead out of it.
+    """
+
+    source: Literal["digits", "folder", "cifar10", "cifar100"]
+    root: FilePath | None
+    follow_links: bool
+    store_px: Annotated[int, Field(ge=1, le=4096)] | None
+    train_images: Count | None
+    test_images: Count | None
+    check: Literal["decode", "header"]
+    on_bad_image: Literal["stop", "skip"]
+    placements: Annotated[int, Field(ge=1, le=1000)]
+    placement_scale: Range
+    placement_degrees: Annotated[float, Field(ge=0, le=180)]
+
+    @model_validator(mode="after")
+    def _root_is_named(self) -> Self:
+        if self.source != "digits" and not self.root:
+            raise ValueError(f"root: null, but source {self.source} needs the folder of the images; set dataset.root")
+        if self.source != "folder" and not self.store_px:
+            raise ValueError(f"store_px: null, but source {self.source} is held in memory; set dataset.store_px, in pixels")
+        low, high = self.placement_scale
+        if not 0.05 <= low <= high <= 1:
+            raise ValueError(f"placement_scale: [{low}, {high}], allowed are two numbers from 0.05 to 1, smaller first")
+        return self
+
+
+class ImageParams(Section):
+    """What a network sees: views of `crop_px`; the centre view is resized to `resize_px` (short side), then cropped."""
+
+    crop_px: Count
+    resize_px: Count
+    mean: PerChannel
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        if self.crop_px > self.resize_px:
+            raise ValueError(f"crop_px: {self.crop_px} is larger than resize_px {self.resize_px}; lower image.crop_px")
+        return self
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """How pixels between those of the image are found where it is resized."""
+        return "bilinear"
+
+
+class BicubicImageParams(ImageParams):
+    """The same views, resized bicubically."""
+
+    @property
+    def interpolation(self) -> Interpolation:
+        return "bicubic"
+
+
+class AugmentParams(Section):
+    """A family of random views (MoCo-v2's: crop, colour jitter, grey, blur, flip; here also a turn by at most `rotate_degrees`).
+
+    `crop_scale` is a share of the image's area, `crop_ratio` width over height, `jitter` the strengths of brightness,
+    contrast, saturation and hue as torchvision's ColorJitter takes them, `blur_sigma_px` the standard deviation.
+    """
+
+    crop_scale: Range
+    crop_ratio: Range
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)]
+    jitter: Annotated[list[NotNegative], Field(min_length=4, max_length=4)]
+    jitter_p: Share
+    gray_p: Share
+    blur_p: Share
+    blur_sigma_px: Range
+    flip_p: Share
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> Self:
+        for name in ("crop_scale", "crop_ratio", "blur_sigma_px"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: [{low}, {high}], allowed is the smaller number first")
+        if self.crop_scale[1] > 1 or self.jitter[3] > 0.5:
+            raise ValueError("crop_scale is at most 1, and the fourth number of jitter (hue) at most 0.5")
+        return self
+
+
+class ExtractParams(Section):
+    """The one pass of the teacher: `views` random views' keys for each train image, written in chunks of `chunk_rows`."""
+
+    views: Count
+    batch_images: Count
+    chunk_rows: Count
+    precision: Precision
+    augment: AugmentParams
+
+
+class BaggingParams(Section):
+    """How images become bags: `k` members (for kmeans and label: the members that are listed, nearest first).
+
+    `relation` names whose features say what is similar, and with it the file in models/: the teacher, or a student that was trained
+    as a baseline (the papers' ablation). `mutual` keeps a member of a knn bag only if the anchor is in the member's bag too.
+    `search` of knn: exact, or by an inverted file of `lists` lists (null: 4 * sqrt(train rows)), of which `probes` are searched.
+    `draw_temperature`: members are drawn with probability proportional to exp(cosine / t), of those listed; null: alike.
+    """
+
+    method: Literal["knn", "kmeans", "label"]
+    k: Count
+    clusters: Count
+    iterations: Count
+    relation: str
+    mutual: bool
+    search: Literal["exact", "ivf"]
+    lists: Count | None
+    probes: Count
+    draw_temperature: Temperature | None
+
+    @model_validator(mode="after")
+    def _mutual_needs_neighbours(self) -> Self:
+        if self.mutual and self.method != "knn":
+            raise ValueError(f"mutual: true, but bags by {self.method} are groups, in which all are mutual; set bagging.mutual: false")
+        return self
+
+    @model_validator(mode="after")
+    def _lists_need_neighbours(self) -> Self:
+        if self.search != "exact" and self.method != "knn":
+            raise ValueError(f"search: {self.search}, but bags by {self.method} are searched exactly; set bagging.search: exact")
+        return self

@@ -1,0 +1,191 @@
+"""Sections of the evaluations: linear, nearest neighbours, few labels, transfer to other images and to detection."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from bingo.params.fields import (
+    Count,
+    FilePath,
+    Interpolation,
+    Name,
+    NotNegative,
+    PathUnderRoot,
+    Pixels,
+    Positive,
+    Precision,
+    Range,
+    Section,
+    Share,
+    Temperature,
+    Whole,
+)
+from bingo.params.training import LrSchedule
+from bingo.runtime.errors import near_matches
+
+
+class CachedProbeParams(LrSchedule):
+    """A linear layer on stored features of centre views (standardised per dimension), trained by SGD with momentum 0.9."""
+
+    batch_images: Count
+    lr: Positive
+    weight_decay: NotNegative
+
+
+class CropsParams(Section):
+    """The crops on which a classifier is trained: their share of the image's area, and how often they are mirrored."""
+
+    crop_scale: Range
+    flip_p: Share
+
+    @model_validator(mode="after")
+    def _scale_is_a_share(self) -> Self:
+        low, high = self.crop_scale
+        if not low <= high <= 1:
+            raise ValueError(f"crop_scale: [{low}, {high}], allowed are two numbers up to 1, smaller first")
+        return self
+
+
+class CropProbeParams(CachedProbeParams, CropsParams):
+    """The released protocol: a linear layer on features of random crops, the backbone frozen; `nets` says for which networks.
+
+    `standardise`: as CompRess, SimReg and ISD do, features of unit length by the mean and deviation of the train images' centre views.
+    """
+
+    nets: list[str]
+    standardise: bool
+
+
+class FeatureParams(Section):
+    """How an evaluation computes a network's features: `batch_images` centre views at once."""
+
+    precision: Precision
+    batch_images: Count
+
+
+class LinearEvalParams(FeatureParams):
+    """Linear evaluation by both protocols, in `precision` both."""
+
+    cached: CachedProbeParams
+    crops: CropProbeParams
+
+
+class KnnEvalParams(FeatureParams):
+    """Nearest-neighbour evaluation for each `k`, plain votes and votes weighted by exp(cosine / temperature)."""
+
+    k: Annotated[list[Count], Field(min_length=1)]
+    temperature: Temperature
+
+
+class TuneParams(LrSchedule):
+    """Training of a classifier on labels by SGD with momentum 0.9, `batch_images` in all processes together."""
+
+    batch_images: Count
+    weight_decay: NotNegative
+    nesterov: bool
+
+
+class SplitParams(Section):
+    """A share of the train labels: `list_file` names the images (SimCLR's lists), or null for a seeded draw balanced over the classes."""
+
+    percent: Annotated[float, Field(gt=0, le=100)]
+    list_file: FilePath | None
+    trunk_lr: Positive
+    head_lr: Positive
+    linear_lr: Positive
+
+
+class SemiEvalParams(CropsParams):
+    """Few labels: the whole network fine-tuned, and a linear layer on the frozen one, for each of `splits` and of `nets`."""
+
+    splits: dict[Name, SplitParams]
+    nets: list[str]
+    precision: Precision
+    finetune: TuneParams
+    linear: TuneParams
+
+
+class TransferSetParams(Section):
+    """Other labelled images to transfer to; what is not said here is as in `dataset`."""
+
+    source: Literal["digits", "folder", "cifar10", "cifar100"]
+    root: FilePath | None
+    store_px: Annotated[int, Field(ge=1, le=4096)] | None
+    train_images: Count | None
+    test_images: Count | None
+
+
+class LinearTuneParams(TuneParams):
+    """The layer alone: `lr`."""
+
+    lr: Positive
+
+
+class WholeTuneParams(TuneParams):
+    """The whole network: `trunk_lr` of the backbone, `head_lr` of the layer."""
+
+    trunk_lr: Positive
+    head_lr: Positive
+
+
+class TransferParams(CropsParams):
+    """Transfer to each of `datasets` by each of `protocols`, for each of `nets`, in views of `interpolation`."""
+
+    datasets: dict[Name, TransferSetParams]
+    nets: list[str]
+    protocols: Annotated[list[Literal["linear_resized", "linear_native", "finetune"]], Field(min_length=1)]
+    resized_px: Annotated[int, Field(ge=1, le=4096)]
+    interpolation: Interpolation
+    precision: Precision
+    linear: LinearTuneParams
+    finetune: WholeTuneParams
+
+
+class CocoParams(Section):
+    """Mask R-CNN on COCO with the student as backbone. `runs` are named HEAD-SCHEDULE; each schedule lists the steps at which the
+    learning rate falls to a tenth, and last the step at which training ends. The four paths start at `root`.
+    """
+
+    runs: list[str]
+    root: FilePath | None
+    train_images: PathUnderRoot
+    train_annotations: PathUnderRoot
+    val_images: PathUnderRoot
+    val_annotations: PathUnderRoot
+    schedules: dict[str, Annotated[list[Count], Field(min_length=1)]]
+    batch_images: Count
+    lr: Positive
+    lr_warmup_steps: Whole
+    sgd_momentum: Share
+    weight_decay: NotNegative
+    min_side_px: Annotated[list[Pixels], Field(min_length=1)]
+    max_side_px: Pixels
+    test_min_side_px: Pixels
+    flip_p: Share
+    precision: Precision
+    sync_batchnorm: bool
+
+    @field_validator("schedules")
+    @classmethod
+    def _steps_rise(cls, schedules: dict[str, list[int]]) -> dict[str, list[int]]:
+        for name, steps in schedules.items():
+            if steps != sorted(set(steps)):
+                raise ValueError(f"{name}: {steps}, allowed are steps that rise, the last being the end of the training")
+            if not re.fullmatch(r"\w+", name):
+                raise ValueError(f"{name!r}: allowed in a schedule's name are letters, digits and _")
+        return schedules
+
+    @model_validator(mode="after")
+    def _runs_can_be_made(self) -> Self:
+        allowed = [f"{head}-{schedule}" for head in ("fpn", "c4") for schedule in self.schedules]
+        for name in self.runs:
+            if name not in allowed:
+                raise ValueError(f"runs: {name!r}, allowed are {', '.join(allowed)}{near_matches(name, allowed)}")
+        if len(set(self.runs)) < len(self.runs):
+            raise ValueError(f"runs: {self.runs} names a run twice; leave one out")
+        if self.runs and not self.root:
+            raise ValueError("root: null, but transfer_coco.runs needs the folder of COCO; set transfer_coco.root")
+        if (largest := max(*self.min_side_px, self.test_min_side_px)) > self.max_side_px:
+            raise ValueError(f"max_side_px: {self.max_side_px} is less than the short side {largest}; raise transfer_coco.max_side_px")
+        return self

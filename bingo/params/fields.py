@@ -1,0 +1,40 @@
+"""What sections are made of: `Section` itself, and numbers, paths and names with the bounds that they share."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from bingo.params.places import expanded, located
+
+# Bounds are far beyond sense: they keep a slip of the keyboard from becoming an overflow or an endless run.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Whole = Annotated[int, Field(ge=0, le=10**9)]
+Width = Annotated[int, Field(ge=1, le=10**5)]
+Pixels = Annotated[int, Field(ge=32, le=10**4)]
+Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=1e-5, le=1e3, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
+PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
+FilePath = Annotated[str, AfterValidator(located)]  # a file or folder of the user's
+PathUnderRoot = Annotated[str, AfterValidator(expanded)]
+Precision = Literal["auto", "fp32", "bf16"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+def _check_name(name: object) -> str:
+    if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError("a name has small letters, digits and _, a letter first, such as percent_10")
+    return name
+
+
+Name = Annotated[str, BeforeValidator(_check_name)]  # of a file in reports/ and of an item in dvc.yaml
+
+
+class Section(BaseModel):
+    """A frozen group of parameters; no key may be missing, none may be added, no type is converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -1,0 +1,223 @@
+"""The methods' own sections, under `methods` in params.yaml; a method itself is bingo/methods/NAME.py.
+
+A new method is that file, its section here, a line in `MethodsParams` and its values in params.yaml.
+"""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from bingo.params.fields import NotNegative, Positive, Section, Share, Temperature, Whole, Width
+
+
+class MethodSection(Section):
+    """A method's own section: its name as its paper writes it, whether it needs a teacher, and whether it reads the stored features
+    beside the stored keys."""
+
+    display_name: ClassVar[str]
+    needs_teacher: ClassVar[bool]
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether stored training compares with the teacher's features (of centre views) and not with its keys."""
+        return False
+
+    def momentum_keys(self, keys: str) -> bool:
+        """Whether the student is compared with a moving average of itself on another view, where `distill.keys` is `keys`."""
+        return False
+
+
+class BingoParams(MethodSection):
+    """BINGO's switches.
+
+    terms: `paper` (intra + inter against the anchor's key), `symmetric` (also against the member's own key, as released), `symmetric_mix`
+    (also the CutMix pair, as released). pair_weights: weights of (own key, other's key) after `inter_warmup_epochs`; before, (1, 0).
+    relation: `none` leaves out every term with a bag member. negatives: rows of the whole `bank` of stored keys, or a `queue`.
+    """
+
+    display_name: ClassVar[str] = "BINGO"
+    needs_teacher: ClassVar[bool] = True
+
+    terms: Literal["paper", "symmetric", "symmetric_mix"]
+    relation: Literal["bags", "none"]
+    pair_weights: Annotated[list[NotNegative], Field(min_length=2, max_length=2)]
+    inter_warmup_epochs: Whole
+    view_coupling: Literal["independent", "same"]
+    temperature: Temperature
+    negatives: Literal["bank", "queue"]
+    negative_rows: Annotated[int, Field(ge=1, le=10**7)]
+    mask_bag: bool
+    queue_push: Literal["anchor", "anchor_and_member"]
+    teacher_batchnorm: Literal["eval", "batch"]
+    key_momentum: Share
+    cutmix_alpha: Positive
+    head_hidden: Width
+    key_width: Width
+
+    def momentum_keys(self, keys: str) -> bool:
+        return keys == "momentum"
+
+    @model_validator(mode="after")
+    def _something_is_weighed(self) -> Self:
+        if not sum(self.pair_weights):
+            raise ValueError("pair_weights: both are 0, so nothing would be learnt; set one above 0")
+        return self
+
+
+class CompressParams(MethodSection):
+    """CompRess (Abbasi Koohpayegani et al. 2020). `queues`: 2, the student's similarities are to a moving average of itself, without
+    a head; 1, both similarities are to the teacher's queue, and the student gets one linear layer to the teacher's width."""
+
+    display_name: ClassVar[str] = "CompRess"
+    needs_teacher: ClassVar[bool] = True
+
+    queues: Literal[1, 2]
+    target: Literal["features", "keys"]
+    temperature: Temperature
+    queue_rows: Annotated[int, Field(ge=1, le=10**7)]
+    key_momentum: Share
+
+    @property
+    def reads_features(self) -> bool:
+        return self.target == "features"
+
+
+class CossParams(MethodSection):
+    """CoSS (Singh and Wang 2024): the student's outputs are like the teacher's image by image and feature by feature.
+
+    An anchor brings `companions` of its bag's listed members into the batch. Both temperatures divide both terms, as released: they set
+    the size of the gradients and nothing else.
+    """
+
+    display_name: ClassVar[str] = "CoSS"
+    needs_teacher: ClassVar[bool] = True
+
+    target: Literal["features", "keys"]
+    companions: Annotated[int, Field(ge=0, le=1000)]
+    teacher_temperature: Temperature
+    student_temperature: Temperature
+    head_hidden: Width
+
+    @property
+    def reads_features(self) -> bool:
+        return self.target == "features"
+
+
+class DiscoParams(MethodSection):
+    """DisCo (Gao et al. 2022): MoCo-v2's loss and, with weight `regression_weight`, the squared distances to the teacher's keys of the
+    same views. The released code sums over a GPU's 32 anchors, which is a weight of 32 on the mean."""
+
+    display_name: ClassVar[str] = "DisCo"
+    needs_teacher: ClassVar[bool] = True
+
+    temperature: Temperature
+    queue_rows: Annotated[int, Field(ge=1, le=10**7)]
+    key_momentum: Share
+    regression_weight: NotNegative
+    head_hidden: Width
+
+    def momentum_keys(self, keys: str) -> bool:
+        return True
+
+
+class IsdParams(MethodSection):
+    """ISD (Tejankar et al. 2021), self-distillation without a teacher. `weak_keys`: the key's view keeps the crop, turn and flip of
+    distill.augment but no colours and no blur (ISD-plus). `projection_width`: width of a projector before the predictor, which
+    the moving average has too; null: none, the features are compared."""
+
+    display_name: ClassVar[str] = "ISD"
+    needs_teacher: ClassVar[bool] = False
+
+    student_temperature: Temperature
+    key_temperature: Temperature
+    queue_rows: Annotated[int, Field(ge=1, le=10**7)]
+    key_momentum: Share
+    weak_keys: bool
+    projection_width: Width | None
+    head_hidden: Width
+
+    def momentum_keys(self, keys: str) -> bool:
+        return True
+
+
+class MocoParams(MethodSection):
+    """MoCo-v2 (facebookresearch/moco): temperature, queue of keys, momentum of the key encoder, projection head."""
+
+    display_name: ClassVar[str] = "MoCo-v2"
+    needs_teacher: ClassVar[bool] = False
+
+    temperature: Temperature
+    queue_rows: Annotated[int, Field(ge=1, le=10**7)]
+    key_momentum: Share
+    head_hidden: Width
+    key_width: Width
+
+    def momentum_keys(self, keys: str) -> bool:
+        return True
+
+
+class SeedParams(MethodSection):
+    """SEED (Fang et al. 2021): temperatures of the student's and the teacher's rows of similarities, the bank that both are taken
+    to, and the student's head (published: as wide as the features; 2048 gives 2.3 points more)."""
+
+    display_name: ClassVar[str] = "SEED"
+    needs_teacher: ClassVar[bool] = True
+
+    student_temperature: Temperature
+    teacher_temperature: Temperature
+    negatives: Literal["bank", "queue"]
+    negative_rows: Annotated[int, Field(ge=1, le=10**7)]
+    head_hidden: Width
+
+
+class SimregParams(MethodSection):
+    """SimReg (Navaneet et al. 2021): regression of the teacher's unit features, or of its keys, through a head of `head_layers`
+    linear layers (4, or 2 without BatchNorm and ReLU; `head_hidden` wide inside), which is thrown away afterwards."""
+
+    display_name: ClassVar[str] = "SimReg"
+    needs_teacher: ClassVar[bool] = True
+
+    target: Literal["features", "keys"]
+    head_layers: Literal[2, 4]
+    head_hidden: Width
+
+    @property
+    def reads_features(self) -> bool:
+        return self.target == "features"
+
+
+class MethodsParams(Section):
+    """One section for each method, by its name."""
+
+    bingo: BingoParams
+    compress: CompressParams
+    coss: CossParams
+    disco: DiscoParams
+    isd: IsdParams
+    moco: MocoParams
+    seed: SeedParams
+    simreg: SimregParams
+
+    def section(self, method: str) -> MethodSection:
+        """The section of the method of this name."""
+        found = getattr(self, method)
+        assert isinstance(found, MethodSection)
+        return found
+
+
+def method_names() -> list[str]:
+    """Every method that has a section here."""
+    return sorted(MethodsParams.model_fields)
+
+
+def display_name(method: str) -> str:
+    """A method's name as its paper writes it; of one that has no file here, the name that was given."""
+    return method_section(method).display_name if method in method_names() else method
+
+
+def method_section(name: str) -> type[MethodSection]:
+    """The class of a method's section."""
+    section = MethodsParams.model_fields[name].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, MethodSection)
+    return section

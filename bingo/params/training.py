@@ -1,0 +1,112 @@
+"""Sections of the trainings: how a learning rate moves, SGD and its batches, the teacher's pretraining and the student's distillation."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from bingo.params.data import AugmentParams
+from bingo.params.fields import Count, NotNegative, Positive, Precision, Section, Share, Whole
+from bingo.params.methods import MocoParams, method_names
+from bingo.runtime.errors import near_matches
+
+_MOST_GROUPS, _LEAST_GROUP_IMAGES = 1024, 4
+_SHUFFLED_GROUP_IMAGES = 32
+
+
+class LrSchedule(Section):
+    """How a learning rate moves over the epochs, for trainings and evaluations; `bingo.schedules.learning_rate` is the formula.
+
+    `drop_epochs`: the rate is multiplied by `drop_factor` when each of these epochs begins (counted from 0, as in the released
+    scripts); []: constant; null: a cosine to 0 over all steps, but for `hold_epochs` at its beginning, which keep the full rate.
+    """
+
+    epochs: Count
+    drop_epochs: list[Whole] | None
+    drop_factor: Annotated[float, Field(gt=0, le=1)]
+    hold_epochs: Whole
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs over which the rate rises at first."""
+        return 0
+
+    @model_validator(mode="after")
+    def _drops_come(self) -> Self:
+        drops, least = self.drop_epochs, max(1, self.warmup_epochs)
+        if drops and (drops != sorted(set(drops)) or not least <= drops[0] <= drops[-1] < self.epochs):
+            between = f"epochs from {least} to {self.epochs - 1} that rise" if least < self.epochs else "none in so few epochs"
+            raise ValueError(f"drop_epochs: {drops}, allowed are {between}; []: a constant rate; null: a cosine")
+        if drops and self.drop_factor == 1:
+            raise ValueError(f"drop_factor: 1.0 drops nothing at the epochs {drops}; lower it, or set drop_epochs: []")
+        return self
+
+    @model_validator(mode="after")
+    def _held_rate_falls(self) -> Self:
+        if self.hold_epochs and self.drop_epochs is not None:
+            problem = f"hold_epochs: {self.hold_epochs} is for a cosine, but drop_epochs is {self.drop_epochs}"
+            raise ValueError(f"{problem}; set hold_epochs: 0, or drop_epochs: null")
+        if self.warmup_epochs + self.hold_epochs >= self.epochs:
+            warmup = f"lr_warmup_epochs: {self.warmup_epochs} plus " if self.warmup_epochs else ""
+            raise ValueError(f"{warmup}hold_epochs: {self.hold_epochs} must be less than epochs, {self.epochs}")
+        return self
+
+
+class ScheduleParams(LrSchedule):
+    """SGD with momentum; the rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch, and BatchNorm's statistics
+    are of each of its `batchnorm_groups` equal groups (1: of all images of a process; null: as `groups_for` has it)."""
+
+    batch_anchors: Count
+    batchnorm_groups: Annotated[int, Field(ge=1, le=_MOST_GROUPS)] | None
+    lr: Positive
+    lr_warmup_epochs: Whole
+    sgd_momentum: Share
+    weight_decay: NotNegative
+    precision: Precision
+    probe_every_epochs: Whole
+
+    @property
+    def warmup_epochs(self) -> int:
+        return self.lr_warmup_epochs
+
+    @model_validator(mode="after")
+    def _groups_are_of_several_images(self) -> Self:
+        images, groups = self.batch_anchors, self.batchnorm_groups
+        largest = min(_MOST_GROUPS, images // _LEAST_GROUP_IMAGES)
+        allowed = [n for n in range(1, largest + 1) if images % n == 0] or [1]
+        if groups is not None and groups not in allowed:
+            raise ValueError(
+                f"batchnorm_groups: {groups}, allowed for batch_anchors {images} are {', '.join(map(str, allowed))} (equal groups of "
+                f"{_LEAST_GROUP_IMAGES} images or more); set one of these, or null"
+            )
+        return self
+
+    def groups_for(self, momentum_keys: bool, processes: int) -> int:
+        """How many groups of the global batch BatchNorm normalises by themselves: `batchnorm_groups`, or if that is null, 1 but where
+        a momentum encoder trains in one process. There ShuffleBN needs groups, which are then as many equal ones as have 32 images or
+        more, a GPU's share in the released codes."""
+        if self.batchnorm_groups is not None:
+            return self.batchnorm_groups
+        most = self.batch_anchors // _SHUFFLED_GROUP_IMAGES if momentum_keys and processes == 1 else 1
+        return max(n for n in range(1, max(1, most) + 1) if self.batch_anchors % n == 0)
+
+
+class PretrainParams(ScheduleParams):
+    """MoCo-v2 pretraining of the teacher; `moco` has the method's own numbers."""
+
+    augment: AugmentParams
+    moco: MocoParams
+
+
+class DistillParams(ScheduleParams):
+    """Training of the student: the method by name, where the teacher's keys come from, and the views that the student sees."""
+
+    method: str
+    keys: Literal["stored", "live", "momentum"]
+    augment: AugmentParams
+
+    @field_validator("method")
+    @classmethod
+    def _method_exists(cls, method: str) -> str:
+        if method not in (names := method_names()):
+            raise ValueError(f"allowed are {', '.join(names)}{near_matches(method, names)}")
+        return method

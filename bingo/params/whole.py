@@ -1,0 +1,92 @@
+"""`Params`, the whole of params.yaml: its sections, and what one of them asks of another's names."""
+
+from typing import Self
+
+from pydantic import ValidationError, field_validator, model_validator
+
+from bingo.params.data import BaggingParams, DatasetParams, ExtractParams, ImageParams
+from bingo.params.evals import CocoParams, KnnEvalParams, LinearEvalParams, SemiEvalParams, TransferParams, TransferSetParams
+from bingo.params.fields import Section, Whole
+from bingo.params.methods import MethodsParams, method_names, method_section
+from bingo.params.mistakes import message
+from bingo.params.networks import StudentParams, TeacherParams
+from bingo.params.training import DistillParams
+from bingo.runtime.errors import near_matches
+
+
+class ReportParams(Section):
+    """The HTML report: title (null: the dataset's name and numbers), how many bags the gallery shows, and published numbers to print
+    beside the measured ones."""
+
+    title: str | None
+    gallery_anchors: Whole
+    published: dict[str, str]
+
+
+class Params(Section):
+    """Every section of params.yaml by its name."""
+
+    seed: Whole
+    dataset: DatasetParams
+    image: ImageParams
+    teacher: TeacherParams
+    extract: ExtractParams
+    bagging: BaggingParams
+    student: StudentParams
+    distill: DistillParams
+    baselines: list[str]
+    linear_eval: LinearEvalParams
+    knn_eval: KnnEvalParams
+    transfer_coco: CocoParams
+    semi_eval: SemiEvalParams
+    transfer: TransferParams
+    report: ReportParams
+    methods: MethodsParams
+
+    @model_validator(mode="after")
+    def _names_are_of_networks(self) -> Self:
+        if lines := [*self._unknown_nets(), *self._unknown_relation()]:
+            raise ValueError("\n".join(lines))
+        return self
+
+    def _unknown_nets(self) -> list[str]:
+        allowed = ["student", *self.baselines, "untrained"]
+        named = {"linear_eval.crops": self.linear_eval.crops.nets, "semi_eval": self.semi_eval.nets, "transfer": self.transfer.nets}
+        return [
+            f"{section}.nets: {name!r} is no network, allowed are {', '.join(allowed)}{near_matches(name, allowed)}"
+            + ("; to train it, name it in `baselines`" if name in method_names() and not method_section(name).needs_teacher else "")
+            for section, names in named.items()
+            for name in names
+            if name not in allowed
+        ]
+
+    def _unknown_relation(self) -> list[str]:
+        allowed = ["teacher", *(f"baselines/{name}" for name in self.baselines)]
+        if (relation := self.bagging.relation) in allowed:
+            return []
+        way_out = "; a student's relation needs it among `baselines`" if relation.startswith("baselines/") else ""
+        return [f"bagging.relation: {relation!r}, allowed are {', '.join(allowed)}{near_matches(relation, allowed)}{way_out}"]
+
+    @model_validator(mode="after")
+    def _transfer_sets_are_datasets(self) -> Self:
+        for name in self.transfer.datasets:
+            try:
+                self.transfer_set(name)
+            except ValidationError as error:
+                line = message(error.errors()[0]).replace("set dataset.", f"set transfer.datasets.{name}.")
+                raise ValueError(f"transfer.datasets.{name}.{line}") from None
+        return self
+
+    def transfer_set(self, name: str) -> DatasetParams:
+        """The dataset that `transfer.datasets` has under this name."""
+        as_dataset = self.dataset.model_dump(exclude=set(TransferSetParams.model_fields))
+        return DatasetParams.model_validate(as_dataset | self.transfer.datasets[name].model_dump())
+
+    @field_validator("baselines")
+    @classmethod
+    def _baselines_need_no_teacher(cls, names: list[str]) -> list[str]:
+        allowed = [name for name in method_names() if not method_section(name).needs_teacher]
+        for name in names:
+            if name not in allowed:
+                raise ValueError(f"{name!r}: a baseline is a method without a teacher, allowed are {', '.join(allowed)}")
+        return names
