@@ -129,8 +129,21 @@ def test_a_file_that_is_no_mapping_is_one_line(tmp_path, text):
     assert len(caught.value.lines) == 1
 
 
-def test_every_method_has_its_section_in_the_shipped_file():
-    assert set(method_names()) == set(read_yaml(PARAMS)["methods"])
+def test_every_method_has_its_file_its_section_and_its_values_in_the_shipped_file():
+    sources = (PARAMS.parent / "bingo/methods").glob("*.py")
+    files = {path.stem for path in sources if "\ndef build(" in path.read_text()}
+    assert set(method_names()) == files == set(read_yaml(PARAMS)["methods"])
+
+
+def test_mypy_refuses_a_parameter_that_params_yaml_does_not_have(tmp_path):
+    keys = {"distill.epochs": True, "distill.epoch": False, "methods.bingo.terms": True, "methods.bingo.queue_rows": False}
+    keys |= {"teacher.pretrain.moco.queue_rows": True, "teacher.pretrain.moco.terms": False, "trasfer": False}
+    reads = [f"    params.{key}" for key in keys]
+    (tmp_path / "reads.py").write_text("\n".join(["from bingo.params import Params", "def read(params: Params) -> None:", *reads]))
+    command = [sys.executable, "-m", "mypy", "--config-file", PARAMS.parent / "pyproject.toml", "--no-pretty", tmp_path / "reads.py"]
+    said = subprocess.run(command, cwd=PARAMS.parent, capture_output=True, text=True).stdout
+    refused = {int(line.split(":")[1]) for line in said.splitlines() if "has no attribute" in line}
+    assert refused == {number for number, known in enumerate(keys.values(), 3) if not known}, said
 
 
 def test_a_mistake_is_told_before_any_heavy_import(tmp_path):
