@@ -114,8 +114,8 @@ def test_in_a_workspace_and_outside_of_any_nothing_changes(below, tmp_path_facto
     assert commands.from_here("--out", Path("x")) == Path("x")
 
 
-def bingo(*arguments: str, folder: Path, module: str = "cli", **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"stages.{module}", *arguments]
+def bingo(*arguments: str, folder: Path, module: str = "bingo.cli.main", **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=folder, env=environment(**variables), capture_output=True, text=True, check=False)
 
 
@@ -128,7 +128,7 @@ def test_a_recipe_is_used_from_a_folder_of_the_workspace(below, root):
 
 
 def test_a_stage_by_name_runs_from_a_folder_of_the_workspace(below):
-    for number, command in enumerate((["cli", "scan"], ["scan"])):
+    for number, command in enumerate((["bingo.cli.main", "scan"], ["stages.scan"])):
         done = bingo(*command[1:], folder=below / "a/b", module=command[0])
         assert done.returncode == 0, done.stderr
         listing = below / "data/listing.parquet"
