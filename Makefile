@@ -1,4 +1,5 @@
-# `make demo`: from a fresh clone to reports/index.html. `make test`: the tests. `make compare`: methods x seeds as DVC experiments.
+# `make demo`: from a fresh clone to reports/index.html. `make test`: the tests.
+# `make test-fast`: those that are not marked slow, under 2 minutes on 2 quiet cores. `make compare`: methods x seeds as DVC experiments.
 # `make bench`: speed beside named limits and peers, an hour on 2 quiet cores; a GPU is used where there is one.
 # `make fuzz`: hostile input by the thousand. All make .venv first, once.
 # `make test-oldest`: the tests with the oldest versions that pyproject.toml admits, under the oldest Python (PYTHON=python3.11).
@@ -18,13 +19,16 @@ JOBS ?= 1
 BASE ?=
 ROOT ?=
 
-.PHONY: demo test test-oldest fuzz compare bench setup lint clean-state
+.PHONY: demo test test-fast test-oldest fuzz compare bench setup lint clean-state
 demo: setup
 	dvc repro
 	@echo "the report: $(CURDIR)/reports/index.html"
 
 test: setup
 	python -m pytest -q
+
+test-fast: setup
+	python -m pytest -q -m "not slow"
 
 test-oldest: $(VENV)-oldest/.done
 	PATH="$(VENV)-oldest/bin:$$PATH" python -m pytest -q -W default::DeprecationWarning  # old libraries call what newer ones deprecate

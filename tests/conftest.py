@@ -16,6 +16,17 @@ from workspace import SHORT, STAGES, Stages, Workspace, new_workspace, stage_ser
 
 from bingo.runtime import progress
 
+# Fixtures that run a whole pipeline, a sweep or many stages: what waits for one is slow, whatever it does itself.
+LONG_FIXTURES = {"reference", "made", "runs", "repository"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-fast` leaves out, beside the tests that are marked themselves."""
+    for item in items:
+        if isinstance(item, pytest.Function) and not LONG_FIXTURES.isdisjoint(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def _no_progress(monkeypatch) -> None:

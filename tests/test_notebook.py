@@ -12,7 +12,6 @@ from workspace import ROOT, environment
 from bingo.bags.index import read_bags
 from bingo.images.listing import read_listing
 
-pytestmark = pytest.mark.slow
 NOTEBOOK = ROOT / "notebooks/bags-and-student.ipynb"
 
 

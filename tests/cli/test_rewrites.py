@@ -72,6 +72,7 @@ def scalars_and_lists() -> dict:
     }
 
 
+@pytest.mark.slow
 def test_every_key_goes_through_every_form_and_back(rewritten):
     keys = scalars_and_lists()
     for form in FORMS:
@@ -87,6 +88,7 @@ def named_by_override(kind: type) -> list[str]:
     return [key for key, value in leaves(read_yaml(PARAMS)).items() if isinstance(value, kind) and not key.endswith((".1x", ".2x"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", named_by_override(list))
 def test_one_list_alone_goes_through_the_forms_that_broke_it(rewritten, key):
     for form in ("[a,b]", "[]", "null", "[[a],[]]", "[]"):

@@ -353,6 +353,7 @@ def test_a_plan_from_the_middle_is_the_rest_of_the_plan(found, monkeypatch):
         assert list(plan_steps(found.images, rows, COCO, 3, first, 12)) == plans[first:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["fpn", "c4"])
 def test_a_few_steps_lower_the_loss(found, tmp_path, head):
     history = trainer(found, tmp_path, 16, head, batch_images=4, lr=0.03).run().history
@@ -434,6 +435,7 @@ def _two_processes(rank: int, port: int, coco: Path, folder: Path) -> None:
         torch.save({"state": state, "detections": detections, "buffers": own}, folder / f"two-{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_average_the_gradients_of_their_halves(tmp_path):
     make_split(tmp_path, "train", 6, 0, empty=(2,))
     with socket.socket() as probe:

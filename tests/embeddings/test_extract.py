@@ -226,6 +226,7 @@ def join_and_run(rank: int, folder: Path) -> None:
     run(folder / "killed")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one_and_one_goes_on_after_a_kill(whole, tmp_path):
     # Whichever is noticed first: the killed process, or the other one, which waits for it in vain.
     with pytest.raises((torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)):

@@ -242,6 +242,7 @@ def _two_processes(rank: int, port: int, folder: Path) -> None:
 _CASES = [("frozen", True, None, 27), ("tail", True, None, 22), ("whole", False, 0.05, 27)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

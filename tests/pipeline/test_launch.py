@@ -15,7 +15,7 @@ from bingo.pipeline.launch import run_torchrun
 from bingo.pipeline.run import mistakes_as_lines, pick_device
 from bingo.runtime.errors import GroupLost, Interrupted, UserError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")]
 SHORT = {
     "dataset.train_images": 160,
     "dataset.test_images": 40,

@@ -139,6 +139,7 @@ def test_a_file_of_dvcs_own_that_was_cut_off_is_mended_and_counted():
     assert (tally.cut_off, workspace.mended, sum(tally.kills.values()), tally.problems) == (1, 1, 1, [])
 
 
+@pytest.mark.slow
 def test_what_dvc_cuts_off_is_told_and_mended_as_the_readme_says(tmp_path):
     """DVC itself, with a lock that was half written and a folder of its run cache whose entry was not."""
     (tmp_path / "images").write_text("x")

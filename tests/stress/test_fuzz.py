@@ -12,6 +12,7 @@ from tests.stress.fuzz.surfaces import SURFACES
 CASES = {"params.yaml, taken on": 4, "images, bombs": 0, "checkpoints, published": 20}  # dear ones
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surface", SURFACES, ids=lambda surface: surface.name)
 def test_no_case_ends_in_a_traceback_a_hang_or_too_much_memory(surface, tmp_path):
     if cases := CASES.get(surface.name, 30):
