@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from bingo.detection.coco import Instances
     from bingo.detection.loop import DetectorTrainer
+    from bingo.nets.backbones import Backbone
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 WHERE = ("runs", "root", "train_images", "train_annotations", "val_images", "val_annotations")  # not what: the files' hashes say that
@@ -41,7 +42,7 @@ def main(name: str = typer.Argument(help="HEAD-SCHEDULE, one of params.yaml's tr
             _transfer(run, name, student, device)
 
 
-def _transfer(run: Run, name: str, student: Any, device: "torch.device") -> None:
+def _transfer(run: Run, name: str, student: "Backbone", device: "torch.device") -> None:
     from bingo import seeds
     from bingo.detection.coco import training_targets
     from bingo.detection.detector import build_detector, student_inside

@@ -9,6 +9,7 @@ from bingo.pipeline.run import Run
 
 if TYPE_CHECKING:
     from bingo.nets.backbones import Backbone
+    from bingo.params import Section
 
 
 def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
@@ -34,7 +35,7 @@ def backbone_files(nets: Sequence[str]) -> dict[str, str]:
     return {name: file_fingerprint(_file(name)) for name in nets if name != "untrained"}
 
 
-def judged(run: Run, *sections: Any) -> list[Any]:
+def judged(run: Run, *sections: "Section") -> list[int | dict[str, Any]]:
     """The parameters that decide what an evaluation of a network gives, beside the network: seed, views, architecture, `sections`."""
     return [run.params.seed, *(section.model_dump() for section in (run.params.image, run.params.student, *sections))]
 

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bingo.params import Params, load_params, read_yaml
+from bingo.params import Params, Section, load_params, read_yaml
 from bingo.params.limits import check_limits
 from bingo.pipeline.commands import enter_workspace, run_app
 from bingo.pipeline.launch import expected_processes
@@ -191,7 +191,7 @@ def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) 
             raise UserError(f"{option} = {path}: is no file of this kind, so --force does not replace it; give another name")
 
 
-def chosen_items(key: str, items: Mapping[str, Any], name: str | None) -> list[str]:
+def chosen_items(key: str, items: Mapping[str, Section], name: str | None) -> list[str]:
     """The item of a mapping in params.yaml that a command names, or all. Raises UserError where there is none of that name, or none."""
     allowed = list(items)
     if not allowed:

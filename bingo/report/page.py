@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bingo.params import display_name
+from bingo.params import NetworkParams, display_name
 from bingo.report import bags as report_bags
 from bingo.report import coco as report_coco
 from bingo.report import results as report_results
@@ -90,7 +90,7 @@ def _stage_number(stage: str) -> int:
     return _STAGE_ORDER.index(family) if family in _STAGE_ORDER else len(_STAGE_ORDER)
 
 
-def _network(network: Any, facts: NetworkFacts | None) -> str:
+def _network(network: NetworkParams, facts: NetworkFacts | None) -> str:
     """Architecture, width where it is not 1, and the number of parameters where a file tells it."""
     width = "" if network.width == 1 else f" × {network.width:g} wide"
     return f"{network.arch}{width}" + (f", {_rounded(facts.backbone_parameters)} parameters" if facts else "")

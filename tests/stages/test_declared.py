@@ -39,8 +39,8 @@ SHORT = {
 }
 # Where images are, not what they are: that is in data/listing.parquet, on which a stage that opens images depends.
 PLACES = {"dataset.root", "dataset.follow_links"}
-# Validation and the methods' sections are not infrastructure here: what they read after loading, they read for a stage.
-NO_READERS = {file for file in INFRASTRUCTURE if not file.endswith("params.py")}
+# Sections are not infrastructure here: what their own functions read after loading is read for a stage.
+NO_READERS = {file for file in INFRASTRUCTURE if not file.startswith("bingo/params/") or file.endswith("limits.py")}
 PARAMS = read_yaml(ROOT / "params.yaml")
 FOR_FILES = {*PLACES, "dataset.check", "dataset.on_bad_image"}
 NETS = ("student", "untrained", "teacher", "pixels")
