@@ -1,1 +1,1 @@
-"""One file a method: bingo/methods/NAME.py holds `build`, bingo/methods/NAME_params.py its section of params.yaml."""
+"""One file a method: bingo/methods/NAME.py holds `build`; its section of params.yaml is in bingo/params/methods.py."""

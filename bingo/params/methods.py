@@ -211,7 +211,7 @@ def method_names() -> list[str]:
 
 
 def display_name(method: str) -> str:
-    """A method's name as its paper writes it; of one that has no file here, the name that was given."""
+    """A method's name as its paper writes it; of one that has no section here, the name that was given."""
     return method_section(method).display_name if method in method_names() else method
 
 

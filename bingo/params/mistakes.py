@@ -22,11 +22,11 @@ def mistake_lines(error: ValidationError, model: type[BaseModel], section: str =
             lines.append(f"{key} is not a known key{near_matches(str(item['loc'][-1]), keys)}; allowed are {', '.join(keys)}")
         else:
             value = "" if isinstance(item["input"], dict | BaseModel) else f" = {short(item['input'])}"
-            lines += [f"{key}{value}: {message}" if key else message for message in message(item).split("\n")]
+            lines += [f"{key}{value}: {line}" if key else line for line in explanation(item).split("\n")]
     return lines
 
 
-def message(item: ErrorDetails) -> str:
+def explanation(item: ErrorDetails) -> str:
     """What is allowed in place of one mistake; several lines where one check found several."""
     if item["type"] in ("model_type", "dict_type"):
         return "allowed is a section, that is keys with values"

@@ -8,7 +8,7 @@ from bingo.params.data import BaggingParams, DatasetParams, ExtractParams, Image
 from bingo.params.evals import CocoParams, KnnEvalParams, LinearEvalParams, SemiEvalParams, TransferParams, TransferSetParams
 from bingo.params.fields import Section, Whole
 from bingo.params.methods import MethodsParams, method_names, method_section
-from bingo.params.mistakes import message
+from bingo.params.mistakes import explanation
 from bingo.params.networks import StudentParams, TeacherParams
 from bingo.params.training import DistillParams
 from bingo.runtime.errors import near_matches
@@ -73,7 +73,7 @@ class Params(Section):
             try:
                 self.transfer_set(name)
             except ValidationError as error:
-                line = message(error.errors()[0]).replace("set dataset.", f"set transfer.datasets.{name}.")
+                line = explanation(error.errors()[0]).replace("set dataset.", f"set transfer.datasets.{name}.")
                 raise ValueError(f"transfer.datasets.{name}.{line}") from None
         return self
 
