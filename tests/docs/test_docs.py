@@ -1,0 +1,179 @@
+"""README and docs: every link leads somewhere, generated pages are up to date, and every example runs."""
+
+import inspect
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from ruamel.yaml import YAML
+from workspace import ROOT, environment
+
+from bingo.params import read_yaml
+from docs.tools import parameters
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks/results").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]*)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+IN_REPOSITORY = re.compile(r"`((?:bingo|stages|tests|recipes|docs|benchmarks)/[\w/.-]+)`")
+
+
+def prose(page: Path) -> str:
+    """A page without its code."""
+    return re.sub(r"`[^`\n]+`", "", FENCE.sub("", page.read_text()))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in LINK.findall(prose(page)):
+        place, _, anchor = unquote(link).partition("#")
+        target = (page.parent / place).resolve() if place else page
+        if "://" in link:
+            continue
+        if not target.is_file() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    made = {title for _, title, _ in FENCE.findall((ROOT / "docs/extending.md").read_text())}
+    names = set(IN_REPOSITORY.findall(page.read_text())) - made
+    assert not [name for name in names if "NAME" not in name and not (ROOT / name).exists()]
+
+
+def test_every_page_is_reachable_from_the_readme():
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall(prose(ROOT / "README.md"))}
+    chapters = {
+        (ROOT / "benchmarks/results" / link.partition("#")[0]).resolve() for link in LINK.findall(prose(PAGES[-1].with_name("README.md")))
+    }
+    assert set(PAGES[1:]) <= linked | chapters
+
+
+def test_the_page_of_parameters_is_up_to_date():
+    way_out = "params.yaml or its schema has changed: python -m docs.tools.parameters > docs/parameters.md"
+    assert (ROOT / "docs/parameters.md").read_text() == parameters.page(), way_out
+
+
+def test_every_parameter_and_remark_stands_on_the_page():
+    text, shipped, section = (ROOT / "params.yaml").read_text(), {}, ""
+    for line in parameters.page().splitlines():
+        if heading := re.fullmatch(r"##+ ([\w.]+)", line):
+            section = f"{heading[1]}."
+        elif row := re.match(r"\| `(\w+)` \| `(.*?)` \|", line):
+            shipped[section + row[1]] = YAML(typ="safe", pure=True).load(row[2])
+    assert dict(_leaves(read_yaml(ROOT / "params.yaml"), "", shipped)) == shipped
+    words = " ".join(re.findall(r"^ +# (.*)$", text, re.MULTILINE)).replace("|", r"\|").replace("*", r"\*").split()
+    assert not [word for word in set(words) if word.strip(":.") not in parameters.page()]
+
+
+def _leaves(section: dict[str, Any], prefix: str, rows: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict) and prefix + key not in rows:
+            yield from _leaves(value, f"{prefix}{key}.", rows)
+        else:
+            yield prefix + key, value
+
+
+def python_blocks(page: Path) -> Iterator[tuple[str, str]]:
+    yield from ((title, code) for language, title, code in FENCE.findall(page.read_text()) if language == "python")
+
+
+def run(folder: Path, *command: str) -> str:
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_examples_of_the_api_run(workspace):
+    code = "\n".join(code for _, code in python_blocks(ROOT / "docs/api.md"))
+    (workspace.root / "example.py").write_text(code)
+    printed = run(workspace.root, sys.executable, "-W", "error", "example.py").splitlines()
+    listing = len(printed) > 3 and printed[1].split()[0]
+    assert listing == "500"  # of workspace.SHORT: 400 train and 100 test images
+    scores = eval(printed[-1])
+    assert set(scores) == {"knn_1", "knn_1_weighted", "knn_10", "knn_10_weighted"}
+    assert all(10 < score <= 100 for score in scores.values())
+
+
+def test_signatures_of_the_api_are_those_of_the_functions():
+    text = (ROOT / "docs/api.md").read_text()
+    imports = dict(reversed(pair) for pair in re.findall(r"^from (bingo[\w.]+) import (\w+)$", text, re.MULTILINE))
+    named = {}
+    for heading in re.findall(r"^## (\w+)$", text, re.MULTILINE):
+        found = re.search(rf"`{heading}\((.*?)\)`", text)
+        assert found, f"{heading} has no signature"
+        named[heading] = [part.split("=")[0].strip() for part in found[1].split(",")]
+    assert len(named) == 10
+    for name, arguments in named.items():
+        actual = list(inspect.signature(getattr(__import__(imports[name], fromlist=[name]), name)).parameters)
+        assert arguments == actual or (arguments[-1] == "..." and arguments[:-1] == actual[: len(arguments) - 1])
+
+
+EXAMPLES = re.split(r"^## ", (ROOT / "docs/extending.md").read_text(), flags=re.MULTILINE)[1:]
+WRITTEN = {
+    "A method": ["models/student.safetensors", "reports/distill.json"],
+    "A teacher format": ["models/teacher.safetensors"],
+    "A dataset": ["data/listing.parquet"],
+    "An export target": ["out/net.npz", "out/net.npz.md"],
+}
+
+
+def write_example(root: Path, text: str) -> list[list[str]]:
+    """Write the files of a section of docs/extending.md, change those that it changes, and return its commands."""
+    commands = []
+    for language, title, code in FENCE.findall(text):
+        if language == "console":
+            commands += [line.removeprefix("$ ").split() for line in code.splitlines()]
+        elif language == "diff":
+            lines = code.splitlines(keepends=True)
+            old, new = ("".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
+            changed = (root / title).read_text()
+            assert old in changed, f"{title} has no such lines:\n{old}"
+            (root / title).write_text(changed.replace(old, new))
+        elif title == "params.yaml: methods":
+            path = root / "params.yaml"
+            path.write_text(
+                path.read_text().replace("\nmethods:\n", "\nmethods:\n" + "".join(f"  {line}\n" for line in code.splitlines()), 1)
+            )
+        elif title:
+            (root / title).parent.mkdir(exist_ok=True)
+            (root / title).write_text(code)
+    return commands
+
+
+@pytest.mark.parametrize("text", EXAMPLES, ids=lambda text: text.partition("\n")[0])
+def test_the_examples_of_extending_run(text, workspace):
+    root, heading = workspace.root, text.partition("\n")[0]
+    for name in ("bingo", "stages"):
+        (root / name).unlink()
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for output in WRITTEN[heading]:
+        (root / output).unlink(missing_ok=True)
+    commands = write_example(root, text)
+    assert commands
+    for program, *arguments in commands:
+        module = ["-m", "bingo.cli.main"] if program == "bingo" else []
+        run(root, sys.executable, "-W", "error::SyntaxWarning", *module, *arguments)
+    assert all((root / output).stat().st_size for output in WRITTEN[heading])
+
+
+def test_every_section_of_extending_has_a_test():
+    assert [text.partition("\n")[0] for text in EXAMPLES] == list(WRITTEN)
+
+
+def test_pages_name_no_path_of_a_machine():
+    assert not [page for page in PAGES if re.search(r"/(?:work|root)/", page.read_text())]
