@@ -16,8 +16,8 @@ from bingo.planning.recipes import as_text
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 HEAD = """# Parameters
 
-Every setting of `params.yaml`, with the value that is shipped. Units are in the names (`_px`, `_epochs`, `_images`, `_rows`). A key that is missing or
-unknown is an error. This page is generated: `python -m docs.tools.parameters > docs/parameters.md`.
+Every setting of `params.yaml`, with the value that is shipped. Units are in the names (`_px`, `_epochs`, `_images`, `_rows`). A key
+that is missing or unknown is an error. This page is generated: `python -m docs.tools.parameters > docs/parameters.md`.
 """
 Remarks = dict[str, str]
 TINY, HUGE = 1e-9, 1e7  # bounds of the schema beyond any sensible value

@@ -1,7 +1,6 @@
 """README and docs: every link leads somewhere, generated pages are up to date, and every example runs."""
 
 import inspect
-
 import re
 import shutil
 import subprocess
@@ -140,7 +139,7 @@ def write_example(root: Path, text: str) -> list[list[str]]:
             commands += [line.removeprefix("$ ").split() for line in code.splitlines()]
         elif language == "diff":
             lines = code.splitlines(keepends=True)
-            old, new = ("".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
+            old, new = ("".join(line[1:] for line in lines if line[0] in signs) for signs in (" -", " +"))
             changed = (root / title).read_text()
             assert old in changed, f"{title} has no such lines:\n{old}"
             (root / title).write_text(changed.replace(old, new))

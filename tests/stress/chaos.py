@@ -6,7 +6,7 @@ A kill is a signal (SIGKILL, SIGTERM, SIGINT) to the stage, to dvc or to both, a
 undisturbed; the next `dvc repro STAGE` goes on. Checked: the outputs' bytes are those of the undisturbed run; data/, models/ and reports/
 hold no other file than its; no state is left; steps that were done twice lie within one checkpoint interval (of `extract`: within the two
 chunks that it holds); a training that was asked to stop has exit code 75 and loses nothing. Exit code 1 where one of these fails. What a
-kill may cut off are two things of dvc's own, its lock and an entry of its run cache: then what docs/troubleshooting.md says is done, and counted.
+kill may cut off are two things of dvc's own, its lock and an entry of its run cache: then docs/troubleshooting.md is followed.
 
 How far a stage is, its progress bar knows: the workspace's copy of bingo/runtime/progress.py also writes that down.
 """
