@@ -1,6 +1,6 @@
 """A sweep: recipes x seeds as DVC experiments, one command that can be interrupted and started again (`make compare`).
 
-python -m benchmarks.compare --variants method-bingo method-moco --seeds 0 1 2        then: bingo report --experiments
+python -m benchmarks.compare --variants method-bingo method-moco --seeds 0 1 2        then: bingo experiments
 
 A variant is a recipe, laid over params.yaml; its experiment is named VARIANT-sSEED. With `--base RECIPE` (whose images are in `--root`)
 each variant is laid over that recipe, and named BASE+VARIANT-sSEED. Every experiment is run by `dvc exp run` in a
@@ -152,7 +152,7 @@ class Sweep:
             _end([lane.process for lane in self.lanes if lane.process])
             for lane in self.lanes:
                 shutil.rmtree(lane.folder, ignore_errors=True)
-        print(f"{self.done} of {self.all} done, {self.failed} failed; the table: bingo report --experiments", flush=True)
+        print(f"{self.done} of {self.all} done, {self.failed} failed; the table: bingo experiments", flush=True)
         return self.failed
 
     def _attend(self, lane: Lane) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from bingo.images.listing import Listing
-    from bingo.pipeline.networks import Networks
+    from bingo.pipeline.backbones import Networks
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,13 +27,15 @@ def main(net: str | None = typer.Argument(None, help="student, a baseline, untra
     """Nearest-neighbour evaluation."""
     net = item_name(net) if net else None
     with stage_run(f"knn_eval-{net}" if net else "knn_eval") as run:
+        from bingo.embeddings.store import read_embeddings
         from bingo.images.listing import read_listing
-        from bingo.pipeline.networks import Networks
+        from bingo.pipeline.backbones import Networks
         from bingo.runtime.artefacts import write_json
 
         names, listing = chosen_networks(run.params, net), read_listing(paths.LISTING)
         ks = _ks(run, listing)
-        networks = Networks(run, names if ks else [], listing)
+        teacher = read_embeddings(paths.EMBEDDINGS, listing) if ks and "teacher" in names else None
+        networks = Networks(run, names if ks else [], listing, teacher)
         with process_group(run) if networks.backbones else nullcontext() as device:  # stored features need no torch
             for name in names:
                 scores = _scores(run, name, networks, listing, ks, device) if ks else {}

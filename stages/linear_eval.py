@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from bingo.images.listing import Listing
-    from bingo.pipeline.networks import Networks
+    from bingo.pipeline.backbones import Networks
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,8 +27,9 @@ def main(net: str | None = typer.Argument(None, help="student, a baseline, untra
     """Linear evaluation by both protocols."""
     net = item_name(net) if net else None
     with stage_run(f"linear_eval-{net}" if net else "linear_eval") as run:
+        from bingo.embeddings.store import read_embeddings
         from bingo.images.listing import read_listing
-        from bingo.pipeline.networks import Networks
+        from bingo.pipeline.backbones import Networks
         from bingo.runtime.artefacts import write_json
 
         names, listing = chosen_networks(run.params, net), read_listing(paths.LISTING)
@@ -37,7 +38,8 @@ def main(net: str | None = typer.Argument(None, help="student, a baseline, untra
             for name in names:
                 write_json(paths.REPORTS / "linear" / f"{name}.json", {})
             return
-        networks = Networks(run, names, listing)
+        teacher = read_embeddings(paths.EMBEDDINGS, listing) if "teacher" in names else None
+        networks = Networks(run, names, listing, teacher)
         with process_group(run) as device:
             for name in names:
                 scores = _cached(run, name, networks, listing, device) | _crops(run, name, networks, listing, device)

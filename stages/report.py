@@ -2,17 +2,16 @@
 
 python -m stages.report      reads everything that is there; writes reports/index.html, reports/results.json (the few
 figures that `dvc metrics` and `dvc exp show` compare) and, no output of the stage, reports/run.js
-bingo report --experiments   instead, DVC's experiments beside each other: see bingo/cli/experiments.py
 """
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from bingo.pipeline import paths
-from bingo.pipeline.run import Run, chosen_networks, mistakes_as_lines, run_command, stage_run
+from bingo.pipeline.run import Run, chosen_networks, run_command, stage_run
 
 if TYPE_CHECKING:
     from bingo.report.inputs import Artefacts
@@ -21,21 +20,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def main(
-    prefixes: Annotated[list[str] | None, typer.Argument(help="With --experiments: only those whose names start so.")] = None,
-    experiments: Annotated[bool, typer.Option("--experiments", help="Compare DVC's experiments: a page, and tables on stdout.")] = False,
-    against: Annotated[str | None, typer.Option(help="The variant that differences are taken to; method-moco if there is one.")] = None,
-    rev: Annotated[str, typer.Option(help="The commit whose experiments are compared.")] = "HEAD",
-) -> None:
-    """Write the page of this run, or compare experiments."""
-    if experiments:
-        with mistakes_as_lines():
-            from bingo.cli.experiments import report_experiments
-
-            report_experiments(prefixes or [], against, rev)
-        return
-    if prefixes or against or rev != "HEAD":
-        raise typer.BadParameter("PREFIXES, --against and --rev go with --experiments")
+def main() -> None:
+    """Write the page of this run."""
     with stage_run("report") as run:
         from bingo.report.page import build_page, run_script
         from bingo.report.results import compared_figures

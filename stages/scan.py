@@ -18,7 +18,7 @@ def main() -> None:
         from bingo.datasets.sources import scan
         from bingo.images.images import write_images
         from bingo.images.listing import write_listing
-        from bingo.params.limits import check_batches
+        from bingo.planning.limits import check_batches
         from bingo.runtime.progress import progress_bar
 
         listing, images = scan(run.params.dataset, run.params.seed, run.say)

@@ -1,6 +1,7 @@
-"""Which files of the project a stage imports, directly or through others, at any depth of any function: read from the syntax tree."""
+"""Which files of the project a file imports, at any depth of any function: read from the syntax tree."""
 
 import ast
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -9,28 +10,46 @@ ROOT = Path(__file__).parent.parent
 
 @cache
 def imported_files(path: str) -> frozenset[str]:
-    """Project files named in the imports of one file; imports under `if TYPE_CHECKING:` do not run and do not count."""
+    """Project files named in the imports of one file, by statement or by import_module("NAME"); imports under `if TYPE_CHECKING:` do not
+    run and do not count. A name that is known only at run time, import_module(f"PACKAGE.{name}"), counts in `imported_patterns` alone."""
     found = set()
     for node in _running(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif (argument := _by_name(node)) and isinstance(argument, ast.Constant):
+            names = [str(argument.value)]
         else:
             continue
         found |= {file for name in names if (file := _file(name))}
     return frozenset(found)
 
 
-def closure(path: str) -> set[str]:
-    """All project files that running `path` may import, itself included; package markers without code are left out."""
+def imported_patterns(path: str) -> set[str]:
+    """What one file imports by a name that is known only at run time, as globs of project files: bingo/export/to_*.py."""
+    arguments = (_by_name(node) for node in _running(ast.parse((ROOT / path).read_text())))
+    parts = [argument.values for argument in arguments if isinstance(argument, ast.JoinedStr)]
+    return {
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in each).replace(".", "/") + ".py" for each in parts
+    }
+
+
+def closure(path: str, but: Collection[str] = ()) -> set[str]:
+    """All project files that running `path` may import, itself included, but for `but` and what only these import; package markers without
+    code are left out."""
     todo, done = [path], set()
     while todo:
         file = todo.pop()
-        if file not in done:
+        if file not in done and file not in but:
             done.add(file)
             todo.extend(imported_files(file))
     return {file for file in done if not file.endswith("__init__.py")}
+
+
+def _by_name(node: ast.AST) -> ast.AST | None:
+    """What is imported where `node` is a call of importlib.import_module."""
+    return node.args[0] if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") else None
 
 
 def _running(tree: ast.AST):

@@ -13,7 +13,7 @@ from typing import Any
 
 from bingo import params
 
-CHECK = "bingo/params/limits.py"  # refuses to start, and calls what builds networks to find out; what that reads decides no output
+CHECK = "bingo/planning/limits.py"  # refuses to start, and calls what builds networks to find out; what that reads decides no output
 _log, *_arguments = sys.argv[1:]
 _keys: dict[int, str] = {}  # dotted keys of the sections of params.yaml, by identity
 _sections: list[Any] = []  # kept, so that no other object gets their identity

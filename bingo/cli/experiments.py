@@ -1,4 +1,4 @@
-"""bingo report --experiments: DVC's experiments of one commit beside each other, as a page and as Markdown on stdout.
+"""bingo experiments: DVC's experiments of one commit beside each other, as a page and as Markdown on stdout.
 
 What DVC shows (parameters, metrics) comes from `dvc exp show`; timings come from the records that stages keep of experiments in
 .bingo/runs/EXPERIMENT (bingo/pipeline/run.py).
@@ -9,11 +9,12 @@ import subprocess
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bingo.pipeline import paths
+from bingo.pipeline.run import mistakes_as_lines
 from bingo.runtime.artefacts import read_json, write_bytes
 from bingo.runtime.errors import UserError, near_matches
 
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 
 PAGE = paths.REPORTS / "experiments.html"
 AGAINST = "method-moco"
+
+
+def main(
+    prefixes: Annotated[list[str] | None, typer.Argument(help="Only those whose names start so.")] = None,
+    against: Annotated[str | None, typer.Option(help="The variant that differences are taken to; method-moco if there is one.")] = None,
+    rev: Annotated[str, typer.Option(help="The commit whose experiments are compared.")] = "HEAD",
+) -> None:
+    """Compare DVC's experiments: a page, and tables on stdout."""
+    with mistakes_as_lines():
+        report_experiments(prefixes or [], against, rev)
 
 
 def report_experiments(prefixes: Sequence[str], against: str | None, revision: str) -> None:

@@ -1,22 +1,45 @@
 """bingo: every stage, and what people use beside the pipeline. Nothing heavy is imported before a command needs it."""
 
-import typer
+import importlib
+from typing import Any
 
-from bingo.cli import bags, embed, export, recipe
+import typer
+from typer.core import TyperGroup
+
+from bingo.cli import bags, embed, experiments, export, recipe
 from bingo.pipeline.run import run_command
-from stages import bag, baseline, distill, extract, knn_eval, linear_eval, report, scan, semi_eval, teacher, transfer_cifar, transfer_coco
+
+STAGES = (
+    "scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar", "transfer_coco",
+    "report",
+)  # fmt: skip
+
+
+class Commands(TyperGroup):
+    """The commands of this program and, each found by its name once it is asked for, the stages."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The stages in their order, then the others."""
+        return [*STAGES, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a name, or None."""
+        if cmd_name not in STAGES:
+            return super().get_command(ctx, cmd_name)
+        command: Any = typer.main.get_command(importlib.import_module(f"stages.{cmd_name}").app)
+        command.name, command.rich_help_panel = cmd_name, "Stages (dvc repro runs them in order)"
+        return command
+
 
 app = typer.Typer(
     name="bingo",
+    cls=Commands,
     help="Distil a large self-supervised vision teacher into a small network through bags of similar images.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-STAGES = (scan, teacher, extract, bag, distill, baseline, linear_eval, knn_eval, semi_eval, transfer_cifar, transfer_coco, report)
-for module in STAGES:
-    app.command(module.__name__.rpartition(".")[2], rich_help_panel="Stages (dvc repro runs them in order)")(module.main)
-for module in (export, embed):
+for module in (export, embed, experiments):
     app.command(module.__name__.rpartition(".")[2], rich_help_panel="Beside the pipeline")(module.main)
 app.add_typer(bags.app, name="bags", help="Look into the cached bags.", rich_help_panel="Beside the pipeline")
 app.add_typer(recipe.app, name="recipe", help="Whole settings by name.", rich_help_panel="Beside the pipeline")

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[str]:
     """Say a line for each thing that was tried, and return one for each that is missing. Raises UserError for what is wrong."""
-    from bingo.params.limits import check_limits
     from bingo.planning.dry_run import dry_student
     from bingo.planning.estimates import count_images
+    from bingo.planning.limits import check_limits
     from bingo.runtime.progress import progress_bar
 
     check_limits(params, expected_processes())

@@ -50,7 +50,7 @@ def images_line(params: "Params", counts: "Counts") -> str:
 
 def estimate_lines(estimate: "Estimate") -> list[str]:
     """FLOPs, time of a GPU and disk, one line each."""
-    from bingo.training.costs import SUSTAINED_FLOP_PER_SECOND
+    from bingo.planning.costs import SUSTAINED_FLOP_PER_SECOND
 
     stages = ", ".join(f"{stage} {_time(flops)}" for stage, flops in estimate.stage_flops.items())
     disk = ", ".join(f"{what} {in_bytes(size)}" for what, size in estimate.disk_bytes.items())
@@ -69,7 +69,7 @@ def _giga(flops: float) -> str:
 
 
 def _time(flops: float) -> str:
-    from bingo.training.costs import gpu_hours
+    from bingo.planning.costs import gpu_hours
 
     seconds = 3600 * gpu_hours(flops)
     if seconds < 1:

@@ -14,7 +14,7 @@ reported in a fraction of a second, before any stage does any work.
     whole.py       all of them, baselines, report      baseline; report
 
 Beside them: fields.py, what sections are made of; reading.py and mistakes.py, from a file to `Params` or to lines that say what is
-wrong; limits.py, what sections can be together; arch_names.py and places.py, names of networks and places of files.
+wrong; arch_names.py and places.py, names of networks and places of files.
 """
 
 # ruff: noqa: F401 - these names are imported from here

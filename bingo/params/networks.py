@@ -1,11 +1,12 @@
 """Sections of the two networks, teacher and student."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from bingo.params.arch_names import arch_mistake
+from bingo.params.arch_names import arch_mistake, arch_names
 from bingo.params.fields import FilePath, Positive, Rate, Section
 from bingo.params.training import PretrainParams
 from bingo.runtime.errors import near_matches
@@ -79,3 +80,18 @@ def format_names() -> list[str]:
     """Every format of checkpoints that has a file in bingo/teachers/formats."""
     folder = Path(__file__).parents[1] / "teachers/formats"
     return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+
+
+def source_mistakes(teacher: TeacherParams) -> Iterator[str]:
+    """What a teacher's section asks of a library that the library has not: another shape than published, the other library's name."""
+    published = teacher.source in ("timm", "torchvision") and not teacher.checkpoint
+    if published and (teacher.width != 1 or teacher.stem != "imagenet"):
+        named = f"teacher.width = {teacher.width}, teacher.stem = {teacher.stem}"
+        yield f"{named}: published weights have others; set teacher.width: 1.0, teacher.stem: imagenet, or teacher.checkpoint to a file"
+    of_torchvision = teacher.arch.startswith("torchvision/")
+    if teacher.source == "timm" and of_torchvision:
+        yield f"teacher.arch = {teacher.arch}: is no network of timm; set teacher.source: torchvision"
+    if teacher.source == "torchvision" and not of_torchvision:
+        other = f"torchvision/{teacher.arch}"
+        way_out = f"set teacher.arch: {other}, or teacher.source: timm" if other in arch_names() else "set teacher.source: timm"
+        yield f"teacher.arch = {teacher.arch}: is timm's name; {way_out}"

@@ -1,4 +1,5 @@
-"""The backbones that the evaluations judge, each from its own file alone: the student, its baselines, and the same network untrained."""
+"""What the evaluations judge, each from its own file alone: the student, its baselines, the same network untrained; and as features of
+all rows, beside these, the teacher and raw pixels. What an evaluation of one gives does not change with another."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +9,15 @@ from bingo.pipeline import paths
 from bingo.pipeline.run import Run
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from bingo.embeddings.store import Embeddings
+    from bingo.images.listing import Listing
     from bingo.nets.backbones import Backbone
-    from bingo.params import Section
+    from bingo.params import FeatureParams, Section
+
+STORED = ("teacher", "pixels")  # no network is run for their features
 
 
 def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
@@ -42,3 +50,45 @@ def judged(run: Run, *sections: "Section") -> list[int | dict[str, Any]]:
 
 def _file(name: str) -> Path:
     return paths.STUDENT if name == "student" else paths.BASELINES / f"{name}.safetensors"
+
+
+class Networks:
+    """Networks by name, opened before any work, so that a missing or damaged file is reported first.
+
+    `teacher` holds the teacher's features, if it is one of them. `backbones` are those that are run, on the CPU; raises UserError for a
+    file that is missing or damaged, or another listing's.
+    """
+
+    def __init__(self, run: Run, names: Sequence[str], listing: "Listing", teacher: "Embeddings | None"):
+        from bingo.images.images import open_images
+
+        self.run, self.listing = run, listing
+        run_ones = [name for name in names if name not in STORED]
+        self.backbones = backbones(run, run_ones) if run_ones else {}  # stored features need no timm
+        self._teacher = teacher
+        self.images = open_images(listing, paths.IMAGES, run.params.dataset) if set(names) - {"teacher"} else None
+
+    def features(self, name: str, params: "FeatureParams", device: "torch.device | None") -> "np.ndarray | None":
+        """Features (N, width) of every row, float32; None for pixels that are not held in memory. Stored ones need no device."""
+        import numpy as np
+
+        from bingo.images.images import MemoryImages
+
+        if name == "teacher" and self._teacher is not None:
+            return self._teacher.features_ND.astype(np.float32)
+        if name == "pixels":
+            pixels = self.images.images_NSS3 if isinstance(self.images, MemoryImages) else None
+            return None if pixels is None else pixels.reshape(len(pixels), -1).astype(np.float32)
+        return self._computed(name, params, device)
+
+    def _computed(self, name: str, params: "FeatureParams", device: "torch.device | None") -> "np.ndarray":
+        import numpy as np
+        import torch
+
+        from bingo.evals.features import backbone_features
+
+        assert self.images is not None
+        assert device is not None
+        backbone = self.backbones[name].to(device).to(memory_format=torch.channels_last)
+        rows, image = np.arange(len(self.listing)), self.run.params.image
+        return backbone_features(backbone, self.images, rows, image, device, params.precision, params.batch_images)

@@ -15,4 +15,4 @@ DETECTORS = Path("models/detectors")
 REPORTS = Path("reports")
 PLOTS = REPORTS / "plots"
 RUNS = Path(".bingo/runs")
-LIMITS = Path(".bingo/limits.json")
+LIMITS = Path(".bingo/planning/limits.json")

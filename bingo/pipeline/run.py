@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bingo.params import Params, Section, load_params, read_yaml
-from bingo.params.limits import check_limits
 from bingo.pipeline.commands import enter_workspace, run_app
 from bingo.pipeline.launch import expected_processes
 from bingo.pipeline.paths import LIMITS, RUNS
 from bingo.pipeline.state import sweep
+from bingo.planning.limits import check_limits
 from bingo.runtime.artefacts import file_fingerprint, fingerprint, write_json
 from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, GroupLost, Interrupted, UserError, near_matches, out_of_memory
 from bingo.runtime.memory import keep_freed_memory
@@ -301,10 +301,12 @@ def process_group(run: Run) -> Iterator["torch.device"]:
 
 
 def code_fingerprint(stage: str, method: str = "") -> str:
-    """Names the source files that dvc.yaml lists for a stage: a checkpoint of other code is not gone on from."""
+    """Names the source files that dvc.yaml lists for a stage, by files and by folders: a checkpoint of other code is not gone on from."""
     stages = read_yaml("dvc.yaml")["stages"]
     definition = stages[stage].get("do", stages[stage])
     params = read_yaml("params.yaml")
     chosen = {"distill.method": method, "item": method, "teacher.format": params["teacher"]["format"]}
-    paths = [re.sub(r"\$\{(.+?)\}", lambda key: chosen.get(key[1], key[0]), dep) for dep in definition["deps"]]
-    return fingerprint({path: file_fingerprint(path) for path in paths if path.endswith(".py")})
+    paths = [Path(re.sub(r"\$\{(.+?)\}", lambda key: chosen.get(key[1], key[0]), dep)) for dep in definition["deps"]]
+    listed = [path for path in paths if path.parts[0] in ("bingo", "stages")]
+    files = {str(file) for path in listed for file in (path.rglob("*.py") if path.is_dir() else [path])}
+    return fingerprint({file: file_fingerprint(file) for file in files})

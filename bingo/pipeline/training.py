@@ -141,8 +141,8 @@ def _stored(run: Run, section: "MethodSection", embeddings: "Embeddings", device
 def _gflop_per_anchor(method: "Method", batches: "Batches") -> float:
     """What a training step costs for each anchor, forward and backward, counted on the first batch."""
     from bingo.methods.contract import Progress
+    from bingo.planning.costs import step_flops
     from bingo.runtime import distributed
-    from bingo.training.costs import step_flops
 
     batch = next(batches.epoch(0, 0))
     return round(step_flops(method.train(), batch, Progress(0, 0)) * distributed.world() / batches.batch_anchors / 1e9, 6)

@@ -15,9 +15,9 @@ from bingo.datasets import digits
 from bingo.datasets.layout import find_splits
 from bingo.methods.contract import Progress
 from bingo.params import DatasetParams, Params
+from bingo.planning.costs import forward_flops, saved_bytes, step_flops
 from bingo.planning.dry_run import DryTraining
 from bingo.teachers.teacher import Teacher
-from bingo.training.costs import forward_flops, saved_bytes, step_flops
 
 _FLOAT, _HALF, _INDEX = 4, 2, 4  # bytes
 

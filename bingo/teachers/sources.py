@@ -21,7 +21,7 @@ from bingo.nets.backbones import Backbone, build_backbone, check_images, is_tran
 from bingo.nets.checkpoint import check_fits, first_names, load_strictly
 from bingo.nets.heads import layered_head
 from bingo.params import ImageParams, TeacherParams, format_names
-from bingo.params.limits import source_mistakes
+from bingo.params.networks import source_mistakes
 from bingo.runtime.errors import UserError, near_matches
 from bingo.teachers.contract import ANY_IMAGE, FIRST_WEIGHTS, Parts
 from bingo.teachers.foreign import read_checkpoint, states_in, summary

@@ -10,7 +10,7 @@ from bingo.methods.view_gradients import sum_of_terms
 from bingo.nets.backbones import build_backbone
 from bingo.nets.precision import autocast, casts_kept
 from bingo.params import method_section
-from bingo.training.costs import saved_bytes
+from bingo.planning.costs import saved_bytes
 from tests.training.test_train import PARAMS
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ from workspace import ROOT, SHORT, new_workspace
 
 from bingo.methods.contract import Progress
 from bingo.nets.backbones import build_backbone, check_images, is_transformer
-from bingo.params import limits, read_yaml, validate
-from bingo.params.limits import check_batches, check_limits
-from bingo.planning import network_limits
+from bingo.params import read_yaml, validate
+from bingo.planning import limits, network_limits
 from bingo.planning.dry_run import dry_student, dry_teacher
+from bingo.planning.limits import check_batches, check_limits
 from bingo.runtime.errors import UserError
 
 SMALL = {
@@ -186,7 +186,7 @@ def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path,
 
 def test_what_needs_no_network_needs_no_torch():
     code = (
-        "import sys; from bingo.params import limits; from bingo.params import load_params; params = load_params();"
+        "import sys; from bingo.planning import limits; from bingo.params import load_params; params = load_params();"
         "print([line for rule in limits._RULES for line in rule(params, 1)], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,10 +10,10 @@ from bingo.datasets.sources import scan
 from bingo.methods.contract import Batch, Method, Needs, Progress
 from bingo.nets.backbones import build_backbone
 from bingo.params import load_params
+from bingo.planning.costs import forward_flops, gpu_hours, saved_bytes, step_flops
 from bingo.planning.dry_run import dry_baseline, dry_pretraining, dry_student, dry_teacher
 from bingo.planning.estimates import Counts, count_images, estimate, step_memory
 from bingo.runtime.errors import UserError
-from bingo.training.costs import forward_flops, gpu_hours, saved_bytes, step_flops
 
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 B, PX = 3, 8

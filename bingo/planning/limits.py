@@ -1,18 +1,16 @@
 """Limits that lie between sections of params.yaml: what teacher, student, method, batch and images can be together.
 
-All are checked before any work, and every mistake is in one answer. Those that need no network are here, one function each, and take
-no time; a limit more is a function more in `_RULES`. Those that a network itself has (bingo/planning/network_limits.py) are tried on it
+Every stage checks all of them before any work, and every mistake is in one answer. Those that need no network are here, one function
+each, and take no time; a limit more is a function more in `_RULES`. Those that a network itself has (network_limits.py) are tried on it
 once: what has passed is remembered, so that a stage without torch stays without it.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from bingo.params.arch_names import arch_names
 from bingo.params.methods import MethodSection
-from bingo.params.networks import TeacherParams
+from bingo.params.networks import source_mistakes
 from bingo.params.training import ScheduleParams
 from bingo.params.whole import Params
 from bingo.runtime.artefacts import fingerprint, read_json, write_json
@@ -34,8 +32,9 @@ def check_limits(params: Params, processes: int, memory: Path | None = None) -> 
     values = params.model_dump(mode="json", include=_READ)
     key = fingerprint([values, processes, version("torch"), version("timm"), version("torchvision")])
     if key not in passed:
-        # By its name, so that no stage depends on this file's imports: none of them can change an output.
-        found = importlib.import_module("bingo.planning.network_limits").network_mistakes(params, processes)
+        from bingo.planning.network_limits import network_mistakes  # torch and timm
+
+        found = network_mistakes(params, processes)
         if not found and memory is not None:
             _remember(memory, [*passed, key][-_MOST_REMEMBERED:])
         lines += found
@@ -90,25 +89,6 @@ def _trainings(params: Params) -> list[_Training]:
     if params.teacher.source == "pretrain":
         found.append(("teacher.pretrain", params.teacher.pretrain, [("teacher.pretrain.moco", params.teacher.pretrain.moco)]))
     return found
-
-
-def source_mistakes(teacher: TeacherParams) -> Iterator[str]:
-    """What a teacher's section asks of a library that the library has not: another shape than published, the other library's name."""
-    published = teacher.source in ("timm", "torchvision") and not teacher.checkpoint
-    if published and (teacher.width != 1 or teacher.stem != "imagenet"):
-        named = f"teacher.width = {teacher.width}, teacher.stem = {teacher.stem}"
-        yield f"{named}: published weights have others; set teacher.width: 1.0, teacher.stem: imagenet, or teacher.checkpoint to a file"
-    of_torchvision = teacher.arch.startswith("torchvision/")
-    if teacher.source == "timm" and of_torchvision:
-        yield f"teacher.arch = {teacher.arch}: is no network of timm; set teacher.source: torchvision"
-    if teacher.source == "torchvision" and not of_torchvision:
-        yield f"teacher.arch = {teacher.arch}: is timm's name; {_torchvisions(teacher.arch)}"
-
-
-def _torchvisions(arch: str) -> str:
-    """The way out where torchvision's weights of timm's network are asked for."""
-    other = f"torchvision/{arch}"
-    return f"set teacher.arch: {other}, or teacher.source: timm" if other in arch_names() else "set teacher.source: timm"
 
 
 def _tags_choose_weights(params: Params, _: int) -> Iterator[str]:
