@@ -19,7 +19,8 @@ JOBS ?= 1
 BASE ?=
 ROOT ?=
 
-.PHONY: demo test test-fast test-oldest fuzz compare bench setup lint clean-state
+# `make docs`: README, docs/ and benchmarks/results/ as a website in site/.
+.PHONY: docs demo test test-fast test-oldest fuzz compare bench setup lint clean-state
 demo: setup
 	dvc repro
 	@echo "the report: $(CURDIR)/reports/index.html"
@@ -51,6 +52,10 @@ bench: setup
 	python -m benchmarks.bench_pipeline
 	python -m benchmarks.growth --plot benchmarks/plots/growth.svg
 
+docs: $(VENV)-docs/.done
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+	@echo "the documentation: $(CURDIR)/site/index.html"
+
 setup: $(VENV)/.done
 $(VENV)/.done: requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +69,12 @@ $(VENV)-oldest/.done: pyproject.toml
 	$(PYTHON) .ci/oldest.py > $(VENV)-oldest/requirements.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-oldest/requirements.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(VENV)-docs/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check --group docs
 	touch $@
 
 lint: setup
