@@ -27,6 +27,7 @@ _WORDS = {
 }
 _ROLES = {role: re.compile(rf"(?:{_AFFIX}[ _.-]?)?(?:{words})(?:[ _.-]?{_AFFIX})?") for role, words in _WORDS.items()}
 _USUAL = {"train": ("train",), "test": ("val", "test")}  # which of several folders of a role is taken
+_PLAIN_WORDS = {word: role for role, words in _WORDS.items() for word in words.split("|")}
 Say = Callable[[str], None]
 
 
@@ -45,6 +46,13 @@ _NO_SPLIT = Split([], [], [])
 def role_of(folder: str) -> str | None:
     """`train` or `test` where a folder's name is one that splits have, whatever its case; otherwise None."""
     return next((role for role, pattern in _ROLES.items() if pattern.fullmatch(folded(folder))), None)
+
+
+def split_word(folder: str) -> tuple[str | None, list[str]]:
+    """The role of a word within a folder's name (seg_train, train.X1, testA), None where it has none or both, and the other words."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder))
+    roles = {_PLAIN_WORDS[word] for word in map(folded, words) if word in _PLAIN_WORDS}
+    return roles.pop() if len(roles) == 1 else None, [word for word in map(folded, words) if word not in _PLAIN_WORDS]
 
 
 @progress_bar("finding the images")
@@ -156,6 +164,10 @@ def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
     where = f"{walker.shown}: {shown(split) + '/' if split else 'it'}"
     walker.refuse_mixed(split, folders)
     by_folder = {folder: walker.images(folder) for folder in folders}
+    if split and len(folders) == 1 and split_word(_last(folders[0]))[0] and walker.inner[folders[0]]:
+        raise UserError(
+            f"{where} has no folder but {shown(_last(folders[0]))}/, which is no class; move what is in it up into {shown(split)}/"
+        )
     if here and any(by_folder.values()):
         raise UserError(f"{where} holds images ({here[0]}) beside class folders; move them into a class, or out of the root")
     if here:
@@ -232,11 +244,24 @@ class _Walker:
                 self.inner[folder].append(_last(inner))
 
     def refuse_mixed(self, folder: str, folders: list[str]) -> None:
-        """Raises UserError where a folder within a split or class has both a train and a test split in it."""
+        """Raises UserError where a folder has both a train and a test split in it, or two folders that are named like them."""
         roles = {role_of(_last(inner)): _last(inner) for inner in folders}
+        self._refuse_twins(folder, folders)
         if "train" in roles and "test" in roles:
             problem = f"{folder}/ holds {roles['train']}/ and {roles['test']}/, which would be mixed"
             way_out = f"set dataset.root to {self.root / folder}, or lay the images out as train/CLASS and test/CLASS"
+            raise UserError(f"{self.shown}: {problem}; {way_out}")
+
+    def _refuse_twins(self, folder: str, folders: list[str]) -> None:
+        """Raises UserError where two folders' names differ in the word for their split alone, numbers apart: seg_train and seg_test."""
+        by_rest: dict[tuple[str, ...], dict[str, str]] = {}
+        for inner in folders:
+            role, rest = split_word(_last(inner))
+            if role and not role_of(_last(inner)):
+                by_rest.setdefault(tuple(rest), {})[role] = inner
+        if twins := next((found for found in by_rest.values() if len(found) > 1), None):
+            problem = f"{shown(twins['train'])}/ and {shown(twins['test'])}/ look like splits, and would be two classes"
+            way_out = "name the folder of the train images train/ and the other val/, or, if they are classes, rename one of them"
             raise UserError(f"{self.shown}: {problem}; {way_out}")
 
     def entries(self, folder: str) -> tuple[list[str], list[str]]:

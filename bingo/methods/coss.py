@@ -47,5 +47,6 @@ def build(params: CossParams, context: Context) -> Method:
     """CoSS on the student of `context`. Raises UserError where there is no teacher, or bags list fewer members than `companions`."""
     if params.companions and context.bags is not None and params.companions > context.bags.members_TK.shape[1]:
         listed = context.bags.members_TK.shape[1]
-        raise UserError(f"methods.coss.companions = {params.companions}: bags list {listed} members; raise bagging.k or lower it")
+        way_out = f"set bagging.k: {params.companions}, or lower it"
+        raise UserError(f"methods.coss.companions = {params.companions}: bags list {listed} members; {way_out}")
     return Coss(params, context)

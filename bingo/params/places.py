@@ -13,7 +13,15 @@ def located(path: str) -> str:
     """
     path = expanded(path)
     original = _original_workspace()
-    return path if original is None or os.path.lexists(path) else str(original / path)
+    return path if original is None or _is_held(path) else str(original / path)
+
+
+def _is_held(path: str) -> bool:
+    """Whether a copy has what is meant: a file, or a folder with more than Git keeps of one that it ignores (.gitkeep, a README)."""
+    if not Path(path).is_dir():
+        return Path(path).exists()  # a relative link leads elsewhere from the copy, mostly nowhere
+    files = (name.lower() for _, _, names in os.walk(path) for name in names)
+    return any(not name.startswith((".", "readme")) for name in files)
 
 
 def expanded(path: str) -> str:

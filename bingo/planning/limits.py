@@ -108,6 +108,13 @@ def _batches_are_shared(params: Params, processes: int) -> Iterator[str]:
             yield f"{line}; set {name}.batch_anchors: {nearest}, or another multiple"
 
 
+def _groups_are_shared(params: Params, processes: int) -> Iterator[str]:
+    for name, schedule, _ in _trainings(params):
+        if (groups := schedule.batchnorm_groups or 1) > processes and groups % processes:
+            line = f"{name}.batchnorm_groups = {groups}: {processes} processes cannot share the groups equally"
+            yield f"{line}; set {name}.batchnorm_groups to 1 (each process's images are one group), or to a multiple of {processes}"
+
+
 def _queues_hold_a_batch(params: Params, _: int) -> Iterator[str]:
     """A queue that is smaller than what is pushed at a time would lose keys that were never negatives."""
     for _name, schedule, sections in _trainings(params):
@@ -143,6 +150,7 @@ _RULES: tuple[Rule, ...] = (
     lambda params, _: source_mistakes(params.teacher),
     _tags_choose_weights,
     _batches_are_shared,
+    _groups_are_shared,
     _queues_hold_a_batch,
     _bags_list_companions,
     _warmup_leaves_epochs,

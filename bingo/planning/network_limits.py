@@ -32,8 +32,11 @@ def network_mistakes(params: Params, processes: int) -> list[str]:
         student = built
     if student is None:
         return lines
+    running: Teacher | None = None
+    if teacher is not None and params.distill.keys == "live" and params.distill.batch_anchors // processes == 1:
+        running = dry_teacher(params, checkpoint=False)  # it is run on the one image too
     trainings: list[tuple[str, Callable[[], DryTraining], int]] = [
-        ("distill", lambda: dry_student(params, teacher or _any_teacher(), bank=False), params.distill.batch_anchors),
+        ("distill", lambda: dry_student(params, running or teacher or _any_teacher(), bank=False), params.distill.batch_anchors),
         *((f"baseline {name}", lambda name=name: dry_baseline(params, name), params.distill.batch_anchors) for name in params.baselines),
     ]
     if params.teacher.source == "pretrain" and teacher is not None:

@@ -254,7 +254,7 @@ def _misfit(params: TeacherParams, backbone: Backbone, content: Any) -> UserErro
     state, _ = without_classifier(backbone, max(states, key=lambda state: sum(name in own for name in state)))
 
     def way_out() -> str:
-        formats = [name for name, parts in _readers(content).items() if parts.sure]
+        formats = [name for name, parts in _readers(content).items() if parts.sure and not parts.unknown]
         if formats:
             return f"set teacher.source: checkpoint and teacher.format: {' or '.join(formats)}"
         found = settings_in(content)

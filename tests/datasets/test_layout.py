@@ -96,6 +96,50 @@ def test_the_ways_out_of_a_mixture_help(tmp_path):
     assert said(tmp_path)[0].classes == ["car", "train"]
 
 
+TWINS = [
+    ("seg_train", "seg_test"),
+    ("train.X1", "val.X"),
+    ("trainA", "testA"),
+    ("bounding_box_train", "bounding_box_test"),
+    ("MyTraining", "MyValidation"),
+    ("pets-train-2019", "pets-val-2020"),
+]
+
+
+@pytest.mark.parametrize(("train", "test"), TWINS)
+@pytest.mark.parametrize("above", ["", "train/"])
+def test_folders_that_differ_in_the_word_for_their_split_are_no_classes(tmp_path, train, test, above):
+    make(tmp_path, f"{above}{train}/cat/1.png", f"{above}{train}/dog/2.png", f"{above}{test}/cat/3.png", f"{above}{test}/dog/4.png")
+    assert len(lines_of(folder(tmp_path))) == 1
+    (tmp_path / above / train).rename(tmp_path / above / "now")
+    (tmp_path / above / test).rename(tmp_path / "val")
+    (tmp_path / above / "now").rename(tmp_path / "now")
+    if above:
+        (tmp_path / "train").rmdir()
+    (tmp_path / "now").rename(tmp_path / "train")
+    assert (said(tmp_path)[0].train_rows, said(tmp_path)[0].classes) == (2, ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    "classes", [("bullet train", "test tube"), ("evaluation", "train"), ("train_red", "test_blue"), ("retrain", "contest")]
+)
+def test_classes_with_such_words_in_their_names_stay_classes(tmp_path, classes):
+    make(tmp_path, *(f"train/{name}/{i}.png" for i, name in enumerate(sorted(classes))))
+    if classes == ("evaluation", "train"):  # whole names of splits
+        assert "would be mixed" in lines_of(folder(tmp_path))[0]
+    else:
+        assert said(tmp_path)[0].classes == sorted(classes)
+
+
+def test_a_split_within_a_split_of_the_same_name_is_moved_up(tmp_path):
+    make(tmp_path, "train/seg_train/cat/1.png", "train/seg_train/dog/2.png", "val/cat/3.png")
+    assert "move what is in it up into train/" in lines_of(folder(tmp_path))[0]
+    for name in ("cat", "dog"):
+        (tmp_path / "train/seg_train" / name).rename(tmp_path / "train" / name)
+    (tmp_path / "train/seg_train").rmdir()
+    assert said(tmp_path)[0].classes == ["cat", "dog"]
+
+
 def test_what_lies_beside_the_splits_is_named(tmp_path):
     make(tmp_path, "train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "test/3.png", "extra/4.png", "logo.png")
     listing, lines = said(tmp_path)

@@ -33,6 +33,7 @@ def copy(tmp_path, monkeypatch) -> Path:
     copy = original / ".dvc/tmp/exps/copy"
     for folder in (copy / ".dvc", copy / "sub/tracked", original / "sub/tracked", original / "sub/ignored", original / "tracked"):
         folder.mkdir(parents=True, exist_ok=True)
+    (copy / "sub/tracked/list.txt").touch()
     monkeypatch.chdir(copy / "sub")
     monkeypatch.setenv("DVC_ROOT", str(original))
     return original
@@ -48,6 +49,22 @@ def test_what_a_copy_lacks_lies_in_the_original(copy, monkeypatch):
     assert located("./~/x") == str(copy / "sub/~/x")
     with pytest.raises(ValueError, match="no home of ~nobody-of-this-name; write the whole path"):
         located("~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize("kept", [".gitignore", "train/.gitkeep", "README.md", "link"])
+def test_what_git_keeps_of_an_ignored_folder_is_not_the_folder(copy, kept):
+    place = Path("kept", kept)
+    place.parent.mkdir(parents=True)
+    if kept == "link":  # relative, to what lies beside the original
+        place.parent.rmdir()
+        Path("kept").symlink_to("../../images")
+    else:
+        place.touch()
+    assert located("kept") == str(copy / "sub/kept")
+    if kept != "link":
+        Path("kept/train").mkdir(exist_ok=True)
+        Path("kept/train/1.png").touch()
+        assert located("kept") == "kept"
 
 
 def test_without_a_copy_a_path_stays_as_it_is(copy, monkeypatch):

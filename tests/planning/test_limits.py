@@ -71,6 +71,7 @@ REFUSED: list[dict[str, Any]] = [
     {"distill.method": "compress", "methods.compress.queue_rows": 32},
     {"distill.method": "seed", "methods.seed.negatives": "queue", "methods.seed.negative_rows": 20},
     {"teacher.pretrain.moco.queue_rows": 100},
+    {"distill.batchnorm_groups": 3, "distill.batch_anchors": 66},
     {"distill.batch_anchors": 51, "teacher.pretrain.batch_anchors": 127},
     {"distill.method": "bingo", "methods.bingo.inter_warmup_epochs": 5},
     {"distill.method": "bingo", "distill.keys": "momentum"},
@@ -112,9 +113,11 @@ def test_what_a_network_cannot_have_is_of_the_section_that_asks_for_it(changes, 
 
 @pytest.mark.parametrize("method", ["bingo", "moco", "seed", "compress", "disco", "simreg", "isd", "coss"])
 @pytest.mark.parametrize("companions", [0, 1])
-def test_a_batch_of_one_is_refused_just_where_a_step_would_fail(method, companions):
+@pytest.mark.parametrize("keys", ["stored", "live"])
+def test_a_batch_of_one_is_refused_just_where_a_step_would_fail(method, companions, keys):
     """Beside the real step on one image: no method is refused that works, none passes that would end in a traceback."""
-    changes = {"distill.method": method, "distill.batch_anchors": 1, "methods.coss.companions": companions}
+    changes = {"distill.method": method, "distill.batch_anchors": 1, "methods.coss.companions": companions, "distill.keys": keys}
+    changes |= {"methods.bingo.teacher_batchnorm": "batch"} if keys == "live" else {}
     params = validate(raw(changes), "params.yaml")
     training = dry_student(params, dry_teacher(params, checkpoint=False), bank=False)
     works = True
