@@ -45,6 +45,9 @@ def leaves(section: dict, above: str = "") -> dict:
     return found
 
 
+SHIPPED = leaves(read_yaml(PARAMS))
+
+
 def in_form(form: str):
     return to_hydra_overrides([f"key={form}"])[0].value()
 
@@ -67,9 +70,7 @@ def as_override(value) -> str:
 
 def scalars_and_lists() -> dict:
     """All that `-S` can name: in its grammar a key begins with a letter, which the schedules 1x and 2x do not."""
-    return {
-        key: value for key, value in leaves(read_yaml(PARAMS)).items() if not isinstance(value, dict) and not key.endswith((".1x", ".2x"))
-    }
+    return {key: value for key, value in SHIPPED.items() if not isinstance(value, dict) and not key.endswith((".1x", ".2x"))}
 
 
 @pytest.mark.slow
@@ -85,7 +86,7 @@ def test_every_key_goes_through_every_form_and_back(rewritten):
 
 
 def named_by_override(kind: type) -> list[str]:
-    return [key for key, value in leaves(read_yaml(PARAMS)).items() if isinstance(value, kind) and not key.endswith((".1x", ".2x"))]
+    return [key for key, value in SHIPPED.items() if isinstance(value, kind) and not key.endswith((".1x", ".2x"))]
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def named_by_override(kind: type) -> list[str]:
 def test_one_list_alone_goes_through_the_forms_that_broke_it(rewritten, key):
     for form in ("[a,b]", "[]", "null", "[[a],[]]", "[]"):
         apply_overrides(rewritten, [f"{key}={form}"])
-        assert leaves(read_yaml(rewritten)) == leaves(read_yaml(PARAMS)) | {key: in_form(form)}
+        assert leaves(read_yaml(rewritten)) == SHIPPED | {key: in_form(form)}
     assert remarks(rewritten.read_text()) == remarks(PARAMS.read_text())
 
 
@@ -105,7 +106,7 @@ def test_a_section_of_the_users_own_words_is_filled_and_emptied(rewritten, key):
         (f"~{key}.a", {key: {}}),
     ]:
         apply_overrides(rewritten, [override])
-        others = {name: value for name, value in leaves(read_yaml(PARAMS)).items() if name != key}
+        others = {name: value for name, value in SHIPPED.items() if name != key}
         assert leaves(read_yaml(rewritten)) == others | expected
     assert remarks(rewritten.read_text()) == remarks(PARAMS.read_text())
 

@@ -1,5 +1,6 @@
 """The training loop: resumed equals uninterrupted, two processes equal one, bf16 is really on, a loss that is not finite stops."""
 
+import functools
 import itertools
 import os
 import socket
@@ -79,15 +80,25 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     return all(x == y and torch.equal(v, w) for (x, v), (y, w) in pairs)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A trainer that has run from start to end, and its result: once for all steps at which another is stopped."""
+
+    @functools.cache
+    def run(method_name: str, network: str, groups: int):
+        whole = trainer(tmp_path_factory.mktemp("whole"), method_name, network=network, groups=groups)
+        return whole, whole.run()
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("method_name", "stop_step"),
     [*itertools.product(["bingo", "moco"], [1, 4, 6]), *((name, 6) for name in method_names() if name not in ("bingo", "moco"))],
 )
-@pytest.mark.parametrize(("network", "groups"), [("batchnorm", 1), ("drawing", 4)])
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name, stop_step, network, groups, monkeypatch):
-    whole = trainer(tmp_path / "whole", method_name, network=network, groups=groups)
-    whole_result = whole.run()
-
+@pytest.mark.parametrize(("network", "groups"), [("batchnorm", 1), pytest.param("drawing", 4, marks=pytest.mark.slow)])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name, stop_step, network, groups, monkeypatch, uninterrupted):
+    whole, whole_result = uninterrupted(method_name, network, groups)
     first = trainer(tmp_path / "parts", method_name, network=network, groups=groups)
     step = first._train_step
 
