@@ -212,6 +212,7 @@ def test_an_item_of_a_section_depends_on_every_key_beside_the_items(stage, secti
     assert STAGES[stage]["foreach"] == f"${{{section}.{named}}}"
 
 
+@pytest.mark.slow
 def test_a_stage_of_items_is_in_the_dag_only_where_something_is_named(tmp_path):
     """As DVC itself reads dvc.yaml, with the shipped parameters and with a recipe that names some."""
     found = []
@@ -235,6 +236,7 @@ def test_a_stage_of_items_is_in_the_dag_only_where_something_is_named(tmp_path):
 HOSTILE = "a$(touch pwned)`touch pwned`;touch pwned\ntouch pwned\n'\"&"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "section"), [("semi_eval", "semi_eval.splits"), ("transfer_coco", "transfer_coco.runs")])
 def test_a_name_in_the_parameters_reaches_no_shell(tmp_path, stage, section):
     """DVC runs the command of a name before BINGO sees it; what the stage then says is the one line of a wrong parameter."""

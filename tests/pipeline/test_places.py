@@ -154,6 +154,7 @@ def test_a_stage_by_name_runs_from_a_folder_of_the_workspace(below):
         shutil.rmtree(below / "data/images.zarr")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -180,6 +181,7 @@ def test_python_m_is_the_command_and_answers_in_a_line(below, arguments, line):
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

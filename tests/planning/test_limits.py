@@ -85,6 +85,7 @@ REFUSED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", REFUSED, ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()))
 def test_what_a_refusal_advises_is_accepted(changes):
     lines = answer(changes, processes=2)
@@ -111,6 +112,7 @@ def test_what_a_network_cannot_have_is_of_the_section_that_asks_for_it(changes, 
     assert answer(changes | {f"student.{key}": float(value[1]) if key == "width" else value[1]}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["bingo", "moco", "seed", "compress", "disco", "simreg", "isd", "coss"])
 @pytest.mark.parametrize("companions", [0, 1])
 @pytest.mark.parametrize("keys", ["stored", "live"])

@@ -660,6 +660,7 @@ def test_sections_of_a_recipe_do_not_hang_together_with_params(clone):
     assert params["distill"]["augment"] == params["extract"]["augment"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("method-", "ablation-"))])
 def test_every_method_and_ablation_takes_a_step(name):
     params = resolved(name)

@@ -65,6 +65,7 @@ def test_a_command_from_elsewhere_says_where_it_is_to_be_run(tmp_path, command):
     assert told.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_images_that_may_only_be_read(tmp_path, stages):
     """Root writes in spite of all rights, so for root the folder is mounted read-only, where that can be done."""
     images = tmp_path / "images"
