@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bingo.images.decode import BadImage, bits_of, check_header, check_pixels, decode_square, largest_gray
+from bingo.images.decode import BadImage, bits_of, check_header, check_pixels, decode_square, has_deep_colours, largest_gray
 from bingo.images.listing import Content
 from bingo.runtime.progress import progress_bar
 from bingo.runtime.workers import begin_worker
@@ -28,12 +28,13 @@ THREADS_UP_TO_FILES = 4096  # processes scale further than threads, but take abo
 class Checked:
     """What one file is; `reason` says in one line why it is no readable image, None where it is one.
 
-    `largest` is the largest value of a grey image of 16 bits, None for any other.
+    `largest` is the largest value of a grey image of 16 bits, None for any other; `deep_colours`: it has 16 bits for each colour.
     """
 
     content: Content
     reason: str | None
     largest: int | None = None
+    deep_colours: bool = False
 
 
 def check_files(
@@ -97,14 +98,15 @@ def _check(path: Path, decode: bool, store_px: int | None, gray_bits: int | None
     try:
         if not decode and store_px is None:
             content = Content(path.stat().st_size, None)
-            return Checked(content, None, check_header(path)), None
+            with path.open("rb") as file:
+                return Checked(content, None, check_header(path), has_deep_colours(file.read(26))), None
         file_bytes = path.read_bytes()
         content = Content(len(file_bytes), hashlib.sha256(file_bytes).hexdigest() if decode else None)
         if store_px is None:
             check_pixels(file_bytes)
         else:
             pixels_SS3 = decode_square(file_bytes, store_px, store_px, gray_bits=gray_bits)
-        return Checked(content, None, largest_gray(file_bytes)), pixels_SS3
+        return Checked(content, None, largest_gray(file_bytes), has_deep_colours(file_bytes)), pixels_SS3
     except BadImage as error:
         return Checked(content, str(error)), None
     except OSError as error:

@@ -30,8 +30,11 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say) -> tuple[Listing, n
     checked, images_NSS3 = check_files(root, paths, dataset.check == "decode", dataset.store_px)
     gray_bits = common_bits(root, paths, checked, images_NSS3)
     if gray_bits is not None:
-        deep = [file.largest for file in checked if file.largest is not None]
-        say(f"{len(deep):,} images are grey with 16 bits: {gray_bits} of them hold the picture, as the largest value is {max(deep)}")
+        largest = [file.largest for file in checked if file.largest is not None]
+        say(f"{len(largest):,} images are grey with 16 bits: {gray_bits} of them hold the picture, as the largest value is {max(largest)}")
+    if deep := [path for path, file in zip(paths, checked, strict=True) if file.deep_colours]:
+        said = f"{len(deep):,} images have 16 bits a colour ({shown(deep[0])}), of which the upper 8 are read"
+        say(f"warning: {said}: where values fill fewer than 16 bits they come out dark; write them with 8 bits a colour")
     keep = [row for row, file in enumerate(checked) if file.reason is None]
     if len(keep) < len(paths):
         _judge_bad(dataset, paths, checked, any(row < len(chosen[0][0]) for row in keep))

@@ -87,6 +87,11 @@ def largest_gray(file_bytes: bytes) -> int | None:
         return _largest(image)
 
 
+def has_deep_colours(start: bytes) -> bool:
+    """Whether a file that begins so (26 bytes) is a PNG of 16 bits a colour, of which Pillow reads the upper 8 alone."""
+    return start.startswith(b"\x89PNG") and start[24:25] == b"\x10" and start[25:26] != b"\0"
+
+
 def _largest(image: Image.Image) -> int | None:
     if not image.mode.startswith("I"):
         return None

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import urllib.error
@@ -469,6 +470,28 @@ def test_deep_greys_are_decoded_at_use_as_they_are_stored(tmp_path):
     assert draw_views(augment, 0, "x", 0, rows, 0)
     ((views,),) = ViewLoader(images, image, augment, 0, cpu, 0).views([[Request(rows, rows, "x", 0, 0)]])
     np.testing.assert_allclose(views[:, 0].numpy() * 255, wanted, atol=0.01)
+
+
+def deep_colours(channels: int) -> bytes:
+    """A PNG of 8 x 8 pixels with 16 bits a channel (2: grey and alpha, 3: RGB, 4: RGBA), whose values fill 12 bits; Pillow writes none."""
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    rows = (b"\0" + b"\x0f\xff" * 8 * channels) * 8
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("changes", [{"store_px": 16}, {"check": "header"}, {"check": "decode"}])
+def test_colours_of_16_bits_come_with_a_warning(tmp_path, channels, changes):
+    save(tmp_path / "a.png", 0)
+    lines: list[str] = []
+    scan(folder(tmp_path, **changes), 0, lines.append)
+    assert not lines
+    (tmp_path / "b.png").write_bytes(deep_colours(channels))
+    scan(folder(tmp_path, **changes), 0, lines.append)
+    assert lines[0].startswith("warning: 1 images have 16 bits a colour (b.png)")
 
 
 def test_deep_greys_of_16_bits_have_the_fingerprint_that_they_always_had(tmp_path):
