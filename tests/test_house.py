@@ -1,5 +1,6 @@
 """The house: a folder is a layer, imports run downwards only, no folders import each other in a circle, methods and formats stand alone."""
 
+import re
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -76,6 +77,11 @@ def test_formats_do_not_import_each_other():
     for name in format_names():
         others = {f"bingo/teachers/formats/{other}.py" for other in format_names() if other != name}
         assert not closure(f"bingo/teachers/formats/{name}.py") & others
+
+
+def test_no_file_but_distributed_asks_torch_for_the_group():
+    asking = [file for file in CODE if re.search(r"\b(dist|distributed)\.is_initialized", (ROOT / file).read_text())]
+    assert asking == ["bingo/runtime/distributed.py"]
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():

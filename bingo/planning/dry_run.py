@@ -20,7 +20,7 @@ from bingo.nets.backbones import build_backbone, check_images
 from bingo.nets.heads import mlp_head
 from bingo.params import AugmentParams, MethodSection, NetworkParams, Params, ScheduleParams
 from bingo.runtime.checkpoints import Checkpoints
-from bingo.teachers.sources import make_teacher
+from bingo.teachers.sources import make_teacher, published_key_width
 from bingo.teachers.teacher import Teacher
 from bingo.training.batches import Batches, Stored
 from bingo.training.loop import Trainer
@@ -29,18 +29,6 @@ CPU = torch.device("cpu")
 _ROWS = 64
 _MOST_ROWS = 65536
 _IMAGE_PX = 8  # of the fabricated images, which are enlarged to views of image.crop_px like any others
-# Of the published formats that hold a head: the width of their keys.
-_KEY_WIDTHS = {
-    "moco": 128,
-    "swav": 128,
-    "seed": 128,
-    "disco": 128,
-    "moco_v3": 256,
-    "dino": 256,
-    "simsiam": 2048,
-    "barlow": 8192,
-    "vicreg": 8192,
-}
 
 
 @dataclass(frozen=True)
@@ -95,8 +83,8 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
     head = None
     if teacher.source == "pretrain":
         head = mlp_head([width, teacher.pretrain.moco.head_hidden, teacher.pretrain.moco.key_width], seed_value=0)
-    elif teacher.source == "checkpoint" and teacher.format in _KEY_WIDTHS:
-        head = mlp_head([width, width, _KEY_WIDTHS[teacher.format]], seed_value=0)
+    elif teacher.source == "checkpoint" and teacher.format and (published := published_key_width(teacher.format)):
+        head = mlp_head([width, width, published], seed_value=0)
     key_width = width if head is None else head[-1].out_features
     return Teacher(backbone, head, {"feature_width": width, "key_width": key_width})
 

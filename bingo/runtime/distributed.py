@@ -1,4 +1,4 @@
-"""Several processes, with one process as the ordinary case: nothing above this file asks whether there is a group."""
+"""Several processes, with one process as the ordinary case: no other file asks torch whether there is a group."""
 
 import inspect
 import os

@@ -1,7 +1,8 @@
 """What a foreign checkpoint holds of a teacher: the backbone's weights, the projection head's, and what is left out.
 
-Each file in bingo/teachers/formats has `EXPECTED`, what such a checkpoint looks like (for an error line), and `parts`, which finds the
-parts in what `read_checkpoint` gave, or returns None where it is of another format.
+Each file in bingo/teachers/formats has `EXPECTED`, what such a checkpoint looks like (for an error line), `KEY_WIDTH`, how wide the keys
+of published files are (None: they hold no head, the feature is the key), and `parts`, which finds the parts in what `read_checkpoint`
+gave, or returns None where it is of another format.
 """
 
 from collections.abc import Mapping, Sequence

@@ -159,6 +159,11 @@ def _of_its_grid(
     return _empty(params, options), options
 
 
+def published_key_width(format_name: str) -> int | None:
+    """How wide the keys of a format's published files are; None where these hold no head, so that the feature is the key."""
+    return _format(format_name).KEY_WIDTH
+
+
 def _format(name: str) -> Any:
     return importlib.import_module(f"bingo.teachers.formats.{name}")
 

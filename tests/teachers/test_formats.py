@@ -1,6 +1,8 @@
 """Published checkpoints of every format: fabricated with the names, wrappers and layouts of the code that writes them, read strictly,
 and equal in their features and keys to that code's own network."""
 
+import importlib
+import re
 from functools import cache
 from pathlib import Path
 
@@ -16,13 +18,14 @@ from torch import Tensor, nn
 
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import describe_head, described_head
-from bingo.params import format_names, load_params
+from bingo.params import format_names, load_params, method_names
 from bingo.runtime.errors import UserError
 from bingo.teachers.formats import dinov2
 from bingo.teachers.sources import make_teacher
 from bingo.teachers.teacher import Teacher, load_teacher, save_teacher
 
-PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
+ROOT = Path(__file__).parents[2]
+PARAMS = load_params(ROOT / "params.yaml")
 NARROW = 0.125  # of all channels: the layouts do not depend on it
 BACKBONES_ALONE = ("barlow", "dino", "vicreg")
 
@@ -280,6 +283,20 @@ def test_dinov3_is_what_timm_makes_of_it_with_the_class_token(tmp_path, capsys):
     assert teacher.metadata["left_out"] == ["mask_token", "rope_embed"]
     line = refusal(tmp_path, "dinov3", state, arch="vit_tiny_patch16_224", width=1.0)
     assert "does not fit vit_tiny_patch16_224: missing pos_embed" in line
+
+
+@pytest.mark.parametrize("name", format_names())
+def test_a_format_is_named_by_its_own_file_alone(name):
+    """Lists for the reader, in params.yaml and docs/teachers.md, are held to the files; no code names a format, and each file has all."""
+    assert re.search(rf"\b{name}\b", (ROOT / "params.yaml").read_text().partition("# format")[2].partition("source:")[0])
+    assert f"`{name}`" in (ROOT / "docs/teachers.md").read_text()
+    module = importlib.import_module(f"bingo.teachers.formats.{name}")
+    assert module.EXPECTED
+    assert (module.KEY_WIDTH is not None) == (name in published.WITH_A_HEAD)
+    if name not in method_names():  # a method may have a format of its name
+        names_of_timm = ROOT / "bingo/teachers/wrapped.py"  # where dinov2 is a part of them
+        code = [path for path in (ROOT / "bingo").rglob("*.py") if path not in (Path(module.__file__), names_of_timm)]
+        assert not [path for path in code if re.search(rf"""["']{name}["']""", path.read_text())]
 
 
 def test_every_format_is_tested():

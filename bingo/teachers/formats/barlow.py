@@ -5,6 +5,7 @@ from typing import Any
 from bingo.teachers.contract import Parts, bare, depth_of, divide, entry, under, whole, wrapper
 
 EXPECTED = "a model with module.backbone.*, module.projector.* and module.bn.*, or a ResNet-50 alone"
+KEY_WIDTH = 8192
 
 
 def parts(content: Any) -> Parts | None:

@@ -5,6 +5,7 @@ from typing import Any
 from bingo.teachers.contract import Parts, bare, divide
 
 EXPECTED = "the state dict of a ResNet with its classifier, as convert.py writes it"
+KEY_WIDTH = None
 
 
 def parts(content: Any) -> Parts | None:

@@ -5,6 +5,7 @@ from typing import Any
 from bingo.teachers.contract import ANY_IMAGE, Parts, bare, depth_of, divide, entry, under, wrapper
 
 EXPECTED = "a teacher with backbone.* and head.mlp.* beside a student, or a ResNet-50 or vision transformer alone"
+KEY_WIDTH = 256
 
 
 def parts(content: Any) -> Parts | None:

@@ -5,6 +5,7 @@ from typing import Any
 from bingo.teachers.contract import ANY_IMAGE, Parts, divide, whole
 
 EXPECTED = "the state dict of a vision transformer with mask_token and pos_embed"
+KEY_WIDTH = None
 _RENAMED = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."), ("register_tokens", "reg_token"))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from bingo.teachers.contract import ANY_IMAGE, Parts, divide, whole
 
 EXPECTED = "the state dict of a vision transformer with storage_tokens and rope_embed.periods"
+KEY_WIDTH = None
 _RENAMED = (
     ("storage_tokens", "reg_token"),
     (".ls1.gamma", ".gamma_1"),

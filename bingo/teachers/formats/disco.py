@@ -7,6 +7,7 @@ from typing import Any
 from bingo.teachers.contract import Parts, divide, entry, under
 
 EXPECTED = "a state_dict with module.encoder_q.* and module.teacher_encoder_q.*"
+KEY_WIDTH = 128
 _STUDENT = "module.encoder_q."
 _OTHERS = ("encoder_k", "teacher_encoder_q", "teacher_encoder_k", "queue", "queue_ptr")
 

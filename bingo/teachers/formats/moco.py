@@ -5,6 +5,7 @@ from typing import Any
 from bingo.teachers.contract import Parts, divide, entry, under
 
 EXPECTED = "a state_dict with module.encoder_q.*"
+KEY_WIDTH = 128
 _QUERY = "module.encoder_q."
 _PLAIN = {"weight": "0.weight", "bias": "0.bias"}  # v1's head is one layer, not a sequence
 _OTHERS = ("module.encoder_k", "module.queue", "module.queue_ptr")

@@ -5,6 +5,7 @@ from typing import Any
 from bingo.teachers.contract import ANY_IMAGE, Parts, divide, entry, under
 
 EXPECTED = "a state_dict with module.base_encoder.*"
+KEY_WIDTH = 256
 _BASE = "module.base_encoder."
 _HIDDEN = ("linear_no_bias", "batchnorm", "relu")
 _LAST = ("linear_no_bias", "batchnorm_no_affine")

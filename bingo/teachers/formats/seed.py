@@ -5,6 +5,7 @@ from typing import Any
 from bingo.teachers.contract import Parts, divide, entry, under
 
 EXPECTED = "a state_dict with module.student.* or (as released) module.encoder_q.*"
+KEY_WIDTH = 128
 _PLAIN = {"weight": "0.weight", "bias": "0.bias"}  # without --student_mlp the head is one layer, not a sequence
 _OTHERS = ("teacher", "encoder_k", "queue", "small_queue", "queue_ptr")
 

@@ -9,6 +9,7 @@ from typing import Any
 from bingo.teachers.contract import Parts, bare, divide, entry, under
 
 EXPECTED = "v1's state_dict of a ResNet, or v2's resnet and head"
+KEY_WIDTH = None
 _NOT_NORMALISED = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
 _BLOCK = re.compile(r"net\.(\d)\.blocks\.(\d+)\.(.+)$")
 # Names in v2's blocks (Sequentials of convolutions and of pairs of BatchNorm and ReLU) and in torchvision's.

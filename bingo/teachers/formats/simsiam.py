@@ -5,6 +5,7 @@ from typing import Any
 from bingo.teachers.contract import Parts, divide, entry, under
 
 EXPECTED = "a state_dict with module.encoder.*"
+KEY_WIDTH = 2048
 _ENCODER = "module.encoder."
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from bingo.teachers.contract import Parts, divide, entry, under, whole
 
 EXPECTED = "names module.projection_head.* beside module.conv1.weight, in the file itself or its state_dict"
+KEY_WIDTH = 128
 
 
 def parts(content: Any) -> Parts | None:

@@ -5,6 +5,7 @@ from typing import Any
 from bingo.teachers.contract import Parts, bare, depth_of, divide, entry, under, whole, wrapper
 
 EXPECTED = "a model with module.backbone.* and module.projector.*, or a ResNet alone"
+KEY_WIDTH = 8192
 
 
 def parts(content: Any) -> Parts | None:
