@@ -12,12 +12,15 @@ from urllib.parse import unquote
 
 import pytest
 from ruamel.yaml import YAML
+from typer.main import get_command
 from workspace import ROOT, environment
 
+from bingo.cli.main import app
 from bingo.params import read_yaml
 from docs.tools import parameters
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks/results").glob("*.md"))]
+RESULTS = sorted((ROOT / "benchmarks/results").glob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *RESULTS]
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]*)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 IN_REPOSITORY = re.compile(r"`((?:bingo|stages|tests|recipes|docs|benchmarks)/[\w/.-]+)`")
@@ -55,11 +58,45 @@ def test_files_that_a_page_names_exist(page):
 
 
 def test_every_page_is_reachable_from_the_readme():
-    linked = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall(prose(ROOT / "README.md"))}
-    chapters = {
-        (ROOT / "benchmarks/results" / link.partition("#")[0]).resolve() for link in LINK.findall(prose(PAGES[-1].with_name("README.md")))
-    }
-    assert set(PAGES[1:]) <= linked | chapters
+    indices = [ROOT / "README.md", ROOT / "benchmarks/results/README.md"]
+    linked = {(page.parent / link.partition("#")[0]).resolve() for page in indices for link in LINK.findall(prose(page))}
+    assert set(PAGES) - {ROOT / "README.md"} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_exist(page):
+    text, missing = page.read_text(), []
+    for flag, name in re.findall(r"python (-m )?((?:bingo|stages|tests|benchmarks|docs)[\w./]+)", text):
+        path = ROOT / (name.rstrip(".").replace(".", "/") if flag else name)
+        missing += [] if path.with_suffix(".py").is_file() or (path / "__main__.py").is_file() else [name]
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    missing += sorted(set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) - targets)
+    for line in re.findall(r"(?:^|[`$] ?|&& )bingo ((?:[^\n`#&]|`(?=\w))+)", text, re.MULTILINE):
+        missing += [line] if unknown_words(get_command(app), line.split()) else []
+    assert not missing
+
+
+def unknown_words(command: Any, words: list[str]) -> bool:
+    """Whether a command line of bingo names a command or an option that there is none of."""
+    while hasattr(command, "get_command") and words and not words[0].startswith("-"):
+        command, words = command.get_command(None, words[0]), words[1:]
+        if command is None:
+            return True
+    options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    return any(word.rstrip(".,:") not in options for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_parameters_that_a_page_names_exist(page):
+    shipped = read_yaml(ROOT / "params.yaml")
+    names = re.findall(r"(?<![\w/.])([a-z_]+(?:\.[a-z_]+)+)(?:=|`|: )", page.read_text())
+    files = ("ipynb", "py", "md")
+    named = [name.split(".") for name in names if not name.endswith(files)]
+    assert not [name for name in named if name[0] in shipped and not known(shipped, name)]
+
+
+def known(section: Any, parts: list[str]) -> bool:
+    return not parts or (isinstance(section, dict) and parts[0] in section and known(section[parts[0]], parts[1:]))
 
 
 def test_the_page_of_parameters_is_up_to_date():
