@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from bingo.cli.recipe_costs import estimate_lines, images_line, in_bytes, known_counts, whole_estimate
 from bingo.pipeline.launch import expected_processes
+from bingo.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,13 +21,12 @@ if TYPE_CHECKING:
 def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[str]:
     """Say a line for each thing that was tried, and return one for each that is missing. Raises UserError for what is wrong."""
     from bingo.planning.dry_run import dry_student
-    from bingo.planning.estimates import count_images
     from bingo.planning.limits import check_limits
     from bingo.runtime.progress import progress_bar
 
     check_limits(params, expected_processes())
     missing: list[str] = []
-    counts = count_images(params.dataset, params.seed)
+    counts = _images_that_suffice(params)
     if counts is None:
         missing.append(_missing_images(params, about))
         counts = known_counts(params, about)
@@ -46,6 +46,20 @@ def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[
         for line in lines:
             say(line)
     return missing + _missing_downstream(params)
+
+
+def _images_that_suffice(params: "Params") -> "Counts | None":
+    """How many images `scan` will list. Raises UserError with a line for each number in the parameters that they are too few for."""
+    from bingo.datasets.subset import subset_mistakes
+    from bingo.planning.estimates import find_images
+    from bingo.planning.limits import batch_mistakes
+
+    if (found := find_images(params.dataset, params.seed)) is None:
+        return None
+    counts = found.drawn(params.dataset)
+    if lines := subset_mistakes(params.dataset, vars(found)) + batch_mistakes(params, counts.train):
+        raise UserError(lines)
+    return counts
 
 
 def _missing_coco(params: "Params", student: "nn.Module") -> list[str]:

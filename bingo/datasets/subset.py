@@ -1,5 +1,7 @@
 """The seeded draw of fewer images than a split has, balanced over its classes."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from bingo import seeds
@@ -16,10 +18,19 @@ def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: 
     count = dataset.train_images if split == "train" else dataset.test_images
     if count is None:
         return np.arange(len(labels_N))
-    if count > len(labels_N):
-        have = f"the {split} split has {len(labels_N)} images"
-        raise UserError(f"dataset.{split}_images = {count}: {have}; lower it, or set null for all")
+    if lines := subset_mistakes(dataset, {split: len(labels_N)}):
+        raise UserError(lines)
     return balanced_rows(labels_N, count, seed, f"subset/{split}")
+
+
+def subset_mistakes(dataset: DatasetParams, found: Mapping[str, int]) -> list[str]:
+    """A line for each split of which `dataset` asks for more images than were found."""
+    asked = {"train": dataset.train_images, "test": dataset.test_images}
+    return [
+        f"dataset.{split}_images = {asked[split]}: the {split} split has {images} images; lower it, or set null for all"
+        for split, images in found.items()
+        if (asked[split] or 0) > images
+    ]
 
 
 def balanced_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str) -> np.ndarray:

@@ -136,6 +136,8 @@ def mistakes_as_lines() -> Iterator[None]:
         yield
     except UserError as error:
         _tell(error.lines)
+        if not Path("params.yaml").exists() and any("dvc " in line for line in error.lines):
+            _tell([f"{Path.cwd()} lies in no folder with params.yaml, so no artefact is found; change into the project's folder"], "note")
         raise SystemExit(USER_MISTAKE) from None
     except OSError as error:
         if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:

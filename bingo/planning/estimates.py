@@ -29,6 +29,10 @@ class Counts:
     train: int
     test: int
 
+    def drawn(self, dataset: DatasetParams) -> "Counts":
+        """Those of them that `dataset` asks for, or all where there are fewer."""
+        return Counts(min(self.train, dataset.train_images or self.train), min(self.test, dataset.test_images or self.test))
+
 
 _CIFAR = Counts(50_000, 10_000)
 
@@ -46,17 +50,21 @@ class Estimate:
 
 def count_images(dataset: DatasetParams, seed: int) -> Counts | None:
     """How many images `scan` will list; None for a folder that is not there. Raises UserError as `scan` does for a folder's layout."""
+    found = find_images(dataset, seed)
+    return found and found.drawn(dataset)
+
+
+def find_images(dataset: DatasetParams, seed: int) -> Counts | None:
+    """As `count_images`, before `train_images` and `test_images` leave any out."""
     if dataset.source == "digits":
         _, labels_D = digits.read_digits()
         test = int(digits.is_test_digit(labels_D, seed).sum())
-        found = Counts((len(labels_D) - test) * dataset.placements, test * dataset.placements)
-    elif dataset.source == "folder":
+        return Counts((len(labels_D) - test) * dataset.placements, test * dataset.placements)
+    if dataset.source == "folder":
         if dataset.root is None or not Path(dataset.root).is_dir():
             return None
-        found = Counts(*(len(split.paths) for split in find_splits(Path(dataset.root), dataset.follow_links)))
-    else:
-        found = _CIFAR
-    return Counts(min(found.train, dataset.train_images or found.train), min(found.test, dataset.test_images or found.test))
+        return Counts(*(len(split.paths) for split in find_splits(Path(dataset.root), dataset.follow_links)))
+    return _CIFAR
 
 
 def estimate(

@@ -62,7 +62,13 @@ def _remember(memory: Path, passed: list[str]) -> None:
 
 
 def check_batches(params: Params, train_rows: int) -> None:
-    """Raises UserError with a line for each training whose batch, and each size of bags that, is larger than the train images allow."""
+    """Raises UserError with the lines of `batch_mistakes`."""
+    if lines := batch_mistakes(params, train_rows):
+        raise UserError(lines)
+
+
+def batch_mistakes(params: Params, train_rows: int) -> list[str]:
+    """A line for each training whose batch, and each size of bags that, is larger than the train images allow."""
     trainings = _trainings(params)
     lines = [
         f"{name}.batch_anchors = {schedule.batch_anchors}: there are only {train_rows} train images; lower it to at most that"
@@ -78,8 +84,7 @@ def check_batches(params: Params, train_rows: int) -> None:
         for name, (size, most) in sizes.items()
         if size > most
     ]
-    if lines:
-        raise UserError(list(dict.fromkeys(lines)))
+    return list(dict.fromkeys(lines))
 
 
 def _trainings(params: Params) -> list[_Training]:

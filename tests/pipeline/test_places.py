@@ -136,6 +136,24 @@ def bingo(*arguments: str, folder: Path, module: str = "bingo.cli.main", **varia
     return subprocess.run(command, cwd=folder, env=environment(**variables), capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("bags", "show", "5"),
+        ("bags", "stats"),
+        ("bags", "diff", "a", "b"),
+        ("export", "--to", "timm", "--out", "x.safetensors"),
+        ("embed", ".", "--out", "x.npy"),
+    ],
+)
+def test_outside_of_any_workspace_the_way_out_is_the_workspace(below, command):
+    """Inside, an artefact that is not there yet is a matter of `dvc repro` alone."""
+    for folder, outside in ((below / "a/b", False), (below.parent, True)):
+        done = bingo(*command, folder=folder)
+        assert done.returncode == 2, done.stderr
+        assert ("dvc " in done.stderr, "note: " in done.stderr) == (True, outside), done.stderr
+
+
 @pytest.mark.parametrize("root", ["../../photos", "photos", "/photos", "~/photos", "../../../photos"])
 def test_a_recipe_is_used_from_a_folder_of_the_workspace(below, root):
     done = bingo("recipe", "use", "imagenet-r18-bingo-r50-200ep", "--root", root, folder=below / "a/b")

@@ -584,21 +584,21 @@ def test_check_names_what_is_missing(clone):
 
 
 def test_check_reads_the_checkpoint_and_the_images_that_are_there(clone):
-    """A fabricated checkpoint in MoCo's layout, and a folder of four images."""
+    """A fabricated checkpoint in MoCo's layout, and a folder of as many images as a batch of the recipe, 256."""
     query = nn.Module()
     query.encoder_q = build_backbone("resnet50", 1.0, "imagenet", 0)
     query.encoder_q.fc = mlp_head([2048, 2048, 128], 0)
     path = clone / "data/teachers/moco_v2_800ep_pretrain.pth.tar"
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in query.state_dict().items()}, "epoch": 800}, path)
-    for place in ("train/a/1", "train/a/2", "train/b/3", "val/b/4"):
+    for place in (*(f"train/{'ab'[i % 2]}/{i}" for i in range(256)), "val/b/4"):
         file = clone / f"data/imagenet/{place}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9)).save(file)
     result = call("check", "imagenet-r18-bingo-r50-800ep")
     assert result.exit_code == 0, result.output
     assert "features 2048, keys 128; read from data/teachers/moco_v2_800ep_pretrain.pth.tar" in result.stdout
-    assert "3 to train on and 1 to test on" in result.stdout
+    assert "256 to train on and 1 to test on" in result.stdout
     assert "FLOPs: 32.06 GFLOP an anchor in a training step, 8.183 GFLOP an image in the teacher, 3.627" in result.stdout
     assert "step: bingo on 2 anchors of fabricated images: loss " in result.stdout
 
@@ -606,6 +606,39 @@ def test_check_reads_the_checkpoint_and_the_images_that_are_there(clone):
     result = call("check", "imagenet-r18-bingo-r50-800ep")
     assert result.exit_code == 2
     assert "moco_v2_800ep_pretrain.pth.tar: is no checkpoint" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ({"source": "folder"}, {"distill.batch_anchors = 6:", "bagging.k = 5:"}),
+        (
+            {"source": "folder", "train_images": 6, "test_images": 2},
+            {"dataset.train_images = 6:", "distill.batch_anchors = 6:", "bagging.k = 5:"},
+        ),
+        (
+            {"source": "folder", "train_images": 4, "test_images": 3},
+            {"dataset.test_images = 3:", "distill.batch_anchors = 6:", "bagging.k = 5:"},
+        ),
+        ({"train_images": 5753}, {"dataset.train_images = 5753:"}),
+        ({"source": "cifar10", "root": "cifar", "test_images": 10_001}, {"dataset.test_images = 10001:"}),
+        ({"train_images": 5}, {"distill.batch_anchors = 6:", "bagging.k = 5:"}),
+    ],
+)
+def test_check_names_every_number_that_the_images_are_too_few_for(clone, dataset, expected):
+    """Five train images and two test images in the folder: what `scan` would refuse is refused before it."""
+    for place in (*(f"train/{i}" for i in range(5)), "val/5", "val/6"):
+        (clone / "photos" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(clone / f"photos/{place}.jpg")
+    raw = read_yaml(Path("params.yaml"))
+    raw["dataset"] |= {"root": "photos", **dataset}
+    raw["teacher"] |= {"source": "random"}
+    raw["distill"]["batch_anchors"] = 6
+    with open("params.yaml", "w") as file:
+        YAML(typ="safe", pure=True).dump(raw, file)
+    result = call("check")
+    assert result.exit_code == 2
+    assert {" ".join(line.split()[1:4]) for line in result.stderr.splitlines()} == expected
 
 
 def test_few_labels_and_transfer_as_published():
