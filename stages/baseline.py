@@ -28,8 +28,9 @@ def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -
         launch("baseline", method)
         from bingo.images.listing import read_listing
         from bingo.nets.students import save_student
-        from bingo.pipeline.training import last_record, train_method, write_curves
+        from bingo.pipeline.training import TrainingInputs, last_record, train_method, write_curves
         from bingo.runtime.artefacts import write_json
+        from bingo.training.assembly import baseline
 
         params, listing = run.params, read_listing(paths.LISTING)
 
@@ -41,8 +42,7 @@ def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -
             write_json(paths.REPORTS / "baselines" / f"{method}.json", last_record(result))
 
         with process_group(run) as device:
-            section = params.methods.section(method)
-            train_method(run, device, method, section, params.student, params.distill, params.distill.augment, listing, finish)
+            train_method(run, device, baseline(params, method), TrainingInputs(listing), finish)
 
 
 if __name__ == "__main__":

@@ -33,14 +33,15 @@ def main() -> None:
         from bingo.nets.precision import resolve_precision
         from bingo.nets.students import save_student
         from bingo.pipeline.run import process_group
-        from bingo.pipeline.training import last_record, train_method, write_curves
+        from bingo.pipeline.training import TrainingInputs, last_record, train_method, write_curves
         from bingo.runtime.artefacts import write_json
         from bingo.teachers.teacher import load_teacher
+        from bingo.training.assembly import distillation
 
         params, listing = run.params, read_listing(paths.LISTING)
         embeddings = read_embeddings(paths.EMBEDDINGS, listing)
         bags = read_bags(paths.BAGS, listing, embeddings.fingerprint)
-        section = params.methods.section(params.distill.method)
+        setup = distillation(params)
 
         def finish(method: "Method", result: "Result") -> None:
             made_from = {
@@ -49,7 +50,7 @@ def main() -> None:
                 "embeddings": embeddings.fingerprint,
                 "bags": bags.fingerprint,
                 "epochs": params.distill.epochs,
-                "params": {"distill": params.distill.model_dump(), params.distill.method: section.model_dump()},
+                "params": {"distill": params.distill.model_dump(), params.distill.method: setup.section.model_dump()},
             }
             save_student(paths.STUDENT, paths.STUDENT_HEAD, method.student, method.head, params.student, params.image, made_from)
             write_curves(paths.PLOTS / "distill.csv", result.history)
@@ -60,10 +61,7 @@ def main() -> None:
             if params.distill.keys == "live":
                 teacher = load_teacher(paths.TEACHER).weights_for(resolve_precision(params.distill.precision, device))
                 teacher.to(device).to(memory_format=torch.channels_last)
-            train_method(
-                run, device, params.distill.method, section, params.student, params.distill, params.distill.augment, listing, finish,
-                params.distill.keys, embeddings, bags, teacher,
-            )  # fmt: skip
+            train_method(run, device, setup, TrainingInputs(listing, embeddings, bags, teacher), finish)
 
 
 if __name__ == "__main__":

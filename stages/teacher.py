@@ -33,12 +33,12 @@ def _pretrain(run: Run) -> None:
     from torch import nn
 
     from bingo.images.listing import read_listing
-    from bingo.pipeline.training import last_record, train_method, write_curves
+    from bingo.pipeline.training import TrainingInputs, last_record, train_method, write_curves
     from bingo.runtime.artefacts import write_json
     from bingo.teachers.teacher import save_teacher, teacher_metadata
+    from bingo.training.assembly import pretraining
 
     teacher, listing = run.params.teacher, read_listing(paths.LISTING)
-    section = teacher.pretrain.moco
 
     def finish(method: "Method", result: "Result") -> None:
         assert isinstance(method.head, nn.Sequential)  # moco's
@@ -49,7 +49,7 @@ def _pretrain(run: Run) -> None:
         write_json(paths.REPORTS / "teacher.json", {"pretrained": True, **last_record(result)})
 
     with process_group(run) as device:
-        train_method(run, device, "moco", section, teacher, teacher.pretrain, teacher.pretrain.augment, listing, finish)
+        train_method(run, device, pretraining(run.params), TrainingInputs(listing), finish)
 
 
 def _convert(run: Run) -> None:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,37 +17,34 @@ if TYPE_CHECKING:
     from bingo.bags.index import BagIndex, Bags
     from bingo.embeddings.store import Embeddings
     from bingo.images.listing import Listing
-    from bingo.methods.contract import Context, Method
-    from bingo.params import AugmentParams, MethodSection, NetworkParams, ScheduleParams
+    from bingo.methods.contract import Method
+    from bingo.params import MethodSection
     from bingo.teachers.teacher import Teacher
+    from bingo.training.assembly import TrainingSetup
     from bingo.training.batches import Batches, Stored
     from bingo.training.loop import Result
 
 
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a training reads: the listing and its images; for a distillation the teacher's outputs and bags, for live keys the teacher."""
+
+    listing: "Listing"
+    embeddings: "Embeddings | None" = None
+    bags: "BagIndex | None" = None
+    teacher: "Teacher | None" = None
+
+
 def train_method(
-    run: Run,
-    device: "torch.device",
-    method_name: str,
-    section: "MethodSection",
-    network: "NetworkParams",
-    schedule: "ScheduleParams",
-    augment: "AugmentParams",
-    listing: "Listing",
-    finish: Callable[["Method", "Result"], None],
-    keys: str = "momentum",
-    embeddings: "Embeddings | None" = None,
-    bags: "BagIndex | None" = None,
-    teacher: "Teacher | None" = None,
+    run: Run, device: "torch.device", setup: "TrainingSetup", inputs: TrainingInputs, finish: Callable[["Method", "Result"], None]
 ) -> None:
-    """Train `method_name` on `network`, going on from the last checkpoint of exactly this training; `finish` writes its outputs.
+    """Train what `setup` describes on `inputs`, going on from the last checkpoint of exactly this training; `finish` writes its outputs.
 
     The checkpoint is deleted only after `finish` has put the outputs in place.
     """
     from bingo.evals.collapse import feature_spread
     from bingo.evals.probe import KnnProbe
     from bingo.images.images import open_images
-    from bingo.images.loader import ViewLoader
-    from bingo.methods.contract import build_method
     from bingo.nets.batchnorm import own_groups
     from bingo.runtime import distributed
     from bingo.runtime.checkpoints import Checkpoints
@@ -54,21 +52,20 @@ def train_method(
     from bingo.training.batches import Batches, steps_in_epoch
     from bingo.training.loop import Trainer
 
-    params = run.params
-    steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{_schedule_name(run)}.batch_anchors")
-    groups = schedule.groups_for(section.momentum_keys(keys), distributed.world())
-    own_groups(groups, f"{_schedule_name(run)}.batchnorm_groups")
-    stored = _stored(run, section, embeddings, device) if embeddings is not None else None
-    table = bags.table if bags is not None else None
-    method = build_method(method_name, section, _context(run, device, network, schedule.precision, keys, stored, table, teacher))
-    _check_bags(run, method, table)
+    params, schedule, listing = run.params, setup.schedule, inputs.listing
+    steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{setup.place}.batch_anchors")
+    groups = schedule.groups_for(setup.section.momentum_keys(setup.keys), distributed.world())
+    own_groups(groups, f"{setup.place}.batchnorm_groups")
+    stored = _stored(run, setup.section, inputs.embeddings, device) if inputs.embeddings is not None else None
+    bags = inputs.bags.table if inputs.bags is not None else None
+    method = setup.build(device, schedule.precision, stored, bags, inputs.teacher)
+    _check_bags(run, method, bags)
     images = open_images(listing, paths.IMAGES, params.dataset)
-    loader = ViewLoader(images, params.image, augment, params.seed, device)
-    probe = KnnProbe(listing, images, params.image, params.seed, device, schedule.precision) if listing.labelled else None
-    values = _identity(run, method_name, section, network, schedule, keys, [listing, embeddings, bags])
-    with state_folder(run.stage, values) as folder:
-        batches = Batches(method.needs, loader, params.seed, listing.train_rows, schedule.batch_anchors, table, stored)
-        label = f"{run.stage}: {method_name}"
+    watched = listing, images, params.image, params.seed, device, schedule.precision
+    probe = KnnProbe(*watched) if listing.labelled else None
+    batches = Batches(method.needs, setup.loader(images, device), params.seed, listing.train_rows, schedule.batch_anchors, bags, stored)
+    with state_folder(run.stage, _identity(run, setup, inputs)) as folder:
+        label = f"{run.stage}: {setup.method}"
         trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label, groups)
         if trainer.resumes():
             run.say(f"{run.stage}: going on from a checkpoint")
@@ -78,9 +75,9 @@ def train_method(
         result = trainer.run()
         result.gflop_per_anchor = gflop_per_anchor
         if distributed.rank() == 0:
-            result.spread = feature_spread(method.student, listing, images, params.image, params.seed, device, schedule.precision)
+            result.spread = feature_spread(method.student, *watched)
             finish(method, result)
-    _tell(run, method_name, schedule, result)
+    _tell(run, setup, result)
 
 
 def _check_bags(run: Run, method: "Method", bags: "Bags | None") -> None:
@@ -89,37 +86,6 @@ def _check_bags(run: Run, method: "Method", bags: "Bags | None") -> None:
         return
     if (warning := bags.empty_warning()) and os.environ.get("RANK", "0") == "0":
         print(f"warning: {run.stage}: {warning}", file=sys.stderr, flush=True)
-
-
-def _context(
-    run: Run,
-    device: "torch.device",
-    network: "NetworkParams",
-    precision: str,
-    keys: str,
-    stored: "Stored | None",
-    bags: "Bags | None",
-    teacher: "Teacher | None",
-) -> "Context":
-    """What a method is built from: a new student, and what there is of teacher, stored outputs and bags."""
-    from bingo import seeds
-    from bingo.methods.contract import Context
-    from bingo.nets.backbones import build_backbone, check_images
-
-    student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(run.params.seed, "student"), network.options)
-    check_images(student, network.arch, run.params.image.crop_px)
-    return Context(
-        student=student,
-        feature_width=student.feature_width,
-        seed=run.params.seed,
-        keys=keys,
-        precision=precision,
-        device=device,
-        teacher=teacher,
-        keys_TVP=stored.keys_TVP if stored is not None else None,
-        features_TD=stored.features_TD if stored is not None else None,
-        bags=bags,
-    )
 
 
 def _stored(run: Run, section: "MethodSection", embeddings: "Embeddings", device: "torch.device") -> "Stored":
@@ -148,23 +114,19 @@ def _gflop_per_anchor(method: "Method", batches: "Batches") -> float:
     return round(step_flops(method.train(), batch, Progress(0, 0)) * distributed.world() / batches.batch_anchors / 1e9, 6)
 
 
-def _identity(
-    run: Run, method_name: str, section: "MethodSection", network: "NetworkParams", schedule: "ScheduleParams", keys: str, inputs: list[Any]
-) -> dict[str, Any]:
+def _identity(run: Run, setup: "TrainingSetup", inputs: TrainingInputs) -> dict[str, Any]:
     """All that decides a training's outcome: a checkpoint of anything else is not gone on from."""
+    sections = (run.params.image, setup.network, setup.schedule, setup.section)
+    artefacts = (inputs.listing, inputs.embeddings, inputs.bags)
     return {
-        "params": [
-            run.params.seed,
-            *(part.model_dump(exclude={"method", "keys"}) for part in (run.params.image, network, schedule, section)),
-            keys,
-        ],
-        "inputs": [artefact.fingerprint if artefact else None for artefact in inputs],
-        "method": method_name,
-        "code": code_fingerprint(run.stage.partition("-")[0], method_name),
+        "params": [run.params.seed, *(section.model_dump(exclude={"method", "keys"}) for section in sections), setup.keys],
+        "inputs": [artefact.fingerprint if artefact else None for artefact in artefacts],
+        "method": setup.method,
+        "code": code_fingerprint(run.stage.partition("-")[0], setup.method),
     }
 
 
-def _tell(run: Run, method_name: str, schedule: "ScheduleParams", result: "Result") -> None:
+def _tell(run: Run, setup: "TrainingSetup", result: "Result") -> None:
     """Print and note the speed and the last epoch's figures, and warn of a collapsed network."""
     from bingo.evals.collapse import collapse_warning
 
@@ -173,11 +135,7 @@ def _tell(run: Run, method_name: str, schedule: "ScheduleParams", result: "Resul
     last = ", ".join(f"{name} {value:g}" for name, value in result.history[-1].items() if name not in ("epoch", "lr"))
     if result.spread and (warning := collapse_warning(result.spread)):
         print(f"warning: {run.stage}: {warning}", file=sys.stderr, flush=True)
-    run.say(f"{run.stage}: {method_name}, {schedule.epochs} epochs, {rate:,.0f} anchors/s; last epoch: {last}")
-
-
-def _schedule_name(run: Run) -> str:
-    return "teacher.pretrain" if run.stage == "teacher" else "distill"
+    run.say(f"{run.stage}: {setup.method}, {setup.schedule.epochs} epochs, {rate:,.0f} anchors/s; last epoch: {last}")
 
 
 def write_curves(path: Path, history: list[dict[str, float]]) -> None:

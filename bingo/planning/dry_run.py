@@ -15,13 +15,14 @@ from bingo import seeds
 from bingo.bags.index import Bags
 from bingo.images.images import MemoryImages
 from bingo.images.loader import ViewLoader
-from bingo.methods.contract import Batch, Context, Method, build_method
+from bingo.methods.contract import Batch, Method
 from bingo.nets.backbones import build_backbone, check_images
 from bingo.nets.heads import mlp_head
-from bingo.params import AugmentParams, MethodSection, NetworkParams, Params, ScheduleParams
+from bingo.params import MethodSection, Params, ScheduleParams
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.teachers.sources import make_teacher, published_key_width
 from bingo.teachers.teacher import Teacher
+from bingo.training.assembly import TrainingSetup, baseline, distillation, pretraining
 from bingo.training.batches import Batches, Stored
 from bingo.training.loop import Trainer
 
@@ -91,47 +92,27 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
 
 def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTraining:
     """Training of the student as `distill` has it; without `bank` on so few rows that its negatives cost nothing."""
-    section = params.methods.section(params.distill.method)
-    rows = _rows(params, section if bank else None)
-    stored, bags = _stored(params, teacher, rows, section.reads_features), _bags(params, rows)
-    return _built(params, params.distill.method, section, params.student, params.distill, params.distill.augment, stored, bags, teacher)
+    setup = distillation(params)
+    rows = _rows(params, setup.section if bank else None)
+    return _dry(setup, _stored(params, teacher, rows, setup.section.reads_features), _bags(params, rows), teacher)
 
 
 def dry_baseline(params: Params, method: str) -> DryTraining:
     """Training of the student without a teacher, as the stage `baseline` has it."""
-    section = params.methods.section(method)
-    return _built(params, method, section, params.student, params.distill, params.distill.augment)
+    return _dry(baseline(params, method))
 
 
 def dry_pretraining(params: Params) -> DryTraining:
     """Pretraining of the teacher, as the stage `teacher` has it."""
-    pretrain = params.teacher.pretrain
-    return _built(params, "moco", pretrain.moco, params.teacher, pretrain, pretrain.augment)
+    return _dry(pretraining(params))
 
 
-def _built(
-    params: Params,
-    name: str,
-    section: MethodSection,
-    network: NetworkParams,
-    schedule: ScheduleParams,
-    augment: AugmentParams,
-    stored: Stored | None = None,
-    bags: Bags | None = None,
-    teacher: Teacher | None = None,
-) -> DryTraining:
-    student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(params.seed, "student"), network.options)
-    check_images(student, network.arch, params.image.crop_px)
-    keys = params.distill.keys if teacher is not None else "momentum"
-    context = Context(
-        student, student.feature_width, params.seed, keys, "fp32", CPU, teacher if keys == "live" else None,
-        stored.keys_TVP if stored else None, stored.features_TD if stored else None, bags,
-    )  # fmt: skip
-    method = build_method(name, section, context).to(memory_format=torch.channels_last)
-    rows = len(bags.members_TK) if bags else _ROWS
-    pixels = np.random.default_rng(params.seed).integers(0, 256, (rows, _IMAGE_PX, _IMAGE_PX, 3), dtype=np.uint8)
-    loader = ViewLoader(MemoryImages(pixels), params.image, augment, params.seed, CPU)
-    return DryTraining(name, method, schedule, loader, params.seed, bags, stored)
+def _dry(setup: TrainingSetup, stored: Stored | None = None, bags: Bags | None = None, teacher: Teacher | None = None) -> DryTraining:
+    """The method of a training, and a loader of fabricated images: as many as there are bags."""
+    method = setup.build(CPU, "fp32", stored, bags, teacher).to(memory_format=torch.channels_last)
+    rows, seed = len(bags.members_TK) if bags else _ROWS, setup.params.seed
+    pixels = np.random.default_rng(seed).integers(0, 256, (rows, _IMAGE_PX, _IMAGE_PX, 3), dtype=np.uint8)
+    return DryTraining(setup.method, method, setup.schedule, setup.loader(MemoryImages(pixels), CPU), seed, bags, stored)
 
 
 def _rows(params: Params, section: MethodSection | None) -> int:

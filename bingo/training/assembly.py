@@ -1,0 +1,82 @@
+"""A training is put together here, for the stages that run it and for the dry run that tries its parameters first.
+
+`distillation`, `baseline` and `pretraining` are the three trainings that params.yaml describes: a method on a network, by a schedule.
+`TrainingSetup.build` turns such a description into a method with a new student; nothing else makes a `Context` for a run.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from bingo import seeds
+from bingo.images.images import Images
+from bingo.images.loader import ViewLoader
+from bingo.methods.contract import Context, Method, build_method
+from bingo.nets.backbones import build_backbone, check_images
+from bingo.params import DistillParams, MethodSection, NetworkParams, Params, PretrainParams
+from bingo.training.batches import Stored
+
+if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
+    from bingo.bags.index import Bags
+    from bingo.teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What params.yaml says of one training. `place`: the section of its schedule, as messages name it; `keys`: see `Context`."""
+
+    params: Params
+    method: str
+    section: MethodSection
+    network: NetworkParams
+    schedule: DistillParams | PretrainParams
+    place: str
+    keys: str = "momentum"
+
+    def build(
+        self,
+        device: torch.device,
+        precision: str,
+        stored: Stored | None = None,
+        bags: "Bags | None" = None,
+        teacher: "Teacher | None" = None,
+    ) -> Method:
+        """The method with a new student. Raises UserError where the student cannot be built, or takes no images of image.crop_px."""
+        network, seed = self.network, self.params.seed
+        student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(seed, "student"), network.options)
+        check_images(student, network.arch, self.params.image.crop_px)
+        context = Context(
+            student=student,
+            feature_width=student.feature_width,
+            seed=seed,
+            keys=self.keys,
+            precision=precision,
+            device=device,
+            teacher=teacher if self.keys == "live" else None,
+            keys_TVP=stored.keys_TVP if stored is not None else None,
+            features_TD=stored.features_TD if stored is not None else None,
+            bags=bags,
+        )
+        return build_method(self.method, self.section, context)
+
+    def loader(self, images: Images, device: torch.device) -> ViewLoader:
+        """Random views of `images` in the training's family."""
+        return ViewLoader(images, self.params.image, self.schedule.augment, self.params.seed, device)
+
+
+def distillation(params: Params) -> TrainingSetup:
+    """The stage `distill`: the student from the teacher."""
+    distill = params.distill
+    return TrainingSetup(params, distill.method, params.methods.section(distill.method), params.student, distill, "distill", distill.keys)
+
+
+def baseline(params: Params, method: str) -> TrainingSetup:
+    """The stage `baseline`: the same student by the same schedule, but a method without a teacher."""
+    return TrainingSetup(params, method, params.methods.section(method), params.student, params.distill, "distill")
+
+
+def pretraining(params: Params) -> TrainingSetup:
+    """The stage `teacher` where teacher.source is `pretrain`: MoCo-v2 on the teacher's network."""
+    pretrain = params.teacher.pretrain
+    return TrainingSetup(params, "moco", pretrain.moco, params.teacher, pretrain, "teacher.pretrain")
