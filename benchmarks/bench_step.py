@@ -96,10 +96,10 @@ class ReadyViews:
     def __init__(self, case: Case, params: Params):
         self.case, self.augment, self.ready = case, params.distill.augment, case.views(4, case.batch_anchors)
 
-    def views(self, plans) -> Iterator[list[Tensor]]:
-        """As the loader: a tensor for each request of each plan."""
-        for plan in plans:
-            yield self.ready[: len(plan)]
+    def items_with_views(self, items) -> Iterator[tuple[object, list[Tensor]]]:
+        """As the loader: each item with a tensor for each request."""
+        for item, requests in items:
+            yield item, self.ready[: len(requests)]
 
 
 def product_step(case: Case, variant: str, folder: Path) -> Step:

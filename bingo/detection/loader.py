@@ -8,6 +8,7 @@ Shape letters: I instances, H and W height and width after resizing, P bytes of 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from bingo.runtime.errors import UserError
 from bingo.runtime.task_loader import TaskLoader
 
 IMAGES_AHEAD = 2  # for each worker
+Item = TypeVar("Item")
 _Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -72,18 +74,23 @@ class CocoLoader:
 
     def examples(self, views: Iterable[View]) -> Iterator[Example]:
         """The views in order, on the device. Raises UserError naming an image that cannot be read or is of another size than told."""
-        rows: list[int] = []
-        for sample in self._loader.results(self._tasks(views, rows)):
-            if isinstance(sample, str):
-                raise UserError(sample)
-            image, boxes, labels, packed = (part.to(self._device, non_blocking=True) for part in sample)
-            yield Example(rows.pop(0), image, boxes, labels, unpack(packed, image.shape[2]))
+        return (example for _, (example,) in self.batches((None, [view]) for view in views))
 
-    def _tasks(self, views: Iterable[View], rows: list[int]) -> Iterator[_Task]:
-        for view in views:
-            rows.append(view.row)
-            line = self._lines[view.row] if self._lines is not None else None
-            yield _Task(self._images.path(view.row), self._images.name(view.row), self._images.sides_px(view.row), line, view)
+    def batches(self, items: Iterable[tuple[Item, list[View]]]) -> Iterator[tuple[Item, list[Example]]]:
+        """As `examples`, for batches of views that come each with an item, which is given back with its examples."""
+        work = (((item, views), list(map(self._task, views))) for item, views in items)
+        for (item, views), samples in self._loader.results(work):
+            yield item, list(map(self._example, views, samples))
+
+    def _task(self, view: View) -> _Task:
+        line = self._lines[view.row] if self._lines is not None else None
+        return _Task(self._images.path(view.row), self._images.name(view.row), self._images.sides_px(view.row), line, view)
+
+    def _example(self, view: View, sample: _Sample | str) -> Example:
+        if isinstance(sample, str):
+            raise UserError(sample)
+        image, boxes, labels, packed = (part.to(self._device, non_blocking=True) for part in sample)
+        return Example(view.row, image, boxes, labels, unpack(packed, image.shape[2]))
 
 
 class _Load(Dataset):

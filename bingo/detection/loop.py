@@ -7,7 +7,6 @@ RoIAlign's gradient is summed in any order. Shape letters: B images of one proce
 import math
 import signal
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -173,19 +172,8 @@ class DetectorTrainer:
             self._checkpoint_if_due()
 
     def _batches(self) -> Iterator[tuple[Plan, list[Example]]]:
-        plans: deque[Plan] = deque()
-
-        def views() -> Iterator[View]:
-            for plan in plan_steps(self.images, self.rows_N, self.params, self.seed, self.step, self.total_steps):
-                plans.append(plan)
-                yield from plan.views
-
-        batch: list[Example] = []
-        for example in self.loader.examples(views()):
-            batch.append(example)
-            if len(batch) == len(plans[0].views):
-                yield plans.popleft(), batch
-                batch = []
+        plans = plan_steps(self.images, self.rows_N, self.params, self.seed, self.step, self.total_steps)
+        return self.loader.batches((plan, plan.views) for plan in plans)
 
     def _train_step(self, plan: Plan, batch: list[Example]) -> None:
         rate = step_lr(self.step, self.params.lr, self.drop_steps, warmup_steps=self.params.lr_warmup_steps)

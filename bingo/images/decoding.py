@@ -5,10 +5,10 @@ Processes, not threads: the Python part of decoding would hold the interpreter's
 Shape letters: T views of a plan, V views of one image, P side of a view in pixels.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ class Plan:
     crops: Crops | None
 
 
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
 @dataclass(frozen=True)
 class _Task:
     """Some images of a plan. Image i feeds views `starts[i]`..`starts[i + 1]` of `crops`, or one centre view."""
@@ -57,37 +60,29 @@ class FileDecoder:
         self._images, self._image = images, image
         self._loader = TaskLoader(_Decode(), workers, TASKS_AHEAD, pin)
 
-    def batches(self, plans: Iterable[Plan]) -> Iterator[tuple[list[Tensor], np.ndarray]]:
-        """For each plan: its crops in parts, uint8 (t, P, P, 3), in the order of images, and where each view stands, int64 (T,).
+    def batches(self, plans: Iterable[AnyPlan]) -> Iterator[tuple[AnyPlan, list[Tensor], np.ndarray]]:
+        """Each plan with its crops in parts, uint8 (t, P, P, 3), in the order of images, and where each view stands, int64 (T,).
 
         `torch.cat(parts)[places_T]` are the plan's views in order. Raises UserError naming path and row of unreadable images.
         """
-        pending: deque[tuple[int, np.ndarray]] = deque()
-        parts: list[Tensor] = []
-        for result in self._loader.results(self._tasks(plans, pending)):
-            if not isinstance(result, Tensor):
-                raise UserError(result)
-            parts.append(result)
-            count, places_T = pending[0]
-            if len(parts) == count:
-                pending.popleft()
-                yield parts, places_T
-                parts = []
+        for (plan, places_T), parts in self._loader.results(map(self._work, plans)):
+            for part in parts:
+                if not isinstance(part, Tensor):
+                    raise UserError(part)
+            yield plan, parts, places_T
 
-    def _tasks(self, plans: Iterable[Plan], pending: deque[tuple[int, np.ndarray]]) -> Iterator[_Task]:
-        """The tasks of each plan; `pending` receives how many they are and where each view will stand."""
-        for plan in plans:
-            order_T = np.argsort(plan.image_rows_T, kind="stable")
-            rows_U, starts_U = np.unique(plan.image_rows_T[order_T], return_index=True)
-            ends_U = np.append(starts_U[1:], len(order_T))
-            firsts = range(0, len(rows_U), IMAGES_PER_TASK)
-            pending.append((len(firsts), np.argsort(order_T)))
-            for first in firsts:
-                part = slice(first, first + IMAGES_PER_TASK)
-                start, end = int(starts_U[part][0]), int(ends_U[part][-1])
-                crops = None if plan.crops is None else plan.crops[order_T[start:end]]
-                starts = [*(starts_U[part] - start).tolist(), end - start]
-                yield self._task(rows_U[part].tolist(), starts, crops)
+    def _work(self, plan: AnyPlan) -> tuple[tuple[AnyPlan, np.ndarray], list[_Task]]:
+        """A plan and where each of its views will stand, with its tasks."""
+        order_T = np.argsort(plan.image_rows_T, kind="stable")
+        rows_U, starts_U = np.unique(plan.image_rows_T[order_T], return_index=True)
+        ends_U = np.append(starts_U[1:], len(order_T))
+        tasks = []
+        for first in range(0, len(rows_U), IMAGES_PER_TASK):
+            part = slice(first, first + IMAGES_PER_TASK)
+            start, end = int(starts_U[part][0]), int(ends_U[part][-1])
+            crops = None if plan.crops is None else plan.crops[order_T[start:end]]
+            tasks.append(self._task(rows_U[part].tolist(), [*(starts_U[part] - start).tolist(), end - start], crops))
+        return (plan, np.argsort(order_T)), tasks
 
     def _task(self, rows: list[int], starts: list[int], crops: Crops | None) -> _Task:
         paths = [self._images.paths[row] for row in rows]

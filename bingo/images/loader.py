@@ -8,10 +8,10 @@ Shape letters: B views of a request, T views of a plan (all its requests), P sid
 """
 
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from bingo.images.augment import center_view, cropped_views, normalize, random_views, to_unit, upload
-from bingo.images.decoding import FileDecoder, Plan
+from bingo.images.decoding import AnyPlan, FileDecoder, Plan
 from bingo.images.draws import Colours, Crops, draw_views, join_colours, join_crops
 from bingo.images.images import Images, MemoryImages
 from bingo.params import AugmentParams, ImageParams
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,18 @@ class ViewLoader:
 
         Plans are read ahead of use. Raises UserError naming path and row where a file can no longer be read.
         """
-        source = self._from_memory(plans) if self._decoder is None else self._from_files(self._decoder, plans)
+        return (views for _, views in self.items_with_views((None, plan) for plan in plans))
+
+    def items_with_views(self, items: Iterable[tuple[Item, list[Request]]]) -> Iterator[tuple[Item, list[Tensor]]]:
+        """As `views`, for plans that come each with an item, which is given back with its views."""
+        source = self._from_memory(items) if self._decoder is None else self._from_files(self._decoder, items)
         while True:
             asked = time.perf_counter()
-            views = next(source, None)
+            found = next(source, None)
             self.wait_seconds += time.perf_counter() - asked
-            if views is None:
+            if found is None:
                 return
-            yield views
+            yield found
 
     def _draw(self, request: Request) -> tuple[Crops, Colours]:
         keys = (request.purpose, request.epoch, request.key_rows_B, request.view_B)
@@ -85,10 +91,10 @@ class ViewLoader:
     def _family(self, request: Request) -> AugmentParams:
         return request.augment or self.augment
 
-    def _from_memory(self, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
-        for plan in plans:
+    def _from_memory(self, items: Iterable[tuple[Item, list[Request]]]) -> Iterator[tuple[Item, list[Tensor]]]:
+        for item, plan in items:
             together = [self._memory_views(list(requests), family) for family, requests in groupby(plan, self._family)]
-            yield [views_B3PP for views in together for views_B3PP in views]
+            yield item, [views_B3PP for views in together for views_B3PP in views]
 
     def _memory_views(self, requests: list[Request], family: AugmentParams) -> Sequence[Tensor]:
         """Views of neighbouring requests of one family, computed together: on a GPU a small batch costs the calls, not the pixels."""
@@ -97,19 +103,23 @@ class ViewLoader:
         views_T3PP = random_views(images_TSS3, join_crops(crops), join_colours(colours), family, self._image)
         return views_T3PP.split([len(request.image_rows_B) for request in requests])
 
-    def _from_files(self, decoder: FileDecoder, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
-        ahead: deque[list[tuple[Colours, AugmentParams]]] = deque()
+    def _from_files(self, decoder: FileDecoder, items: Iterable[tuple[Item, list[Request]]]) -> Iterator[tuple[Item, list[Tensor]]]:
+        for plan, crops_TPP3 in _on_device(decoder.batches(self._drawn(*pair) for pair in items), self._device):
+            parts = crops_TPP3.split([len(colours.gray_B) for colours, _ in plan.colours])
+            yield plan.item, [cropped_views(x, *colours, self._image) for x, colours in zip(parts, plan.colours, strict=True)]
 
-        def decoder_plans() -> Iterator[Plan]:
-            for plan in plans:
-                crops_of_plan, colours_of_plan = zip(*(self._draw(request) for request in plan), strict=True)
-                ahead.append([(x, self._family(request)) for x, request in zip(colours_of_plan, plan, strict=True)])
-                yield Plan(np.concatenate([request.image_rows_B for request in plan]), join_crops(crops_of_plan))
+    def _drawn(self, item: Item, requests: list[Request]) -> "_DrawnPlan[Item]":
+        crops, colours = zip(*(self._draw(request) for request in requests), strict=True)
+        rows_T = np.concatenate([request.image_rows_B for request in requests])
+        return _DrawnPlan(rows_T, join_crops(crops), item, list(zip(colours, map(self._family, requests), strict=True)))
 
-        for crops_TPP3 in _on_device(decoder.batches(decoder_plans()), self._device):
-            of_plan = ahead.popleft()
-            parts = crops_TPP3.split([len(colours.gray_B) for colours, _ in of_plan])
-            yield [cropped_views(x, *drawn, self._image) for x, drawn in zip(parts, of_plan, strict=True)]
+
+@dataclass(frozen=True)
+class _DrawnPlan(Plan, Generic[Item]):
+    """Requests as the decoder wants them, with what their views need afterwards: the colours and the family of each request."""
+
+    item: Item
+    colours: list[tuple[Colours, AugmentParams]]
 
 
 def center_views(
@@ -133,7 +143,7 @@ def center_batches(
             yield center_view(_gather(images, rows_B, device), image)
         return
     decoder = FileDecoder(images, image, workers, pin=device.type == "cuda")
-    for x_BPP3 in _on_device(decoder.batches(Plan(rows_B, None) for rows_B in batches), device):
+    for _, x_BPP3 in _on_device(decoder.batches(Plan(rows_B, None) for rows_B in batches), device):
         yield normalize(to_unit(x_BPP3), image)
 
 
@@ -143,18 +153,18 @@ def _gather(images: Images, rows_B: np.ndarray, device: torch.device) -> Tensor:
     return images.on_device(device).index_select(0, upload(rows_B, device))
 
 
-def _on_device(batches: Iterable[tuple[list[Tensor], np.ndarray]], device: torch.device) -> Iterator[Tensor]:
-    """Views of each plan in order, uint8 (T, P, P, 3). A GPU copies them on a stream of its own, beside the running step."""
+def _on_device(batches: Iterable[tuple[AnyPlan, list[Tensor], np.ndarray]], device: torch.device) -> Iterator[tuple[AnyPlan, Tensor]]:
+    """Each plan with its views in order, uint8 (T, P, P, 3). A GPU copies them on a stream of its own, beside the running step."""
     if device.type != "cuda":
-        for parts, places_T in batches:
-            yield torch.cat(parts).index_select(0, torch.from_numpy(places_T))
+        for plan, parts, places_T in batches:
+            yield plan, torch.cat(parts).index_select(0, torch.from_numpy(places_T))
         return
     beside = torch.cuda.Stream(device)
-    for parts, places_T in batches:
+    for plan, parts, places_T in batches:
         with torch.cuda.stream(beside):
             x_TPP3 = torch.cat([part.to(device, non_blocking=True) for part in parts])
             x_TPP3 = x_TPP3.index_select(0, upload(places_T, device))
         here = torch.cuda.current_stream(device)
         here.wait_stream(beside)
         x_TPP3.record_stream(here)
-        yield x_TPP3
+        yield plan, x_TPP3

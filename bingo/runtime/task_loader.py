@@ -1,12 +1,15 @@
 """A DataLoader whose indices are tasks, handed out pass by pass: the workers live from one pass to the next."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, tee
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bingo.runtime.workers import begin_worker, fork_server, worker_count
+
+Item = TypeVar("Item")
 
 
 class TaskLoader:
@@ -32,11 +35,14 @@ class TaskLoader:
             generator=torch.Generator(),  # its own, so that torch's global random state stays as it is
         )
 
-    def results(self, tasks: Iterator[Any]) -> Iterator[Any]:
-        """The results of one pass. Tasks are taken from `tasks` before their results are asked for."""
-        self._feed.tasks = tasks
+    def results(self, work: Iterable[tuple[Item, Sequence[Any]]]) -> Iterator[tuple[Item, list[Any]]]:
+        """One pass: each item of `work`, which comes with its tasks, is given back with their results. `work` is read ahead of use."""
+        ahead, here = tee(work)
+        self._feed.tasks = (task for _, tasks in ahead for task in tasks)
         try:
-            yield from self._loader
+            results = iter(self._loader)
+            for item, tasks in here:
+                yield item, list(islice(results, len(tasks)))
         finally:
             self._feed.tasks = iter(())  # or an abandoned pass is a cycle of references, and the workers end seconds late
 

@@ -5,7 +5,6 @@ letters: B rows of a batch, M companions of an anchor, S stored views of a row, 
 width.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -76,17 +75,14 @@ class Batches:
 
     def epoch(self, epoch: int, first: int) -> Iterator[Batch]:
         """This process's share of each global batch of an epoch, from step `first` on."""
-        plans: deque[Plan] = deque()
+        for plan, views in self.loader.items_with_views((plan, plan.requests) for plan in self._plans(epoch, first)):
+            yield self.make(plan, views)
 
-        def requests() -> Iterator[list[Request]]:
-            order_N = seeds.permutation(self.seed, "order", epoch, self.train_rows)
-            for step in range(first, self.steps_per_epoch):
-                rows_B = order_N[step * self.batch_anchors : (step + 1) * self.batch_anchors]
-                plans.append(self.plan(epoch, distributed.own_share(rows_B)))
-                yield plans[-1].requests
-
-        for views in self.loader.views(requests()):
-            yield self.make(plans.popleft(), views)
+    def _plans(self, epoch: int, first: int) -> Iterator[Plan]:
+        order_N = seeds.permutation(self.seed, "order", epoch, self.train_rows)
+        for step in range(first, self.steps_per_epoch):
+            rows_B = order_N[step * self.batch_anchors : (step + 1) * self.batch_anchors]
+            yield self.plan(epoch, distributed.own_share(rows_B))
 
     def plan(self, epoch: int, rows_B: np.ndarray) -> Plan:
         """What one step holds. A companion's draws are keyed by its anchor and its place among the companions, so a row that comes
