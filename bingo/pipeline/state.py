@@ -1,8 +1,21 @@
 """The folder of an unfinished stage: found again after a kill, held by one run at a time, kept until DVC has taken over the outputs.
 
 DVC puts outputs into its cache after the stage has ended, and if it is killed before dvc.lock names them, it deletes them and runs the
-stage again. So what DVC runs leaves its state with a mark that it is finished, and the next stage to start removes it if dvc.lock has
-changed its mind about that stage since. No stage's output depends on this file.
+stage again. So a stage that DVC runs leaves its folder with the mark finished.json, which holds dvc.lock's entry of the stage at that
+time, and the next stage to start (`sweep`) removes it once the entry is another one. No stage's output depends on this file.
+
+    state     what is there             who moves it, when                                                   to
+    absent    no folder                 `_begin`, when the stage starts                                      running
+    stopped   a folder, nobody's lock   `_begin`, when the stage starts again                                running
+    running   a folder, locked          an error or a kill, which lets go of the lock                        stopped
+                                        `_end`, without DVC, or where committed.json names this very state   absent
+                                        `_end`, under DVC                                                    finished
+    finished  finished.json             `_begin`, when the stage starts again: DVC has not committed         running
+                                        `sweep`, when dvc.lock has another entry: notes it in committed.json absent
+                                        `sweep`, when the workspace is gone: a temporary one of an experiment  absent
+
+committed.json, beside a stage's folders, names the last state that DVC took over and its entry: a forced rerun, which leaves dvc.lock as
+it is, ends as absent, and is not taken for one that DVC has yet to commit.
 """
 
 import fcntl
@@ -12,7 +25,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bingo.params import read_yaml
 from bingo.runtime.artefacts import errors_named, fingerprint, read_json, write_json
@@ -34,20 +47,36 @@ def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
     with open(folder / "lock", "w") as lock:
         first = os.environ.get("RANK", "0") == "0"
         if first:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                print(f"error: another {stage} with the same parameters holds {folder}; wait for it or end it", file=sys.stderr)
-                raise SystemExit(INTERRUPTED) from None
-            (folder / _FINISHED).unlink(missing_ok=True)
+            _begin(folder, stage, lock)
         with errors_named(folder):
             yield folder
         if first:
-            _finish(folder)
+            _end(folder)
+
+
+def _begin(folder: Path, stage: str, lock: IO[str]) -> None:
+    """Absent, stopped or finished -> running. Ends the process where another one holds the lock."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print(f"error: another {stage} with the same parameters holds {folder}; wait for it or end it", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    (folder / _FINISHED).unlink(missing_ok=True)
+
+
+def _end(folder: Path) -> None:
+    """Running -> absent or finished: the stage's outputs are whole."""
+    committed, stage = folder.parent / _COMMITTED, os.environ.get("DVC_STAGE")
+    entry = _entry(stage) if stage else None
+    known = committed.exists() and read_json(committed) == {"state": folder.name, "entry": entry}
+    if stage is None or known:
+        _remove(folder)
+    else:
+        write_json(folder / _FINISHED, {"stage": stage, "entry": entry, "workspace": str(Path.cwd())})
 
 
 def sweep() -> None:
-    """Remove the state of finished stages whose outputs DVC has committed, and what an interrupted removal left."""
+    """Finished -> absent, for all stages whose outputs DVC has committed; and what an interrupted removal left goes."""
     for leftover in _root().glob("*/.*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     for mark in _root().glob(f"*/*/{_FINISHED}"):
@@ -58,22 +87,10 @@ def sweep() -> None:
                 raise
             continue  # a sweep of another workspace, which has this folder of states too, was faster
         if Path(finished["workspace"]) == Path.cwd() and (entry := _entry(finished["stage"])) != finished["entry"]:
-            # so that a forced rerun, which leaves dvc.lock as it is, is not taken for one that DVC has not committed
             write_json(mark.parent.parent / _COMMITTED, {"state": mark.parent.name, "entry": entry})
             _remove(mark.parent)
-        elif not Path(finished["workspace"]).exists():  # a temporary one of an experiment
+        elif not Path(finished["workspace"]).exists():
             _remove(mark.parent)
-
-
-def _finish(folder: Path) -> None:
-    """The stage's outputs are whole: mark the state as finished where DVC is to commit them, or remove it."""
-    committed, stage = folder.parent / _COMMITTED, os.environ.get("DVC_STAGE")
-    entry = _entry(stage) if stage else None
-    known = committed.exists() and read_json(committed) == {"state": folder.name, "entry": entry}
-    if stage is None or known:
-        _remove(folder)
-    else:
-        write_json(folder / _FINISHED, {"stage": stage, "entry": entry, "workspace": str(Path.cwd())})
 
 
 def _remove(folder: Path) -> None:
