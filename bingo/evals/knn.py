@@ -1,10 +1,13 @@
-"""Nearest-neighbour accuracy of features: cosine, exact, every k and both votes from one search."""
+"""Nearest-neighbour accuracy of features: cosine, exact, every k and both votes from one search.
+
+Shape letters: Q queries, K neighbours, C classes; q queries of a block.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from bingo.bags.neighbors import top_k, votes
+from bingo.bags.neighbors import Found, top_k
 from bingo.runtime.errors import UserError
 
 
@@ -36,6 +39,38 @@ def knn_accuracies(
         accuracies[f"knn_{k}"] = _percent(plain_Q == test_labels_Q)
         accuracies[f"knn_{k}_weighted"] = _percent(weighted_Q == test_labels_Q)
     return accuracies
+
+
+def votes(labels_N: np.ndarray, rows_QK: np.ndarray, cosines_QK: np.ndarray, ks: Sequence[int], temperature: float) -> dict[int, Found]:
+    """For each k of `ks`, the classes int64 (Q,) that the first k neighbours of a `top_k` vote for: (one vote each, weighted).
+
+    The weight is exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978, section 3.4). Of classes with equally many votes
+    the one with the nearest member wins. `labels_N` are the classes of the base, none negative.
+    """
+    classes = int(labels_N.max()) + 1
+    labels_QK = np.where(rows_QK >= 0, labels_N[rows_QK], 0)
+    plain_QK = (rows_QK >= 0).astype(np.float64)
+    # relative to the nearest neighbour: the winner is the same and no exponential overflows; exp(-inf) = 0 for what is padded
+    weight_QK = np.exp((cosines_QK.astype(np.float64) - cosines_QK[:, :1]) / temperature)
+
+    def both(k: int) -> Found:
+        nearest_QK = labels_QK[:, :k]
+        return _winners(nearest_QK, plain_QK[:, :k], classes), _winners(nearest_QK, weight_QK[:, :k], classes)
+
+    return {k: both(k) for k in ks}
+
+
+def _winners(labels_QK: np.ndarray, weight_QK: np.ndarray, classes: int, block_rows: int = 4096) -> np.ndarray:
+    """The class with the largest sum of weights for each query, the nearest neighbour's among equals."""
+    winners_Q = np.empty(len(labels_QK), np.int64)
+    for start in range(0, len(labels_QK), block_rows):
+        labels_qK, weight_qK = labels_QK[start : start + block_rows], weight_QK[start : start + block_rows]
+        queries_q1 = np.arange(len(labels_qK))[:, None]
+        flat = np.bincount((queries_q1 * classes + labels_qK).ravel(), weight_qK.ravel(), minlength=len(labels_qK) * classes)
+        sums_qC = flat.reshape(len(labels_qK), classes)
+        first_q = (sums_qC[queries_q1, labels_qK] == sums_qC.max(axis=1, keepdims=True)).argmax(axis=1)
+        winners_Q[start : start + block_rows] = labels_qK[queries_q1[:, 0], first_q]
+    return winners_Q
 
 
 def _check(train_rows: int, test_rows: int, ks: Sequence[int]) -> None:

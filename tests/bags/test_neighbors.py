@@ -11,8 +11,9 @@ import zarr
 
 import bingo.bags.neighbors as neighbors
 import bingo.bags.rows as rows_module
-from bingo.bags.neighbors import top_k, votes
+from bingo.bags.neighbors import top_k
 from bingo.bags.rows import held, inverse_norms, memory_budget, unit_rows
+from bingo.evals.knn import votes
 from bingo.runtime.chunks import StoredRows, new_array
 from bingo.runtime.errors import UserError
 
@@ -195,13 +196,13 @@ def half_precision_search(_resources, queries, base, k, metric, **_):
 def test_a_streamed_search_holds_no_more_than_its_budget(tmp_path, monkeypatch):
     """The largest blocks that are asked for and multiplied: half of the budget for the base, half for the queries."""
     features, seen = stored(tmp_path, data(300)), []
-    whole_search = neighbors._Search._candidates
+    whole_search = neighbors._Cpu.candidates
 
-    def candidates(search, unit_qD, unit_nD, *others):
+    def candidates(cpu, unit_qD, unit_nD, *others):
         seen.append((len(unit_qD), len(unit_nD)))
-        return whole_search(search, unit_qD, unit_nD, *others)
+        return whole_search(cpu, unit_qD, unit_nD, *others)
 
-    monkeypatch.setattr(neighbors._Search, "_candidates", candidates)
+    monkeypatch.setattr(neighbors._Cpu, "candidates", candidates)
     top_k(features, features, 4, budget_bytes=20_000)
     query_rows, base_rows = np.max(seen, axis=0)
     assert base_rows * 24 * (2 + 4) <= 10_000 < (base_rows + 1) * 24 * (2 + 4)  # float16 as stored, float32 at length 1
