@@ -27,7 +27,7 @@ from bingo.bags.index import Bags
 from bingo.images.images import MemoryImages
 from bingo.images.loader import ViewLoader
 from bingo.methods.contract import Context, Progress, build_method
-from bingo.methods.parts import cutmix
+from bingo.methods.cutmix import cutmix
 from bingo.nets.backbones import build_backbone
 from bingo.params import Params, read_yaml, validate
 from bingo.pipeline.commands import Parser

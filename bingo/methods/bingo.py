@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
+from bingo.methods.cutmix import cutmix
+from bingo.methods.losses import info_nce, negative_logsumexp
 from bingo.methods.negatives import Negatives
-from bingo.methods.parts import MomentumCopy, cutmix, info_nce, negative_logsumexp, shuffled
+from bingo.methods.parts import MomentumCopy, shuffled
 from bingo.methods.view_gradients import sum_of_terms
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast, casts_kept

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.parts import MomentumCopy, Queue, batchnorm_mlp, kl_divergence, shuffled
+from bingo.methods.losses import kl_divergence
+from bingo.methods.parts import MomentumCopy, Queue, batchnorm_mlp, shuffled
 from bingo.nets.heads import unit
 from bingo.nets.precision import autocast
 from bingo.params.methods import IsdParams

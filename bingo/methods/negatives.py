@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bingo import seeds
 from bingo.images.augment import upload
 from bingo.methods.contract import Batch, Context
-from bingo.methods.parts import Queue, hidden_negatives, hidden_places
+from bingo.methods.parts import Queue
 
 
 class Negatives(nn.Module):
@@ -94,3 +94,20 @@ class Negatives(nn.Module):
 def _own_rows(batch: Batch) -> Tensor:
     own = [batch.anchor_rows_B] if batch.member_rows_B is None else [batch.anchor_rows_B, batch.member_rows_B]
     return torch.stack(own, dim=1)
+
+
+def hidden_negatives(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
+    """(B, J) bool: whether row j of the bank shows one of the M rows that are no negatives of anchor b (-1 excludes nothing)."""
+    hidden_BJ = torch.zeros(len(excluded_BM), len(bank_rows_J), dtype=torch.bool, device=bank_rows_J.device)
+    for rows_B in excluded_BM.unbind(dim=1):
+        hidden_BJ |= (bank_rows_J[None, :] == rows_B[:, None]) & (rows_B >= 0)[:, None]
+    return hidden_BJ
+
+
+def hidden_places(bank_rows_J: Tensor, excluded_BM: Tensor, rows: int) -> Tensor:
+    """`hidden_negatives` where no row is twice in the bank: each of the M rows is looked up among all `rows`, not compared with J."""
+    nowhere, places_J = len(bank_rows_J), torch.arange(len(bank_rows_J), device=bank_rows_J.device)
+    place_T = torch.full((rows + 1,), nowhere, device=bank_rows_J.device)  # its last entry is that of row -1
+    place_T[bank_rows_J] = places_J
+    hidden_BJ = torch.zeros(len(excluded_BM), nowhere + 1, dtype=torch.bool, device=bank_rows_J.device)
+    return hidden_BJ.scatter_(1, place_T[excluded_BM], True)[:, :nowhere]

@@ -1,7 +1,8 @@
-"""The gradient of each loss term taken as soon as the term is there, so that backward has one view's activations to wait for, not all.
+"""A loss that is a sum of terms, of which only one has its activations in memory at a time: each term's gradient is taken at once.
 
-It serves a loss that is a sum of terms, each of which comes from a forward of its own: one view's query against keys and negatives
-that have no gradient.
+`sum_of_terms` does the whole of backward while the loss is computed: a term's forward, its backward into the parameters' gradients, the
+next term. What autograd then sees is a single node whose inputs are the parameters; its backward hands the sums on, times the gradient of
+the loss. It serves terms that each come from a forward of their own, as one view's query against keys and negatives without gradient.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,10 @@ from torch import Tensor, nn
 
 
 def sum_of_terms(terms: Mapping[str, Callable[[], Tensor]], network: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of scalar terms, and each of them without gradient. A term is computed, and its gradient taken with respect to the
-    trained parameters of `network`, before the next one begins.
+    """The sum of scalar terms, and each of them without gradient; the gradients are those of the trained parameters of `network`.
 
-    Backward of the sum, which can be had once, hands the summed gradients on: to DistributedDataParallel as well, where it must follow
-    each forward before the next one. Where gradients are off, or nothing is trained, the terms are only computed.
+    Backward of the sum works once, and under DistributedDataParallel too, where it must follow each forward before the next one. Where
+    gradients are off, or nothing is trained, the terms are only computed.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not (torch.is_grad_enabled() and trained):
@@ -27,6 +27,8 @@ def sum_of_terms(terms: Mapping[str, Callable[[], Tensor]], network: nn.Module) 
 
 
 class _TermByTerm(torch.autograd.Function):
+    """The node: `forward` leaves the summed gradients in `ctx`, and what the parameters held in `grad` before as it was."""
+
     @staticmethod
     def forward(ctx: Any, terms: Sequence[Callable[[], Tensor]], *trained: Tensor) -> tuple[Tensor, ...]:
         kept, values = [parameter.grad for parameter in trained], []

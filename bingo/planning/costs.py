@@ -1,7 +1,11 @@
-"""What a step and a network cost, counted on real tensors: floating-point operations (1 multiply-add = 2) and bytes kept for backward.
+"""What a step and a network cost: one real step is run while torch is watched, on copies of the method's buffers, and nothing changes.
 
-Counted are matrix products and convolutions (torch.utils.flop_counter), which are nearly all; normalisations, activations and the
-augmentation are not. Shape letter: B images of a batch.
+  FLOPs   torch.utils.flop_counter sees each operation: matrix products and convolutions are counted (1 multiply-add = 2), which are
+          nearly all; normalisations, activations and the augmentation are not.
+  bytes   autograd hands each tensor that it keeps for backward to `_Meter`, and holds a `_Kept` in its place. A storage counts
+          from its first `_Kept` until the last one is gone, and the most at a time is the answer.
+
+Shape letter: B images of a batch.
 """
 
 import math
@@ -65,36 +69,33 @@ def saved_bytes(method: Method, batch: Batch, progress: Progress) -> int:
     return meter.most_bytes
 
 
+@dataclass(eq=False)
+class _Kept:
+    """What autograd holds in place of a tensor that it keeps."""
+
+    tensor: Tensor
+
+
 class _Meter:
-    """Counts the bytes of the storages that autograd keeps, now and at most."""
+    """The bytes of the storages that autograd keeps, now and at most; `holders`: how many `_Kept` each storage has, by its address."""
 
     def __init__(self, uncounted: set[int]):
         self.uncounted, self.holders, self.bytes, self.most_bytes = uncounted, Counter[int](), 0, 0
 
-    def keep(self, tensor: Tensor) -> "_Kept":
-        storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        if address in self.uncounted:
-            return _Kept(tensor)
-        self.holders[address] += 1
-        if self.holders[address] == 1:
-            self.bytes += storage.nbytes()
-            self.most_bytes = max(self.most_bytes, self.bytes)
-        kept = _Kept(tensor)
-        weakref.finalize(kept, self._drop, address, storage.nbytes())
+    def keep(self, tensor: Tensor) -> _Kept:
+        """Called as autograd keeps a tensor."""
+        kept, storage = _Kept(tensor), tensor.untyped_storage()
+        if (address := storage.data_ptr()) not in self.uncounted:
+            self._count(address, 1, storage.nbytes())
+            weakref.finalize(kept, self._count, address, -1, storage.nbytes())
         return kept
 
-    def _drop(self, address: int, nbytes: int) -> None:
-        self.holders[address] -= 1
-        if self.holders[address] == 0:
-            self.bytes -= nbytes
-
-
-@dataclass(eq=False)
-class _Kept:
-    """What autograd holds in place of a tensor that it saves."""
-
-    tensor: Tensor
+    def _count(self, address: int, change: int, storage_bytes: int) -> None:
+        """A holder more (1) or less (-1); the first brings the storage's bytes, the last takes them away."""
+        before, after = self.holders[address], self.holders[address] + change
+        self.holders[address] = after
+        self.bytes += storage_bytes * (bool(after) - bool(before))
+        self.most_bytes = max(self.most_bytes, self.bytes)
 
 
 def forward_flops(network: nn.Module, images_BCHW: Tensor) -> int:

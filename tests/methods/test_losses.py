@@ -11,8 +11,10 @@ from torch import nn
 from bingo import seeds
 from bingo.methods import bingo, moco
 from bingo.methods.contract import Batch, Context, Progress
-from bingo.methods.parts import Queue, cutmix, hidden_negatives, info_nce, negative_logsumexp
-from bingo.params import BingoParams, MocoParams
+from bingo.methods.cutmix import cutmix
+from bingo.methods.losses import info_nce, negative_logsumexp
+from bingo.methods.negatives import hidden_negatives
+from bingo.methods.parts import Queue
 from bingo.runtime.errors import UserError
 
 CPU = torch.device("cpu")

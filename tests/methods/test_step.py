@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bench_host, bench_step
 from bingo import seeds
-from bingo.methods import parts
+from bingo.methods import losses
 from bingo.methods.contract import Batch, Context, Progress, build_method
-from bingo.methods.parts import cutmix
+from bingo.methods.cutmix import cutmix
+from bingo.methods.negatives import hidden_negatives, hidden_places
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head, unit
 from bingo.params import method_names, method_section
@@ -39,13 +40,13 @@ def unit_rows(rows: int, width: int = 16) -> torch.Tensor:
 def test_blocks_of_the_bank_give_the_plain_value_and_gradient(monkeypatch, at_once, hidden_rows, bank_type):
     """Against torch's own logsumexp over all logits at once, in float64; the first rows are hidden, and one logit is far larger."""
     torch.manual_seed(0)
-    monkeypatch.setattr(parts, "BANK_AT_ONCE", at_once)
+    monkeypatch.setattr(losses, "BANK_AT_ONCE", at_once)
     query_BP, bank_JP, weight_B = unit_rows(7).requires_grad_(True), unit_rows(200).to(bank_type), torch.rand(7)
     bank_JP[150] *= 40
     hidden_BJ = torch.rand(hidden_rows, 200) < 0.3 if hidden_rows else None
     if hidden_BJ is not None:
         hidden_BJ[:, :70] = True
-    got_B = parts.negative_logsumexp(query_BP, bank_JP, 0.1, hidden_BJ)
+    got_B = losses.negative_logsumexp(query_BP, bank_JP, 0.1, hidden_BJ)
     (gradient_BP,) = torch.autograd.grad((weight_B * got_B).sum(), query_BP)
     plain_BP = query_BP.detach().double().requires_grad_(True)
     logits_BJ = plain_BP @ bank_JP.double().T / 0.1
@@ -61,13 +62,13 @@ def test_blocks_of_the_bank_give_the_plain_value_and_gradient(monkeypatch, at_on
 @pytest.mark.parametrize(("device", "queries", "rows"), [("cpu", 8, 8192), ("cpu", 1024, 1024), ("meta", 256, 65536), ("meta", 2**25, 1)])
 def test_rows_of_a_block(device, queries, rows):
     """Of 128 numbers each; what is no CPU is as a GPU, where a usual batch is done at once."""
-    assert parts._rows_at_once(torch.empty(queries, 128, device=device)) == rows
+    assert losses._rows_at_once(torch.empty(queries, 128, device=device)) == rows
 
 
 def test_a_query_without_negatives_has_the_loss_zero_and_no_gradient():
     query_BP = unit_rows(2).requires_grad_(True)
     hidden_BJ = torch.tensor([[True] * 5, [False] * 5])
-    loss_B = parts.info_nce(query_BP, unit_rows(2), parts.negative_logsumexp(query_BP, unit_rows(5), 0.2, hidden_BJ), 0.2)
+    loss_B = losses.info_nce(query_BP, unit_rows(2), losses.negative_logsumexp(query_BP, unit_rows(5), 0.2, hidden_BJ), 0.2)
     (gradient_BP,) = torch.autograd.grad(loss_B.sum(), query_BP)
     assert loss_B[0] == 0
     assert not gradient_BP[0].any()
@@ -78,7 +79,7 @@ def test_nothing_as_large_as_the_logits_waits_for_backward():
     kept = []
     query_BP, bank_JP = unit_rows(6).requires_grad_(True), unit_rows(1000)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        parts.negative_logsumexp(query_BP, bank_JP, 0.2)
+        losses.negative_logsumexp(query_BP, bank_JP, 0.2)
     assert kept == [6 * 16]
 
 
@@ -87,7 +88,7 @@ def test_rows_looked_up_are_those_found_one_by_one():
     for rows in (5, 60, 300):
         bank_J = torch.randperm(300)[:rows]
         excluded_BM = torch.randint(-1, 300, (9, 6))
-        assert torch.equal(parts.hidden_places(bank_J, excluded_BM, 300), parts.hidden_negatives(bank_J, excluded_BM))
+        assert torch.equal(hidden_places(bank_J, excluded_BM, 300), hidden_negatives(bank_J, excluded_BM))
 
 
 def test_a_step_of_three_terms_is_the_released_one_written_plainly():
