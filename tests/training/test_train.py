@@ -161,14 +161,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
 
 def test_one_pixel_that_is_no_number_stops_the_training(tmp_path):
     run = trainer(tmp_path)
-    views = run.batches.loader.views
+    views = run.batches.loader.items_with_views
 
-    def with_nan(plans):
-        for views_of_plan in views(plans):
-            views_of_plan[0][3, 0, 5, 5] = float("nan")
-            yield views_of_plan
+    def with_nan(items):
+        for item, views_of_item in views(items):
+            views_of_item[0][3, 0, 5, 5] = float("nan")
+            yield item, views_of_item
 
-    run.batches.loader.views = with_nan
+    run.batches.loader.items_with_views = with_nan
     with pytest.raises(UserError, match="loss is nan at step 0; no step was taken yet"):
         run.run()
     assert all(value.isfinite().all() for value in run.method.state_dict().values())
