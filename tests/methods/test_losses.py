@@ -15,6 +15,7 @@ from bingo.methods.cutmix import cutmix
 from bingo.methods.losses import info_nce, negative_logsumexp
 from bingo.methods.negatives import hidden_negatives
 from bingo.methods.parts import Queue
+from bingo.params import BingoParams, MocoParams
 from bingo.runtime.errors import UserError
 
 CPU = torch.device("cpu")
