@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bingo.bags.index import Bags
 from bingo.images.images import MemoryImages
 from bingo.images.loader import ViewLoader
+from bingo.methods.bingo import cutmix
 from bingo.methods.contract import Context, Progress, build_method
-from bingo.methods.cutmix import cutmix
 from bingo.nets.backbones import build_backbone
 from bingo.params import Params, read_yaml, validate
 from bingo.pipeline.commands import Parser

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.losses import kl_divergence
-from bingo.methods.parts import MomentumCopy, Queue, shuffled
+from bingo.methods.parts.losses import kl_divergence
+from bingo.methods.parts.momentum import MomentumCopy, Queue, shuffled
 from bingo.methods.targets import Targets
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast

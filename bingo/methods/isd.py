@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.losses import kl_divergence
-from bingo.methods.parts import MomentumCopy, Queue, batchnorm_mlp, shuffled
-from bingo.nets.heads import unit
+from bingo.methods.parts.losses import kl_divergence
+from bingo.methods.parts.momentum import MomentumCopy, Queue, shuffled
+from bingo.nets.heads import batchnorm_mlp, unit
 from bingo.nets.precision import autocast
 from bingo.params.methods import IsdParams
 

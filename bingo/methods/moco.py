@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.losses import info_nce, negative_logsumexp
-from bingo.methods.parts import MomentumCopy, Queue, shuffled
+from bingo.methods.parts.losses import info_nce, negative_logsumexp
+from bingo.methods.parts.momentum import MomentumCopy, Queue, shuffled
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast
 from bingo.params.methods import MocoParams

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bingo import seeds
 from bingo.images.augment import upload
 from bingo.methods.contract import Batch, Context
-from bingo.methods.parts import Queue
+from bingo.methods.parts.momentum import Queue
 
 
 class Negatives(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.losses import soft_cross_entropy
 from bingo.methods.negatives import Negatives
+from bingo.methods.parts.losses import soft_cross_entropy
 from bingo.methods.targets import Targets
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.parts import batchnorm_mlp
 from bingo.methods.targets import Targets
-from bingo.nets.heads import layered_head
+from bingo.nets.heads import batchnorm_mlp, layered_head
 from bingo.nets.precision import autocast
 from bingo.params.methods import SimregParams
 

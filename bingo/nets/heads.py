@@ -84,3 +84,12 @@ def _kind(layer: nn.Module) -> str:
     if isinstance(layer, nn.BatchNorm1d):
         return "batchnorm" if layer.affine else "batchnorm_no_affine"
     return {nn.ReLU: "relu", nn.GELU: "gelu"}[type(layer)]
+
+
+def batchnorm_mlp(width: int, hidden: int, out: int, seed_value: int) -> nn.Sequential:
+    """Linear (no bias), BatchNorm, ReLU, Linear, with seeded initial weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_value)
+        return nn.Sequential(
+            nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out)
+        )  # fmt: skip

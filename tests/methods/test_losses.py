@@ -10,11 +10,11 @@ from torch import nn
 
 from bingo import seeds
 from bingo.methods import bingo, moco
+from bingo.methods.bingo import cutmix
 from bingo.methods.contract import Batch, Context, Progress
-from bingo.methods.cutmix import cutmix
-from bingo.methods.losses import info_nce, negative_logsumexp
 from bingo.methods.negatives import hidden_negatives
-from bingo.methods.parts import Queue
+from bingo.methods.parts.losses import info_nce, negative_logsumexp
+from bingo.methods.parts.momentum import Queue
 from bingo.params import BingoParams, MocoParams
 from bingo.runtime.errors import UserError
 

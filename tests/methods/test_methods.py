@@ -11,8 +11,8 @@ from torch import nn
 from bingo import seeds
 from bingo.bags.index import Bags
 from bingo.methods.contract import Batch, Context, Method, Progress, build_method
-from bingo.methods.losses import kl_divergence, soft_cross_entropy
-from bingo.methods.parts import Queue
+from bingo.methods.parts.losses import kl_divergence, soft_cross_entropy
+from bingo.methods.parts.momentum import Queue
 from bingo.params import method_section
 from bingo.runtime.errors import UserError
 

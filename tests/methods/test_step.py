@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bench_host, bench_step
 from bingo import seeds
-from bingo.methods import losses
+from bingo.methods.bingo import cutmix
 from bingo.methods.contract import Batch, Context, Progress, build_method
-from bingo.methods.cutmix import cutmix
 from bingo.methods.negatives import hidden_negatives, hidden_places
+from bingo.methods.parts import losses
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head, unit
 from bingo.params import method_names, method_section

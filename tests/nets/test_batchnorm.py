@@ -11,10 +11,10 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from bingo.methods.contract import Progress
-from bingo.methods.parts import batchnorm_mlp, shuffled
+from bingo.methods.parts.momentum import shuffled
 from bingo.nets.backbones import build_backbone
 from bingo.nets.batchnorm import grouped_batchnorm, groups, own_groups
-from bingo.nets.heads import layered_head
+from bingo.nets.heads import batchnorm_mlp, layered_head
 from bingo.params import read_yaml, validate
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError

@@ -1,4 +1,4 @@
-"""Networks and state that methods share: a queue of keys, a moving-average copy, a head with BatchNorm, ShuffleBN.
+"""What methods with a momentum encoder share: the queue of its keys, the moving average itself, ShuffleBN.
 
 Shape letters: B anchors, P key width, Q queue rows.
 """
@@ -13,15 +13,6 @@ from bingo import seeds
 from bingo.images.augment import upload
 from bingo.nets import batchnorm
 from bingo.runtime import distributed
-
-
-def batchnorm_mlp(width: int, hidden: int, out: int, seed_value: int) -> nn.Sequential:
-    """Linear (no bias), BatchNorm, ReLU, Linear, with seeded initial weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_value)
-        return nn.Sequential(
-            nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out)
-        )  # fmt: skip
 
 
 class Queue(nn.Module):
