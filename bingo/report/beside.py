@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from bingo.report.inputs import Artefacts
+from bingo.report.render import render
 from bingo.report.results import ROLES, Cell, Row, network_label
 
 
@@ -37,9 +36,7 @@ class Section:
     @property
     def html(self) -> Markup:
         """The section as markup."""
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        template = files("bingo.report").joinpath("report_beside.html.j2").read_text(encoding="utf-8")
-        return Markup(environment.from_string(template).render(section=self))
+        return render("report_beside.html.j2", section=self)
 
 
 def net_rows(a: Artefacts, columns: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Row]:

@@ -6,13 +6,12 @@ compared with used C4 heads, so they stand beside ours of that kind.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
-import jinja2
 from markupsafe import Markup
 
 from bingo.params import display_name
 from bingo.report.inputs import Artefacts
+from bingo.report.render import render
 
 MEASURES = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
 _Figures = Sequence[float | None]
@@ -67,6 +66,4 @@ def coco_table(a: Artefacts) -> Markup:
     """The table with its heading as HTML, empty where no run was measured."""
     if not a.coco:
         return Markup("")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = files("bingo.report").joinpath("report_coco.html.j2").read_text(encoding="utf-8")
-    return Markup(environment.from_string(template).render(rows=coco_rows(a), measures=list(MEASURES.values())))
+    return render("report_coco.html.j2", rows=coco_rows(a), measures=list(MEASURES.values()))

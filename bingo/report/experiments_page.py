@@ -10,7 +10,7 @@ from bingo.params import display_name
 from bingo.report.experiments import Experiment, Variant, spread
 from bingo.report.experiments_table import Table
 from bingo.report.plots import Point, labelled_points
-from bingo.report.render import render
+from bingo.report.render import render_page
 
 _WITH_TEACHER, _WITHOUT = 0, 2  # of plots.SERIES, as on a run's page
 _AXES = {
@@ -52,7 +52,7 @@ def build_page(
         "charts": [chart for measure in _AXES if (chart := _chart(found, measure))],
         "machines": sorted({_machine(record) for record in records}),
     }
-    return render("report_experiments.html.j2", context)
+    return render_page("report_experiments.html.j2", **context)
 
 
 def _network(section: Mapping[str, Any]) -> str:

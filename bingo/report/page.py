@@ -20,7 +20,7 @@ from bingo.report import semi as report_semi
 from bingo.report import transfer as report_transfer
 from bingo.report.inputs import Artefacts, Curves, NetworkFacts
 from bingo.report.plots import SERIES, lines
-from bingo.report.render import render
+from bingo.report.render import render_page
 
 _STAGE_ORDER = (
     "scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar", "transfer_coco",
@@ -75,7 +75,7 @@ def build_page(a: Artefacts) -> str:
         "statistics": report_bags.statistics(a.bag_metrics),
         "spreads": report_bags.spread_svgs(a.bag_metrics),
     }
-    return render("report.html.j2", context)
+    return render_page("report.html.j2", **context)
 
 
 def run_script(records: Iterable[Mapping[str, Any]]) -> str:
