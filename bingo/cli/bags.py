@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 _SHEETS, _GALLERY, _THUMBNAILS = Path(".bingo/sheets"), Path(".bingo/gallery"), Path(".bingo/thumbnails")
-_PORT = 8017
 _ORDERS = ("changed", "gained", "lost")
 Rev = Annotated[str | None, typer.Option(help="A Git revision or DVC experiment; without it the workspace.")]
 Out = Annotated[Path | None, typer.Option(help="Where the PNG goes; without it below .bingo/sheets.")]
@@ -133,8 +132,6 @@ def find(
 def gallery(
     rev: Rev = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the page; without it .bingo/gallery.")] = None,
-    serve: Annotated[bool, typer.Option("--serve", help="Serve it on 127.0.0.1 afterwards.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0: any free one.")] = _PORT,
 ) -> None:
     """Make an offline page of all bags: search, sort, click from bag to bag. It needs no server and no network."""
     with mistakes_as_lines():
@@ -153,10 +150,6 @@ def gallery(
             if unreadable:
                 typer.echo(f"warning: {unreadable} images could not be read and are grey; check dataset.root", err=True)
         typer.echo(f"gallery: {folder / 'index.html'}")
-        if serve:
-            from bingo.cli.gallery_server import serve_folder
-
-            serve_folder(folder, port)
 
 
 def _gallery_meta(source: "BagSource") -> dict[str, Any]:
