@@ -41,7 +41,7 @@ def show(
         from bingo.browse.sheets import contact_sheet
         from bingo.cli.bag_source import BagSource
         from bingo.cli.bag_tables import members_table
-        from bingo.cli.terminal import printable
+        from bingo.runtime.errors import printable
 
         source = BagSource(rev)
         row = source.row_of(target)
@@ -115,7 +115,7 @@ def find(
         from bingo.browse.sheets import Tile, contact_sheet
         from bingo.cli.bag_source import BagSource
         from bingo.cli.bag_tables import members_table
-        from bingo.cli.terminal import printable
+        from bingo.runtime.errors import printable
 
         picture = file_picture(file := from_here("IMAGE", image))
         source = BagSource(rev)
@@ -211,10 +211,9 @@ def _file_name(stem: str, *sources: "BagSource") -> str:
 
 
 def _deliver(sheet: "Image", out: Path | None, default: Path) -> None:
-    """Write the PNG to --out or the default, show it where the terminal can, and say where it is."""
+    """Write the PNG to --out or the default, and say where it is."""
     import io
 
-    from bingo.cli.terminal import inline_image
     from bingo.runtime.artefacts import write_bytes
     from bingo.runtime.errors import UserError
 
@@ -224,6 +223,4 @@ def _deliver(sheet: "Image", out: Path | None, default: Path) -> None:
         write_bytes(path, content.getvalue())
     except OSError as error:
         raise UserError(f"--out = {path}: cannot be written ({error.strerror}); give a file in a folder that can be") from None
-    if escapes := inline_image(content.getvalue()):
-        typer.echo(escapes, nl=False)
     typer.echo(f"picture: {path}")

@@ -27,7 +27,17 @@ from bingo.pipeline.paths import LIMITS, RUNS
 from bingo.pipeline.state import sweep
 from bingo.planning.limits import check_limits
 from bingo.runtime.artefacts import file_fingerprint, fingerprint, write_json
-from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, GroupLost, Interrupted, UserError, near_matches, out_of_memory
+from bingo.runtime.errors import (
+    FAILED,
+    INTERRUPTED,
+    USER_MISTAKE,
+    GroupLost,
+    Interrupted,
+    UserError,
+    near_matches,
+    out_of_memory,
+    printable,
+)
 from bingo.runtime.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -170,12 +180,7 @@ def _let_the_first_speak() -> None:
 def _tell(lines: Sequence[str], word: str = "error") -> None:
     """Print mistakes, which all processes mostly find alike."""
     _let_the_first_speak()
-    print("\n".join(f"{word}: {_printable(line)}" for line in lines), file=sys.stderr, flush=True)
-
-
-def _printable(line: str) -> str:
-    """A line as it is, but for what would break it or move the cursor: the names of files hold anything."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    print("\n".join(f"{word}: {printable(line)}" for line in lines), file=sys.stderr, flush=True)
 
 
 def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) -> None:

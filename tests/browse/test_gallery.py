@@ -16,7 +16,6 @@ from bingo.bags.index import read_bags
 from bingo.browse.gallery import sidecars
 from bingo.images.images import write_images
 from bingo.images.listing import read_listing
-from bingo.runtime.errors import UserError
 from tests.cli.test_bags_cli import bingo_bags, mistake
 
 needs_browser = pytest.mark.skipif(chromium.PATH is None, reason="no Chromium here: apt-get install chromium")
