@@ -5,7 +5,6 @@ RoIAlign's gradient is summed in any order. Shape letters: B images of one proce
 """
 
 import math
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from bingo.nets.precision import autocast
 from bingo.params import CocoParams
 from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints
-from bingo.runtime.errors import Interrupted, UserError
+from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import step_lr
 
@@ -136,7 +135,6 @@ class DetectorTrainer:
         self.optimizer = sgd(detector, params)
         self.network = distributed.data_parallel(self.detector, device)
         self.step, self.sums, self.summed, self.result = 0, dict[str, Tensor](), 0, Result()
-        self.stopping = False
 
     def resumes(self) -> bool:
         """Whether there is a checkpoint to go on from."""
@@ -148,15 +146,11 @@ class DetectorTrainer:
         Raises Interrupted after SIGTERM or SIGINT, with a checkpoint, and UserError for a loss that is not finite, before the update.
         """
         self._resume()
-        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         begun = time.monotonic()
-        try:
-            with progress_bar(self.label, self.total_steps * self.params.batch_images, "images") as bar, compiled_roi_align(self.device):
-                bar.resume_at(self.step * self.params.batch_images)
-                self._steps(bar)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        progress = progress_bar(self.label, self.total_steps * self.params.batch_images, "images")
+        with self.checkpoints.stop_requests(), progress as bar, compiled_roi_align(self.device):
+            bar.resume_at(self.step * self.params.batch_images)
+            self._steps(bar)
         self.result.seconds = time.monotonic() - begun
         distributed.share_buffers(self.detector)
         return self.result
@@ -170,7 +164,7 @@ class DetectorTrainer:
             bar.advance_to(self.step * self.params.batch_images)
             if self.step % max(1, self.total_steps // CURVE_POINTS) == 0 or self.step == self.total_steps:
                 self._record()
-            self._checkpoint_if_due()
+            self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
 
     def _batches(self) -> Iterator[tuple[Plan, list[Example]]]:
         plans: deque[Plan] = deque()
@@ -214,18 +208,9 @@ class DetectorTrainer:
         )
         self.sums, self.summed = {}, 0
 
-    def _ask_to_stop(self, *_: Any) -> None:
-        self.stopping = True
-
-    def _checkpoint_if_due(self) -> None:
-        stop = distributed.any_true(self.stopping, self.device)
-        if stop or self.checkpoints.due():
-            names = ("step", "sums", "summed")
-            state = {name: getattr(self, name) for name in names} | {"history": self.result.history}
-            state |= {"detector": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
-            self.checkpoints.save(state, self.step)
-        if stop:
-            raise Interrupted(f"{self.label}: stopped at step {self.step} with a checkpoint; start again to go on from there")
+    def _state(self) -> dict[str, Any]:
+        state = {name: getattr(self, name) for name in ("step", "sums", "summed")} | {"history": self.result.history}
+        return state | {"detector": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def _resume(self) -> None:
         state = self.checkpoints.load(self.device)
