@@ -209,7 +209,7 @@ def test_every_figure_is_in_its_row(page):
 
 
 def test_headline_has_signed_differences(page):
-    expected = "The student classifies 84.0 % of the test images correctly (linear top-1): 14.0 points above the same network trained by"
+    expected = "The student classifies 84.0 % of the test images correctly (linear, top-1): 14.0 points above the same network trained by"
     assert (
         f"{expected} MoCo-v2 without a teacher, 11.0 points below its teacher and 44.0 points above the same network untrained."
         in page.words
