@@ -265,7 +265,7 @@ def _fits(segmentation: dict[str, Any], sides: list[int]) -> bool:
 
 
 @dataclass(frozen=True)
-class Targets:
+class DetectionTargets:
     """What a detector learns. `lines` has, for each row, a JSON text of boxes, labels and segmentations, or None where there is
     nothing to learn; `left_out` counts annotations by the reason for which they are no targets.
     """
@@ -285,7 +285,7 @@ class Targets:
 
 
 @progress_bar("targets of the annotations")
-def training_targets(found: Instances) -> Targets:
+def training_targets(found: Instances) -> DetectionTargets:
     """Every instance but crowds, boxes without width or height inside the image, and segmentations without an area.
 
     An image that is left with nothing is not trained on, as in detectron2 (data/build.py, filter_images_with_only_crowd_annotations,
@@ -307,7 +307,7 @@ def training_targets(found: Instances) -> Targets:
             box = _box(annotation["bbox"], *found.images.sides_px(row))
             by_row[row].append((box, labels[annotation["category_id"]], annotation["segmentation"]))
     lines = [json.dumps(by_row[row], separators=(",", ":")) if row in by_row else None for row in range(len(found.images))]
-    return Targets(lines, left_out)
+    return DetectionTargets(lines, left_out)
 
 
 def _box(bbox: list[float], height: int, width: int) -> list[float]:
@@ -360,7 +360,7 @@ def _is_large_inside(polygon: list[float], height: int, width: int) -> bool:
 
 
 def parse_targets(line: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One line of `Targets` as boxes float32 (I, 4), labels int64 (I,) and masks uint8 (I, height, width) of 0 and 1."""
+    """One line of `DetectionTargets` as boxes float32 (I, 4), labels int64 (I,) and masks uint8 (I, height, width) of 0 and 1."""
     boxes, labels, segmentations = zip(*json.loads(line), strict=True)
     masks_IHW = np.stack([rle.decode(run_lengths(segmentation, height, width)) for segmentation in segmentations])
     return np.array(boxes, np.float32), np.array(labels, np.int64), masks_IHW

@@ -1,4 +1,4 @@
-"""Training of a detector: batches of images whose order, side and mirroring are drawn by key, SGD with a stepped learning rate.
+"""Training of a detector: batches of images whose order, side and mirroring follow from the seed, SGD with a stepped learning rate.
 
 A run that was killed and started again ends with the same numbers as one that was not, on the CPU with the same bytes; on a GPU
 RoIAlign's gradient is summed in any order. Shape letters: B images of one process's share, N rows.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from bingo import seeds
-from bingo.detection.coco import CocoImages, Targets
+from bingo.detection.coco import CocoImages, DetectionTargets
 from bingo.detection.detector import keep_sampling
 from bingo.detection.loader import CocoLoader, Example, View
 from bingo.nets.precision import autocast
@@ -34,7 +34,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
-class Plan:
+class DetectionPlan:
     """One step of this process: its views, and a number for each that fixes which anchors and regions are sampled in it."""
 
     views: list[View]
@@ -42,7 +42,7 @@ class Plan:
 
 
 @dataclass
-class Result:
+class DetectionResult:
     """What a training leaves behind beside the weights: mean losses over equal spans of steps, and this run's speed."""
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -61,7 +61,7 @@ def steps_in_epoch(rows: int, batch_images: int) -> int:
     return rows // batch_images
 
 
-def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed: int, first: int, last: int) -> Iterator[Plan]:
+def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed: int, first: int, last: int) -> Iterator[DetectionPlan]:
     """Steps `first` to `last` - 1 (from 0) on the rows that have targets.
 
     A batch is sorted by its images' shape, so that a process's share mostly lies or mostly stands, and little is padded; detectron2
@@ -78,13 +78,13 @@ def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed:
         yield plan_step(rows_N[distributed.own_share(batch)], params, seed, epoch)
 
 
-def plan_step(rows_B: np.ndarray, params: CocoParams, seed: int, epoch: int) -> Plan:
+def plan_step(rows_B: np.ndarray, params: CocoParams, seed: int, epoch: int) -> DetectionPlan:
     """The drawn side, mirroring and sampling of each row."""
     u_B3 = seeds.uniforms(seed, "coco view", epoch, rows_B, draws=3)
     sides = [params.min_side_px[int(u * len(params.min_side_px))] for u in u_B3[:, 0]]
     flips = u_B3[:, 1] < params.flip_p
     views = [View(int(row), side, params.max_side_px, bool(flip)) for row, side, flip in zip(rows_B, sides, flips, strict=True)]
-    return Plan(views, [int(u * 2**53) for u in u_B3[:, 2]])
+    return DetectionPlan(views, [int(u * 2**53) for u in u_B3[:, 2]])
 
 
 @contextmanager
@@ -115,7 +115,7 @@ class DetectorTrainer:
         self,
         detector: GeneralizedRCNN,
         images: CocoImages,
-        targets: Targets,
+        targets: DetectionTargets,
         params: CocoParams,
         schedule: list[int],
         seed: int,
@@ -134,13 +134,13 @@ class DetectorTrainer:
         self.loader = CocoLoader(images, targets.lines, device, workers)
         self.optimizer = sgd(detector, params)
         self.network = distributed.data_parallel(self.detector, device)
-        self.step, self.sums, self.summed, self.result = 0, dict[str, Tensor](), 0, Result()
+        self.step, self.sums, self.summed, self.result = 0, dict[str, Tensor](), 0, DetectionResult()
 
     def resumes(self) -> bool:
         """Whether there is a checkpoint to go on from."""
         return self.checkpoints.exists()
 
-    def run(self) -> Result:
+    def run(self) -> DetectionResult:
         """Train to the end, from the last checkpoint if there is one; all processes then hold the same network.
 
         Raises Interrupted after SIGTERM or SIGINT, with a checkpoint, and UserError for a loss that is not finite, before the update.
@@ -166,8 +166,8 @@ class DetectorTrainer:
                 self._record()
             self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
 
-    def _batches(self) -> Iterator[tuple[Plan, list[Example]]]:
-        plans: deque[Plan] = deque()
+    def _batches(self) -> Iterator[tuple[DetectionPlan, list[Example]]]:
+        plans: deque[DetectionPlan] = deque()
 
         def views() -> Iterator[View]:
             for plan in plan_steps(self.images, self.rows_N, self.params, self.seed, self.step, self.total_steps):
@@ -181,7 +181,7 @@ class DetectorTrainer:
                 yield plans.popleft(), batch
                 batch = []
 
-    def _train_step(self, plan: Plan, batch: list[Example]) -> None:
+    def _train_step(self, plan: DetectionPlan, batch: list[Example]) -> None:
         rate = step_lr(self.step, self.params.lr, self.drop_steps, warmup_steps=self.params.lr_warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

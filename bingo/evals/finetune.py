@@ -1,7 +1,7 @@
 """A classifier trained on labels: a linear layer on a backbone, which learns with it (fine-tuning) or is frozen (the layer alone).
 
 Every train image is seen once an epoch, as a random crop; test images as centre views, after every epoch. SGD with momentum 0.9,
-cross-entropy in float32, a learning rate for the backbone and one for the layer, with drops or a cosine. Random choices are keyed by
+cross-entropy in float32, a learning rate for the backbone and one for the layer, with drops or a cosine. Random choices follow from
 (seed, purpose, epoch, row): a run that was killed and started again from its checkpoint ends like one that was not, on the CPU to the
 bit. Several processes share each batch and give one process's result up to rounding: gradients are means over all images, and where
 BatchNorm learns (GPUs only) its statistics are those of the whole batch. Shape letters: B rows of a batch, N rows, C classes.

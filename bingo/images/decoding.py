@@ -29,7 +29,7 @@ TASKS_AHEAD = 2  # for each worker
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodePlan:
     """T views to be decoded: the listing rows of their images, int64 (T,), and their crops; None for centre views."""
 
     image_rows_T: np.ndarray
@@ -57,7 +57,7 @@ class FileDecoder:
         self._images, self._image = images, image
         self._loader = TaskLoader(_Decode(), workers, TASKS_AHEAD, pin)
 
-    def batches(self, plans: Iterable[Plan]) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+    def batches(self, plans: Iterable[DecodePlan]) -> Iterator[tuple[list[Tensor], np.ndarray]]:
         """For each plan: its crops in parts, uint8 (t, P, P, 3), in the order of images, and where each view stands, int64 (T,).
 
         `torch.cat(parts)[places_T]` are the plan's views in order. Raises UserError naming path and row of unreadable images.
@@ -74,7 +74,7 @@ class FileDecoder:
                 yield parts, places_T
                 parts = []
 
-    def _tasks(self, plans: Iterable[Plan], pending: deque[tuple[int, np.ndarray]]) -> Iterator[_Task]:
+    def _tasks(self, plans: Iterable[DecodePlan], pending: deque[tuple[int, np.ndarray]]) -> Iterator[_Task]:
         """The tasks of each plan; `pending` receives how many they are and where each view will stand."""
         for plan in plans:
             order_T = np.argsort(plan.image_rows_T, kind="stable")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bingo.params import AugmentParams, MethodSection, NetworkParams, ScheduleParams
     from bingo.teachers.teacher import Teacher
     from bingo.training.batches import Batches, Stored
-    from bingo.training.loop import Result
+    from bingo.training.loop import TrainingResult
 
 
 def train_method(
@@ -32,7 +32,7 @@ def train_method(
     schedule: "ScheduleParams",
     augment: "AugmentParams",
     listing: "Listing",
-    finish: Callable[["Method", "Result"], None],
+    finish: Callable[["Method", "TrainingResult"], None],
     keys: str = "momentum",
     embeddings: "Embeddings | None" = None,
     bags: "BagIndex | None" = None,
@@ -135,7 +135,7 @@ def _stored(run: Run, section: "MethodSection", embeddings: "Embeddings", device
         raise UserError(f"{paths.EMBEDDINGS}: was made with another image section or seed than params.yaml has; run: dvc repro extract")
     features_TD = torch.from_numpy(embeddings.train_features_TD).to(device) if section.reads_features else None
     augment = AugmentParams.model_validate(recipe["extract"]["augment"])
-    return Stored(torch.from_numpy(embeddings.keys_NVP).to(device), augment, features_TD)
+    return Stored(torch.from_numpy(embeddings.keys_TVP).to(device), augment, features_TD)
 
 
 def _gflop_per_anchor(method: "Method", batches: "Batches") -> float:
@@ -164,7 +164,7 @@ def _identity(
     }
 
 
-def _tell(run: Run, method_name: str, schedule: "ScheduleParams", result: "Result") -> None:
+def _tell(run: Run, method_name: str, schedule: "ScheduleParams", result: "TrainingResult") -> None:
     """Print and note the speed and the last epoch's figures, and warn of a collapsed network."""
     from bingo.evals.collapse import collapse_warning
 
@@ -187,7 +187,7 @@ def write_curves(path: Path, history: list[dict[str, float]]) -> None:
     write_csv(path, history, ["epoch", "loss"])
 
 
-def last_record(result: "Result") -> dict[str, float]:
+def last_record(result: "TrainingResult") -> dict[str, float]:
     """The last epoch's terms and probe figures, the features' spread and what an anchor cost, as metrics."""
     last = {f"last_{name}": value for name, value in result.history[-1].items() if name not in ("epoch", "lr")}
     return {**last, **result.spread, "gflop_per_anchor": result.gflop_per_anchor}

@@ -21,7 +21,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Section:
+class ComparedSection:
     """One section: id, title, a sentence; the measured table (groups of columns with their span, headers, rows), the published one."""
 
     id: str

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bingo.params import display_name
 from bingo.report.inputs import Artefacts
 from bingo.report.measures import measure_label
-from bingo.report.plots import Bar, accuracy_bars
+from bingo.report.plots import AccuracyBar, accuracy_bars
 
 _USUAL_KNN = ("knn_10", "knn_20_weighted")
 _LINEAR_COLUMNS = {"top1_last": "top-1", "top5_last": "top-5", "top1_best": "top-1, best epoch, chosen on the test split"}
@@ -49,7 +49,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Tile:
+class HeadlineTile:
     """One large figure at the top of the page."""
 
     net: str
@@ -117,7 +117,7 @@ def bars_svg(a: Artefacts) -> str:
     bars = []
     for net in _nets(a):
         percents = [_cell(a, net, column).percent for column in measures]
-        bars.append(Bar(_short_label(net, a.params.distill.method), percents, _FAMILY_COLORS.get(net, 2)))
+        bars.append(AccuracyBar(_short_label(net, a.params.distill.method), percents, _FAMILY_COLORS.get(net, 2)))
     return accuracy_bars("results", bars, [column.header for column in measures], chance_row(a, measures[:1])[0])
 
 
@@ -136,14 +136,14 @@ def headline_measure(a: Artefacts) -> str:
     return found[0].header if found else ""
 
 
-def tiles(a: Artefacts) -> list[Tile]:
+def tiles(a: Artefacts) -> list[HeadlineTile]:
     """The headline's figures: student, its baselines, the teacher, the floor."""
     found = _headline_columns(a)
     if not found:
         return []
     figures = {net: _cell(a, net, found[0]).percent for net in _nets(a)}
     order = ["student", *_baselines(a), "teacher", "untrained"]
-    return [Tile(net, network_label(a, net), percent) for net in order if (percent := figures.get(net)) is not None]
+    return [HeadlineTile(net, network_label(a, net), percent) for net in order if (percent := figures.get(net)) is not None]
 
 
 def headline(a: Artefacts) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bingo.report.beside import Published, Section, last_figures, net_rows
+from bingo.report.beside import ComparedSection, Published, last_figures, net_rows
 from bingo.report.inputs import Artefacts
 
 _PROTOCOLS = {"finetune": "fine-tuned", "linear": "linear only"}
@@ -28,13 +28,13 @@ _PUBLISHED = Published(
 )
 
 
-def section(a: Artefacts) -> Section | None:
+def section(a: Artefacts) -> ComparedSection | None:
     """The section, None where nothing was measured."""
     if not a.semi:
         return None
     splits = sorted(a.semi.values(), key=lambda split: split["percent"])
     columns = [_column(split, protocol) for split in splits for protocol in _PROTOCOLS]
-    return Section(
+    return ComparedSection(
         id="few-labels",
         title="Few labels",
         lead=_LEAD,

@@ -1,6 +1,6 @@
 """The report's section on transfer to other labelled images, beside the published CIFAR figures."""
 
-from bingo.report.beside import Published, Section, last_figures, net_rows
+from bingo.report.beside import ComparedSection, Published, last_figures, net_rows
 from bingo.report.inputs import Artefacts
 
 _PROTOCOLS = {"linear_resized": "linear, enlarged", "linear_native": "linear", "finetune": "fine-tuned"}
@@ -20,7 +20,7 @@ _PUBLISHED = Published(
 )
 
 
-def section(a: Artefacts) -> Section | None:
+def section(a: Artefacts) -> ComparedSection | None:
     """The section, None where nothing was measured."""
     if not a.transfer:
         return None
@@ -31,7 +31,7 @@ def section(a: Artefacts) -> Section | None:
         groups.append((f"{name}: {train:,} train, {test:,} test images", len(shown)))
         headers += [f"{_PROTOCOLS[protocol]}, {result['protocols'][protocol]['crop_px']}\u00a0px" for protocol in shown]
         columns += [{net: scores[protocol] for net, scores in result["nets"].items()} for protocol in shown]
-    return Section(
+    return ComparedSection(
         id="transfer",
         title="Transfer",
         lead=_LEAD,

@@ -27,7 +27,7 @@ from bingo.training.finite import LossWatch
 
 
 @dataclass
-class Result:
+class TrainingResult:
     """What a training leaves behind beside the method's weights: one record an epoch, how far the network's features are spread,
     what an anchor costs (GFLOP, forward and backward), and how fast it went in this process."""
 
@@ -69,13 +69,13 @@ class Trainer:
         self.network = distributed.data_parallel(self.method, device)
         self.watch = LossWatch(device)
         self.sums: dict[str, Tensor] = {}
-        self.step, self.result = 0, Result()
+        self.step, self.result = 0, TrainingResult()
 
     def resumes(self) -> bool:
         """Whether there is a checkpoint to go on from."""
         return self.checkpoints.exists()
 
-    def run(self) -> Result:
+    def run(self) -> TrainingResult:
         """Train to the end, from the last checkpoint if there is one. Raises Interrupted after SIGTERM or SIGINT, with a checkpoint."""
         self._resume()
         total = self.schedule.epochs * self.steps_per_epoch
