@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from bingo.browse.diff import BagDiff
     from bingo.browse.sheets import Tile
-    from bingo.cli.bag_source import BagSource
+    from bingo.cli.browse_source import BagSource
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 _SHEETS, _GALLERY, _THUMBNAILS = Path(".bingo/sheets"), Path(".bingo/gallery"), Path(".bingo/thumbnails")
@@ -39,8 +39,8 @@ def show(
     """Print one bag and draw it."""
     with mistakes_as_lines():
         from bingo.browse.sheets import contact_sheet
-        from bingo.cli.bag_source import BagSource
-        from bingo.cli.bag_tables import members_table
+        from bingo.cli.browse_source import BagSource
+        from bingo.cli.browse_tables import members_table
         from bingo.runtime.errors import printable
 
         source = BagSource(rev)
@@ -59,8 +59,8 @@ def stats(rev: Rev = None, as_json: AsJson = False) -> None:
     """Purity, hubs, orphans, mutual neighbours, similarity, near-duplicates and cluster sizes of all bags."""
     with mistakes_as_lines():
         from bingo.bags.metrics import bag_metrics
-        from bingo.cli.bag_source import BagSource
-        from bingo.cli.bag_tables import stats_text
+        from bingo.cli.browse_source import BagSource
+        from bingo.cli.browse_tables import stats_text
         from bingo.runtime.artefacts import canonical_json
 
         source = BagSource(rev)
@@ -82,8 +82,8 @@ def diff(
     with mistakes_as_lines():
         from bingo.browse.diff import compare_bags
         from bingo.browse.sheets import side_by_side
-        from bingo.cli.bag_source import BagSource, check_comparable
-        from bingo.cli.bag_tables import diff_text
+        from bingo.cli.browse_source import BagSource, check_comparable
+        from bingo.cli.browse_tables import diff_text
         from bingo.runtime.artefacts import canonical_json
         from bingo.runtime.errors import UserError
 
@@ -113,8 +113,8 @@ def find(
     with mistakes_as_lines():
         from bingo.browse.pictures import file_picture
         from bingo.browse.sheets import Tile, contact_sheet
-        from bingo.cli.bag_source import BagSource
-        from bingo.cli.bag_tables import members_table
+        from bingo.cli.browse_source import BagSource
+        from bingo.cli.browse_tables import members_table
         from bingo.runtime.errors import printable
 
         picture = file_picture(file := from_here("IMAGE", image))
@@ -136,7 +136,7 @@ def gallery(
     """Make an offline page of all bags: search, sort, click from bag to bag. It needs no server and no network."""
     with mistakes_as_lines():
         from bingo.browse.gallery.build import build_gallery, is_current
-        from bingo.cli.bag_source import BagSource
+        from bingo.cli.browse_source import BagSource
         from bingo.runtime.progress import progress_bar
 
         source = BagSource(rev)

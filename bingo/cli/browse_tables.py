@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bingo.cli.bag_source import same_label
+from bingo.cli.browse_source import same_label
 from bingo.runtime.errors import printable
 
 if TYPE_CHECKING:
     import numpy as np
 
     from bingo.browse.diff import BagDiff
-    from bingo.cli.bag_source import BagSource
+    from bingo.cli.browse_source import BagSource
 
 
 def members_table(source: "BagSource", members: "np.ndarray", cosines: "np.ndarray", anchor_label: int | None) -> str:

@@ -16,7 +16,7 @@ from bingo.bags.index import read_bags
 from bingo.browse.gallery import sidecars
 from bingo.images.images import write_images
 from bingo.images.listing import read_listing
-from tests.cli.test_bags_cli import bingo_bags, mistake
+from tests.cli.test_browse import bingo_bags, mistake
 
 needs_browser = pytest.mark.skipif(chromium.PATH is None, reason="no Chromium here: apt-get install chromium")
 NASTY = ["<img src=x onerror=alert(1)>", "a\"b'c & </script> \u2028", "plain"]

@@ -19,7 +19,7 @@ from bingo.bags.ivf import InvertedFile
 from bingo.bags.metrics import bag_metrics
 from bingo.browse.diff import compare_bags
 from bingo.browse.listing_rows import ListingRows
-from bingo.cli import bags
+from bingo.cli import browse
 from bingo.images.images import write_images
 from bingo.images.listing import read_listing, write_listing
 from bingo.runtime.errors import UserError
@@ -36,7 +36,7 @@ def workspace(tmp_path, monkeypatch):
 
 def bingo_bags(*arguments):
     """(exit code, stdout, stderr) of one command in the current folder."""
-    result = CliRunner().invoke(bags.app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(browse.app, [str(argument) for argument in arguments])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
