@@ -160,10 +160,10 @@ def main() -> None:
         for training in trainings(options.recipe, options.rows, Path(folder)):
             calls = calls_in_a_step(training)
             for batch_anchors in options.batches or [training.schedule.batch_anchors, 4096]:
-                print(told(training, batch_anchors, calls, options.repeats))
+                print(as_text(training, batch_anchors, calls, options.repeats))
 
 
-def told(training: HostTraining, batch_anchors: int, calls: int, repeats: int) -> str:
+def as_text(training: HostTraining, batch_anchors: int, calls: int, repeats: int) -> str:
     """One line of the table."""
     parts = {name: microseconds(work, repeats) / batch_anchors for name, work in host_work(training, batch_anchors).items()}
     return (

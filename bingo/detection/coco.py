@@ -107,7 +107,7 @@ class Instances:
     fingerprint: str
     remarks: dict[str, int] = field(default_factory=dict)
 
-    def told(self) -> str:
+    def in_words(self) -> str:
         """The remarks in words; empty where the file has all that COCO's have."""
         return ", ".join(f"{count:,} {remark}" for remark, count in self.remarks.items() if count)
 
@@ -278,7 +278,7 @@ class DetectionTargets:
         """The rows with something to learn, int64."""
         return np.array([row for row, line in enumerate(self.lines) if line is not None], dtype=np.int64)
 
-    def told(self) -> str:
+    def in_words(self) -> str:
         """What was left out, in words."""
         empty = self.lines.count(None)
         return ", ".join([f"{empty} images with nothing to learn", *(f"{count} {reason}" for reason, count in self.left_out.items())])

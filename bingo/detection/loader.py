@@ -46,7 +46,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _CocoTask:
     path: Path
     name: str
     sides_px: tuple[int, int]
@@ -79,17 +79,17 @@ class CocoLoader:
             image, boxes, labels, packed = (part.to(self._device, non_blocking=True) for part in sample)
             yield Example(rows.pop(0), image, boxes, labels, unpack(packed, image.shape[2]))
 
-    def _tasks(self, views: Iterable[View], rows: list[int]) -> Iterator[_Task]:
+    def _tasks(self, views: Iterable[View], rows: list[int]) -> Iterator[_CocoTask]:
         for view in views:
             rows.append(view.row)
             line = self._lines[view.row] if self._lines is not None else None
-            yield _Task(self._images.path(view.row), self._images.name(view.row), self._images.sides_px(view.row), line, view)
+            yield _CocoTask(self._images.path(view.row), self._images.name(view.row), self._images.sides_px(view.row), line, view)
 
 
 class _Load(Dataset):
     """A task as index, its tensors as item; one line where the image cannot be read."""
 
-    def __getitem__(self, task: _Task) -> _Sample | str:
+    def __getitem__(self, task: _CocoTask) -> _Sample | str:
         try:
             image = decode_as_stored(task.path.read_bytes())
             if (image.height, image.width) != task.sides_px:

@@ -37,7 +37,7 @@ class DecodePlan:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _DecodeTask:
     """Some images of a plan. Image i feeds views `starts[i]`..`starts[i + 1]` of `crops`, or one centre view."""
 
     root: str
@@ -74,7 +74,7 @@ class FileDecoder:
                 yield parts, places_T
                 parts = []
 
-    def _tasks(self, plans: Iterable[DecodePlan], pending: deque[tuple[int, np.ndarray]]) -> Iterator[_Task]:
+    def _tasks(self, plans: Iterable[DecodePlan], pending: deque[tuple[int, np.ndarray]]) -> Iterator[_DecodeTask]:
         """The tasks of each plan; `pending` receives how many they are and where each view will stand."""
         for plan in plans:
             order_T = np.argsort(plan.image_rows_T, kind="stable")
@@ -89,28 +89,28 @@ class FileDecoder:
                 starts = [*(starts_U[part] - start).tolist(), end - start]
                 yield self._task(rows_U[part].tolist(), starts, crops)
 
-    def _task(self, rows: list[int], starts: list[int], crops: Crops | None) -> _Task:
+    def _task(self, rows: list[int], starts: list[int], crops: Crops | None) -> _DecodeTask:
         paths = [self._images.paths[row] for row in rows]
         images = self._images
-        return _Task(images.root, paths, rows, starts, crops, self._image, images.follow_links, images.gray_bits)
+        return _DecodeTask(images.root, paths, rows, starts, crops, self._image, images.follow_links, images.gray_bits)
 
 
 class _Decode(Dataset):
     """A task as index, its crops as item; reasons, one line each, where images cannot be read."""
 
-    def __getitem__(self, task: _Task) -> Tensor | list[str]:
+    def __getitem__(self, task: _DecodeTask) -> Tensor | list[str]:
         crop_px, interpolation = task.image.crop_px, task.image.interpolation
         lines: list[str] = []
         views_TPP3 = torch.empty((task.starts[-1], crop_px, crop_px, 3), dtype=torch.uint8)
         files: list[tuple[int, bytes, Header]] = []
         for i in range(len(task.paths)):
-            with _told(task, i, lines):
+            with _unreadable_noted(task, i, lines):
                 content = path_inside(task.root, task.paths[i], task.follow_links).read_bytes()
                 files.append((i, content, read_header(content)))
         boxes_T4 = _boxes(task, {i: header for i, _, header in files})
         for i, content, header in files:
             views = slice(task.starts[i], task.starts[i + 1])
-            with _told(task, i, lines):
+            with _unreadable_noted(task, i, lines):
                 if task.crops is None:
                     square_PP3 = decode_square(content, task.image.resize_px, crop_px, interpolation, task.gray_bits)
                     views_TPP3[views] = torch.from_numpy(square_PP3.copy())
@@ -120,7 +120,7 @@ class _Decode(Dataset):
         return lines or views_TPP3
 
 
-def _boxes(task: _Task, headers: dict[int, Header]) -> np.ndarray:
+def _boxes(task: _DecodeTask, headers: dict[int, Header]) -> np.ndarray:
     """Each view's box, int64 (T, 4), all drawn at once; of images that cannot be read, anything."""
     if task.crops is None:
         return np.empty((0, 4), np.int64)
@@ -131,7 +131,7 @@ def _boxes(task: _Task, headers: dict[int, Header]) -> np.ndarray:
 
 
 @contextmanager
-def _told(task: _Task, i: int, lines: list[str]) -> Iterator[None]:
+def _unreadable_noted(task: _DecodeTask, i: int, lines: list[str]) -> Iterator[None]:
     """Where the task's i-th file cannot be read, one line more."""
     try:
         yield

@@ -115,7 +115,7 @@ def _write_record(record: dict[str, Any]) -> None:
         except OSError as error:
             if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
                 raise
-            _tell([f"{error.filename}: {error.strerror}; the outputs are whole, but this run leaves no record of itself"], "warning")
+            _print_lines([f"{error.filename}: {error.strerror}; the outputs are whole, but this run leaves no record of itself"], "warning")
 
 
 def _record_folders() -> list[Path]:
@@ -145,13 +145,13 @@ def mistakes_as_lines() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _tell(error.lines)
+        _print_lines(error.lines)
         raise SystemExit(USER_MISTAKE) from None
     except OSError as error:
         if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
             raise
         way_out = "free some room" if error.errno in NO_ROOM else "mend the rights"
-        _tell([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: what is done is not lost"])
+        _print_lines([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: what is done is not lost"])
         raise SystemExit(USER_MISTAKE) from None
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":
@@ -166,7 +166,7 @@ def mistakes_as_lines() -> Iterator[None]:
         raise SystemExit(FAILED) from None
     except Exception as error:
         if line := out_of_memory(error):
-            _tell([line])
+            _print_lines([line])
             raise SystemExit(USER_MISTAKE) from None
         _let_the_first_speak()
         raise
@@ -177,7 +177,7 @@ def _let_the_first_speak() -> None:
         time.sleep(OTHERS_WAIT_SECONDS)
 
 
-def _tell(lines: Sequence[str], word: str = "error") -> None:
+def _print_lines(lines: Sequence[str], word: str = "error") -> None:
     """Print mistakes, which all processes mostly find alike."""
     _let_the_first_speak()
     print("\n".join(f"{word}: {printable(line)}" for line in lines), file=sys.stderr, flush=True)

@@ -80,7 +80,7 @@ def train_method(
         if distributed.rank() == 0:
             result.spread = feature_spread(method.student, listing, images, params.image, params.seed, device, schedule.precision)
             finish(method, result)
-    _tell(run, method_name, schedule, result)
+    _say_result(run, method_name, schedule, result)
 
 
 def _check_bags(run: Run, method: "Method", bags: "Bags | None") -> None:
@@ -164,7 +164,7 @@ def _identity(
     }
 
 
-def _tell(run: Run, method_name: str, schedule: "ScheduleParams", result: "TrainingResult") -> None:
+def _say_result(run: Run, method_name: str, schedule: "ScheduleParams", result: "TrainingResult") -> None:
     """Print and note the speed and the last epoch's figures, and warn of a collapsed network."""
     from bingo.evals.collapse import collapse_warning
 
