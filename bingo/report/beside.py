@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from bingo.params import read_yaml
 from bingo.report.inputs import Artefacts
 from bingo.report.render import render
 from bingo.report.results import ROLES, Cell, Row, network_label
@@ -37,6 +40,19 @@ class ComparedSection:
     def html(self) -> Markup:
         """The section as markup."""
         return render("report_beside.html.j2", section=self)
+
+
+@cache
+def published(part: str) -> Any:
+    """A part of published.yaml, which holds what others report."""
+    return read_yaml(Path(__file__).with_name("published.yaml"))[part]
+
+
+def published_table(part: str) -> Published:
+    """A part that is a table: figures with one decimal, numbers not parted from their units."""
+    table = published(part)
+    rows = [(method, remark, [f"{figure:.1f}" for figure in figures]) for method, remark, *figures in table["rows"]]
+    return Published(table["caption"], [header.replace(" ", "\u00a0") for header in table["headers"]], rows)
 
 
 def net_rows(a: Artefacts, columns: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Row]:
