@@ -30,7 +30,6 @@ class ComparedSection:
     id: str
     title: str
     lead: str
-    caption: str
     groups: list[tuple[str, int]]
     headers: list[str]
     rows: list[Row]

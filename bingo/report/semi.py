@@ -22,7 +22,6 @@ def section(a: Artefacts) -> ComparedSection | None:
         id="few-labels",
         title="Few labels",
         lead=_LEAD,
-        caption="Percent of the test images after the last epoch; below it the best epoch, which is chosen on the test split.",
         groups=[(f"{split['percent']:g}\u00a0%: {split['labels']:,} labels, {split['origin']}", len(_PROTOCOLS)) for split in splits],
         headers=[*_PROTOCOLS.values()] * len(splits),
         rows=net_rows(a, columns),

@@ -25,7 +25,6 @@ def section(a: Artefacts) -> ComparedSection | None:
         id="transfer",
         title="Transfer",
         lead=_LEAD,
-        caption="Percent of the test images after the last epoch; below it the best epoch, which is chosen on the test split.",
         groups=groups,
         headers=headers,
         rows=net_rows(a, columns),

@@ -40,15 +40,6 @@ EXTRACT = ExtractParams(views=3, batch_images=5, chunk_rows=8, precision="fp32",
 ROWS, TRAIN_ROWS, WIDTH, KEY_WIDTH = 29, 21, 64, 6  # chunks of 8, 8, 8 (5 of them for training) and 5 rows
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def listing(rows: int = ROWS, train_rows: int = TRAIN_ROWS) -> Listing:
     paths = [f"{row}.png" for row in range(rows)]
     return Listing("made", paths, np.arange(rows) % 2, train_rows, ["even", "odd"], [], "aa11")

@@ -31,15 +31,6 @@ TUNE = TuneParams(epochs=2, batch_images=8, weight_decay=1e-2, nesterov=False, d
 ROWS, TEST, CLASSES, SEED = 27, 21, 3, 5  # whole batches of 8, and a tail of 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Tiny(nn.Module):
     """Two convolutions; with BatchNorm between them or not."""
 
