@@ -113,23 +113,23 @@ class Instances:
 
 
 @progress_bar("reading the annotations")
-def read_instances(annotations: Path, folder: Path, key: str, follow_links: bool = False) -> Instances:
+def read_instances(annotations: Path, folder: Path, parameter: str, follow_links: bool = False) -> Instances:
     """Read a file of COCO's instances, whose images lie in `folder`.
 
     Derived where they are missing or null: iscrowd (0), bbox (around the segmentation), area (of the segmentation, or of the box). Left
     out: annotations of images that are not listed, and those with neither box nor segmentation. Names of images are found in whatever
-    case and Unicode form, and where they begin with folders above `folder`. Raises UserError in one line, which calls the file `key`,
+    case and Unicode form, and where they begin with folders above `folder`. Raises UserError in one line, which calls the file `parameter`,
     where it cannot be read, is not COCO's, contradicts itself, or names images that are not on the disk, or (unless `follow_links`) are
     links out of the folder.
     """
     try:
         raw = annotations.read_bytes()
     except OSError as error:
-        raise UserError(f"{key} = {annotations}: cannot be read ({error.strerror}); set {key} and transfer_coco.root") from None
+        raise UserError(f"{parameter} = {annotations}: cannot be read ({error.strerror}); set {parameter} and transfer_coco.root") from None
     try:
         content: Any = _FILE.validate_json(raw.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
-        raise UserError(f"{key} = {annotations}: {_mistake(error)}; give COCO's instances_*.json") from None
+        raise UserError(f"{parameter} = {annotations}: {_mistake(error)}; give COCO's instances_*.json") from None
     content["images"].sort(key=lambda image: image["id"])
     remarks: Counter[str] = Counter()
     found = Instances(
@@ -140,8 +140,8 @@ def read_instances(annotations: Path, folder: Path, key: str, follow_links: bool
         remarks,
     )
     for problem in _contradictions(found):
-        raise UserError(f"{key} = {annotations}: {problem}; mend the file")
-    _locate(found.images, key, follow_links, remarks)
+        raise UserError(f"{parameter} = {annotations}: {problem}; mend the file")
+    _locate(found.images, parameter, follow_links, remarks)
     sides = {image["id"]: (image["height"], image["width"]) for image in found.images.entries}
     completed = [_completed(annotation, *sides[annotation["image_id"]], remarks) for annotation in _listed(found, sides, remarks)]
     return replace(found, annotations=[annotation for annotation in completed if annotation is not None])
@@ -174,7 +174,7 @@ def _completed(annotation: dict[str, Any], height: int, width: int, remarks: Cou
     return annotation | {"bbox": bbox, "area": area, "iscrowd": annotation.get("iscrowd") or 0, "segmentation": segmentation}
 
 
-def _locate(images: CocoImages, key: str, follow_links: bool, remarks: Counter[str]) -> None:
+def _locate(images: CocoImages, parameter: str, follow_links: bool, remarks: Counter[str]) -> None:
     """Give images the names that their files have. Raises UserError naming those without a file, or behind a link out of the folder."""
     by_folded: dict[str, list[str]] | None = None
     missing = []
@@ -191,11 +191,11 @@ def _locate(images: CocoImages, key: str, follow_links: bool, remarks: Counter[s
                 missing.append(row)
         except Outside:
             problem = f"{images.name(row)} is a link out of the folder"
-            raise UserError(f"{key}: {problem}; set dataset.follow_links: true, or copy the images into it") from None
+            raise UserError(f"{parameter}: {problem}; set dataset.follow_links: true, or copy the images into it") from None
     if missing:
         named = ", ".join(images.name(row) for row in missing[:_NAMED])
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        raise UserError(f"{key}: images that it names are not on the disk: {named}{more}; restore them, or set transfer_coco.root")
+        raise UserError(f"{parameter}: images that it names are not on the disk: {named}{more}; restore them, or set transfer_coco.root")
 
 
 def _is_there(folder: Path, file_name: str, follow_links: bool) -> bool:
