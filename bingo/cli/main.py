@@ -3,14 +3,10 @@
 import importlib
 from typing import Any
 
-<<<<<<< HEAD
 import typer
 from typer.core import TyperGroup
 
-from bingo.cli import bags, embed, experiments, export, recipe
-=======
-from bingo.cli import browse, embed, export, recipe
->>>>>>> ffcd01c (Imports follow the browse files)
+from bingo.cli import browse, embed, experiments, export, recipe
 from bingo.pipeline.run import run_command
 
 STAGES = (

@@ -32,7 +32,7 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say) -> tuple[Listing, n
         largest = [file.largest for file in checked if file.largest is not None]
         say(f"{len(largest):,} images are grey with 16 bits: {gray_bits} of them hold the picture, as the largest value is {max(largest)}")
     if deep := [path for path, file in zip(paths, checked, strict=True) if file.deep_colours]:
-        said = f"{len(deep):,} images have 16 bits a colour ({shown(deep[0])}), of which the upper 8 are read"
+        said = f"{len(deep):,} images have 16 bits a colour ({printable(deep[0])}), of which the upper 8 are read"
         say(f"warning: {said}: where values fill fewer than 16 bits they come out dark; write them with 8 bits a colour")
     keep = [row for row, file in enumerate(checked) if file.reason is None]
     if len(keep) < len(paths):

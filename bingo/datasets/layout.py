@@ -166,7 +166,7 @@ def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
     by_folder = {folder: walker.images(folder) for folder in folders}
     if split and len(folders) == 1 and split_word(_last(folders[0]))[0] and walker.inner[folders[0]]:
         raise UserError(
-            f"{where} has no folder but {shown(_last(folders[0]))}/, which is no class; move what is in it up into {shown(split)}/"
+            f"{where} has no folder but {printable(_last(folders[0]))}/, which is no class; move what is in it up into {printable(split)}/"
         )
     if here and any(by_folder.values()):
         raise UserError(f"{where} holds images ({here[0]}) beside class folders; move them into a class, or out of the root")
@@ -260,7 +260,7 @@ class _Walker:
             if role and not role_of(_last(inner)):
                 by_rest.setdefault(tuple(rest), {})[role] = inner
         if twins := next((found for found in by_rest.values() if len(found) > 1), None):
-            problem = f"{shown(twins['train'])}/ and {shown(twins['test'])}/ look like splits, and would be two classes"
+            problem = f"{printable(twins['train'])}/ and {printable(twins['test'])}/ look like splits, and would be two classes"
             way_out = "name the folder of the train images train/ and the other val/, or, if they are classes, rename one of them"
             raise UserError(f"{self.shown}: {problem}; {way_out}")
 
