@@ -41,7 +41,7 @@ MEMORY_ROWS, MEMORY_CHUNK_ROWS = (1024, 4096, 16384), 512
 
 
 @dataclass(frozen=True)
-class Case:
+class ExtractCase:
     """A teacher, the size of its images, and how much work is enough on 2 cores."""
 
     arch: str
@@ -64,8 +64,8 @@ def augment(blur_p: float, gray_p: float, jitter: list[float], flip_p: float) ->
 
 
 CASES = {
-    "small": Case("resnet18", 0.5, "small", 20, 20, 384, 8, 512, augment(0.0, 0.0, [0.4, 0.4, 0.0, 0.0], 0.0)),
-    "large": Case("resnet50", 1.0, "imagenet", 256, 224, 16, 2, 16, augment(0.5, 0.2, [0.4, 0.4, 0.4, 0.1], 0.5)),
+    "small": ExtractCase("resnet18", 0.5, "small", 20, 20, 384, 8, 512, augment(0.0, 0.0, [0.4, 0.4, 0.0, 0.0], 0.0)),
+    "large": ExtractCase("resnet50", 1.0, "imagenet", 256, 224, 16, 2, 16, augment(0.5, 0.2, [0.4, 0.4, 0.4, 0.1], 0.5)),
 }
 
 
@@ -128,7 +128,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_images(folder: Path, case: Case, images: int, files: bool) -> Images:
+def make_images(folder: Path, case: ExtractCase, images: int, files: bool) -> Images:
     """Smooth noise, so that a JPEG of it costs about what a photo does."""
     rng = np.random.default_rng(0)
     if not files:
@@ -140,7 +140,7 @@ def make_images(folder: Path, case: Case, images: int, files: bool) -> Images:
 
 
 def measure(
-    case: Case, images: Images, params: ExtractParams, folder: Path, device: torch.device, repeats: int
+    case: ExtractCase, images: Images, params: ExtractParams, folder: Path, device: torch.device, repeats: int
 ) -> list[tuple[str, list[float], str]]:
     """Rates of extraction and forward, taken in turns after one untimed round, and their ratio in percent."""
     rows = len(images)
@@ -162,7 +162,7 @@ def measure(
     return [*((label, values, "images/s") for label, values in rates.items()), ("ratio", ratios, "%")]
 
 
-def extract(teacher: Teacher, case: Case, images: Images, params: ExtractParams, folder: Path, device: torch.device) -> None:
+def extract(teacher: Teacher, case: ExtractCase, images: Images, params: ExtractParams, folder: Path, device: torch.device) -> None:
     """One extraction of all images as train rows."""
     rows = len(images)
     listing = Listing("made", [f"{row}.jpg" for row in range(rows)], np.zeros(rows, np.int64), rows, ["one"], [], "benchmark")
@@ -172,7 +172,7 @@ def extract(teacher: Teacher, case: Case, images: Images, params: ExtractParams,
     extract_embeddings(teacher, listing, images, params, image, 0, state, out, device, {"teacher": "benchmark"})
 
 
-def make_teacher(case: Case) -> Teacher:
+def make_teacher(case: ExtractCase) -> Teacher:
     """An untrained teacher with MoCo-v2's head."""
     backbone = build_backbone(case.arch, case.width, case.stem, 0)
     width = backbone.feature_width

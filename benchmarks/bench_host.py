@@ -61,7 +61,7 @@ class Calls(TorchDispatchMode):
 
 
 @dataclass
-class Training:
+class HostTraining:
     """One of the recipe's two trainings, and how many minutes its 200 epochs may take."""
 
     name: str
@@ -97,7 +97,7 @@ class Training:
         return Trainer(method, batches, schedule, CPU, Checkpoints(self.folder, every_seconds=1e9))
 
 
-def host_work(training: Training, batch_anchors: int) -> dict[str, Callable[[], Any]]:
+def host_work(training: HostTraining, batch_anchors: int) -> dict[str, Callable[[], Any]]:
     """What the host does in a step, each part as a function."""
     trainer = training.trainer(1, batch_anchors, "resnet18", training.rows)
     made = itertools.chain.from_iterable(trainer.batches.epoch(epoch, 0) for epoch in itertools.count())
@@ -123,7 +123,7 @@ def microseconds(work: Callable[[], Any], repeats: int) -> float:
     return min(taken)
 
 
-def calls_in_a_step(training: Training) -> int:
+def calls_in_a_step(training: HostTraining) -> int:
     """Operations of a whole step: augmentation, forward, backward, optimizer, queues and moving averages."""
     trainer = training.trainer(32, 4, training.arch, 64)
     trainer.watch.every_steps, trainer.step = 1000, 1
@@ -134,7 +134,7 @@ def calls_in_a_step(training: Training) -> int:
     return calls.count
 
 
-def trainings(recipe: str, rows: int, folder: Path) -> list[Training]:
+def trainings(recipe: str, rows: int, folder: Path) -> list[HostTraining]:
     """The recipe's teacher and student; `folder` is for checkpoints, of which none is written."""
     document = read_yaml(ROOT / "params.yaml")
     lay_over(document, read_recipe(ROOT / "recipes", recipe).overlay)
@@ -142,8 +142,8 @@ def trainings(recipe: str, rows: int, folder: Path) -> list[Training]:
     pretrain, distill = params.teacher.pretrain, params.distill
     section = params.methods.section(distill.method)
     return [
-        Training("teacher", "moco", pretrain.moco, pretrain, params.teacher.arch, 10, rows, params, folder),
-        Training("student", distill.method, section, distill, params.student.arch, 5, rows, params, folder),
+        HostTraining("teacher", "moco", pretrain.moco, pretrain, params.teacher.arch, 10, rows, params, folder),
+        HostTraining("student", distill.method, section, distill, params.student.arch, 5, rows, params, folder),
     ]
 
 
@@ -160,10 +160,10 @@ def main() -> None:
         for training in trainings(options.recipe, options.rows, Path(folder)):
             calls = calls_in_a_step(training)
             for batch_anchors in options.batches or [training.schedule.batch_anchors, 4096]:
-                print(told(training, batch_anchors, calls, options.repeats))
+                print(as_text(training, batch_anchors, calls, options.repeats))
 
 
-def told(training: Training, batch_anchors: int, calls: int, repeats: int) -> str:
+def as_text(training: HostTraining, batch_anchors: int, calls: int, repeats: int) -> str:
     """One line of the table."""
     parts = {name: microseconds(work, repeats) / batch_anchors for name, work in host_work(training, batch_anchors).items()}
     return (

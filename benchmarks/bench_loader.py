@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.bench_extract import CASES, MEAN, STD, make_images
-from benchmarks.bench_step import Case, bare_step, spread
+from benchmarks.bench_step import StepCase, bare_step, spread
 from bingo.images.augment import cropped_views
-from bingo.images.decoding import FileDecoder, Plan
+from bingo.images.decoding import DecodePlan, FileDecoder
 from bingo.images.draws import draw_views
 from bingo.images.images import FileImages, MemoryImages
 from bingo.images.loader import Request, ViewLoader
@@ -43,7 +43,7 @@ from bingo.runtime.workers import worker_count
 CASE = CASES["large"]
 IMAGE = ImageParams(crop_px=CASE.crop_px, resize_px=CASE.store_px, mean=MEAN, std=STD)
 UNTIMED_BATCHES = 4
-SMALL = Case(32, "small", 64, "resnet50", 1.0, torch.device("cpu"), 0, "auto")
+SMALL = StepCase(32, "small", 64, "resnet50", 1.0, torch.device("cpu"), 0, "auto")
 Batches = Callable[[], Iterable[object]]
 
 
@@ -125,7 +125,7 @@ def file_variants(images: FileImages, paths: list[Path], options: argparse.Names
         decoder = FileDecoder(images, IMAGE, options.workers, pin=device.type == "cuda")
         rows_NT = np.tile(rows_NB, (1, views))
         view_T = np.repeat(np.arange(views), batch)
-        plans = (Plan(rows_T, draw_views(CASE.augment, 0, "anchor", 0, rows_T, view_T)[0]) for rows_T in rows_NT)
+        plans = (DecodePlan(rows_T, draw_views(CASE.augment, 0, "anchor", 0, rows_T, view_T)[0]) for rows_T in rows_NT)
         return decoder.batches(plans)
 
     def whole() -> Iterator[list[Tensor]]:
@@ -218,7 +218,7 @@ def colours_table(options: argparse.Namespace) -> None:
 def memory_table(options: argparse.Namespace) -> None:
     """Print the third table."""
     device = torch.device(options.device)
-    case = SMALL if device.type == "cpu" else Case(32, "small", 256, "resnet50", 1.0, device, 0, "auto")
+    case = SMALL if device.type == "cpu" else StepCase(32, "small", 256, "resnet50", 1.0, device, 0, "auto")
     image = ImageParams(crop_px=32, resize_px=32, mean=MEAN, std=STD)
     augment = CASE.augment.model_copy(update={"blur_p": 0.0})  # as the released code at 32 px
     images = MemoryImages(np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8))

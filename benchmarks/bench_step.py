@@ -56,7 +56,7 @@ Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     """Images, networks and machine of one table."""
 
     crop_px: int
@@ -93,7 +93,7 @@ class ReadyViews:
 
     wait_seconds = 0.0
 
-    def __init__(self, case: Case, params: Params):
+    def __init__(self, case: StepCase, params: Params):
         self.case, self.augment, self.ready = case, params.distill.augment, case.views(4, case.batch_anchors)
 
     def items_with_views(self, items) -> Iterator[tuple[object, list[Tensor]]]:
@@ -102,7 +102,7 @@ class ReadyViews:
             yield item, self.ready[: len(requests)]
 
 
-def product_step(case: Case, variant: str, folder: Path) -> Step:
+def product_step(case: StepCase, variant: str, folder: Path) -> Step:
     """One step of this project's Trainer, the making of its batch included."""
     params = load_params(Path(__file__).parents[1] / "params.yaml")
     changes, keys = VARIANTS[variant]
@@ -138,7 +138,7 @@ def product_step(case: Case, variant: str, folder: Path) -> Step:
 class Peer:
     """The released step, written plainly: see `released_loss`. One process, so there is nothing to shuffle."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: StepCase):
         student = case.student()
         self.student = nn.Sequential(student, mlp_head([student.feature_width, HEAD_HIDDEN, KEY_WIDTH], 0)).to(case.device).train()
         frozen = case.frozen()
@@ -194,7 +194,7 @@ def released_loss(
     return (pairs + term(mixed_BP, [own_BP, other_BP], (share, 1 - share))) / 3
 
 
-def bare_step(case: Case, views: int) -> Step:
+def bare_step(case: StepCase, views: int) -> Step:
     """Forward and backward of the student and its head on so many views."""
     student = case.student()
     network = nn.Sequential(student, mlp_head([student.feature_width, HEAD_HIDDEN, KEY_WIDTH], 0))
@@ -210,7 +210,7 @@ def bare_step(case: Case, views: int) -> Step:
     return step
 
 
-def make_step(case: Case, name: str, folder: Path) -> Step:
+def make_step(case: StepCase, name: str, folder: Path) -> Step:
     """The step of this name: the peer's, one of VARIANTS, or the student alone on so many views."""
     if name == "peer":
         return Peer(case).step
@@ -245,7 +245,7 @@ def main() -> None:
     print_table(case, seconds, memory, bare)
 
 
-def print_table(case: Case, seconds: dict[str, list[float]], memory: dict[str, list[float]], bare: dict[str, str]) -> None:
+def print_table(case: StepCase, seconds: dict[str, list[float]], memory: dict[str, list[float]], bare: dict[str, str]) -> None:
     """One line a variant: anchors per second, times the peer's speed, percent of the student alone, peak memory."""
     kinds = ["tensors", "process"] if case.device.type == "cpu" else ["tensors"]
     heads = "".join(f"{f'{kind} MiB':>14}{'of peer':>9}" for kind in kinds) if memory else ""
@@ -306,7 +306,7 @@ def measure_elsewhere(names: list[str], repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
-def take_turns(case: Case, name: str, count: int, cpu_seconds: bool) -> None:
+def take_turns(case: StepCase, name: str, count: int, cpu_seconds: bool) -> None:
     """Whenever a line comes in, take one step that is not counted, then `count` that are; what a GPU's memory holds between is let go."""
     with tempfile.TemporaryDirectory() as folder:
         step = make_step(case, name, Path(folder))
@@ -324,7 +324,7 @@ def memory_elsewhere(name: str) -> list[float]:
     return [float(text) for text in printed if text]
 
 
-def peak_mebibytes(case: Case, name: str, tensors: bool) -> float | None:
+def peak_mebibytes(case: StepCase, name: str, tensors: bool) -> float | None:
     """What two steps of this variant hold at most, weights, bank or queue included: torch's tensors, or on the CPU the process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counting = tensors and case.device.type == "cpu"
@@ -340,12 +340,12 @@ def peak_mebibytes(case: Case, name: str, tensors: bool) -> float | None:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
 
 
-def case_of(options: argparse.Namespace) -> Case:
+def case_of(options: argparse.Namespace) -> StepCase:
     """The case that the command line describes."""
     device, small = torch.device(options.device), options.case == "small"
     batch_anchors = options.batch_anchors or (64 if small else 256 if device.type == "cuda" else 8)
     crop_px, stem = (32, "small") if small else (224, "imagenet")
-    return Case(crop_px, stem, batch_anchors, options.teacher, options.width, device, options.train_rows, options.precision)
+    return StepCase(crop_px, stem, batch_anchors, options.teacher, options.width, device, options.train_rows, options.precision)
 
 
 def parse() -> argparse.Namespace:

@@ -35,7 +35,7 @@ LINES_SHOWN, POLL_SECONDS, GRACE_SECONDS = 8, 0.2, 60
 
 
 @dataclass(frozen=True)
-class Experiment:
+class QueuedRun:
     """One run: a recipe with a seed, and what that changes in params.yaml as `dvc exp run -S` takes it."""
 
     variant: str
@@ -52,8 +52,8 @@ class Lane:
     """A clone in which the experiments of one seed after another are run."""
 
     folder: Path
-    todo: list[Experiment] = field(default_factory=list)
-    running: Experiment | None = None
+    todo: list[QueuedRun] = field(default_factory=list)
+    running: QueuedRun | None = None
     process: subprocess.Popen | None = None
     begun: float = 0.0
     fresh: bool = False
@@ -77,7 +77,7 @@ def main() -> None:
             raise UserError(f"recipe = {part}: is a part of recipes, after which no experiment can be named; see: bingo recipe list")
         commit = _clean_commit()
         experiments = [
-            Experiment(f"{given.base}+{variant}" if given.base else variant, seed, overrides(variant, seed, given.base, given.root))
+            QueuedRun(f"{given.base}+{variant}" if given.base else variant, seed, overrides(variant, seed, given.base, given.root))
             for seed in dict.fromkeys(given.seeds)
             for variant in dict.fromkeys(given.variants)
         ]
@@ -123,7 +123,7 @@ def written(value: Any) -> str:
 class Sweep:
     """Runs the experiments that the commit does not have yet, and tells of each."""
 
-    def __init__(self, experiments: Sequence[Experiment], commit: str, jobs: int):
+    def __init__(self, experiments: Sequence[QueuedRun], commit: str, jobs: int):
         self.commit, self.home = commit, Path.cwd()
         self.cached = [experiment for experiment in experiments if _exists(commit, experiment.name)]
         self.todo = [experiment for experiment in experiments if experiment not in self.cached]
@@ -168,7 +168,7 @@ class Sweep:
         if lane.todo:
             self._start(lane, lane.todo.pop(0))
 
-    def _start(self, lane: Lane, experiment: Experiment) -> None:
+    def _start(self, lane: Lane, experiment: QueuedRun) -> None:
         if not lane.fresh:
             _clone(lane.folder, self.commit)
         _git("checkout", "--quiet", "--force", "--detach", self.commit, folder=lane.folder)
@@ -295,7 +295,7 @@ def _signal(process: subprocess.Popen, number: int) -> None:
         return
 
 
-def _log(experiment: Experiment) -> Path:
+def _log(experiment: QueuedRun) -> Path:
     return FOLDER / f"{experiment.name}.log"
 
 

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from benchmarks.bench_loader import CASE, IMAGE, images_per_second, made
-from benchmarks.bench_step import Case, measure, product_step, spread
-from bingo.images.decoding import FileDecoder, Plan
+from benchmarks.bench_step import StepCase, measure, product_step, spread
+from bingo.images.decoding import DecodePlan, FileDecoder
 from bingo.images.draws import draw_views
 from bingo.pipeline.commands import Parser
 from bingo.runtime.memory import keep_freed_memory
 
-MIDDLE = Case(32, "small", 32, "resnet50", 1.0, torch.device("cpu"), 65536, "auto", negatives=8192)
+MIDDLE = StepCase(32, "small", 32, "resnet50", 1.0, torch.device("cpu"), 65536, "auto", negatives=8192)
 AXES: dict[str, tuple[str, list[int]]] = {  # the field of a case, and its values
     "batch": ("batch_anchors", [8, 16, 32, 64, 128]),
     "train images N": ("train_rows", [16384, 65536, 262144, 1048576]),
@@ -38,7 +38,7 @@ AXES: dict[str, tuple[str, list[int]]] = {  # the field of a case, and its value
 Points = list[tuple[int, list[float]]]
 
 
-def step_points(middle: Case, field: str, values: list[int], options: argparse.Namespace) -> Points:
+def step_points(middle: StepCase, field: str, values: list[int], options: argparse.Namespace) -> Points:
     """Anchors per second for each value of one field."""
     with tempfile.TemporaryDirectory() as folder:
         cases = {value: replace(middle, **{field: value}) for value in values}
@@ -55,7 +55,7 @@ def worker_points(workers: list[int], repeats: int) -> Points:
         rates: Points = [(count, []) for count in workers]
 
         def batches(count: int):
-            plans = (Plan(rows, draw_views(CASE.augment, 0, "anchor", 0, rows, 0)[0]) for rows in np.arange(1024).reshape(-1, batch))
+            plans = (DecodePlan(rows, draw_views(CASE.augment, 0, "anchor", 0, rows, 0)[0]) for rows in np.arange(1024).reshape(-1, batch))
             return FileDecoder(images, IMAGE, count, pin=False).batches(plans)
 
         for _ in range(repeats):

@@ -26,7 +26,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _key(seed: int, purpose: str, epoch: int) -> np.uint64:
+def _start(seed: int, purpose: str, epoch: int) -> np.uint64:
     digest = hashlib.sha256(f"{seed}/{purpose}/{epoch}".encode()).digest()
     return np.uint64(int.from_bytes(digest[:8], "little"))
 
@@ -35,7 +35,7 @@ def _hashes(seed: int, purpose: str, epoch: int, rows_B: ArrayLike, views_B: Arr
     rows_B = np.asarray(rows_B).astype(np.uint64)
     views_B = np.asarray(views_B).astype(np.uint64)  # or one for all
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        x_B = _mix(_mix(_key(seed, purpose, epoch) + rows_B * _GOLDEN) + (views_B + np.uint64(1)) * _GOLDEN)
+        x_B = _mix(_mix(_start(seed, purpose, epoch) + rows_B * _GOLDEN) + (views_B + np.uint64(1)) * _GOLDEN)
         steps_J = np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN
         return _mix(x_B[:, None] + steps_J[None, :])
 
@@ -54,30 +54,30 @@ def distinct(seed: int, purpose: str, epoch: int, n: int, count: int) -> np.ndar
     """`count` distinct numbers of 0..n-1 in increasing order, int64 (count,); all n where there are no more. The work grows with
     `count`, not with n.
 
-    A keyed Feistel network permutes the numbers below a power of 2: taken are the first images that lie below n.
+    A seeded Feistel network permutes the numbers below a power of 2: taken are the first images that lie below n.
     """
     if count >= n:
         return np.arange(n)
     bits = max(_FEWEST_BITS, (n - 1).bit_length())
-    key_R = _hashes(seed, purpose, epoch, np.zeros(1), 0, _ROUNDS)[0]
+    round_R = _hashes(seed, purpose, epoch, np.zeros(1), 0, _ROUNDS)[0]
     taken: list[np.ndarray] = []
     begun, missing = 0, count
     while missing:
         end = min(2**bits, begun + max(64, min(_BLOCK_ROWS, missing * 2**bits // n)))
-        images_X = _feistel(np.arange(begun, end, dtype=np.uint64), key_R, bits)
+        images_X = _feistel(np.arange(begun, end, dtype=np.uint64), round_R, bits)
         taken.append(images_X[images_X < n][:missing])
         begun, missing = end, missing - len(taken[-1])
     short = np.uint32 if bits <= 32 else np.uint64  # sorted twice as fast
     return np.sort(np.concatenate(taken).astype(short)).astype(np.int64)
 
 
-def _feistel(x: np.ndarray, key_R: np.ndarray, bits: int) -> np.ndarray:
-    """A permutation of the numbers of so many bits, with a round for each key, of which there are an even number; the halves, one of
+def _feistel(x: np.ndarray, round_R: np.ndarray, bits: int) -> np.ndarray:
+    """A permutation of the numbers of so many bits, with a round for each number of `round_R`, an even count; the halves, one of
     which may be a bit longer, change places in each."""
     width, other = np.uint64(bits // 2), np.uint64(bits - bits // 2)
     left, right = x >> other, x & ((np.uint64(1) << other) - np.uint64(1))
-    for key in key_R:
-        mixed = (right + key) * _MIX_1  # modulo 2^64
+    for number in round_R:
+        mixed = (right + number) * _MIX_1  # modulo 2^64
         mixed ^= mixed >> np.uint64(29)
         mixed *= _MIX_2
         mixed >>= np.uint64(64) - width
@@ -88,4 +88,4 @@ def _feistel(x: np.ndarray, key_R: np.ndarray, bits: int) -> np.ndarray:
 
 def torch_seed(seed: int, purpose: str, step: int = 0) -> int:
     """A seed for torch's generators: of the initial weights of one named network, or of what is drawn in one step."""
-    return int(_key(seed, purpose, step)) % (2**63)
+    return int(_start(seed, purpose, step)) % (2**63)

@@ -14,7 +14,7 @@ from bingo.pipeline.run import check_item, item_name, process_group, run_command
 
 if TYPE_CHECKING:
     from bingo.methods.contract import Method
-    from bingo.training.loop import Result
+    from bingo.training.loop import TrainingResult
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,7 +34,7 @@ def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -
 
         params, listing = run.params, read_listing(paths.LISTING)
 
-        def finish(trained: "Method", result: "Result") -> None:
+        def finish(trained: "Method", result: "TrainingResult") -> None:
             made_from = {"method": method, "listing": listing.fingerprint, "epochs": params.distill.epochs}
             files = paths.BASELINES / f"{method}.safetensors", paths.BASELINES / f"{method}_head.safetensors"
             save_student(*files, trained.student, trained.head, params.student, params.image, made_from)

@@ -15,7 +15,7 @@ from bingo.pipeline.run import run_command, stage_run
 
 if TYPE_CHECKING:
     from bingo.methods.contract import Method
-    from bingo.training.loop import Result
+    from bingo.training.loop import TrainingResult
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -43,7 +43,7 @@ def main() -> None:
         bags = read_bags(paths.BAGS, listing, embeddings.fingerprint)
         setup = distillation(params)
 
-        def finish(method: "Method", result: "Result") -> None:
+        def finish(method: "Method", result: "TrainingResult") -> None:
             made_from = {
                 "method": params.distill.method,
                 "listing": listing.fingerprint,

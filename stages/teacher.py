@@ -13,7 +13,7 @@ from bingo.pipeline.run import Run, process_group, run_command, stage_run
 
 if TYPE_CHECKING:
     from bingo.methods.contract import Method
-    from bingo.training.loop import Result
+    from bingo.training.loop import TrainingResult
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,7 +40,7 @@ def _pretrain(run: Run) -> None:
 
     teacher, listing = run.params.teacher, read_listing(paths.LISTING)
 
-    def finish(method: "Method", result: "Result") -> None:
+    def finish(method: "Method", result: "TrainingResult") -> None:
         assert isinstance(method.head, nn.Sequential)  # moco's
         made_from = {"source": "pretrain", "pretrained": True, "listing": listing.fingerprint, "epochs": teacher.pretrain.epochs}
         metadata = teacher_metadata(teacher, run.params.image, method.student, method.head, made_from)

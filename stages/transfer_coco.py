@@ -56,10 +56,10 @@ def _transfer(run: Run, name: str, student: "Backbone", device: "torch.device") 
     train, val = _instances(run)
     made_from = _made_from(run, name, train, val)
     targets, images = training_targets(train), train.images
-    run.say(f"{run.stage}: {len(targets.rows)} images to learn from; left out: {targets.told()}")
+    run.say(f"{run.stage}: {len(targets.rows)} images to learn from; left out: {targets.in_words()}")
     if not len(targets.rows):
         way_out = "give annotations of instances with boxes and segmentations"
-        raise UserError(f"transfer_coco.train_annotations: no image has anything to learn ({targets.told()}); {way_out}")
+        raise UserError(f"transfer_coco.train_annotations: no image has anything to learn ({targets.in_words()}); {way_out}")
     del train  # COCO's annotations take gigabytes
     seed_value = seeds.torch_seed(run.params.seed, "detector")
     detector = build_detector(student, head, len(val.category_ids), image.mean, image.std, seed_value)
@@ -86,8 +86,8 @@ def _instances(run: Run) -> "tuple[Instances, Instances]":
     for split in ("train", "val"):
         key, images = f"transfer_coco.{split}_annotations", root / getattr(params, f"{split}_images")
         found.append(read_instances(root / getattr(params, f"{split}_annotations"), images, key, run.params.dataset.follow_links))
-        if told := found[-1].told():
-            run.say(f"{run.stage}: {key}: {told}")
+        if remarks := found[-1].in_words():
+            run.say(f"{run.stage}: {key}: {remarks}")
     train, val = found
     if train.category_ids != val.category_ids:
         raise UserError("transfer_coco.val_annotations: its categories are not those of transfer_coco.train_annotations; give a pair")

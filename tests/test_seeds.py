@@ -1,4 +1,4 @@
-"""Counter-based randomness: a function of its key alone, uniform, without correlation between keys."""
+"""Counter-based randomness: a function of seed, purpose, epoch, row and view alone, uniform and uncorrelated."""
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ def splitmix(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def test_a_draw_is_the_published_mixer_of_its_key():
+def test_a_draw_is_the_published_mixer_of_its_seed_row():
     golden, mask = 0x9E3779B97F4A7C15, 2**64 - 1
-    key = int(seeds._key(3, "order", 5))
-    x = splitmix((splitmix((key + 11 * golden) & mask) + (2 + 1) * golden) & mask)
+    start = int(seeds._start(3, "order", 5))
+    x = splitmix((splitmix((start + 11 * golden) & mask) + (2 + 1) * golden) & mask)
     expected = [(splitmix((x + (j + 1) * golden) & mask) >> 11) * 2.0**-53 for j in range(4)]
     assert seeds.uniforms(3, "order", 5, [11], 2, 4)[0].tolist() == expected
 
@@ -28,7 +28,7 @@ def test_rows_do_not_depend_on_their_company():
     assert np.array_equal(some, everything[[40, 7]])
 
 
-def test_draws_are_uniform_and_uncorrelated_between_neighbouring_keys():
+def test_draws_are_uniform_and_uncorrelated_between_neighbouring_rows():
     u = seeds.uniforms(0, "a", 0, np.arange(20000), 0, 2)
     counts, _ = np.histogram(u, bins=50, range=(0, 1))
     expected = u.size / 50

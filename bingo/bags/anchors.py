@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bingo.bags.index import Bags
+from bingo.bags.metrics import same_and_known
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,7 @@ def anchor_figures(bags: Bags, labels_T: np.ndarray) -> AnchorFigures:
 
 def purities(members_TK: np.ndarray, labels_T: np.ndarray) -> np.ndarray:
     """Share of labelled members with the anchor's label, float32 (T,); NaN where the anchor or every member has none."""
-    member_labels_TK = np.where(members_TK >= 0, labels_T[members_TK], -1)
-    known_TK = (member_labels_TK >= 0) & (labels_T >= 0)[:, None]
-    same_T = (known_TK & (member_labels_TK == labels_T[:, None])).sum(axis=1)
-    return _ratio(same_T, known_TK.sum(axis=1))
+    return _ratio(*same_and_known(members_TK, labels_T))
 
 
 def _ratio(part_T: np.ndarray, whole_T: np.ndarray) -> np.ndarray:

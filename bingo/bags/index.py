@@ -112,22 +112,6 @@ class Bags:
             raise UserError(f"bagging.method = {self.settings['method']}: {told}")
         return f"{told}; these images are trained without their like"
 
-    def bag_pairs(self, rows_B: np.ndarray, other_rows_J: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Every (b, j) where other row j is anchor b itself or is in its bag: two int64 arrays (M,), to index a (B, J) matrix.
-
-        Fastest where `other_rows_J` rises and the bags are lists (knn): then nothing of its length is sorted.
-        """
-        if self.cluster_T is not None:
-            return matching_pairs(self.cluster_T[rows_B][:, None], self.cluster_T[other_rows_J])
-        own_BK = np.concatenate([np.asarray(rows_B, np.int32)[:, None], self.members_TK[rows_B]], axis=1)
-        return matching_pairs(own_BK, other_rows_J)
-
-    def contains(self, rows_B: np.ndarray, other_rows_J: np.ndarray) -> np.ndarray:
-        """Whether other row j is anchor b itself or in its bag, bool (B, J)."""
-        inside_BJ = np.zeros((len(rows_B), len(other_rows_J)), bool)
-        inside_BJ[self.bag_pairs(rows_B, other_rows_J)] = True
-        return inside_BJ
-
 
 def _why_empty(settings: Mapping[str, Any]) -> str:
     """The cause by what an index was made with, and the way out."""
@@ -138,19 +122,6 @@ def _why_empty(settings: Mapping[str, Any]) -> str:
     ways = [f"raise bagging.probes ({settings['probes']}) or lower bagging.lists ({settings['lists']})"] if "lists" in settings else []
     ways += [f"raise bagging.k ({settings['k']}) or set bagging.mutual: false"] if settings.get("mutual") else []
     return f"no other image was found for an anchor; {', or '.join(ways) or 'run: dvc repro bag'}"
-
-
-def matching_pairs(wanted_BW: np.ndarray, values_J: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every (b, j) where `values_J[j]` is among the numbers `wanted_BW[b]`, distinct but for -1: two int64 arrays (M,)."""
-    order_J = None if (values_J[1:] >= values_J[:-1]).all() else np.argsort(values_J, kind="stable")
-    sorted_J = values_J if order_J is None else values_J[order_J]
-    first_BW, end_BW = (np.searchsorted(sorted_J, wanted_BW, side) for side in ("left", "right"))
-    counts = np.where(wanted_BW >= 0, end_BW - first_BW, 0).ravel()
-    b_M = np.repeat(np.repeat(np.arange(len(wanted_BW)), wanted_BW.shape[1]), counts)
-    # numbers 0, 1, 2 ... within each run of equal values
-    within_M = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    place_M = np.repeat(first_BW.ravel(), counts) + within_M
-    return b_M, place_M if order_J is None else order_J[place_M]
 
 
 class BagIndex:

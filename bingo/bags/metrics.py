@@ -41,22 +41,21 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None) -> dict[str, Any]:
     if bags.cluster_start is not None:
         metrics["cluster_size"] = _cluster_sizes(np.diff(bags.cluster_start))
     if labels_T is not None and (labels_T >= 0).any():
-        metrics["purity"] = _purity(bags.members_TK, labels_T)
+        metrics["purity"] = _mean_share(*same_and_known(bags.members_TK, labels_T))
         if bags.cluster_T is not None:
             metrics["whole_bag_purity"] = _whole_bag_purity(bags.cluster_T, labels_T)
     return metrics
 
 
-def _purity(members_TK: np.ndarray, labels_T: np.ndarray) -> float:
-    """Mean over labelled anchors with at least one labelled member."""
+def same_and_known(members_TK: np.ndarray, labels_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many listed members have the anchor's label, and how many have any where the anchor has one: two int64 arrays (T,)."""
     member_labels_TK = np.where(members_TK >= 0, labels_T[members_TK], -1)
     known_TK = (member_labels_TK >= 0) & (labels_T >= 0)[:, None]
-    same_T = (known_TK & (member_labels_TK == labels_T[:, None])).sum(axis=1)
-    return _mean_share(same_T, known_TK.sum(axis=1))
+    return (known_TK & (member_labels_TK == labels_T[:, None])).sum(axis=1), known_TK.sum(axis=1)
 
 
 def _whole_bag_purity(cluster_T: np.ndarray, labels_T: np.ndarray) -> float:
-    """As `_purity`, over all others of the anchor's cluster."""
+    """As purity, over all others of the anchor's cluster."""
     known = labels_T >= 0
     cluster_n, labels_n = cluster_T[known].astype(np.int64), labels_T[known].astype(np.int64)
     pair_n = cluster_n * (labels_n.max() + 1) + labels_n
@@ -65,6 +64,7 @@ def _whole_bag_purity(cluster_T: np.ndarray, labels_T: np.ndarray) -> float:
 
 
 def _mean_share(part_T: np.ndarray, whole_T: np.ndarray) -> float:
+    """The mean of part / whole over the anchors whose whole is not empty."""
     counted = whole_T > 0
     return _round((part_T[counted] / whole_T[counted]).mean()) if counted.any() else 0.0
 

@@ -32,12 +32,12 @@ class BagDiff:
 
     def most(self, order: str, count: int) -> np.ndarray:
         """Rows int64 (count,) that `changed` most (least overlap, then largest change of purity), `gained` or `lost` most."""
-        keys = {
+        sorted_by = {
             "changed": (-np.abs(self.gain_T), self.jaccard_T),
             "gained": (self.jaccard_T, -self.gain_T),
             "lost": (self.jaccard_T, self.gain_T),
         }
-        return np.lexsort((np.arange(len(self.jaccard_T)), *keys[order]))[:count]
+        return np.lexsort((np.arange(len(self.jaccard_T)), *sorted_by[order]))[:count]
 
     def records(self, rows_R: np.ndarray) -> list[dict[str, Any]]:
         """JSON-able: row, jaccard, and purity before and after (None where unknown) of these anchors."""

@@ -22,7 +22,7 @@ _REPORTS = {"linear_eval": paths.REPORTS / "linear", "knn_eval": paths.REPORTS /
 
 @app.command()
 def main(
-    to: Annotated[str, typer.Option(help="safetensors, timm, torchvision, detectron2, mmdet or onnx.")],
+    to: Annotated[str, typer.Option(help="safetensors, timm, torchvision, detectron2 or onnx.")],
     out: Annotated[Path, typer.Option(help="The file; its model card goes beside it, as OUT.md.")],
     student: Annotated[Path | None, typer.Option(help="A student's or baseline's file; without it models/student.safetensors.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is there already.")] = False,

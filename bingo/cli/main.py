@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from bingo.cli import bags, embed, experiments, export, recipe
+from bingo.cli import browse, embed, experiments, export, recipe
 from bingo.pipeline.run import run_command
 
 STAGES = (
@@ -41,7 +41,7 @@ app = typer.Typer(
 )
 for module in (export, embed, experiments):
     app.command(module.__name__.rpartition(".")[2], rich_help_panel="Beside the pipeline")(module.main)
-app.add_typer(bags.app, name="bags", help="Look into the cached bags.", rich_help_panel="Beside the pipeline")
+app.add_typer(browse.app, name="bags", help="Look into the cached bags.", rich_help_panel="Beside the pipeline")
 app.add_typer(recipe.app, name="recipe", help="Whole settings by name.", rich_help_panel="Beside the pipeline")
 
 

@@ -100,10 +100,10 @@ def show(name: Name) -> None:
 
 def _about_lines(recipe: "Recipe") -> list[str]:
     """What to expect, from which teacher, and what differs from the published setting."""
-    from bingo.planning.recipes import MEASURES
+    from bingo.report.measures import measure_label
 
     about = recipe.about
-    lines = [f"published: {MEASURES[measure]} {percent} % ({about.source})" for measure, percent in about.expected.items()]
+    lines = [f"published: {measure_label(measure)} {percent} % ({about.source})" for measure, percent in about.expected.items()]
     if about.teacher is not None:
         teacher, file = about.teacher, recipe.overlay["teacher"]
         lines.append(

@@ -37,7 +37,7 @@ def draw_digits(digits_D88: np.ndarray, digits_N: np.ndarray, placements_N: np.n
     """Digit `digits_N[n]` in placement `placements_N[n]` on a black canvas: uint8 (N, S, S, 3), S = store_px.
 
     The side is a share `placement_scale` of the canvas, the centre anywhere that keeps the upright square inside, the angle
-    within `placement_degrees`, all uniform and keyed by (digit, placement).
+    within `placement_degrees`, all uniform and drawn by (digit, placement).
     """
     assert dataset.store_px is not None
     canvas_px = dataset.store_px

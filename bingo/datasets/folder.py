@@ -9,8 +9,7 @@ from bingo.datasets.layout import Say, Split, find_splits
 from bingo.datasets.subset import draw_subset
 from bingo.images.listing import Listing, listing_fingerprint
 from bingo.params import DatasetParams
-from bingo.runtime.errors import UserError
-from bingo.runtime.inside import shown
+from bingo.runtime.errors import UserError, printable
 
 BAD_LINES = 20
 _DATASET = "folder"
@@ -33,7 +32,7 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say) -> tuple[Listing, n
         largest = [file.largest for file in checked if file.largest is not None]
         say(f"{len(largest):,} images are grey with 16 bits: {gray_bits} of them hold the picture, as the largest value is {max(largest)}")
     if deep := [path for path, file in zip(paths, checked, strict=True) if file.deep_colours]:
-        said = f"{len(deep):,} images have 16 bits a colour ({shown(deep[0])}), of which the upper 8 are read"
+        said = f"{len(deep):,} images have 16 bits a colour ({printable(deep[0])}), of which the upper 8 are read"
         say(f"warning: {said}: where values fill fewer than 16 bits they come out dark; write them with 8 bits a colour")
     keep = [row for row, file in enumerate(checked) if file.reason is None]
     if len(keep) < len(paths):
@@ -56,10 +55,10 @@ def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarra
     """Images that are in both splits, and classes of which no train image is left."""
     row_of = {sha256: row for row, sha256 in enumerate(hashes[:train_rows]) if sha256}
     if shared := [(row_of[sha256], row) for row, sha256 in enumerate(hashes[train_rows:], train_rows) if sha256 in row_of]:
-        pair = " and ".join(shown(paths[row]) for row in shared[0])
+        pair = " and ".join(printable(paths[row]) for row in shared[0])
         say(f"warning: {len(shared)} test images are train images too, byte for byte ({pair}): figures on them are too high")
     if absent := [classes[label] for label in np.flatnonzero(np.bincount(labels_N[:train_rows].clip(0), minlength=len(classes)) == 0)]:
-        say(f"warning: no train image of {len(absent)} of {len(classes)} classes is left ({shown(absent[0])}, ...)")
+        say(f"warning: no train image of {len(absent)} of {len(classes)} classes is left ({printable(absent[0])}, ...)")
 
 
 def _choose(dataset: DatasetParams, name: str, split: Split, classes: list[str], seed: int) -> tuple[list[str], np.ndarray]:

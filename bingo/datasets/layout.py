@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
 from bingo.images.decode import SUFFIXES
-from bingo.runtime.errors import UserError
-from bingo.runtime.inside import folded, shown
+from bingo.runtime.errors import UserError, printable
+from bingo.runtime.inside import folded
 from bingo.runtime.progress import progress_bar
 
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__")
@@ -96,14 +96,14 @@ def find_splits(root: Path, follow_links: bool = False, say: Say = lambda line: 
         train = _find_split(walker, train_name, say)
         test = _find_split(walker, test_name, say) if test_name else _NO_SPLIT
         if (train_name, test_name) not in (("train", None), ("train", "val"), ("train", "test")):
-            say(f"{walker.shown}: train images are those in {shown(train_name)}/, test images {_or_none(test_name)}")
+            say(f"{walker.shown}: train images are those in {printable(train_name)}/, test images {_or_none(test_name)}")
         test = _with_classes_of_train(walker, train, test, str(test_name), say)
     walker.report(say)
     return train, test
 
 
 def _or_none(test_name: str | None) -> str:
-    return f"those in {shown(test_name)}/" if test_name else "there are none"
+    return f"those in {printable(test_name)}/" if test_name else "there are none"
 
 
 def _folder_of(walker: "_Walker", role: str, folders: list[str]) -> str | None:
@@ -113,7 +113,7 @@ def _folder_of(walker: "_Walker", role: str, folders: list[str]) -> str | None:
         if usual in found:
             return usual
     if len(found) > 1:
-        names = ", ".join(f"{shown(folder)}/" for folder in found)
+        names = ", ".join(f"{printable(folder)}/" for folder in found)
         raise UserError(f"{walker.shown}: {names} may each be the {role} split; rename one to {_USUAL[role][0]}/, and move the others out")
     return found[0] if found else None
 
@@ -123,8 +123,8 @@ def _refuse_class_named_train(walker: "_Walker", train_name: str, test_name: str
     beside = [folder for folder in folders if folder != train_name]
     probe = _Walker(walker.root, walker.name, walker.follow_links)
     if test_name is None and probe.entries(train_name)[0] and (other := next((x for x in beside if probe.entries(x)[0]), None)):
-        way_out = f"if it is a class, move all class folders into train/; if it is the split, move {shown(other)}/ out"
-        raise UserError(f"{walker.shown}: {shown(train_name)}/ may be the train split or a class beside {shown(other)}/; {way_out}")
+        way_out = f"if it is a class, move all class folders into train/; if it is the split, move {printable(other)}/ out"
+        raise UserError(f"{walker.shown}: {printable(train_name)}/ may be the train split or a class beside {printable(other)}/; {way_out}")
 
 
 def _with_classes_of_train(walker: "_Walker", train: Split, test: Split, test_name: str, say: Say) -> Split:
@@ -155,18 +155,18 @@ def _unique_folded(names: list[str]) -> dict[str, str]:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(shown(name) for name in names[:_MOST_NAMES]) + more
+    return ", ".join(printable(name) for name in names[:_MOST_NAMES]) + more
 
 
 def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
     """All images under one folder: by class folder, or without classes where they lie in the folder itself."""
     here, folders = walker.entries(split) if split else walker.top
-    where = f"{walker.shown}: {shown(split) + '/' if split else 'it'}"
+    where = f"{walker.shown}: {printable(split) + '/' if split else 'it'}"
     walker.refuse_mixed(split, folders)
     by_folder = {folder: walker.images(folder) for folder in folders}
     if split and len(folders) == 1 and split_word(_last(folders[0]))[0] and walker.inner[folders[0]]:
         raise UserError(
-            f"{where} has no folder but {shown(_last(folders[0]))}/, which is no class; move what is in it up into {shown(split)}/"
+            f"{where} has no folder but {printable(_last(folders[0]))}/, which is no class; move what is in it up into {printable(split)}/"
         )
     if here and any(by_folder.values()):
         raise UserError(f"{where} holds images ({here[0]}) beside class folders; move them into a class, or out of the root")
@@ -190,7 +190,7 @@ def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
 def _say_of_classes(walker: "_Walker", where: str, classes: list[str], folders: list[str], say: Say) -> None:
     """What of the class folders may not be as it was meant."""
     if len(classes) == 1:
-        say(f"{where} has one class alone, {shown(classes[0])}: evaluations by labels say nothing")
+        say(f"{where} has one class alone, {printable(classes[0])}: evaluations by labels say nothing")
     if nested := [f"{folder}/{inner[0]}" for folder in folders if len(inner := walker.inner[folder]) > 1]:
         say(f"{where} has classes with sub-folders ({_some(nested)}), whose images belong to the class above them")
     if similar := sorted(set(classes) - set(_unique_folded(classes).values())):
@@ -260,7 +260,7 @@ class _Walker:
             if role and not role_of(_last(inner)):
                 by_rest.setdefault(tuple(rest), {})[role] = inner
         if twins := next((found for found in by_rest.values() if len(found) > 1), None):
-            problem = f"{shown(twins['train'])}/ and {shown(twins['test'])}/ look like splits, and would be two classes"
+            problem = f"{printable(twins['train'])}/ and {printable(twins['test'])}/ look like splits, and would be two classes"
             way_out = "name the folder of the train images train/ and the other val/, or, if they are classes, rename one of them"
             raise UserError(f"{self.shown}: {problem}; {way_out}")
 
@@ -286,7 +286,7 @@ class _Walker:
                         else:
                             raise UserError(f"{self.shown}: {path} is no regular file (a pipe or device?); remove it")
                     else:
-                        self.passed[shown(PurePosixPath(entry.name).suffix.lower()) or "without a suffix"] += 1
+                        self.passed[printable(PurePosixPath(entry.name).suffix.lower()) or "without a suffix"] += 1
         except OSError as error:
             raise UserError(f"{self.shown}: {folder or 'it'} cannot be listed ({error.strerror}); mend its rights") from None
         for path in images:

@@ -107,29 +107,29 @@ class Instances:
     fingerprint: str
     remarks: dict[str, int] = field(default_factory=dict)
 
-    def told(self) -> str:
+    def in_words(self) -> str:
         """The remarks in words; empty where the file has all that COCO's have."""
         return ", ".join(f"{count:,} {remark}" for remark, count in self.remarks.items() if count)
 
 
 @progress_bar("reading the annotations")
-def read_instances(annotations: Path, folder: Path, key: str, follow_links: bool = False) -> Instances:
+def read_instances(annotations: Path, folder: Path, parameter: str, follow_links: bool = False) -> Instances:
     """Read a file of COCO's instances, whose images lie in `folder`.
 
     Derived where they are missing or null: iscrowd (0), bbox (around the segmentation), area (of the segmentation, or of the box). Left
     out: annotations of images that are not listed, and those with neither box nor segmentation. Names of images are found in whatever
-    case and Unicode form, and where they begin with folders above `folder`. Raises UserError in one line, which calls the file `key`,
+    case and Unicode form, and where they begin with folders above `folder`. Raises UserError in one line, which calls the file `parameter`,
     where it cannot be read, is not COCO's, contradicts itself, or names images that are not on the disk, or (unless `follow_links`) are
     links out of the folder.
     """
     try:
         raw = annotations.read_bytes()
     except OSError as error:
-        raise UserError(f"{key} = {annotations}: cannot be read ({error.strerror}); set {key} and transfer_coco.root") from None
+        raise UserError(f"{parameter} = {annotations}: cannot be read ({error.strerror}); set {parameter} and transfer_coco.root") from None
     try:
         content: Any = _FILE.validate_json(raw.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
-        raise UserError(f"{key} = {annotations}: {_mistake(error)}; give COCO's instances_*.json") from None
+        raise UserError(f"{parameter} = {annotations}: {_mistake(error)}; give COCO's instances_*.json") from None
     content["images"].sort(key=lambda image: image["id"])
     remarks: Counter[str] = Counter()
     found = Instances(
@@ -140,8 +140,8 @@ def read_instances(annotations: Path, folder: Path, key: str, follow_links: bool
         remarks,
     )
     for problem in _contradictions(found):
-        raise UserError(f"{key} = {annotations}: {problem}; mend the file")
-    _locate(found.images, key, follow_links, remarks)
+        raise UserError(f"{parameter} = {annotations}: {problem}; mend the file")
+    _locate(found.images, parameter, follow_links, remarks)
     sides = {image["id"]: (image["height"], image["width"]) for image in found.images.entries}
     completed = [_completed(annotation, *sides[annotation["image_id"]], remarks) for annotation in _listed(found, sides, remarks)]
     return replace(found, annotations=[annotation for annotation in completed if annotation is not None])
@@ -174,7 +174,7 @@ def _completed(annotation: dict[str, Any], height: int, width: int, remarks: Cou
     return annotation | {"bbox": bbox, "area": area, "iscrowd": annotation.get("iscrowd") or 0, "segmentation": segmentation}
 
 
-def _locate(images: CocoImages, key: str, follow_links: bool, remarks: Counter[str]) -> None:
+def _locate(images: CocoImages, parameter: str, follow_links: bool, remarks: Counter[str]) -> None:
     """Give images the names that their files have. Raises UserError naming those without a file, or behind a link out of the folder."""
     by_folded: dict[str, list[str]] | None = None
     missing = []
@@ -191,11 +191,11 @@ def _locate(images: CocoImages, key: str, follow_links: bool, remarks: Counter[s
                 missing.append(row)
         except Outside:
             problem = f"{images.name(row)} is a link out of the folder"
-            raise UserError(f"{key}: {problem}; set dataset.follow_links: true, or copy the images into it") from None
+            raise UserError(f"{parameter}: {problem}; set dataset.follow_links: true, or copy the images into it") from None
     if missing:
         named = ", ".join(images.name(row) for row in missing[:_NAMED])
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        raise UserError(f"{key}: images that it names are not on the disk: {named}{more}; restore them, or set transfer_coco.root")
+        raise UserError(f"{parameter}: images that it names are not on the disk: {named}{more}; restore them, or set transfer_coco.root")
 
 
 def _is_there(folder: Path, file_name: str, follow_links: bool) -> bool:
@@ -265,7 +265,7 @@ def _fits(segmentation: dict[str, Any], sides: list[int]) -> bool:
 
 
 @dataclass(frozen=True)
-class Targets:
+class DetectionTargets:
     """What a detector learns. `lines` has, for each row, a JSON text of boxes, labels and segmentations, or None where there is
     nothing to learn; `left_out` counts annotations by the reason for which they are no targets.
     """
@@ -278,14 +278,14 @@ class Targets:
         """The rows with something to learn, int64."""
         return np.array([row for row, line in enumerate(self.lines) if line is not None], dtype=np.int64)
 
-    def told(self) -> str:
+    def in_words(self) -> str:
         """What was left out, in words."""
         empty = self.lines.count(None)
         return ", ".join([f"{empty} images with nothing to learn", *(f"{count} {reason}" for reason, count in self.left_out.items())])
 
 
 @progress_bar("targets of the annotations")
-def training_targets(found: Instances) -> Targets:
+def training_targets(found: Instances) -> DetectionTargets:
     """Every instance but crowds, boxes without width or height inside the image, and segmentations without an area.
 
     An image that is left with nothing is not trained on, as in detectron2 (data/build.py, filter_images_with_only_crowd_annotations,
@@ -307,7 +307,7 @@ def training_targets(found: Instances) -> Targets:
             box = _box(annotation["bbox"], *found.images.sides_px(row))
             by_row[row].append((box, labels[annotation["category_id"]], annotation["segmentation"]))
     lines = [json.dumps(by_row[row], separators=(",", ":")) if row in by_row else None for row in range(len(found.images))]
-    return Targets(lines, left_out)
+    return DetectionTargets(lines, left_out)
 
 
 def _box(bbox: list[float], height: int, width: int) -> list[float]:
@@ -360,7 +360,7 @@ def _is_large_inside(polygon: list[float], height: int, width: int) -> bool:
 
 
 def parse_targets(line: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One line of `Targets` as boxes float32 (I, 4), labels int64 (I,) and masks uint8 (I, height, width) of 0 and 1."""
+    """One line of `DetectionTargets` as boxes float32 (I, 4), labels int64 (I,) and masks uint8 (I, height, width) of 0 and 1."""
     boxes, labels, segmentations = zip(*json.loads(line), strict=True)
     masks_IHW = np.stack([rle.decode(run_lengths(segmentation, height, width)) for segmentation in segmentations])
     return np.array(boxes, np.float32), np.array(labels, np.int64), masks_IHW

@@ -88,10 +88,10 @@ def build_detector(
     return GeneralizedRCNN(backbone, rpn, regions, _AsTheyCome(0, 0, list(mean), list(std)))
 
 
-def keep_sampling(detector: GeneralizedRCNN, keys_B: Sequence[int]) -> None:
+def keep_sampling(detector: GeneralizedRCNN, seeds_B: Sequence[int]) -> None:
     """Fix which anchors and regions the next training step samples: one number for each image of the batch."""
     for part in (detector.rpn, detector.roi_heads):
-        cast(Any, part).fg_bg_sampler.keys_B = list(keys_B)
+        cast(Any, part).fg_bg_sampler.seeds_B = list(seeds_B)
 
 
 def student_inside(detector: nn.Module) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ def _fpn(student: nn.Module, classes: int, chosen: DetectorSettings) -> tuple[nn
         **_region_settings(chosen), mask_roi_pool=mask_pool, mask_head=MaskRCNNHeads(chosen.channels, (chosen.channels,) * 4, 1),
         mask_predictor=MaskRCNNPredictor(chosen.channels, chosen.channels, classes + 1),
     )  # fmt: skip
-    regions.fg_bg_sampler = _KeyedSampler(chosen.sampled_regions, 0.25)
+    regions.fg_bg_sampler = _SeededSampler(chosen.sampled_regions, 0.25)
     return backbone, _proposals(chosen.channels, chosen), regions
 
 
@@ -148,7 +148,7 @@ def _c4(student: nn.Module, classes: int, chosen: DetectorSettings) -> tuple[nn.
         MultiScaleRoIAlign(["0"], 14, 0), res5, _MapPredictor(width_c5, classes + 1), **_region_settings(chosen),
         mask_predictor=MaskRCNNPredictor(width_c5, chosen.channels, classes + 1),
     )  # fmt: skip
-    regions.fg_bg_sampler = _KeyedSampler(chosen.sampled_regions, 0.25)
+    regions.fg_bg_sampler = _SeededSampler(chosen.sampled_regions, 0.25)
     return backbone, _proposals(width_c4, chosen), regions
 
 
@@ -157,7 +157,7 @@ def _proposals(channels: int, chosen: DetectorSettings) -> RegionProposalNetwork
     before, after = ({"training": top[0], "testing": top[1]} for top in (chosen.pre_nms_top, chosen.post_nms_top))
     head = RPNHead(channels, anchors.num_anchors_per_location()[0])
     rpn = _Proposals(anchors, head, 0.7, 0.3, chosen.sampled_anchors, 0.5, before, after, 0.7)
-    rpn.fg_bg_sampler = _KeyedSampler(chosen.sampled_anchors, 0.5)
+    rpn.fg_bg_sampler = _SeededSampler(chosen.sampled_anchors, 0.5)
     return rpn
 
 
@@ -241,19 +241,19 @@ class Regions(roi_heads.RoIHeads):
         return self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
 
 
-class _KeyedSampler(BalancedPositiveNegativeSampler):
+class _SeededSampler(BalancedPositiveNegativeSampler):
     """torchvision's sampler with a seed of its own for each image, so that a step does not depend on what was drawn before it.
 
     Nor does it depend on which process an image is in; torchvision's draws from the global generator.
     """
 
-    keys_B: list[int]
+    seeds_B: list[int]
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         positive, negative = [], []
-        for labels, key in zip(matched_idxs, self.keys_B, strict=True):
+        for labels, seed in zip(matched_idxs, self.seeds_B, strict=True):
             with torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []):
-                torch.manual_seed(key)
+                torch.manual_seed(seed)
                 of_image = super().__call__([labels])
             positive += of_image[0]
             negative += of_image[1]

@@ -48,7 +48,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _CocoTask:
     path: Path
     name: str
     sides_px: tuple[int, int]
@@ -82,9 +82,9 @@ class CocoLoader:
         for (item, views), samples in self._loader.results(work):
             yield item, list(map(self._example, views, samples))
 
-    def _task(self, view: View) -> _Task:
+    def _task(self, view: View) -> _CocoTask:
         line = self._lines[view.row] if self._lines is not None else None
-        return _Task(self._images.path(view.row), self._images.name(view.row), self._images.sides_px(view.row), line, view)
+        return _CocoTask(self._images.path(view.row), self._images.name(view.row), self._images.sides_px(view.row), line, view)
 
     def _example(self, view: View, sample: _Sample | str) -> Example:
         if isinstance(sample, str):
@@ -96,7 +96,7 @@ class CocoLoader:
 class _Load(Dataset):
     """A task as index, its tensors as item; one line where the image cannot be read."""
 
-    def __getitem__(self, task: _Task) -> _Sample | str:
+    def __getitem__(self, task: _CocoTask) -> _Sample | str:
         try:
             image = decode_as_stored(task.path.read_bytes())
             if (image.height, image.width) != task.sides_px:

@@ -1,11 +1,10 @@
-"""Training of a detector: batches of images whose order, side and mirroring are drawn by key, SGD with a stepped learning rate.
+"""Training of a detector: batches of images whose order, side and mirroring follow from the seed, SGD with a stepped learning rate.
 
 A run that was killed and started again ends with the same numbers as one that was not, on the CPU with the same bytes; on a GPU
 RoIAlign's gradient is summed in any order. Shape letters: B images of one process's share, N rows.
 """
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from bingo import seeds
-from bingo.detection.coco import CocoImages, Targets
+from bingo.detection.coco import CocoImages, DetectionTargets
 from bingo.detection.detector import keep_sampling
 from bingo.detection.loader import CocoLoader, Example, View
 from bingo.nets.precision import autocast
 from bingo.params import CocoParams
 from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints
-from bingo.runtime.errors import Interrupted, UserError
+from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import step_lr
 
@@ -34,7 +33,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
-class Plan:
+class DetectionPlan:
     """One step of this process: its views, and a number for each that fixes which anchors and regions are sampled in it."""
 
     views: list[View]
@@ -42,7 +41,7 @@ class Plan:
 
 
 @dataclass
-class Result:
+class DetectionResult:
     """What a training leaves behind beside the weights: mean losses over equal spans of steps, and this run's speed."""
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -61,7 +60,7 @@ def steps_in_epoch(rows: int, batch_images: int) -> int:
     return rows // batch_images
 
 
-def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed: int, first: int, last: int) -> Iterator[Plan]:
+def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed: int, first: int, last: int) -> Iterator[DetectionPlan]:
     """Steps `first` to `last` - 1 (from 0) on the rows that have targets.
 
     A batch is sorted by its images' shape, so that a process's share mostly lies or mostly stands, and little is padded; detectron2
@@ -78,13 +77,13 @@ def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed:
         yield plan_step(rows_N[distributed.own_share(batch)], params, seed, epoch)
 
 
-def plan_step(rows_B: np.ndarray, params: CocoParams, seed: int, epoch: int) -> Plan:
+def plan_step(rows_B: np.ndarray, params: CocoParams, seed: int, epoch: int) -> DetectionPlan:
     """The drawn side, mirroring and sampling of each row."""
     u_B3 = seeds.uniforms(seed, "coco view", epoch, rows_B, draws=3)
     sides = [params.min_side_px[int(u * len(params.min_side_px))] for u in u_B3[:, 0]]
     flips = u_B3[:, 1] < params.flip_p
     views = [View(int(row), side, params.max_side_px, bool(flip)) for row, side, flip in zip(rows_B, sides, flips, strict=True)]
-    return Plan(views, [int(u * 2**53) for u in u_B3[:, 2]])
+    return DetectionPlan(views, [int(u * 2**53) for u in u_B3[:, 2]])
 
 
 @contextmanager
@@ -115,7 +114,7 @@ class DetectorTrainer:
         self,
         detector: GeneralizedRCNN,
         images: CocoImages,
-        targets: Targets,
+        targets: DetectionTargets,
         params: CocoParams,
         schedule: list[int],
         seed: int,
@@ -134,28 +133,23 @@ class DetectorTrainer:
         self.loader = CocoLoader(images, targets.lines, device, workers)
         self.optimizer = sgd(detector, params)
         self.network = distributed.data_parallel(self.detector, device)
-        self.step, self.sums, self.summed, self.result = 0, dict[str, Tensor](), 0, Result()
-        self.stopping = False
+        self.step, self.sums, self.summed, self.result = 0, dict[str, Tensor](), 0, DetectionResult()
 
     def resumes(self) -> bool:
         """Whether there is a checkpoint to go on from."""
         return self.checkpoints.exists()
 
-    def run(self) -> Result:
+    def run(self) -> DetectionResult:
         """Train to the end, from the last checkpoint if there is one; all processes then hold the same network.
 
         Raises Interrupted after SIGTERM or SIGINT, with a checkpoint, and UserError for a loss that is not finite, before the update.
         """
         self._resume()
-        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         begun = time.monotonic()
-        try:
-            with progress_bar(self.label, self.total_steps * self.params.batch_images, "images") as bar, compiled_roi_align(self.device):
-                bar.resume_at(self.step * self.params.batch_images)
-                self._steps(bar)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        progress = progress_bar(self.label, self.total_steps * self.params.batch_images, "images")
+        with self.checkpoints.stop_requests(), progress as bar, compiled_roi_align(self.device):
+            bar.resume_at(self.step * self.params.batch_images)
+            self._steps(bar)
         self.result.seconds = time.monotonic() - begun
         distributed.share_buffers(self.detector)
         return self.result
@@ -169,13 +163,13 @@ class DetectorTrainer:
             bar.advance_to(self.step * self.params.batch_images)
             if self.step % max(1, self.total_steps // CURVE_POINTS) == 0 or self.step == self.total_steps:
                 self._record()
-            self._checkpoint_if_due()
+            self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
 
-    def _batches(self) -> Iterator[tuple[Plan, list[Example]]]:
+    def _batches(self) -> Iterator[tuple[DetectionPlan, list[Example]]]:
         plans = plan_steps(self.images, self.rows_N, self.params, self.seed, self.step, self.total_steps)
         return self.loader.batches((plan, plan.views) for plan in plans)
 
-    def _train_step(self, plan: Plan, batch: list[Example]) -> None:
+    def _train_step(self, plan: DetectionPlan, batch: list[Example]) -> None:
         rate = step_lr(self.step, self.params.lr, self.drop_steps, warmup_steps=self.params.lr_warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -202,18 +196,9 @@ class DetectorTrainer:
         )
         self.sums, self.summed = {}, 0
 
-    def _ask_to_stop(self, *_: Any) -> None:
-        self.stopping = True
-
-    def _checkpoint_if_due(self) -> None:
-        stop = distributed.any_true(self.stopping, self.device)
-        if stop or self.checkpoints.due():
-            names = ("step", "sums", "summed")
-            state = {name: getattr(self, name) for name in names} | {"history": self.result.history}
-            state |= {"detector": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
-            self.checkpoints.save(state, self.step)
-        if stop:
-            raise Interrupted(f"{self.label}: stopped at step {self.step} with a checkpoint; start again to go on from there")
+    def _state(self) -> dict[str, Any]:
+        state = {name: getattr(self, name) for name in ("step", "sums", "summed")} | {"history": self.result.history}
+        return state | {"detector": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def _resume(self) -> None:
         state = self.checkpoints.load(self.device)

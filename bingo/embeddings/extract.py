@@ -31,7 +31,7 @@ from bingo.runtime.progress import Bar, progress_bar
 from bingo.teachers.teacher import Teacher
 
 LEAST_SPREAD = 1e-3  # of float16 numbers that are equal but for their rounding it is 5e-4
-PURPOSE = "extract"  # of bingo.seeds, with epoch 0 and key row = row: a stored key's view can be drawn again
+PURPOSE = "extract"  # of bingo.seeds, with epoch 0 and seed row = row: a stored key's view can be drawn again
 
 
 def extract_embeddings(

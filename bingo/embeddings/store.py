@@ -122,7 +122,7 @@ def embeddings_fingerprint(attrs: Mapping[str, Any]) -> str:
 
 
 class Embeddings:
-    """A finished store. `features_ND` and `keys_NVP` are read whole when they are first asked for, and kept."""
+    """A finished store. `features_ND` and `keys_TVP` are read whole when they are first asked for, and kept."""
 
     def __init__(self, name: str, group: zarr.Group):
         self.name = name
@@ -139,7 +139,7 @@ class Embeddings:
         return read_rows(self._features, slice(None), self.name, _WAY_OUT)
 
     @cached_property
-    def keys_NVP(self) -> np.ndarray:
+    def keys_TVP(self) -> np.ndarray:
         """Keys of the train rows (the first T of N), float16 (T, V, P). Raises UserError where a chunk is damaged or missing."""
         return read_rows(self._keys, slice(None), self.name, _WAY_OUT)
 

@@ -1,7 +1,7 @@
 """A classifier trained on labels: a linear layer on a backbone, which learns with it (fine-tuning) or is frozen (the layer alone).
 
 Every train image is seen once an epoch, as a random crop; test images as centre views, after every epoch. SGD with momentum 0.9,
-cross-entropy in float32, a learning rate for the backbone and one for the layer, with drops or a cosine. Random choices are keyed by
+cross-entropy in float32, a learning rate for the backbone and one for the layer, with drops or a cosine. Random choices follow from
 (seed, purpose, epoch, row): a run that was killed and started again from its checkpoint ends like one that was not, on the CPU to the
 bit. Several processes share each batch and give one process's result up to rounding: gradients are means over all images, and where
 BatchNorm learns (GPUs only) its statistics are those of the whole batch. Shape letters: B rows of a batch, N rows, C classes.
@@ -10,6 +10,7 @@ BatchNorm learns (GPUs only) its statistics are those of the whole batch. Shape 
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from bingo.nets.backbones import Backbone
 from bingo.nets.precision import autocast
 from bingo.params import AugmentParams, ImageParams, Range, TuneParams
 from bingo.runtime import distributed
-from bingo.runtime.checkpoints import Checkpoints, stop_requests
-from bingo.runtime.errors import Interrupted, UserError
+from bingo.runtime.checkpoints import Checkpoints
+from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
 
@@ -132,7 +133,7 @@ class ClassifierTrainer:
         """
         self._resume()
         total = self.tune.epochs * self.steps_per_epoch
-        with stop_requests() as stop_is_asked, progress_bar(self.label, total * self.batch_images, "images") as bar:
+        with self.checkpoints.stop_requests(), progress_bar(self.label, total * self.batch_images, "images") as bar:
             bar.resume_at(self.step * self.batch_images)
             while self.step < total:
                 for request, batch_rows, views_B3PP in self._rest_of_epoch():
@@ -141,8 +142,8 @@ class ClassifierTrainer:
                     bar.advance_to(self.step * self.batch_images)
                     if self.step % self.steps_per_epoch == 0:
                         self.scores.append(self._test())
-                    self._checkpoint_if_due(stop_is_asked())
-        self._save()
+                    self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
+        self.checkpoints.save(self._state(), self.step)
         return last_and_best(self.scores)
 
     def _rest_of_epoch(self) -> Iterator[tuple[Request, int, Tensor]]:
@@ -219,17 +220,9 @@ class ClassifierTrainer:
             raise UserError(f"{problem}; set BINGO_PROCESSES=1, or use GPUs")
         return convert_sync_batchnorm(classifier) if learns and world > 1 else classifier
 
-    def _checkpoint_if_due(self, stop_is_asked: bool) -> None:
-        stop = distributed.any_true(stop_is_asked, self.device)
-        if stop or self.checkpoints.due():
-            self._save()
-        if stop:
-            raise Interrupted(f"{self.label}: stopped at step {self.step} with a checkpoint; start again to go on from there")
-
-    def _save(self) -> None:
+    def _state(self) -> dict[str, Any]:
         trained = self.classifier.layer if self.frozen else self.classifier
-        state = {"trained": trained.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "scores": self.scores}
-        self.checkpoints.save(state, self.step)
+        return {"trained": trained.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "scores": self.scores}
 
     def _resume(self) -> None:
         state = self.checkpoints.load(self.device)

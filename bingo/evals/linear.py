@@ -53,7 +53,7 @@ def linear_on_features(
     mean_D, scale_D = _standardiser(train_ND)
     test_ND = (test_ND - mean_D) * scale_D
     layer = linear_layer(train_ND.shape[1], classes, seed, CACHED, device)
-    trainer = _Trainer(layer, params, len(train_ND))
+    trainer = _LinearTrainer(layer, params, len(train_ND))
     scores = []
     with _one_thread_if_small(device, layer, params.batch_images), progress_bar("linear layer", params.epochs, "epochs") as bar:
         for epoch in range(params.epochs):
@@ -115,7 +115,7 @@ class Standardised(nn.Module):
         return self.standardise(unit(self.backbone(images_B3PP)))
 
 
-class _Trainer:
+class _LinearTrainer:
     """SGD with momentum 0.9 on one layer, cross-entropy in float32."""
 
     def __init__(self, layer: nn.Linear, params: CachedProbeParams, rows: int):

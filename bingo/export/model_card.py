@@ -10,6 +10,7 @@ from typing import Any
 from bingo.export.contract import Loading
 from bingo.export.stored import StoredNetwork
 from bingo.params import display_name, method_names, method_section
+from bingo.report.measures import knn_parts, measure_label
 
 _PROTOCOLS = {"cached": "linear layer on stored features", "crops": "linear layer on random crops"}
 _UNKNOWN = "not known: this workspace no longer holds it"
@@ -38,16 +39,9 @@ def score_rows(linear: Mapping[str, Any], knn: Mapping[str, Any]) -> list[tuple[
     for protocol, name in _PROTOCOLS.items():
         for key, top in (("top1_last", "top-1"), ("top5_last", "top-5")):
             rows.append((f"{name}, {top}", {net: scores[key] for net, scores in linear.get(protocol, {}).items()}))
-    for key in sorted({key for scores in knn.values() for key in scores}, key=_knn_order):
-        number, _, weighted = key.removeprefix("knn_").partition("_")
-        name = f"kNN, k = {number}" + (", weighted votes" if weighted else "")
-        rows.append((name, {net: scores[key] for net, scores in knn.items() if key in scores}))
+    for key in sorted({key for scores in knn.values() for key in scores}, key=knn_parts):
+        rows.append((measure_label(key), {net: scores[key] for net, scores in knn.items() if key in scores}))
     return rows
-
-
-def _knn_order(key: str) -> tuple[bool, int]:
-    number, _, weighted = key.removeprefix("knn_").partition("_")
-    return bool(weighted), int(number)
 
 
 def model_card(network: StoredNetwork, target: str, file_name: str, loading: Loading, check: str, provenance: Provenance) -> str:

@@ -16,13 +16,15 @@ import numpy as np
 from torch import Tensor
 
 from bingo.export.contract import Loading, NotReadBack, ReadBack, quoted
-from bingo.export.resnets import BASIC_DEPTHS, STEM_CHANNELS, in_255, resnet_depth
 from bingo.export.stored import StoredNetwork
-from bingo.export.twins import way_out
+from bingo.export.twins import bare_name, way_out
 from bingo.runtime.artefacts import write_bytes
 from bingo.runtime.errors import UserError
 
 SUFFIXES = (".pkl",)
+DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
+BASIC_DEPTHS = (18, 34)  # of two 3x3 convolutions a block, the others of three with a bottleneck
+STEM_CHANNELS = 64
 _RENAMES = ((r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"), (r"\bbn(\d)", r"conv\1.norm"))
 _SHORTCUT = {"downsample.0": "shortcut", "downsample.1": "shortcut.norm"}
 
@@ -68,8 +70,8 @@ def loading(network: StoredNetwork, file_name: str) -> Loading:
     lines = [
         "MODEL:",
         f"  WEIGHTS: {quoted(file_name)}",
-        f"  PIXEL_MEAN: {in_255(network.image.mean)}",
-        f"  PIXEL_STD: {in_255(network.image.std)}",
+        f"  PIXEL_MEAN: {_in_255(network.image.mean)}",
+        f"  PIXEL_STD: {_in_255(network.image.std)}",
         "  RESNETS:",
         f"    DEPTH: {depth}",
         "    STRIDE_IN_1X1: False",
@@ -100,8 +102,19 @@ class _ArrayPickler(pickle.Pickler):
 
 
 def _depth(network: StoredNetwork) -> int:
-    depth = resnet_depth(network, "detectron2")
-    if depth in BASIC_DEPTHS and network.width != 1:
-        line = f"--to = detectron2: the network has width {network.width}, detectron2 builds ResNet-{depth} at 1.0 alone"
-        raise UserError(f"{line}; {way_out(network)}")
-    return depth
+    """The number of layers. Raises UserError where the network is not He et al.'s ResNet with its 7x7 stem, of a width that is built."""
+    depth = DEPTHS.get(bare_name(network.arch))
+    if depth is None:
+        problem = f"is {network.arch}, detectron2 builds {', '.join(DEPTHS)}"
+    elif network.stem != "imagenet":
+        problem = f"has stem {network.stem}, detectron2's ResNets begin with a 7x7 convolution and a pooling (stem imagenet)"
+    elif depth in BASIC_DEPTHS and network.width != 1:
+        problem = f"has width {network.width}, detectron2 builds ResNet-{depth} at 1.0 alone"
+    else:
+        return depth
+    raise UserError(f"--to = detectron2: the network {problem}; {way_out(network)}")
+
+
+def _in_255(values: list[float]) -> list[float]:
+    """Mean or deviation of pixels in 0..255, where ours are in 0..1."""
+    return [round(255 * value, 4) for value in values]

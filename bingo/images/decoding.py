@@ -29,18 +29,18 @@ TASKS_AHEAD = 2  # for each worker
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodePlan:
     """T views to be decoded: the listing rows of their images, int64 (T,), and their crops; None for centre views."""
 
     image_rows_T: np.ndarray
     crops: Crops | None
 
 
-AnyPlan = TypeVar("AnyPlan", bound=Plan)
+AnyPlan = TypeVar("AnyPlan", bound=DecodePlan)
 
 
 @dataclass(frozen=True)
-class _Task:
+class _DecodeTask:
     """Some images of a plan. Image i feeds views `starts[i]`..`starts[i + 1]` of `crops`, or one centre view."""
 
     root: str
@@ -71,7 +71,7 @@ class FileDecoder:
                     raise UserError(part)
             yield plan, parts, places_T
 
-    def _work(self, plan: AnyPlan) -> tuple[tuple[AnyPlan, np.ndarray], list[_Task]]:
+    def _work(self, plan: AnyPlan) -> tuple[tuple[AnyPlan, np.ndarray], list[_DecodeTask]]:
         """A plan and where each of its views will stand, with its tasks."""
         order_T = np.argsort(plan.image_rows_T, kind="stable")
         rows_U, starts_U = np.unique(plan.image_rows_T[order_T], return_index=True)
@@ -84,28 +84,28 @@ class FileDecoder:
             tasks.append(self._task(rows_U[part].tolist(), [*(starts_U[part] - start).tolist(), end - start], crops))
         return (plan, np.argsort(order_T)), tasks
 
-    def _task(self, rows: list[int], starts: list[int], crops: Crops | None) -> _Task:
+    def _task(self, rows: list[int], starts: list[int], crops: Crops | None) -> _DecodeTask:
         paths = [self._images.paths[row] for row in rows]
         images = self._images
-        return _Task(images.root, paths, rows, starts, crops, self._image, images.follow_links, images.gray_bits)
+        return _DecodeTask(images.root, paths, rows, starts, crops, self._image, images.follow_links, images.gray_bits)
 
 
 class _Decode(Dataset):
     """A task as index, its crops as item; reasons, one line each, where images cannot be read."""
 
-    def __getitem__(self, task: _Task) -> Tensor | list[str]:
+    def __getitem__(self, task: _DecodeTask) -> Tensor | list[str]:
         crop_px, interpolation = task.image.crop_px, task.image.interpolation
         lines: list[str] = []
         views_TPP3 = torch.empty((task.starts[-1], crop_px, crop_px, 3), dtype=torch.uint8)
         files: list[tuple[int, bytes, Header]] = []
         for i in range(len(task.paths)):
-            with _told(task, i, lines):
+            with _unreadable_noted(task, i, lines):
                 content = path_inside(task.root, task.paths[i], task.follow_links).read_bytes()
                 files.append((i, content, read_header(content)))
         boxes_T4 = _boxes(task, {i: header for i, _, header in files})
         for i, content, header in files:
             views = slice(task.starts[i], task.starts[i + 1])
-            with _told(task, i, lines):
+            with _unreadable_noted(task, i, lines):
                 if task.crops is None:
                     square_PP3 = decode_square(content, task.image.resize_px, crop_px, interpolation, task.gray_bits)
                     views_TPP3[views] = torch.from_numpy(square_PP3.copy())
@@ -115,7 +115,7 @@ class _Decode(Dataset):
         return lines or views_TPP3
 
 
-def _boxes(task: _Task, headers: dict[int, Header]) -> np.ndarray:
+def _boxes(task: _DecodeTask, headers: dict[int, Header]) -> np.ndarray:
     """Each view's box, int64 (T, 4), all drawn at once; of images that cannot be read, anything."""
     if task.crops is None:
         return np.empty((0, 4), np.int64)
@@ -126,7 +126,7 @@ def _boxes(task: _Task, headers: dict[int, Header]) -> np.ndarray:
 
 
 @contextmanager
-def _told(task: _Task, i: int, lines: list[str]) -> Iterator[None]:
+def _unreadable_noted(task: _DecodeTask, i: int, lines: list[str]) -> Iterator[None]:
     """Where the task's i-th file cannot be read, one line more."""
     try:
         yield

@@ -1,6 +1,6 @@
-"""The random numbers of views, drawn on the host by key: crop boxes, flips, colour factors, greys, blurs.
+"""The random numbers of views, drawn on the host: crop boxes, flips, colour factors, greys, blurs.
 
-A view is a function of (seed, purpose, epoch, key row, view) and of the image; one call draws a whole batch. Distributions are those
+A view is a function of (seed, purpose, epoch, seed row, view) and of the image; one call draws a whole batch. Distributions are those
 of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and RandomHorizontalFlip, and of MoCo-v2's GaussianBlur (sigma in
 pixels). Shape letters: B views, O colour operations in use.
 """
@@ -68,10 +68,10 @@ def join_colours(parts: Sequence[Colours]) -> Colours:
 
 
 def draw_views(
-    augment: AugmentParams, seed: int, purpose: str, epoch: int, key_rows_B: ArrayLike, view_B: ArrayLike
+    augment: AugmentParams, seed: int, purpose: str, epoch: int, seed_rows_B: ArrayLike, view_B: ArrayLike
 ) -> tuple[Crops, Colours]:
-    """Draw B views, each keyed by its row and its view (or one view for all)."""
-    u_BJ = seeds.uniforms(seed, purpose, epoch, key_rows_B, view_B, _DRAWS)
+    """Draw B views, each by its seed row and its view (or one view for all)."""
+    u_BJ = seeds.uniforms(seed, purpose, epoch, seed_rows_B, view_B, _DRAWS)
     ranges_B4 = np.broadcast_to(np.array([*augment.crop_scale, *augment.crop_ratio]), (len(u_BJ), 4))
     crops = Crops(u_BJ[:, : _LEFT + 1], u_BJ[:, _FLIP] < augment.flip_p, ranges_B4)
     operation_BO, factor_BO = _jitter(augment, u_BJ)

@@ -1,4 +1,4 @@
-"""Batches of views on the device, for training (random views by key) and for features (centre views in row order).
+"""Batches of views on the device, for training (random views by seed row) and for features (centre views in row order).
 
 The same key gives the same pixels whoever asks, with any number of workers, in any batch: a stored teacher view can be drawn
 again. A JPEG file far larger than its crops is the exception: it is decoded at a fraction of its size that suits all views asked for
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from bingo.images.augment import center_view, cropped_views, normalize, random_views, to_unit, upload
-from bingo.images.decoding import AnyPlan, FileDecoder, Plan
+from bingo.images.decoding import AnyPlan, DecodePlan, FileDecoder
 from bingo.images.draws import Colours, Crops, draw_views, join_colours, join_crops
 from bingo.images.images import Images, MemoryImages
 from bingo.params import AugmentParams, ImageParams
@@ -29,14 +29,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Request:
-    """B random views: of images `image_rows_B` (int64), their randomness keyed by (purpose, epoch, key row, view).
+    """B random views: of images `image_rows_B` (int64), their randomness a function of (purpose, epoch, seed row, view).
 
-    The key row is the image's own, except where another image is to be seen through the same crop and colours. `augment`: another
+    The seed row is the image's own row, except where another image is to be seen through the same crop and colours. `augment`: another
     family of views than the loader's.
     """
 
     image_rows_B: np.ndarray
-    key_rows_B: np.ndarray
+    seed_rows_B: np.ndarray
     purpose: str
     epoch: int
     view_B: int | np.ndarray
@@ -85,8 +85,8 @@ class ViewLoader:
             yield found
 
     def _draw(self, request: Request) -> tuple[Crops, Colours]:
-        keys = (request.purpose, request.epoch, request.key_rows_B, request.view_B)
-        return draw_views(self._family(request), self._seed, *keys)
+        drawn_by = (request.purpose, request.epoch, request.seed_rows_B, request.view_B)
+        return draw_views(self._family(request), self._seed, *drawn_by)
 
     def _family(self, request: Request) -> AugmentParams:
         return request.augment or self.augment
@@ -115,7 +115,7 @@ class ViewLoader:
 
 
 @dataclass(frozen=True)
-class _DrawnPlan(Plan, Generic[Item]):
+class _DrawnPlan(DecodePlan, Generic[Item]):
     """Requests as the decoder wants them, with what their views need afterwards: the colours and the family of each request."""
 
     item: Item
@@ -143,7 +143,7 @@ def center_batches(
             yield center_view(_gather(images, rows_B, device), image)
         return
     decoder = FileDecoder(images, image, workers, pin=device.type == "cuda")
-    for _, x_BPP3 in _on_device(decoder.batches(Plan(rows_B, None) for rows_B in batches), device):
+    for _, x_BPP3 in _on_device(decoder.batches(DecodePlan(rows_B, None) for rows_B in batches), device):
         yield normalize(to_unit(x_BPP3), image)
 
 

@@ -27,7 +27,17 @@ from bingo.pipeline.paths import LIMITS, RUNS
 from bingo.pipeline.state import sweep
 from bingo.planning.limits import check_limits
 from bingo.runtime.artefacts import file_fingerprint, fingerprint, write_json
-from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, GroupLost, Interrupted, UserError, near_matches, out_of_memory
+from bingo.runtime.errors import (
+    FAILED,
+    INTERRUPTED,
+    USER_MISTAKE,
+    GroupLost,
+    Interrupted,
+    UserError,
+    near_matches,
+    out_of_memory,
+    printable,
+)
 from bingo.runtime.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -105,7 +115,7 @@ def _write_record(record: dict[str, Any]) -> None:
         except OSError as error:
             if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
                 raise
-            _tell([f"{error.filename}: {error.strerror}; the outputs are whole, but this run leaves no record of itself"], "warning")
+            _print_lines([f"{error.filename}: {error.strerror}; the outputs are whole, but this run leaves no record of itself"], "warning")
 
 
 def _record_folders() -> list[Path]:
@@ -135,15 +145,17 @@ def mistakes_as_lines() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _tell(error.lines)
+        _print_lines(error.lines)
         if not Path("params.yaml").exists() and any("dvc " in line for line in error.lines):
-            _tell([f"{Path.cwd()} lies in no folder with params.yaml, so no artefact is found; change into the project's folder"], "note")
+            _print_lines(
+                [f"{Path.cwd()} lies in no folder with params.yaml, so no artefact is found; change into the project's folder"], "note"
+            )
         raise SystemExit(USER_MISTAKE) from None
     except OSError as error:
         if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
             raise
         way_out = "free some room" if error.errno in NO_ROOM else "mend the rights"
-        _tell([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: what is done is not lost"])
+        _print_lines([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: what is done is not lost"])
         raise SystemExit(USER_MISTAKE) from None
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":
@@ -158,7 +170,7 @@ def mistakes_as_lines() -> Iterator[None]:
         raise SystemExit(FAILED) from None
     except Exception as error:
         if line := out_of_memory(error):
-            _tell([line])
+            _print_lines([line])
             raise SystemExit(USER_MISTAKE) from None
         _let_the_first_speak()
         raise
@@ -169,15 +181,10 @@ def _let_the_first_speak() -> None:
         time.sleep(OTHERS_WAIT_SECONDS)
 
 
-def _tell(lines: Sequence[str], word: str = "error") -> None:
+def _print_lines(lines: Sequence[str], word: str = "error") -> None:
     """Print mistakes, which all processes mostly find alike."""
     _let_the_first_speak()
-    print("\n".join(f"{word}: {_printable(line)}" for line in lines), file=sys.stderr, flush=True)
-
-
-def _printable(line: str) -> str:
-    """A line as it is, but for what would break it or move the cursor: the names of files hold anything."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    print("\n".join(f"{word}: {printable(line)}" for line in lines), file=sys.stderr, flush=True)
 
 
 def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bingo.teachers.teacher import Teacher
     from bingo.training.assembly import TrainingSetup
     from bingo.training.batches import Batches, Stored
-    from bingo.training.loop import Result
+    from bingo.training.loop import TrainingResult
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrainingInputs:
 
 
 def train_method(
-    run: Run, device: "torch.device", setup: "TrainingSetup", inputs: TrainingInputs, finish: Callable[["Method", "Result"], None]
+    run: Run, device: "torch.device", setup: "TrainingSetup", inputs: TrainingInputs, finish: Callable[["Method", "TrainingResult"], None]
 ) -> None:
     """Train what `setup` describes on `inputs`, going on from the last checkpoint of exactly this training; `finish` writes its outputs.
 
@@ -77,7 +77,7 @@ def train_method(
         if distributed.rank() == 0:
             result.spread = feature_spread(method.student, *watched)
             finish(method, result)
-    _tell(run, setup, result)
+    _say_result(run, setup, result)
 
 
 def _check_bags(run: Run, method: "Method", bags: "Bags | None") -> None:
@@ -101,7 +101,7 @@ def _stored(run: Run, section: "MethodSection", embeddings: "Embeddings", device
         raise UserError(f"{paths.EMBEDDINGS}: was made with another image section or seed than params.yaml has; run: dvc repro extract")
     features_TD = torch.from_numpy(embeddings.train_features_TD).to(device) if section.reads_features else None
     augment = AugmentParams.model_validate(recipe["extract"]["augment"])
-    return Stored(torch.from_numpy(embeddings.keys_NVP).to(device), augment, features_TD)
+    return Stored(torch.from_numpy(embeddings.keys_TVP).to(device), augment, features_TD)
 
 
 def _gflop_per_anchor(method: "Method", batches: "Batches") -> float:
@@ -126,7 +126,7 @@ def _identity(run: Run, setup: "TrainingSetup", inputs: TrainingInputs) -> dict[
     }
 
 
-def _tell(run: Run, setup: "TrainingSetup", result: "Result") -> None:
+def _say_result(run: Run, setup: "TrainingSetup", result: "TrainingResult") -> None:
     """Print and note the speed and the last epoch's figures, and warn of a collapsed network."""
     from bingo.evals.collapse import collapse_warning
 
@@ -145,7 +145,7 @@ def write_curves(path: Path, history: list[dict[str, float]]) -> None:
     write_csv(path, history, ["epoch", "loss"])
 
 
-def last_record(result: "Result") -> dict[str, float]:
+def last_record(result: "TrainingResult") -> dict[str, float]:
     """The last epoch's terms and probe figures, the features' spread and what an anchor cost, as metrics."""
     last = {f"last_{name}": value for name, value in result.history[-1].items() if name not in ("epoch", "lr")}
     return {**last, **result.spread, "gflop_per_anchor": result.gflop_per_anchor}

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bingo.params import validate
-from bingo.planning.recipes import MEASURES, Recipe, as_text, flattened, lay_over, read_recipe, recipe_names
+from bingo.planning.recipes import Recipe, as_text, flattened, lay_over, read_recipe, recipe_names
+from bingo.report.measures import measure_label
 
 ROWS = "imagenet-"
 # The columns, each with the keys and sections of params.yaml whose values it shows; a value stands where the longest of them is.
@@ -94,7 +95,7 @@ def _cells(settings: Mapping[str, str]) -> Iterator[str]:
 
 
 def _figures(recipe: Recipe) -> str:
-    return "; ".join(f"{MEASURES[measure]}: {percent}" for measure, percent in recipe.about.expected.items())
+    return "; ".join(f"{measure_label(measure)}: {percent}" for measure, percent in recipe.about.expected.items())
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -21,16 +21,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bingo.params import Params, mistake_lines, read_yaml
+from bingo.report.measures import measure_label
 from bingo.runtime.errors import UserError, near_matches, short
 
 PARTS = "parts"
-MEASURES = {
-    "linear_top1": "linear, top-1",
-    "linear_top5": "linear, top-5",
-    "knn_1": "kNN, k = 1",
-    "knn_10_weighted": "kNN, k = 10, weighted votes",
-    "knn_20": "kNN, k = 20",
-}
 Percent = Annotated[float, Field(ge=0, le=100)]
 # Sections whose keys are the user's own words: they are replaced whole.
 _ADDED = {"semi_eval", "transfer", "transfer_coco", "report"}  # sections of evaluations that are laid over any other recipe
@@ -59,7 +53,7 @@ class ImagesFrom(_Strict):
 class About(_Strict):
     """What a recipe says of itself.
 
-    expected: published accuracies in percent by the names of MEASURES; source: where they are from. These two are a recipe's own; the
+    expected: published accuracies in percent by measure; source: where they are from. These two are a recipe's own; the
     others are inherited from what it includes: `teacher`, `images`; `published`, the settings that were published, by their dotted keys;
     and `deviates`, what differs from them and why. A line of the last that begins with keys or sections of params.yaml and a colon
     speaks of these, and is left out of a recipe that sets all of them as published.
@@ -174,7 +168,7 @@ def _for_the_report(recipe: Recipe) -> dict[str, Any]:
         cleared: dict[str, Any] = {"report": {"title": None, "published": {}}} if recipe.overlay.keys() - _ADDED else {}
         lay_over(cleared, {key: value for key, value in recipe.overlay.items() if key == "report"})
         return cleared
-    published = {MEASURES[measure]: f"{percent} % ({recipe.about.source})" for measure, percent in recipe.about.expected.items()}
+    published = {measure_label(measure): f"{percent} % ({recipe.about.source})" for measure, percent in recipe.about.expected.items()}
     return {"report": {"title": recipe.description, "published": published}}
 
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
+from bingo.params import read_yaml
 from bingo.report.inputs import Artefacts
+from bingo.report.render import render
 from bingo.report.results import ROLES, Cell, Row, network_label
 
 
@@ -22,13 +24,12 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Section:
+class ComparedSection:
     """One section: id, title, a sentence; the measured table (groups of columns with their span, headers, rows), the published one."""
 
     id: str
     title: str
     lead: str
-    caption: str
     groups: list[tuple[str, int]]
     headers: list[str]
     rows: list[Row]
@@ -37,9 +38,20 @@ class Section:
     @property
     def html(self) -> Markup:
         """The section as markup."""
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        template = files("bingo.report").joinpath("report_beside.html.j2").read_text(encoding="utf-8")
-        return Markup(environment.from_string(template).render(section=self))
+        return render("report_beside.html.j2", section=self)
+
+
+@cache
+def published(part: str) -> Any:
+    """A part of published.yaml, which holds what others report."""
+    return read_yaml(Path(__file__).with_name("published.yaml"))[part]
+
+
+def published_table(part: str) -> Published:
+    """A part that is a table: figures with one decimal, numbers not parted from their units."""
+    table = published(part)
+    rows = [(method, remark, [f"{figure:.1f}" for figure in figures]) for method, remark, *figures in table["rows"]]
+    return Published(table["caption"], [header.replace(" ", "\u00a0") for header in table["headers"]], rows)
 
 
 def net_rows(a: Artefacts, columns: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[Row]:

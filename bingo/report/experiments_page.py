@@ -9,8 +9,9 @@ from markupsafe import Markup
 from bingo.params import display_name
 from bingo.report.experiments import Experiment, Variant, spread
 from bingo.report.experiments_table import Table
+from bingo.report.measures import measure_label
 from bingo.report.plots import Point, labelled_points
-from bingo.report.render import render
+from bingo.report.render import render_page
 
 _WITH_TEACHER, _WITHOUT = 0, 2  # of plots.SERIES, as on a run's page
 _AXES = {
@@ -52,7 +53,7 @@ def build_page(
         "charts": [chart for measure in _AXES if (chart := _chart(found, measure))],
         "machines": sorted({_machine(record) for record in records}),
     }
-    return render("report_experiments.html.j2", context)
+    return render_page("report_experiments.html.j2", **context)
 
 
 def _network(section: Mapping[str, Any]) -> str:
@@ -72,7 +73,8 @@ def _machine(record: Mapping[str, Any]) -> str:
 
 def _chart(found: Sequence[Variant], cost: str) -> Chart | None:
     """Accuracy against a cost, over the variants that have both; None where there are fewer than two."""
-    measure, title = ("linear", "linear top-1") if any("linear" in variant.values for variant in found) else ("knn_10", "kNN, k = 10")
+    measure = "linear" if any("linear" in variant.values for variant in found) else "knn_10"
+    title = measure_label(measure)
     points = [point for variant in found if (point := _point(variant, cost, measure, _prefix(found)))]
     if len(points) < 2:
         return None

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from bingo.params import display_name
 from bingo.report.experiments import Difference, Variant, paired_difference
+from bingo.report.measures import measure_label
 
 ABSENT = "–"
-_ACCURACIES = {"linear": "linear", "knn_10": "kNN, k = 10"}
+_ACCURACIES = {measure: measure_label(measure) for measure in ("linear", "knn_10")}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def summary(found: Sequence[Variant], against: str | None) -> Table:
 
 
 _COSTS = (
-    ("of_teacher", "linear, % of its teacher", ",.1f"),
+    ("of_teacher", "linear, top-1, % of its teacher", ",.1f"),
     ("gflop_per_anchor", "GFLOP per anchor", ".3g"),
     ("anchors_per_second", "anchors/s", ",.0f"),
     ("peak_memory_mb", "peak memory, MB", ",.0f"),
@@ -51,10 +52,10 @@ _COSTS = (
 
 
 def by_seed(found: Sequence[Variant]) -> Table:
-    """A row for each variant, a column for each seed: linear / kNN, percent."""
+    """A row for each variant, a column for each seed: its accuracies, percent."""
     seeds = sorted({seed for variant in found for seed in variant.seeds})
     rows = [[variant.name, *(_pair(variant, seed) for seed in seeds)] for variant in found]
-    return Table(["linear / kNN, k = 10", *(f"seed {seed}" for seed in seeds)], rows)
+    return Table([" / ".join(_ACCURACIES.values()), *(f"seed {seed}" for seed in seeds)], rows)
 
 
 def _pair(variant: Variant, seed: int) -> str:

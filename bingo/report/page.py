@@ -20,7 +20,7 @@ from bingo.report import semi as report_semi
 from bingo.report import transfer as report_transfer
 from bingo.report.inputs import Artefacts, Curves, NetworkFacts
 from bingo.report.plots import SERIES, lines
-from bingo.report.render import render
+from bingo.report.render import render_page
 
 _STAGE_ORDER = (
     "scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar", "transfer_coco",
@@ -35,7 +35,7 @@ _RUN_KEYS = (
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingCharts:
     """One training's charts with what they show: its name, a sentence on its last epoch, and the charts."""
 
     title: str
@@ -75,7 +75,7 @@ def build_page(a: Artefacts) -> str:
         "statistics": report_bags.statistics(a.bag_metrics),
         "spreads": report_bags.spread_svgs(a.bag_metrics),
     }
-    return render("report.html.j2", context)
+    return render_page("report.html.j2", **context)
 
 
 def run_script(records: Iterable[Mapping[str, Any]]) -> str:
@@ -133,7 +133,7 @@ def _dataset(a: Artefacts) -> str:
     return f"{_dataset_name(a)}: {_images(a)}, {classes}"
 
 
-def _trainings(a: Artefacts) -> list[Training]:
+def _trainings(a: Artefacts) -> list[TrainingCharts]:
     """The charts of each training that was done here: teacher, student, baselines."""
     trained = [(name, curves) for name, curves in a.curves.items() if curves]
     return [_training(name, _training_title(a, name), curves, a.terms.get(name, {})) for name, curves in trained]
@@ -145,7 +145,7 @@ def _training_title(a: Artefacts, name: str) -> str:
     return report_results.network_label(a, "student" if name == "distill" else name.removeprefix("baseline-"))
 
 
-def _training(name: str, title: str, curves: Curves, terms: dict[str, Any]) -> Training:
+def _training(name: str, title: str, curves: Curves, terms: dict[str, Any]) -> TrainingCharts:
     epochs, final = curves["epoch"], terms.get("last_loss", curves.get("loss", [math.nan])[-1])
     losses = [column for column in curves if column not in ("epoch", "lr") and not column.startswith("knn_")]
     panels = {"Loss": losses, "Learning rate": ["lr"], "kNN accuracy, percent": [c for c in curves if c.startswith("knn_")]}
@@ -156,7 +156,7 @@ def _training(name: str, title: str, curves: Curves, terms: dict[str, Any]) -> T
         if series:
             summary = f"{title}: {panel} by epoch. {_ends(series)}"
             charts.append(lines(f"{name}-{panel.split()[0].lower()}", panel, series, colors, summary))
-    return Training(title, f"{len(epochs)} epochs; the loss ended at {final:.4g}.", charts)
+    return TrainingCharts(title, f"{len(epochs)} epochs; the loss ended at {final:.4g}.", charts)
 
 
 def _ends(series: Mapping[str, tuple[list[float], list[float]]]) -> str:

@@ -55,7 +55,7 @@ _PLACES: dict[tuple[float, float], Any] = {
 
 
 @dataclass(frozen=True)
-class Bar:
+class AccuracyBar:
     """One row of `accuracy_bars`: percents in the order of its measures (None: not measured), and which of SERIES colours it."""
 
     label: str
@@ -63,7 +63,7 @@ class Bar:
     color: int
 
 
-def accuracy_bars(name: str, bars: Sequence[Bar], measures: Sequence[str], chance_percent: float | None) -> Markup:
+def accuracy_bars(name: str, bars: Sequence[AccuracyBar], measures: Sequence[str], chance_percent: float | None) -> Markup:
     """Horizontal bars of one or two measures for each network, in percent, with a dashed line at chance."""
     with _style(name):
         figure = Figure(figsize=(3.5, 0.6 + 0.42 * len(bars)), layout="constrained")

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from bingo.params import display_name
 from bingo.report.inputs import Artefacts
-from bingo.report.plots import Bar, accuracy_bars
+from bingo.report.measures import measure_label
+from bingo.report.plots import AccuracyBar, accuracy_bars
 
-_KNN_COLUMNS = {"knn_10": "k\u00a0=\u00a010", "knn_20_weighted": "k\u00a0=\u00a020, weighted"}
+_USUAL_KNN = ("knn_10", "knn_20_weighted")
 _LINEAR_COLUMNS = {"top1_last": "top-1", "top5_last": "top-5", "top1_best": "top-1, best epoch, chosen on the test split"}
 _PROTOCOLS = {"cached": "Linear layer on stored features", "crops": "Linear layer on random crops"}
 _HEADLINES = (
-    ("linear cached", "top1_last", "linear top-1"),
-    ("knn", "knn_10", "kNN, k = 10"),
-    ("knn", "knn_20_weighted", "weighted kNN, k = 20"),
+    ("linear cached", "top1_last", measure_label("linear")),
+    *(("knn", key, measure_label(key)) for key in _USUAL_KNN),
 )
 ROLES = {"teacher": "ceiling", "untrained": "floor", "pixels": "no network"}
 _FAMILY_COLORS = {"student": 0, "teacher": 1, "untrained": 3, "pixels": 3}  # of plots.SERIES; the baselines' is 2
@@ -49,7 +49,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Tile:
+class HeadlineTile:
     """One large figure at the top of the page."""
 
     net: str
@@ -77,8 +77,8 @@ def network_label(a: Artefacts, net: str) -> str:
 def columns(a: Artefacts) -> list[Column]:
     """The measures that at least one network has; of kNN the two usual ones, or else every one that was measured."""
     knn_keys = {key for scores in a.knn.values() for key in scores}
-    usual = {key: header for key, header in _KNN_COLUMNS.items() if key in knn_keys}
-    found = [Column("knn", key, header) for key, header in (usual or {key: _knn_header(key) for key in sorted(knn_keys)}).items()]
+    usual = [key for key in _USUAL_KNN if key in knn_keys]
+    found = [Column("knn", key, _knn_header(key)) for key in usual or sorted(knn_keys)]
     for protocol in _PROTOCOLS:
         keys = {key for scores in a.linear.get(protocol, {}).values() for key in scores}
         found += [Column(f"linear {protocol}", key, header) for key, header in _LINEAR_COLUMNS.items() if key in keys]
@@ -117,7 +117,7 @@ def bars_svg(a: Artefacts) -> str:
     bars = []
     for net in _nets(a):
         percents = [_cell(a, net, column).percent for column in measures]
-        bars.append(Bar(_short_label(net, a.params.distill.method), percents, _FAMILY_COLORS.get(net, 2)))
+        bars.append(AccuracyBar(_short_label(net, a.params.distill.method), percents, _FAMILY_COLORS.get(net, 2)))
     return accuracy_bars("results", bars, [column.header for column in measures], chance_row(a, measures[:1])[0])
 
 
@@ -136,14 +136,14 @@ def headline_measure(a: Artefacts) -> str:
     return found[0].header if found else ""
 
 
-def tiles(a: Artefacts) -> list[Tile]:
+def tiles(a: Artefacts) -> list[HeadlineTile]:
     """The headline's figures: student, its baselines, the teacher, the floor."""
     found = _headline_columns(a)
     if not found:
         return []
     figures = {net: _cell(a, net, found[0]).percent for net in _nets(a)}
     order = ["student", *_baselines(a), "teacher", "untrained"]
-    return [Tile(net, network_label(a, net), percent) for net in order if (percent := figures.get(net)) is not None]
+    return [HeadlineTile(net, network_label(a, net), percent) for net in order if (percent := figures.get(net)) is not None]
 
 
 def headline(a: Artefacts) -> str:
@@ -237,8 +237,8 @@ def _headline_columns(a: Artefacts) -> list[Column]:
 
 
 def _knn_header(key: str) -> str:
-    number, _, weighted = key.removeprefix("knn_").partition("_")
-    return f"k\u00a0=\u00a0{number}" + (", weighted" if weighted else "")
+    """Without the group's name, which stands above it, and not to be broken at the sign."""
+    return measure_label(key).removeprefix("kNN, ").replace(" = ", "\u00a0=\u00a0")
 
 
 def _short_label(net: str, method: str) -> str:

@@ -1,6 +1,6 @@
 """The report's section on transfer to other labelled images, beside the published CIFAR figures."""
 
-from bingo.report.beside import Published, Section, last_figures, net_rows
+from bingo.report.beside import ComparedSection, last_figures, net_rows, published_table
 from bingo.report.inputs import Artefacts
 
 _PROTOCOLS = {"linear_resized": "linear, enlarged", "linear_native": "linear", "finetune": "fine-tuned"}
@@ -8,19 +8,9 @@ _LEAD = (
     "The student on another set of images than it was distilled on. Linear: a layer on the frozen student, on random crops, enlarged as in"
     " the papers or at the images' own size. Fine-tuned: the whole network learns, at their own size."
 )
-_PUBLISHED = Published(
-    "ResNet-18 from ImageNet, linear, enlarged to 224 px as SEED and DisCo do; from BINGO's slides, not measured here.",
-    ["CIFAR-10", "CIFAR-100"],
-    [
-        ("MoCo-v2", "no teacher", ["77.9", "48.1"]),
-        ("SEED", "R50 67.4", ["82.3", "56.8"]),
-        ("DisCo", "R50 67.4", ["85.3", "63.3"]),
-        ("BINGO", "R50 67.4", ["86.8", "66.5"]),
-    ],
-)
 
 
-def section(a: Artefacts) -> Section | None:
+def section(a: Artefacts) -> ComparedSection | None:
     """The section, None where nothing was measured."""
     if not a.transfer:
         return None
@@ -31,15 +21,14 @@ def section(a: Artefacts) -> Section | None:
         groups.append((f"{name}: {train:,} train, {test:,} test images", len(shown)))
         headers += [f"{_PROTOCOLS[protocol]}, {result['protocols'][protocol]['crop_px']}\u00a0px" for protocol in shown]
         columns += [{net: scores[protocol] for net, scores in result["nets"].items()} for protocol in shown]
-    return Section(
+    return ComparedSection(
         id="transfer",
         title="Transfer",
         lead=_LEAD,
-        caption="Percent of the test images after the last epoch; below it the best epoch, which is chosen on the test split.",
         groups=groups,
         headers=headers,
         rows=net_rows(a, columns),
-        published=_PUBLISHED,
+        published=published_table("transfer"),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from bingo.runtime import distributed
 from bingo.runtime.artefacts import fingerprint, read_json, write_bytes, write_json
 from bingo.runtime.checksums import Damaged, seal, unseal
-from bingo.runtime.errors import UserError, out_of_memory
+from bingo.runtime.errors import Interrupted, UserError, out_of_memory
 
 SECONDS_VARIABLE = "BINGO_CHECKPOINT_SECONDS"
 
@@ -35,18 +35,6 @@ def seconds_between() -> float:
     return seconds
 
 
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM and SIGINT end nothing; the function that is yielded tells whether one of them came."""
-    came = []
-    previous = {number: signal.signal(number, lambda *_: came.append(True)) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 class Checkpoints:
     """The checkpoints in one folder. Each process keeps its own file, since BatchNorm's statistics differ between processes."""
 
@@ -54,7 +42,19 @@ class Checkpoints:
         self.folder = folder
         self.every_seconds = seconds_between() if every_seconds is None else every_seconds
         self.last_seconds = time.monotonic()
+        self.stopping = False
         folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def stop_requests(self) -> Iterator[None]:
+        """Within it SIGTERM and SIGINT end nothing: they set `stopping`, and the next `save_if_due` saves and stops."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.signal(number, lambda *_: setattr(self, "stopping", True)) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def due(self) -> bool:
         """Whether the interval has passed since the last save; the first process decides for all."""
@@ -64,6 +64,14 @@ class Checkpoints:
             flag = flag.to(device)
             torch.distributed.broadcast(flag, src=0)
         return bool(flag.item())
+
+    def save_if_due(self, state: Callable[[], dict[str, Any]], step: int, device: torch.device, label: str) -> None:
+        """Save `state()` where the interval has passed or any process was asked to stop. Raises Interrupted after such a stop."""
+        stop = distributed.any_true(self.stopping, device)
+        if stop or self.due():
+            self.save(state(), step)
+        if stop:
+            raise Interrupted(f"{label}: stopped at step {step} with a checkpoint; start again to go on from there")
 
     def save(self, state: dict[str, Any], step: int) -> None:
         """Write this process's state; when all have, `latest.json` names the step and older files go."""

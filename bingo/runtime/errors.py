@@ -52,6 +52,11 @@ def short(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 20]}..."
 
 
+def printable(text: str) -> str:
+    """A text with every character that could break a line or steer a terminal written as an escape: a file may be called anything."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def near_matches(word: str, allowed: Iterable[str], most: int = 3) -> str:
     """`; did you mean a, b?` for the names of `allowed` that look like `word`, in whatever case, or an empty string."""
     if len(word) > _MOST_SHOWN:

@@ -34,8 +34,3 @@ def path_inside(root: str, path: str, follow_links: bool = False) -> Path:
 def folded(name: str) -> str:
     """A name without its case and its Unicode form: equal for what people read as the same."""
     return normalize("NFC", normalize("NFC", name).casefold())
-
-
-def shown(name: str) -> str:
-    """A file's name as it can be printed."""
-    return name if name.isprintable() else ascii(name)[1:-1]

@@ -6,6 +6,7 @@ import threading
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 
+from bingo.runtime.errors import FAILED
 from bingo.runtime.memory import keep_freed_memory
 
 MOST_WORKERS = 32
@@ -38,4 +39,4 @@ def begin_worker(*_: object) -> None:
 
 def _watch(sentinel: int) -> None:
     wait([sentinel])
-    os._exit(1)
+    os._exit(FAILED)

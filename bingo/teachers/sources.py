@@ -68,7 +68,7 @@ def from_timm(params: TeacherParams, image: ImageParams) -> Made:
     state = _download(params, lambda: timm.create_model(params.arch, pretrained=True))
     left_out = _load_trunk(backbone, state, f"timm's weights of {params.arch}")
     weights = f"{cfg['architecture']}.{cfg['tag']}"
-    return backbone, None, {"pretrained": True, "weights": weights, "left_out": left_out, **_told(options)}
+    return backbone, None, {"pretrained": True, "weights": weights, "left_out": left_out, **_noted(options)}
 
 
 def from_torchvision(params: TeacherParams, image: ImageParams) -> Made:
@@ -106,7 +106,7 @@ def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     _compare_normalisation(params, image, *parts.mean_std)
     _mention_stem(params)
     source = {"pretrained": True, "source_sha256": sha256, "format": params.format, "left_out": parts.left_out}
-    return backbone, head, source | _told(options)
+    return backbone, head, source | _noted(options)
 
 
 def _parts(params: TeacherParams, content: Any) -> Parts:
@@ -223,7 +223,7 @@ def _empty(params: TeacherParams, options: Mapping[str, Any]) -> Backbone:
     return build_backbone(params.arch, params.width, params.stem, 0, options)
 
 
-def _told(options: Mapping[str, Any]) -> dict[str, Any]:
+def _noted(options: Mapping[str, Any]) -> dict[str, Any]:
     """What metadata say of the backbone's options: nothing where there are none, so that such files stay as they were."""
     return {"options": dict(options)} if options else {}
 
@@ -247,7 +247,7 @@ def _from_own_file(params: TeacherParams, backbone: Backbone, options: Mapping[s
     backbone, options = _of_its_grid(params, backbone, options, state)
     load_strictly(backbone, state, path)
     _mention_stem(params)
-    return backbone, None, {"pretrained": True, "source_sha256": sha256, "left_out": left_out + sorted(place.beside), **_told(options)}
+    return backbone, None, {"pretrained": True, "source_sha256": sha256, "left_out": left_out + sorted(place.beside), **_noted(options)}
 
 
 def _misfit(params: TeacherParams, backbone: Backbone, content: Any) -> UserError:

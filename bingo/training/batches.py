@@ -37,7 +37,7 @@ class Stored:
 
 
 @dataclass
-class Plan:
+class BatchPlan:
     """One step of this process: rows, the drawn members, the stored views whose keys each row is given."""
 
     rows_B: np.ndarray
@@ -78,21 +78,23 @@ class Batches:
         for plan, views in self.loader.items_with_views((plan, plan.requests) for plan in self._plans(epoch, first)):
             yield self.make(plan, views)
 
-    def _plans(self, epoch: int, first: int) -> Iterator[Plan]:
+    def _plans(self, epoch: int, first: int) -> Iterator[BatchPlan]:
         order_N = seeds.permutation(self.seed, "order", epoch, self.train_rows)
         for step in range(first, self.steps_per_epoch):
             rows_B = order_N[step * self.batch_anchors : (step + 1) * self.batch_anchors]
             yield self.plan(epoch, distributed.own_share(rows_B))
 
-    def plan(self, epoch: int, rows_B: np.ndarray) -> Plan:
-        """What one step holds. A companion's draws are keyed by its anchor and its place among the companions, so a row that comes
+    def plan(self, epoch: int, rows_B: np.ndarray) -> BatchPlan:
+        """What one step holds. A companion's draws follow from its anchor's row and its place among the companions, so a row that comes
         twice is seen twice."""
-        needs, key_rows_B, place_B = self.needs, rows_B, np.zeros(len(rows_B), np.int64)
+        needs, seed_rows_B, place_B = self.needs, rows_B, np.zeros(len(rows_B), np.int64)
         if needs.companions:
             place_B = np.repeat(np.arange(1 + needs.companions), len(rows_B))
-            key_rows_B, rows_B = np.tile(rows_B, 1 + needs.companions), np.concatenate([rows_B, self._companions(epoch, rows_B)])
-        view_SB = self._stored_views(epoch, key_rows_B, place_B)
-        requests = [Request(rows_B, key_rows_B, "anchor", epoch, view + needs.anchor_views * place_B) for view in range(needs.anchor_views)]
+            seed_rows_B, rows_B = np.tile(rows_B, 1 + needs.companions), np.concatenate([rows_B, self._companions(epoch, rows_B)])
+        view_SB = self._stored_views(epoch, seed_rows_B, place_B)
+        requests = [
+            Request(rows_B, seed_rows_B, "anchor", epoch, view + needs.anchor_views * place_B) for view in range(needs.anchor_views)
+        ]
         for view in range(needs.same_views):
             assert self.stored is not None, "a method that needs stored views is given them"
             requests[view] = Request(rows_B, rows_B, STORED_VIEWS, 0, view_SB[view], self.stored.augment)
@@ -103,7 +105,7 @@ class Batches:
             assert self.bags is not None, "a method that needs members is given bags"
             member_rows_B = self.bags.draw(rows_B, seeds.uniforms(self.seed, "member", epoch, rows_B)[:, 0])
             requests += [Request(member_rows_B, rows_B, "member", epoch, view) for view in range(needs.member_views)]
-        return Plan(rows_B, member_rows_B, view_SB, requests)
+        return BatchPlan(rows_B, member_rows_B, view_SB, requests)
 
     def _companions(self, epoch: int, rows_B: np.ndarray) -> np.ndarray:
         """Distinct listed members of each anchor's bag, int64 (M * B,): the first of every anchor, then the second, and so on."""
@@ -111,16 +113,16 @@ class Batches:
         u_BK = seeds.uniforms(self.seed, "companions", epoch, rows_B, draws=self.bags.members_TK.shape[1])
         return self.bags.draw_listed(rows_B, u_BK, self.needs.companions).T.ravel()
 
-    def _stored_views(self, epoch: int, key_rows_B: np.ndarray, place_B: np.ndarray) -> np.ndarray:
+    def _stored_views(self, epoch: int, seed_rows_B: np.ndarray, place_B: np.ndarray) -> np.ndarray:
         """Numbers of stored views, int64 (S, B): one drawn for each row and, where two same views are needed, another one."""
         views = self.stored.keys_TVP.shape[1] if self.stored is not None else 1
-        u_B2 = seeds.uniforms(self.seed, "stored view", epoch, key_rows_B, place_B, draws=2)
+        u_B2 = seeds.uniforms(self.seed, "stored view", epoch, seed_rows_B, place_B, draws=2)
         first_B = (u_B2[:, 0] * views).astype(np.int64)
         if self.needs.same_views < 2:
             return first_B[None]
         return np.stack([first_B, (first_B + 1 + (u_B2[:, 1] * (views - 1)).astype(np.int64)) % views])
 
-    def make(self, plan: Plan, views: list[Tensor]) -> Batch:
+    def make(self, plan: BatchPlan, views: list[Tensor]) -> Batch:
         """A plan with its views, and the stored keys and features of its rows."""
         device, anchors = views[0].device, self.needs.anchor_views
         batch = Batch(upload(plan.rows_B, device), views[:anchors], member_views=views[anchors:], host_rows_B=plan.rows_B)

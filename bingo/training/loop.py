@@ -5,7 +5,6 @@ Every random choice is a function of (seed, purpose, epoch, row), so a run that 
 ends with the same bytes as one that was not.
 """
 
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from bingo.nets.batchnorm import grouped_batchnorm, own_groups
 from bingo.params import ScheduleParams
 from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints
-from bingo.runtime.errors import Interrupted, UserError
+from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
 from bingo.training.batches import Batches
@@ -28,7 +27,7 @@ from bingo.training.finite import LossWatch
 
 
 @dataclass
-class Result:
+class TrainingResult:
     """What a training leaves behind beside the method's weights: one record an epoch, how far the network's features are spread,
     what an anchor costs (GFLOP, forward and backward), and how fast it went in this process."""
 
@@ -70,27 +69,21 @@ class Trainer:
         self.network = distributed.data_parallel(self.method, device)
         self.watch = LossWatch(device)
         self.sums: dict[str, Tensor] = {}
-        self.step, self.result = 0, Result()
-        self.stopping = False
+        self.step, self.result = 0, TrainingResult()
 
     def resumes(self) -> bool:
         """Whether there is a checkpoint to go on from."""
         return self.checkpoints.exists()
 
-    def run(self) -> Result:
+    def run(self) -> TrainingResult:
         """Train to the end, from the last checkpoint if there is one. Raises Interrupted after SIGTERM or SIGINT, with a checkpoint."""
         self._resume()
         total = self.schedule.epochs * self.steps_per_epoch
-        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         begun = time.monotonic()
-        try:
-            with progress_bar(self.label, total * self.schedule.batch_anchors, "anchors") as bar:
-                bar.resume_at(self.step * self.schedule.batch_anchors)
-                while self.step < total:
-                    self._epoch(bar)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with self.checkpoints.stop_requests(), progress_bar(self.label, total * self.schedule.batch_anchors, "anchors") as bar:
+            bar.resume_at(self.step * self.schedule.batch_anchors)
+            while self.step < total:
+                self._epoch(bar)
         self.result.seconds, self.result.wait_seconds = time.monotonic() - begun, self.batches.loader.wait_seconds
         return self.result
 
@@ -159,26 +152,21 @@ class Trainer:
         self.sums = {}
         self.result.history.append(record)
 
-    def _ask_to_stop(self, *_: Any) -> None:
-        self.stopping = True
-
     def _checkpoint_if_due(self) -> None:
         """Several processes agree on it only where the loss is read as well: to agree waits for the device."""
         if distributed.world() > 1 and not self.watch.due(self.step):
             return
-        stop = distributed.any_true(self.stopping, self.device)
-        if stop or self.checkpoints.due():
-            self._refuse_what_is_not_finite()
-            state = {
-                "method": self.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "sums": self.sums,
-                "history": self.result.history,
-            }
-            self.checkpoints.save(state, self.step)
-        if stop:
-            raise Interrupted(f"{self.label}: stopped at step {self.step} with a checkpoint; start again to go on from there")
+        self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
+
+    def _state(self) -> dict[str, Any]:
+        self._refuse_what_is_not_finite()
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "sums": self.sums,
+            "history": self.result.history,
+        }
 
     def _resume(self) -> None:
         state = self.checkpoints.load(self.device)

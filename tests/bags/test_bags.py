@@ -17,7 +17,7 @@ from bingo.bags import builders as bag_builders
 from bingo.bags import kmeans as bag_clusters
 from bingo.bags import neighbors
 from bingo.bags.builders import build_kmeans, build_knn, build_label
-from bingo.bags.index import Bags, matching_pairs, read_bags, write_bags
+from bingo.bags.index import Bags, read_bags, write_bags
 from bingo.bags.ivf import InvertedFile
 from bingo.bags.metrics import bag_metrics
 from bingo.runtime.chunks import StoredRows, new_array
@@ -203,24 +203,6 @@ def test_short_knn_bags_draw_what_they_list():
     members = np.array([[1, 2], [2, -1], [-1, -1]], np.int32)
     bags = Bags({"method": "knn"}, members, np.where(members < 0, -np.inf, 0.5).astype(np.float16))
     np.testing.assert_array_equal(bags.draw(np.array([0, 0, 1, 1, 2]), np.array([0.1, 0.9, 0.1, 0.9, 0.5])), [1, 2, 2, 2, 2])
-
-
-@pytest.mark.parametrize("method", ["knn", "kmeans", "label"])
-@pytest.mark.parametrize("others", ["all", "shuffled", "repeated"])
-def test_contains_is_its_definition(built, method, others):
-    bags, rng = built[method], np.random.default_rng(0)
-    anchors = rng.integers(0, 400, 8)
-    rows = {"all": np.arange(400), "shuffled": rng.permutation(400)[:250], "repeated": rng.integers(0, 400, 300)}[others]
-    inside = [{int(anchor), *whole_bag(bags, anchor)} for anchor in anchors]
-    wanted = [[int(other) in rows_inside for other in rows] for rows_inside in inside]
-    np.testing.assert_array_equal(bags.contains(anchors, rows), wanted)
-    pairs = bags.bag_pairs(anchors, rows)
-    assert len(pairs[0]) == np.sum(wanted)  # each pair once
-
-
-def test_matching_pairs_of_nothing():
-    for wanted, values in ((np.zeros((0, 2), int), np.arange(3)), (np.full((2, 2), -1), np.array([-1, 0]))):
-        assert [len(x) for x in matching_pairs(wanted, values)] == [0, 0]
 
 
 @pytest.mark.parametrize("method", ["knn", "kmeans", "label"])

@@ -1,10 +1,8 @@
-"""The gallery: its files against the index, and the page in a real browser, opened as a file and served."""
+"""The gallery: its files against the index, and the page in a real browser, opened as a file."""
 
 import base64
 import json
 import re
-import threading
-import urllib.request
 from pathlib import Path
 
 import chromium
@@ -16,11 +14,9 @@ from PIL import Image
 from bingo.bags.anchors import anchor_figures
 from bingo.bags.index import read_bags
 from bingo.browse.gallery import sidecars
-from bingo.cli.gallery_server import make_server
 from bingo.images.images import write_images
 from bingo.images.listing import read_listing
-from bingo.runtime.errors import UserError
-from tests.cli.test_bags_cli import bingo_bags, mistake
+from tests.cli.test_browse import bingo_bags, mistake
 
 needs_browser = pytest.mark.skipif(chromium.PATH is None, reason="no Chromium here: apt-get install chromium")
 NASTY = ["<img src=x onerror=alert(1)>", "a\"b'c & </script> \u2028", "plain"]
@@ -346,21 +342,3 @@ def test_clusters_can_be_browsed_and_a_missing_sidecar_is_told(browser, tmp_path
     (tmp_path / ".bingo/gallery/data/bags-000000.js").unlink()
     browser.open((tmp_path / ".bingo/gallery/index.html").as_uri())
     browser.wait("document.getElementById('problem').textContent.includes('data/bags-000000.js could not be loaded')")
-
-
-@needs_browser
-def test_served_under_a_strict_policy(browser, workspace):
-    with make_server(workspace / ".bingo/gallery", 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        host, port = server.server_address[:2]
-        assert host == "127.0.0.1"
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
-            assert "script-src 'self'" in answer.headers["Content-Security-Policy"]
-        browser.errors.clear()
-        browser.open(f"http://127.0.0.1:{port}/#row=9&sort=hubs")
-        wait_for_bag(browser, 9)
-        assert browser.value("getComputedStyle(document.querySelector('.thumb')).backgroundImage").startswith("url(")
-        assert browser.errors == []
-        server.shutdown()
-        with pytest.raises(UserError, match=f"--port = {port}: is taken"):
-            make_server(workspace, port)

@@ -13,7 +13,7 @@ from fabricated import make_workspace
 from bingo.bags.index import read_bags
 from bingo.images.listing import read_listing
 from bingo.runtime.artefacts import read_json
-from tests.cli.test_bags_cli import bingo_bags, mistake
+from tests.cli.test_browse import bingo_bags, mistake
 
 PIPELINE = """stages:
   bag:

@@ -73,7 +73,7 @@ def test_crowds_and_empty_instances_are_left_out_and_counted(tmp_path):
     found = read(tmp_path)
     targets = training_targets(found)
     assert list(targets.left_out.values()) == [1, 4, 3]
-    assert targets.told() == "2 images with nothing to learn, 1 crowds, 4 boxes without width or height, 3 masks without an area"
+    assert targets.in_words() == "2 images with nothing to learn, 1 crowds, 4 boxes without width or height, 3 masks without an area"
     kept = [found.images.entries[row]["id"] for row in targets.rows]
     assert kept == sorted({image["id"] for image in content["images"]} - {second["id"], content["images"][4]["id"]})
     assert sum(len(json.loads(line)) for line in targets.lines if line) == 6
@@ -114,7 +114,7 @@ def test_what_an_exporter_left_out_is_derived_and_counted(tmp_path, empty):
     content = make_split(tmp_path, "train", 4, 0)
     write(tmp_path, "train", content)
     whole = read(tmp_path)
-    assert whole.told() == ""
+    assert whole.in_words() == ""
     short = json.loads(json.dumps(content))
     for annotation in short["annotations"]:
         for key in ("iscrowd", "area", "bbox", "id"):
@@ -187,7 +187,7 @@ def test_a_segmentation_that_covers_pixels_stays(tmp_path, name):
     polygon = SHAPES[name] if not isinstance(SHAPES[name][0], list) else SHAPES[name][-1]
     wanted = int(mask_of({"segmentation": [polygon]}, 108, 81).sum())
     assert abs(int(masks[0].sum()) - wanted) <= 0.2 * wanted + 8
-    assert found.told() == ""
+    assert found.in_words() == ""
 
 
 def test_annotations_of_images_that_are_not_listed_are_left_out(tmp_path):
@@ -195,7 +195,7 @@ def test_annotations_of_images_that_are_not_listed_are_left_out(tmp_path):
     gone = content["images"].pop()
     write(tmp_path, "train", content)
     found = read(tmp_path)
-    assert found.told().startswith("2 annotations of images that are not listed")
+    assert found.in_words().startswith("2 annotations of images that are not listed")
     assert gone["id"] not in {annotation["image_id"] for annotation in found.annotations}
     assert len(found.annotations) == 4
 

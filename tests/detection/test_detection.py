@@ -389,7 +389,7 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(found, tmp_path,
 
     def stop_at(plan, batch):
         step(plan, batch)
-        first.stopping = first.step + 1 == stop_step
+        first.checkpoints.stopping = first.step + 1 == stop_step
 
     monkeypatch.setattr(first, "_train_step", stop_at)
     with pytest.raises(Interrupted, match=f"stopped at step {stop_step} with a checkpoint"):

@@ -52,8 +52,8 @@ def test_what_is_written_is_read(store):
     embeddings = read_embeddings(store, LISTING)
     features, keys = arrays()
     np.testing.assert_array_equal(embeddings.features_ND, features.astype(np.float16))
-    np.testing.assert_array_equal(embeddings.keys_NVP, keys.astype(np.float16))
-    assert embeddings.features_ND.dtype == embeddings.keys_NVP.dtype == np.float16
+    np.testing.assert_array_equal(embeddings.keys_TVP, keys.astype(np.float16))
+    assert embeddings.features_ND.dtype == embeddings.keys_TVP.dtype == np.float16
     assert embeddings.fingerprint == fingerprint(ATTRS)
     assert (embeddings.rows, embeddings.train_rows, embeddings.feature_width) == (ROWS, TRAIN_ROWS, WIDTH)
     assert (embeddings.views, embeddings.key_width) == (VIEWS, KEY_WIDTH)
@@ -161,7 +161,7 @@ def test_a_damaged_chunk_is_refused(store, array, damage):
 
 def load(store, array):
     embeddings = read_embeddings(store, LISTING)
-    return embeddings.features_ND if array == "features" else embeddings.keys_NVP
+    return embeddings.features_ND if array == "features" else embeddings.keys_TVP
 
 
 @pytest.mark.parametrize("file", ["zarr.json", "features/zarr.json", "keys/zarr.json"])

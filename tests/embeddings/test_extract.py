@@ -40,15 +40,6 @@ EXTRACT = ExtractParams(views=3, batch_images=5, chunk_rows=8, precision="fp32",
 ROWS, TRAIN_ROWS, WIDTH, KEY_WIDTH = 29, 21, 64, 6  # chunks of 8, 8, 8 (5 of them for training) and 5 rows
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def listing(rows: int = ROWS, train_rows: int = TRAIN_ROWS) -> Listing:
     paths = [f"{row}.png" for row in range(rows)]
     return Listing("made", paths, np.arange(rows) % 2, train_rows, ["even", "odd"], [], "aa11")
@@ -95,8 +86,8 @@ def test_values_are_those_of_a_plain_loop(whole):
     for row in range(TRAIN_ROWS):
         for view in range(EXTRACT.views):
             ((x,),) = loader.views([[Request(np.array([row]), np.array([row]), "extract", 0, view)]])
-            np.testing.assert_allclose(embeddings.keys_NVP[row, view], teacher.keys(x)[0].numpy(), rtol=2e-3, atol=1e-4)
-    np.testing.assert_allclose(np.linalg.norm(embeddings.keys_NVP.astype(np.float64), axis=2), 1, atol=1e-3)
+            np.testing.assert_allclose(embeddings.keys_TVP[row, view], teacher.keys(x)[0].numpy(), rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(embeddings.keys_TVP.astype(np.float64), axis=2), 1, atol=1e-3)
     assert embeddings.attrs["teacher"] == "bb22"
     assert embeddings.attrs["recipe"] == {"extract": EXTRACT.model_dump(), "image": IMAGE.model_dump(), "seed": 0}
 
@@ -106,7 +97,7 @@ def test_one_chunk_and_batches_larger_than_it_give_the_same_values(whole, tmp_pa
         params = ExtractParams(views=views, batch_images=batch_images, chunk_rows=chunk_rows, precision="fp32", augment=AUGMENT)
         other, first = read_embeddings(run(tmp_path, params=params), listing()), read_embeddings(whole, listing())
         np.testing.assert_allclose(other.features_ND, first.features_ND, rtol=2e-3, atol=1e-4)
-        np.testing.assert_allclose(other.keys_NVP, first.keys_NVP, rtol=2e-3, atol=1e-3)
+        np.testing.assert_allclose(other.keys_TVP, first.keys_TVP, rtol=2e-3, atol=1e-3)
 
 
 def test_files_and_memory_are_both_read(tmp_path, monkeypatch):
@@ -120,7 +111,7 @@ def test_files_and_memory_are_both_read(tmp_path, monkeypatch):
     rows = np.arange(TRAIN_ROWS)
     for view in range(EXTRACT.views):
         ((x,),) = ViewLoader(images, IMAGE, AUGMENT, 0, CPU).views([[Request(rows, rows, "extract", 0, view)]])
-        np.testing.assert_allclose(embeddings.keys_NVP[:, view], teacher.keys(x).numpy(), rtol=2e-3, atol=1e-3)
+        np.testing.assert_allclose(embeddings.keys_TVP[:, view], teacher.keys(x).numpy(), rtol=2e-3, atol=1e-3)
 
 
 def test_keys_of_a_wide_head_with_batchnorm_are_stored(tmp_path):
@@ -128,11 +119,11 @@ def test_keys_of_a_wide_head_with_batchnorm_are_stored(tmp_path):
     head = lively(layered_head(["linear_no_bias", "batchnorm_no_affine"], [WIDTH, 8192]))
     teacher = Teacher(small.backbone, head, small.metadata | {"key_width": 8192})
     embeddings = read_embeddings(run(tmp_path, teacher), listing())
-    assert embeddings.keys_NVP.shape == (TRAIN_ROWS, EXTRACT.views, 8192)
+    assert embeddings.keys_TVP.shape == (TRAIN_ROWS, EXTRACT.views, 8192)
     rows = np.arange(TRAIN_ROWS)
     ((x,),) = ViewLoader(MemoryImages(pixels()), IMAGE, AUGMENT, 0, CPU).views([[Request(rows, rows, "extract", 0, 1)]])
-    np.testing.assert_allclose(embeddings.keys_NVP[:, 1], teacher.keys(x).numpy(), rtol=2e-3, atol=1e-4)
-    np.testing.assert_allclose(np.linalg.norm(embeddings.keys_NVP.astype(np.float64), axis=2), 1, atol=1e-3)
+    np.testing.assert_allclose(embeddings.keys_TVP[:, 1], teacher.keys(x).numpy(), rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(embeddings.keys_TVP.astype(np.float64), axis=2), 1, atol=1e-3)
 
 
 @pytest.mark.parametrize(("batch_images", "chunk_rows"), [(512, 8192), (5, 8), (8, 8), (3, 1)])
@@ -298,7 +289,7 @@ def test_spreads_are_those_of_the_whole_store(whole, tmp_path, monkeypatch):
         extract._Unfinished, "publish", lambda store, out: (found.update({k: s for k, _, s in store._spreads()}), publish(store, out))
     )
     embeddings = read_embeddings(run(tmp_path), listing())
-    for kind, x in (("feature", embeddings.features_ND), ("key", embeddings.keys_NVP.reshape(-1, KEY_WIDTH))):
+    for kind, x in (("feature", embeddings.features_ND), ("key", embeddings.keys_TVP.reshape(-1, KEY_WIDTH))):
         x = x.astype(np.float64)
         assert found[kind] == pytest.approx(np.sqrt(x.var(axis=0).sum() / (x**2).sum(axis=1).mean()), rel=1e-6)
 

@@ -31,15 +31,6 @@ TUNE = TuneParams(epochs=2, batch_images=8, weight_decay=1e-2, nesterov=False, d
 ROWS, TEST, CLASSES, SEED = 27, 21, 3, 5  # whole batches of 8, and a tail of 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Tiny(nn.Module):
     """Two convolutions; with BatchNorm between them or not."""
 
@@ -182,8 +173,13 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, trunk_lr, s
     whole = trainer(tmp_path / "whole", Tiny(True), trunk_lr=trunk_lr)
     scores = whole.run()
     first = trainer(tmp_path / "parts", Tiny(True), trunk_lr=trunk_lr)
-    due = first._checkpoint_if_due
-    monkeypatch.setattr(first, "_checkpoint_if_due", lambda asked: due(first.step == stop_step))
+    step = first._train_step
+
+    def stop_at(*args):
+        step(*args)
+        first.checkpoints.stopping = first.step + 1 == stop_step
+
+    monkeypatch.setattr(first, "_train_step", stop_at)
     with pytest.raises(Interrupted, match=f"stopped at step {stop_step} with a checkpoint"):
         first.run()
     second = trainer(tmp_path / "parts", Tiny(True), trunk_lr=trunk_lr)

@@ -26,15 +26,6 @@ CROP = CropProbeParams(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def digits(seed: int = 0):
     data = load_digits()
     order = np.random.default_rng(seed).permutation(len(data.data))

@@ -241,39 +241,6 @@ def test_arrays_for_detectron2_name_no_module_of_one_numpy_alone(tmp_path):
     assert b"numpy.core" not in content
 
 
-# ---- mmdet
-
-
-@pytest.mark.parametrize("shape", [("resnet18", 1.0, "imagenet"), ("resnet50", 0.125, "imagenet")])
-def test_mmdets_checkpoint_has_torchvisions_names_under_backbone(shape, tmp_path):
-    net = network(*shape)
-    path = written(net, "mmdet", tmp_path)
-    content = torch.load(path, weights_only=True)  # the default that MMEngine reads by
-    assert set(content) == {"meta", "state_dict"}
-    assert json.loads(content["meta"]["bingo"]) == net.metadata
-    state = {name.removeprefix("backbone."): tensor for name, tensor in content["state_dict"].items()}
-    assert all(name.startswith("backbone.") for name in content["state_dict"])
-    theirs = set(getattr(torchvision.models, shape[0])().state_dict()) - {"fc.weight", "fc.bias"}
-    assert set(state) == theirs
-    assert all(torch.equal(tensor, net.backbone.state_dict()[name]) for name, tensor in state.items())
-    names: dict = {}
-    exec(find_target("mmdet").loading(net, path.name).text, names)
-    channels = int(64 * shape[1])
-    assert names["backbone"] == {
-        "type": "ResNet", "depth": int(shape[0][6:]), "base_channels": channels, "stem_channels": channels,
-        "init_cfg": {"type": "Pretrained", "checkpoint": path.name, "prefix": "backbone."},
-    }  # fmt: skip
-    assert names["data_preprocessor"]["bgr_to_rgb"] is True
-
-
-def test_mmdets_own_resnet_gives_the_same_features(tmp_path):
-    pytest.importorskip(
-        "mmdet.models.backbones", reason="mmdet is not installed, or its mmcv lacks the compiled operations", exc_type=Exception
-    )
-    check = export_network(network("resnet18", 1.0, "imagenet"), find_target("mmdet"), tmp_path / "net.pth")
-    assert check.startswith("read back with mmdet")
-
-
 # ---- onnx
 
 
@@ -333,7 +300,6 @@ def test_equal_networks_have_equal_bytes(target, tmp_path):
         ("detectron2", TINY, "the network is resnet10t, detectron2 builds resnet18, "),
         ("detectron2", ("resnet18", 1.0, "small"), r"stem small, detectron2's ResNets begin with a 7x7 .*\(stem imagenet\)"),
         ("detectron2", ("resnet18", 0.125, "imagenet"), "width 0.125, detectron2 builds ResNet-18 at 1.0 alone"),
-        ("mmdet", ("efficientnet_b0", 1.0, "imagenet"), "the network is efficientnet_b0, mmdet builds resnet18, "),
     ],
 )
 def test_what_a_library_cannot_build_is_refused_in_one_line(target, shape, says, tmp_path):
@@ -507,7 +473,7 @@ def test_figures_of_another_student_are_left_out(workspace):
     [
         (
             ["--to", "tim", "--out", "a.safetensors"],
-            "--to = tim: allowed are detectron2, mmdet, onnx, safetensors, timm, torchvision; did you mean timm",
+            "--to = tim: allowed are detectron2, onnx, safetensors, timm, torchvision; did you mean timm",
         ),
         (["--to", "timm", "--out", "a.pth"], "--out = a.pth: allowed are names that end in .safetensors"),
         (["--to", "safetensors", "--out", "models/student.safetensors"], "is there already; give another name, or --force"),

@@ -202,7 +202,7 @@ def test_operations_of_strength_zero_are_not_drawn():
     assert draw_views(PLAIN, 0, "test", 0, np.arange(5), 0)[1].operation_BO.shape == (5, 0)
 
 
-def test_a_draw_depends_on_every_part_of_its_key():
+def test_a_draw_depends_on_every_part_of_its_seed():
     def drawn(seed=0, purpose="test", epoch=0, row=7, view=0) -> np.ndarray:
         return draw_views(MOCO2, seed, purpose, epoch, [row], view)[0].uniforms_BJ
 

@@ -16,23 +16,13 @@ from bingo.images.decode import decode_rgb
 from bingo.images.draws import crop_boxes, draw_views
 from bingo.images.images import FileImages, MemoryImages
 from bingo.images.loader import Request, ViewLoader, center_views
-from bingo.params import AugmentParams, BicubicImageParams, ImageParams, load_params
+from bingo.params import BicubicImageParams, ImageParams, load_params
 from bingo.runtime import workers
 from bingo.runtime.errors import UserError
+from tests.images.test_augment import MOCO2 as AUGMENT
 
 CPU = torch.device("cpu")
 IMAGE = ImageParams(crop_px=16, resize_px=20, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-AUGMENT = AugmentParams(
-    crop_scale=[0.2, 1.0],
-    crop_ratio=[0.75, 4 / 3],
-    rotate_degrees=0,
-    jitter=[0.4, 0.4, 0.4, 0.1],
-    jitter_p=0.8,
-    gray_p=0.2,
-    blur_p=0.5,
-    blur_sigma_px=[0.1, 2.0],
-    flip_p=0.5,
-)
 UNCOLOURED = AUGMENT.model_copy(update={"jitter": [0.0] * 4, "gray_p": 0.0, "blur_p": 0.0})
 
 

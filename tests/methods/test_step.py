@@ -206,7 +206,7 @@ def test_a_checkpoint_and_an_epochs_record_ask_first(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     run.watch.every_steps = 10
     run.watch.note(torch.tensor(float("inf")), 3)
-    run.stopping = True
+    run.checkpoints.stopping = True
     with pytest.raises(UserError, match="the loss is inf at step 3"):
         run._checkpoint_if_due()
     with pytest.raises(UserError, match="the loss is inf at step 3"):

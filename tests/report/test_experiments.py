@@ -105,8 +105,8 @@ def test_timings_are_of_the_same_training():
 def test_the_summary_as_markdown():
     lines = summary(variants(ALL, RECORDS), "method-moco").markdown().splitlines()
     assert lines == [
-        "| variant | method | seeds | linear | kNN, k = 10 | linear, minus method-moco | kNN, k = 10, minus method-moco"
-        " | linear, % of its teacher | GFLOP per anchor | anchors/s | peak memory, MB | minutes |",
+        "| variant | method | seeds | linear, top-1 | kNN, k = 10 | linear, top-1, minus method-moco | kNN, k = 10, minus method-moco"
+        " | linear, top-1, % of its teacher | GFLOP per anchor | anchors/s | peak memory, MB | minutes |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| method-bingo | BINGO | 3 | 72.0 ± 2.6 | 71.0 ± 2.6 | +9.5 (+3.1 to +15.9), 2 of 3 seeds | +9.5 (+3.1 to +15.9), 2 of 3 seeds"
         " | 90.0 | 0.0123 | 1,500 | 1,083 | 1.00 |",
@@ -116,7 +116,14 @@ def test_the_summary_as_markdown():
 
 
 def test_without_a_reference_there_are_no_differences():
-    assert summary(variants(ALONE, []), None).headers == ["variant", "method", "seeds", "linear", "kNN, k = 10", "linear, % of its teacher"]
+    assert summary(variants(ALONE, []), None).headers == [
+        "variant",
+        "method",
+        "seeds",
+        "linear, top-1",
+        "kNN, k = 10",
+        "linear, top-1, % of its teacher",
+    ]
 
 
 def test_seed_by_seed():

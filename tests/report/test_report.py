@@ -23,7 +23,7 @@ from bingo.report import transfer as report_transfer
 from bingo.report.bags import THUMBNAIL_PX, gallery_rows, statistics, thumbnail
 from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_network_facts
 from bingo.report.page import build_page, run_script
-from bingo.report.plots import Bar, accuracy_bars, lines, quantile_strip
+from bingo.report.plots import AccuracyBar, accuracy_bars, lines, quantile_strip
 from bingo.report.results import caveats, headline
 from bingo.runtime.artefacts import write_bytes, write_json
 from bingo.runtime.checksums import seal_safetensors
@@ -209,7 +209,7 @@ def test_every_figure_is_in_its_row(page):
 
 
 def test_headline_has_signed_differences(page):
-    expected = "The student classifies 84.0 % of the test images correctly (linear top-1): 14.0 points above the same network trained by"
+    expected = "The student classifies 84.0 % of the test images correctly (linear, top-1): 14.0 points above the same network trained by"
     assert (
         f"{expected} MoCo-v2 without a teacher, 11.0 points below its teacher and 44.0 points above the same network untrained."
         in page.words
@@ -456,7 +456,7 @@ def test_statistics_of_clusters_and_of_nothing():
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: accuracy_bars("a", [Bar("x <&$ y", [50.0, None], 0)], ["one", "two"], 10.0),
+        lambda: accuracy_bars("a", [AccuracyBar("x <&$ y", [50.0, None], 0)], ["one", "two"], 10.0),
         lambda: lines("b", "Loss", {"l$<": ([1.0], [2.0]), "m": ([1.0], [float("nan")])}, [0, 2], 'a "summary"'),
         lambda: quantile_strip("c", "cosine", {"p1": 0.1, "p50": 0.1, "p99": 0.1}, "p50", [("p1", "p99")]),
     ],

@@ -91,7 +91,7 @@ def _images(listing: Any, path: Path) -> Any:
 
 def _embeddings(path: Path, listing: Any) -> Any:
     embeddings = read_embeddings(path, listing)
-    return [embeddings.attrs, embeddings.features_ND, embeddings.keys_NVP]
+    return [embeddings.attrs, embeddings.features_ND, embeddings.keys_TVP]
 
 
 def _blocks(path: Path, listing: Any) -> Any:

@@ -23,7 +23,7 @@ from bingo.export.contract import find_target
 from bingo.export.run import export_network
 from bingo.pipeline.run import mistakes_as_lines
 from bingo.runtime.artefacts import new_directory, new_file, write_json
-from tests.cli.test_bags_cli import bingo_bags
+from tests.cli.test_browse import bingo_bags
 from tests.export.test_export import TINY, network
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits another process, fills /dev/full, mounts")

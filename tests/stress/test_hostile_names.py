@@ -16,7 +16,7 @@ from bingo.images.listing import read_listing, write_listing
 from bingo.params import DatasetParams, load_params, read_yaml
 from bingo.report.inputs import Artefacts
 from bingo.report.page import build_page
-from tests.cli.test_bags_cli import bingo_bags
+from tests.cli.test_browse import bingo_bags
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["<img src=x onerror=document.title='pwned'>", '"><svg onload=document.title="pwned">']

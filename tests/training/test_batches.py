@@ -62,9 +62,9 @@ def batches(needs: Needs, images: Images, bags: Bags | None = None) -> Batches:
     return Batches(needs, loader, 0, ROWS, BATCH, bags, stored())
 
 
-def drawn(images: Images, row: int, purpose: str, epoch: int, view: int, augment: AugmentParams, key_row: int | None = None):
+def drawn(images: Images, row: int, purpose: str, epoch: int, view: int, augment: AugmentParams, seed_row: int | None = None):
     """One view of one image, alone."""
-    request = Request(np.array([row]), np.array([row if key_row is None else key_row]), purpose, epoch, view)
+    request = Request(np.array([row]), np.array([row if seed_row is None else seed_row]), purpose, epoch, view)
     return next(ViewLoader(images, IMAGE, augment, 0, CPU, workers=0).views([[request]]))[0][0]
 
 
@@ -160,7 +160,7 @@ def test_companions_are_distinct_listed_members_behind_their_anchors(memory, nee
                 number = int(batch.anchor_keys[0][i, 0]) - row * VIEWS
                 torch.testing.assert_close(batch.anchor_views[0][i], teacher_views(memory, row)[number], rtol=0, atol=1e-6)
             else:  # keyed by the anchor and the place, so that a row that comes twice is seen twice
-                view = drawn(memory, row, "anchor", 0, i // BATCH, STRONG, key_row=rows[i % BATCH])
+                view = drawn(memory, row, "anchor", 0, i // BATCH, STRONG, seed_row=rows[i % BATCH])
                 torch.testing.assert_close(batch.anchor_views[0][i], view, rtol=0, atol=1e-5)
     assert sorted(anchors_seen) == list(range(ROWS))
 

@@ -104,7 +104,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name
 
     def stop_at(batch, progress):
         step(batch, progress)
-        first.stopping = first.step + 1 == stop_step
+        first.checkpoints.stopping = first.step + 1 == stop_step
 
     monkeypatch.setattr(first, "_train_step", stop_at)
     with pytest.raises(Interrupted, match=f"step {stop_step}"):

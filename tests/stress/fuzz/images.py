@@ -16,14 +16,13 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from bingo.cli.terminal import printable
 from bingo.datasets.sources import scan
 from bingo.images.decode import SUFFIXES, BadImage, check_header, check_pixels, decode_as_stored, decode_square, read_header
 from bingo.images.decode_crops import decode_crops
 from bingo.images.draws import Crops, crop_boxes, draw_views
 from bingo.images.listing import read_listing, write_listing
 from bingo.params import AugmentParams, DatasetParams
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, printable
 from tests.stress.fuzz.damage import Damage, damaged, damages
 from tests.stress.fuzz.harness import Surface
 from tests.stress.fuzz.parameters import shipped

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
     from bingo.browse.diff import BagDiff
     from bingo.browse.sheets import Tile
-    from bingo.cli.bag_source import BagSource
+    from bingo.cli.browse_source import BagSource
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 _SHEETS, _GALLERY, _THUMBNAILS = Path(".bingo/sheets"), Path(".bingo/gallery"), Path(".bingo/thumbnails")
-_PORT = 8017
 _ORDERS = ("changed", "gained", "lost")
 Rev = Annotated[str | None, typer.Option(help="A Git revision or DVC experiment; without it the workspace.")]
 Out = Annotated[Path | None, typer.Option(help="Where the PNG goes; without it below .bingo/sheets.")]
@@ -40,9 +39,9 @@ def show(
     """Print one bag and draw it."""
     with mistakes_as_lines():
         from bingo.browse.sheets import contact_sheet
-        from bingo.cli.bag_source import BagSource
-        from bingo.cli.bag_tables import members_table
-        from bingo.cli.terminal import printable
+        from bingo.cli.browse_source import BagSource
+        from bingo.cli.browse_tables import members_table
+        from bingo.runtime.errors import printable
 
         source = BagSource(rev)
         row = source.row_of(target)
@@ -60,8 +59,8 @@ def stats(rev: Rev = None, as_json: AsJson = False) -> None:
     """Purity, hubs, orphans, mutual neighbours, similarity, near-duplicates and cluster sizes of all bags."""
     with mistakes_as_lines():
         from bingo.bags.metrics import bag_metrics
-        from bingo.cli.bag_source import BagSource
-        from bingo.cli.bag_tables import stats_text
+        from bingo.cli.browse_source import BagSource
+        from bingo.cli.browse_tables import stats_text
         from bingo.runtime.artefacts import canonical_json
 
         source = BagSource(rev)
@@ -83,8 +82,8 @@ def diff(
     with mistakes_as_lines():
         from bingo.browse.diff import compare_bags
         from bingo.browse.sheets import side_by_side
-        from bingo.cli.bag_source import BagSource, check_comparable
-        from bingo.cli.bag_tables import diff_text
+        from bingo.cli.browse_source import BagSource, check_comparable
+        from bingo.cli.browse_tables import diff_text
         from bingo.runtime.artefacts import canonical_json
         from bingo.runtime.errors import UserError
 
@@ -114,9 +113,9 @@ def find(
     with mistakes_as_lines():
         from bingo.browse.pictures import file_picture
         from bingo.browse.sheets import Tile, contact_sheet
-        from bingo.cli.bag_source import BagSource
-        from bingo.cli.bag_tables import members_table
-        from bingo.cli.terminal import printable
+        from bingo.cli.browse_source import BagSource
+        from bingo.cli.browse_tables import members_table
+        from bingo.runtime.errors import printable
 
         picture = file_picture(file := from_here("IMAGE", image))
         source = BagSource(rev)
@@ -133,13 +132,11 @@ def find(
 def gallery(
     rev: Rev = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the page; without it .bingo/gallery.")] = None,
-    serve: Annotated[bool, typer.Option("--serve", help="Serve it on 127.0.0.1 afterwards.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0: any free one.")] = _PORT,
 ) -> None:
     """Make an offline page of all bags: search, sort, click from bag to bag. It needs no server and no network."""
     with mistakes_as_lines():
         from bingo.browse.gallery.build import build_gallery, is_current
-        from bingo.cli.bag_source import BagSource
+        from bingo.cli.browse_source import BagSource
         from bingo.runtime.progress import progress_bar
 
         source = BagSource(rev)
@@ -153,10 +150,6 @@ def gallery(
             if unreadable:
                 typer.echo(f"warning: {unreadable} images could not be read and are grey; check dataset.root", err=True)
         typer.echo(f"gallery: {folder / 'index.html'}")
-        if serve:
-            from bingo.cli.gallery_server import serve_folder
-
-            serve_folder(folder, port)
 
 
 def _gallery_meta(source: "BagSource") -> dict[str, Any]:
@@ -218,10 +211,9 @@ def _file_name(stem: str, *sources: "BagSource") -> str:
 
 
 def _deliver(sheet: "Image", out: Path | None, default: Path) -> None:
-    """Write the PNG to --out or the default, show it where the terminal can, and say where it is."""
+    """Write the PNG to --out or the default, and say where it is."""
     import io
 
-    from bingo.cli.terminal import inline_image
     from bingo.runtime.artefacts import write_bytes
     from bingo.runtime.errors import UserError
 
@@ -231,6 +223,4 @@ def _deliver(sheet: "Image", out: Path | None, default: Path) -> None:
         write_bytes(path, content.getvalue())
     except OSError as error:
         raise UserError(f"--out = {path}: cannot be written ({error.strerror}); give a file in a folder that can be") from None
-    if escapes := inline_image(content.getvalue()):
-        typer.echo(escapes, nl=False)
     typer.echo(f"picture: {path}")

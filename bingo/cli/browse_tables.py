@@ -1,15 +1,16 @@
 """The `bags` commands' text: a bag, statistics and a comparison as aligned columns."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bingo.cli.bag_source import same_label
-from bingo.cli.terminal import printable, table
+from bingo.cli.browse_source import same_label
+from bingo.runtime.errors import printable
 
 if TYPE_CHECKING:
     import numpy as np
 
     from bingo.browse.diff import BagDiff
-    from bingo.cli.bag_source import BagSource
+    from bingo.cli.browse_source import BagSource
 
 
 def members_table(source: "BagSource", members: "np.ndarray", cosines: "np.ndarray", anchor_label: int | None) -> str:
@@ -78,3 +79,12 @@ def _number(x: float) -> str:
 
 def _share(x: float) -> str:
     return "?" if x != x else f"{x:.2f}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
+    """Columns two spaces apart under their heads; `right` has an `r` at the place of each column that is aligned right."""
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+    sides = [">" if right[column : column + 1] == "r" else "<" for column in range(len(heads))]
+    return "\n".join(
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip() for row in [heads, *rows]
+    )

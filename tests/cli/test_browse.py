@@ -19,7 +19,7 @@ from bingo.bags.ivf import InvertedFile
 from bingo.bags.metrics import bag_metrics
 from bingo.browse.diff import compare_bags
 from bingo.browse.listing_rows import ListingRows
-from bingo.cli import bags, terminal
+from bingo.cli import browse
 from bingo.images.images import write_images
 from bingo.images.listing import read_listing, write_listing
 from bingo.runtime.errors import UserError
@@ -36,7 +36,7 @@ def workspace(tmp_path, monkeypatch):
 
 def bingo_bags(*arguments):
     """(exit code, stdout, stderr) of one command in the current folder."""
-    result = CliRunner().invoke(bags.app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(browse.app, [str(argument) for argument in arguments])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
@@ -399,40 +399,3 @@ def test_one_row_touches_one_chunk_and_loads_nothing_heavy(workspace):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "chunk 2 is missing" in mistake("show", 2999)
-
-
-# ---- pictures in the terminal
-
-
-@pytest.mark.parametrize(
-    ("environment", "start"),
-    [
-        ({"KITTY_WINDOW_ID": "1"}, "\x1b_Gf=100,a=T,q=2,m=1;"),
-        ({"TERM_PROGRAM": "ghostty"}, "\x1b_Gf=100,a=T,q=2,m=1;"),
-        ({"TERM_PROGRAM": "iTerm.app"}, "\x1b]1337;File=inline=1;size=5000:"),
-        ({"TERM_PROGRAM": "WezTerm"}, "\x1b]1337;File=inline=1;size=5000:"),
-        ({"TERM_PROGRAM": "Apple_Terminal"}, None),
-        ({"TERM": "xterm-256color"}, None),
-        ({"KITTY_WINDOW_ID": "1", "TMUX": "/tmp/tmux"}, None),
-        ({"TERM_PROGRAM": "iTerm.app", "TERM": "screen-256color"}, None),
-        ({}, None),
-    ],
-)
-def test_inline_pictures_only_where_the_terminal_says_so(monkeypatch, environment, start):
-    import base64
-    import re
-
-    for name in ("KITTY_WINDOW_ID", "TERM_PROGRAM", "TERM", "TMUX"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    png = os.urandom(5000)
-    assert terminal.inline_image(png) is None  # a pipe
-    monkeypatch.setattr("sys.stdout", type("Terminal", (), {"isatty": lambda self: True})())
-    escapes = terminal.inline_image(png)
-    if start is None:
-        assert escapes is None
-        return
-    assert escapes.startswith(start)
-    parts = re.findall(r"[;:]([A-Za-z0-9+/=]+)(?:\x1b\\|\x07)", escapes)
-    assert base64.b64decode("".join(parts)) == png
