@@ -510,7 +510,7 @@ def test_coss_refuses_more_companions_than_bags_list():
     members = np.arange(ROWS * 3, dtype=np.int32).reshape(ROWS, 3) % ROWS
     bags = Bags({"method": "knn"}, members, np.zeros((ROWS, 3), np.float16))
     context = Context(**{**make_context().__dict__, "bags": bags})
-    with pytest.raises(UserError, match=r"^methods\.coss\.companions = 4: bags list 3 members; raise bagging\.k") as caught:
+    with pytest.raises(UserError, match=r"^methods\.coss\.companions = 4: bags list 3 members; set bagging\.k: 4") as caught:
         build("coss", context, companions=4)
     assert "\n" not in str(caught.value)
     assert build("coss", context, companions=3).needs.companions == 3
