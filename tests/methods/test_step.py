@@ -176,7 +176,7 @@ def test_a_step_from_images_in_memory_never_comes_back_to_the_host(tmp_path, mon
 
 def test_what_the_host_does_is_measured(tmp_path):
     _, student = bench_host.trainings("cifar10", 300, tmp_path)
-    line = bench_host.told(student, 8, bench_host.calls_in_a_step(student), repeats=1)
+    line = bench_host.as_text(student, 8, bench_host.calls_in_a_step(student), repeats=1)
     wanted = r"student \(bingo, resnet18\), batch 8, 300 rows: [\d.]+ us an anchor \(views.*\) of 30; a step: (\d+) calls in 0\.2 ms"
     found = re.fullmatch(wanted, line)
     assert found, line
