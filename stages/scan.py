@@ -18,11 +18,11 @@ def main() -> None:
         from bingo.datasets.sources import scan
         from bingo.images.images import write_images
         from bingo.images.listing import write_listing
-        from bingo.planning.limits import check_batches
+        from bingo.planning.limits import check_scan
         from bingo.runtime.progress import progress_bar
 
         listing, images = scan(run.params.dataset, run.params.seed, run.say)
-        check_batches(run.params, listing.train_rows)
+        check_scan(run.params, listing.train_rows, listing.labelled)
         with progress_bar("writing the listing"):
             write_images(paths.IMAGES, listing, images)
             write_listing(paths.LISTING, listing)

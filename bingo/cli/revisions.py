@@ -127,11 +127,13 @@ class Revision:
 
         try:
             yield
-        except (RevError, SCMError):
+        except RevError:
             known = "see `git log --oneline --all` and `dvc exp list --all-commits`"
             raise UserError(f"{self.name}: is no Git revision and no DVC experiment of this repository; {known}") from None
-        except NotDvcRepoError:
-            raise UserError(f"{self.name}: {Path.cwd()} lies in no DVC repository; run from the folder of params.yaml") from None
+        except (NotDvcRepoError, SCMError):
+            raise UserError(
+                f"{self.name}: {Path.cwd()} lies in no repository of Git and DVC; change into the folder of params.yaml and dvc.yaml"
+            ) from None
         except DvcException as error:
             raise UserError(f"{self.name}: DVC says: {' '.join(str(error).split())}") from None
 

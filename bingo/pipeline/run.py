@@ -145,11 +145,7 @@ def mistakes_as_lines() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _print_lines(error.lines)
-        if not Path("params.yaml").exists() and any("dvc " in line for line in error.lines):
-            _print_lines(
-                [f"{Path.cwd()} lies in no folder with params.yaml, so no artefact is found; change into the project's folder"], "note"
-            )
+        _print_lines([_with_the_way_in(line) for line in error.lines])
         raise SystemExit(USER_MISTAKE) from None
     except OSError as error:
         if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
@@ -174,6 +170,13 @@ def mistakes_as_lines() -> Iterator[None]:
             raise SystemExit(USER_MISTAKE) from None
         _let_the_first_speak()
         raise
+
+
+def _with_the_way_in(line: str) -> str:
+    """A line that says that an artefact is missing, and where the reason is that this folder is in no workspace, that too."""
+    if Path("params.yaml").exists() or not re.match(r"(data|models|reports)/\S+: .*no such file", line):
+        return line
+    return f"{line}, but first change into the project's folder: {Path.cwd()} lies in none with params.yaml"
 
 
 def _let_the_first_speak() -> None:

@@ -27,7 +27,7 @@ def check_limits(params: Params, processes: int, memory: Path | None = None) -> 
 
     `memory` is a JSON file of parameters whose networks have passed; None: they are tried in any case.
     """
-    lines = [line for rule in _RULES for line in rule(params, processes)]
+    lines = rule_mistakes(params, processes)
     passed = _remembered(memory)
     values = params.model_dump(mode="json", include=_READ)
     key = fingerprint([values, processes, version("torch"), version("timm"), version("torchvision")])
@@ -40,6 +40,11 @@ def check_limits(params: Params, processes: int, memory: Path | None = None) -> 
         lines += found
     if lines:
         raise UserError(list(dict.fromkeys(lines)))
+
+
+def rule_mistakes(params: Params, processes: int) -> list[str]:
+    """A line for each limit that `params` break, of those that need no network."""
+    return [line for rule in _RULES for line in rule(params, processes)]
 
 
 def _remembered(memory: Path | None) -> list[str]:
@@ -61,9 +66,16 @@ def _remember(memory: Path, passed: list[str]) -> None:
         return
 
 
-def check_batches(params: Params, train_rows: int) -> None:
-    """Raises UserError with the lines of `batch_mistakes`."""
-    if lines := batch_mistakes(params, train_rows):
+def check_scan(params: Params, train_rows: int, labelled: bool) -> None:
+    """Raises UserError with a line for all that the images or a missing label list would let fail only after the teacher's pass."""
+    lines = batch_mistakes(params, train_rows)
+    if params.bagging.method == "label" and not labelled:
+        lines.append("bagging.method = label: the images have no labels; set bagging.method to knn or kmeans, or sort them into classes")
+    for name, split in params.semi_eval.splits.items():
+        if split.list_file is not None and not Path(split.list_file).is_file():
+            key = f"semi_eval.splits.{name}.list_file"
+            lines.append(f"{key} = {split.list_file}: there is no such file; give the path of the list, or null to draw the labels")
+    if lines:
         raise UserError(lines)
 
 

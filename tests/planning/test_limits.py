@@ -16,7 +16,7 @@ from bingo.nets.backbones import build_backbone, check_images, is_transformer
 from bingo.params import read_yaml, validate
 from bingo.planning import limits, network_limits
 from bingo.planning.dry_run import dry_student, dry_teacher
-from bingo.planning.limits import check_batches, check_limits
+from bingo.planning.limits import check_limits, check_scan
 from bingo.runtime.errors import UserError
 
 SMALL = {
@@ -154,9 +154,19 @@ def test_names_of_networks_that_are_not_trained_are_all_named():
 def test_batches_are_held_against_the_images():
     params = validate(raw({"distill.batch_anchors": 300, "teacher.pretrain.batch_anchors": 301, "methods.moco.queue_rows": 300}), "p")
     with pytest.raises(UserError) as caught:
-        check_batches(params, 299)
+        check_scan(params, 299, labelled=True)
     assert len(caught.value.lines) == 2
-    check_batches(params, 301)
+    check_scan(params, 301, labelled=True)
+
+
+def test_what_needs_labels_or_a_list_is_asked_for_before_the_teachers_pass(tmp_path):
+    split = {"percent": 1.0, "list_file": str(tmp_path / "list.txt"), "trunk_lr": 0.1, "head_lr": 0.1, "linear_lr": 0.1}
+    params = validate(raw({"bagging.method": "label", "semi_eval.splits": {"one": split}}), "p")
+    with pytest.raises(UserError) as caught:
+        check_scan(params, 9999, labelled=False)
+    assert [line.split(" = ")[0] for line in caught.value.lines] == ["bagging.method", "semi_eval.splits.one.list_file"]
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    check_scan(params, 9999, labelled=True)
 
 
 @pytest.mark.parametrize(
@@ -170,10 +180,10 @@ def test_batches_are_held_against_the_images():
 def test_sizes_of_bags_are_held_against_the_images(changes, most):
     params = validate(raw({"distill.batch_anchors": 8, "teacher.pretrain.batch_anchors": 8} | changes), "p")
     with pytest.raises(UserError) as caught:
-        check_batches(params, most - 1)
+        check_scan(params, most - 1, labelled=True)
     (line,) = caught.value.lines
     assert line.startswith(f"{list(changes)[-1]} = 300: ")
-    check_batches(params, most)
+    check_scan(params, most, labelled=True)
 
 
 def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path, monkeypatch):

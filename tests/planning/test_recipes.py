@@ -20,6 +20,7 @@ from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
 from bingo.params import AugmentParams, load_params, read_yaml, validate
 from bingo.planning.dry_run import dry_student, dry_teacher
+from bingo.planning.limits import rule_mistakes
 from bingo.planning.recipes import Recipe, explained, flattened, lay_over, read_recipe, recipe_names, speaks_of
 from bingo.runtime.errors import UserError
 
@@ -722,3 +723,22 @@ def test_figures_and_title_of_a_recipe_go_with_the_next_one_but_stay_under_evalu
         else:
             assert laid["report"]["title"] is None
             assert laid["report"]["published"] == {}
+
+
+@pytest.mark.slow
+def test_any_recipe_can_be_laid_over_any_other():
+    """A recipe that sets epochs sets the whole schedule: what an earlier one left of its own would not fit."""
+    shipped, names = read_yaml(ROOT / "params.yaml"), recipe_names(ROOT / "recipes")
+    overlays = {name: read_recipe(ROOT / "recipes", name).overlay for name in names}
+    refused = []
+    for first in names:
+        for second in names:
+            document = deepcopy(shipped)
+            for name in (first, second):
+                lay_over(document, deepcopy(overlays[name]))
+            try:
+                lines = rule_mistakes(validate(document, "params.yaml"), processes=1)
+            except UserError as error:
+                lines = error.lines
+            refused += [(first, second, line) for line in lines]
+    assert not refused
