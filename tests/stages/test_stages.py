@@ -569,7 +569,7 @@ def moco_state() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
-        (None, "cannot be read (No such file or directory); set teacher.checkpoint"),
+        (None, "there is no such file; set teacher.checkpoint"),
         (b"not a checkpoint", "is no checkpoint of torch.save"),
         (
             {"model": {"conv.weight": torch.zeros(1)}},

@@ -134,14 +134,14 @@ def test_categories_of_two_datasets_are_refused(workspace):
 
 
 def test_annotations_of_crowds_alone_are_refused_before_the_training(workspace):
-    for split, wanted in (("train", "no image has an instance to learn"), ("val", "has no instance to measure by")):
+    for split, wanted in (("train", "no image has anything to learn"), ("val", "has no instance to measure by")):
         content = json.loads((workspace.root / f"coco/annotations/instances_{split}.json").read_text())
         for annotation in content["annotations"]:
             annotation["iscrowd"] = 1
         write(workspace.root / "coco", split, content)
         done = workspace.run(STAGE, **ALONE)
         assert (done.status, len(done.err.splitlines())) == (2, 1)
-        assert f"transfer_coco.{split}_annotations: {wanted}; " in done.err
+        assert f"transfer_coco.{split}_annotations: {wanted}" in done.err
 
 
 def test_the_stage_is_in_the_pipeline_only_where_it_is_asked_for(made):
@@ -153,9 +153,9 @@ def test_the_stage_is_in_the_pipeline_only_where_it_is_asked_for(made):
 
 
 def test_the_command_exists():
-    from bingo.cli.main import app
+    from bingo.cli.main import STAGES
 
-    assert "transfer_coco" in [command.name for command in app.registered_commands]
+    assert "transfer_coco" in STAGES  # tests/test_house.py holds that --help lists them all
 
 
 def test_nothing_of_the_folder_is_part_of_what_is_remembered():
