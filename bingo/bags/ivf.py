@@ -62,7 +62,7 @@ def search_lists(features: Rows, k: int, ivf: InvertedFile) -> Found:
     with progress_bar("neighbours", lists * len(starts), "lists") as bar:
         for turn, start in enumerate(starts):
             block = slice(start, start + block_rows)
-            queries = _Queries(unit_rows(features[block]), list_T[block], start, members_TK[block], cosines_TK[block])
+            queries = _ListQueries(unit_rows(features[block]), list_T[block], start, members_TK[block], cosines_TK[block])
             probing, probing_start = _by_list(top_k(queries.unit_qD, centroids_CD, probes, unit_queries=True)[0], lists)
             for number, rows_n, own_nD in each_cluster(features, list_rows_T, list_start):
                 queries.search(probing[probing_start[number] : probing_start[number + 1]], number, rows_n, own_nD)
@@ -78,7 +78,7 @@ def _by_list(probed_qP: np.ndarray, lists: int) -> tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class _Queries:
+class _ListQueries:
     """A block of rows that are searched for, the list that each is in, the number of the first, and the best that was found so far."""
 
     unit_qD: np.ndarray
