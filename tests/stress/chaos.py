@@ -66,8 +66,8 @@ SMALL = {
     "linear_eval": {"crops": {"epochs": 8, "batch_images": 32}},
     "semi_eval": {
         "splits": {"half": {"percent": 50, "list_file": None, "trunk_lr": 0.01, "head_lr": 0.1, "linear_lr": 1.0}},
-        "finetune": {"epochs": 4, "batch_images": 32},
-        "linear": {"epochs": 4, "batch_images": 32},
+        "finetune": {"epochs": 4, "drop_epochs": [2, 3], "batch_images": 32},
+        "linear": {"epochs": 4, "drop_epochs": [2, 3], "batch_images": 32},
     },
 }
 # What the copy of bingo/runtime/progress.py gets: a line of each move of a bar, so that a kill can be compared with what follows it.
