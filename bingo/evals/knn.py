@@ -19,23 +19,41 @@ def knn_accuracies(
     ks: Sequence[int],
     temperature: float,
 ) -> dict[str, float]:
+    """`voted_accuracies` of features of any float type, not normalised. Raises UserError as that and `nearest_train` do."""
+    found = nearest_train(train_features_TD, test_features_QD, max(ks))
+    return voted_accuracies(found, train_labels_T, test_labels_Q, ks, temperature)
+
+
+def nearest_train(train_features_TD: np.ndarray, test_features_QD: np.ndarray, k: int) -> Found:
+    """The k train rows with the highest cosine to each test row, nearest first: (rows int32 (Q, k), cosines float32 (Q, k)).
+
+    Features are of any float type, not normalised. Raises UserError where there are fewer than k train rows or no test rows, or where a
+    feature is not finite.
+    """
+    if not len(test_features_QD):
+        raise UserError("kNN evaluation: the listing has no test rows; add val/CLASS/*.jpg, or leave this stage out")
+    if k > len(train_features_TD):
+        raise UserError(f"knn_eval.k = {k}: there are only {len(train_features_TD)} train rows; allowed are 1 to {len(train_features_TD)}")
+    try:
+        return top_k(test_features_QD, train_features_TD, k)
+    except ValueError as error:
+        raise UserError(f"kNN evaluation: {error}; the network is broken: check the training curves and lower distill.lr") from None
+
+
+def voted_accuracies(
+    found: Found, train_labels_T: np.ndarray, test_labels_Q: np.ndarray, ks: Sequence[int], temperature: float
+) -> dict[str, float]:
     """Top-1 accuracy in percent: `knn_K` by one vote each, `knn_K_weighted` by votes of exp(cosine / temperature), for each k.
 
-    Features of any float type, not normalised; labels are classes from 0. Of classes with equally many votes the one with the
-    nearest member wins. Raises UserError where a k exceeds the train rows, a label is unknown (-1), there is nothing to test on,
-    or a feature is not finite.
+    `found` is what `nearest_train` gives; labels are classes from 0. Of classes with equally many votes the one with the nearest member
+    wins. Raises UserError where a label is unknown (-1).
     """
-    _check(len(train_labels_T), len(test_labels_Q), ks)
     for name, labels in (("train", train_labels_T), ("test", test_labels_Q)):
         if (labels < 0).any():
             problem = f"{int((labels < 0).sum())} of {len(labels)} {name} rows have no label"
             raise UserError(f"kNN evaluation: {problem}; sort the images into class folders, or leave this stage out")
-    try:
-        rows_QK, cosines_QK = top_k(test_features_QD, train_features_TD, max(ks))
-    except ValueError as error:
-        raise UserError(f"kNN evaluation: {error}; the network is broken: check the training curves and lower distill.lr") from None
     accuracies = {}
-    for k, (plain_Q, weighted_Q) in votes(train_labels_T, rows_QK, cosines_QK, ks, temperature).items():
+    for k, (plain_Q, weighted_Q) in votes(train_labels_T, *found, ks, temperature).items():
         accuracies[f"knn_{k}"] = _percent(plain_Q == test_labels_Q)
         accuracies[f"knn_{k}_weighted"] = _percent(weighted_Q == test_labels_Q)
     return accuracies
@@ -71,13 +89,6 @@ def _winners(labels_QK: np.ndarray, weight_QK: np.ndarray, classes: int, block_r
         first_q = (sums_qC[queries_q1, labels_qK] == sums_qC.max(axis=1, keepdims=True)).argmax(axis=1)
         winners_Q[start : start + block_rows] = labels_qK[queries_q1[:, 0], first_q]
     return winners_Q
-
-
-def _check(train_rows: int, test_rows: int, ks: Sequence[int]) -> None:
-    if not test_rows:
-        raise UserError("kNN evaluation: the listing has no test rows; add val/CLASS/*.jpg, or leave this stage out")
-    if max(ks) > train_rows:
-        raise UserError(f"knn_eval.k = {max(ks)}: there are only {train_rows} train rows; allowed are 1 to {train_rows}")
 
 
 def _percent(hits_Q: np.ndarray) -> float:

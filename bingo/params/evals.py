@@ -72,9 +72,12 @@ class LinearEvalParams(FeatureParams):
 
 
 class KnnEvalParams(FeatureParams):
-    """Nearest-neighbour evaluation for each `k`, plain votes and votes weighted by exp(cosine / temperature)."""
+    """Nearest-neighbour evaluation for each `k`, plain votes and votes weighted by exp(cosine / temperature), and for each of `agreement_k`
+    the share of the teacher's nearest train images that a network finds too.
+    """
 
     k: Annotated[list[Count], Field(min_length=1)]
+    agreement_k: list[Count]
     temperature: Temperature
 
 

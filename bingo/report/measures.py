@@ -10,8 +10,12 @@ def knn_parts(key: str) -> tuple[bool, int]:
 
 
 def measure_label(key: str) -> str:
-    """`linear` and `linear_top1`: "linear, top-1"; `linear_top5`: "linear, top-5"; `knn_10_weighted`: "kNN, k = 10, weighted votes"."""
+    """`linear` and `linear_top1`: "linear, top-1"; `linear_top5`: "linear, top-5"; `knn_10_weighted`: "kNN, k = 10, weighted votes";
+    `agreement_10`: "agreement with the teacher, k = 10".
+    """
     if key in _LINEAR:
         return _LINEAR[key]
+    if key.startswith("agreement_"):
+        return f"agreement with the teacher, k = {key.removeprefix('agreement_')}"
     weighted, k = knn_parts(key)
     return f"kNN, k = {k}" + (", weighted votes" if weighted else "")

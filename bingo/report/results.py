@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bingo.params import display_name
 from bingo.report.inputs import Artefacts
-from bingo.report.measures import measure_label
+from bingo.report.measures import knn_parts, measure_label
 from bingo.report.plots import AccuracyBar, accuracy_bars
 
 _USUAL_KNN = ("knn_10", "knn_20_weighted")
@@ -15,6 +15,7 @@ _PROTOCOLS = {"cached": "Linear layer on stored features", "crops": "Linear laye
 _HEADLINES = (
     ("linear cached", "top1_last", measure_label("linear")),
     *(("knn", key, measure_label(key)) for key in _USUAL_KNN),
+    ("agreement", "agreement_10", measure_label("agreement_10")),
 )
 ROLES = {"teacher": "ceiling", "untrained": "floor", "pixels": "no network"}
 _FAMILY_COLORS = {"student": 0, "teacher": 1, "untrained": 3, "pixels": 3}  # of plots.SERIES; the baselines' is 2
@@ -23,7 +24,7 @@ _SKIPPED_SHOWN = 10
 
 @dataclass(frozen=True)
 class Column:
-    """One measure: `group` is "knn" or "linear PROTOCOL", `key` the key in that file."""
+    """One measure: `group` is "knn", "agreement" (both are in the file of kNN) or "linear PROTOCOL", `key` the key in that file."""
 
     group: str
     key: str
@@ -76,18 +77,20 @@ def network_label(a: Artefacts, net: str) -> str:
 
 def columns(a: Artefacts) -> list[Column]:
     """The measures that at least one network has; of kNN the two usual ones, or else every one that was measured."""
-    knn_keys = {key for scores in a.knn.values() for key in scores}
+    keys = dict.fromkeys(key for scores in a.knn.values() for key in scores)
+    knn_keys, agreements = ([key for key in keys if key.startswith(group)] for group in ("knn_", "agreement_"))
     usual = [key for key in _USUAL_KNN if key in knn_keys]
-    found = [Column("knn", key, _knn_header(key)) for key in usual or sorted(knn_keys)]
+    found = [Column("knn", key, _short_header(key)) for key in usual or sorted(knn_keys, key=knn_parts)]
     for protocol in _PROTOCOLS:
-        keys = {key for scores in a.linear.get(protocol, {}).values() for key in scores}
-        found += [Column(f"linear {protocol}", key, header) for key, header in _LINEAR_COLUMNS.items() if key in keys]
-    return found
+        measured = {key for scores in a.linear.get(protocol, {}).values() for key in scores}
+        found += [Column(f"linear {protocol}", key, header) for key, header in _LINEAR_COLUMNS.items() if key in measured]
+    return found + [Column("agreement", key, _short_header(key)) for key in agreements]
 
 
 def column_groups(found: Sequence[Column]) -> list[tuple[str, int]]:
     """The header above the columns: name of each group and over how many columns it runs."""
-    names = {"knn": "Nearest neighbours", **{f"linear {protocol}": name for protocol, name in _PROTOCOLS.items()}}
+    names = {"knn": "Nearest neighbours", "agreement": "Agreement with the teacher"}
+    names |= {f"linear {protocol}": name for protocol, name in _PROTOCOLS.items()}
     groups = dict.fromkeys(column.group for column in found)
     return [(names[group], sum(column.group == group for column in found)) for group in groups]
 
@@ -104,9 +107,15 @@ def _role(a: Artefacts, net: str) -> str:
 
 
 def chance_row(a: Artefacts, found: Sequence[Column]) -> list[float]:
-    """What guessing one class (or five) of equally many images would reach, percent, for each column."""
+    """What chance would reach, percent, for each column: one guessed class (or five) of equally many images, neighbours in any order."""
+    return [_chance(a, column) for column in found]
+
+
+def _chance(a: Artefacts, column: Column) -> float:
+    if column.group == "agreement":
+        return min(100.0, 100 * int(column.key.removeprefix("agreement_")) / max(1, a.listing.train_rows))
     classes = max(1, len(a.listing.classes))
-    return [100 * min(5 if column.key.startswith("top5") else 1, classes) / classes for column in found]
+    return 100 * min(5 if column.key.startswith("top5") else 1, classes) / classes
 
 
 def bars_svg(a: Artefacts) -> str:
@@ -127,7 +136,7 @@ def bars_caption(a: Artefacts) -> str:
     if not names:
         return ""
     pale = f"; the pale bars are {names[1]}" if len(names) > 1 else ""
-    return f"Percent of the test images, {names[0]}{pale}. The dashed line is chance."
+    return f"Percent, {names[0]}{pale}. The dashed line is chance."
 
 
 def headline_measure(a: Artefacts) -> str:
@@ -154,7 +163,11 @@ def headline(a: Artefacts) -> str:
     student = figures.pop("student")
     against = [f"{_difference(student - percent)} {_against(a, net)}" for net, percent in figures.items()]
     compared = f": {_listed(against)}" if against else ""
-    return f"The student classifies {student:.1f} % of the test images correctly ({headline_measure(a)}){compared}."
+    column = _headline_columns(a)[0]
+    if column.group == "agreement":
+        found = f"finds {student:.1f} % of the 10 train images that the teacher finds nearest to a test image"
+        return f"The student {found} (chance: {_chance(a, column):.1f} %){compared}."
+    return f"The student classifies {student:.1f} % of the test images correctly ({column.header}){compared}."
 
 
 def warnings(a: Artefacts) -> list[str]:
@@ -224,7 +237,7 @@ def _baselines(a: Artefacts) -> list[str]:
 
 
 def _cell(a: Artefacts, net: str, column: Column) -> Cell:
-    scores = a.knn if column.group == "knn" else a.linear.get(column.group.removeprefix("linear "), {})
+    scores = a.knn if column.group in ("knn", "agreement") else a.linear.get(column.group.removeprefix("linear "), {})
     of_net = scores.get(net, {})
     note = f"epoch {of_net['best_epoch']}" if column.key == "top1_best" and "best_epoch" in of_net else ""
     return Cell(of_net.get(column.key), note)
@@ -236,9 +249,9 @@ def _headline_columns(a: Artefacts) -> list[Column]:
     return [column for column in found if _cell(a, "student", column).percent is not None]
 
 
-def _knn_header(key: str) -> str:
+def _short_header(key: str) -> str:
     """Without the group's name, which stands above it, and not to be broken at the sign."""
-    return measure_label(key).removeprefix("kNN, ").replace(" = ", "\u00a0=\u00a0")
+    return measure_label(key).removeprefix("kNN, ").removeprefix("agreement with the teacher, ").replace(" = ", "\u00a0=\u00a0")
 
 
 def _short_label(net: str, method: str) -> str:
@@ -267,5 +280,6 @@ def compared_figures(a: Artefacts) -> dict[str, dict[str, float]]:
     figures = {"knn_10": {net: scores["knn_10"] for net, scores in a.knn.items() if "knn_10" in scores}}
     figures["linear"] = {net: scores["top1_last"] for net, scores in a.linear.get("cached", {}).items()}
     figures["linear_crops"] = {net: scores["top1_last"] for net, scores in a.linear.get("crops", {}).items()}
+    figures["agreement_10"] = {net: scores["agreement_10"] for net, scores in a.knn.items() if "agreement_10" in scores}
     figures["bags"] = {name: a.bag_metrics[name] for name in ("purity", "mutual_share", "orphan_share", "recall") if name in a.bag_metrics}
     return {name: {key: round(value, 4) for key, value in group.items()} for name, group in figures.items() if group}

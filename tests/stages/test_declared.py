@@ -120,7 +120,13 @@ def coco(root: Path, stages: Stages) -> Workspace:
 def files(root: Path, stages: Stages) -> Workspace:
     """A workspace with images that are decoded when they are used."""
     changes = {"dataset.source": "folder", "dataset.root": "images", "dataset.store_px": None, "dataset.train_images": None}
-    changes |= {"dataset.test_images": None, "teacher.pretrain.batch_anchors": 8, "distill.batch_anchors": 8, "knn_eval.k": [1]}
+    changes |= {
+        "dataset.test_images": None,
+        "teacher.pretrain.batch_anchors": 8,
+        "distill.batch_anchors": 8,
+        "knn_eval.k": [1],
+        "knn_eval.agreement_k": [],
+    }
     workspace = new_workspace(root / "files", stages, changes)
     for i in range(24):
         folder = workspace.root / "images" / ("train" if i < 16 else "val") / f"class{i % 2}"
@@ -189,7 +195,7 @@ def test_a_stage_reads_something_of_each_entry_that_it_lists(runs, command):
 @pytest.mark.parametrize(
     ("command", "wanted"),
     [
-        ("knn_eval@teacher", ["knn_eval.k", "knn_eval.temperature"]),
+        ("knn_eval@teacher", ["knn_eval.agreement_k", "knn_eval.k", "knn_eval.temperature"]),
         ("linear_eval@pixels", ["seed", *(f"linear_eval.cached.{key}" for key in PARAMS["linear_eval"]["cached"] if key != "drop_factor")]),
         ("scan", ["seed", *(key for key in (f"dataset.{name}" for name in PARAMS["dataset"]) if key not in FOR_FILES)]),
         ("knn_eval@untrained, files", ["dataset.root", "dataset.follow_links", "seed"]),

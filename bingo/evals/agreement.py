@@ -1,0 +1,51 @@
+"""Agreement with the teacher, which needs no labels: how many of the teacher's neighbours of an image are a network's neighbours too.
+
+Shape letters: Q test images, T train images, K neighbours.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bingo.evals.knn import nearest_train
+
+if TYPE_CHECKING:
+    from bingo.embeddings.store import Embeddings
+
+
+class TeacherAgreement:
+    """The agreement of networks with the teacher, whose neighbours are searched once, when the first network asks for them.
+
+    The first `train_rows` rows of the teacher's features are the train images; without `ks` no teacher is needed.
+    """
+
+    def __init__(self, teacher: "Embeddings | None", train_rows: int, ks: Sequence[int]):
+        self.ks, self._teacher, self._train_rows = ks, teacher, train_rows
+
+    def of(self, rows_QK: np.ndarray) -> dict[str, float]:
+        """`neighbor_agreement` of a network whose `nearest_train` found `rows_QK`, for each k."""
+        return neighbor_agreement(rows_QK, self._teacher_rows_QK, self.ks) if self.ks else {}
+
+    @cached_property
+    def _teacher_rows_QK(self) -> np.ndarray:
+        assert self._teacher is not None
+        features_ND = self._teacher.features_ND
+        return nearest_train(features_ND[: self._train_rows], features_ND[self._train_rows :], max(self.ks))[0]
+
+
+def neighbor_agreement(rows_QK: np.ndarray, teacher_rows_QK: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
+    """`agreement_K` for each k of `ks`: of the k train images nearest to a test image in the teacher's features, the percentage that is
+    among the k nearest in the network's features too, averaged over the test images.
+
+    Both arguments are the rows of a `top_k`, nearest first, of the same queries and the same base, with at least max(ks) columns and
+    no padding (-1). A random order of T train images would reach 100 k / T on average.
+    """
+    return {f"agreement_{k}": round(100 * _common(rows_QK[:, :k], teacher_rows_QK[:, :k]) / (k * len(rows_QK)), 6) for k in ks}
+
+
+def _common(a_QK: np.ndarray, b_QK: np.ndarray) -> int:
+    """How many rows the lines of `a` and `b` share in all; within one line of either, rows are distinct."""
+    both = np.sort(np.concatenate([a_QK, b_QK], axis=1), axis=1)
+    return int((both[:, 1:] == both[:, :-1]).sum())
