@@ -10,7 +10,7 @@ from typing import Any
 from bingo.export.contract import Loading
 from bingo.export.stored import StoredNetwork
 from bingo.params import display_name, method_names, method_section
-from bingo.report.measures import knn_parts, measure_label
+from bingo.report.measures import measure_label, neighbor_order
 
 _PROTOCOLS = {"cached": "linear layer on stored features", "crops": "linear layer on random crops"}
 _UNKNOWN = "not known: this workspace no longer holds it"
@@ -39,7 +39,7 @@ def score_rows(linear: Mapping[str, Any], knn: Mapping[str, Any]) -> list[tuple[
     for protocol, name in _PROTOCOLS.items():
         for key, top in (("top1_last", "top-1"), ("top5_last", "top-5")):
             rows.append((f"{name}, {top}", {net: scores[key] for net, scores in linear.get(protocol, {}).items()}))
-    for key in sorted({key for scores in knn.values() for key in scores}, key=knn_parts):
+    for key in sorted({key for scores in knn.values() for key in scores}, key=neighbor_order):
         rows.append((measure_label(key), {net: scores[key] for net, scores in knn.items() if key in scores}))
     return rows
 

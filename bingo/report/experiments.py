@@ -16,6 +16,7 @@ from scipy.stats import t as student_t
 from bingo.params import method_names, method_section
 
 LEVEL = 0.95
+ACCURACIES = ("linear", "knn_10", "agreement_10")  # by which variants are compared, the preferred one first
 _RESULTS, _DISTILL = "reports/results.json", "reports/distill.json"
 _UPSTREAM = ("seed", "dataset", "image", "teacher", "extract", "bagging", "student", "distill")  # what a training's timing is of
 
@@ -98,7 +99,7 @@ def variants(experiments: Sequence[Experiment], records: Sequence[Mapping[str, A
 
 
 def _rank(variant: Variant) -> float:
-    known = variant.spread("linear") or variant.spread("knn_10")
+    known = next((spread for measure in ACCURACIES if (spread := variant.spread(measure))), None)
     return known.mean if known else -math.inf
 
 
@@ -141,12 +142,13 @@ def _within(part: Any, whole: Any) -> bool:
 def measures(experiment: Experiment, record: Mapping[str, Any]) -> dict[str, float]:
     """The figures of one run that are known.
 
-    linear, knn_10: the student's top-1, percent; teacher_linear, teacher_knn_10: its teacher's; of_teacher: linear as percent of the
-    teacher's; gflop_per_anchor; gflop_per_image: that times the epochs, so what training cost for each train image;
+    linear, knn_10: the student's top-1, percent; agreement_10: its agreement with the teacher, percent;
+    teacher_linear, teacher_knn_10: its teacher's; of_teacher: linear as percent of the teacher's;
+    gflop_per_anchor; gflop_per_image: that times the epochs, so what training cost for each train image;
     anchors_per_second, peak_memory_mb, peak_gpu_memory_mb, minutes: of the distill stage's run.
     """
     results, distill = experiment.metrics.get(_RESULTS, {}), experiment.metrics.get(_DISTILL, {})
-    figures = {measure: results.get(measure, {}).get("student") for measure in ("linear", "knn_10")}
+    figures = {measure: results.get(measure, {}).get("student") for measure in ACCURACIES}
     figures |= {f"teacher_{measure}": results.get(measure, {}).get("teacher") for measure in ("linear", "knn_10")}
     if _with_teacher(experiment) and figures["linear"] is not None and figures["teacher_linear"]:
         figures["of_teacher"] = 100 * figures["linear"] / figures["teacher_linear"]

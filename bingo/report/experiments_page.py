@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from bingo.params import display_name
-from bingo.report.experiments import Experiment, Variant, spread
+from bingo.report.experiments import ACCURACIES, Experiment, Variant, spread
 from bingo.report.experiments_table import Table
 from bingo.report.measures import measure_label
 from bingo.report.plots import Point, labelled_points
@@ -73,7 +73,7 @@ def _machine(record: Mapping[str, Any]) -> str:
 
 def _chart(found: Sequence[Variant], cost: str) -> Chart | None:
     """Accuracy against a cost, over the variants that have both; None where there are fewer than two."""
-    measure = "linear" if any("linear" in variant.values for variant in found) else "knn_10"
+    measure = next((measure for measure in ACCURACIES if any(measure in variant.values for variant in found)), ACCURACIES[0])
     title = measure_label(measure)
     points = [point for variant in found if (point := _point(variant, cost, measure, _prefix(found)))]
     if len(points) < 2:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bingo.params import display_name
-from bingo.report.experiments import Difference, Variant, paired_difference
+from bingo.report.experiments import ACCURACIES, Difference, Variant, paired_difference
 from bingo.report.measures import measure_label
 
 ABSENT = "–"
-_ACCURACIES = {measure: measure_label(measure) for measure in ("linear", "knn_10")}
+_ACCURACIES = {measure: measure_label(measure) for measure in ACCURACIES}
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,15 @@ _COSTS = (
 
 
 def by_seed(found: Sequence[Variant]) -> Table:
-    """A row for each variant, a column for each seed: its accuracies, percent."""
+    """A row for each variant, a column for each seed: its accuracies, percent, those that any variant has."""
+    measured = [measure for measure in ACCURACIES if any(measure in variant.values for variant in found)]
     seeds = sorted({seed for variant in found for seed in variant.seeds})
-    rows = [[variant.name, *(_pair(variant, seed) for seed in seeds)] for variant in found]
-    return Table([" / ".join(_ACCURACIES.values()), *(f"seed {seed}" for seed in seeds)], rows)
+    rows = [[variant.name, *(_figures(variant, seed, measured) for seed in seeds)] for variant in found]
+    return Table([" / ".join(_ACCURACIES[measure] for measure in measured), *(f"seed {seed}" for seed in seeds)], rows)
 
 
-def _pair(variant: Variant, seed: int) -> str:
-    values = [variant.values.get(measure, {}).get(seed) for measure in _ACCURACIES]
+def _figures(variant: Variant, seed: int, measured: Sequence[str]) -> str:
+    values = [variant.values.get(measure, {}).get(seed) for measure in measured]
     known = [ABSENT if value is None else f"{value:.1f}" for value in values]
     return ABSENT if seed not in variant.seeds else " / ".join(known)
 

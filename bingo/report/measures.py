@@ -3,10 +3,13 @@
 _LINEAR = {"linear": "linear, top-1", "linear_top1": "linear, top-1", "linear_top5": "linear, top-5"}
 
 
-def knn_parts(key: str) -> tuple[bool, int]:
-    """Whether the votes are weighted, and k, of `knn_K` or `knn_K_weighted`; as keys they sort by k, weighted votes last."""
-    number, _, weighted = key.removeprefix("knn_").partition("_")
-    return bool(weighted), int(number)
+_AGREEMENT = "agreement_"
+
+
+def neighbor_order(key: str) -> tuple[bool, bool, int]:
+    """By this sort what reports/knn holds: `knn_K` by k, `knn_K_weighted` by k, `agreement_K` by k."""
+    weighted = key.endswith("_weighted")
+    return key.startswith(_AGREEMENT), weighted, int(key.removesuffix("_weighted").rpartition("_")[2])
 
 
 def measure_label(key: str) -> str:
@@ -15,7 +18,5 @@ def measure_label(key: str) -> str:
     """
     if key in _LINEAR:
         return _LINEAR[key]
-    if key.startswith("agreement_"):
-        return f"agreement with the teacher, k = {key.removeprefix('agreement_')}"
-    weighted, k = knn_parts(key)
-    return f"kNN, k = {k}" + (", weighted votes" if weighted else "")
+    agreement, weighted, k = neighbor_order(key)
+    return f"{'agreement with the teacher' if agreement else 'kNN'}, k = {k}" + (", weighted votes" if weighted else "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bingo.params import display_name
 from bingo.report.inputs import Artefacts
-from bingo.report.measures import knn_parts, measure_label
+from bingo.report.measures import measure_label, neighbor_order
 from bingo.report.plots import AccuracyBar, accuracy_bars
 
 _USUAL_KNN = ("knn_10", "knn_20_weighted")
@@ -80,7 +80,7 @@ def columns(a: Artefacts) -> list[Column]:
     keys = dict.fromkeys(key for scores in a.knn.values() for key in scores)
     knn_keys, agreements = ([key for key in keys if key.startswith(group)] for group in ("knn_", "agreement_"))
     usual = [key for key in _USUAL_KNN if key in knn_keys]
-    found = [Column("knn", key, _short_header(key)) for key in usual or sorted(knn_keys, key=knn_parts)]
+    found = [Column("knn", key, _short_header(key)) for key in usual or sorted(knn_keys, key=neighbor_order)]
     for protocol in _PROTOCOLS:
         measured = {key for scores in a.linear.get(protocol, {}).values() for key in scores}
         found += [Column(f"linear {protocol}", key, header) for key, header in _LINEAR_COLUMNS.items() if key in measured]

@@ -130,10 +130,11 @@ def test_figures_are_rows_of_measures_and_columns_of_networks(card):
     ]
 
 
-def test_measures_are_in_the_order_of_k_and_weighted_votes_come_last():
-    knn = {"student": {"knn_200": 1.0, "knn_20_weighted": 2.0, "knn_5": 3.0}, "teacher": {"knn_20": 4.0}}
-    names = [name for name, _ in score_rows({}, knn)]
-    assert names[-4:] == ["kNN, k = 5", "kNN, k = 20", "kNN, k = 200", "kNN, k = 20, weighted votes"]
+def test_measures_are_in_the_order_of_k_after_plain_votes_the_weighted_and_the_agreement():
+    keys = ["agreement_10", "agreement_1", "knn_200", "knn_20_weighted", "knn_5"]
+    names = [name for name, _ in score_rows({}, {"student": dict.fromkeys(keys, 1.0), "teacher": {"knn_20": 4.0}})]
+    agreement = [f"agreement with the teacher, k = {k}" for k in (1, 10)]
+    assert names[-6:] == ["kNN, k = 5", "kNN, k = 20", "kNN, k = 200", "kNN, k = 20, weighted votes", *agreement]
 
 
 def test_a_stranger_has_no_figures_of_the_student(card):
