@@ -1,6 +1,7 @@
 """Where images lie under a root: train/CLASS/* with val|test/CLASS/*, or CLASS/* alone, or images without class folders.
 
-Splits go by the usual names in any case (Train, training, valid, val2017, test_images, ...). The order is that of the sorted names and
+Splits go by the usual names in any case (Train, training, valid, val2017, test_images, ...); what looks like splits under other names
+is refused, unless it lies in train/, where folders are classes. The order is that of the sorted names and
 nothing else: not of the disk, of times or of workers. Files may lie deeper than the class folder. Hidden files, folders that systems
 leave behind and files without a suffix that is read are passed over, and counted. Links out of the root are followed only on request.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
+from bingo.datasets.lookalikes import look_like_splits
 from bingo.images.decode import SUFFIXES
 from bingo.runtime.errors import UserError, printable
 from bingo.runtime.inside import folded
@@ -164,6 +166,8 @@ def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
     where = f"{walker.shown}: {printable(split) + '/' if split else 'it'}"
     walker.refuse_mixed(split, folders)
     by_folder = {folder: walker.images(folder) for folder in folders}
+    if not split:
+        walker.refuse_hidden_splits([folder for folder in folders if by_folder[folder]])
     if split and len(folders) == 1 and split_word(_last(folders[0]))[0] and walker.inner[folders[0]]:
         raise UserError(
             f"{where} has no folder but {printable(_last(folders[0]))}/, which is no class; move what is in it up into {printable(split)}/"
@@ -191,7 +195,8 @@ def _say_of_classes(walker: "_Walker", where: str, classes: list[str], folders: 
     """What of the class folders may not be as it was meant."""
     if len(classes) == 1:
         say(f"{where} has one class alone, {printable(classes[0])}: evaluations by labels say nothing")
-    if nested := [f"{folder}/{inner[0]}" for folder in folders if len(inner := walker.inner[folder]) > 1]:
+    inner_of = {folder: walker.inner[folder] for folder in folders}
+    if nested := [f"{folder}/{inner[0]}" for folder, inner in inner_of.items() if len(inner) > 1 or any(map(role_of, inner))]:
         say(f"{where} has classes with sub-folders ({_some(nested)}), whose images belong to the class above them")
     if similar := sorted(set(classes) - set(_unique_folded(classes).values())):
         say(f"{where} has classes whose names differ in case alone: {_some(similar)}; they stay apart")
@@ -217,6 +222,7 @@ class _Walker:
         self.passed: Counter[str] = Counter()  # by suffix or reason
         self.passed_folders: list[str] = []
         self.inner: dict[str, list[str]] = {}  # of folders that were walked, the names of the sub-folders that hold images
+        self.split_words: dict[tuple[str, ...], dict[str, str]] = {}  # by the other words of its name, the first folder of each role
         self.top: tuple[list[str], list[str]] = ([], [])  # entries of the root, whose links are judged when it is known which are read
         self.top_links: list[str] = []
 
@@ -242,6 +248,30 @@ class _Walker:
             self._collect(inner, (*above, real), found)
             if len(found) > count:
                 self.inner[folder].append(_last(inner))
+                self._note_role(inner)
+
+    def _note_role(self, folder: str) -> None:
+        name = _last(folder)
+        usual, (word, rest) = role_of(name), split_word(name)
+        if role := usual or word:
+            self.split_words.setdefault(() if usual else tuple(rest), {}).setdefault(role, folder)
+
+    def refuse_hidden_splits(self, folders: list[str]) -> None:
+        """Raises UserError where `folders`, about to be taken for classes, are splits of other names, or hold some in another depth."""
+        above, level = "", folders
+        while not (found := look_like_splits({folder: self.inner[folder] for folder in level})) and len(level) == 1:
+            above = level[0]
+            level = [f"{above}/{name}" for name in self.inner[above]]
+        looks = "have sub-folders of the same names, as splits have"
+        if not found:
+            pairs = (list(roles.values()) for roles in self.split_words.values() if len(roles) > 1)
+            found, looks = next(pairs, []), "look like splits"
+        if found:
+            names = " and ".join(f"{printable(folder)}/" for folder in found)
+            root = f", and set dataset.root to {self.root / above}" if above else ""
+            of_splits = "put the train images into train/CLASS and the others into val/CLASS"
+            way_out = f"if they are splits, {of_splits}; if they are classes, move all class folders into train/"
+            raise UserError(f"{self.shown}: {names} {looks}, and would be classes; {way_out}{root}")
 
     def refuse_mixed(self, folder: str, folders: list[str]) -> None:
         """Raises UserError where a folder has both a train and a test split in it, or two folders that are named like them."""

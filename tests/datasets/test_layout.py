@@ -140,6 +140,74 @@ def test_a_split_within_a_split_of_the_same_name_is_moved_up(tmp_path):
     assert said(tmp_path)[0].classes == ["cat", "dog"]
 
 
+HIDDEN = {  # under names of any language: the images' folders, and where the splits lie
+    "learn and exam": ["{}learn/cat", "{}learn/dog", "{}exam/cat", "{}exam/dog"],
+    "tr and te": ["{}tr/0", "{}tr/1", "{}tr/2", "{}te/0", "{}te/1"],
+    "another language": ["{}entrenamiento/gato", "{}entrenamiento/perro", "{}prueba/Gato", "{}prueba/perro"],
+    "synsets": ["{}A/n01440764", "{}A/n01443537", "{}B/n01440764", "{}B/n01443537"],
+    "folds": [f"{{}}fold{fold}/{name}" for fold in range(5) for name in ("cat", "dog", "fox")],
+    "some classes of one split alone, fox and dog/owl": [
+        "{}learn/cat",
+        "{}learn/dog",
+        "{}learn/fox",
+        "{}exam/cat",
+        "{}exam/dog",
+        "{}exam/owl",
+    ],
+    "domains, and a folder beside": ["{}amazon/desk", "{}amazon/mug", "{}webcam/desk", "{}webcam/mug", "{}more"],
+    "splits in folds": ["{}fold0/train/cat", "{}fold0/train/dog", "{}fold1/test/cat", "{}fold1/test/dog"],
+    "splits in folders of another name": ["{}x/images_train/cat", "{}x/images_train/dog", "{}y/z/images_val/cat", "{}y/z/images_val/dog"],
+    "splits in classes": ["{}cat/learn", "{}cat/exam", "{}dog/learn", "{}dog/exam"],
+}
+
+
+@pytest.mark.parametrize("above", ["", "data/raw/"])
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_splits_of_unknown_names_are_refused_and_both_ways_out_help(tmp_path, kind, above):
+    places = [place.format(above) for place in HIDDEN[kind]]
+    make(tmp_path / "in", *(f"{place}/{number}.png" for number, place in enumerate(places)))
+    (line,) = lines_of(folder(tmp_path / "in"))
+    root = Path(line.partition(", and set dataset.root to ")[2] or tmp_path / "in")
+    assert root == tmp_path / "in" / above
+    shutil.copytree(root, tmp_path / "classes/train")  # if they are classes
+    listing, lines = said(tmp_path / "classes")
+    assert listing.classes == sorted(path.name for path in root.iterdir())
+    assert "sub-folders" in lines
+    splits = [place.rpartition("/")[::2] for place in places]
+    if kind == "splits in classes":
+        splits = [(inner, outer.rpartition("/")[2]) for outer, inner in splits]
+    for place, (split, name) in zip(places, splits, strict=True):  # if they are splits
+        if not place.endswith("more"):
+            target = "train" if split == splits[0][0] else "val"
+            shutil.copytree(tmp_path / "in" / place, tmp_path / "splits" / target / name, dirs_exist_ok=True)
+    if "dog/owl" in kind:
+        assert "has classes that train/ lacks: owl" in lines_of(folder(tmp_path / "splits"))[0]  # of something else, and true
+    else:
+        assert said(tmp_path / "splits")[0].classes == sorted({name for split, name in splits if split == splits[0][0]})
+
+
+CHANCE = {
+    "cameras": ["cat/cam0", "cat/cam1", "dog/cam0", "dog/cam1"],
+    "sessions and a few more": ["cat/session-1", "cat/session-2", "cat/session_3", "dog/session-1", "dog/session-2"],
+    "days": ["cat/2021-05-03", "cat/2021-05-04", "dog/2021-05-03", "dog/2021-05-04"],
+    "sides": ["car/left", "car/right", "car/front", "bus/left", "bus/right", "bus/front"],
+    "one sub-folder each": ["cat/photos", "dog/photos"],
+    "one name in common": ["cat/wild", "cat/other", "dog/other", "dog/tame"],
+    "few names of many": ["bird/owl", "bird/male", "bird/female", "bird/egg", "fish/cod", "fish/male", "fish/female", "fish/ray"],
+    "two classes of many": ["owl/male", "owl/female", "cat/male", "cat/female", "a", "b", "c"],
+    "more than any splits": [f"class{number}/{name}" for number in range(11) for name in ("young", "old")],
+    "words of splits, unlike each other": ["vehicle/bullet train", "vehicle/car", "lab/test tube", "lab/flask"],
+    "train alone": ["vehicle/train", "vehicle/car", "animal/cat", "animal/dog"],
+}
+
+
+@pytest.mark.parametrize("kind", CHANCE)
+def test_classes_whose_sub_folders_have_the_same_names_by_chance_stay_classes(tmp_path, kind):
+    listing, lines = said(make(tmp_path, *(f"{place}/{number}.png" for number, place in enumerate(CHANCE[kind]))))
+    assert listing.classes == sorted({place.split("/")[0] for place in CHANCE[kind]})
+    assert ("sub-folders" in lines) == (kind != "one sub-folder each")
+
+
 def test_what_lies_beside_the_splits_is_named(tmp_path):
     make(tmp_path, "train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "test/3.png", "extra/4.png", "logo.png")
     listing, lines = said(tmp_path)
