@@ -6,7 +6,8 @@ file held beyond the teacher; anything that was not foreseen there is refused. P
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,17 @@ from bingo.runtime.errors import UserError, near_matches
 from bingo.teachers.contract import ANY_IMAGE, FIRST_WEIGHTS, Parts
 from bingo.teachers.foreign import read_checkpoint, states_in, summary
 from bingo.teachers.teacher import teacher_metadata
-from bingo.teachers.wrapped import UNKNOWN_RANK, find, grid_px, places, settings_in, settings_that_fit, variants, without_classifier
+from bingo.teachers.wrapped import (
+    UNKNOWN_RANK,
+    find,
+    grid_px,
+    places,
+    settings_in,
+    settings_that_fit,
+    variants,
+    without_classifier,
+    without_masking,
+)
 
 Made = tuple[Backbone, nn.Sequential | None, dict[str, Any]]
 _STATES = ("state_dict", "model")  # where most published checkpoints keep their weights
@@ -96,16 +107,18 @@ def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     parts = _parts(params, content)
     if parts.unknown:
         line = f"{path}: holds what no checkpoint of format {params.format} has: {first_names(parts.unknown)}"
-        raise UserError(f"{line}; set teacher.checkpoint to a file without it, or teacher.format to the code that wrote it")
+        otherwise = "set teacher.checkpoint to a file without it, or teacher.format to the code that wrote it"
+        raise UserError(f"{line}; {_ways_out(params, content, otherwise)}")
     origin = f"{path}: its backbone does not fit {params.arch}"
     if "dynamic_img_size" in parts.options and not is_transformer(params.arch):
-        raise UserError(f"{origin}: these are the weights of a vision transformer; {_settings(params, parts.trunk)}")
+        raise UserError(f"{origin}: these are the weights of a vision transformer; {_ways_out(params, content)}")
     backbone, options = _of_its_grid(params, _empty(params, parts.options), parts.options, parts.trunk)
-    load_strictly(backbone, parts.trunk, origin, lambda: _settings(params, parts.trunk))
+    trunk, masked = without_masking(parts.trunk, backbone)
+    load_strictly(backbone, trunk, origin, lambda: _ways_out(params, content, _no_usual(backbone, parts.trunk)))
     head = _head(parts, backbone, f"{path}: its projection head is not that of format {params.format}") if parts.layers else None
     _compare_normalisation(params, image, *parts.mean_std)
     _mention_stem(params)
-    source = {"pretrained": True, "source_sha256": sha256, "format": params.format, "left_out": parts.left_out}
+    source = {"pretrained": True, "source_sha256": sha256, "format": params.format, "left_out": parts.left_out + masked}
     return backbone, head, source | _noted(options)
 
 
@@ -113,8 +126,7 @@ def _parts(params: TeacherParams, content: Any) -> Parts:
     """The parts of a checkpoint of `teacher.format`, which may have wrappers around it. Raises UserError where it is of another format."""
     if (parts := _format(params.format).parts(content)) is not None:
         return parts
-    wrapped = ((_format(params.format).parts(variant), taken) for variant, taken in variants(content))
-    found = next(((parts, taken) for parts, taken in wrapped if parts is not None and not parts.unknown), None)
+    found = _unwrapped(params.format, content)
     others = [name for name, parts in _readers(content).items() if parts.sure and name != params.format]
     if found is None and not others:
         found = _beside(params, content)
@@ -122,6 +134,12 @@ def _parts(params: TeacherParams, content: Any) -> Parts:
         raise UserError(f"{params.checkpoint}: is no checkpoint of format {params.format}: {_what_instead(params, content)}")
     _mention(params, *found)
     return found[0]
+
+
+def _unwrapped(name: str, content: Any) -> tuple[Parts, str] | None:
+    """The parts of a checkpoint of this format within wrappers around it, all of it known, and what was taken off."""
+    reads = ((_format(name).parts(variant), taken) for variant, taken in variants(content))
+    return next(((parts, taken) for parts, taken in reads if parts is not None and not parts.unknown), None)
 
 
 def _beside(params: TeacherParams, content: Any) -> tuple[Parts, str] | None:
@@ -172,33 +190,73 @@ def _readers(content: Any) -> dict[str, Parts]:
     """The formats that read a checkpoint, as it is or without wrappers, and what they find."""
     found = {name: parts for name in format_names() if (parts := _format(name).parts(content)) is not None}
     if not any(parts.sure for parts in found.values()):
-        for name in format_names():
-            reads = (_format(name).parts(variant) for variant, _ in variants(content))
-            if (parts := next((parts for parts in reads if parts is not None and not parts.unknown), None)) is not None:
-                found.setdefault(name, parts)
+        found = {name: within[0] for name in format_names() if (within := _unwrapped(name, content))} | found
     return found
 
 
 def _what_instead(params: TeacherParams, content: Any) -> str:
-    """What was expected and what was found, and which parameter the file would suit."""
+    """What was expected and what was found, and which parameters the file would suit."""
     inside = [content[name] for name in _STATES if isinstance(content, dict) and content.get(name)]
     line = f"expected {_format(params.format).EXPECTED}, found {summary(inside[0] if inside else content)}"
+    otherwise = f"set teacher.checkpoint to a file of one of the formats {', '.join(format_names())}"
+    return f"{line}; {_ways_out(params, content, otherwise)}"
+
+
+def _ways_out(params: TeacherParams, content: Any, otherwise: str = "give a whole file in teacher.checkpoint") -> str:
+    """The settings with which a checkpoint is read, where there are any: each was tried, so that none leads to the next refusal."""
+    found = [settings for settings in _readings(params, content) if any(getattr(params, name) != x for name, x in settings.items())]
+    return f"set {', or '.join(_as_settings(params, settings) for settings in found)}" if found else otherwise
+
+
+def _readings(params: TeacherParams, content: Any) -> Iterator[dict[str, Any]]:
+    """Source, format, arch, width and stem that read a checkpoint: of the published format that it is of, or else of a library and of
+    formats without names of their own."""
     read_by = _readers(content)
-    if fitting := [name for name, parts in read_by.items() if parts.sure]:
-        return f"{line}; set teacher.format: {' or '.join(fitting)}"
-    if read_by:
-        source = "torchvision" if params.arch.startswith("torchvision/") else "timm"
-        return f"{line}; it holds a backbone alone: set teacher.source: {source}, or teacher.format: {' or '.join(read_by)}"
-    return f"{line}; set teacher.checkpoint to a file of one of the formats {', '.join(format_names())}"
+    sure = any(parts.sure for parts in read_by.values())  # even if it fits no network: a library would find another part of the file
+    networks = {name: _network_of(params, parts) for name, parts in sorted(read_by.items()) if parts.sure == sure}
+    formats = {name: network for name, network in networks.items() if network is not None}
+    if params.source == "checkpoint" and params.format in formats:
+        yield formats[params.format]
+        return
+    of_library = [] if sure else list(_of_a_library(params, content))
+    yield from of_library
+    if sure or of_library:
+        for network in [network for i, network in enumerate(formats.values()) if network not in list(formats.values())[:i]]:
+            names = [name for name, other in formats.items() if other == network]
+            yield {"source": "checkpoint", "format": " or ".join(names), **network}
 
 
-def _settings(params: TeacherParams, state: Mapping[str, Tensor]) -> str:
-    """The way out where a state dict does not fit `teacher.arch`: what it fits, if that is known."""
-    found = settings_that_fit(state)
-    if found is None or all(getattr(params, name) == value for name, value in found.items()):
-        line = "no usual network has just these weights: give a whole file in teacher.checkpoint"
-        return f"{line}, or set teacher.arch, width and stem to what was trained"
-    return f"set {_as_settings(params, found)}"
+def _network_of(params: TeacherParams, parts: Parts) -> dict[str, Any] | None:
+    """arch, width and stem with which these parts load: those asked for, or of a usual network; None where none do."""
+    asked = {name: getattr(params, name) for name in ("arch", "width", "stem")}
+    for network in filter(None, (asked, settings_that_fit(parts.trunk))):
+        with suppress(UserError), torch.device("meta"):
+            own = params.model_copy(update=network)
+            if parts.unknown or ("dynamic_img_size" in parts.options and not is_transformer(own.arch)):
+                continue
+            backbone, _ = _of_its_grid(own, _empty(own, parts.options), parts.options, parts.trunk)
+            check_fits(backbone.state_dict(), without_masking(parts.trunk, backbone)[0], "")
+            if parts.layers:
+                _head_widths(parts, backbone, "")
+            return network
+    return None
+
+
+def _of_a_library(params: TeacherParams, content: Any) -> Iterator[dict[str, Any]]:
+    """Source, arch, width and stem under which a library's own names fit the weights, wherever they are."""
+    asked = {name: getattr(params, name) for name in ("arch", "width", "stem")}
+    with suppress(UserError):
+        network = asked if find(content, _empty(params, {})) else settings_in(content)
+        if network is not None:
+            yield {"source": "torchvision" if network["arch"].startswith("torchvision/") else "timm", **network}
+
+
+def _no_usual(backbone: Backbone, state: Mapping[str, Tensor]) -> str:
+    """The way out where no usual network has these weights: what is beyond the network may be left out, what it lacks must be had."""
+    if backbone.state_dict().keys() <= state.keys():
+        return "if these are no part of the network, save its state_dict() without them"
+    line = "no usual network has just these weights: give a whole file in teacher.checkpoint"
+    return f"{line}, or set teacher.arch, width and stem to what was trained"
 
 
 def _as_settings(params: TeacherParams, found: Mapping[str, Any]) -> str:
@@ -207,15 +265,20 @@ def _as_settings(params: TeacherParams, found: Mapping[str, Any]) -> str:
 
 def _head(parts: Parts, backbone: Backbone, origin: str) -> nn.Sequential:
     """The head that the checkpoint's shapes tell, loaded strictly."""
+    head = layered_head(parts.layers, _head_widths(parts, backbone, origin))
+    load_strictly(head, parts.head, origin)
+    return head
+
+
+def _head_widths(parts: Parts, backbone: Backbone, origin: str) -> list[int]:
+    """The widths of the head's features by the checkpoint's shapes. Raises UserError where these are of no such head."""
     linears = [f"{i}.weight" for i, kind in enumerate(parts.layers) if kind.startswith("linear")]
     shapes = [tuple(parts.head[name].shape) if name in parts.head else () for name in linears]
     widths = [shape[0] if len(shape) == 2 else 1 for shape in shapes]  # where it is 1, loading names what is wrong
     with torch.device("meta"):  # shapes that do not fit one another may be of any size
         empty = layered_head(parts.layers, [backbone.feature_width, *widths]).state_dict()
         check_fits(empty, parts.head, origin, lambda: "set teacher.format to the code that wrote it, or teacher.checkpoint to a whole file")
-    head = layered_head(parts.layers, [backbone.feature_width, *widths])
-    load_strictly(head, parts.head, origin)
-    return head
+    return [backbone.feature_width, *widths]
 
 
 def _empty(params: TeacherParams, options: Mapping[str, Any]) -> Backbone:
@@ -258,17 +321,8 @@ def _misfit(params: TeacherParams, backbone: Backbone, content: Any) -> UserErro
         return UserError(f"{path}: holds no weights by name, but {summary(content)}; save the network's state_dict() with torch.save")
     state, _ = without_classifier(backbone, max(states, key=lambda state: sum(name in own for name in state)))
 
-    def way_out() -> str:
-        formats = [name for name, parts in _readers(content).items() if parts.sure and not parts.unknown]
-        if formats:
-            return f"set teacher.source: checkpoint and teacher.format: {' or '.join(formats)}"
-        found = settings_in(content)
-        source = "torchvision" if found and found["arch"].startswith("torchvision/") else "timm"
-        changed = f"teacher.source: {source}, " if source != params.source else ""
-        return f"set {changed}{_as_settings(params, found)}" if found else _settings(params, state)
-
     try:
-        check_fits(own, state, f"{path}: does not fit {params.arch}", way_out)
+        check_fits(own, state, f"{path}: does not fit {params.arch}", lambda: _ways_out(params, content, _no_usual(backbone, state)))
     except UserError as error:
         return error
     raise AssertionError("a state dict that fits is found")

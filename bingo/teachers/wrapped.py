@@ -3,6 +3,7 @@
 That a place holds the network is seen by its names and shapes, which must all fit; only then is a wrapper taken off.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,7 @@ _PREFERRED = (
 )  # fmt: skip
 UNKNOWN_RANK = len(_PREFERRED)
 _COUNTER = "num_batches_tracked"
+_OF_MASKING = re.compile(r"(?:mask_token|masked_embed|decoder\w*)(?:\.|$)")
 # By a name that each network of a family has: what is tried where a file does not fit.
 _FAMILIES = {
     "layer1.0.conv1.weight": (
@@ -43,7 +45,7 @@ _FAMILIES = {
     ),
     "conv_proj.weight": ("torchvision/vit_b_16", "torchvision/vit_b_32", "torchvision/vit_l_16"),
 }  # fmt: skip
-_ANCHORS = ("conv1.weight", "cls_token", "conv_stem.weight", "stem.0.weight", "features.0.0.weight", "conv_proj.weight")
+_ANCHORS = ("conv1.weight", "conv1.0.weight", "cls_token", "conv_stem.weight", "stem.0.weight", "features.0.0.weight", "conv_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,17 @@ def _module(name: str, prefix: str) -> str:
 
 
 def without_classifier(backbone: Backbone, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights but those of the classifier, and the names of these."""
-    own = backbone.state_dict()
-    left_out = [name for name in state if name not in own and any(name.startswith(f"{prefix}.") for prefix in backbone.classifier_names)]
-    return {name: tensor for name, tensor in state.items() if name not in left_out}, sorted(left_out)
+    """The weights but those of the classifier and of masked pretraining, and the names of these."""
+    own, classifier = backbone.state_dict(), tuple(f"{prefix}." for prefix in backbone.classifier_names)
+    kept, left_out = without_masking(state, backbone)
+    left_out += [name for name in kept if name not in own and name.startswith(classifier)]
+    return {name: tensor for name, tensor in kept.items() if name not in left_out}, sorted(left_out)
+
+
+def without_masking(state: Mapping[str, Tensor], backbone: Backbone) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights but those that only images with masked patches need (of MAE, SimMIM, iBOT), and the names of these."""
+    left_out = sorted(name for name in state.keys() - backbone.state_dict().keys() if _OF_MASKING.match(name))
+    return {name: tensor for name, tensor in state.items() if name not in left_out}, left_out
 
 
 def fits(backbone: Backbone, state: Mapping[str, Tensor]) -> bool:

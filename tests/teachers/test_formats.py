@@ -358,9 +358,9 @@ def test_another_format_is_told(tmp_path, name):
 
 def test_a_backbone_alone_is_told_from_a_checkpoint_with_a_head(tmp_path):
     line = refusal(tmp_path, "moco", small("byol"))
-    assert line.endswith(
-        "it holds a backbone alone: set teacher.source: timm, or teacher.format: barlow or byol or dino or vicreg or simclr"
-    )
+    assert line.endswith("set teacher.source: timm, teacher.arch: resnet18, or teacher.format: byol or simclr, teacher.arch: resnet18")
+    for changes in ({"source": "timm"}, {"format": "byol"}, {"format": "simclr"}):
+        make_teacher(params_of("moco", tmp_path / "checkpoint.pth", arch="resnet18", **changes), image_of(64), 0)
     line = refusal(tmp_path, "swav", {"optimizer": {"lr": 1.0}})
     assert line.endswith(f"; set teacher.checkpoint to a file of one of the formats {', '.join(format_names())}")
     assert "found a dict of 1: optimizer;" in line

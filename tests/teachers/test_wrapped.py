@@ -126,12 +126,6 @@ def test_a_backbone_beside_the_heads_of_dinos_later_code(tmp_path, capsys):
     assert "backbone" in capsys.readouterr().err
 
 
-def settings_in(line: str) -> dict[str, object]:
-    """What a message says to set: `teacher.KEY: VALUE` behind its last semicolon, of several values the first."""
-    found = re.findall(r"teacher\.(\w+): ([\w./-]+)", line.rpartition("; ")[2])
-    return {key: float(value) if key == "width" else value for key, value in found}
-
-
 def wide(arch: str, width: float, stem: str) -> dict[str, Tensor]:
     return build_backbone(arch, width, stem, 0).state_dict()
 
@@ -153,11 +147,69 @@ def test_following_the_way_out_of_a_misfit_loads_the_file(tmp_path, name):
     params = params_of(tmp_path / "net.pt", arch="regnetx_002", width=1.0)
     with pytest.raises(UserError) as caught:
         make_teacher(params, IMAGE, 0)
-    settings = settings_in(str(caught.value))
-    assert settings
-    if name == "a published format":
-        settings |= NARROW
+    settings = ways_out(str(caught.value))[0]
     make_teacher(params.model_copy(update=settings), IMAGE, 0)
+
+
+def ways_out(line: str) -> list[dict[str, object]]:
+    """Each of the settings that a message says to make: `set teacher.KEY: VALUE, teacher.KEY: VALUE, or teacher.KEY: ...`."""
+    alternatives = line.rpartition("; set ")[2].split(", or ")
+    found = [dict(re.findall(r"teacher\.(\w+): ([\w./-]+)", alternative)) for alternative in alternatives]
+    return [{key: float(value) if key == "width" else value for key, value in settings.items()} for settings in found if settings]
+
+
+@cache
+def vit() -> dict[str, Tensor]:
+    return dict(lively(timm.create_model("vit_tiny_patch16_224", num_classes=0)).state_dict())
+
+
+def vit_under(prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in vit().items()}
+
+
+MASK, DECODER = (
+    {"mask_token": torch.zeros(1, 1, 192)},
+    {"decoder.0.weight": torch.ones(2), "decoder_embed.weight": torch.zeros(8, 192), "decoder_pos_embed": torch.zeros(1)},
+)
+FILES = {
+    "MAE with its decoder": lambda: {"model": vit() | MASK | DECODER},
+    "MAE's encoder": lambda: {"model": vit()},
+    "SimMIM": lambda: {"state_dict": vit_under("encoder.") | {f"encoder.{name}": t for name, t in MASK.items()} | DECODER},
+    "iBOT": lambda: {"teacher": vit_under("backbone.") | {"backbone.masked_embed": torch.zeros(1, 192)}, "student": {"x": torch.ones(1)}},
+    "DINO": lambda: vit_under(""),
+    "MoCo": lambda: {"state_dict": moco(str)},
+    "torchvision": lambda: vision.mobilenet_v3_small().state_dict(),
+}  # fmt: skip
+ASKED = {
+    "timm, its transformer": {"source": "timm", "arch": "vit_tiny_patch16_224", "width": 1.0},
+    "timm, another network": {"source": "timm", "arch": "resnet14t"},
+    "dinov2": {"source": "checkpoint", "format": "dinov2", "arch": "vit_tiny_patch16_224", "width": 1.0},
+    "dino": {"source": "checkpoint", "format": "dino", "arch": "resnet50", "width": 0.25},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_is_read_at_once_or_by_whatever_the_message_says_to_set(tmp_path, file, asked):
+    """No message leads to the next one: each of its ways out was tried."""
+    torch.save(FILES[file](), tmp_path / "net.pt")
+    params = params_of(tmp_path / "net.pt", **ASKED[asked])
+    found: list[dict[str, object]] = [{}]
+    try:
+        make_teacher(params, IMAGE, 0)
+    except UserError as error:
+        found = ways_out(str(error))
+    assert found
+    backbones = [make_teacher(params.model_copy(update=settings), IMAGE, 0)[0] for settings in found]
+    assert file in ("MoCo", "torchvision") or all(has_weights(backbone, vit()) for backbone in backbones)
+
+
+def test_what_is_beyond_the_network_is_saved_without(tmp_path):
+    extra = {"fc.fc1.weight": torch.zeros(4, 4)}
+    with pytest.raises(UserError, match=r"not expected fc\.fc1\.weight; .* save its state_dict\(\) without them") as caught:
+        made(vit() | extra, tmp_path, arch="vit_tiny_patch16_224", width=1.0)
+    assert not ways_out(str(caught.value))
+    assert has_weights(made(vit(), tmp_path, arch="vit_tiny_patch16_224", width=1.0)[0], vit())
 
 
 @pytest.mark.parametrize("asked", ["swav", "dinov2", "simsiam", "seed"])
@@ -166,8 +218,8 @@ def test_following_the_way_out_of_another_format_loads_the_file(tmp_path, asked)
     params = params_of(tmp_path / "net.pt", source="checkpoint", format=asked)
     with pytest.raises(UserError) as caught:
         make_teacher(params, IMAGE, 0)
-    make_teacher(params.model_copy(update=settings_in(str(caught.value).replace(", or teacher.format", "; "))
-                                   or settings_in(str(caught.value).partition(", or")[0])), IMAGE, 0)  # fmt: skip
+    for settings in ways_out(str(caught.value)):
+        make_teacher(params.model_copy(update=settings), IMAGE, 0)
 
 
 def test_safetensors_and_checkpoints_are_told_apart_by_what_they_hold(tmp_path):

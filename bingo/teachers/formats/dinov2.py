@@ -17,7 +17,7 @@ def parts(content: Any) -> Parts | None:
     is not 518: bicubic with antialiasing, which the code of DINOv2 itself has for the networks with registers alone.
     """
     state = whole(content)
-    if "mask_token" not in state or "pos_embed" not in state:
+    if "mask_token" not in state or "pos_embed" not in state or "decoder_pos_embed" in state:  # the last is MAE's
         return None
     if "register_tokens" in state:
         position = state["pos_embed"]
