@@ -24,6 +24,7 @@ GROUPS = {
     "imagenet-r34-": "ImageNet, ResNet-34",
     "imagenet-effb0-": "ImageNet, EfficientNet-B0",
     "imagenet-mobv3-": "ImageNet, MobileNet-v3-large",
+    "keys-": "Keys, over a row of ImageNet",
     "coco-": "COCO, beside an ImageNet recipe",
     "downstream-": "Few labels and transfer, of whatever student params.yaml trains",
     "parts/": "Parts that recipes include",

@@ -114,7 +114,8 @@ class _Pass:
 
     def _requests(self, rows: range) -> Iterator[Request]:
         """All views of some rows at a time, at most `batch_images` in all (if V is), so that a file is decoded once for them."""
-        views, step = self.extract.views, max(1, self.extract.batch_images // self.extract.views)
+        views = self.extract.views
+        step = max(1, self.extract.batch_images // max(1, views))
         for start in range(rows.start, rows.stop, step):
             rows_B = np.repeat(np.arange(start, min(start + step, rows.stop)), views)
             yield Request(rows_B, rows_B, PURPOSE, 0, np.tile(np.arange(views), len(rows_B) // views))

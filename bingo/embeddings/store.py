@@ -3,7 +3,7 @@
 Shape letters: N rows of the listing, T train rows (the first ones), V stored views, P key width, D feature width.
 
     features  float16 (N, D)      what the backbone returns, not normalised; bags and probes read it
-    keys      float16 (T, V, P)   unit rows; key v of row t belongs to view v that the recipe draws for row t
+    keys      float16 (T, V, P)   unit rows; key v of row t belongs to view v that the recipe draws for row t; V may be 0
 
 Both are cut into chunks of the same number of rows, and a chunk is a file: it is written once, whole, by one process.
 """
@@ -47,8 +47,8 @@ class EmbeddingsWriter:
 
     def train_rows(self, chunk: int) -> range:
         """Those rows of a chunk that have keys: a prefix of `rows(chunk)`, possibly empty."""
-        rows = self.rows(chunk)
-        return range(rows.start, max(rows.start, min(rows.stop, self._keys.shape[0])))
+        rows, (train_rows, views, _) = self.rows(chunk), self._keys.shape
+        return range(rows.start, max(rows.start, min(rows.stop, train_rows if views else 0)))
 
     def chunk_is_complete(self, chunk: int) -> bool:
         """Whether the files of a chunk are there: they appear whole or not at all, so no list of what is done is needed."""

@@ -22,6 +22,7 @@ from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.negatives import Negatives
 from bingo.methods.parts.losses import info_nce, negative_logsumexp
 from bingo.methods.parts.momentum import MomentumCopy, shuffled
+from bingo.methods.targets import check_stored_views
 from bingo.methods.view_gradients import sum_of_terms
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast, casts_kept
@@ -133,6 +134,8 @@ class Bingo(Method):
 
 def build(params: BingoParams, context: Context) -> Method:
     """BINGO on the student of `context`. Raises UserError for switches that contradict each other."""
+    if context.keys == "stored":
+        check_stored_views("bingo", context, 1)
     if context.keys == "momentum" and params.negatives == "bank":
         raise UserError(
             "methods.bingo.negatives = bank: with distill.keys = momentum no key is stored; set methods.bingo.negatives = queue"

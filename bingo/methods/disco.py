@@ -2,7 +2,7 @@
 
 q, k: outputs of the student and of its moving average, T: the teacher's, all unit; x1, x2: two views of the anchor.
 loss = InfoNCE(q(x1), k(x2); queue) + regression_weight * mean(|q(x1) - T(x1)|^2 + |q(x2) - T(x2)|^2). The released code sums the squares
-over the 32 anchors of a GPU, so its weight is 32. There the teacher's BatchNorm is in train mode; here it is in eval mode.
+over the 32 anchors of a GPU, so its weight is 32. There the teacher's BatchNorm uses batch statistics (`teacher_batchnorm: batch`).
 """
 
 import torch
@@ -53,4 +53,7 @@ class Disco(Method):
 
 def build(params: DiscoParams, context: Context) -> Method:
     """DisCo on the student of `context`. Raises UserError where there is no teacher, or it left fewer than two stored views."""
-    return Disco(params, context)
+    method = Disco(params, context)
+    if context.teacher is not None:
+        context.teacher.batch_statistics(params.teacher_batchnorm == "batch")
+    return method

@@ -12,17 +12,21 @@ from bingo import seeds
 from bingo.images.augment import upload
 from bingo.methods.contract import Batch, Context
 from bingo.methods.parts.momentum import Queue
+from bingo.runtime.errors import UserError
 
 
 class Negatives(nn.Module):
     """`rows` negatives of the kind `bank` or `queue`. Of a bank, an anchor and its drawn member are never among its own negatives;
-    `mask_bag` leaves out the anchor's whole bag, of a queue too."""
+    `mask_bag` leaves out the anchor's whole bag, of a queue too. Raises UserError for a bank without stored views."""
 
     def __init__(self, kind: str, rows: int, key_width: int, mask_bag: bool, context: Context):
         super().__init__()
         self.kind, self.rows, self.mask_bag, self.context = kind, rows, mask_bag, context
         self.drawn_JP: Tensor | None = None
         self.cluster_T, self.members_TK = self._bag_tables() if mask_bag and context.bags is not None else (None, None)
+        if kind == "bank" and context.keys_TVP is not None and not context.keys_TVP.shape[1]:
+            way_out = "set extract.views to 1 or more, or the method's negatives to queue"
+            raise UserError(f"extract.views = 0: negatives = bank takes them from stored keys; {way_out}")
         if kind == "queue":
             self.queue = Queue(rows, key_width, context.seed)
             self._prefill()
@@ -38,7 +42,7 @@ class Negatives(nn.Module):
     def _prefill(self) -> None:
         """Start the queue from stored keys where they exist: the first steps then train against real negatives."""
         keys_TVP = self.context.keys_TVP
-        if self.context.keys == "momentum" or keys_TVP is None:
+        if self.context.keys == "momentum" or keys_TVP is None or not keys_TVP.shape[1]:
             return
         count = min(len(self.queue.rows_Q), len(keys_TVP))
         rows = torch.from_numpy(seeds.permutation(self.context.seed, "prefill", 0, len(keys_TVP))[:count])

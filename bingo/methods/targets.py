@@ -23,14 +23,8 @@ class Targets:
             raise UserError(f"distill.keys = momentum: {method} compares with a teacher; set distill.keys to stored or live")
         self.context, self.target, self.views = context, target, views
         self.stored = context.keys == "stored"
-        if self.stored and target == "keys" and views > self._stored_views():
-            raise UserError(
-                f"extract.views = {self._stored_views()}: {method} compares {views} stored views; set extract.views to {views} or more"
-            )
-
-    def _stored_views(self) -> int:
-        assert self.context.keys_TVP is not None
-        return self.context.keys_TVP.shape[1]
+        if self.stored and target == "keys":
+            check_stored_views(method, context, views)
 
     @property
     def needs(self) -> dict[str, Any]:
@@ -57,6 +51,14 @@ class Targets:
         with autocast(self.context.precision, self.context.device):
             teacher = self.context.teacher
             return (teacher.keys if self.target == "keys" else teacher.features)(batch.anchor_views[view])
+
+
+def check_stored_views(method: str, context: Context, views: int) -> None:
+    """Raises UserError where the store has fewer than `views` views of each image."""
+    assert context.keys_TVP is not None
+    if (stored := context.keys_TVP.shape[1]) < views:
+        way_out = f"set extract.views to {views} or more, or distill.keys to live"
+        raise UserError(f"extract.views = {stored}: {method} with distill.keys = stored reads {views} of each image; {way_out}")
 
 
 def _given(features_BD: Tensor | None) -> Tensor:

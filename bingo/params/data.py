@@ -16,6 +16,7 @@ from bingo.params.fields import (
     Section,
     Share,
     Temperature,
+    Whole,
 )
 
 
@@ -106,9 +107,10 @@ class AugmentParams(Section):
 
 
 class ExtractParams(Section):
-    """The one pass of the teacher: `views` random views' keys for each train image, written in chunks of `chunk_rows`."""
+    """The one pass of the teacher: the feature of each image's centre view and keys of `views` random views of each train image (0: none,
+    where training reads none), written in chunks of `chunk_rows`."""
 
-    views: Count
+    views: Whole
     batch_images: Count
     chunk_rows: Count
     precision: Precision

@@ -105,7 +105,8 @@ class CossParams(MethodSection):
 
 class DiscoParams(MethodSection):
     """DisCo (Gao et al. 2022): MoCo-v2's loss and, with weight `regression_weight`, the squared distances to the teacher's keys of the
-    same views. The released code sums over a GPU's 32 anchors, which is a weight of 32 on the mean."""
+    same views. The released code sums over a GPU's 32 anchors, which is a weight of 32 on the mean. `teacher_batchnorm`: of a live
+    teacher; stored keys are those of eval mode."""
 
     display_name: ClassVar[str] = "DisCo"
     needs_teacher: ClassVar[bool] = True
@@ -114,6 +115,7 @@ class DiscoParams(MethodSection):
     queue_rows: Annotated[int, Field(ge=1, le=10**7)]
     key_momentum: Share
     regression_weight: NotNegative
+    teacher_batchnorm: Literal["eval", "batch"]
     head_hidden: Width
 
     def momentum_keys(self, keys: str) -> bool:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from bingo.embeddings.store import Embeddings
     from bingo.images.listing import Listing
     from bingo.methods.contract import Method
-    from bingo.params import MethodSection
     from bingo.teachers.teacher import Teacher
     from bingo.training.assembly import TrainingSetup
     from bingo.training.batches import Batches, Stored
@@ -56,7 +55,7 @@ def train_method(
     steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{setup.place}.batch_anchors")
     groups = schedule.groups_for(setup.section.momentum_keys(setup.keys), distributed.world())
     own_groups(groups, f"{setup.place}.batchnorm_groups")
-    stored = _stored(run, setup.section, inputs.embeddings, device) if inputs.embeddings is not None else None
+    stored = _stored(run, setup, inputs.embeddings, device) if inputs.embeddings is not None else None
     bags = inputs.bags.table if inputs.bags is not None else None
     method = setup.build(device, schedule.precision, stored, bags, inputs.teacher)
     _check_bags(run, method, bags)
@@ -88,7 +87,7 @@ def _check_bags(run: Run, method: "Method", bags: "Bags | None") -> None:
         print(f"warning: {run.stage}: {warning}", file=sys.stderr, flush=True)
 
 
-def _stored(run: Run, section: "MethodSection", embeddings: "Embeddings", device: "torch.device") -> "Stored":
+def _stored(run: Run, setup: "TrainingSetup", embeddings: "Embeddings", device: "torch.device") -> "Stored":
     """The teacher's stored outputs on the device. Raises UserError where the stored views cannot be drawn again as they were."""
     import torch
 
@@ -99,7 +98,7 @@ def _stored(run: Run, section: "MethodSection", embeddings: "Embeddings", device
     recipe = embeddings.attrs["recipe"]
     if (recipe["image"], recipe["seed"]) != (run.params.image.model_dump(mode="json"), run.params.seed):
         raise UserError(f"{paths.EMBEDDINGS}: was made with another image section or seed than params.yaml has; run: dvc repro extract")
-    features_TD = torch.from_numpy(embeddings.train_features_TD).to(device) if section.reads_features else None
+    features_TD = torch.from_numpy(embeddings.train_features_TD).to(device) if setup.reads_features else None
     augment = AugmentParams.model_validate(recipe["extract"]["augment"])
     return Stored(torch.from_numpy(embeddings.keys_TVP).to(device), augment, features_TD)
 

@@ -94,7 +94,7 @@ def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTrain
     """Training of the student as `distill` has it; without `bank` on so few rows that its negatives cost nothing."""
     setup = distillation(params)
     rows = _rows(params, setup.section if bank else None)
-    return _dry(setup, _stored(params, teacher, rows, setup.section.reads_features), _bags(params, rows), teacher)
+    return _dry(setup, _stored(params, teacher, rows, setup.reads_features), _bags(params, rows), teacher)
 
 
 def dry_baseline(params: Params, method: str) -> DryTraining:

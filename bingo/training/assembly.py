@@ -34,6 +34,11 @@ class TrainingSetup:
     place: str
     keys: str = "momentum"
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether it compares with the teacher's stored features."""
+        return self.keys == "stored" and self.section.reads_features
+
     def build(
         self,
         device: torch.device,

@@ -126,6 +126,24 @@ def test_keys_of_a_wide_head_with_batchnorm_are_stored(tmp_path):
     np.testing.assert_allclose(np.linalg.norm(embeddings.keys_TVP.astype(np.float64), axis=2), 1, atol=1e-3)
 
 
+def test_without_views_the_features_alone_are_stored_and_a_killed_pass_goes_on(whole, tmp_path, monkeypatch):
+    params, seen, write = EXTRACT.model_copy(update={"views": 0}), [], stores.EmbeddingsWriter.write_chunk
+
+    def killed(self, chunk, *arrays):
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        seen.append(chunk)
+        write(self, chunk, *arrays)
+
+    monkeypatch.setattr(stores.EmbeddingsWriter, "write_chunk", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, params=params)
+    monkeypatch.setattr(stores.EmbeddingsWriter, "write_chunk", write)
+    embeddings = read_embeddings(run(tmp_path, params=params), listing())
+    assert embeddings.keys_TVP.shape == (TRAIN_ROWS, 0, KEY_WIDTH)
+    np.testing.assert_array_equal(embeddings.features_ND, read_embeddings(whole, listing()).features_ND)
+
+
 @pytest.mark.parametrize(("batch_images", "chunk_rows"), [(512, 8192), (5, 8), (8, 8), (3, 1)])
 def test_no_view_is_made_that_the_teacher_does_not_see(tmp_path, monkeypatch, batch_images, chunk_rows):
     made: list[int] = []

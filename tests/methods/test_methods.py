@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from published import lively
 from torch import nn
 
 from bingo import seeds
@@ -13,15 +14,19 @@ from bingo.bags.index import Bags
 from bingo.methods.contract import Batch, Context, Method, Progress, build_method
 from bingo.methods.parts.losses import kl_divergence, soft_cross_entropy
 from bingo.methods.parts.momentum import Queue
+from bingo.nets.batchnorm import grouped_batchnorm
 from bingo.params import method_section
 from bingo.runtime.errors import UserError
+from bingo.teachers.teacher import Teacher
 
 CPU = torch.device("cpu")
 WIDTH, KEY, FEATURE, ROWS, VIEWS, BATCH, PX = 5, 4, 7, 30, 3, 6, 6
 SECTIONS = {
     "seed": {"student_temperature": 0.2, "teacher_temperature": 0.3, "negatives": "bank", "negative_rows": 12, "head_hidden": 8},
     "compress": {"queues": 2, "target": "features", "temperature": 0.2, "queue_rows": 10, "key_momentum": 0.9},
-    "disco": {"temperature": 0.2, "queue_rows": 10, "key_momentum": 0.9, "regression_weight": 3.0, "head_hidden": 8},
+    "disco": {
+        "temperature": 0.2, "queue_rows": 10, "key_momentum": 0.9, "regression_weight": 3.0, "teacher_batchnorm": "eval", "head_hidden": 8,
+    },
     "simreg": {"target": "features", "head_layers": 4, "head_hidden": 6},
     "isd": {
         "student_temperature": 0.3, "key_temperature": 0.15, "queue_rows": 10, "key_momentum": 0.9, "weak_keys": False,
@@ -55,6 +60,9 @@ class FrozenTeacher(nn.Module):
     def __init__(self):
         super().__init__()
         self.to_features, self.to_keys = nn.Linear(3, FEATURE), nn.Linear(3, KEY)
+
+    def batch_statistics(self, on):
+        assert not on
 
     @torch.no_grad()
     def features(self, images):
@@ -392,6 +400,27 @@ def test_a_disco_student_at_the_teachers_keys_has_moco_s_loss_alone():
     assert method(batch, Progress(0, 0))["regression"].item() == pytest.approx(8, rel=1e-5), "two opposite unit vectors: 2 * 2^2"
 
 
+def test_disco_with_batch_statistics_compares_with_the_teacher_by_the_statistics_of_each_view_and_group():
+    torch.manual_seed(3)
+    bn = lively(nn.BatchNorm2d(3))
+    teacher = Teacher(nn.Sequential(bn, nn.AdaptiveAvgPool2d(1), nn.Flatten()), None, {"feature_width": 3, "key_width": 3})
+    context = Context(**{**make_context("live").__dict__, "teacher": teacher, "keys_TVP": None})
+    method, batch = build("disco", context, teacher_batchnorm="batch"), make_batch(context)
+    with grouped_batchnorm(2, BATCH):
+        got = method(batch, Progress(0, 0))["regression"].item()
+    distances = []
+    for view in batch.anchor_views:
+        keys = []
+        for x in view.split(BATCH // 2):
+            mean, deviation = x.mean(dim=(0, 2, 3)), (x.var(dim=(0, 2, 3), correction=0) + bn.eps).sqrt()
+            keys += rows_of(((x.mean(dim=(2, 3)) - mean) / deviation) * bn.weight + bn.bias)
+        outputs = [unit(x) for x in layers(rows_of(method.student(view)), mlp(method.head))]
+        distances += [sum((a - b) ** 2 for a, b in zip(s, unit(t), strict=True)) for s, t in zip(outputs, keys, strict=True)]
+    assert got == pytest.approx(sum(distances) / BATCH, rel=1e-5)
+    build("disco", context)
+    assert not bn.training
+
+
 # Cross-entropy and divergence of rows
 
 
@@ -500,7 +529,7 @@ def test_a_method_with_a_teacher_refuses_momentum_keys(name):
 def test_disco_refuses_a_single_stored_view():
     context = make_context()
     one_view = Context(**{**context.__dict__, "keys_TVP": context.keys_TVP[:, :1]})
-    with pytest.raises(UserError, match=r"^extract\.views = 1: disco compares 2 stored views; set extract\.views to 2 or more$"):
+    with pytest.raises(UserError, match=r"^extract\.views = 1: disco .* set extract\.views to 2 or more"):
         build("disco", one_view)
     build("seed", one_view)
     build("disco", Context(**{**make_context("live").__dict__, "keys_TVP": context.keys_TVP[:, :1]}))
