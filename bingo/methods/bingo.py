@@ -4,7 +4,7 @@ Terms of one anchor a with its drawn bag member p; s are the student's queries, 
   paper          w0 l(s_a, k_a) + w1 l(s_p, k_a)
   symmetric      (w0 l(s_a, k_a) + w1 l(s_a, k_p) + w0 l(s_p, k_p) + w1 l(s_p, k_a)) / 2
   symmetric_mix  the same four and m l(s_m, k_a) + (1 - m) l(s_m, k_p), s_m of the CutMix image, m the share of a
-                 in it; over 3 (main_moco.py:371-387)
+                 in it; over 3 (main_moco.py:371-387). A step has one box for each BatchNorm group, as released for each GPU
 with (w0, w1) = (1, 0) before `inter_warmup_epochs`, `pair_weights` after. Keys are the stored ones, a live teacher's, or those of a
 moving average of the student (ablation rows without the teacher's parameters).
 """
@@ -24,6 +24,7 @@ from bingo.methods.parts.losses import info_nce, negative_logsumexp
 from bingo.methods.parts.momentum import MomentumCopy, shuffled
 from bingo.methods.targets import check_stored_views
 from bingo.methods.view_gradients import sum_of_terms
+from bingo.nets.batchnorm import group_numbers
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast, casts_kept
 from bingo.params.methods import BingoParams
@@ -92,7 +93,8 @@ class Bingo(Method):
             "member": (member, [(intra, member_keys_BP), (inter, anchor_keys_BP)]),
         }
         if self.params.terms == "symmetric_mix":
-            uniform_B3 = seeds.uniforms(self.context.seed, "cutmix", progress.epoch, batch.host_rows_B, draws=3)
+            uniform_G3 = seeds.uniforms(self.context.seed, "cutmix", progress.step, group_numbers(), draws=3)
+            uniform_B3 = uniform_G3.repeat(len(anchor) // len(uniform_G3), axis=0)
             mixed, share_B = cutmix(anchor, member, uniform_B3, self.params.cutmix_alpha)
             terms["mix"] = mixed, [(share_B, anchor_keys_BP), (1 - share_B, member_keys_BP)]
         return terms
@@ -158,7 +160,7 @@ def cutmix(anchor_BCHW: Tensor, member_BCHW: Tensor, uniform_B3: np.ndarray, alp
     """Paste a box of the member's view into the anchor's view: mixed images, and the anchor's share of the area (B,) float32.
 
     BINGO utils.py:20-47: share ~ Beta(alpha, alpha), box side sqrt(1 - share) of the image, centre uniform, clipped to the image.
-    Here a box for each image (there one for a whole GPU). `uniform_B3` gives share, centre row and centre column.
+    `uniform_B3` gives share, centre row and centre column.
     """
     height, width = anchor_BCHW.shape[-2:]
     side_B = np.sqrt(1 - betaincinv(alpha, alpha, uniform_B3[:, 0]))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +38,16 @@ def own_groups(batchnorm_groups: int, key: str = "batchnorm_groups") -> int:
 def groups() -> int:
     """In how many groups BatchNorm sees this process's batch now: 1 outside of `grouped_batchnorm`."""
     return _GROUPS.get()
+
+
+def group_numbers() -> np.ndarray:
+    """The numbers of this process's groups among those of all processes, int64 (groups(),)."""
+    return distributed.rank() * groups() + np.arange(groups())
+
+
+def rows_by_group(x_NX: Tensor, anchors: int) -> Tensor:
+    """The rows of each group, (G, N / G, X): those of its anchors and those behind the anchors, as `grouped_batchnorm` has them."""
+    return x_NX.unflatten(0, (-1, groups(), anchors // groups())).transpose(0, 1).flatten(1, 2)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def step_flops(method: Method, batch: Batch, progress: Progress) -> int:
     """FLOPs of one forward and backward of `method` on `batch`, a live teacher's included.
 
     Nothing is changed: no gradient is written, BatchNorm's statistics, queues and moving averages stay as they are, and so do torch's
-    random numbers. Where several processes train, all of them must call it (ShuffleBN and CoSS gather).
+    random numbers. Where several processes train, all of them must call it (ShuffleBN gathers).
     """
     with _unchanged(method) as loss_of, _counter() as counter:
         torch.autograd.grad(loss_of(batch, progress), _trained(method), allow_unused=True)

@@ -144,16 +144,16 @@ def _queues_hold_a_batch(params: Params, _: int) -> Iterator[str]:
                 yield f"{line}; set {section_name}.{key}: {pushed} or more, or lower batch_anchors"
 
 
-def _bags_list_companions(params: Params, _: int) -> Iterator[str]:
+def _bags_list_companions(params: Params, processes: int) -> Iterator[str]:
     coss = params.methods.coss
     if params.distill.method != "coss":
         return
     if coss.companions > params.bagging.k:
         line = f"methods.coss.companions = {coss.companions}: bags list {params.bagging.k} members"
         yield f"{line}; set bagging.k: {coss.companions}, or lower it"
-    if not coss.companions and params.distill.batch_anchors == 1:
-        line = "distill.batch_anchors = 1: methods.coss compares each feature over the images of a batch"
-        yield f"{line}; set distill.batch_anchors to 2 or more, or methods.coss.companions to 1 or more"
+    if not coss.companions and params.distill.batch_anchors <= processes:
+        line = f"distill.batch_anchors = {params.distill.batch_anchors}: methods.coss compares each feature over the images of a process"
+        yield f"{line}; set distill.batch_anchors to {2 * processes} or more, or methods.coss.companions to 1 or more"
 
 
 def _warmup_leaves_epochs(params: Params, _: int) -> Iterator[str]:

@@ -78,15 +78,6 @@ def gather(x_BD: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def gather_with_gradient(x_BD: Tensor) -> Tensor:
-    """As `gather`, and the gradient of every process's result with respect to this process's rows comes back, summed."""
-    if world() == 1:
-        return x_BD
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x_BD.contiguous()))
-
-
 def mean(x: Tensor) -> Tensor:
     """The mean over processes of a tensor that each of them holds."""
     if world() == 1:

@@ -15,7 +15,9 @@ from bingo.methods.contract import Batch, Context, Progress
 from bingo.methods.negatives import hidden_negatives
 from bingo.methods.parts.losses import info_nce, negative_logsumexp
 from bingo.methods.parts.momentum import Queue
+from bingo.nets.batchnorm import grouped_batchnorm
 from bingo.params import BingoParams, MocoParams
+from bingo.runtime import distributed
 from bingo.runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -110,8 +112,8 @@ def test_bingo_is_the_sum_of_its_terms(context, terms, epoch, mask_bag):
     method = bingo.build(bingo_params(terms=terms, mask_bag=mask_bag), context)
     batch, progress = batch_of(context, views=1), Progress(epoch, 7)
     w0, w1 = (1.0, 0.0) if epoch == 0 else (0.7, 0.3)
-    uniform = seeds.uniforms(0, "cutmix", epoch, batch.anchor_rows_B.numpy(), draws=3)
-    mixed, share = cutmix(batch.anchor_views[0], batch.member_views[0], uniform, 2.0)
+    uniform = seeds.uniforms(0, "cutmix", 7, [0], draws=3)  # one box for the process, which is one group
+    mixed, share = cutmix(batch.anchor_views[0], batch.member_views[0], uniform.repeat(BATCH, axis=0), 2.0)
     s_a, s_p, s_m = (queries(method, images) for images in (batch.anchor_views[0], batch.member_views[0], mixed))
     k_a, k_p = batch.anchor_keys[0].tolist(), batch.member_keys_BP.tolist()
     total = 0.0
@@ -249,6 +251,26 @@ def test_cutmix_pastes_one_box_whose_area_is_the_share():
         expected[max(0, top) : max(0, top + 2 * half), max(0, left) : max(0, left + 2 * half)] = 1
         assert torch.equal(image[0], expected)
         assert float(part) == pytest.approx(1 - float(expected.mean()))
+
+
+def test_a_step_has_one_cutmix_box_for_each_group_on_any_number_of_processes(context, monkeypatch):
+    """What the student sees of black anchors with boxes of white members: 3 groups of 2 images, or 3 processes of one group each."""
+    batch = batch_of(context, views=1)
+    batch.anchor_views, batch.member_views = [torch.zeros(BATCH, 3, 32, 32)], [torch.ones(BATCH, 3, 32, 32)]
+
+    def boxes(groups, step) -> list[list[list[float]]]:
+        method, seen = bingo.build(bingo_params(), context), []
+        monkeypatch.setattr(method, "_query", lambda images: seen.append(images) or torch.ones(BATCH, KEY, requires_grad=True))
+        with grouped_batchnorm(groups, BATCH):
+            method(batch, Progress(1, step))
+        return seen[2][:, 0].tolist()
+
+    whole = boxes(3, step=5)
+    assert [whole[i] == whole[i + 1] for i in range(BATCH - 1)] == [True, False, True, False, True]
+    assert boxes(3, step=6) != whole
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert boxes(1, step=5) == [whole[2 * rank]] * BATCH
 
 
 def test_contradicting_switches_are_refused(context):

@@ -387,6 +387,23 @@ def test_coss_by_hand_with_the_temperatures_of_the_released_script():
     assert gradient[0].tolist() == pytest.approx([-9.1428571, 12.2987374], rel=1e-5)
 
 
+@pytest.mark.parametrize("companions", [0, 1])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_coss_compares_a_feature_over_the_images_of_a_group(groups, companions):
+    """Six anchors, or three with a companion each behind them (companion i is of anchor i): the mean of what each GPU would compute."""
+    context, anchors = make_context(), BATCH // (1 + companions)
+    batch, method = make_batch(context), build("coss", context, companions=companions)
+    with grouped_batchnorm(groups, anchors):
+        got = method(batch, Progress(0, 0))["loss"].item()
+    losses = []
+    for group in np.split(np.arange(anchors), groups):
+        own = torch.tensor([row + block * anchors for block in range(1 + companions) for row in group])
+        part = Batch(batch.anchor_rows_B[own], [view[own] for view in batch.anchor_views])
+        part.anchor_features_BD = batch.anchor_features_BD[own]
+        losses.append(loop_coss(method, context, part, 0))
+    assert got == pytest.approx(mean(losses), rel=1e-5)
+
+
 def test_a_disco_student_at_the_teachers_keys_has_moco_s_loss_alone():
     context = make_context()
     batch = make_batch(context)
