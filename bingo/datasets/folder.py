@@ -6,7 +6,7 @@ import numpy as np
 
 from bingo.datasets.filecheck import Checked, check_files, common_bits
 from bingo.datasets.layout import Say, Split, find_splits
-from bingo.datasets.subset import draw_subset
+from bingo.datasets.subset import draw_subset, held_out_rows
 from bingo.images.listing import Listing, listing_fingerprint
 from bingo.params import DatasetParams
 from bingo.runtime.errors import UserError, printable
@@ -22,7 +22,10 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say) -> tuple[Listing, n
     """
     root = Path(str(dataset.root))
     train, test = find_splits(root, dataset.follow_links, say)
-    classes = train.classes or test.classes
+    classes, held_out = train.classes or test.classes, not test.paths and dataset.test_images is not None
+    if held_out:
+        train, test = _without_held_out(dataset, train, seed)
+        say(f"dataset.root = {root}: has no test split: {len(test.paths):,} images are held out of the train images")
     chosen = [_choose(dataset, name, split, classes, seed) for name, split in (("train", train), ("test", test))]
     paths = chosen[0][0] + chosen[1][0]
     labels_N = np.concatenate([labels for _, labels in chosen])
@@ -34,13 +37,15 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say) -> tuple[Listing, n
     if deep := [path for path, file in zip(paths, checked, strict=True) if file.deep_colours]:
         said = f"{len(deep):,} images have 16 bits a colour ({printable(deep[0])}), of which the upper 8 are read"
         say(f"warning: {said}: where values fill fewer than 16 bits they come out dark; write them with 8 bits a colour")
-    keep = [row for row, file in enumerate(checked) if file.reason is None]
-    if len(keep) < len(paths):
-        _judge_bad(dataset, paths, checked, any(row < len(chosen[0][0]) for row in keep))
-        if images_NSS3 is not None:
-            for row, old_row in enumerate(keep):  # in place: there may be no room for two copies
-                images_NSS3[row] = images_NSS3[old_row]
-            images_NSS3 = images_NSS3[: len(keep)]
+    again = _copies_of_train(checked, len(chosen[0][0])) if held_out else set()
+    if again:
+        say(f"{len(again):,} of the images held out are copies of train images, byte for byte, and are left out")
+    keep = [row for row, file in enumerate(checked) if file.reason is None and row not in again]
+    _judge_bad(dataset, paths, checked, any(row < len(chosen[0][0]) for row in keep))
+    if images_NSS3 is not None and len(keep) < len(paths):
+        for row, old_row in enumerate(keep):  # in place: there may be no room for two copies
+            images_NSS3[row] = images_NSS3[old_row]
+        images_NSS3 = images_NSS3[: len(keep)]
     skipped = [path for path, file in zip(paths, checked, strict=True) if file.reason is not None]
     train_rows = sum(row < len(chosen[0][0]) for row in keep)
     kept_paths, kept_labels = [paths[row] for row in keep], labels_N[keep]
@@ -61,6 +66,26 @@ def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarra
         say(f"warning: no train image of {len(absent)} of {len(classes)} classes is left ({printable(absent[0])}, ...)")
 
 
+def _without_held_out(dataset: DatasetParams, train: Split, seed: int) -> tuple[Split, Split]:
+    """The train split without the rows that are held out, and these as the test split."""
+    labels_N = np.unique(np.array(train.class_names or [""] * len(train.paths)), return_inverse=True)[1]
+    is_test_N = np.isin(np.arange(len(labels_N)), held_out_rows(dataset, labels_N, seed))
+    return _part_of(train, ~is_test_N), _part_of(train, is_test_N)
+
+
+def _part_of(split: Split, chosen_N: np.ndarray) -> Split:
+    def kept(values: list[str]) -> list[str]:
+        return [value for value, chosen in zip(values, chosen_N.tolist(), strict=True) if chosen]
+
+    return Split(kept(split.paths), split.classes, kept(split.class_names) if split.class_names else [])
+
+
+def _copies_of_train(checked: list[Checked], train_rows: int) -> set[int]:
+    """Rows from `train_rows` on whose file is, byte for byte, that of a row before; without hashes none is known."""
+    of_train = {file.content.sha256 for file in checked[:train_rows]} - {None}
+    return {row for row, file in enumerate(checked[train_rows:], train_rows) if file.content.sha256 in of_train}
+
+
 def _choose(dataset: DatasetParams, name: str, split: Split, classes: list[str], seed: int) -> tuple[list[str], np.ndarray]:
     """Paths and labels of a split after the seeded draw of a subset."""
     number = {class_name: label for label, class_name in enumerate(classes)}
@@ -74,6 +99,8 @@ def _choose(dataset: DatasetParams, name: str, split: Split, classes: list[str],
 def _judge_bad(dataset: DatasetParams, paths: list[str], checked: list[Checked], some_train: bool) -> None:
     """Raises UserError with a line for each unreadable file, unless such files are to be skipped and train images are left."""
     bad = [(path, row, file.reason) for row, (path, file) in enumerate(zip(paths, checked, strict=True)) if file.reason]
+    if not bad:
+        return
     lines = [f"dataset.root = {dataset.root}: {path} (row {row}) cannot be read: {reason}" for path, row, reason in bad[:BAD_LINES]]
     if len(bad) > BAD_LINES:
         lines.append(f"dataset.root = {dataset.root}: and {len(bad) - BAD_LINES} more")

@@ -23,8 +23,24 @@ def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: 
     return balanced_rows(labels_N, count, seed, f"subset/{split}")
 
 
+def held_out_rows(dataset: DatasetParams, labels_N: np.ndarray, seed: int) -> np.ndarray:
+    """Of a dataset without a test split, the rows that `dataset.test_images` takes from the train images for one: int64, rising, balanced
+    over the classes. Raises UserError where no train image would be left.
+    """
+    if not dataset.test_images:
+        return np.arange(0)
+    if dataset.test_images >= len(labels_N):
+        problem = f"dataset.test_images = {dataset.test_images}: without a test split they are taken from the train images"
+        raise UserError(f"{problem}, of which there are {len(labels_N)}; lower it, or set null for no test images")
+    return balanced_rows(labels_N, dataset.test_images, seed, "hold-out")
+
+
 def subset_mistakes(dataset: DatasetParams, found: Mapping[str, int]) -> list[str]:
-    """A line for each split of which `dataset` asks for more images than were found."""
+    """A line for each split of which `dataset` asks for more images than were found. Without a test split its images are taken from
+    the train images.
+    """
+    if dataset.test_images and found.get("test") == 0 and dataset.test_images < found["train"]:
+        found = {"train": found["train"] - dataset.test_images, "test": dataset.test_images}
     asked = {"train": dataset.train_images, "test": dataset.test_images}
     return [
         f"dataset.{split}_images = {asked[split]}: the {split} split has {images} images; lower it, or set null for all"

@@ -21,7 +21,8 @@ from bingo.params.fields import (
 
 
 class DatasetParams(Section):
-    """What the images are. `train_images` and `test_images` draw a seeded subset balanced over the classes (null: all).
+    """What the images are. `train_images` and `test_images` draw a seeded subset balanced over the classes (null: all);
+    of a folder without a test split, `test_images` are held out of the train images.
 
     `follow_links`: links in a folder of images may lead out of it.
     """

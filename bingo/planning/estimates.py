@@ -30,7 +30,9 @@ class Counts:
     test: int
 
     def drawn(self, dataset: DatasetParams) -> "Counts":
-        """Those of them that `dataset` asks for, or all where there are fewer."""
+        """Those of them that `dataset` asks for, or all where there are fewer. Without a test split its images are taken from train."""
+        if dataset.source == "folder" and not self.test and dataset.test_images:
+            return Counts(self.train - dataset.test_images, dataset.test_images).drawn(dataset)
         return Counts(min(self.train, dataset.train_images or self.train), min(self.test, dataset.test_images or self.test))
 
 

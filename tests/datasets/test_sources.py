@@ -509,3 +509,42 @@ def test_one_deep_image_alone_is_scaled_by_its_own_bits():
     Image.fromarray(ramp(4000)).save(sink, "PNG")
     np.testing.assert_array_equal(np.asarray(decode_rgb(sink.getvalue(), min)[0])[..., 0], ramp(4000) >> 4)
     np.testing.assert_array_equal(np.asarray(decode_rgb(sink.getvalue(), min, 10)[0])[..., 0], np.minimum(ramp(4000), 1023) >> 2)
+
+
+def test_without_a_test_split_one_is_held_out_of_train_balanced_over_the_classes(tmp_path):
+    for name, count in (("ant", 12), ("bee", 30)):
+        for i in range(count):
+            save(tmp_path / f"{name}/{i:02}.png", seed=100 * len(name) + i + 1000 * (name == "bee"))
+    shutil.copy(tmp_path / "ant/00.png", tmp_path / "ant/copy.png")
+    said: list[str] = []
+    whole, _ = scan(folder(tmp_path), 3)
+    listing, images = scan(folder(tmp_path, test_images=8, store_px=16), 3, said.append)
+    assert sorted(listing.paths) == [path for path in sorted(whole.paths) if path in listing.paths]
+    test_rows = range(listing.train_rows, len(listing))
+    assert np.bincount(listing.labels_N[listing.train_rows :]).tolist() in ([4, 4], [3, 4])  # one less where the copy was drawn
+    assert len(said) == 1 + (len(test_rows) < 8)
+    again, images_again = scan(folder(tmp_path, test_images=8, store_px=16), 3)
+    assert (again.paths, again.fingerprint) == (listing.paths, listing.fingerprint)
+    np.testing.assert_array_equal(images, images_again)
+    assert scan(folder(tmp_path, test_images=8), 4)[0].paths != listing.paths
+    for row in (0, *test_rows):
+        np.testing.assert_array_equal(images[row], decode_square((tmp_path / listing.paths[row]).read_bytes(), 16, 16))
+    part, _ = scan(folder(tmp_path, test_images=8, train_images=10), 3)
+    assert part.train_rows == 10
+    assert part.paths[10:] == listing.paths[listing.train_rows :]
+
+
+def test_copies_of_train_images_are_not_held_out(tmp_path):
+    for i in range(6):
+        save(tmp_path / f"{i}.png", seed=i // 2)  # three images, twice each
+    listing, _ = scan(folder(tmp_path, test_images=3), 0)
+    digests = [(tmp_path / path).read_bytes() for path in listing.paths]
+    assert listing.train_rows == 3
+    assert not {*digests[:3]} & {*digests[3:]}
+
+
+def test_no_more_can_be_held_out_than_there_are(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", seed=i)
+    with pytest.raises(UserError, match=r"dataset\.test_images = 3: .* 3; "):
+        scan(folder(tmp_path, test_images=3), 0)
