@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+import torch
 from workspace import SHORT, STAGES, Stages, Workspace, new_workspace, stage_server
 
 from bingo.runtime import progress
@@ -32,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_progress(monkeypatch) -> None:
     """A command that a test runs in its own process writes what it has to say and no progress, however busy the machine is."""
     monkeypatch.setattr(progress, "_SILENT_SECONDS", float("inf"))
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """A test that left torch with two threads would make all after it several times slower on a busy machine."""
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == threads
 
 
 @pytest.fixture(scope="session")

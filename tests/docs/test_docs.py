@@ -105,15 +105,15 @@ def test_the_page_of_parameters_is_up_to_date():
 
 
 def test_every_parameter_and_remark_stands_on_the_page():
-    text, shipped, section = (ROOT / "params.yaml").read_text(), {}, ""
-    for line in parameters.page().splitlines():
+    text, page, shipped, section = (ROOT / "params.yaml").read_text(), parameters.page(), {}, ""
+    for line in page.splitlines():
         if heading := re.fullmatch(r"##+ ([\w.]+)", line):
             section = f"{heading[1]}."
         elif row := re.match(r"\| `(\w+)` \| `(.*?)` \|", line):
             shipped[section + row[1]] = YAML(typ="safe", pure=True).load(row[2])
     assert dict(_leaves(read_yaml(ROOT / "params.yaml"), "", shipped)) == shipped
     words = " ".join(re.findall(r"^ +# (.*)$", text, re.MULTILINE)).replace("|", r"\|").replace("*", r"\*").split()
-    assert not [word for word in set(words) if word.strip(":.") not in parameters.page()]
+    assert not [word for word in set(words) if word.strip(":.") not in page]
 
 
 def _leaves(section: dict[str, Any], prefix: str, rows: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -105,10 +105,14 @@ def test_initial_layer_is_as_published():
 
 
 def test_threads_are_as_before():
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    train_X, train_y, test_X, test_y = digits()
-    linear_on_features(train_X, train_y, test_X, test_y, 10, CACHED.model_copy(update={"epochs": 1}), 0, CPU)
-    assert torch.get_num_threads() == 2
+    try:
+        train_X, train_y, test_X, test_y = digits()
+        linear_on_features(train_X, train_y, test_X, test_y, 10, CACHED.model_copy(update={"epochs": 1}), 0, CPU)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_mistakes_are_named():
