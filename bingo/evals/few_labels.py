@@ -17,6 +17,8 @@ from bingo.runtime.errors import UserError, short
 from bingo.runtime.inside import folded
 
 _SHOWN = 3
+_HEADINGS = re.compile(r"(?:(?:image|img|file|sample)[ _]?)?(?:path|name|file|image|img|id|index|label|class|target|split)s?|filenames?|")
+_SEPARATORS = "\t,;"
 _NOTES = {
     "columns": "have more than a name, which is not read",
     "form": "name files of another case or Unicode form",
@@ -49,7 +51,7 @@ def listed_rows(listing: Listing, list_file: Path | str, name: str, say: Callabl
         raise UserError(f"{shown}: names no image; give one file name a line, or set null for a seeded draw")
     index = _Index(listing)
     found = [(line, *index.rows(line)) for line in lines]
-    if len(found) > 1 and not found[0][1] and found[1][1] and "columns" in found[1][2]:
+    if len(found) > 1 and not found[0][1] and found[1][1] and _is_heading(lines[0], "columns" in found[1][2]):
         say(f"{shown}: the first line, {short(found.pop(0)[0])}, is taken for a heading")
     unknown, ambiguous = [line for line, rows, _ in found if not rows], [line for line, rows, _ in found if len(rows) > 1]
     if unknown:
@@ -65,15 +67,34 @@ def listed_rows(listing: Listing, list_file: Path | str, name: str, say: Callabl
 
 
 def _lines(list_file: Path | str, shown: str) -> list[str]:
-    """The lines of a text in UTF-8, or UTF-16 with its mark, that are neither empty nor remarks."""
+    """The lines of a text in UTF-8 or UTF-16, each with its mark or without, that are neither empty nor remarks."""
     try:
         content = Path(list_file).read_bytes()
-        text = content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is no text"
-        raise UserError(f"{shown}: cannot be read ({reason}); name a list of images, one a line, or set null") from None
+        text = content.decode(_encoding(content))
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be read ({error.strerror}); name a list of images, one a line, or set null") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{shown}: is no text in UTF-8 or UTF-16; save it as plain text in UTF-8, one image a line, or set null") from None
     lines = (line.strip() for line in re.split("\r\n|\n|\r", text))
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def _encoding(content: bytes) -> str:
+    """UTF-16 by its mark, or by the zeros that letters of most names have there; otherwise UTF-8, with a mark or without."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    zeros = [content[start::2].count(0) for start in (0, 1)]
+    if max(zeros) * 4 <= len(content):
+        return "utf-8-sig"
+    return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+
+
+def _is_heading(line: str, of_columns: bool) -> bool:
+    """Whether a first line that names no train image may be a heading, whose words are usual ones where there are no columns."""
+    words = [column.strip().strip("\"'") for column in re.split(f"[{_SEPARATORS}]", line)]
+    return not any(word.lower().endswith(SUFFIXES) for word in [*words, *line.split()]) and (
+        of_columns or all(_HEADINGS.fullmatch(folded(word)) for word in words)
+    )
 
 
 class _Index:
@@ -101,7 +122,7 @@ class _Index:
 
     def rows(self, line: str) -> tuple[list[int], list[str]]:
         """The rows that a line may stand for, and what had to be overlooked for that."""
-        readings = [(line, []), *((column, ["columns"]) for column in _first_columns(line))]
+        readings = [(line, []), *((column, ["columns"]) for column in _columns(line))]
         for named, notes in readings:
             if rows := self._ending(named, self._exact, str):
                 return rows, notes
@@ -134,12 +155,17 @@ def _is_of_split(own: list[str], wanted: list[str], shared: int) -> bool:
     return shared >= len(own) - 1 and shared > 0 and role_of(own[0]) == "train" and role_of(wanted[len(wanted) - shared - 1]) is None
 
 
-def _first_columns(line: str) -> list[str]:
-    """What stands before the last or first tab, comma, semicolon or white space, and a line without its quotation marks."""
-    columns = [part for separator in "\t,;" if separator in line for part in (line.rpartition(separator)[0], line.partition(separator)[0])]
+def _columns(line: str) -> list[str]:
+    """What stands before the last or first tab, comma, semicolon or white space, a line without its quotation marks, then each column
+    with a suffix of an image."""
+    columns = [
+        part for separator in _SEPARATORS if separator in line for part in (line.rpartition(separator)[0], line.partition(separator)[0])
+    ]
     columns += [line.rsplit(None, 1)[0], line.split(None, 1)[0]] if len(line.split()) > 1 else []
-    quoted = line.strip("\"'")
-    return [column.strip().strip("\"'") for column in [*columns, *([quoted] if quoted != line else [])] if column.strip().strip("\"'")]
+    later = [part for separator in (*_SEPARATORS, None) for part in line.split(separator)]
+    columns += [line, *(part for part in later if part.strip(" \"'").lower().endswith(SUFFIXES))]
+    stripped = (column.strip().strip("\"'") for column in columns)
+    return [column for column in dict.fromkeys(stripped) if column and column != line]
 
 
 def _stem(file_name: str) -> str:

@@ -74,6 +74,16 @@ def test_a_path_tells_images_of_one_file_name_apart(tmp_path):
 OTHERS = {
     "a mark at the start": (b"\xef\xbb\xbfn01440764_10000.JPEG\nn01443537_10003.JPEG\n", ""),
     "UTF-16": ("n01440764_10000.JPEG\r\nn01443537_10003.JPEG".encode("utf-16"), ""),
+    "UTF-16 without a mark": ("n01440764_10000.JPEG\r\nn01443537_10003.JPEG\r\n".encode("utf-16-le"), ""),
+    "UTF-16, the other way round": ("n01440764_10000.JPEG\nn01443537_10003.JPEG".encode("utf-16-be"), ""),
+    "a label before": (b"0 n01440764_10000.JPEG\n1 n01443537/n01443537_10003.JPEG\n", "2 have more than a name"),
+    "an index and a heading": (
+        b",path,label\n0,n01440764_10000.JPEG,0\n1,n01443537_10003.JPEG,1\n",
+        ",path,label', is taken for a heading",
+    ),
+    "a name in the middle, in quotes": (b'3;"n01440764_10000.JPEG";0\n1;"n01443537_10003.jpeg";1\n', "2 have more than a name"),
+    "a heading alone": (b"path\nn01440764_10000.JPEG\nn01443537_10003.JPEG\n", "'path', is taken for a heading"),
+    "another heading alone": (b'"Image Name"\nn01440764_10000\nn01443537_10003\n', "Image Name"),
     "ends of lines of old": (b"n01440764_10000.JPEG\rn01443537_10003.JPEG\r", ""),
     "remarks": (b"# drawn with seed 3\nn01440764_10000.JPEG\n  # n01443537_10001.JPEG\n n01443537_10003.JPEG \n", ""),
     "a label after a space": (b"n01440764_10000.JPEG 0\nn01443537/n01443537_10003.JPEG 1\n", "2 have more than a name"),
@@ -130,6 +140,38 @@ def test_what_stands_for_two_images_without_its_suffix_is_not_guessed(tmp_path):
             listed_rows(listing, tmp_path / "list.txt", "list")
     (tmp_path / "list.txt").write_text("b.png\n1.jpg\n")
     assert listed_rows(listing, tmp_path / "list.txt", "list").tolist() == [1, 3]
+
+
+NO_HEADING = ["n01440764_99999\nn01440764_10000", "gone.png 1\nn01440764_10000.JPEG 0", "red\nn01440764_10000.JPEG"]
+
+
+@pytest.mark.parametrize("content", NO_HEADING)
+def test_an_image_that_is_missing_is_not_taken_for_a_heading(tmp_path, content):
+    (tmp_path / "list.txt").write_text(content)
+    with pytest.raises(UserError, match="1 of 2 images"):
+        listed_rows(imagenet(), tmp_path / "list.txt", "list")
+
+
+def test_each_way_out_of_a_refusal_helps(tmp_path):
+    listing, path = imagenet(), tmp_path / "list.txt"
+    fewer = Listing("folder", listing.paths[:9], listing.labels_N[:9], 9, listing.classes, [], "")  # dataset.train_images: 9
+    twins = Listing("folder", ["a/1.png", "b/1.png"], np.array([0, 1]), 2, ["a", "b"], [], "")
+    first, late = "n01440764_10000.JPEG\n", "n01440764_10020.JPEG\n"
+    accents = Listing("folder", ["a/\u00e9t\u00e9.png"], np.array([0]), 1, ["a"], [], "")
+    for of, wrong, says, then, right in [
+        (listing, None, "name a list of images", listing, first.encode()),
+        (listing, b"", "give one file name a line", listing, first.encode()),
+        (accents, "\u00e9t\u00e9.png".encode("latin-1"), "save it as plain text in UTF-8", accents, "\u00e9t\u00e9.png".encode()),
+        (fewer, late.encode(), "is dataset.train_images null", listing, late.encode()),
+        (twins, b"1.png", "write their paths from the class folder on", twins, b"b/1.png"),
+    ]:
+        path.unlink(missing_ok=True)
+        if wrong is not None:
+            path.write_bytes(wrong)
+        with pytest.raises(UserError, match=says):
+            listed_rows(of, path, "list")
+        path.write_bytes(right)
+        assert len(listed_rows(then, path, "list")) == 1
 
 
 @pytest.mark.parametrize(
