@@ -3,10 +3,17 @@
 python -m stages.scan        reads params dataset, seed; writes data/listing.parquet, data/images.zarr
 """
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from bingo.pipeline import paths
-from bingo.pipeline.run import run_command, stage_run
+from bingo.pipeline.run import Run, run_command, stage_run
+from bingo.planning.limits import batch_mistakes, image_mistakes, list_mistakes
+from bingo.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from bingo.datasets.subset import Counts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -14,15 +21,18 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main() -> None:
     """List the dataset's images, and pack them where they are small."""
-    with stage_run("scan") as run:
+    with stage_run("scan", raises_limits=True) as run:
         from bingo.datasets.sources import scan
         from bingo.images.images import write_images
         from bingo.images.listing import write_listing
-        from bingo.planning.limits import check_scan
         from bingo.runtime.progress import progress_bar
 
-        listing, images = scan(run.params.dataset, run.params.seed, run.say)
-        check_scan(run.params, listing.train_rows, listing.labelled)
+        try:
+            listing, images = scan(run.params.dataset, run.params.seed, run.say, lambda found: _judge(run, found))
+        except UserError as error:
+            raise UserError(list(dict.fromkeys([*run.mistakes, *error.lines]))) from None
+        if lines := batch_mistakes(run.params, listing.train_rows):  # images that cannot be read were left out
+            raise UserError(lines)
         with progress_bar("writing the listing"):
             write_images(paths.IMAGES, listing, images)
             write_listing(paths.LISTING, listing)
@@ -31,6 +41,12 @@ def main() -> None:
             f"scan: {listing.dataset}: {listing.train_rows:,} train and {len(listing) - listing.train_rows:,} test images,"
             f" {len(listing.classes) or 'no'} classes, {len(listing.skipped):,} skipped"
         )
+
+
+def _judge(run: Run, found: "Counts") -> None:
+    """Raises UserError with all limits that the parameters break, by themselves and on so many images."""
+    if lines := run.mistakes + image_mistakes(run.params, found) + list_mistakes(run.params):
+        raise UserError(lines)
 
 
 if __name__ == "__main__":

@@ -11,32 +11,29 @@ from bingo.runtime.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from bingo.datasets.subset import Counts
     from bingo.params import Params
     from bingo.planning.dry_run import DryTraining
-    from bingo.planning.estimates import Counts
     from bingo.planning.recipes import About
     from bingo.teachers.teacher import Teacher
 
 
 def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[str]:
-    """Say a line for each thing that was tried, and return one for each that is missing. Raises UserError for what is wrong."""
+    """Say a line for each thing that was tried, and return one for each that is missing. Raises UserError for what is wrong, with the
+    lines of what is missing behind it."""
     from bingo.planning.dry_run import dry_student
-    from bingo.planning.limits import check_limits
     from bingo.runtime.progress import progress_bar
 
-    check_limits(params, expected_processes())
-    missing: list[str] = []
-    counts = _images_that_suffice(params)
-    if counts is None:
-        missing.append(_missing_images(params, about))
-        counts = known_counts(params, about)
-    teacher = _teacher(params, about, say, missing)
+    missing = _missing(params, about)
+    found, lines = _images_and_mistakes(params)
+    if lines:
+        raise UserError([*lines, *missing])
+    counts = found.drawn(params.dataset) if found else known_counts(params, about)
+    teacher = _teacher(params, say)
     with progress_bar("building the student"):
         student = dry_student(params, teacher)
     network = params.student
     say(f"student: {network.arch} x {network.width:g} at {params.image.crop_px} px, {_millions(student.method.student)}")
-    if params.transfer_coco.runs:
-        missing += _missing_coco(params, student.method.student)
     with progress_bar("a step"):
         terms = ", ".join(f"{name} {value:.4g}" for name, value in student.step().items())
     say(f"step: {student.name} on {student.anchors} anchors of fabricated images: {terms}")
@@ -45,28 +42,36 @@ def check(params: "Params", about: "About", say: Callable[[str], None]) -> list[
             lines = _cost_lines(params, counts, teacher, student)
         for line in lines:
             say(line)
-    return missing + _missing_downstream(params)
+    return missing
 
 
-def _images_that_suffice(params: "Params") -> "Counts | None":
-    """How many images `scan` will list. Raises UserError with a line for each number in the parameters that they are too few for."""
-    from bingo.datasets.subset import subset_mistakes
-    from bingo.planning.estimates import find_images
-    from bingo.planning.limits import batch_mistakes
+def _images_and_mistakes(params: "Params") -> "tuple[Counts | None, list[str]]":
+    """How many images are there, and a line for each limit that the parameters break, by themselves and on these."""
+    from bingo.datasets.sources import count_images
+    from bingo.planning.limits import check_limits, image_mistakes
 
-    if (found := find_images(params.dataset, params.seed)) is None:
-        return None
-    counts = found.drawn(params.dataset)
-    if lines := subset_mistakes(params.dataset, vars(found)) + batch_mistakes(params, counts.train):
-        raise UserError(lines)
-    return counts
+    lines: list[str] = []
+    try:
+        check_limits(params, expected_processes())
+    except UserError as error:
+        lines += error.lines
+    try:
+        found = count_images(params.dataset, params.seed)
+    except UserError as error:
+        return None, lines + error.lines
+    return found, lines + (image_mistakes(params, found) if found else [])
 
 
-def _missing_coco(params: "Params", student: "nn.Module") -> list[str]:
-    """What of COCO is not there. Raises UserError where the student is no backbone of a detector."""
-    from bingo.detection.detector import check_student
+def _missing(params: "Params", about: "About") -> list[str]:
+    """A line for each file or folder that the parameters name and that is not there."""
+    dataset, teacher = params.dataset, params.teacher
+    images = [_missing_images(params, about)] if dataset.source == "folder" and not Path(str(dataset.root)).is_dir() else []
+    checkpoint = [_missing_checkpoint(params, about)] if _names_file(params) and not Path(str(teacher.checkpoint)).is_file() else []
+    return images + checkpoint + (_missing_coco(params) if params.transfer_coco.runs else []) + _missing_downstream(params)
 
-    check_student(student)
+
+def _missing_coco(params: "Params") -> list[str]:
+    """What of COCO is not there."""
     coco = params.transfer_coco
     parts = (coco.train_images, coco.train_annotations, coco.val_images, coco.val_annotations)
     missing = [part for part in parts if not (Path(str(coco.root)) / part).exists()]
@@ -83,32 +88,31 @@ def _missing_images(params: "Params", about: "About") -> str:
 
 def _missing_downstream(params: "Params") -> list[str]:
     """What semi_eval and transfer_cifar read, and would ask for only when the student is trained; torchvision may yet download CIFAR."""
-    lists = {f"semi_eval.splits.{name}.list_file": split.list_file for name, split in params.semi_eval.splits.items()}
+    from bingo.planning.limits import list_mistakes
+
     folders = {f"transfer.datasets.{name}.root": item.root for name, item in params.transfer.datasets.items() if item.source == "folder"}
-    return [
-        *(
-            f"{key} = {path}: there is no such file; null draws the labels"
-            for key, path in lists.items()
-            if path and not Path(path).is_file()
-        ),
-        *(f"{key} = {root}: there is no such folder" for key, root in folders.items() if root and not Path(root).is_dir()),
-    ]
+    absent = [f"{key} = {root}: there is no such folder" for key, root in folders.items() if root and not Path(root).is_dir()]
+    return list_mistakes(params) + absent
 
 
-def _teacher(params: "Params", about: "About", say: Callable[[str], None], missing: list[str]) -> "Teacher":
+def _names_file(params: "Params") -> bool:
+    """Whether the teacher is one of a file."""
+    return params.teacher.checkpoint is not None and params.teacher.source not in ("pretrain", "random")
+
+
+def _teacher(params: "Params", say: Callable[[str], None]) -> "Teacher":
     """The teacher, from its checkpoint if that is there."""
     from bingo.planning.dry_run import dry_teacher
     from bingo.runtime.progress import progress_bar
 
     asked = params.teacher
-    there = asked.checkpoint is not None and Path(asked.checkpoint).is_file() and asked.source != "pretrain"
+    there = _names_file(params) and Path(str(asked.checkpoint)).is_file()
     with progress_bar("building the teacher"):
         teacher = dry_teacher(params, checkpoint=there)
     if there:
         origin = f"read from {asked.checkpoint}"
-    elif asked.checkpoint is not None and asked.source != "pretrain":
+    elif _names_file(params):
         origin = "random weights in place of the checkpoint"
-        missing.append(_missing_checkpoint(params, about))
     else:
         later = {"pretrain": "which the stage teacher trains", "random": "as asked for"}
         origin = f"random weights here, {later.get(asked.source, f'the stage teacher downloads those of {asked.source}')}"

@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bingo.datasets.subset import Counts
     from bingo.params import Params
     from bingo.planning.dry_run import DryTraining
-    from bingo.planning.estimates import Counts, Estimate
+    from bingo.planning.estimates import Estimate
     from bingo.planning.recipes import About
     from bingo.teachers.teacher import Teacher
 
@@ -25,12 +26,14 @@ def cost_lines(params: "Params", about: "About") -> list[str]:
 
 def known_counts(params: "Params", about: "About") -> "Counts | None":
     """How many images the dataset has: as the recipe says, or else as they are found; None where neither is known."""
-    from bingo.planning.estimates import Counts, count_images
+    from bingo.datasets.sources import count_images
+    from bingo.datasets.subset import Counts
 
     if about.images is not None and params.dataset.source == "folder":
         train, test = params.dataset.train_images, params.dataset.test_images
         return Counts(train or about.images.train, test or about.images.test)
-    return count_images(params.dataset, params.seed)
+    found = count_images(params.dataset, params.seed)
+    return found and found.drawn(params.dataset)
 
 
 def whole_estimate(params: "Params", counts: "Counts", teacher: "Teacher", student: "DryTraining") -> "Estimate":

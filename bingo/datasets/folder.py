@@ -1,12 +1,13 @@
 """A folder of image files as a listing: find them, draw a subset, check each, leave out or refuse what cannot be read."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from bingo.datasets.filecheck import Checked, check_files, common_bits
-from bingo.datasets.layout import Say, Split, find_splits
-from bingo.datasets.subset import draw_subset, held_out_rows
+from bingo.datasets.layout import Say, Split, count_splits, find_splits
+from bingo.datasets.subset import Counts, draw_subset, held_out_rows
 from bingo.images.listing import Listing, listing_fingerprint
 from bingo.params import DatasetParams
 from bingo.runtime.errors import UserError, printable
@@ -15,13 +16,15 @@ BAD_LINES = 20
 _DATASET = "folder"
 
 
-def scan_folder(dataset: DatasetParams, seed: int, say: Say) -> tuple[Listing, np.ndarray | None]:
-    """Listing and, with store_px, images of `dataset.root`; `say` is given a line for each thing that is assumed or passed over.
+def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Counts], None]) -> tuple[Listing, np.ndarray | None]:
+    """Listing and, with store_px, images of `dataset.root`; `say` is given a line for each thing that is assumed or passed over, `judge`
+    how many images there are, before any is read.
 
     Raises UserError for every mistake in the folder or its files.
     """
     root = Path(str(dataset.root))
     train, test = find_splits(root, dataset.follow_links, say)
+    judge(count_splits(train, test))
     classes, held_out = train.classes or test.classes, not test.paths and dataset.test_images is not None
     if held_out:
         train, test = _without_held_out(dataset, train, seed)

@@ -7,7 +7,6 @@ leave behind and files without a suffix that is read are passed over, and counte
 """
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +14,8 @@ from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
 from bingo.datasets.lookalikes import look_like_splits
+from bingo.datasets.split_names import role_of, split_word
+from bingo.datasets.subset import Counts
 from bingo.images.decode import SUFFIXES
 from bingo.runtime.errors import UserError, printable
 from bingo.runtime.inside import folded
@@ -22,14 +23,7 @@ from bingo.runtime.progress import progress_bar
 
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__")
 _MOST_LINES, _MOST_NAMES, _MOST_SUFFIXES = 20, 3, 8
-_AFFIX = r"(?:images?|imgs?|set|split|data|\d{1,5})"
-_WORDS = {
-    "train": "train|training|trn",
-    "test": "val|valid|validation|dev|test|testing|tst|eval|evaluation|hold[ _-]?out|held[ _-]?out",
-}
-_ROLES = {role: re.compile(rf"(?:{_AFFIX}[ _.-]?)?(?:{words})(?:[ _.-]?{_AFFIX})?") for role, words in _WORDS.items()}
 _USUAL = {"train": ("train",), "test": ("val", "test")}  # which of several folders of a role is taken
-_PLAIN_WORDS = {word: role for role, words in _WORDS.items() for word in words.split("|")}
 Say = Callable[[str], None]
 
 
@@ -45,16 +39,10 @@ class Split:
 _NO_SPLIT = Split([], [], [])
 
 
-def role_of(folder: str) -> str | None:
-    """`train` or `test` where a folder's name is one that splits have, whatever its case; otherwise None."""
-    return next((role for role, pattern in _ROLES.items() if pattern.fullmatch(folded(folder))), None)
-
-
-def split_word(folder: str) -> tuple[str | None, list[str]]:
-    """The role of a word within a folder's name (seg_train, train.X1, testA), None where it has none or both, and the other words."""
-    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder))
-    roles = {_PLAIN_WORDS[word] for word in map(folded, words) if word in _PLAIN_WORDS}
-    return roles.pop() if len(roles) == 1 else None, [word for word in map(folded, words) if word not in _PLAIN_WORDS]
+def count_splits(train: Split, test: Split) -> Counts:
+    """How many images the two splits have."""
+    labelled = bool(train.classes) and bool(test.classes or not test.paths)
+    return Counts(len(train.paths), len(test.paths), labelled)
 
 
 @progress_bar("finding the images")

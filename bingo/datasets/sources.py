@@ -3,30 +3,62 @@
 A new source is one new file with a function here. No torch for digits and folders: a scan starts at once.
 """
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 
 from bingo.datasets import digits
-from bingo.datasets.layout import Say
-from bingo.datasets.subset import draw_subset
+from bingo.datasets.layout import Say, count_splits, find_splits
+from bingo.datasets.subset import Counts, check_subset, draw_subset
 from bingo.images.listing import Listing, memory_listing
 from bingo.params import DatasetParams
 
+_CIFAR = Counts(50_000, 10_000)
 
-def scan(dataset: DatasetParams, seed: int, say: Say = lambda line: None) -> tuple[Listing, np.ndarray | None]:
+
+def scan(
+    dataset: DatasetParams, seed: int, say: Say = lambda line: None, judge: Callable[[Counts], None] | None = None
+) -> tuple[Listing, np.ndarray | None]:
     """The listing and the images, uint8 (N, S, S, 3) with S = store_px, or None where files are decoded at use.
 
     Train rows first, each split in the order of its names. `say` is given a line for each thing of a folder that is assumed or passed
-    over. Raises UserError for everything that is wrong with the data.
+    over. `judge` is given how many images were found, before any is drawn or read, and raises UserError where they do not suffice;
+    without it: where fewer were found than `dataset` asks for. Raises UserError for everything that is wrong with the data.
     """
+    judge = judge or partial(check_subset, dataset)
     if dataset.source == "digits":
+        judge(_count_digits(dataset, seed))
         return _scan_digits(dataset, seed)
     if dataset.source == "folder":
         from bingo.datasets.folder import scan_folder
 
-        return scan_folder(dataset, seed, say)
+        return scan_folder(dataset, seed, say, judge)
     from bingo.datasets.cifar import scan_cifar
 
+    judge(_CIFAR)
     return scan_cifar(dataset, seed)
+
+
+def count_images(dataset: DatasetParams, seed: int) -> Counts | None:
+    """How many images `scan` will find, before `train_images` and `test_images` leave any out; None for a folder that is not there.
+
+    Raises UserError as `scan` does for a folder's layout.
+    """
+    if dataset.source == "digits":
+        return _count_digits(dataset, seed)
+    if dataset.source != "folder":
+        return _CIFAR
+    if dataset.root is None or not Path(dataset.root).is_dir():
+        return None
+    return count_splits(*find_splits(Path(dataset.root), dataset.follow_links))
+
+
+def _count_digits(dataset: DatasetParams, seed: int) -> Counts:
+    _, labels_D = digits.read_digits()
+    test = int(digits.is_test_digit(labels_D, seed).sum())
+    return Counts((len(labels_D) - test) * dataset.placements, test * dataset.placements)
 
 
 def _scan_digits(dataset: DatasetParams, seed: int) -> tuple[Listing, np.ndarray]:

@@ -1,6 +1,6 @@
 """The seeded draw of fewer images than a split has, balanced over its classes."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -9,44 +9,63 @@ from bingo.params import DatasetParams
 from bingo.runtime.errors import UserError
 
 
+@dataclass(frozen=True)
+class Counts:
+    """How many images a dataset has, and whether all of them have labels."""
+
+    train: int
+    test: int
+    labelled: bool = True
+
+    def with_test(self, dataset: DatasetParams) -> "Counts":
+        """With the test images that are held out of the train images where a folder has no test split, if any of these are left."""
+        if dataset.source != "folder" or self.test or not dataset.test_images or dataset.test_images >= self.train:
+            return self
+        return replace(self, train=self.train - dataset.test_images, test=dataset.test_images)
+
+    def drawn(self, dataset: DatasetParams) -> "Counts":
+        """Those of them that `dataset` asks for, or all where there are fewer."""
+        found = self.with_test(dataset)
+        train, test = dataset.train_images or found.train, dataset.test_images or found.test
+        return replace(found, train=min(found.train, train), test=min(found.test, test))
+
+
 def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: int) -> np.ndarray:
     """Rows of one split that `dataset.train_images` or `test_images` keeps: int64, rising, balanced over the classes.
 
     Every class gives as many rows as the others, or all it has; which rows is drawn with the seed.
-    Raises UserError where more are asked for than there are.
     """
     count = dataset.train_images if split == "train" else dataset.test_images
     if count is None:
         return np.arange(len(labels_N))
-    if lines := subset_mistakes(dataset, {split: len(labels_N)}):
-        raise UserError(lines)
     return balanced_rows(labels_N, count, seed, f"subset/{split}")
 
 
 def held_out_rows(dataset: DatasetParams, labels_N: np.ndarray, seed: int) -> np.ndarray:
     """Of a dataset without a test split, the rows that `dataset.test_images` takes from the train images for one: int64, rising, balanced
-    over the classes. Raises UserError where no train image would be left.
+    over the classes.
     """
-    if not dataset.test_images:
-        return np.arange(0)
-    if dataset.test_images >= len(labels_N):
+    return balanced_rows(labels_N, dataset.test_images or 0, seed, "hold-out")
+
+
+def subset_mistakes(dataset: DatasetParams, found: Counts) -> list[str]:
+    """A line for each split of which `dataset` asks for more images than were found."""
+    found = found.with_test(dataset)
+    if dataset.source == "folder" and dataset.test_images and not found.test:
         problem = f"dataset.test_images = {dataset.test_images}: without a test split they are taken from the train images"
-        raise UserError(f"{problem}, of which there are {len(labels_N)}; lower it, or set null for no test images")
-    return balanced_rows(labels_N, dataset.test_images, seed, "hold-out")
-
-
-def subset_mistakes(dataset: DatasetParams, found: Mapping[str, int]) -> list[str]:
-    """A line for each split of which `dataset` asks for more images than were found. Without a test split its images are taken from
-    the train images.
-    """
-    if dataset.test_images and found.get("test") == 0 and dataset.test_images < found["train"]:
-        found = {"train": found["train"] - dataset.test_images, "test": dataset.test_images}
-    asked = {"train": dataset.train_images, "test": dataset.test_images}
+        return [f"{problem}, of which there are {found.train}; lower it, or set dataset.test_images: null for no test images"]
+    splits = {"train": (dataset.train_images, found.train), "test": (dataset.test_images, found.test)}
     return [
-        f"dataset.{split}_images = {asked[split]}: the {split} split has {images} images; lower it, or set null for all"
-        for split, images in found.items()
-        if (asked[split] or 0) > images
+        f"dataset.{split}_images = {asked}: the {split} split has {images} images; set dataset.{split}_images: null for all, or lower it"
+        for split, (asked, images) in splits.items()
+        if (asked or 0) > images
     ]
+
+
+def check_subset(dataset: DatasetParams, found: Counts) -> None:
+    """Raises UserError where more images are asked for than were found."""
+    if lines := subset_mistakes(dataset, found):
+        raise UserError(lines)
 
 
 def balanced_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str) -> np.ndarray:

@@ -106,9 +106,10 @@ def check_student(student: nn.Module) -> None:
     """Raises UserError for a network that is no ResNet of timm or torchvision, or has a stem for small images."""
     if not isinstance(student, TimmResNet | TorchvisionResNet):
         kind = type(student).__name__
-        raise UserError(f"student.arch: {kind} has no four stages that the detector knows; a ResNet of timm or torchvision has")
+        way_out = "set student.arch: resnet18, student.stem: imagenet, or another ResNet"
+        raise UserError(f"student.arch: {kind} has no four stages that the detector knows; {way_out}")
     if isinstance(student.maxpool, nn.Identity):
-        raise UserError("student.stem = small: its maps are too large for the images of COCO; train a student with stem: imagenet")
+        raise UserError("student.stem = small: its maps are too large for the images of COCO; set student.stem: imagenet")
 
 
 def _stage_widths(student: nn.Module) -> list[int]:

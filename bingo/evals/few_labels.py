@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bingo.datasets.layout import role_of
+from bingo.datasets.split_names import role_of
 from bingo.datasets.subset import balanced_rows
 from bingo.images.decode import SUFFIXES
 from bingo.images.listing import Listing

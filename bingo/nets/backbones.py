@@ -7,6 +7,7 @@ is read back by the library. Shape letters: B images of a batch, D feature width
 import copy
 import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, cast
 
 import timm
@@ -100,8 +101,13 @@ def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
         raise UserError(f"arch = {arch}: gives {shape} for one image instead of one pooled feature row; choose another network")
     if (grids := resampled_grids(backbone, crop_px)) and distributed.rank() == 0:
         trained, seen = ("x".join(map(str, grid)) for grid in grids)
-        line = f"arch = {arch}: its position embedding of {trained} patches is resampled to {seen}, for image.crop_px = {crop_px}"
-        print(line, file=sys.stderr, flush=True)
+        say_once(f"arch = {arch}: its position embedding of {trained} patches is resampled to {seen}, for image.crop_px = {crop_px}")
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line on stderr, unless this process has printed it before."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def resampled_grids(backbone: nn.Module, crop_px: int) -> tuple[tuple[int, int], tuple[int, int]] | None:

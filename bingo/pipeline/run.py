@@ -53,11 +53,13 @@ PACKAGES = ("torch", "torchvision", "timm", "zarr", "numpy", "faiss-gpu", "faiss
 
 @dataclass
 class Run:
-    """One run of one stage: its parameters, and what is worth noting of it (never part of an output)."""
+    """One run of one stage: its parameters, what is worth noting of it (never part of an output), and the lines of limits that its
+    parameters break, where the stage adds others before it raises them."""
 
     stage: str
     params: Params
     notes: dict[str, Any] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
 
     def say(self, line: str) -> None:
         """Print one line, on the first process only."""
@@ -73,15 +75,22 @@ def run_command(app: "typer.Typer") -> None:
 
 
 @contextmanager
-def stage_run(stage: str) -> Iterator[Run]:
-    """Load the parameters, do the work in the body, write the run's records. A user's mistake is one line and exit code 2."""
+def stage_run(stage: str, raises_limits: bool = False) -> Iterator[Run]:
+    """Load the parameters, do the work in the body, write the run's records. A user's mistake is one line and exit code 2.
+
+    `raises_limits`: the body raises what `mistakes` of the run holds, with what it finds itself.
+    """
     die_with_parent()
     with mistakes_as_lines():
-        params = load_params()
+        run = Run(stage, load_params())
         if "RANK" not in os.environ:  # the launcher has done it
-            check_limits(params, expected_processes(), Path(os.environ.get("DVC_ROOT", ".")) / LIMITS)
+            try:
+                check_limits(run.params, expected_processes(), Path(os.environ.get("DVC_ROOT", ".")) / LIMITS)
+            except UserError as error:
+                if not raises_limits:
+                    raise
+                run.mistakes = error.lines
             sweep()
-        run = Run(stage, params)
         begun = time.monotonic()
         yield run
         if os.environ.get("RANK", "0") == "0":

@@ -5,38 +5,19 @@ Shape letters: N listed images, T train images, V stored views, P key width, D f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from bingo.bags.ivf import InvertedFile
-from bingo.datasets import digits
-from bingo.datasets.layout import find_splits
+from bingo.datasets.subset import Counts
 from bingo.methods.contract import Progress
-from bingo.params import DatasetParams, Params
+from bingo.params import Params
 from bingo.planning.costs import forward_flops, saved_bytes, step_flops
 from bingo.planning.dry_run import DryTraining
 from bingo.teachers.teacher import Teacher
 
 _FLOAT, _HALF, _INDEX = 4, 2, 4  # bytes
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many images a dataset has."""
-
-    train: int
-    test: int
-
-    def drawn(self, dataset: DatasetParams) -> "Counts":
-        """Those of them that `dataset` asks for, or all where there are fewer. Without a test split its images are taken from train."""
-        if dataset.source == "folder" and not self.test and dataset.test_images:
-            return Counts(self.train - dataset.test_images, dataset.test_images).drawn(dataset)
-        return Counts(min(self.train, dataset.train_images or self.train), min(self.test, dataset.test_images or self.test))
-
-
-_CIFAR = Counts(50_000, 10_000)
 
 
 @dataclass(frozen=True)
@@ -48,25 +29,6 @@ class Estimate:
     student_image_flops: int
     stage_flops: dict[str, float]
     disk_bytes: dict[str, int]
-
-
-def count_images(dataset: DatasetParams, seed: int) -> Counts | None:
-    """How many images `scan` will list; None for a folder that is not there. Raises UserError as `scan` does for a folder's layout."""
-    found = find_images(dataset, seed)
-    return found and found.drawn(dataset)
-
-
-def find_images(dataset: DatasetParams, seed: int) -> Counts | None:
-    """As `count_images`, before `train_images` and `test_images` leave any out."""
-    if dataset.source == "digits":
-        _, labels_D = digits.read_digits()
-        test = int(digits.is_test_digit(labels_D, seed).sum())
-        return Counts((len(labels_D) - test) * dataset.placements, test * dataset.placements)
-    if dataset.source == "folder":
-        if dataset.root is None or not Path(dataset.root).is_dir():
-            return None
-        return Counts(*(len(split.paths) for split in find_splits(Path(dataset.root), dataset.follow_links)))
-    return _CIFAR
 
 
 def estimate(

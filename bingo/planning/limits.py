@@ -8,6 +8,7 @@ once: what has passed is remembered, so that a stage without torch stays without
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bingo.params.methods import MethodSection
 from bingo.params.networks import source_mistakes
@@ -15,6 +16,9 @@ from bingo.params.training import ScheduleParams
 from bingo.params.whole import Params
 from bingo.runtime.artefacts import fingerprint, read_json, write_json
 from bingo.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from bingo.datasets.subset import Counts
 
 Rule = Callable[[Params, int], Iterator[str]]
 _Training = tuple[str, ScheduleParams, list[tuple[str, MethodSection]]]
@@ -66,17 +70,24 @@ def _remember(memory: Path, passed: list[str]) -> None:
         return
 
 
-def check_scan(params: Params, train_rows: int, labelled: bool) -> None:
-    """Raises UserError with a line for all that the images or a missing label list would let fail only after the teacher's pass."""
-    lines = batch_mistakes(params, train_rows)
-    if params.bagging.method == "label" and not labelled:
+def image_mistakes(params: Params, found: "Counts") -> list[str]:
+    """A line for each thing that `found`, the images of the dataset, would let fail, now or only after the teacher's pass."""
+    from bingo.datasets.subset import subset_mistakes  # NumPy
+
+    lines = subset_mistakes(params.dataset, found) + batch_mistakes(params, found.drawn(params.dataset).train)
+    if params.bagging.method == "label" and not found.labelled:
         lines.append("bagging.method = label: the images have no labels; set bagging.method to knn or kmeans, or sort them into classes")
-    for name, split in params.semi_eval.splits.items():
-        if split.list_file is not None and not Path(split.list_file).is_file():
-            key = f"semi_eval.splits.{name}.list_file"
-            lines.append(f"{key} = {split.list_file}: there is no such file; give the path of the list, or null to draw the labels")
-    if lines:
-        raise UserError(lines)
+    return lines
+
+
+def list_mistakes(params: Params) -> list[str]:
+    """A line for each list of labels that is not there."""
+    lists = {f"semi_eval.splits.{name}.list_file": split.list_file for name, split in params.semi_eval.splits.items()}
+    return [
+        f"{key} = {path}: there is no such file; give the path of the list, or null to draw the labels"
+        for key, path in lists.items()
+        if path is not None and not Path(path).is_file()
+    ]
 
 
 def batch_mistakes(params: Params, train_rows: int) -> list[str]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from bingo.datasets.layout import role_of
 from bingo.datasets.sources import scan
+from bingo.datasets.split_names import role_of
 from bingo.images.decode import SUFFIXES
 from bingo.images.listing import Listing
 from tests.datasets.test_sources import folder, lines_of, save

@@ -131,7 +131,7 @@ def test_a_subset_is_balanced_over_classes(count, want):
 
 def test_a_subset_larger_than_the_split_is_refused():
     lines = lines_of(DIGITS.model_copy(update={"test_images": 10_000}))
-    assert lines == ["dataset.test_images = 10000: the test split has 718 images; lower it, or set null for all"]
+    assert lines == ["dataset.test_images = 10000: the test split has 718 images; set dataset.test_images: null for all, or lower it"]
 
 
 # --- folders

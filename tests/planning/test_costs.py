@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from bingo.datasets.sources import scan
+from bingo.datasets.sources import count_images, scan
+from bingo.datasets.subset import Counts
 from bingo.methods.contract import Batch, Method, Needs, Progress
 from bingo.nets.backbones import build_backbone
 from bingo.params import load_params
 from bingo.planning.costs import forward_flops, gpu_hours, saved_bytes, step_flops
 from bingo.planning.dry_run import dry_baseline, dry_pretraining, dry_student, dry_teacher
-from bingo.planning.estimates import Counts, count_images, estimate, step_memory
+from bingo.planning.estimates import estimate, step_memory
 from bingo.runtime.errors import UserError
 
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
@@ -151,7 +152,9 @@ def test_an_estimate_is_the_sum_of_its_parts():
 def test_images_are_counted_as_scan_lists_them(changes):
     dataset = PARAMS.dataset.model_copy(update=changes)
     listing, _ = scan(dataset, 3)
-    assert count_images(dataset, 3) == Counts(listing.train_rows, len(listing) - listing.train_rows)
+    found = count_images(dataset, 3)
+    assert found is not None
+    assert found.drawn(dataset) == Counts(listing.train_rows, len(listing) - listing.train_rows)
 
 
 def test_images_of_a_folder_are_counted_and_one_that_is_not_there_is_none(tmp_path):

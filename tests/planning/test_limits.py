@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from workspace import ROOT, SHORT, new_workspace
 
+from bingo.datasets.subset import Counts
 from bingo.methods.contract import Progress
-from bingo.nets.backbones import build_backbone, check_images, is_transformer
+from bingo.nets.backbones import build_backbone, check_images, is_transformer, say_once
 from bingo.params import read_yaml, validate
 from bingo.planning import limits, network_limits
 from bingo.planning.dry_run import dry_student, dry_teacher
-from bingo.planning.limits import check_limits, check_scan
+from bingo.planning.limits import check_limits, image_mistakes, list_mistakes
 from bingo.runtime.errors import UserError
 
 SMALL = {
@@ -29,6 +31,7 @@ SMALL = {
     "image.resize_px": 16,
 }
 VIT = {"student.arch": "vit_tiny_patch16_224", "student.width": 1.0, "student.stem": "imagenet"}
+TRANSFER = {"source": "cifar10", "root": "cifar", "store_px": 32, "train_images": None, "test_images": None}
 KINDS: dict[type, str] = {int: r"\d+", float: r"\d+\.\d+"}
 ANY_SIDE = {"image.resize_px": 512}
 
@@ -55,7 +58,7 @@ def answer(changes: dict[str, Any], processes: int = 1, memory: Path | None = No
 
 def advised(line: str) -> dict[str, Any]:
     """The settings that a line ends in, KEY: VALUE or KEY to VALUE; of alternatives the first."""
-    sections = "image|teacher|student|distill|methods|bagging|transfer|extract"
+    sections = "dataset|image|teacher|student|distill|methods|bagging|transfer|extract"
     way_out = line.rpartition("; ")[2].partition(", or ")[0]
     found = dict(re.findall(rf"((?:{sections})\.[\w.]+?)(?:: | to | = )([\w./-]+)", way_out))
     return {key: next((kind(value) for kind, form in KINDS.items() if re.fullmatch(form, value)), value) for key, value in found.items()}
@@ -65,6 +68,9 @@ PUBLISHED = {"teacher.width": 1.0, "teacher.stem": "imagenet"}
 REFUSED: list[dict[str, Any]] = [
     VIT | ANY_SIDE | {"image.crop_px": 40},
     {"student.arch": "inception_v3", "student.width": 1.0, "student.stem": "imagenet", **ANY_SIDE, "image.crop_px": 31},
+    VIT | {"image.crop_px": 32, "image.resize_px": 32, "transfer.datasets": {"own": TRANSFER}, "transfer.resized_px": 100},
+    {"student.arch": "resnet18", "student.stem": "small", "transfer_coco.runs": ["fpn-1x"], "transfer_coco.root": "coco"},
+    {"student.arch": "efficientnet_b0", "student.width": 1.0, "transfer_coco.runs": ["fpn-1x"], "transfer_coco.root": "coco"},
     {"distill.method": "simreg", "distill.batch_anchors": 2},
     {"distill.method": "isd", "distill.batch_anchors": 2},
     {"distill.method": "coss", "methods.coss.companions": 9},
@@ -156,20 +162,17 @@ def test_names_of_networks_that_are_not_trained_are_all_named():
 
 def test_batches_are_held_against_the_images():
     params = validate(raw({"distill.batch_anchors": 300, "teacher.pretrain.batch_anchors": 301, "methods.moco.queue_rows": 300}), "p")
-    with pytest.raises(UserError) as caught:
-        check_scan(params, 299, labelled=True)
-    assert len(caught.value.lines) == 2
-    check_scan(params, 301, labelled=True)
+    assert len(image_mistakes(params, Counts(299, 0))) == 2
+    assert not image_mistakes(params, Counts(301, 0))
 
 
 def test_what_needs_labels_or_a_list_is_asked_for_before_the_teachers_pass(tmp_path):
     split = {"percent": 1.0, "list_file": str(tmp_path / "list.txt"), "trunk_lr": 0.1, "head_lr": 0.1, "linear_lr": 0.1}
     params = validate(raw({"bagging.method": "label", "semi_eval.splits": {"one": split}}), "p")
-    with pytest.raises(UserError) as caught:
-        check_scan(params, 9999, labelled=False)
-    assert [line.split(" = ")[0] for line in caught.value.lines] == ["bagging.method", "semi_eval.splits.one.list_file"]
+    lines = image_mistakes(params, Counts(9999, 1, labelled=False)) + list_mistakes(params)
+    assert [line.split(" = ")[0] for line in lines] == ["bagging.method", "semi_eval.splits.one.list_file"]
     (tmp_path / "list.txt").write_text("a.jpg\n")
-    check_scan(params, 9999, labelled=True)
+    assert not image_mistakes(params, Counts(9999, 1)) + list_mistakes(params)
 
 
 @pytest.mark.parametrize(
@@ -182,11 +185,9 @@ def test_what_needs_labels_or_a_list_is_asked_for_before_the_teachers_pass(tmp_p
 )
 def test_sizes_of_bags_are_held_against_the_images(changes, most):
     params = validate(raw({"distill.batch_anchors": 8, "teacher.pretrain.batch_anchors": 8} | changes), "p")
-    with pytest.raises(UserError) as caught:
-        check_scan(params, most - 1, labelled=True)
-    (line,) = caught.value.lines
+    (line,) = image_mistakes(params, Counts(most - 1, 0))
     assert line.startswith(f"{list(changes)[-1]} = 300: ")
-    check_scan(params, most, labelled=True)
+    assert not image_mistakes(params, Counts(most, 0))
 
 
 def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path, monkeypatch):
@@ -219,9 +220,10 @@ def test_what_needs_no_network_needs_no_torch():
 def test_a_vision_transformer_takes_other_sizes_as_student_and_as_random_teacher(capsys, arch, side_px):
     student = {"student.arch": arch, "student.width": 1.0, "student.stem": "imagenet"}
     teacher = {"teacher.source": "random", "teacher.arch": arch, "teacher.width": 1.0, "teacher.stem": "imagenet"}
+    say_once.cache_clear()
     assert answer(student | teacher | {"image.crop_px": side_px, "image.resize_px": side_px}) == []
     resampled = "dinov3" not in arch  # its rotary embedding is computed for any grid
-    assert (f"resampled to {side_px // 16}x{side_px // 16}" in capsys.readouterr().err) == resampled
+    assert capsys.readouterr().err.count(f"resampled to {side_px // 16}x{side_px // 16}") == resampled
 
 
 def test_a_resampled_embedding_is_the_interpolated_one():
@@ -273,6 +275,23 @@ def test_scan_answers_with_all_limits_before_it_reads_an_image(tmp_path, stages)
     assert (done.status, done.out) == (2, "")
     assert len(done.err.splitlines()) == 2
     assert not (workspace.root / "data").exists()
+
+
+def test_scan_answers_with_limits_and_too_few_images_together_and_each_way_out_helps(tmp_path, stages):
+    for place in (*(f"train/{name}/{i}" for name in "ab" for i in range(20)), "val/a/1", "val/b/2"):
+        (tmp_path / f"photos/{place}.png").parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / f"photos/{place}.png")
+    dataset = {"source": "folder", "root": str(tmp_path / "photos"), "train_images": 50, "test_images": 3}
+    changes = SHORT | {f"dataset.{key}": value for key, value in dataset.items()} | {"teacher.width": 0.3, "bagging.k": 40}
+    workspace = new_workspace(tmp_path / "bingo", stages, changes | {"distill.batch_anchors": 41})
+    done = workspace.run("scan")
+    keys = ["width", "dataset.train_images", "dataset.test_images", "distill.batch_anchors", "bagging.k"]
+    assert (done.status, [re.sub("error: (teacher.)?", "", line.split(" = ")[0]) for line in done.err.splitlines()]) == (2, keys)
+    settings = {key: value for line in done.err.splitlines() for key, value in advised(line).items()}
+    assert settings == {"dataset.train_images": "null", "dataset.test_images": "null"}
+    workspace.edit(dict.fromkeys(settings) | {"teacher.width": 0.125, "distill.batch_anchors": 40, "bagging.k": 39})
+    workspace.run("scan")
+    assert (workspace.root / "data/listing.parquet").exists()
 
 
 def test_every_stage_holds_the_batch_against_the_processes(tmp_path, stages):

@@ -665,6 +665,19 @@ def test_check_names_every_number_that_the_images_are_too_few_for(clone, dataset
     assert {" ".join(line.split()[1:4]) for line in result.stderr.splitlines()} == expected
 
 
+def test_check_answers_with_limits_and_too_few_images_and_what_is_missing_at_once(clone):
+    raw = read_yaml(Path("params.yaml"))
+    raw["dataset"] |= {"train_images": 9000, "test_images": 9000}
+    raw["teacher"] |= {"source": "timm", "width": 0.25, "checkpoint": "gone.pt"}
+    raw["distill"]["batch_anchors"], raw["student"]["width"] = 8000, 0.3
+    with open("params.yaml", "w") as file:
+        YAML(typ="safe", pure=True).dump(raw, file)
+    result = call("check")
+    assert (result.exit_code, result.stdout) == (2, "")
+    keys = [line.removeprefix("error: ").split(" = ")[0] for line in result.stderr.splitlines()]
+    assert keys == ["student.width", "dataset.train_images", "dataset.test_images", "distill.batch_anchors", "teacher.checkpoint"]
+
+
 def test_few_labels_and_transfer_as_published():
     semi = resolved("downstream-imagenet-semi").semi_eval
     rates = {name: (split.percent, split.trunk_lr, split.head_lr, split.linear_lr) for name, split in semi.splits.items()}
@@ -703,7 +716,8 @@ def test_check_names_missing_lists_and_transfer_sets(clone):
     result = call("check")
     assert result.exit_code == 2
     assert [line for line in result.stdout.splitlines() if line.startswith("missing")] == [
-        "missing: semi_eval.splits.percent_1.list_file = data/simclr/1percent.txt: there is no such file; null draws the labels",
+        "missing: semi_eval.splits.percent_1.list_file = data/simclr/1percent.txt: there is no such file; "
+        "give the path of the list, or null to draw the labels",
         "missing: transfer.datasets.photos.root = photos: there is no such folder",
     ]
 
