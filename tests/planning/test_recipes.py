@@ -675,7 +675,14 @@ def test_check_answers_with_limits_and_too_few_images_and_what_is_missing_at_onc
     result = call("check")
     assert (result.exit_code, result.stdout) == (2, "")
     keys = [line.removeprefix("error: ").split(" = ")[0] for line in result.stderr.splitlines()]
-    assert keys == ["student.width", "dataset.train_images", "dataset.test_images", "distill.batch_anchors", "teacher.checkpoint"]
+    assert keys == [
+        "methods.moco.queue_rows",
+        "student.width",
+        "dataset.train_images",
+        "dataset.test_images",
+        "distill.batch_anchors",
+        "teacher.checkpoint",
+    ]
 
 
 def test_few_labels_and_transfer_as_published():
