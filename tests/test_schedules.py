@@ -152,18 +152,18 @@ def test_a_training_follows_its_schedule(tmp_path, used):
 def test_evaluations_follow_their_schedules(tmp_path, used):
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((10, 3)).astype(np.float32), np.arange(10) % 2
-    cached = CachedProbeParams(batch_images=4, lr=0.8, weight_decay=0.0, **FALLS)
+    cached = CachedProbeParams(batch_images=4, lr=0.8, weight_decay=0.0, init_std=0.01, **FALLS)
     linear_on_features(X, y, X, y, 2, cached, 0, CPU)  # 3 steps an epoch
     assert used == [[0.8]] * 3 + [[0.4]] * 3 + [[0.2]] * 3
     used.clear()
     what = task()  # 27 train images
     crops = CropProbeParams(
-        nets=[], standardise=False, batch_images=9, lr=0.8, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **FALLS
+        nets=[], standardise=False, init_std=0.01, batch_images=9, lr=0.8, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **FALLS
     )
     rows = (what.images, what.labels_N, what.train_rows_N, what.test_rows_N, what.classes)
     linear_on_crops(Tiny(True), *rows, crops, what.image, "fp32", 0, CPU, Checkpoints(tmp_path / "crops", 1e9))
     assert used == [[0.8]] * 3 + [[0.4]] * 3 + [[0.2]] * 3
     used.clear()
-    tune = TuneParams(batch_images=9, weight_decay=0.0, nesterov=False, **FALLS)
+    tune = TuneParams(batch_images=9, weight_decay=0.0, nesterov=False, init_std=0.01, **FALLS)
     ClassifierTrainer(Tiny(True), what, tune, 0.8, 0.1, "fp32", 0, CPU, Checkpoints(tmp_path / "whole", 1e9), "test").run()
     assert used == [[0.8, 0.1]] * 3 + [[0.4, 0.05]] * 3 + [[0.2, 0.025]] * 3

@@ -109,7 +109,7 @@ class ClassifierTrainer:
         self.task, self.tune, self.precision, self.seed, self.device, self.label = task, tune, precision, seed, device, label
         self.checkpoints, self.frozen = checkpoints, trunk_lr is None
         self.purpose = FROZEN if self.frozen else WHOLE
-        layer = linear_layer(backbone.feature_width, task.classes, seed, self.purpose, device)
+        layer = linear_layer(backbone.feature_width, task.classes, tune.init_std, seed, self.purpose, device)
         classifier = Classifier(copy.deepcopy(backbone), layer, self.frozen, precision)
         self.classifier = self._with_shared_statistics(classifier).to(device).to(memory_format=torch.channels_last)
         self.network = distributed.data_parallel(self.classifier, device)

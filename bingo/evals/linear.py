@@ -1,8 +1,8 @@
 """Linear evaluation of a frozen network: on stored features of centre views, and on random crops as released.
 
-Both train one linear layer by SGD with momentum 0.9, with a learning rate as `bingo.schedules` has it, start it from N(0, 0.01)
-(0.01 is the deviation) with bias 0, test it after every epoch, and report the last epoch and the best one. The best one is what the
-papers report; it is chosen on the test set. Shape letters: N rows, B rows of a batch, D feature width, C classes.
+Both train one linear layer by SGD with momentum 0.9, with a learning rate as `bingo.schedules` has it, test it after every epoch, and
+report the last epoch and the best one. The best one is what the papers report; it is chosen on the test set. Shape letters: N rows,
+B rows of a batch, D feature width, C classes.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def linear_on_features(
     train_N, test_N = to_labels(train_y, device), to_labels(test_y, device)
     mean_D, scale_D = _standardiser(train_ND)
     test_ND = (test_ND - mean_D) * scale_D
-    layer = linear_layer(train_ND.shape[1], classes, seed, CACHED, device)
+    layer = linear_layer(train_ND.shape[1], classes, params.init_std, seed, CACHED, device)
     trainer = _LinearTrainer(layer, params, len(train_ND))
     scores = []
     with _one_thread_if_small(device, layer, params.batch_images), progress_bar("linear layer", params.epochs, "epochs") as bar:

@@ -13,13 +13,15 @@ from bingo import seeds
 from bingo.runtime.errors import UserError
 
 
-def linear_layer(width: int, classes: int, seed: int, purpose: str, device: torch.device) -> nn.Linear:
-    """A linear layer with weights from N(0, 0.01), 0.01 being the deviation, and bias 0; the same on every device."""
+def linear_layer(width: int, classes: int, init_std: float | None, seed: int, purpose: str, device: torch.device) -> nn.Linear:
+    """A linear layer with normal weights of deviation `init_std` and bias 0, or as torch starts it if that is None; the same on every
+    device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.torch_seed(seed, purpose))
         layer = nn.Linear(width, classes)
-        nn.init.normal_(layer.weight, std=0.01)
-        nn.init.zeros_(layer.bias)
+        if init_std is not None:
+            nn.init.normal_(layer.weight, std=init_std)
+            nn.init.zeros_(layer.bias)
     return layer.to(device)
 
 

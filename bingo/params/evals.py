@@ -25,7 +25,14 @@ from bingo.params.training import LrSchedule
 from bingo.runtime.errors import near_matches
 
 
-class CachedProbeParams(LrSchedule):
+class LinearLayerParams(LrSchedule):
+    """Training of a linear layer. Its weights start from a normal distribution with standard deviation `init_std` and its bias from 0;
+    null: both from torch's own uniform distribution (of CompRess, SimReg and ISD)."""
+
+    init_std: Positive | None
+
+
+class CachedProbeParams(LinearLayerParams):
     """A linear layer on stored features of centre views (standardised per dimension), trained by SGD with momentum 0.9."""
 
     batch_images: Count
@@ -81,7 +88,7 @@ class KnnEvalParams(FeatureParams):
     temperature: Temperature
 
 
-class TuneParams(LrSchedule):
+class TuneParams(LinearLayerParams):
     """Training of a classifier on labels by SGD with momentum 0.9, `batch_images` in all processes together."""
 
     batch_images: Count

@@ -27,7 +27,9 @@ from bingo.schedules import step_lr
 CPU = torch.device("cpu")
 IMAGE = ImageParams(crop_px=10, resize_px=12, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
 CROPS = random_crops([0.5, 1.0], 0.5)
-TUNE = TuneParams(epochs=2, batch_images=8, weight_decay=1e-2, nesterov=False, drop_epochs=[1], drop_factor=0.1, hold_epochs=0)
+TUNE = TuneParams(
+    epochs=2, batch_images=8, weight_decay=1e-2, nesterov=False, drop_epochs=[1], drop_factor=0.1, hold_epochs=0, init_std=0.02
+)
 ROWS, TEST, CLASSES, SEED = 27, 21, 3, 5  # whole batches of 8, and a tail of 3
 
 
@@ -72,7 +74,7 @@ def test_fine_tuning_is_sgd_by_hand(tmp_path, nesterov, drop_epochs):
     trained = trainer(tmp_path, Tiny(True), tune)
     trained.run()
 
-    what, backbone, layer = task(), Tiny(True), linear_layer(4, CLASSES, SEED, WHOLE, CPU)
+    what, backbone, layer = task(), Tiny(True), linear_layer(4, CLASSES, 0.02, SEED, WHOLE, CPU)
     loader = ViewLoader(what.images, IMAGE, CROPS, SEED, CPU)
     parameters = [*layer.parameters(), *backbone.parameters()]
     velocities = [torch.zeros_like(parameter) for parameter in parameters]

@@ -18,7 +18,7 @@ from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import UserError
 
 CPU = torch.device("cpu")
-COSINE = {"drop_epochs": None, "drop_factor": 0.1, "hold_epochs": 0}
+COSINE = {"drop_epochs": None, "drop_factor": 0.1, "hold_epochs": 0, "init_std": 0.01}
 CACHED = CachedProbeParams(epochs=40, batch_images=64, lr=0.1, weight_decay=1e-3, **COSINE)
 IMAGE = ImageParams(crop_px=12, resize_px=14, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
 CROP = CropProbeParams(
@@ -82,7 +82,7 @@ def test_one_step_is_softmax_regression_by_hand():
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((8, 3)).astype(np.float32), np.array([0, 1, 2, 0, 1, 2, 0, 1])
     params = CachedProbeParams(epochs=1, batch_images=8, lr=0.5, weight_decay=0.1, **COSINE)
-    layer = linear_layer(3, 3, 0, "linear-cached", CPU)
+    layer = linear_layer(3, 3, 0.01, 0, "linear-cached", CPU)
     weight, bias = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
     scaled = (X.astype(np.float64) - X.mean(0)) / X.std(0)
     exponents = np.exp(scaled @ weight.T + bias)
@@ -98,10 +98,38 @@ def test_one_step_is_softmax_regression_by_hand():
 
 
 def test_initial_layer_is_as_published():
-    layer = linear_layer(512, 1000, 0, FROZEN, CPU)
+    layer = linear_layer(512, 1000, 0.01, 0, FROZEN, CPU)
     assert layer.weight.std().item() == pytest.approx(0.01, rel=0.01)
     assert not layer.bias.any()
-    assert not torch.equal(layer.weight, linear_layer(512, 1000, 1, FROZEN, CPU).weight)
+    assert not torch.equal(layer.weight, linear_layer(512, 1000, 0.01, 1, FROZEN, CPU).weight)
+    own = linear_layer(512, 1000, None, 0, FROZEN, CPU)  # torch's: weights and bias uniform in +-1 / sqrt(512)
+    bound = 512**-0.5
+    for values in (own.weight, own.bias):
+        assert values.abs().max().item() == pytest.approx(bound, rel=0.01)
+        assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_both_protocols_and_fine_tuning_start_as_init_std_says(tmp_path):
+    """Before the first step of a rate that moves nothing: the accuracy is that of the layer's first weights."""
+    X, y, test_X, test_y = digits()
+    images, labels, train_rows, test_rows = coloured_squares()
+    backbone = build_backbone("resnet18", 0.125, "small", 0)
+    still = {"epochs": 1, "lr": 1e-9}
+    for std in (None, 0.5):
+        cached = CACHED.model_copy(update=still | {"init_std": std})
+        got = linear_on_features(X, y, test_X, test_y, 10, cached, 0, CPU)["top1_last"]
+        mean, deviation = X.mean(axis=0), X.std(axis=0)
+        scaled = (test_X - mean) / np.where(deviation > 0, deviation, np.inf)
+        with torch.no_grad():
+            outputs = linear_layer(64, 10, std, 0, "linear-cached", CPU)(torch.from_numpy(scaled.astype(np.float32)))
+        assert got == pytest.approx(100 * float((outputs.argmax(1).numpy() == test_y).mean()), abs=0.2)
+        crops = CROP.model_copy(update=still | {"init_std": std})
+        checkpoints = Checkpoints(tmp_path / str(std))
+        got = linear_on_crops(backbone, images, labels, train_rows, test_rows, 4, crops, IMAGE, "fp32", 0, CPU, checkpoints)["top1_last"]
+        features = torch.from_numpy(backbone_features(backbone, images, test_rows, IMAGE, CPU, "fp32", 16))
+        with torch.no_grad():
+            outputs = linear_layer(backbone.feature_width, 4, std, 0, FROZEN, CPU)(features)
+        assert got == pytest.approx(100 * float((outputs.argmax(1).numpy() == labels[test_rows]).mean()), abs=0.1)
 
 
 def test_threads_are_as_before():

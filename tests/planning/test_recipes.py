@@ -203,6 +203,7 @@ KNOWN = {
     *(f"distill.{key}" for key in ("keys", "epochs", "batch_anchors", "lr", "drop_epochs", "hold_epochs", "sgd_momentum", "weight_decay")),
     *(f"distill.augment.{key}" for key in ("crop_scale", "jitter", "jitter_p", "gray_p", "blur_p", "flip_p")), "distill.precision",
     *(f"linear_eval.crops.{key}" for key in ("epochs", "batch_images", "lr", "drop_epochs", "weight_decay", "crop_scale", "flip_p")),
+    "linear_eval.crops.init_std",
 }  # fmt: skip
 
 
@@ -262,7 +263,7 @@ def test_every_learning_rate_is_its_papers(name, training, layer):
     assert distill.drop_factor == (0.2 if distill.drop_epochs else 0.1)
     assert (distill.lr_warmup_epochs, crops.hold_epochs) == (0, 0)
     assert (crops.lr, crops.epochs, crops.drop_epochs, crops.drop_factor) == layer
-    assert (crops.standardise, crops.weight_decay) == ((True, 1e-4) if layer == UMBC_LAYER else (False, 0.0))
+    assert (crops.standardise, crops.weight_decay, crops.init_std) == ((True, 1e-4, None) if layer == UMBC_LAYER else (False, 0.0, 0.01))
     assert not [line for line in recipe(f"imagenet-{name}").about.deviates if line.startswith("lr: ")]
 
 

@@ -26,7 +26,10 @@ from stages import transfer_cifar
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 SPLIT = {"percent": 10.0, "list_file": None, "trunk_lr": 0.05, "head_lr": 0.2, "linear_lr": 1.0}
-TUNE = {"epochs": 4, "batch_images": 16, "weight_decay": 0.0, "nesterov": False, "drop_epochs": None, "drop_factor": 0.1, "hold_epochs": 0}
+TUNE = {
+    "epochs": 4, "batch_images": 16, "weight_decay": 0.0, "nesterov": False, "drop_epochs": None, "drop_factor": 0.1, "hold_epochs": 0,
+    "init_std": 0.01,
+}  # fmt: skip
 CIFAR = {"source": "cifar10", "root": "cifar", "store_px": 32, "train_images": None, "test_images": None}
 DIGITS = {"source": "digits", "root": None, "store_px": 24, "train_images": 40, "test_images": 20}
 CHANGES = {
