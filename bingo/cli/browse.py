@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bingo.pipeline import paths
-from bingo.pipeline.commands import from_here
+from bingo.pipeline.commands import as_seen_from_here, from_here
 from bingo.pipeline.run import mistakes_as_lines
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def gallery(
                 unreadable = build_gallery(folder, _THUMBNAILS, table, listing, source.pictures, meta, bar.advance_to)
             if unreadable:
                 typer.echo(f"warning: {unreadable} images could not be read and are grey; check dataset.root", err=True)
-        typer.echo(f"gallery: {folder / 'index.html'}")
+        typer.echo(f"gallery: {as_seen_from_here(folder / 'index.html')}")
 
 
 def _gallery_meta(source: "BagSource") -> dict[str, Any]:
@@ -222,5 +222,7 @@ def _deliver(sheet: "Image", out: Path | None, default: Path) -> None:
     try:
         write_bytes(path, content.getvalue())
     except OSError as error:
-        raise UserError(f"--out = {path}: cannot be written ({error.strerror}); give a file in a folder that can be") from None
-    typer.echo(f"picture: {path}")
+        raise UserError(
+            f"--out = {as_seen_from_here(path)}: cannot be written ({error.strerror}); give a file in a folder that can be"
+        ) from None
+    typer.echo(f"picture: {as_seen_from_here(path)}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bingo.pipeline import paths
-from bingo.pipeline.commands import from_here
+from bingo.pipeline.commands import as_seen_from_here, from_here
 from bingo.pipeline.run import check_output, mistakes_as_lines, run_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -56,7 +56,8 @@ def main(
         images, bad = embed_folder(
             network, file_fingerprint(file), folder, out, pick_device(), batch_images, skip, follow_links, typer.echo
         )
-        typer.echo(f"written {out}: {images:,} x {network.backbone.feature_width} float32, by {file}")
+        made = f"{images:,} x {network.backbone.feature_width} float32, by {as_seen_from_here(file)}"
+        typer.echo(f"written {as_seen_from_here(out)}: {made}")
         if bad:
             typer.echo(f"left out, unreadable: {len(bad)} ({', '.join(ascii(path) for path in bad[:5])}{', ...' if len(bad) > 5 else ''})")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bingo.pipeline import paths
-from bingo.pipeline.commands import from_here
+from bingo.pipeline.commands import as_seen_from_here, from_here
 from bingo.pipeline.run import check_output, mistakes_as_lines, run_command
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ def main(
             check = export_network(network, target, out)
         loading = target.loading(network, out.name)
         write_bytes(card, model_card(network, to, out.name, loading, check, _provenance(student, network)).encode())
-        typer.echo(f"written {out}; {check}")
+        typer.echo(f"written {as_seen_from_here(out)}; {check}")
         if loading.remark:
             typer.echo(f"note: {loading.remark}")
-        typer.echo(f"model card: {card}")
+        typer.echo(f"model card: {as_seen_from_here(card)}")
 
 
 def _provenance(file: Path, network: "StoredNetwork") -> "Provenance":

@@ -92,6 +92,8 @@ def show(name: Name) -> None:
         typer.echo(recipe_path(FOLDER, name).read_text())
         typer.echo("It sets:")
         for key, value in flattened(recipe.overlay):
+            if not value and key in ("report.title", "report.published"):  # another recipe's are taken away; this one sets none
+                continue
             typer.echo(f"  {key}: {as_text(value)}")
         typer.echo()
         for line in _about_lines(recipe):

@@ -52,19 +52,33 @@ def images_line(params: "Params", counts: "Counts") -> str:
 
 
 def estimate_lines(estimate: "Estimate") -> list[str]:
-    """FLOPs, time of a GPU and disk, one line each."""
+    """FLOPs, time of a GPU, of this machine's CPU where there is no GPU, and disk, one line each."""
     from bingo.planning.costs import SUSTAINED_FLOP_PER_SECOND
 
+    total = sum(estimate.stage_flops.values())
     stages = ", ".join(f"{stage} {_time(flops)}" for stage, flops in estimate.stage_flops.items())
     disk = ", ".join(f"{what} {in_bytes(size)}" for what, size in estimate.disk_bytes.items())
     networks = f"{_giga(estimate.teacher_image_flops)} an image in the teacher, {_giga(estimate.student_image_flops)} in the student"
     rate = f"{SUSTAINED_FLOP_PER_SECOND / TERA:g} TFLOP/s"
     return [
         f"FLOPs: {_giga(estimate.anchor_flops)} an anchor in a training step, {networks} (1 multiply-add = 2)",
-        f"time of one GPU, if it kept up {rate} and never waited for images (both assumed): {stages};"
-        f" in all {_time(sum(estimate.stage_flops.values()))}",
+        f"time of one GPU, if it kept up {rate} and never waited for images (both assumed): {stages}; in all {_time(total)}",
+        *_cpu_line(total),
         f"disk: {disk}; in all {in_bytes(sum(estimate.disk_bytes.values()))}",
     ]
+
+
+def _cpu_line(flops: float) -> list[str]:
+    """Where this machine has no GPU, how long its CPU takes at least."""
+    import torch
+
+    from bingo.planning.costs import cpu_flop_per_second
+
+    if torch.cuda.is_available():
+        return []
+    rate = cpu_flop_per_second()
+    took = f"all of it takes {flops / rate / 3600:,.1f} h at least"
+    return [f"this machine has no GPU: at {_giga(rate)}/s, which its CPU reaches in a product of matrices, {took}"]
 
 
 def _giga(flops: float) -> str:

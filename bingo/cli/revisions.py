@@ -108,7 +108,8 @@ class Revision:
                 f"{out} of {self.name}: neither the DVC cache nor a remote holds its data; push them from where they were made"
                 f" (dvc push, dvc exp push), or make them again: {again}"
             )
-        return UserError(f"{out} of {self.name}: this revision has no such file; it was committed before its pipeline had run")
+        way_out = "commit dvc.lock after dvc repro (git add dvc.lock, git commit), and name that commit"
+        return UserError(f"{out} of {self.name}: this revision has no such file, as its dvc.lock does not list it; {way_out}")
 
     @property
     def _commit(self) -> str:

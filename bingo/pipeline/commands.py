@@ -44,6 +44,12 @@ def from_here(option: str, path: Path) -> Path:
         raise UserError(f"{option} = {path}: {error}") from None
 
 
+def as_seen_from_here(path: Path) -> str:
+    """A path for the user to read: from where the user stands, if it lies in the workspace and the user in one of its folders."""
+    whole = Path.cwd() / path
+    return os.path.relpath(whole, _stands) if _stands != Path() and whole.is_relative_to(Path.cwd()) else str(path)
+
+
 def run_app(app: typer.Typer) -> None:
     """Run a command line to its end. Raises UserError for what it does not understand, and SystemExit for exit codes but 0."""
     try:

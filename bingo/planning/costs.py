@@ -9,6 +9,7 @@ Shape letter: B images of a batch.
 """
 
 import math
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -106,6 +107,17 @@ def forward_flops(network: nn.Module, images_BCHW: Tensor) -> int:
         torch.func.functional_call(network.eval(), tensors, images_BCHW.to("meta"))
     network.train(was_training)
     return counter.get_total_flops()
+
+
+def cpu_flop_per_second() -> float:
+    """FLOP/s of this machine's CPU in a product of two float32 matrices, the best of three: more than a network reaches on it."""
+    x_NN = torch.ones(1024, 1024)
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        x_NN @ x_NN
+        seconds.append(time.perf_counter() - begun)
+    return 2 * len(x_NN) ** 3 / min(seconds)
 
 
 def gpu_hours(flops: float) -> float:

@@ -110,6 +110,9 @@ def test_revisions_that_there_are_not(repository):
     assert line.startswith("error: nowhere: is no Git revision and no DVC experiment of this repository; see `git log")
     line = mistake("show", 5, "--rev", "v0")
     assert line.startswith("error: data/listing.parquet of v0: this revision has no such file")
+    assert "commit dvc.lock" in line  # which is what v1 has, and it is read
+    assert bingo_bags("show", 5, "--rev", "v1")[0] == 0
+    assert "commit dvc.lock" in mistake("diff", "v0", "v1")
 
 
 def test_from_the_remote_and_from_nowhere(repository, tmp_path, monkeypatch):

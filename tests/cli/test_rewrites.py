@@ -1,4 +1,5 @@
-"""params.yaml under the tools that rewrite it: DVC's own overrides (`dvc exp run -S`), and `bingo recipe use`."""
+"""params.yaml and dvc.yaml under the tools that rewrite them: DVC's own overrides (`dvc exp run -S`), its commands on stages, and
+`bingo recipe use`."""
 
 import json
 import re
@@ -6,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from dvc.dvcfile import ParametrizedDumpError
+from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides, to_hydra_overrides
 
 from bingo.params import load_params, read_yaml
 
-PARAMS = Path(__file__).parents[2] / "params.yaml"
+ROOT = Path(__file__).parents[2]
+PARAMS = ROOT / "params.yaml"
 FORMS = [
     "null",
     "[]",
@@ -68,32 +72,37 @@ def as_override(value) -> str:
     return f"'{value}'" if isinstance(value, str) else json.dumps(value)
 
 
+def override(key: str, value: str) -> str:
+    """A setting in the grammar of `-S`, in which a key that begins with a digit stands within braces (the schedules 1x and 2x)."""
+    section, _, last = key.rpartition(".")
+    return f"{section}={{{last}: {value}}}" if last[0].isdigit() else f"{key}={value}"
+
+
 def scalars_and_lists() -> dict:
-    """All that `-S` can name: in its grammar a key begins with a letter, which the schedules 1x and 2x do not."""
-    return {key: value for key, value in SHIPPED.items() if not isinstance(value, dict) and not key.endswith((".1x", ".2x"))}
+    return {key: value for key, value in SHIPPED.items() if not isinstance(value, dict)}
 
 
 @pytest.mark.slow
 def test_every_key_goes_through_every_form_and_back(rewritten):
     keys = scalars_and_lists()
     for form in FORMS:
-        apply_overrides(rewritten, [f"{key}={form}" for key in keys])
+        apply_overrides(rewritten, [override(key, form) for key in keys])
         assert {key: value for key, value in leaves(read_yaml(rewritten)).items() if key in keys} == dict.fromkeys(keys, in_form(form))
-    apply_overrides(rewritten, [f"{key}={as_override(value)}" for key, value in keys.items()])
+    apply_overrides(rewritten, [override(key, as_override(value)) for key, value in keys.items()])
     assert read_yaml(rewritten) == read_yaml(PARAMS)
     assert remarks(rewritten.read_text()) == remarks(PARAMS.read_text())
     load_params(rewritten)
 
 
 def named_by_override(kind: type) -> list[str]:
-    return [key for key, value in SHIPPED.items() if isinstance(value, kind) and not key.endswith((".1x", ".2x"))]
+    return [key for key, value in SHIPPED.items() if isinstance(value, kind)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", named_by_override(list))
 def test_one_list_alone_goes_through_the_forms_that_broke_it(rewritten, key):
     for form in ("[a,b]", "[]", "null", "[[a],[]]", "[]"):
-        apply_overrides(rewritten, [f"{key}={form}"])
+        apply_overrides(rewritten, [override(key, form)])
         assert leaves(read_yaml(rewritten)) == SHIPPED | {key: in_form(form)}
     assert remarks(rewritten.read_text()) == remarks(PARAMS.read_text())
 
@@ -125,3 +134,49 @@ def test_remarks_stand_at_the_head_of_sections_and_name_their_keys():
     named = re.findall(r"^ *# (\w+) {2,}", PARAMS.read_text(), re.MULTILINE)
     assert len(named) > 30
     assert not set(named) - keys
+
+
+def resolved_stages() -> dict[str, tuple]:
+    """Of each stage of the repository here, as DVC reads it, what it runs, reads and writes."""
+    with Repo(".") as repo:
+        return {
+            stage.addressing: (
+                stage.cmd,
+                sorted(map(str, stage.deps)),
+                sorted(map(str, stage.outs)),
+                [sorted(p.params) for p in stage.params],
+            )
+            for stage in repo.index.stages
+        }
+
+
+def in_any_order(value):
+    """Lists sorted, as DVC writes those of deps, params and outs."""
+    if isinstance(value, dict):
+        return {key: in_any_order(item) for key, item in value.items()}
+    return sorted(map(in_any_order, value), key=str) if isinstance(value, list) else value
+
+
+def test_dvcs_own_commands_on_stages_lose_nothing_of_dvc_yaml(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, name)
+    file, text, stages = Path("dvc.yaml"), Path("dvc.yaml").read_text(), in_any_order(read_yaml("dvc.yaml"))
+    with Repo.init(".", no_scm=True) as repo:
+        resolved, frozen = resolved_stages(), []
+        assert {name.partition("@")[0] for name in resolved} >= {"scan", "teacher", "extract", "bag", "distill", "linear_eval", "report"}
+        for name in resolved:
+            try:
+                repo.freeze(name)
+                assert in_any_order(read_yaml(file)["stages"][name]) == stages["stages"][name] | {"frozen": True}
+                repo.unfreeze(name)
+                frozen.append(name)
+            except ParametrizedDumpError:  # a stage with ${...}: nothing is written
+                pass
+        repo.stage.add(name="own", cmd="true", deps=["params.yaml"], outs=["own.txt"])
+        assert resolved_stages().keys() - resolved.keys() == {"own"}
+        repo.remove("own")
+    assert "scan" in frozen
+    assert in_any_order(read_yaml(file)) == stages
+    assert resolved_stages() == resolved
+    assert remarks(file.read_text()) == remarks(text)

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fabricated import make_workspace
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import nn
+from typer.testing import CliRunner
 from workspace import ROOT, environment
 
+from bingo.cli import browse
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
 from bingo.nets.students import save_student
@@ -118,6 +121,30 @@ def test_the_workspace_is_found_from_its_folders_and_arguments_are_seen_from_the
     assert commands.from_here("--out", Path("/x.npy")) == Path("/x.npy")
     with pytest.raises(UserError, match="--out = ~nobody-of-this-name/x: this machine has no home"):
         commands.from_here("--out", Path("~nobody-of-this-name/x"))
+
+
+def test_paths_are_printed_as_the_user_sees_them(below):
+    commands.enter_workspace()
+    for given, shown in [
+        (Path("models/x.pt"), "../../models/x.pt"),
+        (commands.from_here("--out", Path("x.npy")), "x.npy"),
+        (commands.from_here("--out", Path("../x.npy")), "../x.npy"),
+        (Path("/elsewhere/x"), "/elsewhere/x"),
+    ]:
+        assert commands.as_seen_from_here(given) == shown
+
+
+def test_a_picture_is_named_from_the_folder_in_which_the_command_was_given(tmp_path, monkeypatch):
+    make_workspace(tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    (tmp_path / "a").mkdir()
+    for where, more in (("a", []), ("a", ["--out", "own.png"]), (".", [])):
+        monkeypatch.setattr(commands, "_stands", Path())
+        monkeypatch.chdir(tmp_path / where)
+        commands.enter_workspace()
+        line = CliRunner().invoke(browse.app, ["show", "5", *more]).stdout.splitlines()[-1]
+        assert (tmp_path / where / line.removeprefix("picture: ")).is_file()
+        assert not Path(line.removeprefix("picture: ")).is_absolute()
 
 
 def test_in_a_workspace_and_outside_of_any_nothing_changes(below, tmp_path_factory, monkeypatch):

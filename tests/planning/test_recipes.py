@@ -520,6 +520,19 @@ def test_list_groups_recipes_and_shows_their_figures(clone):
     assert "parts/imagenet " in call("list", "--all").stdout
 
 
+def test_show_lists_what_a_recipe_sets_and_the_hours_of_what_is_here(clone, monkeypatch):
+    texts = {}
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        texts[gpu] = call("show", "digits-short").stdout
+    assert "report.gallery_anchors: 4" in texts[False]
+    assert "report.title" not in texts[False]
+    assert "report.published" not in texts[False]
+    (line,) = set(texts[False].splitlines()) - set(texts[True].splitlines())
+    assert "no GPU" in line
+    assert "CPU" in line
+
+
 def test_show_prints_the_file_what_it_sets_and_what_it_costs(clone):
     text = call("show", "imagenet-r18-simreg-swav-r50").stdout
     assert (FOLDER / "imagenet-r18-simreg-swav-r50.yaml").read_text() in text
