@@ -157,6 +157,7 @@ def in_any_order(value):
     return sorted(map(in_any_order, value), key=str) if isinstance(value, list) else value
 
 
+@pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # of pygtrie, which DVC uses
 def test_dvcs_own_commands_on_stages_lose_nothing_of_dvc_yaml(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("params.yaml", "dvc.yaml"):
@@ -165,7 +166,7 @@ def test_dvcs_own_commands_on_stages_lose_nothing_of_dvc_yaml(tmp_path, monkeypa
     with Repo.init(".", no_scm=True) as repo:
         resolved, frozen = resolved_stages(), []
         assert {name.partition("@")[0] for name in resolved} >= {"scan", "teacher", "extract", "bag", "distill", "linear_eval", "report"}
-        for name in resolved:
+        for name in resolved.keys() & stages["stages"].keys():  # DVC finds no stage of a foreach by its name to freeze it
             try:
                 repo.freeze(name)
                 assert in_any_order(read_yaml(file)["stages"][name]) == stages["stages"][name] | {"frozen": True}
