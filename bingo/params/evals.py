@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from bingo.params.data import BicubicImageParams, ImageParams
 from bingo.params.fields import (
     Count,
     FilePath,
@@ -70,6 +71,10 @@ class FeatureParams(Section):
     precision: Precision
     batch_images: Count
 
+    def view(self, image: ImageParams) -> ImageParams:
+        """The centre view that is evaluated, where the network sees `image`."""
+        return image
+
 
 class LinearEvalParams(FeatureParams):
     """Linear evaluation by both protocols, in `precision` both."""
@@ -80,12 +85,19 @@ class LinearEvalParams(FeatureParams):
 
 class KnnEvalParams(FeatureParams):
     """Nearest-neighbour evaluation for each `k`, plain votes and votes weighted by exp(cosine / temperature), and for each of `agreement_k`
-    the share of the teacher's nearest train images that a network finds too.
+    the share of the teacher's nearest train images that a network finds too. A network's centre views may be cut otherwise than the
+    `image` section has it: `resize_px` (null: as there), `interpolation`.
     """
 
     k: Annotated[list[Count], Field(min_length=1)]
     agreement_k: list[Count]
     temperature: Temperature
+    resize_px: Count | None
+    interpolation: Interpolation
+
+    def view(self, image: ImageParams) -> ImageParams:
+        kind = BicubicImageParams if self.interpolation == "bicubic" else ImageParams
+        return kind(**image.model_dump() | {"resize_px": self.resize_px or image.resize_px})
 
 
 class TuneParams(LinearLayerParams):

@@ -68,6 +68,15 @@ class Params(Section):
         return [f"bagging.relation: {relation!r}, allowed are {', '.join(allowed)}{near_matches(relation, allowed)}{way_out}"]
 
     @model_validator(mode="after")
+    def _neighbours_are_seen_whole(self) -> Self:
+        resize_px, crop_px = self.knn_eval.resize_px, self.image.crop_px
+        if resize_px is not None and resize_px < crop_px:
+            raise ValueError(
+                f"knn_eval.resize_px: {resize_px} is less than image.crop_px {crop_px}; set it to {crop_px} or more, or to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _transfer_sets_are_datasets(self) -> Self:
         for name in self.transfer.datasets:
             try:

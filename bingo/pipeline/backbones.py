@@ -90,5 +90,5 @@ class Networks:
         assert self.images is not None
         assert device is not None
         backbone = self.backbones[name].to(device).to(memory_format=torch.channels_last)
-        rows, image = np.arange(len(self.listing)), self.run.params.image
+        rows, image = np.arange(len(self.listing)), params.view(self.run.params.image)
         return backbone_features(backbone, self.images, rows, image, device, params.precision, params.batch_images)

@@ -1,11 +1,20 @@
 """kNN accuracy against scikit-learn and against its definition in loops."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+import torchvision.transforms.v2.functional as tv
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
 from bingo.evals.knn import knn_accuracies
+from bingo.images.images import MemoryImages
+from bingo.params import ImageParams, load_params
+from bingo.pipeline.backbones import Networks
 from bingo.runtime.errors import UserError
 
 
@@ -66,3 +75,17 @@ def test_mistakes_are_one_line(digits):
         knn_accuracies(train, train_labels, test[:0], test_labels[:0], [1], 0.07)
     with pytest.raises(UserError, match="row 3 of the features is not finite"):
         knn_accuracies(train, train_labels, np.where(np.arange(897)[:, None] == 3, np.nan, test), test_labels, [1], 0.07)
+
+
+@pytest.mark.parametrize(("changes", "resize_px"), [({}, 17), ({"resize_px": 20, "interpolation": "bicubic"}, 20), ({"resize_px": 16}, 16)])
+def test_a_network_is_measured_on_the_view_of_knn_eval(changes, resize_px):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 24, 24, 3), dtype=np.uint8)
+    params = load_params(Path(__file__).parents[2] / "params.yaml").knn_eval.model_copy(update=changes)
+    image = ImageParams(crop_px=16, resize_px=17, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
+    run = SimpleNamespace(params=SimpleNamespace(image=image))
+    networks = SimpleNamespace(images=MemoryImages(pixels), backbones={"student": nn.Flatten()}, listing=range(5), run=run)
+    got = Networks._computed(networks, "student", params, torch.device("cpu"))
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    resized = tv.resize(x, [resize_px], tv.InterpolationMode(changes.get("interpolation", "bilinear")), antialias=True).clamp(0, 1)
+    want = tv.normalize(tv.center_crop(resized, 16), image.mean, image.std).flatten(1)
+    np.testing.assert_allclose(got, want, atol=2e-5)

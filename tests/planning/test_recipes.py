@@ -153,6 +153,8 @@ def test_every_row_of_the_other_tables_is_there(name):
     found = {measure: x for measure, x in expected.items() if measure.startswith("knn")}
     weighted = {k: "_weighted" if k == 10 else "" for k in knn}  # of CoSS's table alone, whose votes are weighted
     assert found == {f"knn_{k}{weighted[k]}": x for k, x in knn.items()}
+    view = resolved(name).knn_eval.view(resolved(name).image)
+    assert (view.resize_px, view.interpolation, view.crop_px) == ((235, "bicubic", 224) if 10 in knn else (256, "bilinear", 224))
     _, student, method, *rest = name.split("-")
     if method in ("coss", "simreg", "compress"):
         teacher = "-".join(rest).removeprefix("2q-").removeprefix("1q-")

@@ -238,6 +238,7 @@ def test_an_evaluation_is_out_of_date_where_its_own_network_or_parameters_change
     for changes, wanted in (
         ({"bagging.k": 9}, {"bag"}),
         ({"knn_eval.temperature": 0.2}, ALL_KNN),
+        ({"knn_eval.resize_px": 20}, ALL_KNN - {"knn_eval@teacher", "knn_eval@pixels"}),
         ({"linear_eval.crops.nets": []}, {"linear_eval@student", "linear_eval@untrained", "linear_eval_baseline@moco"}),
     ):
         workspace.edit(changes)
