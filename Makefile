@@ -1,25 +1,24 @@
-# `make demo`: from a fresh clone to reports/index.html. `make test`: the tests.
-# `make test-fast`: those that are not marked slow, under 2 minutes on 2 quiet cores. `make compare`: methods x seeds as DVC experiments.
-# `make bench`: speed beside named limits and peers, an hour on 2 quiet cores; a GPU is used where there is one.
-# `make fuzz`: hostile input by the thousand. All make .venv first, once.
-# `make test-oldest`: the tests with the oldest versions that pyproject.toml admits, under the oldest Python (PYTHON=python3.11).
-# Another Python: `make test PYTHON=python3.13 VENV=$PWD/.venv-3.13`.
+# `make demo`: from a fresh clone to reports/index.html. `make test`: all tests.
+# `make test-fast`: tests that are not marked slow, under 2 minutes on 2 idle cores. `make compare`: methods x seeds as DVC experiments.
+# `make bench`: speed compared with hardware limits and other implementations, an hour on 2 idle cores; uses a GPU if there is one.
+# `make fuzz`: thousands of hostile inputs. `make docs`: README, docs/ and benchmarks/results/ as a website in site/.
+# `make test-oldest`: the tests with the oldest versions that pyproject.toml allows, with the oldest Python (PYTHON=python3.11).
+# Each target creates its virtual environment first. With another Python: `make test PYTHON=python3.13 VENV=$PWD/.venv-3.13`.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-# Of make fuzz.
+# Options of `make fuzz`.
 FUZZ_CASES ?= 10000
 FUZZ_SEED ?= 0
 
-# Of make compare: recipes, seeds, how many seeds at a time, and a recipe to lay them over with where its images are.
+# Options of `make compare`: recipes, seeds, seeds run at the same time, and a base recipe to apply them to, with the folder of its images.
 VARIANTS ?= $(patsubst recipes/%.yaml,%,$(wildcard recipes/method-*.yaml))
 SEEDS ?= 0 1 2
 JOBS ?= 1
 BASE ?=
 ROOT ?=
 
-# `make docs`: README, docs/ and benchmarks/results/ as a website in site/.
 .PHONY: docs demo test test-fast test-oldest fuzz compare bench setup lint clean-state
 demo: setup
 	dvc repro
@@ -32,7 +31,7 @@ test-fast: setup
 	python -m pytest -q -m "not slow"
 
 test-oldest: $(VENV)-oldest/.done
-	PATH="$(VENV)-oldest/bin:$$PATH" python -m pytest -q -W default::DeprecationWarning  # old libraries call what newer ones deprecate
+	PATH="$(VENV)-oldest/bin:$$PATH" python -m pytest -q -W default::DeprecationWarning  # old versions call functions that newer ones deprecate
 
 fuzz: setup
 	python -m tests.stress.fuzz --cases $(FUZZ_CASES) --seed $(FUZZ_SEED)

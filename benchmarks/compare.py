@@ -89,7 +89,7 @@ def main() -> None:
 def overrides(variant: str, seed: int, base: str | None = None, root: str | None = None) -> tuple[str, ...]:
     """What a base, a recipe and a seed change in params.yaml, each as `dotted.key=value`; what only a report shows is left out.
 
-    The folder of the images is made absolute, as experiments run elsewhere. Raises UserError where the result is not allowed.
+    The folder of the images is made absolute, as experiments run elsewhere. Raises UserError if the result is not allowed.
     """
     from bingo.params import read_yaml, validate
     from bingo.planning.recipes import lay_over, read_recipe
@@ -102,7 +102,7 @@ def overrides(variant: str, seed: int, base: str | None = None, root: str | None
     changes += lay_over(document, {"dataset": {"root": root}} if root else {})
     dataset = validate(document, f"params.yaml with recipe {' and '.join(recipes)}").dataset
     if root and dataset.source == "folder" and not Path(root).expanduser().is_dir():
-        raise UserError(f"--root = {root}: there is no such folder; name the one that holds the images")
+        raise UserError(f"--root = {root}: the folder does not exist; name the one that holds the images")
     if dataset.root:
         changes += lay_over(document, {"dataset": {"root": str(Path(dataset.root).expanduser().absolute())}})
     return tuple(f"{key}={written(value)}" for key, value in {key: new for key, _, new in changes if not key.startswith("report.")}.items())
@@ -212,7 +212,7 @@ class Sweep:
 
 
 def _clean_commit() -> str:
-    """The commit that a sweep is of. Raises UserError where tracked files differ from it: an experiment would not be what it is called."""
+    """The commit that a sweep is of. Raises UserError if tracked files differ from it: an experiment would not be what it is called."""
     try:
         commit = _git("rev-parse", "--verify", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")
@@ -226,7 +226,7 @@ def _clean_commit() -> str:
 
 @contextmanager
 def _only_one() -> Iterator[TextIO]:
-    """Hold the lock of this repository's sweeps. Raises UserError where another holds it."""
+    """Hold the lock of this repository's sweeps. Raises UserError if another holds it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:
         try:
@@ -306,7 +306,7 @@ def _last_lines(log: Path) -> list[str]:
 
 def _accuracy(folder: Path) -> str:
     figures = json.loads((folder / "reports/results.json").read_text())
-    shown = {"linear": figures.get("linear", {}).get("student"), "kNN-10": figures.get("knn_10", {}).get("student")}
+    shown = {"linear": figures.get("linear", {}).get("student"), "k-NN-10": figures.get("knn_10", {}).get("student")}
     return ", ".join(f"{name} {percent:.1f}" for name, percent in shown.items() if percent is not None) or "no accuracy was measured"
 
 

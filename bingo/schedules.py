@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step: a plot of them costs no training."""
+"""Learning rate schedules as pure functions of the step, so that they can be plotted without training."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from bingo.params import LrSchedule
 
 
 def learning_rate(step: int, steps_per_epoch: int, base_lr: float, schedule: LrSchedule) -> float:
-    """The rate of this step, counted from 0, of a training or an evaluation.
+    """The learning rate at this step, counted from 0, of a training or an evaluation.
 
-    Over a warm-up of w steps (step + 1) / (w + 1) of `base_lr`. Then, with `drop_epochs`, the steps of CompRess, ISD, MoCo's linear
+    During a warmup of w steps, `base_lr (step + 1) / (w + 1)`. Then, with `drop_epochs`, the step schedule of CompRess, ISD, MoCo's linear
     layer and others; without, `base_lr (1 + cos(pi (step - w) / (total - w))) / 2`, the schedule of MoCo-v2 and of BINGO's
-    utils.py:151-161 (there once an epoch, here at every step). While the rate is held the cosine goes on unseen, as in SEED's and
-    CoSS's tools/utils.py: after 5 of CoSS's 25 epochs the rate falls to 0.905 of itself.
+    utils.py:151-161 (there once per epoch, here at every step). While the learning rate is held constant the cosine continues, as in
+    SEED's and CoSS's tools/utils.py: after 5 of CoSS's 25 epochs the learning rate drops by a factor of 0.905.
     """
     warmup_steps = schedule.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
@@ -28,9 +28,9 @@ def learning_rate(step: int, steps_per_epoch: int, base_lr: float, schedule: LrS
 def step_lr(
     step: int, base_lr: float, drops: Sequence[int], factor: float = 0.1, warmup_steps: int = 0, warmup_factor: float = 0.001
 ) -> float:
-    """`base_lr` times `factor` for each of `drops` that has come; linear from `warmup_factor` of it over the first `warmup_steps`.
+    """`base_lr` times `factor` for each of `drops` that has passed; linear warmup from `warmup_factor` over the first `warmup_steps`.
 
-    `step` and `drops` count from 0, in steps or in epochs. With a warm-up: detectron2's WarmupMultiStepLR
+    `step` and `drops` count from 0, in steps or in epochs. With a warmup, this is detectron2's WarmupMultiStepLR
     (solver/lr_scheduler.py), which starts at a thousandth.
     """
     warmed = 1.0 if step >= warmup_steps else warmup_factor + (1 - warmup_factor) * step / warmup_steps

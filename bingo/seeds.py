@@ -1,7 +1,7 @@
-"""Counter-based randomness: every draw is a function of (seed, purpose, epoch, row, view) and of nothing else.
+"""Counter-based randomness: every draw is a function of (seed, purpose, epoch, row, view) only.
 
-So a result depends neither on the number of workers nor on the order of batches nor on a restart, and any view can be
-drawn again. Shape letters: B rows of a batch, J draws for one row, N rows of the listing.
+Results therefore do not depend on the number of workers, the order of batches or a restart, and any view can be
+redrawn. Shape letters: B rows of a batch, J draws for one row, N rows of the listing.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from numpy.typing import ArrayLike
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK_ROWS = 2**15  # they stay in the cache
 _ROUNDS = 4
-_FEWEST_BITS = 8  # with fewer, four rounds do not draw all pairs as often
+_FEWEST_BITS = 8  # with fewer, four rounds do not draw all pairs equally often
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014) on uint64, element by element."""
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014) on uint64, element-wise."""
     x = x ^ (x >> np.uint64(30))
     x *= _MIX_1
     x ^= x >> np.uint64(27)
@@ -34,7 +34,7 @@ def _start(seed: int, purpose: str, epoch: int) -> np.uint64:
 def _hashes(seed: int, purpose: str, epoch: int, rows_B: ArrayLike, views_B: ArrayLike, draws: int) -> np.ndarray:
     rows_B = np.asarray(rows_B).astype(np.uint64)
     views_B = np.asarray(views_B).astype(np.uint64)  # or one for all
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         x_B = _mix(_mix(_start(seed, purpose, epoch) + rows_B * _GOLDEN) + (views_B + np.uint64(1)) * _GOLDEN)
         steps_J = np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN
         return _mix(x_B[:, None] + steps_J[None, :])
@@ -51,10 +51,10 @@ def permutation(seed: int, purpose: str, epoch: int, n: int) -> np.ndarray:
 
 
 def distinct(seed: int, purpose: str, epoch: int, n: int, count: int) -> np.ndarray:
-    """`count` distinct numbers of 0..n-1 in increasing order, int64 (count,); all n where there are no more. The work grows with
+    """`count` distinct numbers of 0..n-1 in increasing order, int64 (count,); all n if there are no more. The cost grows with
     `count`, not with n.
 
-    A seeded Feistel network permutes the numbers below a power of 2: taken are the first images that lie below n.
+    A seeded Feistel network permutes the numbers below a power of 2; the result is the first images that are below n.
     """
     if count >= n:
         return np.arange(n)
@@ -72,8 +72,8 @@ def distinct(seed: int, purpose: str, epoch: int, n: int, count: int) -> np.ndar
 
 
 def _feistel(x: np.ndarray, round_R: np.ndarray, bits: int) -> np.ndarray:
-    """A permutation of the numbers of so many bits, with a round for each number of `round_R`, an even count; the halves, one of
-    which may be a bit longer, change places in each."""
+    """A permutation of the numbers with that many bits, with a round for each number of `round_R`, an even count; the halves, one of
+    which may be a bit longer, are swapped in each."""
     width, other = np.uint64(bits // 2), np.uint64(bits - bits // 2)
     left, right = x >> other, x & ((np.uint64(1) << other) - np.uint64(1))
     for number in round_R:
@@ -87,5 +87,5 @@ def _feistel(x: np.ndarray, round_R: np.ndarray, bits: int) -> np.ndarray:
 
 
 def torch_seed(seed: int, purpose: str, step: int = 0) -> int:
-    """A seed for torch's generators: of the initial weights of one named network, or of what is drawn in one step."""
+    """A seed for torch's generators: for the initial weights of a named network, or for the draws of one step."""
     return int(_start(seed, purpose, step)) % (2**63)

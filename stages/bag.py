@@ -1,4 +1,4 @@
-"""bag: neighbours, clusters or classes of the teacher's features, or of a baseline student's, become bags.
+"""bag: build bags from nearest neighbours, clusters or classes in the features of the teacher or of a baseline student.
 
 python -m stages.bag         reads params bagging, seed and data/embeddings.zarr (bagging.relation: baselines/NAME: that student and the
                              images); writes data/bags.zarr, reports/bags.json
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _student_features(run: Run, listing: "Listing") -> "np.ndarray":
-    """Features of the train rows, float32 (T, D), by the baseline student that bagging.relation names (the papers' ablation)."""
+    """Features of the train rows, float32 (T, D), by the baseline student in bagging.relation (the paper's ablation)."""
     import numpy as np
     import torch
 

@@ -1,6 +1,6 @@
-"""baseline: the same student for the same budget by a method without a teacher: what distillation has to beat.
+"""baseline: train the same student with the same budget by a method without a teacher, which distillation has to beat.
 
-python -m stages.baseline moco     reads listing, images and params image, student, distill (but method and keys), seed and
+python -m stages.baseline moco     reads listing, images and params image, student, distill (except method and keys), seed and
                                    the method's own section; writes models/baselines/METHOD.safetensors, curves, metrics
 """
 
@@ -20,7 +20,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def main(method: str = typer.Argument(help="One of params.yaml's baselines.")) -> None:
+def main(method: str = typer.Argument(help="One of `baselines` in params.yaml.")) -> None:
     """Train the student without a teacher."""
     method = item_name(method)
     with stage_run(f"baseline-{method}") as run:

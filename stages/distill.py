@@ -1,8 +1,8 @@
-"""distill: the student learns from the teacher's keys and bags, by the method that distill.method names.
+"""distill: train the student from the teacher's keys and bags, by the method in distill.method.
 
     python -m stages.distill     reads listing, images, embeddings, bags (live keys: the teacher too) and params image, student, distill,
                                  seed and the method's own section; writes models/student.safetensors and its head, curves, metrics.
-A killed run goes on from its checkpoint when it is started again.
+A killed run resumes from its checkpoint when it is started again.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,9 @@
-"""extract: the one pass of the teacher over all images: features of centre views, keys of seeded random views.
+"""extract: the teacher's pass over all images: features of centre views, keys of seeded random views.
 
     python -m stages.extract     reads listing, images, teacher and params extract, image, seed; writes data/embeddings.zarr
-Any number of GPUs; a killed run goes on with the chunks that are missing. Prints the teacher's kNN accuracy beside chance and beside
-the same network untrained, where there are labels: a teacher that is no better than these is broken.
+It uses any number of GPUs, and a killed run resumes with the missing chunks. If there are labels, it prints the teacher's k-NN accuracy,
+that
+of the same network untrained, and chance: a teacher that is not better than these is broken.
 """
 
 import typer
@@ -52,7 +53,7 @@ def main() -> None:
                 quality = teacher_quality(embeddings, listing, images, teacher, params.image, params.seed, device)
                 run.notes |= quality
                 run.say(
-                    f"extract: kNN {quality['teacher_knn']:.1f} %, untrained {quality['random_knn']:.1f} %,"
+                    f"extract: k-NN {quality['teacher_knn']:.1f} %, untrained {quality['random_knn']:.1f} %,"
                     f" chance {quality['chance']:.1f} %"
                 )
 

@@ -2,7 +2,7 @@
 
     python -m stages.knn_eval [NET]     reads listing, images, embeddings, the network's own file and params knn_eval, image, student,
                                         seed; writes reports/knn/NET.json, percent
-NET: student, a baseline of params.yaml, untrained, teacher or pixels; without it, all. Without labels there is agreement only; an empty
+NET: student, a baseline in params.yaml, untrained, teacher or pixels; by default all. Without labels there is agreement only; an empty
 report: there was nothing to measure.
 """
 
@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def main(net: str | None = typer.Argument(None, help="student, a baseline, untrained, teacher or pixels; without it, all.")) -> None:
+def main(net: str | None = typer.Argument(None, help="student, a baseline, untrained, teacher or pixels; by default all.")) -> None:
     """Nearest-neighbour evaluation."""
     net = item_name(net) if net else None
     with stage_run(f"knn_eval-{net}" if net else "knn_eval") as run:
@@ -47,7 +47,7 @@ def main(net: str | None = typer.Argument(None, help="student, a baseline, untra
 
 
 def _ks(run: Run, listing: "Listing") -> tuple[list[int], list[int]]:
-    """Those of knn_eval.k and of knn_eval.agreement_k for which there are images and labels enough."""
+    """Those of knn_eval.k and knn_eval.agreement_k for which there are enough images and labels."""
     train = listing.train_rows
     if train == len(listing):
         run.say("knn_eval: the listing has no test images, so there is nothing to measure")

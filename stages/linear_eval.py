@@ -1,8 +1,8 @@
-"""linear_eval: a linear layer on a network's frozen features, and on random crops for those that linear_eval.crops.nets names.
+"""linear_eval: a linear layer on a network's frozen features, and on random crops for the networks in linear_eval.crops.nets.
 
     python -m stages.linear_eval [NET]     reads listing, images, the network's own file and params linear_eval, image, student, seed;
                                            writes reports/linear/NET.json: by protocol (cached, crops) percent, last and best epoch
-NET: student, a baseline of params.yaml, untrained, teacher or pixels; without it, all. An empty report: there was nothing to measure.
+NET: student, a baseline in params.yaml, untrained, teacher or pixels; by default all. The report is empty if there was nothing to measure.
 """
 
 from typing import TYPE_CHECKING
@@ -23,8 +23,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def main(net: str | None = typer.Argument(None, help="student, a baseline, untrained, teacher or pixels; without it, all.")) -> None:
-    """Linear evaluation by both protocols."""
+def main(net: str | None = typer.Argument(None, help="student, a baseline, untrained, teacher or pixels; by default all.")) -> None:
+    """Linear evaluation with both protocols."""
     net = item_name(net) if net else None
     with stage_run(f"linear_eval-{net}" if net else "linear_eval") as run:
         from bingo.embeddings.store import read_embeddings
@@ -85,7 +85,7 @@ def _crops(run: Run, name: str, networks: "Networks", listing: "Listing", device
 
 
 def _identity(run: Run, name: str, listing: "Listing") -> dict:
-    """All that decides what the crops give: a checkpoint of anything else is not gone on from."""
+    """Everything that determines the result of the crops; only checkpoints with the same values are resumed."""
     from bingo.pipeline.backbones import backbone_files, judged
 
     return {
@@ -96,7 +96,7 @@ def _identity(run: Run, name: str, listing: "Listing") -> dict:
 
 
 def _say(run: Run, name: str, protocol: str, score: dict) -> None:
-    run.say(f"linear_eval: {name}, {protocol}: top-1 {score['top1_last']:.1f} last epoch, {score['top1_best']:.1f} best")
+    run.say(f"linear_eval: {name}, {protocol}: top-1 {score['top1_last']:.1f} in the last epoch, {score['top1_best']:.1f} in the best")
 
 
 if __name__ == "__main__":

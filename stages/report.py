@@ -1,6 +1,6 @@
-"""report: one offline page with results, curves, bags and parameters; timings go beside it, as they differ from run to run.
+"""report: one offline page with results, curves, bags and parameters; timings are in a separate file, since they differ from run to run.
 
-python -m stages.report      reads everything that is there; writes reports/index.html, reports/results.json (the few
+python -m stages.report      reads all existing outputs; writes reports/index.html, reports/results.json (the few
 figures that `dvc metrics` and `dvc exp show` compare) and, no output of the stage, reports/run.js
 """
 
@@ -70,7 +70,7 @@ def _artefacts(run: Run) -> "Artefacts":
 
 
 def _present(folder: str, names: Iterable[str]) -> dict[str, dict]:
-    """What reports/FOLDER/NAME.json hold, of those that are there."""
+    """The content of the existing files reports/FOLDER/NAME.json."""
     from bingo.report.inputs import read_optional_json
 
     found = {name: read_optional_json(paths.REPORTS / folder / f"{name}.json") for name in names}

@@ -1,4 +1,4 @@
-"""scan: the dataset becomes a listing, and small images one array.
+"""scan: make a listing of the dataset, and pack small images into one array.
 
 python -m stages.scan        reads params dataset, seed; writes data/listing.parquet, data/images.zarr
 """
@@ -20,7 +20,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main() -> None:
-    """List the dataset's images, and pack them where they are small."""
+    """List the images of the dataset, and pack them if they are small."""
     with stage_run("scan", raises_limits=True) as run:
         from bingo.datasets.sources import scan
         from bingo.images.images import write_images

@@ -1,8 +1,8 @@
-"""semi_eval: a share of the labels; the whole network is fine-tuned on it, and a linear layer trained on the frozen network.
+"""semi_eval: train on a share of the labels: fine-tune the whole network, and train a linear layer on the frozen network.
 
-    python -m stages.semi_eval [SPLIT]     reads listing, images, the networks that semi_eval.nets names (the student from its file
-                                           alone) and params semi_eval, image, student, seed; writes reports/semi/SPLIT.json, percent
-Without SPLIT: every one of semi_eval.splits. A killed run goes on from its checkpoints. SEED's and DisCo's published rows are linear only.
+    python -m stages.semi_eval [SPLIT]     reads listing, images, the networks in semi_eval.nets (the student only from its
+                                           file) and params semi_eval, image, student, seed; writes reports/semi/SPLIT.json, percent
+Without SPLIT: all of semi_eval.splits. A killed run resumes from its checkpoints. SEED's and DisCo's published rows are linear only.
 """
 
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def main(split: str | None = typer.Argument(None, help="One of params.yaml's semi_eval.splits; without it, all.")) -> None:
+def main(split: str | None = typer.Argument(None, help="One of semi_eval.splits in params.yaml; by default all.")) -> None:
     """Fine-tuning and linear evaluation with few labels."""
     split = item_name(split) if split else None
     with stage_run(f"semi_eval-{split}" if split else "semi_eval") as run:
@@ -50,7 +50,7 @@ def _judge(run: Run, name: str, split: "SplitParams", device: "torch.device") ->
         raise UserError("semi_eval: the listing has no labelled test images; sort the images into classes, or empty semi_eval.splits")
     nets, rows_L = backbones(run, semi.nets), _labelled_rows(run, listing, name, split)
     run.say(f"semi_eval: {name}: {len(rows_L):,} of {listing.train_rows:,} labels")
-    rates = split.model_copy(update={"list_file": None})  # its rows are among the inputs, wherever it lies
+    rates = split.model_copy(update={"list_file": None})  # its rows are among the inputs, whatever its path
     values = {
         "params": [judged(run, semi.finetune, semi.linear, rates), semi.crop_scale, semi.flip_p, semi.precision],
         "inputs": [listing.fingerprint, backbone_files(semi.nets), rows_L.tolist()],

@@ -1,4 +1,4 @@
-"""teacher: any source becomes models/teacher.safetensors, a backbone with its projection head.
+"""teacher: train or convert the teacher to models/teacher.safetensors, a backbone with its projection head.
 
 python -m stages.teacher     reads params teacher, image, seed; with source pretrain also the images (MoCo-v2, resumable)
 """
@@ -20,7 +20,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main() -> None:
-    """Pretrain the teacher here, or convert a trained one, strictly."""
+    """Pretrain the teacher, or convert a checkpoint strictly."""
     with stage_run("teacher") as run:
         if run.params.teacher.source == "pretrain":
             launch("teacher")

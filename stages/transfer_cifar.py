@@ -1,9 +1,9 @@
 """transfer_cifar: the student on other labelled images (CIFAR-10 and CIFAR-100 in the papers): linear, enlarged and native, and fine-tuned.
 
-    python -m stages.transfer_cifar [NAME]     reads the images of transfer.datasets.NAME, the networks that transfer.nets names (the
-                                               student from its file alone) and params transfer, dataset, image, student, seed;
+    python -m stages.transfer_cifar [NAME]     reads the images of transfer.datasets.NAME, the networks in transfer.nets (the
+                                               student only from its file) and params transfer, dataset, image, student, seed;
                                                writes reports/transfer/NAME.json, percent
-Without NAME: every one of transfer.datasets. A killed run goes on from its checkpoints. Linear follows cifar_main_lincls.py and
+Without NAME: all of transfer.datasets. A killed run resumes from its checkpoints. Linear follows cifar_main_lincls.py and
 Reproduction.md of DisCo's repository.
 """
 
@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def main(name: str | None = typer.Argument(None, help="One of params.yaml's transfer.datasets; without it, all.")) -> None:
+def main(name: str | None = typer.Argument(None, help="One of transfer.datasets in params.yaml; by default all.")) -> None:
     """Transfer to other labelled images."""
     name = item_name(name) if name else None
     with stage_run(f"transfer_cifar-{name}" if name else "transfer_cifar") as run:
@@ -65,7 +65,7 @@ def _judge(run: Run, name: str, device: "torch.device") -> None:
 
 
 def _scan(run: Run, name: str) -> "tuple[Listing, Images]":
-    """The dataset's listing and images. The first process goes first: it may have to download them."""
+    """The dataset's listing and images. The first process goes first, since it may have to download them."""
     from bingo.datasets.sources import scan
     from bingo.images.images import FileImages, MemoryImages
     from bingo.runtime import distributed
@@ -109,7 +109,7 @@ def _protocols(run: Run, listing: "Listing", images: "Images") -> "dict[str, Pro
 
 
 def _image(image: "ImageParams", images: "Images", resized_px: int | None) -> "ImageParams":
-    """Views of `resized_px`, or of the native size: that of images in memory, which are seen whole; files are seen as params image says."""
+    """Views of `resized_px`, or of the native size: that of images in memory, which are used whole; for files, that of params image."""
     from bingo.images.images import MemoryImages
 
     if isinstance(images, MemoryImages):
@@ -121,7 +121,7 @@ def _image(image: "ImageParams", images: "Images", resized_px: int | None) -> "I
 
 
 def _check(run: Run, protocol: str, image: "ImageParams") -> None:
-    """Raises UserError where the student's architecture takes no images of a protocol's size."""
+    """Raises UserError if the student's architecture does not accept images of a protocol's size."""
     from bingo.nets.backbones import build_backbone, check_images
     from bingo.runtime.errors import UserError
 
@@ -129,7 +129,7 @@ def _check(run: Run, protocol: str, image: "ImageParams") -> None:
     try:
         check_images(build_backbone(network.arch, network.width, network.stem, 0), network.arch, image.crop_px)
     except UserError:
-        line = f"transfer.protocols = {protocol}: {network.arch} takes no images of {image.crop_px} px"
+        line = f"transfer.protocols = {protocol}: {network.arch} does not accept images of {image.crop_px} px"
         raise UserError(f"{line}; leave {protocol} out, or set transfer.resized_px") from None
 
 

@@ -2,7 +2,7 @@
 
 python -m stages.transfer_coco fpn-1x    reads the student, COCO (transfer_coco.root) and params transfer_coco, image.mean, image.std,
                                          student, seed; writes reports/coco/NAME.json (percent), models/detectors/NAME.safetensors
-                                         and curves. A killed run goes on from its checkpoint when it is started again.
+                                         and curves. A killed run resumes from its checkpoint when it is started again.
 """
 
 from pathlib import Path
@@ -23,12 +23,19 @@ if TYPE_CHECKING:
     from bingo.nets.backbones import Backbone
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-WHERE = ("runs", "root", "train_images", "train_annotations", "val_images", "val_annotations")  # not what: the files' hashes say that
+WHERE = (
+    "runs",
+    "root",
+    "train_images",
+    "train_annotations",
+    "val_images",
+    "val_annotations",
+)  # not their content, which is in the files' hashes
 
 
 @app.command()
-def main(name: str = typer.Argument(help="HEAD-SCHEDULE, one of params.yaml's transfer_coco.runs.")) -> None:
-    """Train Mask R-CNN on COCO with the student inside, and measure it."""
+def main(name: str = typer.Argument(help="HEAD-SCHEDULE, one of transfer_coco.runs in params.yaml.")) -> None:
+    """Train and evaluate Mask R-CNN on COCO with the student as backbone."""
     name = item_name(name)
     with stage_run(f"transfer_coco-{name}") as run:
         check_item("name", name, run.params, "transfer_coco.runs")
@@ -56,10 +63,10 @@ def _transfer(run: Run, name: str, student: "Backbone", device: "torch.device") 
     train, val = _instances(run)
     made_from = _made_from(run, name, train, val)
     targets, images = training_targets(train), train.images
-    run.say(f"{run.stage}: {len(targets.rows)} images to learn from; left out: {targets.in_words()}")
+    run.say(f"{run.stage}: {len(targets.rows)} training images; left out: {targets.in_words()}")
     if not len(targets.rows):
         way_out = "give annotations of instances with boxes and segmentations"
-        raise UserError(f"transfer_coco.train_annotations: no image has anything to learn ({targets.in_words()}); {way_out}")
+        raise UserError(f"transfer_coco.train_annotations: no image has targets ({targets.in_words()}); {way_out}")
     del train  # COCO's annotations take gigabytes
     seed_value = seeds.torch_seed(run.params.seed, "detector")
     detector = build_detector(student, head, len(val.category_ids), image.mean, image.std, seed_value)
@@ -71,17 +78,17 @@ def _transfer(run: Run, name: str, student: "Backbone", device: "torch.device") 
             Checkpoints(folder / "checkpoints"), label=run.stage,
         )  # fmt: skip
         if trainer.resumes():
-            run.say(f"{run.stage}: going on from a checkpoint")
+            run.say(f"{run.stage}: resuming from a checkpoint")
         _train_and_measure(run, name, trainer, val, made_from)
 
 
 def _instances(run: Run) -> "tuple[Instances, Instances]":
-    """COCO's training and validation instances, which must be of the same categories."""
+    """COCO's training and validation instances, which must have the same categories."""
     from bingo.detection.coco import read_instances
     from bingo.runtime.errors import UserError
 
     params = run.params.transfer_coco
-    assert params.root is not None  # as a run is named
+    assert params.root is not None  # the pattern of a run's name
     root, found = Path(params.root), []
     for split in ("train", "val"):
         key, images = f"transfer_coco.{split}_annotations", root / getattr(params, f"{split}_images")
@@ -92,12 +99,12 @@ def _instances(run: Run) -> "tuple[Instances, Instances]":
     if train.category_ids != val.category_ids:
         raise UserError("transfer_coco.val_annotations: its categories are not those of transfer_coco.train_annotations; give a pair")
     if all(annotation["iscrowd"] for annotation in val.annotations):
-        raise UserError("transfer_coco.val_annotations: has no instance to measure by; give annotations that are not all crowds")
+        raise UserError("transfer_coco.val_annotations: has no usable instance; give annotations that are not all crowds")
     return train, val
 
 
 def _made_from(run: Run, name: str, train: "Instances", val: "Instances") -> dict[str, Any]:
-    """All that decides the outcome but the code: a checkpoint of anything else is not gone on from."""
+    """Everything but the code that determines the result; only checkpoints with the same values are resumed."""
     from bingo.runtime.artefacts import file_fingerprint
 
     params = run.params.transfer_coco.model_dump(exclude={*WHERE, "schedules"})
@@ -113,7 +120,7 @@ def _made_from(run: Run, name: str, train: "Instances", val: "Instances") -> dic
 
 
 def _train_and_measure(run: Run, name: str, trainer: "DetectorTrainer", val: "Instances", made_from: dict[str, Any]) -> None:
-    """Train to the end, look at the validation images, write the outputs."""
+    """Train to the end, evaluate on the validation images, write the outputs."""
     from bingo.detection.scores import coco_scores, detect
     from bingo.nets.checkpoint import save_network
     from bingo.runtime import distributed

@@ -22,7 +22,7 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 INFRASTRUCTURE = {
     str(path.relative_to(ROOT)) for folder in ("runtime", "params", "pipeline", "planning") for path in ROOT.glob(f"bingo/{folder}/*.py")
 } - {f"bingo/pipeline/{name}.py" for name in ("training", "backbones", "classifying")}  # these decide what is trained and judged
-# A network's kNN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
+# A network's k-NN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
 # a teacher pass or a training, and none of them can reach a network or an embedding.
 WATCHING = {
     *(f"bingo/evals/{name}.py" for name in ("knn", "probe", "features", "collapse", "teacher_check")),

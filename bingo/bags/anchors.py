@@ -1,4 +1,4 @@
-"""What one anchor's bag is like, in numbers, for every anchor: what galleries sort by and comparisons subtract.
+"""Statistics of every anchor's bag, by which galleries sort and which comparisons subtract.
 
 Shape letters: T train rows, K members listed, C clusters (or classes).
 """
@@ -13,8 +13,8 @@ from bingo.bags.metrics import same_and_known
 
 @dataclass(frozen=True)
 class AnchorFigures:
-    """Of each anchor's listed members: `purity_T` float32, the share with the anchor's label, NaN where no labels are known;
-    `similarity_T` float32, the mean cosine, NaN for an empty bag; `in_degree_T` int64, in how many bags the row itself is.
+    """Of each anchor's listed members: `purity_T` float32, the share with the anchor's label, NaN if no labels are known;
+    `similarity_T` float32, the mean cosine, NaN for an empty bag; `in_degree_T` int64, the number of bags that contain the row.
     """
 
     purity_T: np.ndarray
@@ -35,7 +35,7 @@ def anchor_figures(bags: Bags, labels_T: np.ndarray) -> AnchorFigures:
 
 
 def purities(members_TK: np.ndarray, labels_T: np.ndarray) -> np.ndarray:
-    """Share of labelled members with the anchor's label, float32 (T,); NaN where the anchor or every member has none."""
+    """Share of labelled members with the anchor's label, float32 (T,); NaN if the anchor or every member has none."""
     return _ratio(*same_and_known(members_TK, labels_T))
 
 

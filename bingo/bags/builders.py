@@ -1,11 +1,12 @@
-"""Building bags from the teacher's features of the train rows: nearest neighbours, K-means, or labels (the upper bound).
+"""Build bags from the teacher's features of the train rows: nearest neighbours, K-means, or labels (the upper bound).
 
 Shape letters: T train rows, D feature width, K members listed, C clusters or classes; n rows of a block. Every builder takes features
-of any float type (T, D), not normalised, and measures by cosine. BINGO (Xu et al. 2022) describes all three; the released code has only
+of any float type (T, D), not normalised, and compares them by cosine. BINGO (Xu et al. 2022) describes all three; the released code has
+only
 knn.
 
-Features may be in a store (bingo.runtime.chunks.StoredRows) and larger than the memory. Where they and a normalised copy fit half of the
-free memory they are read once; otherwise they are streamed, as `top_k` and `search_lists` say, and the bags are the same to the bit.
+Features may be in a store (bingo.runtime.chunks.StoredRows) and larger than the memory. If they and a normalised copy fit into half of the
+free memory they are read once; otherwise they are streamed, as described in `top_k` and `search_lists`, with bitwise equal bags.
 The memory for members and cosines, 12 bytes x T x K, is needed in any case.
 """
 
@@ -24,7 +25,7 @@ _CHECKED_ROWS = 4096
 
 
 def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile | None = None) -> Bags:
-    """The k rows with the highest cosine to each row, itself left out by its number; `mutual`: those of them that have the row among
+    """The k rows with the highest cosine to each row, excluding the row itself; `mutual`: only those of them that have the row among
     their own k (which reads members alone).
 
     `search` (None: exact) finds most of them in less time; the setting `recall` then says how many, before `mutual`. Raises UserError
@@ -56,7 +57,7 @@ def _check_k(k: int, rows: int) -> None:
 
 
 def _mutual(members_TK: np.ndarray, similarity_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Only members whose own list has the anchor, moved to the front of each row."""
+    """Only members whose own list contains the anchor, moved to the front of each row."""
     rows_T1, kept_TK = np.arange(len(members_TK))[:, None], np.empty(members_TK.shape, bool)
     for place, members_T in enumerate(members_TK.T):  # a column at a time bounds the memory
         kept_TK[:, place] = (members_TK[members_T] == rows_T1).any(axis=1)
@@ -67,10 +68,10 @@ def _mutual(members_TK: np.ndarray, similarity_TK: np.ndarray) -> tuple[np.ndarr
 
 
 def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: int) -> Bags:
-    """Spherical K-means: the bag is all others of the row's cluster.
+    """Spherical K-means: the bag is all other rows of the cluster.
 
-    A row belongs to the centroid with the largest dot product (see `train_centroids`). The k nearest of its cluster are listed; a row
-    alone there has an empty bag. Raises UserError where clusters exceed rows.
+    A row belongs to the centroid with the largest dot product (see `train_centroids`). The k nearest rows of its cluster are listed; a row
+    that is alone in its cluster has an empty bag. Raises UserError if clusters exceed rows.
     """
     rows = len(features)
     if clusters > rows:
@@ -85,7 +86,7 @@ def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: i
 
 
 def build_label(labels_T: np.ndarray, features: Rows, k: int) -> Bags:
-    """The bag is all others of the row's class; the k nearest are listed. Raises UserError where a label is unknown."""
+    """The bag is all other rows of the class; the k nearest are listed. Raises UserError if a label is unknown."""
     unknown = int((labels_T < 0).sum())
     if unknown:
         problem = f"bagging.method = label: {unknown} of {len(labels_T)} train rows have no label"
@@ -98,7 +99,7 @@ def build_label(labels_T: np.ndarray, features: Rows, k: int) -> Bags:
 
 
 def _grouped(settings: dict, features: Rows, cluster_T: np.ndarray, clusters: int, k: int, centroids_CD: np.ndarray | None) -> Bags:
-    """Bags that are clusters: the rows of each, and the k nearest of them for each row."""
+    """Bags that are clusters: the rows of each cluster, and the k nearest of them to each row."""
     cluster_rows_T, cluster_start = sorted_by_cluster(cluster_T, clusters)
     members_TK = np.full((len(cluster_T), k), -1, np.int32)
     similarity_TK = np.full((len(cluster_T), k), -np.inf, np.float16)
@@ -116,7 +117,7 @@ def _settings(method: str, k: int) -> dict:
 
 
 def _check_features(features: Rows) -> None:
-    """Refuse features that no working teacher gives, before they become bags."""
+    """Raises UserError for features that no working teacher computes, before bags are built from them."""
     import faiss
 
     way_out = "the teacher is broken: check teacher.checkpoint and image.mean/std, then run: dvc repro extract"

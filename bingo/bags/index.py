@@ -1,16 +1,16 @@
-"""Bags: for every train row, the rows that the teacher finds similar. Reading an index, drawing members, masking them.
+"""Bags: for every train row, the rows that the teacher finds similar. Read an index, draw members, mask them.
 
 Shape letters: T train rows, K members listed, C clusters (or classes), D feature width, B anchors, J other rows, M pairs.
 
-    members        int32 (T, K)     nearest first, -1 where a bag is shorter
-    similarity     float16 (T, K)   cosine of each to the anchor, -inf where a bag is shorter
+    members        int32 (T, K)     nearest first, padded with -1
+    similarity     float16 (T, K)   cosine of each to the anchor, padded with -inf
     cluster        int32 (T,)       kmeans, label: the cluster or class of a row
     cluster_rows   int32 (T,)       kmeans, label: rows sorted by cluster, then by row
     cluster_start  int64 (C+1,)     kmeans, label: where each cluster starts in cluster_rows
     centroids      float32 (C, D)   kmeans: unit rows
 
 The bag of a row is its members under knn, and all other rows of its cluster under kmeans and label, where `members` are those
-of them that are nearest. This module needs numpy and zarr alone, and one row is read from one chunk of each array.
+of them that are nearest. This module needs only numpy and zarr, and a row is read from one chunk of each array.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from bingo.runtime.errors import UserError
 
 _WAY_OUT = "dvc repro bag"
 _CHUNK_ROWS = 1024
-_FLAT_CHUNK_ROWS = 65536  # of arrays with one number a row: 256 KiB
+_FLAT_CHUNK_ROWS = 65536  # for arrays with one number per row: 256 KiB
 _Kinds = dict[str, tuple[type, int]]  # dtype and rank of each array
 _TABLE: _Kinds = {"members": (np.int32, 2), "similarity": (np.float16, 2)}
 _CLUSTERS: _Kinds = {"cluster": (np.int32, 1), "cluster_rows": (np.int32, 1), "cluster_start": (np.int64, 1)}
@@ -40,7 +40,7 @@ _ARRAYS = {"knn": _TABLE, "label": _TABLE | _CLUSTERS, "kmeans": _TABLE | _CLUST
 
 @dataclass(frozen=True)
 class Bags:
-    """A whole index in memory; the arrays are described above. `settings` says how it was made: method, k, metric, search, ..."""
+    """A whole index in memory; the arrays are described above. `settings` records how it was made: method, k, metric, search, ..."""
 
     settings: dict[str, Any]
     members_TK: np.ndarray
@@ -52,14 +52,14 @@ class Bags:
 
     @cached_property
     def bag_sizes_T(self) -> np.ndarray:
-        """How many rows can be drawn for each anchor, int64 (T,)."""
+        """Number of rows that can be drawn for each anchor, int64 (T,)."""
         if self.cluster_T is None or self.cluster_start is None:
             return (self.members_TK >= 0).sum(axis=1)
         return np.diff(self.cluster_start)[self.cluster_T] - 1
 
     @cached_property
     def _place_T(self) -> np.ndarray:
-        """Where each row stands in `cluster_rows`."""
+        """Position of each row in `cluster_rows`."""
         assert self.cluster_rows_T is not None
         place_T = np.empty(len(self.cluster_rows_T), np.int64)
         place_T[self.cluster_rows_T] = np.arange(len(place_T))
@@ -68,7 +68,7 @@ class Bags:
     def draw(self, rows_B: np.ndarray, u_B: np.ndarray) -> np.ndarray:
         """One member of each anchor's bag, int64 (B,), for `u_B` uniform in [0, 1); the anchor if its bag is empty.
 
-        All of the bag alike, or the listed members by exp(cosine / draw_temperature) where the index was made with one.
+        The bag with equal probability, or the listed members in proportion to exp(cosine / draw_temperature) if the index has one.
         """
         if self.settings.get("draw_temperature"):
             return self._draw_by_similarity(rows_B, u_B)
@@ -78,7 +78,7 @@ class Bags:
             drawn_B = self.members_TK[rows_B, np.maximum(turn_B, 0)]
         else:
             place_B = self.cluster_start[self.cluster_T[rows_B]] + turn_B
-            place_B += place_B >= self._place_T[rows_B]  # the anchor is passed over
+            place_B += place_B >= self._place_T[rows_B]  # the anchor is skipped
             drawn_B = self.cluster_rows_T[np.minimum(place_B, len(self.cluster_rows_T) - 1)]
         return np.where(sizes_B > 0, drawn_B, rows_B).astype(np.int64)
 
@@ -93,28 +93,28 @@ class Bags:
     def draw_listed(self, rows_B: np.ndarray, u_BK: np.ndarray, count: int) -> np.ndarray:
         """`count` distinct listed members of each anchor's bag in random order, int64 (B, count), for `u_BK` uniform in [0, 1).
 
-        A shorter bag is gone through again; an empty one gives the anchor.
+        The members of a shorter bag are repeated; an empty bag gives the anchor.
         """
         members_BK = self.members_TK[rows_B]
         lengths_B1 = (members_BK >= 0).sum(axis=1, keepdims=True)
-        order_BK = np.argsort(np.where(members_BK >= 0, u_BK, 2.0), axis=1, kind="stable")  # what is not there comes last
+        order_BK = np.argsort(np.where(members_BK >= 0, u_BK, 2.0), axis=1, kind="stable")  # padding comes last
         turn_BM = np.arange(count) % np.maximum(lengths_B1, 1)
         drawn_BM = np.take_along_axis(members_BK, np.take_along_axis(order_BK, turn_BM, axis=1), axis=1)
         return np.where(lengths_B1 > 0, drawn_BM, np.asarray(rows_B)[:, None]).astype(np.int64)
 
     def empty_warning(self) -> str | None:
-        """What is to be said where half of the bags or more are empty. Raises UserError where all are: no training uses them."""
+        """A warning if at least half of the bags are empty. Raises UserError if all are, since training cannot use them."""
         empty, rows = int((self.bag_sizes_T == 0).sum()), len(self.members_TK)
         if 2 * empty < rows:
             return None
-        told = f"{'all' if empty == rows else f'{empty:,} of'} {rows:,} bags are empty: {_why_empty(self.settings)}"
+        problem = f"{'all' if empty == rows else f'{empty:,} of'} {rows:,} bags are empty: {_why_empty(self.settings)}"
         if empty == rows:
-            raise UserError(f"bagging.method = {self.settings['method']}: {told}")
-        return f"{told}; these images are trained without their like"
+            raise UserError(f"bagging.method = {self.settings['method']}: {problem}")
+        return f"{problem}; these images are trained without similar images"
 
 
 def _why_empty(settings: Mapping[str, Any]) -> str:
-    """The cause by what an index was made with, and the way out."""
+    """The cause, depending on how an index was made, and how to fix it."""
     if settings["method"] == "kmeans":
         return f"images are alone in the {settings['clusters']} clusters; lower bagging.clusters"
     if settings["method"] == "label":
@@ -125,7 +125,7 @@ def _why_empty(settings: Mapping[str, Any]) -> str:
 
 
 class BagIndex:
-    """An index on the disk: single rows are read when asked for, each from one chunk; `table` reads it whole."""
+    """An index on the disk. Single rows are read from one chunk when asked for; `table` reads the whole index."""
 
     def __init__(self, name: str, group: zarr.Group):
         self.name = name
@@ -139,7 +139,7 @@ class BagIndex:
         self.train_rows, self.k = self._arrays["members"].shape
 
     def members(self, row: int) -> np.ndarray:
-        """The listed members of one bag, int32 (at most K,), nearest first. Raises UserError where there is no such row."""
+        """The listed members of one bag, int32 (at most K,), nearest first. Raises UserError if the row does not exist."""
         members_K = self._read("members", self._checked(row))
         return members_K[members_K >= 0]
 
@@ -153,7 +153,7 @@ class BagIndex:
         return int(self._read("cluster", self._checked(row))) if "cluster" in self._arrays else None
 
     def bag(self, row: int) -> np.ndarray:
-        """Every row that can be drawn for this anchor, int32: the members (knn), or all others of its cluster, by row."""
+        """All rows that can be drawn for this anchor, int32: the members (knn), or all other rows of its cluster in increasing order."""
         cluster = self.cluster(row)
         if cluster is None:
             return self.members(row)
@@ -163,7 +163,7 @@ class BagIndex:
 
     @cached_property
     def table(self) -> Bags:
-        """All arrays in memory. Raises UserError where a chunk is damaged or missing."""
+        """All arrays in memory. Raises UserError if a chunk is damaged or missing."""
         x = {key: self._read(key, slice(None)) for key in self._arrays}
         settings = {key: value for key, value in self.attrs.items() if key not in _NO_SETTINGS}
         clusters = (x.get(key) for key in ("cluster", "cluster_rows", "cluster_start", "centroids"))
@@ -179,7 +179,7 @@ class BagIndex:
 
 
 def write_bags(path: Path | str, bags: Bags, listing: str, embeddings: str) -> None:
-    """Write an index, whole or not at all; `listing` and `embeddings` are the fingerprints of what it was made from."""
+    """Write an index atomically; `listing` and `embeddings` are the fingerprints of its inputs."""
     arrays = {
         "members": bags.members_TK,
         "similarity": bags.similarity_TK,
@@ -190,7 +190,7 @@ def write_bags(path: Path | str, bags: Bags, listing: str, embeddings: str) -> N
     }
     wanted = _ARRAYS[bags.settings["method"]]
     attrs = {**bags.settings, "listing": listing, "embeddings": embeddings}
-    # the content too: FAISS's K-means on a GPU need not give the same clusters twice
+    # including the content: FAISS's K-means on a GPU is not deterministic
     digests = {key: hashlib.sha256(np.ascontiguousarray(arrays[key]).data).hexdigest() for key in wanted}
     with new_directory(path) as partial:
         attributes = {**attrs, "fingerprint": fingerprint({**attrs, "content": digests})}
@@ -203,7 +203,7 @@ def write_bags(path: Path | str, bags: Bags, listing: str, embeddings: str) -> N
 
 
 class OfListing(Protocol):
-    """What an index is compared with: a listing, or its rows read one by one."""
+    """The listing of an index, whole or read row by row."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -212,10 +212,10 @@ class OfListing(Protocol):
 
 
 def read_bags(store: Path | str | Mapping[str, bytes], listing: OfListing, embeddings: str | None = None) -> BagIndex:
-    """Open an index of a listing; nothing but metadata is read yet. `store` is a folder, or a mapping as fsspec gives it.
+    """Open an index of a listing, reading only metadata. `store` is a folder, or a mapping from fsspec.
 
-    Raises UserError where there is none, its metadata are damaged, or it was made from another listing or (where their
-    fingerprint is given, and the teacher's features say what is similar) from other embeddings.
+    Raises UserError if there is none, its metadata are damaged, or it was made from another listing or (if their
+    fingerprint is given and the bags are made from the teacher's features) from other embeddings.
     """
     name = str(store) if isinstance(store, (str, Path)) else "the bag index"
     index = BagIndex(name, open_group(store, name, _WAY_OUT))

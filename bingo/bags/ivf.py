@@ -1,8 +1,8 @@
-"""Approximate nearest neighbours for tens of millions of rows: an inverted file, that is lists of rows around K-means centroids.
+"""Approximate nearest neighbours for tens of millions of rows by an inverted file, i.e. lists of rows around K-means centroids.
 
 Every row is in the list of its nearest centroid, and its neighbours are searched in the lists of the `probes` centroids nearest to
-it. Within these the search is exact: with all lists probed it gives the bits of `top_k`, but for ties that this leaves open. What it
-misses is measured against the exact search of a sample (Sivic and Zisserman 2003; Jégou et al. 2011 for descriptors).
+it. Within these the search is exact: with all lists probed the result equals that of `top_k`, except for ties that it leaves open. Its
+recall is measured against an exact search for a sample (Sivic and Zisserman 2003; Jégou et al. 2011 for descriptors).
 
 Shape letters: T train rows, D feature width, C lists, K members, P probes; q rows of a block, n of a choice.
 """
@@ -18,7 +18,7 @@ from bingo.bags.neighbors import Found, best_of, top_k
 from bingo.bags.rows import Rows, memory_budget, unit_rows
 from bingo.runtime.progress import progress_bar
 
-_ITERATIONS = 10  # of K-means: lists need not be the best ones
+_ITERATIONS = 10  # of K-means: the lists need not be optimal
 _TRAINED_ROWS_A_LIST = 64
 _RECALL_ROWS = 1000
 _PROBE_BYTES = 16  # of one probe of one row: list and cosine, then its place in the order by list
@@ -26,29 +26,29 @@ _PROBE_BYTES = 16  # of one probe of one row: list and cosine, then its place in
 
 @dataclass(frozen=True)
 class InvertedFile:
-    """How many lists (None: 4 sqrt(T)) and how many of them are searched for each row; more than there are means all."""
+    """The number of lists (None: 4 sqrt(T)) and how many of them are searched for each row (at most all)."""
 
     lists: int | None
     probes: int
     seed: int
 
     def list_count(self, rows: int) -> int:
-        """The number of lists for so many train rows."""
+        """The number of lists for `rows` train rows."""
         return self.lists or min(rows, round(4 * math.sqrt(rows)))
 
     def cosines(self, rows: int) -> float:
-        """How many cosines a search among so many rows computes: training, both assignments, the lists (were all alike), recall."""
+        """Number of cosines computed by a search among that many rows: training, both assignments, lists (assuming equal sizes), recall."""
         lists = self.list_count(rows)
         trained = _ITERATIONS * min(rows, _TRAINED_ROWS_A_LIST * lists)
         return float((trained + 2 * rows) * lists + rows * rows * min(self.probes, lists) / lists + min(_RECALL_ROWS, rows) * rows)
 
 
 def search_lists(features: Rows, k: int, ivf: InvertedFile) -> Found:
-    """The k nearest rows to each row in the lists that it probes, itself left out: (rows int32 (T, K), cosines float32 (T, K)), -1 and
-    -inf where these lists hold fewer.
+    """The k nearest rows to each row in the lists that it probes, excluding itself: (rows int32 (T, K), cosines float32 (T, K)), -1 and
+    -inf if these lists hold fewer.
 
-    Memory beside what is given and returned: a block of queries at length 1 with the lists that they probe, and a group of lists where
-    features are in a store, which is read once for each of both. Both are as large as `memory_budget` allows.
+    Memory in addition to arguments and results: a block of normalised queries with the lists that they probe and, if features are in
+    a store, a group of lists; the store is read once for each of both. Both are as large as `memory_budget` allows.
     """
     lists = ivf.list_count(len(features))
     probes = min(ivf.probes, lists)
@@ -71,7 +71,7 @@ def search_lists(features: Rows, k: int, ivf: InvertedFile) -> Found:
 
 
 def _by_list(probed_qP: np.ndarray, lists: int) -> tuple[np.ndarray, np.ndarray]:
-    """The queries sorted by the lists that they probe, int64 (q * P,), and where each list starts among them (C+1,)."""
+    """The queries sorted by the lists that they probe, int64 (q * P,), and the start of each list among them (C+1,)."""
     probing = np.argsort(probed_qP, axis=None, kind="stable")
     probing //= probed_qP.shape[1]
     return probing, np.concatenate([[0], np.bincount(probed_qP.ravel(), minlength=lists).cumsum()])
@@ -79,7 +79,7 @@ def _by_list(probed_qP: np.ndarray, lists: int) -> tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class _ListQueries:
-    """A block of rows that are searched for, the list that each is in, the number of the first, and the best that was found so far."""
+    """A block of queries, the list that each is in, the number of the first, and the best neighbours found so far."""
 
     unit_qD: np.ndarray
     list_q: np.ndarray
@@ -88,11 +88,11 @@ class _ListQueries:
     cosines_qK: np.ndarray
 
     def search(self, asking_n: np.ndarray, number: int, rows_n: np.ndarray, own_nD: Rows) -> None:
-        """Put what these queries find in one list, that is its rows and their features, among their best."""
+        """Merge what these queries find in one list, given by its rows and features, into their best neighbours."""
         if not len(asking_n):
             return
         k = self.members_qK.shape[1]
-        # which row of the list a query is itself
+        # which row of the list is the query itself
         self_n = np.where(self.list_q[asking_n] == number, np.searchsorted(rows_n, asking_n + self.first_row), -1)
         floor_n = self.cosines_qK[asking_n, -1]
         base_nD = own_nD.astype(np.float32) if isinstance(own_nD, np.ndarray) else own_nD

@@ -1,4 +1,4 @@
-"""Centroids by spherical K-means, and the rows of one cluster after the other, in bounded memory.
+"""Centroids by spherical K-means, and iteration over the rows of each cluster, in bounded memory.
 
 Shape letters: T train rows, D feature width, C clusters; n rows of a choice. Features are as in bingo.bags.builders.
 """
@@ -12,14 +12,14 @@ from bingo import seeds
 from bingo.bags.rows import Rows, blocks, memory_budget, unit_rows
 from bingo.runtime.progress import progress_bar
 
-_TRAINED_NUMBERS = 2**32  # what K-means trains on at most, 16 GiB of float32: not what the machine has, as bags must not depend on it
+_TRAINED_NUMBERS = 2**32  # K-means trains on at most 16 GiB of float32, whatever the machine's memory, as bags must not depend on it
 
 
 def train_centroids(features: Rows, clusters: int, iterations: int, seed: int, rows_a_cluster: int | None = None) -> tuple[np.ndarray, int]:
     """Unit centroids float32 (C, D), and the number of rows that they were trained on.
 
     These are all, but no more than `rows_a_cluster` for each cluster and than 2^32 numbers (16 GiB as float32, which this step holds
-    in memory): so many rows are drawn from the seed.
+    in memory); if there are more, that many are drawn by seed.
     """
     import faiss
 
@@ -34,7 +34,7 @@ def train_centroids(features: Rows, clusters: int, iterations: int, seed: int, r
             niter=iterations,
             spherical=True,
             seed=seeds.torch_seed(seed, "kmeans") % 2**31,
-            min_points_per_centroid=1,  # these two bound only the sample that FAISS trains on: all rows, whatever their number
+            min_points_per_centroid=1,  # these two only limit the sample that FAISS trains on: it gets all rows
             max_points_per_centroid=-(-len(trained_nD) // clusters),
             gpu=faiss.get_num_gpus() > 0,
         )
@@ -43,7 +43,7 @@ def train_centroids(features: Rows, clusters: int, iterations: int, seed: int, r
 
 
 def _trained_rows(features: Rows, most_rows: int, seed: int) -> np.ndarray:
-    """At most so many rows, drawn from the seed, at length 1, float32 (n, D)."""
+    """At most `most_rows` rows, drawn by seed and normalised, float32 (n, D)."""
     chosen_n = seeds.distinct(seed, "kmeans", 0, len(features), most_rows)
     unit_nD = np.empty((len(chosen_n), features.shape[1]), np.float32)
     for start, block_nD in blocks(features):
@@ -53,13 +53,14 @@ def _trained_rows(features: Rows, most_rows: int, seed: int) -> np.ndarray:
 
 
 def sorted_by_cluster(cluster_T: np.ndarray, clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows sorted by cluster, then by row, int32 (T,), and where each cluster starts among them, int64 (C+1,)."""
+    """The rows sorted by cluster, then by row, int32 (T,), and the start of each cluster among them, int64 (C+1,)."""
     rows_T = np.argsort(cluster_T, kind="stable").astype(np.int32)
     return rows_T, np.concatenate([[0], np.bincount(cluster_T, minlength=clusters).cumsum()]).astype(np.int64)
 
 
 def each_cluster(features: Rows, cluster_rows_T: np.ndarray, cluster_start: np.ndarray) -> Iterator[tuple[int, np.ndarray, Rows]]:
-    """(cluster, its rows, their features) of each that is not empty. A store is read once for as many clusters as fit the memory."""
+    """(cluster, its rows, their features) for each cluster that is not empty. A store is read once for as many clusters as fit into
+    memory."""
     in_store = not isinstance(features, np.ndarray)
     most_rows = memory_budget() // (features.shape[1] * (features.dtype.itemsize + 4)) if in_store else 0
     first = 0
@@ -77,7 +78,7 @@ def each_cluster(features: Rows, cluster_rows_T: np.ndarray, cluster_start: np.n
 
 
 class _Chosen:
-    """Some rows of a matrix, read when they are asked for."""
+    """Selected rows of a matrix, read on access."""
 
     def __init__(self, features: Rows, rows_n: np.ndarray):
         self._features, self._rows_n = features, rows_n

@@ -1,4 +1,4 @@
-"""What a bag index is like, in numbers: purity, hubs, orphans, mutual neighbours, similarity, near-duplicates, cluster sizes."""
+"""Statistics of a bag index: purity, hubs, orphans, mutual neighbours, similarity, near-duplicates, cluster sizes."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ _HUBS = 10
 def bag_metrics(bags: Bags, labels_T: np.ndarray | None) -> dict[str, Any]:
     """JSON-able metrics; shares are of 1, numbers rounded to 6 digits. `labels_T`: classes of the train rows, -1 unknown.
 
-    Of the members that are listed: `in_degree` (in how many bags a row is), `hubs` (the rows in most bags), `orphan_share` (rows
+    Of the listed members: `in_degree` (number of bags that contain a row), `hubs` (the rows in most bags), `orphan_share` (rows
     in no bag), `mutual_share` (members j of i such that i is a member of j), `similarity` (cosines to the anchor),
     `near_duplicates` (rows whose nearest member has a cosine above 0.9999; as cosines are stored in float16, above 0.99988),
     `empty_bags`, `short_bags` (neither empty nor full), `purity` (mean over bags of the share of members with the anchor's
     label). Of whole bags: `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`. Of an approximate search: `recall`,
-    `lists` and `probes`, as the settings have them.
+    `lists` and `probes`, as in the settings.
     """
     listed_TK = bags.members_TK >= 0
     counts_T = listed_TK.sum(axis=1)
@@ -48,14 +48,14 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None) -> dict[str, Any]:
 
 
 def same_and_known(members_TK: np.ndarray, labels_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many listed members have the anchor's label, and how many have any where the anchor has one: two int64 arrays (T,)."""
+    """Number of listed members with the anchor's label, and with any label if the anchor has one: two int64 arrays (T,)."""
     member_labels_TK = np.where(members_TK >= 0, labels_T[members_TK], -1)
     known_TK = (member_labels_TK >= 0) & (labels_T >= 0)[:, None]
     return (known_TK & (member_labels_TK == labels_T[:, None])).sum(axis=1), known_TK.sum(axis=1)
 
 
 def _whole_bag_purity(cluster_T: np.ndarray, labels_T: np.ndarray) -> float:
-    """As purity, over all others of the anchor's cluster."""
+    """Like purity, over all other rows of the anchor's cluster."""
     known = labels_T >= 0
     cluster_n, labels_n = cluster_T[known].astype(np.int64), labels_T[known].astype(np.int64)
     pair_n = cluster_n * (labels_n.max() + 1) + labels_n

@@ -1,11 +1,11 @@
-"""Exact cosine neighbours: FAISS proposes candidates, a dot product each decides, and where the cut is in doubt it is asked for more.
+"""Exact cosine neighbours: FAISS proposes candidates, exact dot products decide, and more candidates are requested if the cut is in doubt.
 
-FAISS decides ties by chance: its order, and at a cut its set, changes with the number of threads (facebookresearch/faiss issue 1201).
-So a block of queries (`_Search.block`) is searched in three steps, through each block of the base:
+FAISS resolves ties arbitrarily: the order, and at the cut the set, changes with the number of threads (facebookresearch/faiss issue 1201).
+A block of queries (`_Search.block`) is therefore searched in three steps, in each block of the base:
   1. `candidates` of `_Cpu` or `_Gpus`: more rows than neighbours, by scores that are nearly the cosines;
-  2. `_rescore`: the cosines of those that can enter, a dot product each, so that equal rows give equal numbers on any device; they are
-     merged with the best so far by (cosine, row), whatever the blocks are;
-  3. `_attempt` again with more candidates, for the queries of which a row that was no candidate might still belong to the best.
+  2. `_rescore`: cosines of those that can enter, one dot product each, so that equal rows give equal numbers on any device; they are
+     merged with the best so far by (cosine, row), independently of the blocks;
+  3. `_attempt` again with more candidates, for queries for which a row that was not a candidate might still belong to the best.
 
 Shape letters: Q queries, N rows of the base, D feature width, K neighbours, M candidates; q, n rows of a block.
 """
@@ -23,11 +23,11 @@ from bingo.runtime.progress import progress_bar
 _MARGINS = (16, 256)  # candidates beyond k and self: at first, and again for those queries whose cut may run through a tie
 _GPU_MOST_CANDIDATES = 2048  # faiss's limit on GPUs
 _FAISS_LEAST_PRODUCTS = 1e8  # a small cluster is searched by numpy before FAISS's threads are awake
-_GPU_LEAST_PRODUCTS = 1e10  # a smaller search ends on the CPU before a copy to the GPU would
+_GPU_LEAST_PRODUCTS = 1e10  # a smaller search ends on the CPU before its data are copied to the GPU
 _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from the host
 _THREADS_A_GPU = 2  # while one searches, the other computes its candidates' cosines
 _RESCORED_BYTES, _SCREENED_BYTES = 64 << 20, 64 << 20
-_RESCORED_ROWS = 256  # queries at once, of which the one with most candidates sets the number
+_RESCORED_ROWS = 256  # queries at once; the one with the most candidates sets the number
 
 Found = tuple[np.ndarray, np.ndarray]
 
@@ -44,16 +44,16 @@ def top_k(
 ) -> Found:
     """The k rows of the base with the highest cosine to each query, exactly: (rows int32 (Q, k), cosines float32 (Q, k)).
 
-    `query_rows_Q` names, for each query, the row of the base that is the query itself (-1: none is); it is left out by its number,
-    whatever its place. Rows with a cosine below `floor_Q` need not be found, which saves time. Ties go to the smaller row (of a
-    tie of more than 256 rows, any). Where there are fewer rows than k, rows end with -1 and cosines with -inf. A row of zeros has
-    cosine 0 to everything. Features are of any float type and need no normalisation (`unit_queries`: the queries have had it, by
+    `query_rows_Q` gives, for each query, the row of the base that is the query itself (-1: none); this row is excluded. Rows with a cosine
+    below `floor_Q` need not be found, which saves time. Ties go to the smaller row (of a
+    tie of more than 256 rows, any). If there are fewer rows than k, rows are padded with -1 and cosines with -inf. A row of zeros has
+    cosine 0 to everything. Features are of any float type and need no normalisation (`unit_queries`: the queries are already normalised by
     `unit_rows`).
 
-    Memory beside what is given and returned: a normalised copy of the base (float32; float16 for GPUs), a block of `block_rows`
-    queries (None: as suits device and memory), 64 MiB for each core, and the base itself where it is in a store. Where that does
-    not fit `budget_bytes` (None: half of what is free), the base is cut into blocks that do, and read once for each block of
-    queries, which are then as many as fit. Raises ValueError where a feature is not finite.
+    Memory in addition to arguments and results: a normalised copy of the base (float32; float16 for GPUs), a block of `block_rows`
+    queries (None: as suits device and memory), 64 MiB for each core, and the base itself if it is in a store. If that does
+    not fit into `budget_bytes` (None: half of what is free), the base is cut into blocks that do, and read once for each block of
+    queries, which are then as many as fit. Raises ValueError if a feature is not finite.
     """
     import faiss
 
@@ -102,7 +102,7 @@ class _Cpu:
     tolerance, query_rows, workers = 1e-5, 16384, 1
 
     def candidates(self, unit_qD: np.ndarray, unit_nD: np.ndarray, wanted: int, worker: int) -> Found:
-        """The highest scores (q, M) and their places in the block of the base, highest first."""
+        """The highest scores (q, M) and their positions in the block of the base, highest first."""
         import faiss
 
         if len(unit_qD) * unit_nD.size >= _FAISS_LEAST_PRODUCTS:
@@ -115,7 +115,7 @@ class _Cpu:
 
 
 class _Gpus:
-    """FAISS on all GPUs, as `_Cpu`; rows are float16 there, and a GPU gets the base again with every block of queries."""
+    """FAISS on all GPUs, like `_Cpu`, with rows in float16; a GPU receives the base again with every block of queries."""
 
     unit_dtype: type = np.float16
     tolerance, query_rows = 2e-4, 131072
@@ -141,7 +141,7 @@ class _Gpus:
 
 
 def _device(k: int, products: float) -> _Cpu | _Gpus:
-    """The GPUs if there are any, the search is worth a copy to them, and they can hold its candidates."""
+    """The GPUs, if there are any, the search is large enough to pay for the copy, and they can hold its candidates."""
     import faiss
 
     fits = k + 1 + _MARGINS[-1] <= _GPU_MOST_CANDIDATES and products >= _GPU_LEAST_PRODUCTS
@@ -209,7 +209,7 @@ class _Search:
         return rows_qK, cosines_qK
 
     def _hopeful(self, queries: _Queries) -> slice | np.ndarray:
-        """The queries that have a row above their floor; where finding out would cost more than the search does, all."""
+        """The queries that have a row above their floor; all queries if finding out would cost more than the search."""
         unit_ND = self.base.unit_ND
         if isinstance(self.device, _Gpus) or unit_ND is None or np.isneginf(queries.floor_q).all():
             return slice(None)
@@ -219,9 +219,9 @@ class _Search:
         return np.flatnonzero(np.concatenate(most) >= queries.floor_q - self.device.tolerance)
 
     def _attempt(self, queries: _Queries, margin: int, worker: int) -> tuple[np.ndarray, ...]:
-        """The k nearest of k + 1 + margin candidates of each block, and for which queries a row that is no candidate might be one."""
+        """The k nearest of k + 1 + margin candidates of each block, and the queries that may have a neighbour outside the candidates."""
         rows_qK, cosines_qK = _nothing_found(len(queries.unit_qD), self.k)
-        passed_over_q = np.full(len(queries.unit_qD), -np.inf, np.float32)  # the most that a row which is no candidate scores
+        passed_over_q = np.full(len(queries.unit_qD), -np.inf, np.float32)  # the highest score of a row that is not a candidate
 
         def least_q() -> np.ndarray:  # a lower score cannot enter
             return np.maximum(cosines_qK[:, -1], queries.floor_q) - self.device.tolerance
@@ -238,8 +238,8 @@ class _Search:
     def _rescore(
         self, best: Found, queries: _Queries, base_nD: np.ndarray, first_row: int, places_qM: np.ndarray, hopeful_q: np.ndarray
     ) -> None:
-        """Put the first `hopeful_q` candidates of each query among its best, by cosines that are the same whatever block, thread or
-        device found them."""
+        """Merge the first `hopeful_q` candidates of each query into its best, by cosines that do not depend on block, thread or
+        device."""
         rows_qK, cosines_qK = best
         part_rows = max(1, min(_RESCORED_ROWS, _RESCORED_BYTES // (4 * places_qM.shape[1] * base_nD.shape[1])))
         asked_q = np.argsort(-hopeful_q, kind="stable")[: np.count_nonzero(hopeful_q)]  # those with equally many are in one part

@@ -1,4 +1,4 @@
-"""Matrices of features, in memory or in a store that is read block by block: their lengths, unit rows, and how much memory is free.
+"""Matrices of features, in memory or read block by block from a store: norms, normalised rows, and how much memory is free.
 
 Shape letters: N rows, D feature width, n rows of a block or of a choice.
 """
@@ -15,12 +15,12 @@ from bingo.runtime.progress import progress_bar
 
 _READ_ROWS, _THREAD_ROWS = 8192, 512
 _FLOAT32_BYTES = 4
-_LEAST_BUDGET_BYTES = 256 << 20  # with less, a search would be cut into so many blocks that it did not end
+_LEAST_BUDGET_BYTES = 256 << 20  # with less, a search would have so many blocks that it would not finish
 _OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class Rows(Protocol):
-    """What a search needs of a matrix (N, D) of any float type: a numpy array, or `bingo.runtime.chunks.StoredRows`."""
+    """The interface that a search needs of a matrix (N, D) of any float type: a numpy array, or `bingo.runtime.chunks.StoredRows`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -31,13 +31,13 @@ class Rows(Protocol):
 
 
 def memory_budget() -> int:
-    """Bytes that a stage may plan with: half of what is free on this machine, or within the limits of its control group (containers,
-    SLURM); 256 MiB at least. Nothing that is computed depends on it, only how often a store is read."""
+    """Bytes that a stage may use: half of what is free on this machine or within the limits of its control group (containers,
+    SLURM), at least 256 MiB. Results do not depend on it, only how often a store is read."""
     return max(_LEAST_BUDGET_BYTES, min([psutil.virtual_memory().available, *_cgroup_room()]) // 2)
 
 
 def _cgroup_room() -> Iterator[int]:
-    """What each control group around this process still allows; the page cache that it holds counts as free."""
+    """Free memory of each control group of this process; its page cache counts as free."""
     try:
         own = {names: path for _, names, path in (line.split(":", 2) for line in _OWN_CGROUPS.read_text().splitlines())}
     except OSError:
@@ -56,7 +56,7 @@ def _cgroup_room() -> Iterator[int]:
 
 
 def held(x: Rows, budget_bytes: int) -> Rows:
-    """The rows in memory where they and a normalised float32 copy fit the budget, otherwise as they are."""
+    """The rows in memory if they and a normalised float32 copy fit the budget, otherwise unchanged."""
     numbers = len(x) * x.shape[1]
     if numbers * (x.dtype.itemsize + _FLOAT32_BYTES) > budget_bytes:
         return x
@@ -81,14 +81,16 @@ def in_threads(work: Callable[[int], None], starts: Sequence[int], threads: int)
 
 
 def inverse_norms(x: Rows, threads: int = 1) -> np.ndarray:
-    """1 / length of each row, float32 (N,), and 0 for a row of zeros. Raises ValueError where a number is not finite."""
+    """1 / length of each row, float32 (N,), and 0 for a row of zeros. Raises ValueError if a number is not finite."""
     inverse_N = np.empty(len(x), np.float32)
     with progress_bar("lengths of the features", len(x), "rows") as bar:
         for first, x_nD in blocks(x):
 
             def one_part(start: int, first: int = first, x_nD: np.ndarray = x_nD) -> None:
                 part_nD = x_nD[start : start + _THREAD_ROWS].astype(np.float64)
-                squares_n = np.vecdot(part_nD, part_nD)  # a dot product for each row: equal rows have equal lengths, wherever they stand
+                squares_n = np.vecdot(
+                    part_nD, part_nD
+                )  # a dot product for each row: equal rows have equal norms, independently of their position
                 if not np.isfinite(squares_n).all():
                     raise ValueError(f"row {first + start + int((~np.isfinite(squares_n)).argmax())} of the features is not finite")
                 lengths_n = np.sqrt(np.where(squares_n > 0, squares_n, 1))
@@ -100,7 +102,7 @@ def inverse_norms(x: Rows, threads: int = 1) -> np.ndarray:
 
 
 def unit_rows(x_ND: np.ndarray, dtype: type = np.float32, inverse_N: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
-    """A contiguous copy of the rows at length 1; rows of zeros stay zeros. Raises ValueError where a number is not finite.
+    """A contiguous copy of the rows, normalised to length 1; rows of zeros stay zeros. Raises ValueError if a number is not finite.
 
     `inverse_N`: their `inverse_norms`, where they are known.
     """

@@ -1,4 +1,4 @@
-"""Two bag indexes of one listing compared, anchor by anchor: how much their bags overlap, and what purity was gained or lost.
+"""Compare two bag indexes of one listing, anchor by anchor: overlap of the bags, and purity gained or lost.
 
 Shape letters: T train rows, K members listed, n rows of a block.
 """
@@ -27,7 +27,7 @@ class BagDiff:
 
     @property
     def gain_T(self) -> np.ndarray:
-        """Purity after minus purity before, 0 where either is unknown."""
+        """Purity after minus purity before, 0 if either is unknown."""
         return np.nan_to_num(self.purity_after_T - self.purity_before_T)
 
     def most(self, order: str, count: int) -> np.ndarray:
@@ -40,7 +40,7 @@ class BagDiff:
         return np.lexsort((np.arange(len(self.jaccard_T)), *sorted_by[order]))[:count]
 
     def records(self, rows_R: np.ndarray) -> list[dict[str, Any]]:
-        """JSON-able: row, jaccard, and purity before and after (None where unknown) of these anchors."""
+        """JSON-able: row, jaccard, and purity before and after (None if unknown) of these anchors."""
         purity = {"purity_before": self.purity_before_T, "purity_after": self.purity_after_T}
         known = [{name: None if np.isnan(x_T[row]) else _round(x_T[row]) for name, x_T in purity.items()} for row in rows_R]
         return [{"row": int(row), "jaccard": _round(self.jaccard_T[row]), **figures} for row, figures in zip(rows_R, known, strict=True)]
@@ -81,7 +81,7 @@ def compare_bags(before: Bags, after: Bags, labels_T: np.ndarray) -> BagDiff:
 
 
 def _overlap(before: Bags, after: Bags) -> np.ndarray:
-    """How many rows are in both bags of each anchor, int64 (T,): clusters are counted, lists are compared in blocks."""
+    """Number of rows in both bags of each anchor, int64 (T,): clusters are counted, lists are compared in blocks."""
     if before.cluster_T is not None and after.cluster_T is not None:
         return _shared_cluster_sizes(before.cluster_T, after.cluster_T) - 1  # the anchor is in both clusters
     listed, other = (after, before) if before.cluster_T is not None else (before, after)
@@ -99,7 +99,7 @@ def _overlap(before: Bags, after: Bags) -> np.ndarray:
 
 
 def _shared_cluster_sizes(before_T: np.ndarray, after_T: np.ndarray) -> np.ndarray:
-    """How many rows share both the first and the second cluster of each row, itself included, int64 (T,)."""
+    """Number of rows that share both the first and the second cluster with each row, including itself, int64 (T,)."""
     pair_T = before_T.astype(np.int64) * (int(after_T.max()) + 1) + after_T
     _, place_T, counts = np.unique(pair_T, return_inverse=True, return_counts=True)
     return counts[place_T]

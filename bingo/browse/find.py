@@ -1,6 +1,6 @@
 """The bag of an image that is not in the dataset: its feature through the teacher, and the train rows nearest to it.
 
-The image passes as extraction let the stored images pass: packed to the stored size where the dataset is, then the centre view.
+The image is processed as in extraction: packed to the stored size if the dataset is, then cropped to the centre view.
 Shape letters: D feature width, K neighbours, n rows of a block.
 """
 
@@ -24,7 +24,7 @@ class StoredFeatures:
     """The features of the train rows, read block by block: the whole matrix may be larger than the memory."""
 
     def __init__(self, store: Any, name: str, listing: str, train_rows: int):
-        """`store` is embeddings.zarr as zarr takes it. Raises UserError where it is absent, damaged or another listing's."""
+        """`store` is embeddings.zarr as zarr takes it. Raises UserError if it is absent, damaged or another listing's."""
         group = open_group(store, name, _WAY_OUT)
         if (made_from := group.attrs.get("listing")) != listing:
             raise UserError(f"{name}: was made from listing {made_from}, the bags from listing {listing}; run: {_WAY_OUT}")
@@ -33,7 +33,7 @@ class StoredFeatures:
         self._features = open_array(group, "features", name, np.float16, 2, _WAY_OUT)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, features float32 (n, D)) of each chunk. Raises UserError where one is damaged or missing."""
+        """(first row, features float32 (n, D)) of each chunk. Raises UserError if one is damaged or missing."""
         step = self._features.chunks[0]
         with progress_bar("neighbours", self.train_rows, "images") as bar:
             for start in range(0, self.train_rows, step):
@@ -60,7 +60,7 @@ def image_feature(
     """The teacher's feature of one image file, float32 (D,). `recipe` is that of the stored features; `stored_px` is 0 where
     the dataset's images are files, `gray_bits` as in its Listing.
 
-    Raises UserError where the teacher cannot be read, BadImage where the image cannot.
+    Raises UserError if the teacher cannot be read, BadImage if the image cannot.
     """
     import torch
 
@@ -75,7 +75,7 @@ def image_feature(
     if stored_px:
         images = MemoryImages(np.stack([decode_square(image_file.read_bytes(), stored_px, stored_px, gray_bits=gray_bits)]))
     else:
-        image_file = image_file.resolve()  # a link of the user's own may lead anywhere
+        image_file = image_file.resolve()  # the user's own links may lead anywhere
         images = FileImages(str(image_file.parent), [image_file.name], gray_bits=gray_bits)
     teacher = load_teacher(teacher_file).to(device).to(memory_format=torch.channels_last)
     view_13PP = next(iter(center_views(images, [0], ImageParams(**recipe["image"]), device, 1, workers=0)))

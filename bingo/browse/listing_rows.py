@@ -1,4 +1,4 @@
-"""A listing of which only the rows that are asked for are read: the commands that look at one bag start in well under a second.
+"""A listing that reads only the rows asked for, so that commands that show one bag start in well under a second.
 
 `read_listing` reads everything and checks everything; this reads the footer and single row groups, and checks what it reads.
 """
@@ -27,7 +27,7 @@ class ListingRows:
     """N images in order, the first `train_rows` of them for training; `dataset`, `classes`, `fingerprint`, `gray_bits` as in a Listing."""
 
     def __init__(self, source: Path | BinaryIO, name: str):
-        """`source` is a parquet file or its path, called `name` in messages. Raises UserError where it is absent or damaged."""
+        """`source` is a parquet file or its path, called `name` in messages. Raises UserError if it is absent or damaged."""
         self.name = name
         with self._damage():
             self._file = pq.ParquetFile(source)
@@ -59,7 +59,7 @@ class ListingRows:
         return len(self) > 0 and bool((self.labels_N >= 0).all())
 
     def rows(self, rows_R: Sequence[int] | np.ndarray) -> tuple[list[str], np.ndarray]:
-        """Paths and labels (int64) of rows in any order, from the row groups that hold them. Raises UserError for no such row."""
+        """Paths and labels (int64) of rows in any order, read from their row groups. Raises UserError if a row does not exist."""
         rows_R = np.asarray(rows_R, np.int64)
         paths, labels_R = [""] * len(rows_R), np.full(len(rows_R), -1, np.int64)
         for row in rows_R[(rows_R < 0) | (rows_R >= len(self))].tolist():
@@ -76,9 +76,9 @@ class ListingRows:
         return paths, labels_R
 
     def row_of(self, path: str) -> int:
-        """The row of a path, or of the only one that differs from it in case or Unicode form alone.
+        """The row of a path, or of the only path that differs from it just in case or Unicode form.
 
-        Raises UserError, with paths that contain its last part, where there is none.
+        Raises UserError if there is none, and suggests paths that contain the last part.
         """
         import pyarrow.compute as pc
 
@@ -119,7 +119,7 @@ class ListingRows:
             yield first, held
 
     def _path_columns(self, holding: str | None = None) -> Iterator[tuple[int, pa.ChunkedArray]]:
-        """First row and paths of each row group, or of those alone whose smallest and largest path leave room for `holding`."""
+        """First row and paths of each row group, or only of those whose range of paths includes `holding`."""
         for group, start in enumerate(self._starts):
             with self._damage():
                 statistics = self._file.metadata.row_group(group).column(_COLUMNS.index("path")).statistics
@@ -142,7 +142,7 @@ class ListingRows:
         try:
             yield
         except FileNotFoundError:
-            raise UserError(f"{self.name}: there is no such file; run: dvc repro scan") from None
+            raise UserError(f"{self.name}: the file does not exist; run: dvc repro scan") from None
         except (*PARQUET_DAMAGE, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self.name}: is damaged ({reason}); delete it and run: dvc repro scan") from None

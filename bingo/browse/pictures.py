@@ -1,6 +1,7 @@
-"""One image of a listing at a time, for people to look at: out of the packed store without reading its chunk, or from its file.
+"""Single images of a listing for display: from the packed store without reading the whole chunk, or from their files.
 
-No torch. Only the bytes of the row are read, so the checksum of its chunk is not: a training reads whole chunks and checks them.
+Does not import torch. Only the bytes of the row are read, so the chunk's checksum is not verified; training reads and verifies whole
+chunks.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ class Pictures:
 
         `open_chunk` opens a file of the store by its key, `open_path` an image file by its path in the listing;
         `gray_bits` is as in a Listing.
-        Raises UserError where the store is absent, damaged or another listing's.
+        Raises UserError if the store is absent, damaged or another listing's.
         """
         group = open_group(store, name, _WAY_OUT)
         if (owner := group.attrs.get("listing")) != listing:
@@ -42,7 +43,7 @@ class Pictures:
         return self.stored_rows == 0
 
     def picture(self, row: int, path: str, side_px: int) -> Image.Image | None:
-        """The RGB image of a row: as stored, or decoded with its short side at least `side_px`; None where it cannot be read."""
+        """The RGB image of a row: as stored, or decoded with its short side at least `side_px`; None if it cannot be read."""
         try:
             if not self.are_files:
                 return self._stored(row)
@@ -60,17 +61,17 @@ class Pictures:
 
 
 def file_picture(path: Path) -> Image.Image:
-    """The RGB image in a file. Raises UserError where it cannot be read or decoded."""
+    """The RGB image in a file. Raises UserError if it cannot be read or decoded."""
     try:
         return decode_rgb(path.read_bytes(), lambda height, width: 1)[0]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give an image file") from None
     except BadImage as error:
-        raise UserError(f"{path}: is no image that can be decoded ({error}); give a JPEG or PNG file") from None
+        raise UserError(f"{path}: is not an image that can be decoded ({error}); give a JPEG or PNG file") from None
 
 
 def square(picture: Image.Image, side_px: int) -> Image.Image:
-    """The middle square of a picture at `side_px`; small pictures are enlarged without smoothing, so that pixels stay pixels."""
+    """The central square of a picture at `side_px`; small pictures are enlarged without smoothing, so that pixels stay visible."""
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
     how = Image.Resampling.NEAREST if short * 2 <= side_px else Image.Resampling.BICUBIC

@@ -1,4 +1,4 @@
-"""Contact sheets: an anchor and its bag as one picture, and two bags of the same anchors side by side. Lengths in pixels."""
+"""Contact sheets: an anchor and its bag in one picture, and two bags of the same anchors side by side. Lengths are in pixels."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Tile:
 
 
 def contact_sheet(heading: str, anchor: Tile, members: list[Tile]) -> Image.Image:
-    """The anchor, large, and right of it its members in reading order, nearest first."""
+    """The anchor, enlarged, with its members to the right in reading order, nearest first."""
     columns = max(1, min(_MOST_COLUMNS, len(members), max(5, round(len(members) ** 0.5 * 1.6))))
     lines = -(-len(members) // columns)
     left = _MARGIN + _BIG + 2 * _GAP
@@ -105,7 +105,7 @@ def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: 
 
 
 def _draw_mark(draw: ImageDraw.ImageDraw, same: bool, left: int, top: int, color: str) -> None:
-    """A tick or a cross on a square of 22: colour alone would not tell them apart for everyone."""
+    """A tick or a cross on a square of 22: not everyone can distinguish the colours."""
     draw.rectangle((left, top, left + 21, top + 21), color)
     if same:
         draw.line((left + 5, top + 11, left + 9, top + 15, left + 16, top + 6), _PAPER, 3)

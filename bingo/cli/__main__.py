@@ -1,4 +1,4 @@
-"""`python -m bingo.cli`: the command bingo."""
+"""`python -m bingo.cli` runs the command `bingo`."""
 
 from bingo.cli.main import main
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 _SHEETS, _GALLERY, _THUMBNAILS = Path(".bingo/sheets"), Path(".bingo/gallery"), Path(".bingo/thumbnails")
 _ORDERS = ("changed", "gained", "lost")
-Rev = Annotated[str | None, typer.Option(help="A Git revision or DVC experiment; without it the workspace.")]
-Out = Annotated[Path | None, typer.Option(help="Where the PNG goes; without it below .bingo/sheets.")]
+Rev = Annotated[str | None, typer.Option(help="A Git revision or DVC experiment; by default the workspace.")]
+Out = Annotated[Path | None, typer.Option(help="The PNG to write; by default a file in .bingo/sheets.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 # -1 is a row that does not exist, and no option
 _NEGATIVE_ROWS = {"ignore_unknown_options": True}
@@ -32,7 +32,7 @@ _NEGATIVE_ROWS = {"ignore_unknown_options": True}
 
 @app.command(context_settings=_NEGATIVE_ROWS)
 def show(
-    target: Annotated[str, typer.Argument(metavar="ROW|PATH", help="A row number, or a path of the listing.")],
+    target: Annotated[str, typer.Argument(metavar="ROW|PATH", help="A row number or a path in the listing.")],
     rev: Rev = None,
     out: Out = None,
 ) -> None:
@@ -56,7 +56,7 @@ def show(
 
 @app.command()
 def stats(rev: Rev = None, as_json: AsJson = False) -> None:
-    """Purity, hubs, orphans, mutual neighbours, similarity, near-duplicates and cluster sizes of all bags."""
+    """Print purity, hubs, orphans, mutual neighbours, similarity, near-duplicates and cluster sizes of all bags."""
     with mistakes_as_lines():
         from bingo.bags.metrics import bag_metrics
         from bingo.cli.browse_source import BagSource
@@ -73,12 +73,12 @@ def stats(rev: Rev = None, as_json: AsJson = False) -> None:
 def diff(
     before: Annotated[str, typer.Argument(metavar="REV1", help="A Git revision, a DVC experiment, or: workspace.")],
     after: Annotated[str, typer.Argument(metavar="REV2", help="The same.")],
-    by: Annotated[str, typer.Option(help="Which anchors are listed and drawn: changed, gained or lost (purity) most.")] = "changed",
-    anchors: Annotated[int, typer.Option(min=1, max=200, help="How many of them.")] = 8,
+    by: Annotated[str, typer.Option(help="Anchors to show: those that changed, gained or lost (purity) most.")] = "changed",
+    anchors: Annotated[int, typer.Option(min=1, max=200, help="Number of anchors to list and draw.")] = 8,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the bags of two revisions: overlap, anchors that changed most, purity gained and lost."""
+    """Compare the bags of two revisions: overlap, purity gained and lost, and the anchors that changed most."""
     with mistakes_as_lines():
         from bingo.browse.diff import compare_bags
         from bingo.browse.sheets import side_by_side
@@ -104,12 +104,12 @@ def diff(
 
 @app.command()
 def find(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file, of the dataset or not.")],
-    k: Annotated[int | None, typer.Option(min=1, help="How many neighbours; otherwise as many as the bags list.")] = None,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file, from the dataset or not.")],
+    k: Annotated[int | None, typer.Option(min=1, help="Number of neighbours; by default as many as the bags list.")] = None,
     rev: Rev = None,
     out: Out = None,
 ) -> None:
-    """Print and draw the bag that an image outside the dataset would have, through the teacher."""
+    """Print and draw the bag that an image outside the dataset would have, using the teacher."""
     with mistakes_as_lines():
         from bingo.browse.pictures import file_picture
         from bingo.browse.sheets import Tile, contact_sheet
@@ -131,9 +131,9 @@ def find(
 @app.command()
 def gallery(
     rev: Rev = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the page; without it .bingo/gallery.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the page; by default .bingo/gallery.")] = None,
 ) -> None:
-    """Make an offline page of all bags: search, sort, click from bag to bag. It needs no server and no network."""
+    """Write an offline page of all bags, to search, sort and click from bag to bag. It needs neither a server nor a network."""
     with mistakes_as_lines():
         from bingo.browse.gallery.build import build_gallery, is_current
         from bingo.cli.browse_source import BagSource
@@ -148,7 +148,7 @@ def gallery(
                 table, listing = source.index.table, source.listing
                 unreadable = build_gallery(folder, _THUMBNAILS, table, listing, source.pictures, meta, bar.advance_to)
             if unreadable:
-                typer.echo(f"warning: {unreadable} images could not be read and are grey; check dataset.root", err=True)
+                typer.echo(f"warning: {unreadable} images could not be read and are shown in grey; check dataset.root", err=True)
         typer.echo(f"gallery: {as_seen_from_here(folder / 'index.html')}")
 
 
@@ -164,7 +164,7 @@ def _gallery_meta(source: "BagSource") -> dict[str, Any]:
 
 
 def _band(sources: "tuple[BagSource, BagSource]", found: "BagDiff", row: int) -> "tuple[Tile, list[Tile], list[Tile]]":
-    """An anchor and its two bags; a member is marked as kept where the other whole bag has it too."""
+    """An anchor and its two bags; a member is marked as kept if it is in the other bag too."""
     from dataclasses import replace
 
     _, (label,) = sources[0].listing.rows([row])
@@ -179,7 +179,7 @@ def _band(sources: "tuple[BagSource, BagSource]", found: "BagDiff", row: int) ->
 
 
 def _nearest(source: "BagSource", image: Path, k: int) -> "tuple[np.ndarray, np.ndarray]":
-    """Train rows and cosines nearest to an image file. Raises UserError where the features are not this teacher's."""
+    """Train rows and cosines nearest to an image file. Raises UserError if the features are not this teacher's."""
     import tempfile
 
     from bingo.browse.find import StoredFeatures, image_feature
@@ -200,7 +200,7 @@ def _nearest(source: "BagSource", image: Path, k: int) -> "tuple[np.ndarray, np.
 
 
 def _tag(source: "BagSource") -> str:
-    """The revision's name, made harmless for a file name."""
+    """The revision's name, made safe for use in a file name."""
     return "".join(char if char.isalnum() or char in "._-" else "-" for char in source.name)
 
 
@@ -211,7 +211,7 @@ def _file_name(stem: str, *sources: "BagSource") -> str:
 
 
 def _deliver(sheet: "Image", out: Path | None, default: Path) -> None:
-    """Write the PNG to --out or the default, and say where it is."""
+    """Write the PNG to --out or the default path, and print the path."""
     import io
 
     from bingo.runtime.artefacts import write_bytes

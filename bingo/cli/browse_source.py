@@ -1,4 +1,4 @@
-"""What the `bags` commands read of the workspace or of one revision, each artefact opened when it is first needed."""
+"""What the `bags` commands read from the workspace or a revision. Each artefact is opened when it is first needed."""
 
 import io
 from functools import cached_property
@@ -39,7 +39,7 @@ class BagSource:
 
     @cached_property
     def index(self) -> "BagIndex":
-        """The bag index, read row by row. Raises UserError where it is absent, damaged or another listing's."""
+        """The bag index, read row by row. Raises UserError if it is absent, damaged or another listing's."""
         from bingo.bags.index import read_bags
 
         listing = self.listing
@@ -66,14 +66,14 @@ class BagSource:
 
     @property
     def title(self) -> str:
-        """Which bags these are: name, method and its number."""
+        """What the bags were made from: name, method and its main parameter."""
         index = self.index
         clusters = f", {index.attrs['clusters']} clusters" if index.method == "kmeans" and "clusters" in index.attrs else ""
         lists = f", {index.attrs['probes']} of {index.attrs['lists']} lists" if "recall" in index.attrs else ""
         return f"{self.name} ({index.method}, k {index.k}{clusters}{lists})"
 
     def describe(self, row: int) -> str:
-        """How the bag of a row was made, and under clusters how many rows can be drawn beside those that are listed."""
+        """How the bag of a row was made; for clusters also how many rows can be drawn, including those that are not listed."""
         index = self.index
         cluster = index.cluster(row)
         if cluster is None:
@@ -83,12 +83,12 @@ class BagSource:
         return f"{index.method}, {word} {cluster}: {others} other rows, the nearest {min(index.k, others)} listed"
 
     def row_of(self, target: str) -> int:
-        """The row that a command's argument names: digits are a row, anything else is a path."""
+        """The row given by a command's argument: a number is a row, anything else a path."""
         number = target.removeprefix("-")
         return int(target) if number.isascii() and number.isdigit() else self.listing.row_of(target)
 
     def class_name(self, label: int) -> str:
-        """The name of a class; `-` where the label is unknown."""
+        """The name of a class; `-` if the label is unknown."""
         return self.listing.classes[label] if 0 <= label < len(self.listing.classes) else "-"
 
     def tile(self, row: int, caption: str | None = None) -> "Tile":
@@ -117,12 +117,12 @@ class BagSource:
 
 
 def same_label(label: int, anchor_label: int | None) -> bool | None:
-    """Whether two labels are the same; None where one is unknown."""
+    """Whether two labels are the same; None if one is unknown."""
     return None if anchor_label is None or anchor_label < 0 or label < 0 else label == anchor_label
 
 
 def check_comparable(before: BagSource, after: BagSource) -> None:
-    """Raises UserError where two indexes are of different listings: their row numbers then mean different images."""
+    """Raises UserError if two indexes belong to different listings, since their row numbers then mean different images."""
     first, second = before.listing, after.listing
     if first.fingerprint != second.fingerprint:
         sizes = f"listing {first.fingerprint[:8]} ({len(first)} rows) and listing {second.fingerprint[:8]} ({len(second)} rows)"

@@ -1,4 +1,4 @@
-"""The `bags` commands' text: a bag, statistics and a comparison as aligned columns."""
+"""The text output of the `bags` commands: a bag, statistics and a comparison as aligned columns."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def members_table(source: "BagSource", members: "np.ndarray", cosines: "np.ndarray", anchor_label: int | None) -> str:
-    """One line a member, nearest first; without the column `same` where the anchor is not of the dataset (None)."""
+    """One line for each member, nearest first; without the column `same` if the anchor is not in the dataset (None)."""
     if not len(members):
         return "the bag is empty"
     listed_paths, labels = source.listing.rows(members)
@@ -50,7 +50,7 @@ def stats_text(source: "BagSource", metrics: dict[str, Any]) -> str:
 
 
 def diff_text(sources: "tuple[BagSource, BagSource]", found: "BagDiff", rows_R: "np.ndarray", by: str) -> str:
-    """The comparison's figures, and the anchors `rows_R` one a line."""
+    """The figures of the comparison, and one line for each of the anchors `rows_R`."""
     before, after = sources
     lines = [(name.replace("_", " "), _value(value)) for name, value in found.summary().items()]
     listed_paths, labels = before.listing.rows(rows_R)
@@ -82,7 +82,7 @@ def _share(x: float) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
-    """Columns two spaces apart under their heads; `right` has an `r` at the place of each column that is aligned right."""
+    """Columns separated by two spaces, with headings; `right` has an `r` at the position of each right-aligned column."""
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
     sides = [">" if right[column : column + 1] == "r" else "<" for column in range(len(heads))]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""bingo embed: features of a user's own images, by the student or its teacher.
+"""bingo embed: embeddings of the images in a folder, by the student or its teacher.
 
 bingo embed ~/photos --out photos.parquet
 """
@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class OnBadImage(StrEnum):
-    """What happens where an image cannot be read."""
+    """What to do with an image that cannot be read."""
 
     stop = "stop"
     skip = "skip"
@@ -25,16 +25,16 @@ class OnBadImage(StrEnum):
 
 @app.command()
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, at any depth.")],
-    out: Annotated[Path, typer.Option(help="A .zarr, .npy (names in a .txt beside it) or .parquet file, float32.")],
-    student: Annotated[Path | None, typer.Option(help="A student's or baseline's file; without it models/student.safetensors.")] = None,
-    teacher: Annotated[bool, typer.Option("--teacher", help="Embed by the teacher instead.")] = False,
-    batch_images: Annotated[int, typer.Option(min=1, max=65536, help="Images that pass the network at once.")] = 256,
-    on_bad_image: Annotated[OnBadImage, typer.Option(help="Unreadable images: name them and stop, or leave them out.")] = OnBadImage.stop,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images, at any depth.")],
+    out: Annotated[Path, typer.Option(help="The file to write, float32: .zarr, .npy (with the paths in a .txt file) or .parquet.")],
+    student: Annotated[Path | None, typer.Option(help="File of a student or baseline; by default models/student.safetensors.")] = None,
+    teacher: Annotated[bool, typer.Option("--teacher", help="Use the teacher instead of the student.")] = False,
+    batch_images: Annotated[int, typer.Option(min=1, max=65536, help="Batch size.")] = 256,
+    on_bad_image: Annotated[OnBadImage, typer.Option(help="Unreadable images: stop and list them, or skip them.")] = OnBadImage.stop,
     follow_links: Annotated[bool, typer.Option("--follow-links", help="Follow links that lead out of FOLDER.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
-    """Write the features of all images in a folder, in the order of their paths."""
+    """Write the embeddings of all images in a folder, sorted by path."""
     with mistakes_as_lines():
         from bingo.embeddings.files import SUFFIXES, files_of
         from bingo.embeddings.of_folder import embed_folder

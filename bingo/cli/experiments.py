@@ -1,4 +1,4 @@
-"""bingo experiments: DVC's experiments of one commit beside each other, as a page and as Markdown on stdout.
+"""bingo experiments: compare the DVC experiments of one commit in a page, and as Markdown on stdout.
 
 What DVC shows (parameters, metrics) comes from `dvc exp show`; timings come from the records that stages keep of experiments in
 .bingo/runs/EXPERIMENT (bingo/pipeline/run.py).
@@ -26,8 +26,8 @@ AGAINST = "method-moco"
 
 
 def main(
-    prefixes: Annotated[list[str] | None, typer.Argument(help="Only those whose names start so.")] = None,
-    against: Annotated[str | None, typer.Option(help="The variant that differences are taken to; method-moco if there is one.")] = None,
+    prefixes: Annotated[list[str] | None, typer.Argument(help="Only experiments whose names start with one of these.")] = None,
+    against: Annotated[str | None, typer.Option(help="Reference variant of the differences; by default method-moco.")] = None,
     rev: Annotated[str, typer.Option(help="The commit whose experiments are compared.")] = "HEAD",
 ) -> None:
     """Compare DVC's experiments: a page, and tables on stdout."""
@@ -36,8 +36,8 @@ def main(
 
 
 def report_experiments(prefixes: Sequence[str], against: str | None, revision: str) -> None:
-    """Write reports/experiments.html and print its tables: of the experiments whose names start with one of `prefixes` (none: all),
-    and always of the reference. Raises UserError where there are none, or none of a variant that `against` names."""
+    """Write reports/experiments.html and print its tables, for the experiments whose names start with one of `prefixes` (none: all)
+    and for the reference. Raises UserError if there are none, or none of a variant that `against` names."""
     from bingo.report.experiments import variants
     from bingo.report.experiments_page import build_page
     from bingo.report.experiments_table import by_seed, summary
@@ -51,7 +51,7 @@ def report_experiments(prefixes: Sequence[str], against: str | None, revision: s
     reference = against or _reference(names)
     asked = [one for one in known if not prefixes or one.name.startswith(tuple(prefixes))]
     if not asked:
-        raise UserError(f"{' '.join(prefixes)}: no experiment of {commit[:7]} has such a name; there are {', '.join(sorted(names))}")
+        raise UserError(f"{' '.join(prefixes)}: no experiment of {commit[:7]} has such a name; allowed are {', '.join(sorted(names))}")
     chosen = [one for one in known if one in asked or one.variant == reference]
     records = [read_json(path) | {"experiment": path.parent.name} for path in sorted(paths.RUNS.glob("*/distill.json"))]
     found = variants(chosen, records)
@@ -63,13 +63,13 @@ def report_experiments(prefixes: Sequence[str], against: str | None, revision: s
 
 
 def _reference(names: Collection[str]) -> str | None:
-    """AGAINST, or where there is none the only variant that lays it over a base (benchmarks/compare.py)."""
+    """The variant AGAINST, or else the only variant in which it is applied to a base recipe (benchmarks/compare.py)."""
     found = [name for name in names if name.rpartition("+")[2] == AGAINST]
     return AGAINST if AGAINST in names else found[0] if len(found) == 1 else None
 
 
 def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
-    """The commit, and its experiments that have run to their end. Raises UserError where there is none."""
+    """The commit, and its experiments that have finished. Raises UserError if there is none."""
     from bingo.report.experiments import Experiment
 
     shown = next((entry for entry in _shown_by_dvc(revision) if entry["rev"] != "workspace"), None)
@@ -77,7 +77,7 @@ def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
     runs = [one["revs"][0] for one in (shown or {}).get("experiments") or [] if not one.get("executor")]
     complete = [run for run in runs if run["name"] and (run["data"] or {}).get("metrics", {}).get("reports/results.json", {}).get("data")]
     if not complete:
-        raise UserError(f"--rev = {revision}: commit {commit[:7]} has no experiment that ran to its end{_elsewhere()}")
+        raise UserError(f"--rev = {revision}: commit {commit[:7]} has no finished experiment{_elsewhere()}")
     return commit, [
         Experiment(run["name"], run["data"]["params"]["params.yaml"]["data"], _figures(run["data"]["metrics"])) for run in complete
     ]

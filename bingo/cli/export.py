@@ -1,4 +1,4 @@
-"""bingo export: the trained backbone as a file of another library, checked by that library, with a model card beside it.
+"""bingo export: write the trained backbone in another library's format, verify it with that library, and add a model card.
 
 bingo export --to timm --out out/student.safetensors
 """
@@ -23,11 +23,11 @@ _REPORTS = {"linear_eval": paths.REPORTS / "linear", "knn_eval": paths.REPORTS /
 @app.command()
 def main(
     to: Annotated[str, typer.Option(help="safetensors, timm, torchvision, detectron2 or onnx.")],
-    out: Annotated[Path, typer.Option(help="The file; its model card goes beside it, as OUT.md.")],
-    student: Annotated[Path | None, typer.Option(help="A student's or baseline's file; without it models/student.safetensors.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it is there already.")] = False,
+    out: Annotated[Path, typer.Option(help="The file to write; its model card is written to OUT.md.")],
+    student: Annotated[Path | None, typer.Option(help="File of a student or baseline; by default models/student.safetensors.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
-    """Write the trained backbone for another library, read it back with that library, and write a model card."""
+    """Write the trained backbone in another library's format, read it back with that library, and write a model card."""
     with mistakes_as_lines():
         from bingo.export.contract import find_target
         from bingo.export.model_card import model_card
@@ -52,7 +52,7 @@ def main(
 
 
 def _provenance(file: Path, network: "StoredNetwork") -> "Provenance":
-    """What this workspace still holds of what the network was made from, each part only if its fingerprint is the network's."""
+    """What this workspace still has of the network's inputs; each part only if its fingerprint matches the network's."""
     from bingo.browse.listing_rows import ListingRows
     from bingo.export.model_card import Provenance
 
@@ -99,7 +99,7 @@ def _attributes(store: Path, fingerprint: str | None) -> dict[str, Any] | None:
 
 
 def _name_in_reports(file: Path) -> str:
-    """What the reports call this network: it is found by its bytes, so that a copy is known too. Empty for a stranger."""
+    """The name of this network in the reports. It is found by its bytes, so that copies are recognised; empty if it is unknown."""
     from bingo.runtime.artefacts import file_fingerprint
 
     known = {"student": paths.STUDENT, **{path.stem: path for path in sorted(paths.BASELINES.glob("*.safetensors"))}}
@@ -108,7 +108,7 @@ def _name_in_reports(file: Path) -> str:
 
 
 def _scores(file: Path, net: str) -> "list[tuple[str, dict[str, float]]]":
-    """The figures in reports/ of a network and of those it is compared with; its own are left out, with a note, where dvc.lock says that
+    """The figures in reports/ for a network and those it is compared with. Its own are left out, with a note, if dvc.lock says that
     they were measured on another file."""
     from bingo.export.model_card import score_rows
     from bingo.report.inputs import by_protocol, read_optional_json
@@ -124,7 +124,7 @@ def _scores(file: Path, net: str) -> "list[tuple[str, dict[str, float]]]":
 
 
 def _was_measured_on_another(stage: str, net: str, file: Path) -> bool:
-    """Whether dvc.lock has another md5 for the network that an evaluation read; without DVC's record nothing is known."""
+    """Whether dvc.lock has another md5 for the network that an evaluation read; False if DVC has no record of it."""
     import hashlib
 
     from bingo.params import read_yaml

@@ -1,4 +1,5 @@
-"""bingo: every stage, and what people use beside the pipeline. Nothing heavy is imported before a command needs it."""
+"""The command `bingo`: one subcommand for each stage, and tools for the results of a run. Nothing heavy is imported before a command needs
+it."""
 
 import importlib
 from typing import Any
@@ -16,14 +17,14 @@ STAGES = (
 
 
 class Commands(TyperGroup):
-    """The commands of this program and, each found by its name once it is asked for, the stages."""
+    """The group of all commands. A stage is imported only when its command is used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The stages in their order, then the others."""
+        """The stages in the order of the pipeline, then the other commands."""
         return [*STAGES, *super().list_commands(ctx)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of a name, or None."""
+        """The command called `name`, or None."""
         if cmd_name not in STAGES:
             return super().get_command(ctx, cmd_name)
         command: Any = typer.main.get_command(importlib.import_module(f"stages.{cmd_name}").app)
@@ -40,9 +41,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for module in (export, embed, experiments):
-    app.command(module.__name__.rpartition(".")[2], rich_help_panel="Beside the pipeline")(module.main)
-app.add_typer(browse.app, name="bags", help="Look into the cached bags.", rich_help_panel="Beside the pipeline")
-app.add_typer(recipe.app, name="recipe", help="Whole settings by name.", rich_help_panel="Beside the pipeline")
+    app.command(module.__name__.rpartition(".")[2], rich_help_panel="Tools")(module.main)
+app.add_typer(browse.app, name="bags", help="Inspect the bags of a run.", rich_help_panel="Tools")
+app.add_typer(recipe.app, name="recipe", help="List, show, check and apply recipes (named settings).", rich_help_panel="Tools")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""bingo recipe list | show | table | use | check: overlays on params.yaml, one file each in recipes/ (bingo/planning/recipes.py)."""
+"""bingo recipe list | show | table | use | check: overrides of params.yaml, one file each in recipes/ (bingo/planning/recipes.py)."""
 
 import os
 from pathlib import Path
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 FOLDER = Path("recipes")
 PARAMS = Path("params.yaml")
-# Headings of the list, by what a name begins with.
+# Headings of the list, by prefix of the name.
 GROUPS = {
-    "method-": "Methods, on whatever images params.yaml has",
-    "ablation-": "Ablations of BINGO, on whatever images params.yaml has",
+    "method-": "Methods, for the images set in params.yaml",
+    "ablation-": "Ablations of BINGO, for the images set in params.yaml",
     "imagenet-r18-": "ImageNet, ResNet-18",
     "imagenet-r34-": "ImageNet, ResNet-34",
     "imagenet-effb0-": "ImageNet, EfficientNet-B0",
     "imagenet-mobv3-": "ImageNet, MobileNet-v3-large",
-    "keys-": "Keys, over a row of ImageNet",
-    "coco-": "COCO, beside an ImageNet recipe",
-    "downstream-": "Few labels and transfer, of whatever student params.yaml trains",
-    "parts/": "Parts that recipes include",
-    "": "Small datasets",
+    "keys-": "Keys, combined with an ImageNet recipe",
+    "coco-": "COCO, combined with an ImageNet recipe",
+    "downstream-": "Few labels and transfer, for the student set in params.yaml",
+    "parts/": "Parts included by recipes",
+    "": "Your own images, and small datasets",
 }
-Name = Annotated[str, typer.Argument(help="A recipe's name, as `bingo recipe list` prints it.")]
+Name = Annotated[str, typer.Argument(help="Name of a recipe, as printed by `bingo recipe list`.")]
 
 
 @app.command("list")
-def list_recipes(everything: Annotated[bool, typer.Option("--all", help="Also the parts that recipes share.")] = False) -> None:
-    """Print every recipe with its published linear top-1 / top-5 accuracy in percent, if it has one, and its first line. One that
-    cannot be read stands there with its mistake, and the exit code is 2."""
+def list_recipes(everything: Annotated[bool, typer.Option("--all", help="Include the parts shared by recipes.")] = False) -> None:
+    """Print all recipes, each with its published linear top-1 / top-5 accuracy in percent, if any, and a description. A recipe that
+    cannot be read is listed with its error, and the exit code is 2."""
     with mistakes_as_lines():
         from bingo.planning.recipes import recipe_names
 
@@ -54,7 +54,7 @@ def list_recipes(everything: Annotated[bool, typer.Option("--all", help="Also th
 
 
 def _summary(name: str) -> tuple[str, bool]:
-    """Figures and first line of a recipe and True, or what is wrong with it and False."""
+    """Figures and description of a recipe and True, or the error in it and False."""
     from bingo.planning.recipes import description, overlay_mistakes, own_about, read_recipe, recipe_path
     from bingo.runtime.errors import UserError
 
@@ -79,7 +79,7 @@ def _figures(about: "About") -> str:
 
 @app.command()
 def show(name: Name) -> None:
-    """Print one recipe, what it sets when all that it includes is laid over, what to expect of it, and what a run will cost."""
+    """Print one recipe: the file, all values that it sets (including its parts), the published figures, and the estimated cost of a run."""
     with mistakes_as_lines():
         from bingo.cli.recipe_costs import cost_lines
         from bingo.params import read_yaml, validate
@@ -102,7 +102,7 @@ def show(name: Name) -> None:
 
 
 def _about_lines(recipe: "Recipe") -> list[str]:
-    """What to expect, from which teacher, and what differs from the published setting."""
+    """The published figures, the teacher, and the differences from the published settings."""
     from bingo.report.measures import measure_label
 
     about = recipe.about
@@ -117,7 +117,7 @@ def _about_lines(recipe: "Recipe") -> list[str]:
 
 @app.command()
 def table() -> None:
-    """Print the page docs/recipes.md: the settings of every row of the papers' tables, the published values beside them."""
+    """Print the page docs/recipes.md: the settings for every row of the papers' tables, with the published values."""
     with mistakes_as_lines():
         from bingo.params import read_yaml
         from bingo.planning.recipe_table import markdown
@@ -126,8 +126,8 @@ def table() -> None:
 
 
 @app.command()
-def use(name: Name, root: Annotated[str | None, typer.Option(help="Where the images are: sets dataset.root.")] = None) -> None:
-    """Lay a recipe over params.yaml: print each change, check the result whole, then write it (remarks stay)."""
+def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the images; sets dataset.root.")] = None) -> None:
+    """Apply a recipe to params.yaml: print each change, validate the result, then write it. Comments are kept."""
     with mistakes_as_lines():
         from bingo.params import read_yaml, validate
         from bingo.planning.recipes import as_text, lay_over, read_recipe
@@ -146,11 +146,11 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Where the ima
         write_bytes(PARAMS, _rewritten(overlay, params).encode())
         for key, old, new in changes:
             typer.echo(f"{key}: {as_text(old)} -> {as_text(new)}")
-        typer.echo(f"params.yaml: {len(changes)} changes; back: git checkout params.yaml; next: dvc repro")
+        typer.echo(f"params.yaml: {len(changes)} changes; undo: git checkout params.yaml; next: dvc repro")
 
 
 def _seen_from_workspace(root: str) -> str:
-    """A folder as params.yaml is to name it: as the user gave it, but relative to the workspace where that is not where the user stands."""
+    """A folder as written to params.yaml: as given by the user, but relative to the workspace if that is not the current folder."""
     if root.startswith("~"):
         return root
     place = from_here("--root", Path(root))
@@ -158,7 +158,7 @@ def _seen_from_workspace(root: str) -> str:
 
 
 def _rewritten(overlay: dict[str, Any], expected: dict[str, Any]) -> str:
-    """params.yaml's text with the overlay's values in place. Remarks stay, unless they would break it: it holds `expected` in any case."""
+    """The text of params.yaml with the new values. Comments are kept unless they would break it; the result always equals `expected`."""
     from ruamel.yaml import YAML
 
     from bingo.planning.recipes import lay_over
@@ -169,9 +169,9 @@ def _rewritten(overlay: dict[str, Any], expected: dict[str, Any]) -> str:
         text = _dumped(document)
         if YAML(typ="safe", pure=True).load(text) == expected:
             return text
-    except Exception:  # a remark behind a list, as other tools leave it, makes the library write what it cannot read
+    except Exception:  # a comment behind a list, as other tools leave it, makes the library write what it cannot read
         pass
-    typer.echo("warning: params.yaml: its remarks are not kept, as one behind a value would break it; see: git diff params.yaml", err=True)
+    typer.echo("warning: params.yaml: comments are lost: one behind a value would break the file; see: git diff params.yaml", err=True)
     return _dumped(expected)
 
 
@@ -184,7 +184,7 @@ def _dumped(document: Any) -> str:
 
 
 def _yaml() -> Any:
-    """The reader and writer that keeps remarks and quotes."""
+    """A YAML reader and writer that keeps comments and quotes."""
     from ruamel.yaml import YAML
 
     yaml = YAML()
@@ -195,9 +195,9 @@ def _yaml() -> Any:
 
 
 @app.command()
-def check(name: Annotated[str | None, typer.Argument(help="A recipe, laid over params.yaml; none: params.yaml as it is.")] = None) -> None:
-    """Dry run: build the networks, read the teacher's checkpoint if it is there, train one step on fabricated images, tell the costs
-    and what is missing. Exit code 0: all is there; 2: something is missing or wrong."""
+def check(name: Annotated[str | None, typer.Argument(help="A recipe to apply first; by default params.yaml as it is.")] = None) -> None:
+    """Dry run: build the networks, read the teacher's checkpoint if it exists, train one step on fabricated images, and report the costs
+    and what is missing. Exit code 0: nothing is missing; 2: something is missing or wrong."""
     with mistakes_as_lines():
         from bingo.cli import recipe_check
         from bingo.params import read_yaml, validate

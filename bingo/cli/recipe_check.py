@@ -1,4 +1,4 @@
-"""`bingo recipe check`: everything that a run builds, built once and tried on fabricated images, before any image is read."""
+"""`bingo recipe check`: build everything that a run builds and try it on fabricated images, before any image is read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -80,18 +80,18 @@ def _missing_coco(params: "Params") -> list[str]:
 
 
 def _missing_images(params: "Params", about: "About") -> str:
-    line = f"dataset.root = {params.dataset.root}: there is no such folder"
+    line = f"dataset.root = {params.dataset.root}: the folder does not exist"
     if about.images is None:
         return f"{line}, so the costs are not known; set dataset.root to the folder of the images"
     return f"{line}; {about.images.train:,} train and {about.images.test:,} test images are published by {about.images.published_by}"
 
 
 def _missing_downstream(params: "Params") -> list[str]:
-    """What semi_eval and transfer_cifar read, and would ask for only when the student is trained; torchvision may yet download CIFAR."""
+    """Missing inputs of semi_eval and transfer_cifar, which run only after the student is trained; torchvision may still download CIFAR."""
     from bingo.planning.limits import list_mistakes
 
     folders = {f"transfer.datasets.{name}.root": item.root for name, item in params.transfer.datasets.items() if item.source == "folder"}
-    absent = [f"{key} = {root}: there is no such folder" for key, root in folders.items() if root and not Path(root).is_dir()]
+    absent = [f"{key} = {root}: the folder does not exist" for key, root in folders.items() if root and not Path(root).is_dir()]
     return list_mistakes(params) + absent
 
 
@@ -101,7 +101,7 @@ def _names_file(params: "Params") -> bool:
 
 
 def _teacher(params: "Params", say: Callable[[str], None]) -> "Teacher":
-    """The teacher, from its checkpoint if that is there."""
+    """The teacher, read from its checkpoint if that exists."""
     from bingo.planning.dry_run import dry_teacher
     from bingo.runtime.progress import progress_bar
 
@@ -122,7 +122,7 @@ def _teacher(params: "Params", say: Callable[[str], None]) -> "Teacher":
 
 
 def _missing_checkpoint(params: "Params", about: "About") -> str:
-    line = f"teacher.checkpoint = {params.teacher.checkpoint}: there is no such file"
+    line = f"teacher.checkpoint = {params.teacher.checkpoint}: the file does not exist"
     return f"{line}; set teacher.checkpoint to it" if about.teacher is None else f"{line}; the {about.teacher.published_by} links it"
 
 

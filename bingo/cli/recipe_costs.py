@@ -1,4 +1,4 @@
-"""The lines in which `bingo recipe show` and `check` tell what a run costs."""
+"""The cost estimate of a run, as printed by `bingo recipe show` and `check`."""
 
 from typing import TYPE_CHECKING
 
@@ -14,18 +14,18 @@ MEGA, GIGA, TERA = 1e6, 1e9, 1e12
 
 
 def cost_lines(params: "Params", about: "About") -> list[str]:
-    """Counted on fabricated data, with random weights in the teacher's place."""
+    """The estimate, counted on fabricated data with a randomly initialised teacher."""
     from bingo.planning.dry_run import dry_student, dry_teacher
 
     teacher = dry_teacher(params, checkpoint=False)
     counts = known_counts(params, about)
     if counts is None:
-        return [f"images: {params.dataset.root} is not there, so how many is not known, and neither is the cost"]
+        return [f"images: {params.dataset.root} does not exist, so the number of images and the costs are unknown"]
     return [images_line(params, counts), *estimate_lines(whole_estimate(params, counts, teacher, dry_student(params, teacher)))]
 
 
 def known_counts(params: "Params", about: "About") -> "Counts | None":
-    """How many images the dataset has: as the recipe says, or else as they are found; None where neither is known."""
+    """Number of images in the dataset: as given in the recipe, or else as found; None if neither is known."""
     from bingo.datasets.sources import count_images
     from bingo.datasets.subset import Counts
 
@@ -37,7 +37,7 @@ def known_counts(params: "Params", about: "About") -> "Counts | None":
 
 
 def whole_estimate(params: "Params", counts: "Counts", teacher: "Teacher", student: "DryTraining") -> "Estimate":
-    """With the baselines' trainings, and the teacher's where there is one."""
+    """Including the training of the baselines and, if it is pretrained, of the teacher."""
     from bingo.planning.dry_run import dry_baseline, dry_pretraining
     from bingo.planning.estimates import estimate
 
@@ -46,13 +46,13 @@ def whole_estimate(params: "Params", counts: "Counts", teacher: "Teacher", stude
 
 
 def images_line(params: "Params", counts: "Counts") -> str:
-    """Where the images are and how many."""
+    """Where the images are and how many there are."""
     where = "" if params.dataset.root is None else f" in {params.dataset.root}"
     return f"images: {params.dataset.source}{where}, {counts.train:,} to train on and {counts.test:,} to test on"
 
 
 def estimate_lines(estimate: "Estimate") -> list[str]:
-    """FLOPs, time of a GPU, of this machine's CPU where there is no GPU, and disk, one line each."""
+    """FLOPs, GPU time (or CPU time on a machine without a GPU) and disk space, one line each."""
     from bingo.planning.costs import SUSTAINED_FLOP_PER_SECOND
 
     total = sum(estimate.stage_flops.values())

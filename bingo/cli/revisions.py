@@ -1,6 +1,6 @@
-"""Artefacts for reading, by their path: those of the workspace, or those of any Git revision or DVC experiment.
+"""Read artefacts by path, from the workspace or from any Git revision or DVC experiment.
 
-A revision's files come straight from the DVC cache, or from the remote where the cache lacks them; nothing is checked out or
+Files of a revision are read from the DVC cache, or from the remote if they are not in the cache; nothing is checked out or
 written. DVC is imported only then.
 """
 
@@ -19,7 +19,7 @@ WORKSPACE = "workspace"
 
 
 class Workspace:
-    """The files that lie here now."""
+    """The files in the workspace."""
 
     name = WORKSPACE
     is_workspace = True
@@ -29,15 +29,15 @@ class Workspace:
         return path
 
     def open(self, path: Path) -> BinaryIO:
-        """A file, opened for reading. Raises OSError where it is absent."""
+        """A file, opened for reading. Raises OSError if it is absent."""
         return open(path, "rb")
 
     def open_image(self, path: Path) -> BinaryIO:
-        """An image file of the dataset. Raises OSError where it is absent."""
+        """An image file of the dataset. Raises OSError if it is absent."""
         return open(located(str(path)), "rb")
 
     def local(self, path: Path, folder: Path) -> Path:
-        """A path of this machine under which the file can be read; `folder` takes it where it has to be copied."""
+        """A local path of the file, which is copied into `folder` if necessary."""
         return path
 
     def title(self, path: Path) -> str:
@@ -53,7 +53,7 @@ class Workspace:
 
 
 class Revision:
-    """The files of one Git revision or DVC experiment of the repository here. Raises UserError where it has none of this name."""
+    """The files of one Git revision or DVC experiment of this repository. Raises UserError if the name is unknown."""
 
     is_workspace = False
 
@@ -63,12 +63,12 @@ class Revision:
             self._files = _files_of(self)
 
     def store(self, path: Path) -> Any:
-        """A zarr store, as `zarr.open_group` takes it. Raises UserError where the revision has none or its data are gone."""
+        """A zarr store, as `zarr.open_group` takes it. Raises UserError if the revision has none or its data are gone."""
         self.open(path / "zarr.json").close()
         return self._files.get_mapper(path.as_posix())
 
     def open(self, path: Path) -> BinaryIO:
-        """A file, opened for reading. Raises UserError where the revision has none or its data are gone."""
+        """A file, opened for reading. Raises UserError if the revision has none or its data are gone."""
         with self._mistakes():
             try:
                 return self._files.open(path.as_posix())
@@ -76,7 +76,7 @@ class Revision:
                 raise self.absent(path.as_posix()) from None
 
     def open_image(self, path: Path) -> BinaryIO:
-        """An image file of the dataset: the revision's where it keeps the dataset, otherwise the one that lies here now."""
+        """An image file of the dataset: the revision's, if the dataset is tracked, otherwise the current file."""
         if not path.is_absolute() and self._hash(path.as_posix()):
             return self.open(path)
         return open(located(str(path)), "rb")
@@ -105,8 +105,8 @@ class Revision:
         if self._hash(path) or self._hash(out):
             again = f"git worktree add ../again {self._commit}, and there: dvc repro bag"
             return UserError(
-                f"{out} of {self.name}: neither the DVC cache nor a remote holds its data; push them from where they were made"
-                f" (dvc push, dvc exp push), or make them again: {again}"
+                f"{out} of {self.name}: its data are neither in the DVC cache nor on a remote; push them from where they were made"
+                f" (dvc push, dvc exp push), or recreate them: {again}"
             )
         way_out = "commit dvc.lock after dvc repro (git add dvc.lock, git commit), and name that commit"
         return UserError(f"{out} of {self.name}: this revision has no such file, as its dvc.lock does not list it; {way_out}")
@@ -130,10 +130,10 @@ class Revision:
             yield
         except RevError:
             known = "see `git log --oneline --all` and `dvc exp list --all-commits`"
-            raise UserError(f"{self.name}: is no Git revision and no DVC experiment of this repository; {known}") from None
+            raise UserError(f"{self.name}: is neither a Git revision nor a DVC experiment of this repository; {known}") from None
         except (NotDvcRepoError, SCMError):
             raise UserError(
-                f"{self.name}: {Path.cwd()} lies in no repository of Git and DVC; change into the folder of params.yaml and dvc.yaml"
+                f"{self.name}: {Path.cwd()} is not in a repository of Git and DVC; change into the folder of params.yaml and dvc.yaml"
             ) from None
         except DvcException as error:
             raise UserError(f"{self.name}: DVC says: {' '.join(str(error).split())}") from None
@@ -151,7 +151,7 @@ def _files_of(revision: Revision) -> Any:
     from dvc.api import DVCFileSystem
 
     class Files(DVCFileSystem):  # type: ignore[misc]
-        """zarr takes a file that cannot be read for one that was never written; this tells them apart."""
+        """zarr treats a file that cannot be read as one that was never written; this distinguishes the two."""
 
         def cat_file(self, path: str, *args: Any, **kwargs: Any) -> bytes:
             try:
@@ -162,7 +162,7 @@ def _files_of(revision: Revision) -> Any:
                 raise
 
     files = Files(".", rev=revision.name)
-    assert files.repo is not None  # opens it: an unknown revision is told now
+    assert files.repo is not None  # opens it, so that an unknown revision is reported now
     return files
 
 

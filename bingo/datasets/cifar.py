@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 through torchvision, which downloads them where there is a network and checks their MD5 sums."""
+"""CIFAR-10 and CIFAR-100 through torchvision, which downloads them if necessary and verifies their MD5 sums."""
 
 import contextlib
 import sys
@@ -18,7 +18,7 @@ SIDE_PX = 32
 
 @progress_bar("reading CIFAR")
 def scan_cifar(dataset: DatasetParams, seed: int) -> tuple[Listing, np.ndarray]:
-    """Listing and images, resized if store_px is not 32. Raises UserError where the data are neither there nor to be had."""
+    """Listing and images, resized if store_px is not 32. Raises UserError if the data neither exist nor can be downloaded."""
     assert dataset.store_px is not None
     paths, labels, images = [], [], []
     classes: list[str] = []
@@ -34,7 +34,7 @@ def scan_cifar(dataset: DatasetParams, seed: int) -> tuple[Listing, np.ndarray]:
 
 
 def _read(dataset: DatasetParams, train: bool) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """One split as torchvision gives it: uint8 (N, 32, 32, 3), labels int64 (N,), class names."""
+    """One split from torchvision: uint8 (N, 32, 32, 3), labels int64 (N,), class names."""
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if dataset.source == "cifar10" else datasets.CIFAR100
@@ -48,9 +48,9 @@ def _read(dataset: DatasetParams, train: bool) -> tuple[np.ndarray, np.ndarray, 
                 whole = kind(root, train=train, download=True)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())
-            way_out = f"put the archive {kind.filename} there, or run where there is a network"
+            way_out = f"put the archive {kind.filename} there, or run with a network connection"
             raise UserError(
-                f"dataset.root = {root}: {dataset.source} is not there and cannot be downloaded ({reason}); {way_out}"
+                f"dataset.root = {root}: {dataset.source} is not in this folder and cannot be downloaded ({reason}); {way_out}"
             ) from None
     return whole.data, np.asarray(whole.targets, np.int64), list(whole.classes)
 

@@ -1,6 +1,6 @@
-"""scikit-learn's 1,797 handwritten digits, each drawn several times at a random place, scale and angle on a larger canvas.
+"""scikit-learn's 1,797 handwritten digits, each drawn several times at a random position, scale and angle on a larger canvas.
 
-Small, real and offline: the same digit at several places is what a teacher must learn to recognise.
+The dataset is small, real and needs no download. The teacher must learn to recognise the same digit at several positions.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from bingo import seeds
 from bingo.params import DatasetParams
 from bingo.runtime.progress import progress_bar
 
-DATASET = "digits-1"  # the number changes with the drawing
+DATASET = "digits-1"  # change this number when the drawing changes
 _SOURCE_PX, _SOURCE_LEVELS = 8, 16
 _TEST_SHARE = 0.2
 
@@ -24,7 +24,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_test_digit(labels_D: np.ndarray, seed: int) -> np.ndarray:
-    """Bool (D,): a fifth of each class, drawn with the seed. All placements of a digit are on its side."""
+    """The test digits, bool (D,): a fifth of each class, drawn by seed. All placements of a digit are in the same split."""
     is_test_D = np.zeros(len(labels_D), bool)
     order_D = seeds.permutation(seed, "digits/split", 0, len(labels_D))
     for label in np.unique(labels_D):
@@ -36,8 +36,8 @@ def is_test_digit(labels_D: np.ndarray, seed: int) -> np.ndarray:
 def draw_digits(digits_D88: np.ndarray, digits_N: np.ndarray, placements_N: np.ndarray, dataset: DatasetParams, seed: int) -> np.ndarray:
     """Digit `digits_N[n]` in placement `placements_N[n]` on a black canvas: uint8 (N, S, S, 3), S = store_px.
 
-    The side is a share `placement_scale` of the canvas, the centre anywhere that keeps the upright square inside, the angle
-    within `placement_degrees`, all uniform and drawn by (digit, placement).
+    The side is a fraction `placement_scale` of the canvas, the centre anywhere that keeps the upright square inside, the angle
+    within `placement_degrees`; all are uniform and drawn by (digit, placement).
     """
     assert dataset.store_px is not None
     canvas_px = dataset.store_px

@@ -1,4 +1,4 @@
-"""Every image file read once, in parallel: its size, its hash, whether it decodes, and its pixels where they are to be stored.
+"""Read every image file once, in parallel: its size, its hash, whether it can be decoded, and its pixels if they are to be stored.
 
 No torch. Shape letters: N files, S side of a stored image in pixels.
 """
@@ -26,9 +26,9 @@ THREADS_UP_TO_FILES = 4096  # processes scale further than threads, but take abo
 
 @dataclass(frozen=True)
 class Checked:
-    """What one file is; `reason` says in one line why it is no readable image, None where it is one.
+    """The result for one file; `reason` says in one line why it is not a readable image, None if it is one.
 
-    `largest` is the largest value of a grey image of 16 bits, None for any other; `deep_colours`: it has 16 bits for each colour.
+    `largest` is the largest value of a 16-bit greyscale image, None for any other; `deep_colours`: it has 16 bits per colour channel.
     """
 
     content: Content
@@ -42,7 +42,7 @@ def check_files(
 ) -> tuple[list[Checked], np.ndarray | None]:
     """Check N files under `root`; with `store_px` also their pixels as squares, uint8 (N, S, S, 3), black where unreadable.
 
-    `decode`: read, hash and decode each file; otherwise size and header alone (and what `store_px` needs), without a hash.
+    `decode`: read, hash and decode each file; otherwise only its size and header (and what `store_px` needs), without a hash.
     `gray_bits` is as in `bingo.images.decode.to_rgb`.
     """
     images_NSS3 = None if store_px is None else np.zeros((len(paths), store_px, store_px, 3), np.uint8)
@@ -59,9 +59,9 @@ def check_files(
 
 
 def common_bits(root: Path, paths: list[str], checked: list[Checked], images_NSS3: np.ndarray | None) -> int | None:
-    """How many bits the grey images of 16 bits use at most, one of GRAY_BITS; None where there are none.
+    """The largest number of bits used by 16-bit greyscale images, one of GRAY_BITS; None if there are none.
 
-    Stored pixels of images that use fewer were scaled by these alone: they are decoded again.
+    Stored pixels of images that use fewer bits were scaled by their own number, so they are decoded again.
     """
     bits_N = [None if file.largest is None else bits_of(file.largest) for file in checked]
     common = max((bits for bits in bits_N if bits is not None), default=None)
@@ -74,7 +74,7 @@ def common_bits(root: Path, paths: list[str], checked: list[Checked], images_NSS
 
 @contextmanager
 def _pool(files: int) -> Iterator[Executor]:
-    """A pool over this process's processors; what waits in it is dropped where the caller stops early."""
+    """A pool over this process's processors; pending work is dropped if the caller stops early."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool: Executor
     if processors == 1 or files <= THREADS_UP_TO_FILES:

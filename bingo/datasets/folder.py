@@ -1,4 +1,4 @@
-"""A folder of image files as a listing: find them, draw a subset, check each, leave out or refuse what cannot be read."""
+"""Make a listing of a folder of image files: find them, draw a subset, check each, and skip or reject those that cannot be read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,11 +42,11 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
         say(f"warning: {said}: where values fill fewer than 16 bits they come out dark; write them with 8 bits a colour")
     again = _copies_of_train(checked, len(chosen[0][0])) if held_out else set()
     if again:
-        say(f"{len(again):,} of the images held out are copies of train images, byte for byte, and are left out")
+        say(f"{len(again):,} of the images held out are byte-for-byte copies of train images, and are left out")
     keep = [row for row, file in enumerate(checked) if file.reason is None and row not in again]
     _judge_bad(dataset, paths, checked, any(row < len(chosen[0][0]) for row in keep))
     if images_NSS3 is not None and len(keep) < len(paths):
-        for row, old_row in enumerate(keep):  # in place: there may be no room for two copies
+        for row, old_row in enumerate(keep):  # in place: there may not be enough memory for two copies
             images_NSS3[row] = images_NSS3[old_row]
         images_NSS3 = images_NSS3[: len(keep)]
     skipped = [path for path, file in zip(paths, checked, strict=True) if file.reason is not None]
@@ -60,7 +60,7 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
 
 
 def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say) -> None:
-    """Images that are in both splits, and classes of which no train image is left."""
+    """Report images that are in both splits, and classes without any remaining train image."""
     row_of = {sha256: row for row, sha256 in enumerate(hashes[:train_rows]) if sha256}
     if shared := [(row_of[sha256], row) for row, sha256 in enumerate(hashes[train_rows:], train_rows) if sha256 in row_of]:
         pair = " and ".join(printable(paths[row]) for row in shared[0])
@@ -90,7 +90,7 @@ def _copies_of_train(checked: list[Checked], train_rows: int) -> set[int]:
 
 
 def _choose(dataset: DatasetParams, name: str, split: Split, classes: list[str], seed: int) -> tuple[list[str], np.ndarray]:
-    """Paths and labels of a split after the seeded draw of a subset."""
+    """Paths and labels of a split after drawing a seeded subset."""
     number = {class_name: label for label, class_name in enumerate(classes)}
     labels_N = np.array([number[class_name] for class_name in split.class_names], np.int64)
     if not split.classes:
@@ -109,6 +109,6 @@ def _judge_bad(dataset: DatasetParams, paths: list[str], checked: list[Checked],
         lines.append(f"dataset.root = {dataset.root}: and {len(bad) - BAD_LINES} more")
     count = f"{len(bad)} of {len(paths)} images are unreadable"
     if dataset.on_bad_image == "stop":
-        raise UserError([*lines, f"{count}; mend or delete them, or set dataset.on_bad_image: skip"])
+        raise UserError([*lines, f"{count}; repair or delete them, or set dataset.on_bad_image: skip"])
     if not some_train:
         raise UserError([*lines, f"{count}, and no train image is left; name another folder in dataset.root"])

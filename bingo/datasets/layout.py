@@ -1,4 +1,4 @@
-"""Where images lie under a root: train/CLASS/* with val|test/CLASS/*, or CLASS/* alone, or images without class folders.
+"""Find images under a root: train/CLASS/* with val|test/CLASS/*, or only CLASS/*, or images without class folders.
 
 Splits go by the usual names in any case (Train, training, valid, val2017, test_images, ...); what looks like splits under other names
 is refused, unless it lies in train/, where folders are classes. The order is that of the sorted names and
@@ -23,13 +23,13 @@ from bingo.runtime.progress import progress_bar
 
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__")
 _MOST_LINES, _MOST_NAMES, _MOST_SUFFIXES = 20, 3, 8
-_USUAL = {"train": ("train",), "test": ("val", "test")}  # which of several folders of a role is taken
+_USUAL = {"train": ("train",), "test": ("val", "test")}  # which of several folders with the same role is used
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split in order, and the class of each; `classes` is empty where images lie outside class folders."""
+    """The images of one split in order, and the class of each; `classes` is empty if images are not in class folders."""
 
     paths: list[str]
     classes: list[str]
@@ -47,13 +47,13 @@ def count_splits(train: Split, test: Split) -> Counts:
 
 @progress_bar("finding the images")
 def find_images(root: Path, name: str, follow_links: bool, say: Say) -> list[str]:
-    """Every image under a root, relative to it, sorted by the parts of its path; `name` is what messages call the root.
+    """All images under a root, relative to it, sorted by the parts of their paths; `name` is the name of the root in messages.
 
-    `say` is given a line on what is passed over. Raises UserError where there is no image, or a link leads in a circle or (unless
+    `say` is called with a line on what is skipped. Raises UserError if there is no image, or a link leads in a circle or (unless
     `follow_links`) out of the root.
     """
     if not root.is_dir():
-        raise UserError(f"{name} = {root}: there is no such folder; name one that holds images")
+        raise UserError(f"{name} = {root}: the folder does not exist; name one that holds images")
     walker = _Walker(root, name, follow_links)
     paths = walker.images("")
     if not paths:
@@ -64,12 +64,12 @@ def find_images(root: Path, name: str, follow_links: bool, say: Say) -> list[str
 
 @progress_bar("finding the images")
 def find_splits(root: Path, follow_links: bool = False, say: Say = lambda line: None) -> tuple[Split, Split]:
-    """The train and the test split under a root, by its layout. `say` is given a line for each thing that is assumed or passed over.
+    """The train and the test split under a root, by its layout. `say` is called with a line for everything that is assumed or skipped.
 
-    Raises UserError where the layout leaves open what is trained on.
+    Raises UserError if it is not clear which images are for training.
     """
     if not root.is_dir():
-        raise UserError(f"dataset.root = {root}: there is no such folder; name the folder that holds train/ or the images")
+        raise UserError(f"dataset.root = {root}: the folder does not exist; name the folder that holds train/ or the images")
     walker = _Walker(root, "dataset.root", follow_links)
     here, folders = walker.entries("")
     train_name, test_name = (_folder_of(walker, role, folders) for role in ("train", "test"))
@@ -97,7 +97,7 @@ def _or_none(test_name: str | None) -> str:
 
 
 def _folder_of(walker: "_Walker", role: str, folders: list[str]) -> str | None:
-    """The folder of a role: the one that is named as usual, or the only one. Raises UserError where that leaves it open."""
+    """The folder with a role: the one with the usual name, or the only one. Raises UserError if that is ambiguous."""
     found = [folder for folder in folders if role_of(folder) == role]
     for usual in _USUAL[role]:
         if usual in found:
@@ -118,7 +118,7 @@ def _refuse_class_named_train(walker: "_Walker", train_name: str, test_name: str
 
 
 def _with_classes_of_train(walker: "_Walker", train: Split, test: Split, test_name: str, say: Say) -> Split:
-    """The test split by the names that train has for its classes. Raises UserError where it has others."""
+    """The test split by the names that train has for its classes. Raises UserError if it has others."""
     if not train.classes or not test.paths:
         return test
     if not test.classes:
@@ -138,7 +138,7 @@ def _with_classes_of_train(walker: "_Walker", train: Split, test: Split, test_na
 
 
 def _unique_folded(names: list[str]) -> dict[str, str]:
-    """Each name that no other equals but for its case, by its folded form."""
+    """All names that are unique when case is ignored, by their casefolded form."""
     counts = Counter(folded(name) for name in names)
     return {folded(name): name for name in names if counts[folded(name)] == 1}
 
@@ -149,7 +149,7 @@ def _some(names: list[str]) -> str:
 
 
 def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
-    """All images under one folder: by class folder, or without classes where they lie in the folder itself."""
+    """All images under one folder: by class folder, or without classes if they are in the folder itself."""
     here, folders = walker.entries(split) if split else walker.top
     where = f"{walker.shown}: {printable(split) + '/' if split else 'it'}"
     walker.refuse_mixed(split, folders)
@@ -158,7 +158,7 @@ def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
         walker.refuse_hidden_splits([folder for folder in folders if by_folder[folder]])
     if split and len(folders) == 1 and split_word(_last(folders[0]))[0] and walker.inner[folders[0]]:
         raise UserError(
-            f"{where} has no folder but {printable(_last(folders[0]))}/, which is no class; move what is in it up into {printable(split)}/"
+            f"{where} has no folder but {printable(_last(folders[0]))}/, which is not a class; move its content up into {printable(split)}/"
         )
     if here and any(by_folder.values()):
         raise UserError(f"{where} holds images ({here[0]}) beside class folders; move them into a class, or out of the root")
@@ -202,7 +202,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 class _Walker:
-    """Lists what lies under a root and counts what is passed over; refuses links that lead in a circle or, unless allowed, out of it."""
+    """Lists the files under a root and counts what is skipped; rejects links that lead in a circle or, unless allowed, out of the root."""
 
     def __init__(self, root: Path, name: str, follow_links: bool):
         self.root, self.name, self.follow_links = root, name, follow_links
@@ -215,7 +215,7 @@ class _Walker:
         self.top_links: list[str] = []
 
     def images(self, folder: str) -> list[str]:
-        """Images in a folder and below, relative to the root, sorted by the parts of their paths."""
+        """All images in a folder, at any depth, relative to the root, sorted by the parts of their paths."""
         found: list[str] = []
         self._collect(folder, (), found)
         return sorted(found, key=lambda path: path.split("/"))
@@ -245,7 +245,7 @@ class _Walker:
             self.split_words.setdefault(() if usual else tuple(rest), {}).setdefault(role, folder)
 
     def refuse_hidden_splits(self, folders: list[str]) -> None:
-        """Raises UserError where `folders`, about to be taken for classes, are splits of other names, or hold some in another depth."""
+        """Raises UserError if `folders`, about to be taken for classes, are splits of other names, or hold some in another depth."""
         above, level = "", folders
         while not (found := look_like_splits({folder: self.inner[folder] for folder in level})) and len(level) == 1:
             above = level[0]
@@ -262,7 +262,7 @@ class _Walker:
             raise UserError(f"{self.shown}: {names} {looks}, and would be classes; {way_out}{root}")
 
     def refuse_mixed(self, folder: str, folders: list[str]) -> None:
-        """Raises UserError where a folder has both a train and a test split in it, or two folders that are named like them."""
+        """Raises UserError if a folder has both a train and a test split in it, or two folders that are named like them."""
         roles = {role_of(_last(inner)): _last(inner) for inner in folders}
         self._refuse_twins(folder, folders)
         if "train" in roles and "test" in roles:
@@ -271,7 +271,7 @@ class _Walker:
             raise UserError(f"{self.shown}: {problem}; {way_out}")
 
     def _refuse_twins(self, folder: str, folders: list[str]) -> None:
-        """Raises UserError where two folders' names differ in the word for their split alone, numbers apart: seg_train and seg_test."""
+        """Raises UserError if two folders' names differ in the word for their split alone, numbers apart: seg_train and seg_test."""
         by_rest: dict[tuple[str, ...], dict[str, str]] = {}
         for inner in folders:
             role, rest = split_word(_last(inner))
@@ -283,7 +283,8 @@ class _Walker:
             raise UserError(f"{self.shown}: {problem}; {way_out}")
 
     def entries(self, folder: str) -> tuple[list[str], list[str]]:
-        """Images and folders directly in `folder`, both sorted, relative to the root. Raises UserError."""
+        """The images and folders directly in `folder`, both sorted, relative to the root. Raises UserError if they cannot be listed or
+        used."""
         images: list[str] = []
         folders: list[str] = []
         links: list[str] = []
@@ -302,11 +303,11 @@ class _Walker:
                         if entry.is_symlink() or entry.is_file():
                             images.append(path)
                         else:
-                            raise UserError(f"{self.shown}: {path} is no regular file (a pipe or device?); remove it")
+                            raise UserError(f"{self.shown}: {path} is not a regular file (a pipe or device?); remove it")
                     else:
                         self.passed[printable(PurePosixPath(entry.name).suffix.lower()) or "without a suffix"] += 1
         except OSError as error:
-            raise UserError(f"{self.shown}: {folder or 'it'} cannot be listed ({error.strerror}); mend its rights") from None
+            raise UserError(f"{self.shown}: {folder or 'it'} cannot be listed ({error.strerror}); fix its permissions") from None
         for path in images:
             if not path.isprintable() or not path.isascii():
                 self._refuse_undecodable(path)
@@ -318,16 +319,16 @@ class _Walker:
         return found
 
     def report(self, say: Say) -> None:
-        """Say in one line what was passed over, if anything was."""
+        """Report in one line what was skipped, if anything."""
         if self.passed.total() or self.passed_folders:
             say(f"{self.shown}: passed over: {self._counted()}")
 
     def seen_instead(self) -> str:
-        """For a message on a folder without images: what it holds."""
+        """The content of a folder without images, for a message."""
         return f" (passed over: {self._counted()})" if self.passed.total() or self.passed_folders else ""
 
     def seen_in(self, folder: str) -> str:
-        """For a message on one folder without images: what it holds."""
+        """The content of one folder without images, for a message."""
         walker = _Walker(self.root, self.name, self.follow_links)
         walker.images(folder)
         return walker.seen_instead()
@@ -341,7 +342,7 @@ class _Walker:
         return ", ".join(parts)
 
     def refuse_outside(self, links: list[str]) -> None:
-        """Raises UserError where a link leads out of the root."""
+        """Raises UserError if a link leads out of the root."""
         for path in links:
             target = os.path.realpath(self.root / path)
             if not target.startswith(self.real_root + os.sep):
@@ -352,4 +353,4 @@ class _Walker:
         try:
             path.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{self.shown}: {path!a} is no UTF-8 name; rename the file") from None
+            raise UserError(f"{self.shown}: {path!a} is not a UTF-8 name; rename the file") from None

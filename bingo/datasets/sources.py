@@ -1,6 +1,6 @@
-"""From the parameters of a data set to its listing and, for small images, their pixels: the one entry for every source.
+"""Make the listing of a dataset and, for small images, load their pixels: the single entry point for every source.
 
-A new source is one new file with a function here. No torch for digits and folders: a scan starts at once.
+A new source is a new file and a call here. Digits and folders do not import torch, so that a scan starts quickly.
 """
 
 from collections.abc import Callable

@@ -19,7 +19,7 @@ def role_of(folder: str) -> str | None:
 
 
 def split_word(folder: str) -> tuple[str | None, list[str]]:
-    """The role of a word within a folder's name (seg_train, train.X1, testA), None where it has none or both, and the other words."""
+    """The role of a word within a folder's name (seg_train, train.X1, testA), None if it has none or both, and the other words."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder))
     roles = {_PLAIN_WORDS[word] for word in map(folded, words) if word in _PLAIN_WORDS}
     return roles.pop() if len(roles) == 1 else None, [word for word in map(folded, words) if word not in _PLAIN_WORDS]

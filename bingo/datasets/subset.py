@@ -1,4 +1,4 @@
-"""The seeded draw of fewer images than a split has, balanced over its classes."""
+"""Draw a seeded subset of a split, balanced over its classes."""
 
 from dataclasses import dataclass, replace
 
@@ -31,9 +31,9 @@ class Counts:
 
 
 def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: int) -> np.ndarray:
-    """Rows of one split that `dataset.train_images` or `test_images` keeps: int64, rising, balanced over the classes.
+    """Rows of one split kept by `dataset.train_images` or `test_images`: int64, in increasing order, balanced over the classes.
 
-    Every class gives as many rows as the others, or all it has; which rows is drawn with the seed.
+    Every class contributes the same number of rows, or all it has; the rows are drawn by seed.
     """
     count = dataset.train_images if split == "train" else dataset.test_images
     if count is None:
@@ -49,7 +49,7 @@ def held_out_rows(dataset: DatasetParams, labels_N: np.ndarray, seed: int) -> np
 
 
 def subset_mistakes(dataset: DatasetParams, found: Counts) -> list[str]:
-    """A line for each split of which `dataset` asks for more images than were found."""
+    """A line for each split for which `dataset` requests more images than were found."""
     found = found.with_test(dataset)
     if dataset.source == "folder" and dataset.test_images and not found.test:
         problem = f"dataset.test_images = {dataset.test_images}: without a test split they are taken from the train images"
@@ -63,20 +63,20 @@ def subset_mistakes(dataset: DatasetParams, found: Counts) -> list[str]:
 
 
 def check_subset(dataset: DatasetParams, found: Counts) -> None:
-    """Raises UserError where more images are asked for than were found."""
+    """Raises UserError if more images are asked for than were found."""
     if lines := subset_mistakes(dataset, found):
         raise UserError(lines)
 
 
 def balanced_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str) -> np.ndarray:
-    """`count` of the rows of `labels_N`, drawn with the seed and balanced over the classes: int64, rising.
+    """`count` of the rows of `labels_N`, drawn by seed and balanced over the classes: int64, in increasing order.
 
-    Of every class as many as of the others (one more where the count does not divide), or all it has. A smaller draw with the same
-    seed and purpose is part of a larger one.
+    Every class contributes the same number (one more for some if the count is not divisible), or all it has. A smaller draw with the same
+    seed and purpose is a subset of a larger one.
     """
     order_N = seeds.permutation(seed, purpose, 0, len(labels_N))
     by_class_N = order_N[np.argsort(labels_N[order_N], kind="stable")]
     _, starts, sizes = np.unique(labels_N[by_class_N], return_index=True, return_counts=True)
-    turn_N = np.arange(len(labels_N)) - np.repeat(starts, sizes)  # how many of its class were drawn before
-    shuffle_N = np.argsort(order_N)[by_class_N]  # which classes give one more where the count does not divide
+    turn_N = np.arange(len(labels_N)) - np.repeat(starts, sizes)  # how many rows of its class were drawn before
+    shuffle_N = np.argsort(order_N)[by_class_N]  # which classes contribute one more if the count is not divisible
     return np.sort(by_class_N[np.lexsort((shuffle_N, turn_N))[:count]])

@@ -1,6 +1,6 @@
-"""COCO's instances_*.json: read and checked whole, then one compact line of training targets for each image.
+"""Read and validate COCO's instances_*.json, and convert it to one compact line of training targets for each image.
 
-Labels are 1 to C in the order of the category ids, which may have gaps; 0 is the background, as torchvision's detectors have it.
+Labels are 1 to C in the order of the category ids, which may have gaps; 0 is the background, as in torchvision's detectors.
 Row r is the image of the r-th smallest id, counted from 0. Boxes are x0, y0, x1, y1 in pixels. Shape letters: N rows, I instances
 of an image.
 """
@@ -25,9 +25,9 @@ from bingo.runtime.errors import UserError
 from bingo.runtime.inside import Outside, folded, leads_out, path_inside
 from bingo.runtime.progress import progress_bar
 
-LEAST_SIDE_PX = 1e-3  # a narrower box is no box: its logarithm is in the loss
+LEAST_SIDE_PX = 1e-3  # narrower boxes are left out: the logarithm of the side is in the loss
 _NAMED = 3
-_LARGE_PX = 16  # an area from which a polygon is not drawn to see whether it covers a pixel
+_LARGE_PX = 16  # polygons of at least this area cover a pixel and need not be drawn to check it
 _CROWD, _NO_BOX, _NO_MASK = "crowds", "boxes without width or height", "masks without an area"
 
 _Pixels = Annotated[int, Field(ge=1, le=10**5)]
@@ -80,7 +80,7 @@ class CocoImages:
         return len(self.entries)
 
     def path(self, row: int) -> Path:
-        """Where the image of a row lies."""
+        """The path of the image of a row."""
         return self.folder / self.entries[row]["file_name"]
 
     def sides_px(self, row: int) -> tuple[int, int]:
@@ -88,16 +88,17 @@ class CocoImages:
         return self.entries[row]["height"], self.entries[row]["width"]
 
     def name(self, row: int) -> str:
-        """How a message calls the image of a row."""
+        """The name of the image of a row in messages."""
         return f"{self.path(row)} (image id {self.entries[row]['id']})"
 
 
 @dataclass(frozen=True)
 class Instances:
-    """What one instances_*.json holds, without what nobody here reads (names, licences, URLs).
+    """The content of one instances_*.json, without unused fields (names, licences, URLs).
 
-    `fingerprint` names the file. `category_ids` rise: label c stands for `category_ids[c - 1]`. Every annotation has image_id,
-    category_id, bbox, area, iscrowd and segmentation, the last None where it covers no pixel; `remarks` counts what was derived or left
+    `fingerprint` identifies the file. `category_ids` are in increasing order: label c stands for `category_ids[c - 1]`. Every annotation
+    has image_id,
+    category_id, bbox, area, iscrowd and segmentation, the last None if it covers no pixel; `remarks` counts what was derived or left
     out for that.
     """
 
@@ -108,18 +109,18 @@ class Instances:
     remarks: dict[str, int] = field(default_factory=dict)
 
     def in_words(self) -> str:
-        """The remarks in words; empty where the file has all that COCO's have."""
+        """The remarks as text; empty if the file is complete."""
         return ", ".join(f"{count:,} {remark}" for remark, count in self.remarks.items() if count)
 
 
 @progress_bar("reading the annotations")
 def read_instances(annotations: Path, folder: Path, parameter: str, follow_links: bool = False) -> Instances:
-    """Read a file of COCO's instances, whose images lie in `folder`.
+    """Read a file of COCO instances, whose images are in `folder`.
 
     Derived where they are missing or null: iscrowd (0), bbox (around the segmentation), area (of the segmentation, or of the box). Left
-    out: annotations of images that are not listed, and those with neither box nor segmentation. Names of images are found in whatever
-    case and Unicode form, and where they begin with folders above `folder`. Raises UserError in one line, which calls the file `parameter`,
-    where it cannot be read, is not COCO's, contradicts itself, or names images that are not on the disk, or (unless `follow_links`) are
+    out: annotations of images that are not listed, and those with neither box nor segmentation. Names of images are found in any
+    case and Unicode form, and if they begin with folders above `folder`. Raises UserError in one line, which calls the file `parameter`,
+    if it cannot be read, is not in COCO's format, contradicts itself, or lists images that do not exist or (unless `follow_links`) are
     links out of the folder.
     """
     try:
@@ -140,7 +141,7 @@ def read_instances(annotations: Path, folder: Path, parameter: str, follow_links
         remarks,
     )
     for problem in _contradictions(found):
-        raise UserError(f"{parameter} = {annotations}: {problem}; mend the file")
+        raise UserError(f"{parameter} = {annotations}: {problem}; correct the file")
     _locate(found.images, parameter, follow_links, remarks)
     sides = {image["id"]: (image["height"], image["width"]) for image in found.images.entries}
     completed = [_completed(annotation, *sides[annotation["image_id"]], remarks) for annotation in _listed(found, sides, remarks)]
@@ -156,15 +157,15 @@ def _listed(found: Instances, sides: dict[int, tuple[int, int]], remarks: Counte
 
 
 def _completed(annotation: dict[str, Any], height: int, width: int, remarks: Counter[str]) -> dict[str, Any] | None:
-    """An annotation with all its keys; None where it has neither box nor segmentation."""
+    """An annotation with all its keys; None if it has neither box nor segmentation."""
     segmentation, bbox, area = _segmentation(annotation.get("segmentation"), height, width), annotation.get("bbox"), annotation.get("area")
     if bbox is None and segmentation is None:
         remarks["annotations with neither box nor segmentation, left out"] += 1
         return None
     if annotation.get("iscrowd") is None:
-        remarks["without iscrowd, taken for no crowd"] += 1
+        remarks["without iscrowd, taken as 0"] += 1
     if segmentation is None:
-        remarks["without a segmentation that covers a pixel, of use for boxes alone"] += 1
+        remarks["without a segmentation that covers a pixel, used only for boxes"] += 1
     if bbox is None:
         remarks["without a box, which is drawn around the segmentation"] += 1
         bbox = _around(segmentation, height, width)
@@ -175,7 +176,8 @@ def _completed(annotation: dict[str, Any], height: int, width: int, remarks: Cou
 
 
 def _locate(images: CocoImages, parameter: str, follow_links: bool, remarks: Counter[str]) -> None:
-    """Give images the names that their files have. Raises UserError naming those without a file, or behind a link out of the folder."""
+    """Replace the names of images by those of their files. Raises UserError for images without a file, or behind a link out of the
+    folder."""
     by_folded: dict[str, list[str]] | None = None
     missing = []
     for row, image in enumerate(images.entries):
@@ -186,7 +188,7 @@ def _locate(images: CocoImages, parameter: str, follow_links: bool, remarks: Cou
             same = _same_name(image["file_name"], by_folded)
             if len(same) == 1 and _is_there(images.folder, same[0], follow_links):
                 image["file_name"] = same[0]
-                remarks["images under a name of another case, Unicode form or folder"] += 1
+                remarks["images found under another case, Unicode form or folder"] += 1
             else:
                 missing.append(row)
         except Outside:
@@ -195,7 +197,7 @@ def _locate(images: CocoImages, parameter: str, follow_links: bool, remarks: Cou
     if missing:
         named = ", ".join(images.name(row) for row in missing[:_NAMED])
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        raise UserError(f"{parameter}: images that it names are not on the disk: {named}{more}; restore them, or set transfer_coco.root")
+        raise UserError(f"{parameter}: images that it lists do not exist: {named}{more}; restore them, or set transfer_coco.root")
 
 
 def _is_there(folder: Path, file_name: str, follow_links: bool) -> bool:
@@ -217,24 +219,24 @@ def _files_by_folded(folder: Path) -> dict[str, list[str]]:
 
 
 def _same_name(file_name: str, by_folded: dict[str, list[str]]) -> list[str]:
-    """The files of a name, in whatever case and form, or of the longest end of it that any file has."""
+    """The files with a name, in any case and Unicode form, or with the longest end of it that any file has."""
     parts = folded(file_name.replace("\\", "/")).split("/")
     return next((same for first in range(len(parts)) if (same := by_folded.get("/".join(parts[first:])))), [])
 
 
 def _mistake(error: ValidationError) -> str:
-    """The first mistake of a file in words."""
+    """The first error in a file as text."""
     first = error.errors(include_url=False, include_context=False)[0]
     place = ".".join(part for part in map(str, first["loc"]) if "[" not in part)  # pydantic's name of one of several types
     if first["type"] == "json_invalid":
         return f"is not JSON ({first['msg'].removeprefix('Invalid JSON: ')})"
     if first["type"] == "missing":
         return f"{place} is missing"
-    return f"{place or 'the file'} is not as COCO has it ({first['msg']})"
+    return f"{place or 'the file'} is not in COCO's format ({first['msg']})"
 
 
 def _contradictions(found: Instances) -> Iterator[str]:
-    """What makes a well-formed file useless, lazily."""
+    """Yield the problems that make a well-formed file unusable."""
     ids = [image["id"] for image in found.images.entries]
     known = set(ids)
     if len(known) < len(ids):
@@ -266,8 +268,8 @@ def _fits(segmentation: dict[str, Any], sides: list[int]) -> bool:
 
 @dataclass(frozen=True)
 class DetectionTargets:
-    """What a detector learns. `lines` has, for each row, a JSON text of boxes, labels and segmentations, or None where there is
-    nothing to learn; `left_out` counts annotations by the reason for which they are no targets.
+    """The targets of a detector. `lines` has, for each row, a JSON text of boxes, labels and segmentations, or None if there are
+    no targets; `left_out` counts annotations by the reason why they are not targets.
     """
 
     lines: list[str | None]
@@ -275,21 +277,21 @@ class DetectionTargets:
 
     @property
     def rows(self) -> np.ndarray:
-        """The rows with something to learn, int64."""
+        """The rows with targets, int64."""
         return np.array([row for row, line in enumerate(self.lines) if line is not None], dtype=np.int64)
 
     def in_words(self) -> str:
-        """What was left out, in words."""
+        """What was left out, as text."""
         empty = self.lines.count(None)
-        return ", ".join([f"{empty} images with nothing to learn", *(f"{count} {reason}" for reason, count in self.left_out.items())])
+        return ", ".join([f"{empty} images without targets", *(f"{count} {reason}" for reason, count in self.left_out.items())])
 
 
 @progress_bar("targets of the annotations")
 def training_targets(found: Instances) -> DetectionTargets:
     """Every instance but crowds, boxes without width or height inside the image, and segmentations without an area.
 
-    An image that is left with nothing is not trained on, as in detectron2 (data/build.py, filter_images_with_only_crowd_annotations,
-    which is there called with images that have no annotation too).
+    Images without targets are not used for training, as in detectron2 (data/build.py, filter_images_with_only_crowd_annotations,
+    which also removes images without annotations).
     """
     labels = {category: label for label, category in enumerate(found.category_ids, 1)}
     rows = {image["id"]: row for row, image in enumerate(found.images.entries)}
@@ -324,9 +326,9 @@ def has_box(annotation: dict[str, Any], height: int, width: int) -> bool:
 
 
 def _segmentation(segmentation: Any, height: int, width: int) -> Any:
-    """Run lengths as they are; of polygons those with three corners or more, in whole pairs of numbers; None where no pixel is covered.
+    """Run lengths unchanged; of polygons those with at least three corners, as pairs of numbers; None if no pixel is covered.
 
-    One polygon that is not in a list of polygons is taken for such a list.
+    A single polygon that is not in a list is treated as a list of one.
     """
     if not segmentation:
         return None
@@ -343,7 +345,7 @@ def _segmentation(segmentation: Any, height: int, width: int) -> Any:
 
 
 def _around(segmentation: Any, height: int, width: int) -> list[float]:
-    """x, y, width and height of the box around a segmentation: of polygons around their corners, as COCO has it."""
+    """x, y, width and height of the box around a segmentation; for polygons around their corners, as in COCO."""
     if isinstance(segmentation, dict):
         return rle.toBbox(run_lengths(segmentation, height, width)).tolist()
     xs, ys = ([number for polygon in segmentation for number in polygon[first::2]] for first in (0, 1))
@@ -351,7 +353,7 @@ def _around(segmentation: Any, height: int, width: int) -> list[float]:
 
 
 def _is_large_inside(polygon: list[float], height: int, width: int) -> bool:
-    """Whether a polygon surely covers pixels, so that it need not be drawn to know that: that takes 20 times as long."""
+    """Whether a polygon certainly covers pixels, so that it need not be drawn to find out, which takes 20 times as long."""
     xs, ys = polygon[::2], polygon[1::2]
     if min(xs) < 0 or min(ys) < 0 or max(xs) > width or max(ys) > height or min(max(xs) - min(xs), max(ys) - min(ys)) < _LARGE_PX**0.5:
         return False

@@ -1,12 +1,13 @@
-"""Mask R-CNN with a trained ResNet inside, from torchvision's parts and in detectron2's settings.
+"""Mask R-CNN on a trained ResNet, built from torchvision's parts with detectron2's settings.
 
 Heads (`SETTINGS`): `fpn`, a feature pyramid over the four stages (detectron2's mask_rcnn_R_50_FPN configs with RESNETS.NORM and
 FPN.NORM SyncBN; ROI_BOX_HEAD.NORM concerns convolutions, and this box head has none), and `c4`, regions of the third stage's map
 through the network's own fourth stage and one more BatchNorm (MoCo's coco_R_50_C4_2x, Res5ROIHeadsExtraNorm; basic blocks stay basic
-blocks). Nothing is frozen, gradients are not clipped, and boxes are learned by plain L1 (SMOOTH_L1_BETA 0; torchvision's own heads bend
-it at 1/9).
+blocks). Nothing is frozen, gradients are not clipped, and boxes are trained with plain L1 (SMOOTH_L1_BETA 0; torchvision's heads use
+smooth L1 with 1/9).
 
-What remains of torchvision: RoIAlign does not shift by half a pixel (`aligned`; detectron2's Detectron1-Comparisons finds no difference
+Differences from detectron2 that remain: RoIAlign does not shift by half a pixel (`aligned`; detectron2's Detectron1-Comparisons finds no
+difference
 in AP); anchors are rounded to whole pixels; masks are learned from bitmaps at the resized image's resolution and not from polygons; new
 layers have torchvision's initial weights; BatchNorm's statistics are not recomputed before the test (PRECISE_BN).
 """
@@ -41,7 +42,8 @@ _BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """What the two heads set differently, and what tests and benchmarks make small. Top-k are proposals of an image (of a level, before
+    """Settings that differ between the two heads, and those that tests and benchmarks reduce. Top-k are proposals of an image (of a level,
+    before
     non-maximum suppression), in training and test; `sampled_anchors` and `sampled_regions` are of an image in training.
     """
 
@@ -69,9 +71,9 @@ def build_detector(
     seed_value: int,
     settings: DetectorSettings | None = None,
 ) -> GeneralizedRCNN:
-    """A detector of `classes` kinds of things on `student` (on the CPU), whose stages it takes over; new layers are seeded.
+    """A detector for `classes` classes on `student` (on the CPU), whose stages it contains; new layers are seeded.
 
-    In training it maps images (a list of float (3, H, W) in 0 to 1, as large as they are to be seen) and targets (`boxes`, `labels` from
+    In training it maps images (a list of float (3, H, W) in 0 to 1, already resized) and targets (`boxes`, `labels` from
     1, `masks`) to five losses, in eval mode images to `boxes`, `labels`, `scores` and `masks` float (I, 1, 28, 28 or 14, 14) relative to
     the box. `keep_sampling` must be called before each training step. `head` is a key of `SETTINGS`.
     Raises UserError as `check_student` does.
@@ -89,13 +91,13 @@ def build_detector(
 
 
 def keep_sampling(detector: GeneralizedRCNN, seeds_B: Sequence[int]) -> None:
-    """Fix which anchors and regions the next training step samples: one number for each image of the batch."""
+    """Set the seeds by which the next training step samples anchors and regions: one number for each image of the batch."""
     for part in (detector.rpn, detector.roi_heads):
         cast(Any, part).fg_bg_sampler.seeds_B = list(seeds_B)
 
 
 def student_inside(detector: nn.Module) -> dict[str, Tensor]:
-    """The student's weights and statistics in a detector of `build_detector`, under the student's own names."""
+    """The student's weights and statistics in a detector of `build_detector`, with the student's parameter names."""
     state = detector.state_dict()
     body = "backbone.body." if any(name.startswith("backbone.body.") for name in state) else "backbone."
     places = {body: body, "roi_heads.box_head.layer4.": "roi_heads.box_head."}
@@ -103,13 +105,13 @@ def student_inside(detector: nn.Module) -> dict[str, Tensor]:
 
 
 def check_student(student: nn.Module) -> None:
-    """Raises UserError for a network that is no ResNet of timm or torchvision, or has a stem for small images."""
+    """Raises UserError for a network that is not a ResNet of timm or torchvision, or has a stem for small images."""
     if not isinstance(student, TimmResNet | TorchvisionResNet):
         kind = type(student).__name__
         way_out = "set student.arch: resnet18, student.stem: imagenet, or another ResNet"
         raise UserError(f"student.arch: {kind} has no four stages that the detector knows; {way_out}")
     if isinstance(student.maxpool, nn.Identity):
-        raise UserError("student.stem = small: its maps are too large for the images of COCO; set student.stem: imagenet")
+        raise UserError("student.stem = small: its feature maps are too large for the images of COCO; set student.stem: imagenet")
 
 
 def _stage_widths(student: nn.Module) -> list[int]:
@@ -170,17 +172,17 @@ def _region_settings(chosen: DetectorSettings) -> dict[str, Any]:
 
 
 def box_loss(deltas_R4: Tensor, wanted_R4: Tensor, regions: int) -> Tensor:
-    """L1 of the foreground's box offsets, over the number of all sampled regions (detectron2, modeling/box_regression.py)."""
+    """L1 of the foreground's box offsets, divided by the number of all sampled regions (detectron2, modeling/box_regression.py)."""
     return F.l1_loss(deltas_R4, wanted_R4, reduction="sum") / regions
 
 
 class _Proposals(RegionProposalNetwork):
-    """torchvision's region proposals with detectron2's losses: plain L1, over the number of anchors that were to be sampled."""
+    """torchvision's region proposals with detectron2's losses: plain L1, divided by the number of anchors to be sampled."""
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Losses of objectness and boxes; all anchors of all images in a row, images' labels 1, 0 and -1 (neither)."""
+        """Losses of objectness and boxes; all anchors of all images concatenated, with labels 1, 0 and -1 (neither)."""
         positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
         sampled, number = positive | negative, self.fg_bg_sampler.batch_size_per_image * len(labels)
         scores, truth = objectness.flatten()[sampled], torch.cat(labels)[sampled]
@@ -196,15 +198,15 @@ class _MapPredictor(FastRCNNPredictor):
 
 
 class Regions(roi_heads.RoIHeads):
-    """Region heads of both kinds, with plain L1 for boxes. Without a mask head (C4) boxes and masks share what the fourth stage makes
-    of a region: in training the mask branch takes the foreground's rows of the very same maps, as detectron2's Res5ROIHeads does, so
+    """Region heads of both kinds, with plain L1 for boxes. Without a mask head (C4) boxes and masks share the output of the fourth stage
+    for a region: in training the mask branch uses the foreground rows of the same maps, as in detectron2's Res5ROIHeads, so
     BatchNorm sees each region once.
     """
 
     def forward(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]], targets: Any = None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detections in eval mode, losses in training, as torchvision's RoIHeads gives them."""
+        """Detections in eval mode, losses in training, as in torchvision's RoIHeads."""
         if self.training:
             return [], self._losses(features, proposals, image_shapes, targets)
         maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
@@ -236,14 +238,14 @@ class Regions(roi_heads.RoIHeads):
         }
 
     def _mask_maps(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """What the mask predictor sees of boxes."""
+        """The input of the mask predictor for boxes."""
         if self.mask_head is None:
             return self.box_head(self.box_roi_pool(features, boxes, image_shapes))
         return self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
 
 
 class _SeededSampler(BalancedPositiveNegativeSampler):
-    """torchvision's sampler with a seed of its own for each image, so that a step does not depend on what was drawn before it.
+    """torchvision's sampler with a separate seed for each image, so that a step does not depend on earlier draws.
 
     Nor does it depend on which process an image is in; torchvision's draws from the global generator.
     """
@@ -262,7 +264,8 @@ class _SeededSampler(BalancedPositiveNegativeSampler):
 
 
 class _AsTheyCome(GeneralizedRCNNTransform):
-    """Normalises and pads; images come resized, and detections go back in the frame of the resized image, their masks unpasted."""
+    """Normalises and pads. Images are already resized, and detections are returned in the frame of the resized image, with masks not
+    pasted."""
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
@@ -272,7 +275,7 @@ class _AsTheyCome(GeneralizedRCNNTransform):
 
 
 def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """A forward hook: the output's tensors in float32, whatever autocast made of them."""
+    """A forward hook: the output's tensors in float32, undoing autocast."""
     if isinstance(output, Tensor):
         return output.float()
     if isinstance(output, dict):

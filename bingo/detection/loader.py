@@ -1,7 +1,7 @@
-"""COCO's images and targets, decoded and resized ahead of use by worker processes, in the order in which they are asked for.
+"""COCO's images and targets, decoded and resized ahead of use by worker processes, in the order in which they are requested.
 
-A worker is given a path, numbers and a line of text, and keeps nothing, so what comes does not depend on how many there are. Pixels
-are taken as they lie in the file: COCO's own tools ignore EXIF's orientation, and its boxes are drawn on the image without it.
+A worker receives a path, numbers and a line of text, and keeps no state, so results do not depend on the number of workers. The EXIF
+orientation is ignored, as in COCO's tools: its boxes refer to the pixels as stored in the file.
 Shape letters: I instances, H and W height and width after resizing, P bytes of a packed line.
 """
 
@@ -28,7 +28,7 @@ _Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class View:
-    """One image as it is wanted: its row, its short side (while the long side is at most `max_side_px`), mirrored or not."""
+    """A request for one image: its row, its short side (with the long side at most `max_side_px`), flipped or not."""
 
     row: int
     min_side_px: int
@@ -57,7 +57,7 @@ class _CocoTask:
 
 
 def resized_px(height: int, width: int, min_side_px: int, max_side_px: int) -> tuple[int, int]:
-    """Height and width with the short side at `min_side_px`, or the long one at `max_side_px` where it would be longer.
+    """Height and width with the short side at `min_side_px`, or the long side at `max_side_px` if it would be longer.
 
     Rounded as by detectron2's ResizeShortestEdge (data/transforms/augmentation_impl.py); never 0.
     """
@@ -66,18 +66,19 @@ def resized_px(height: int, width: int, min_side_px: int, max_side_px: int) -> t
 
 
 class CocoLoader:
-    """Loads views of some images; `lines` are their training targets, None to load images alone."""
+    """Loads views of images; `lines` are their training targets, None to load only images."""
 
     def __init__(self, images: CocoImages, lines: list[str | None] | None, device: torch.device, workers: int | None = None):
         self._images, self._lines, self._device = images, lines, device
         self._loader = TaskLoader(_Load(), workers, IMAGES_AHEAD, pin=device.type == "cuda")
 
     def examples(self, views: Iterable[View]) -> Iterator[Example]:
-        """The views in order, on the device. Raises UserError naming an image that cannot be read or is of another size than told."""
+        """The views in order, on the device. Raises UserError naming an image that cannot be read or does not have the size given in the
+        annotations."""
         return (example for _, (example,) in self.batches((None, [view]) for view in views))
 
     def batches(self, items: Iterable[tuple[Item, list[View]]]) -> Iterator[tuple[Item, list[Example]]]:
-        """As `examples`, for batches of views that come each with an item, which is given back with its examples."""
+        """Like `examples`, for batches of views that each come with an item, which is returned with the examples."""
         work = (((item, views), list(map(self._task, views))) for item, views in items)
         for (item, views), samples in self._loader.results(work):
             yield item, list(map(self._example, views, samples))
@@ -94,7 +95,7 @@ class CocoLoader:
 
 
 class _Load(Dataset):
-    """A task as index, its tensors as item; one line where the image cannot be read."""
+    """A dataset whose index is a task and whose item is its tensors, or one line if the image cannot be read."""
 
     def __getitem__(self, task: _CocoTask) -> _Sample | str:
         try:
@@ -109,7 +110,7 @@ class _Load(Dataset):
 
 
 def _sample(image: Image.Image, line: str | None, view: View) -> _Sample:
-    """A decoded image as image, boxes, labels and packed masks, resized and mirrored as `view` says."""
+    """A decoded image as image, boxes, labels and packed masks, resized and flipped as requested by `view`."""
     height, width = resized_px(image.height, image.width, view.min_side_px, view.max_side_px)
     boxes, labels, masks = np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty((0, height, width), np.uint8)
     if line is not None:
@@ -126,7 +127,7 @@ def _sample(image: Image.Image, line: str | None, view: View) -> _Sample:
 
 
 def _nearest(length: int, source: int) -> np.ndarray:
-    """For each of `length` pixels the one of `source` pixels under its middle."""
+    """For each of `length` pixels the one of `source` pixels under its centre."""
     return ((np.arange(length) + 0.5) * (source / length)).astype(np.int64).clip(0, source - 1)
 
 

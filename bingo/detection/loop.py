@@ -1,7 +1,7 @@
-"""Training of a detector: batches of images whose order, side and mirroring follow from the seed, SGD with a stepped learning rate.
+"""Training of a detector: batches of images whose order, size and flips depend on the seed, SGD with a stepped learning rate.
 
-A run that was killed and started again ends with the same numbers as one that was not, on the CPU with the same bytes; on a GPU
-RoIAlign's gradient is summed in any order. Shape letters: B images of one process's share, N rows.
+A resumed run uses the same random numbers as an uninterrupted one and on the CPU ends with the same bytes; on a GPU
+RoIAlign's gradient is summed in an arbitrary order. Shape letters: B images of one process's share, N rows.
 """
 
 import math
@@ -34,7 +34,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 @dataclass(frozen=True)
 class DetectionPlan:
-    """One step of this process: its views, and a number for each that fixes which anchors and regions are sampled in it."""
+    """One step of this process: its views, and a seed for each by which its anchors and regions are sampled."""
 
     views: list[View]
     sampling_B: list[int]
@@ -42,7 +42,7 @@ class DetectionPlan:
 
 @dataclass
 class DetectionResult:
-    """What a training leaves behind beside the weights: mean losses over equal spans of steps, and this run's speed."""
+    """Results of a training in addition to the weights: mean losses over equal spans of steps, and this run's speed."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     images: int = 0
@@ -50,11 +50,12 @@ class DetectionResult:
 
 
 def steps_in_epoch(rows: int, batch_images: int) -> int:
-    """Whole batches in an epoch; the tail is dropped, another one each epoch. Raises UserError where there is none, or no equal share."""
+    """Number of complete batches in an epoch; the rest is dropped, a different one in each epoch. Raises UserError if there is none, or no
+    equal share."""
     if rows == 0:
-        raise UserError("transfer_coco.train_annotations: no image has an instance to learn; give annotations that are not all crowds")
+        raise UserError("transfer_coco.train_annotations: no image has a usable instance; give annotations that are not all crowds")
     if batch_images > rows:
-        raise UserError(f"transfer_coco.batch_images = {batch_images}: only {rows} images have instances to learn; lower it")
+        raise UserError(f"transfer_coco.batch_images = {batch_images}: only {rows} images have usable instances; lower it")
     if batch_images % (processes := distributed.world()):
         raise UserError(f"transfer_coco.batch_images = {batch_images}: {processes} processes cannot share it equally; use a multiple")
     return rows // batch_images
@@ -63,8 +64,8 @@ def steps_in_epoch(rows: int, batch_images: int) -> int:
 def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed: int, first: int, last: int) -> Iterator[DetectionPlan]:
     """Steps `first` to `last` - 1 (from 0) on the rows that have targets.
 
-    A batch is sorted by its images' shape, so that a process's share mostly lies or mostly stands, and little is padded; detectron2
-    groups by shape to the same end (ASPECT_RATIO_GROUPING).
+    A batch is sorted by the shape of its images, so that a process's share is mostly landscape or mostly portrait and needs little padding;
+    detectron2 groups by shape for the same reason (ASPECT_RATIO_GROUPING).
     """
     per_epoch = steps_in_epoch(len(rows_N), params.batch_images)
     aspect_N = np.array([width / height for height, width in map(images.sides_px, rows_N)])
@@ -78,7 +79,7 @@ def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed:
 
 
 def plan_step(rows_B: np.ndarray, params: CocoParams, seed: int, epoch: int) -> DetectionPlan:
-    """The drawn side, mirroring and sampling of each row."""
+    """The drawn size, flip and sampling seed of each row."""
     u_B3 = seeds.uniforms(seed, "coco view", epoch, rows_B, draws=3)
     sides = [params.min_side_px[int(u * len(params.min_side_px))] for u in u_B3[:, 0]]
     flips = u_B3[:, 1] < params.flip_p
@@ -88,7 +89,7 @@ def plan_step(rows_B: np.ndarray, params: CocoParams, seed: int, epoch: int) -> 
 
 @contextmanager
 def compiled_roi_align(device: torch.device) -> Iterator[None]:
-    """On a GPU, torchvision computes RoIAlign with many times the memory while torch is asked for determinism: not within this."""
+    """Disable deterministic algorithms in the body: with them, torchvision's RoIAlign takes many times the memory on a GPU."""
     wanted = torch.are_deterministic_algorithms_enabled()
     if device.type == "cuda":
         torch.use_deterministic_algorithms(False)
@@ -136,7 +137,7 @@ class DetectorTrainer:
         self.step, self.sums, self.summed, self.result = 0, dict[str, Tensor](), 0, DetectionResult()
 
     def resumes(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
+        """Whether there is a checkpoint to resume from."""
         return self.checkpoints.exists()
 
     def run(self) -> DetectionResult:

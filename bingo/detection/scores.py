@@ -1,8 +1,7 @@
-"""A detector's detections on COCO's images, and COCO's average precision of boxes and masks, by faster-coco-eval.
+"""Compute a detector's detections on COCO's images, and the average precision of boxes and masks with faster-coco-eval.
 
-Its figures are those of pycocotools (compared on real instances: equal to 2e-16), which NumPy 2 warns of and nobody mends.
-
-Each image is a batch of its own and in eval mode, so the detections do not depend on how many processes share the images.
+Its results equal those of pycocotools (to 2e-16, on real instances), which causes warnings with NumPy 2 and is no longer maintained.
+Each image is a separate batch in eval mode, so the detections do not depend on the number of processes.
 """
 
 from typing import Any
@@ -32,7 +31,7 @@ Scores = dict[str, dict[str, float | None]]
 def detect(
     detector: GeneralizedRCNN, found: Instances, params: CocoParams, device: torch.device, label: str, workers: int | None = None
 ) -> list[dict[str, Any]]:
-    """The detections in all images of `found`, in the order of the images, on every process; each process looks at its share.
+    """The detections in all images of `found`, in the order of the images, on every process; each process computes its share.
 
     A detection has image_id, category_id, score, bbox (x, y, width, height in pixels of the file) and segmentation (run lengths).
     """
@@ -67,19 +66,19 @@ def _detections(seen: dict[str, Tensor], example: Example, found: Instances) -> 
 
 @progress_bar("average precision")
 def coco_scores(found: Instances, detections: list[dict[str, Any]]) -> Scores:
-    """{"box": .., "mask": ..}, each with the MEASURES in percent; None where no instance is of that size (small, medium, large).
+    """{"box": .., "mask": ..}, each with the MEASURES in percent; None if no instance is of that size (small, medium, large).
 
-    Crowds are passed on as such: what is found in them counts neither for nor against. An instance without a box inside the image is not
-    looked for among the boxes, one whose segmentation covers no pixel not among the masks.
+    Crowds are marked as such: detections in them count neither for nor against. An instance without a box inside the image does not
+    count for boxes, one whose segmentation covers no pixel not for masks.
     """
-    # Numbered anew: an instance whose id is 0 would count as not matched.
+    # Renumbered: an instance whose id is 0 would count as not matched.
     truth = [annotation | {"id": number} for number, annotation in enumerate(found.annotations, 1)]
     sides = {image["id"]: (image["height"], image["width"]) for image in found.images.entries}
     truths = {
         "box": [one for one in truth if has_box(one, *sides[one["image_id"]])],
         "mask": [one for one in truth if one["segmentation"] is not None],
     }
-    kinds = {"box": ("bbox", "segmentation"), "mask": ("segm", "bbox")}  # a mask's size is its own area, so its box stays out
+    kinds = {"box": ("bbox", "segmentation"), "mask": ("segm", "bbox")}  # the size of a mask is its own area, so its box is left out
     scores = {}
     for name, (kind, left_out) in kinds.items():
         results = [{key: value for key, value in one.items() if key != left_out} for one in detections]
@@ -94,6 +93,6 @@ def coco_scores(found: Instances, detections: list[dict[str, Any]]) -> Scores:
 
 
 def _index(found: Instances, annotations: list[dict[str, Any]]) -> COCO:
-    """The evaluator's index of some annotations on the images of `found`; it writes into copies."""
+    """The evaluator's index of annotations on the images of `found`; it modifies copies."""
     categories = [{"id": category} for category in found.category_ids]
     return COCO({"images": found.images.entries, "categories": categories, "annotations": [dict(one) for one in annotations]})

@@ -1,8 +1,8 @@
-"""The teacher pass: pooled features of every centre view and keys of the train rows' random views, once, in chunks of rows.
+"""The teacher's pass: pooled features of all centre views and keys of random views of the train rows, computed once, in chunks of rows.
 
 A chunk belongs to one process and is computed in batches of its own rows, so the result depends neither on the number of
-processes nor on an interruption: a chunk that is on the disk is not computed again. Host memory holds two chunks, whatever the
-length of the listing: while a thread writes one, the next is computed. Shape letters: n rows of a chunk, t train rows of a chunk,
+processes nor on interruptions: a chunk that is on the disk is not computed again. Host memory holds two chunks, whatever the
+length of the listing: one is written by a thread while the next is computed. Shape letters: n rows of a chunk, t train rows of a chunk,
 D feature width, V views, P key width.
 """
 
@@ -30,8 +30,8 @@ from bingo.runtime.errors import UserError
 from bingo.runtime.progress import Bar, progress_bar
 from bingo.teachers.teacher import Teacher
 
-LEAST_SPREAD = 1e-3  # of float16 numbers that are equal but for their rounding it is 5e-4
-PURPOSE = "extract"  # of bingo.seeds, with epoch 0 and seed row = row: a stored key's view can be drawn again
+LEAST_SPREAD = 1e-3  # 5e-4 for float16 numbers that differ only by rounding
+PURPOSE = "extract"  # for bingo.seeds, with epoch 0 and seed row = row: the view of a stored key can be redrawn
 
 
 def extract_embeddings(
@@ -46,11 +46,11 @@ def extract_embeddings(
     device: torch.device,
     attrs: Mapping[str, Any],
 ) -> float:
-    """Write the store of `listing` to `out`; every process of the group calls this with equal arguments, its device apart.
+    """Write the store of `listing` to `out`. Every process of the group calls this with the same arguments except for the device.
 
     `state` is a folder for the unfinished store and the list of done chunks, kept between calls; `attrs` holds the fingerprint
-    `teacher` and what else the store is to keep. Returns images per second over all processes, where every view that passed
-    the teacher counts as one image. Raises UserError where a feature or key is not finite (with its row), or all features or
+    `teacher` and further attributes of the store. Returns images per second over all processes, counting every view that passes
+    through the teacher as one image. Raises UserError if a feature or key is not finite (with its row), or all features or
     all keys are as good as equal.
     """
     recipe = {"extract": extract.model_dump(mode="json"), "image": image.model_dump(mode="json"), "seed": seed}
@@ -58,7 +58,7 @@ def extract_embeddings(
     store = _Unfinished(state)
     store.open(lambda path: _create(path, teacher, listing, extract, attrs), embeddings_fingerprint(attrs))
     todo = store.missing_chunks()
-    distributed.barrier()  # nobody writes before everybody has looked
+    distributed.barrier()  # no process writes before all have looked
     own = [chunk for chunk in todo if chunk % distributed.world() == distributed.rank()]
     begun = time.monotonic()
     teacher.to(device).to(memory_format=torch.channels_last)
@@ -77,7 +77,7 @@ def _create(path: Path, teacher: Teacher, listing: Listing, extract: ExtractPara
 
 
 def _views(writer: EmbeddingsWriter, chunks: Sequence[int], views: int) -> int:
-    """How many images the teacher sees for these chunks: one centre view of each row, `views` random ones of each train row."""
+    """Number of images that the teacher sees for these chunks: one centre view of each row, `views` random views of each train row."""
     return sum(len(writer.rows(chunk)) + views * len(writer.train_rows(chunk)) for chunk in chunks)
 
 
@@ -90,7 +90,7 @@ class _Pass:
         self.images_done = 0
 
     def run(self, store: "_Unfinished", chunks: Sequence[int]) -> None:
-        """Compute and write these chunks. Both streams of views run over all chunks, so that reading ahead never stops."""
+        """Compute and write these chunks. Both streams of views run over all chunks, so that prefetching never stops."""
         writer = store.writer
         center_rows = [rows_B for chunk in chunks for rows_B in self._batches(writer.rows(chunk))]
         centers = center_batches(self.images, center_rows, self.image, self.device)
@@ -108,12 +108,12 @@ class _Pass:
                 writing.result()
 
     def _batches(self, rows: range) -> list[np.ndarray]:
-        """Rows of a chunk in batches, the last one as short as it is: no batch of the stream crosses a chunk's edge."""
+        """Rows of a chunk in batches; the last one may be short, since no batch crosses the boundary of a chunk."""
         step = self.extract.batch_images
         return [np.arange(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 
     def _requests(self, rows: range) -> Iterator[Request]:
-        """All views of some rows at a time, at most `batch_images` in all (if V is), so that a file is decoded once for them."""
+        """All views of some rows at a time, at most `batch_images` in total (if V is no larger), so that each file is decoded once."""
         views = self.extract.views
         step = max(1, self.extract.batch_images // max(1, views))
         for start in range(rows.start, rows.stop, step):
@@ -123,7 +123,7 @@ class _Pass:
     @torch.inference_mode()
     def _features(self, rows: range, centers: Iterator[Tensor], bar: Bar) -> np.ndarray:
         """Features of centre views, float32 (n, D)."""
-        batches = []  # kept on the device, so that the host does not wait for it before the chunk is complete
+        batches = []  # kept on the device, so that the host need not wait before the chunk is complete
         for _ in self._batches(rows):
             views_B = next(centers)
             with autocast(self.extract.precision, self.device):
@@ -150,7 +150,7 @@ class _Pass:
 
 
 class _Unfinished:
-    """The store that is being written, and the list of its chunks that are whole and on the disk: a file for each in `done`."""
+    """The store being written, and the list of its complete chunks on the disk: a file for each in `done`."""
 
     writer: EmbeddingsWriter
 
@@ -158,9 +158,9 @@ class _Unfinished:
         self.path, self.done, self.owner = state / "embeddings.zarr", state / "done", state / "owner.json"
 
     def open(self, create: Callable[[Path], None], fingerprint: str) -> None:
-        """Go on with the store of this fingerprint, or let the first process make an empty one in the place of any other."""
+        """Resume the store with this fingerprint, or let the first process create an empty one that replaces any other."""
         if distributed.rank() == 0 and not (self.owner.exists() and self.path.exists() and read_json(self.owner) == fingerprint):
-            self.owner.unlink(missing_ok=True)  # first away and last written: a store that is half made has no owner
+            self.owner.unlink(missing_ok=True)  # removed first and written last: a store that is half made has no owner
             shutil.rmtree(self.done, ignore_errors=True)
             self.done.mkdir(parents=True)
             create(self.path)
@@ -173,7 +173,7 @@ class _Unfinished:
         return [c for c in range(self.writer.chunks) if not ((self.done / str(c)).exists() and self.writer.chunk_is_complete(c))]
 
     def write(self, chunk: int, features_nD: np.ndarray, keys_tVP: np.ndarray) -> None:
-        """Write a chunk and, once its files are on the disk, put it on the list. Raises UserError where a number is not finite.
+        """Write a chunk and, once its files are on the disk, put it on the list. Raises UserError if a number is not finite.
 
         Its file in `done` holds the `_moments` of its features and of its keys.
         """
@@ -186,9 +186,9 @@ class _Unfinished:
         write_bytes(self.done / str(chunk), np.concatenate([_moments(features_nD), _moments(keys_tVP)]).tobytes())
 
     def publish(self, out: Path) -> None:
-        """Check the store and put it at `out` in one rename; `state` keeps it until the caller removes that.
+        """Check the store and move it to `out` in one rename; `state` keeps it until the caller removes it.
 
-        Raises UserError where a chunk is missing, or all features or all keys are as good as equal.
+        Raises UserError if a chunk is missing, or all features or all keys are as good as equal.
         """
         if not self.missing_chunks():
             for kind, images, spread in self._spreads():
@@ -198,7 +198,7 @@ class _Unfinished:
         self.writer.finish(out)
 
     def _spreads(self) -> Iterator[tuple[str, int, float]]:
-        """Of features and of keys: the name, how many images have them, and their standard deviation over their root mean square."""
+        """For features and for keys: the name, the number of images, and the standard deviation divided by the root mean square."""
         rows = [self.writer.rows(chunk) for chunk in range(self.writer.chunks)]
         train_rows = sum(len(self.writer.train_rows(chunk)) for chunk in range(self.writer.chunks))
         moments = np.sum([np.frombuffer((self.done / str(chunk)).read_bytes()) for chunk in range(self.writer.chunks)], axis=0)
@@ -213,6 +213,6 @@ class _Unfinished:
 
 
 def _moments(x: np.ndarray) -> np.ndarray:
-    """Of vectors in the last dimension, as they are stored: their number, their summed squared lengths, their sum; float64 (2 + D,)."""
+    """For vectors in the last dimension, as stored: their number, the sum of squared norms, and their sum; float64 (2 + D,)."""
     x_nD = x.reshape(-1, x.shape[-1]).astype(np.float16).astype(np.float64)
     return np.concatenate([[len(x_nD), (x_nD**2).sum()], x_nD.sum(axis=0)])

@@ -1,10 +1,10 @@
-"""Embeddings of a folder as a file that other programs open: zarr, NumPy or Parquet, float32, one row for each image.
+"""Embeddings of a folder as a file for other programs: zarr, NumPy or Parquet, float32, one row for each image.
 
-Rows come in batches and are written in blocks, so that memory holds one block. A file is there whole or not at all.
+Rows come in batches and are written in blocks, so that memory holds one block. Files are written atomically.
 Shape letters: N images, D feature width, B rows of a block.
 
     .zarr      features float32 (N, D), paths string (N,), attributes as given; in chunks of rows as data/embeddings.zarr is
-    .npy       float32 (N, D), which NumPy can map; the paths are in a .txt beside it, a line each
+    .npy       float32 (N, D), which NumPy can memory-map; the paths are in a .txt file of the same name, one per line
     .parquet   columns path (string) and embedding (D float32 in a fixed-size list); attributes in the schema's metadata
 """
 
@@ -32,15 +32,15 @@ def write_embeddings(path: Path, paths: Sequence[str], width: int, batches: Iter
 
 
 def check_names(path: Path, paths: Sequence[str]) -> None:
-    """Raises UserError where the format of `path` cannot hold one of these names."""
+    """Raises UserError if the format of `path` cannot hold one of these names."""
     if path.suffix == ".npy" and (broken := [name for name in paths if len(name.splitlines()) > 1]):
         raise UserError(
-            f"--out = {path}: {broken[0]!a} has a line break in its name, and .npy has its names in lines; write .parquet or .zarr"
+            f"--out = {path}: {broken[0]!a} has a line break in its name, and .npy stores one name per line; write .parquet or .zarr"
         )
 
 
 def files_of(path: Path) -> list[Path]:
-    """What writing `path` puts there: itself, and for .npy the names beside it."""
+    """The files that writing `path` creates: `path` itself, and for .npy the .txt file of paths."""
     return [path, path.with_suffix(".txt")] if path.suffix == ".npy" else [path]
 
 

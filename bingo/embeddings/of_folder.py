@@ -1,7 +1,7 @@
-"""Features of every image in a folder of a user's own, by a stored network: centre views as its file says they are cut.
+"""Features of all images in a user's folder, by a stored network, from centre views as described in its file.
 
-Each image is resized and cropped from its file (`image.resize_px`, `image.crop_px`), smaller ones are enlarged, as in the pipeline; where
-the pipeline packs images to `dataset.store_px` first, that changes no more than the rounding, unless store_px is below resize_px.
+Each image is resized and cropped from its file (`image.resize_px`, `image.crop_px`), smaller ones are enlarged, as in the pipeline. If
+the pipeline packs images to `dataset.store_px` first, results differ only by rounding, unless store_px is below resize_px.
 Shape letters: B images of a batch, D feature width.
 """
 
@@ -21,7 +21,7 @@ from bingo.images.loader import center_views
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 
-_FEW_IMAGES = 512  # decoded sooner by this process than workers start
+_FEW_IMAGES = 512  # decoded by this process before workers would have started
 
 
 def embed_folder(
@@ -35,10 +35,11 @@ def embed_folder(
     follow_links: bool = False,
     say: Say = lambda line: None,
 ) -> tuple[int, list[str]]:
-    """Write the features, float32, of all images under `root` to `out`, in the order of their paths; `fingerprint` names the network.
+    """Write the features, float32, of all images under `root` to `out`, sorted by path; `fingerprint` identifies the network.
 
-    Every file is decoded once before, so that bad ones are known before the work; `say` is given a line on what is passed over. Returns
-    how many images are in the file, and those left out. Raises UserError for an empty folder, images that cannot be read (unless
+    Every file is decoded once in advance, so that bad ones are known before the work starts; `say` is called with a line on what is
+    skipped.
+    Returns the number of images in the file, and those left out. Raises UserError for an empty folder, images that cannot be read (unless
     `skip_bad`), links out of it (unless `follow_links`), and names that `out` cannot hold.
     """
     found = find_images(root, "FOLDER", follow_links, say)
@@ -57,7 +58,7 @@ def _readable(root: Path, paths: list[str], skip_bad: bool) -> tuple[list[str], 
     reasons = {path: file.reason for path, file in zip(paths, checked, strict=True) if file.reason is not None}
     if reasons and (not skip_bad or len(reasons) == len(paths)):
         lines = [f"{path}: cannot be read ({reason})" for path, reason in list(reasons.items())[:BAD_LINES]]
-        way_out = "mend or delete them" + ("" if skip_bad else ", or leave them out with --on-bad-image skip")
+        way_out = "repair or delete them" + ("" if skip_bad else ", or leave them out with --on-bad-image skip")
         raise UserError([*lines, f"FOLDER = {root}: {len(reasons)} of {len(paths)} images are unreadable; {way_out}"])
     return [path for path in paths if path not in reasons], list(reasons), common_bits(root, paths, checked, None)
 

@@ -1,11 +1,11 @@
-"""The teacher's embeddings in a zarr store: features of every row's centre view, keys of the train rows' random views.
+"""The teacher's embeddings in a zarr store: features of the centre view of every row, keys of random views of the train rows.
 
 Shape letters: N rows of the listing, T train rows (the first ones), V stored views, P key width, D feature width.
 
-    features  float16 (N, D)      what the backbone returns, not normalised; bags and probes read it
-    keys      float16 (T, V, P)   unit rows; key v of row t belongs to view v that the recipe draws for row t; V may be 0
+    features  float16 (N, D)      output of the backbone, not normalised; read by bags and probes
+    keys      float16 (T, V, P)   rows of unit length; key v of row t belongs to view v that the recipe draws for row t; V may be 0
 
-Both are cut into chunks of the same number of rows, and a chunk is a file: it is written once, whole, by one process.
+Both have chunks of the same number of rows. A chunk is a file, written once by one process.
 """
 
 import os
@@ -51,14 +51,14 @@ class EmbeddingsWriter:
         return range(rows.start, max(rows.start, min(rows.stop, train_rows if views else 0)))
 
     def chunk_is_complete(self, chunk: int) -> bool:
-        """Whether the files of a chunk are there: they appear whole or not at all, so no list of what is done is needed."""
+        """Whether the files of a chunk exist: they are written atomically, so no list of finished chunks is needed."""
         arrays = [self._features, self._keys] if self.train_rows(chunk) else [self._features]
         return all(chunk_is_written(self.path, array, chunk) for array in arrays)
 
     def write_chunk(self, chunk: int, features_nD: np.ndarray, keys_tVP: np.ndarray) -> None:
         """Write the rows `rows(chunk)` of the features and `train_rows(chunk)` of the keys, of any float type.
 
-        Raises UserError where a number is not finite or too large for float16, ValueError where a shape is wrong.
+        Raises UserError if a number is not finite or too large for float16, ValueError if a shape is wrong.
         """
         rows, train_rows = self.rows(chunk), self.train_rows(chunk)
         if train_rows:
@@ -67,9 +67,9 @@ class EmbeddingsWriter:
         self._features[rows.start : rows.stop] = _half(features_nD, (len(rows), self._features.shape[1]), "feature", rows)
 
     def finish(self, target: Path) -> None:
-        """Check that every chunk is there and put the store at `target`, in one rename, without what a killed process left.
+        """Check that all chunks exist and move the store to `target` in one rename, without leftovers of killed processes.
 
-        The store stays where it was too, in the same files where both are on one disk: who asked for it removes it when `target` is safe.
+        The store also stays where it was (as hard links if both are on one disk); the caller removes it once `target` is safe.
         """
         missing = [chunk for chunk in range(self.chunks) if not self.chunk_is_complete(chunk)]
         if missing:
@@ -96,9 +96,9 @@ def create_embeddings(
     chunk_rows: int,
     attrs: Mapping[str, Any],
 ) -> EmbeddingsWriter:
-    """Make an empty store at `path`, in the place of whatever stands there; one process calls this, the others wait.
+    """Create an empty store at `path`, replacing whatever is there; one process calls this, the others wait.
 
-    `attrs` holds the fingerprints `listing` and `teacher`, the dict `recipe`, and what else is to be kept, all JSON-able.
+    `attrs` holds the fingerprints `listing` and `teacher`, the dict `recipe`, and further attributes, all JSON-able.
     """
     chunk_rows = min(chunk_rows, rows)  # a chunk is stored in full size: a small store is not padded to a large chunk
     attributes = {**attrs, "fingerprint": embeddings_fingerprint(attrs)}
@@ -110,19 +110,19 @@ def create_embeddings(
 
 
 def open_for_writing(path: Path) -> EmbeddingsWriter:
-    """A store that `create_embeddings` made: for the other processes, and to go on after an interruption. Raises UserError where it
+    """A store that `create_embeddings` made: for the other processes, and to go on after an interruption. Raises UserError if it
     is absent or its metadata are damaged.
     """
     return EmbeddingsWriter(Path(path), open_group(path, str(path), _WAY_OUT, "r+"))
 
 
 def embeddings_fingerprint(attrs: Mapping[str, Any]) -> str:
-    """32 hex digits that name what embeddings were made from: listing, teacher and recipe."""
+    """32 hex digits that identify the inputs of embeddings: listing, teacher and recipe."""
     return fingerprint({key: attrs[key] for key in _MADE_FROM})
 
 
 class Embeddings:
-    """A finished store. `features_ND` and `keys_TVP` are read whole when they are first asked for, and kept."""
+    """A finished store. `features_ND` and `keys_TVP` are read on first access and kept in memory."""
 
     def __init__(self, name: str, group: zarr.Group):
         self.name = name
@@ -135,31 +135,31 @@ class Embeddings:
 
     @cached_property
     def features_ND(self) -> np.ndarray:
-        """Features of all rows, float16 (N, D). Raises UserError where a chunk is damaged or missing."""
+        """Features of all rows, float16 (N, D). Raises UserError if a chunk is damaged or missing."""
         return read_rows(self._features, slice(None), self.name, _WAY_OUT)
 
     @cached_property
     def keys_TVP(self) -> np.ndarray:
-        """Keys of the train rows (the first T of N), float16 (T, V, P). Raises UserError where a chunk is damaged or missing."""
+        """Keys of the train rows (the first T of N), float16 (T, V, P). Raises UserError if a chunk is damaged or missing."""
         return read_rows(self._keys, slice(None), self.name, _WAY_OUT)
 
     @cached_property
     def train_features_TD(self) -> np.ndarray:
-        """Features of the train rows, float16 (T, D), from their chunks alone unless `features_ND` is in memory already."""
+        """Features of the train rows, float16 (T, D), read only from their chunks unless `features_ND` is already in memory."""
         if "features_ND" in self.__dict__:
             return self.features_ND[: self.train_rows]
         return read_rows(self._features, slice(0, self.train_rows), self.name, _WAY_OUT)
 
     @property
     def train_features(self) -> StoredRows:
-        """Features of the train rows, float16 (T, D), left in the store until rows are asked for."""
+        """Features of the train rows, float16 (T, D), left in the store until rows are accessed."""
         return StoredRows(self._features, self.train_rows, self.name, _WAY_OUT)
 
 
 def read_embeddings(path: Path | str, listing: "Listing") -> Embeddings:
-    """Open the store of a listing; nothing but metadata is read yet.
+    """Open the store of a listing, reading only metadata.
 
-    Raises UserError where there is none, its metadata are damaged, or it was made from another listing.
+    Raises UserError if there is none, its metadata are damaged, or it was made from another listing.
     """
     embeddings = Embeddings(str(path), open_group(path, str(path), _WAY_OUT))
     made_from, wanted = embeddings.attrs.get("listing"), listing.fingerprint
@@ -177,7 +177,7 @@ def read_embeddings(path: Path | str, listing: "Listing") -> Embeddings:
 
 
 def _half(x: np.ndarray, shape: tuple[int, ...], name: str, rows: range) -> np.ndarray:
-    """`x` in float16. Raises UserError where a number does not survive it."""
+    """`x` in float16. Raises UserError if a number is out of range."""
     if x.shape != shape:
         raise ValueError(f"{name}s of rows {rows.start}..{rows.stop - 1} have shape {x.shape}, wanted {shape}")
     with np.errstate(over="ignore"):

@@ -1,6 +1,6 @@
-"""Has a network collapsed: does it give nearly one feature to all images, or features along hardly more than one direction?
+"""Detect a collapsed network: one whose features are nearly equal for all images, or vary in hardly more than one direction.
 
-Both figures are of a seeded draw of train images, their centre views, features at unit length. Shape letters: N images, D feature width.
+Both measures use the centre views of a seeded draw of train images, and normalised features. Shape letters: N images, D feature width.
 """
 
 import numpy as np
@@ -20,15 +20,15 @@ LEAST_STD, LEAST_RANK = 0.03, 1.5  # below: collapsed. A feature_std of 0.03 is 
 def feature_spread(
     backbone: nn.Module, listing: Listing, images: Images, image: ImageParams, seed: int, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """`spread` of at most 1,000 train images; the backbone is left as it was found."""
+    """`spread` over at most 1,000 train images; the state of the backbone does not change."""
     rows = np.sort(seeds.permutation(seed, "spread", 0, listing.train_rows)[:IMAGES])
     return spread(backbone_features(backbone, images, rows, image, device, precision, BATCH_IMAGES))
 
 
 def spread(features_ND: np.ndarray) -> dict[str, float]:
-    """`feature_std`: root of the summed variances of unit features, from 0 (all alike) to 1 (all around), which is SimSiam's measure
+    """`feature_std`: root of the summed variances of unit features, from 0 (all equal) to 1 (uniform), which is SimSiam's measure
     (Chen and He 2021, section 4.1) times the root of D. `effective_rank`: the exponential of the entropy of the centred features'
-    singular values over their sum (Roy and Vetterli 2007), from 1 to D; 0 where there are none.
+    singular values over their sum (Roy and Vetterli 2007), from 1 to D; 0 if there are none.
     """
     x_ND = features_ND.astype(np.float64)
     unit_ND = x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
@@ -41,7 +41,7 @@ def spread(features_ND: np.ndarray) -> dict[str, float]:
 
 
 def collapse_warning(figures: dict[str, float]) -> str | None:
-    """A line where the figures of `spread` are those of a collapsed network, otherwise None."""
+    """A message if the result of `spread` indicates a collapsed network, otherwise None."""
     if figures["feature_std"] >= LEAST_STD and figures["effective_rank"] >= LEAST_RANK:
         return None
     told = ", ".join(f"{name} {value:g}" for name, value in figures.items())

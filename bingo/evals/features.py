@@ -16,7 +16,7 @@ from bingo.runtime.progress import progress_bar
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module of `network`; afterwards each is in the mode in which it was found."""
+    """Put every module of `network` into evaluation mode, and restore each one's mode afterwards."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -35,7 +35,7 @@ def backbone_features(
     precision: str,
     batch_images: int,
 ) -> np.ndarray:
-    """Features of the images `rows_N` in that order, float32 (N, D); the backbone is on `device` and is left as it was found."""
+    """Features of the images `rows_N` in that order, float32 (N, D); the backbone is on `device` and its state does not change."""
     parts = []
     watched = progress_bar("features", len(rows_N), "images")
     with watched as bar, evaluation_mode(backbone), torch.inference_mode(), autocast(precision, device):

@@ -1,4 +1,4 @@
-"""Which train images keep their label where only a share of them may: SimCLR's published lists, or a seeded draw over the classes."""
+"""Select the train images that keep their labels in training with few labels: SimCLR's published lists, or a seeded, balanced draw."""
 
 import codecs
 import re
@@ -27,9 +27,10 @@ _NOTES = {
 
 
 def drawn_rows(listing: Listing, percent: float, seed: int) -> np.ndarray:
-    """A seeded draw of `percent` of the train rows, int64, rising: balanced over the classes, at least one of each that has any.
+    """A seeded draw of `percent` of the train rows, int64, in increasing order: balanced over the classes, at least one of each non-empty
+    class.
 
-    A smaller share is part of a larger one. SimCLR's lists are balanced as well: 12.8 and 128 images a class on average.
+    A smaller share is a subset of a larger one. SimCLR's lists are balanced too: 12.8 and 128 images per class on average.
     """
     labels_T = listing.labels_N[: listing.train_rows]
     count = max(len(np.unique(labels_T)), round(listing.train_rows * percent / 100))
@@ -37,18 +38,18 @@ def drawn_rows(listing: Listing, percent: float, seed: int) -> np.ndarray:
 
 
 def listed_rows(listing: Listing, list_file: Path | str, name: str, say: Callable[[str], None] = lambda line: None) -> np.ndarray:
-    """The train rows that a list names, int64, rising: one image a line, by file name or by the end of its path.
+    """The train rows given by a list, int64, in increasing order: one image per line, by file name or by the end of its path.
 
     SimCLR's imagenet_subsets/1percent.txt and 10percent.txt have lines such as n01440764_10183.JPEG. Empty lines and those that begin
-    with # are passed over, an image named twice counts once. What lists of other origins have is accepted, and `say` is given a line on
-    it: further columns, a heading, absolute paths, names in another case or Unicode form or with another suffix than the file. The
-    split's own folder must not be another one's. Raises UserError, which calls the parameter `name`, where the file cannot be read or
+    with # are skipped; an image listed twice counts once. Lists in other styles are accepted, and reported to `say`:
+    further columns, a heading, absolute paths, names in another case or Unicode form or with another suffix than the file. An absolute
+    path must not belong to another split. Raises UserError, which calls the parameter `name`, where the file cannot be read or
     is empty, or names images that the train split does not have, or that several of its paths end in.
     """
     shown = f"{name} = {list_file}"
     lines = _lines(list_file, shown)
     if not lines:
-        raise UserError(f"{shown}: names no image; give one file name a line, or set null for a seeded draw")
+        raise UserError(f"{shown}: lists no images; give one file name per line, or set null for a seeded draw")
     index = _Index(listing)
     found = [(line, *index.rows(line)) for line in lines]
     if len(found) > 1 and not found[0][1] and found[1][1] and _is_heading(lines[0], "columns" in found[1][2]):
@@ -72,7 +73,7 @@ def _lines(list_file: Path | str, shown: str) -> list[str]:
         content = Path(list_file).read_bytes()
         text = content.decode(_encoding(content))
     except OSError as error:
-        raise UserError(f"{shown}: cannot be read ({error.strerror}); name a list of images, one a line, or set null") from None
+        raise UserError(f"{shown}: cannot be read ({error.strerror}); give a list of images, one per line, or set null") from None
     except UnicodeDecodeError:
         raise UserError(f"{shown}: is no text in UTF-8 or UTF-16; save it as plain text in UTF-8, one image a line, or set null") from None
     lines = (line.strip() for line in re.split("\r\n|\n|\r", text))
@@ -98,7 +99,7 @@ def _is_heading(line: str, of_columns: bool) -> bool:
 
 
 class _Index:
-    """The train images of a listing by their file names: as they are, without case and Unicode form, and without their suffix too."""
+    """The train images of a listing by file name: unchanged, ignoring case and Unicode form, and also without the suffix."""
 
     def __init__(self, listing: Listing):
         self._paths = listing.paths[: listing.train_rows]
@@ -121,7 +122,7 @@ class _Index:
         return by_key
 
     def rows(self, line: str) -> tuple[list[int], list[str]]:
-        """The rows that a line may stand for, and what had to be overlooked for that."""
+        """The rows that a line may refer to, and the differences that had to be ignored."""
         readings = [(line, []), *((column, ["columns"]) for column in _columns(line))]
         for named, notes in readings:
             if rows := self._ending(named, self._exact, str):
@@ -134,7 +135,7 @@ class _Index:
         return [], []
 
     def _ending(self, named: str, by_file_name: dict[str, list[int]], key: Callable[[str], str]) -> list[int]:
-        """Rows whose path ends in what is named; of an absolute path those that share its folder too, but not under another split."""
+        """Rows whose path ends in the given name; for an absolute path those that also share its folder, but not under another split."""
         parts = [part for part in named.replace("\\", "/").split("/") if part != "."]
         is_absolute = named.startswith(("/", "\\")) or named[1:3] in (":\\", ":/")
         wanted = [folded(part) if key is not str else part for part in parts[:-1]]
@@ -149,7 +150,7 @@ class _Index:
 
 
 def _is_of_split(own: list[str], wanted: list[str], shared: int) -> bool:
-    """Whether a path in a listing and an absolute one, which share their last folders, may be of one image."""
+    """Whether a path in a listing and an absolute path that ends in the same folders may be of one image."""
     if shared == len(own):
         return True
     return shared >= len(own) - 1 and shared > 0 and role_of(own[0]) == "train" and role_of(wanted[len(wanted) - shared - 1]) is None
@@ -169,12 +170,12 @@ def _columns(line: str) -> list[str]:
 
 
 def _stem(file_name: str) -> str:
-    """A file name in no case and form, without a suffix of an image."""
+    """A file name without case, Unicode form and image suffix."""
     name = folded(file_name)
     return name.rpartition(".")[0] if name.endswith(SUFFIXES) else name
 
 
 def _count(images: list[str], of: int) -> str:
-    """How many of the lines, and the first of them by name."""
+    """The number of lines, and the first of them."""
     rest = f" and {len(images) - _SHOWN} more" if len(images) > _SHOWN else ""
     return f"{len(images)} of {of} images ({', '.join(images[:_SHOWN])}{rest})"

@@ -1,10 +1,10 @@
-"""A classifier trained on labels: a linear layer on a backbone, which learns with it (fine-tuning) or is frozen (the layer alone).
+"""Train a classifier on labels: a linear layer on a backbone that is trained with it (fine-tuning) or frozen (linear evaluation).
 
 Every train image is seen once an epoch, as a random crop; test images as centre views, after every epoch. SGD with momentum 0.9,
-cross-entropy in float32, a learning rate for the backbone and one for the layer, with drops or a cosine. Random choices follow from
-(seed, purpose, epoch, row): a run that was killed and started again from its checkpoint ends like one that was not, on the CPU to the
-bit. Several processes share each batch and give one process's result up to rounding: gradients are means over all images, and where
-BatchNorm learns (GPUs only) its statistics are those of the whole batch. Shape letters: B rows of a batch, N rows, C classes.
+cross-entropy in float32, separate learning rates for the backbone and the layer, with drops or a cosine. Random choices depend only on
+(seed, purpose, epoch, row): a run resumed from its checkpoint gives the same result as an uninterrupted one, on the CPU bit by
+bit. Several processes share each batch and give the result of one process up to rounding: gradients are averaged over all images, and if
+BatchNorm is trained (GPUs only) its statistics are those of the whole batch. Shape letters: B rows of a batch, N rows, C classes.
 """
 
 import copy
@@ -38,7 +38,7 @@ _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned: `labels_N` belong to the rows of `images`; the crops' family, and how large views are."""
+    """A classification task: `labels_N` belong to the rows of `images`; the augmentation of the crops, and the size of views."""
 
     images: Images
     labels_N: np.ndarray
@@ -50,7 +50,7 @@ class Task:
 
 
 def random_crops(crop_scale: Range, flip_p: float) -> AugmentParams:
-    """A weak family: a random crop of this share of the area, and a flip; nothing else."""
+    """A weak augmentation: only a random crop of this share of the area, and a flip."""
     return AugmentParams(
         crop_scale=crop_scale,
         crop_ratio=[3 / 4, 4 / 3],
@@ -65,7 +65,8 @@ def random_crops(crop_scale: Range, flip_p: float) -> AugmentParams:
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear layer: float (B, 3, P, P) to outputs (B, C). Frozen, the backbone is in evaluation mode, without gradient."""
+    """A backbone and a linear layer: float (B, 3, P, P) to outputs (B, C). If frozen, the backbone is in evaluation mode, without
+    gradient."""
 
     def __init__(self, backbone: nn.Module, layer: nn.Linear, frozen: bool, precision: str):
         super().__init__()
@@ -86,10 +87,10 @@ class Classifier(nn.Module):
 
 
 class ClassifierTrainer:
-    """Trains a copy of `backbone` (which stays as it is) with a new layer on a task. `trunk_lr`: None for a frozen backbone.
+    """Trains a copy of `backbone` with a new layer on a task; `backbone` does not change. `trunk_lr`: None for a frozen backbone.
 
-    A batch is at most `tune.batch_images` of all processes together; the last one of an epoch is smaller or, where the backbone learns,
-    left out, because a handful of images would set BatchNorm's statistics. `label` names the run in the progress bar and in errors.
+    The global batch is at most `tune.batch_images`; the last one of an epoch is smaller or, if the backbone is trained,
+    left out, because a handful of images would determine BatchNorm's statistics. `label` names the run in the progress bar and in errors.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class ClassifierTrainer:
     def run(self) -> dict[str, float | int]:
         """Train to the end, from the last checkpoint if there is one: `last_and_best` of top-1 and top-5, percent.
 
-        Raises UserError where the loss or an output is not finite, Interrupted after SIGTERM or SIGINT, with a checkpoint.
+        Raises UserError if the loss or an output is not finite, Interrupted after SIGTERM or SIGINT, with a checkpoint.
         """
         self._resume()
         total = self.tune.epochs * self.steps_per_epoch
@@ -147,13 +148,13 @@ class ClassifierTrainer:
         return last_and_best(self.scores)
 
     def _rest_of_epoch(self) -> Iterator[tuple[Request, int, Tensor]]:
-        """This process's share of each batch from the present step on: the request, how many rows all processes have, the views."""
+        """This process's share of each batch from the current step on: the request, the number of rows of all processes, the views."""
         epoch, first = divmod(self.step, self.steps_per_epoch)
         train_rows_N = self.task.train_rows_N
         order_N = train_rows_N[seeds.permutation(self.seed, self.purpose, epoch, len(train_rows_N))]
         batches = [order_N[start : start + self.batch_images] for start in range(0, len(order_N), self.batch_images)]
         batches = batches[first : self.steps_per_epoch]
-        # A process for which no row is left looks at the first one; it then counts nothing (_train_step).
+        # A process for which no row is left uses the first one, which then does not count (_train_step).
         shares = [np.array_split(rows_B, distributed.world())[distributed.rank()] for rows_B in batches]
         rows = [share_B if len(share_B) else rows_B[:1] for share_B, rows_B in zip(shares, batches, strict=True)]
         requests = [Request(rows_B, rows_B, self.purpose, epoch, 0) for rows_B in rows]
@@ -167,7 +168,7 @@ class ClassifierTrainer:
         self.classifier.train()
         labels_B = to_labels(self.task.labels_N[request.image_rows_B], self.device)
         counts = distributed.rank() < batch_rows
-        # The processes' gradients are averaged: the sum over own rows, as a share of all rows, times their number.
+        # Gradients are averaged over processes: the sum over own rows, divided by all rows, times the number of processes.
         share = distributed.world() / batch_rows if counts else 0.0
         loss = F.cross_entropy(self.network(views_B3PP), labels_B, reduction="sum") * share
         if distributed.any_true(not bool(torch.isfinite(loss)), self.device):
@@ -178,7 +179,7 @@ class ClassifierTrainer:
 
     @torch.inference_mode()
     def _test(self) -> tuple[float, float]:
-        """Percent of the test rows that are right, and right among the five largest outputs; each process tests its share."""
+        """Top-1 and top-5 accuracy on the test rows in percent; each process tests its share."""
         counts_3 = torch.zeros(3, dtype=torch.int64, device=self.device)
         start = 0
         self.classifier.eval()
@@ -208,7 +209,7 @@ class ClassifierTrainer:
                 yield self.classifier.layer(features_BD)
 
     def _with_shared_statistics(self, classifier: Classifier) -> Classifier:
-        """On several processes: BatchNorm over the whole batch where it learns. Raises UserError where that cannot be."""
+        """With several processes: BatchNorm over the whole batch if it is trained. Raises UserError if that is impossible."""
         world = distributed.world()
         learns = not self.frozen and any(isinstance(module, _BATCH_NORMS) for module in classifier.modules())
         batch_images = min(self.tune.batch_images, len(self.task.train_rows_N))

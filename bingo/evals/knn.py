@@ -1,4 +1,4 @@
-"""Nearest-neighbour accuracy of features: cosine, exact, every k and both votes from one search.
+"""k-nearest-neighbour accuracy of features: exact search by cosine, all k and both votes from one search.
 
 Shape letters: Q queries, K neighbours, C classes; q queries of a block.
 """
@@ -27,17 +27,17 @@ def knn_accuracies(
 def nearest_train(train_features_TD: np.ndarray, test_features_QD: np.ndarray, k: int) -> Found:
     """The k train rows with the highest cosine to each test row, nearest first: (rows int32 (Q, k), cosines float32 (Q, k)).
 
-    Features are of any float type, not normalised. Raises UserError where there are fewer than k train rows or no test rows, or where a
+    Features are of any float type, not normalised. Raises UserError if there are fewer than k train rows or no test rows, or if a
     feature is not finite.
     """
     if not len(test_features_QD):
-        raise UserError("kNN evaluation: the listing has no test rows; add val/CLASS/*.jpg, or leave this stage out")
+        raise UserError("k-NN evaluation: the listing has no test rows; add val/CLASS/*.jpg, or leave this stage out")
     if k > len(train_features_TD):
         raise UserError(f"knn_eval.k = {k}: there are only {len(train_features_TD)} train rows; allowed are 1 to {len(train_features_TD)}")
     try:
         return top_k(test_features_QD, train_features_TD, k)
     except ValueError as error:
-        raise UserError(f"kNN evaluation: {error}; the network is broken: check the training curves and lower distill.lr") from None
+        raise UserError(f"k-NN evaluation: {error}; the network is broken: check the training curves and lower distill.lr") from None
 
 
 def voted_accuracies(
@@ -46,12 +46,12 @@ def voted_accuracies(
     """Top-1 accuracy in percent: `knn_K` by one vote each, `knn_K_weighted` by votes of exp(cosine / temperature), for each k.
 
     `found` is what `nearest_train` gives; labels are classes from 0. Of classes with equally many votes the one with the nearest member
-    wins. Raises UserError where a label is unknown (-1).
+    wins. Raises UserError if a label is unknown (-1).
     """
     for name, labels in (("train", train_labels_T), ("test", test_labels_Q)):
         if (labels < 0).any():
             problem = f"{int((labels < 0).sum())} of {len(labels)} {name} rows have no label"
-            raise UserError(f"kNN evaluation: {problem}; sort the images into class folders, or leave this stage out")
+            raise UserError(f"k-NN evaluation: {problem}; sort the images into class folders, or leave this stage out")
     accuracies = {}
     for k, (plain_Q, weighted_Q) in votes(train_labels_T, *found, ks, temperature).items():
         accuracies[f"knn_{k}"] = _percent(plain_Q == test_labels_Q)
@@ -68,7 +68,7 @@ def votes(labels_N: np.ndarray, rows_QK: np.ndarray, cosines_QK: np.ndarray, ks:
     classes = int(labels_N.max()) + 1
     labels_QK = np.where(rows_QK >= 0, labels_N[rows_QK], 0)
     plain_QK = (rows_QK >= 0).astype(np.float64)
-    # relative to the nearest neighbour: the winner is the same and no exponential overflows; exp(-inf) = 0 for what is padded
+    # relative to the nearest neighbour: the winner is the same and no exponential overflows; exp(-inf) = 0 for padding
     weight_QK = np.exp((cosines_QK.astype(np.float64) - cosines_QK[:, :1]) / temperature)
 
     def both(k: int) -> Found:
@@ -79,7 +79,7 @@ def votes(labels_N: np.ndarray, rows_QK: np.ndarray, cosines_QK: np.ndarray, ks:
 
 
 def _winners(labels_QK: np.ndarray, weight_QK: np.ndarray, classes: int, block_rows: int = 4096) -> np.ndarray:
-    """The class with the largest sum of weights for each query, the nearest neighbour's among equals."""
+    """The class with the largest sum of weights for each query; of equal ones that with the nearest neighbour."""
     winners_Q = np.empty(len(labels_QK), np.int64)
     for start in range(0, len(labels_QK), block_rows):
         labels_qK, weight_qK = labels_QK[start : start + block_rows], weight_QK[start : start + block_rows]

@@ -1,7 +1,7 @@
 """Linear evaluation of a frozen network: on stored features of centre views, and on random crops as released.
 
-Both train one linear layer by SGD with momentum 0.9, with a learning rate as `bingo.schedules` has it, test it after every epoch, and
-report the last epoch and the best one. The best one is what the papers report; it is chosen on the test set. Shape letters: N rows,
+Both train a linear layer by SGD with momentum 0.9 and a learning rate from `bingo.schedules`, test it after every epoch, and
+report the last and the best epoch. The papers report the best one, which is chosen on the test set. Shape letters: N rows,
 B rows of a batch, D feature width, C classes.
 """
 
@@ -43,8 +43,8 @@ def linear_on_features(
 ) -> dict[str, float | int]:
     """Train on `train_X` (N, D) and test on `test_X`, both of any float dtype, standardised with the train mean and deviation.
 
-    Everything lies on the device as float32. Returns top1_last, top5_last, top1_best, top5_best (percent; top 5 of fewer
-    than 5 classes means all of them) and best_epoch, counted from 1. Raises UserError where a label is not in 0..classes-1 or an
+    Everything is on the device as float32. Returns top1_last, top5_last, top1_best, top5_best (percent; top 5 of fewer
+    than 5 classes means all of them) and best_epoch, counted from 1. Raises UserError if a label is not in 0..classes-1 or an
     output is not finite.
     """
     check_labels(_LABEL, train_y, test_y, classes)
@@ -59,7 +59,7 @@ def linear_on_features(
         for epoch in range(params.epochs):
             order_N = torch.from_numpy(seeds.permutation(seed, CACHED, epoch, len(train_ND))).to(device)
             for rows_B in order_N.split(params.batch_images):
-                # Standardised batch by batch, so that no second copy of the features is held.
+                # Standardised batch by batch, to avoid a second copy of the features.
                 trainer.step((train_ND[rows_B] - mean_D) * scale_D, train_N[rows_B])
             scores.append(trainer.test(test_ND, test_N))
             bar.advance()
@@ -82,14 +82,15 @@ def linear_on_crops(
 ) -> dict[str, float | int]:
     """BINGO's released protocol (main_lincls.py, scripts/lincls/Res.sh).
 
-    At every epoch each train image is seen once as a random crop; the pooled features of the frozen backbone, in evaluation mode, go
-    to the linear layer, raw or, with `params.standardise`, as `Standardised` has them. Tested on centre views. A cosine moves at every
-    step and ends at 0 (released: once an epoch, ends at 0.01). `labels_N` belongs to the rows of `images`. Returns and raises what
-    `linear_on_features` does; it is `finetune.ClassifierTrainer` with a frozen backbone, so it goes on from its checkpoint and several
+    In every epoch each train image is seen once as a random crop; the pooled features of the frozen backbone, in evaluation mode, go
+    to the linear layer, raw or, with `params.standardise`, as computed by `Standardised`. Tested on centre views. A cosine schedule is
+    updated at every step and ends at 0 (released: once per epoch, ends at 0.01). `labels_N` belongs to the rows of `images`. Returns and
+    raises what
+    `linear_on_features` does; it is `finetune.ClassifierTrainer` with a frozen backbone, so it resumes from its checkpoint, and several
     processes share each batch.
     """
     from bingo.evals.features import backbone_features
-    from bingo.evals.finetune import ClassifierTrainer, Task, random_crops  # timm, which features that are stored do not need
+    from bingo.evals.finetune import ClassifierTrainer, Task, random_crops  # timm, which is not needed for stored features
 
     judged: Any = backbone
     if params.standardise:
@@ -101,8 +102,8 @@ def linear_on_crops(
 
 
 class Standardised(nn.Module):
-    """A backbone whose features are divided by their length, and then standardised for each dimension by the mean and the variance, plus
-    1e-5, of `centre_features_TD`, divided likewise (UMBCvision's eval_linear.py: Normalize, FullBatchNorm): float32 (B, D)."""
+    """A backbone whose features are normalised to length 1 and then standardised per dimension with the mean and the variance, plus
+    1e-5, of `centre_features_TD`, normalised likewise (UMBCvision's eval_linear.py: Normalize, FullBatchNorm): float32 (B, D)."""
 
     def __init__(self, backbone: "Backbone", centre_features_TD: Tensor):
         super().__init__()
@@ -143,7 +144,7 @@ class _LinearTrainer:
 
 @contextmanager
 def _one_thread_if_small(device: torch.device, layer: nn.Linear, batch_images: int) -> Iterator[None]:
-    """One CPU thread where a step is too small to share: handing it to others costs more, 5 times so on a busy machine."""
+    """Use one CPU thread if a step is too small to share: handing it to others costs more, 5 times as much on a busy machine."""
     threads = torch.get_num_threads()
     if device.type == "cpu" and layer.weight.numel() * batch_images < 2**24:
         torch.set_num_threads(1)
@@ -154,7 +155,7 @@ def _one_thread_if_small(device: torch.device, layer: nn.Linear, batch_images: i
 
 
 def _standardiser(train_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal deviation of each dimension; a constant dimension (up to rounding) is not scaled up."""
+    """Mean and reciprocal standard deviation of each dimension; a constant dimension (up to rounding) is not scaled up."""
     deviation_D, mean_D = torch.std_mean(train_ND, dim=0, correction=0)
     constant_D = deviation_D <= 1e-6 * mean_D.abs()
     return mean_D, torch.where(constant_D, 0.0, 1 / deviation_D)

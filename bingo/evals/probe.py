@@ -1,4 +1,4 @@
-"""A quick measure of a network while it trains: kNN accuracy of a part of the test images among a part of the train images."""
+"""A quick measure of a network during training: k-NN accuracy for a part of the test images among a part of the train images."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ BANK_IMAGES, QUERY_IMAGES, NEIGHBORS, TEMPERATURE, BATCH_IMAGES = 5000, 1000, 10
 
 
 def probe_rows(listing: Listing, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A seeded draw of at most 5,000 train rows and 1,000 test rows, each sorted; where there is no test split, of the train rows alone."""
+    """A seeded draw of at most 5,000 train rows and 1,000 test rows, each sorted; without a test split, both are train rows."""
     bank = seeds.permutation(seed, "probe bank", 0, listing.train_rows)
     test_rows = len(listing) - listing.train_rows
     if test_rows == 0:

@@ -1,4 +1,4 @@
-"""What every classifier that is trained on labels shares: the first layer, which labels it takes, and how its outputs are scored.
+"""What all classifiers trained on labels share: the initial layer, checks of the labels, and scores of the outputs.
 
 Shape letters: B rows of a batch, C classes, D feature width, N rows.
 """
@@ -14,7 +14,7 @@ from bingo.runtime.errors import UserError
 
 
 def linear_layer(width: int, classes: int, init_std: float | None, seed: int, purpose: str, device: torch.device) -> nn.Linear:
-    """A linear layer with normal weights of deviation `init_std` and bias 0, or as torch starts it if that is None; the same on every
+    """A linear layer with normal weights of standard deviation `init_std` and bias 0, or torch's default if that is None; the same on every
     device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.torch_seed(seed, purpose))
@@ -42,7 +42,8 @@ def to_labels(y: np.ndarray, device: torch.device) -> Tensor:
 
 
 def right_of(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """How many rows have their label as the largest output, among the min(5, C) largest, and an output that is nan or inf: int64 (3,)."""
+    """Number of rows with their label as the largest output, among the min(5, C) largest, and with an output that is nan or inf: int64
+    (3,)."""
     right_B5 = logits_BC.topk(min(5, logits_BC.shape[1])).indices == labels_B[:, None]
     broken = (~logits_BC.isfinite()).any(1).sum()
     return torch.stack([right_B5[:, 0].sum(), right_B5.any(1).sum(), broken])

@@ -1,4 +1,4 @@
-"""Is the teacher worth distilling: its nearest-neighbour accuracy beside the same network untrained, and beside guessing."""
+"""Check whether the teacher is worth distilling: its k-NN accuracy compared with the same network untrained and with chance."""
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ def teacher_quality(
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Percent: `teacher_knn`, `random_knn` (the same architecture with initial weights), `chance` (always the commonest class).
+    """Percent: `teacher_knn`, `random_knn` (the same architecture with initial weights), `chance` (always the most frequent class).
 
     All three on the same at most 5,000 train rows and 1,000 test rows (without a test split: a part of the train rows that is
-    left out of the others), one vote of each of 10 neighbours. Raises UserError where a label is unknown.
+    left out of the others), with one vote for each of 10 neighbours. Raises UserError if a label is unknown.
     """
     bank_rows, query_rows = probe_rows(listing, seed)
     labels = listing.labels_N[bank_rows], listing.labels_N[query_rows]

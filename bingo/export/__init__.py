@@ -1,1 +1,1 @@
-"""A trained backbone in the formats of other libraries: one file for each, to_NAME.py, found by its name."""
+"""Export of a trained backbone to the formats of other libraries. Each format is a file to_NAME.py, found by its name."""

@@ -1,4 +1,5 @@
-"""What a target of the export is: a module bingo/export/to_NAME.py with the names of `Target`; nothing else lists it."""
+"""An export target is a module bingo/export/to_NAME.py with the attributes of `Target`. It is found by its name and needs no
+registration."""
 
 import importlib
 import json
@@ -13,18 +14,18 @@ from bingo.runtime.errors import UserError, near_matches
 
 
 class NotReadBack(Exception):
-    """The library that reads a format is not here; the message says so in a few words."""
+    """The library that reads a format is not installed; the message says so briefly."""
 
 
 class ReadBack(NamedTuple):
-    """What read a file (library and version), and the network in it: normalised images (B, 3, H, W) to pooled features (B, D)."""
+    """The library that read a file (name and version), and the network in it: normalised images (B, 3, H, W) to pooled features (B, D)."""
 
     library: str
     features: Callable[[Tensor], Tensor]
 
 
 class Loading(NamedTuple):
-    """How a user loads the file: text, the language that it is in (`python` or `yaml`), and a remark to be printed, if any."""
+    """How a user loads the file: language (`python` or `yaml`), text, and a note to be printed, if any."""
 
     language: str
     text: str
@@ -32,32 +33,32 @@ class Loading(NamedTuple):
 
 
 class Target(Protocol):
-    """A target's module. `SUFFIXES` are the endings that its files may have, the usual one first."""
+    """The module of a target. `SUFFIXES` are the file name extensions that it accepts, the usual one first."""
 
     SUFFIXES: tuple[str, ...]
 
     def write(self, network: StoredNetwork, path: Path) -> None:
-        """Write the file, equal bytes for equal networks. Raises UserError where this format or library has no such network."""
+        """Write the file; equal networks give equal bytes. Raises UserError if the format or library does not support the network."""
 
     def read_back(self, network: StoredNetwork, path: Path) -> ReadBack:
-        """Load a file of `write` with the library itself. Raises NotReadBack where it cannot be imported."""
+        """Load a file of `write` with the library itself. Raises NotReadBack if it cannot be imported."""
 
     def loading(self, network: StoredNetwork, file_name: str) -> Loading:
         """For the model card: how to load the file."""
 
 
 def quoted(text: str) -> str:
-    """A string as Python and YAML read it."""
+    """A string literal for Python and YAML."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def target_names() -> list[str]:
-    """Every target that has a file here."""
+    """Names of all targets."""
     return sorted(path.stem.removeprefix("to_") for path in Path(__file__).parent.glob("to_*.py"))
 
 
 def find_target(name: str) -> Target:
-    """The target of a name. Raises UserError where there is none."""
+    """The target called `name`. Raises UserError if it does not exist."""
     if name not in (names := target_names()):
         raise UserError(f"--to = {name}: allowed are {', '.join(names)}{near_matches(name, names)}")
     return cast(Target, importlib.import_module(f"bingo.export.to_{name}"))

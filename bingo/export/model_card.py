@@ -1,6 +1,6 @@
-"""The model card beside exported weights: what the network is, what made it, what it reaches, whose terms bind it, how to load it.
+"""The model card of exported weights: architecture, training, accuracies, licences to check, and how to load the file.
 
-Markdown with no time, place or machine in it: the same network in the same workspace has the same bytes.
+It contains no time, path or machine: the same network in the same workspace gives the same bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _UNKNOWN = "not known: this workspace no longer holds it"
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the workspace knows of a network's making; None or empty where it no longer holds exactly what the network was made from.
+    """How a network was made, as far as the workspace knows; None or empty if it no longer holds exactly what the network was made from.
 
     `teacher` is the metadata of the teacher's file, `bags` the attributes of the bag index, `scores` are rows of a measure's name
     and each network's percent, this network's under `net`.
@@ -34,7 +34,7 @@ class Provenance:
 
 
 def score_rows(linear: Mapping[str, Any], knn: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """(measure, {network: percent}) of linear scores by protocol and network, and of kNN scores by network; the last epoch's figures."""
+    """(measure, {network: percent}) of linear scores by protocol and network, and of k-NN scores by network; the last epoch's figures."""
     rows = []
     for protocol, name in _PROTOCOLS.items():
         for key, top in (("top1_last", "top-1"), ("top5_last", "top-5")):
@@ -45,21 +45,21 @@ def score_rows(linear: Mapping[str, Any], knn: Mapping[str, Any]) -> list[tuple[
 
 
 def model_card(network: StoredNetwork, target: str, file_name: str, loading: Loading, check: str, provenance: Provenance) -> str:
-    """The card of a file that `export_network` wrote for `target`; `check` is what that said."""
+    """The card of a file that `export_network` wrote for `target`; `check` is its return value."""
     feature_width = network.backbone.feature_width
     parts = [
         f"# {network.arch}, trained by {_method(network.metadata)}",
-        f"`{file_name}` is a backbone without a classifier, written for {target}: normalised images in, "
-        f"{feature_width} pooled features out. {check[0].upper()}{check[1:]}.",
-        "## Load it",
+        f"`{file_name}` is a backbone without a classifier, exported to {target}. It maps normalised images to "
+        f"{feature_width} pooled features. {check[0].upper()}{check[1:]}.",
+        "## Usage",
         f"```{loading.language}\n{loading.text}\n```",
-        "## The network",
+        "## Architecture",
         _table(_network_rows(network)),
-        "## Its images",
+        "## Preprocessing",
         _images(network),
-        "## What made it",
+        "## Training",
         _table(_training_rows(network, provenance)),
-        "## What it reaches",
+        "## Accuracy",
         _scores(provenance),
         "## Licence",
         _licence(network, provenance),
@@ -68,11 +68,11 @@ def model_card(network: StoredNetwork, target: str, file_name: str, loading: Loa
 
 
 def _network_rows(network: StoredNetwork) -> list[tuple[str, str]]:
-    stems = {"imagenet": "imagenet (as published)", "small": "small (stride 1, and no pooling behind it in ResNets)"}
+    stems = {"imagenet": "imagenet (the usual one)", "small": "small (stride 1; in ResNets without max pooling)"}
     parameters = sum(parameter.numel() for parameter in network.backbone.parameters())
     return [
         ("architecture", network.arch),
-        ("width", f"{network.width:g} of all channels"),
+        ("width", f"{network.width:g} (channel multiplier)"),
         ("stem", stems[network.stem]),
         ("parameters", f"{parameters:,}"),
         ("features", str(network.backbone.feature_width)),
@@ -81,9 +81,9 @@ def _network_rows(network: StoredNetwork) -> list[tuple[str, str]]:
 
 def _images(network: StoredNetwork) -> str:
     image = network.image
-    resize = f"short side to {image.resize_px} pixels (bilinear, antialiased), then {image.crop_px} x {image.crop_px} from the middle"
+    resize = f"short side to {image.resize_px} pixels (bilinear, antialiased), then {image.crop_px} x {image.crop_px} from the centre"
     return (
-        f"RGB, {resize}, divided by 255, then for each channel minus the mean {_list(image.mean)}, divided by the deviation "
+        f"RGB, {resize}, divided by 255, then normalised per channel with mean {_list(image.mean)} and standard deviation "
         f"{_list(image.std)}. The network takes float32 (batch, 3, {image.crop_px}, {image.crop_px})."
     )
 
@@ -106,12 +106,12 @@ def _training_rows(network: StoredNetwork, provenance: Provenance) -> list[tuple
 
 
 def _method(metadata: Mapping[str, Any]) -> str:
-    """The method as its paper writes it."""
+    """The method's name as written in its paper."""
     return display_name(str(metadata.get("method", "an unknown method")))
 
 
 def _has_teacher(metadata: Mapping[str, Any]) -> bool:
-    """Whether a teacher had a part in the training; a method that this BINGO does not know is taken to have had one."""
+    """Whether a teacher was used; assumed for methods that this version does not know."""
     method = metadata.get("method")
     return "embeddings" in metadata and (method not in method_names() or method_section(method).needs_teacher)
 

@@ -1,6 +1,6 @@
-"""Lines of Python with which a user builds a backbone from timm or torchvision alone: what `build_backbone` did, without BINGO.
+"""Python code with which a user builds a backbone from timm or torchvision, as `build_backbone` does, without BINGO.
 
-Each takes the network that it describes from the built module, so that the lines say what the module is.
+The code is derived from the module that was built, so that it describes what the module is.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from bingo.nets.backbones import Backbone
 
 
 def changes(network: StoredNetwork, library: str) -> str:
-    """A remark on what is not the library's own in this network, empty where nothing is."""
+    """A note on how this network differs from the library's, empty if it does not."""
     own = {"width": 1.0, "stem": "imagenet"}
     found = " and ".join(f"{name} {getattr(network, name)}" for name, value in own.items() if getattr(network, name) != value)
-    return f"{network.arch} has {found}, which {library} does not know by name: the model card has the lines that build it" if found else ""
+    return f"{network.arch} has {found}, which {library} cannot build by name: see the model card for the code" if found else ""
 
 
 def timm_lines(backbone: Backbone, arch: str, width: float, stem: str) -> list[str]:
@@ -27,7 +27,7 @@ def timm_lines(backbone: Backbone, arch: str, width: float, stem: str) -> list[s
     if width != 1:
         channels = tuple(info["num_chs"] // getattr(net, info["module"])[0].expansion for info in net.feature_info[1:])
         arguments = f", channels={channels}, stem_width={net.bn1.num_features // 2}"
-        # timm hard-codes 64 channels behind any but a deep stem, so that one is asked for, and then replaced.
+        # timm hard-codes 64 channels for every stem but the deep one, so a deep stem is built and then replaced.
         arguments += "" if isinstance(net.conv1, nn.Sequential) else ', stem_type="deep"'
     lines = ["import timm", "import torch", f'net = timm.create_model("{arch}", num_classes=0{arguments})']
     if isinstance(net, ResNet):

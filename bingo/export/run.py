@@ -1,4 +1,4 @@
-"""One export: write the file under a temporary name, read it back with the library that it is for, compare, then put it in place.
+"""One export: write the file under a temporary name, read it back with the target library, compare, then rename it into place.
 
 Shape letters: B images, D feature width.
 """
@@ -20,11 +20,11 @@ _IMAGES = 3
 
 
 def export_network(network: StoredNetwork, target: Target, path: Path) -> str:
-    """Write `path`, and say in a few words who read it back and how far its outputs are from the network's.
+    """Write `path`, and return a short text on the library that read it back and the difference of its outputs.
 
-    Raises UserError where the format has no such network, or the file gives other outputs; `path` is then left as it was.
+    Raises UserError if the format does not support the network, or the outputs differ; `path` is then left unchanged.
     """
-    partial = path.with_name(f".partial.{path.name}")  # with the same suffix, by which libraries know formats
+    partial = path.with_name(f".partial.{path.name}")  # with the same suffix, from which libraries infer the format
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         target.write(network, partial)
@@ -44,15 +44,15 @@ def _check(network: StoredNetwork, target: Target, partial: Path, path: Path) ->
     if not difference <= TOLERANCE:  # nan too
         problem = f"{library} gives outputs that differ by {difference:.1g} of the largest, allowed is {TOLERANCE:g}"
         raise UserError(
-            f"{path}: {problem}; nothing was written: {network.arch} is another function there; export --to onnx or safetensors"
+            f"{path}: {problem}; nothing was written: {network.arch} computes something else there; export --to onnx or safetensors"
         )
     return f"read back with {library}: outputs differ by at most {difference:.1e} of the largest"
 
 
 def largest_difference(network: StoredNetwork, features: Callable[[Tensor], Tensor]) -> float:
-    """Largest distance of two networks' outputs, as a share of the largest output, over a batch and over one image alone.
+    """Largest difference between the outputs of two networks, relative to the largest output, over a batch and a single image.
 
-    The images are seeded noise, float32 (B, 3, P, P), of which batch normalisation makes what it makes of normalised images.
+    The images are seeded noise, float32 (B, 3, P, P), with the statistics of normalised images.
     """
     crop_px = network.image.crop_px
     generator = torch.Generator().manual_seed(seeds.torch_seed(0, "export"))

@@ -1,4 +1,4 @@
-"""A trained network in a file of BINGO's, ready to be used outside the pipeline: backbone, metadata, and the images that it takes."""
+"""A trained network in a BINGO file, for use outside the pipeline: backbone, metadata, and image preprocessing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from bingo.teachers.teacher import load_teacher
 
 @dataclass(frozen=True)
 class StoredNetwork:
-    """A backbone in eval mode on the CPU, the metadata of its file, and how images are cut and normalised for it."""
+    """A backbone in eval mode on the CPU, the metadata of its file, and how its images are cropped and normalised."""
 
     backbone: Backbone
     metadata: dict[str, Any]
@@ -26,7 +26,7 @@ class StoredNetwork:
 
     @property
     def width(self) -> float:
-        """What all channels are multiplied by."""
+        """The channel multiplier."""
         return self.metadata["width"]
 
     @property
@@ -36,13 +36,13 @@ class StoredNetwork:
 
 
 def read_student(path: Path) -> StoredNetwork:
-    """The student, or a baseline, in a file. Raises UserError where the file is none, or is damaged."""
+    """The student or baseline in a file. Raises UserError if the file holds neither or is damaged."""
     backbone, metadata = load_student(path)
     return StoredNetwork(backbone, metadata, _image(path, metadata))
 
 
 def read_teacher(path: Path) -> StoredNetwork:
-    """The teacher's backbone, without its head. Raises UserError where the file is no teacher's, or is damaged."""
+    """The teacher's backbone, without its head. Raises UserError if the file is not a teacher's, or is damaged."""
     teacher = load_teacher(path)
     return StoredNetwork(teacher.backbone, teacher.metadata, _image(path, teacher.metadata))  # type: ignore[arg-type]
 

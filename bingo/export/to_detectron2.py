@@ -1,7 +1,7 @@
 """detectron2: the pickled dict of arrays that its checkpointer reads, named as its ResNet names them.
 
-Layout and names are those that MoCo's detection/convert-pretrain-to-detectron2.py writes, without the counters of batch normalisation,
-which detectron2's frozen one (its default) has not. detectron2 itself is on no package registry; where it is not installed,
+Layout and names are those written by MoCo's detection/convert-pretrain-to-detectron2.py, without BatchNorm's counters,
+which detectron2's FrozenBatchNorm (its default) does not have. detectron2 is not on a package registry; if it is not installed,
 tests/export/test_export.py rebuilds its ResNet (modeling/backbone/resnet.py) and compares outputs.
 """
 
@@ -23,7 +23,7 @@ from bingo.runtime.errors import UserError
 
 SUFFIXES = (".pkl",)
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
-BASIC_DEPTHS = (18, 34)  # of two 3x3 convolutions a block, the others of three with a bottleneck
+BASIC_DEPTHS = (18, 34)  # with two 3x3 convolutions in a block; the others have a bottleneck
 STEM_CHANNELS = 64
 _RENAMES = ((r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"), (r"\bbn(\d)", r"conv\1.norm"))
 _SHORTCUT = {"downsample.0": "shortcut", "downsample.1": "shortcut.norm"}
@@ -49,7 +49,7 @@ def read_back(network: StoredNetwork, path: Path) -> ReadBack:
             from detectron2.config import CfgNode, get_cfg
             from detectron2.layers import ShapeSpec
             from detectron2.modeling import build_resnet_backbone
-    except Exception as error:  # an extension that was compiled for another torch, too
+    except Exception as error:  # also an extension compiled for another torch
         raise NotReadBack(f"detectron2 cannot be imported ({' '.join(str(error).split())[:80]})") from None
     cfg = get_cfg()
     cfg.merge_from_other_cfg(CfgNode.load_cfg(loading(network, str(path)).text))
@@ -83,7 +83,7 @@ def loading(network: StoredNetwork, file_name: str) -> Loading:
 
 
 def detectron2_name(name: str) -> str:
-    """A name of torchvision's ResNet as detectron2 has it: layer1.0.bn2.bias becomes res2.0.conv2.norm.bias."""
+    """detectron2's name for a parameter of torchvision's ResNet: layer1.0.bn2.bias becomes res2.0.conv2.norm.bias."""
     name = name if name.startswith("layer") else f"stem.{name}"
     for pattern, new in _RENAMES:
         name = re.sub(pattern, new, name)
@@ -93,7 +93,7 @@ def detectron2_name(name: str) -> str:
 
 
 class _ArrayPickler(pickle.Pickler):
-    """Writes arrays as calls of numpy.ndarray: numpy 2 would name a module that numpy 1, which detectron2 often runs on, has not."""
+    """Pickles arrays as calls of numpy.ndarray: numpy 2 would refer to a module that is missing in numpy 1, which detectron2 often uses."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
@@ -102,19 +102,20 @@ class _ArrayPickler(pickle.Pickler):
 
 
 def _depth(network: StoredNetwork) -> int:
-    """The number of layers. Raises UserError where the network is not He et al.'s ResNet with its 7x7 stem, of a width that is built."""
+    """The number of layers. Raises UserError unless the network is He et al.'s ResNet with the 7x7 stem, in a width that detectron2
+    builds."""
     depth = DEPTHS.get(bare_name(network.arch))
     if depth is None:
         problem = f"is {network.arch}, detectron2 builds {', '.join(DEPTHS)}"
     elif network.stem != "imagenet":
         problem = f"has stem {network.stem}, detectron2's ResNets begin with a 7x7 convolution and a pooling (stem imagenet)"
     elif depth in BASIC_DEPTHS and network.width != 1:
-        problem = f"has width {network.width}, detectron2 builds ResNet-{depth} at 1.0 alone"
+        problem = f"has width {network.width}, detectron2 builds ResNet-{depth} only at 1.0"
     else:
         return depth
     raise UserError(f"--to = detectron2: the network {problem}; {way_out(network)}")
 
 
 def _in_255(values: list[float]) -> list[float]:
-    """Mean or deviation of pixels in 0..255, where ours are in 0..1."""
+    """Mean or standard deviation for pixels in 0..255 instead of 0..1."""
     return [round(255 * value, 4) for value in values]

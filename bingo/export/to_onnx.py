@@ -21,7 +21,7 @@ def write(network: StoredNetwork, path: Path) -> None:
     if missing := [name for name in _WRITERS if find_spec(name) is None]:
         raise UserError(f"--to = onnx: {' and '.join(missing)} not installed; run: pip install onnx onnxscript onnxruntime")
     crop_px = network.image.crop_px
-    example = torch.zeros(2, 3, crop_px, crop_px)  # two: torch takes one for a constant
+    example = torch.zeros(2, 3, crop_px, crop_px)  # two images: torch would treat a batch of one as a constant
     try:
         program = torch.onnx.export(
             network.backbone, (example,), dynamo=True, verbose=False, external_data=False,
@@ -52,7 +52,7 @@ def read_back(network: StoredNetwork, path: Path) -> ReadBack:
 
 
 def loading(network: StoredNetwork, file_name: str) -> Loading:
-    """ONNX Runtime's three lines."""
+    """Code for ONNX Runtime."""
     lines = [
         "import onnxruntime",
         f'session = onnxruntime.InferenceSession({quoted(file_name)}, providers=["CPUExecutionProvider"])',
@@ -62,7 +62,7 @@ def loading(network: StoredNetwork, file_name: str) -> Loading:
 
 
 def _drop_traces(model: Any) -> None:
-    """Remove notes of the exporter: they hold paths of the machine, and change with the place of its packages."""
+    """Remove the exporter's notes, which contain paths of this machine."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]

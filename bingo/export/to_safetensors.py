@@ -1,4 +1,4 @@
-"""safetensors: the backbone under its own library's names with all of BINGO's metadata, as models/student.safetensors is."""
+"""safetensors: the backbone with its library's parameter names and BINGO's metadata, like models/student.safetensors."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +16,12 @@ SUFFIXES = (".safetensors",)
 
 
 def write(network: StoredNetwork, path: Path) -> None:
-    """As the pipeline writes a student."""
+    """Write the file as the pipeline writes a student."""
     save_network(path, network.backbone.state_dict(), network.metadata)
 
 
 def read_back(network: StoredNetwork, path: Path) -> ReadBack:
-    """Read by safetensors into a network that is built anew."""
+    """Load the tensors with safetensors into a newly built network."""
     net = build_backbone(network.arch, network.width, network.stem, seed_value=0)
     net.load_state_dict(safetensors.torch.load_file(path))
     return ReadBack(f"safetensors {version('safetensors')}", net.eval())

@@ -1,4 +1,4 @@
-"""timm: a safetensors file under timm's names, which `timm.create_model(arch, checkpoint_path=...)` reads."""
+"""timm: a safetensors file with timm's parameter names, which `timm.create_model(arch, checkpoint_path=...)` reads."""
 
 from pathlib import Path
 
@@ -16,20 +16,20 @@ SUFFIXES = (".safetensors",)
 
 
 def write(network: StoredNetwork, path: Path) -> None:
-    """timm's names; the metadata name timm's network, so that BINGO reads the file too."""
+    """Write timm's parameter names; the metadata give timm's architecture, so that BINGO can read the file too."""
     arch = _arch(network)
     save_network(path, twin(network, arch).state_dict(), {**network.metadata, "arch": arch})
 
 
 def read_back(network: StoredNetwork, path: Path) -> ReadBack:
-    """Read by timm's own loader, strictly."""
+    """Load the file with timm's loader, strictly."""
     net = build_backbone(_arch(network), network.width, network.stem, seed_value=0)
     timm.models.load_checkpoint(net, str(path))
     return ReadBack(f"timm {timm.__version__}", net.eval())
 
 
 def loading(network: StoredNetwork, file_name: str) -> Loading:
-    """One call of timm for its own networks; one more line for each thing that a width or stem changes."""
+    """A call of timm's create_model, with further lines for whatever a width or stem changes."""
     arch = _arch(network)
     if network.width == 1 and network.stem == "imagenet":
         call = f'net = timm.create_model("{arch}", num_classes=0, checkpoint_path={quoted(file_name)}).eval()'

@@ -1,4 +1,4 @@
-"""torchvision: a state dict under torchvision's names, without the classifier, that `torch.load(weights_only=True)` reads."""
+"""torchvision: a state dict with torchvision's parameter names, without the classifier, which `torch.load(weights_only=True)` reads."""
 
 import io
 from pathlib import Path
@@ -19,7 +19,7 @@ SUFFIXES = (".pth", ".pt")
 
 
 def write(network: StoredNetwork, path: Path) -> None:
-    """A plain dict of tensors, as torch.save writes it."""
+    """Write a plain dict of tensors with torch.save."""
     state = twin(network, f"torchvision/{_name(network)}").state_dict()
     content = io.BytesIO()
     torch.save({name: tensor.contiguous() for name, tensor in state.items()}, content)
@@ -27,7 +27,7 @@ def write(network: StoredNetwork, path: Path) -> None:
 
 
 def read_back(network: StoredNetwork, path: Path) -> ReadBack:
-    """Read by torch into torchvision's network, strictly."""
+    """Load the state dict into torchvision's network, strictly."""
     net = build_backbone(f"torchvision/{_name(network)}", network.width, network.stem, seed_value=0)
     net.load_state_dict(torch.load(path, weights_only=True))
     return ReadBack(f"torchvision {torchvision.__version__}", net.eval())

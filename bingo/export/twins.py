@@ -1,7 +1,7 @@
-"""The same network in timm and in torchvision, with the same weights, where both have it.
+"""Convert a network between timm and torchvision, with the same weights, if both have it.
 
 Most ResNets and DenseNets have equal names in both; EfficientNets have the same tensors in the same order under other names. A pairing
-is a claim, which the export proves by comparing outputs: batch normalisation with another epsilon, for one, shows there alone.
+is an assumption that the export verifies by comparing outputs; a different epsilon of BatchNorm, for example, shows only there.
 """
 
 from bingo.export.stored import StoredNetwork
@@ -10,9 +10,9 @@ from bingo.runtime.errors import UserError
 
 
 def twin(network: StoredNetwork, arch: str) -> Backbone:
-    """`network`'s backbone as `arch`, in eval mode; the backbone itself where it is that already.
+    """The backbone of `network` as `arch`, in eval mode; the backbone itself if it has this architecture.
 
-    Raises UserError where the tensors of the two differ in number or shape.
+    Raises UserError if the tensors of the two differ in number or shape.
     """
     if network.arch == arch:
         return network.backbone
@@ -33,6 +33,6 @@ def bare_name(arch: str) -> str:
 
 
 def way_out(network: StoredNetwork) -> str:
-    """What to export to instead: the library that the network is built from, or a format that holds any network."""
+    """The alternative: the library that the network comes from, or a format for all networks."""
     own = "torchvision" if network.arch.startswith("torchvision/") else "timm"
     return f"export --to {own}, onnx or safetensors"

@@ -1,7 +1,7 @@
 """Random and centre views in batch on the device: crop, resize, flip, colours, grey, blur, normalisation, in float32.
 
 Every operation equals torchvision's function of the same name on one float image in [0, 1]; a batch costs a few dozen kernels
-and, on a GPU, no wait for it. Shape letters: B views, S side of a stored image, P side of a view (both pixels), R chosen rows.
+and, on a GPU, no synchronisation. Shape letters: B views, S side of a stored image, P side of a view (both pixels), R chosen rows.
 """
 
 from functools import cache
@@ -21,7 +21,7 @@ BLUR_SIGMAS = 3  # the blur kernel reaches this many times the largest sigma
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """A host array on the device; a GPU copies it while the host goes on."""
+    """A host array on the device; a GPU copies it asynchronously."""
     x = torch.from_numpy(np.ascontiguousarray(values))
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
@@ -42,7 +42,7 @@ def random_views(images_BSS3: Tensor, crops: Crops, colours: Colours, augment: A
 
 
 def cropped_views(crops_BPP3: Tensor, colours: Colours, augment: AugmentParams, image: ImageParams) -> Tensor:
-    """The same from crops that a decoding worker already cut, resized and mirrored: uint8 (B, P, P, 3)."""
+    """The same from crops that a decoding worker has already cropped, resized and flipped: uint8 (B, P, P, 3)."""
     return normalize(recolour(to_unit(crops_BPP3), colours, augment), image)
 
 
@@ -52,7 +52,7 @@ def to_unit(images_BPP3: Tensor) -> Tensor:
 
 
 def center_view(images_BSS3: Tensor, image: ImageParams) -> Tensor:
-    """Squares resized to `resize_px`, then `crop_px` from the middle: normalised float32 (B, 3, P, P), channels_last."""
+    """Squares resized to `resize_px`, then centre-cropped to `crop_px`: normalised float32 (B, 3, P, P), channels_last."""
     side_px, device = images_BSS3.shape[1], images_BSS3.device
     start = round((image.resize_px - image.crop_px) / 2)
     zero_1, side_1 = torch.zeros(1, device=device), torch.full((1,), float(side_px), device=device)
@@ -64,10 +64,10 @@ def center_view(images_BSS3: Tensor, image: ImageParams) -> Tensor:
 def crop_and_resize(
     images_BSS3: Tensor, boxes_B4: Tensor, flip_B: Tensor | None, out_px: int, interpolation: Interpolation = "bilinear"
 ) -> Tensor:
-    """Each image's box (top, left, height, width; float32) at `out_px`, mirrored where `flip_B`: float32 (B, 3, P, P) in [0, 1].
+    """Each image's box (top, left, height, width; float32) at `out_px`, flipped where `flip_B`: float32 (B, 3, P, P) in [0, 1].
 
     Equals torchvision's resized_crop(antialias=True), and hflip, on float images: resizing is linear, so rows and columns
-    are two matrix products, and the mirror is a reversed matrix. What bicubic resizing takes beyond [0, 1] is cut off.
+    are two matrix products, and a flip is a reversed matrix. Values of bicubic resizing outside [0, 1] are clipped.
     """
     top_B, left_B, height_B, width_B = boxes_B4.unbind(1)
     side_px = images_BSS3.shape[1]
@@ -113,7 +113,8 @@ def _resample(images_BSS3: Tensor, rows_BPS: Tensor, columns_BPS: Tensor) -> Ten
 
 
 def recolour(x_B3PP: Tensor, colours: Colours, augment: AugmentParams) -> Tensor:
-    """Turn, colour jitter, grey and blur as drawn, of images in [0, 1] (changed in place). What `augment` never does costs nothing."""
+    """Rotation, colour jitter, greyscale and blur as drawn, for images in [0, 1] (in place). Operations that `augment` never uses cost
+    nothing."""
     device, operation_OB, factor_OB = x_B3PP.device, colours.operation_BO.T, colours.factor_BO.T
     hue_rows = [np.flatnonzero(operation_B == HUE) for operation_B in operation_OB]
     gray_R, blur_R = np.flatnonzero(colours.gray_B), np.flatnonzero(colours.sigma_B)
@@ -137,14 +138,14 @@ def recolour(x_B3PP: Tensor, colours: Colours, augment: AugmentParams) -> Tensor
 
 
 def _upload_together(arrays: list[np.ndarray], dtype: type, device: torch.device) -> list[Tensor]:
-    """Several arrays by one copy, each in its shape: on a GPU a copy costs the host as much as a few hundred numbers take to draw."""
+    """Several arrays by one copy, each in its shape: on a GPU, a copy costs the host as much as drawing a few hundred numbers."""
     flat = upload(np.concatenate([array.ravel() for array in arrays]).astype(dtype, copy=False), device)
     parts = flat.split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def rotate(x_B3PP: Tensor, degrees_B: Tensor) -> Tensor:
-    """Each square turned counter-clockwise about its middle, bilinear, black outside: torchvision's rotate."""
+    """Each square rotated counter-clockwise about its centre, bilinear, black outside: torchvision's rotate."""
     cos_B, sin_B = degrees_B.deg2rad().cos(), degrees_B.deg2rad().sin()
     zero_B = torch.zeros_like(cos_B)
     theta_B23 = torch.stack([torch.stack([cos_B, -sin_B, zero_B], 1), torch.stack([sin_B, cos_B, zero_B], 1)], 1)

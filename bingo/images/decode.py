@@ -1,4 +1,4 @@
-"""One image file to uint8 RGB pixels: every mode that Pillow opens, turned upright, decoded smaller where that is enough.
+"""Decode one image file to uint8 RGB pixels: every mode that Pillow opens, upright, and at reduced size if that is sufficient.
 
 No torch: scans import this file. Lengths are in pixels; P is the side of the result.
 """
@@ -28,16 +28,16 @@ _SUFFIXES = {  # of each format the usual ones first
     "AVIF": (".avif", ".avifs"),
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 }
-_OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # what this Pillow may have been built without
-# Whatever the suffix. Others are rare or drawn number by number in Python, and EPS is a program to be run.
+_OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # may be missing in this build of Pillow
+# Whatever the suffix. Others are rare or decoded in pure Python, and EPS files are programs that would be run.
 FORMATS = tuple(name for name in _SUFFIXES if name not in _OPTIONAL or features.check(_OPTIONAL[name]))
 SUFFIXES = tuple(
     sorted((suffix for name in FORMATS for suffix in _SUFFIXES[name]), key=(".jpg", ".jpeg", ".png").__contains__, reverse=True)
 )
 MOST_SCANS = 100  # of a JPEG file; progressive ones have about 10, and each may cost a pass over all pixels without a byte of data
-MOST_PLAIN_PIXELS = 4_000_000  # of a PPM file in plain text, which Pillow reads number by number in Python
+MOST_PLAIN_PIXELS = 4_000_000  # of a PPM file in plain text, which Pillow decodes in pure Python
 PILLOW_FILTERS: dict[Interpolation, Image.Resampling] = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-DRAFT_MARGIN = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 only where this many times the wanted size remains
+DRAFT_MARGIN = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 only if this many times the required size remains
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,23 +49,23 @@ _UPRIGHT = {
 }
 _JPEG = ("JPEG", "MPO")
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xDA), 0xFF)  # markers of a JPEG file that stand alone, and bytes that fill
-_TURNED = (5, 6, 7, 8)  # height and width change places
+_TURNED = (5, 6, 7, 8)  # height and width are swapped
 
-# An image of this many pixels is refused as a bad image, where Pillow would only warn; its other warnings name no file.
+# An image of this many pixels is an error here, where Pillow would only warn; its other warnings name no file.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-GRAY_BITS = (8, 10, 12, 14, 16)  # that cameras and scanners put into grey images of 16 bits
+GRAY_BITS = (8, 10, 12, 14, 16)  # used by cameras and scanners in 16-bit greyscale images
 
 
 class BadImage(Exception):
-    """A file that is no readable image; the message is the reason, in one line."""
+    """A file that is not a readable image; the message is the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Height and width of the upright image; plain_jpeg: a JPEG file whose pixels are upright as they lie, and RGB or grey."""
+    """Height and width of the upright image; plain_jpeg: a JPEG file whose pixels are stored upright, and RGB or greyscale."""
 
     height: int
     width: int
@@ -73,13 +73,13 @@ class Header:
 
 
 def check_header(path: Path) -> int | None:
-    """Open an image file without decoding it; a grey one of 16 bits is decoded, and its largest value returned. Raises BadImage."""
+    """Open an image file without decoding it; a 16-bit greyscale image is decoded, and its largest value returned. Raises BadImage."""
     with _reasons(), Image.open(path, formats=FORMATS) as image:
         return _largest(image)
 
 
 def largest_gray(file_bytes: bytes) -> int | None:
-    """The largest value of a grey image of 16 bits, None for any other image. Raises BadImage."""
+    """The largest value of a 16-bit greyscale image, None for any other image. Raises BadImage."""
     is_png, is_other = file_bytes.startswith(b"\x89PNG"), file_bytes.startswith((b"\xff\xd8", b"GIF", b"BM", b"RIFF"))
     if is_other or (is_png and file_bytes[24:25] != b"\x10"):
         return None
@@ -88,7 +88,7 @@ def largest_gray(file_bytes: bytes) -> int | None:
 
 
 def has_deep_colours(start: bytes) -> bool:
-    """Whether a file that begins so (26 bytes) is a PNG of 16 bits a colour, of which Pillow reads the upper 8 alone."""
+    """Whether a file with these first 26 bytes is a PNG with 16 bits per channel, of which Pillow reads only the upper 8."""
     return start.startswith(b"\x89PNG") and start[24:25] == b"\x10" and start[25:26] != b"\0"
 
 
@@ -108,7 +108,7 @@ def bits_of(largest: int) -> int:
 
 
 def read_header(file_bytes: bytes) -> Header:
-    """What a file says of its image before its pixels. Raises BadImage."""
+    """The header of an image file. Raises BadImage."""
     if (header := _upright_jpeg(file_bytes)) is not None:
         return header
     with _opened(file_bytes) as image:
@@ -118,7 +118,7 @@ def read_header(file_bytes: bytes) -> Header:
 
 
 def _upright_jpeg(file_bytes: bytes) -> Header | None:
-    """The header of a plain JPEG file of one scan, in a tenth of the time that Pillow takes; None where Pillow must be asked."""
+    """The header of a plain JPEG file of one scan, in a tenth of the time of Pillow; None if Pillow must be used."""
     head = _before_the_only_scan(file_bytes)
     if not head or b"Exif\0\0" in head or b"tiff:Orientation" in head:
         return None
@@ -143,15 +143,16 @@ def _before_the_only_scan(file_bytes: bytes) -> bytes:
 
 
 def check_pixels(file_bytes: bytes) -> None:
-    """Decode a whole file to the end, at an eighth of its size where that is faster. Raises BadImage."""
+    """Decode a file to its end, at an eighth of its size if that is faster. Raises BadImage."""
     decode_rgb(file_bytes, min)
 
 
 def decode_rgb(file_bytes: bytes, may_shrink: Callable[[int, int], float], gray_bits: int | None = None) -> tuple[Image.Image, int]:
     """The upright RGB image in a file, and the factor (1, 2, 4 or 8) by which it was decoded smaller.
 
-    `may_shrink(height, width)` of the upright image is asked once, by how much at most; only JPEG files (scaled DCT) use it.
-    `gray_bits` is as in `to_rgb`. Raises BadImage for whatever cannot be decoded, truncated files and decompression bombs included.
+    `may_shrink(height, width)` returns the largest factor allowed for the upright image; it is called once, and only for JPEG files
+    (scaled DCT).
+    `gray_bits` is as in `to_rgb`. Raises BadImage for anything that cannot be decoded, including truncated files and decompression bombs.
     """
     with _opened(file_bytes) as image:
         orientation = _orientation(image)
@@ -166,7 +167,7 @@ def decode_rgb(file_bytes: bytes, may_shrink: Callable[[int, int], float], gray_
 
 
 def decode_as_stored(file_bytes: bytes) -> Image.Image:
-    """The RGB image in a file at full size and as its pixels lie in it: EXIF's orientation is ignored. Raises BadImage."""
+    """The RGB image in a file at full size, ignoring the EXIF orientation. Raises BadImage."""
     with _opened(file_bytes) as image:
         return to_rgb(image)
 
@@ -174,9 +175,9 @@ def decode_as_stored(file_bytes: bytes) -> Image.Image:
 def decode_square(
     file_bytes: bytes, resize_px: int, crop_px: int, interpolation: Interpolation = "bilinear", gray_bits: int | None = None
 ) -> np.ndarray:
-    """Short side to `resize_px` (antialiased), then `crop_px` from the middle: uint8 (P, P, 3). Raises BadImage.
+    """Short side resized to `resize_px` (antialiased), then a centre crop of `crop_px`: uint8 (P, P, 3). Raises BadImage.
 
-    Pixel for pixel the crop of the resized image (torchvision's Resize and CenterCrop), of which only the crop is computed.
+    Equals torchvision's Resize and CenterCrop pixel by pixel; only the crop is computed.
     """
     image, _ = decode_rgb(file_bytes, lambda height, width: min(height, width) / (DRAFT_MARGIN * resize_px), gray_bits)
     scale_2, start_2 = [], []
@@ -191,10 +192,10 @@ def decode_square(
 
 
 def to_rgb(image: Image.Image, gray_bits: int | None = None) -> Image.Image:
-    """Any mode as RGB. Alpha is dropped as torchvision's loader does. Raises BadImage.
+    """An image of any mode as RGB. Alpha is dropped, as in torchvision's loader. Raises BadImage.
 
-    Of grey values of 16 bits the lowest `gray_bits` hold the picture, of which the upper 8 are kept; larger values are white. None: the
-    fewest of GRAY_BITS that hold the image's largest value. A dataset has one number for all its images, so that they stay comparable.
+    Of 16-bit grey values, the lowest `gray_bits` contain the picture, of which the upper 8 are kept; larger values are white. None: the
+    smallest of GRAY_BITS that holds the image's largest value. A dataset uses one number for all images, so that they stay comparable.
     """
     if image.mode == "F":
         raise BadImage("its pixels are floating-point numbers of unknown range")
@@ -209,17 +210,17 @@ def to_rgb(image: Image.Image, gray_bits: int | None = None) -> Image.Image:
 
 @contextmanager
 def _opened(file_bytes: bytes) -> Iterator[Image.Image]:
-    """The image in a file, to be decoded within; whatever is wrong with it is raised as BadImage."""
+    """Open the image in a file, to be decoded in the body; any error in it is raised as BadImage."""
     with _reasons(), Image.open(io.BytesIO(file_bytes), formats=FORMATS) as image:
         if image.format in _JPEG and (scans := file_bytes.count(b"\xff\xda")) > MOST_SCANS:
-            raise BadImage(f"it has {scans} scans, where {MOST_SCANS} are allowed")
+            raise BadImage(f"it has {scans} scans, allowed are {MOST_SCANS}")
         if image.format == "PPM" and file_bytes[1:2] in b"123" and image.width * image.height > MOST_PLAIN_PIXELS:
             raise BadImage(f"it has {image.width} x {image.height} pixels in plain text, which take too long to read")
         yield image
 
 
 def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # Pillow turns it by itself
+    if image.format == "TIFF":  # Pillow rotates it itself
         return 1
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -229,10 +230,10 @@ def _orientation(image: Image.Image) -> int:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Turn whatever Pillow raises on a damaged file (there is no common class) into BadImage with one line."""
+    """Convert any error that Pillow raises for a damaged file (they have no common class) to BadImage with one line."""
     try:
         yield
-    except (BadImage, MemoryError):  # of the second the machine is to blame, not the file
+    except (BadImage, MemoryError):  # the second is caused by the machine, not by the file
         raise
     except Image.UnidentifiedImageError:
         raise BadImage("no image format is recognised in it") from None

@@ -1,7 +1,7 @@
-"""Random crops of one image file, uint8: what a decoding worker does for training. One decode, however many crops.
+"""Random crops of one image file, uint8, as cut by a decoding worker for training. The file is decoded once for all crops.
 
-JPEG files go through simplejpeg, which gives the pixels of Pillow's decoder in four fifths of its time, and crops through PyTorch's
-resize of bytes, which is Pillow's antialiased filter (within 2 of 255 levels) in half of its time.
+JPEG files are decoded by simplejpeg, which gives the same pixels as Pillow in four fifths of the time, and crops are resized by PyTorch
+on bytes, which equals Pillow's antialiased filter (within 2 of 255 levels) in half of the time.
 Shape letters: V views of the image, P side of a view in pixels.
 """
 
@@ -27,16 +27,16 @@ def decode_crops(
     interpolation: Interpolation = "bilinear",
     gray_bits: int | None = None,
 ) -> None:
-    """Write the boxes (top, left, height, width; int64) of an image, resized and mirrored where `flip_V`, to uint8 `out_VPP3`.
+    """Write the boxes (top, left, height, width; int64) of an image, resized and flipped where `flip_V`, to uint8 `out_VPP3`.
 
-    The file is decoded smaller where every box is many times the view's size. Raises BadImage.
+    The file is decoded at reduced size if every box is many times larger than the view. Raises BadImage.
     """
     may_shrink = boxes_V4[:, 2:].min() / (DRAFT_MARGIN * out_VPP3.shape[1])
     if header.plain_jpeg and may_shrink < 2:
         try:
             return _crops_of_pixels(simplejpeg.decode_jpeg(file_bytes, "RGB"), boxes_V4, flip_V, out_VPP3, interpolation)
         except ValueError:
-            pass  # Pillow is asked, which bears more, and says why it cannot
+            pass  # Pillow tolerates more, and reports why it fails
     image, factor = decode_rgb(file_bytes, lambda height, width: may_shrink, gray_bits)
     if factor > 1:
         return _crops_of_shrunk(image, boxes_V4 / factor, flip_V, out_VPP3, interpolation)
@@ -49,13 +49,13 @@ def _crops_of_pixels(
     image_3HW, crop_px = torch.from_numpy(image_HW3).permute(2, 0, 1), out_VPP3.shape[1]
     for v, (top, left, height, width) in enumerate(boxes_V4.tolist()):
         crop_13HW = image_3HW[None, :, top : top + height, left : left + width]
-        crop_13HW = crop_13HW.contiguous(memory_format=torch.channels_last)  # or the result is planar, which takes twice as long
+        crop_13HW = crop_13HW.contiguous(memory_format=torch.channels_last)  # otherwise the result is planar, which takes twice as long
         view_PP3 = interpolate(crop_13HW, (crop_px, crop_px), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
         out_VPP3[v] = view_PP3.flip(1) if flip_V[v] else view_PP3
 
 
 def _crops_of_shrunk(image: Image.Image, boxes_V4: np.ndarray, flip_V: np.ndarray, out_VPP3: Tensor, interpolation: Interpolation) -> None:
-    """Boxes of fractions of a pixel, which Pillow's resize knows."""
+    """Boxes with fractions of a pixel, which Pillow's resize supports."""
     crop_px = out_VPP3.shape[1]
     for v, (top, left, height, width) in enumerate(boxes_V4.tolist()):
         whole = (int(left), int(top), math.ceil(left + width), math.ceil(top + height))

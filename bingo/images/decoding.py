@@ -1,7 +1,7 @@
-"""Worker processes that decode image files ahead of use: one decode for each image and plan, whatever number of views it feeds.
+"""Worker processes that decode image files ahead of use. Each image of a plan is decoded once for all its views.
 
-A worker gets paths and random numbers, keeps nothing, and gives back uint8 crops, so views do not depend on how many there are.
-Processes, not threads: the Python part of decoding would hold the interpreter's lock that the training thread needs to launch.
+A worker receives paths and random numbers, keeps no state, and returns uint8 crops, so views do not depend on the number of workers.
+Processes are used instead of threads, because decoding in Python would hold the GIL that the training thread needs.
 Shape letters: T views of a plan, V views of one image, P side of a view in pixels.
 """
 
@@ -24,7 +24,7 @@ from bingo.runtime.errors import UserError
 from bingo.runtime.inside import path_inside
 from bingo.runtime.task_loader import TaskLoader
 
-IMAGES_PER_TASK = 32  # what one worker decodes at a time: a few megabytes of shared memory, about 0.1 s of 500 x 375 photos
+IMAGES_PER_TASK = 32  # decoded by one worker at a time: a few megabytes of shared memory, about 0.1 s for photos of 500 x 375
 TASKS_AHEAD = 2  # for each worker
 
 
@@ -61,7 +61,7 @@ class FileDecoder:
         self._loader = TaskLoader(_Decode(), workers, TASKS_AHEAD, pin)
 
     def batches(self, plans: Iterable[AnyPlan]) -> Iterator[tuple[AnyPlan, list[Tensor], np.ndarray]]:
-        """Each plan with its crops in parts, uint8 (t, P, P, 3), in the order of images, and where each view stands, int64 (T,).
+        """Each plan with its crops in parts, uint8 (t, P, P, 3), in the order of images, and the position of each view, int64 (T,).
 
         `torch.cat(parts)[places_T]` are the plan's views in order. Raises UserError naming path and row of unreadable images.
         """
@@ -72,7 +72,7 @@ class FileDecoder:
             yield plan, parts, places_T
 
     def _work(self, plan: AnyPlan) -> tuple[tuple[AnyPlan, np.ndarray], list[_DecodeTask]]:
-        """A plan and where each of its views will stand, with its tasks."""
+        """A plan and the position of each of its views, with its tasks."""
         order_T = np.argsort(plan.image_rows_T, kind="stable")
         rows_U, starts_U = np.unique(plan.image_rows_T[order_T], return_index=True)
         ends_U = np.append(starts_U[1:], len(order_T))
@@ -91,7 +91,7 @@ class FileDecoder:
 
 
 class _Decode(Dataset):
-    """A task as index, its crops as item; reasons, one line each, where images cannot be read."""
+    """A dataset whose index is a task and whose item is its crops, or the reasons, one line each, if images cannot be read."""
 
     def __getitem__(self, task: _DecodeTask) -> Tensor | list[str]:
         crop_px, interpolation = task.image.crop_px, task.image.interpolation
@@ -116,7 +116,7 @@ class _Decode(Dataset):
 
 
 def _boxes(task: _DecodeTask, headers: dict[int, Header]) -> np.ndarray:
-    """Each view's box, int64 (T, 4), all drawn at once; of images that cannot be read, anything."""
+    """Each view's box, int64 (T, 4), all drawn at once; arbitrary for images that cannot be read."""
     if task.crops is None:
         return np.empty((0, 4), np.int64)
     views_U = np.diff(task.starts)
@@ -127,13 +127,13 @@ def _boxes(task: _DecodeTask, headers: dict[int, Header]) -> np.ndarray:
 
 @contextmanager
 def _unreadable_noted(task: _DecodeTask, i: int, lines: list[str]) -> Iterator[None]:
-    """Where the task's i-th file cannot be read, one line more."""
+    """Add a line if the task's i-th file cannot be read."""
     try:
         yield
     except (BadImage, OSError) as error:
         undecodable = isinstance(error, BadImage)
         reason = str(error) if undecodable else getattr(error, "strerror", None) or str(error)
-        # Where scan has looked at headers alone, to scan again would not find the file.
+        # If scan has read only headers, scanning again would not find the file.
         way_out = (
             "set dataset.check: decode, with which scan finds such files, and run: dvc repro" if undecodable else "run: dvc repro -f scan"
         )

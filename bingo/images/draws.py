@@ -16,8 +16,8 @@ from bingo import seeds
 from bingo.params import AugmentParams
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-CROP_TRIES = 10  # as torchvision: then the largest box in the middle
-# Columns of the uniform numbers of one view. A new number gets a new column at the end, so that known views stay as they are.
+CROP_TRIES = 10  # as in torchvision: then the largest box in the centre
+# Columns of the uniform numbers of one view. A new number gets a new column at the end, so that existing views do not change.
 _AREA, _RATIO = slice(0, CROP_TRIES), slice(CROP_TRIES, 2 * CROP_TRIES)
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(2 * CROP_TRIES, 2 * CROP_TRIES + 5)
 _FACTORS = slice(_ORDER + 1, _ORDER + 5)
@@ -28,9 +28,9 @@ _PERMUTATIONS = np.array(list(permutations(range(4))))
 
 @dataclass(frozen=True)
 class Crops:
-    """What fixes the geometry of B views once the sizes of their images are known: uniform numbers and flips, bool (B,).
+    """The geometry of B views, given the sizes of their images: uniform numbers and flips, bool (B,).
 
-    ranges_B4: least and largest share of the area, least and largest width over height, of each view's own family.
+    ranges_B4: least and largest share of the area, least and largest width over height, of each view's augmentation.
     """
 
     uniforms_BJ: np.ndarray
@@ -48,11 +48,11 @@ def join_crops(parts: Sequence[Crops]) -> Crops:
 
 @dataclass(frozen=True)
 class Colours:
-    """What fixes the colours of B views. Operations that no view has are left out: O is 0 to 4.
+    """The colours of B views. Operations that no view uses are left out: O is 0 to 4.
 
     operation_BO: which operation (BRIGHTNESS.. HUE) acts o-th, -1 none; factor_BO: its factor (for hue the shift, in turns);
-    gray_B: bool; sigma_B: standard deviation of the blur in pixels, 0 for none. angle_B: a turn in degrees, counter-clockwise; it
-    comes first of all, on the device like the colours.
+    gray_B: bool; sigma_B: standard deviation of the blur in pixels, 0 for none. angle_B: a rotation in degrees, counter-clockwise; it
+    is applied first, on the device like the colours.
     """
 
     operation_BO: np.ndarray
@@ -63,7 +63,7 @@ class Colours:
 
 
 def join_colours(parts: Sequence[Colours]) -> Colours:
-    """Several batches of one family of views as one."""
+    """Several batches with one augmentation as one."""
     return Colours(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Colours)))
 
 
@@ -97,8 +97,8 @@ def _jitter(augment: AugmentParams, u_BJ: np.ndarray) -> tuple[np.ndarray, np.nd
 def crop_boxes(crops: Crops, heights_B: ArrayLike, widths_B: ArrayLike) -> np.ndarray:
     """Boxes (top, left, height, width) in whole pixels, int64 (B, 4), in images of these sizes (arrays or one number for all).
 
-    RandomResizedCrop of torchvision: of 10 boxes with area and log ratio uniform in the views' ranges the first that fits, at a
-    uniform place; if none fits, the largest box of an allowed ratio in the middle.
+    As torchvision's RandomResizedCrop: the first of 10 boxes, with area and log ratio uniform in the views' ranges, that fits, at a
+    uniform position; if none fits, the largest box of an allowed ratio in the centre.
     """
     u_BJ = crops.uniforms_BJ
     heights_B = np.broadcast_to(np.asarray(heights_B, np.int64), len(u_BJ))
@@ -118,7 +118,7 @@ def crop_boxes(crops: Crops, heights_B: ArrayLike, widths_B: ArrayLike) -> np.nd
 
 
 def _middle_boxes(heights_B: np.ndarray, widths_B: np.ndarray, ranges_B4: np.ndarray) -> np.ndarray:
-    """The largest boxes in the middle whose ratio is allowed."""
+    """The largest boxes in the centre whose ratio is allowed."""
     height_B = np.minimum(heights_B, np.rint(widths_B / ranges_B4[:, 2]))
     width_B = np.minimum(widths_B, np.rint(heights_B * ranges_B4[:, 3]))
     return np.stack([(heights_B - height_B) // 2, (widths_B - width_B) // 2, height_B, width_B], axis=1)

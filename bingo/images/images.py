@@ -1,4 +1,4 @@
-"""The pixels behind a listing: small images whole in memory, large ones as files that are decoded at every use.
+"""The pixels of a listing: small images in memory, large ones as files that are decoded on every access.
 
 No torch at the top: scans import this file. Shape letters: N rows of the listing, S side of a stored image, B rows asked for.
 """
@@ -42,7 +42,7 @@ class MemoryImages:
     def on_device(self, device: "torch.device") -> "torch.Tensor":
         """The images as a uint8 tensor (N, S, S, 3) on `device`: copied there once; on the CPU the same memory.
 
-        Raises UserError where a GPU has no room for them.
+        Raises UserError if they do not fit on a GPU.
         """
         import torch
 
@@ -51,13 +51,13 @@ class MemoryImages:
                 self._on_device[device] = torch.from_numpy(self.images_NSS3).to(device)
             except torch.cuda.OutOfMemoryError:
                 need = f"{len(self)} images need {self.images_NSS3.nbytes / 2**30:.1f} GiB of the GPU, more than is free"
-                way_out = "lower dataset.store_px, or set it to null: files are then decoded at use"
+                way_out = "lower dataset.store_px, or set it to null: files are then decoded on access"
                 raise UserError(f"dataset.store_px = {self.side_px}: {need}; {way_out}") from None
         return self._on_device[device]
 
 
 class FileImages:
-    """N image files under one folder, decoded at every use by the loader's workers; `follow_links`: links may lead out of it.
+    """N image files in one folder, decoded on every access by the loader's workers; `follow_links`: links may lead out of it.
 
     `gray_bits` is as in a Listing.
     """
@@ -76,7 +76,7 @@ Images = MemoryImages | FileImages
 
 
 def write_images(path: Path | str, listing: Listing, images_NSS3: np.ndarray | None) -> None:
-    """Write the zarr group of a listing's images; None where files are decoded at use: the group then holds no rows."""
+    """Write the zarr group of a listing's images; None if files are decoded on access: the group then holds no rows."""
     if images_NSS3 is None:
         images_NSS3 = np.zeros((0, 0, 0, 3), np.uint8)
     chunk_rows = min(CHUNK_ROWS, max(1, len(images_NSS3)))  # a chunk is stored in full size
@@ -89,7 +89,7 @@ def write_images(path: Path | str, listing: Listing, images_NSS3: np.ndarray | N
             dtype="uint8",
             filters=None,
             compressors=[Crc32cCodec()],
-            config={"write_empty_chunks": True},  # black images too, so that a missing chunk is an error and not black
+            config={"write_empty_chunks": True},  # including black images, so that a missing chunk is an error and not black
         )
         seal(folder, group)
         if len(images_NSS3):
@@ -97,9 +97,9 @@ def write_images(path: Path | str, listing: Listing, images_NSS3: np.ndarray | N
 
 
 def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetParams | None") -> Images:
-    """The images of `listing`: in memory where `images_zarr` holds them, otherwise the files under `dataset.root`.
+    """The images of `listing`: in memory if `images_zarr` holds them, otherwise the files in `dataset.root`.
 
-    Raises UserError where the store is absent, damaged or another listing's, and where files are needed but there is no `root`.
+    Raises UserError if the store is absent, damaged or another listing's, and if files are needed but there is no `root`.
     """
     name = str(images_zarr)
     group = open_group(images_zarr, name, _WAY_OUT)

@@ -1,6 +1,6 @@
-"""The listing: which images there are, in which order. Its row number is the only key of every later artefact.
+"""The listing of all images and their order. Its row number is the only key of every later artefact.
 
-Train rows come first, so an array over the train rows alone is a prefix. Kept as parquet; the same listing has the same bytes.
+Train rows come first, so an array over the train rows is a prefix. Stored as parquet; equal listings have equal bytes.
 The metadata hold a sha256 of every column of every row group and of the metadata, so that damage is found in whatever is read.
 """
 
@@ -22,7 +22,7 @@ from bingo.runtime.inside import leads_out
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
 _KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "gray_bits", "group_rows", "columns", "checksum")
 PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # what damaged files make pyarrow raise
-_GROUP_ROWS = 65536  # what `listing_rows` reads to learn of one row
+_GROUP_ROWS = 65536  # what `listing_rows` reads for one row
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Listing:
     """N images in order: relative posix paths (or names such as digit/0012/p3), labels int64 (N,) with -1 where unknown.
 
     Rows 0..train_rows-1 are the train split, the others the test split. `skipped` names unreadable images that were left out.
-    `gray_bits`: how many of the 16 bits of grey images hold the picture, in all images of the dataset; None where there are none.
+    `gray_bits`: how many of the 16 bits of grey images hold the picture, in all images of the dataset; None if there are none.
     """
 
     dataset: str
@@ -57,7 +57,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Content:
-    """What identifies one image: its size in bytes, and the sha256 of its bytes (None where only headers were read)."""
+    """The identity of one image: its size in bytes, and the sha256 of its bytes (None if only headers were read)."""
 
     size_bytes: int
     sha256: str | None
@@ -66,7 +66,7 @@ class Content:
 def listing_fingerprint(header: dict, paths: list[str], contents: Iterable[Content], labels_N: np.ndarray, train_rows: int) -> str:
     """32 hex digits over `header` (dataset, classes, stored size) and the ordered rows: path, bytes, content, label, split.
 
-    No times, owners or places enter: the same images in another folder have the same fingerprint.
+    Times, owners and locations are not included: the same images in another folder have the same fingerprint.
     """
     hasher = hashlib.sha256(canonical_json(header).encode())
     for row, (path, content, label) in enumerate(zip(paths, contents, labels_N.tolist(), strict=True)):
@@ -78,7 +78,7 @@ def listing_fingerprint(header: dict, paths: list[str], contents: Iterable[Conte
 def memory_listing(
     name: str, paths: list[str], labels_N: np.ndarray, train_rows: int, classes: list[str], images_NSS3: np.ndarray
 ) -> Listing:
-    """The listing of images that have no files of their own: a row's content is its stored pixels."""
+    """The listing of images without files: a row's content is its stored pixels."""
     contents = [Content(image.nbytes, hashlib.sha256(image.tobytes()).hexdigest()) for image in images_NSS3]
     header = {"dataset": name, "classes": classes, "store_px": images_NSS3.shape[1]}
     fingerprint = listing_fingerprint(header, paths, contents, labels_N, train_rows)
@@ -129,7 +129,7 @@ def column_digest(column: pa.ChunkedArray) -> str:
 
 
 def metadata_of(schema: pa.Schema) -> dict[str, str]:
-    """A listing's metadata; raises ValueError where they do not fit their checksum or some are missing."""
+    """A listing's metadata; raises ValueError if they do not fit their checksum or some are missing."""
     metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key.decode() in _KEYS}
     checksum = metadata.pop("checksum", None)
     if len(metadata) < len(_KEYS) - 1 or checksum != fingerprint(metadata):
@@ -138,7 +138,7 @@ def metadata_of(schema: pa.Schema) -> dict[str, str]:
 
 
 def read_listing(path: Path | str) -> Listing:
-    """Read what `write_listing` wrote. Raises UserError where the file is absent, damaged or no listing."""
+    """Read what `write_listing` wrote. Raises UserError if the file is absent, damaged or no listing."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:

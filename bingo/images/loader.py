@@ -1,8 +1,8 @@
 """Batches of views on the device, for training (random views by seed row) and for features (centre views in row order).
 
-The same key gives the same pixels whoever asks, with any number of workers, in any batch: a stored teacher view can be drawn
-again. A JPEG file far larger than its crops is the exception: it is decoded at a fraction of its size that suits all views asked for
-together (bingo/images/decode.py), so a view asked for alone may differ by about 1/100 of a pixel's standard deviation.
+The same key gives the same pixels for every caller, number of workers and batch, so that a stored teacher view can be redrawn.
+The exception is a JPEG file far larger than its crops: it is decoded at a reduced size that suits all views requested
+together (bingo/images/decode.py), so a view requested alone may differ by about 1/100 of a pixel's standard deviation.
 
 Shape letters: B views of a request, T views of a plan (all its requests), P side of a view in pixels.
 """
@@ -31,8 +31,8 @@ Item = TypeVar("Item")
 class Request:
     """B random views: of images `image_rows_B` (int64), their randomness a function of (purpose, epoch, seed row, view).
 
-    The seed row is the image's own row, except where another image is to be seen through the same crop and colours. `augment`: another
-    family of views than the loader's.
+    The seed row is the image's own row, unless another image is to be seen with the same crop and colours. `augment`: another
+    augmentation than the loader's.
     """
 
     image_rows_B: np.ndarray
@@ -44,10 +44,10 @@ class Request:
 
 
 class ViewLoader:
-    """Random views of `images` on `device`. `workers` (None: found by itself) matters for files alone.
+    """Random views of `images` on `device`. `workers` (None: chosen automatically) is used only for files.
 
-    `augment` is the family of views of a request that names none; `wait_seconds` is how long the consumer waited in all: for
-    files, or on the CPU for the views to be computed.
+    `augment` is the default augmentation of requests; `wait_seconds` is the total time that the consumer has waited for
+    files or, on the CPU, for views to be computed.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class ViewLoader:
     def views(self, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
         """For each plan one normalised float32 (B, 3, P, P) channels_last tensor for each request, in order.
 
-        Plans are read ahead of use. Raises UserError naming path and row where a file can no longer be read.
+        Plans are read ahead of use. Raises UserError with path and row if a file can no longer be read.
         """
         return (views for _, views in self.items_with_views((None, plan) for plan in plans))
 
     def items_with_views(self, items: Iterable[tuple[Item, list[Request]]]) -> Iterator[tuple[Item, list[Tensor]]]:
-        """As `views`, for plans that come each with an item, which is given back with its views."""
+        """Like `views`, for plans that each come with an item, which is returned with the views."""
         source = self._from_memory(items) if self._decoder is None else self._from_files(self._decoder, items)
         while True:
             asked = time.perf_counter()
@@ -97,7 +97,8 @@ class ViewLoader:
             yield item, [views_B3PP for views in together for views_B3PP in views]
 
     def _memory_views(self, requests: list[Request], family: AugmentParams) -> Sequence[Tensor]:
-        """Views of neighbouring requests of one family, computed together: on a GPU a small batch costs the calls, not the pixels."""
+        """Views of consecutive requests with one augmentation, computed together: on a GPU the cost of a small batch is in the calls, not
+        the pixels."""
         images_TSS3 = _gather(self._images, np.concatenate([request.image_rows_B for request in requests]), self._device)
         crops, colours = zip(*(self._draw(request) for request in requests), strict=True)
         views_T3PP = random_views(images_TSS3, join_crops(crops), join_colours(colours), family, self._image)
@@ -116,7 +117,7 @@ class ViewLoader:
 
 @dataclass(frozen=True)
 class _DrawnPlan(DecodePlan, Generic[Item]):
-    """Requests as the decoder wants them, with what their views need afterwards: the colours and the family of each request."""
+    """Requests in the form that the decoder needs, with the colours and the augmentation of each request."""
 
     item: Item
     colours: list[tuple[Colours, AugmentParams]]
@@ -127,7 +128,7 @@ def center_views(
 ) -> Iterator[Tensor]:
     """Centre views of the listing rows `rows_N` in that order, `batch_images` at a time: normalised float32 (b, 3, P, P).
 
-    Raises UserError naming path and row where a file can no longer be read.
+    Raises UserError with path and row if a file can no longer be read.
     """
     rows_N = np.asarray(rows_N, np.int64)
     batches = [rows_N[start : start + batch_images] for start in range(0, len(rows_N), batch_images)]
@@ -137,7 +138,7 @@ def center_views(
 def center_batches(
     images: Images, batches: Sequence[np.ndarray], image: ImageParams, device: torch.device, workers: int | None = None
 ) -> Iterator[Tensor]:
-    """Centre views of batches of listing rows, int64 (b,) each, read ahead of use: as `center_views` gives them."""
+    """Centre views of batches of listing rows, int64 (b,) each, read ahead of use, as returned by `center_views`."""
     if isinstance(images, MemoryImages):
         for rows_B in batches:
             yield center_view(_gather(images, rows_B, device), image)
@@ -154,7 +155,7 @@ def _gather(images: Images, rows_B: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _on_device(batches: Iterable[tuple[AnyPlan, list[Tensor], np.ndarray]], device: torch.device) -> Iterator[tuple[AnyPlan, Tensor]]:
-    """Each plan with its views in order, uint8 (T, P, P, 3). A GPU copies them on a stream of its own, beside the running step."""
+    """Each plan with its views in order, uint8 (T, P, P, 3). A GPU copies them on a separate stream, in parallel with the running step."""
     if device.type != "cuda":
         for plan, parts, places_T in batches:
             yield plan, torch.cat(parts).index_select(0, torch.from_numpy(places_T))

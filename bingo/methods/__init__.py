@@ -1,1 +1,2 @@
-"""One file a method: bingo/methods/NAME.py holds `build`; its section of params.yaml is in bingo/params/methods.py."""
+"""Each method is one file bingo/methods/NAME.py with a function `build`; its section of params.yaml is defined in
+bingo/params/methods.py."""

@@ -1,4 +1,4 @@
-"""BINGO (ICLR 2022): the student's anchor and bag member against the teacher's keys, as in the paper or as released.
+"""BINGO (ICLR 2022): contrast the student's anchor and bag member with the teacher's keys, as in the paper or as released.
 
 Terms of one anchor a with its drawn bag member p; s are the student's queries, k the keys, l is InfoNCE against common negatives:
   paper          w0 l(s_a, k_a) + w1 l(s_p, k_a)
@@ -83,7 +83,7 @@ class Bingo(Method):
     def _terms(
         self, batch: Batch, progress: Progress, anchor_keys_BP: Tensor, member_keys_BP: Tensor | None
     ) -> dict[str, tuple[Tensor, WeightedKeys]]:
-        """Of each term the images (B, 3, H, W) that the student sees, and their keys (B, P) with the weights."""
+        """For each term the images (B, 3, H, W) that the student sees, and their keys (B, P) with the weights."""
         intra, inter = (1.0, 0.0) if progress.epoch < self.params.inter_warmup_epochs else self.params.pair_weights
         anchor, member = batch.anchor_views[0], batch.member_views[0]
         if member_keys_BP is None:  # the paper's terms
@@ -100,25 +100,25 @@ class Bingo(Method):
         return terms
 
     def _query(self, images_BCHW: Tensor) -> Tensor:
-        """Unit rows (B, P) of one kind of view, by a forward of its own: BatchNorm's statistics are of one kind, as released."""
+        """Unit rows (B, P) of one kind of view, by a separate forward pass, so that BatchNorm's statistics are of one kind, as released."""
         with autocast(self.context.precision, self.context.device):
             return unit(self.head(self.student(images_BCHW)))
 
     @torch.no_grad()
     def _keys(self, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor | None]:
-        """Keys of anchors and, where the terms use them, of members, unit rows (B, P)."""
+        """Keys of anchors and, if the terms use them, of members, unit rows (B, P)."""
         both = self.related and self.params.terms != "paper"
         if self.context.keys == "stored":
             return batch.anchor_keys[0], batch.member_keys_BP if both else None
         seen = [batch.anchor_views[-1], batch.member_views[-1]] if both else [batch.anchor_views[-1]]
-        if self.context.keys == "live" and self.params.teacher_batchnorm == "eval":  # a key depends on its image alone: one pass for all
+        if self.context.keys == "live" and self.params.teacher_batchnorm == "eval":  # a key depends only on its image: one pass for all
             keys = self._encode(torch.cat(seen), 0).split(len(seen[0]))
         else:
             keys = tuple(self._encode(images_BCHW, 2 * progress.step + draw) for draw, images_BCHW in enumerate(seen))
         return keys[0], keys[1] if both else None
 
     def _encode(self, images_BCHW: Tensor, draw: int) -> Tensor:
-        """Keys of images by the live teacher or the moving average; `draw` numbers the shuffle of the processes."""
+        """Keys of images by the live teacher or the moving average; `draw` numbers the shuffle among processes."""
         with autocast(self.context.precision, self.context.device):
             if self.context.keys == "momentum":
                 return unit(shuffled(self.key_encoder, images_BCHW, self.context.seed, draw))
@@ -135,7 +135,7 @@ class Bingo(Method):
 
 
 def build(params: BingoParams, context: Context) -> Method:
-    """BINGO on the student of `context`. Raises UserError for switches that contradict each other."""
+    """BINGO for the student in `context`. Raises UserError for settings that contradict each other."""
     if context.keys == "stored":
         check_stored_views("bingo", context, 1)
     if context.keys == "momentum" and params.negatives == "bank":

@@ -1,7 +1,8 @@
-"""CompRess (Abbasi Koohpayegani et al. 2020; UMBCvision/CompRess): an image is as similar to others for the student as for the teacher.
+"""CompRess (Abbasi Koohpayegani et al. 2020; UMBCvision/CompRess): the student learns the teacher's similarities to other images.
 
 t, s: unit outputs of teacher and student. With two queues (train_student.py) Q_t holds the teacher's outputs and Q_s those of a
-moving average of the student, of the same images in the same places; with one (train_student_one_queue.py, CompReSSA) a linear layer maps
+moving average of the student, for the same images at the same positions; with one (train_student_one_queue.py, CompReSSA) a linear layer
+maps
 the student to the teacher's width and Q_s is Q_t. loss = KL(softmax(t . Q_t / temperature) || softmax(s . Q_s / temperature)).
 The image itself is not in the queues when its similarities are taken.
 """
@@ -60,5 +61,5 @@ class Compress(Method):
 
 
 def build(params: CompressParams, context: Context) -> Method:
-    """CompRess on the student of `context`. Raises UserError where there is no teacher."""
+    """CompRess on the student of `context`. Raises UserError if there is no teacher."""
     return Compress(params, context)

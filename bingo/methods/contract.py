@@ -1,4 +1,4 @@
-"""What a method of distillation is: it says what a batch must hold, owns its networks and state, and returns its loss terms.
+"""The interface of a distillation method: it declares what a batch must hold, owns its networks and state, and returns its loss terms.
 
 Shape letters: B anchors of this process with their companions, T train rows, V stored views, P key width, D feature width, K bag size,
 J negatives.
@@ -22,12 +22,12 @@ if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method wants to find in a batch.
+    """What a method needs in a batch.
 
     `anchor_views`, `member_views`: views of the anchor and of one drawn member of its bag. Of the anchor's views the first
-    `same_views` are those that stored keys were made from, two of them being different ones, and the last `weak_views` have neither
-    colours nor blur. `stored_keys`: the teacher's stored keys of both, `stored_features`: its stored features of the anchors.
-    `companions`: so many listed members of each anchor's bag are in the batch as anchors of their own, behind the anchors.
+    `same_views` are those that stored keys were made from (two of them are different views), and the last `weak_views` have neither
+    colour jitter nor blur. `stored_keys`: the teacher's stored keys of both, `stored_features`: its stored features of the anchors.
+    `companions`: the number of listed members of each anchor's bag that are added to the batch as further anchors, after the anchors.
     """
 
     anchor_views: int
@@ -47,8 +47,8 @@ class Needs:
 class Batch:
     """One process's share of a step: rows (B,) int64, views (B, 3, H, W) float32, unit keys (B, P) and features (B, D) float32.
 
-    `anchor_keys` has one entry, or as many as `Needs.same_views` where that is more: then key i is the key of view i. `host_rows_B`
-    are the anchor's rows once more, for draws: to read them back from a GPU would wait for its work.
+    `anchor_keys` has one entry, or `Needs.same_views` entries if that is more: then key i is the key of view i. `host_rows_B`
+    are the anchor's rows on the host, for random draws: reading them back from a GPU would wait for its work.
     """
 
     anchor_rows_B: Tensor
@@ -67,7 +67,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: epoch and global step, both from 0."""
+    """The progress of training: epoch and global step, both from 0."""
 
     epoch: int
     step: int
@@ -91,18 +91,18 @@ class Context:
 
 
 class Method(nn.Module):
-    """A method. `forward` has no effect on keys, queues or moving averages; these move in `after_step` alone."""
+    """A method. `forward` has no effect on keys, queues or moving averages; these are updated only in `after_step`."""
 
     needs: Needs
     student: "Backbone"
     head: nn.Module
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Loss terms, scalars in float32: `loss` is what is minimised, the others are for the curves."""
+        """Loss terms, scalars in float32: `loss` is minimised, the others are only logged."""
         raise AssertionError(f"{type(self).__name__} has no forward")
 
     def after_step(self) -> None:
-        """Move queues and moving averages, after the optimizer's step that used the last `forward`."""
+        """Update queues and moving averages, after the optimizer step that used the last `forward`."""
 
 
 def build_method(name: str, section: MethodSection, context: Context) -> Method:

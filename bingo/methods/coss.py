@@ -1,4 +1,4 @@
-"""CoSS (Singh and Wang 2024): the student's outputs are like the teacher's image by image, and feature by feature over the images.
+"""CoSS (Singh and Wang 2024): match the student's outputs to the teacher's, image by image and feature by feature over the images.
 
 s = head(student(x)), t the teacher's output for the same view, both (N, X) over a BatchNorm group, whose N images are anchors and
 `companions` of their nearest neighbours. loss = -(mean_i cos(s_i, t_i) + mean_j cos(s_:j, t_:j)) / (teacher_temperature x
@@ -44,7 +44,7 @@ class Coss(Method):
 
 
 def build(params: CossParams, context: Context) -> Method:
-    """CoSS on the student of `context`. Raises UserError where there is no teacher, or bags list fewer members than `companions`."""
+    """CoSS on the student of `context`. Raises UserError if there is no teacher, or bags list fewer members than `companions`."""
     if params.companions and context.bags is not None and params.companions > context.bags.members_TK.shape[1]:
         listed = context.bags.members_TK.shape[1]
         way_out = f"set bagging.k: {params.companions}, or lower it"

@@ -1,4 +1,4 @@
-"""DisCo (Gao et al. 2022; Yuting-Gao/DisCo-pytorch main.py:434-442): MoCo-v2, and the student's outputs near the teacher's.
+"""DisCo (Gao et al. 2022; Yuting-Gao/DisCo-pytorch main.py:434-442): MoCo-v2, and regression of the teacher's outputs.
 
 q, k: outputs of the student and of its moving average, T: the teacher's, all unit; x1, x2: two views of the anchor.
 loss = InfoNCE(q(x1), k(x2); queue) + regression_weight * mean(|q(x1) - T(x1)|^2 + |q(x2) - T(x2)|^2). The released code sums the squares
@@ -52,7 +52,7 @@ class Disco(Method):
 
 
 def build(params: DiscoParams, context: Context) -> Method:
-    """DisCo on the student of `context`. Raises UserError where there is no teacher, or it left fewer than two stored views."""
+    """DisCo for the student in `context`. Raises UserError if there is no teacher, or it left fewer than two stored views."""
     method = Disco(params, context)
     if context.teacher is not None:
         context.teacher.batch_statistics(params.teacher_batchnorm == "batch")

@@ -1,4 +1,4 @@
-"""MoCo-v2 (facebookresearch/moco): the student against a moving average of itself, two views of one image, a queue of keys."""
+"""MoCo-v2 (facebookresearch/moco): contrast two views of an image, one by a moving average of the student, with a queue of keys."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from bingo.params.methods import MocoParams
 
 
 class Moco(Method):
-    """loss = InfoNCE(q(view 1), k(view 2); queue). Keys enter the queue after the step; the key encoder moves after the step,
+    """loss = InfoNCE(q(view 1), k(view 2); queue). Keys enter the queue after the step; the key encoder is updated after the step,
     which is MoCo's own order (there at the start of the next forward)."""
 
     needs = Needs(anchor_views=2)

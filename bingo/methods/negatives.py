@@ -1,7 +1,8 @@
-"""The common negatives of a step's queries: rows of the whole stored bank, or a queue of the last keys.
+"""The negatives shared by all queries of a step: rows of the whole stored bank, or a queue of the last keys.
 
-The teacher does not move, so a queue of its keys is only a random subset of the bank; and rows of a bank are known, so those that an
-anchor should not be pushed from can be left out. Shape letters: B anchors, P key width, J negatives, M rows that are no negatives.
+The teacher does not change, so a queue of its keys is only a random subset of the bank; and since the rows of a bank are known, those that
+an
+anchor should not be pushed away from can be excluded. Shape letters: B anchors, P key width, J negatives, M rows that are not negatives.
 """
 
 import numpy as np
@@ -16,8 +17,8 @@ from bingo.runtime.errors import UserError
 
 
 class Negatives(nn.Module):
-    """`rows` negatives of the kind `bank` or `queue`. Of a bank, an anchor and its drawn member are never among its own negatives;
-    `mask_bag` leaves out the anchor's whole bag, of a queue too. Raises UserError for a bank without stored views."""
+    """`rows` negatives of the kind `bank` or `queue`. With a bank, an anchor and its drawn member are never among its own negatives;
+    `mask_bag` excludes the anchor's whole bag, with a queue too. Raises UserError for a bank without stored views."""
 
     def __init__(self, kind: str, rows: int, key_width: int, mask_bag: bool, context: Context):
         super().__init__()
@@ -32,7 +33,7 @@ class Negatives(nn.Module):
             self._prefill()
 
     def _bag_tables(self) -> tuple[Tensor | None, Tensor | None]:
-        """What tells an anchor's bag, on the device: the group of each row (T,), or each row's members (T, K), int64."""
+        """The bags on the device: the group of each row (T,), or the members of each row (T, K), int64."""
         bags = self.context.bags
         assert bags is not None
         if bags.cluster_T is not None:
@@ -40,7 +41,7 @@ class Negatives(nn.Module):
         return None, torch.tensor(bags.members_TK, dtype=torch.int64, device=self.context.device)
 
     def _prefill(self) -> None:
-        """Start the queue from stored keys where they exist: the first steps then train against real negatives."""
+        """Initialise the queue with stored keys if they exist, so that the first steps train against real negatives."""
         keys_TVP = self.context.keys_TVP
         if self.context.keys == "momentum" or keys_TVP is None or not keys_TVP.shape[1]:
             return
@@ -50,23 +51,24 @@ class Negatives(nn.Module):
         self.queue.rows_Q[:count] = rows
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, Tensor | None]:
-        """Unit rows (J, P), of a bank in float16, and which of them each anchor does not see, bool (B, J) or (1, J)."""
+        """Unit rows (J, P), in float16 for a bank, and which of them are hidden from each anchor, bool (B, J) or (1, J)."""
         if self.kind == "bank":
             bank_JP, rows_J = self._bank_draw(step)
             return bank_JP, self._hidden(batch, rows_J)
-        bank_JP, rows_J = self.queue.keys_QP.clone(), self.queue.rows_Q.clone()  # a push may come before backward is done with these
+        bank_JP, rows_J = self.queue.keys_QP.clone(), self.queue.rows_Q.clone()  # a push may come before backward has used these
         return bank_JP, self.queue.empty() | self._hidden(batch, rows_J) if self.mask_bag else self.queue.empty()
 
     def push(self, keys_BP: Tensor, rows_B: Tensor) -> None:
-        """Give a queue the keys of a step; a bank has them all."""
+        """Push the keys of a step into a queue; a bank already has all keys."""
         if self.kind == "queue":
             self.queue.push(keys_BP, rows_B)
 
     def _bank_draw(self, step: int) -> tuple[Tensor, Tensor]:
         """Distinct rows of the bank with one stored view each, in the bank's precision, the same on every process: `rows` of them, or all.
 
-        They lie in one place that the next draw overwrites: new memory of that size would cost as much as to fill it. In order of
-        the rows, they are read from the bank twice as fast.
+        They are stored in a buffer that the next draw overwrites: allocating memory of that size would cost as much as filling it. They
+        are in
+        the order of rows, which makes reading the bank twice as fast.
         """
         bank_TVP = self.context.keys_TVP
         assert bank_TVP is not None
@@ -80,7 +82,7 @@ class Negatives(nn.Module):
         return self.drawn_JP, upload(chosen, bank_TVP.device)
 
     def _hidden(self, batch: Batch, rows_J: Tensor) -> Tensor:
-        """(B, J): anchor, member and with `mask_bag` the anchor's bag. A bag that is a cluster is compared by group, not by member."""
+        """(B, J): anchor, member and with `mask_bag` the anchor's bag. Bags that are clusters are compared by group, not by member."""
         excluded_BM = _own_rows(batch)
         if self.members_TK is not None:
             excluded_BM = torch.cat([excluded_BM, self.members_TK[batch.anchor_rows_B]], dim=1)
@@ -101,7 +103,7 @@ def _own_rows(batch: Batch) -> Tensor:
 
 
 def hidden_negatives(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
-    """(B, J) bool: whether row j of the bank shows one of the M rows that are no negatives of anchor b (-1 excludes nothing)."""
+    """(B, J) bool: whether row j of the bank shows one of the M rows that are not negatives of anchor b (-1 excludes nothing)."""
     hidden_BJ = torch.zeros(len(excluded_BM), len(bank_rows_J), dtype=torch.bool, device=bank_rows_J.device)
     for rows_B in excluded_BM.unbind(dim=1):
         hidden_BJ |= (bank_rows_J[None, :] == rows_B[:, None]) & (rows_B >= 0)[:, None]
@@ -109,9 +111,9 @@ def hidden_negatives(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
 
 
 def hidden_places(bank_rows_J: Tensor, excluded_BM: Tensor, rows: int) -> Tensor:
-    """`hidden_negatives` where no row is twice in the bank: each of the M rows is looked up among all `rows`, not compared with J."""
+    """`hidden_negatives` for a bank without repeated rows: each of the M rows is looked up among all `rows` instead of compared with J."""
     nowhere, places_J = len(bank_rows_J), torch.arange(len(bank_rows_J), device=bank_rows_J.device)
-    place_T = torch.full((rows + 1,), nowhere, device=bank_rows_J.device)  # its last entry is that of row -1
+    place_T = torch.full((rows + 1,), nowhere, device=bank_rows_J.device)  # its last entry stands for row -1
     place_T[bank_rows_J] = places_J
     hidden_BJ = torch.zeros(len(excluded_BM), nowhere + 1, dtype=torch.bool, device=bank_rows_J.device)
     return hidden_BJ.scatter_(1, place_T[excluded_BM], True)[:, :nowhere]

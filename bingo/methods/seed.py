@@ -1,6 +1,6 @@
-"""SEED (Fang et al. 2021; jacobswan1/SEED seed/builder.py): the student's similarities to a bank are those of the teacher.
+"""SEED (Fang et al. 2021; jacobswan1/SEED seed/builder.py): the student learns the teacher's similarities to a bank of keys.
 
-z_s, z_t: unit outputs of student and teacher for one and the same view. Rows of similarities over [the teacher's own output; bank]:
+z_s, z_t: unit outputs of student and teacher for the same view. Rows of similarities over [the teacher's own output; bank]:
 a_s = [z_s . z_t; z_s . Q] / student_temperature, a_t = [1; z_t . Q] / teacher_temperature; the loss is the cross-entropy of
 softmax(a_s) under softmax(a_t). The teacher is in eval mode, as published.
 """
@@ -19,7 +19,7 @@ from bingo.params.methods import SeedParams
 
 
 class Seed(Method):
-    """See the head of this file. A bank's row of the anchor itself is left out: its similarity is the first of the row."""
+    """See the head of this file. The anchor's own row of the bank is excluded: its similarity is the first in the row."""
 
     def __init__(self, params: SeedParams, context: Context):
         super().__init__()
@@ -39,7 +39,7 @@ class Seed(Method):
         self.pushed = (key_BP, batch.anchor_rows_B)
         bank_JP, hidden_BJ = self.negatives(batch, progress.step)
         bank_JP = bank_JP.float()  # once for both
-        if hidden_BJ is not None:  # the first column, the own key, is always seen
+        if hidden_BJ is not None:  # the first column, the own key, is always visible
             hidden_BJ = torch.nn.functional.pad(hidden_BJ, (1, 0))
         student_BJ = _similarities(query_BP, key_BP, bank_JP) / self.params.student_temperature
         teacher_BJ = _similarities(key_BP, key_BP, bank_JP) / self.params.teacher_temperature
@@ -56,5 +56,5 @@ def _similarities(query_BP: Tensor, key_BP: Tensor, bank_JP: Tensor) -> Tensor:
 
 
 def build(params: SeedParams, context: Context) -> Method:
-    """SEED on the student of `context`. Raises UserError where there is no teacher."""
+    """SEED on the student of `context`. Raises UserError if there is no teacher."""
     return Seed(params, context)

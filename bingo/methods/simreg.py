@@ -1,6 +1,6 @@
-"""SimReg (Navaneet et al. 2021; UCDvision/simreg simreg.py): regression of the teacher's output, no negatives.
+"""SimReg (Navaneet et al. 2021; UCDvision/simreg simreg.py): regression of the teacher's output, without negatives.
 
-loss = mean(2 - 2 cos(g(s), t)), s the student's features, t the teacher's output, g a regression head that is thrown away. Of 4 layers
+loss = mean(2 - 2 cos(g(s), t)), s the student's features, t the teacher's output, g a regression head that is discarded. Of 4 layers
 (mlp_arch.py): width -> hidden (BatchNorm, ReLU) -> width -> hidden (BatchNorm, ReLU) -> the teacher's width; of 2: width -> hidden -> the
 teacher's width, with nothing between the linear layers.
 """
@@ -41,5 +41,5 @@ class SimReg(Method):
 
 
 def build(params: SimregParams, context: Context) -> Method:
-    """SimReg on the student of `context`. Raises UserError where there is no teacher."""
+    """SimReg on the student of `context`. Raises UserError if there is no teacher."""
     return SimReg(params, context)

@@ -16,7 +16,7 @@ from bingo.runtime.errors import UserError
 
 
 class Targets:
-    """Outputs of the kind `target` for the first `views` views of each anchor. Raises UserError where there is no teacher."""
+    """Teacher outputs of the kind `target` for the first `views` views of each anchor. Raises UserError if there is no teacher."""
 
     def __init__(self, method: str, context: Context, target: Literal["keys", "features"], views: int = 1):
         if context.keys == "momentum":
@@ -28,7 +28,7 @@ class Targets:
 
     @property
     def needs(self) -> dict[str, Any]:
-        """The fields of `Needs` that follow from it."""
+        """The fields of `Needs` that this requires."""
         keys = self.stored and self.target == "keys"
         return {"stored_keys": keys, "same_views": self.views if keys else 0, "stored_features": self.stored and not keys}
 
@@ -54,7 +54,7 @@ class Targets:
 
 
 def check_stored_views(method: str, context: Context, views: int) -> None:
-    """Raises UserError where the store has fewer than `views` views of each image."""
+    """Raises UserError if the store has fewer than `views` views of each image."""
     assert context.keys_TVP is not None
     if (stored := context.keys_TVP.shape[1]) < views:
         way_out = f"set extract.views to {views} or more, or distill.keys to live"

@@ -1,8 +1,8 @@
-"""A loss that is a sum of terms, of which only one has its activations in memory at a time: each term's gradient is taken at once.
+"""A loss that is a sum of terms, with the activations of only one term in memory: each term's gradient is computed immediately.
 
-`sum_of_terms` does the whole of backward while the loss is computed: a term's forward, its backward into the parameters' gradients, the
-next term. What autograd then sees is a single node whose inputs are the parameters; its backward hands the sums on, times the gradient of
-the loss. It serves terms that each come from a forward of their own, as one view's query against keys and negatives without gradient.
+`sum_of_terms` runs backward while the loss is computed: a term's forward, its backward into the parameters' gradients, the
+next term. Autograd then sees a single node whose inputs are the parameters; its backward passes on the sums, times the gradient of
+the loss. It is meant for terms with separate forward passes, such as one view's query against keys and negatives without gradient.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 def sum_of_terms(terms: Mapping[str, Callable[[], Tensor]], network: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of scalar terms, and each of them without gradient; the gradients are those of the trained parameters of `network`.
+    """The sum of scalar terms, and each of them without gradient; gradients are computed for the trained parameters of `network`.
 
-    Backward of the sum works once, and under DistributedDataParallel too, where it must follow each forward before the next one. Where
-    gradients are off, or nothing is trained, the terms are only computed.
+    Backward of the sum works once, also under DistributedDataParallel, where it must follow each forward before the next one. If
+    gradients are disabled, or nothing is trained, the terms are only computed.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not (torch.is_grad_enabled() and trained):
@@ -27,7 +27,7 @@ def sum_of_terms(terms: Mapping[str, Callable[[], Tensor]], network: nn.Module) 
 
 
 class _TermByTerm(torch.autograd.Function):
-    """The node: `forward` leaves the summed gradients in `ctx`, and what the parameters held in `grad` before as it was."""
+    """The node: `forward` stores the summed gradients in `ctx`, and restores the previous `grad` of the parameters."""
 
     @staticmethod
     def forward(ctx: Any, terms: Sequence[Callable[[], Tensor]], *trained: Tensor) -> tuple[Tensor, ...]:
@@ -38,7 +38,7 @@ class _TermByTerm(torch.autograd.Function):
             for term in terms:
                 with torch.enable_grad():
                     value = term()
-                value.backward(inputs=trained)  # each gradient is added while it is in the cache, and makes room at once
+                value.backward(inputs=trained)  # each gradient is added while it is in the cache, and freed immediately
                 values.append(value.detach())
                 del value
             ctx.gradients = [parameter.grad for parameter in trained]

@@ -1,7 +1,7 @@
-"""Backbones by name: timm's or torchvision's own modules without the classifier, at any width and with a stem for small images.
+"""Build backbones by name: modules of timm or torchvision without the classifier, at any width, optionally with a stem for small images.
 
-The module that is returned is the library's own, so the keys of its state dict are the library's, and a file of its weights
-is read back by the library. Shape letters: B images of a batch, D feature width.
+The returned module is the library's, so its state dict has the library's keys and can be
+loaded by the library. Shape letters: B images of a batch, D feature width.
 """
 
 import copy
@@ -27,21 +27,21 @@ from bingo.runtime.errors import UserError
 
 _RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
 RATES = ("drop_path_rate", "drop_rate")  # timm's names
-# Residual branches start at work, as in torchvision and so in all released code; timm would start them at zero.
+# Residual branches are not initialised to zero, as in torchvision and therefore in all released code; timm would do so.
 _RESNET_INIT: dict[str, Any] = {"zero_init_last": False}
 _TWO_HEADED = ("googlenet", "inception_v3")
 _OPTIONS = ("num_heads", "global_pool", "dynamic_img_size", "img_size")
 _MOST_CHANNELS = 2**16
 _TRANSFORMERS = tuple(f"timm.models.{module}" for module in ("vision_transformer", "vision_transformer_hybrid", "deit", "eva"))
-_TIERED = 4  # a stem in tiers has a quarter of its width in the first layer
+_TIERED = 4  # a tiered stem has a quarter of its width in the first layer
 _USUAL_PX = (*range(8, 65, 8), 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 518)
 
 
 class Backbone(nn.Module):
-    """What `build_backbone` promises, for annotations; at run time it is the library's own module with two attributes added.
+    """The type of `build_backbone`'s result, for annotations; at run time it is the library's module with two additional attributes.
 
-    `forward(x)` maps float (B, 3, H, W) to pooled features (B, D), and `feature_width` is D. `classifier_names` are prefixes: in
-    the library's own files the classifier, which is left out here, has names that begin so.
+    `forward(x)` maps float (B, 3, H, W) to pooled features (B, D), and `feature_width` is D. `classifier_names` are the prefixes of
+    the classifier's parameters, which is left out here, in the library's files.
     """
 
     feature_width: int
@@ -49,23 +49,23 @@ class Backbone(nn.Module):
 
 
 def build_backbone(arch: str, width: float, stem: str, seed_value: int, options: Mapping[str, Any] | None = None) -> Backbone:
-    """The network `arch` with seeded initial weights and no classifier; torch's global generator is left as it was.
+    """The network `arch` with seeded initial weights and no classifier; torch's global generator does not change.
 
     `arch` is a timm name or torchvision/NAME. `width` multiplies all channels of a plain ResNet of timm (2.0 of resnet50 is
-    SwAV's R50x2: Caron et al. 2020, src/resnet50.py, `widen`). `stem` is `imagenet` (as published) or `small`: a stride-1
-    first convolution, and in ResNets a 3x3 one without the pooling behind it. A vision transformer of timm takes images of any whole
-    number of its patches: its position embedding, of the published grid, is resampled. `options` are what published weights need beyond
-    the library's default: arguments of timm's model (`num_heads`, `global_pool`, `img_size` of the position embedding), and `padding:
-    same` for TensorFlow's padding of strided layers; and what a training may ask for: `drop_rate`, `drop_path_rate` (timm's; 0, whatever
-    the library's default is, where they are not named) and `batchnorm_momentum`.
+    SwAV's R50x2: Caron et al. 2020, src/resnet50.py, `widen`). `stem` is `imagenet` (the usual one) or `small`: a
+    first convolution with stride 1, which in ResNets is 3x3 and not followed by max pooling. A timm vision transformer accepts images of
+    any whole number of patches: its position embedding is resampled. `options` are settings that published weights need beyond
+    the library's defaults: arguments of timm's model (`num_heads`, `global_pool`, `img_size` of the position embedding), and `padding:
+    same` for TensorFlow's padding of strided layers; and settings for training: `drop_rate`, `drop_path_rate` (timm's; 0 by default,
+    whatever the library's default) and `batchnorm_momentum`.
 
-    Raises UserError for an unknown name, and for a width, stem or option that this network cannot have.
+    Raises UserError for an unknown name, and for a width, stem or option that the network does not support.
     """
     arguments = dict(options or {})
     padding, momentum = arguments.pop("padding", None), arguments.pop("batchnorm_momentum", None)
     rates = {name: arguments.pop(name) for name in RATES if arguments.get(name)}
     if unknown := [name for name in arguments if name not in _OPTIONS]:
-        raise UserError(f"arch = {arch}: {unknown[0]} is no option of weights, allowed are {', '.join(_OPTIONS)}")
+        raise UserError(f"arch = {arch}: {unknown[0]} is not an option of weights, allowed are {', '.join(_OPTIONS)}")
     if arguments and not is_transformer(arch):
         raise UserError(f"arch = {arch}: these are the weights of a vision transformer; set arch to timm's name of theirs")
     with torch.random.fork_rng(devices=[]):
@@ -81,14 +81,14 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
 
 
 def is_transformer(arch: str) -> bool:
-    """Whether this is a vision transformer of timm that takes images of any number of patches, and the arguments among `options`."""
+    """Whether this is a timm vision transformer that accepts images of any number of patches, and the arguments among `options`."""
     return timm.is_model(arch) and timm.model_entrypoint(arch).__module__ in _TRANSFORMERS
 
 
 def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
-    """Run one black image of `crop_px` through; a line on stderr says where a position embedding is resampled for it.
+    """Run one black image of `crop_px` through the network; print a line on stderr if a position embedding is resampled for it.
 
-    Raises UserError where the network takes no such image (and names sizes that it takes) or pools no feature.
+    Raises UserError if the network does not accept the image (and lists sizes that it does) or does not return a pooled feature.
     """
     try:
         shape = _output_shape(backbone, crop_px)
@@ -96,7 +96,7 @@ def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
         reason = " ".join(str(error).split())[:160]
         fitting = " or ".join(map(str, _sizes_near(backbone, crop_px)))
         way_out = f"set image.crop_px to {fitting}, or another arch" if fitting else "take another arch"
-        raise UserError(f"image.crop_px = {crop_px}: {arch} takes no such image ({reason}); {way_out}") from None
+        raise UserError(f"image.crop_px = {crop_px}: {arch} does not accept this size ({reason}); {way_out}") from None
     if shape != (1, backbone.feature_width):
         raise UserError(f"arch = {arch}: gives {shape} for one image instead of one pooled feature row; choose another network")
     if (grids := resampled_grids(backbone, crop_px)) and distributed.rank() == 0:
@@ -111,7 +111,7 @@ def say_once(line: str) -> None:
 
 
 def resampled_grids(backbone: nn.Module, crop_px: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Of a vision transformer the grid (rows, columns) of its position embedding and that of an image's patches, where they differ."""
+    """The grids (rows, columns) of a vision transformer's position embedding and of an image's patches, if they differ."""
     patches: Any = getattr(backbone, "patch_embed", None)
     if getattr(backbone, "pos_embed", None) is None or not getattr(backbone, "dynamic_img_size", False):
         return None
@@ -129,7 +129,7 @@ def _output_shape(backbone: nn.Module, crop_px: int) -> tuple[int, ...]:
 
 
 def _sizes_near(backbone: Backbone, crop_px: int) -> list[int]:
-    """The nearest sizes of images below and above `crop_px` that the network takes, of usual ones and of whole numbers of patches."""
+    """The nearest image sizes below and above `crop_px` that the network accepts, among usual sizes and whole numbers of patches."""
     patch_px: Any = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
     sizes = {*_USUAL_PX, *getattr(backbone, "pretrained_cfg", {}).get("input_size", ())[1:]}
     if patch_px:
@@ -162,16 +162,16 @@ def _timm(arch: str, width: float, stem: str, arguments: dict[str, Any], rates: 
 
 
 def _created(arch: str, arguments: dict[str, Any], rates: dict[str, Any]) -> nn.Module:
-    """timm's module. Raises UserError for a rate that it does not take, or that it would ignore."""
+    """timm's module. Raises UserError for a rate that it does not accept or would ignore."""
     try:
         net = timm.create_model(arch, num_classes=0, **arguments, **rates)
         ignored = [name for name in rates if not _ACTS[name](net)]
-    except TypeError as error:  # timm's models refuse an argument that they do not know
+    except TypeError as error:  # timm's models raise an error for an unknown argument
         ignored = [name for name in rates if f"'{name}'" in str(error)]
         if not ignored:
             raise
     if ignored:
-        raise UserError([f"{name} = {rates[name]}: {arch} has nothing that it would act on; set {name}: 0.0" for name in ignored])
+        raise UserError([f"{name} = {rates[name]}: {arch} does not use it; set {name}: 0.0" for name in ignored])
     return net
 
 
@@ -180,7 +180,8 @@ def _drops_branches(net: nn.Module) -> bool:
 
 
 def _drops_features(net: nn.Module) -> bool:
-    """Whether a pass draws numbers for anything but branches: some networks keep the rate for a classifier, which is left out here."""
+    """Whether a forward pass draws random numbers for anything but branches: some networks use the rate only in the classifier, which is
+    left out."""
     copied: Any = copy.deepcopy(net).train()
     for module in copied.modules():
         if isinstance(module, DropPath):
@@ -195,7 +196,7 @@ _ACTS = {"drop_path_rate": _drops_branches, "drop_rate": _drops_features}
 
 
 def _draw_as_asked(net: nn.Module, rates: Mapping[str, float]) -> None:
-    """Switch off what was not asked for: a few networks have dropout by default."""
+    """Switch off what was not requested: a few networks have dropout by default."""
     for module in net.modules():
         if "drop_path_rate" not in rates and isinstance(module, DropPath):
             module.drop_prob = 0.0
@@ -218,9 +219,9 @@ def _is_resnet(arch: str) -> bool:
 
 
 def _scaled_resnet(arch: str, width: float, stem: str, rates: dict[str, float]) -> nn.Module:
-    """A ResNet of timm with every channel count multiplied by `width`; stage by stage, as the unscaled network has them."""
+    """A timm ResNet with every channel count multiplied by `width`, with the same stages as the unscaled network."""
     if not _is_resnet(arch):
-        raise UserError(f"width = {width}: {arch} is no ResNet of timm and cannot be scaled; set width: 1.0")
+        raise UserError(f"width = {width}: {arch} is not a timm ResNet and cannot be scaled; set width: 1.0")
     with torch.device("meta"):
         plan: Any = timm.create_model(arch, num_classes=0)
     stages = [getattr(plan, f"layer{i}")[0] for i in (1, 2, 3, 4)]
@@ -229,7 +230,7 @@ def _scaled_resnet(arch: str, width: float, stem: str, rates: dict[str, float]) 
         raise UserError(f"width = {width}: {arch} has grouped convolutions or no batch normalisation; set width: 1.0")
     stem_width = _times(plan.feature_info[0]["num_chs"], width)
     planes = (info["num_chs"] // block.expansion for info, block in zip(plan.feature_info[1:], stages, strict=True))
-    # timm hard-codes 64 channels behind a single-convolution stem, but not behind a deep one.
+    # timm hard-codes 64 channels after a single-convolution stem, but not after a deep one.
     changes: dict = {"channels": tuple(_times(channels, width) for channels in planes), "stem_width": stem_width // 2}
     changes |= _RESNET_INIT | rates
     if isinstance(plan.conv1, nn.Sequential):
@@ -242,9 +243,9 @@ def _scaled_resnet(arch: str, width: float, stem: str, rates: dict[str, float]) 
 
 
 def _without_tiers(arch: str, width: float, stem: str, least: float) -> dict[str, Any]:
-    """What builds a stem whose first tier would have no channel: a plain one where it is replaced anyway. Raises UserError."""
+    """Handle a stem whose first tier would have no channel: use a plain one if it is replaced anyway, else raise UserError."""
     if stem != "small":
-        raise UserError(f"width = {width}: the first layer of {arch} is left without a channel; set width: {least:g}, or stem: small")
+        raise UserError(f"width = {width}: the first layer of {arch} would have no channel; set width: {least:g}, or stem: small")
     return {"stem_type": "deep"}
 
 
@@ -258,7 +259,7 @@ def _times(channels: int, width: float) -> int:
 
 
 def _first_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
-    """A ResNet's first convolution, initialised as the others are (He et al. 2015, fan out)."""
+    """A ResNet's first convolution, initialised like the others (He et al. 2015, fan out)."""
     conv = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
@@ -267,19 +268,19 @@ def _first_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
 def _torchvision(arch: str, width: float, rates: dict[str, float]) -> nn.Module:
     name = arch.removeprefix("torchvision/")
     for rate, value in rates.items():
-        raise UserError(f"{rate} = {value}: {arch} is trained without; set {rate}: 0.0, or take a network of timm")
+        raise UserError(f"{rate} = {value}: {arch} does not support it; set {rate}: 0.0, or use a timm network")
     if name not in vision.list_models(module=vision):
         raise UserError(f"arch = {arch}: torchvision {torchvision.__version__} has no such network; see its list_models()")
     if name in _TWO_HEADED:
-        raise UserError(f"arch = {arch}: has auxiliary classifiers inside; take timm's network instead (inception_v3)")
+        raise UserError(f"arch = {arch}: contains auxiliary classifiers; use timm's network instead (inception_v3)")
     if width != 1:
-        raise UserError(f"width = {width}: {arch} cannot be scaled; set width: 1.0, or take timm's ResNet by its plain name")
+        raise UserError(f"width = {width}: {arch} cannot be scaled; set width: 1.0, or use timm's ResNet by its plain name")
     net: Any = vision.get_model(name, weights=None)
     return _without_classifier(net)
 
 
 def _without_classifier(net: Any) -> nn.Module:
-    """Put Identity in the place of the classifier's last layer (registered last in every network) and switch randomness off."""
+    """Replace the classifier's last layer (registered last in every network) by Identity, and switch randomness off."""
     path, layer = [(path, m) for path, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     net.feature_width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     net.classifier_names = (path,)
@@ -303,7 +304,7 @@ def _pad_as_tensorflow(net: nn.Module) -> None:
 
 
 def _make_stem_small(built: nn.Module, arch: str) -> None:
-    """Change the stem in place; a ResNet's deep stem becomes one layer too. Raises UserError for families whose stem is something else."""
+    """Change the stem in place; a ResNet's deep stem becomes a single layer. Raises UserError for families with another kind of stem."""
     net: Any = built
     first: Any = getattr(built, "conv1", None)
     if isinstance(built, ResNet | vision.ResNet):

@@ -1,6 +1,6 @@
-"""BatchNorm by groups of the batch, each normalised by its own statistics, as on several GPUs whose BatchNorm is not synchronised.
+"""BatchNorm in groups of the batch, each normalised with its own statistics, as on several GPUs with unsynchronised BatchNorm.
 
-It is the "SplitBatchNorm" of MoCo's demo for one GPU. Shape letters: B anchors of this process, N rows of a layer's input (a multiple
+This is the "SplitBatchNorm" of MoCo's demo for one GPU. Shape letters: B anchors of this process, N rows of a layer's input (a multiple
 of B), G groups, C channels.
 """
 
@@ -22,9 +22,9 @@ _GROUPS = ContextVar("groups", default=1)
 
 
 def own_groups(batchnorm_groups: int, key: str = "batchnorm_groups") -> int:
-    """How many of the global batch's groups are this process's: an equal share, and at least 1.
+    """The number of the global batch's groups that belong to this process: an equal share, and at least 1.
 
-    Raises UserError, which calls the parameter `key`, where the processes cannot share the groups equally.
+    Raises UserError for the parameter `key` if the processes cannot share the groups equally.
     """
     world = distributed.world()
     if batchnorm_groups > world and batchnorm_groups % world:
@@ -36,7 +36,7 @@ def own_groups(batchnorm_groups: int, key: str = "batchnorm_groups") -> int:
 
 
 def groups() -> int:
-    """In how many groups BatchNorm sees this process's batch now: 1 outside of `grouped_batchnorm`."""
+    """The current number of BatchNorm groups of this process's batch: 1 outside of `grouped_batchnorm`."""
     return _GROUPS.get()
 
 
@@ -52,11 +52,13 @@ def rows_by_group(x_NX: Tensor, anchors: int) -> Tensor:
 
 @contextmanager
 def grouped_batchnorm(groups: int, anchors: int) -> Iterator[None]:
-    """Within it, BatchNorm by batch statistics treats the g-th of `groups` equal runs of the `anchors` of a batch by itself.
+    """In the body, BatchNorm with batch statistics normalises each of `groups` equal consecutive parts of the `anchors` of a batch by
+    itself.
 
-    Rows behind the anchors, such as companions, come in blocks of as many rows, and row i of a block is in the group of anchor i. An
-    input whose rows do not divide into such blocks is no batch of images, but weights being standardised, and is left as it is. The
-    running statistics move to the mean of the groups'. With 1 group nothing changes; layers and their names never do.
+    Rows after the anchors, such as companions, come in blocks of the same number of rows, and row i of a block is in the group of anchor
+    i. An
+    input whose rows do not divide into such blocks is not a batch of images but weights being standardised, and is not grouped. The
+    running statistics are updated with the mean over groups. With 1 group nothing changes; layers and their names never change.
     """
     if groups == 1:
         yield
@@ -70,7 +72,7 @@ def grouped_batchnorm(groups: int, anchors: int) -> Iterator[None]:
 
 
 class _GroupedBatchNorm(TorchFunctionMode):
-    """Takes every call of `torch.nn.functional.batch_norm`, which all layers of torch, torchvision and timm make."""
+    """Intercepts every call of `torch.nn.functional.batch_norm`, which all layers of torch, torchvision and timm use."""
 
     def __init__(self, groups: int, anchors: int):
         super().__init__()
@@ -90,14 +92,14 @@ class _GroupedBatchNorm(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """As `torch.nn.functional.batch_norm`, whose names the arguments have."""
+        """As `torch.nn.functional.batch_norm`, with the same argument names."""
         if not training or len(input) % self.anchors:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         blocks = len(input) // self.anchors
         pieces = input.chunk(blocks * self.groups)
         parts = pieces if blocks == 1 else [torch.cat(pieces[group :: self.groups]) for group in range(self.groups)]
         means_GC, vars_GC = _copies(running_mean, self.groups), _copies(running_var, self.groups)
-        # One call for each group: on channels_last tensors to fold the groups into the channels costs two copies more.
+        # One call for each group: folding the groups into the channels would cost two more copies for channels_last tensors.
         normed = [F.batch_norm(*of_group, weight, bias, True, momentum, eps) for of_group in zip(parts, means_GC, vars_GC, strict=True)]
         _move_to_mean(running_mean, means_GC)
         _move_to_mean(running_var, vars_GC)
@@ -109,7 +111,7 @@ def _copies(running_C: Tensor | None, groups: int) -> Any:
 
 
 def _move_to_mean(running_C: Tensor | None, moved_GC: Any) -> None:
-    """A mean of differences: what stands still (momentum 0) keeps its bits."""
+    """A mean of differences, so that statistics with momentum 0 keep their exact values."""
     if running_C is not None:
         with torch.no_grad():
             running_C.add_((moved_GC - running_C).mean(dim=0))

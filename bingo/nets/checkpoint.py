@@ -1,4 +1,4 @@
-"""BINGO's own network files: safetensors with one JSON entry and a checksum; equal content has equal bytes, nothing is unpickled."""
+"""BINGO's network files: safetensors with one JSON entry and a checksum. Equal content has equal bytes, and nothing is unpickled."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from bingo.runtime.artefacts import canonical_json, write_bytes
 from bingo.runtime.checksums import Damaged, check_safetensors, seal_safetensors
 from bingo.runtime.errors import UserError, out_of_memory
 
-_ENTRY = "bingo"  # safetensors writes several entries in an order that changes from run to run, so there is one
+_ENTRY = "bingo"  # safetensors writes several entries in an order that changes from run to run, so only one is used
 
 
 def save_network(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors (of any device and layout) and a JSON-able `metadata`, whole or not at all."""
+    """Write tensors (on any device, of any layout) and JSON-able `metadata` atomically."""
     # Copies: safetensors refuses tensors that share memory or are channels_last.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
     write_bytes(path, seal_safetensors(safetensors.torch.save(tensors, metadata={_ENTRY: canonical_json(dict(metadata))})))
@@ -35,11 +35,11 @@ def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         check_safetensors(path)
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[_ENTRY])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
         if not isinstance(metadata, dict):
-            raise Damaged("its metadata are no names with values")
+            raise Damaged("its metadata are not a dict")
     except OSError as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
+        reason = "the file does not exist" if isinstance(error, FileNotFoundError) else error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}); run the stage that writes it: dvc repro") from None
     except (Damaged, SafetensorError, KeyError, ValueError, RecursionError) as error:
         line = f"{path}: is damaged, or BINGO did not write it ({' '.join(str(error).split())})"
@@ -49,20 +49,20 @@ def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @contextmanager
 def building(path: Path | str) -> Iterator[None]:
-    """Within it a network is built from what its file says: whatever that makes go wrong becomes a UserError that names the file."""
+    """For building a network from the metadata of its file: any error in the body becomes a UserError that names the file."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # metadata of any other type or value end in almost anything
+    except Exception as error:  # invalid metadata can raise almost anything
         if line := out_of_memory(error):
             raise UserError(f"{path}: {line}") from None
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{path}: its tensors or metadata are not those of one network ({reason}); give a file that BINGO wrote") from None
+        raise UserError(f"{path}: its tensors and metadata do not describe a network ({reason}); give a file that BINGO wrote") from None
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """64 hex digits that name tensors by name, dtype, shape and bytes, in whatever order and file they are."""
+    """64 hex digits that identify tensors by name, dtype, shape and bytes, independently of their order and file."""
     hasher = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -74,10 +74,11 @@ OWN_FILE = "give a file that BINGO wrote with this version of timm and torchvisi
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str, way_out: Callable[[], str] = lambda: OWN_FILE) -> None:
-    """Load tensors of exactly the module's names and shapes. Raises UserError that names what differs, after `origin`, and ends in
-    what `way_out` says where names or shapes differ.
+    """Load tensors with exactly the module's names and shapes. Otherwise raises UserError, which begins with `origin`, lists the
+    differences
+    and ends in `way_out`.
 
-    A missing `num_batches_tracked` counts as 0, as PyTorch itself has it: old files lack it and no result depends on it.
+    A missing `num_batches_tracked` counts as 0, as in PyTorch: old files lack it and no result depends on it.
     """
     expected = module.state_dict()
     state = check_fits(expected, state, origin, way_out)
@@ -88,7 +89,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str, w
 def check_fits(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str, way_out: Callable[[], str] = lambda: OWN_FILE
 ) -> dict[str, Tensor]:
-    """What is to be loaded: `state` with the counters that it lacks. Raises UserError where names or shapes are not those expected."""
+    """The tensors to load: `state` with missing counters added. Raises UserError if names or shapes are not those expected."""
     counters = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}
     state = {**{name: counter.new_zeros(()) for name, counter in counters.items()}, **state}
     shapes = [name for name in expected if name in state and state[name].shape != expected[name].shape]
@@ -104,11 +105,11 @@ def check_fits(
 
 
 def _check_numbers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
-    """Refuse tensors that torch would convert in silence, and numbers that no network works with."""
+    """Raises UserError for tensors that torch would convert silently, and for nan or inf."""
     kinds = [name for name, tensor in expected.items() if tensor.is_floating_point() != state[name].is_floating_point()]
     kinds += [name for name, tensor in state.items() if tensor.layout != torch.strided or tensor.is_meta]
     if kinds:
-        raise UserError(f"{origin}: {first_names(kinds)} hold no plain floating-point numbers; give the file as it was trained")
+        raise UserError(f"{origin}: {first_names(kinds)} are not plain floating-point numbers; give the original file")
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(f"{origin}: {first_names(broken)} hold nan or inf; the training diverged, give another file")

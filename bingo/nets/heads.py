@@ -1,4 +1,4 @@
-"""Projection heads, how a file describes them, and the unit sphere that they map to. Shape letters: B rows of a batch, P key width."""
+"""Projection heads, their description in files, and normalisation of their outputs. Shape letters: B rows of a batch, P key width."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_EPSILON = 1e-12  # the released code's: torch.nn.functional.normalize
-# Kinds of layers, each made from the width before it and the width behind it.
+_EPSILON = 1e-12  # as in the released code: torch.nn.functional.normalize
+# Kinds of layers, each built from its input and output width.
 _LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "linear": lambda before, after: nn.Linear(before, after),
     "linear_no_bias": lambda before, after: nn.Linear(before, after, bias=False),
@@ -24,7 +24,7 @@ def mlp_head(widths: Sequence[int], seed_value: int) -> nn.Sequential:
     """Linear layers from `widths[0]` to `widths[-1]` with ReLU between them and no normalisation, seeded initial weights.
 
     Three widths give the head of MoCo-v2 (Chen et al. 2020) and of BINGO (moco/builder.py, hidden width 2048), under the keys
-    0.weight, 0.bias, 2.weight, 2.bias; two widths give MoCo-v1's single layer. torch's global generator is left as it was.
+    0.weight, 0.bias, 2.weight, 2.bias; two widths give MoCo-v1's single layer. torch's global generator does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_value)
@@ -33,10 +33,11 @@ def mlp_head(widths: Sequence[int], seed_value: int) -> nn.Sequential:
 
 
 def layered_head(layers: Sequence[str], widths: Sequence[int], seed_value: int = 0) -> nn.Sequential:
-    """A head of published networks: `layers` names the kinds in order, `widths` the input of the first linear layer and all outputs.
+    """A head of a published network: `layers` lists the kinds in order, `widths` the input of the first linear layer and the outputs of
+    all.
 
     The kinds are linear, linear_no_bias, batchnorm, batchnorm_no_affine, relu and gelu. The weights are torch's default, seeded.
-    torch's global generator is left as it was.
+    torch's global generator does not change.
     """
     width, behind = widths[0], iter(widths[1:])
     parts = []
@@ -50,26 +51,26 @@ def layered_head(layers: Sequence[str], widths: Sequence[int], seed_value: int =
 
 
 def describe_head(head: nn.Sequential) -> list[int] | dict[str, Any]:
-    """What `described_head` builds such a head from, for a file's metadata: of `mlp_head`'s kind the widths alone, as ever."""
+    """The description of a head for `described_head`, stored in a file's metadata; only the widths if it is an `mlp_head`."""
     layers, widths = [_kind(layer) for layer in head], head_widths(head)
     return widths if layers == _mlp_layers(len(widths)) else {"layers": layers, "widths": widths}
 
 
 def described_head(description: list[int] | dict[str, Any]) -> nn.Sequential:
-    """A head of this description, with weights that are about to be loaded."""
+    """A head with this description, with weights that are about to be loaded."""
     if isinstance(description, list):
         return mlp_head(description, seed_value=0)
     return layered_head(description["layers"], description["widths"])
 
 
 def head_widths(head: nn.Sequential) -> list[int]:
-    """The widths between the linear layers of a head, its input and its output among them."""
+    """The input and output widths of a head's linear layers."""
     linears = [layer for layer in head if isinstance(layer, nn.Linear)]
     return [linears[0].in_features, *(linear.out_features for linear in linears)]
 
 
 def unit(rows_BP: Tensor) -> Tensor:
-    """Rows divided by their L2 norm, float32 (B, P), computed in float32 whatever came in; a zero row stays zero."""
+    """Rows divided by their L2 norm, float32 (B, P), computed in float32 for any input dtype; a zero row stays zero."""
     return F.normalize(rows_BP.float(), dim=1, eps=_EPSILON)
 
 
@@ -78,7 +79,7 @@ def _mlp_layers(widths: int) -> list[str]:
 
 
 def _kind(layer: nn.Module) -> str:
-    """The name in _LAYERS of what makes such a layer."""
+    """The key in _LAYERS for a layer."""
     if isinstance(layer, nn.Linear):
         return "linear" if layer.bias is not None else "linear_no_bias"
     if isinstance(layer, nn.BatchNorm1d):

@@ -1,4 +1,4 @@
-"""bf16 where it was asked for, or where `auto` finds hardware that multiplies it; losses stay in float32 outside this context."""
+"""bf16 if it is requested, or with `auto` if the hardware supports it; losses are computed in float32 outside of this context."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,12 +20,12 @@ def hardware_has_bf16(device_type: str) -> bool:
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """`fp32`, `bf16` or `auto` as the dtype of the matrix products on this device.
 
-    Raises UserError for bf16 on a GPU that lacks it; a CPU without it computes bf16 slowly but rightly.
+    Raises UserError for bf16 on a GPU that lacks it; a CPU without it computes bf16 slowly but correctly.
     """
     if precision == "auto":
         return torch.bfloat16 if hardware_has_bf16(device.type) else torch.float32
     if precision == "bf16" and device.type == "cuda" and not hardware_has_bf16("cuda"):
-        raise UserError("precision = bf16: this GPU does not multiply bf16; set precision to fp32 or auto")
+        raise UserError("precision = bf16: this GPU does not support bf16; set precision to fp32 or auto")
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -37,6 +37,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 @contextmanager
 def casts_kept(precision: str, device: torch.device) -> Iterator[None]:
-    """Within it the bf16 copies of weights that one `autocast` makes serve the next ones; what lies outside these stays float32."""
+    """In the body, bf16 copies of weights made by one `autocast` are reused by the next; everything outside of `autocast` stays in
+    float32."""
     with autocast(precision, device), torch.autocast(device.type, enabled=False):
         yield

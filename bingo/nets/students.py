@@ -1,4 +1,4 @@
-"""The student's files: the backbone alone under timm's or torchvision's key names, its projection head beside it."""
+"""The student's files: the backbone with timm's or torchvision's parameter names, and its projection head in a separate file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,18 +16,18 @@ from bingo.runtime.errors import UserError
 def save_student(
     path: Path, head_path: Path, backbone: nn.Module, head: nn.Module, network: NetworkParams, image: ImageParams, made_from: dict
 ) -> None:
-    """Write the backbone to `path` and the head to `head_path`, with what they are and what they were made from."""
+    """Write the backbone to `path` and the head to `head_path`, with their descriptions and the fingerprints of their inputs."""
     shape = {"arch": network.arch, "width": network.width, "stem": network.stem, **image.model_dump()}
-    options = {"options": network.options} if network.options else {}  # such files as were before there were options stay as they are
+    options = {"options": network.options} if network.options else {}  # files from before options existed do not change
     save_network(path, backbone.state_dict(), {"kind": "student", **shape, **options, **made_from})
     save_network(head_path, head.state_dict(), {"kind": "student head", "backbone": file_fingerprint(path), **made_from})
 
 
 def load_student(path: Path, network: NetworkParams | None = None) -> tuple[Backbone, dict[str, Any]]:
-    """The backbone in a student's file, in eval mode, and the file's metadata. It draws nothing, in train mode either: dropout and
-    stochastic depth were for its own training.
+    """The backbone in a student's file, in eval mode, and the file's metadata. It is deterministic in train mode too: dropout and
+    stochastic depth were used only for its own training.
 
-    Raises UserError where the file is no student's or, with `network` given, where it is of another architecture.
+    Raises UserError if the file is not a student's or, with `network` given, if it has another architecture.
     """
     state, metadata = load_network(path)
     if metadata.get("kind") != "student":
@@ -37,7 +37,7 @@ def load_student(path: Path, network: NetworkParams | None = None) -> tuple[Back
 
 
 def _built(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any], network: NetworkParams | None) -> Backbone:
-    """The backbone that the metadata describe, which must be that of `network` where it is given, with the file's tensors."""
+    """The backbone described by the metadata, with the file's tensors; it must match `network` if that is given."""
     shape = {name: metadata[name] for name in ("arch", "width", "stem")}
     options = dict(metadata.get("options", {}))
     if network is not None:
@@ -48,7 +48,7 @@ def _built(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any],
 
 
 def _compare(path: Path, found: Mapping[str, Any], network: NetworkParams) -> None:
-    """Raises UserError where the file's network is not `network`: by its shape, or by how it was trained at random."""
+    """Raises UserError if the file's network is not `network`: by its architecture, or by the rates of dropout and stochastic depth."""
     defaults: dict[str, Any] = dict.fromkeys(STUDENT_OPTIONS, 0.0) | {"batchnorm_momentum": "null"}
     asked = defaults | {name: getattr(network, name) for name in ("arch", "width", "stem")} | network.options
     found = defaults | dict(found)
@@ -58,5 +58,5 @@ def _compare(path: Path, found: Mapping[str, Any], network: NetworkParams) -> No
 
 
 def evaluated(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a student's options those that matter once it is trained: all but the rates at which it draws."""
+    """The options of a student that matter once it is trained: all except drop rates."""
     return {name: value for name, value in options.items() if name == "batchnorm_momentum"}

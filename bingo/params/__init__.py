@@ -1,10 +1,10 @@
-"""params.yaml as frozen sections: every key required, unknown keys refused, no type converted, all mistakes reported at once.
+"""params.yaml as frozen sections: every key is required, unknown keys are errors, types are not converted, all errors are reported at once.
 
-Values live in params.yaml alone, so a changed default is a changed file that DVC sees. Nothing here imports torch: a mistake is
-reported in a fraction of a second, before any stage does any work.
+Values are only in params.yaml, so a changed default is a changed file that DVC sees. Nothing here imports torch, so errors are
+reported in a fraction of a second, before any work starts.
 
     file           sections of params.yaml             read by the stages
-    data.py        dataset, image                      scan; all that look at images
+    data.py        dataset, image                      scan; all that read images
                    extract, bagging                    extract; bag
     networks.py    teacher, student                    teacher; distill, baseline, and evaluations of the student
     training.py    distill, teacher.pretrain           distill, baseline; teacher
@@ -13,8 +13,8 @@ reported in a fraction of a second, before any stage does any work.
                    transfer, transfer_coco             transfer_cifar, transfer_coco
     whole.py       all of them, baselines, report      baseline; report
 
-Beside them: fields.py, what sections are made of; reading.py and mistakes.py, from a file to `Params` or to lines that say what is
-wrong; arch_names.py and places.py, names of networks and places of files.
+Other files: fields.py, the types of fields; reading.py and mistakes.py, from a file to `Params` or to lines with errors;
+arch_names.py and places.py, names of networks and paths of files.
 """
 
 # ruff: noqa: F401 - these names are imported from here

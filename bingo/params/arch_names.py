@@ -1,4 +1,4 @@
-"""Which names networks and their weights have, read from the source text of timm and torchvision: importing them would take seconds."""
+"""Names of networks and of their weights, read from the source text of timm and torchvision, because importing them would take seconds."""
 
 import importlib.util
 import re
@@ -21,9 +21,9 @@ def arch_names() -> tuple[str, ...]:
 
 @cache
 def weight_tags() -> dict[str, tuple[str, ...]]:
-    """timm's tags of pretrained weights by the network's name, in timm's order: the first are those that the name alone stands for.
+    """timm's tags of pretrained weights by network, in timm's order: the first is the default.
 
-    A few networks that timm registers in a loop are not found and so are no key.
+    A few networks that timm registers in a loop are not found.
     """
     tags: dict[str, list[str]] = {}
     for path in _folder("timm", "models").rglob("*.py"):
@@ -33,12 +33,12 @@ def weight_tags() -> dict[str, tuple[str, ...]]:
 
 
 def arch_mistake(arch: str) -> str | None:
-    """What is wrong with `arch`, in words that end in a way out, or None: a name of `arch_names`, and of timm also NAME.TAG."""
+    """The error in `arch`, with a way to fix it, or None if it is one of `arch_names`, or NAME.TAG for timm."""
     name, dot, tag = arch.partition(".")
     if name not in arch_names():
         plain = re.sub(r"^(hf[-_]hub:)?timm/", "", arch)
         if plain != arch and arch_mistake(plain) is None:
-            return f"timm's names stand without the hub's; set arch: {plain}"
+            return f"timm's names are used without the hub's prefix; set arch: {plain}"
         return f"no network of timm (or torchvision/NAME) has this name{near_matches(name, arch_names())}"
     tags = weight_tags().get(name, ())
     if not dot or tag in tags or (tag and not tags and not name.startswith("torchvision/")):
@@ -57,5 +57,5 @@ def _registered(package: str, folder: str, folders: bool = True) -> list[str]:
 def _folder(package: str, folder: str) -> Path:
     spec = importlib.util.find_spec(package)
     assert spec, f"{package} is not installed"
-    assert spec.submodule_search_locations, f"{package} is no package"
+    assert spec.submodule_search_locations, f"{package} is not a package"
     return Path(spec.submodule_search_locations[0]) / folder

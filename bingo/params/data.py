@@ -1,4 +1,4 @@
-"""Sections about images: what they are and how they are seen (dataset, image, augment), the pass of the teacher over them, their bags."""
+"""Sections on images: dataset, image and augment, the teacher's pass over them (extract), and their bags (bagging)."""
 
 from typing import Annotated, Literal, Self
 
@@ -21,8 +21,8 @@ from bingo.params.fields import (
 
 
 class DatasetParams(Section):
-    """What the images are. `train_images` and `test_images` draw a seeded subset balanced over the classes (null: all);
-    of a folder without a test split, `test_images` are held out of the train images.
+    """The images. `train_images` and `test_images` draw a seeded, class-balanced subset (null: all); for a folder without a test
+    split, `test_images` images are held out from the train images.
 
     `follow_links`: links in a folder of images may lead out of it.
     """
@@ -52,7 +52,7 @@ class DatasetParams(Section):
 
 
 class ImageParams(Section):
-    """What a network sees: views of `crop_px`; the centre view is resized to `resize_px` (short side), then cropped."""
+    """The input of the networks: views of `crop_px`; the centre view is resized to `resize_px` (short side), then cropped."""
 
     crop_px: Count
     resize_px: Count
@@ -67,12 +67,12 @@ class ImageParams(Section):
 
     @property
     def interpolation(self) -> Interpolation:
-        """How pixels between those of the image are found where it is resized."""
+        """The interpolation for resizing."""
         return "bilinear"
 
 
 class BicubicImageParams(ImageParams):
-    """The same views, resized bicubically."""
+    """The same views with bicubic interpolation."""
 
     @property
     def interpolation(self) -> Interpolation:
@@ -80,10 +80,11 @@ class BicubicImageParams(ImageParams):
 
 
 class AugmentParams(Section):
-    """A family of random views (MoCo-v2's: crop, colour jitter, grey, blur, flip; here also a turn by at most `rotate_degrees`).
+    """Augmentation of random views (MoCo-v2's: crop, colour jitter, greyscale, blur, flip; here also a rotation by at most
+    `rotate_degrees`).
 
-    `crop_scale` is a share of the image's area, `crop_ratio` width over height, `jitter` the strengths of brightness,
-    contrast, saturation and hue as torchvision's ColorJitter takes them, `blur_sigma_px` the standard deviation.
+    `crop_scale` is a fraction of the image's area, `crop_ratio` width over height, `jitter` the strengths of brightness,
+    contrast, saturation and hue as in torchvision's ColorJitter, `blur_sigma_px` the standard deviation of the blur.
     """
 
     crop_scale: Range
@@ -108,8 +109,8 @@ class AugmentParams(Section):
 
 
 class ExtractParams(Section):
-    """The one pass of the teacher: the feature of each image's centre view and keys of `views` random views of each train image (0: none,
-    where training reads none), written in chunks of `chunk_rows`."""
+    """The teacher's pass: the feature of the centre view of each image and keys of `views` random views of each train image (0: none, if
+    training uses none), written in chunks of `chunk_rows`."""
 
     views: Whole
     batch_images: Count
@@ -119,12 +120,13 @@ class ExtractParams(Section):
 
 
 class BaggingParams(Section):
-    """How images become bags: `k` members (for kmeans and label: the members that are listed, nearest first).
+    """Building of bags: `k` members (for kmeans and label: the number of listed members, nearest first).
 
-    `relation` names whose features say what is similar, and with it the file in models/: the teacher, or a student that was trained
-    as a baseline (the papers' ablation). `mutual` keeps a member of a knn bag only if the anchor is in the member's bag too.
+    `relation` selects the network whose features define similarity: the teacher, or a student trained
+    as a baseline (the paper's ablation). `mutual` keeps a member of a knn bag only if the anchor is in the member's bag too.
     `search` of knn: exact, or by an inverted file of `lists` lists (null: 4 * sqrt(train rows)), of which `probes` are searched.
-    `draw_temperature`: members are drawn with probability proportional to exp(cosine / t), of those listed; null: alike.
+    `draw_temperature`: members are drawn with probability proportional to exp(cosine / t), among those listed; null: with equal
+    probability.
     """
 
     method: Literal["knn", "kmeans", "label"]
@@ -141,7 +143,9 @@ class BaggingParams(Section):
     @model_validator(mode="after")
     def _mutual_needs_neighbours(self) -> Self:
         if self.mutual and self.method != "knn":
-            raise ValueError(f"mutual: true, but bags by {self.method} are groups, in which all are mutual; set bagging.mutual: false")
+            raise ValueError(
+                f"mutual: true, but bags by {self.method} are groups, whose members are always mutual; set bagging.mutual: false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Sections of the evaluations: linear, nearest neighbours, few labels, transfer to other images and to detection."""
+"""Sections of the evaluations: linear, k-NN, few labels, transfer to other images and to detection."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -42,7 +42,7 @@ class CachedProbeParams(LinearLayerParams):
 
 
 class CropsParams(Section):
-    """The crops on which a classifier is trained: their share of the image's area, and how often they are mirrored."""
+    """The crops on which a classifier is trained: their fraction of the image's area, and the probability of a flip."""
 
     crop_scale: Range
     flip_p: Share
@@ -56,9 +56,10 @@ class CropsParams(Section):
 
 
 class CropProbeParams(CachedProbeParams, CropsParams):
-    """The released protocol: a linear layer on features of random crops, the backbone frozen; `nets` says for which networks.
+    """The released protocol: a linear layer on features of random crops from the frozen backbone, for the networks in `nets`.
 
-    `standardise`: as CompRess, SimReg and ISD do, features of unit length by the mean and deviation of the train images' centre views.
+    `standardise`: normalise features to unit length and standardise them with the statistics of the train images' centre views, as
+    CompRess, SimReg and ISD do.
     """
 
     nets: list[str]
@@ -66,7 +67,7 @@ class CropProbeParams(CachedProbeParams, CropsParams):
 
 
 class FeatureParams(Section):
-    """How an evaluation computes a network's features: `batch_images` centre views at once."""
+    """How an evaluation computes features: `batch_images` centre views at once."""
 
     precision: Precision
     batch_images: Count
@@ -77,7 +78,7 @@ class FeatureParams(Section):
 
 
 class LinearEvalParams(FeatureParams):
-    """Linear evaluation by both protocols, in `precision` both."""
+    """Linear evaluation with two protocols."""
 
     cached: CachedProbeParams
     crops: CropProbeParams
@@ -101,7 +102,7 @@ class KnnEvalParams(FeatureParams):
 
 
 class TuneParams(LinearLayerParams):
-    """Training of a classifier on labels by SGD with momentum 0.9, `batch_images` in all processes together."""
+    """Training of a classifier on labels by SGD with momentum 0.9; `batch_images` is the global batch size."""
 
     batch_images: Count
     weight_decay: NotNegative
@@ -109,7 +110,7 @@ class TuneParams(LinearLayerParams):
 
 
 class SplitParams(Section):
-    """A share of the train labels: `list_file` names the images (SimCLR's lists), or null for a seeded draw balanced over the classes."""
+    """A share of the train labels: `list_file` lists the images (SimCLR's lists); null: a seeded, class-balanced draw."""
 
     percent: Annotated[float, Field(gt=0, le=100)]
     list_file: FilePath | None
@@ -119,7 +120,7 @@ class SplitParams(Section):
 
 
 class SemiEvalParams(CropsParams):
-    """Few labels: the whole network fine-tuned, and a linear layer on the frozen one, for each of `splits` and of `nets`."""
+    """Few labels: fine-tuning, and a linear layer on the frozen network, for each of `splits` and `nets`."""
 
     splits: dict[Name, SplitParams]
     nets: list[str]
@@ -129,7 +130,7 @@ class SemiEvalParams(CropsParams):
 
 
 class TransferSetParams(Section):
-    """Other labelled images to transfer to; what is not said here is as in `dataset`."""
+    """Other labelled images for transfer; all other settings are taken from `dataset`."""
 
     source: Literal["digits", "folder", "cifar10", "cifar100"]
     root: FilePath | None
@@ -139,20 +140,20 @@ class TransferSetParams(Section):
 
 
 class LinearTuneParams(TuneParams):
-    """The layer alone: `lr`."""
+    """Only the linear layer, with learning rate `lr`."""
 
     lr: Positive
 
 
 class WholeTuneParams(TuneParams):
-    """The whole network: `trunk_lr` of the backbone, `head_lr` of the layer."""
+    """The whole network: learning rates `trunk_lr` of the backbone and `head_lr` of the linear layer."""
 
     trunk_lr: Positive
     head_lr: Positive
 
 
 class TransferParams(CropsParams):
-    """Transfer to each of `datasets` by each of `protocols`, for each of `nets`, in views of `interpolation`."""
+    """Transfer of each of `nets` to each of `datasets` with each of `protocols`; views are resized with `interpolation`."""
 
     datasets: dict[Name, TransferSetParams]
     nets: list[str]
@@ -166,7 +167,7 @@ class TransferParams(CropsParams):
 
 class CocoParams(Section):
     """Mask R-CNN on COCO with the student as backbone. `runs` are named HEAD-SCHEDULE; each schedule lists the steps at which the
-    learning rate falls to a tenth, and last the step at which training ends. The four paths start at `root`.
+    learning rate is divided by 10, and as its last entry the end of training. The four paths are relative to `root`.
     """
 
     runs: list[str]
@@ -193,7 +194,7 @@ class CocoParams(Section):
     def _steps_rise(cls, schedules: dict[str, list[int]]) -> dict[str, list[int]]:
         for name, steps in schedules.items():
             if steps != sorted(set(steps)):
-                raise ValueError(f"{name}: {steps}, allowed are steps that rise, the last being the end of the training")
+                raise ValueError(f"{name}: {steps}, allowed are increasing steps, of which the last ends the training")
             if not re.fullmatch(r"\w+", name):
                 raise ValueError(f"{name!r}: allowed in a schedule's name are letters, digits and _")
         return schedules

@@ -1,4 +1,4 @@
-"""What sections are made of: `Section` itself, and numbers, paths and names with the bounds that they share."""
+"""Building blocks of sections: `Section` itself, and common types of numbers, paths and names with their bounds."""
 
 import re
 from typing import Annotated, Literal
@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from bingo.params.places import expanded, located
 
-# Bounds are far beyond sense: they keep a slip of the keyboard from becoming an overflow or an endless run.
+# Bounds far beyond sensible values, which keep a typing error from causing an overflow or an endless run.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Whole = Annotated[int, Field(ge=0, le=10**9)]
 Width = Annotated[int, Field(ge=1, le=10**5)]
@@ -19,7 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
-FilePath = Annotated[str, AfterValidator(located)]  # a file or folder of the user's
+FilePath = Annotated[str, AfterValidator(located)]  # a file or folder of the user
 PathUnderRoot = Annotated[str, AfterValidator(expanded)]
 Precision = Literal["auto", "fp32", "bf16"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -27,7 +27,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 def _check_name(name: object) -> str:
     if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise ValueError("a name has small letters, digits and _, a letter first, such as percent_10")
+        raise ValueError("names consist of lowercase letters, digits and _, and begin with a letter, such as percent_10")
     return name
 
 
@@ -35,6 +35,6 @@ Name = Annotated[str, BeforeValidator(_check_name)]  # of a file in reports/ and
 
 
 class Section(BaseModel):
-    """A frozen group of parameters; no key may be missing, none may be added, no type is converted."""
+    """A frozen group of parameters: all keys are required, unknown keys are errors, types are not converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -1,6 +1,6 @@
-"""The methods' own sections, under `methods` in params.yaml; a method itself is bingo/methods/NAME.py.
+"""The sections of the methods, under `methods` in params.yaml; a method is implemented in bingo/methods/NAME.py.
 
-A new method is that file, its section here, a line in `MethodsParams` and its values in params.yaml.
+A new method needs that file, its section here, a field of `MethodsParams` and its values in params.yaml.
 """
 
 from typing import Annotated, ClassVar, Literal, Self
@@ -28,11 +28,11 @@ class MethodSection(Section):
 
 
 class BingoParams(MethodSection):
-    """BINGO's switches.
+    """BINGO's settings.
 
     terms: `paper` (intra + inter against the anchor's key), `symmetric` (also against the member's own key, as released), `symmetric_mix`
     (also the CutMix pair, as released). pair_weights: weights of (own key, other's key) after `inter_warmup_epochs`; before, (1, 0).
-    relation: `none` leaves out every term with a bag member. negatives: rows of the whole `bank` of stored keys, or a `queue`.
+    relation: `none` omits every term with a bag member. negatives: rows of the whole `bank` of stored keys, or a `queue`.
     """
 
     display_name: ClassVar[str] = "BINGO"
@@ -60,13 +60,14 @@ class BingoParams(MethodSection):
     @model_validator(mode="after")
     def _something_is_weighed(self) -> Self:
         if not sum(self.pair_weights):
-            raise ValueError("pair_weights: both are 0, so nothing would be learnt; set one above 0")
+            raise ValueError("pair_weights: both are 0, so nothing would be learned; set one above 0")
         return self
 
 
 class CompressParams(MethodSection):
-    """CompRess (Abbasi Koohpayegani et al. 2020). `queues`: 2, the student's similarities are to a moving average of itself, without
-    a head; 1, both similarities are to the teacher's queue, and the student gets one linear layer to the teacher's width."""
+    """CompRess (Abbasi Koohpayegani et al. 2020). With `queues: 2`, the student is compared with a moving average of itself, without
+    a head; with 1, student and teacher are both compared with the teacher's queue, and the student gets a linear layer to the teacher's
+    width."""
 
     display_name: ClassVar[str] = "CompRess"
     needs_teacher: ClassVar[bool] = True
@@ -83,10 +84,10 @@ class CompressParams(MethodSection):
 
 
 class CossParams(MethodSection):
-    """CoSS (Singh and Wang 2024): the student's outputs are like the teacher's image by image and feature by feature.
+    """CoSS (Singh and Wang 2024): the student's outputs match the teacher's image by image and feature by feature.
 
-    An anchor brings `companions` of its bag's listed members into the batch. Both temperatures divide both terms, as released: they set
-    the size of the gradients and nothing else.
+    Each anchor adds `companions` of its bag's listed members to the batch. Both temperatures divide both terms, as released: they only
+    scale the gradients.
     """
 
     display_name: ClassVar[str] = "CoSS"
@@ -123,8 +124,8 @@ class DiscoParams(MethodSection):
 
 
 class IsdParams(MethodSection):
-    """ISD (Tejankar et al. 2021), self-distillation without a teacher. `weak_keys`: the key's view keeps the crop, turn and flip of
-    distill.augment but no colours and no blur (ISD-plus). `projection_width`: width of a projector before the predictor, which
+    """ISD (Tejankar et al. 2021), self-distillation without a teacher. `weak_keys`: the key's view has the crop, rotation and flip of
+    distill.augment but no colour jitter and no blur (ISD-plus). `projection_width`: width of a projector before the predictor, which
     the moving average has too; null: none, the features are compared."""
 
     display_name: ClassVar[str] = "ISD"
@@ -159,8 +160,8 @@ class MocoParams(MethodSection):
 
 
 class SeedParams(MethodSection):
-    """SEED (Fang et al. 2021): temperatures of the student's and the teacher's rows of similarities, the bank that both are taken
-    to, and the student's head (published: as wide as the features; 2048 gives 2.3 points more)."""
+    """SEED (Fang et al. 2021): temperatures of the student's and the teacher's similarities, the bank with which both are compared,
+    and the student's head (published: as wide as the features; 2048 gives 2.3 points more)."""
 
     display_name: ClassVar[str] = "SEED"
     needs_teacher: ClassVar[bool] = True
@@ -174,7 +175,7 @@ class SeedParams(MethodSection):
 
 class SimregParams(MethodSection):
     """SimReg (Navaneet et al. 2021): regression of the teacher's unit features, or of its keys, through a head of `head_layers`
-    linear layers (4, or 2 without BatchNorm and ReLU; `head_hidden` wide inside), which is thrown away afterwards."""
+    linear layers (4, or 2 without BatchNorm and ReLU; `head_hidden` wide inside), which is discarded afterwards."""
 
     display_name: ClassVar[str] = "SimReg"
     needs_teacher: ClassVar[bool] = True
@@ -189,7 +190,7 @@ class SimregParams(MethodSection):
 
 
 class MethodsParams(Section):
-    """One section for each method, by its name."""
+    """A section for each method, by name."""
 
     bingo: BingoParams
     compress: CompressParams
@@ -201,19 +202,19 @@ class MethodsParams(Section):
     simreg: SimregParams
 
     def section(self, method: str) -> MethodSection:
-        """The section of the method of this name."""
+        """The section of the method `name`."""
         found = getattr(self, method)
         assert isinstance(found, MethodSection)
         return found
 
 
 def method_names() -> list[str]:
-    """Every method that has a section here."""
+    """Names of all methods."""
     return sorted(MethodsParams.model_fields)
 
 
 def display_name(method: str) -> str:
-    """A method's name as its paper writes it; of one that has no section here, the name that was given."""
+    """A method's name as written in its paper; for an unknown method, the given name."""
     return method_section(method).display_name if method in method_names() else method
 
 

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong in a section, in BINGO's words: one line for each mistake."""
+"""Convert pydantic's errors in a section to one line for each error."""
 
 from types import UnionType
 from typing import get_args, get_origin
@@ -10,7 +10,7 @@ from bingo.runtime.errors import near_matches, short
 
 
 def mistake_lines(error: ValidationError, model: type[BaseModel], section: str = "") -> list[str]:
-    """One line for each mistake in a section of this name ("": the whole file): dotted key, value, what is allowed."""
+    """One line for each error in the section with this name ("": the whole file): dotted key, value, what is allowed."""
     lines = []
     for item in error.errors(include_url=False, include_context=False):
         parts = [str(part) for part in (section, *item["loc"]) if part not in ("", "[key]")]
@@ -27,7 +27,7 @@ def mistake_lines(error: ValidationError, model: type[BaseModel], section: str =
 
 
 def explanation(item: ErrorDetails) -> str:
-    """What is allowed in place of one mistake; several lines where one check found several."""
+    """What is allowed instead of a wrong value; several lines if one check found several errors."""
     if item["type"] in ("model_type", "dict_type"):
         return "allowed is a section, that is keys with values"
     return item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
@@ -37,7 +37,7 @@ def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str
     """The keys that a section allows, found by walking the schema along an error's location."""
     found: object = model
     for part in loc[:-1]:
-        if get_origin(found) is dict:  # part is a name that the user gave
+        if get_origin(found) is dict:  # part is a name chosen by the user
             found = get_args(found)[1]
         elif isinstance(found, type) and issubclass(found, BaseModel):
             found = found.model_fields[str(part)].annotation

@@ -13,8 +13,8 @@ from bingo.runtime.errors import near_matches
 
 
 class NetworkParams(Section):
-    """A backbone: a timm name (of a teacher from timm also NAME.TAG, where the tag chooses the weights), or torchvision/NAME; `width`
-    scales all channels (ResNets only); `stem: small` suits images under 64 px."""
+    """A backbone: a timm name (for a teacher from timm also NAME.TAG, which selects the weights), or torchvision/NAME; `width`
+    multiplies all channels (ResNets only); `stem: small` is for images under 64 px."""
 
     arch: str
     width: Positive
@@ -29,14 +29,14 @@ class NetworkParams(Section):
 
     @property
     def options(self) -> dict[str, float]:
-        """What `build_backbone` takes beside arch, width and stem: nothing."""
+        """Further options for `build_backbone`: none."""
         return {}
 
 
 class StudentParams(NetworkParams):
-    """The student's backbone, and how it is trained: `drop_path_rate`, the share of residual branches that are left out of a step at
-    random (stochastic depth; drop-connect of EfficientNet), rising along the network to this; `drop_rate`, dropout of the pooled
-    feature; `batchnorm_momentum`, the share of a batch in the running statistics (null: what the library has, mostly 0.1).
+    """The student's backbone, and settings for its training: `drop_path_rate`, the rate of stochastic depth (drop-connect in
+    EfficientNet) in the last block, increasing linearly along the network; `drop_rate`, dropout of the pooled
+    feature; `batchnorm_momentum`, the momentum of the running statistics (null: the library's default, usually 0.1).
     """
 
     drop_path_rate: Rate
@@ -45,7 +45,7 @@ class StudentParams(NetworkParams):
 
     @property
     def options(self) -> dict[str, float]:
-        """What of these is not the default; `build_backbone` takes it."""
+        """Those of these settings that are not the default, for `build_backbone`."""
         return {name: value for name in STUDENT_OPTIONS if (value := getattr(self, name))}
 
 
@@ -53,8 +53,8 @@ STUDENT_OPTIONS = ("drop_path_rate", "drop_rate", "batchnorm_momentum")
 
 
 class TeacherParams(NetworkParams):
-    """Where the teacher comes from. `checkpoint` is a file for the source `checkpoint` (and, if set, for timm and torchvision),
-    `format` whose code wrote it.
+    """The source of the teacher. `checkpoint` is a file for the source `checkpoint` (and optionally for timm and torchvision),
+    `format` the code that wrote it.
     """
 
     source: Literal["pretrain", "timm", "torchvision", "checkpoint", "random"]
@@ -77,20 +77,20 @@ class TeacherParams(NetworkParams):
 
 
 def format_names() -> list[str]:
-    """Every format of checkpoints that has a file in bingo/teachers/formats."""
+    """Names of all checkpoint formats, which are the files in bingo/teachers/formats."""
     folder = Path(__file__).parents[1] / "teachers/formats"
     return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
 
 
 def source_mistakes(teacher: TeacherParams) -> Iterator[str]:
-    """What a teacher's section asks of a library that the library has not: another shape than published, the other library's name."""
+    """Settings of a teacher that its library does not support: another shape than published, or the other library's name."""
     published = teacher.source in ("timm", "torchvision") and not teacher.checkpoint
     if published and (teacher.width != 1 or teacher.stem != "imagenet"):
         named = f"teacher.width = {teacher.width}, teacher.stem = {teacher.stem}"
         yield f"{named}: published weights have others; set teacher.width: 1.0, teacher.stem: imagenet, or teacher.checkpoint to a file"
     of_torchvision = teacher.arch.startswith("torchvision/")
     if teacher.source == "timm" and of_torchvision:
-        yield f"teacher.arch = {teacher.arch}: is no network of timm; set teacher.source: torchvision"
+        yield f"teacher.arch = {teacher.arch}: is not a timm network; set teacher.source: torchvision"
     if teacher.source == "torchvision" and not of_torchvision:
         other = f"torchvision/{teacher.arch}"
         way_out = f"set teacher.arch: {other}, or teacher.source: timm" if other in arch_names() else "set teacher.source: timm"

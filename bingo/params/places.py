@@ -1,5 +1,5 @@
-"""Where the files lie that parameters name. DVC runs `dvc exp run --temp` and queued experiments in a copy of the workspace that lacks
-what Git ignores: data sets and checkpoints are then those of the original repository. No output depends on this file.
+"""Locate the files given in parameters. DVC runs `dvc exp run --temp` and queued experiments in a copy of the workspace without files
+ignored by Git: datasets and checkpoints are then taken from the original repository. No output depends on this file.
 """
 
 import os
@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def located(path: str) -> str:
-    """A path of params.yaml as it is to be opened: `~` is a home; what a copy of the workspace lacks lies in the original repository.
+    """A path in params.yaml, ready to be opened: `~` is expanded, and what a copy of the workspace lacks is found in the original
+    repository.
 
-    Raises ValueError for the home of a user whom this machine does not know.
+    Raises ValueError for the home of an unknown user.
     """
     path = expanded(path)
     original = _original_workspace()
@@ -17,24 +18,24 @@ def located(path: str) -> str:
 
 
 def _is_held(path: str) -> bool:
-    """Whether a copy has what is meant: a file, or a folder with more than Git keeps of one that it ignores (.gitkeep, a README)."""
+    """Whether a copy contains the data: a file, or a folder with more than what Git keeps in an ignored one (.gitkeep, a README)."""
     if not Path(path).is_dir():
-        return Path(path).exists()  # a relative link leads elsewhere from the copy, mostly nowhere
+        return Path(path).exists()  # a relative link points elsewhere from the copy, usually nowhere
     files = (name.lower() for _, _, names in os.walk(path) for name in names)
     return any(not name.startswith((".", "readme")) for name in files)
 
 
 def expanded(path: str) -> str:
-    """A path with `~` and `~USER` replaced by the home. Raises ValueError for a user whom this machine does not know."""
+    """A path with `~` and `~USER` replaced by the home folder. Raises ValueError for an unknown user."""
     home = os.path.expanduser(path)  # noqa: PTH111 - Path's raises RuntimeError, and drops a trailing /
     if home.startswith("~"):
         user = path.partition("/")[0]
-        raise ValueError(f"this machine has no home of {user}; write the whole path, or ./{path} for a folder of this name")
+        raise ValueError(f"this machine has no user {user}; write the whole path, or ./{path} for a folder of this name")
     return home
 
 
 def _original_workspace() -> Path | None:
-    """The folder whose copy the current folder is, as DVC_ROOT says; None where it is no copy."""
+    """The folder of which the current folder is a copy, according to DVC_ROOT; None if it is not a copy."""
     root = os.environ.get("DVC_ROOT")
     if not root:
         return None

@@ -1,4 +1,4 @@
-"""Reading params.yaml: a YAML 1.2 file becomes `Params`, or every mistake in it becomes a line of one UserError."""
+"""Read params.yaml: a YAML 1.2 file becomes `Params`, or every error in it becomes a line of one UserError."""
 
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,24 @@ _MOST_MISTAKES = 40
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
-    """Read and validate the whole file. Raises UserError with one line for each mistake."""
+    """Read and validate the whole file. Raises UserError with one line for each error."""
     return validate(read_yaml(path), str(path))
 
 
 def validate(raw: object, origin: str) -> Params:
-    """Validate a mapping that was read from `origin`. Raises UserError with one line for each mistake."""
+    """Validate a mapping that was read from `origin`. Raises UserError with one line for each error."""
     if not isinstance(raw, dict):
         raise UserError(f"{origin}: holds {type(raw).__name__}, not sections; restore it with: git checkout {origin}")
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
         lines = [f"{origin}: {line}" for line in mistake_lines(error, Params)]
-        more = [f"{origin}: and {len(lines) - _MOST_MISTAKES} more mistakes"] if len(lines) > _MOST_MISTAKES else []
+        more = [f"{origin}: and {len(lines) - _MOST_MISTAKES} more errors"] if len(lines) > _MOST_MISTAKES else []
         raise UserError([*lines[:_MOST_MISTAKES], *more]) from None
 
 
 def read_yaml(path: Path | str) -> Any:
-    """A YAML 1.2 file (so that 1e-05, as DVC writes it, is a number). Raises UserError where it cannot be read or parsed."""
+    """A YAML 1.2 file (so that 1e-05, as DVC writes it, is a number). Raises UserError if it cannot be read or parsed."""
     from ruamel.yaml import YAML
 
     try:
@@ -38,11 +38,11 @@ def read_yaml(path: Path | str) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the folder that holds params.yaml") from None
     except Exception as error:  # arbitrary text makes the parser raise almost anything
-        raise UserError(f"{path}: is not YAML: {_yaml_reason(error)}; mend it") from None
+        raise UserError(f"{path}: is not YAML: {_yaml_reason(error)}; correct it") from None
 
 
 def _yaml_reason(error: Exception) -> str:
-    """What is wrong and where, in one line of at most some 200 characters."""
+    """The error and its location, in one line of at most about 200 characters."""
     mark = getattr(error, "problem_mark", None)
     reason = " ".join(str(getattr(error, "problem", None) or error).split()) or type(error).__name__
     place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -1,4 +1,4 @@
-"""Sections of the trainings: how a learning rate moves, SGD and its batches, the teacher's pretraining and the student's distillation."""
+"""Sections of the trainings: learning rate schedule, SGD and its batches, the teacher's pretraining and the student's distillation."""
 
 from typing import Annotated, Literal, Self
 
@@ -14,10 +14,10 @@ _SHUFFLED_GROUP_IMAGES = 32
 
 
 class LrSchedule(Section):
-    """How a learning rate moves over the epochs, for trainings and evaluations; `bingo.schedules.learning_rate` is the formula.
+    """The learning rate schedule of trainings and evaluations; `bingo.schedules.learning_rate` has the formula.
 
-    `drop_epochs`: the rate is multiplied by `drop_factor` when each of these epochs begins (counted from 0, as in the released
-    scripts); []: constant; null: a cosine to 0 over all steps, but for `hold_epochs` at its beginning, which keep the full rate.
+    `drop_epochs`: the learning rate is multiplied by `drop_factor` at the start of each of these epochs (counted from 0, as in the released
+    scripts); []: constant; null: cosine decay to 0 over all steps, except for the first `hold_epochs`, which keep the full learning rate.
     """
 
     epochs: Count
@@ -27,14 +27,14 @@ class LrSchedule(Section):
 
     @property
     def warmup_epochs(self) -> int:
-        """Epochs over which the rate rises at first."""
+        """Epochs of linear warmup."""
         return 0
 
     @model_validator(mode="after")
     def _drops_come(self) -> Self:
         drops, least = self.drop_epochs, max(1, self.warmup_epochs)
         if drops and (drops != sorted(set(drops)) or not least <= drops[0] <= drops[-1] < self.epochs):
-            between = f"epochs from {least} to {self.epochs - 1} that rise" if least < self.epochs else "none in so few epochs"
+            between = f"increasing epochs from {least} to {self.epochs - 1}" if least < self.epochs else "none in so few epochs"
             raise ValueError(f"drop_epochs: {drops}, allowed are {between}; []: a constant rate; null: a cosine")
         if drops and self.drop_factor == 1:
             raise ValueError(f"drop_factor: 1.0 drops nothing at the epochs {drops}; lower it, or set drop_epochs: []")
@@ -52,8 +52,8 @@ class LrSchedule(Section):
 
 
 class ScheduleParams(LrSchedule):
-    """SGD with momentum; the rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch, and BatchNorm's statistics
-    are of each of its `batchnorm_groups` equal groups (1: of all images of a process; null: as `groups_for` has it)."""
+    """SGD with momentum. The learning rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch size. BatchNorm's
+    statistics are computed in each of `batchnorm_groups` equal groups (1: over all images of a process; null: see `groups_for`)."""
 
     batch_anchors: Count
     batchnorm_groups: Annotated[int, Field(ge=1, le=_MOST_GROUPS)] | None
@@ -81,9 +81,9 @@ class ScheduleParams(LrSchedule):
         return self
 
     def groups_for(self, momentum_keys: bool, processes: int) -> int:
-        """How many groups of the global batch BatchNorm normalises by themselves: `batchnorm_groups`, or if that is null, 1 but where
-        a momentum encoder trains in one process. There ShuffleBN needs groups, which are then as many equal ones as have 32 images or
-        more, a GPU's share in the released codes."""
+        """The number of groups of the global batch that BatchNorm normalises separately: `batchnorm_groups`, or if that is null, 1 unless
+        a momentum encoder trains in one process. In that case ShuffleBN needs groups: the largest number of equal ones with at least 32
+        images, a GPU's share in the released code."""
         if self.batchnorm_groups is not None:
             return self.batchnorm_groups
         most = self.batch_anchors // _SHUFFLED_GROUP_IMAGES if momentum_keys and processes == 1 else 1
@@ -91,14 +91,14 @@ class ScheduleParams(LrSchedule):
 
 
 class PretrainParams(ScheduleParams):
-    """MoCo-v2 pretraining of the teacher; `moco` has the method's own numbers."""
+    """MoCo-v2 pretraining of the teacher; `moco` has the method's settings."""
 
     augment: AugmentParams
     moco: MocoParams
 
 
 class DistillParams(ScheduleParams):
-    """Training of the student: the method by name, where the teacher's keys come from, and the views that the student sees."""
+    """Training of the student: the method, the source of the teacher's keys, and the views that the student sees."""
 
     method: str
     keys: Literal["stored", "live", "momentum"]

@@ -1,4 +1,4 @@
-"""`Params`, the whole of params.yaml: its sections, and what one of them asks of another's names."""
+"""`Params`, all of params.yaml: its sections, and checks of names that refer from one section to another."""
 
 from typing import Self
 
@@ -15,8 +15,8 @@ from bingo.runtime.errors import near_matches
 
 
 class ReportParams(Section):
-    """The HTML report: title (null: the dataset's name and numbers), how many bags the gallery shows, and published numbers to print
-    beside the measured ones."""
+    """The HTML report: title (null: the dataset's name and numbers), the number of bags in the gallery, and published figures to print
+    next to the measured ones."""
 
     title: str | None
     gallery_anchors: Whole
@@ -24,7 +24,7 @@ class ReportParams(Section):
 
 
 class Params(Section):
-    """Every section of params.yaml by its name."""
+    """All sections of params.yaml by name."""
 
     seed: Whole
     dataset: DatasetParams
@@ -53,7 +53,7 @@ class Params(Section):
         allowed = ["student", *self.baselines, "untrained"]
         named = {"linear_eval.crops": self.linear_eval.crops.nets, "semi_eval": self.semi_eval.nets, "transfer": self.transfer.nets}
         return [
-            f"{section}.nets: {name!r} is no network, allowed are {', '.join(allowed)}{near_matches(name, allowed)}"
+            f"{section}.nets: {name!r} is not a network, allowed are {', '.join(allowed)}{near_matches(name, allowed)}"
             + ("; to train it, name it in `baselines`" if name in method_names() and not method_section(name).needs_teacher else "")
             for section, names in named.items()
             for name in names
@@ -87,7 +87,7 @@ class Params(Section):
         return self
 
     def transfer_set(self, name: str) -> DatasetParams:
-        """The dataset that `transfer.datasets` has under this name."""
+        """The dataset with this name in `transfer.datasets`."""
         as_dataset = self.dataset.model_dump(exclude=set(TransferSetParams.model_fields))
         return DatasetParams.model_validate(as_dataset | self.transfer.datasets[name].model_dump())
 

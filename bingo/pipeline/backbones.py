@@ -1,5 +1,5 @@
-"""What the evaluations judge, each from its own file alone: the student, its baselines, the same network untrained; and as features of
-all rows, beside these, the teacher and raw pixels. What an evaluation of one gives does not change with another."""
+"""The networks that are evaluated, each from its own file: the student, its baselines, the same network untrained; and, as features of
+all rows, also the teacher and raw pixels. The evaluation of one network does not depend on another."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ STORED = ("teacher", "pixels")  # no network is run for their features
 
 
 def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
-    """Those of `nets` on the CPU, in evaluation mode: all of them before any work, so that a missing one is told first."""
+    """The networks `nets` on the CPU, in evaluation mode, all loaded before any work, so that a missing one is reported first."""
     from bingo import seeds
     from bingo.nets.backbones import build_backbone
     from bingo.nets.students import evaluated, load_student
@@ -37,14 +37,14 @@ def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
 
 
 def backbone_files(nets: Sequence[str]) -> dict[str, str]:
-    """What identifies the weights of `nets`: the fingerprint of each file. Raises UserError where one is missing."""
+    """The fingerprint of each file of `nets`, which identifies its weights. Raises UserError if one is missing."""
     from bingo.runtime.artefacts import file_fingerprint
 
     return {name: file_fingerprint(_file(name)) for name in nets if name != "untrained"}
 
 
 def judged(run: Run, *sections: "Section") -> list[int | dict[str, Any]]:
-    """The parameters that decide what an evaluation of a network gives, beside the network: seed, views, architecture, `sections`."""
+    """The parameters on which the evaluation of a network depends: seed, views, architecture, `sections`."""
     return [run.params.seed, *(section.model_dump() for section in (run.params.image, run.params.student, *sections))]
 
 
@@ -55,8 +55,9 @@ def _file(name: str) -> Path:
 class Networks:
     """Networks by name, opened before any work, so that a missing or damaged file is reported first.
 
-    `teacher` holds the teacher's features, if it is one of them. `backbones` are those that are run, on the CPU; raises UserError for a
-    file that is missing or damaged, or another listing's.
+    `teacher` holds the teacher's features, if it is one of them. `backbones` are the networks that are run, on the CPU. Raises UserError
+    for
+    a file that is missing or damaged, or belongs to another listing.
     """
 
     def __init__(self, run: Run, names: Sequence[str], listing: "Listing", teacher: "Embeddings | None"):

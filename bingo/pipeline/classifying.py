@@ -1,4 +1,4 @@
-"""What semi_eval and transfer_cifar share: several networks, each judged by several protocols, from checkpoints that outlive a kill."""
+"""What semi_eval and transfer_cifar share: evaluation of several networks with several protocols, resumed from checkpoints after a kill."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way to judge a network: what is learned, and how; `trunk_lr` None is a linear layer on the frozen network."""
+    """One evaluation protocol: the task and how it is trained; `trunk_lr` None means a linear layer on the frozen network."""
 
     task: "Task"
     tune: "TuneParams"
@@ -28,7 +28,7 @@ class Protocol:
 def scores_by_net(
     run: Run, nets: "Mapping[str, Backbone]", protocols: Mapping[str, Protocol], precision: str, folder: Path, device: "torch.device"
 ) -> dict[str, dict[str, dict]]:
-    """{net: {protocol: scores}}. What a killed run had finished is read from its checkpoints under `folder`, what it had begun goes on."""
+    """{net: {protocol: scores}}. What a killed run has finished is read from its checkpoints in `folder`; what it has begun is resumed."""
     import torch
 
     from bingo.evals.finetune import ClassifierTrainer
@@ -40,11 +40,11 @@ def scores_by_net(
         for name, protocol in protocols.items():
             checkpoints, label = Checkpoints(folder / net / name), f"{run.stage}: {net}, {name}"
             if checkpoints.exists():
-                run.say(f"{label}: going on from a checkpoint")
+                run.say(f"{label}: resuming from a checkpoint")
             score = ClassifierTrainer(
                 module, protocol.task, protocol.tune, protocol.head_lr, protocol.trunk_lr, precision, run.params.seed, device,
                 checkpoints, label,
             ).run()  # fmt: skip
-            run.say(f"{label}: top-1 {score['top1_last']:.1f} last epoch, {score['top1_best']:.1f} best")
+            run.say(f"{label}: top-1 {score['top1_last']:.1f} in the last epoch, {score['top1_best']:.1f} in the best")
             scores[net][name] = score
     return scores

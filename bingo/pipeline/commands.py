@@ -1,4 +1,4 @@
-"""What every command line does: find the workspace from any of its folders, and answer a wrong option in one line.
+"""What every command line does: find the workspace from any of its folders, and report a wrong option in one line.
 
 No output depends on this file.
 """
@@ -25,7 +25,7 @@ _KINDS = {"int": "a whole number", "float": "a number"}
 
 
 def enter_workspace() -> None:
-    """Make the nearest folder above that holds params.yaml and dvc.yaml the current one, unless params.yaml is here."""
+    """Change to the nearest parent folder that holds params.yaml and dvc.yaml, unless params.yaml is here."""
     global _stands
     here = Path.cwd()
     if not (here / "params.yaml").exists():
@@ -37,7 +37,7 @@ def enter_workspace() -> None:
 
 
 def from_here(option: str, path: Path) -> Path:
-    """A path that the user gave to a command, seen from where the user stands; `~` is a home. Raises UserError where nobody has it."""
+    """A path given by the user, relative to the user's current folder; `~` is expanded. Raises UserError if that home does not exist."""
     try:
         return _stands / expanded(str(path))
     except ValueError as error:
@@ -51,7 +51,7 @@ def as_seen_from_here(path: Path) -> str:
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line to its end. Raises UserError for what it does not understand, and SystemExit for exit codes but 0."""
+    """Run a command line. Raises UserError for invalid arguments, and SystemExit for exit codes other than 0."""
     try:
         code = app(standalone_mode=False)
     except _UsageError as error:
@@ -66,7 +66,7 @@ def run_app(app: typer.Typer) -> None:
 
 
 def _in_one_line(error: Any) -> str:
-    """What typer found wrong: name = value: what is allowed."""
+    """Typer's error as name = value: what is allowed."""
     if (parameter := getattr(error, "param", None)) is None:
         return " ".join(error.format_message().split()).rstrip(".")
     name = next((word for word in parameter.opts if word.startswith("--")), parameter.metavar or parameter.name.upper())
@@ -78,10 +78,10 @@ def _in_one_line(error: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, whose answer to a wrong option is one line: name = value: what is allowed."""
+    """argparse's parser, with errors in one line: name = value: what is allowed."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and leave with the exit code of a user's mistake."""
+        """Print the line and exit with the code of a user error."""
         if found := _INVALID.fullmatch(message) or _NO_CHOICE.fullmatch(message):
             message = f"{found['name']} = {found['value']}: allowed is {_KINDS.get(found['allowed'], found['allowed'])}"
         print(f"error: {message}; see: {self.prog} --help", file=sys.stderr, flush=True)

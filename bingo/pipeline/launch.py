@@ -1,8 +1,8 @@
-"""One process or many, by the environment alone: the topology is in no parameter and no command line, so it changes no hash.
+"""One or several processes, as set by the environment. The topology is not a parameter or part of a command, so it changes no hash.
 
 BINGO_PROCESSES: processes on each machine (default: one for each GPU). BINGO_LAUNCH: further arguments of torchrun, for example
-"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=host:29400" (default: one machine). BINGO_LAUNCH_PREFIX: a command that runs what
-follows it on every machine, for example "srun --ntasks-per-node=1" (default: none, so that it runs here alone). See docs/clusters.md.
+"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=host:29400" (default: one machine). BINGO_LAUNCH_PREFIX: a command that runs its
+arguments on every machine, for example "srun --ntasks-per-node=1" (default: none, which runs only here). See docs/clusters.md.
 """
 
 import os
@@ -17,19 +17,19 @@ from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, UserError
 
 
 def launch(stage: str, *arguments: str) -> None:
-    """Become torchrun where several processes are wanted; return where this process is to do the work."""
+    """Become torchrun if several processes are requested; return if this process is to do the work."""
     if "LOCAL_RANK" in os.environ:
         return
     prefix, extra = _words("BINGO_LAUNCH_PREFIX", "a command"), _words("BINGO_LAUNCH", "arguments of torchrun")
     if prefix and not extra:
-        way_out = "set BINGO_LAUNCH to how they meet, such as --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400"
+        way_out = "set BINGO_LAUNCH to connect them, for example --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400"
         raise UserError(f"BINGO_LAUNCH_PREFIX = {shlex.join(prefix)}: would start one group on each machine; {way_out}")
     processes = _processes()
     if processes == 1 and not extra:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    meeting = f"--rdzv-id={'-'.join([stage, *arguments])}"  # a machine that is at another stage yet is not met
+    meeting = f"--rdzv-id={'-'.join([stage, *arguments])}"  # a machine that is still at another stage does not join
     torchrun = [meeting, *(extra or ["--standalone"]), f"--nproc-per-node={processes}", "-m", f"stages.{stage}", *arguments]
     command = [*prefix, sys.executable, "-m", "bingo.pipeline.launch", *torchrun]
     try:
@@ -39,7 +39,7 @@ def launch(stage: str, *arguments: str) -> None:
 
 
 def expected_processes() -> int:
-    """How many processes a training will have, as far as that is known without torch: by the environment and this machine's GPUs."""
+    """Number of processes of a training, as far as it is known without torch: from the environment and this machine's GPUs."""
     wanted, here = os.environ.get("BINGO_PROCESSES", ""), 1
     if wanted.isdecimal():
         here = max(1, int(wanted))
@@ -71,7 +71,7 @@ def _processes() -> int:
 
 
 def run_torchrun(arguments: list[str]) -> int:
-    """Run torchrun here and give the exit code of the process that failed first; what that process had to say it has said itself."""
+    """Run torchrun here and return the exit code of the process that failed first, which has already printed its error."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -79,10 +79,10 @@ def run_torchrun(arguments: list[str]) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import main
 
-    # Each round of a group gets a store of its own. The launcher's, which it would share, still holds the addresses of the round before,
-    # and a process that is started again may connect to one of these for half an hour (pytorch/pytorch issue 135712).
+    # Each round of a group gets its own store. The launcher's, which would be shared, still holds the addresses of the previous round,
+    # and a restarted process may try to connect to one of them for half an hour (pytorch/pytorch issue 135712).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    logging.disable(logging.ERROR)  # the launcher's own reports: what it would say is said below, in one line
+    logging.disable(logging.ERROR)  # the launcher's own reports: they are given below, in one line
     given = os.environ.get("BINGO_LAUNCH", "")
     try:
         _check(arguments)
@@ -90,11 +90,14 @@ def run_torchrun(arguments: list[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            print(f"error: process {rank} was ended by {failure.signal_name()}; start again to go on", file=sys.stderr)
+            print(f"error: process {rank} was killed by {failure.signal_name()}; start again to resume", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else FAILED
     except RendezvousError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: BINGO_LAUNCH = {given}: the machines did not meet ({reason}); start the same on each of them", file=sys.stderr)
+        print(
+            f"error: BINGO_LAUNCH = {given}: the machines could not connect ({reason}); start the same command on each of them",
+            file=sys.stderr,
+        )
         return FAILED
     except SignalException:
         return INTERRUPTED
@@ -107,14 +110,14 @@ def run_torchrun(arguments: list[str]) -> int:
 
 
 def _in_preparation(error: Exception) -> bool:
-    """Whether torchrun raised this while it took up its arguments, where an address, a log folder or a backend that is none is found;
+    """Whether torchrun raised this while it processed its arguments, such as an invalid address, log folder or backend;
     what it raises once it starts and watches processes has another reason."""
     names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
     return "_invoke_run" not in names or "reify" in names  # the agent's loop; in it, the making of log folders
 
 
 def _check(arguments: list[str]) -> None:
-    """Raises ValueError, in torchrun's words, for arguments that it does not take: it would print all that it knows, or a traceback."""
+    """Raises ValueError with torchrun's message for invalid arguments: otherwise it would print its whole usage, or a traceback."""
     from torch.distributed import run
 
     def refuse(message: str) -> NoReturn:
@@ -127,10 +130,10 @@ def _check(arguments: list[str]) -> None:
         if not parsed.module or parsed.run_path or not parsed.training_script.startswith("stages."):
             refuse(f"{parsed.training_script} is none" if parsed.training_script else "they name no module")
         if parsed.monitor_interval <= 0:
-            refuse(f"--monitor-interval={parsed.monitor_interval:g} is no time to wait")
+            refuse(f"--monitor-interval={parsed.monitor_interval:g} is not a positive duration")
         run.config_from_args(parsed)
     except SystemExit:  # --help, which it prints
-        raise ValueError("they only ask for help") from None
+        raise ValueError("they only request help") from None
     except (AssertionError, RuntimeError, OSError, LookupError) as error:
         raise ValueError(str(error)) from None
 
@@ -138,6 +141,6 @@ def _check(arguments: list[str]) -> None:
 if __name__ == "__main__":
     from bingo.pipeline.run import die_with_parent, mistakes_as_lines
 
-    die_with_parent()  # of a prefix, which may be ended before what it runs
+    die_with_parent()  # of a prefix, which may be ended before the command it runs
     with mistakes_as_lines():
         raise SystemExit(run_torchrun(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Where each artefact lies, relative to the workspace."""
+"""Paths of all artefacts, relative to the workspace."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What every stage command does before and after its work: parameters, mistakes as one line each, record of the run.
+"""What every stage does before and after its work: load parameters, report errors in one line each, record the run.
 
 Nothing here can change a stage's output, so no stage depends on this file.
 """
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import torch
     import typer
 
-# How long a process of a group waits before it speaks: the launcher, who sees the first one fail, ends the others meanwhile.
+# How long a process of a group waits before it prints an error: meanwhile the launcher, who sees the first one fail, ends the others.
 OTHERS_WAIT_SECONDS, LOST_WAIT_SECONDS = 2, 5
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -62,13 +62,13 @@ class Run:
     mistakes: list[str] = field(default_factory=list)
 
     def say(self, line: str) -> None:
-        """Print one line, on the first process only."""
+        """Print one line on the first process."""
         if os.environ.get("RANK", "0") == "0":
             print(line, flush=True)
 
 
 def run_command(app: "typer.Typer") -> None:
-    """Run a command line in the workspace that its folder is part of. Each of the user's mistakes is one line, the exit code then 2."""
+    """Run a command line in the workspace that contains the current folder. User errors are printed in one line each, with exit code 2."""
     with mistakes_as_lines():
         enter_workspace()
         run_app(app)
@@ -76,7 +76,7 @@ def run_command(app: "typer.Typer") -> None:
 
 @contextmanager
 def stage_run(stage: str, raises_limits: bool = False) -> Iterator[Run]:
-    """Load the parameters, do the work in the body, write the run's records. A user's mistake is one line and exit code 2.
+    """Load the parameters, do the work in the body, write the run's records. User errors are printed in one line, with exit code 2.
 
     `raises_limits`: the body raises what `mistakes` of the run holds, with what it finds itself.
     """
@@ -103,7 +103,7 @@ def stage_run(stage: str, raises_limits: bool = False) -> Iterator[Run]:
 
 
 def _outputs(stage: str) -> list[str]:
-    """The files that dvc.yaml lists as outputs of a stage, or of a stage's item (STAGE-ITEM), and that are there."""
+    """The existing files among the outputs that dvc.yaml lists for a stage, or for an item of a stage (STAGE-ITEM)."""
     name, _, item = stage.partition("-")
     definition = (read_yaml("dvc.yaml") if Path("dvc.yaml").exists() else {"stages": {}})["stages"].get(name, {})
     definition = definition.get("do", definition)
@@ -117,27 +117,27 @@ def _outputs(stage: str) -> list[str]:
 
 
 def _write_record(record: dict[str, Any]) -> None:
-    """Keep what is worth noting of a run. The stage's outputs are whole, so where there is no room for this, a line says so and no more."""
+    """Save the notes on a run. The stage's outputs are complete, so a lack of disk space here is only a warning."""
     for folder in _record_folders():
         try:
             write_json(folder / f"{record['stage']}.json", record)
         except OSError as error:
             if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
                 raise
-            _print_lines([f"{error.filename}: {error.strerror}; the outputs are whole, but this run leaves no record of itself"], "warning")
+            _print_lines([f"{error.filename}: {error.strerror}; the outputs are complete, but this run is not recorded"], "warning")
 
 
 def _record_folders() -> list[Path]:
-    """Where a run's record goes: `.bingo/runs`, and of an experiment of DVC, whose folder may be deleted after the run, to
-    `.bingo/runs/EXPERIMENT` of the original repository too (or of the folder that BINGO_RUNS names)."""
+    """Folders of a run's record: `.bingo/runs` and, for a DVC experiment, whose folder may be deleted after the run, also
+    `.bingo/runs/EXPERIMENT` in the original repository (or in the folder BINGO_RUNS)."""
     experiment = os.environ.get("DVC_EXP_NAME")
     kept = Path(os.environ.get("BINGO_RUNS") or Path(os.environ.get("DVC_ROOT", ".")) / RUNS)
     return [RUNS, kept / experiment] if experiment else [RUNS]
 
 
 def _peak_memory() -> dict[str, float]:
-    """The most memory that this process held, in MB of 2^20 bytes: of the machine, and of the GPU where one was used."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS tells bytes, Linux kilobytes
+    """Peak memory of this process, in MB of 2^20 bytes: on the host and, if one was used, on the GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
     peaks = {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -147,9 +147,9 @@ def _peak_memory() -> dict[str, float]:
 
 @contextmanager
 def mistakes_as_lines() -> Iterator[None]:
-    """Print a UserError's lines and leave with exit code 2; leave with 75 where a checkpoint was written on the way out.
+    """Print a UserError's lines and exit with code 2; exit with 75 if the stage was stopped with a checkpoint.
 
-    Of several processes the one that failed first tells its reason; the others mostly fail by it, or find the same mistake.
+    Of several processes, only the one that failed first reports the error; the others usually fail because of it, or find the same error.
     """
     try:
         yield
@@ -159,8 +159,8 @@ def mistakes_as_lines() -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
             raise
-        way_out = "free some room" if error.errno in NO_ROOM else "mend the rights"
-        _print_lines([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: what is done is not lost"])
+        way_out = "free some space" if error.errno in NO_ROOM else "fix the permissions"
+        _print_lines([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: finished work is kept"])
         raise SystemExit(USER_MISTAKE) from None
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":
@@ -171,7 +171,7 @@ def mistakes_as_lines() -> Iterator[None]:
     except GroupLost as error:
         time.sleep(LOST_WAIT_SECONDS)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}; start again to go on", file=sys.stderr, flush=True)
+            print(f"error: {error}; start again to resume", file=sys.stderr, flush=True)
         raise SystemExit(FAILED) from None
     except Exception as error:
         if line := out_of_memory(error):
@@ -182,10 +182,10 @@ def mistakes_as_lines() -> Iterator[None]:
 
 
 def _with_the_way_in(line: str) -> str:
-    """A line that says that an artefact is missing, and where the reason is that this folder is in no workspace, that too."""
-    if Path("params.yaml").exists() or not re.match(r"(data|models|reports)/\S+: .*no such file", line):
+    """A line that reports a missing artefact; if this folder is not in a workspace, the line says so."""
+    if Path("params.yaml").exists() or not re.match(r"(data|models|reports)/\S+: .*does not exist", line):
         return line
-    return f"{line}, but first change into the project's folder: {Path.cwd()} lies in none with params.yaml"
+    return f"{line}, but first change into the project's folder: {Path.cwd()} is not in a folder with params.yaml"
 
 
 def _let_the_first_speak() -> None:
@@ -194,36 +194,37 @@ def _let_the_first_speak() -> None:
 
 
 def _print_lines(lines: Sequence[str], word: str = "error") -> None:
-    """Print mistakes, which all processes mostly find alike."""
+    """Print errors, which are usually the same on all processes."""
     _let_the_first_speak()
     print("\n".join(f"{word}: {printable(line)}" for line in lines), file=sys.stderr, flush=True)
 
 
 def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) -> None:
-    """Refuse an output of another ending than these or in no folder, and one that is there already unless `force` says to replace it."""
+    """Raises UserError for an output with another suffix, in a folder that does not exist, or that exists already, unless `force` is
+    set."""
     if path.suffix not in suffixes:
         raise UserError(f"{option} = {path}: allowed are names that end in {', '.join(suffixes)}")
     if nearest := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
         raise UserError(f"{option} = {path}: {nearest} is a file, not a folder; give another name")
     if path.is_symlink() or path.exists():
         if not force:
-            raise UserError(f"{option} = {path}: is there already; give another name, or --force to replace it")
+            raise UserError(f"{option} = {path}: exists already; give another name, or --force to replace it")
         if path.is_symlink() or path.is_dir() != (path.suffix == ".zarr") or (path.is_dir() and not (path / "zarr.json").is_file()):
-            raise UserError(f"{option} = {path}: is no file of this kind, so --force does not replace it; give another name")
+            raise UserError(f"{option} = {path}: is not a file of this kind, so --force does not replace it; give another name")
 
 
 def chosen_items(key: str, items: Mapping[str, Section], name: str | None) -> list[str]:
-    """The item of a mapping in params.yaml that a command names, or all. Raises UserError where there is none of that name, or none."""
+    """The item of a mapping in params.yaml given by a command, or all. Raises UserError if it does not exist, or the mapping is empty."""
     allowed = list(items)
     if not allowed:
-        raise UserError(f"{key} = {{}}: nothing is named to be judged; add an entry (params.yaml and `bingo recipe list` show how)")
+        raise UserError(f"{key} = {{}}: there is nothing to evaluate; add an entry (params.yaml and `bingo recipe list` show how)")
     if name is not None and name not in allowed:
         raise UserError(f"{key} has no {name}: allowed are {', '.join(allowed)}{near_matches(name, allowed)}")
     return [name] if name else allowed
 
 
 def check_item(argument: str, name: str, params: Params, key: str) -> None:
-    """Raises UserError where a command's argument is none of those that a list in params.yaml allows; `key` is the list's."""
+    """Raises UserError if a command's argument is not in a list of params.yaml, which is called `key`."""
     section, _, last = key.rpartition(".")
     allowed = getattr(getattr(params, section) if section else params, last)
     if name not in allowed:
@@ -231,7 +232,7 @@ def check_item(argument: str, name: str, params: Params, key: str) -> None:
 
 
 def chosen_networks(params: Params, name: str | None) -> list[str]:
-    """The network that an evaluation's argument names, or all of them. Raises UserError where there is none of that name."""
+    """The network given by an evaluation's argument, or all. Raises UserError if it does not exist."""
     allowed = ["student", *params.baselines, "untrained", "teacher", "pixels"]
     if name is not None and name not in allowed:
         raise UserError(f"net = {name}: allowed are {', '.join(allowed)}{near_matches(name, allowed)}")
@@ -239,21 +240,21 @@ def chosen_networks(params: Params, name: str | None) -> list[str]:
 
 
 def item_name(argument: str) -> str:
-    """The item that a command's argument names: itself, or of DVC's STAGE@ITEM, which dvc.yaml hands over, what follows the @."""
+    """The item given by a command's argument: the argument itself, or the part after @ of DVC's STAGE@ITEM, which dvc.yaml passes."""
     return argument.rpartition("@")[2]
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it ends: a killed `dvc` must leave no training behind."""
+    """Ask Linux to end this process when its parent ends: a killed `dvc` must not leave a training behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if _is_orphan():  # it was killed before this line
+        if _is_orphan():  # the parent was killed before this line
             print("error: the dvc that started this stage has ended; start again", file=sys.stderr, flush=True)
             raise SystemExit(INTERRUPTED)
 
 
 def _is_orphan() -> bool:
-    """Whether DVC started this process, and its parent is now the first of all processes, which in a container may be DVC itself."""
+    """Whether DVC started this process and its parent is now process 1, which in a container may be DVC itself."""
     if "DVC_STAGE" not in os.environ or "RANK" in os.environ or os.getppid() != 1:  # a rank's parent is torchrun
         return False
     try:
@@ -291,7 +292,7 @@ def pick_device() -> "torch.device":
     if wanted not in ("auto", "cpu", "cuda"):
         raise UserError(f"BINGO_DEVICE = {wanted}: allowed are auto, cpu, cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("BINGO_DEVICE = cuda: torch sees no GPU here; set BINGO_DEVICE=cpu, or mend the driver (nvidia-smi)")
+        raise UserError("BINGO_DEVICE = cuda: torch sees no GPU here; set BINGO_DEVICE=cpu, or fix the driver (nvidia-smi)")
     if wanted == "cpu" or not torch.cuda.is_available():
         keep_freed_memory()
         return torch.device("cpu")
@@ -303,7 +304,7 @@ def pick_device() -> "torch.device":
 
 @contextmanager
 def process_group(run: Run) -> Iterator["torch.device"]:
-    """Pick the device, make the arithmetic repeatable, and join the launcher's process group if there is one."""
+    """Choose the device, make arithmetic repeatable, and join the launcher's process group if there is one."""
     import torch
 
     from bingo.runtime import distributed
@@ -322,7 +323,7 @@ def process_group(run: Run) -> Iterator["torch.device"]:
 
 
 def code_fingerprint(stage: str, method: str = "") -> str:
-    """Names the source files that dvc.yaml lists for a stage, by files and by folders: a checkpoint of other code is not gone on from."""
+    """A fingerprint of the source files that dvc.yaml lists for a stage, so that checkpoints of other code are not resumed."""
     stages = read_yaml("dvc.yaml")["stages"]
     definition = stages[stage].get("do", stages[stage])
     params = read_yaml("params.yaml")

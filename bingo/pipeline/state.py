@@ -1,8 +1,8 @@
-"""The folder of an unfinished stage: found again after a kill, held by one run at a time, kept until DVC has taken over the outputs.
+"""The state folder of an unfinished stage: found again after a kill, used by one run at a time, kept until DVC has recorded the outputs.
 
-DVC puts outputs into its cache after the stage has ended, and if it is killed before dvc.lock names them, it deletes them and runs the
-stage again. So a stage that DVC runs leaves its folder with the mark finished.json, which holds dvc.lock's entry of the stage at that
-time, and the next stage to start (`sweep`) removes it once the entry is another one. No stage's output depends on this file.
+DVC moves outputs into its cache after the stage has ended. If it is killed before dvc.lock records them, it deletes them and runs the
+stage again. A stage run by DVC therefore keeps its folder, marked by finished.json, which holds the stage's entry in dvc.lock at that
+time, and the next stage to start (`sweep`) removes it once the entry has changed. No output depends on this file.
 
     state     what is there             who moves it, when                                                   to
     absent    no folder                 `_begin`, when the stage starts                                      running
@@ -14,8 +14,8 @@ time, and the next stage to start (`sweep`) removes it once the entry is another
                                         `sweep`, when dvc.lock has another entry: notes it in committed.json absent
                                         `sweep`, when the workspace is gone: a temporary one of an experiment  absent
 
-committed.json, beside a stage's folders, names the last state that DVC took over and its entry: a forced rerun, which leaves dvc.lock as
-it is, ends as absent, and is not taken for one that DVC has yet to commit.
+committed.json, next to a stage's folders, records the last state that DVC has committed and its entry: a forced rerun, which does not
+change dvc.lock, ends as absent and is not mistaken for one that DVC has yet to commit.
 """
 
 import fcntl
@@ -36,10 +36,11 @@ _FINISHED, _COMMITTED = "finished.json", "committed.json"
 
 @contextmanager
 def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
-    """The folder of an unfinished stage, named by what decides its output, and locked: no second copy may work beside the first.
+    """The locked folder of an unfinished stage, named after a hash of everything its output depends on; a second copy of the stage must
+    wait.
 
     `stage`: STAGE-ITEM where dvc.yaml has items, as what `sweep` notes of a commit is noted once for each name.
-    It lies under the original repository even where DVC runs an experiment elsewhere, so that a second run finds the checkpoint.
+    It is in the original repository even if DVC runs an experiment elsewhere, so that a second run finds the checkpoint.
     It goes when the work is done: at once, or where DVC started the stage, when its outputs are in DVC's hands (`sweep`).
     """
     folder = _root() / stage / fingerprint(values)
@@ -55,7 +56,7 @@ def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
 
 
 def _begin(folder: Path, stage: str, lock: IO[str]) -> None:
-    """Absent, stopped or finished -> running. Ends the process where another one holds the lock."""
+    """Absent, stopped or finished -> running. Ends the process if another one holds the lock."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -85,7 +86,7 @@ def sweep() -> None:
         except UserError:
             if mark.exists():
                 raise
-            continue  # a sweep of another workspace, which has this folder of states too, was faster
+            continue  # a sweep of another workspace that shares this folder was faster
         if Path(finished["workspace"]) == Path.cwd() and (entry := _entry(finished["stage"])) != finished["entry"]:
             write_json(mark.parent.parent / _COMMITTED, {"state": mark.parent.name, "entry": entry})
             _remove(mark.parent)
@@ -94,7 +95,7 @@ def sweep() -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a state, which is gone at once or not at all: a checkpoint without its weights would be taken for a damaged one."""
+    """Delete a state atomically: a checkpoint without its weights would be considered damaged."""
     leftover = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(leftover, ignore_errors=True)
     with suppress(OSError):
@@ -103,7 +104,7 @@ def _remove(folder: Path) -> None:
 
 
 def _entry(stage: str) -> str | None:
-    """What dvc.lock says of a stage, in short; None where it says nothing."""
+    """A digest of a stage's entry in dvc.lock; None if there is none."""
     try:
         entry = read_yaml("dvc.lock")["stages"][stage]
     except (UserError, KeyError, TypeError):  # there is none, or it is in conflict

@@ -1,4 +1,4 @@
-"""What the three trainings share (teacher, student, baselines): build the method, train it from its checkpoint, write its curves."""
+"""What the three trainings (teacher, student, baselines) share: build the method, train it from its checkpoint, write its curves."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What a training reads: the listing and its images; for a distillation the teacher's outputs and bags, for live keys the teacher."""
+    """Inputs of a training: the listing and its images; for distillation also the teacher's outputs and bags, for live keys the teacher."""
 
     listing: "Listing"
     embeddings: "Embeddings | None" = None
@@ -37,9 +37,9 @@ class TrainingInputs:
 def train_method(
     run: Run, device: "torch.device", setup: "TrainingSetup", inputs: TrainingInputs, finish: Callable[["Method", "TrainingResult"], None]
 ) -> None:
-    """Train what `setup` describes on `inputs`, going on from the last checkpoint of exactly this training; `finish` writes its outputs.
+    """Train what `setup` describes on `inputs`, resuming from the last checkpoint of exactly this training; `finish` writes its outputs.
 
-    The checkpoint is deleted only after `finish` has put the outputs in place.
+    The checkpoint is deleted only after `finish` has written the outputs.
     """
     from bingo.evals.collapse import feature_spread
     from bingo.evals.probe import KnnProbe
@@ -67,7 +67,7 @@ def train_method(
         label = f"{run.stage}: {setup.method}"
         trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label, groups)
         if trainer.resumes():
-            run.say(f"{run.stage}: going on from a checkpoint")
+            run.say(f"{run.stage}: resuming from a checkpoint")
             run.notes["resumed"] = True
         with progress_bar("counting the cost of a step"):
             gflop_per_anchor = _gflop_per_anchor(trainer.method, batches)
@@ -80,7 +80,7 @@ def train_method(
 
 
 def _check_bags(run: Run, method: "Method", bags: "Bags | None") -> None:
-    """Raises UserError where a method draws from bags that are all empty, and warns where many are."""
+    """Raises UserError if a method draws from bags that are all empty, and warns if many are."""
     if bags is None or not (method.needs.members or method.needs.companions):
         return
     if (warning := bags.empty_warning()) and os.environ.get("RANK", "0") == "0":
@@ -88,7 +88,7 @@ def _check_bags(run: Run, method: "Method", bags: "Bags | None") -> None:
 
 
 def _stored(run: Run, setup: "TrainingSetup", embeddings: "Embeddings", device: "torch.device") -> "Stored":
-    """The teacher's stored outputs on the device. Raises UserError where the stored views cannot be drawn again as they were."""
+    """The teacher's stored outputs on the device. Raises UserError if the stored views cannot be redrawn."""
     import torch
 
     from bingo.params import AugmentParams
@@ -104,7 +104,7 @@ def _stored(run: Run, setup: "TrainingSetup", embeddings: "Embeddings", device: 
 
 
 def _gflop_per_anchor(method: "Method", batches: "Batches") -> float:
-    """What a training step costs for each anchor, forward and backward, counted on the first batch."""
+    """The cost of a training step per anchor, forward and backward, counted on the first batch."""
     from bingo.methods.contract import Progress
     from bingo.planning.costs import step_flops
     from bingo.runtime import distributed
@@ -114,7 +114,7 @@ def _gflop_per_anchor(method: "Method", batches: "Batches") -> float:
 
 
 def _identity(run: Run, setup: "TrainingSetup", inputs: TrainingInputs) -> dict[str, Any]:
-    """All that decides a training's outcome: a checkpoint of anything else is not gone on from."""
+    """Everything that determines the result of a training; only checkpoints with the same values are resumed."""
     sections = (run.params.image, setup.network, setup.schedule, setup.section)
     artefacts = (inputs.listing, inputs.embeddings, inputs.bags)
     return {
@@ -126,7 +126,7 @@ def _identity(run: Run, setup: "TrainingSetup", inputs: TrainingInputs) -> dict[
 
 
 def _say_result(run: Run, setup: "TrainingSetup", result: "TrainingResult") -> None:
-    """Print and note the speed and the last epoch's figures, and warn of a collapsed network."""
+    """Print and record the speed and the last epoch's figures, and warn of a collapsed network."""
     from bingo.evals.collapse import collapse_warning
 
     rate = result.anchors / max(result.seconds, 1e-9)
@@ -138,13 +138,13 @@ def _say_result(run: Run, setup: "TrainingSetup", result: "TrainingResult") -> N
 
 
 def write_curves(path: Path, history: list[dict[str, float]]) -> None:
-    """One line an epoch as CSV, which `dvc plots` reads; a figure that an epoch lacks is an empty field."""
+    """One line per epoch as CSV for `dvc plots`; a missing figure is an empty field."""
     from bingo.runtime.artefacts import write_csv
 
     write_csv(path, history, ["epoch", "loss"])
 
 
 def last_record(result: "TrainingResult") -> dict[str, float]:
-    """The last epoch's terms and probe figures, the features' spread and what an anchor cost, as metrics."""
+    """The last epoch's loss terms and probe figures, the spread of features and the cost per anchor, as metrics."""
     last = {f"last_{name}": value for name, value in result.history[-1].items() if name not in ("epoch", "lr")}
     return {**last, **result.spread, "gflop_per_anchor": result.gflop_per_anchor}

@@ -1,9 +1,9 @@
-"""What a step and a network cost: one real step is run while torch is watched, on copies of the method's buffers, and nothing changes.
+"""Measure the cost of a step and of a network by running one real step, on copies of the method's buffers, without side effects.
 
   FLOPs   torch.utils.flop_counter sees each operation: matrix products and convolutions are counted (1 multiply-add = 2), which are
           nearly all; normalisations, activations and the augmentation are not.
-  bytes   autograd hands each tensor that it keeps for backward to `_Meter`, and holds a `_Kept` in its place. A storage counts
-          from its first `_Kept` until the last one is gone, and the most at a time is the answer.
+  bytes   autograd passes each tensor saved for backward to `_Meter`, and keeps a `_Kept` in its place. A storage counts
+          from its first `_Kept` until the last one is deleted; the result is the peak.
 
 Shape letter: B images of a batch.
 """
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bingo.methods.contract import Batch, Method, Progress
 
-SUSTAINED_FLOP_PER_SECOND = 2e14  # an assumption: what one recent data-centre GPU keeps up in bf16, about a fifth of its peak
+SUSTAINED_FLOP_PER_SECOND = 2e14  # an assumption: sustained by a recent data-centre GPU in bf16, about a fifth of its peak
 
 
 def _conv_backward(
@@ -39,8 +39,8 @@ def _conv_backward(
     wanted: Sequence[bool],
     **_: object,
 ) -> int:
-    """Each of the two gradients costs as much as the forward. torch 2.15's own formula forgets the groups in the weights' gradient,
-    and counts a depthwise convolution's by as many times too much as it has channels."""
+    """Each of the two gradients costs as much as the forward pass. The formula of torch 2.15 ignores groups in the weight gradient,
+    which overestimates that of a depthwise convolution by a factor of its number of channels."""
     places = (x_shape if transposed else grad_out_shape)[2:]
     return 2 * math.prod(places) * math.prod(w_shape) * x_shape[0] * sum(wanted[:2])
 
@@ -50,10 +50,10 @@ def _counter() -> FlopCounterMode:
 
 
 def step_flops(method: Method, batch: Batch, progress: Progress) -> int:
-    """FLOPs of one forward and backward of `method` on `batch`, a live teacher's included.
+    """FLOPs of one forward and backward pass of `method` on `batch`, including a live teacher.
 
-    Nothing is changed: no gradient is written, BatchNorm's statistics, queues and moving averages stay as they are, and so do torch's
-    random numbers. Where several processes train, all of them must call it (ShuffleBN gathers).
+    It has no side effects: gradients, BatchNorm's statistics, queues, moving averages and torch's
+    random state do not change. If several processes train, all must call it (ShuffleBN gathers).
     """
     with _unchanged(method) as loss_of, _counter() as counter:
         torch.autograd.grad(loss_of(batch, progress), _trained(method), allow_unused=True)
@@ -72,7 +72,7 @@ def saved_bytes(method: Method, batch: Batch, progress: Progress) -> int:
 
 @dataclass(eq=False)
 class _Kept:
-    """What autograd holds in place of a tensor that it keeps."""
+    """What autograd keeps in place of a saved tensor."""
 
     tensor: Tensor
 
@@ -84,7 +84,7 @@ class _Meter:
         self.uncounted, self.holders, self.bytes, self.most_bytes = uncounted, Counter[int](), 0, 0
 
     def keep(self, tensor: Tensor) -> _Kept:
-        """Called as autograd keeps a tensor."""
+        """Called when autograd saves a tensor."""
         kept, storage = _Kept(tensor), tensor.untyped_storage()
         if (address := storage.data_ptr()) not in self.uncounted:
             self._count(address, 1, storage.nbytes())
@@ -92,7 +92,7 @@ class _Meter:
         return kept
 
     def _count(self, address: int, change: int, storage_bytes: int) -> None:
-        """A holder more (1) or less (-1); the first brings the storage's bytes, the last takes them away."""
+        """Add (1) or remove (-1) a holder; the first adds the storage's bytes, the last subtracts them."""
         before, after = self.holders[address], self.holders[address] + change
         self.holders[address] = after
         self.bytes += storage_bytes * (bool(after) - bool(before))
@@ -100,7 +100,7 @@ class _Meter:
 
 
 def forward_flops(network: nn.Module, images_BCHW: Tensor) -> int:
-    """FLOPs of one forward pass of `network` in eval mode on images of this shape. Nothing is computed: shapes alone are counted."""
+    """FLOPs of one forward pass of `network` in eval mode on images of this shape. Nothing is computed: only shapes are used."""
     was_training = network.training
     tensors = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
     with torch.no_grad(), _counter() as counter:
@@ -121,7 +121,7 @@ def cpu_flop_per_second() -> float:
 
 
 def gpu_hours(flops: float) -> float:
-    """Hours of one GPU that keeps up SUSTAINED_FLOP_PER_SECOND."""
+    """Hours on one GPU that sustains SUSTAINED_FLOP_PER_SECOND."""
     return flops / SUSTAINED_FLOP_PER_SECOND / 3600
 
 
@@ -131,7 +131,7 @@ def _trained(method: Method) -> list[nn.Parameter]:
 
 @contextmanager
 def _unchanged(method: Method) -> Iterator[Callable[[Batch, Progress], Tensor]]:
-    """The method's loss as a function that works on copies of its buffers; its other attributes are put back at the end."""
+    """The method's loss as a function on copies of its buffers; its other attributes are restored at the end."""
     attributes = dict(vars(method))
     devices = [buffer.device for buffer in method.buffers() if buffer.device.type == "cuda"][:1]
 

@@ -1,6 +1,6 @@
-"""A training built as a run would build it, but on fabricated images, keys, features and bags: does it fit together, what does it cost.
+"""Build a training as in a run, but on fabricated images, keys, features and bags, to check that it works and what it costs.
 
-It runs on the CPU in float32, whatever the parameters say. Shape letters: T fabricated train rows, V stored views, P key width,
+It runs on the CPU in float32, whatever the parameters. Shape letters: T fabricated train rows, V stored views, P key width,
 D feature width, K bag size.
 """
 
@@ -29,12 +29,12 @@ from bingo.training.loop import Trainer
 CPU = torch.device("cpu")
 _ROWS = 64
 _MOST_ROWS = 65536
-_IMAGE_PX = 8  # of the fabricated images, which are enlarged to views of image.crop_px like any others
+_IMAGE_PX = 8  # of the fabricated images, which are enlarged to views of image.crop_px
 
 
 @dataclass(frozen=True)
 class DryTraining:
-    """A method on fabricated data, how it is trained, and the images of one step."""
+    """A method on fabricated data, its training setup, and the images of one step."""
 
     name: str
     method: Method
@@ -46,11 +46,11 @@ class DryTraining:
 
     @property
     def anchors(self) -> int:
-        """How many anchors a step has: BatchNorm wants two images."""
+        """The number of anchors in a step: BatchNorm needs two images."""
         return 1 if self.method.needs.companions else 2
 
     def batch(self, anchors: int) -> Batch:
-        """One batch of so many anchors."""
+        """One batch of that many anchors."""
         return next(self._batches(anchors).epoch(0, 0))
 
     def _batches(self, anchors: int) -> Batches:
@@ -58,7 +58,7 @@ class DryTraining:
         return Batches(self.method.needs, self.loader, self.seed, anchors, anchors, self.bags, self.stored)
 
     def step(self) -> dict[str, float]:
-        """One step of the real training loop: the loss terms. Raises UserError where the loss is not finite."""
+        """One step of the real training loop: the loss terms. Raises UserError if the loss is not finite."""
         once = {"epochs": 1, "batch_anchors": self.anchors, "batchnorm_groups": 1, "lr_warmup_epochs": 0, "probe_every_epochs": 0}
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = Checkpoints(Path(folder), every_seconds=float("inf"))
@@ -70,10 +70,10 @@ class DryTraining:
 
 
 def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
-    """The teacher, on the CPU: read from `teacher.checkpoint` if `checkpoint`, otherwise with random weights in its place.
+    """The teacher on the CPU: read from `teacher.checkpoint` if `checkpoint`, otherwise with random weights.
 
-    A stand-in's head is MoCo-v2's, its keys as wide as those of published files of `teacher.format`. Raises UserError as the
-    teacher stage does.
+    A random teacher has MoCo-v2's head, with keys as wide as those of published files of `teacher.format`. Raises UserError like the
+    teacher stage.
     """
     teacher = params.teacher
     if checkpoint:
@@ -91,19 +91,19 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
 
 
 def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTraining:
-    """Training of the student as `distill` has it; without `bank` on so few rows that its negatives cost nothing."""
+    """Training of the student as in the stage `distill`; without `bank` with so few rows that negatives cost nothing."""
     setup = distillation(params)
     rows = _rows(params, setup.section if bank else None)
     return _dry(setup, _stored(params, teacher, rows, setup.reads_features), _bags(params, rows), teacher)
 
 
 def dry_baseline(params: Params, method: str) -> DryTraining:
-    """Training of the student without a teacher, as the stage `baseline` has it."""
+    """Training of the student without a teacher, as in the stage `baseline`."""
     return _dry(baseline(params, method))
 
 
 def dry_pretraining(params: Params) -> DryTraining:
-    """Pretraining of the teacher, as the stage `teacher` has it."""
+    """Pretraining of the teacher, as in the stage `teacher`."""
     return _dry(pretraining(params))
 
 
@@ -116,12 +116,12 @@ def _dry(setup: TrainingSetup, stored: Stored | None = None, bags: Bags | None =
 
 
 def _rows(params: Params, section: MethodSection | None) -> int:
-    """Enough rows for the bags, and for the bank of negatives if there is one, so that its product is counted."""
+    """Enough rows for the bags and, if there is one, for the bank of negatives, so that its matrix product is counted."""
     return max(_ROWS, 2 * min(params.bagging.k, 1024) + 2, min(getattr(section, "negative_rows", 0), _MOST_ROWS))
 
 
 def _stored(params: Params, teacher: Teacher, rows: int, features: bool) -> Stored:
-    """Random unit keys, a few that come again and again (they cost as much as others), and random features where they are read."""
+    """Random unit keys, of which a few are repeated (they cost as much as different ones), and random features if they are used."""
     generator = torch.Generator().manual_seed(params.seed)
 
     def units(width: int) -> torch.Tensor:
@@ -133,7 +133,7 @@ def _stored(params: Params, teacher: Teacher, rows: int, features: bool) -> Stor
 
 
 def _bags(params: Params, rows: int) -> Bags:
-    """Bags of the rows that follow, whatever `bagging.method` is: a step costs the same."""
+    """Bags of the next rows, whatever `bagging.method`: the cost of a step is the same."""
     members_TK = (np.arange(rows)[:, None] + 1 + np.arange(min(params.bagging.k, 1024))).astype(np.int32) % rows
     similarity_TK = np.ones(members_TK.shape, np.float16)
     return Bags({"method": "knn", "draw_temperature": params.bagging.draw_temperature}, members_TK, similarity_TK)

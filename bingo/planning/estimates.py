@@ -1,4 +1,4 @@
-"""What a whole run will cost, from what one step and one image cost: floating-point operations, memory of a step, disk.
+"""Estimate the cost of a run from the cost of one step and one image: floating-point operations, memory of a step, disk space.
 
 Shape letters: N listed images, T train images, V stored views, P key width, D feature width, K bag size, C clusters.
 """
@@ -39,7 +39,7 @@ def estimate(
     baselines: Sequence[DryTraining],
     pretraining: DryTraining | None,
 ) -> Estimate:
-    """The estimate of a run with these parameters on so many images."""
+    """The estimate for a run with these parameters and numbers of images."""
     image = torch.zeros(1, 3, params.image.crop_px, params.image.crop_px)
     teacher_flops, student_flops = forward_flops(teacher, image), forward_flops(student.method.student, image)
     anchor_flops = flops_per_anchor(student)
@@ -59,7 +59,7 @@ def flops_per_anchor(training: DryTraining) -> float:
 
 
 def step_memory(params: Params, training: DryTraining, teacher: Teacher, counts: Counts) -> dict[str, int]:
-    """Bytes in memory in one step of the student's training, in float32, by what they hold; a GPU shares none of them with another."""
+    """Bytes of memory of one step of the student's training, in float32, by use; they are not divided among GPUs."""
     progress = Progress(training.schedule.epochs - 1, 0)
     fewer, more = (saved_bytes(training.method, training.batch(anchors), progress) for anchors in (training.anchors, training.anchors + 1))
     trained = sum(parameter.numel() for parameter in training.method.parameters() if parameter.requires_grad)
@@ -81,7 +81,7 @@ def _training(training: DryTraining, counts: Counts) -> float:
 
 
 def _bag_flops(params: Params, train: int, feature_width: int) -> float:
-    """All pairs of train rows for knn, or those that its inverted file leaves; for kmeans rows against centroids at each iteration, then
+    """For knn all pairs of train rows, or those of the inverted file; for kmeans rows times centroids in each iteration, then
     pairs within clusters."""
     pairs = 2 * train**2 * feature_width
     if params.bagging.search == "ivf":

@@ -1,8 +1,8 @@
-"""Limits that lie between sections of params.yaml: what teacher, student, method, batch and images can be together.
+"""Constraints between sections of params.yaml: which teachers, students, methods, batches and images can be combined.
 
-Every stage checks all of them before any work, and every mistake is in one answer. Those that need no network are here, one function
-each, and take no time; a limit more is a function more in `_RULES`. Those that a network itself has (network_limits.py) are tried on it
-once: what has passed is remembered, so that a stage without torch stays without it.
+Every stage checks all of them before any work and reports all errors together. Those that need no network are here, one function
+in `_RULES` for each, and take no time. Those of networks (network_limits.py) are tried on the networks
+once: parameters that pass are remembered, so that a stage without torch need not import it.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,9 +27,9 @@ _MOST_REMEMBERED = 200
 
 
 def check_limits(params: Params, processes: int, memory: Path | None = None) -> None:
-    """Raises UserError with a line for each limit that `params` break where `processes` train together.
+    """Raises UserError with a line for each constraint that `params` violate when `processes` train together.
 
-    `memory` is a JSON file of parameters whose networks have passed; None: they are tried in any case.
+    `memory` is a JSON file of parameters whose networks have passed; None: always try them.
     """
     lines = rule_mistakes(params, processes)
     passed = _remembered(memory)
@@ -47,12 +47,12 @@ def check_limits(params: Params, processes: int, memory: Path | None = None) -> 
 
 
 def rule_mistakes(params: Params, processes: int) -> list[str]:
-    """A line for each limit that `params` break, of those that need no network."""
+    """A line for each violated constraint among those that need no network."""
     return [line for rule in _RULES for line in rule(params, processes)]
 
 
 def _remembered(memory: Path | None) -> list[str]:
-    """Fingerprints of parameters that have passed; none where the file is absent or damaged, since to try again costs seconds alone."""
+    """Fingerprints of parameters that have passed; none if the file is absent or damaged, since trying again takes only seconds."""
     if memory is None or not memory.is_file():
         return []
     try:
@@ -84,14 +84,14 @@ def list_mistakes(params: Params) -> list[str]:
     """A line for each list of labels that is not there."""
     lists = {f"semi_eval.splits.{name}.list_file": split.list_file for name, split in params.semi_eval.splits.items()}
     return [
-        f"{key} = {path}: there is no such file; give the path of the list, or null to draw the labels"
+        f"{key} = {path}: the file does not exist; give the path of the list, or null to draw the labels"
         for key, path in lists.items()
         if path is not None and not Path(path).is_file()
     ]
 
 
 def batch_mistakes(params: Params, train_rows: int) -> list[str]:
-    """A line for each training whose batch, and each size of bags that, is larger than the train images allow."""
+    """A line for each batch and each size of bags that is too large for the number of train images."""
     trainings = _trainings(params)
     lines = [
         f"{name}.batch_anchors = {schedule.batch_anchors}: there are only {train_rows} train images; lower it to at most that"
@@ -111,7 +111,7 @@ def batch_mistakes(params: Params, train_rows: int) -> list[str]:
 
 
 def _trainings(params: Params) -> list[_Training]:
-    """Of each training the name of its section, its schedule, and the methods by the names of their sections."""
+    """For each training the name of its section, its schedule, and the methods by the names of their sections."""
     sections = [(f"methods.{name}", params.methods.section(name)) for name in dict.fromkeys([params.distill.method, *params.baselines])]
     found: list[_Training] = [("distill", params.distill, sections)]
     if params.teacher.source == "pretrain":
@@ -120,7 +120,7 @@ def _trainings(params: Params) -> list[_Training]:
 
 
 def _tags_choose_weights(params: Params, _: int) -> Iterator[str]:
-    """A tag says which of timm's weights are loaded: it means nothing to a network that starts from none, or from a file."""
+    """A tag selects timm's weights, so it has no meaning for a network that is initialised randomly or from a file."""
     for name, network, loads in (("teacher", params.teacher, params.teacher.source == "timm"), ("student", params.student, False)):
         plain, dot, _tag = network.arch.partition(".")
         if dot and not loads:
@@ -144,7 +144,7 @@ def _groups_are_shared(params: Params, processes: int) -> Iterator[str]:
 
 
 def _queues_hold_a_batch(params: Params, _: int) -> Iterator[str]:
-    """A queue that is smaller than what is pushed at a time would lose keys that were never negatives."""
+    """A queue that is smaller than one push would lose keys that were never used as negatives."""
     for _name, schedule, sections in _trainings(params):
         for section_name, section in sections:
             key = "negative_rows" if getattr(section, "negatives", None) == "queue" else "queue_rows"

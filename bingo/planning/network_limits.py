@@ -1,4 +1,4 @@
-"""Limits that networks themselves have, tried on them: widths, stems, sizes of images, what a method makes of its parameters, batches of 1.
+"""Constraints of the networks, checked by building and running them: widths, stems, image sizes, method parameters, batches of 1.
 
 Large networks are built without numbers (torch's meta device), and nothing is read or downloaded.
 """
@@ -20,7 +20,7 @@ _OF_A_NETWORK = re.compile(r"^(arch|width|stem|drop_rate|drop_path_rate|batchnor
 
 
 def network_mistakes(params: Params, processes: int) -> list[str]:
-    """A line for each thing that the networks cannot be or do together. `processes` share each batch."""
+    """A line for each constraint that the networks violate. `processes` share each batch."""
     lines: list[str] = []
     teacher: Teacher | None = None
     student: Backbone | None = None
@@ -50,7 +50,7 @@ def network_mistakes(params: Params, processes: int) -> list[str]:
 
 @contextmanager
 def _noted(lines: list[str], network: str) -> Iterator[None]:
-    """Keep what is refused within it; a key of a network without its section gets that."""
+    """Collect the UserErrors raised in the body; keys of a network without a section get that of the network."""
     try:
         yield
     except UserError as error:
@@ -58,19 +58,19 @@ def _noted(lines: list[str], network: str) -> Iterator[None]:
 
 
 def _teacher(params: Params) -> Teacher:
-    """A stand-in for the teacher, without numbers where that can be."""
+    """A stand-in for the teacher, on torch's meta device if possible."""
     with suppress(NotImplementedError, RuntimeError, TypeError, ValueError), torch.device("meta"):
         return dry_teacher(params, checkpoint=False)
     return dry_teacher(params, checkpoint=False)
 
 
 def _any_teacher() -> Teacher:
-    """In place of a teacher that cannot be, so that the student's training is tried all the same."""
+    """In place of a teacher that cannot be built, so that the student's training is tried nevertheless."""
     return Teacher(torch.nn.Identity(), None, {"feature_width": 128, "key_width": 128})
 
 
 def _check_rows(training: DryTraining, name: str, batch_anchors: int, processes: int) -> None:
-    """Raises UserError where a process has one image in a batch, and the training has a BatchNorm that wants two."""
+    """Raises UserError if a process has one image in a batch, and the training has a BatchNorm that needs two."""
     if batch_anchors // processes != 1 or training.method.needs.companions:
         return
     try:
@@ -80,12 +80,12 @@ def _check_rows(training: DryTraining, name: str, batch_anchors: int, processes:
             raise
         key = "teacher.pretrain" if name == "teacher.pretrain" else "distill"
         shared = f" of {processes} processes" if processes > 1 else ""
-        line = f"{key}.batch_anchors = {batch_anchors}: BatchNorm in {training.name} wants more than one image"
+        line = f"{key}.batch_anchors = {batch_anchors}: BatchNorm in {training.name} needs more than one image"
         raise UserError(f"{line} in each batch{shared}; set {key}.batch_anchors: {2 * processes} or more") from None
 
 
 def _check_downstream(params: Params, student: Backbone, lines: list[str]) -> None:
-    """What the evaluations ask of the student beside: images of other sizes, the stages of a detector."""
+    """Further requirements of the evaluations on the student: images of other sizes, the stages of a detector."""
     if params.transfer.datasets and "linear_resized" in params.transfer.protocols:
         try:
             check_images(student, params.student.arch, params.transfer.resized_px)

@@ -1,12 +1,12 @@
-"""Recipes: YAML overlays on params.yaml, one file each, whose head may name other recipes to lay over first.
+"""Recipes: YAML files that override parts of params.yaml and may include other recipes, which are applied first.
 
-The first line is a comment that describes the recipe. Beside the sections of params.yaml a file may hold
+The first line is a comment that describes the recipe. In addition to sections of params.yaml a file may contain
 
     includes: [names]    recipes that are laid over before this one, in this order (`parts/NAME`: pieces that recipes share)
     about:               what to expect and what is needed, see `About`; no parameter
 
-Expected figures become `report.title` and `report.published`, so that the report prints them beside the measured ones. A recipe without
-such figures takes those of another away, unless it only adds evaluations: they are not of what it sets.
+Expected figures become `report.title` and `report.published`, so that the report prints them next to the measured ones. A recipe without
+such figures removes those of another, since they do not belong to its settings, unless it only adds evaluations.
 """
 
 import json
@@ -26,8 +26,8 @@ from bingo.runtime.errors import UserError, near_matches, short
 
 PARTS = "parts"
 Percent = Annotated[float, Field(ge=0, le=100)]
-# Sections whose keys are the user's own words: they are replaced whole.
-_ADDED = {"semi_eval", "transfer", "transfer_coco", "report"}  # sections of evaluations that are laid over any other recipe
+# Sections whose keys are chosen by the user: they are replaced as a whole.
+_ADDED = {"semi_eval", "transfer", "transfer_coco", "report"}  # sections of evaluations that can be combined with any other recipe
 _WHOLE = {"report.published", "semi_eval.splits", "transfer.datasets"}
 
 
@@ -36,14 +36,14 @@ class _Strict(BaseModel):
 
 
 class TeacherFile(_Strict):
-    """The teacher's checkpoint, which `teacher.checkpoint` names: who publishes it, and its linear top-1 accuracy in percent."""
+    """The checkpoint in `teacher.checkpoint`: who publishes it, and its linear top-1 accuracy in percent."""
 
     published_by: str
     linear_top1: Percent
 
 
 class ImagesFrom(_Strict):
-    """How many images the dataset has, and who publishes it."""
+    """The number of images in the dataset, and who publishes it."""
 
     train: int
     test: int
@@ -51,7 +51,7 @@ class ImagesFrom(_Strict):
 
 
 class About(_Strict):
-    """What a recipe says of itself.
+    """Metadata of a recipe.
 
     expected: published accuracies in percent by measure; source: where they are from. These two are a recipe's own; the
     others are inherited from what it includes: `teacher`, `images`; `published`, the settings that were published, by their dotted keys;
@@ -69,13 +69,13 @@ class About(_Strict):
     @model_validator(mode="after")
     def _figures_have_a_source(self) -> Self:
         if self.expected and not self.source:
-            raise ValueError("expected has figures, but source does not say where they are from; add about.source")
+            raise ValueError("expected has figures without a source; add about.source")
         return self
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe with all that it includes. `overlay` maps sections of params.yaml to what is laid over them."""
+    """One recipe with all that it includes. `overlay` maps sections of params.yaml to their overrides."""
 
     name: str
     description: str
@@ -84,22 +84,22 @@ class Recipe:
 
 
 def recipe_names(folder: Path, parts: bool = False) -> list[str]:
-    """Names of all recipes; with `parts` the shared pieces behind them, as parts/NAME. Raises UserError where there is no folder."""
+    """Names of all recipes; with `parts` also the parts that they share, as parts/NAME. Raises UserError if there is no folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder here; run from the repository's top level")
+        raise UserError(f"{folder}: this folder does not exist; run from the repository's top level")
     pieces = [f"{PARTS}/{path.stem}" for path in (folder / PARTS).glob("*.yaml")] if parts else []
     return sorted((path.stem for path in folder.glob("*.yaml")), key=_by_number) + sorted(pieces, key=_by_number)
 
 
 def _by_number(name: str) -> list[str]:
-    """k-5 before k-10."""
+    """A key for natural sorting: k-5 before k-10."""
     return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def recipe_path(folder: Path, name: str) -> Path:
     """The file of a recipe or part. Raises UserError for an unknown name."""
     if name not in (names := recipe_names(folder, parts=True)):
-        raise UserError(f"recipe = {name}: there is none of this name; see: bingo recipe list{near_matches(name, names)}")
+        raise UserError(f"recipe = {name}: unknown recipe; see: bingo recipe list{near_matches(name, names)}")
     return folder / f"{name}.yaml"
 
 
@@ -110,7 +110,7 @@ def description(path: Path) -> str:
 
 
 def own_about(path: Path) -> About:
-    """What this file alone says of itself. Raises UserError for unknown keys and wrong types."""
+    """The metadata in this file itself, without includes. Raises UserError for unknown keys and wrong types."""
     try:
         return About.model_validate(_content(path).get("about") or {})
     except ValidationError as error:
@@ -118,7 +118,7 @@ def own_about(path: Path) -> About:
 
 
 def read_recipe(folder: Path, name: str) -> Recipe:
-    """A recipe with its includes laid over one another. Raises UserError for unknown names and for includes that form a circle."""
+    """A recipe merged with its includes. Raises UserError for unknown names and circular includes."""
     path = recipe_path(folder, name)
     overlay: dict[str, Any] = {}
     inherited: dict[str, Any] = {"published": {}, "deviates": []}
@@ -130,14 +130,16 @@ def read_recipe(folder: Path, name: str) -> Recipe:
         inherited["deviates"] += [line for line in about.deviates if line not in inherited["deviates"]]
     inherited["deviates"] = _standing(inherited["deviates"], dict(flattened(overlay)), inherited["published"])
     if "teacher" in inherited and not (isinstance(overlay.get("teacher"), dict) and "checkpoint" in overlay["teacher"]):
-        raise UserError(f"{path}: about.teacher tells of a file that the recipe does not name; set teacher.checkpoint, or leave it out")
+        raise UserError(
+            f"{path}: about.teacher describes a checkpoint that the recipe does not set; set teacher.checkpoint, or remove about.teacher"
+        )
     recipe = Recipe(name, description(path), overlay, own_about(path).model_copy(update=inherited))
     lay_over(overlay, _for_the_report(recipe))
     return recipe
 
 
 def explained(line: str) -> list[str]:
-    """The keys and sections of params.yaml with which a line of `deviates` begins; none where it is not about parameters."""
+    """The keys and sections of params.yaml with which a line of `deviates` begins; empty if it is not about parameters."""
     keys = line.partition(": ")[0].split(", ")
     return keys if all(re.fullmatch(r"[a-z_]+(\.\w+)+", key) for key in keys) else []
 
@@ -148,7 +150,7 @@ def speaks_of(line: str, key: str) -> bool:
 
 
 def _standing(deviates: list[str], ours: dict[str, Any], published: dict[str, Any]) -> list[str]:
-    """The lines that are true of a recipe: of those about parameters the ones of which one has another value than was published."""
+    """The lines that apply to a recipe: those about parameters only if one of the parameters differs from the published value."""
     others = [key for key, value in published.items() if ours.get(key, value) != value]
     return [line for line in deviates if not explained(line) or any(speaks_of(line, key) for key in others)]
 
@@ -158,12 +160,12 @@ def overlay_mistakes(overlay: dict[str, Any]) -> list[str]:
     try:
         Params.model_validate(overlay)
     except ValidationError as error:
-        return [line for line in mistake_lines(error, Params) if " is missing; add it " not in line]  # the rest stands in params.yaml
+        return [line for line in mistake_lines(error, Params) if " is missing; add it " not in line]  # the rest is in params.yaml
     return []
 
 
 def _for_the_report(recipe: Recipe) -> dict[str, Any]:
-    """Expected figures as the report's sections have them; neither title nor figures where there are none."""
+    """Expected figures in the form of the section `report`; neither title nor figures if there are none."""
     if not recipe.about.expected:
         cleared: dict[str, Any] = {"report": {"title": None, "published": {}}} if recipe.overlay.keys() - _ADDED else {}
         lay_over(cleared, {key: value for key, value in recipe.overlay.items() if key == "report"})
@@ -173,16 +175,16 @@ def _for_the_report(recipe: Recipe) -> dict[str, Any]:
 
 
 def _in_order(folder: Path, name: str, above: tuple[str, ...]) -> Iterator[Path]:
-    """The files of a recipe, each behind what it includes."""
+    """The files of a recipe, each after its includes."""
     path = recipe_path(folder, name)
     if name in above:
-        raise UserError(f"{path}: includes go round in a circle ({' -> '.join((*above, name))}); take one of them out")
+        raise UserError(f"{path}: circular includes ({' -> '.join((*above, name))}); remove one of them")
     names = _content(path).get("includes") or []
     if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
         raise UserError(f"{path}: includes = {short(names)}: allowed is a list of recipes' names")
     for included in names:
         if included not in (known := recipe_names(folder, parts=True)):
-            raise UserError(f"{path}: includes {included}, but there is no such recipe{near_matches(included, known)}")
+            raise UserError(f"{path}: includes {included}, which does not exist{near_matches(included, known)}")
         yield from _in_order(folder, included, (*above, name))
     yield path
 
@@ -193,7 +195,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 @cache
 def _parsed(path: Path, _changed: int) -> dict[str, Any]:
-    """Parts are read once for all recipes that include them, unless they were changed."""
+    """Parts are read once for all recipes that include them, unless they have changed."""
     content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, not sections of params.yaml")
@@ -204,7 +206,7 @@ Change = tuple[str, Any, Any]
 
 
 def lay_over(document: dict[str, Any], overlay: dict[str, Any], prefix: str = "") -> list[Change]:
-    """Put the overlay's values into `document`, section by section, and return each change as (dotted key, old or None, new)."""
+    """Write the overlay's values into `document`, section by section, and return each change as (dotted key, old or None, new)."""
     changes: list[Change] = []
     for key, value in overlay.items():
         name = f"{prefix}{key}"
@@ -212,12 +214,12 @@ def lay_over(document: dict[str, Any], overlay: dict[str, Any], prefix: str = ""
             changes += lay_over(document[key], value, f"{name}.")
         elif document.get(key, ...) != value:
             changes.append((name, document.get(key), value))
-            document[key] = deepcopy(value)  # laying over one document never changes another, and nothing is shared within one
+            document[key] = deepcopy(value)  # copied, so that changing one document never changes another
     return changes
 
 
 def flattened(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value with its dotted key; sections of the user's own words stay whole."""
+    """Every value with its dotted key; sections with the user's keys stay whole."""
     for key, value in section.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value and name not in _WHOLE:
@@ -227,5 +229,5 @@ def flattened(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def as_text(value: Any) -> str:
-    """A value as YAML has it, on one line."""
+    """A value as YAML on one line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The report's bags: statistics in plain words, charts of their spread, and a gallery of anchors with their members."""
+"""The report's sections on bags: explained statistics, charts of their distributions, and a gallery of anchors with their members."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bingo.images.listing import Listing
 
 THUMBNAIL_PX = 96
-_TINY_PX = 48  # shown with hard pixels rather than blurred
+_TINY_PX = 48  # enlarged without smoothing
 _MEMBERS_SHOWN, _HUBS_SHOWN = 10, 8
 _COSINE_BANDS = [("p01", "p99"), ("p05", "p95"), ("p25", "p75")]
 _DEGREE_BANDS = [("min", "max"), ("min", "p99"), ("min", "p90")]
@@ -28,7 +28,7 @@ _DEGREE_BANDS = [("min", "max"), ("min", "p99"), ("min", "p90")]
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture as a PNG data URI (None where it cannot be read) with its size in pixels, its row, path and class's name."""
+    """A picture as a PNG data URI (None if it cannot be read) with its size in pixels, its row, path and class's name."""
 
     row: int
     uri: str | None
@@ -43,14 +43,14 @@ class Thumbnail:
 
     @property
     def alt(self) -> str:
-        """What is read in place of the picture."""
+        """The alternative text of the picture."""
         of_class = f", class {self.class_name}" if self.class_name else ""
         return f"Image {self.row}{of_class}: {self.path}"
 
 
 @dataclass(frozen=True)
 class Member:
-    """A bag's member: its cosine to the anchor, and whether it is of the anchor's class (None: a label is unknown)."""
+    """A member of a bag: its cosine to the anchor, and whether it has the anchor's class (None: a label is unknown)."""
 
     thumbnail: Thumbnail
     similarity: float
@@ -59,7 +59,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Bag:
-    """An anchor and the members that are shown; `hidden` more are listed in the index."""
+    """An anchor and the members shown; the index lists `hidden` more."""
 
     anchor: Thumbnail
     members: list[Member]
@@ -76,7 +76,7 @@ class Statistic:
 
 
 def gallery_rows(listing: "Listing", anchors: int) -> list[int]:
-    """At most `anchors` train rows, evenly spread over the rows sorted by class, so that small classes and large ones appear."""
+    """At most `anchors` train rows, evenly spread over the rows sorted by class, so that small and large classes appear."""
     order_T = np.argsort(listing.labels_N[: listing.train_rows], kind="stable")
     count = min(anchors, len(order_T))
     middles = (np.arange(count) + 0.5) * len(order_T) / max(1, count)
@@ -91,7 +91,7 @@ def gallery(a: Artefacts) -> list[Bag]:
 
 
 def hubs(a: Artefacts) -> list[tuple[Thumbnail, int]]:
-    """The images that are in most bags, each with the number of bags; empty without images."""
+    """The images that occur in the most bags, with the number of bags; empty without images."""
     if a.images is None:
         return []
     shown = a.bag_metrics.get("hubs", [])[:_HUBS_SHOWN]
@@ -99,7 +99,7 @@ def hubs(a: Artefacts) -> list[tuple[Thumbnail, int]]:
 
 
 def thumbnail(images: Images, listing: "Listing", row: int) -> Thumbnail:
-    """The image of a row, at most 96 pixels wide and high; without a picture where its file cannot be read any more."""
+    """The image of a row, at most 96 pixels wide and high; without a picture if its file can no longer be read."""
     label = int(listing.labels_N[row])
     name = listing.classes[label] if label >= 0 else ""
     try:
@@ -133,21 +133,23 @@ def _bag(a: Artefacts, row: int) -> Bag:
 
 
 def statistics(metrics: dict[str, Any]) -> list[Statistic]:
-    """What `bag_metrics.bag_metrics` measured, each line with its meaning; lines that were not measured are left out."""
+    """The results of `bag_metrics.bag_metrics`, each line with its meaning, without those that were not measured."""
     lines = [Statistic(name, write(metrics[key]), meaning) for key, name, write, meaning in _LINES if key in metrics]
     return [line for line in lines if line.value]
 
 
 def spread_svgs(metrics: dict[str, Any]) -> list[tuple[Markup, str]]:
-    """Charts of the spread of cosines and of in-degrees, each with its caption; none for what was not measured."""
+    """Charts of the distributions of cosines and in-degrees, each with its caption; none if they were not measured."""
     charts = []
     if quantiles := metrics.get("similarity"):
         svg = quantile_strip("similarity", "cosine to the anchor", quantiles, "p50", _COSINE_BANDS)
-        caption = "Cosines of the listed members. The mark is the median; the bands hold 50, 90 and 98 percent of the members."
+        caption = "Cosines of the listed members. The mark is the median; the bands contain 50, 90 and 98 percent of the members."
         charts.append((svg, caption))
     if spread := metrics.get("in_degree"):
-        svg = quantile_strip("in-degree", "in how many bags an image is", spread, "median", _DEGREE_BANDS)
-        charts.append((svg, "The mark is the median; the bands go from the least to the 90th percentile, the 99th, and the most."))
+        svg = quantile_strip("in-degree", "number of bags that contain an image", spread, "median", _DEGREE_BANDS)
+        charts.append(
+            (svg, "The mark is the median; the bands extend from the minimum to the 90th and the 99th percentile and to the maximum.")
+        )
     return charts
 
 
@@ -177,24 +179,24 @@ def _clusters(sizes: dict[str, float]) -> str:
 _LINES: list[tuple[str, str, Callable[[Any], str], str]] = [
     (
         "purity", "Purity", _share,
-        "Share of the listed members that are of the anchor's class, the mean over all bags. Labels are read for this figure,"
+        "Share of the listed members with the anchor's class, averaged over all bags. Labels are read for this figure,"
         " and never to make bags by knn or kmeans.",
     ),
     (
         "whole_bag_purity", "Purity of whole bags", _share,
-        "The same over everything that can be drawn from a bag, not only over its nearest members.",
+        "The same for all images that can be drawn from a bag, not only for its nearest members.",
     ),
     (
         "recall", "Recall of the search", _share,
-        "Share of the nearest images that the approximate search found, measured on up to 1,000 anchors.",
+        "Share of the exact nearest neighbours found by the approximate search, measured on up to 1,000 anchors.",
     ),
-    ("bag_size", "Bag size", _spread, "Among how many images a member is drawn for an anchor."),
-    ("similarity", "Cosine to the anchor", _quantiles, "How alike the teacher finds the two; 1 is the same direction."),
-    ("mutual_share", "Mutual members", _share, "Share of the members whose own bag lists the anchor in turn."),
-    ("in_degree", "In how many bags an image is", _spread, "A long upper end means hubs: few images near to very many."),
+    ("bag_size", "Bag size", _spread, "Number of images from which a member is drawn for an anchor."),
+    ("similarity", "Cosine to the anchor", _quantiles, "Similarity of the two images in the teacher's features; 1 is the same direction."),
+    ("mutual_share", "Mutual members", _share, "Share of the members whose own bag also lists the anchor."),
+    ("in_degree", "Bags that contain an image", _spread, "A long upper tail indicates hubs: few images that are close to very many."),
     ("orphan_share", "Orphans", _share, "Share of images that no bag lists."),
-    ("near_duplicates", "Near-duplicates", _count, "Images whose nearest member has a cosine above 0.9999, as copies have."),
-    ("empty_bags", "Empty bags", _count, "Anchors without any member; such an anchor stands for its own member."),
+    ("near_duplicates", "Near-duplicates", _count, "Images whose nearest member has a cosine above 0.9999, as for copies."),
+    ("empty_bags", "Empty bags", _count, "Anchors without any member; such an anchor is used as its own member."),
     ("short_bags", "Short bags", _count, "Bags that list fewer members than bagging.k, but at least one."),
-    ("cluster_size", "Cluster size", _clusters, "How many images share a cluster; a large one makes vague bags."),
+    ("cluster_size", "Cluster size", _clusters, "Number of images in a cluster; large clusters give imprecise bags."),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A section of the report that shows what was measured here beside what was published: two tables, and how far they can be compared."""
+"""A section of the report that shows measured next to published figures: two tables, and how far they can be compared."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from bingo.report.results import ROLES, Cell, Row, network_label
 
 @dataclass(frozen=True)
 class Published:
-    """A table as others report it: its caption, what its columns of figures are, and of each row method, remark and figures."""
+    """A published table: its caption, the headings of its columns, and for each row the method, a remark and figures."""
 
     caption: str
     headers: list[str]
@@ -37,18 +37,18 @@ class ComparedSection:
 
     @property
     def html(self) -> Markup:
-        """The section as markup."""
+        """The section as HTML."""
         return render("report_beside.html.j2", section=self)
 
 
 @cache
 def published(part: str) -> Any:
-    """A part of published.yaml, which holds what others report."""
+    """A part of published.yaml, which holds published figures."""
     return read_yaml(Path(__file__).with_name("published.yaml"))[part]
 
 
 def published_table(part: str) -> Published:
-    """A part that is a table: figures with one decimal, numbers not parted from their units."""
+    """A part that is a table: figures with one decimal, without line breaks between numbers and units."""
     table = published(part)
     rows = [(method, remark, [f"{figure:.1f}" for figure in figures]) for method, remark, *figures in table["rows"]]
     return Published(table["caption"], [header.replace(" ", "\u00a0") for header in table["headers"]], rows)

@@ -1,4 +1,4 @@
-"""The report's table of COCO: what was measured here, beside what was published for the same head and schedule."""
+"""The report's COCO table: measured figures, next to those published for the same head and schedule."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ MEASURES = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP
 
 @dataclass(frozen=True)
 class CocoRow:
-    """One network under one head and schedule: figures of boxes, then of masks, in the order of MEASURES; percent, None: unknown."""
+    """One network with one head and schedule: figures for boxes, then for masks, in the order of MEASURES; percent, None: unknown."""
 
     label: str
     origin: str
@@ -27,7 +27,7 @@ class CocoRow:
 
 
 def coco_rows(a: Artefacts) -> list[CocoRow]:
-    """For each run that was measured, its row and then the published ones."""
+    """For each measured run, its row and then the published ones."""
     rows = []
     for run, scores in a.coco.items():
         figures = [scores[kind][measure] for kind in ("box", "mask") for measure in MEASURES]
@@ -41,7 +41,7 @@ def coco_rows(a: Artefacts) -> list[CocoRow]:
 
 
 def coco_table(a: Artefacts) -> Markup:
-    """The table with its heading as HTML, empty where no run was measured."""
+    """The table with its heading as HTML, empty if no run was measured."""
     if not a.coco:
         return Markup("")
     return render("report_coco.html.j2", rows=coco_rows(a), measures=list(MEASURES.values()))

@@ -1,6 +1,6 @@
-"""Experiments beside each other: runs of one variant with several seeds, their means, and differences to a reference paired by seed.
+"""Comparison of experiments: runs of a variant with several seeds, their means, and differences to a reference paired by seed.
 
-A variant is what an experiment is called without its seed: `method-bingo` of `method-bingo-s2`. Every figure is kept by its seed,
+A variant is the name of an experiment without its seed: `method-bingo` for `method-bingo-s2`. Every figure is stored by seed,
 {measure: {seed: value}}, so that differences are taken between runs of the same seed, which share split, teacher and bags.
 """
 
@@ -18,7 +18,7 @@ from bingo.params import method_names, method_section
 LEVEL = 0.95
 ACCURACIES = ("linear", "knn_10", "agreement_10")  # by which variants are compared, the preferred one first
 _RESULTS, _DISTILL = "reports/results.json", "reports/distill.json"
-_UPSTREAM = ("seed", "dataset", "image", "teacher", "extract", "bagging", "student", "distill")  # what a training's timing is of
+_UPSTREAM = ("seed", "dataset", "image", "teacher", "extract", "bagging", "student", "distill")  # that determine a training's timing
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Variant:
-    """The runs of one variant. `values` has, of each measure that was taken, the value of each seed; see `measures`."""
+    """The runs of one variant. `values` holds the value for each seed of each measure; see `measures`."""
 
     name: str
     method: str
@@ -49,7 +49,7 @@ class Variant:
     values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     def spread(self, measure: str) -> "Spread | None":
-        """Mean and standard deviation over the seeds, None where no seed has the measure."""
+        """Mean and standard deviation over the seeds, None if no seed has the measure."""
         return spread(self.values.get(measure, {}).values())
 
 
@@ -117,8 +117,8 @@ def _with_teacher(experiment: Experiment) -> bool:
 
 
 def record_of(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The record of the training that gave the student: the experiment's own, or that of another one with the same parameters,
-    whose student DVC took from its cache. Empty where there is none, or where the training was interrupted, so that its time is
+    """The record of the training that produced the student: the experiment's own, or that of another one with the same parameters,
+    whose student DVC took from its cache. Empty if there is none, or where the training was interrupted, so that its time is
     not the whole one."""
     method = experiment.params["distill"]["method"]
 

@@ -1,4 +1,4 @@
-"""The page over experiments: what `bingo.report.experiments_table` says as tables, and accuracy against what training cost as charts."""
+"""The page on experiments: the tables of `bingo.report.experiments_table`, and charts of accuracy against training cost."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def build_page(
     against: str | None,
     records: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The whole page. `tables` has summary and seeds; `against` is the reference's name, None where there is none of this name."""
+    """The whole page. `tables` has summary and seeds; `against` is the reference's name, None if it is not among the experiments."""
     context = {
         "commit": commit,
         "experiments": len(experiments),
@@ -61,7 +61,7 @@ def _network(section: Mapping[str, Any]) -> str:
 
 
 def _fact(experiments: Sequence[Experiment], read: Callable[[Mapping[str, Any]], str]) -> str:
-    """The values that the experiments have, the most frequent first."""
+    """The values in the experiments, the most frequent first."""
     values = [read(experiment.params) for experiment in experiments]
     return ", ".join(sorted(set(values), key=lambda value: (-values.count(value), value)))
 
@@ -72,7 +72,7 @@ def _machine(record: Mapping[str, Any]) -> str:
 
 
 def _chart(found: Sequence[Variant], cost: str) -> Chart | None:
-    """Accuracy against a cost, over the variants that have both; None where there are fewer than two."""
+    """Accuracy against a cost, over the variants that have both; None if there are fewer than two."""
     measure = next((measure for measure in ACCURACIES if any(measure in variant.values for variant in found)), ACCURACIES[0])
     title = measure_label(measure)
     points = [point for variant in found if (point := _point(variant, cost, measure, _prefix(found)))]
@@ -85,7 +85,7 @@ def _chart(found: Sequence[Variant], cost: str) -> Chart | None:
         f"cost-{cost.replace('_', '-')}", points, _AXES[cost], f"{title}, percent", line, f"{title} by {_AXES[cost]}: {'; '.join(told)}."
     )
     shapes = "Circles: with a teacher; squares: without." if len({point.kind for point in points}) > 1 else ""
-    return Chart(svg, f"Mean {title} against {_AXES[cost]}. Bars: one standard deviation over the seeds, up and down. {shapes}".strip())
+    return Chart(svg, f"Mean {title} against {_AXES[cost]}. Error bars: one standard deviation over the seeds. {shapes}".strip())
 
 
 def _point(variant: Variant, cost: str, measure: str, prefix: str) -> Point | None:
@@ -97,14 +97,15 @@ def _point(variant: Variant, cost: str, measure: str, prefix: str) -> Point | No
 
 
 def _label(variant: Variant, prefix: str) -> str:
-    """A variant's name without what all begin with; of recipes method-NAME, the method as its paper writes it and what follows."""
+    """A variant's name without the common prefix; for recipes method-NAME, the method's name as in its paper and what follows."""
     name = variant.name.removeprefix(prefix)
     method, hyphen, rest = name.removeprefix("method-").partition("-")
     return f"{display_name(method)}{hyphen}{rest}" if method == variant.method else name
 
 
 def _prefix(found: Sequence[Variant]) -> str:
-    """What all names begin with, as it says nothing on a chart: a base with its plus, then the first word with its hyphen."""
+    """The common prefix of all names, which carries no information on a chart: a base with its plus, then the first word with its
+    hyphen."""
     bases = {variant.name.rpartition("+")[0] for variant in found}
     base = f"{bases.pop()}+" if len(bases) == 1 and all("+" in variant.name for variant in found) else ""
     names = [variant.name.removeprefix(base) for variant in found]

@@ -1,4 +1,4 @@
-"""The tables of a comparison as text: one for Markdown and for the page. A minus is a minus sign, what is not known is a dash."""
+"""The tables of a comparison as text, for Markdown and for the page. Unknown values are shown as a dash."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """As Markdown, numbers to the right."""
+        """As Markdown, with numbers aligned right."""
         lines = [self.headers, ["---", *("---:" for _ in self.headers[1:])], *self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -27,7 +27,7 @@ class Table:
 def summary(found: Sequence[Variant], against: str | None) -> Table:
     """A row for each variant: accuracies as mean ± standard deviation, paired differences to the variant `against`, and costs.
 
-    A column that nobody has a figure for is left out.
+    Columns without any figure are left out.
     """
     reference = next((variant for variant in found if variant.name == against), None)
     columns = {"variant": [variant.name for variant in found], "method": [display_name(variant.method) for variant in found]}
@@ -85,12 +85,12 @@ def _difference(variant: Variant, reference: Variant, measure: str) -> str:
 
 
 def difference_text(found: Difference, seeds: int) -> str:
-    """For example "+15.1 (+8.2 to +22.0)", with the number of pairs where not every seed has its counterpart."""
+    """For example "+15.1 (+8.2 to +22.0)", with the number of pairs if not every seed has a counterpart."""
     bounds = "" if found.bounds is None else f" ({_signed(found.bounds[0])} to {_signed(found.bounds[1])})"
     return f"{_signed(found.mean)}{bounds}" + (f", {found.pairs} of {seeds} seeds" if found.pairs < seeds else "")
 
 
 def _signed(points: float) -> str:
-    """With its sign, a minus sign as wide as the plus; nothing for what rounds to 0.0."""
+    """With its sign (a minus sign, not a hyphen); without a sign if it rounds to 0.0."""
     text = f"{points:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")

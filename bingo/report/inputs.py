@@ -1,6 +1,6 @@
-"""What the report is made from, and how it is read: metrics, curves, network headers. What a run has not made is absent.
+"""The inputs of the report: metrics, curves, network headers. Outputs that a run does not have are absent.
 
-No torch: a page takes a second or two. Shape letters: E epochs of a training.
+Does not import torch, so that a page takes a second or two. Shape letters: E epochs of a training.
 """
 
 import csv
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bingo.images.listing import Listing
 
 Curves = dict[str, list[float]]
-_BUFFERS = ("running_mean", "running_var")  # BatchNorm's statistics are stored beside the weights, and are no parameters
+_BUFFERS = ("running_mean", "running_var")  # BatchNorm's statistics are stored with the weights, but are not parameters
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class NetworkFacts:
 
 @dataclass(frozen=True)
 class Artefacts:
-    """All that the page shows; scores are in percent.
+    """Everything that the page shows; scores are in percent.
 
     `terms` and `curves` have a key for each training: teacher, distill, baseline-METHOD.
     `knn` is {net: {knn_K, knn_K_weighted}}, `linear` is {protocol: {net: {top1_last, top5_last, top1_best, top5_best,
@@ -64,7 +64,7 @@ class Artefacts:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file. Raises UserError where the file is damaged or holds no object."""
+    """The object in a JSON file, empty if there is no file. Raises UserError if the file is damaged or does not hold an object."""
     value = read_json(path) if path.exists() else {}
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, wanted an object; delete it and run: dvc repro")
@@ -78,9 +78,9 @@ def by_protocol(linear: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def read_curves(path: Path) -> Curves:
-    """The columns of a training's CSV, each E numbers, nan where a field is empty; {} where there is no file or no epoch in it.
+    """The columns of a training's CSV, each E numbers, nan if a field is empty; {} if there is no file or no epoch in it.
 
-    Raises UserError where a field is no number.
+    Raises UserError if a field is not a number.
     """
     if not path.exists():
         return {}
@@ -101,9 +101,9 @@ def _number(text: str | None, name: str, path: Path) -> float:
 
 
 def read_network_facts(path: Path, prefix: str = "") -> NetworkFacts | None:
-    """The header of a network's file, None where there is no file; the backbone is the tensors whose names start with `prefix`.
+    """The header of a network's file, None if there is no file; the backbone is the tensors whose names start with `prefix`.
 
-    Raises UserError where the file is damaged or holds no metadata of BINGO.
+    Raises UserError if the file is damaged or holds no metadata of BINGO.
     """
     if not path.exists():
         return None
@@ -114,9 +114,9 @@ def read_network_facts(path: Path, prefix: str = "") -> NetworkFacts | None:
             slices = [file.get_slice(name) for name in file.keys() if _is_parameter(name, prefix)]  # noqa: SIM118 (no mapping)
             counts = [math.prod(part.get_shape()) for part in slices if "F" in part.get_dtype()]  # F32, F16, BF16
             if not isinstance(metadata, dict):
-                raise Damaged("its metadata are no names with values")
+                raise Damaged("its metadata are not a dict")
     except (Damaged, SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no network of BINGO ({' '.join(str(error).split())}); delete it and run: dvc repro") from None
+        raise UserError(f"{path}: is not a BINGO network ({' '.join(str(error).split())}); delete it and run: dvc repro") from None
     return NetworkFacts(metadata, sum(counts))
 
 

@@ -1,4 +1,4 @@
-"""What each measure is called, wherever people read of it: reports, comparisons, model cards, recipes."""
+"""Names of the measures in reports, comparisons, model cards and recipes."""
 
 _LINEAR = {"linear": "linear, top-1", "linear_top1": "linear, top-1", "linear_top5": "linear, top-5"}
 
@@ -13,10 +13,10 @@ def neighbor_order(key: str) -> tuple[bool, bool, int]:
 
 
 def measure_label(key: str) -> str:
-    """`linear` and `linear_top1`: "linear, top-1"; `linear_top5`: "linear, top-5"; `knn_10_weighted`: "kNN, k = 10, weighted votes";
+    """`linear` and `linear_top1`: "linear, top-1"; `linear_top5`: "linear, top-5"; `knn_10_weighted`: "k-NN, k = 10, weighted votes";
     `agreement_10`: "agreement with the teacher, k = 10".
     """
     if key in _LINEAR:
         return _LINEAR[key]
     agreement, weighted, k = neighbor_order(key)
-    return f"{'agreement with the teacher' if agreement else 'kNN'}, k = {k}" + (", weighted votes" if weighted else "")
+    return f"{'agreement with the teacher' if agreement else 'k-NN'}, k = {k}" + (", weighted votes" if weighted else "")

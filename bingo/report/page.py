@@ -1,6 +1,6 @@
-"""The report: one HTML page that needs no network. The same artefacts give the same bytes; timings lie beside it, in run.js.
+"""The report: one HTML page that needs no network. The same artefacts give the same bytes; timings are in a separate file, run.js.
 
-The looks are in report.html.j2 and report.css. What is text goes through the template's escaping; only charts are markup already.
+Its layout is in report.html.j2 and report.css. Text is escaped by the template; only charts are already HTML.
 """
 
 import json
@@ -36,7 +36,7 @@ _RUN_KEYS = (
 
 @dataclass(frozen=True)
 class TrainingCharts:
-    """One training's charts with what they show: its name, a sentence on its last epoch, and the charts."""
+    """The charts of one training, with its name and a sentence on its last epoch."""
 
     title: str
     caption: str
@@ -44,7 +44,7 @@ class TrainingCharts:
 
 
 def build_page(a: Artefacts) -> str:
-    """The whole page. What an artefact lacks is said in its section."""
+    """The whole page. Sections report missing artefacts."""
     found = report_results.columns(a)
     context = {
         "a": a,
@@ -79,7 +79,7 @@ def build_page(a: Artefacts) -> str:
 
 
 def run_script(records: Iterable[Mapping[str, Any]]) -> str:
-    """The text of run.js: what the page shows of each stage's last run, in the order of the stages; parameters are left out."""
+    """The text of run.js: the last run of each stage, in the order of the stages, without parameters."""
     kept = [{key: record[key] for key in _RUN_KEYS if record.get(key) is not None} for record in records]
     kept.sort(key=lambda record: (_stage_number(record["stage"]), record["stage"]))
     return f"window.bingoRuns = {json.dumps(kept, indent=1)};\n"
@@ -91,13 +91,13 @@ def _stage_number(stage: str) -> int:
 
 
 def _network(network: NetworkParams, facts: NetworkFacts | None) -> str:
-    """Architecture, width where it is not 1, and the number of parameters where a file tells it."""
+    """Architecture, width if it is not 1, and the number of parameters if it is known."""
     width = "" if network.width == 1 else f" × {network.width:g} wide"
     return f"{network.arch}{width}" + (f", {_rounded(facts.backbone_parameters)} parameters" if facts else "")
 
 
 def _shrinkage(a: Artefacts) -> str:
-    """How much smaller the student is, or an empty string where that is unknown or not so."""
+    """How much smaller the student is, or an empty string if that is unknown or it is not smaller."""
     if not a.teacher or not a.student or a.student.backbone_parameters >= a.teacher.backbone_parameters:
         return ""
     return f"{a.teacher.backbone_parameters / a.student.backbone_parameters:.3g} times smaller"
@@ -116,7 +116,7 @@ def _title(a: Artefacts) -> str:
 
 
 def _dataset_name(a: Artefacts) -> str:
-    """A published dataset's name, or that of the folder."""
+    """The name of a published dataset, or of the folder."""
     dataset = a.params.dataset
     root = Path(dataset.root or ".")
     return _DATASETS.get(dataset.source) or (root.resolve() if root.name in ("", "..") else root).name or dataset.source
@@ -134,7 +134,7 @@ def _dataset(a: Artefacts) -> str:
 
 
 def _trainings(a: Artefacts) -> list[TrainingCharts]:
-    """The charts of each training that was done here: teacher, student, baselines."""
+    """The charts of each training: teacher, student, baselines."""
     trained = [(name, curves) for name, curves in a.curves.items() if curves]
     return [_training(name, _training_title(a, name), curves, a.terms.get(name, {})) for name, curves in trained]
 
@@ -148,7 +148,7 @@ def _training_title(a: Artefacts, name: str) -> str:
 def _training(name: str, title: str, curves: Curves, terms: dict[str, Any]) -> TrainingCharts:
     epochs, final = curves["epoch"], terms.get("last_loss", curves.get("loss", [math.nan])[-1])
     losses = [column for column in curves if column not in ("epoch", "lr") and not column.startswith("knn_")]
-    panels = {"Loss": losses, "Learning rate": ["lr"], "kNN accuracy, percent": [c for c in curves if c.startswith("knn_")]}
+    panels = {"Loss": losses, "Learning rate": ["lr"], "k-NN accuracy, percent": [c for c in curves if c.startswith("knn_")]}
     own_color = _COLORS.get(name, _BASELINE_COLOR)
     colors, charts = [own_color, *(color for color in range(len(SERIES)) if color != own_color)], []
     for panel, names in panels.items():
@@ -160,7 +160,7 @@ def _training(name: str, title: str, curves: Curves, terms: dict[str, Any]) -> T
 
 
 def _ends(series: Mapping[str, tuple[list[float], list[float]]]) -> str:
-    """First and last figure of each line, for those who do not see the chart."""
+    """The first and last value of each line, for screen readers."""
     parts = []
     for label, (_, values) in series.items():
         known = [value for value in values if math.isfinite(value)]
@@ -169,14 +169,14 @@ def _ends(series: Mapping[str, tuple[list[float], list[float]]]) -> str:
 
 
 def _probes(a: Artefacts) -> str:
-    """The student's kNN accuracy while training beside its baselines'; empty where fewer than two were measured."""
+    """The k-NN accuracy of the student and its baselines during training; empty if fewer than two were measured."""
     series = {
         _training_title(a, name): (curves["epoch"], curves["knn_10"])
         for name, curves in a.curves.items()
         if name != "teacher" and any(map(math.isfinite, curves.get("knn_10", [])))
     }
     return (
-        lines("probes", "kNN accuracy, percent", series, _PROBE_COLORS, f"kNN accuracy by epoch. {_ends(series)}")
+        lines("probes", "k-NN accuracy, percent", series, _PROBE_COLORS, f"k-NN accuracy by epoch. {_ends(series)}")
         if len(series) > 1
         else ""
     )

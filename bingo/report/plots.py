@@ -1,7 +1,7 @@
-"""Charts as SVG text to be put into an HTML page: the same numbers have the same bytes, and the page's CSS gives the colours.
+"""Charts as SVG text for an HTML page: equal numbers give equal bytes, and the page's CSS sets the colours.
 
-A colour is a custom property of the page (`--ink`, `--muted`, `--grid`, `--series-1` ...), so one chart serves light and dark.
-Matplotlib knows only fixed colours, so each property has a stand-in colour that is replaced in the text it writes.
+Colours are custom properties of the page (`--ink`, `--muted`, `--grid`, `--series-1` ...), so that a chart works in light and dark mode.
+Matplotlib supports only fixed colours, so each property has a placeholder colour that is replaced in the SVG text.
 """
 
 import io
@@ -45,7 +45,7 @@ _SETTINGS: Any = {
 Band = tuple[str, str]
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 _BAR_ALPHAS = (1.0, 0.45)
-_MARKERS = ("o", "v", "s", "D", "^")  # a shape beside each colour of SERIES
+_MARKERS = ("o", "v", "s", "D", "^")  # a shape for each colour of SERIES
 _PLACES: dict[tuple[float, float], Any] = {
     (8, 0): {"ha": "left", "va": "center"},
     (-8, 0): {"ha": "right", "va": "center"},
@@ -56,7 +56,7 @@ _PLACES: dict[tuple[float, float], Any] = {
 
 @dataclass(frozen=True)
 class AccuracyBar:
-    """One row of `accuracy_bars`: percents in the order of its measures (None: not measured), and which of SERIES colours it."""
+    """One row of `accuracy_bars`: percentages in the order of its measures (None: not measured), and its colour in SERIES."""
 
     label: str
     percents: Sequence[float | None]
@@ -88,7 +88,7 @@ def accuracy_bars(name: str, bars: Sequence[AccuracyBar], measures: Sequence[str
 def lines(name: str, title: str, series: Series, colors: Sequence[int], summary: str) -> Markup:
     """Lines over epochs: {label: (epochs, values)}; a value that is nan is left out. `colors` number SERIES, in turn.
 
-    `summary` is read aloud for the picture.
+    `summary` is the text for screen readers.
     """
     with _style(name):
         figure = Figure(figsize=(3.7, 2.3), layout="constrained")
@@ -123,7 +123,7 @@ class Point:
 
 
 def labelled_points(name: str, points: Sequence[Point], x_label: str, y_label: str, line: tuple[str, float] | None, summary: str) -> Markup:
-    """Points with error bars, each with its name beside it; x is logarithmic from a factor of 8 on; a dashed line at a named height."""
+    """Points with error bars and labels; x is logarithmic if it spans a factor of 8 or more; a dashed line at a named height."""
     with _style(name):
         figure = Figure(figsize=(7.6, 3.9), layout="constrained")
         axes = figure.add_subplot()
@@ -149,8 +149,8 @@ def labelled_points(name: str, points: Sequence[Point], x_label: str, y_label: s
 
 
 def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
-    """Write each label where it covers the least of points and of other labels; near places first."""
-    figure.draw_without_rendering()  # fixes the layout, so that places are known
+    """Place each label where it covers as little as possible of points and other labels, preferring nearby positions."""
+    figure.draw_without_rendering()  # fixes the layout, so that positions are known
     figure.set_layout_engine("none")
     taken = [*(_covered_by(point, axes) for point in points), *(text.get_window_extent() for text in axes.texts)]
     for point in points:
@@ -217,7 +217,7 @@ def _listed(percents: Sequence[float | None]) -> str:
 
 
 def _svg(figure: Figure, name: str, summary: str) -> Markup:
-    """The figure as an <svg> element to stand beside others in one page; `name`, unique in the page, keeps their ids apart."""
+    """The figure as an <svg> element for a page with several charts; `name`, unique in the page, keeps their ids apart."""
     figure.patch.set_alpha(0)
     for axes in figure.axes:
         axes.patch.set_alpha(0)
@@ -225,10 +225,10 @@ def _svg(figure: Figure, name: str, summary: str) -> Markup:
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = file.getvalue()
     body = text[text.index(">", text.index("<svg")) + 1 :]
-    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)  # would hold for the whole page
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)  # would apply to the whole page
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = _with_own_ids(body.replace("xlink:href", "href"), name)
-    body = re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", body)  # the page's own font; no turn by 0 degrees
+    body = re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", body)  # use the page's font; remove rotations by 0 degrees
     for color, name_of_property in _PROPERTIES.items():
         body = body.replace(color, f"var(--{name_of_property})")
     width_pt, height_pt = (72 * inches for inches in figure.get_size_inches())
@@ -237,7 +237,7 @@ def _svg(figure: Figure, name: str, summary: str) -> Markup:
 
 
 def _with_own_ids(body: str, name: str) -> str:
-    """Ids that nothing points to are dropped (matplotlib numbers every part, in every figure alike), the others get a prefix."""
+    """Remove ids without references (matplotlib numbers all parts, equally in every figure), and prefix the others."""
     wanted = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
 
     def new_id(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Pages that need no network: templates of this package, their text escaped, with the looks of report.css inside."""
+"""Render pages that need no network, from the templates of this package, with escaped text and inlined report.css."""
 
 from importlib.resources import files
 from typing import Any
@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 
 def render(template: str, **context: Any) -> Markup:
-    """A template filled in, as markup. A name that the context lacks is an error, and text is escaped unless it is Markup."""
+    """A rendered template as markup. Missing names are errors, and text is escaped unless it is Markup."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = files("bingo.report").joinpath(template).read_text(encoding="utf-8")
     return Markup(environment.from_string(text).render(context))

@@ -1,4 +1,4 @@
-"""The report's results: rows of networks, columns of measures, the headline, and what a reader must know to judge the figures."""
+"""The report's results: rows of networks, columns of measures, the headline, and caveats."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ _SKIPPED_SHOWN = 10
 
 @dataclass(frozen=True)
 class Column:
-    """One measure: `group` is "knn", "agreement" (both are in the file of kNN) or "linear PROTOCOL", `key` the key in that file."""
+    """One measure: `group` is "knn", "agreement" (both are in the file of k-NN) or "linear PROTOCOL", `key` the key in that file."""
 
     group: str
     key: str
@@ -33,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of the table, in percent; `note` is the best epoch's number."""
+    """One figure of the table, in percent; `note` is the number of the best epoch."""
 
     percent: float | None
     note: str = ""
@@ -41,7 +41,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One network: the key that the metrics files use, what it is, its role, and a cell for each column."""
+    """One network: its key in the metrics files, its name, its role, and a cell for each column."""
 
     net: str
     label: str
@@ -59,12 +59,12 @@ class HeadlineTile:
 
 
 def needs_teacher(a: Artefacts) -> bool:
-    """Whether the student learnt from the teacher: MoCo-v2 and ISD are methods of their own."""
+    """Whether the student learned from the teacher: MoCo-v2 and ISD do not use one."""
     return a.params.methods.section(a.params.distill.method).needs_teacher
 
 
 def network_label(a: Artefacts, net: str) -> str:
-    """What a key of the metrics files stands for."""
+    """The name of a network, given its key in the metrics files."""
     method = a.params.distill.method
     fixed = {
         "teacher": "Teacher",
@@ -76,7 +76,7 @@ def network_label(a: Artefacts, net: str) -> str:
 
 
 def columns(a: Artefacts) -> list[Column]:
-    """The measures that at least one network has; of kNN the two usual ones, or else every one that was measured."""
+    """The measures that at least one network has; of k-NN the two usual ones, or else every one that was measured."""
     keys = dict.fromkeys(key for scores in a.knn.values() for key in scores)
     knn_keys, agreements = ([key for key in keys if key.startswith(group)] for group in ("knn_", "agreement_"))
     usual = [key for key in _USUAL_KNN if key in knn_keys]
@@ -88,7 +88,7 @@ def columns(a: Artefacts) -> list[Column]:
 
 
 def column_groups(found: Sequence[Column]) -> list[tuple[str, int]]:
-    """The header above the columns: name of each group and over how many columns it runs."""
+    """The header above the columns: the name of each group and its number of columns."""
     names = {"knn": "Nearest neighbours", "agreement": "Agreement with the teacher"}
     names |= {f"linear {protocol}": name for protocol, name in _PROTOCOLS.items()}
     groups = dict.fromkeys(column.group for column in found)
@@ -103,7 +103,7 @@ def rows(a: Artefacts, found: Sequence[Column]) -> list[Row]:
 
 
 def _role(a: Artefacts, net: str) -> str:
-    return "not learnt from" if net == "teacher" and not needs_teacher(a) else ROLES.get(net, "")
+    return "not used for training" if net == "teacher" and not needs_teacher(a) else ROLES.get(net, "")
 
 
 def chance_row(a: Artefacts, found: Sequence[Column]) -> list[float]:
@@ -119,7 +119,7 @@ def _chance(a: Artefacts, column: Column) -> float:
 
 
 def bars_svg(a: Artefacts) -> str:
-    """The bars beside the table: the headline's measure, and kNN where the headline is another; empty without scores."""
+    """The bar chart next to the table: the headline's measure, and k-NN where the headline is another; empty without scores."""
     measures = [column for column in _headline_columns(a) if column.key != "knn_20_weighted"][:2] or _headline_columns(a)[:1]
     if not measures:
         return ""
@@ -131,7 +131,7 @@ def bars_svg(a: Artefacts) -> str:
 
 
 def bars_caption(a: Artefacts) -> str:
-    """What the bars show, in one sentence."""
+    """The caption of the bar chart."""
     names = [column.header for column in _headline_columns(a) if column.key != "knn_20_weighted"][:2]
     if not names:
         return ""
@@ -140,7 +140,7 @@ def bars_caption(a: Artefacts) -> str:
 
 
 def headline_measure(a: Artefacts) -> str:
-    """The measure that the headline is in, or an empty string."""
+    """The measure of the headline, or an empty string."""
     found = _headline_columns(a)
     return found[0].header if found else ""
 
@@ -171,7 +171,7 @@ def headline(a: Artefacts) -> str:
 
 
 def warnings(a: Artefacts) -> list[str]:
-    """What makes the figures mean something else than a reader would think: shown in red."""
+    """Warnings about figures that do not mean what a reader would expect, shown in red."""
     found = []
     teacher = a.params.teacher
     converted = a.teacher.metadata if a.teacher else {}
@@ -185,7 +185,7 @@ def warnings(a: Artefacts) -> list[str]:
 
 
 def caveats(a: Artefacts) -> list[str]:
-    """Honest limits of the figures, one sentence or two each."""
+    """Limitations of the figures, in one or two sentences each."""
     found: list[str] = []
     dataset, test_images = a.params.dataset, len(a.listing) - a.listing.train_rows
     if not _nets(a):
@@ -200,21 +200,22 @@ def caveats(a: Artefacts) -> list[str]:
     if any(column.key == "top1_best" for column in columns(a)):
         found.append("The best epoch was chosen on the test split, so that column is optimistic; the others are the last epoch's.")
     if dataset.source == "digits" and dataset.placements > 1:
-        found.append(f"Each digit was drawn at {dataset.placements} places, so the test images are not independent of each other.")
+        found.append(f"Each digit was drawn at {dataset.placements} positions, so the test images are not independent of each other.")
     if dataset.train_images or dataset.test_images:
-        found.append("A part of the dataset was drawn (dataset.train_images, dataset.test_images); published figures use all of it.")
+        found.append("Only a subset of the dataset was used (dataset.train_images, dataset.test_images); published figures use all of it.")
     if leaking := _leaking_trainings(a):
         found.append(
             f"BatchNorm over the whole batch of a process ({', '.join(leaking)}: 1 group): where one process trained, the moving average's "
             "keys leak: a query and its key are normalised with the same images, by which the network can find its key."
         )
     if a.params.bagging.method == "label":
-        found.append("The bags were made from labels: an upper bound for bags, no unsupervised result.")
+        found.append("The bags were made from labels: an upper bound for bags, not an unsupervised result.")
     return found
 
 
 def _leaking_trainings(a: Artefacts) -> list[str]:
-    """Parameters that leave BatchNorm whole where a momentum encoder is trained: of the teacher, and of the student or a baseline."""
+    """Parameters that leave BatchNorm ungrouped although a momentum encoder is trained: for the teacher, and for the student or a
+    baseline."""
     pretrain, distill, methods = a.params.teacher.pretrain, a.params.distill, a.params.methods
     baselines = [methods.section(name).momentum_keys("momentum") for name in a.params.baselines]
     student = methods.section(distill.method).momentum_keys(distill.keys) or any(baselines)
@@ -244,14 +245,14 @@ def _cell(a: Artefacts, net: str, column: Column) -> Cell:
 
 
 def _headline_columns(a: Artefacts) -> list[Column]:
-    """Measures fit for a headline, the preferred one first: those that the student has."""
+    """The student's measures that can be the headline, the preferred one first."""
     found = [Column(*headline) for headline in _HEADLINES]
     return [column for column in found if _cell(a, "student", column).percent is not None]
 
 
 def _short_header(key: str) -> str:
-    """Without the group's name, which stands above it, and not to be broken at the sign."""
-    return measure_label(key).removeprefix("kNN, ").removeprefix("agreement with the teacher, ").replace(" = ", "\u00a0=\u00a0")
+    """Without the group's name, which is above it, and without line breaks at the equals sign."""
+    return measure_label(key).removeprefix("k-NN, ").removeprefix("agreement with the teacher, ").replace(" = ", "\u00a0=\u00a0")
 
 
 def _short_label(net: str, method: str) -> str:
@@ -265,7 +266,7 @@ def _difference(points: float) -> str:
 
 
 def _against(a: Artefacts, net: str) -> str:
-    teacher = "its teacher" if needs_teacher(a) else "the teacher, which it did not learn from"
+    teacher = "its teacher" if needs_teacher(a) else "the teacher, which was not used for its training"
     fixed = {"teacher": teacher, "untrained": "the same network untrained"}
     return fixed.get(net, f"the same network trained by {display_name(net)} without a teacher")
 

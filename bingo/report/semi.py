@@ -1,4 +1,4 @@
-"""The report's section on few labels: what was measured with each share of them, beside the published figures."""
+"""The report's section on few labels: figures measured with each share of labels, next to the published ones."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ from bingo.report.inputs import Artefacts
 
 _PROTOCOLS = {"finetune": "fine-tuned", "linear": "linear only"}
 _LEAD = (
-    "Training on a share of the labels. Fine-tuned: the whole network learns, backbone and layer at their own learning rates. Linear only:"
+    "Training on a share of the labels. Fine-tuned: the whole network is trained, with separate learning rates for "
+    "backbone and linear layer. Linear only:"
     " the backbone is frozen, a linear layer learns on random crops. The published rows mix the two, so compare like with like."
 )
 
 
 def section(a: Artefacts) -> ComparedSection | None:
-    """The section, None where nothing was measured."""
+    """The section, None if nothing was measured."""
     if not a.semi:
         return None
     splits = sorted(a.semi.values(), key=lambda split: split["percent"])
@@ -30,7 +31,7 @@ def section(a: Artefacts) -> ComparedSection | None:
 
 
 def figures(a: Artefacts) -> dict[str, dict[str, float]]:
-    """What experiments are compared by: {semi_SPLIT: {NET_PROTOCOL: percent after the last epoch}}."""
+    """Measures for the comparison of experiments: {semi_SPLIT: {NET_PROTOCOL: percent after the last epoch}}."""
     return {f"semi_{name}": last_figures(split["nets"]) for name, split in a.semi.items()}
 
 

@@ -1,4 +1,4 @@
-"""The report's section on transfer to other labelled images, beside the published CIFAR figures."""
+"""The report's section on transfer to other labelled images, next to the published CIFAR figures."""
 
 from bingo.report.beside import ComparedSection, last_figures, net_rows, published_table
 from bingo.report.inputs import Artefacts
@@ -11,7 +11,7 @@ _LEAD = (
 
 
 def section(a: Artefacts) -> ComparedSection | None:
-    """The section, None where nothing was measured."""
+    """The section, None if nothing was measured."""
     if not a.transfer:
         return None
     groups, headers, columns = [], [], []
@@ -33,5 +33,5 @@ def section(a: Artefacts) -> ComparedSection | None:
 
 
 def figures(a: Artefacts) -> dict[str, dict[str, float]]:
-    """What experiments are compared by: {transfer_NAME: {NET_PROTOCOL: percent after the last epoch}}."""
+    """Measures for the comparison of experiments: {transfer_NAME: {NET_PROTOCOL: percent after the last epoch}}."""
     return {f"transfer_{name}": last_figures(result["nets"]) for name, result in a.transfer.items()}

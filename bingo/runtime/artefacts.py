@@ -1,4 +1,4 @@
-"""Writing so that a file is whole or absent, equal content has equal bytes, and every artefact can be told from another."""
+"""Write files atomically, with equal bytes for equal content, and identify artefacts by fingerprints."""
 
 import csv
 import hashlib
@@ -16,17 +16,17 @@ from bingo.runtime.progress import progress_bar
 
 
 def canonical_json(value: Any) -> str:
-    """Sorted keys, two spaces, a newline at the end: the same value has the same bytes."""
+    """JSON with sorted keys, indented by two spaces, with a newline at the end: equal values give equal bytes."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def fingerprint(value: Any) -> str:
-    """32 hex digits that name a JSON-able value (sha256, shortened)."""
+    """32 hex digits that identify a JSON-able value (sha256, shortened)."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
 
 
 def file_fingerprint(path: Path | str) -> str:
-    """32 hex digits that name the bytes of a file (sha256, shortened). Raises UserError where there is no such file."""
+    """32 hex digits that identify the bytes of a file (sha256, shortened). Raises UserError if the file does not exist."""
     try:
         with open(path, "rb") as file, progress_bar(f"hashing {path}"):
             return hashlib.file_digest(file, "sha256").hexdigest()[:32]
@@ -36,7 +36,7 @@ def file_fingerprint(path: Path | str) -> str:
 
 @contextmanager
 def errors_named(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Within it an OSError that names no file, or one in `partial`, names `path`: most of what writes does not say where."""
+    """Add `path` to an OSError raised in the body that names no file, or one in `partial`; most writers do not say where they failed."""
     try:
         yield
     except OSError as error:
@@ -47,9 +47,9 @@ def errors_named(path: Path, partial: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path | str, flush: bool = True) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, for a file that on success takes the place of `path`, on an error is removed.
+    """Yield a temporary name in the folder of `path`; on success the file replaces `path`, on an error it is removed.
 
-    `flush`: it is on the disk before it is renamed. Raises OSError with the name of `path` where there is no room or no right to write.
+    `flush`: it is synced to the disk before it is renamed. Raises OSError naming `path` if there is no space or no permission to write.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -68,18 +68,18 @@ def new_file(path: Path | str, flush: bool = True) -> Iterator[Path]:
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
-    """Write under a temporary name beside `path`, flush to the disk, rename into place; raises what `new_file` does."""
+    """Write under a temporary name, sync to the disk, and rename to `path`; raises what `new_file` does."""
     with new_file(path) as partial:
         partial.write_bytes(content)
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """`canonical_json` of `value`, written whole or not at all."""
+    """Write `canonical_json` of `value` atomically."""
     write_bytes(path, canonical_json(value).encode())
 
 
 def write_csv(path: Path | str, records: Sequence[Mapping[str, Any]], first_columns: Sequence[str]) -> None:
-    """One line for each record, whole or not at all; `first_columns` lead, and a value that a record lacks is an empty field."""
+    """Write a CSV file with a line for each record atomically. `first_columns` come first; missing values are empty fields."""
     columns = list(dict.fromkeys([*first_columns, *(name for record in records for name in record)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -89,7 +89,7 @@ def write_csv(path: Path | str, records: Sequence[Mapping[str, Any]], first_colu
 
 
 def read_json(path: Path | str) -> Any:
-    """The value in a JSON file. Raises UserError where the file is absent or damaged."""
+    """The value in a JSON file. Raises UserError if the file is absent or damaged."""
     try:
         return json.loads(Path(path).read_text())
     except OSError as error:
@@ -100,9 +100,9 @@ def read_json(path: Path | str) -> Any:
 
 @contextmanager
 def new_directory(path: Path | str) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it takes the place of `path`, on an error it is removed.
+    """Yield an empty temporary folder next to `path`; on success it replaces `path`, on an error it is removed.
 
-    Raises OSError with the name of `path` where there is no room or no right to write.
+    Raises OSError naming `path` if there is no space or no permission to write.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")

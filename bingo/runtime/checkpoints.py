@@ -1,6 +1,6 @@
-"""Checkpoints of an unfinished training: whole or absent, the previous one kept until the next is complete, one file a process.
+"""Checkpoints of an unfinished training, written atomically, one file per process; the previous one is kept until the next is complete.
 
-A file is the sha256 of what torch.save wrote, and that: zip archives have checksums too, but torch does not look at them.
+A file is the output of torch.save, preceded by its sha256: zip archives have checksums too, but torch does not verify them.
 """
 
 import io
@@ -24,7 +24,7 @@ SECONDS_VARIABLE = "BINGO_CHECKPOINT_SECONDS"
 
 
 def seconds_between() -> float:
-    """How many seconds lie between two saves: BINGO_CHECKPOINT_SECONDS, 120 where it is not set. Raises UserError for no such number."""
+    """Seconds between two checkpoints: BINGO_CHECKPOINT_SECONDS, by default 120. Raises UserError if it is not a number from 0."""
     wanted = os.environ.get(SECONDS_VARIABLE, "120")
     try:
         seconds = float(wanted)
@@ -47,7 +47,7 @@ class Checkpoints:
 
     @contextmanager
     def stop_requests(self) -> Iterator[None]:
-        """Within it SIGTERM and SIGINT end nothing: they set `stopping`, and the next `save_if_due` saves and stops."""
+        """In the body, SIGTERM and SIGINT do not end the process: they set `stopping`, and the next `save_if_due` saves and stops."""
         numbers = (signal.SIGTERM, signal.SIGINT)
         previous = {number: signal.signal(number, lambda *_: setattr(self, "stopping", True)) for number in numbers}
         try:
@@ -66,15 +66,15 @@ class Checkpoints:
         return bool(flag.item())
 
     def save_if_due(self, state: Callable[[], dict[str, Any]], step: int, device: torch.device, label: str) -> None:
-        """Save `state()` where the interval has passed or any process was asked to stop. Raises Interrupted after such a stop."""
+        """Save `state()` if the interval has passed or any process was asked to stop. Raises Interrupted in the latter case."""
         stop = distributed.any_true(self.stopping, device)
         if stop or self.due():
             self.save(state(), step)
         if stop:
-            raise Interrupted(f"{label}: stopped at step {step} with a checkpoint; start again to go on from there")
+            raise Interrupted(f"{label}: stopped at step {step} with a checkpoint; start again to resume")
 
     def save(self, state: dict[str, Any], step: int) -> None:
-        """Write this process's state; when all have, `latest.json` names the step and older files go."""
+        """Write this process's state. When all processes have, `latest.json` records the step and older files are removed."""
         content = io.BytesIO()
         torch.save(state, content)
         write_bytes(self._file(step, distributed.rank()), seal(content.getvalue()))
@@ -88,11 +88,12 @@ class Checkpoints:
         self.last_seconds = time.monotonic()
 
     def exists(self) -> bool:
-        """Whether a complete checkpoint is here."""
+        """Whether a complete checkpoint exists."""
         return (self.folder / "latest.json").exists()
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
-        """This process's state at the last complete save, or None. With another number of processes, all take the first one's."""
+        """This process's state at the last complete checkpoint, or None. If the number of processes has changed, all use the first
+        one's."""
         if not self.exists():
             return None
         latest = read_json(self.folder / "latest.json")
@@ -102,11 +103,11 @@ class Checkpoints:
             rank = distributed.rank() if latest["processes"] == distributed.world() else 0
             content = unseal(self._file(latest["step"], rank).read_bytes())
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        except Exception as error:  # torch tells a damaged file in many ways
+        except Exception as error:  # torch raises many kinds of errors for a damaged file
             if line := out_of_memory(error):
                 raise UserError(f"{self.folder}: the checkpoint cannot be loaded: {line}") from None
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            raise UserError(f"{self.folder}: the checkpoint is damaged ({reason}); delete this folder to start anew") from None
+            raise UserError(f"{self.folder}: the checkpoint is damaged ({reason}); delete this folder to start again") from None
 
     def _file(self, step: int, rank: int) -> Path:
         return self.folder / f"step-{step}.rank-{rank}.pt"

@@ -1,6 +1,6 @@
-"""Checksums inside files, so that a flipped byte is found when a file is read: of safetensors, and of any bytes in one piece.
+"""Checksums inside files (safetensors, or any bytes), so that a flipped byte is found when a file is read.
 
-Stores of arrays have theirs in bingo/runtime/chunks.py, listings in bingo/images/listing.py. No torch: a report reads headers alone.
+For stores of arrays see bingo/runtime/chunks.py, for listings bingo/images/listing.py. Does not import torch: a report reads only headers.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class Damaged(Exception):
-    """Bytes that are not those that were written; the message is the reason, in a few words."""
+    """The bytes are not those that were written; the message is a short reason."""
 
 
 def seal_safetensors(content: bytes) -> bytes:
-    """A file of safetensors with the sha256 of its header and tensors among its metadata, at the end of them."""
+    """A safetensors file with the sha256 of its header and tensors appended to its metadata."""
     length = struct.unpack("<Q", content[:8])[0]
     header, data = json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
     digest = _header_hash(header)
@@ -34,7 +34,7 @@ def seal_safetensors(content: bytes) -> bytes:
 
 
 def check_safetensors(path: Path | str) -> None:
-    """Raises Damaged where a file is not as `seal_safetensors` made it, OSError where it cannot be read."""
+    """Raises Damaged if a file is not as `seal_safetensors` made it, OSError if it cannot be read."""
     with open(path, "rb") as file:
         header = _read_header(file)
         try:
@@ -58,7 +58,7 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise Damaged("its header is no JSON")
+        raise Damaged("its header is not JSON")
     return header
 
 
@@ -67,7 +67,7 @@ def _header_hash(header: dict[str, Any]) -> "hashlib._Hash":
 
 
 def seal(content: bytes) -> bytes:
-    """The sha256 of some bytes (32 bytes), then these."""
+    """The bytes, preceded by their sha256 (32 bytes)."""
     return hashlib.sha256(content).digest() + content
 
 

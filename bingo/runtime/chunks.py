@@ -1,7 +1,7 @@
-"""Arrays of rows in zarr v3: unsharded, uncompressed, one file a chunk, each with a CRC-32C.
+"""Arrays of rows in zarr v3: unsharded, uncompressed, one file per chunk, each with a CRC-32C.
 
-zarr answers a missing chunk with the fill value and no error. So the fill is a value that no row holds (NaN, or -2 for integers),
-and reading refuses a row that holds it. A damaged file fails its CRC. Metadata have none, so the group's attributes hold digests:
+zarr returns the fill value for a missing chunk, without an error. The fill value is therefore one that no row contains (NaN, or -2 for
+integers), and reading such a row fails. A damaged file fails its CRC. Metadata have no CRC, so the group's attributes hold digests:
 `checksums` of each array's zarr.json, and `checksum` of the attributes themselves.
 """
 
@@ -20,13 +20,14 @@ from bingo.runtime.errors import UserError
 
 INTEGER_FILL = -2
 _CRC_BYTES = 4
-_CHECKED_ROWS = 8192  # rows whose fill is looked for at once: bounds the temporary array
+_CHECKED_ROWS = 8192  # rows that are checked for the fill value at once: limits the temporary array
 # what zarr raises on damaged files
 _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, OverflowError)
 
 
 def new_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: Any, chunk_rows: int) -> zarr.Array:
-    """Create array `name` in chunks of `chunk_rows` rows; a chunk is for one writer, as two writers of one file lose rows."""
+    """Create array `name` in chunks of `chunk_rows` rows; a chunk must have a single writer, since two writers of one file would lose
+    rows."""
     fill = np.nan if np.issubdtype(dtype, np.floating) else INTEGER_FILL
     chunks = (chunk_rows, *(max(1, width) for width in shape[1:]))
     return group.create_array(
@@ -41,7 +42,7 @@ def new_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: Any, 
 
 
 def seal(folder: Path, group: zarr.Group) -> None:
-    """Put the checksums of the metadata of the group in `folder` into its attributes, when all its arrays are created."""
+    """Write the checksums of the metadata into the attributes of the group in `folder`, once all its arrays are created."""
     digests = {name: _digest(folder, name) for name in sorted(group.array_keys())}
     attributes = {**group.attrs, "checksums": digests}
     group.update_attributes({**attributes, "checksum": fingerprint(attributes)})
@@ -55,7 +56,7 @@ def _digest(store: Any, array: str) -> str:
 
 
 def _check_metadata(store: Any, attributes: dict[str, Any]) -> None:
-    """Raises ValueError or KeyError where metadata are not those that `seal` has seen."""
+    """Raises ValueError or KeyError if the metadata have changed since `seal`."""
     checksum = attributes.pop("checksum", None)
     if checksum is None or checksum != fingerprint(attributes):
         raise ValueError("the attributes do not fit their checksum")
@@ -65,7 +66,7 @@ def _check_metadata(store: Any, attributes: dict[str, Any]) -> None:
 
 
 def chunk_is_written(path: Path, array: zarr.Array, chunk: int) -> bool:
-    """Whether the file of a chunk of an array of the store at `path` is there in full size (zarr renames whole files)."""
+    """Whether the file of a chunk of an array in the store at `path` exists in full size (zarr writes atomically)."""
     file = path / array.name.strip("/") / "c" / "/".join([str(chunk)] + ["0"] * (array.ndim - 1))
     return file.is_file() and file.stat().st_size == int(np.prod(array.chunks)) * array.dtype.itemsize + _CRC_BYTES
 
@@ -80,13 +81,13 @@ def open_group(store: Any, name: str, way_out: str, mode: Literal["r", "r+"] = "
         _check_metadata(store, dict(group.attrs))
         return group
     except FileNotFoundError:
-        raise UserError(f"{name}: there is no such store, or it is not whole; run: {way_out}") from None
+        raise UserError(f"{name}: the store does not exist or is incomplete; run: {way_out}") from None
     except _DAMAGE as error:
         raise UserError(f"{name}: its metadata are damaged ({_line(error)}); delete it and run: {way_out}") from None
 
 
 def open_array(group: zarr.Group, name: str, store_name: str, dtype: Any, ndim: int, way_out: str) -> zarr.Array:
-    """Array `name` of a group, not read yet. Raises UserError where it is absent, damaged or of another type or rank."""
+    """Array `name` of a group, without reading its data. Raises UserError if it is absent, damaged or of another type or rank."""
     try:
         array = group[name]
         if isinstance(array, zarr.Array) and array.dtype == np.dtype(dtype) and array.ndim == ndim:
@@ -98,7 +99,7 @@ def open_array(group: zarr.Group, name: str, store_name: str, dtype: Any, ndim: 
 
 
 def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: str) -> np.ndarray:
-    """`array[rows]`, from the chunks that hold these rows alone. Raises UserError where one of those is damaged or missing."""
+    """`array[rows]`, read only from the chunks that hold these rows. Raises UserError if one of those is damaged or missing."""
     label = f"{store_name}: array {array.name.strip('/')}"
     try:
         x = np.asarray(array[rows])
@@ -116,7 +117,7 @@ def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: st
 
 
 class StoredRows:
-    """The first rows of an array of floats (N, D) in a store, read when they are asked for: the whole may be larger than the memory.
+    """The first rows of an array of floats (N, D) in a store, read on access: the whole array may be larger than the memory.
 
     Indexed as a numpy array is: by a slice, or by row numbers int (n,), for which each chunk that holds one is read once. Reading
     raises UserError where a chunk is damaged or missing.
@@ -144,7 +145,7 @@ class StoredRows:
 
 
 def forget_other_reads() -> None:
-    """After a failed read: zarr leaves its reads of other chunks unfinished, of which asyncio and Python would print lines at the end."""
+    """After a failed read: zarr leaves reads of other chunks unfinished, about which asyncio and Python would print messages at exit."""
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 

@@ -1,4 +1,4 @@
-"""Several processes, with one process as the ordinary case: no other file asks torch whether there is a group."""
+"""Collective operations that also work in a single process; no other file asks torch whether there is a process group."""
 
 import inspect
 import os
@@ -19,7 +19,7 @@ _Rows = TypeVar("_Rows", np.ndarray, Tensor)
 
 
 def rank() -> int:
-    """This process's number, 0 where there is only one."""
+    """This process's number, 0 if there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -29,7 +29,7 @@ def world() -> int:
 
 
 def share() -> str:
-    """What follows the label of work of which each process does its part: empty where there is one process."""
+    """Suffix of a progress label for work that is divided among processes; empty if there is one process."""
     return f" (process {rank() + 1} of {world()})" if world() > 1 else ""
 
 
@@ -43,8 +43,8 @@ def barrier() -> None:
 def group(device: torch.device) -> Iterator[None]:
     """Join the group that the launcher's environment describes (WORLD_SIZE, RANK, MASTER_ADDR), if there is one.
 
-    Raises GroupLost where the body failed because another process is gone. A process that fails by itself leaves its connections open
-    until it ends: the others learn of it only after it has told why.
+    Raises GroupLost if the body failed because another process is gone. A process that fails by itself keeps its connections open
+    until it ends, so that the others notice only after it has reported the reason.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -65,12 +65,12 @@ def group(device: torch.device) -> Iterator[None]:
 
 
 def _first_sentence(error: Exception) -> str:
-    """What went wrong without the place in the library's source that comes first, and without its advice."""
+    """The error message without the location in the library's source that precedes it, and without its advice."""
     return " ".join(re.sub(r"^\[.*?\]\s*", "", str(error)).partition(". ")[0].split())[:160]
 
 
 def gather(x_BD: Tensor) -> Tensor:
-    """Rows of all processes in rank order, (world * B, D), without gradient; every process must hold as many rows."""
+    """Rows of all processes in rank order, (world * B, D), without gradient; every process must hold the same number of rows."""
     if world() == 1:
         return x_BD
     parts = [torch.empty_like(x_BD) for _ in range(world())]
@@ -106,27 +106,27 @@ def any_true(flag: bool, device: torch.device) -> bool:
 
 
 def own_share(rows_N: _Rows) -> _Rows:
-    """This process's consecutive share of the rows of a global batch, whose length the number of processes divides."""
+    """This process's consecutive share of the rows of a global batch, whose length must be divisible by the number of processes."""
     share = len(rows_N) // world()
     return rows_N[rank() * share : (rank() + 1) * share]
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with its gradients averaged over processes; each process keeps its own buffers, BatchNorm's statistics among them."""
+    """The module with its gradients averaged over processes; each process keeps its own buffers, including BatchNorm's statistics."""
     if world() == 1:
         return module
     # The argument that leaves buffers alone changed its name in torch 2.15.
     known = inspect.signature(DistributedDataParallel).parameters
     own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     parallel = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **own_buffers)
-    # Whoever lets go of the group last waits for its threads to end. torch 2.11's reducer waits with Python's lock held, for which a thread
-    # that still drops its tensors waits in turn; this attribute waits without the lock. Set again, it is let go after the reducer.
+    # Whatever releases the group last waits for its threads to end. torch 2.11's reducer waits while holding the GIL, for which a thread
+    # that still releases its tensors waits in turn; this attribute waits without the GIL. Set again, it is released after the reducer.
     parallel.process_group = parallel.__dict__.pop("process_group")
     return parallel
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give every process the first one's buffers, so that all hold the same network."""
+    """Copy the buffers of the first process to all others, so that all hold the same network."""
     if world() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""Paths that must not leave a folder (those of listings and annotations may come from elsewhere), and names as people read them."""
+"""Paths that must not leave a folder (listings and annotations may come from elsewhere), and comparison of names as people read them."""
 
 import errno
 from pathlib import Path, PurePosixPath
@@ -18,13 +18,13 @@ def leads_out(path: str) -> bool:
 
 
 def path_inside(root: str, path: str, follow_links: bool = False) -> Path:
-    """Where `path` lies under `root`. Raises Outside where it leads out of `root` by itself or, unless `follow_links`, through a link."""
+    """The location of `path` under `root`. Raises Outside if it leads out of `root` by itself or, unless `follow_links`, through a link."""
     if leads_out(path):
         raise Outside
     if follow_links:
         return Path(root, path)
     place = Path(root)
-    for part in path.split("/"):  # of the path alone: the root itself may be a link, and resolving all of it takes longer
+    for part in path.split("/"):  # only of the path: the root itself may be a link, and resolving all of it takes longer
         place /= part
         if place.is_symlink() and not Path(root, path).resolve().is_relative_to(Path(root).resolve()):
             raise Outside(" through a link; dataset.follow_links: true allows that")
@@ -32,5 +32,5 @@ def path_inside(root: str, path: str, follow_links: bool = False) -> Path:
 
 
 def folded(name: str) -> str:
-    """A name without its case and its Unicode form: equal for what people read as the same."""
+    """A name without case and Unicode form: equal for names that people read as the same."""
     return normalize("NFC", normalize("NFC", name).casefold())

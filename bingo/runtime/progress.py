@@ -1,6 +1,6 @@
-"""How far long work is, on standard error, by the first process: a bar on a terminal, a line now and then in a file or a pipe.
+"""Progress of long work, on the standard error of the first process: a bar on a terminal, occasional lines in a file or a pipe.
 
-Work of up to two seconds shows nothing. The first line comes after two seconds (five where no unit is done yet), the next ones every
+Work of up to two seconds shows nothing. The first line comes after two seconds (five if no unit is done yet), the next ones every
 30 seconds or 5 % of the whole time, whichever is longer, but every five minutes at least.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 
 _SILENT_SECONDS, _FIRST_UNIT_SECONDS = 2.0, 5.0
 _LINE_SECONDS, _LINE_SHARE, _MOST_LINE_SECONDS = 30.0, 0.05, 300.0
-_POLL_SECONDS = 0.5  # a unit of work may last for minutes, so a thread looks at the clock
-_shown = threading.Lock()  # held by the outermost loop: work inside it shows nothing of its own
+_POLL_SECONDS = 0.5  # a unit of work may take minutes, so a thread watches the clock
+_shown = threading.Lock()  # held by the outermost loop: nested loops show nothing
 clock = time.monotonic  # tests replace it
 
 
 class Bar:
-    """What a loop moves; several threads may. `total` is 0 where nobody knows how many units there will be."""
+    """The handle that a loop updates, possibly from several threads. `total` is 0 if the number of units is unknown."""
 
     def __init__(self, label: str, total: int, unit: str):
         self._label, self._total, self._unit = label, total, unit
@@ -30,11 +30,11 @@ class Bar:
         self._display: Any = None
         if os.environ.get("RANK", "0") == "0" and _shown.acquire(blocking=False):
             self._display = _Screen(label, total) if sys.stderr.isatty() else _Log(label)
-            with suppress(RuntimeError):  # no room for one more thread: then lines come only when the bar is moved
+            with suppress(RuntimeError):  # no thread available: then lines are printed only when the progress is updated
                 threading.Thread(target=self._watch, daemon=True).start()
 
     def resume_at(self, done: int) -> None:
-        """Start from `done` units that an earlier run did; they do not count for the rate."""
+        """Start from `done` units of an earlier run, which do not count for the rate."""
         with self._lock:
             self._first = self._done = done
 
@@ -68,13 +68,13 @@ class Bar:
         self._display.show(seconds, whole_seconds, self._done, note, self._count() if self._unit else "")
 
     def _count(self) -> str:
-        """How many units are done: `40 % (512,000 of 1,281,167 images)`."""
+        """The progress as text: `40 % (512,000 of 1,281,167 images)`."""
         if not self._total:
             return f"{self._done:,} {self._unit}"
         return f"{100 * self._done // self._total} % ({self._done:,} of {self._total:,} {self._unit})"
 
     def close(self) -> None:
-        """Show nothing any more, and take a bar off the screen."""
+        """Stop showing progress, and clear the bar."""
         with self._lock:
             self._closed.set()
             if self._display is not None:
@@ -84,7 +84,7 @@ class Bar:
 
 
 class _Log:
-    """Lines in a file or a pipe, whose reader may be gone."""
+    """Lines in a file, or in a pipe whose reader may be gone."""
 
     def __init__(self, label: str):
         self._label = label
@@ -143,7 +143,7 @@ def _clock_time(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(label: str, total: int = 0, unit: str = "") -> Iterator[Bar]:
-    """Show how far the work in the body is: `total` units, 0 where nobody knows; without a `unit`, only how long it has lasted."""
+    """Show the progress of the body: `total` units, 0 if unknown; without a `unit`, only the time elapsed."""
     bar = Bar(label, total, unit)
     try:
         yield bar

@@ -1,4 +1,4 @@
-"""A DataLoader whose indices are tasks, handed out pass by pass: the workers live from one pass to the next."""
+"""A dataloader whose indices are tasks, given out pass by pass with persistent workers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, tee
@@ -13,9 +13,9 @@ Item = TypeVar("Item")
 
 
 class TaskLoader:
-    """Does tasks in order, some ahead of their use, in `workers` processes (0: in this one, at use; None: as many as suit the machine).
+    """Runs tasks in order, some ahead of their use, in `workers` processes (0: in this one, when needed; None: chosen for the machine).
 
-    `dataset[task]` is a task's result; its module is what workers are forked from. `pin`: results come in page-locked memory.
+    `dataset[task]` is a task's result; its module is what workers are forked from. `pin`: results are in page-locked memory.
     """
 
     def __init__(self, dataset: Dataset, workers: int | None, tasks_ahead: int, pin: bool):
@@ -32,11 +32,11 @@ class TaskLoader:
             multiprocessing_context=fork_server(type(dataset).__module__) if workers else None,
             worker_init_fn=begin_worker,
             pin_memory=pin,
-            generator=torch.Generator(),  # its own, so that torch's global random state stays as it is
+            generator=torch.Generator(),  # its own, so that torch's global random state does not change
         )
 
     def results(self, work: Iterable[tuple[Item, Sequence[Any]]]) -> Iterator[tuple[Item, list[Any]]]:
-        """One pass: each item of `work`, which comes with its tasks, is given back with their results. `work` is read ahead of use."""
+        """One pass: yield each item of `work`, which comes with its tasks, together with their results. `work` is read ahead of use."""
         ahead, here = tee(work)
         self._feed.tasks = (task for _, tasks in ahead for task in tasks)
         try:
@@ -44,11 +44,11 @@ class TaskLoader:
             for item, tasks in here:
                 yield item, list(islice(results, len(tasks)))
         finally:
-            self._feed.tasks = iter(())  # or an abandoned pass is a cycle of references, and the workers end seconds late
+            self._feed.tasks = iter(())  # otherwise an abandoned pass is a reference cycle, and the workers end seconds late
 
 
 class _Feed(Sampler):
-    """The tasks of the present pass."""
+    """The tasks of the current pass."""
 
     def __init__(self) -> None:
         self.tasks: Iterator[Any] = iter(())

@@ -1,4 +1,4 @@
-"""Worker processes: how many, how they start, and that they end with the process that they work for, even where that one is killed."""
+"""Worker processes: their number, how they start, and that they end with their owner, even if that is killed."""
 
 import multiprocessing
 import os
@@ -14,23 +14,23 @@ KEPT_BYTES = 2**26  # by each worker: some large images
 
 
 def worker_count() -> int:
-    """Workers of this process: its share of the processors it may use, less one for itself."""
+    """Number of workers for this process: its share of the available processors, minus one for itself."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(MOST_WORKERS, max(0, allowed // processes - 1))
 
 
 def fork_server(module: str) -> BaseContext:
-    """Workers are forked from a clean process that has imported `module`, not from one with a GPU and threads."""
+    """Fork workers from a clean process that has imported `module`, not from one with a GPU and threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     return context
 
 
 def begin_worker(*_: object) -> None:
-    """To be called in a new worker: it keeps freed memory, and a thread waits for the death of its owner, and then ends it.
+    """Called in a new worker: lets it keep freed memory, and starts a thread that ends it when its owner dies.
 
-    A worker is a child of the fork server, not of its owner, and each keeps the other alive: on their own they would stay for ever.
+    A worker is a child of the fork server, not of its owner, and each keeps the other alive: otherwise they would stay forever.
     """
     keep_freed_memory(KEPT_BYTES)
     if (owner := multiprocessing.parent_process()) is not None:

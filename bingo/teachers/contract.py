@@ -1,8 +1,8 @@
-"""What a foreign checkpoint holds of a teacher: the backbone's weights, the projection head's, and what is left out.
+"""The parts of a foreign checkpoint: the weights of the backbone and of the projection head, and what is left out.
 
 Each file in bingo/teachers/formats has `EXPECTED`, what such a checkpoint looks like (for an error line), `KEY_WIDTH`, how wide the keys
 of published files are (None: they hold no head, the feature is the key), and `parts`, which finds the parts in what `read_checkpoint`
-gave, or returns None where it is of another format.
+gave, or returns None if it is of another format.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,9 +39,9 @@ class Parts:
 
 
 def divide(state: Mapping[str, Tensor], trunk: str, head: str | None = None, left_out: Sequence[str] = (), **more: Any) -> Parts:
-    """Divide names by their prefixes: `head` and `left_out` (whole modules) first, then `trunk`; all others are unknown.
+    """Sort names by their prefixes: `head` and `left_out` (whole modules) first, then `trunk`; all others are unknown.
 
-    `trunk` and `head` end with a dot or are empty. `more` are further fields of Parts.
+    `trunk` and `head` end with a dot or are empty. `more` are additional fields of Parts.
     """
     prefixes = {f"{module}.": module for module in left_out}
     others = {name: next((prefixes[prefix] for prefix in prefixes if f"{name}.".startswith(prefix)), None) for name in state}
@@ -68,7 +68,7 @@ def entry(content: Any, name: str) -> dict[str, Tensor]:
 
 
 def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest of their names."""
+    """The tensors whose names begin with this prefix, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
@@ -83,5 +83,5 @@ def bare(content: Any) -> dict[str, Tensor]:
 
 
 def depth_of(head: Mapping[str, Tensor]) -> int:
-    """How many linear layers a Sequential's state dict has (those with a matrix for a weight)."""
+    """The number of linear layers in a Sequential's state dict (those whose weight is a matrix)."""
     return sum(name.endswith(".weight") and tensor.ndim == 2 for name, tensor in head.items())

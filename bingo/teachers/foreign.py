@@ -1,4 +1,4 @@
-"""Reading checkpoints that other programs wrote, without running any code that they hold."""
+"""Read checkpoints written by other programs without running any code in them."""
 
 import hashlib
 import pickle
@@ -18,8 +18,9 @@ from bingo.nets.checkpoint import first_names
 from bingo.runtime.errors import UserError, near_matches, out_of_memory
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")  # how torch's weights-only reader names what it refuses
-# What public training programs pickle beside the weights: DINO's options; NumPy's learning rates in the optimizers of DINO and SwAV; a
-# function in that of Barlow Twins and VICReg. Only these names are passed over, and nothing of theirs is imported or run.
+# What public training programs pickle in addition to the weights: DINO's options; NumPy's learning rates in the optimizers of DINO and
+# SwAV; a
+# function in that of Barlow Twins and VICReg. Only these names are skipped, and nothing is imported or run.
 _BESIDE_WEIGHTS = (
     "argparse.Namespace",
     *(f"{module}.{name}" for module in ("numpy.core.multiarray", "numpy._core.multiarray") for name in ("scalar", "_reconstruct")),
@@ -29,7 +30,7 @@ _BESIDE_WEIGHTS = (
 _MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before PyTorch 1.6
 _SPARE_BYTES = 64 << 20  # some files hold small tensors in this form
 _WAY_OUT = "set teacher.checkpoint to a file of torch.save or safetensors"
-# What a file is instead, by how it begins, and what helps then.
+# What a file is instead, by its first bytes, and how to fix it.
 _BEGINNINGS = (
     (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch that with: git lfs pull"),
     (rb"\s*<", "a web page", "download the file itself, for example by the page's link to the raw file"),
@@ -44,10 +45,10 @@ _MOST_DEEP = 4  # levels of dicts around the weights
 
 
 def read_checkpoint(path: Path | str) -> tuple[Any, str]:
-    """What a file of `torch.save` or safetensors holds, on the CPU, and the sha256 of its bytes (64 hex digits).
+    """The content of a file of `torch.save` or safetensors, on the CPU, and the sha256 of its bytes (64 hex digits).
 
-    Objects that public training programs are known to leave beside the weights come as empty `Nothing`s. Raises UserError where the
-    file is absent, damaged, neither of the two, or holds any other pickled code, whose name it tells.
+    Objects that public training programs are known to save in addition to the weights become empty `Nothing`s. Raises UserError if the
+    file is absent, damaged, neither of the two, or contains any other pickled code, whose name it reports.
     """
     if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"{path}: is {_what_holds(Path(path))}")
@@ -55,17 +56,17 @@ def read_checkpoint(path: Path | str) -> tuple[Any, str]:
         with open(path, "rb") as file:
             sha256, start = hashlib.file_digest(file, "sha256").hexdigest(), _first_bytes(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file{_near_files(Path(path))}; {_WAY_OUT}") from None
+        raise UserError(f"{path}: the file does not exist{_near_files(Path(path))}; {_WAY_OUT}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend its rights, or {_WAY_OUT}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fix its permissions, or {_WAY_OUT}") from None
     # By what it holds: a download keeps no suffix. A safetensors file begins with the length of the JSON that follows.
     return (_safetensors(path) if start[8:9] == b"{" or Path(path).suffix == ".safetensors" else _torch_file(path)), sha256
 
 
 def states_in(content: Any) -> list[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every dict of tensors by name in what `read_checkpoint` gave: the keys that lead to it, and its tensors.
+    """All dicts of tensors by name in the result of `read_checkpoint`: the keys that lead to it, and its tensors.
 
-    Empty dicts and what lies more than four levels deep are no such dicts.
+    Empty dicts and those more than four levels deep are ignored.
     """
     return [(keys, value) for keys, value in dicts_in(content) if is_state_dict(value)]
 
@@ -103,7 +104,7 @@ def is_state_dict(value: Any) -> TypeGuard[dict[str, Tensor]]:
 
 
 def summary(content: Any) -> str:
-    """What a checkpoint holds, in a few words, for an error line."""
+    """A short description of a checkpoint's content, for an error message."""
     return f"a dict of {len(content)}: {first_names(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
 
 
@@ -113,7 +114,7 @@ def _first_bytes(path: Path | str) -> bytes:
 
 
 def _what_holds(path: Path) -> str:
-    """What lies at a path that is no regular file, and the way out: of a folder, a file of weights in it."""
+    """What lies at a path that is not a regular file, and the way out: of a folder, a file of weights in it."""
     if not path.is_dir():
         return f"no regular file; {_WAY_OUT}"
     weights = sorted(str(file) for suffix in ("safetensors", "pth", "pt", "pth.tar", "bin", "ckpt") for file in path.glob(f"*.{suffix}"))
@@ -126,7 +127,7 @@ def _near_files(path: Path) -> str:
 
 
 class Nothing:
-    """Stands where a checkpoint has an object that is not wanted: it is made from anything and keeps none of it."""
+    """A placeholder for an unwanted object in a checkpoint; it accepts any arguments and keeps none."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         return super().__new__(cls)
@@ -147,7 +148,7 @@ class _TooLarge(Exception):
 
 
 def _check_sizes(content: Any, file_bytes: int) -> None:
-    """Refuse tensors that stand for more numbers than the file has bytes for: a few bytes may claim any shape, with strides of 0."""
+    """Raises UserError for tensors with more numbers than the file has bytes: a few bytes may claim any shape, with strides of 0."""
     waiting, seen = [("", content)], set()
     while waiting:
         name, value = waiting.pop()
@@ -162,8 +163,8 @@ def _torch_file(path: Path | str) -> Any:
     with open(path, "rb") as file:
         start = file.read(len(_MAGIC))
     if start[:1] == _MAGIC[:1] and start != _MAGIC:
-        line = f"{path}: is no checkpoint of torch.save but a plain pickle, which is never run"
-        way_out = "where you trust it, load it and save its tensors by name with torch.save"
+        line = f"{path}: is not a checkpoint of torch.save but a plain pickle, which is never run"
+        way_out = "if you trust it, load it and save its tensors by name with torch.save"
         raise UserError(f"{line}; {way_out} (DeepMind's BYOL: by convert.py of ajtejankar/byol-convert)")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([(Nothing, name) for name in _BESIDE_WEIGHTS]):
@@ -177,9 +178,9 @@ def _torch_file(path: Path | str) -> Any:
     except pickle.UnpicklingError as error:
         if named := _GLOBAL.search(str(error)):
             line = f"{path}: holds pickled code ({named[1]}), which is never run"
-            raise UserError(f"{line}; where you trust it, load it and save its state_dict alone with torch.save") from None
-        raise UserError(f"{path}: is no checkpoint of torch.save; {_instead(path, _WAY_OUT)}") from None
-    except Exception as error:  # arbitrary bytes make the reader raise almost anything
+            raise UserError(f"{line}; if you trust it, load it and save its state_dict alone with torch.save") from None
+        raise UserError(f"{path}: is not a checkpoint of torch.save; {_instead(path, _WAY_OUT)}") from None
+    except Exception as error:  # arbitrary bytes can raise almost anything
         if full := out_of_memory(error):
             raise UserError(f"{path}: {full}") from None
         if "TorchScript" in str(error):
@@ -187,11 +188,11 @@ def _torch_file(path: Path | str) -> Any:
             raise UserError(f"{path}: is a program of TorchScript, which is never run; {way_out}") from None
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         way_out = _instead(path, "copy or download it again, or unpack it if it is an archive")
-        raise UserError(f"{path}: is no checkpoint of torch.save, or is truncated ({reason}); {way_out}") from None
+        raise UserError(f"{path}: is not a checkpoint of torch.save, or is truncated ({reason}); {way_out}") from None
 
 
 def _instead(path: Path | str, otherwise: str) -> str:
-    """What the file is by its beginning, and the way out for that; `otherwise` where that says nothing."""
+    """The kind of the file by its first bytes, and how to fix it; `otherwise` if it is unknown."""
     start = _first_bytes(path)
     if not start:
         return "it is empty: copy or download it again"

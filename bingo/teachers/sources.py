@@ -67,7 +67,7 @@ def untrained(params: TeacherParams, seed: int) -> Made:
 def from_timm(params: TeacherParams, image: ImageParams) -> Made:
     """timm's pretrained weights, or the local file `teacher.checkpoint` under timm's names; the classifier is left out.
 
-    Raises UserError where the weights cannot be downloaded, do not fit, or were trained with another mean and std than `image`
+    Raises UserError if the weights cannot be downloaded, do not fit, or were trained with another mean and std than `image`
     has (for a local file, whose training is not known, that is a line on stderr).
     """
     options = ANY_IMAGE if is_transformer(params.arch) else {}
@@ -98,7 +98,7 @@ def from_torchvision(params: TeacherParams, image: ImageParams) -> Made:
 def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     """The backbone and the projection head, if there is one, of a checkpoint of the published format `teacher.format`.
 
-    Wrappers around the format's own names are taken off, with a line on stderr. Raises UserError where it is of another format (and
+    Wrappers around the format's own names are taken off, with a line on stderr. Raises UserError if it is of another format (and
     says of which), for names that such a file does not have, and for weights that do not fit `teacher.arch`. Another mean and std
     than `image` has are a line on stderr.
     """
@@ -123,7 +123,7 @@ def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
 
 
 def _parts(params: TeacherParams, content: Any) -> Parts:
-    """The parts of a checkpoint of `teacher.format`, which may have wrappers around it. Raises UserError where it is of another format."""
+    """The parts of a checkpoint of `teacher.format`, which may have wrappers around it. Raises UserError if it is of another format."""
     if (parts := _format(params.format).parts(content)) is not None:
         return parts
     found = _unwrapped(params.format, content)
@@ -131,7 +131,7 @@ def _parts(params: TeacherParams, content: Any) -> Parts:
     if found is None and not others:
         found = _beside(params, content)
     if found is None or (others and not found[0].sure):
-        raise UserError(f"{params.checkpoint}: is no checkpoint of format {params.format}: {_what_instead(params, content)}")
+        raise UserError(f"{params.checkpoint}: is not a checkpoint of format {params.format}: {_what_instead(params, content)}")
     _mention(params, *found)
     return found[0]
 
@@ -271,7 +271,7 @@ def _head(parts: Parts, backbone: Backbone, origin: str) -> nn.Sequential:
 
 
 def _head_widths(parts: Parts, backbone: Backbone, origin: str) -> list[int]:
-    """The widths of the head's features by the checkpoint's shapes. Raises UserError where these are of no such head."""
+    """The widths of the head's features by the checkpoint's shapes. Raises UserError if these are of no such head."""
     linears = [f"{i}.weight" for i, kind in enumerate(parts.layers) if kind.startswith("linear")]
     shapes = [tuple(parts.head[name].shape) if name in parts.head else () for name in linears]
     widths = [shape[0] if len(shape) == 2 else 1 for shape in shapes]  # where it is 1, loading names what is wrong

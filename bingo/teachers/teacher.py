@@ -1,4 +1,4 @@
-"""The frozen teacher and its file, models/teacher.safetensors: a backbone and its projection head, whatever they came from.
+"""The frozen teacher and its file, models/teacher.safetensors: a backbone and its projection head, from any source.
 
 The sources of teachers are in bingo/teachers/sources.py, so that reading a teacher does not depend on how it was obtained.
 Shape letters: B images of a batch, D feature width, P key width.
@@ -19,11 +19,11 @@ from bingo.runtime.errors import UserError
 
 
 class Teacher(nn.Module):
-    """A backbone with its own projection head (or none: then the unit feature is the key); no parameter ever changes.
+    """A backbone with its projection head (or none: then the unit feature is the key); parameters never change.
 
     It stays in eval mode whatever `train` is called with. After `batch_statistics(True)` its BatchNorm layers normalise by the
     statistics of the batch, as in the released code (main_moco.py never calls `.eval()` on it). There the running statistics
-    drift along; here they stand still, so a key depends on its batch alone and a restart needs no state of the teacher.
+    drift; here they are constant, so a key depends only on its batch and a restart needs no state of the teacher.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module | None, metadata: Mapping[str, Any]):
@@ -39,7 +39,7 @@ class Teacher(nn.Module):
         return [layer for layer in self.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever `mode` says; BatchNorm as `batch_statistics` has set it."""
+        """Stay in eval mode, whatever `mode`; BatchNorm as set by `batch_statistics`."""
         super().train(False)
         for layer in self._batch_norms():
             layer.train(self._batch_statistics)
@@ -51,10 +51,10 @@ class Teacher(nn.Module):
         self.train()
 
     def weights_for(self, dtype: torch.dtype) -> Self:
-        """Keep the weights of convolutions and linear layers in `dtype`, as `autocast` would turn them in each pass: the same
+        """Keep the weights of convolutions and linear layers in `dtype`, as `autocast` would cast them in each pass: the same
         outputs bit by bit for half the memory, but from now on only within that context."""
         for layer in self.modules():
-            if type(layer) in (nn.Conv2d, nn.Linear):  # what is derived from them may compute with its weights before
+            if type(layer) in (nn.Conv2d, nn.Linear):  # modules derived from them may use their weights in forward
                 layer.to(dtype)
         return self
 
@@ -70,7 +70,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and keys of one pass, as `features` and `keys` give them."""
+        """Features and keys from one pass, as returned by `features` and `keys`."""
         pooled = self.backbone(x)
         return pooled.float(), unit(pooled if self.head is None else self.head(pooled))
 
@@ -78,7 +78,7 @@ class Teacher(nn.Module):
 def teacher_metadata(
     network: NetworkParams, image: ImageParams, backbone: Backbone, head: nn.Sequential | None, source: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a teacher's file says of itself; `source` adds at least `source` and `pretrained`, and `options` of the backbone, if any."""
+    """The metadata of a teacher's file; `source` adds at least `source` and `pretrained`, and `options` of the backbone, if any."""
     return {
         "kind": "teacher",
         **{name: getattr(network, name) for name in ("arch", "width", "stem")},
@@ -97,7 +97,7 @@ def untrained_backbone(metadata: Mapping[str, Any], seed_value: int) -> Backbone
 
 
 def save_teacher(path: Path | str, backbone: nn.Module, head: nn.Module | None, metadata: Mapping[str, Any]) -> None:
-    """Write the teacher under the names backbone.* and head.*, with what `teacher_metadata` says of it."""
+    """Write the teacher with the names backbone.* and head.*, and the metadata of `teacher_metadata`."""
     state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     if head is not None:
         state |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
@@ -107,14 +107,14 @@ def save_teacher(path: Path | str, backbone: nn.Module, head: nn.Module | None, 
 def load_teacher(path: Path | str) -> Teacher:
     """The frozen teacher in a file that `save_teacher` wrote, on the CPU.
 
-    Raises UserError for a file that is no teacher's, and where the installed timm or torchvision builds another network.
+    Raises UserError for a file that is not a teacher's, and if the installed timm or torchvision builds another network.
     """
     state, metadata = load_network(path)
     if metadata.get("kind") != "teacher":
         raise UserError(f"{path}: holds a {metadata.get('kind', 'network of no kind')}, not a teacher; run: dvc repro teacher")
     with building(path):
         if metadata["head"]:
-            with torch.device("meta"):  # a head that the tensors are not of may be of any size
+            with torch.device("meta"):  # a head that does not belong to the tensors may have any size
                 described = described_head(metadata["head"]).state_dict(prefix="head.")
             check_fits(described, {name: tensor for name, tensor in state.items() if name.startswith("head.")}, str(path))
         head = described_head(metadata["head"]) if metadata["head"] else None

@@ -126,9 +126,9 @@ def grid_px(backbone: Backbone, pos_embed: Tensor) -> int | None:
 
 
 def find(content: Any, backbone: Backbone) -> tuple[Place, list[Place]] | None:
-    """The place of the network in a checkpoint, and others that fit as well; None where no place fits.
+    """The place of the network in a checkpoint, and others that fit as well; None if no place fits.
 
-    Raises UserError where nothing says which of several is wanted.
+    Raises UserError if nothing says which of several is wanted.
     """
     anchor = next(iter(backbone.state_dict()))
     fitting = sorted((place for place in places(content, anchor) if fits(backbone, place.state)), key=lambda place: place.rank)
@@ -178,7 +178,7 @@ def settings_that_fit(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 @cache
 def _empty(arch: str, width: float, stem: str) -> Backbone | None:
-    """The network without numbers, or None where there is no such network."""
+    """The network without numbers, or None if there is no such network."""
     try:
         with torch.device("meta"):
             return build_backbone(arch, width, stem, 0)

@@ -1,7 +1,7 @@
-"""A training is put together here, for the stages that run it and for the dry run that tries its parameters first.
+"""Assembly of a training, for the stages that run it and for the dry run that tries its parameters.
 
 `distillation`, `baseline` and `pretraining` are the three trainings that params.yaml describes: a method on a network, by a schedule.
-`TrainingSetup.build` turns such a description into a method with a new student; nothing else makes a `Context` for a run.
+`TrainingSetup.build` turns such a description into a method with a new student; this is the only place that makes a `Context` for a run.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What params.yaml says of one training. `place`: the section of its schedule, as messages name it; `keys`: see `Context`."""
+    """The description of one training in params.yaml. `place`: the section of its schedule, for messages; `keys`: see `Context`."""
 
     params: Params
     method: str
@@ -47,7 +47,7 @@ class TrainingSetup:
         bags: "Bags | None" = None,
         teacher: "Teacher | None" = None,
     ) -> Method:
-        """The method with a new student. Raises UserError where the student cannot be built, or takes no images of image.crop_px."""
+        """The method with a new student. Raises UserError if the student cannot be built, or does not accept images of image.crop_px."""
         network, seed = self.network, self.params.seed
         student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(seed, "student"), network.options)
         check_images(student, network.arch, self.params.image.crop_px)
@@ -66,7 +66,7 @@ class TrainingSetup:
         return build_method(self.method, self.section, context)
 
     def loader(self, images: Images, device: torch.device) -> ViewLoader:
-        """Random views of `images` in the training's family."""
+        """Random views of `images` with the training's augmentation."""
         return ViewLoader(images, self.params.image, self.schedule.augment, self.params.seed, device)
 
 
@@ -77,11 +77,11 @@ def distillation(params: Params) -> TrainingSetup:
 
 
 def baseline(params: Params, method: str) -> TrainingSetup:
-    """The stage `baseline`: the same student by the same schedule, but a method without a teacher."""
+    """The stage `baseline`: the same student with the same schedule, by a method without a teacher."""
     return TrainingSetup(params, method, params.methods.section(method), params.student, params.distill, "distill")
 
 
 def pretraining(params: Params) -> TrainingSetup:
-    """The stage `teacher` where teacher.source is `pretrain`: MoCo-v2 on the teacher's network."""
+    """The stage `teacher` if teacher.source is `pretrain`: MoCo-v2 on the teacher's network."""
     pretrain = params.teacher.pretrain
     return TrainingSetup(params, "moco", pretrain.moco, params.teacher, pretrain, "teacher.pretrain")

@@ -1,6 +1,6 @@
-"""What each step of a training holds: rows, drawn bag members and companions, their views, stored keys and features.
+"""The batches of a training: rows, drawn bag members and companions, their views, stored keys and features.
 
-All of it is a function of (seed, purpose, epoch, row), so it depends neither on a restart nor on the number of processes. Shape
+They are functions of (seed, purpose, epoch, row), so they depend neither on restarts nor on the number of processes. Shape
 letters: B rows of a batch, M companions of an anchor, S stored views of a row, T train rows, V stored views, P key width, D feature
 width.
 """
@@ -28,7 +28,7 @@ STORED_VIEWS = "extract"  # the purpose under which the teacher's pass draws its
 
 @dataclass(frozen=True)
 class Stored:
-    """What the teacher's pass left for training, on the device: keys (T, V, P) and features (T, D) in float16, and the family of the
+    """The teacher's stored outputs on the device: keys (T, V, P) and features (T, D) in float16, and the augmentation of the
     views that the keys were made from."""
 
     keys_TVP: Tensor
@@ -38,7 +38,7 @@ class Stored:
 
 @dataclass
 class BatchPlan:
-    """One step of this process: rows, the drawn members, the stored views whose keys each row is given."""
+    """One step of this process: rows, drawn members, and the stored views whose keys each row gets."""
 
     rows_B: np.ndarray
     member_rows_B: np.ndarray | None
@@ -47,9 +47,9 @@ class BatchPlan:
 
 
 def steps_in_epoch(train_rows: int, batch_anchors: int, name: str = "batch_anchors") -> int:
-    """Whole batches in an epoch; the tail is dropped, another one each epoch.
+    """Number of complete batches in an epoch; the remaining rows are dropped, different ones in each epoch.
 
-    Raises UserError, which calls the parameter `name`, where there is no whole batch, or no equal share of it for each process.
+    Raises UserError for the parameter `name` if there is no complete batch, or it cannot be divided equally among processes.
     """
     if batch_anchors > train_rows:
         raise UserError(f"{name} = {batch_anchors}: there are only {train_rows} train images; lower it to at most that")
@@ -59,12 +59,12 @@ def steps_in_epoch(train_rows: int, batch_anchors: int, name: str = "batch_ancho
 
 
 def weak_family(augment: AugmentParams) -> AugmentParams:
-    """Crop, turn and flip of a family of views, without its colours and its blur."""
+    """The augmentation without colour jitter, greyscale and blur."""
     return augment.model_copy(update={"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0})
 
 
 class Batches:
-    """The batches that a method with these needs is trained on."""
+    """The batches for a method with these needs."""
 
     def __init__(
         self, needs: Needs, loader: ViewLoader, seed: int, train_rows: int, batch_anchors: int, bags: "Bags | None", stored: Stored | None
@@ -85,8 +85,9 @@ class Batches:
             yield self.plan(epoch, distributed.own_share(rows_B))
 
     def plan(self, epoch: int, rows_B: np.ndarray) -> BatchPlan:
-        """What one step holds. A companion's draws follow from its anchor's row and its place among the companions, so a row that comes
-        twice is seen twice."""
+        """The plan of one step. A companion's draws depend on its anchor's row and its position among the companions, so that a row that
+        occurs
+        twice is seen in two views."""
         needs, seed_rows_B, place_B = self.needs, rows_B, np.zeros(len(rows_B), np.int64)
         if needs.companions:
             place_B = np.repeat(np.arange(1 + needs.companions), len(rows_B))
@@ -114,7 +115,7 @@ class Batches:
         return self.bags.draw_listed(rows_B, u_BK, self.needs.companions).T.ravel()
 
     def _stored_views(self, epoch: int, seed_rows_B: np.ndarray, place_B: np.ndarray) -> np.ndarray:
-        """Numbers of stored views, int64 (S, B): one drawn for each row and, where two same views are needed, another one."""
+        """Numbers of stored views, int64 (S, B): one drawn for each row and, if two same views are needed, another one."""
         views = self.stored.keys_TVP.shape[1] if self.stored is not None else 1
         u_B2 = seeds.uniforms(self.seed, "stored view", epoch, seed_rows_B, place_B, draws=2)
         first_B = (u_B2[:, 0] * views).astype(np.int64)

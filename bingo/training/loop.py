@@ -1,8 +1,8 @@
-"""The one training loop: batch, terms, finite?, backward, step, after_step, log, checkpoint, resume. It knows no method by name,
-and nothing in a step waits for the device.
+"""The training loop for all methods: batch, loss terms, check for finite loss, backward, step, after_step, log, checkpoint, resume.
+Nothing in a step waits for the device.
 
-Every random choice is a function of (seed, purpose, epoch, row), so a run that was killed and started again from its checkpoint
-ends with the same bytes as one that was not.
+Every random choice is a function of (seed, purpose, epoch, row), so a run that is resumed from its checkpoint
+ends with the same bytes as an uninterrupted one.
 """
 
 import time
@@ -28,8 +28,8 @@ from bingo.training.finite import LossWatch
 
 @dataclass
 class TrainingResult:
-    """What a training leaves behind beside the method's weights: one record an epoch, how far the network's features are spread,
-    what an anchor costs (GFLOP, forward and backward), and how fast it went in this process."""
+    """Results of a training in addition to the method's weights: one record per epoch, the spread of the network's features,
+    the cost per anchor (GFLOP, forward and backward), and the speed in this process."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     spread: dict[str, float] = field(default_factory=dict)
@@ -40,9 +40,9 @@ class TrainingResult:
 
 
 class Trainer:
-    """Trains one method on one process group. `probe` measures the student in words of {name: percent}; it runs on process 0.
+    """Trains one method on one process group. `probe` measures the student as {name: percent}; it runs on process 0.
 
-    `batchnorm_groups` of the global batch have BatchNorm statistics of their own; None: as `schedule` says without a momentum encoder.
+    `batchnorm_groups` of the global batch have separate BatchNorm statistics; None: as `schedule` says without a momentum encoder.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Trainer:
         self.step, self.result = 0, TrainingResult()
 
     def resumes(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
+        """Whether there is a checkpoint to resume from."""
         return self.checkpoints.exists()
 
     def run(self) -> TrainingResult:
@@ -102,7 +102,7 @@ class Trainer:
     def _train_step(self, batch: Batch, progress: Progress) -> None:
         rate = learning_rate(self.step, self.steps_per_epoch, self.schedule.lr, self.schedule)
         self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)  # before the forward, whose activations can have their room
+        self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations can reuse the memory
         self._seed_draws()
         with grouped_batchnorm(self.groups, self.own_anchors):
             terms = self.network(batch, progress)
@@ -116,13 +116,13 @@ class Trainer:
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
     def _seed_draws(self) -> None:
-        """Let what the network itself draws (dropout, stochastic depth) follow from seed, step and process alone."""
+        """Seed the network's own random draws (dropout, stochastic depth) by seed, step and process."""
         purpose = f"dropout of process {distributed.rank()}"
         seed_generator = torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
-        seed_generator(seeds.torch_seed(self.batches.seed, purpose, self.step))  # the device's alone: torch.manual_seed takes 0.2 ms
+        seed_generator(seeds.torch_seed(self.batches.seed, purpose, self.step))  # only the device's: torch.manual_seed takes 0.2 ms
 
     def _refuse_what_is_not_finite(self) -> None:
-        """Stop if a loss was not finite since this was last called. It waits for the device."""
+        """Raise UserError if a loss was not finite since the last call. Waits for the device."""
         if (found := self.watch.first(self.step)) is not None:
             raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; {self._way_out(found[0])}")
 
@@ -132,7 +132,7 @@ class Trainer:
         return f"lower lr (now {self.schedule.lr})"
 
     def _check_weights(self) -> None:
-        """The loss is looked at before a step; what the last one made of the weights no loss would tell."""
+        """Check the weights after the last step, since the loss is checked only before a step."""
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in self.method.state_dict().values())
         if distributed.any_true(not finite, self.device):
             raise UserError(f"{self.label}: weights are nan or inf after {self.step} steps; lower lr (now {self.schedule.lr})")
@@ -153,7 +153,7 @@ class Trainer:
         self.result.history.append(record)
 
     def _checkpoint_if_due(self) -> None:
-        """Several processes agree on it only where the loss is read as well: to agree waits for the device."""
+        """Several processes agree on it only when the loss is read too, because agreeing waits for the device."""
         if distributed.world() > 1 and not self.watch.due(self.step):
             return
         self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)

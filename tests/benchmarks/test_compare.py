@@ -117,7 +117,7 @@ def test_a_sweep_goes_seed_by_seed_and_is_not_run_again(repository):
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("4 experiments at ")
-    assert "[1/4] method-bingo-s0: linear 94.5, kNN-10 93.0; " in lines[1]
+    assert "[1/4] method-bingo-s0: linear 94.5, k-NN-10 93.0; " in lines[1]
     assert lines[1].endswith(" left")
     assert lines[-1].startswith("4 of 4 done, 0 failed")
     runs = repository.ran()
@@ -205,7 +205,7 @@ def test_mistakes_are_one_line_before_anything_runs(repository):
     assert "--root is empty: give the folder" in mistake("--variants", "method-bingo", "--root", "")
     assert "recipe = parts/imagenet: is a part" in mistake("--variants", "method-bingo", "--base", "parts/imagenet")
     missing = mistake("--variants", "method-bingo", "--base", "cifar10-cpu-smoke", "--root", "nowhere")
-    assert "--root = nowhere: there is no such folder" in missing
+    assert "--root = nowhere: the folder does not exist" in missing
     (repository.home / "params.yaml").write_text((repository.home / "params.yaml").read_text() + "# edited\n")
     assert "params.yaml: not committed" in mistake("--variants", "method-bingo")
     repository.commit()

@@ -101,7 +101,7 @@ def test_a_gallery_is_made_again_only_when_something_changed_and_thumbnails_are_
 def test_nothing_but_a_gallery_is_replaced(workspace):
     (workspace / "photos").mkdir(exist_ok=True)
     (workspace / "photos/holiday.jpg").write_bytes(b"dear")
-    assert "--out = photos: holds files that are no gallery" in mistake("gallery", "--out", "photos")
+    assert "--out = photos: contains files that do not belong to a gallery" in mistake("gallery", "--out", "photos")
     assert (workspace / "photos/holiday.jpg").read_bytes() == b"dear"
     assert "--out = params.yaml: is a file; give a folder" in mistake("gallery", "--out", "params.yaml")
 
@@ -115,7 +115,7 @@ def test_images_that_cannot_be_read_are_grey_and_tried_again(tmp_path, monkeypat
     for path, pixels in list(zip(listing.paths, images_of(listing.labels_N, 100), strict=True))[:64]:
         Image.fromarray(pixels[:, 20:80]).save(tmp_path / "photos" / path)
     code, _, err = bingo_bags("gallery")
-    assert (code, err) == (0, "warning: 6 images could not be read and are grey; check dataset.root\n")
+    assert (code, err) == (0, "warning: 6 images could not be read and are shown in grey; check dataset.root\n")
     for path, pixels in zip(listing.paths, images_of(listing.labels_N, 100), strict=True):
         Image.fromarray(pixels).save(tmp_path / "photos" / path)
     assert bingo_bags("gallery")[2] == ""

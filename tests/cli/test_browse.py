@@ -155,9 +155,9 @@ def test_a_path_that_is_not_listed(workspace):
 def test_no_index_no_listing(workspace):
     Path("data/bags.zarr").rename("data/elsewhere.zarr")
     for command in (["show", 5], ["stats"], ["gallery"], ["diff", "workspace", "workspace"]):
-        assert "data/bags.zarr: there is no such store, or it is not whole; run: dvc repro bag" in mistake(*command)
+        assert "data/bags.zarr: the store does not exist or is incomplete; run: dvc repro bag" in mistake(*command)
     Path("data/listing.parquet").rename("data/elsewhere.parquet")
-    assert "data/listing.parquet: there is no such file; run: dvc repro scan" in mistake("show", 5)
+    assert "data/listing.parquet: the file does not exist; run: dvc repro scan" in mistake("show", 5)
 
 
 def test_an_index_of_another_listing(workspace, tmp_path):
@@ -341,7 +341,7 @@ def test_find_gives_the_train_rows_nearest_to_a_file(taught, monkeypatch):
 def test_find_refuses_what_is_no_image_and_another_teacher(taught, monkeypatch):
     monkeypatch.setenv("BINGO_DEVICE", "cpu")
     Path("text.jpg").write_text("no image")
-    assert "text.jpg: is no image that can be decoded" in mistake("find", "text.jpg")
+    assert "text.jpg: is not an image that can be decoded" in mistake("find", "text.jpg")
     assert "absent.jpg: cannot be read (No such file or directory)" in mistake("find", "absent.jpg")
     Image.new("RGB", (30, 20)).save("image.png")
     with open("models/teacher.safetensors", "ab") as file:

@@ -221,7 +221,9 @@ def test_unreadable_images_are_named_otherwise(here):
     assert (code, out) == (2, PASSED)
     first, second = err.splitlines()
     assert first.startswith("error: a/3.png: cannot be read (")
-    assert second == "error: FOLDER = photos: 1 of 7 images are unreadable; mend or delete them, or leave them out with --on-bad-image skip"
+    assert (
+        second == "error: FOLDER = photos: 1 of 7 images are unreadable; repair or delete them, or leave them out with --on-bad-image skip"
+    )
     assert not Path("e.npy").exists()
 
 
@@ -230,7 +232,7 @@ def test_a_folder_of_unreadable_images_alone_is_refused_even_then(here):
     (here / "bad/a.jpg").write_bytes(b"")
     code, _, err = bingo_embed("bad", "--out", "e.npy", "--on-bad-image", "skip")
     assert code == 2
-    assert err.splitlines()[-1] == "error: FOLDER = bad: 1 of 1 images are unreadable; mend or delete them"
+    assert err.splitlines()[-1] == "error: FOLDER = bad: 1 of 1 images are unreadable; repair or delete them"
 
 
 def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
@@ -238,7 +240,8 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
     code, _, err = bingo_embed("photos", "--out", "e.npy")
     assert code == 2
     assert (
-        err == "error: --out = e.npy: 'to\\np.png' has a line break in its name, and .npy has its names in lines; write .parquet or .zarr\n"
+        err
+        == "error: --out = e.npy: 'to\\np.png' has a line break in its name, and .npy stores one name per line; write .parquet or .zarr\n"
     )
     for suffix in (".parquet", ".zarr"):
         assert bingo_embed("photos", "--out", f"e{suffix}")[0] == 0
@@ -251,19 +254,19 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["none", "--out", "e.npy"], "FOLDER = none: there is no such folder; name one that holds images"),
-        (["photos/top.png", "--out", "e.npy"], "FOLDER = photos/top.png: there is no such folder"),
+        (["none", "--out", "e.npy"], "FOLDER = none: the folder does not exist; name one that holds images"),
+        (["photos/top.png", "--out", "e.npy"], "FOLDER = photos/top.png: the folder does not exist"),
         (["empty", "--out", "e.npy"], "FOLDER = empty: holds no images; recognised are .jpg, .jpeg, .png"),
         (["leads-out", "--out", "e.npy"], "FOLDER = leads-out: x.png is a link out of it, to "),
-        (["bytes", "--out", "e.npy"], "FOLDER = bytes: '\\udcff.png' is no UTF-8 name; rename the file"),
+        (["bytes", "--out", "e.npy"], "FOLDER = bytes: '\\udcff.png' is not a UTF-8 name; rename the file"),
         (["photos", "--out", "e.csv"], "--out = e.csv: allowed are names that end in .zarr, .npy, .parquet"),
         (["photos", "--out", "e"], "--out = e: allowed are names that end in"),
-        (["photos", "--out", "there.npy"], "--out = there.npy: is there already; give another name, or --force to replace it"),
-        (["photos", "--out", "beside.npy"], "--out: beside it = beside.txt: is there already"),
-        (["photos", "--out", "folder.npy", "--force"], "--out = folder.npy: is no file of this kind, so --force does not replace it"),
-        (["photos", "--out", "foreign.zarr", "--force"], "--out = foreign.zarr: is no file of this kind"),
+        (["photos", "--out", "there.npy"], "--out = there.npy: exists already; give another name, or --force to replace it"),
+        (["photos", "--out", "beside.npy"], "--out: beside it = beside.txt: exists already"),
+        (["photos", "--out", "folder.npy", "--force"], "--out = folder.npy: is not a file of this kind, so --force does not replace it"),
+        (["photos", "--out", "foreign.zarr", "--force"], "--out = foreign.zarr: is not a file of this kind"),
         (["photos", "--out", "there.npy/e.npy"], "--out = there.npy/e.npy: there.npy is a file, not a folder; give another name"),
-        (["photos", "--out", "e.npy", "--student", "none.safetensors"], "none.safetensors: cannot be read (there is no such file)"),
+        (["photos", "--out", "e.npy", "--student", "none.safetensors"], "none.safetensors: cannot be read (the file does not exist)"),
         (["photos", "--out", "e.npy", "--student", "photos"], "photos: cannot be read ("),
         (["photos", "--out", "e.npy", "--student", "models/teacher.safetensors"], "models/teacher.safetensors: holds a teacher, not"),
         (["photos", "--out", "e.npy", "--student", "there.npy"], "there.npy: is damaged, or BINGO did not write it (it has "),
@@ -271,8 +274,8 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
         (["photos", "--out", "e.npy", "--student", "foreign.safetensors"], "foreign.safetensors: is damaged, or BINGO did not write it"),
         (["photos", "--out", "e.npy", "--student", "other.safetensors"], "other.safetensors: missing layer1.0.conv3.weight, "),
         (["photos", "--out", "e.npy", "--student", "unknown.safetensors"], "arch = resnet19: timm "),
-        (["photos", "--out", "e.npy", "--student", "typed.safetensors"], "typed.safetensors: its tensors or metadata are not those of one"),
-        (["photos", "--out", "e.npy", "--student", "blind.safetensors"], "blind.safetensors: its tensors or metadata are not those of one"),
+        (["photos", "--out", "e.npy", "--student", "typed.safetensors"], "typed.safetensors: its tensors and metadata do not"),
+        (["photos", "--out", "e.npy", "--student", "blind.safetensors"], "blind.safetensors: its tensors and metadata do not"),
         (["photos", "--out", "e.npy", "--student", "nan.safetensors"], "nan.safetensors: bn1.bias hold nan or inf"),
         (["photos", "--out", "e.npy", "--student", "x", "--teacher"], "--student = x: --teacher embeds by models/teacher"),
     ],

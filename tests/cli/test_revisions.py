@@ -107,7 +107,7 @@ def test_gallery_of_a_revision(repository):
 
 def test_revisions_that_there_are_not(repository):
     line = mistake("show", 5, "--rev", "nowhere")
-    assert line.startswith("error: nowhere: is no Git revision and no DVC experiment of this repository; see `git log")
+    assert line.startswith("error: nowhere: is neither a Git revision nor a DVC experiment of this repository; see `git log")
     line = mistake("show", 5, "--rev", "v0")
     assert line.startswith("error: data/listing.parquet of v0: this revision has no such file")
     assert "commit dvc.lock" in line  # which is what v1 has, and it is read
@@ -124,7 +124,7 @@ def test_from_the_remote_and_from_nowhere(repository, tmp_path, monkeypatch):
     for site in ("site", "other-site"):
         monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / site))
         line = mistake("show", 5, "--rev", "k6")
-        assert "data/listing.parquet of k6: neither the DVC cache nor a remote holds its data; push them from" in line
+        assert "data/listing.parquet of k6: its data are neither in the DVC cache nor on a remote; push them from" in line
         assert "dvc repro bag" in line
 
 
@@ -135,4 +135,4 @@ def test_a_chunk_that_is_nowhere_is_not_taken_for_an_empty_one(repository):
     run("git", "commit", "-qm", "other images")
     digest = hashlib.md5((repository / "data/bags.zarr/members/c/0/0").read_bytes(), usedforsecurity=False).hexdigest()
     (repository / f".dvc/cache/files/md5/{digest[:2]}/{digest[2:]}").unlink()
-    assert "data/bags.zarr of HEAD: neither the DVC cache nor a remote holds its data" in mistake("show", 5, "--rev", "HEAD")
+    assert "data/bags.zarr of HEAD: its data are neither in the DVC cache nor on a remote" in mistake("show", 5, "--rev", "HEAD")

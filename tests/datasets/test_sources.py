@@ -237,7 +237,7 @@ def test_a_subset_of_a_folder_is_drawn_before_files_are_read(pets):
 
 
 def test_a_missing_or_empty_root(tmp_path):
-    assert "there is no such folder" in lines_of(folder(tmp_path / "absent"))[0]
+    assert "the folder does not exist" in lines_of(folder(tmp_path / "absent"))[0]
     assert "holds no images; recognised are .jpg" in lines_of(folder(tmp_path))[0]
     (tmp_path / "train/cat").mkdir(parents=True)
     assert "train/ holds no images" in lines_of(folder(tmp_path))[0]
@@ -305,7 +305,7 @@ def test_unreadable_images_stop_the_scan_or_are_skipped(pets):
     assert "(row 4) cannot be read: No such file or directory" in lines[1]
     assert "truncated" in lines[2]
     assert "decompression bomb" in lines[3]
-    assert lines[-1] == "5 of 12 images are unreadable; mend or delete them, or set dataset.on_bad_image: skip"
+    assert lines[-1] == "5 of 12 images are unreadable; repair or delete them, or set dataset.on_bad_image: skip"
     for store_px in (None, 16):
         listing, images = scan(folder(pets, on_bad_image="skip", store_px=store_px), 0)
         assert listing.skipped == ["train/cat/e.jpg", "train/cat/gone.jpg", *list(bad)[1:]]
@@ -403,7 +403,7 @@ def test_cifar_without_files_or_network(monkeypatch, tmp_path):
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
     cifar = DIGITS.model_copy(update={"source": "cifar100", "root": str(tmp_path / "new"), "store_px": 32})
     (line,) = lines_of(cifar)
-    assert "cifar100 is not there and cannot be downloaded (<urlopen error no network>); put the archive cifar-100-python" in line
+    assert "cifar100 is not in this folder and cannot be downloaded (<urlopen error no network>); put the archive cifar-100-python" in line
 
 
 # --- 16 bits

@@ -73,7 +73,7 @@ def test_crowds_and_empty_instances_are_left_out_and_counted(tmp_path):
     found = read(tmp_path)
     targets = training_targets(found)
     assert list(targets.left_out.values()) == [1, 4, 3]
-    assert targets.in_words() == "2 images with nothing to learn, 1 crowds, 4 boxes without width or height, 3 masks without an area"
+    assert targets.in_words() == "2 images without targets, 1 crowds, 4 boxes without width or height, 3 masks without an area"
     kept = [found.images.entries[row]["id"] for row in targets.rows]
     assert kept == sorted({image["id"] for image in content["images"]} - {second["id"], content["images"][4]["id"]})
     assert sum(len(json.loads(line)) for line in targets.lines if line) == 6
@@ -229,7 +229,7 @@ def test_a_name_that_two_files_have_but_for_its_case_is_not_guessed(tmp_path):
         (tmp_path / "train" / name).write_bytes((tmp_path / "train/0.png").read_bytes())
     content["images"][0]["file_name"] = "a.png"
     write(tmp_path, "train", content)
-    assert "not on the disk" in line_of(tmp_path)
+    assert "do not exist" in line_of(tmp_path)
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path):
@@ -248,7 +248,7 @@ def test_links_out_of_the_folder_are_followed_on_request(tmp_path):
     found = read_instances(tmp_path / "annotations/instances_train.json", tmp_path / "train", "the key", follow_links=True)
     assert len(examples(found, [FAR, View(1, 96, 128)])) == 2
     (tmp_path / "store/0123").unlink()
-    with pytest.raises(UserError, match="not on the disk"):
+    with pytest.raises(UserError, match="do not exist"):
         read_instances(tmp_path / "annotations/instances_train.json", tmp_path / "train", "the key", follow_links=True)
 
 
@@ -336,10 +336,10 @@ def test_exif_orientation_is_ignored(tmp_path):
     [
         (lambda c: c["annotations"][1].pop("image_id"), "annotations.1.image_id is missing; give COCO's instances_*.json"),
         (lambda c: c.pop("categories"), "categories is missing"),
-        (lambda c: c["images"].clear(), "images is not as COCO has it"),
+        (lambda c: c["images"].clear(), "images is not in COCO's format"),
         (lambda c: c["images"][0].pop("height"), "images.0.height is missing"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "annotations.0.bbox.2 is not as COCO has it"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotations.0.bbox is not as COCO has it"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "annotations.0.bbox.2 is not in COCO's format"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotations.0.bbox is not in COCO's format"),
         (lambda c: c["annotations"][0].update(category_id=4), "annotations.0 is of category id 4, which is not among the categories"),
         (lambda c: c["images"].append(c["images"][0]), "image id 1000 is there twice"),
         (
@@ -352,13 +352,13 @@ def test_exif_orientation_is_ignored(tmp_path):
         ),
         (
             lambda c: c["images"][1].update(file_name="../train/0.png"),
-            "image id 993 has the file name '../train/0.png', which leads out of its folder; mend the file",
+            "image id 993 has the file name '../train/0.png', which leads out of its folder; correct the file",
         ),
         (lambda c: c["images"][1].update(file_name="/0.png"), "image id 993 has the file name '/0.png', which leads out"),
-        (lambda c: c["images"][1].update(file_name="a" * 5000), "images that it names are not on the disk: "),
+        (lambda c: c["images"][1].update(file_name="a" * 5000), "images that it lists do not exist: "),
         (
             lambda c: c["images"][1].update(file_name="gone.jpg"),
-            "images that it names are not on the disk: {root}/train/gone.jpg (image id 993); restore them, or set transfer_coco.root",
+            "images that it lists do not exist: {root}/train/gone.jpg (image id 993); restore them, or set transfer_coco.root",
         ),
     ],
 )
@@ -374,7 +374,7 @@ def test_a_file_that_is_not_cocos(tmp_path, change, wanted):
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("[1, 2]", "the file is not as COCO has it"),
+        ("[1, 2]", "the file is not in COCO's format"),
         ("{", "is not JSON (EOF"),
         ("\udcff", "is not JSON"),
         (None, "cannot be read (No such file"),

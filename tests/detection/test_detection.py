@@ -156,7 +156,7 @@ def test_the_settings_are_detectron2s(head):
             "imagenet",
             "student.arch: MobileNetV3 has no four stages that the detector knows; set student.arch: resnet18",
         ),
-        ("resnet18", "small", "student.stem = small: its maps are too large for the images of COCO; set student.stem: imagenet"),
+        ("resnet18", "small", "student.stem = small: its feature maps are too large for the images of COCO; set student.stem: imagenet"),
     ],
 )
 def test_a_student_that_is_no_backbone_of_a_detector(arch, stem, wanted):

@@ -182,5 +182,5 @@ def test_another_listing_is_refused_by_both_names(store):
 
 
 def test_an_absent_store_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no such store"):
+    with pytest.raises(UserError, match="the store does not exist"):
         read_embeddings(tmp_path / "embeddings.zarr", LISTING)

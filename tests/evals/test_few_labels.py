@@ -179,8 +179,8 @@ def test_each_way_out_of_a_refusal_helps(tmp_path):
     [
         ("a_1.JPEG\nn01440764_10000.JPEG\nb_2.JPEG\nc_3.JPEG\nd_4.JPEG\n", r"4 of 5 images \(a_1.JPEG, b_2.JPEG, c_3.JPEG and 1 more\)"),
         ("val/n01440764/n01440764_10000.JPEG", r"1 of 1 images \(val/n01440764/n01440764_10000.JPEG\) are not in the train split"),
-        ("\n\n", "names no image"),
-        (b"\xff\xfe\x00", "is no text"),
+        ("\n\n", "lists no images"),
+        (b"\xff\xfe\x00", "is not text"),
         (None, r"cannot be read \(No such file or directory\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""kNN accuracy against scikit-learn and against its definition in loops."""
+"""k-NN accuracy against scikit-learn and against its definition in loops."""
 
 from pathlib import Path
 from types import SimpleNamespace

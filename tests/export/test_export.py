@@ -299,7 +299,7 @@ def test_equal_networks_have_equal_bytes(target, tmp_path):
         ("timm", ("torchvision/mobilenet_v3_small", 1.0, "imagenet"), "timm .* has no network mobilenet_v3_small; export --to torchvision"),
         ("detectron2", TINY, "the network is resnet10t, detectron2 builds resnet18, "),
         ("detectron2", ("resnet18", 1.0, "small"), r"stem small, detectron2's ResNets begin with a 7x7 .*\(stem imagenet\)"),
-        ("detectron2", ("resnet18", 0.125, "imagenet"), "width 0.125, detectron2 builds ResNet-18 at 1.0 alone"),
+        ("detectron2", ("resnet18", 0.125, "imagenet"), "width 0.125, detectron2 builds ResNet-18 only at 1.0"),
     ],
 )
 def test_what_a_library_cannot_build_is_refused_in_one_line(target, shape, says, tmp_path):
@@ -395,10 +395,7 @@ def test_the_command_writes_the_file_and_its_card(workspace):
     assert (code, err) == (0, "")
     first, second, third = out.splitlines()
     assert first == f"written out/net.safetensors; read back with timm {timm.__version__}: outputs differ by at most 0.0e+00 of the largest"
-    assert (
-        second
-        == "note: resnet10t has width 0.125 and stem small, which timm does not know by name: the model card has the lines that build it"
-    )
+    assert second == "note: resnet10t has width 0.125 and stem small, which timm cannot build by name: see the model card for the code"
     assert third == "model card: out/net.safetensors.md"
     card = Path("out/net.safetensors.md").read_text()
     sha256 = hashlib.sha256(Path("models/teacher.safetensors").read_bytes()).hexdigest()
@@ -406,13 +403,13 @@ def test_the_command_writes_the_file_and_its_card(workspace):
     for expected in (
         "| architecture | resnet10t |",
         f"| parameters | {parameters:,} |",
-        "short side to 36 pixels (bilinear, antialiased), then 32 x 32 from the middle",
-        "minus the mean [0.5, 0.4, 0.3], divided by the deviation [0.25, 0.2, 0.2]",
+        "short side to 36 pixels (bilinear, antialiased), then 32 x 32 from the centre",
+        "with mean [0.5, 0.4, 0.3] and standard deviation [0.25, 0.2, 0.2]",
         "| method | BINGO |",
         "| parameters: distill | augment.crop_scale [0.2, 1], keys stored, lr 0.06 |",
         "| data | toys, 8 training images |",
         f"resnet10t, width 0.125, stem small, from checkpoint; sha256 {sha256}; sha256 of the checkpoint it came from: {'ab' * 32} |",
-        "| kNN, k = 10 | 91.25 | 50.50 |\n| kNN, k = 200 | 80.00 |  |\n| kNN, k = 10, weighted votes | 92.50 |  |",
+        "| k-NN, k = 10 | 91.25 | 50.50 |\n| k-NN, k = 200 | 80.00 |  |\n| k-NN, k = 10, weighted votes | 92.50 |  |",
         "| linear layer on stored features, top-1 | 95.00 |  |",
         "from the images (toys) and the teacher's weights (checkpoint: resnet10t)",
         "Apache-2.0",
@@ -442,7 +439,7 @@ def test_a_baselines_card_has_its_own_figures_and_no_teacher(workspace):
     card = Path("b.safetensors.md").read_text()
     assert "| teacher | none: MoCo-v2 needs none |" in card
     assert "teacher's weights (" not in card
-    assert "| kNN, k = 10 | 70.00 | 50.50 |" in card
+    assert "| k-NN, k = 10 | 70.00 | 50.50 |" in card
     assert "91.25" not in card
 
 
@@ -476,9 +473,9 @@ def test_figures_of_another_student_are_left_out(workspace):
             "--to = tim: allowed are detectron2, onnx, safetensors, timm, torchvision; did you mean timm",
         ),
         (["--to", "timm", "--out", "a.pth"], "--out = a.pth: allowed are names that end in .safetensors"),
-        (["--to", "safetensors", "--out", "models/student.safetensors"], "is there already; give another name, or --force"),
+        (["--to", "safetensors", "--out", "models/student.safetensors"], "exists already; give another name, or --force"),
         (["--to", "onnx", "--out", "params.yaml/a.onnx"], "params.yaml is a file, not a folder; give another name"),
-        (["--to", "timm", "--out", "carded.safetensors"], "--out: beside it = carded.safetensors.md: is there already"),
+        (["--to", "timm", "--out", "carded.safetensors"], "--out: beside it = carded.safetensors.md: exists already"),
         (["--to", "timm", "--out", "a.safetensors", "--student", "none.safetensors"], "none.safetensors: cannot be read"),
         (["--to", "timm", "--out", "a.safetensors", "--student", "models/teacher.safetensors"], "holds a teacher, not a student"),
         (

@@ -16,7 +16,7 @@ KNOWN = Provenance(
     net="student", dataset="folder", train_images=1281167, teacher=TEACHER, teacher_sha256="ab" * 32,
     bags={"method": "kmeans", "clusters": 5, "listing": "11aa", "embeddings": "22bb", "fingerprint": "33cc"},
 )  # fmt: skip
-SECTIONS = ["Load it", "The network", "Its images", "What made it", "What it reaches", "Licence"]
+SECTIONS = ["Usage", "Architecture", "Preprocessing", "Training", "Accuracy", "Licence"]
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +46,20 @@ def rows(card: str, section: str) -> dict[str, str]:
 def test_every_section_is_there_once_and_in_order(card):
     text = card(KNOWN)
     assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == SECTIONS
-    assert text.startswith("# resnet10t, trained by BINGO\n\n`net.safetensors` is a backbone without a classifier, written for timm: ")
-    assert "64 pooled features out. Not read back: why.\n" in text
+    assert text.startswith("# resnet10t, trained by BINGO\n\n`net.safetensors` is a backbone without a classifier, exported to timm. ")
+    assert "64 pooled features. Not read back: why.\n" in text
     assert "```python\nimport timm\n```" in text
-    assert "short side to 256 pixels (bilinear, antialiased), then 224 x 224 from the middle" in text
-    assert "mean [0.485, 0.456, 0.406], divided by the deviation [0.229, 0.224, 0.225]" in text
+    assert "short side to 256 pixels (bilinear, antialiased), then 224 x 224 from the centre" in text
+    assert "mean [0.485, 0.456, 0.406] and standard deviation [0.229, 0.224, 0.225]" in text
     assert text == card(KNOWN), "no time in it"
     assert text.endswith(".\n")
 
 
-def test_what_made_it_is_told_where_it_is_known(card):
+def test_the_training_is_described_as_far_as_it_is_known(card):
     text = card(
         KNOWN, **MADE, revision="v1-3-gabc", params={"distill": {"lr": 0.06, "augment": {"crop_scale": [0.2, 1.0]}}, "bingo": {"t": 0.2}}
     )
-    found = rows(text, "What made it")
+    found = rows(text, "Training")
     assert found["method"] == "BINGO"
     assert found["epochs"] == "200"
     assert found["data"] == "folder, 1,281,167 training images"
@@ -82,12 +82,12 @@ def test_what_made_it_is_told_where_it_is_known(card):
 )
 def test_where_the_teacher_is_from(card, facts, says):
     provenance = Provenance(teacher={**TEACHER, **facts}, teacher_sha256="ab" * 32)
-    assert says in rows(card(provenance), "What made it")["teacher"]
+    assert says in rows(card(provenance), "Training")["teacher"]
 
 
 def test_what_is_not_known_is_not_claimed(card):
     text = card(Provenance())
-    found = rows(text, "What made it")
+    found = rows(text, "Training")
     assert {found[name] for name in ("data", "teacher", "bags")} == {"not known: this workspace no longer holds it"}
     assert "Not measured in this workspace." in text
     assert "They come from the images and the teacher's weights and may inherit their terms." in text
@@ -96,14 +96,14 @@ def test_what_is_not_known_is_not_claimed(card):
 @pytest.mark.parametrize("metadata", [{"method": "moco", "listing": "11aa", "epochs": 3}, {"method": "moco", "embeddings": "22bb"}])
 def test_a_method_without_teacher_has_none_on_the_card(card, metadata):
     text = card(KNOWN, **metadata)
-    found = rows(text, "What made it")
+    found = rows(text, "Training")
     assert found["teacher"] == "none: MoCo-v2 needs none"
     assert "bags" not in found
     assert "They come from the images (folder) and may inherit their terms." in text
 
 
 def test_a_method_that_this_bingo_does_not_know_is_taken_to_have_had_a_teacher(card):
-    found = rows(card(KNOWN, method="of 2031", embeddings="22bb"), "What made it")
+    found = rows(card(KNOWN, method="of 2031", embeddings="22bb"), "Training")
     assert found["method"] == "of 2031"
     assert found["teacher"].startswith("resnet50")
 
@@ -120,13 +120,13 @@ def test_figures_are_rows_of_measures_and_columns_of_networks(card):
     linear = {"cached": {"student": {"top1_last": 64.0, "top5_last": 85.7}, "teacher": {"top1_last": 71.1, "top5_last": 90.0}}}
     knn = {"student": {"knn_200": 57.5, "knn_10": 60.25}, "untrained": {"knn_10": 3.125}, "moco": {"knn_10": 1.0}}
     text = card(Provenance(net="student", scores=score_rows(linear, knn)))
-    assert text.partition("## What it reaches\n\n")[2].partition("\n\n")[0].splitlines() == [
+    assert text.partition("## Accuracy\n\n")[2].partition("\n\n")[0].splitlines() == [
         "| percent of the test images | this network | teacher | the same network untrained |",
         "| --- | ---: | ---: | ---: |",
         "| linear layer on stored features, top-1 | 64.00 | 71.10 |  |",
         "| linear layer on stored features, top-5 | 85.70 | 90.00 |  |",
-        "| kNN, k = 10 | 60.25 |  | 3.12 |",
-        "| kNN, k = 200 | 57.50 |  |  |",
+        "| k-NN, k = 10 | 60.25 |  | 3.12 |",
+        "| k-NN, k = 200 | 57.50 |  |  |",
     ]
 
 
@@ -134,7 +134,7 @@ def test_measures_are_in_the_order_of_k_after_plain_votes_the_weighted_and_the_a
     keys = ["agreement_10", "agreement_1", "knn_200", "knn_20_weighted", "knn_5"]
     names = [name for name, _ in score_rows({}, {"student": dict.fromkeys(keys, 1.0), "teacher": {"knn_20": 4.0}})]
     agreement = [f"agreement with the teacher, k = {k}" for k in (1, 10)]
-    assert names[-6:] == ["kNN, k = 5", "kNN, k = 20", "kNN, k = 200", "kNN, k = 20, weighted votes", *agreement]
+    assert names[-6:] == ["k-NN, k = 5", "k-NN, k = 20", "k-NN, k = 200", "k-NN, k = 20, weighted votes", *agreement]
 
 
 def test_a_stranger_has_no_figures_of_the_student(card):

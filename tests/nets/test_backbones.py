@@ -130,7 +130,7 @@ def test_initial_weights_follow_the_seed_and_leave_the_global_generator_alone(ar
         ("torchvision/resnet_18", 1.0, "imagenet", "torchvision .* has no such network"),
         ("torchvision/googlenet", 1.0, "imagenet", "auxiliary classifiers"),
         ("torchvision/resnet18", 0.5, "imagenet", "cannot be scaled; set width: 1.0"),
-        ("efficientnet_b0", 0.5, "imagenet", "is no ResNet of timm"),
+        ("efficientnet_b0", 0.5, "imagenet", "is not a timm ResNet"),
         ("resnext50_32x4d", 0.5, "imagenet", "grouped convolutions"),
         ("resnet50_gn", 0.5, "imagenet", "no batch normalisation"),
         ("resnet18", 0.3, "imagenet", "width = 0.3: 64 channels become 19.2"),
@@ -236,7 +236,7 @@ def test_a_students_file_says_how_it_was_trained_and_an_older_file_says_nothing(
 
 def test_images_that_a_network_cannot_take_are_refused():
     net = build_backbone("test_vit", 1.0, "imagenet", 0).train()
-    with pytest.raises(UserError, match=r"image\.crop_px = 20: test_vit takes no such image"):
+    with pytest.raises(UserError, match=r"image\.crop_px = 20: test_vit does not accept this size"):
         check_images(net, "test_vit", 20)
     assert net.training
     check_images(net, "test_vit", 160)

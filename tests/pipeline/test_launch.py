@@ -77,7 +77,7 @@ def test_a_group_that_lost_a_process_is_started_again_and_trains_the_same(worksp
     kill_rank(workspace, 0)
     done = training.wait()
     assert (done.status, done.err) == (0, "")
-    assert "distill: a process ended early; restart 1 of 2\ndistill: going on from a checkpoint\n" in done.out
+    assert "distill: a process ended early; restart 1 of 2\ndistill: resuming from a checkpoint\n" in done.out
     assert workspace.files(*workspace.outputs("distill")) == by_two_machines
     assert not list((workspace.root / ".bingo/state").glob("*/*"))
 
@@ -99,7 +99,7 @@ def test_a_killed_process_ends_the_others_and_is_named(workspace):
     session = training.session()
     kill_rank(workspace, 1)
     done = training.wait()
-    assert (done.status, done.err) == (1, "error: process 1 was ended by SIGKILL; start again to go on\n")
+    assert (done.status, done.err) == (1, "error: process 1 was killed by SIGKILL; start again to resume\n")
     assert len(session) == 3
     until(lambda: not training.session())
 
@@ -116,7 +116,7 @@ def test_a_group_that_is_asked_to_stop_saves_and_says_so_once(workspace):
     done = training.wait()
     assert (done.status, done.out) == (75, "")
     step = saved_step(workspace, "distill")
-    assert done.err == f"distill: bingo: stopped at step {step} with a checkpoint; start again to go on from there\n"
+    assert done.err == f"distill: bingo: stopped at step {step} with a checkpoint; start again to resume\n"
 
 
 def test_the_prefix_runs_the_launcher_on_every_machine(workspace, tmp_path):
@@ -157,7 +157,7 @@ def test_a_launch_that_cannot_be(workspace, variables, wanted):
         ("--nnodez=2", "unrecognized arguments: --nnodez=2"),
         ("nnodes=2", "nnodes=2 is none"),
         ("--standalone bingo.pipeline.launch", "bingo.pipeline.launch is none"),
-        ("--standalone --monitor-interval=-1", "--monitor-interval=-1 is no time to wait"),
+        ("--standalone --monitor-interval=-1", "--monitor-interval=-1 is not a positive duration"),
         ("--standalone --event-log-handler=none", "'none'"),
         ("--nnodes=two", "invalid literal for int() with base 10: 'two'"),
         ("--nnodes=1:2:3", "nnodes=1:2:3 is not in"),
@@ -190,7 +190,7 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
     [
         ("0", RuntimeError("a fault"), [], RuntimeError, ""),
         ("1", RuntimeError("a fault"), [2], RuntimeError, ""),
-        ("0", GroupLost("lost"), [5], SystemExit, "error: lost; start again to go on\n"),
+        ("0", GroupLost("lost"), [5], SystemExit, "error: lost; start again to resume\n"),
         ("1", GroupLost("lost"), [5], SystemExit, ""),
         ("0", Interrupted("stopped"), [], SystemExit, "stopped\n"),
         ("1", Interrupted("stopped"), [], SystemExit, ""),

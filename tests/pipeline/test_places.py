@@ -50,7 +50,7 @@ def test_what_a_copy_lacks_lies_in_the_original(copy, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert located("~/a b") == "/home/somebody/a b"
     assert located("./~/x") == str(copy / "sub/~/x")
-    with pytest.raises(ValueError, match="no home of ~nobody-of-this-name; write the whole path"):
+    with pytest.raises(ValueError, match="no user ~nobody-of-this-name; write the whole path"):
         located("~nobody-of-this-name/x")
 
 
@@ -98,7 +98,7 @@ def test_every_path_of_the_parameters_is_located(copy):
     with pytest.raises(UserError) as caught:
         validate(raw, "params.yaml")
     assert len(caught.value.lines) == 2
-    assert all(" = '~nobody-of-this-name': this machine has no home of" in line for line in caught.value.lines)
+    assert all(" = '~nobody-of-this-name': this machine has no user" in line for line in caught.value.lines)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_the_workspace_is_found_from_its_folders_and_arguments_are_seen_from_the
     assert commands.from_here("--out", Path("x.npy")) == below / "a/b/x.npy"
     assert commands.from_here("--out", Path("../x.npy")) == below / "a/b/../x.npy"
     assert commands.from_here("--out", Path("/x.npy")) == Path("/x.npy")
-    with pytest.raises(UserError, match="--out = ~nobody-of-this-name/x: this machine has no home"):
+    with pytest.raises(UserError, match="--out = ~nobody-of-this-name/x: this machine has no user"):
         commands.from_here("--out", Path("~nobody-of-this-name/x"))
 
 

@@ -156,7 +156,7 @@ def test_names_of_networks_that_are_not_trained_are_all_named():
     changes = {"semi_eval.nets": ["moco", "studnt"], "transfer.nets": ["isd"], "bagging.relation": "baselines/moco"}
     with pytest.raises(UserError) as caught:
         validate(raw(changes), "params.yaml")
-    for what in ("'moco' is no network", "'studnt'", "'isd'", "bagging.relation"):
+    for what in ("'moco' is not a network", "'studnt'", "'isd'", "bagging.relation"):
         assert any(what in line for line in caught.value.lines), what
 
 

@@ -105,7 +105,7 @@ def test_timings_are_of_the_same_training():
 def test_the_summary_as_markdown():
     lines = summary(variants(ALL, RECORDS), "method-moco").markdown().splitlines()
     assert lines == [
-        "| variant | method | seeds | linear, top-1 | kNN, k = 10 | linear, top-1, minus method-moco | kNN, k = 10, minus method-moco"
+        "| variant | method | seeds | linear, top-1 | k-NN, k = 10 | linear, top-1, minus method-moco | k-NN, k = 10, minus method-moco"
         " | linear, top-1, % of its teacher | GFLOP per anchor | anchors/s | peak memory, MB | minutes |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| method-bingo | BINGO | 3 | 72.0 ± 2.6 | 71.0 ± 2.6 | +9.5 (+3.1 to +15.9), 2 of 3 seeds | +9.5 (+3.1 to +15.9), 2 of 3 seeds"
@@ -121,7 +121,7 @@ def test_without_a_reference_there_are_no_differences():
         "method",
         "seeds",
         "linear, top-1",
-        "kNN, k = 10",
+        "k-NN, k = 10",
         "linear, top-1, % of its teacher",
     ]
 
@@ -180,7 +180,7 @@ def test_points_are_named_as_papers_write_their_methods(name, method, prefix, la
 
 
 def test_the_page_of_one_variant_has_no_chart():
-    assert "No costs are known of two variants or more." in page_of(variants(ALONE, []), None)
+    assert "Costs are known for fewer than two variants." in page_of(variants(ALONE, []), None)
 
 
 def test_names_of_points_are_apart():
@@ -310,12 +310,14 @@ def test_over_a_base_the_reference_is_found_and_the_base_is_on_no_chart(shown, m
 
 
 def test_wrong_choices_are_one_line(shown, monkeypatch):
-    with pytest.raises(UserError, match="nothing-: no experiment of 30b9f93 has such a name; there are method-bingo, method-moco, my-idea"):
+    with pytest.raises(
+        UserError, match="nothing-: no experiment of 30b9f93 has such a name; allowed are method-bingo, method-moco, my-idea"
+    ):
         experiments.report_experiments(["nothing-"], None, "HEAD")
     with pytest.raises(UserError, match=r"--against = method-mco: allowed are .*did you mean method-moco"):
         experiments.report_experiments([], "method-mco", "HEAD")
     monkeypatch.setattr(experiments, "_shown_by_dvc", lambda revision: shown_by_dvc())
-    with pytest.raises(UserError, match="commit 30b9f93 has no experiment that ran to its end; run some: make compare"):
+    with pytest.raises(UserError, match="commit 30b9f93 has no finished experiment; run some: make compare"):
         experiments.report_experiments([], None, "HEAD")
     subprocess.run(["git", "init", "-q"], check=True)
     subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "--allow-empty", "-m", "x"], check=True)

@@ -437,10 +437,10 @@ def test_a_damaged_network_is_one_line(tmp_path):
     path = tmp_path / "student.safetensors"
     assert read_network_facts(path) is None
     path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="is no network of BINGO"):
+    with pytest.raises(UserError, match="is not a BINGO network"):
         read_network_facts(path)
     path.write_bytes(save({"w": np.zeros(2, np.float32)}))
-    with pytest.raises(UserError, match="is no network of BINGO"):
+    with pytest.raises(UserError, match="is not a BINGO network"):
         read_network_facts(path)
 
 

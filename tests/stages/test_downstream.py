@@ -119,8 +119,8 @@ def test_a_killed_run_gives_the_same_bytes(workspace, reference):
         assert running.kill().status < 0
         assert not (workspace.root / "reports").exists()
     out = workspace.done("semi_eval").out  # without a name: every split
-    assert "student, linear: going on from a checkpoint" in out
-    assert "untrained, linear: going on from a checkpoint" in out
+    assert "student, linear: resuming from a checkpoint" in out
+    assert "untrained, linear: resuming from a checkpoint" in out
     assert workspace.files("reports/semi/percent_10.json") == reference.files("reports/semi/percent_10.json")
 
 
@@ -131,7 +131,7 @@ def test_mistakes_of_semi_eval(workspace):
     wanted = "semi_eval.splits.percent_10.list_file = list.txt: 1 of 2 images (n01440764_10183.JPEG) are not in the train split; "
     refused(workspace, "semi_eval", wanted)
     workspace.edit({"semi_eval.splits": {}})
-    refused(workspace, "semi_eval", "semi_eval.splits = {}: nothing is named to be judged; add an entry")
+    refused(workspace, "semi_eval", "semi_eval.splits = {}: there is nothing to evaluate; add an entry")
     workspace.edit({"semi_eval.splits": {"percent_10": {**SPLIT, "trunk_lr": 1e8}}})
     refused_late(workspace, "semi_eval", "semi_eval: student, finetune: ")
 
@@ -208,13 +208,13 @@ def test_transfer_to_a_folder_by_a_student_with_the_published_stem(workspace):
     assert report["nets"]["untrained"]["finetune"]["top1_best"] >= 75
     workspace.edit({"transfer.datasets": {"photos": {**photos, "root": "photo"}}})
     shutil.rmtree(workspace.root / "reports")
-    refused(workspace, "transfer_cifar photos", "transfer.datasets.photos.root = photo: there is no such folder")
+    refused(workspace, "transfer_cifar photos", "transfer.datasets.photos.root = photo: the folder does not exist")
 
 
 def test_a_student_that_is_missing_is_told_first(workspace):
     (workspace.root / "models/student.safetensors").unlink()
     workspace.edit({"transfer.datasets": {"cifar10": CIFAR}})
-    refused(workspace, "transfer_cifar", "models/student.safetensors: cannot be read (there is no such file)")
+    refused(workspace, "transfer_cifar", "models/student.safetensors: cannot be read (the file does not exist)")
 
 
 @pytest.mark.parametrize("stage", ["semi_eval", "transfer_cifar"])
@@ -247,7 +247,9 @@ def test_cifar_that_is_neither_there_nor_to_be_had_is_one_line(workspace, monkey
     with pytest.raises(UserError) as caught:
         transfer_cifar._judge(Run("transfer_cifar", load_params()), "cifar100", torch.device("cpu"))
     (line,) = caught.value.lines
-    assert line.startswith("transfer.datasets.cifar100.root = cifar: cifar100 is not there and cannot be downloaded (no network); put the")
+    assert line.startswith(
+        "transfer.datasets.cifar100.root = cifar: cifar100 is not in this folder and cannot be downloaded (no network); put the"
+    )
 
 
 def test_a_protocol_whose_images_the_student_cannot_take_is_one_line(workspace):

@@ -38,7 +38,7 @@ from bingo.pipeline.run import mistakes_as_lines
 from bingo.runtime.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-GOES_ON = "going on from a checkpoint"
+GOES_ON = "resuming from a checkpoint"
 
 
 def refused(workspace: Workspace, stage: str, *wanted: str, **variables: str) -> None:
@@ -125,7 +125,7 @@ def test_a_training_that_is_asked_to_stop_saves_and_says_so(workspace, reference
     training.send(signal.SIGTERM)
     done = training.wait()
     assert done.status == 75
-    assert re.fullmatch(rf"{stage}: \w+: stopped at step \d+ with a checkpoint; start again to go on from there\n", done.err)
+    assert re.fullmatch(rf"{stage}: \w+: stopped at step \d+ with a checkpoint; start again to resume\n", done.err)
     assert f"step {saved_step(workspace, stage)} " in done.err
     assert GOES_ON in workspace.done(stage).out
     assert_as_reference(workspace, reference, stage)
@@ -284,7 +284,7 @@ def test_neighbours_among_stored_features_need_no_torch(workspace, net):
         (
             "linear_eval",
             {"linear_eval.crops.nets": ["studnt"]},
-            ["linear_eval.crops.nets: 'studnt' is no network, allowed are student"],
+            ["linear_eval.crops.nets: 'studnt' is not a network, allowed are student"],
         ),
         ("baseline bingo", {}, ["method = bingo: params.yaml's baselines allow moco"]),
         ("baseline moco", {"baselines": ["bingo"]}, ["a baseline is a method without a teacher, allowed are isd, moco"]),
@@ -299,12 +299,12 @@ def test_neighbours_among_stored_features_need_no_torch(workspace, net):
         (
             "distill",
             {"student.arch": "swin_tiny_patch4_window7_224", "student.width": 1.0, "student.stem": "imagenet"},
-            ["image.crop_px = 16: swin_tiny_patch4_window7_224 takes no such image"],
+            ["image.crop_px = 16: swin_tiny_patch4_window7_224 does not accept this size"],
         ),
         (
             "teacher",
             {"teacher.arch": "swin_tiny_patch4_window7_224", "teacher.width": 1.0, "teacher.stem": "imagenet"},
-            ["image.crop_px = 16: swin_tiny_patch4_window7_224 takes no such image"],
+            ["image.crop_px = 16: swin_tiny_patch4_window7_224 does not accept this size"],
         ),
         ("distill", {"distill.keys": "momentum"}, ["bingo.negatives = bank: with distill.keys = momentum no key is stored"]),
         ("distill", {"distill.lr": 1e6}, ["distill: bingo: the loss is nan at step"]),
@@ -405,7 +405,7 @@ def own_images(tmp_path, stages) -> Workspace:
 
 
 def test_a_missing_or_empty_folder(own_images):
-    refused(own_images, "scan", "dataset.root = images: there is no such folder")
+    refused(own_images, "scan", "dataset.root = images: the folder does not exist")
     (own_images.root / "images/train").mkdir(parents=True)
     refused(own_images, "scan", "dataset.root = images: train/ holds no images; recognised are .jpg")
 
@@ -430,7 +430,7 @@ def test_unreadable_images_are_named_or_counted(own_images):
         "scan",
         "train/class0/00.png (row 0) cannot be read: no image format is recognised in it",
         "val/class1/zz.jpg (row 100) cannot be read: ",
-        "2 of 121 images are unreadable; mend or delete them, or set dataset.on_bad_image: skip",
+        "2 of 121 images are unreadable; repair or delete them, or set dataset.on_bad_image: skip",
     )
     own_images.edit({"dataset.on_bad_image": "skip"})
     assert "59 train and 60 test images, 3 classes, 2 skipped" in own_images.done("scan").out
@@ -488,11 +488,11 @@ def test_files_that_are_decoded_at_use(own_images):
     ("stage", "missing", "wanted"),
     [
         ("teacher", "data/listing.parquet", "data/listing.parquet: cannot be read (No such file or directory)"),
-        ("teacher", "data/images.zarr", "data/images.zarr: there is no such store"),
+        ("teacher", "data/images.zarr", "data/images.zarr: the store does not exist"),
         ("extract", "models/teacher.safetensors", "models/teacher.safetensors: cannot be read (No such file or directory)"),
-        ("bag", "data/embeddings.zarr", "data/embeddings.zarr: there is no such store, or it is not whole; run: dvc repro extract"),
-        ("distill", "data/bags.zarr", "data/bags.zarr: there is no such store, or it is not whole; run: dvc repro bag"),
-        ("knn_eval", "models/student.safetensors", "models/student.safetensors: cannot be read (there is no such file)"),
+        ("bag", "data/embeddings.zarr", "data/embeddings.zarr: the store does not exist or is incomplete; run: dvc repro extract"),
+        ("distill", "data/bags.zarr", "data/bags.zarr: the store does not exist or is incomplete; run: dvc repro bag"),
+        ("knn_eval", "models/student.safetensors", "models/student.safetensors: cannot be read (the file does not exist)"),
         ("linear_eval", "models/baselines/moco.safetensors", "models/baselines/moco.safetensors: cannot be read"),
         ("distill", "dvc.yaml", "dvc.yaml: cannot be read (No such file or directory)"),
     ],
@@ -568,18 +568,18 @@ class Code:
 
 
 def moco_state() -> dict[str, torch.Tensor]:
-    """A MoCo-v1 checkpoint's names for a network that is no ResNet."""
+    """A MoCo-v1 checkpoint's names for a network that is not a ResNet."""
     return {"module.encoder_q.conv.weight": torch.zeros(4, 3, 3, 3), "module.encoder_q.fc.weight": torch.zeros(8, 4)}
 
 
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
-        (None, "there is no such file; set teacher.checkpoint"),
-        (b"not a checkpoint", "is no checkpoint of torch.save"),
+        (None, "the file does not exist; set teacher.checkpoint"),
+        (b"not a checkpoint", "is not a checkpoint of torch.save"),
         (
             {"model": {"conv.weight": torch.zeros(1)}},
-            "is no checkpoint of format moco: expected a state_dict with module.encoder_q.*, found a dict of 1: conv.weight",
+            "is not a checkpoint of format moco: expected a state_dict with module.encoder_q.*, found a dict of 1: conv.weight",
         ),
         ({"state_dict": moco_state()}, "its backbone does not fit resnet10t: missing conv1.weight"),
         ({"state_dict": moco_state(), "code": Code()}, "holds pickled code (posix.system), which is never run"),
@@ -599,13 +599,13 @@ def test_a_checkpoint_that_is_no_teacher(workspace, content, wanted):
 # What the machine refuses.
 
 
-@pytest.mark.parametrize(("number", "wanted"), [(errno.ENOSPC, "free some room"), (errno.EACCES, "mend the rights")])
+@pytest.mark.parametrize(("number", "wanted"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "fix the permissions")])
 def test_a_full_or_locked_disk_is_one_line(capsys, number, wanted):
     with pytest.raises(SystemExit) as left, mistakes_as_lines():
         raise OSError(number, os.strerror(number), "data/x")
     assert left.value.code == 2
     printed = capsys.readouterr().err
-    assert printed == f"error: data/x: {os.strerror(number)}; {wanted}, and start again: what is done is not lost\n"
+    assert printed == f"error: data/x: {os.strerror(number)}; {wanted}, and start again: finished work is kept\n"
 
 
 def test_an_error_of_the_programs_own_is_not_hidden():

@@ -56,7 +56,7 @@ def made(tmp_path_factory, stages) -> Workspace:
 def reference(made) -> dict[str, bytes]:
     """The outputs of an uninterrupted run."""
     done = made.done(STAGE, **ALONE)
-    assert "transfer_coco-c4-short: 5 images to learn from; left out: 0 images with nothing to learn, 0 crowds" in done.out
+    assert "transfer_coco-c4-short: 5 training images; left out: 0 images without targets, 0 crowds" in done.out
     assert "transfer_coco-c4-short: box: AP " in done.out
     inside = weights_sha256(load_file(made.root / "models/student.safetensors"))  # of the detector before the first step, too
     assert f"transfer_coco-c4-short: starts from the student's weights, sha256 {inside}" in done.out
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(workspace, reference)
         done = running.kill()
         assert (done.status, done.err) == (-signal.SIGKILL, "")
         assert not workspace.existing_files(*OUTPUTS)
-    assert "transfer_coco-c4-short: going on from a checkpoint" in workspace.done(STAGE, **ALONE).out
+    assert "transfer_coco-c4-short: resuming from a checkpoint" in workspace.done(STAGE, **ALONE).out
     assert workspace.files(*OUTPUTS) == reference
     assert not list((workspace.root / ".bingo/state").glob("*/*"))
 
@@ -106,11 +106,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(workspace, reference)
         ({"transfer_coco.root": "cocoo"}, "transfer_coco.train_annotations = cocoo/annotations/instances_train.json: cannot be read"),
         ({"transfer_coco.runs": ["fpn-3x"]}, "runs: 'fpn-3x', allowed are fpn-short, c4-short"),
         ({"transfer_coco.runs": ["fpn-short"]}, "name = c4-short: params.yaml's transfer_coco.runs allow fpn-short; did you mean"),
-        ({"transfer_coco.schedules": {"short": [5, 4]}}, "short: [5, 4], allowed are steps that rise"),
+        ({"transfer_coco.schedules": {"short": [5, 4]}}, "short: [5, 4], allowed are increasing steps"),
         ({"transfer_coco.max_side_px": 60}, "max_side_px: 60 is less than the short side 64"),
-        ({"transfer_coco.batch_images": 6}, "transfer_coco.batch_images = 6: only 5 images have instances to learn; lower it"),
+        ({"transfer_coco.batch_images": 6}, "transfer_coco.batch_images = 6: only 5 images have usable instances; lower it"),
         ({"transfer_coco.lr": 1e6, "transfer_coco.lr_warmup_steps": 0}, "transfer_coco-c4-short: the loss is "),
-        ({"transfer_coco.val_images": "vall"}, "transfer_coco.val_annotations: images that it names are not on the disk: "),
+        ({"transfer_coco.val_images": "vall"}, "transfer_coco.val_annotations: images that it lists do not exist: "),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
@@ -134,7 +134,7 @@ def test_categories_of_two_datasets_are_refused(workspace):
 
 
 def test_annotations_of_crowds_alone_are_refused_before_the_training(workspace):
-    for split, wanted in (("train", "no image has anything to learn"), ("val", "has no instance to measure by")):
+    for split, wanted in (("train", "no image has targets"), ("val", "has no usable instance")):
         content = json.loads((workspace.root / f"coco/annotations/instances_{split}.json").read_text())
         for annotation in content["annotations"]:
             annotation["iscrowd"] = 1

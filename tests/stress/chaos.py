@@ -116,7 +116,7 @@ class Ended:
 
     @property
     def stage_status(self) -> int | None:
-        """The stage's exit status as dvc tells it, None where it does not."""
+        """The stage's exit status as dvc tells it, None if it does not."""
         told = re.search(r"exited with (-?\d+)", self.text)
         return int(told[1]) if told else None
 
@@ -290,7 +290,7 @@ def lost_moves(before: Sequence[Move], after: Sequence[Move]) -> list[Move]:
 
 
 def loss_problem(stage: str, lost: Sequence[Move], chunk_views: int) -> str | None:
-    """Why more was lost than may be, None where it was not.
+    """Why more was lost than may be, None if it was not.
 
     A training saves after the first step that ends an interval or more after the last save. So of the steps after that save, all but the
     last one, which may have ended while it was being saved, lie within an interval. `extract` holds two chunks at most.

@@ -28,7 +28,7 @@ from tests.stress.chaos import (
 )
 
 LABEL, TOTAL = "teacher: moco", 64
-STOPPED = "teacher: moco: stopped at step 20 with a checkpoint; start again to go on from there\nfailed to run: ..., exited with 75"
+STOPPED = "teacher: moco: stopped at step 20 with a checkpoint; start again to resume\nfailed to run: ..., exited with 75"
 
 
 def bar(first: int, last: int, begun: float = 0.0, step_seconds: float = 0.1, total: int = TOTAL) -> dict[str, list[Move]]:

@@ -27,8 +27,8 @@ from tests.cli.test_browse import bingo_bags
 from tests.export.test_export import TINY, network
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits another process, fills /dev/full, mounts")
-GOES_ON = "going on from a checkpoint"
-WAY_OUT = "free some room, and start again: what is done is not lost"
+GOES_ON = "resuming from a checkpoint"
+WAY_OUT = "free some space, and start again: finished work is kept"
 
 
 def limit(running: Running, most_bytes: int) -> None:
@@ -154,7 +154,7 @@ def test_a_read_only_folder(workspace, stage, folder):
     before = workspace.existing_files()
     with read_only(workspace.root / folder):
         done = workspace.run(stage)
-    assert_one_line(done, folder, "(Read-only file system|Permission denied)", "mend the rights")
+    assert_one_line(done, folder, "(Read-only file system|Permission denied)", "fix the permissions")
     assert workspace.existing_files() == before
 
 

@@ -216,7 +216,7 @@ def test_a_vision_transformer_of_dino_alone(tmp_path):
     teacher = teacher_of(tmp_path, "dino", trunk.state_dict(), image_of(96), arch="vit_tiny_patch16_224", width=1.0)
     assert_same(teacher, trunk, nn.Identity(), images(96))
     params = params_of("dino", tmp_path / "checkpoint.pth", arch="vit_tiny_patch16_224", width=1.0)
-    assert "image.crop_px = 100: vit_tiny_patch16_224 takes no such image" in refusal_of(params, 100)
+    assert "image.crop_px = 100: vit_tiny_patch16_224 does not accept this size" in refusal_of(params, 100)
     line = refusal_of(params.model_copy(update={"arch": "resnet50"}))
     assert line.endswith("these are the weights of a vision transformer; set teacher.arch: vit_tiny_patch16_224")
     larger = Teacher(*make_teacher(params.model_copy(update={"arch": "vit_tiny_patch16_384"}), image_of(96), 0))
@@ -230,7 +230,7 @@ def test_dinov2_at_another_size_of_images(tmp_path):
     assert_same(teacher, trunk, nn.Identity(), images(56))
     assert teacher.metadata["left_out"] == ["mask_token"]
     params = params_of("dinov2", tmp_path / "checkpoint.pth", arch="vit_small_patch14_dinov2", width=1.0)
-    assert "image.crop_px = 64: vit_small_patch14_dinov2 takes no such image" in refusal_of(params)
+    assert "image.crop_px = 64: vit_small_patch14_dinov2 does not accept this size" in refusal_of(params)
 
 
 def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -351,7 +351,7 @@ def test_a_weight_that_such_a_checkpoint_never_has_is_named(tmp_path, name):
 def test_another_format_is_told(tmp_path, name):
     other = "moco_v3" if name == "moco" else "moco"
     line = refusal(tmp_path, other, small(name), arch="resnet18")
-    assert f"is no checkpoint of format {other}: expected a state_dict with module." in line
+    assert f"is not a checkpoint of format {other}: expected a state_dict with module." in line
     assert line.endswith(f"; set teacher.format: {name}")
     assert ", found a dict of " in line
 
@@ -373,7 +373,7 @@ def test_deepminds_own_file_is_never_unpickled(tmp_path):
     for protocol in (2, 3, 4, 5):
         path.write_bytes(pickle.dumps({"experiment_state": images(4), "step": 1}, protocol=protocol))
         line = refusal_of(params_of("byol", path))
-        assert "is no checkpoint of torch.save but a plain pickle, which is never run" in line
+        assert "is not a checkpoint of torch.save but a plain pickle, which is never run" in line
         assert "convert.py of ajtejankar/byol-convert" in line
 
 
@@ -383,7 +383,7 @@ def test_a_truncated_file_and_pickled_code_are_one_line(tmp_path, name):
     assert "holds pickled code (pathlib" in refusal_of(params_of(name, tmp_path / "code.pth"))
     torch.save(small(name), tmp_path / "whole.pth")
     (tmp_path / "part.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-5000])
-    assert "is no checkpoint of torch.save" in refusal_of(params_of(name, tmp_path / "part.pth"))
+    assert "is not a checkpoint of torch.save" in refusal_of(params_of(name, tmp_path / "part.pth"))
 
 
 def test_a_head_is_rebuilt_from_its_description():

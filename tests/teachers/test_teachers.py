@@ -196,13 +196,13 @@ def test_what_is_passed_over_is_no_weight(tmp_path):
     content = moco_content(narrow_encoder())
     content["state_dict"]["module.queue"] = Namespace(shape=(128, 32))
     torch.save(content, tmp_path / "moco.pt")
-    assert "is no checkpoint of format moco" in refusal(moco_params(tmp_path / "moco.pt"))
+    assert "is not a checkpoint of format moco" in refusal(moco_params(tmp_path / "moco.pt"))
     assert not any(Nothing in named for named in torch.serialization.get_safe_globals() if isinstance(named, tuple))
 
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     path = tmp_path / "moco.pt"
-    assert "there is no such file" in refusal(moco_params(path))
+    assert "the file does not exist" in refusal(moco_params(path))
     assert "is a folder without weights" in refusal(moco_params(tmp_path))
     torch.save(moco_content(narrow_encoder()), path)
     whole = path.read_bytes()
@@ -210,7 +210,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     texts = (b"", b"<html>Not found", b"version https://git-lfs", b"\x80\x02")
     for content in (whole[: len(whole) // 2], whole[:-100], noise, pickle.dumps([1]), *texts):
         path.write_bytes(content)
-        assert "is no checkpoint of torch.save" in refusal(moco_params(path))
+        assert "is not a checkpoint of torch.save" in refusal(moco_params(path))
     (tmp_path / "x.safetensors").write_bytes(b"<html>")
     assert "is not a whole safetensors file" in refusal(moco_params(tmp_path / "x.safetensors"))
 
@@ -318,7 +318,7 @@ def test_published_weights_need_their_own_shape_normalisation_and_library(tmp_pa
     assert "expect [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]; set image.mean and image.std to these" in refusal(vit)
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pt")
     local = vit.model_copy(update={"checkpoint": str(tmp_path / "vit.pt")})
-    assert "image.crop_px = 20: test_vit takes no such image" in refusal(local)
+    assert "image.crop_px = 20: test_vit does not accept this size" in refusal(local)
     assert "right if teacher.checkpoint was trained otherwise" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Put a gallery together: the page, its data, and the sheets of thumbnails, in one folder that can be copied anywhere."""
+"""Build a gallery: the page, its data, and the sheets of thumbnails, in one folder that can be copied anywhere."""
 
 import hashlib
 import os
@@ -28,10 +28,10 @@ def build_gallery(
     meta: dict[str, Any],
     progress: Callable[[int], None],
 ) -> int:
-    """Write the gallery to `out`, in the place of an older one; return how many thumbnails could not be made.
+    """Write the gallery to `out`, replacing an older one; return the number of thumbnails that could not be made.
 
-    `cache` keeps thumbnails between galleries, a folder for each listing. `progress` is told how many have a thumbnail.
-    Raises UserError where `out` holds anything but a gallery.
+    `cache` keeps thumbnails between galleries, a folder for each listing. `progress` is called with the number of thumbnails so far.
+    Raises UserError if `out` holds anything but a gallery.
     """
     _check_target(out)
     rows = len(bags.members_TK)
@@ -46,32 +46,32 @@ def build_gallery(
         write_sidecars(partial / "data", meta | {"sprites": form.as_dict()}, bags, listing)
         for file in sorted(sprites.glob(f"s*.{form.suffix}")):
             _link(file, partial / "thumbnails" / file.name)
-        # where images are missing the next call tries again
+        # if images are missing, the next call tries again
         write_json(partial / _OWN_FILE, None if unreadable else made_from(meta))
     return unreadable
 
 
 def made_from(meta: dict[str, Any]) -> str:
-    """What a gallery is made from: what `meta` says of the index, and the files of the page."""
+    """What a gallery is made from: the index as described in `meta`, and the files of the page."""
     page = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(_STATIC.iterdir())}
     return fingerprint({"meta": meta, "page": page})
 
 
 def is_current(out: Path, meta: dict[str, Any]) -> bool:
-    """Whether `out` already holds the whole gallery that `build_gallery` would write."""
+    """Whether `out` already holds the complete gallery that `build_gallery` would write."""
     return (out / _OWN_FILE).is_file() and read_json(out / _OWN_FILE) == made_from(meta)
 
 
 def _check_target(out: Path) -> None:
-    """A gallery replaces a gallery, never a folder with anything else in it."""
+    """Refuse to replace a folder that contains anything but a gallery."""
     if out.is_dir() and any(out.iterdir()) and not (out / _OWN_FILE).is_file():
-        raise UserError(f"--out = {out}: holds files that are no gallery; give a new folder, an empty one or a gallery's")
+        raise UserError(f"--out = {out}: contains files that do not belong to a gallery; give a new or empty folder, or that of a gallery")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out = {out}: is a file; give a folder")
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file twice on one disk; a copy where that cannot be."""
+    """A hard link, or a copy if the file system does not support links."""
     try:
         os.link(source, target)
     except OSError:

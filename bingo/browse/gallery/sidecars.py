@@ -2,8 +2,8 @@
 
 Numbers are little-endian bytes in base64, names are JSON in ASCII, so no name can end a string or a script.
 
-    data/meta.js             everything about the whole index: title, classes, sizes of the blocks, how thumbnails lie
-    data/columns.js          one number a row: label, purity, similarity, in how many bags, cluster
+    data/meta.js             the whole index: title, classes, sizes of the blocks, layout of the thumbnails
+    data/columns.js          one number for each row: label, purity, similarity, in-degree, cluster
     data/bags-NNNNNN.js      members int32 (n, K), then similarities int16 (n, K), of one block of rows
     data/paths-NNNNNN.js     paths of one block of rows
 """
@@ -20,12 +20,12 @@ from bingo.bags.index import Bags
 from bingo.browse.listing_rows import ListingRows
 
 BAG_ROWS, PATH_ROWS = 1024, 4096
-SCALE = 10_000  # shares and cosines are whole numbers of ten-thousandths
+SCALE = 10_000  # shares and cosines are integers in units of 1/10,000
 UNKNOWN = -32768
 
 
 def write_sidecars(folder: Path, meta: dict[str, Any], bags: Bags, listing: ListingRows) -> None:
-    """Write all scripts into `folder`. `meta` is added to what the index itself says."""
+    """Write all scripts to `folder`. `meta` is added to the metadata of the index."""
     rows, k = bags.members_TK.shape
     labels_T = listing.labels_N[:rows]
     numbers = {"rows": rows, "k": k, "bag_rows": BAG_ROWS, "path_rows": PATH_ROWS, "scale": SCALE, "unknown": UNKNOWN}

@@ -1,4 +1,4 @@
-"""Thumbnails of all rows in sheets of 8 x 8 tiles, made once for each listing and kept: a page shows many, but opens few files.
+"""Thumbnails of all rows in sheets of 8 x 8 tiles, made once for each listing and kept, so that a page opens few files.
 
 Photos become JPEG tiles whose side is a multiple of 16, so that no tile bleeds into the next; small stored images become PNG as
 they are.
@@ -56,9 +56,9 @@ def sprite_name(sheet: int, form: SpriteFormat) -> str:
 def make_sprites(
     folder: Path, pictures: Pictures, listing: ListingRows, rows: int, form: SpriteFormat, progress: Callable[[int], None]
 ) -> int:
-    """Make the sheets of rows 0..rows-1 that `folder` lacks, several at a time; return how many images could not be read.
+    """Make the missing sheets of rows 0..rows-1 in `folder`, several at a time; return the number of images that could not be read.
 
-    A sheet is renamed into place, so an interrupted call is gone on with. `progress` is told how many rows are done.
+    Sheets are renamed into place, so an interrupted call can be resumed. `progress` is called with the number of rows done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     have = {entry.name for entry in os.scandir(folder)}

@@ -2,8 +2,9 @@
 
 The sum over the negatives is taken block by block of the bank, so logits of shape (B, J) are never in memory (`negative_logsumexp`):
 a block gives exp(logit - largest so far) as weights, and three running results are scaled down whenever the largest grows:
-the largest logit, the sum of the weights, and the sum of the bank's rows by these weights. The third over the second is the softmax's mean
-row, which is the gradient times the temperature, so nothing but (B, P) waits for backward either (the online softmax of Milakov and
+the largest logit, the sum of the weights, and the sum of the bank's rows by these weights. The third divided by the second is the mean row
+under the
+softmax, which is the gradient times the temperature, so backward also needs only (B, P) (the online softmax of Milakov and
 Gimelshein 2018, arXiv:1805.02867).
 
 Shape letters: B queries, P key width, J negatives, j negatives of a block.
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32: all of a usual batch on a GPU
-BANK_AT_ONCE = 2**20  # numbers of the bank, or logits: 4 MiB in float32, which stay in a CPU's cache up to the gradient
+BANK_AT_ONCE = 2**20  # numbers of the bank, or logits: 4 MiB in float32, which stay in a CPU's cache until the gradient
 
 
 def negative_logsumexp(query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None = None) -> Tensor:
     """log sum_j exp(q . n_j / temperature) for each query, (B,) float32, over the rows of the bank that are not hidden
     (`hidden_BJ` bool, or (1, J) for all).
 
-    Once for each query, however many positives it has. The bank, float16 or float32, gets no gradient.
+    Computed once for each query, however many positives it has. The bank, float16 or float32, gets no gradient.
     """
     return _NegativeLogSumExp.apply(query_BP.float(), bank_JP.detach(), temperature, hidden_BJ)
 
@@ -60,13 +61,13 @@ class _NegativeLogSumExp(torch.autograd.Function):
 
 
 def _largest(logits_jB: Tensor) -> Tensor:
-    """The largest of each column, in two steps: torch goes through a few long columns one number at a time."""
+    """The largest of each column, in two steps: torch reduces a few long columns one number at a time."""
     folds = 64 if len(logits_jB) % 64 == 0 else 1
     return logits_jB.unflatten(0, (folds, -1)).amax(dim=0).amax(dim=0)
 
 
 def _rows_at_once(query_BP: Tensor) -> int:
-    """Rows of a block: on a CPU neither they nor their logits leave the cache, on a GPU the fewest blocks that memory allows."""
+    """Rows of a block: on a CPU, few enough that they and their logits stay in the cache; on a GPU, as many as memory allows."""
     if query_BP.device.type == "cpu":
         return max(1, BANK_AT_ONCE // max(query_BP.shape))
     return max(1, LOGITS_AT_ONCE // len(query_BP))
@@ -83,7 +84,7 @@ def soft_cross_entropy(logits_BJ: Tensor, target_logits_BJ: Tensor, hidden_BJ: T
     if hidden_BJ is not None:
         target_logits_BJ = target_logits_BJ.masked_fill(hidden_BJ, float("-inf"))
     p_BJ = target_logits_BJ.softmax(dim=1)
-    expected_B = (p_BJ * logits_BJ).sum(dim=1)  # of the logits as they are: a hidden one has p = 0
+    expected_B = (p_BJ * logits_BJ).sum(dim=1)  # of all logits: a hidden one has p = 0
     if hidden_BJ is not None:
         logits_BJ = logits_BJ.masked_fill(hidden_BJ, float("-inf"))
     return torch.logsumexp(logits_BJ, dim=1) - expected_B

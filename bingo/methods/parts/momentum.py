@@ -16,10 +16,10 @@ from bingo.runtime import distributed
 
 
 class Queue(nn.Module):
-    """A ring of the last Q keys with the rows that they show. Its places start as seeded random unit vectors of no row (-1), as in MoCo.
+    """A ring buffer of the last Q keys with their rows. It is initialised with seeded random unit vectors (row -1), as in MoCo.
 
-    Unlike in MoCo these are negatives in the first step alone: against noise a network first learns to point away from it. In a long
-    training that is forgotten; on the digits, in 5 epochs, it cost 3 points of kNN accuracy.
+    Unlike in MoCo, these are negatives only in the first step: a network trained against noise first learns to point away from it. In long
+    training this does not matter; on the digits, in 5 epochs, it cost 3 points of k-NN accuracy.
     """
 
     keys_QP: Tensor
@@ -35,13 +35,13 @@ class Queue(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     def empty(self) -> Tensor:
-        """(1, Q) bool: places that hold no key yet; all false before the first push, when the random vectors are all there is."""
+        """(1, Q) bool: places without a key; all false before the first push, when there are only random vectors."""
         empty_Q = self.rows_Q < 0
         return (empty_Q & ~empty_Q.all())[None]
 
     @torch.no_grad()
     def push(self, keys_BP: Tensor, rows_B: Tensor) -> None:
-        """Write the keys of all processes over the oldest ones; the ring wraps wherever its end falls in a batch."""
+        """Overwrite the oldest keys with those of all processes; a batch may wrap around the end of the ring."""
         keys_BP, rows_B = distributed.gather(keys_BP.float()), distributed.gather(rows_B)
         keys_BP, rows_B = keys_BP[-len(self.rows_Q) :], rows_B[-len(self.rows_Q) :]
         slots_B = (self.pointer + torch.arange(len(rows_B), device=rows_B.device)) % len(self.rows_Q)
@@ -70,8 +70,8 @@ class MomentumCopy(nn.Module):
 
 
 def shuffled(encode: Callable[[Tensor], Tensor], images_BCHW: Tensor, seed: int, step: int) -> Tensor:
-    """`encode` with the images dealt out again among all processes' groups of BatchNorm, so that a query and its key are normalised
-    with different images (ShuffleBN of MoCo).
+    """`encode` with the images shuffled among the BatchNorm groups of all processes, so that a query and its key are normalised
+    with different images (MoCo's ShuffleBN).
 
     Every process draws the same permutation. With one process and one group it is `encode` itself.
     """

@@ -1,1 +1,2 @@
-"""One file a published format of checkpoints: NAME.py is teacher.format NAME, and nothing else names it (bingo/teachers/contract.py)."""
+"""Published checkpoint formats: each is a file NAME.py for teacher.format NAME and needs no registration (see
+bingo/teachers/contract.py)."""
