@@ -1,6 +1,21 @@
-"""Which processes a process has started, told by Linux's /proc."""
+"""Which processes a process has started, told by Linux's /proc; and two processes that are soon there."""
 
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
+
+from tests.stage_server import LIBRARIES
+
+
+def start_two(work: Callable[..., None], *arguments: object) -> None:
+    """`work(rank, *arguments)` in two processes, and the errors of torch.multiprocessing.spawn.
+
+    They are forks of a process that has imported the large libraries once, instead of importing them in each.
+    """
+    from torch.multiprocessing import start_processes
+
+    multiprocessing.set_forkserver_preload(LIBRARIES)
+    start_processes(work, arguments, nprocs=2, start_method="forkserver")
 
 
 def session(leader: int) -> list[int]:

@@ -31,6 +31,7 @@ from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import Interrupted, UserError
 from bingo.schedules import step_lr
+from tests.processes import start_two
 
 CPU = torch.device("cpu")
 REAL = Path(__file__).parents[3] / "shared/data/coco-tiny.tar.xz"
@@ -445,7 +446,7 @@ def test_two_processes_average_the_gradients_of_their_halves(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_two_processes, (port, tmp_path, tmp_path), nprocs=2)
+    start_two(_two_processes, port, tmp_path, tmp_path)
     first, second = (torch.load(tmp_path / f"two-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
     assert first["detections"] == second["detections"]

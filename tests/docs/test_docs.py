@@ -3,8 +3,6 @@
 import inspect
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from urllib.parse import unquote
 import pytest
 from ruamel.yaml import YAML
 from typer.main import get_command
-from workspace import ROOT, environment
+from workspace import ROOT, Workspace
 
 from bingo.cli.main import app
 from bingo.params import read_yaml
@@ -128,16 +126,17 @@ def python_blocks(page: Path) -> Iterator[tuple[str, str]]:
     yield from ((title, code) for language, title, code in FENCE.findall(page.read_text()) if language == "python")
 
 
-def run(folder: Path, *command: str) -> str:
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+def run(workspace: Workspace, module: str) -> str:
+    """What a module prints that is run in the workspace, with its arguments."""
+    done = workspace.stages.start_module(module, workspace.root).wait()
+    assert done.status == 0, f"{module}\n{done.out}\n{done.err}"
+    return done.out
 
 
 def test_the_examples_of_the_api_run(workspace):
     code = "\n".join(code for _, code in python_blocks(ROOT / "docs/api.md"))
-    (workspace.root / "example.py").write_text(code)
-    printed = run(workspace.root, sys.executable, "-W", "error", "example.py").splitlines()
+    (workspace.root / "example.py").write_text(f"import warnings\nwarnings.simplefilter('error')\n{code}")
+    printed = run(workspace, "example").splitlines()
     listing = len(printed) > 3 and printed[1].split()[0]
     assert listing == "500"  # of workspace.SHORT: 400 train and 100 test images
     scores = eval(printed[-1])
@@ -188,6 +187,8 @@ def write_example(root: Path, text: str) -> list[list[str]]:
         elif title:
             (root / title).parent.mkdir(exist_ok=True)
             (root / title).write_text(code)
+            if language == "python":
+                compile(code, title, "exec")  # a SyntaxWarning is an error too
     return commands
 
 
@@ -202,8 +203,8 @@ def test_the_examples_of_extending_run(text, workspace):
     commands = write_example(root, text)
     assert commands
     for program, *arguments in commands:
-        module = ["-m", "bingo.cli.main"] if program == "bingo" else []
-        run(root, sys.executable, "-W", "error::SyntaxWarning", *module, *arguments)
+        module = ["bingo.cli.main"] if program == "bingo" else [Path(arguments.pop(0)).stem]
+        run(workspace, " ".join(module + arguments))
     assert all((root / output).stat().st_size for output in WRITTEN[heading])
 
 

@@ -29,6 +29,7 @@ from bingo.params import AugmentParams, ExtractParams, ImageParams
 from bingo.runtime import task_loader
 from bingo.runtime.errors import UserError
 from bingo.teachers.teacher import Teacher
+from tests.processes import start_two
 
 CPU = torch.device("cpu")
 IMAGE = ImageParams(crop_px=10, resize_px=12, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
@@ -239,7 +240,7 @@ def join_and_run(rank: int, folder: Path) -> None:
 def test_two_processes_give_the_bytes_of_one_and_one_goes_on_after_a_kill(whole, tmp_path):
     # Whichever is noticed first: the killed process, or the other one, which waits for it in vain.
     with pytest.raises((torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)):
-        torch.multiprocessing.spawn(join_and_run, (tmp_path,), nprocs=2)
+        start_two(join_and_run, tmp_path)
     assert content(tmp_path / "whole/out") == content(whole)
     done = {path.name for path in (tmp_path / "killed/state/done").iterdir()}
     assert "1" in done

@@ -23,6 +23,7 @@ from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import Interrupted, UserError
 from bingo.schedules import step_lr
+from tests.processes import start_two
 
 CPU = torch.device("cpu")
 IMAGE = ImageParams(crop_px=10, resize_px=12, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
@@ -245,7 +246,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_two_processes, (port, tmp_path), nprocs=2)
+    start_two(_two_processes, port, tmp_path)
     for name, batchnorm, trunk_lr, rows in _CASES:
         one = trainer(tmp_path / f"{name}-one", Tiny(batchnorm), SHARED, trunk_lr, rows=rows)
         scores = one.run()

@@ -13,11 +13,8 @@ from workspace import ROOT, Workspace, assert_as_reference, environment, new_wor
 FIRST = ("scan", "teacher", "extract", "bag", "distill")
 ANYWHERE = "Ünïcode mit Leerzeichen 数字 'x' $HOME"
 STAGES_IN_TURN = """
-import os, runpy, sys
-stages, core = sys.argv[1:-1], int(sys.argv[-1])
-if core >= 0:
-    os.sched_setaffinity(0, {core})
-for stage in stages:
+import runpy, sys
+for stage in sys.argv[1:]:
     sys.argv = [stage]
     try:
         runpy.run_module(f"stages.{stage}", run_name="__main__")
@@ -44,7 +41,13 @@ def emptied(workspace: Workspace) -> Workspace:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a core")
 def test_one_core(workspace, reference):
     emptied(workspace)
-    run(workspace.root, sys.executable, "-c", STAGES_IN_TURN, *FIRST, str(min(os.sched_getaffinity(0))))
+    server, cores = workspace.stages.server.pid, os.sched_getaffinity(0)
+    os.sched_setaffinity(server, {min(cores)})  # and so the stages that it starts
+    try:
+        for stage in FIRST:
+            workspace.done(stage)
+    finally:
+        os.sched_setaffinity(server, cores)
     for stage in FIRST:
         assert_as_reference(workspace, reference, stage)
 
@@ -76,7 +79,7 @@ def test_images_that_may_only_be_read(tmp_path, stages):
     changes = {"dataset.source": "folder", "dataset.root": str(images), "dataset.store_px": None, "bagging.k": 3}
     changes |= {f"{schedule}.batch_anchors": 4 for schedule in ("teacher.pretrain", "distill")}
     workspace = new_workspace(tmp_path / "bingo", stages, changes)
-    command = [sys.executable, "-c", STAGES_IN_TURN, *FIRST, "-1"]
+    command = [sys.executable, "-c", STAGES_IN_TURN, *FIRST]
     if os.geteuid() == 0:
         unshare = ["unshare", "--mount", "sh", "-c", READ_ONLY, str(images)]
         if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:

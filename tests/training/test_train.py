@@ -21,6 +21,7 @@ from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import Interrupted, UserError
 from bingo.training.batches import Batches, Stored
 from bingo.training.loop import Trainer
+from tests.processes import start_two
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
@@ -243,7 +244,7 @@ def two_processes(tmp_path_factory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_two_processes, (port, folder, method_names()), nprocs=2)
+    start_two(_two_processes, port, folder, method_names())
     return folder
 
 
