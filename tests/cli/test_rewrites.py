@@ -98,8 +98,14 @@ def named_by_override(kind: type) -> list[str]:
     return [key for key, value in SHIPPED.items() if isinstance(value, kind)]
 
 
+def kind_of_place(key: str) -> tuple[int, bool, bool]:
+    """What decides how a list is written back: its depth, whether it is empty, and whether its section ends with it."""
+    section = key.rpartition(".")[0]
+    return key.count("."), not SHIPPED[key], key == [other for other in SHIPPED if other.startswith(section)][-1]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("key", named_by_override(list))
+@pytest.mark.parametrize("key", {kind_of_place(key): key for key in named_by_override(list)}.values())
 def test_one_list_alone_goes_through_the_forms_that_broke_it(rewritten, key):
     for form in ("[a,b]", "[]", "null", "[[a],[]]", "[]"):
         apply_overrides(rewritten, [override(key, form)])
