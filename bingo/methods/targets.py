@@ -57,7 +57,7 @@ def check_stored_views(method: str, context: Context, views: int) -> None:
     """Raises UserError if the store has fewer than `views` views of each image."""
     assert context.keys_TVP is not None
     if (stored := context.keys_TVP.shape[1]) < views:
-        way_out = f"set extract.views to {views} or more, or distill.keys to live"
+        way_out = f"set extract.views to {views} or more"
         raise UserError(f"extract.views = {stored}: {method} with distill.keys = stored reads {views} of each image; {way_out}")
 
 
