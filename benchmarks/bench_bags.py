@@ -1,14 +1,15 @@
-"""How bags grow with the number of images: exact neighbours and K-means from 10^4 to 10^6 rows, beside the machine's own limit.
+"""Scaling of bags with the number of images: exact neighbours and K-means from 10^4 to 10^6 rows, compared with the machine's limit.
 
     python -m benchmarks.bench_bags --plot bags.svg          2 cores: about 10 minutes, 5 GB of disk, 12 GB of memory
     python -m benchmarks.bench_bags --device cuda --rows 10000 100000 1000000 1281167 --flop 1e16
 
-Features are a mixture of Gaussians, made block by block into a zarr store; every measurement reads a prefix of it in a process of its
-own, reading and normalising included. The limit is 2 N^2 D operations (K-means: 2 N C D an assignment, and the pairs inside clusters) at
+Features are a mixture of Gaussians, made block by block into a zarr store; every measurement reads a prefix of it in a separate
+process, including reading and normalising. The limit is 2 N^2 D operations (K-means: 2 N C D an assignment, and the pairs inside clusters)
+at
 the rate of a matrix product of the same width, measured before each table (float32; half precision on a GPU). A search of more than
 --flop operations has fewer queries; its time is a + b Q, taken at two numbers of queries and given for Q = N. Such times are marked *,
-and what was not run at all but follows from the fitted exponents is marked ~. Bracketed are smallest and largest of three repeats,
-where these are short. The peer is FAISS's own IndexFlatIP, with its float32 rows in memory when the clock starts.
+and times extrapolated from the fitted exponents are marked ~. Smallest and largest of three repeats are in brackets,
+if these are short. The peer is FAISS's own IndexFlatIP, with its float32 rows in memory when the clock starts.
 """
 
 import argparse
@@ -252,7 +253,7 @@ def spread_of(timed: Timed) -> str:
 
 
 def exponent(grown: list[Grown]) -> float:
-    """The slope of log seconds over log rows, by least squares, of the sizes that take over a second where there are two."""
+    """The slope of log seconds over log rows, by least squares, of the sizes that take over a second, if there are two."""
     long = [point for point in grown if point.seconds > 1]
     grown = long if len(long) > 1 else grown
     if len(grown) < 2:

@@ -1,11 +1,11 @@
-"""How much of the bare teacher's speed the extraction keeps: images per second, views and writing included, over the forward's.
+"""Speed of extraction relative to the teacher's forward pass alone, in images per second, including views and writing.
 
     python -m benchmarks.bench_extract                  two cases from images in memory, about two minutes on 2 cores
     python -m benchmarks.bench_extract --case large --files --images 4096 --views 8 --batch-images 256    for a GPU
 
-Both are measured in the same run, in turns, on batches of the same sizes; printed are medians and, in brackets, the smallest and
-the largest of the repeats. The goal is a ratio of 90 %. Then the most memory that a process held which extracted from MEMORY_ROWS small
-files in chunks of MEMORY_CHUNK_ROWS, each in a process of its own: it is not to grow.
+Both are measured in the same run, in turns, on batches of the same sizes; medians are printed, with the smallest and the largest
+repeat in brackets. The goal is a ratio of 90 %. Then the peak memory of extraction from MEMORY_ROWS small
+files in chunks of MEMORY_CHUNK_ROWS, each in a separate process: it must not grow.
 """
 
 import argparse

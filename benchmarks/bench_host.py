@@ -1,4 +1,4 @@
-"""What the host must do for each anchor of an in-memory training, beside the time that the goal leaves it.
+"""Host time per anchor when training from memory, compared with the time that the goal allows.
 
     python -m benchmarks.bench_host                      the CIFAR-10 recipe's teacher and student: about 20 seconds on one core
     python -m benchmarks.bench_host --rows 1281167       as many train rows as ImageNet has
@@ -6,7 +6,7 @@
 A GPU computes while the host prepares the next step, so the host costs nothing as long as it is the faster of the two. Its work is done
 here in full, but on images of 1 pixel, where it is nearly all that a step takes: plans, draws, crop boxes, CutMix boxes, the draw of
 negatives, and the augmentation's calls of torch, each of some microseconds (on a GPU a launch takes 4 to 8). Counted is this process's
-CPU time. Of the whole step, the networks and the optimizer included, the number of calls is told.
+CPU time. For the whole step, including networks and optimizer, the number of calls is reported.
 The goals are 200 epochs of 50,000 images in 10 minutes (teacher) and in 5 (student), on one GPU.
 """
 

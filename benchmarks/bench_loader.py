@@ -1,16 +1,16 @@
-"""How much of the bare decoding speed the loader keeps, what its colours cost beside libraries, and what it costs a step.
+"""Speed of the dataloader relative to plain decoding, cost of its colour operations compared with libraries, and its share of a step.
 
     python -m benchmarks.bench_loader                              3 minutes on 2 cores
     python -m benchmarks.bench_loader --device cuda --images 8192 --batch-images 256
-    python -m benchmarks.bench_loader --folder ~/imagenet/val      photographs instead of made images
+    python -m benchmarks.bench_loader --folder ~/imagenet/val      photographs instead of synthetic images
 
 Three tables, each of variants that take turns; printed are medians and, in brackets, the smallest and the largest of the repeats.
   files     JPEG files to views, with as many workers: bare decode by Pillow and by simplejpeg (each file read and decoded to RGB, nothing
             else: the limit), this project's workers (uint8 crops, one and three for each decoded image), the whole loader (coloured,
             normalised, on the device), and torchvision's transforms on each image in the workers. The goal is 85 % of a bare decode.
-  colours   uint8 crops on the device to coloured, normalised views: this project's, kornia's (where it is installed: it is no dependency
+  colours   uint8 crops on the device to coloured, normalised views: this project's, kornia's (if it is installed: it is not a dependency
             of this project) and torchvision's image by image
-  memory    images in memory: the views of a step beside the student's forward and backward on them, 32 px. The goal is 10 %.
+  memory    images in memory: the views of a step compared with the student's forward and backward on them, 32 px. The goal is 10 %.
 The first batches of each turn are not timed: workers start in them.
 """
 

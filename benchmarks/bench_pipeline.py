@@ -1,12 +1,12 @@
-"""What the pipeline costs beside its work: nothing to do, a changed parameter, hashing of a large store, start of every command.
+"""Overhead of the pipeline: nothing to do, a changed parameter, hashing of a large store, start of every command.
 
     python -m benchmarks.bench_pipeline                     about 6 minutes on 2 cores, 11 GB of disk
     python -m benchmarks.bench_pipeline --store-gb 0.2      a check
 
 The last commit is cloned into a temporary folder, with a cache of its own, and recipe digits-short run there once, not timed. Then, as
-medians of --repeats with the smallest and the largest: `dvc repro` with nothing to do, beside the same in a repository of as many
+medians of --repeats with the smallest and the largest: `dvc repro` with nothing to do, compared with a repository of as many
 stages that only copy a file; `dvc exp run -S bagging.k=K` less the seconds that its stages' records say; `dvc add` of a folder of
-chunks, beside md5 of a bare read of the same bytes by one thread; and `--help` of every command, beside Python that does nothing.
+chunks, compared with md5 of the same bytes by one thread; and `--help` of every command, compared with Python that does nothing.
 Goals: 1.5 s for nothing to do, 0.5 s for a `--help`.
 """
 
@@ -161,7 +161,7 @@ def identity() -> list[str]:
 
 
 def nothing_to_do(clone: Path, copies: Path, repeats: int) -> None:
-    """`dvc repro` when all is done, beside a repository of as many stages that copy one file each."""
+    """`dvc repro` with nothing to do, compared with a repository of as many stages that copy one file each."""
     stages = len(run([*DVC, "stage", "list", "--name-only"], clone).split())
     new_repository(copies)
     (copies / "params.yaml").write_text("".join(f"p{stage}: 1\n" for stage in range(stages)))

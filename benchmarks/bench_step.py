@@ -1,4 +1,4 @@
-"""How fast a step of distillation is, beside the released recipe's step written plainly, and beside the student alone.
+"""Speed of a distillation step, compared with a plain implementation of the released step and with the student alone.
 
     python -m benchmarks.bench_step                                 R18 from R50, 224 px, batch 8: some minutes on 2 cores
     python -m benchmarks.bench_step --teacher resnet152 --case small     32 px, batch 64
@@ -7,7 +7,7 @@
 Timed are this project's own Trainer, Batches and method, from the plan of a batch to the optimizer's step, beside
   peer          three student forwards, two of a live teacher in train mode, three logits (B, 2, 1 + 65536), all in float32
   student alone the same student and head on as many views: forward and backward in this project's precision, no loss, no optimizer
-Views are random numbers that lie on the device, for all alike: the loader is benchmarks/bench_loader.py's matter. Weights, keys and bags
+Views are random numbers on the device for all variants: for the dataloader see benchmarks/bench_loader.py. Weights, keys and bags
 are random too. The variants take turns, each in a process of its own; printed are medians and, in brackets, the smallest and the
 largest of the repeats, a ratio being that of one turn. Peak memory: what torch's tensors took, and on the CPU what the process grew by,
 with the compiled kernels, their work space and what malloc keeps between blocks.
@@ -136,7 +136,7 @@ def product_step(case: StepCase, variant: str, folder: Path) -> Step:
 
 
 class Peer:
-    """The released step, written plainly: see `released_loss`. One process, so there is nothing to shuffle."""
+    """A plain implementation of the released step: see `released_loss`. One process, so there is nothing to shuffle."""
 
     def __init__(self, case: StepCase):
         student = case.student()

@@ -2,8 +2,8 @@
 
 python -m benchmarks.compare --variants method-bingo method-moco --seeds 0 1 2        then: bingo experiments
 
-A variant is a recipe, laid over params.yaml; its experiment is named VARIANT-sSEED. With `--base RECIPE` (whose images are in `--root`)
-each variant is laid over that recipe, and named BASE+VARIANT-sSEED. Every experiment is run by `dvc exp run` in a
+A variant is a recipe applied to params.yaml; its experiment is named VARIANT-sSEED. With `--base RECIPE` (whose images are in `--root`)
+each variant is combined with that recipe, and named BASE+VARIANT-sSEED. Every experiment is run by `dvc exp run` in a
 clone of the last commit that shares the DVC cache, so that nobody's edits reach a sweep that is under way, and nothing that goes
 wrong there touches the workspace. All variants of a seed run in one clone, one after the other: the first computes listing,
 teacher and embeddings, the others take them from DVC's run cache; no two jobs ever compute the same. `--jobs` is over seeds.
@@ -64,7 +64,7 @@ def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variants", nargs="+", required=True, metavar="RECIPE", help="recipes, as `bingo recipe list` prints them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--base", metavar="RECIPE", help="a recipe that every variant is laid over: other images, another scale")
+    parser.add_argument("--base", metavar="RECIPE", help="a recipe with which every variant is combined: other images, another scale")
     parser.add_argument("--root", help="where the images of --base are: sets dataset.root")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; leave it at 1 on one GPU")
     given = parser.parse_args()
@@ -121,7 +121,7 @@ def written(value: Any) -> str:
 
 
 class Sweep:
-    """Runs the experiments that the commit does not have yet, and tells of each."""
+    """Runs the experiments that the commit does not have yet, and reports each."""
 
     def __init__(self, experiments: Sequence[QueuedRun], commit: str, jobs: int):
         self.commit, self.home = commit, Path.cwd()
@@ -306,7 +306,7 @@ def _last_lines(log: Path) -> list[str]:
 
 def _accuracy(folder: Path) -> str:
     figures = json.loads((folder / "reports/results.json").read_text())
-    shown = {"linear": figures.get("linear", {}).get("student"), "k-NN-10": figures.get("knn_10", {}).get("student")}
+    shown = {"linear": figures.get("linear", {}).get("student"), "k-NN (k = 10)": figures.get("knn_10", {}).get("student")}
     return ", ".join(f"{name} {percent:.1f}" for name, percent in shown.items() if percent is not None) or "no accuracy was measured"
 
 

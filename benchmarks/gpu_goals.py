@@ -1,11 +1,11 @@
 """Whether this GPU reaches the goals for CIFAR-10: each stage is run in a folder of its own, and 200 epochs are reckoned from a few.
 
     python -m benchmarks.gpu_goals --root data/cifar10           on the GPU: about 3 minutes on one that reaches the goals
-    python -m benchmarks.gpu_goals --recipe digits-short --cpu   does this command work? No goal is told then, half a minute
+    python -m benchmarks.gpu_goals --recipe digits-short --cpu   a check of this command without goals, half a minute
 
 Goals (one H200): pretraining ResNet-50 for 200 epochs in 10 minutes, BINGO's ResNet-18 in 5, the pipeline from scan to report in 20.
 An epoch's time comes from the run's own record: its anchors per second, after `--epochs` epochs and with the first steps' warming up in
-it. What a stage takes beside its training (start, one probe, outputs) is added as it was. The evaluations run whole.
+it. The time of a stage outside of its training (start, one probe, outputs) is added unchanged. The evaluations run whole.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def run_stage(folder: Path, stage: str, device: str) -> tuple[float, dict[str, A
 
 
 def measure(folder: Path, recipe: str, epochs: int, root: str | None, device: str) -> dict[str, float]:
-    """Run the stages, and tell of each; minutes with all epochs of the recipe, of each training and of the whole."""
+    """Run the stages and report each; minutes with all epochs of the recipe, of each training and of the whole."""
     whole = workspace(folder, recipe, epochs, root)
     minutes = {"pipeline": 0.0}
     for stage in STAGES:
@@ -91,7 +91,7 @@ def main() -> None:
         import torch
 
         if not options.cpu and not torch.cuda.is_available():
-            raise UserError("the goals are a GPU's and torch sees none here; --cpu runs the stages without one and tells no goal")
+            raise UserError("the goals are for a GPU and torch sees none here; --cpu runs the stages without goals")
         minutes = measure(Path(name), options.recipe, options.epochs, options.root, "cpu" if options.cpu else "cuda")
         for part, goal in ({} if options.cpu else GOALS_MINUTES).items():
             print(f"{part}: {minutes[part]:.1f} minutes, goal {goal}: {'reached' if minutes[part] <= goal else 'missed'}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from bingo.pipeline import paths
-from bingo.pipeline.run import Run, process_group, run_command, stage_run
+from bingo.pipeline.run import Run, in_words, process_group, run_command, stage_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ def main() -> None:
         metrics = bag_metrics(bags, listing.labels_N[: listing.train_rows] if listing.labelled else None)
         write_bags(paths.BAGS, bags, listing.fingerprint, embeddings.fingerprint)
         write_json(paths.REPORTS / "bags.json", metrics)
-        figures = ", ".join(f"{name} {value:g}" for name, value in metrics.items() if isinstance(value, float))
+        figures = in_words({name: value for name, value in metrics.items() if isinstance(value, float)})
         lists = f" by {metrics['probes']} of {metrics['lists']} lists" if "recall" in metrics else ""
         run.say(f"bag: {run.params.bagging.method} bags of {listing.train_rows:,} images{lists}: {figures}")
         if metrics.get("recall", 1) < _LOW_RECALL:

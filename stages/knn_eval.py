@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from bingo.pipeline import paths
-from bingo.pipeline.run import Run, chosen_networks, item_name, process_group, run_command, stage_run
+from bingo.pipeline.run import Run, chosen_networks, in_words, item_name, process_group, run_command, stage_run
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def _scores(
         scores = voted_accuracies(found, labels[:train], labels[train:], ks, run.params.knn_eval.temperature)
     if name != "teacher":
         scores |= agreement.of(found[0])
-    run.say(f"knn_eval: {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in scores.items()))
+    run.say(f"knn_eval: {name}: {in_words(scores, '.1f')}")
     return scores
 
 

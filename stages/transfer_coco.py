@@ -12,7 +12,7 @@ import typer
 
 from bingo.pipeline import paths
 from bingo.pipeline.launch import launch
-from bingo.pipeline.run import Run, check_item, code_fingerprint, item_name, process_group, run_command, stage_run
+from bingo.pipeline.run import Run, check_item, code_fingerprint, in_words, item_name, process_group, run_command, stage_run
 from bingo.pipeline.state import state_folder
 
 if TYPE_CHECKING:
@@ -135,8 +135,7 @@ def _train_and_measure(run: Run, name: str, trainer: "DetectorTrainer", val: "In
         write_csv(paths.PLOTS / f"coco-{name}.csv", result.history, ["step", "loss"])
         write_json(paths.REPORTS / "coco" / f"{name}.json", scores)
         for kind, figures in scores.items():
-            told = ", ".join(f"{measure} {'none' if value is None else f'{value:.1f}'}" for measure, value in figures.items())
-            run.say(f"{run.stage}: {kind}: {told}")
+            run.say(f"{run.stage}: {kind}: {in_words(figures, '.1f')}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LONG_FIXTURES = {"reference", "made", "runs", "repository"}
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-fast` leaves out, beside the tests that are marked themselves."""
+    """Mark the tests that `make test-fast` leaves out, in addition to those that are marked explicitly."""
     for item in items:
         if isinstance(item, pytest.Function) and not LONG_FIXTURES.isdisjoint(item.fixturenames):
             item.add_marker(pytest.mark.slow)

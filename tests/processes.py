@@ -1,4 +1,4 @@
-"""Which processes a process has started, told by Linux's /proc; and two processes that are soon there."""
+"""Which processes a process has started, from /proc; and two processes that are ready quickly."""
 
 import multiprocessing
 from collections.abc import Callable

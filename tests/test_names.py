@@ -1,4 +1,4 @@
-"""One meaning for each name: no class of the product, its stages and its benchmarks is called as another one is."""
+"""One meaning for each name: no class of the product, its stages and its benchmarks has the name of another."""
 
 import ast
 from collections import defaultdict

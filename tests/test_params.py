@@ -1,4 +1,4 @@
-"""params.yaml: complete, strict, and quick to complain."""
+"""params.yaml: complete, strict, and quick to report errors."""
 
 import subprocess
 import sys

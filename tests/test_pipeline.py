@@ -1,4 +1,4 @@
-"""dvc.yaml says the truth: dependencies are what a stage imports, by files and by folders, and every stage has a description."""
+"""dvc.yaml is correct: dependencies are what a stage imports, by files and by folders, and every stage has a description."""
 
 import os
 import shutil

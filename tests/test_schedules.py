@@ -1,4 +1,5 @@
-"""Learning rates: the shipped sequences to the bit, published ones by hand, torch's schedulers, and that every training follows them."""
+"""Learning rates: the shipped sequences exactly, published ones from explicit formulas, torch's schedulers, and that every training
+follows them."""
 
 import math
 from pathlib import Path

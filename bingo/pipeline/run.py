@@ -199,6 +199,14 @@ def _print_lines(lines: Sequence[str], word: str = "error") -> None:
     print("\n".join(f"{word}: {printable(line)}" for line in lines), file=sys.stderr, flush=True)
 
 
+def in_words(figures: Mapping[str, float | None], form: str = "g") -> str:
+    """Figures for the lines that a stage prints, by name and value: `orphan_share` is "orphan share", `knn_10` "k-NN, k = 10"."""
+    from bingo.report.measures import measure_label
+
+    labels = {key: measure_label(key) if key.startswith(("knn_", "agreement_")) else key.replace("_", " ") for key in figures}
+    return "; ".join(f"{labels[key]}: {'none' if value is None else format(value, form)}" for key, value in figures.items())
+
+
 def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) -> None:
     """Raises UserError for an output with another suffix, in a folder that does not exist, or that exists already, unless `force` is
     set."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bingo.pipeline import paths
-from bingo.pipeline.run import Run, code_fingerprint
+from bingo.pipeline.run import Run, code_fingerprint, in_words
 from bingo.pipeline.state import state_folder
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _say_result(run: Run, setup: "TrainingSetup", result: "TrainingResult") -> N
 
     rate = result.anchors / max(result.seconds, 1e-9)
     run.notes |= {"anchors_per_second": round(rate, 1), "data_wait": round(result.wait_seconds / max(result.seconds, 1e-9), 3)}
-    last = ", ".join(f"{name} {value:g}" for name, value in result.history[-1].items() if name not in ("epoch", "lr"))
+    last = in_words({name: value for name, value in result.history[-1].items() if name not in ("epoch", "lr")})
     if result.spread and (warning := collapse_warning(result.spread)):
         print(f"warning: {run.stage}: {warning}", file=sys.stderr, flush=True)
     run.say(f"{run.stage}: {setup.method}, {setup.schedule.epochs} epochs, {rate:,.0f} anchors/s; last epoch: {last}")

@@ -16,8 +16,8 @@ from bingo.planning.recipes import as_text
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 HEAD = """# Parameters
 
-Every setting of `params.yaml`, with the value that is shipped. Units are in the names (`_px`, `_epochs`, `_images`, `_rows`). A key
-that is missing or unknown is an error. This page is generated: `python -m docs.tools.parameters > docs/parameters.md`.
+All settings in `params.yaml`, with their default values. Units are in the names (`_px`, `_epochs`, `_images`, `_rows`). Missing and
+unknown keys are errors. This page is generated: `python -m docs.tools.parameters > docs/parameters.md`.
 """
 Remarks = dict[str, str]
 TINY, HUGE = 1e-9, 1e7  # bounds of the schema beyond any sensible value
@@ -64,7 +64,7 @@ def _sections(name: str, section: BaseModel, notes: Remarks, remarks: Remarks) -
     if name and name in notes:
         yield f"\n{_plain(notes[name])}.\n"
     if leaves:
-        yield "\n| key | shipped | allowed | |\n|---|---|---|---|\n"
+        yield "\n| key | default | allowed | |\n|---|---|---|---|\n"
     for key, value in leaves.items():
         dotted = f"{name}.{key}".lstrip(".")
         remark = remarks.get(dotted, notes.get(dotted, ""))  # a note in what is one value for the schema

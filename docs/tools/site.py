@@ -1,6 +1,6 @@
-"""mkdocs hooks: the site has the pages as they stand in the repository, README as its first page and benchmarks/results beside docs.
+"""mkdocs hooks: the site contains the pages of the repository, with README as its first page and benchmarks/results in addition to docs.
 
-Links are those that work in the repository; here they are turned into the site's. A link to a file that is not a page becomes plain text.
+Links work in the repository and are converted to the site's here. A link to a file that is not a page becomes plain text.
 Formulas become MathML, which browsers draw without a script.
 """
 
@@ -41,7 +41,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def site_place(name: str) -> str | None:
-    """Where a file of the repository lies in the site; None if it is not part of it."""
+    """The location of a repository file in the site; None if it is not part of it."""
     if name == "README.md":
         return "index.md"
     return next((place + name.removeprefix(folder) for folder, place in PLACES.items() if name.startswith(folder)), None)

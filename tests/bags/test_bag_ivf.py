@@ -48,7 +48,7 @@ def test_members_are_the_nearest_within_the_probed_lists(features, lists, probes
     found, found_cosines = search_lists(features, k, InvertedFile(lists, probes, 3))
     members, cosines = by_loops(features, k, lists, probes, 3)
     np.testing.assert_allclose(found_cosines, cosines, atol=1e-6)
-    for row, place in zip(*np.nonzero(found != members), strict=True):  # only where float32 cannot tell two cosines
+    for row, place in zip(*np.nonzero(found != members), strict=True):  # only if float32 cannot distinguish two cosines
         other = list(members[row]).index(found[row, place])
         assert 0 < abs(cosines[row, other] - cosines[row, place]) < 1e-6
     assert (members < 0).any() == (k == 40)
@@ -102,7 +102,7 @@ def test_recall_is_its_definition(features, monkeypatch):
     assert not {"recall", "lists", "probes"} & set(bag_metrics(build_knn(features, 5), None))
 
 
-def test_recall_is_whole_where_ties_are_left_open():
+def test_recall_is_whole_if_ties_are_left_open():
     """Of 400 equal rows any 5 are the nearest: nothing is missed where all lists are searched."""
     rng = np.random.default_rng(0)
     features = np.concatenate([np.repeat(rng.standard_normal((2, 8)), 400, axis=0), rng.standard_normal((50, 8))]).astype(np.float32)

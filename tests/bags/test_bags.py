@@ -60,7 +60,7 @@ def nearest(cosines, anchor, allowed, k):
 
 
 def assert_nearest(found, cosines, anchor, allowed, k):
-    """`found` is `nearest`, then -1; rows may be exchanged only where cosines differ, but by less than float32 can tell."""
+    """`found` is `nearest`, then -1; rows may be exchanged only if cosines differ by less than the precision of float32."""
     wanted = nearest(cosines, anchor, allowed, k)
     assert found[len(wanted) :].tolist() == [-1] * (k - len(wanted))
     assert len(set(found[: len(wanted)].tolist())) == len(wanted)

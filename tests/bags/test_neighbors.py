@@ -34,7 +34,7 @@ def brute_force(queries, base, k, self_rows=None):
 
 
 def assert_same(found, wanted):
-    """Rows may be exchanged only where their cosines differ, but by less than float32 can tell; equal rows never."""
+    """Rows may be exchanged only if their cosines differ by less than the precision of float32, but not equal rows."""
     (rows, cosines), (wanted_rows, wanted_cosines) = found, wanted
     np.testing.assert_allclose(cosines, wanted_cosines, atol=1e-6)
     for q, j in zip(*np.nonzero(rows != wanted_rows), strict=True):
@@ -95,7 +95,7 @@ def test_a_tie_of_more_rows_than_the_first_margin_goes_to_the_smallest_rows():
     np.testing.assert_array_equal(rows, [[101, 102, 103, 104], [100, 102, 103, 104], [100, 101, 103, 104]])
 
 
-def test_padding_where_the_base_is_small():
+def test_padding_if_the_base_is_small():
     x = data(3)
     rows, cosines = top_k(x, x, 5, np.arange(3))
     np.testing.assert_array_equal(rows[:, 2:], -1)

@@ -117,7 +117,7 @@ def test_a_sweep_goes_seed_by_seed_and_is_not_run_again(repository):
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("4 experiments at ")
-    assert "[1/4] method-bingo-s0: linear 94.5, k-NN-10 93.0; " in lines[1]
+    assert "[1/4] method-bingo-s0: linear 94.5, k-NN (k = 10) 93.0; " in lines[1]
     assert lines[1].endswith(" left")
     assert lines[-1].startswith("4 of 4 done, 0 failed")
     runs = repository.ran()

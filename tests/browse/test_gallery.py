@@ -325,7 +325,7 @@ def test_a_narrow_window_has_no_sideways_scrolling(page):
 
 
 @needs_browser
-def test_clusters_can_be_browsed_and_a_missing_sidecar_is_told(browser, tmp_path, monkeypatch):
+def test_clusters_can_be_browsed_and_a_missing_sidecar_is_reported(browser, tmp_path, monkeypatch):
     make_workspace(tmp_path, method="kmeans", labelled=False)
     monkeypatch.chdir(tmp_path)
     bingo_bags("gallery")

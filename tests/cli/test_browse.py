@@ -183,7 +183,7 @@ def test_a_picture_that_cannot_be_written(workspace):
     assert err.startswith("error: --out = params.yaml/sheet.png: cannot be written")
 
 
-def test_a_revision_where_there_is_no_repository(workspace):
+def test_a_revision_outside_of_any_repository(workspace):
     assert mistake("show", 5, "--rev", "v1").startswith("error: v1: ")
 
 
@@ -338,7 +338,7 @@ def test_find_gives_the_train_rows_nearest_to_a_file(taught, monkeypatch):
     assert out.splitlines()[-1] == "picture: .bingo/sheets/find-outside.png"
 
 
-def test_find_refuses_what_is_no_image_and_another_teacher(taught, monkeypatch):
+def test_find_refuses_files_that_are_not_images_and_another_teacher(taught, monkeypatch):
     monkeypatch.setenv("BINGO_DEVICE", "cpu")
     Path("text.jpg").write_text("no image")
     assert "text.jpg: is not an image that can be decoded" in mistake("find", "text.jpg")

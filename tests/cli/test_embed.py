@@ -1,4 +1,4 @@
-"""`bingo embed`: every format against the images cut by hand, and mistakes as one line each."""
+"""`bingo embed`: every format against explicitly cropped images, and errors as one line each."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from bingo.runtime.artefacts import file_fingerprint
 from bingo.runtime.errors import UserError
 from bingo.teachers.teacher import save_teacher, teacher_metadata
 
-# No resizing, so that the crop by hand is exact.
+# No resizing, so that the explicit crop is exact.
 IMAGE = {"crop_px": 16, "resize_px": 20, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.2]}
 TINY = ("resnet10t", 0.125, "small")
 STUDENT = {"kind": "student", "arch": TINY[0], "width": TINY[1], "stem": TINY[2], **IMAGE, "method": "bingo"}

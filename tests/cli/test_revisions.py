@@ -128,7 +128,7 @@ def test_from_the_remote_and_from_nowhere(repository, tmp_path, monkeypatch):
         assert "dvc repro bag" in line
 
 
-def test_a_chunk_that_is_nowhere_is_not_taken_for_an_empty_one(repository):
+def test_a_chunk_that_is_nowhere_is_not_mistaken_for_an_empty_one(repository):
     """zarr answers a file that cannot be read with its fill value."""
     run("dvc", "commit", "-fq")
     run("git", "add", "-A")

@@ -42,7 +42,7 @@ FORMS = [
 
 
 def leaves(section: dict, above: str = "") -> dict:
-    """Every value that is no section, by its dotted key; an empty section is a value."""
+    """Every value that is not a section, by its dotted key; an empty section is a value."""
     found = {}
     for key, value in section.items():
         found |= leaves(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}

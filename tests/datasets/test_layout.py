@@ -55,7 +55,7 @@ def test_splits_go_by_their_usual_names_and_are_named(tmp_path, train, test):
 
 
 @pytest.mark.parametrize("name", ["cat", "trainer", "contest", "value", "trains", "n01440764", "device", "holding", "retrain"])
-def test_other_words_are_no_splits(name):
+def test_other_words_are_not_splits(name):
     assert role_of(name) is None
 
 
@@ -108,7 +108,7 @@ TWINS = [
 
 @pytest.mark.parametrize(("train", "test"), TWINS)
 @pytest.mark.parametrize("above", ["", "train/"])
-def test_folders_that_differ_in_the_word_for_their_split_are_no_classes(tmp_path, train, test, above):
+def test_folders_that_differ_in_the_word_for_their_split_are_not_classes(tmp_path, train, test, above):
     make(tmp_path, f"{above}{train}/cat/1.png", f"{above}{train}/dog/2.png", f"{above}{test}/cat/3.png", f"{above}{test}/dog/4.png")
     assert len(lines_of(folder(tmp_path))) == 1
     (tmp_path / above / train).rename(tmp_path / above / "now")
@@ -208,7 +208,7 @@ def test_classes_whose_sub_folders_have_the_same_names_by_chance_stay_classes(tm
     assert ("sub-folders" in lines) == (kind != "one sub-folder each")
 
 
-def test_what_lies_beside_the_splits_is_named(tmp_path):
+def test_files_next_to_the_splits_are_reported(tmp_path):
     make(tmp_path, "train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "test/3.png", "extra/4.png", "logo.png")
     listing, lines = said(tmp_path)
     assert listing.paths == ["train/cat/1.png", "train/dog/1.png", "val/cat/2.png"]
@@ -293,7 +293,7 @@ def test_class_names_that_differ_in_case_or_form_alone(tmp_path):
     assert "Unicode form alone" in lines_of(folder(tmp_path))[0]
 
 
-def test_a_test_class_of_either_case_is_refused_where_train_has_both(tmp_path):
+def test_a_test_class_of_either_case_is_refused_if_train_has_both(tmp_path):
     make(tmp_path, "train/ab/1.png", "train/AB/2.png", "val/Ab/3.png")
     assert "has classes that train/ lacks: Ab" in lines_of(folder(tmp_path))[0]
 

@@ -148,7 +148,7 @@ def test_a_folder_is_listed_in_the_order_of_names(pets):
     assert (listing.train_rows, listing.classes, listing.skipped, listing.labelled) == (5, ["cat", "dog"], [], True)
 
 
-def test_test_folder_serves_where_there_is_no_val(pets):
+def test_a_test_folder_is_used_without_val(pets):
     (pets / "val").rename(pets / "test")
     assert scan(folder(pets), 0)[0].paths[5:] == ["test/cat/v.jpg", "test/dog/w.bmp"]
 
@@ -248,7 +248,7 @@ def test_an_empty_class_folder_is_named(pets):
     assert lines_of(folder(pets)) == [f"dataset.root = {pets}: train/ has the class folder emu without images; fill it, or delete it"]
 
 
-def test_images_beside_class_folders(pets):
+def test_images_next_to_class_folders(pets):
     save(pets / "train/stray.png")
     assert "holds images (train/stray.png) beside class folders" in lines_of(folder(pets))[0]
 

@@ -1,4 +1,4 @@
-"""COCO's files and pictures: what becomes a target and what does not, resized and mirrored alike, and one line for every bad file."""
+"""COCO's files and pictures: what becomes a target and what does not, consistent resizing and flips, and one line for every bad file."""
 
 import json
 import tarfile
@@ -282,7 +282,7 @@ def test_the_short_side_is_reached_unless_the_long_one_would_be_too_long(sides, 
     assert resized_px(*sides, 800, 1333) == wanted
 
 
-def test_image_boxes_and_masks_are_resized_and_mirrored_alike(tmp_path):
+def test_image_boxes_and_masks_are_resized_and_flipped_consistently(tmp_path):
     make_split(tmp_path, "train", 3, 1)
     found = read(tmp_path)
     plain, mirrored = examples(found, [View(1, 96, 200), View(1, 96, 200, flip=True)])
@@ -380,7 +380,7 @@ def test_a_file_that_is_not_cocos(tmp_path, change, wanted):
         (None, "cannot be read (No such file"),
     ],
 )
-def test_a_file_that_is_no_json_object(tmp_path, text, wanted):
+def test_a_file_that_is_not_a_json_object(tmp_path, text, wanted):
     (tmp_path / "annotations").mkdir()
     if text is not None:
         (tmp_path / "annotations/instances_train.json").write_bytes(text.encode(errors="surrogateescape"))

@@ -160,7 +160,7 @@ def test_the_settings_are_detectron2s(head):
         ("resnet18", "small", "student.stem = small: its feature maps are too large for the images of COCO; set student.stem: imagenet"),
     ],
 )
-def test_a_student_that_is_no_backbone_of_a_detector(arch, stem, wanted):
+def test_a_student_that_cannot_be_the_backbone_of_a_detector(arch, stem, wanted):
     with pytest.raises(UserError, match=wanted):
         build_detector(build_backbone(arch, 1.0, stem, 0), "fpn", 3, MEAN, STD, 0, FPN)
 

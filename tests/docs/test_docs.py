@@ -75,7 +75,7 @@ def test_commands_of_a_page_exist(page):
 
 
 def unknown_words(command: Any, words: list[str]) -> bool:
-    """Whether a command line of bingo names a command or an option that there is none of."""
+    """Whether a command line of bingo contains an unknown command or option."""
     while hasattr(command, "get_command") and words and not words[0].startswith("-"):
         command, words = command.get_command(None, words[0]), words[1:]
         if command is None:

@@ -323,7 +323,7 @@ def test_returned_rate_counts_every_view(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("test_rows", [8, 0])
-def test_teacher_quality_stands_beside_an_untrained_network_and_guessing(tmp_path, test_rows):
+def test_teacher_quality_is_compared_with_an_untrained_network_and_chance(tmp_path, test_rows):
     images, train_rows = MemoryImages(pixels()), ROWS - test_rows
     of_images = listing(train_rows=train_rows)
     teacher = plain_teacher(torch.clone)
@@ -331,6 +331,6 @@ def test_teacher_quality_stands_beside_an_untrained_network_and_guessing(tmp_pat
     extract_embeddings(teacher, of_images, images, EXTRACT, IMAGE, 0, tmp_path / "state", tmp_path / "out", CPU, {"teacher": "b"})
     embeddings = read_embeddings(tmp_path / "out", of_images)
     quality = teacher_quality(embeddings, of_images, images, teacher, IMAGE, 0, CPU)
-    assert quality["teacher_knn"] == 100.0  # mean colours tell even from odd rows
+    assert quality["teacher_knn"] == 100.0  # mean colours distinguish even from odd rows
     assert 20 <= quality["chance"] <= 80
     assert 0 <= quality["random_knn"] <= 100

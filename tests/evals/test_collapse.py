@@ -39,7 +39,7 @@ def test_the_rank_is_the_exponential_of_an_entropy():
         (np.ones((1, 4)), 0),
     ],
 )
-def test_collapsed_features_are_told(features, rank):
+def test_collapsed_features_are_reported(features, rank):
     figures = spread(features)
     assert figures["effective_rank"] == rank
     line = collapse_warning(figures)
@@ -47,7 +47,7 @@ def test_collapsed_features_are_told(features, rank):
     assert "\n" not in line
 
 
-def test_nearly_equal_features_are_told_and_an_untrained_network_is_not():
+def test_nearly_equal_features_are_reported_but_not_an_untrained_network():
     noise = np.random.default_rng(0).standard_normal((50, 32))
     assert collapse_warning(spread(1 + 1e-4 * noise))
     rows = 40

@@ -61,7 +61,7 @@ def test_a_list_of_simclr_names_train_images(tmp_path):
     ]
 
 
-def test_a_path_tells_images_of_one_file_name_apart(tmp_path):
+def test_a_path_distinguishes_images_with_the_same_file_name(tmp_path):
     listing = Listing("folder", ["a/1.png", "b/1.png", "bb/1.png", "a/2.png"], np.array([0, 1, 2, 0]), 4, ["a", "b", "bb"], [], "")
     path = tmp_path / "list.txt"
     path.write_text("b/1.png\r\n2.png\r\n")

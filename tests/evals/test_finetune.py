@@ -1,4 +1,5 @@
-"""A classifier trained on labels: every step by hand, a frozen backbone untouched, killed or shared among processes and still the same."""
+"""A classifier trained on labels: every step computed explicitly, a frozen backbone unchanged, equal results after kills and on several
+processes."""
 
 import copy
 import os
@@ -70,7 +71,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("drop_epochs", [[1], [], None])
-def test_fine_tuning_is_sgd_by_hand(tmp_path, nesterov, drop_epochs):
+def test_fine_tuning_equals_plain_sgd(tmp_path, nesterov, drop_epochs):
     tune = TUNE.model_copy(update={"nesterov": nesterov, "drop_epochs": drop_epochs})
     trained = trainer(tmp_path, Tiny(True), tune)
     trained.run()
@@ -166,7 +167,7 @@ def test_a_frozen_backbone_keeps_every_tensor_and_a_trained_one_does_not(tmp_pat
 
 
 @pytest.mark.parametrize(("trunk_lr", "rows", "steps"), [(None, 27, 4), (0.1, 27, 3), (0.1, 5, 1), (None, 5, 1), (0.1, 16, 2)])
-def test_a_small_tail_is_left_out_where_batchnorm_learns(tmp_path, trunk_lr, rows, steps):
+def test_a_small_last_batch_is_dropped_if_batchnorm_is_trained(tmp_path, trunk_lr, rows, steps):
     assert trainer(tmp_path, Tiny(True), trunk_lr=trunk_lr, rows=rows).steps_per_epoch == steps
 
 

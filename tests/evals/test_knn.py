@@ -26,7 +26,7 @@ def digits():
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 20])
-def test_agrees_with_scikit_learn_where_votes_are_not_tied(digits, k):
+def test_agrees_with_scikit_learn_unless_votes_are_tied(digits, k):
     train, train_labels, test, test_labels = digits
     reference = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train, train_labels)
     shares = np.sort(reference.predict_proba(test), axis=1)

@@ -1,4 +1,4 @@
-"""Linear evaluation: the accuracy of an independent solver, one step by hand, the released protocol, an untouched backbone."""
+"""Linear evaluation: the accuracy of an independent solver, one explicit step, the released protocol, an unchanged backbone."""
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ def test_read_only_float16_features_are_taken_and_left_alone():
     np.testing.assert_array_equal(train_X, digits()[0])
 
 
-def test_one_step_is_softmax_regression_by_hand():
+def test_one_step_equals_softmax_regression():
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((8, 3)).astype(np.float32), np.array([0, 1, 2, 0, 1, 2, 0, 1])
     params = CachedProbeParams(epochs=1, batch_images=8, lr=0.5, weight_decay=0.1, **COSINE)
@@ -172,7 +172,8 @@ def test_crops_learn_and_leave_the_backbone_untouched(tmp_path):
 
 
 def test_standardised_features_are_umbcs(tmp_path):
-    """eval_linear.py, by hand: unit length, minus the mean, divided by sqrt(variance + 1e-5), of the train images' centre views."""
+    """eval_linear.py, computed explicitly: unit length, minus the mean, divided by sqrt(variance + 1e-5), of the train images' centre
+    views."""
     images, labels, train_rows, test_rows = coloured_squares()
     backbone = build_backbone("resnet18", 0.125, "small", 0)
     rows = (IMAGE, CPU, "fp32", 16)

@@ -234,7 +234,7 @@ def test_detectron2s_own_resnet_gives_the_same_features(tmp_path):
     assert check.startswith("read back with detectron2")
 
 
-def test_arrays_for_detectron2_name_no_module_of_one_numpy_alone(tmp_path):
+def test_arrays_for_detectron2_use_no_module_of_a_single_numpy_version(tmp_path):
     content = written(network("resnet18", 1.0, "imagenet"), "detectron2", tmp_path).read_bytes()
     assert b"_reconstruct" not in content
     assert b"numpy._core" not in content
@@ -311,7 +311,7 @@ def test_what_a_library_cannot_build_is_refused_in_one_line(target, shape, says,
     assert not list(tmp_path.iterdir())
 
 
-def test_networks_with_other_layers_are_no_twins():
+def test_networks_with_other_layers_are_not_twins():
     with pytest.raises(UserError, match="resnet26d has other layers than resnet10t, the network's arch; export --to timm"):
         twin(network(*TINY), "resnet26d")
 

@@ -80,7 +80,7 @@ def test_the_training_is_described_as_far_as_it_is_known(card):
         ({"source_sha256": "cd" * 32}, f"; sha256 of the checkpoint it came from: {'cd' * 32}"),
     ],
 )
-def test_where_the_teacher_is_from(card, facts, says):
+def test_the_source_of_the_teacher_is_named(card, facts, says):
     provenance = Provenance(teacher={**TEACHER, **facts}, teacher_sha256="ab" * 32)
     assert says in rows(card(provenance), "Training")["teacher"]
 

@@ -1,4 +1,4 @@
-"""Batched views against torchvision, one image at a time: equal for given parameters, alike in distribution for drawn ones."""
+"""Batched views against torchvision, one image at a time: equal for given parameters, equally distributed for random ones."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_rotate_equals_torchvision():
     torch.testing.assert_close(au.rotate(x, torch.tensor(angles)), want, atol=3e-6, rtol=0)
 
 
-def test_angles_are_uniform_and_absent_where_not_asked_for():
+def test_angles_are_uniform_and_absent_if_not_requested():
     turning = MOCO2.model_copy(update={"rotate_degrees": 15})
     _, drawn = draw_views(turning, 3, "test", 1, np.arange(ROWS), 0)
     assert np.abs(np.sort(drawn.angle_B) - np.linspace(-15, 15, ROWS)).max() < 0.8

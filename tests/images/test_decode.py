@@ -108,7 +108,7 @@ def test_odd_headers_are_pillows_to_read(monkeypatch, name):
     assert ours == told(ODD[name])
 
 
-def test_pillow_is_asked_only_where_it_must_be(monkeypatch):
+def test_pillow_is_used_only_if_necessary(monkeypatch):
     monkeypatch.setattr(decode, "_opened", lambda content: pytest.fail("Pillow was asked"))
     for name in ("plain", "grey", "RGB", "with a comment"):
         assert read_header(FILES[name]).plain_jpeg

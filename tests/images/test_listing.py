@@ -48,7 +48,7 @@ def test_an_empty_split_can_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "flipped", "other"])
-def test_what_is_no_listing_is_refused(tmp_path, damage):
+def test_a_file_that_is_not_a_listing_is_refused(tmp_path, damage):
     path = tmp_path / "listing.parquet"
     write_listing(path, LISTING)
     content = path.read_bytes()

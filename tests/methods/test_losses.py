@@ -227,7 +227,7 @@ def test_a_queue_is_a_ring_that_wraps_anywhere():
     assert queue.keys_QP[:, 0].tolist() == [ring[slot] // 3 for slot in range(7)]
 
 
-def test_places_that_hold_no_key_are_no_negatives_after_the_first_push(context):
+def test_places_without_a_key_are_not_negatives_after_the_first_push(context):
     params = MocoParams(temperature=0.1, queue_rows=10, key_momentum=0.9, head_hidden=8, key_width=KEY)
     method, batch = moco.build(params, context), batch_of(context)
     method(batch, Progress(0, 0))

@@ -173,7 +173,7 @@ def pooled(method: Method, batch: Batch, view: int = 0) -> list[list[float]]:
 
 
 def filled(queue) -> list[list[float]]:
-    """The queue's vectors: those that are keys of rows, or all random ones while there is no key."""
+    """The queue's vectors: those that are keys of rows, or all random ones if there is no key."""
     keys = rows_of(queue.keys_QP)
     return [key for key, row in zip(keys, queue.rows_Q.tolist(), strict=True) if row >= 0] or keys
 
@@ -320,7 +320,7 @@ def test_a_features_target_is_read_from_the_store_and_a_keys_target_is_not():
 
 
 class Copy(nn.Module):
-    """A network that gives what it is told, whatever it sees."""
+    """A network that returns given outputs, whatever its input."""
 
     def __init__(self, output: torch.Tensor):
         super().__init__()
@@ -367,7 +367,7 @@ def test_a_student_equal_to_the_teacher_has_the_least_loss():
     assert gradient.abs().max() < 1e-6, "the cross-entropy is least where both rows of similarities are equal"
 
 
-def test_coss_by_hand_with_the_temperatures_of_the_released_script():
+def test_coss_equals_its_formula_with_the_temperatures_of_the_released_script():
     """scripts/cf_train.sh: --t-temp 0.07 --s-temp 0.1 --l_0 1 --l_1 1.
 
     Outputs (3, 4) and (0, 5), the teacher's (1, 0) and (0, 1). Cosines image by image: 3/5 and 1, mean 0.8. Feature by feature: (3, 0)

@@ -60,7 +60,7 @@ def test_blocks_of_the_bank_give_the_plain_value_and_gradient(monkeypatch, at_on
 
 @pytest.mark.parametrize(("device", "queries", "rows"), [("cpu", 8, 8192), ("cpu", 1024, 1024), ("meta", 256, 65536), ("meta", 2**25, 1)])
 def test_rows_of_a_block(device, queries, rows):
-    """Of 128 numbers each; what is no CPU is as a GPU, where a usual batch is done at once."""
+    """Of 128 numbers each; other devices than CPUs behave like a GPU, which computes a usual batch at once."""
     assert losses._rows_at_once(torch.empty(queries, 128, device=device)) == rows
 
 
@@ -214,7 +214,7 @@ def test_a_checkpoint_and_an_epochs_record_ask_first(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_loss_that_is_not_finite_is_the_one_that_is_told():
+def test_the_first_loss_that_is_not_finite_is_the_one_that_is_reported():
     watch = LossWatch(CPU)
     assert watch.every_steps == 1
     for step, loss in enumerate([1.0, float("-inf"), 2.0, float("nan")]):

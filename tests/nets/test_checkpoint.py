@@ -57,8 +57,8 @@ def test_files_that_are_not_ours_are_refused_by_name(tmp_path):
     assert "cannot be read" in refusal(tmp_path)
 
 
-def test_no_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
-    """Nobody is told to delete a checkpoint that a full GPU could not hold."""
+def test_lack_of_memory_is_not_reported_as_damage(tmp_path, monkeypatch):
+    """A checkpoint that does not fit on a full GPU is not reported as damaged."""
     checkpoints = Checkpoints(tmp_path / "training", 0)
     checkpoints.save({"step": 1}, 1)
     torch.save(STATE, tmp_path / "net.pth")

@@ -104,7 +104,7 @@ def test_a_killed_process_ends_the_others_and_is_named(workspace):
     until(lambda: not training.session())
 
 
-def test_a_mistake_that_one_process_finds_is_told_once(workspace):
+def test_a_mistake_that_one_process_finds_is_reported_once(workspace):
     done = launcher(workspace, "distill", "--standalone", "--nproc-per-node=2", FAIL_ON_RANK="1").wait()
     assert (done.status, done.err) == (2, "error: a mistake that process 1 found\n")
 
@@ -120,7 +120,7 @@ def test_a_group_that_is_asked_to_stop_saves_and_says_so_once(workspace):
 
 
 def test_the_prefix_runs_the_launcher_on_every_machine(workspace, tmp_path):
-    """srun is stood in for by a script that tells what it was given."""
+    """srun is replaced by a script that prints its arguments."""
     (tmp_path / "srun").write_text('#!/bin/sh\necho "$BINGO_PROCESSES" "$@"\n')
     (tmp_path / "srun").chmod(0o755)
     meeting = "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=node0:29400"
@@ -180,7 +180,7 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
     for name in ("BINGO_DEVICE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert pick_device() == torch.device("cuda", 0)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all of them find it, so that the first one tells it
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all of them find it, so that the first one reports it
     with pytest.raises(UserError, match="BINGO_PROCESSES = 2: each needs a GPU and torch sees 1 here"):
         pick_device()
 
@@ -224,7 +224,7 @@ def test_memory_that_ran_out_is_one_line(capsys):
         (ConnectionResetError("the store is gone"), ("main", "_invoke_run", "_restart_workers", "barrier"), False),
     ],
 )
-def test_what_torchrun_raises_late_is_no_wrong_argument(monkeypatch, capsys, error, where, argument):
+def test_what_torchrun_raises_late_is_not_a_wrong_argument(monkeypatch, capsys, error, where, argument):
     """torchrun is stood in for by functions of the names that its own have."""
     from torch.distributed import run
 

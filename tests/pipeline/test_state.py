@@ -1,4 +1,4 @@
-"""The folder of an unfinished stage: kept after a kill, and until dvc.lock tells that DVC has taken over the outputs."""
+"""The folder of an unfinished stage: kept after a kill, and until dvc.lock shows that DVC has committed the outputs."""
 
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def test_the_state_of_an_experiment_goes_with_its_folder(monkeypatch, here):
 
 
 def test_a_state_that_another_sweep_removes_meanwhile(monkeypatch):
-    """Workspaces that share a folder of states may start stages at the same time; a damaged mark is told all the same."""
+    """Workspaces that share a folder of states may start stages at the same time; a damaged mark is reported nevertheless."""
     monkeypatch.setenv("DVC_STAGE", "teacher")
     work()
     lock("a")

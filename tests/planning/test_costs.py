@@ -1,4 +1,4 @@
-"""Costs: FLOPs and bytes against numbers counted by hand, and a method that is as it was before it was counted."""
+"""Costs: FLOPs and bytes against manual counts, and no side effects of counting on a method."""
 
 from pathlib import Path
 

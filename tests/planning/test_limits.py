@@ -126,7 +126,7 @@ def test_what_a_network_cannot_have_is_of_the_section_that_asks_for_it(changes, 
 @pytest.mark.parametrize("companions", [0, 1])
 @pytest.mark.parametrize("keys", ["stored", "live"])
 def test_a_batch_of_one_is_refused_just_where_a_step_would_fail(method, companions, keys):
-    """Beside the real step on one image: no method is refused that works, none passes that would end in a traceback."""
+    """Compared with the real step on one image: no working method is refused, and none passes that would end in a traceback."""
     changes = {"distill.method": method, "distill.batch_anchors": 1, "methods.coss.companions": companions, "distill.keys": keys}
     changes |= {"methods.bingo.teacher_batchnorm": "batch"} if keys == "live" else {}
     params = validate(raw(changes), "params.yaml")

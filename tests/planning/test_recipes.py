@@ -589,7 +589,7 @@ def test_check_of_the_shipped_parameters_finds_all_there(clone):
 
 
 def test_the_coco_recipes_are_detectron2s_settings(clone):
-    """By hand from mask_rcnn_R_50_FPN_1x and _3x's family: 16 images a step, 90k and 180k steps, short sides 640 to 800."""
+    """Written down from mask_rcnn_R_50_FPN_1x and _3x's family: 16 images a step, 90k and 180k steps, short sides 640 to 800."""
     assert (resolved("coco-fpn").transfer_coco.runs, resolved("coco-c4").transfer_coco.runs) == (["fpn-1x", "fpn-2x"], ["c4-2x"])
     for name in ("coco-fpn", "coco-c4"):
         coco = resolved(name).transfer_coco

@@ -1,4 +1,4 @@
-"""The report's COCO table: each figure in its row, published rows beside the run that they belong to, nothing where nothing ran."""
+"""The report's COCO table: each figure in its row, published rows next to the run that they belong to, nothing if nothing ran."""
 
 from bingo.report.coco import MEASURES, coco_rows, coco_table
 from bingo.report.inputs import read_optional_json

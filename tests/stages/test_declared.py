@@ -48,7 +48,7 @@ NETS = ("student", "untrained", "teacher", "pixels")
 
 @dataclass(frozen=True)
 class Command:
-    """A stage of dvc.yaml or an item of one, and settings with which it runs beside the usual ones."""
+    """A stage of dvc.yaml or an item of one, and additional settings with which it runs."""
 
     stage: str
     item: str = ""

@@ -57,7 +57,7 @@ def reference(made) -> dict[str, bytes]:
     """The outputs of an uninterrupted run."""
     done = made.done(STAGE, **ALONE)
     assert "transfer_coco-c4-short: 5 training images; left out: 0 images without targets, 0 crowds" in done.out
-    assert "transfer_coco-c4-short: box: AP " in done.out
+    assert "transfer_coco-c4-short: box: AP: " in done.out
     inside = weights_sha256(load_file(made.root / "models/student.safetensors"))  # of the detector before the first step, too
     assert f"transfer_coco-c4-short: starts from the student's weights, sha256 {inside}" in done.out
     return made.files(*OUTPUTS)

@@ -116,7 +116,7 @@ class Ended:
 
     @property
     def stage_status(self) -> int | None:
-        """The stage's exit status as dvc tells it, None if it does not."""
+        """The stage's exit status as reported by dvc, None if it is not."""
         told = re.search(r"exited with (-?\d+)", self.text)
         return int(told[1]) if told else None
 
@@ -353,7 +353,7 @@ class Harassment:
             return
         if "Traceback" in ended.text:
             self._problem(kill, ended, "a traceback")
-        asked = kill.signal != "SIGKILL" or kill.receiver == "dvc"  # Linux tells the stage of the death of dvc by SIGTERM
+        asked = kill.signal != "SIGKILL" or kill.receiver == "dvc"  # Linux sends the stage SIGTERM when dvc dies
         if not asked or (self.stage == "extract" and kill.signal != "SIGINT"):
             return
         if ended.stage_status not in (STOPPED, None) or (kill.receiver == "stage" and ended.stage_status is None):

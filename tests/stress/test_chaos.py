@@ -1,4 +1,4 @@
-"""tests/stress/chaos.py finds what it looks for: runs of a stage are told it, good ones and bad ones. (.ci/run runs it on a real stage.)"""
+"""tests/stress/chaos.py finds what it looks for: it is given good and bad runs of a stage. (.ci/run runs it on a real stage.)"""
 
 import os
 import random

@@ -53,7 +53,7 @@ def assert_one_line(done: Done, path: str, reason: str, way_out: str = WAY_OUT) 
 
 
 def assert_nothing_half_written(workspace: Workspace, reference: Workspace, stage: str) -> None:
-    """What there is of a stage's outputs is whole, and no temporary file lies beside them."""
+    """What there is of a stage's outputs is whole, and there are no temporary files next to them."""
     found, whole = workspace.existing_files(*workspace.outputs(stage)), reference.files()
     assert found.items() <= whole.items()
     assert not list(workspace.root.rglob("*.partial"))
@@ -79,7 +79,7 @@ def test_a_stage_without_room_for_its_output(workspace, reference, stage, most_b
 
 
 def test_a_training_without_room_goes_on_from_the_last_checkpoint(workspace, reference):
-    """There is no room for a checkpoint, then for the last of the outputs."""
+    """There is no space for a checkpoint, then for the last of the outputs."""
     remove(workspace, *workspace.outputs("teacher"))
     training = workspace.start("teacher", BINGO_CHECKPOINT_SECONDS="0")
     until(lambda: saved_step(workspace, "teacher") >= 1, training.ended)
@@ -158,7 +158,7 @@ def test_a_read_only_folder(workspace, stage, folder):
     assert workspace.existing_files() == before
 
 
-# What writes beside the pipeline.
+# What else writes files.
 
 
 def assert_no_room(capsys, path: str) -> None:

@@ -76,7 +76,7 @@ whole = saved(weights)
 spread = torch.zeros(1).expand(1 << 28)  # a few bytes that claim a gigabyte
 # What is there, a word of the message, and what the message says to do.
 FILES: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
-    "no file": (lambda path: None, "there is no such file", whole),
+    "no file": (lambda path: None, "the file does not exist", whole),
     "an empty file": (Path.touch, "download it again", whole),
     "compressed": (lambda path: path.write_bytes(gzip.compress(b"x" * 99)), "unpack it", whole),
     "an archive": (tar, "unpack it", untar),
@@ -147,7 +147,7 @@ def test_a_students_file_is_read_once_the_stage_has_written_it(tmp_path):
 
     other = PARAMS.student.model_copy(update={"arch": "resnet34", "width": 0.125, "stem": "imagenet"})
     for wrong, says in [
-        (lambda: None, r"there is no such file.*run the stage that writes it: dvc repro"),
+        (lambda: None, r"the file does not exist.*run the stage that writes it: dvc repro"),
         (lambda: path.write_bytes(b"x"), r"is damaged.*run: dvc repro"),
         (lambda: save_network(path, {"x": torch.zeros(1)}, {"kind": "teacher"}), r"holds a teacher, not a student; run: dvc repro distill"),
         (

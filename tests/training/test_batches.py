@@ -1,4 +1,4 @@
-"""What a step holds, against brute force: companions, stored views drawn again, weak views, weighted draws, mutual bags."""
+"""What a step holds, against brute force: companions, redrawn stored views, weak views, weighted draws, mutual bags."""
 
 from collections.abc import Callable
 from itertools import permutations
@@ -44,7 +44,7 @@ def files(tmp_path_factory) -> FileImages:
 
 
 def stored() -> Stored:
-    """Keys and features that tell their row and view."""
+    """Keys and features that encode their row and view."""
     keys = torch.arange(ROWS * VIEWS).reshape(ROWS, VIEWS, 1).expand(-1, -1, KEY).half().clone()
     return Stored(keys, EXTRACT, torch.arange(ROWS).half()[:, None].expand(-1, FEATURE).clone())
 
@@ -99,7 +99,7 @@ def test_a_same_view_is_the_teachers_view_and_its_key_belongs_to_it(kind, reques
 
 
 def test_a_large_jpeg_file_may_be_decoded_smaller_for_one_view_than_for_all_but_looks_alike(tmp_path):
-    """The one place where a view drawn again is not the same bytes: a JPEG file is decoded at a fraction of its size that suits every
+    """The only case in which a redrawn view has other bytes: a JPEG file is decoded at a fraction of its size that suits every
     view of a plan, and training asks for fewer views at a time than the teacher's pass."""
     differences = []
     noise = Image.fromarray(np.random.default_rng(5).integers(0, 256, (6, 8, 3), dtype=np.uint8))

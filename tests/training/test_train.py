@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 IMAGE = PARAMS.image.model_copy(update={"crop_px": 12, "resize_px": 12})
 ROWS, SIDE_PX, FEATURES = 64, 12, 8
-SHRUNK = {  # beside what every method is given: a head 8 wide, a queue that wraps
+SHRUNK = {  # in addition to the settings of all methods: a head of width 8, a queue that wraps
     "bingo": {"inter_warmup_epochs": 1},
     "moco": {"key_width": 16},
     "compress": {"target": "features"},

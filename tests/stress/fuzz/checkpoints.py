@@ -168,7 +168,7 @@ def _contained(content: Any, container: str, marker: Path) -> bytes:
         state = next((content[key] for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), content)
         try:
             return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
-        except Exception:  # what is no dict of plain tensors has no such file
+        except Exception:  # what is not a dict of plain tensors has no such file
             return safetensors.torch.save({"x": torch.zeros(3)})
     if container == "pickle":
         return pickle.dumps({"state_dict": {"a": 1}, "code": Code(marker)}, protocol=2)

@@ -34,7 +34,7 @@ MB = 2**20
 @dataclass(frozen=True)
 class Surface:
     """One way into the program. `cases` draws small descriptions of input, `run` makes the input in an empty folder and hands it in:
-    it returns where the input is accepted, and raises UserError where it is refused. `share` is how many cases it gets beside others.
+    it returns where the input is accepted, and raises UserError where it is refused. `share` is its relative number of cases.
     """
 
     name: str
@@ -164,7 +164,7 @@ def _room() -> Iterator[None]:
 
 
 def _reset_peak_mb() -> float:
-    """Let the kernel count the peak of resident memory anew; what is resident now."""
+    """Reset the peak of resident memory; return the current resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status_mb("VmRSS")
 

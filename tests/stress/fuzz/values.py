@@ -29,7 +29,7 @@ KINDS = ("set", "set", "set", "delete", "add", "rename", "move", "repeat")
 
 
 def leaves(of_json: bool = False) -> st.SearchStrategy:
-    """One value that is no section and no list; `of_json`: of those that JSON has."""
+    """One value that is neither a section nor a list; `of_json`: of those that JSON has."""
     numbers = [st.sampled_from(INTEGERS), st.sampled_from(FLOATS), st.integers(), st.floats()]
     drawn = [st.none(), st.booleans(), *numbers, st.sampled_from(TEXTS), st.text(max_size=30)]
     return st.one_of(*drawn, *([] if of_json else [st.sampled_from(OF_YAML)]))
