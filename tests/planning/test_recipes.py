@@ -288,6 +288,15 @@ def test_keys_are_live_as_published_and_one_recipe_stores_them(name, live, store
     assert section is None or section.teacher_batchnorm == "eval"
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("parts/")])
+def test_a_recipe_stores_the_views_that_its_training_reads(name):
+    params = resolved(name)
+    section = params.methods.section(params.distill.method)
+    keys = params.distill.keys == "stored" and not section.reads_features
+    assert params.extract.views >= keys * (2 if params.distill.method == "disco" else 1)
+    assert params.extract.views or getattr(section, "negatives", None) != "bank"
+
+
 def test_no_row_has_the_teacher_see_views_that_nobody_reads():
     assert {resolved(name).extract.views for name in PAPERS} == {0}
 
