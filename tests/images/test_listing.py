@@ -111,7 +111,7 @@ def test_images_are_read_back_and_another_listings_are_refused(tmp_path):
     np.testing.assert_array_equal(opened.images_NSS3, images)
     with pytest.raises(UserError, match="was made from listing 0123, this run reads listing 4567"):
         open_images(replace(LISTING, fingerprint="4567"), tmp_path / "images.zarr", None)
-    with pytest.raises(UserError, match="no such store"):
+    with pytest.raises(UserError, match="the store does not exist"):
         open_images(LISTING, tmp_path / "absent.zarr", None)
 
 
