@@ -14,7 +14,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 from torch import nn
 from typer.testing import CliRunner
-from workspace import ROOT, environment
+from workspace import ROOT, Done, Stages, environment
 
 from bingo.cli import browse
 from bingo.nets.backbones import build_backbone
@@ -158,9 +158,8 @@ def test_in_a_workspace_and_outside_of_any_nothing_changes(below, tmp_path_facto
     assert commands.from_here("--out", Path("x")) == Path("x")
 
 
-def bingo(*arguments: str, folder: Path, module: str = "bingo.cli.main", **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment(**variables), capture_output=True, text=True, check=False)
+def bingo(stages: Stages, *arguments: str, folder: Path, module: str = "bingo.cli.main") -> Done:
+    return stages.start_module(" ".join([module, *arguments]), folder).wait()
 
 
 @pytest.mark.parametrize(
@@ -172,26 +171,26 @@ def bingo(*arguments: str, folder: Path, module: str = "bingo.cli.main", **varia
         ("embed", ".", "--out", "x.npy"),
     ],
 )
-def test_outside_of_any_workspace_the_way_out_is_the_workspace(below, command):
+def test_outside_of_any_workspace_the_way_out_is_the_workspace(below, stages, command):
     """Inside, an artefact that is not there yet is a matter of `dvc repro` alone."""
     for folder, outside in ((below / "a/b", False), (below.parent, True)):
-        done = bingo(*command, folder=folder)
-        assert done.returncode == 2, done.stderr
-        assert ("dvc" in done.stderr, "params.yaml" in done.stderr) == (True, outside), done.stderr
+        done = bingo(stages, *command, folder=folder)
+        assert done.status == 2, done.err
+        assert ("dvc" in done.err, "params.yaml" in done.err) == (True, outside), done.err
 
 
 @pytest.mark.parametrize("root", ["../../photos", "photos", "/photos", "~/photos", "../../../photos"])
-def test_a_recipe_is_used_from_a_folder_of_the_workspace(below, root):
-    done = bingo("recipe", "use", "imagenet-r18-bingo-r50-200ep", "--root", root, folder=below / "a/b")
-    assert done.returncode == 0, done.stderr
+def test_a_recipe_is_used_from_a_folder_of_the_workspace(below, stages, root):
+    done = bingo(stages, "recipe", "use", "imagenet-r18-bingo-r50-200ep", "--root", root, folder=below / "a/b")
+    assert done.status == 0, done.err
     expected = {"../../photos": "photos", "photos": "a/b/photos", "../../../photos": "../photos"}
     assert read_yaml(below / "params.yaml")["dataset"]["root"] == expected.get(root, root)
 
 
-def test_a_stage_by_name_runs_from_a_folder_of_the_workspace(below):
+def test_a_stage_by_name_runs_from_a_folder_of_the_workspace(below, stages):
     for number, command in enumerate((["bingo.cli.main", "scan"], ["stages.scan"])):
-        done = bingo(*command[1:], folder=below / "a/b", module=command[0])
-        assert done.returncode == 0, done.stderr
+        done = bingo(stages, *command[1:], folder=below / "a/b", module=command[0])
+        assert done.status == 0, done.err
         listing = below / "data/listing.parquet"
         assert listing.exists(), number
         listing.unlink()
@@ -215,14 +214,14 @@ def test_a_stage_by_name_runs_from_a_folder_of_the_workspace(below):
         ("recipe use a --root", "error: Option '--root' requires an argument"),
     ],
 )
-def test_python_m_is_the_command_and_answers_in_a_line(below, arguments, line):
-    done = bingo(*arguments.split(), folder=below)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+def test_python_m_is_the_command_and_answers_in_a_line(below, stages, arguments, line):
+    done = bingo(stages, *arguments.split(), folder=below)
+    assert done.status == 2
+    assert "Traceback" not in done.err
     if line is not None:
-        assert done.stderr.startswith(line)
-        assert done.stderr.endswith(" --help\n")
-        assert done.stderr.count("\n") == 1
+        assert done.err.startswith(line)
+        assert done.err.endswith(" --help\n")
+        assert done.err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -437,6 +437,7 @@ def test_unreadable_images_are_named_or_counted(own_images):
     assert "59 train and 60 test images, 3 classes, 2 skipped" in own_images.done("scan").out
 
 
+@pytest.mark.slow
 def test_a_small_dataset_leaves_out_the_k_that_it_is_too_small_for(own_images):
     digit_folder(own_images.root / "images", ["train", "val"], 3, (8, 9))  # smaller than image.crop_px
     for stage in STAGES:
@@ -451,6 +452,7 @@ def test_a_small_dataset_leaves_out_the_k_that_it_is_too_small_for(own_images):
     assert set(scores["teacher"]) == votes
 
 
+@pytest.mark.slow
 def test_images_without_labels_go_through_to_a_report(own_images):
     digit_folder(own_images.root / "images", ["train", "val"], 0)
     for stage in STAGES:
@@ -465,6 +467,7 @@ def test_images_without_labels_go_through_to_a_report(own_images):
     refused(own_images, "bag", "bagging.method = label: 60 of 60 train rows have no label")
 
 
+@pytest.mark.slow
 def test_files_that_are_decoded_at_use(own_images):
     images = own_images.root / "images"
     digit_folder(images, ["train", "val"], 3)
