@@ -305,7 +305,8 @@ def _from_own_file(params: TeacherParams, backbone: Backbone, options: Mapping[s
     state, left_out = without_classifier(backbone, place.state)
     if (place.keys, place.prefix) != ((), ""):
         more = "".join(f"; {other} would fit as well" for other in others)
-        beside = f"; left out: {first_names(place.beside)}" if place.beside else ""
+        unused = [*place.beside, *dict.fromkeys(name.partition(".")[0] for name in left_out)]
+        beside = f"; left out: {first_names(unused)}" if unused else ""
         print(f"teacher.checkpoint = {path}: read {place}{beside}{more}", file=sys.stderr)
     backbone, options = _of_its_grid(params, backbone, options, state)
     load_strictly(backbone, state, path)

@@ -204,6 +204,12 @@ def test_a_file_is_read_at_once_or_by_whatever_the_message_says_to_set(tmp_path,
     assert file in ("MoCo", "torchvision") or all(has_weights(backbone, vit()) for backbone in backbones)
 
 
+def test_what_masking_needed_is_left_out_and_named(tmp_path, capsys):
+    _, metadata = made(FILES["MAE with its decoder"](), tmp_path, arch="vit_tiny_patch16_224", width=1.0)
+    assert metadata["left_out"] == ["decoder.0.weight", "decoder_embed.weight", "decoder_pos_embed", "mask_token"]
+    assert "left out: decoder, decoder_embed, decoder_pos_embed, mask_token" in capsys.readouterr().err
+
+
 def test_what_is_beyond_the_network_is_saved_without(tmp_path):
     extra = {"fc.fc1.weight": torch.zeros(4, 4)}
     with pytest.raises(UserError, match=r"not expected fc\.fc1\.weight; .* save its state_dict\(\) without them") as caught:
