@@ -8,6 +8,10 @@ PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
+# Processes that share the tests, file by file; each takes a core and 2 GB of memory.
+TEST_PROCESSES ?= 2
+PYTEST = python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+
 # Options of `make fuzz`.
 FUZZ_CASES ?= 10000
 FUZZ_SEED ?= 0
@@ -25,13 +29,13 @@ demo: setup
 	@echo "the report: $(CURDIR)/reports/index.html"
 
 test: setup
-	python -m pytest -q
+	$(PYTEST)
 
 test-fast: setup
-	python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-oldest: $(VENV)-oldest/.done
-	PATH="$(VENV)-oldest/bin:$$PATH" python -m pytest -q -W default::DeprecationWarning  # old versions call functions that newer ones deprecate
+	PATH="$(VENV)-oldest/bin:$$PATH" $(PYTEST) -W default::DeprecationWarning  # old versions call functions that newer ones deprecate
 
 fuzz: setup
 	python -m tests.stress.fuzz --cases $(FUZZ_CASES) --seed $(FUZZ_SEED)
