@@ -49,7 +49,7 @@ def main(
             raise UserError(f"--student = {student}: --teacher embeds by {paths.TEACHER}; give one of the two")
         check_output("--out", out, SUFFIXES, force)
         for beside in files_of(out)[1:]:
-            check_output("--out: beside it", beside, [beside.suffix], force)
+            check_output("--out: list of paths", beside, [beside.suffix], force)
         file = paths.TEACHER if teacher else student or paths.STUDENT
         network = read_teacher(file) if teacher else read_student(file)
         skip = on_bad_image is OnBadImage.skip

@@ -39,7 +39,7 @@ def main(
         target, out = find_target(to), from_here("--out", out)
         student = from_here("--student", student) if student else paths.STUDENT
         check_output("--out", out, target.SUFFIXES, force)
-        check_output("--out: beside it", card := out.with_name(f"{out.name}.md"), [".md"], force)
+        check_output("--out: model card", card := out.with_name(f"{out.name}.md"), [".md"], force)
         network = read_student(student)
         with progress_bar(f"export to {to}"):
             check = export_network(network, target, out)

@@ -16,7 +16,7 @@ _TAKES = re.compile(
 
 
 def look_like_splits(inner: Mapping[str, list[str]]) -> list[str]:
-    """Of folders beside each other, with the names of their sub-folders, those that are rather splits than classes; mostly none.
+    """Among sibling folders, given the names of their sub-folders, those that are probably splits and not classes; usually none.
 
     Two folders look so if they share two names of sub-folders or more, and over half of those of the one that has fewer. Names of how
     images were taken do not count. They must be at least half of all the folders, and at most as many as splits are.

@@ -12,7 +12,7 @@ from bingo.params.fields import NotNegative, Positive, Section, Share, Temperatu
 
 class MethodSection(Section):
     """A method's own section: its name as its paper writes it, whether it needs a teacher, and whether it reads the stored features
-    beside the stored keys."""
+    in addition to the stored keys."""
 
     display_name: ClassVar[str]
     needs_teacher: ClassVar[bool]

@@ -143,7 +143,7 @@ def _unwrapped(name: str, content: Any) -> tuple[Parts, str] | None:
 
 
 def _beside(params: TeacherParams, content: Any) -> tuple[Parts, str] | None:
-    """A backbone alone that lies beside other modules under a name of its own, for formats that read one."""
+    """A backbone that is stored under its own name next to other modules, for formats that read a backbone alone."""
     candidates = sorted((place for anchor in FIRST_WEIGHTS for place in places(content, anchor)), key=lambda place: place.rank)
     for place in candidates:
         parts = _format(params.format).parts(place.state)
@@ -292,7 +292,7 @@ def _noted(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_own_file(params: TeacherParams, backbone: Backbone, options: Mapping[str, Any]) -> Made:
-    """The weights of `backbone` wherever they are in `teacher.checkpoint`, and what lies beside them by name."""
+    """The weights of `backbone` wherever they are in `teacher.checkpoint`, and the names of what is stored next to them."""
     path = str(params.checkpoint)
     content, sha256 = read_checkpoint(path)
     try:

@@ -50,7 +50,7 @@ _ANCHORS = ("conv1.weight", "conv1.0.weight", "cls_token", "conv_stem.weight", "
 
 @dataclass(frozen=True)
 class Place:
-    """A dict of weights in a checkpoint: the keys that lead to it, the prefix that its names have there, and what else is beside it."""
+    """A dict of weights in a checkpoint: the keys that lead to it, the prefix of its names, and what is stored next to it."""
 
     keys: tuple[str, ...]
     prefix: str
@@ -101,7 +101,7 @@ def without_masking(state: Mapping[str, Tensor], backbone: Backbone) -> tuple[di
 
 
 def fits(backbone: Backbone, state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the weights of the network, its classifier and its counters beside; a position embedding may be of another grid."""
+    """Whether these are the weights of the network, ignoring classifier and counters; a position embedding may have another grid."""
     own = backbone.state_dict()
     state, _ = without_classifier(backbone, state)
     needed = {name for name in own if not name.endswith(_COUNTER)}

@@ -262,7 +262,7 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
         (["photos", "--out", "e.csv"], "--out = e.csv: allowed are names that end in .zarr, .npy, .parquet"),
         (["photos", "--out", "e"], "--out = e: allowed are names that end in"),
         (["photos", "--out", "there.npy"], "--out = there.npy: exists already; give another name, or --force to replace it"),
-        (["photos", "--out", "beside.npy"], "--out: beside it = beside.txt: exists already"),
+        (["photos", "--out", "beside.npy"], "--out: list of paths = beside.txt: exists already"),
         (["photos", "--out", "folder.npy", "--force"], "--out = folder.npy: is not a file of this kind, so --force does not replace it"),
         (["photos", "--out", "foreign.zarr", "--force"], "--out = foreign.zarr: is not a file of this kind"),
         (["photos", "--out", "there.npy/e.npy"], "--out = there.npy/e.npy: there.npy is a file, not a folder; give another name"),
