@@ -75,7 +75,9 @@ def _lines(list_file: Path | str, shown: str) -> list[str]:
     except OSError as error:
         raise UserError(f"{shown}: cannot be read ({error.strerror}); give a list of images, one per line, or set null") from None
     except UnicodeDecodeError:
-        raise UserError(f"{shown}: is no text in UTF-8 or UTF-16; save it as plain text in UTF-8, one image a line, or set null") from None
+        raise UserError(
+            f"{shown}: is not text in UTF-8 or UTF-16; save it as plain text in UTF-8, one image per line, or set null"
+        ) from None
     lines = (line.strip() for line in re.split("\r\n|\n|\r", text))
     return [line for line in lines if line and not line.startswith("#")]
 

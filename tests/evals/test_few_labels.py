@@ -159,8 +159,8 @@ def test_each_way_out_of_a_refusal_helps(tmp_path):
     first, late = "n01440764_10000.JPEG\n", "n01440764_10020.JPEG\n"
     accents = Listing("folder", ["a/\u00e9t\u00e9.png"], np.array([0]), 1, ["a"], [], "")
     for of, wrong, says, then, right in [
-        (listing, None, "name a list of images", listing, first.encode()),
-        (listing, b"", "give one file name a line", listing, first.encode()),
+        (listing, None, "give a list of images", listing, first.encode()),
+        (listing, b"", "give one file name per line", listing, first.encode()),
         (accents, "\u00e9t\u00e9.png".encode("latin-1"), "save it as plain text in UTF-8", accents, "\u00e9t\u00e9.png".encode()),
         (fewer, late.encode(), "is dataset.train_images null", listing, late.encode()),
         (twins, b"1.png", "write their paths from the class folder on", twins, b"b/1.png"),

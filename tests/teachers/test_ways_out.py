@@ -93,7 +93,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
     "no weights by name": (saved({"weights": [1], "epoch": 3}), "save the network's state_dict() with torch.save", whole),
     "a weight that is missing": (saved(lambda: {k: t for k, t in weights().items() if k != "bn1.weight"}), "give a whole file", whole),
     "numbers that are none": (saved(lambda: weights() | {"bn1.weight": torch.full((8,), float("nan"))}), "give another file", whole),
-    "whole numbers": (saved(lambda: weights() | {"bn1.weight": torch.ones(8, dtype=torch.int32)}), "as it was trained", whole),
+    "whole numbers": (saved(lambda: weights() | {"bn1.weight": torch.ones(8, dtype=torch.int32)}), "give the original file", whole),
     "of a library that a pickle names": (saved(lambda: {"net": weights(), "made": Path("x")}), "save its state_dict alone", whole),
 }  # fmt: skip
 
