@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from bingo.pipeline.commands import Parser
+from benchmarks.parser import Parser
 
 IMAGENET_ROWS, IMAGENET_WIDTH = 1_281_167, 2048
 CENTRES, INNER_WIDTH, NOISE = 1000, 16, 0.3  # classes, the width in which images of a class differ, and what is the same for nobody

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.parser import Parser
 from bingo.embeddings.extract import extract_embeddings
 from bingo.images.images import FileImages, Images, MemoryImages
 from bingo.images.listing import Listing
@@ -31,7 +32,6 @@ from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
 from bingo.nets.precision import autocast, resolve_precision
 from bingo.params import AugmentParams, ExtractParams, ImageParams
-from bingo.pipeline.commands import Parser
 from bingo.runtime.memory import keep_freed_memory
 from bingo.teachers.teacher import Teacher
 

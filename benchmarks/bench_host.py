@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.parser import Parser
 from bingo.bags.index import Bags
 from bingo.images.images import MemoryImages
 from bingo.images.loader import ViewLoader
@@ -30,7 +31,6 @@ from bingo.methods.bingo import cutmix
 from bingo.methods.contract import Context, Progress, build_method
 from bingo.nets.backbones import build_backbone
 from bingo.params import Params, read_yaml, validate
-from bingo.pipeline.commands import Parser
 from bingo.planning.recipes import lay_over, read_recipe
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.training.batches import Batches, Stored

@@ -31,13 +31,13 @@ from torchvision import transforms
 
 from benchmarks.bench_extract import CASES, MEAN, STD, make_images
 from benchmarks.bench_step import StepCase, bare_step, spread
+from benchmarks.parser import Parser
 from bingo.images.augment import cropped_views
 from bingo.images.decoding import DecodePlan, FileDecoder
 from bingo.images.draws import draw_views
 from bingo.images.images import FileImages, MemoryImages
 from bingo.images.loader import Request, ViewLoader
 from bingo.params import AugmentParams, ImageParams
-from bingo.pipeline.commands import Parser
 from bingo.runtime.workers import worker_count
 
 CASE = CASES["large"]

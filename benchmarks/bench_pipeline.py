@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bingo.pipeline.commands import Parser
+from benchmarks.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["commands", "hashing", "pipeline"]

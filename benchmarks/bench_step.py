@@ -31,13 +31,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.parser import Parser
 from bingo.bags.index import Bags
 from bingo.methods.contract import Context, Progress, build_method
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast, resolve_precision
 from bingo.params import Params, load_params, method_section
-from bingo.pipeline.commands import Parser
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.memory import keep_freed_memory
 from bingo.teachers.teacher import Teacher

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from bingo.pipeline.commands import Parser
-from bingo.pipeline.run import die_with_parent, mistakes_as_lines
+from benchmarks.parser import Parser
+from bingo.pipeline.process import die_with_parent, mistakes_as_lines
 from bingo.runtime.errors import UserError
 
 FOLDER = Path(".bingo/compare")

@@ -21,10 +21,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from benchmarks.parser import Parser
 from bingo.images.listing import read_listing
 from bingo.params import read_yaml, validate
-from bingo.pipeline.commands import Parser
-from bingo.pipeline.run import mistakes_as_lines
+from bingo.pipeline.process import mistakes_as_lines
 from bingo.planning.recipes import lay_over, read_recipe
 from bingo.runtime.errors import UserError
 

@@ -22,9 +22,9 @@ import torch
 
 from benchmarks.bench_loader import CASE, IMAGE, images_per_second, made
 from benchmarks.bench_step import StepCase, measure, product_step, spread
+from benchmarks.parser import Parser
 from bingo.images.decoding import DecodePlan, FileDecoder
 from bingo.images.draws import draw_views
-from bingo.pipeline.commands import Parser
 from bingo.runtime.memory import keep_freed_memory
 
 MIDDLE = StepCase(32, "small", 32, "resnet50", 1.0, torch.device("cpu"), 65536, "auto", negatives=8192)

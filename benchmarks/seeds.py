@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from bingo.pipeline.commands import Parser
+from benchmarks.parser import Parser
 
 RESULTS = Path("reports/results.json")
 

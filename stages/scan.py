@@ -1,24 +1,17 @@
-"""scan: make a listing of the dataset, and pack small images into one array.
-
-python -m stages.scan        reads params dataset, seed; writes data/listing.parquet, data/images.zarr
-"""
+"""scan: make a listing of the dataset, data/listing.parquet, and pack small images into one array, data/images.zarr."""
 
 from typing import TYPE_CHECKING
 
-import typer
-
-from bingo.pipeline import paths
-from bingo.pipeline.run import Run, run_command, stage_run
+from bingo import paths
+from bingo.pipeline.commands import run_command
+from bingo.pipeline.run import Run, stage_run
 from bingo.planning.limits import batch_mistakes, image_mistakes, list_mistakes
 from bingo.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from bingo.datasets.subset import Counts
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main() -> None:
     """List the images of the dataset, and pack them if they are small."""
     with stage_run("scan", raises_limits=True) as run:
@@ -50,4 +43,4 @@ def _judge(run: Run, found: "Counts") -> None:
 
 
 if __name__ == "__main__":
-    run_command(app)
+    run_command(main)

@@ -1,55 +1,44 @@
 """teacher: train or convert the teacher to models/teacher.safetensors, a backbone with its projection head.
 
-python -m stages.teacher     reads params teacher, image, seed; with source pretrain also the images (MoCo-v2, resumable)
+Where teacher.source is `pretrain`, MoCo-v2 trains it on the images; a killed run resumes from its checkpoint.
 """
 
 from typing import TYPE_CHECKING
 
-import typer
-
-from bingo.pipeline import paths
-from bingo.pipeline.launch import launch
-from bingo.pipeline.run import Run, process_group, run_command, stage_run
+from bingo import paths
+from bingo.pipeline.commands import run_command
+from bingo.pipeline.run import Run, stage_run
 
 if TYPE_CHECKING:
     from bingo.methods.contract import Method
-    from bingo.training.loop import TrainingResult
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+REPORT = paths.REPORTS / "teacher.json"
 
 
-@app.command()
 def main() -> None:
     """Pretrain the teacher, or convert a checkpoint strictly."""
     with stage_run("teacher") as run:
         if run.params.teacher.source == "pretrain":
-            launch("teacher")
+            run.launch()
             _pretrain(run)
         else:
             _convert(run)
 
 
 def _pretrain(run: Run) -> None:
-    from torch import nn
-
     from bingo.images.listing import read_listing
-    from bingo.pipeline.training import TrainingInputs, last_record, train_method, write_curves
-    from bingo.runtime.artefacts import write_json
+    from bingo.pipeline.training import TrainingInputs, train_method
     from bingo.teachers.teacher import save_teacher, teacher_metadata
     from bingo.training.assembly import pretraining
 
     teacher, listing = run.params.teacher, read_listing(paths.LISTING)
 
-    def finish(method: "Method", result: "TrainingResult") -> None:
-        assert isinstance(method.head, nn.Sequential)  # moco's
+    def save(trained: "Method") -> None:
         made_from = {"source": "pretrain", "pretrained": True, "listing": listing.fingerprint, "epochs": teacher.pretrain.epochs}
-        metadata = teacher_metadata(teacher, run.params.image, method.student, method.head, made_from)
-        save_teacher(paths.TEACHER, method.student, method.head, metadata)
-        write_curves(paths.PLOTS / "teacher.csv", result.history)
-        write_json(paths.REPORTS / "teacher.json", {"pretrained": True, **last_record(result)})
+        metadata = teacher_metadata(teacher, run.params.image, trained.student, trained.head, made_from)  # type: ignore[arg-type]
+        save_teacher(paths.TEACHER, trained.student, trained.head, metadata)
 
-    with process_group(run) as device:
-        train_method(run, device, pretraining(run.params), TrainingInputs(listing), finish)
+    train_method(run, pretraining(run.params), TrainingInputs(listing), save, REPORT, {"pretrained": True})
 
 
 def _convert(run: Run) -> None:
@@ -63,10 +52,10 @@ def _convert(run: Run) -> None:
     with progress_bar(f"converting {params.checkpoint or params.arch}"):
         backbone, head, metadata = make_teacher(params, run.params.image, run.params.seed)
         save_teacher(paths.TEACHER, backbone, head, metadata)
-    write_curves(paths.PLOTS / "teacher.csv", [])
-    write_json(paths.REPORTS / "teacher.json", {"pretrained": metadata["pretrained"]})
+    write_curves(run, [])
+    write_json(REPORT, {"pretrained": metadata["pretrained"]})
     run.say(f"teacher: {params.arch} from {params.source}" + ("" if metadata["pretrained"] else ", WITHOUT trained weights"))
 
 
 if __name__ == "__main__":
-    run_command(app)
+    run_command(main)

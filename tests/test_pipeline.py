@@ -20,7 +20,12 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 # Files whose change cannot alter an output: launching, records of a run, checkpoints, validation, progress bars. What only they import
 # cannot either.
 INFRASTRUCTURE = {
-    str(path.relative_to(ROOT)) for folder in ("runtime", "params", "pipeline", "planning") for path in ROOT.glob(f"bingo/{folder}/*.py")
+    "bingo/paths.py",
+    *(
+        str(path.relative_to(ROOT))
+        for folder in ("runtime", "params", "pipeline", "planning")
+        for path in ROOT.glob(f"bingo/{folder}/*.py")
+    ),
 } - {f"bingo/pipeline/{name}.py" for name in ("training", "backbones", "classifying")}  # these decide what is trained and judged
 # A network's k-NN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
 # a teacher pass or a training, and none of them can reach a network or an embedding.

@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from bingo.evals.finetune import ClassifierTrainer
+from bingo.evals.finetune import ClassifierTrainer, Protocol
 from bingo.evals.linear import linear_on_crops, linear_on_features
 from bingo.params import CachedProbeParams, CropProbeParams, LrSchedule, TuneParams, load_params
 from bingo.runtime.checkpoints import Checkpoints
@@ -161,10 +161,9 @@ def test_evaluations_follow_their_schedules(tmp_path, used):
     crops = CropProbeParams(
         nets=[], standardise=False, init_std=0.01, batch_images=9, lr=0.8, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **FALLS
     )
-    rows = (what.images, what.labels_N, what.train_rows_N, what.test_rows_N, what.classes)
-    linear_on_crops(Tiny(True), *rows, crops, what.image, "fp32", 0, CPU, Checkpoints(tmp_path / "crops", 1e9))
+    linear_on_crops(Tiny(True), what, crops, "fp32", 0, CPU, Checkpoints(tmp_path / "crops", 1e9))
     assert used == [[0.8]] * 3 + [[0.4]] * 3 + [[0.2]] * 3
     used.clear()
     tune = TuneParams(batch_images=9, weight_decay=0.0, nesterov=False, init_std=0.01, **FALLS)
-    ClassifierTrainer(Tiny(True), what, tune, 0.8, 0.1, "fp32", 0, CPU, Checkpoints(tmp_path / "whole", 1e9), "test").run()
+    ClassifierTrainer(Tiny(True), Protocol(what, tune, 0.8, 0.1), "fp32", 0, CPU, Checkpoints(tmp_path / "whole", 1e9), "test").run()
     assert used == [[0.8, 0.1]] * 3 + [[0.4, 0.05]] * 3 + [[0.2, 0.025]] * 3

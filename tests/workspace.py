@@ -210,6 +210,8 @@ def new_workspace(root: Path, stages: Stages, changes: dict[str, Any]) -> Worksp
     root.mkdir()
     for name in ("bingo", "stages"):
         (root / name).symlink_to(ROOT / name)
+    (root / "recipes").mkdir()
+    (root / "recipes/published").symlink_to(ROOT / "recipes/published")
     for name in ("params.yaml", "dvc.yaml"):
         (root / name).write_text((ROOT / name).read_text())
     workspace = Workspace(root, stages)

@@ -10,6 +10,8 @@ free memory they are read once; otherwise they are streamed, as described in `to
 The memory for members and cosines, 12 bytes x T x K, is needed in any case.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from bingo.bags.index import Bags
@@ -17,11 +19,24 @@ from bingo.bags.ivf import InvertedFile, recall_of, search_lists
 from bingo.bags.kmeans import each_cluster, sorted_by_cluster, train_centroids
 from bingo.bags.neighbors import top_k
 from bingo.bags.rows import Rows, held, inverse_norms, memory_budget
+from bingo.params import BaggingParams
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 
 _SAME_COSINE = 1 - 1e-6
 _CHECKED_ROWS = 4096
+
+
+def build_bags(params: BaggingParams, features: Rows, labels_T: np.ndarray, seed: int) -> Bags:
+    """The bags that params.yaml asks for. Raises UserError where a number is larger than the train rows allow."""
+    if params.method == "knn":
+        search = InvertedFile(params.lists, params.probes, seed) if params.search == "ivf" else None
+        bags = build_knn(features, params.k, params.mutual, search)
+    elif params.method == "kmeans":
+        bags = build_kmeans(features, params.clusters, params.iterations, params.k, seed)
+    else:
+        bags = build_label(labels_T, features, params.k)
+    return replace(bags, settings={**bags.settings, "relation": params.relation, "draw_temperature": params.draw_temperature})
 
 
 def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile | None = None) -> Bags:

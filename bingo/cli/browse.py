@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bingo.pipeline import paths
+from bingo import paths
 from bingo.pipeline.commands import as_seen_from_here, from_here
-from bingo.pipeline.run import mistakes_as_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,36 +36,34 @@ def show(
     out: Out = None,
 ) -> None:
     """Print one bag and draw it."""
-    with mistakes_as_lines():
-        from bingo.browse.sheets import contact_sheet
-        from bingo.cli.browse_source import BagSource
-        from bingo.cli.browse_tables import members_table
-        from bingo.runtime.errors import printable
+    from bingo.browse.sheets import contact_sheet
+    from bingo.cli.browse_source import BagSource
+    from bingo.cli.browse_tables import members_table
+    from bingo.runtime.errors import printable
 
-        source = BagSource(rev)
-        row = source.row_of(target)
-        members, cosines = source.index.members(row), source.index.similarity(row)
-        (path, *_), (label, *_) = source.listing.rows([row])
-        typer.echo(f"row {row}  {printable(path)}  label {printable(source.class_name(label))}  ({source.describe(row)})")
-        typer.echo(members_table(source, members, cosines, label))
-        heading = f"{source.listing.dataset}, row {row}: {path}   ({source.describe(row)}; {source.name})"
-        sheet = contact_sheet(heading, source.tile(row), source.member_tiles(members, cosines, label))
-        _deliver(sheet, out, _SHEETS / _file_name(f"bag-{row}", source))
+    source = BagSource(rev)
+    row = source.row_of(target)
+    members, cosines = source.index.members(row), source.index.similarity(row)
+    (path, *_), (label, *_) = source.listing.rows([row])
+    typer.echo(f"row {row}  {printable(path)}  label {printable(source.class_name(label))}  ({source.describe(row)})")
+    typer.echo(members_table(source, members, cosines, label))
+    heading = f"{source.listing.dataset}, row {row}: {path}   ({source.describe(row)}; {source.name})"
+    sheet = contact_sheet(heading, source.tile(row), source.member_tiles(members, cosines, label))
+    _deliver(sheet, out, _SHEETS / _file_name(f"bag-{row}", source))
 
 
 @app.command()
 def stats(rev: Rev = None, as_json: AsJson = False) -> None:
     """Print purity, hubs, orphans, mutual neighbours, similarity, near-duplicates and cluster sizes of all bags."""
-    with mistakes_as_lines():
-        from bingo.bags.metrics import bag_metrics
-        from bingo.cli.browse_source import BagSource
-        from bingo.cli.browse_tables import stats_text
-        from bingo.runtime.artefacts import canonical_json
+    from bingo.bags.metrics import bag_metrics
+    from bingo.cli.browse_source import BagSource
+    from bingo.cli.browse_tables import stats_text
+    from bingo.runtime.artefacts import canonical_json
 
-        source = BagSource(rev)
-        table, listing = source.index.table, source.listing
-        metrics = bag_metrics(table, listing.labels_N[: listing.train_rows] if listing.labelled else None)
-        typer.echo(canonical_json(metrics).rstrip() if as_json else stats_text(source, metrics))
+    source = BagSource(rev)
+    table, listing = source.index.table, source.listing
+    metrics = bag_metrics(table, listing.labels_N[: listing.train_rows] if listing.labelled else None)
+    typer.echo(canonical_json(metrics).rstrip() if as_json else stats_text(source, metrics))
 
 
 @app.command()
@@ -79,27 +76,26 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare the bags of two revisions: overlap, purity gained and lost, and the anchors that changed most."""
-    with mistakes_as_lines():
-        from bingo.browse.diff import compare_bags
-        from bingo.browse.sheets import side_by_side
-        from bingo.cli.browse_source import BagSource, check_comparable
-        from bingo.cli.browse_tables import diff_text
-        from bingo.runtime.artefacts import canonical_json
-        from bingo.runtime.errors import UserError
+    from bingo.browse.diff import compare_bags
+    from bingo.browse.sheets import side_by_side
+    from bingo.cli.browse_source import BagSource, check_comparable
+    from bingo.cli.browse_tables import diff_text
+    from bingo.runtime.artefacts import canonical_json
+    from bingo.runtime.errors import UserError
 
-        if by not in _ORDERS:
-            raise UserError(f"--by = {by}: allowed are {', '.join(_ORDERS)}")
-        sources = BagSource(before), BagSource(after)
-        check_comparable(*sources)
-        listing = sources[0].listing
-        found = compare_bags(sources[0].index.table, sources[1].index.table, listing.labels_N[: listing.train_rows])
-        rows_R = found.most(by, anchors)
-        if as_json:
-            typer.echo(canonical_json({**found.summary(), f"most_{by}": found.records(rows_R)}).rstrip())
-            return
-        typer.echo(diff_text(sources, found, rows_R, by))
-        sheet = side_by_side((sources[0].title, sources[1].title), [_band(sources, found, row) for row in rows_R.tolist()])
-        _deliver(sheet, out, _SHEETS / _file_name(f"diff-{by}", *sources))
+    if by not in _ORDERS:
+        raise UserError(f"--by = {by}: allowed are {', '.join(_ORDERS)}")
+    sources = BagSource(before), BagSource(after)
+    check_comparable(*sources)
+    listing = sources[0].listing
+    found = compare_bags(sources[0].index.table, sources[1].index.table, listing.labels_N[: listing.train_rows])
+    rows_R = found.most(by, anchors)
+    if as_json:
+        typer.echo(canonical_json({**found.summary(), f"most_{by}": found.records(rows_R)}).rstrip())
+        return
+    typer.echo(diff_text(sources, found, rows_R, by))
+    sheet = side_by_side((sources[0].title, sources[1].title), [_band(sources, found, row) for row in rows_R.tolist()])
+    _deliver(sheet, out, _SHEETS / _file_name(f"diff-{by}", *sources))
 
 
 @app.command()
@@ -110,22 +106,21 @@ def find(
     out: Out = None,
 ) -> None:
     """Print and draw the bag that an image outside the dataset would have, using the teacher."""
-    with mistakes_as_lines():
-        from bingo.browse.pictures import file_picture
-        from bingo.browse.sheets import Tile, contact_sheet
-        from bingo.cli.browse_source import BagSource
-        from bingo.cli.browse_tables import members_table
-        from bingo.runtime.errors import printable
+    from bingo.browse.pictures import file_picture
+    from bingo.browse.sheets import Tile, contact_sheet
+    from bingo.cli.browse_source import BagSource
+    from bingo.cli.browse_tables import members_table
+    from bingo.runtime.errors import printable
 
-        picture = file_picture(file := from_here("IMAGE", image))
-        source = BagSource(rev)
-        members, cosines = _nearest(source, file, k or source.index.k)
-        title = f"{image}: the {len(members)} nearest train rows of {source.listing.dataset}"
-        typer.echo(printable(title))
-        typer.echo(members_table(source, members, cosines, None))
-        tiles = source.member_tiles(members, cosines, None)
-        sheet = contact_sheet(f"{title}   ({source.name})", Tile(picture, image.name, "the image"), tiles)
-        _deliver(sheet, out, _SHEETS / _file_name(f"find-{image.stem}", source))
+    picture = file_picture(file := from_here("IMAGE", image))
+    source = BagSource(rev)
+    members, cosines = _nearest(source, file, k or source.index.k)
+    title = f"{image}: the {len(members)} nearest train rows of {source.listing.dataset}"
+    typer.echo(printable(title))
+    typer.echo(members_table(source, members, cosines, None))
+    tiles = source.member_tiles(members, cosines, None)
+    sheet = contact_sheet(f"{title}   ({source.name})", Tile(picture, image.name, "the image"), tiles)
+    _deliver(sheet, out, _SHEETS / _file_name(f"find-{image.stem}", source))
 
 
 @app.command()
@@ -134,22 +129,21 @@ def gallery(
     out: Annotated[Path | None, typer.Option(help="Folder of the page; by default .bingo/gallery.")] = None,
 ) -> None:
     """Write an offline page of all bags, to search, sort and click from bag to bag. It needs neither a server nor a network."""
-    with mistakes_as_lines():
-        from bingo.browse.gallery.build import build_gallery, is_current
-        from bingo.cli.browse_source import BagSource
-        from bingo.runtime.progress import progress_bar
+    from bingo.browse.gallery.build import build_gallery, is_current
+    from bingo.cli.browse_source import BagSource
+    from bingo.runtime.progress import progress_bar
 
-        source = BagSource(rev)
-        default = _GALLERY if source.artefacts.is_workspace else _GALLERY.with_name(f"gallery@{_tag(source)}")
-        folder = from_here("--out", out) if out else default
-        meta = _gallery_meta(source)
-        if not is_current(folder, meta):
-            with progress_bar("thumbnails", source.index.train_rows, "images") as bar:
-                table, listing = source.index.table, source.listing
-                unreadable = build_gallery(folder, _THUMBNAILS, table, listing, source.pictures, meta, bar.advance_to)
-            if unreadable:
-                typer.echo(f"warning: {unreadable} images could not be read and are shown in grey; check dataset.root", err=True)
-        typer.echo(f"gallery: {as_seen_from_here(folder / 'index.html')}")
+    source = BagSource(rev)
+    default = _GALLERY if source.artefacts.is_workspace else _GALLERY.with_name(f"gallery@{_tag(source)}")
+    folder = from_here("--out", out) if out else default
+    meta = _gallery_meta(source)
+    if not is_current(folder, meta):
+        with progress_bar("thumbnails", source.index.train_rows, "images") as bar:
+            table, listing = source.index.table, source.listing
+            unreadable = build_gallery(folder, _THUMBNAILS, table, listing, source.pictures, meta, bar.advance_to)
+        if unreadable:
+            typer.echo(f"warning: {unreadable} images could not be read and are shown in grey; check dataset.root", err=True)
+    typer.echo(f"gallery: {as_seen_from_here(folder / 'index.html')}")
 
 
 def _gallery_meta(source: "BagSource") -> dict[str, Any]:
@@ -182,13 +176,15 @@ def _nearest(source: "BagSource", image: Path, k: int) -> "tuple[np.ndarray, np.
     """Train rows and cosines nearest to an image file. Raises UserError if the features are not this teacher's."""
     import tempfile
 
-    from bingo.browse.find import StoredFeatures, image_feature
+    from bingo.bags.neighbors import top_k
+    from bingo.browse.find import image_feature
+    from bingo.embeddings.store import read_embeddings
     from bingo.pipeline.run import pick_device
     from bingo.runtime.artefacts import file_fingerprint
     from bingo.runtime.errors import UserError
 
     files, listing = source.artefacts, source.listing
-    stored = StoredFeatures(files.store(paths.EMBEDDINGS), files.title(paths.EMBEDDINGS), listing.fingerprint, listing.train_rows)
+    stored = read_embeddings(files.store(paths.EMBEDDINGS), listing, files.title(paths.EMBEDDINGS))
     with tempfile.TemporaryDirectory() as folder:
         teacher = files.local(paths.TEACHER, Path(folder))
         if (fingerprint := file_fingerprint(teacher)) != stored.attrs["teacher"]:
@@ -196,7 +192,8 @@ def _nearest(source: "BagSource", image: Path, k: int) -> "tuple[np.ndarray, np.
             raise UserError(f"{stored.name}: {problem}; run: dvc repro extract")
         stored_px, gray_bits = source.pictures.stored_px, source.listing.gray_bits
         feature_D = image_feature(image, teacher, stored.attrs["recipe"], stored_px, pick_device(), gray_bits)
-    return stored.nearest(feature_D, k)
+    (rows_K,), (cosines_K,) = top_k(feature_D[None], stored.train_features, k)
+    return rows_K[rows_K >= 0], cosines_K[rows_K >= 0]
 
 
 def _tag(source: "BagSource") -> str:

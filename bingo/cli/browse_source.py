@@ -2,19 +2,18 @@
 
 import io
 from functools import cached_property
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
+import numpy as np
+
+from bingo import paths
+from bingo.bags.index import BagIndex, read_bags
+from bingo.browse.listing_rows import ListingRows
+from bingo.browse.pictures import Pictures
+from bingo.browse.sheets import Tile
 from bingo.cli.revisions import artefacts
-from bingo.pipeline import paths
 from bingo.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from bingo.bags.index import BagIndex
-    from bingo.browse.listing_rows import ListingRows
-    from bingo.browse.pictures import Pictures
-    from bingo.browse.sheets import Tile
+from bingo.runtime.inside import path_inside
 
 PICTURE_PX = 160
 
@@ -27,10 +26,8 @@ class BagSource:
         self.name = self.artefacts.name
 
     @cached_property
-    def listing(self) -> "ListingRows":
+    def listing(self) -> ListingRows:
         """The listing, read row by row."""
-        from bingo.browse.listing_rows import ListingRows
-
         title = self.artefacts.title(paths.LISTING)
         if self.artefacts.is_workspace:
             return ListingRows(paths.LISTING, title)
@@ -38,21 +35,16 @@ class BagSource:
             return ListingRows(io.BytesIO(file.read()), title)
 
     @cached_property
-    def index(self) -> "BagIndex":
+    def index(self) -> BagIndex:
         """The bag index, read row by row. Raises UserError if it is absent, damaged or another listing's."""
-        from bingo.bags.index import read_bags
-
         listing = self.listing
         index = read_bags(self.artefacts.store(paths.BAGS), listing)
         index.name = self.artefacts.title(paths.BAGS)
         return index
 
     @cached_property
-    def pictures(self) -> "Pictures":
+    def pictures(self) -> Pictures:
         """The images, opened row by row."""
-        from bingo.browse.pictures import Pictures
-        from bingo.runtime.inside import path_inside
-
         dataset = self.artefacts.dataset
         root, follow_links = dataset.get("root") or ".", dataset.get("follow_links") is True
 
@@ -91,24 +83,20 @@ class BagSource:
         """The name of a class; `-` if the label is unknown."""
         return self.listing.classes[label] if 0 <= label < len(self.listing.classes) else "-"
 
-    def tile(self, row: int, caption: str | None = None) -> "Tile":
+    def tile(self, row: int, caption: str | None = None) -> Tile:
         """The picture of an anchor, with its class below it or another caption."""
-        import numpy as np
-
         _, labels = self.listing.rows([row])
         return self.tiles(np.array([row]), [caption or self.class_name(int(labels[0]))], None)[0]
 
-    def member_tiles(self, members: "np.ndarray", cosines: "np.ndarray", anchor_label: int | None) -> list["Tile"]:
+    def member_tiles(self, members: np.ndarray, cosines: np.ndarray, anchor_label: int | None) -> list[Tile]:
         """Pictures of a bag, with similarity and class below, framed by whether the class is `anchor_label`."""
         _, labels = self.listing.rows(members)
         names = (self.class_name(label) for label in labels.tolist())
         captions = [f"{cosine:.3f}  {name}" for cosine, name in zip(cosines.tolist(), names, strict=True)]
         return self.tiles(members, captions, anchor_label)
 
-    def tiles(self, rows: "np.ndarray", captions: list[str], anchor_label: int | None) -> list["Tile"]:
+    def tiles(self, rows: np.ndarray, captions: list[str], anchor_label: int | None) -> list[Tile]:
         """Pictures of rows with a line below each; framed by whether their label is `anchor_label` (None: not framed)."""
-        from bingo.browse.sheets import Tile
-
         listed_paths, labels = self.listing.rows(rows)
         return [
             Tile(self.pictures.picture(row, path, PICTURE_PX), f"row {row}", caption, same_label(label, anchor_label))

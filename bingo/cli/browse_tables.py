@@ -1,19 +1,16 @@
 """The text output of the `bags` commands: a bag, statistics and a comparison as aligned columns."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bingo.cli.browse_source import same_label
+import numpy as np
+
+from bingo.browse.diff import BagDiff
+from bingo.cli.browse_source import BagSource, same_label
 from bingo.runtime.errors import printable
 
-if TYPE_CHECKING:
-    import numpy as np
 
-    from bingo.browse.diff import BagDiff
-    from bingo.cli.browse_source import BagSource
-
-
-def members_table(source: "BagSource", members: "np.ndarray", cosines: "np.ndarray", anchor_label: int | None) -> str:
+def members_table(source: BagSource, members: np.ndarray, cosines: np.ndarray, anchor_label: int | None) -> str:
     """One line for each member, nearest first; without the column `same` if the anchor is not in the dataset (None)."""
     if not len(members):
         return "the bag is empty"
@@ -27,7 +24,7 @@ def members_table(source: "BagSource", members: "np.ndarray", cosines: "np.ndarr
     return table(heads, rows, "rrr")
 
 
-def stats_text(source: "BagSource", metrics: dict[str, Any]) -> str:
+def stats_text(source: BagSource, metrics: dict[str, Any]) -> str:
     """`bag_metrics` as two columns, and its hubs with their paths."""
     index = source.index
     rows = [(name.replace("_", " "), _value(value)) for name, value in metrics.items() if name != "hubs"]
@@ -49,7 +46,7 @@ def stats_text(source: "BagSource", metrics: dict[str, Any]) -> str:
     )
 
 
-def diff_text(sources: "tuple[BagSource, BagSource]", found: "BagDiff", rows_R: "np.ndarray", by: str) -> str:
+def diff_text(sources: tuple[BagSource, BagSource], found: BagDiff, rows_R: np.ndarray, by: str) -> str:
     """The figures of the comparison, and one line for each of the anchors `rows_R`."""
     before, after = sources
     lines = [(name.replace("_", " "), _value(value)) for name, value in found.summary().items()]

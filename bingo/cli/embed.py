@@ -9,11 +9,8 @@ from typing import Annotated
 
 import typer
 
-from bingo.pipeline import paths
-from bingo.pipeline.commands import as_seen_from_here, from_here
-from bingo.pipeline.run import check_output, mistakes_as_lines, run_command
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from bingo import paths
+from bingo.pipeline.commands import as_seen_from_here, check_output, from_here
 
 
 class OnBadImage(StrEnum):
@@ -23,7 +20,6 @@ class OnBadImage(StrEnum):
     skip = "skip"
 
 
-@app.command()
 def main(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images, at any depth.")],
     out: Annotated[Path, typer.Option(help="The file to write, float32: .zarr, .npy (with the paths in a .txt file) or .parquet.")],
@@ -35,32 +31,25 @@ def main(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write the embeddings of all images in a folder, sorted by path."""
-    with mistakes_as_lines():
-        from bingo.embeddings.files import SUFFIXES, files_of
-        from bingo.embeddings.of_folder import embed_folder
-        from bingo.export.stored import read_student, read_teacher
-        from bingo.pipeline.run import pick_device
-        from bingo.runtime.artefacts import file_fingerprint
-        from bingo.runtime.errors import UserError
+    from bingo.embeddings.files import SUFFIXES, files_of
+    from bingo.embeddings.of_folder import embed_folder
+    from bingo.export.stored import read_student, read_teacher
+    from bingo.pipeline.run import pick_device
+    from bingo.runtime.artefacts import file_fingerprint
+    from bingo.runtime.errors import UserError
 
-        folder, out = from_here("FOLDER", folder), from_here("--out", out)
-        student = student and from_here("--student", student)
-        if teacher and student:
-            raise UserError(f"--student = {student}: --teacher embeds by {paths.TEACHER}; give one of the two")
-        check_output("--out", out, SUFFIXES, force)
-        for beside in files_of(out)[1:]:
-            check_output("--out: list of paths", beside, [beside.suffix], force)
-        file = paths.TEACHER if teacher else student or paths.STUDENT
-        network = read_teacher(file) if teacher else read_student(file)
-        skip = on_bad_image is OnBadImage.skip
-        images, bad = embed_folder(
-            network, file_fingerprint(file), folder, out, pick_device(), batch_images, skip, follow_links, typer.echo
-        )
-        made = f"{images:,} x {network.backbone.feature_width} float32, by {as_seen_from_here(file)}"
-        typer.echo(f"written {as_seen_from_here(out)}: {made}")
-        if bad:
-            typer.echo(f"left out, unreadable: {len(bad)} ({', '.join(ascii(path) for path in bad[:5])}{', ...' if len(bad) > 5 else ''})")
-
-
-if __name__ == "__main__":
-    run_command(app)
+    folder, out = from_here("FOLDER", folder), from_here("--out", out)
+    student = student and from_here("--student", student)
+    if teacher and student:
+        raise UserError(f"--student = {student}: --teacher embeds by {paths.TEACHER}; give one of the two")
+    check_output("--out", out, SUFFIXES, force)
+    for beside in files_of(out)[1:]:
+        check_output("--out: list of paths", beside, [beside.suffix], force)
+    file = paths.TEACHER if teacher else student or paths.STUDENT
+    network = read_teacher(file) if teacher else read_student(file)
+    skip = on_bad_image is OnBadImage.skip
+    images, bad = embed_folder(network, file_fingerprint(file), folder, out, pick_device(), batch_images, skip, follow_links, typer.echo)
+    made = f"{images:,} x {network.backbone.feature_width} float32, by {as_seen_from_here(file)}"
+    typer.echo(f"written {as_seen_from_here(out)}: {made}")
+    if bad:
+        typer.echo(f"left out, unreadable: {len(bad)} ({', '.join(ascii(path) for path in bad[:5])}{', ...' if len(bad) > 5 else ''})")

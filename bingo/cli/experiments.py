@@ -7,14 +7,13 @@ What DVC shows (parameters, metrics) comes from `dvc exp show`; timings come fro
 import json
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bingo.pipeline import paths
-from bingo.pipeline.run import mistakes_as_lines
+from bingo import paths
 from bingo.runtime.artefacts import read_json, write_bytes
 from bingo.runtime.errors import UserError, near_matches
 
@@ -30,28 +29,23 @@ def main(
     against: Annotated[str | None, typer.Option(help="Reference variant of the differences; by default method-moco.")] = None,
     rev: Annotated[str, typer.Option(help="The commit whose experiments are compared.")] = "HEAD",
 ) -> None:
-    """Compare DVC's experiments: a page, and tables on stdout."""
-    with mistakes_as_lines():
-        report_experiments(prefixes or [], against, rev)
-
-
-def report_experiments(prefixes: Sequence[str], against: str | None, revision: str) -> None:
-    """Write reports/experiments.html and print its tables, for the experiments whose names start with one of `prefixes` (none: all)
-    and for the reference. Raises UserError if there are none, or none of a variant that `against` names."""
+    """Compare DVC's experiments with the reference: write reports/experiments.html, and print its tables."""
     from bingo.report.experiments import variants
     from bingo.report.experiments_page import build_page
     from bingo.report.experiments_table import by_seed, summary
     from bingo.runtime.progress import progress_bar
 
     with progress_bar("reading the experiments"):
-        commit, known = _experiments(revision)
+        commit, known = _experiments(rev)
     names = {experiment.variant for experiment in known}
     if against is not None and against not in names:
         raise UserError(f"--against = {against}: allowed are {', '.join(sorted(names)) or 'none'}{near_matches(against, sorted(names))}")
     reference = against or _reference(names)
     asked = [one for one in known if not prefixes or one.name.startswith(tuple(prefixes))]
     if not asked:
-        raise UserError(f"{' '.join(prefixes)}: no experiment of {commit[:7]} has such a name; allowed are {', '.join(sorted(names))}")
+        raise UserError(
+            f"{' '.join(prefixes or [])}: no experiment of {commit[:7]} has such a name; allowed are {', '.join(sorted(names))}"
+        )
     chosen = [one for one in known if one in asked or one.variant == reference]
     records = [read_json(path) | {"experiment": path.parent.name} for path in sorted(paths.RUNS.glob("*/distill.json"))]
     found = variants(chosen, records)

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from bingo.cli import browse, embed, experiments, export, recipe
-from bingo.pipeline.run import run_command
+from bingo.pipeline.commands import app_of, run_command
 
 STAGES = (
     "scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar", "transfer_coco",
@@ -27,7 +27,7 @@ class Commands(TyperGroup):
         """The command called `name`, or None."""
         if cmd_name not in STAGES:
             return super().get_command(ctx, cmd_name)
-        command: Any = typer.main.get_command(importlib.import_module(f"stages.{cmd_name}").app)
+        command: Any = typer.main.get_command(app_of(importlib.import_module(f"stages.{cmd_name}").main))
         command.name, command.rich_help_panel = cmd_name, "Stages (dvc repro runs them in order)"
         return command
 

@@ -1,4 +1,4 @@
-"""bingo recipe list | show | table | use | check: overrides of params.yaml, one file each in recipes/ (bingo/planning/recipes.py)."""
+"""bingo recipe list | show | use | check: overrides of params.yaml, one file each in recipes/ (bingo/planning/recipes.py)."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bingo.pipeline.commands import from_here
-from bingo.pipeline.run import mistakes_as_lines
 from bingo.runtime.errors import USER_MISTAKE
 
 if TYPE_CHECKING:
@@ -37,20 +36,19 @@ Name = Annotated[str, typer.Argument(help="Name of a recipe, as printed by `bing
 def list_recipes(everything: Annotated[bool, typer.Option("--all", help="Include the parts shared by recipes.")] = False) -> None:
     """Print all recipes, each with its published linear top-1 / top-5 accuracy in percent, if any, and a description. A recipe that
     cannot be read is listed with its error, and the exit code is 2."""
-    with mistakes_as_lines():
-        from bingo.planning.recipes import recipe_names
+    from bingo.planning.recipes import recipe_names
 
-        names, broken = recipe_names(FOLDER, parts=everything), False
-        for start, heading in GROUPS.items():
-            members = [name for name in names if _group(name) == start]
-            if members:
-                typer.echo(f"{heading}:")
-            for name in members:
-                text, whole = _summary(name)
-                typer.echo(f"  {name:52} {text}")
-                broken |= not whole
-        if broken:
-            raise SystemExit(USER_MISTAKE)
+    names, broken = recipe_names(FOLDER, parts=everything), False
+    for start, heading in GROUPS.items():
+        members = [name for name in names if _group(name) == start]
+        if members:
+            typer.echo(f"{heading}:")
+        for name in members:
+            text, whole = _summary(name)
+            typer.echo(f"  {name:52} {text}")
+            broken |= not whole
+    if broken:
+        raise SystemExit(USER_MISTAKE)
 
 
 def _summary(name: str) -> tuple[str, bool]:
@@ -80,25 +78,24 @@ def _figures(about: "About") -> str:
 @app.command()
 def show(name: Name) -> None:
     """Print one recipe: the file, all values that it sets (including its parts), the published figures, and the estimated cost of a run."""
-    with mistakes_as_lines():
-        from bingo.cli.recipe_costs import cost_lines
-        from bingo.params import read_yaml, validate
-        from bingo.planning.recipes import as_text, flattened, lay_over, read_recipe, recipe_path
+    from bingo.cli.recipe_check import cost_lines
+    from bingo.params import read_yaml, validate
+    from bingo.planning.recipes import as_text, flattened, lay_over, read_recipe, recipe_path
 
-        recipe = read_recipe(FOLDER, name)
-        document = read_yaml(PARAMS)
-        lay_over(document, recipe.overlay)
-        params = validate(document, f"{PARAMS} with recipe {name}")
-        typer.echo(recipe_path(FOLDER, name).read_text())
-        typer.echo("It sets:")
-        for key, value in flattened(recipe.overlay):
-            if not value and key in ("report.title", "report.published"):  # another recipe's are taken away; this one sets none
-                continue
-            typer.echo(f"  {key}: {as_text(value)}")
-        typer.echo()
-        for line in _about_lines(recipe):
-            typer.echo(line)
-        typer.echo("\n".join(cost_lines(params, recipe.about)))
+    recipe = read_recipe(FOLDER, name)
+    document = read_yaml(PARAMS)
+    lay_over(document, recipe.overlay)
+    params = validate(document, f"{PARAMS} with recipe {name}")
+    typer.echo(recipe_path(FOLDER, name).read_text())
+    typer.echo("It sets:")
+    for key, value in flattened(recipe.overlay):
+        if not value and key in ("report.title", "report.published"):  # another recipe's are taken away; this one sets none
+            continue
+        typer.echo(f"  {key}: {as_text(value)}")
+    typer.echo()
+    for line in _about_lines(recipe):
+        typer.echo(line)
+    typer.echo("\n".join(cost_lines(params, recipe.about)))
 
 
 def _about_lines(recipe: "Recipe") -> list[str]:
@@ -116,37 +113,26 @@ def _about_lines(recipe: "Recipe") -> list[str]:
 
 
 @app.command()
-def table() -> None:
-    """Print the page docs/recipes.md: the settings for every row of the papers' tables, with the published values."""
-    with mistakes_as_lines():
-        from bingo.params import read_yaml
-        from bingo.planning.recipe_table import markdown
-
-        typer.echo(markdown(FOLDER, read_yaml(PARAMS)), nl=False)
-
-
-@app.command()
 def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the images; sets dataset.root.")] = None) -> None:
     """Apply a recipe to params.yaml: print each change, validate the result, then write it. Comments are kept."""
-    with mistakes_as_lines():
-        from bingo.params import read_yaml, validate
-        from bingo.planning.recipes import as_text, lay_over, read_recipe
-        from bingo.runtime.artefacts import write_bytes
-        from bingo.runtime.errors import UserError
+    from bingo.params import read_yaml, validate
+    from bingo.planning.recipes import as_text, lay_over, read_recipe
+    from bingo.runtime.artefacts import write_bytes
+    from bingo.runtime.errors import UserError
 
-        if root == "":
-            raise UserError("--root is empty: give the folder of the images")
-        params = read_yaml(PARAMS)
-        validate(params, str(PARAMS))
-        overlay = read_recipe(FOLDER, name).overlay
-        if root is not None:
-            lay_over(overlay, {"dataset": {"root": _seen_from_workspace(root)}})
-        changes = lay_over(params, overlay)
-        validate(params, f"{PARAMS} with recipe {name}")
-        write_bytes(PARAMS, _rewritten(overlay, params).encode())
-        for key, old, new in changes:
-            typer.echo(f"{key}: {as_text(old)} -> {as_text(new)}")
-        typer.echo(f"params.yaml: {len(changes)} changes; undo: git checkout params.yaml; next: dvc repro")
+    if root == "":
+        raise UserError("--root is empty: give the folder of the images")
+    params = read_yaml(PARAMS)
+    validate(params, str(PARAMS))
+    overlay = read_recipe(FOLDER, name).overlay
+    if root is not None:
+        lay_over(overlay, {"dataset": {"root": _seen_from_workspace(root)}})
+    changes = lay_over(params, overlay)
+    validate(params, f"{PARAMS} with recipe {name}")
+    write_bytes(PARAMS, _rewritten(overlay, params).encode())
+    for key, old, new in changes:
+        typer.echo(f"{key}: {as_text(old)} -> {as_text(new)}")
+    typer.echo(f"params.yaml: {len(changes)} changes; undo: git checkout params.yaml; next: dvc repro")
 
 
 def _seen_from_workspace(root: str) -> str:
@@ -198,18 +184,17 @@ def _yaml() -> Any:
 def check(name: Annotated[str | None, typer.Argument(help="A recipe to apply first; by default params.yaml as it is.")] = None) -> None:
     """Dry run: build the networks, read the teacher's checkpoint if it exists, train one step on fabricated images, and report the costs
     and what is missing. Exit code 0: nothing is missing; 2: something is missing or wrong."""
-    with mistakes_as_lines():
-        from bingo.cli import recipe_check
-        from bingo.params import read_yaml, validate
-        from bingo.planning.recipes import About, lay_over, read_recipe
+    from bingo.cli import recipe_check
+    from bingo.params import read_yaml, validate
+    from bingo.planning.recipes import About, lay_over, read_recipe
 
-        document, about, origin = read_yaml(PARAMS), About(), str(PARAMS)
-        if name is not None:
-            recipe = read_recipe(FOLDER, name)
-            lay_over(document, recipe.overlay)
-            about, origin = recipe.about, f"{PARAMS} with recipe {name}"
-        missing = recipe_check.check(validate(document, origin), about, typer.echo)
-        for line in missing:
-            typer.echo(f"missing: {line}")
-        if missing:
-            raise SystemExit(USER_MISTAKE)
+    document, about, origin = read_yaml(PARAMS), About(), str(PARAMS)
+    if name is not None:
+        recipe = read_recipe(FOLDER, name)
+        lay_over(document, recipe.overlay)
+        about, origin = recipe.about, f"{PARAMS} with recipe {name}"
+    missing = recipe_check.check(validate(document, origin), about, typer.echo)
+    for line in missing:
+        typer.echo(f"missing: {line}")
+    if missing:
+        raise SystemExit(USER_MISTAKE)

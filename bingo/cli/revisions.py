@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bingo import paths
 from bingo.params.places import expanded, located
-from bingo.pipeline import paths
 from bingo.runtime.errors import UserError
 
 PARAMS = Path("params.yaml")

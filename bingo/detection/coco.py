@@ -9,7 +9,7 @@ import codecs
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from faster_coco_eval import mask as rle
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from bingo.params import CocoParams
 from bingo.runtime.artefacts import file_fingerprint
 from bingo.runtime.errors import UserError
 from bingo.runtime.inside import Outside, folded, leads_out, path_inside
@@ -111,6 +112,23 @@ class Instances:
     def in_words(self) -> str:
         """The remarks as text; empty if the file is complete."""
         return ", ".join(f"{count:,} {remark}" for remark, count in self.remarks.items() if count)
+
+
+def read_pair(params: CocoParams, follow_links: bool, say: Callable[[str], None]) -> tuple[Instances, Instances]:
+    """COCO's training and validation instances. Raises UserError as `read_instances` does, and if their categories differ."""
+    assert params.root is not None  # the pattern of a run's name
+    root, found = Path(params.root), []
+    for split in ("train", "val"):
+        key, images = f"transfer_coco.{split}_annotations", root / getattr(params, f"{split}_images")
+        found.append(read_instances(root / getattr(params, f"{split}_annotations"), images, key, follow_links))
+        if remarks := found[-1].in_words():
+            say(f"transfer_coco: {key}: {remarks}")
+    train, val = found
+    if train.category_ids != val.category_ids:
+        raise UserError("transfer_coco.val_annotations: its categories are not those of transfer_coco.train_annotations; give a pair")
+    if all(annotation["iscrowd"] for annotation in val.annotations):
+        raise UserError("transfer_coco.val_annotations: has no usable instance; give annotations that are not all crowds")
+    return train, val
 
 
 @progress_bar("reading the annotations")

@@ -23,7 +23,7 @@ from bingo.detection.loader import CocoLoader, Example, View
 from bingo.nets.precision import autocast
 from bingo.params import CocoParams
 from bingo.runtime import distributed
-from bingo.runtime.checkpoints import Checkpoints
+from bingo.runtime.checkpoints import Checkpoints, Resumable
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import step_lr
@@ -53,7 +53,8 @@ def steps_in_epoch(rows: int, batch_images: int) -> int:
     """Number of complete batches in an epoch; the rest is dropped, a different one in each epoch. Raises UserError if there is none, or no
     equal share."""
     if rows == 0:
-        raise UserError("transfer_coco.train_annotations: no image has a usable instance; give annotations that are not all crowds")
+        way_out = "give annotations of instances with boxes and segmentations that are not all crowds"
+        raise UserError(f"transfer_coco.train_annotations: no image has a usable instance; {way_out}")
     if batch_images > rows:
         raise UserError(f"transfer_coco.batch_images = {batch_images}: only {rows} images have usable instances; lower it")
     if batch_images % (processes := distributed.world()):
@@ -108,7 +109,7 @@ def sgd(detector: nn.Module, params: CocoParams) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=params.lr, momentum=params.sgd_momentum, weight_decay=params.weight_decay, fused=True)
 
 
-class DetectorTrainer:
+class DetectorTrainer(Resumable):
     """Trains a detector of `build_detector` on one process group; `schedule` is one of `params.schedules`."""
 
     def __init__(
@@ -134,11 +135,14 @@ class DetectorTrainer:
         self.loader = CocoLoader(images, targets.lines, device, workers)
         self.optimizer = sgd(detector, params)
         self.network = distributed.data_parallel(self.detector, device)
-        self.step, self.sums, self.summed, self.result = 0, dict[str, Tensor](), 0, DetectionResult()
-
-    def resumes(self) -> bool:
-        """Whether there is a checkpoint to resume from."""
-        return self.checkpoints.exists()
+        self.step, self.sums, self.summed, self.history, self.result = (
+            0,
+            dict[str, Tensor](),
+            0,
+            list[dict[str, float]](),
+            DetectionResult(),
+        )
+        self.parts, self.values = {"detector": self.detector, "optimizer": self.optimizer}, ("step", "sums", "summed", "history")
 
     def run(self) -> DetectionResult:
         """Train to the end, from the last checkpoint if there is one; all processes then hold the same network.
@@ -151,7 +155,7 @@ class DetectorTrainer:
         with self.checkpoints.stop_requests(), progress as bar, compiled_roi_align(self.device):
             bar.resume_at(self.step * self.params.batch_images)
             self._steps(bar)
-        self.result.seconds = time.monotonic() - begun
+        self.result.history, self.result.seconds = self.history, time.monotonic() - begun
         distributed.share_buffers(self.detector)
         return self.result
 
@@ -192,19 +196,5 @@ class DetectorTrainer:
     def _record(self) -> None:
         """Write a point of the curves: means over the steps since the last point and over all processes."""
         record = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
-        self.result.history.append(
-            record | {name: round(float(distributed.mean(value / self.summed)), 6) for name, value in self.sums.items()}
-        )
+        self.history.append(record | {name: round(float(distributed.mean(value / self.summed)), 6) for name, value in self.sums.items()})
         self.sums, self.summed = {}, 0
-
-    def _state(self) -> dict[str, Any]:
-        state = {name: getattr(self, name) for name in ("step", "sums", "summed")} | {"history": self.result.history}
-        return state | {"detector": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def _resume(self) -> None:
-        state = self.checkpoints.load(self.device)
-        if state is None:
-            return
-        self.detector.load_state_dict(state["detector"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.sums, self.summed, self.result.history = state["step"], state["sums"], state["summed"], state["history"]

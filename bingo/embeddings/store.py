@@ -23,6 +23,7 @@ from bingo.runtime.chunks import StoredRows, chunk_is_written, new_array, open_a
 from bingo.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from bingo.browse.listing_rows import ListingRows
     from bingo.images.listing import Listing
 
 _WAY_OUT = "dvc repro extract"
@@ -156,23 +157,24 @@ class Embeddings:
         return StoredRows(self._features, self.train_rows, self.name, _WAY_OUT)
 
 
-def read_embeddings(path: Path | str, listing: "Listing") -> Embeddings:
-    """Open the store of a listing, reading only metadata.
+def read_embeddings(store: Path | str | Mapping[str, bytes], listing: "Listing | ListingRows", name: str = "") -> Embeddings:
+    """Open the store of a listing, reading only metadata. `store` is a folder, or a mapping as fsspec gives it, called `name`.
 
     Raises UserError if there is none, its metadata are damaged, or it was made from another listing.
     """
-    embeddings = Embeddings(str(path), open_group(path, str(path), _WAY_OUT))
+    name = name or str(store)
+    embeddings = Embeddings(name, open_group(store, name, _WAY_OUT))
     made_from, wanted = embeddings.attrs.get("listing"), listing.fingerprint
     if made_from != wanted:
-        raise UserError(f"{path}: was made from listing {made_from}, this run reads listing {wanted}; run: {_WAY_OUT}")
+        raise UserError(f"{name}: was made from listing {made_from}, this run reads listing {wanted}; run: {_WAY_OUT}")
     if (embeddings.rows, embeddings.train_rows) != (len(listing), listing.train_rows):
         problem = f"holds {embeddings.rows} rows, {embeddings.train_rows} of them with keys"
         expected = f"its listing has {len(listing)} rows, {listing.train_rows} of them for training"
-        raise UserError(f"{path}: {problem}, but {expected}; delete it and run: {_WAY_OUT}")
+        raise UserError(f"{name}: {problem}, but {expected}; delete it and run: {_WAY_OUT}")
     complete = all(key in embeddings.attrs for key in _MADE_FROM)
     if not complete or embeddings_fingerprint(embeddings.attrs) != embeddings.fingerprint:
         problem = f"its attributes do not give its fingerprint {embeddings.fingerprint!r}"
-        raise UserError(f"{path}: {problem}; delete it and run: {_WAY_OUT}")
+        raise UserError(f"{name}: {problem}; delete it and run: {_WAY_OUT}")
     return embeddings
 
 

@@ -3,16 +3,44 @@
 Shape letters: Q test images, T train images, K neighbours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bingo.evals.knn import nearest_train
+from bingo.evals.knn import nearest_train, voted_accuracies
+from bingo.images.listing import Listing
+from bingo.params import KnnEvalParams
 
 if TYPE_CHECKING:
     from bingo.embeddings.store import Embeddings
+
+
+def usable_ks(params: KnnEvalParams, listing: Listing, say: Callable[[str], None]) -> tuple[list[int], list[int]]:
+    """Those of knn_eval.k and knn_eval.agreement_k for which there are enough images and labels; the others are reported with `say`."""
+    train = listing.train_rows
+    if train == len(listing):
+        say("knn_eval: the listing has no test images, so there is nothing to measure")
+        return [], []
+    if not listing.labelled:
+        say("knn_eval: the images have no labels, so only the agreement with the teacher is measured")
+    wanted = {"k": params.k if listing.labelled else [], "agreement_k": params.agreement_k}
+    for name, ks in wanted.items():
+        if left_out := [str(k) for k in ks if k > train]:
+            say(f"knn_eval: there are only {train} train images, so knn_eval.{name} {', '.join(left_out)} is left out")
+    ks, agreement_ks = ([k for k in ks if k <= train] for ks in wanted.values())
+    return ks, agreement_ks
+
+
+def neighbor_scores(
+    features_ND: np.ndarray, listing: Listing, ks: Sequence[int], temperature: float, agreement: "TeacherAgreement", is_teacher: bool
+) -> dict[str, float]:
+    """`voted_accuracies` for each of `ks` and, of another network than the teacher, `agreement`, from one search."""
+    train, labels_N = listing.train_rows, listing.labels_N
+    found = nearest_train(features_ND[:train], features_ND[train:], max([*ks, *agreement.ks]))
+    scores = voted_accuracies(found, labels_N[:train], labels_N[train:], ks, temperature) if ks else {}
+    return scores | ({} if is_teacher else agreement.of(found[0]))
 
 
 class TeacherAgreement:

@@ -1,6 +1,6 @@
 """Features of any backbone for evaluation: pooled outputs of centre views, in evaluation mode, without gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,14 +29,14 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 def backbone_features(
     backbone: nn.Module,
     images: Images,
-    rows_N: np.ndarray,
+    rows_N: Sequence[int] | np.ndarray,
     image: ImageParams,
     device: torch.device,
     precision: str,
     batch_images: int,
 ) -> np.ndarray:
-    """Features of the images `rows_N` in that order, float32 (N, D); the backbone is on `device` and its state does not change."""
-    parts = []
+    """Features of the images `rows_N` in that order, float32 (N, D). The backbone is moved to `device`; its mode does not change."""
+    backbone, parts = backbone.to(device).to(memory_format=torch.channels_last), []
     watched = progress_bar("features", len(rows_N), "images")
     with watched as bar, evaluation_mode(backbone), torch.inference_mode(), autocast(precision, device):
         for views_B in center_views(images, rows_N, image, device, batch_images):

@@ -11,8 +11,11 @@ import numpy as np
 
 from bingo.datasets.split_names import role_of
 from bingo.datasets.subset import balanced_rows
+from bingo.evals.finetune import Protocol, task_of
 from bingo.images.decode import SUFFIXES
+from bingo.images.images import Images
 from bingo.images.listing import Listing
+from bingo.params import Params, SplitParams
 from bingo.runtime.errors import UserError, short
 from bingo.runtime.inside import folded
 
@@ -24,6 +27,25 @@ _NOTES = {
     "form": "name files of another case or Unicode form",
     "suffix": "name files of another suffix",
 }
+
+
+def labelled_rows(listing: Listing, split: SplitParams, name: str, seed: int, say: Callable[[str], None]) -> np.ndarray:
+    """The train rows, int64, rising, that keep their labels in `semi_eval.splits.NAME`. Raises UserError without labelled test images."""
+    if not listing.can_judge:
+        raise UserError("semi_eval: the listing has no labelled test images; sort the images into classes, or empty semi_eval.splits")
+    if split.list_file is None:
+        return drawn_rows(listing, split.percent, seed)
+    return listed_rows(listing, split.list_file, f"semi_eval.splits.{name}.list_file", say)
+
+
+def protocols(params: Params, listing: Listing, images: Images, rows_L: np.ndarray, split: SplitParams) -> dict[str, Protocol]:
+    """A linear layer on the frozen network, and the whole network fine-tuned, both on the labels of `rows_L`."""
+    semi = params.semi_eval
+    task = task_of(listing, images, params.image, semi, rows_L)
+    return {
+        "linear": Protocol(task, semi.linear, split.linear_lr, None),
+        "finetune": Protocol(task, semi.finetune, split.head_lr, split.trunk_lr),
+    }
 
 
 def drawn_rows(listing: Listing, percent: float, seed: int) -> np.ndarray:

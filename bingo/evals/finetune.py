@@ -10,7 +10,6 @@ BatchNorm is trained (GPUs only) its statistics are those of the whole batch. Sh
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +21,13 @@ from bingo import seeds
 from bingo.evals.features import backbone_features
 from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
 from bingo.images.images import Images
+from bingo.images.listing import Listing
 from bingo.images.loader import Request, ViewLoader, center_views
 from bingo.nets.backbones import Backbone
 from bingo.nets.precision import autocast
-from bingo.params import AugmentParams, ImageParams, Range, TuneParams
+from bingo.params import AugmentParams, CropsParams, ImageParams, Range, TuneParams
 from bingo.runtime import distributed
-from bingo.runtime.checkpoints import Checkpoints
+from bingo.runtime.checkpoints import Checkpoints, Resumable
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
@@ -49,6 +49,16 @@ class Task:
     crops: AugmentParams
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """One evaluation protocol: the task and how it is trained; `trunk_lr` None means a linear layer on the frozen network."""
+
+    task: Task
+    tune: TuneParams
+    head_lr: float
+    trunk_lr: float | None
+
+
 def random_crops(crop_scale: Range, flip_p: float) -> AugmentParams:
     """A weak augmentation: only a random crop of this share of the area, and a flip."""
     return AugmentParams(
@@ -62,6 +72,13 @@ def random_crops(crop_scale: Range, flip_p: float) -> AugmentParams:
         blur_sigma_px=[0.1, 2.0],
         flip_p=flip_p,
     )
+
+
+def task_of(listing: Listing, images: Images, image: ImageParams, crops: CropsParams, train_rows_N: np.ndarray | None = None) -> Task:
+    """The labelled images of a listing: its train rows, or these of them, in crops of this family, and all its test rows."""
+    train, test = np.split(np.arange(len(listing)), [listing.train_rows])
+    learned = train if train_rows_N is None else train_rows_N
+    return Task(images, listing.labels_N, learned, test, len(listing.classes), image, random_crops(crops.crop_scale, crops.flip_p))
 
 
 class Classifier(nn.Module):
@@ -86,8 +103,8 @@ class Classifier(nn.Module):
         return self.layer(features_BD.float())
 
 
-class ClassifierTrainer:
-    """Trains a copy of `backbone` with a new layer on a task; `backbone` does not change. `trunk_lr`: None for a frozen backbone.
+class ClassifierTrainer(Resumable):
+    """Trains a copy of `backbone` with a new layer by a protocol; `backbone` does not change.
 
     The global batch is at most `tune.batch_images`; the last one of an epoch is smaller or, if the backbone is trained,
     left out, because a handful of images would determine BatchNorm's statistics. `label` names the run in the progress bar and in errors.
@@ -96,16 +113,14 @@ class ClassifierTrainer:
     def __init__(
         self,
         backbone: Backbone,
-        task: Task,
-        tune: TuneParams,
-        head_lr: float,
-        trunk_lr: float | None,
+        protocol: Protocol,
         precision: str,
         seed: int,
         device: torch.device,
         checkpoints: Checkpoints,
         label: str,
     ):
+        task, tune, trunk_lr = protocol.task, protocol.tune, protocol.trunk_lr
         check_labels(label, task.labels_N[task.train_rows_N], task.labels_N[task.test_rows_N], task.classes)
         self.task, self.tune, self.precision, self.seed, self.device, self.label = task, tune, precision, seed, device, label
         self.checkpoints, self.frozen = checkpoints, trunk_lr is None
@@ -114,15 +129,17 @@ class ClassifierTrainer:
         classifier = Classifier(copy.deepcopy(backbone), layer, self.frozen, precision)
         self.classifier = self._with_shared_statistics(classifier).to(device).to(memory_format=torch.channels_last)
         self.network = distributed.data_parallel(self.classifier, device)
-        groups = [{"params": list(layer.parameters()), "base_lr": head_lr}]
+        groups = [{"params": list(layer.parameters()), "base_lr": protocol.head_lr}]
         if trunk_lr is not None:
             groups.append({"params": list(self.classifier.backbone.parameters()), "base_lr": trunk_lr})
-        self.optimizer = torch.optim.SGD(groups, lr=head_lr, momentum=0.9, weight_decay=tune.weight_decay, nesterov=tune.nesterov)
+        self.optimizer = torch.optim.SGD(groups, lr=protocol.head_lr, momentum=0.9, weight_decay=tune.weight_decay, nesterov=tune.nesterov)
         self.batch_images = min(tune.batch_images, len(task.train_rows_N))
         whole, tail = divmod(len(task.train_rows_N), self.batch_images)
         self.steps_per_epoch = whole + (self.frozen and tail > 0)
         self.step = 0
         self.scores: list[tuple[float, float]] = []
+        self.parts = {"trained": layer if self.frozen else self.classifier, "optimizer": self.optimizer}
+        self.values = ("step", "scores")
         self.loader = ViewLoader(task.images, task.image, task.crops, seed, device)
         self.own_test_rows_N = task.test_rows_N[distributed.rank() :: distributed.world()]
         self._test_features_ND: Tensor | None = None
@@ -220,16 +237,3 @@ class ClassifierTrainer:
             problem = f"{self.label}: {world} processes on the CPU would each have their own BatchNorm statistics"
             raise UserError(f"{problem}; set BINGO_PROCESSES=1, or use GPUs")
         return convert_sync_batchnorm(classifier) if learns and world > 1 else classifier
-
-    def _state(self) -> dict[str, Any]:
-        trained = self.classifier.layer if self.frozen else self.classifier
-        return {"trained": trained.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "scores": self.scores}
-
-    def _resume(self) -> None:
-        state = self.checkpoints.load(self.device)
-        if state is None:
-            return
-        trained = self.classifier.layer if self.frozen else self.classifier
-        trained.load_state_dict(state["trained"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.scores = state["step"], state["scores"]

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from bingo import seeds
 from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
 from bingo.nets.heads import unit
-from bingo.params import CachedProbeParams, CropProbeParams, ImageParams, TuneParams
+from bingo.params import CachedProbeParams, CropProbeParams, TuneParams
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
 
 if TYPE_CHECKING:
-    from bingo.images.images import Images
+    from bingo.evals.finetune import Task
     from bingo.nets.backbones import Backbone
     from bingo.runtime.checkpoints import Checkpoints
 
@@ -68,13 +68,8 @@ def linear_on_features(
 
 def linear_on_crops(
     backbone: "Backbone",
-    images: "Images",
-    labels_N: np.ndarray,
-    train_rows_N: np.ndarray,
-    test_rows_N: np.ndarray,
-    classes: int,
+    task: "Task",
     params: CropProbeParams,
-    image: ImageParams,
     precision: str,
     seed: int,
     device: torch.device,
@@ -84,21 +79,18 @@ def linear_on_crops(
 
     In every epoch each train image is seen once as a random crop; the pooled features of the frozen backbone, in evaluation mode, go
     to the linear layer, raw or, with `params.standardise`, as computed by `Standardised`. Tested on centre views. A cosine schedule is
-    updated at every step and ends at 0 (released: once per epoch, ends at 0.01). `labels_N` belongs to the rows of `images`. Returns and
-    raises what
-    `linear_on_features` does; it is `finetune.ClassifierTrainer` with a frozen backbone, so it resumes from its checkpoint, and several
-    processes share each batch.
+    updated at every step and ends at 0 (released: once per epoch, ends at 0.01). Returns and raises what `linear_on_features` does; it is
+    `finetune.ClassifierTrainer` with a frozen backbone, so it resumes from its checkpoint, and several processes share each batch.
     """
     from bingo.evals.features import backbone_features
-    from bingo.evals.finetune import ClassifierTrainer, Task, random_crops  # timm, which is not needed for stored features
+    from bingo.evals.finetune import ClassifierTrainer, Protocol  # timm, which is not needed for stored features
 
     judged: Any = backbone
     if params.standardise:
-        seen = images, train_rows_N, image, device, precision, params.batch_images
+        seen = task.images, task.train_rows_N, task.image, device, precision, params.batch_images
         judged = Standardised(backbone, torch.from_numpy(backbone_features(backbone, *seen)).to(device))
-    task = Task(images, labels_N, train_rows_N, test_rows_N, classes, image, random_crops(params.crop_scale, params.flip_p))
     tune = TuneParams(**params.model_dump(include=set(TuneParams.model_fields)), nesterov=False)
-    return ClassifierTrainer(judged, task, tune, params.lr, None, precision, seed, device, checkpoints, _LABEL).run()
+    return ClassifierTrainer(judged, Protocol(task, tune, params.lr, None), precision, seed, device, checkpoints, _LABEL).run()
 
 
 class Standardised(nn.Module):

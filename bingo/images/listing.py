@@ -50,6 +50,11 @@ class Listing:
         """Whether every row has a label."""
         return len(self) > 0 and bool((self.labels_N >= 0).all())
 
+    @property
+    def can_judge(self) -> bool:
+        """Whether there are test images and every row has a label, as evaluations need."""
+        return self.labelled and self.train_rows < len(self)
+
     def split(self, row: int) -> str:
         """`train` or `test`."""
         return "train" if row < self.train_rows else "test"

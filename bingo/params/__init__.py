@@ -27,33 +27,15 @@ from bingo.params.evals import (
     CropsParams,
     FeatureParams,
     KnnEvalParams,
-    LinearEvalParams,
-    LinearTuneParams,
     SemiEvalParams,
     SplitParams,
     TransferParams,
-    TransferSetParams,
     TuneParams,
-    WholeTuneParams,
 )
-from bingo.params.fields import Interpolation, Precision, Range, Section
-from bingo.params.methods import (
-    BingoParams,
-    CompressParams,
-    CossParams,
-    DiscoParams,
-    IsdParams,
-    MethodSection,
-    MethodsParams,
-    MocoParams,
-    SeedParams,
-    SimregParams,
-    display_name,
-    method_names,
-    method_section,
-)
+from bingo.params.fields import Interpolation, Range, Section
+from bingo.params.methods import BingoParams, MethodSection, MocoParams, display_name, method_names, method_section
 from bingo.params.mistakes import mistake_lines
 from bingo.params.networks import STUDENT_OPTIONS, NetworkParams, StudentParams, TeacherParams, format_names
 from bingo.params.reading import load_params, read_yaml, validate
 from bingo.params.training import DistillParams, LrSchedule, PretrainParams, ScheduleParams
-from bingo.params.whole import Params, ReportParams
+from bingo.params.whole import Params

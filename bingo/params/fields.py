@@ -11,6 +11,7 @@ from bingo.params.places import expanded, located
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Whole = Annotated[int, Field(ge=0, le=10**9)]
 Width = Annotated[int, Field(ge=1, le=10**5)]
+Rows = Annotated[int, Field(ge=1, le=10**7)]  # of a queue, or of a bank's negatives
 Pixels = Annotated[int, Field(ge=32, le=10**4)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]

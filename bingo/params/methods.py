@@ -7,24 +7,25 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bingo.params.fields import NotNegative, Positive, Section, Share, Temperature, Whole, Width
+from bingo.params.fields import NotNegative, Positive, Rows, Section, Share, Temperature, Whole, Width
 
 
 class MethodSection(Section):
-    """A method's own section: its name as its paper writes it, whether it needs a teacher, and whether it reads the stored features
-    in addition to the stored keys."""
+    """A method's own section. `display_name`: as its paper writes it; `compares_views`: the student is compared with a moving average of
+    itself on another view, whatever distill.keys is."""
 
     display_name: ClassVar[str]
-    needs_teacher: ClassVar[bool]
+    needs_teacher: ClassVar[bool] = True
+    compares_views: ClassVar[bool] = False
 
     @property
     def reads_features(self) -> bool:
         """Whether stored training compares with the teacher's features (of centre views) and not with its keys."""
-        return False
+        return getattr(self, "target", "keys") == "features"
 
     def momentum_keys(self, keys: str) -> bool:
         """Whether the student is compared with a moving average of itself on another view, where `distill.keys` is `keys`."""
-        return False
+        return self.compares_views
 
 
 class BingoParams(MethodSection):
@@ -36,7 +37,6 @@ class BingoParams(MethodSection):
     """
 
     display_name: ClassVar[str] = "BINGO"
-    needs_teacher: ClassVar[bool] = True
 
     terms: Literal["paper", "symmetric", "symmetric_mix"]
     relation: Literal["bags", "none"]
@@ -45,7 +45,7 @@ class BingoParams(MethodSection):
     view_coupling: Literal["independent", "same"]
     temperature: Temperature
     negatives: Literal["bank", "queue"]
-    negative_rows: Annotated[int, Field(ge=1, le=10**7)]
+    negative_rows: Rows
     mask_bag: bool
     queue_push: Literal["anchor", "anchor_and_member"]
     teacher_batchnorm: Literal["eval", "batch"]
@@ -70,17 +70,12 @@ class CompressParams(MethodSection):
     width."""
 
     display_name: ClassVar[str] = "CompRess"
-    needs_teacher: ClassVar[bool] = True
 
     queues: Literal[1, 2]
     target: Literal["features", "keys"]
     temperature: Temperature
-    queue_rows: Annotated[int, Field(ge=1, le=10**7)]
+    queue_rows: Rows
     key_momentum: Share
-
-    @property
-    def reads_features(self) -> bool:
-        return self.target == "features"
 
 
 class CossParams(MethodSection):
@@ -91,17 +86,12 @@ class CossParams(MethodSection):
     """
 
     display_name: ClassVar[str] = "CoSS"
-    needs_teacher: ClassVar[bool] = True
 
     target: Literal["features", "keys"]
     companions: Annotated[int, Field(ge=0, le=1000)]
     teacher_temperature: Temperature
     student_temperature: Temperature
     head_hidden: Width
-
-    @property
-    def reads_features(self) -> bool:
-        return self.target == "features"
 
 
 class DiscoParams(MethodSection):
@@ -110,17 +100,14 @@ class DiscoParams(MethodSection):
     teacher; stored keys are those of eval mode."""
 
     display_name: ClassVar[str] = "DisCo"
-    needs_teacher: ClassVar[bool] = True
+    compares_views: ClassVar[bool] = True
 
     temperature: Temperature
-    queue_rows: Annotated[int, Field(ge=1, le=10**7)]
+    queue_rows: Rows
     key_momentum: Share
     regression_weight: NotNegative
     teacher_batchnorm: Literal["eval", "batch"]
     head_hidden: Width
-
-    def momentum_keys(self, keys: str) -> bool:
-        return True
 
 
 class IsdParams(MethodSection):
@@ -129,34 +116,30 @@ class IsdParams(MethodSection):
     the moving average has too; null: none, the features are compared."""
 
     display_name: ClassVar[str] = "ISD"
+    compares_views: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
 
     student_temperature: Temperature
     key_temperature: Temperature
-    queue_rows: Annotated[int, Field(ge=1, le=10**7)]
+    queue_rows: Rows
     key_momentum: Share
     weak_keys: bool
     projection_width: Width | None
     head_hidden: Width
-
-    def momentum_keys(self, keys: str) -> bool:
-        return True
 
 
 class MocoParams(MethodSection):
     """MoCo-v2 (facebookresearch/moco): temperature, queue of keys, momentum of the key encoder, projection head."""
 
     display_name: ClassVar[str] = "MoCo-v2"
+    compares_views: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
 
     temperature: Temperature
-    queue_rows: Annotated[int, Field(ge=1, le=10**7)]
+    queue_rows: Rows
     key_momentum: Share
     head_hidden: Width
     key_width: Width
-
-    def momentum_keys(self, keys: str) -> bool:
-        return True
 
 
 class SeedParams(MethodSection):
@@ -164,12 +147,11 @@ class SeedParams(MethodSection):
     and the student's head (published: as wide as the features; 2048 gives 2.3 points more)."""
 
     display_name: ClassVar[str] = "SEED"
-    needs_teacher: ClassVar[bool] = True
 
     student_temperature: Temperature
     teacher_temperature: Temperature
     negatives: Literal["bank", "queue"]
-    negative_rows: Annotated[int, Field(ge=1, le=10**7)]
+    negative_rows: Rows
     head_hidden: Width
 
 
@@ -178,15 +160,10 @@ class SimregParams(MethodSection):
     linear layers (4, or 2 without BatchNorm and ReLU; `head_hidden` wide inside), which is discarded afterwards."""
 
     display_name: ClassVar[str] = "SimReg"
-    needs_teacher: ClassVar[bool] = True
 
     target: Literal["features", "keys"]
     head_layers: Literal[2, 4]
     head_hidden: Width
-
-    @property
-    def reads_features(self) -> bool:
-        return self.target == "features"
 
 
 class MethodsParams(Section):

@@ -2,27 +2,31 @@
 all rows, also the teacher and raw pixels. The evaluation of one network does not depend on another."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bingo.pipeline import paths
-from bingo.pipeline.run import Run
+import numpy as np
+
+from bingo import paths, seeds
+from bingo.images.images import MemoryImages, open_images
+from bingo.params import FeatureParams, Section
+from bingo.pipeline.run import Run, code_fingerprint
+from bingo.pipeline.state import state_folder
+from bingo.runtime.artefacts import file_fingerprint
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from bingo.embeddings.store import Embeddings
     from bingo.images.listing import Listing
     from bingo.nets.backbones import Backbone
-    from bingo.params import FeatureParams, Section
 
 STORED = ("teacher", "pixels")  # no network is run for their features
 
 
 def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
     """The networks `nets` on the CPU, in evaluation mode, all loaded before any work, so that a missing one is reported first."""
-    from bingo import seeds
     from bingo.nets.backbones import build_backbone
     from bingo.nets.students import evaluated, load_student
 
@@ -36,16 +40,16 @@ def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
     return found
 
 
-def backbone_files(nets: Sequence[str]) -> dict[str, str]:
-    """The fingerprint of each file of `nets`, which identifies its weights. Raises UserError if one is missing."""
-    from bingo.runtime.artefacts import file_fingerprint
-
-    return {name: file_fingerprint(_file(name)) for name in nets if name != "untrained"}
-
-
-def judged(run: Run, *sections: "Section") -> list[int | dict[str, Any]]:
-    """The parameters on which the evaluation of a network depends: seed, views, architecture, `sections`."""
-    return [run.params.seed, *(section.model_dump() for section in (run.params.image, run.params.student, *sections))]
+def state_of(run: Run, item: str, nets: Sequence[str], inputs: Sequence[Any], *decide: Section | str) -> AbstractContextManager[Path]:
+    """The `state_folder` of an evaluation of `nets`, named by everything that determines the result: seed, views, architecture, files of
+    the networks, `inputs` (JSON-able) and the parameters `decide`. Only checkpoints with the same values are resumed."""
+    sections = (run.params.image, run.params.student, *decide)
+    values = {
+        "params": [run.params.seed, *(section.model_dump() if isinstance(section, Section) else section for section in sections)],
+        "inputs": [*inputs, {name: file_fingerprint(_file(name)) for name in nets if name != "untrained"}],
+        "code": code_fingerprint(run.name),
+    }
+    return state_folder(f"{run.name}-{item}", values)
 
 
 def _file(name: str) -> Path:
@@ -56,40 +60,31 @@ class Networks:
     """Networks by name, opened before any work, so that a missing or damaged file is reported first.
 
     `teacher` holds the teacher's features, if it is one of them. `backbones` are the networks that are run, on the CPU. Raises UserError
-    for
-    a file that is missing or damaged, or belongs to another listing.
+    for a file that is missing or damaged, or belongs to another listing.
     """
 
     def __init__(self, run: Run, names: Sequence[str], listing: "Listing", teacher: "Embeddings | None"):
-        from bingo.images.images import open_images
-
-        self.run, self.listing = run, listing
+        self.run, self.names, self.listing, self._teacher = run, names, listing, teacher
         run_ones = [name for name in names if name not in STORED]
         self.backbones = backbones(run, run_ones) if run_ones else {}  # stored features need no timm
-        self._teacher = teacher
         self.images = open_images(listing, paths.IMAGES, run.params.dataset) if set(names) - {"teacher"} else None
 
-    def features(self, name: str, params: "FeatureParams", device: "torch.device | None") -> "np.ndarray | None":
-        """Features (N, width) of every row, float32; None for pixels that are not held in memory. Stored ones need no device."""
-        import numpy as np
-
-        from bingo.images.images import MemoryImages
-
-        if name == "teacher" and self._teacher is not None:
+    def features(self, name: str, params: FeatureParams, device: "torch.device | None") -> np.ndarray | None:
+        """Features (N, width) of every row, float32; None of a network that is not among `names`, and of pixels that are not held in
+        memory. Stored ones need no device."""
+        if name not in self.names:
+            return None
+        if self._teacher is not None and name == "teacher":
             return self._teacher.features_ND.astype(np.float32)
         if name == "pixels":
-            pixels = self.images.images_NSS3 if isinstance(self.images, MemoryImages) else None
-            return None if pixels is None else pixels.reshape(len(pixels), -1).astype(np.float32)
-        return self._computed(name, params, device)
-
-    def _computed(self, name: str, params: "FeatureParams", device: "torch.device | None") -> "np.ndarray":
-        import numpy as np
-        import torch
-
+            if isinstance(self.images, MemoryImages):
+                return self.images.images_NSS3.reshape(len(self.images), -1).astype(np.float32)
+            unmeasured = "the images are not held in memory (dataset.store_px is null), so there is nothing to measure"
+            self.run.say(f"{self.run.name}: {name}: {unmeasured}")
+            return None
         from bingo.evals.features import backbone_features
 
         assert self.images is not None
         assert device is not None
-        backbone = self.backbones[name].to(device).to(memory_format=torch.channels_last)
-        rows, image = np.arange(len(self.listing)), params.view(self.run.params.image)
-        return backbone_features(backbone, self.images, rows, image, device, params.precision, params.batch_images)
+        rows, image = range(len(self.listing)), params.view(self.run.params.image)
+        return backbone_features(self.backbones[name], self.images, rows, image, device, params.precision, params.batch_images)

@@ -1,50 +1,54 @@
 """What semi_eval and transfer_cifar share: evaluation of several networks with several protocols, resumed from checkpoints after a kill."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
+
+from bingo.evals.finetune import ClassifierTrainer, Protocol
+from bingo.nets.backbones import Backbone
+from bingo.params import Section, SemiEvalParams, TransferParams
+from bingo.pipeline.backbones import state_of
 from bingo.pipeline.run import Run
-
-if TYPE_CHECKING:
-    import torch
-
-    from bingo.evals.finetune import Task
-    from bingo.nets.backbones import Backbone
-    from bingo.params import TuneParams
+from bingo.runtime import distributed
+from bingo.runtime.artefacts import write_json
+from bingo.runtime.checkpoints import Checkpoints
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """One evaluation protocol: the task and how it is trained; `trunk_lr` None means a linear layer on the frozen network."""
+def judge(
+    run: Run,
+    item: str,
+    nets: Mapping[str, Backbone],
+    protocols: Mapping[str, Protocol],
+    device: torch.device,
+    inputs: Sequence[Any],
+    sections: tuple[SemiEvalParams | TransferParams, *tuple[Section, ...]],
+    report: Path,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write `facts` and {nets: {net: {protocol: scores}}} to `report`. `inputs` and `sections` decide the scores, beside the networks.
 
-    task: "Task"
-    tune: "TuneParams"
-    head_lr: float
-    trunk_lr: float | None
+    What a killed run has finished is read from its checkpoints; what it has begun is resumed.
+    """
+    with state_of(run, item, list(nets), inputs, *sections) as folder:
+        scores = {
+            net: {
+                name: _score(run, backbone, protocol, sections[0].precision, folder / net / name, device, f"{net}, {name}")
+                for name, protocol in protocols.items()
+            }
+            for net, backbone in nets.items()
+        }
+        if distributed.rank() == 0:
+            write_json(report, {**facts, "nets": scores})
 
 
-def scores_by_net(
-    run: Run, nets: "Mapping[str, Backbone]", protocols: Mapping[str, Protocol], precision: str, folder: Path, device: "torch.device"
-) -> dict[str, dict[str, dict]]:
-    """{net: {protocol: scores}}. What a killed run has finished is read from its checkpoints in `folder`; what it has begun is resumed."""
-    import torch
-
-    from bingo.evals.finetune import ClassifierTrainer
-    from bingo.runtime.checkpoints import Checkpoints
-
-    scores: dict[str, dict[str, dict]] = {}
-    for net, backbone in nets.items():
-        module, scores[net] = backbone.to(device).to(memory_format=torch.channels_last), {}
-        for name, protocol in protocols.items():
-            checkpoints, label = Checkpoints(folder / net / name), f"{run.stage}: {net}, {name}"
-            if checkpoints.exists():
-                run.say(f"{label}: resuming from a checkpoint")
-            score = ClassifierTrainer(
-                module, protocol.task, protocol.tune, protocol.head_lr, protocol.trunk_lr, precision, run.params.seed, device,
-                checkpoints, label,
-            ).run()  # fmt: skip
-            run.say(f"{label}: top-1 {score['top1_last']:.1f} in the last epoch, {score['top1_best']:.1f} in the best")
-            scores[net][name] = score
-    return scores
+def _score(
+    run: Run, backbone: Backbone, protocol: Protocol, precision: str, folder: Path, device: torch.device, name: str
+) -> dict[str, float | int]:
+    checkpoints, label = Checkpoints(folder), f"{run.stage}: {name}"
+    if checkpoints.exists():
+        run.say(f"{label}: resuming from a checkpoint")
+    score = ClassifierTrainer(backbone, protocol, precision, run.params.seed, device, checkpoints, label).run()
+    run.say(f"{label}: top-1 {score['top1_last']:.1f} in the last epoch, {score['top1_best']:.1f} in the best")
+    return score

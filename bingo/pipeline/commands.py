@@ -3,25 +3,22 @@
 No output depends on this file.
 """
 
-import argparse
 import os
 import re
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from pydantic import ValidationError
 
 from bingo.params.places import expanded
+from bingo.pipeline.process import mistakes_as_lines
 from bingo.runtime.errors import INTERRUPTED, USER_MISTAKE, UserError
 
 _UsageError: Any = typer.BadParameter.__base__  # which typer does not export
 _stands = Path()  # where the user stands, if not in the workspace's own folder
 _BEFORE_ALLOWED = re.compile(r"^(Value error, )?(Input should be |.* is not )", re.DOTALL)
-_INVALID = re.compile(r"argument (?P<name>\S+): invalid (?P<allowed>\w+) value: '(?P<value>.*)'", re.DOTALL)
-_NO_CHOICE = re.compile(r"argument (?P<name>\S+): invalid choice: '?(?P<value>.*?)'? \(choose from (?P<allowed>.*)\)", re.DOTALL)
-_KINDS = {"int": "a whole number", "float": "a number"}
 
 
 def enter_workspace() -> None:
@@ -50,7 +47,35 @@ def as_seen_from_here(path: Path) -> str:
     return os.path.relpath(whole, _stands) if _stands != Path() and whole.is_relative_to(Path.cwd()) else str(path)
 
 
-def run_app(app: typer.Typer) -> None:
+def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) -> None:
+    """Raises UserError for an output with another suffix, in a folder that does not exist, or that exists already, unless `force` is
+    set."""
+    if path.suffix not in suffixes:
+        raise UserError(f"{option} = {path}: allowed are names that end in {', '.join(suffixes)}")
+    if nearest := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
+        raise UserError(f"{option} = {path}: {nearest} is a file, not a folder; give another name")
+    if path.is_symlink() or path.exists():
+        if not force:
+            raise UserError(f"{option} = {path}: exists already; give another name, or --force to replace it")
+        if path.is_symlink() or path.is_dir() != (path.suffix == ".zarr") or (path.is_dir() and not (path / "zarr.json").is_file()):
+            raise UserError(f"{option} = {path}: is not a file of this kind, so --force does not replace it; give another name")
+
+
+def app_of(command: Callable[..., None]) -> typer.Typer:
+    """The command line of one function."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    return app
+
+
+def run_command(command: typer.Typer | Callable[..., None]) -> None:
+    """Run a command line in the workspace that contains the current folder. User errors are printed in one line each, with exit code 2."""
+    with mistakes_as_lines():
+        enter_workspace()
+        _run(command if isinstance(command, typer.Typer) else app_of(command))
+
+
+def _run(app: typer.Typer) -> None:
     """Run a command line. Raises UserError for invalid arguments, and SystemExit for exit codes other than 0."""
     try:
         code = app(standalone_mode=False)
@@ -75,14 +100,3 @@ def _in_one_line(error: Any) -> str:
     cause = error.__cause__ or error.__context__
     value = f" = {cause.errors()[0]['input']}" if isinstance(cause, ValidationError) else ""
     return f"{name}{value}: allowed is {_BEFORE_ALLOWED.sub('', error.message).partition(', unable')[0].rstrip('.')}"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's parser, with errors in one line: name = value: what is allowed."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the line and exit with the code of a user error."""
-        if found := _INVALID.fullmatch(message) or _NO_CHOICE.fullmatch(message):
-            message = f"{found['name']} = {found['value']}: allowed is {_KINDS.get(found['allowed'], found['allowed'])}"
-        print(f"error: {message}; see: {self.prog} --help", file=sys.stderr, flush=True)
-        raise SystemExit(USER_MISTAKE)

@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from bingo.pipeline.process import die_with_parent, mistakes_as_lines
 from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, UserError
 
 
@@ -139,8 +140,6 @@ def _check(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from bingo.pipeline.run import die_with_parent, mistakes_as_lines
-
     die_with_parent()  # of a prefix, which may be ended before the command it runs
     with mistakes_as_lines():
         raise SystemExit(run_torchrun(sys.argv[1:]))

@@ -1,100 +1,103 @@
-"""What the three trainings (teacher, student, baselines) share: build the method, train it from its checkpoint, write its curves."""
+"""What the three trainings share (teacher, student, baselines): build the method, train it from its checkpoint, write what it has shown."""
 
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bingo.pipeline import paths
-from bingo.pipeline.run import Run, code_fingerprint, in_words
+import torch
+
+from bingo import paths
+from bingo.evals.collapse import collapse_warning, feature_spread
+from bingo.evals.probe import KnnProbe
+from bingo.images.images import open_images
+from bingo.images.listing import Listing
+from bingo.methods.contract import Method, Progress
+from bingo.nets.batchnorm import own_groups
+from bingo.nets.precision import resolve_precision
+from bingo.params import AugmentParams
+from bingo.pipeline.run import Run, code_fingerprint, in_words, process_group
 from bingo.pipeline.state import state_folder
+from bingo.planning.costs import step_flops
+from bingo.runtime import distributed
+from bingo.runtime.artefacts import write_csv, write_json
+from bingo.runtime.checkpoints import Checkpoints
+from bingo.runtime.errors import UserError
+from bingo.runtime.progress import progress_bar
+from bingo.training.assembly import TrainingSetup
+from bingo.training.batches import Batches, Stored, steps_in_epoch
+from bingo.training.loop import Trainer, TrainingResult
 
-if TYPE_CHECKING:
-    import torch
-
+if TYPE_CHECKING:  # a training without them does not depend on them
     from bingo.bags.index import BagIndex, Bags
     from bingo.embeddings.store import Embeddings
-    from bingo.images.listing import Listing
-    from bingo.methods.contract import Method
     from bingo.teachers.teacher import Teacher
-    from bingo.training.assembly import TrainingSetup
-    from bingo.training.batches import Batches, Stored
-    from bingo.training.loop import TrainingResult
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
     """Inputs of a training: the listing and its images; for distillation also the teacher's outputs and bags, for live keys the teacher."""
 
-    listing: "Listing"
+    listing: Listing
     embeddings: "Embeddings | None" = None
     bags: "BagIndex | None" = None
     teacher: "Teacher | None" = None
 
 
 def train_method(
-    run: Run, device: "torch.device", setup: "TrainingSetup", inputs: TrainingInputs, finish: Callable[["Method", "TrainingResult"], None]
+    run: Run,
+    setup: TrainingSetup,
+    inputs: TrainingInputs,
+    save: Callable[[Method], None],
+    report: Path,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train what `setup` describes on `inputs`, resuming from the last checkpoint of exactly this training; `finish` writes its outputs.
+    """Train what `setup` describes on `inputs`, resuming from the last checkpoint of exactly this training.
 
-    The checkpoint is deleted only after `finish` has written the outputs.
+    `save` writes the network; curves, and to `report` the last figures with `facts`, are written here. The checkpoint is deleted only
+    after all outputs are in place.
     """
-    from bingo.evals.collapse import feature_spread
-    from bingo.evals.probe import KnnProbe
-    from bingo.images.images import open_images
-    from bingo.nets.batchnorm import own_groups
-    from bingo.runtime import distributed
-    from bingo.runtime.checkpoints import Checkpoints
-    from bingo.runtime.progress import progress_bar
-    from bingo.training.batches import Batches, steps_in_epoch
-    from bingo.training.loop import Trainer
-
     params, schedule, listing = run.params, setup.schedule, inputs.listing
-    steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{setup.place}.batch_anchors")
-    groups = schedule.groups_for(setup.section.momentum_keys(setup.keys), distributed.world())
-    own_groups(groups, f"{setup.place}.batchnorm_groups")
-    stored = _stored(run, setup, inputs.embeddings, device) if inputs.embeddings is not None else None
-    bags = inputs.bags.table if inputs.bags is not None else None
-    method = setup.build(device, schedule.precision, stored, bags, inputs.teacher)
-    _check_bags(run, method, bags)
-    images = open_images(listing, paths.IMAGES, params.dataset)
-    watched = listing, images, params.image, params.seed, device, schedule.precision
-    probe = KnnProbe(*watched) if listing.labelled else None
-    batches = Batches(method.needs, setup.loader(images, device), params.seed, listing.train_rows, schedule.batch_anchors, bags, stored)
-    with state_folder(run.stage, _identity(run, setup, inputs)) as folder:
-        label = f"{run.stage}: {setup.method}"
-        trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label, groups)
-        if trainer.resumes():
-            run.say(f"{run.stage}: resuming from a checkpoint")
-            run.notes["resumed"] = True
-        with progress_bar("counting the cost of a step"):
-            gflop_per_anchor = _gflop_per_anchor(trainer.method, batches)
-        result = trainer.run()
-        result.gflop_per_anchor = gflop_per_anchor
-        if distributed.rank() == 0:
-            result.spread = feature_spread(method.student, *watched)
-            finish(method, result)
-    _say_result(run, setup, result)
+    with process_group(run) as device:
+        steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{setup.place}.batch_anchors")
+        groups = schedule.groups_for(setup.section.momentum_keys(setup.keys), distributed.world())
+        own_groups(groups, f"{setup.place}.batchnorm_groups")
+        stored = _stored(run, setup, inputs.embeddings, device) if inputs.embeddings is not None else None
+        bags, teacher = inputs.bags.table if inputs.bags is not None else None, inputs.teacher
+        if teacher is not None:
+            teacher = teacher.weights_for(resolve_precision(schedule.precision, device)).to(device).to(memory_format=torch.channels_last)
+        method = setup.build(device, schedule.precision, stored, bags, teacher)
+        _check_bags(run, method, bags)
+        images = open_images(listing, paths.IMAGES, params.dataset)
+        watched = listing, images, params.image, params.seed, device, schedule.precision
+        probe = KnnProbe(*watched) if listing.labelled else None
+        batches = Batches(method.needs, setup.loader(images, device), params.seed, listing.train_rows, schedule.batch_anchors, bags, stored)
+        with state_folder(run.stage, _identity(run, setup, inputs)) as folder:
+            label = f"{run.stage}: {setup.method}"
+            trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label, groups)
+            if trainer.resumes():
+                run.say(f"{run.stage}: resuming from a checkpoint")
+                run.notes["resumed"] = True
+            with progress_bar("counting the cost of a step"):
+                gflop_per_anchor = _gflop_per_anchor(trainer.method, batches)
+            result = trainer.run()
+            result.gflop_per_anchor = gflop_per_anchor
+            if distributed.rank() == 0:
+                result.spread = feature_spread(method.student, *watched)
+                save(method)
+                write_curves(run, result.history)
+                write_json(report, {**(facts or {}), **_last_record(result)})
+        _say_result(run, setup, result)
 
 
-def _check_bags(run: Run, method: "Method", bags: "Bags | None") -> None:
+def _check_bags(run: Run, method: Method, bags: "Bags | None") -> None:
     """Raises UserError if a method draws from bags that are all empty, and warns if many are."""
-    if bags is None or not (method.needs.members or method.needs.companions):
-        return
-    if (warning := bags.empty_warning()) and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {run.stage}: {warning}", file=sys.stderr, flush=True)
+    if bags is not None and (method.needs.members or method.needs.companions) and (warning := bags.empty_warning()):
+        run.warn(warning)
 
 
-def _stored(run: Run, setup: "TrainingSetup", embeddings: "Embeddings", device: "torch.device") -> "Stored":
+def _stored(run: Run, setup: TrainingSetup, embeddings: "Embeddings", device: torch.device) -> Stored:
     """The teacher's stored outputs on the device. Raises UserError if the stored views cannot be redrawn."""
-    import torch
-
-    from bingo.params import AugmentParams
-    from bingo.runtime.errors import UserError
-    from bingo.training.batches import Stored
-
     recipe = embeddings.attrs["recipe"]
     if (recipe["image"], recipe["seed"]) != (run.params.image.model_dump(mode="json"), run.params.seed):
         raise UserError(f"{paths.EMBEDDINGS}: was made with another image section or seed than params.yaml has; run: dvc repro extract")
@@ -103,17 +106,13 @@ def _stored(run: Run, setup: "TrainingSetup", embeddings: "Embeddings", device: 
     return Stored(torch.from_numpy(embeddings.keys_TVP).to(device), augment, features_TD)
 
 
-def _gflop_per_anchor(method: "Method", batches: "Batches") -> float:
+def _gflop_per_anchor(method: Method, batches: Batches) -> float:
     """The cost of a training step per anchor, forward and backward, counted on the first batch."""
-    from bingo.methods.contract import Progress
-    from bingo.planning.costs import step_flops
-    from bingo.runtime import distributed
-
     batch = next(batches.epoch(0, 0))
     return round(step_flops(method.train(), batch, Progress(0, 0)) * distributed.world() / batches.batch_anchors / 1e9, 6)
 
 
-def _identity(run: Run, setup: "TrainingSetup", inputs: TrainingInputs) -> dict[str, Any]:
+def _identity(run: Run, setup: TrainingSetup, inputs: TrainingInputs) -> dict[str, Any]:
     """Everything that determines the result of a training; only checkpoints with the same values are resumed."""
     sections = (run.params.image, setup.network, setup.schedule, setup.section)
     artefacts = (inputs.listing, inputs.embeddings, inputs.bags)
@@ -121,30 +120,26 @@ def _identity(run: Run, setup: "TrainingSetup", inputs: TrainingInputs) -> dict[
         "params": [run.params.seed, *(section.model_dump(exclude={"method", "keys"}) for section in sections), setup.keys],
         "inputs": [artefact.fingerprint if artefact else None for artefact in artefacts],
         "method": setup.method,
-        "code": code_fingerprint(run.stage.partition("-")[0], setup.method),
+        "code": code_fingerprint(run.name, setup.method),
     }
 
 
-def _say_result(run: Run, setup: "TrainingSetup", result: "TrainingResult") -> None:
+def _say_result(run: Run, setup: TrainingSetup, result: TrainingResult) -> None:
     """Print and record the speed and the last epoch's figures, and warn of a collapsed network."""
-    from bingo.evals.collapse import collapse_warning
-
     rate = result.anchors / max(result.seconds, 1e-9)
     run.notes |= {"anchors_per_second": round(rate, 1), "data_wait": round(result.wait_seconds / max(result.seconds, 1e-9), 3)}
     last = in_words({name: value for name, value in result.history[-1].items() if name not in ("epoch", "lr")})
     if result.spread and (warning := collapse_warning(result.spread)):
-        print(f"warning: {run.stage}: {warning}", file=sys.stderr, flush=True)
+        run.warn(warning)
     run.say(f"{run.stage}: {setup.method}, {setup.schedule.epochs} epochs, {rate:,.0f} anchors/s; last epoch: {last}")
 
 
-def write_curves(path: Path, history: list[dict[str, float]]) -> None:
+def write_curves(run: Run, history: list[dict[str, float]]) -> None:
     """One line per epoch as CSV for `dvc plots`; a missing figure is an empty field."""
-    from bingo.runtime.artefacts import write_csv
-
-    write_csv(path, history, ["epoch", "loss"])
+    write_csv(paths.PLOTS / f"{run.stage}.csv", history, ["epoch", "loss"])
 
 
-def last_record(result: "TrainingResult") -> dict[str, float]:
+def _last_record(result: TrainingResult) -> dict[str, float]:
     """The last epoch's loss terms and probe figures, the spread of features and the cost per anchor, as metrics."""
     last = {f"last_{name}": value for name, value in result.history[-1].items() if name not in ("epoch", "lr")}
     return {**last, **result.spread, "gflop_per_anchor": result.gflop_per_anchor}

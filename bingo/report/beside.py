@@ -43,8 +43,8 @@ class ComparedSection:
 
 @cache
 def published(part: str) -> Any:
-    """A part of published.yaml, which holds published figures."""
-    return read_yaml(Path(__file__).with_name("published.yaml"))[part]
+    """A part of recipes/published/figures.yaml, which holds what others report."""
+    return read_yaml(Path(__file__).parents[2] / "recipes/published/figures.yaml")[part]
 
 
 def published_table(part: str) -> Published:

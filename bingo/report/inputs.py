@@ -6,22 +6,21 @@ Does not import torch, so that a page takes a second or two. Shape letters: E ep
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from bingo import paths
+from bingo.bags.index import BagIndex, read_bags
+from bingo.images.images import Images, open_images
+from bingo.images.listing import Listing, read_listing
 from bingo.params import Params
 from bingo.runtime.artefacts import read_json
 from bingo.runtime.checksums import Damaged, check_safetensors
 from bingo.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from bingo.bags.index import BagIndex
-    from bingo.images.images import Images
-    from bingo.images.listing import Listing
 
 Curves = dict[str, list[float]]
 _BUFFERS = ("running_mean", "running_var")  # BatchNorm's statistics are stored with the weights, but are not parameters
@@ -48,9 +47,9 @@ class Artefacts:
 
     params: Params
     params_text: str
-    listing: "Listing"
-    images: "Images | None" = None
-    bags: "BagIndex | None" = None
+    listing: Listing
+    images: Images | None = None
+    bags: BagIndex | None = None
     bag_metrics: dict[str, Any] = field(default_factory=dict)
     teacher: NetworkFacts | None = None
     student: NetworkFacts | None = None
@@ -61,6 +60,36 @@ class Artefacts:
     semi: dict[str, dict[str, Any]] = field(default_factory=dict)
     transfer: dict[str, dict[str, Any]] = field(default_factory=dict)
     coco: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
+
+
+def read_artefacts(params: Params, nets: Sequence[str]) -> Artefacts:
+    """What the workspace holds of a run; `nets` are the networks that evaluations may have judged."""
+    listing = read_listing(paths.LISTING)
+    terms = {name: read_optional_json(paths.REPORTS / f"{name}.json") for name in ("teacher", "distill")}
+    terms |= {f"baseline-{method}": read_optional_json(paths.REPORTS / f"baselines/{method}.json") for method in params.baselines}
+    return Artefacts(
+        params=params,
+        params_text=Path("params.yaml").read_text(encoding="utf-8"),
+        listing=listing,
+        images=open_images(listing, paths.IMAGES, params.dataset) if paths.IMAGES.exists() else None,
+        bags=read_bags(paths.BAGS, listing) if paths.BAGS.exists() else None,
+        bag_metrics=read_optional_json(paths.REPORTS / "bags.json"),
+        teacher=read_network_facts(paths.TEACHER, "backbone."),
+        student=read_network_facts(paths.STUDENT),
+        knn=_measured("knn", nets),
+        linear=by_protocol(_measured("linear", nets)),
+        terms=terms,
+        semi=_measured("semi", params.semi_eval.splits),
+        transfer=_measured("transfer", params.transfer.datasets),
+        curves={name: read_curves(paths.PLOTS / f"{name}.csv") for name in terms},
+        coco=_measured("coco", params.transfer_coco.runs),
+    )
+
+
+def _measured(folder: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The content of the existing files reports/FOLDER/NAME.json."""
+    found = {name: read_optional_json(paths.REPORTS / folder / f"{name}.json") for name in names}
+    return {name: value for name, value in found.items() if value}
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

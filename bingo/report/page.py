@@ -16,8 +16,7 @@ from bingo.params import NetworkParams, display_name
 from bingo.report import bags as report_bags
 from bingo.report import coco as report_coco
 from bingo.report import results as report_results
-from bingo.report import semi as report_semi
-from bingo.report import transfer as report_transfer
+from bingo.report.downstream import sections
 from bingo.report.inputs import Artefacts, Curves, NetworkFacts
 from bingo.report.plots import SERIES, lines
 from bingo.report.render import render_page
@@ -66,7 +65,7 @@ def build_page(a: Artefacts) -> str:
         "chance": report_results.chance_row(a, found),
         "bars": report_results.bars_svg(a),
         "bars_caption": report_results.bars_caption(a),
-        "downstream": [section for section in (report_semi.section(a), report_transfer.section(a)) if section],
+        "downstream": sections(a),
         "coco": report_coco.coco_table(a),
         "trainings": _trainings(a),
         "probes": _probes(a),

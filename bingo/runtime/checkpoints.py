@@ -8,12 +8,13 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bingo.runtime import distributed
 from bingo.runtime.artefacts import fingerprint, read_json, write_bytes, write_json
@@ -111,3 +112,26 @@ class Checkpoints:
 
     def _file(self, step: int, rank: int) -> Path:
         return self.folder / f"step-{step}.rank-{rank}.pt"
+
+
+class Resumable:
+    """A training that resumes from its last checkpoint: `parts` are its modules and optimizers, `values` names of its own attributes."""
+
+    checkpoints: Checkpoints
+    device: torch.device
+    parts: Mapping[str, nn.Module | torch.optim.Optimizer]
+    values: tuple[str, ...]
+
+    def resumes(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return self.checkpoints.exists()
+
+    def _state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()} | {name: getattr(self, name) for name in self.values}
+
+    def _resume(self) -> None:
+        if (state := self.checkpoints.load(self.device)) is not None:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            for name in self.values:
+                setattr(self, name, state[name])

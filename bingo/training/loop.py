@@ -18,7 +18,7 @@ from bingo.methods.contract import Batch, Method, Progress
 from bingo.nets.batchnorm import grouped_batchnorm, own_groups
 from bingo.params import ScheduleParams
 from bingo.runtime import distributed
-from bingo.runtime.checkpoints import Checkpoints
+from bingo.runtime.checkpoints import Checkpoints, Resumable
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
@@ -39,7 +39,7 @@ class TrainingResult:
     wait_seconds: float = 0.0
 
 
-class Trainer:
+class Trainer(Resumable):
     """Trains one method on one process group. `probe` measures the student as {name: percent}; it runs on process 0.
 
     `batchnorm_groups` of the global batch have separate BatchNorm statistics; None: as `schedule` says without a momentum encoder.
@@ -69,11 +69,8 @@ class Trainer:
         self.network = distributed.data_parallel(self.method, device)
         self.watch = LossWatch(device)
         self.sums: dict[str, Tensor] = {}
-        self.step, self.result = 0, TrainingResult()
-
-    def resumes(self) -> bool:
-        """Whether there is a checkpoint to resume from."""
-        return self.checkpoints.exists()
+        self.step, self.history, self.result = 0, list[dict[str, float]](), TrainingResult()
+        self.parts, self.values = {"method": self.method, "optimizer": self.optimizer}, ("step", "sums", "history")
 
     def run(self) -> TrainingResult:
         """Train to the end, from the last checkpoint if there is one. Raises Interrupted after SIGTERM or SIGINT, with a checkpoint."""
@@ -84,6 +81,7 @@ class Trainer:
             bar.resume_at(self.step * self.schedule.batch_anchors)
             while self.step < total:
                 self._epoch(bar)
+        self.result.history = self.history
         self.result.seconds, self.result.wait_seconds = time.monotonic() - begun, self.batches.loader.wait_seconds
         return self.result
 
@@ -150,7 +148,7 @@ class Trainer:
             record |= self.probe(self.method.student)
         distributed.barrier()
         self.sums = {}
-        self.result.history.append(record)
+        self.history.append(record)
 
     def _checkpoint_if_due(self) -> None:
         """Several processes agree on it only when the loss is read too, because agreeing waits for the device."""
@@ -160,18 +158,4 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         self._refuse_what_is_not_finite()
-        return {
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "sums": self.sums,
-            "history": self.result.history,
-        }
-
-    def _resume(self) -> None:
-        state = self.checkpoints.load(self.device)
-        if state is None:
-            return
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.sums, self.result.history = state["step"], state["sums"], state["history"]
+        return super()._state()

@@ -187,7 +187,7 @@ def test_an_interrupt_leaves_nothing_running_and_a_second_start_goes_on(reposito
 
 
 def common_interrupted() -> int:
-    from bingo.pipeline.run import INTERRUPTED
+    from bingo.runtime.errors import INTERRUPTED
 
     return INTERRUPTED
 

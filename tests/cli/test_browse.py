@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import bingo
 from fabricated import images_of, make_workspace
 from PIL import Image
-from typer.testing import CliRunner
 
 from bingo.bags.anchors import anchor_figures
 from bingo.bags.builders import build_kmeans, build_knn
@@ -19,7 +19,6 @@ from bingo.bags.ivf import InvertedFile
 from bingo.bags.metrics import bag_metrics
 from bingo.browse.diff import compare_bags
 from bingo.browse.listing_rows import ListingRows
-from bingo.cli import browse
 from bingo.images.images import write_images
 from bingo.images.listing import read_listing, write_listing
 from bingo.runtime.errors import UserError
@@ -35,11 +34,8 @@ def workspace(tmp_path, monkeypatch):
 
 
 def bingo_bags(*arguments):
-    """(exit code, stdout, stderr) of one command in the current folder."""
-    result = CliRunner().invoke(browse.app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    """(exit code, stdout, stderr)."""
+    return bingo("bags", *arguments)
 
 
 def mistake(*arguments):

@@ -11,10 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 import zarr
+from command import bingo
 from PIL import Image
-from typer.testing import CliRunner
 
-from bingo.cli import embed
 from bingo.embeddings.files import write_embeddings
 from bingo.embeddings.of_folder import embed_folder
 from bingo.export.stored import read_student
@@ -84,10 +83,7 @@ def by_hand(backbone, root: Path, names: list[str]) -> np.ndarray:
 
 def bingo_embed(*arguments):
     """(exit code, stdout, stderr)."""
-    result = CliRunner().invoke(embed.app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    return bingo("embed", *arguments)
 
 
 def sorted_names() -> list[str]:

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from bingo import seeds
-from bingo.evals.finetune import WHOLE, ClassifierTrainer, Task, random_crops
+from bingo.evals.finetune import WHOLE, ClassifierTrainer, Protocol, Task, random_crops
 from bingo.evals.scores import linear_layer
 from bingo.images.images import MemoryImages
 from bingo.images.loader import Request, ViewLoader, center_views
@@ -61,7 +61,7 @@ def task(rows: int = ROWS) -> Task:
 
 
 def trainer(folder: Path, backbone: nn.Module, tune=TUNE, trunk_lr: float | None = 0.05, head_lr=0.5, rows=ROWS) -> ClassifierTrainer:
-    return ClassifierTrainer(backbone, task(rows), tune, head_lr, trunk_lr, "fp32", SEED, CPU, Checkpoints(folder, 1e9), "test")
+    return ClassifierTrainer(backbone, Protocol(task(rows), tune, head_lr, trunk_lr), "fp32", SEED, CPU, Checkpoints(folder, 1e9), "test")
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -117,7 +117,7 @@ def test_a_frozen_network_ends_at_the_minimum_that_scikit_learn_finds(tmp_path):
     pixels = np.broadcast_to(colours[:, None, None, :], (60, 12, 12, 3)).copy()
     what = Task(MemoryImages(pixels), labels, np.arange(40), np.arange(40, 60), CLASSES, IMAGE, CROPS)
     tune = TUNE.model_copy(update={"epochs": 400, "batch_images": 40, "drop_epochs": []})
-    run = ClassifierTrainer(Means(), what, tune, 0.5, None, "fp32", SEED, CPU, Checkpoints(tmp_path, 1e9), "test")
+    run = ClassifierTrainer(Means(), Protocol(what, tune, 0.5, None), "fp32", SEED, CPU, Checkpoints(tmp_path, 1e9), "test")
     scores = run.run()
     # weight decay is on the bias too: a constant feature, and no intercept
     features = np.c_[(colours / 255 - IMAGE.mean) / IMAGE.std, np.ones(60)]
@@ -213,7 +213,7 @@ def test_labels_that_are_missing_are_one_line(tmp_path):
     what = task()
     unlabelled = Task(what.images, np.full_like(what.labels_N, -1), what.train_rows_N, what.test_rows_N, CLASSES, IMAGE, CROPS)
     with pytest.raises(UserError, match=r"^test: 27 train images have labels such as -1, allowed are 0..2"):
-        ClassifierTrainer(Tiny(True), unlabelled, TUNE, 0.1, 0.1, "fp32", SEED, CPU, Checkpoints(tmp_path), "test")
+        ClassifierTrainer(Tiny(True), Protocol(unlabelled, TUNE, 0.1, 0.1), "fp32", SEED, CPU, Checkpoints(tmp_path), "test")
 
 
 def test_drops_of_the_learning_rate():

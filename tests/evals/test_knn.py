@@ -83,8 +83,10 @@ def test_a_network_is_measured_on_the_view_of_knn_eval(changes, resize_px):
     params = load_params(Path(__file__).parents[2] / "params.yaml").knn_eval.model_copy(update=changes)
     image = ImageParams(crop_px=16, resize_px=17, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
     run = SimpleNamespace(params=SimpleNamespace(image=image))
-    networks = SimpleNamespace(images=MemoryImages(pixels), backbones={"student": nn.Flatten()}, listing=range(5), run=run)
-    got = Networks._computed(networks, "student", params, torch.device("cpu"))
+    networks = SimpleNamespace(
+        images=MemoryImages(pixels), backbones={"student": nn.Flatten()}, listing=range(5), run=run, names=["student"], _teacher=None
+    )
+    got = Networks.features(networks, "student", params, torch.device("cpu"))
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
     resized = tv.resize(x, [resize_px], tv.InterpolationMode(changes.get("interpolation", "bilinear")), antialias=True).clamp(0, 1)
     want = tv.normalize(tv.center_crop(resized, 16), image.mean, image.std).flatten(1)

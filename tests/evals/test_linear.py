@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from bingo.evals.features import backbone_features
-from bingo.evals.finetune import FROZEN
+from bingo.evals.finetune import FROZEN, Task, random_crops
 from bingo.evals.linear import Standardised, linear_on_crops, linear_on_features
 from bingo.evals.scores import linear_layer
 from bingo.images.images import MemoryImages
@@ -40,6 +40,10 @@ def coloured_squares(rows: int = 160):
     colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [150, 150, 60]])
     pixels = colours[labels][:, None, None, :] + rng.normal(0, 30, (rows, 14, 14, 3))
     return MemoryImages(pixels.clip(0, 255).astype(np.uint8)), labels, np.arange(rows * 3 // 4), np.arange(rows * 3 // 4, rows)
+
+
+def task(images: MemoryImages, labels: np.ndarray, train_rows: np.ndarray, test_rows: np.ndarray, crops) -> Task:
+    return Task(images, labels, train_rows, test_rows, 4, IMAGE, random_crops(crops.crop_scale, crops.flip_p))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -125,7 +129,8 @@ def test_both_protocols_and_fine_tuning_start_as_init_std_says(tmp_path):
         assert got == pytest.approx(100 * float((outputs.argmax(1).numpy() == test_y).mean()), abs=0.2)
         crops = CROP.model_copy(update=still | {"init_std": std})
         checkpoints = Checkpoints(tmp_path / str(std))
-        got = linear_on_crops(backbone, images, labels, train_rows, test_rows, 4, crops, IMAGE, "fp32", 0, CPU, checkpoints)["top1_last"]
+        what = task(images, labels, train_rows, test_rows, crops)
+        got = linear_on_crops(backbone, what, crops, "fp32", 0, CPU, checkpoints)["top1_last"]
         features = torch.from_numpy(backbone_features(backbone, images, test_rows, IMAGE, CPU, "fp32", 16))
         with torch.no_grad():
             outputs = linear_layer(backbone.feature_width, 4, std, 0, FROZEN, CPU)(features)
@@ -161,7 +166,7 @@ def test_crops_learn_and_leave_the_backbone_untouched(tmp_path):
     backbone.bn1.register_forward_hook(lambda layer, *_: seen_modes.append((layer.training, torch.is_grad_enabled())))
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     folder = Checkpoints(tmp_path)
-    score = linear_on_crops(backbone.train(), images, labels, train_rows, test_rows, 4, CROP, IMAGE, "fp32", 0, CPU, folder)
+    score = linear_on_crops(backbone.train(), task(images, labels, train_rows, test_rows, CROP), CROP, "fp32", 0, CPU, folder)
     assert score["top1_last"] > 75  # of 4 classes; chance is 25
     assert set(score) == {"top1_last", "top5_last", "top1_best", "top5_best", "best_epoch"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
@@ -185,11 +190,11 @@ def test_standardised_features_are_umbcs(tmp_path):
     assert 0.5 < want.std() < 1.5
     standardised = CROP.model_copy(update={"standardise": True, "lr": 0.05})
     checkpoints = Checkpoints(tmp_path)
-    score = linear_on_crops(backbone, images, labels, train_rows, test_rows, 4, standardised, IMAGE, "fp32", 0, CPU, checkpoints)
+    score = linear_on_crops(backbone, task(images, labels, train_rows, test_rows, standardised), standardised, "fp32", 0, CPU, checkpoints)
     assert score["top1_last"] >= 75
     raw = CROP.model_copy(update={"lr": 0.05})
     checkpoints = Checkpoints(tmp_path / "raw")
-    plain = linear_on_crops(backbone, images, labels, train_rows, test_rows, 4, raw, IMAGE, "fp32", 0, CPU, checkpoints)
+    plain = linear_on_crops(backbone, task(images, labels, train_rows, test_rows, raw), raw, "fp32", 0, CPU, checkpoints)
     assert plain != score
 
 
@@ -207,7 +212,9 @@ def test_crops_are_new_at_every_epoch_and_repeatable(tmp_path):
 
     params = CROP.model_copy(update={"batch_images": 24, "epochs": 2})
     scores = [
-        linear_on_crops(Pixels(), images, labels, train_rows, test_rows, 4, params, IMAGE, "fp32", 0, CPU, Checkpoints(tmp_path / str(run)))
+        linear_on_crops(
+            Pixels(), task(images, labels, train_rows, test_rows, params), params, "fp32", 0, CPU, Checkpoints(tmp_path / str(run))
+        )
         for run in range(2)
     ]
     assert scores[0] == scores[1]

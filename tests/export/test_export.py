@@ -16,13 +16,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from command import bingo
 from ruamel.yaml import YAML
 from torch import nn
-from typer.testing import CliRunner
 
 from bingo.bags.builders import build_knn
 from bingo.bags.index import read_bags, write_bags
-from bingo.cli import export
 from bingo.datasets.sources import memory_listing
 from bingo.embeddings.store import create_embeddings
 from bingo.export.contract import find_target, target_names
@@ -384,10 +383,7 @@ def read_embeddings_fingerprint() -> str:
 
 def bingo_export(*arguments):
     """(exit code, stdout, stderr)."""
-    result = CliRunner().invoke(export.app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    return bingo("export", *arguments)
 
 
 def test_the_command_writes_the_file_and_its_card(workspace):

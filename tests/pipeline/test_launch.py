@@ -12,7 +12,8 @@ import torch
 from workspace import Running, Workspace, new_workspace, saved_step, until
 
 from bingo.pipeline.launch import run_torchrun
-from bingo.pipeline.run import mistakes_as_lines, pick_device
+from bingo.pipeline.process import mistakes_as_lines
+from bingo.pipeline.run import pick_device
 from bingo.runtime.errors import GroupLost, Interrupted, UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")]

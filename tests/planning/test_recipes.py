@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import bingo
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import nn
-from typer.testing import CliRunner
 
-from bingo.cli import recipe as commands
+from bingo.cli.recipe import GROUPS
 from bingo.images.augment import center_view, random_views
 from bingo.images.draws import draw_views
 from bingo.nets.backbones import build_backbone
@@ -24,6 +24,7 @@ from bingo.planning.estimates import flops_per_anchor
 from bingo.planning.limits import rule_mistakes
 from bingo.planning.recipes import Recipe, explained, flattened, lay_over, read_recipe, recipe_names, speaks_of
 from bingo.runtime.errors import UserError
+from docs.tools.recipes import markdown
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"
@@ -408,9 +409,7 @@ def clone(tmp_path, monkeypatch) -> Path:
 
 
 def call(*arguments: str):
-    result = CliRunner().invoke(commands.app, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
+    return bingo("recipe", *arguments)
 
 
 def comments_of(path):
@@ -531,7 +530,7 @@ def test_list_groups_recipes_and_shows_their_figures(clone):
     assert "69.1 / 88.9" in line
     headings = [line for line in text.splitlines() if not line.startswith(" ")]
     assert headings[0].startswith("Methods")
-    assert headings[-1] == f"{commands.GROUPS['']}:"
+    assert headings[-1] == f"{GROUPS['']}:"
     assert text.index("ablation-k-5 ") < text.index("ablation-k-10 ")
     assert "parts/imagenet " in call("list", "--all").stdout
 
@@ -561,13 +560,13 @@ def test_show_prints_the_file_what_it_sets_and_what_it_costs(clone):
     assert f"embeddings {1331167 * 2048 * 2 / 1e9:.1f} GB" in text
 
 
-def test_the_page_of_the_docs_is_what_the_command_prints(clone):
-    way_out = "what recipes set has changed: bingo recipe table > docs/recipes.md"
-    assert (ROOT / "docs/recipes.md").read_text() == call("table").stdout, way_out
+def test_the_page_of_the_docs_is_what_the_tool_prints():
+    way_out = "what recipes set has changed: python -m docs.tools.recipes > docs/recipes.md"
+    assert (ROOT / "docs/recipes.md").read_text() == markdown(FOLDER, SHIPPED), way_out
 
 
-def test_the_page_has_every_row_with_the_published_value_beside_ours(clone):
-    lines = call("table").stdout.splitlines()
+def test_the_page_has_every_row_with_the_published_value_beside_ours():
+    lines = markdown(FOLDER, SHIPPED).splitlines()
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
     assert {f"imagenet-{name}" for name in rows} - {"imagenet-Recipe", "imagenet----", "imagenet-shared by all"} == set(PAPERS)
     moco = rows["r18-moco"]

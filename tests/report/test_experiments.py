@@ -278,7 +278,7 @@ def shown(tmp_path, monkeypatch):
 
 
 def test_the_report_prints_tables_and_writes_the_page(shown, capsys):
-    experiments.report_experiments([], None, "HEAD")
+    experiments.main([], None, "HEAD")
     out, err = capsys.readouterr()
     found = variants(ALL, RECORDS)
     assert out == f"{summary(found, 'method-moco').markdown()}\n\n{by_seed(found).markdown()}\n"
@@ -289,23 +289,23 @@ def test_the_report_prints_tables_and_writes_the_page(shown, capsys):
 
 
 def test_prefixes_choose_and_the_reference_stays(shown, capsys):
-    experiments.report_experiments(["my-"], None, "HEAD")
+    experiments.main(["my-"], None, "HEAD")
     assert re.findall(r"^\| (m\S+)", capsys.readouterr().out, re.MULTILINE) == ["my-idea", "method-moco"] * 2
-    experiments.report_experiments(["method-b"], "my-idea", "HEAD")
+    experiments.main(["method-b"], "my-idea", "HEAD")
     assert "minus my-idea" in capsys.readouterr().out
 
 
 def test_over_a_base_the_reference_is_found_and_the_base_is_on_no_chart(shown, monkeypatch, capsys):
     based = [dataclasses.replace(one, name=f"my-base+{one.name}") for one in (*MOCO, *BINGO)]
     monkeypatch.setattr(experiments, "_shown_by_dvc", lambda revision: shown_by_dvc(*based))
-    experiments.report_experiments([], None, "HEAD")
+    experiments.main([], None, "HEAD")
     assert "minus my-base+method-moco" in capsys.readouterr().out
     assert "MoCo-v2 61.0 percent at 0.04" in (shown / "reports/experiments.html").read_text()
     assert "my-base+method-moco 61.0" not in (shown / "reports/experiments.html").read_text()
     monkeypatch.setattr(
         experiments, "_shown_by_dvc", lambda revision: shown_by_dvc(*based, dataclasses.replace(MOCO[0], name="b+method-moco"))
     )
-    experiments.report_experiments([], None, "HEAD")
+    experiments.main([], None, "HEAD")
     assert "minus" not in capsys.readouterr().out  # two could be meant
 
 
@@ -313,18 +313,18 @@ def test_wrong_choices_are_one_line(shown, monkeypatch):
     with pytest.raises(
         UserError, match="nothing-: no experiment of 30b9f93 has such a name; allowed are method-bingo, method-moco, my-idea"
     ):
-        experiments.report_experiments(["nothing-"], None, "HEAD")
+        experiments.main(["nothing-"], None, "HEAD")
     with pytest.raises(UserError, match=r"--against = method-mco: allowed are .*did you mean method-moco"):
-        experiments.report_experiments([], "method-mco", "HEAD")
+        experiments.main([], "method-mco", "HEAD")
     monkeypatch.setattr(experiments, "_shown_by_dvc", lambda revision: shown_by_dvc())
     with pytest.raises(UserError, match="commit 30b9f93 has no finished experiment; run some: make compare"):
-        experiments.report_experiments([], None, "HEAD")
+        experiments.main([], None, "HEAD")
     subprocess.run(["git", "init", "-q"], check=True)
     subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     subprocess.run(["git", "update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/a-s0", commit], check=True)
     with pytest.raises(UserError, match=f"the newest experiments are of --rev {commit[:7]}"):
-        experiments.report_experiments([], None, "HEAD")
+        experiments.main([], None, "HEAD")
 
 
 def test_records_of_experiments_outlive_them(tmp_path, monkeypatch):

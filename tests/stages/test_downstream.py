@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from workspace import Workspace, new_workspace, until
 
-from bingo.evals.finetune import ClassifierTrainer, Task, random_crops
+from bingo.evals.finetune import ClassifierTrainer, Protocol, Task, random_crops
+from bingo.evals.transfer import protocols, scanned
 from bingo.images.images import open_images
 from bingo.images.listing import read_listing
 from bingo.nets.backbones import build_backbone
@@ -22,7 +23,7 @@ from bingo.params import TuneParams, load_params
 from bingo.pipeline.run import Run
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import UserError
-from stages import transfer_cifar
+from stages.transfer_cifar import judge_dataset
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 SPLIT = {"percent": 10.0, "list_file": None, "trunk_lr": 0.05, "head_lr": 0.2, "linear_lr": 1.0}
@@ -56,7 +57,7 @@ def train_student(root: Path) -> None:
     task = Task(images, listing.labels_N, rows[: listing.train_rows], test_rows, 10, params.image, random_crops([0.6, 1.0], 0.0))
     tune = TuneParams.model_validate({**TUNE, "epochs": 10, "batch_images": 64})
     state = Checkpoints(root / "state"), "student"
-    trainer = ClassifierTrainer(backbone, task, tune, 0.2, 0.1, "fp32", 0, torch.device("cpu"), *state)
+    trainer = ClassifierTrainer(backbone, Protocol(task, tune, 0.2, 0.1), "fp32", 0, torch.device("cpu"), *state)
     trainer.run()
     student = trainer.classifier.backbone
     files = root / "models/student.safetensors", root / "models/head.safetensors"
@@ -184,9 +185,9 @@ def test_transfer_to_cifar_in_torchvisions_files(workspace, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # it knows the sums of the real files
     monkeypatch.chdir(workspace.root)
     run = Run("transfer_cifar", load_params())
-    seen = [used.task.image.interpolation for used in transfer_cifar._protocols(run, *transfer_cifar._scan(run, "cifar10")).values()]
+    seen = [used.task.image.interpolation for used in protocols(run.params, *scanned(run.params, "cifar10", run.say)).values()]
     assert seen == ["bicubic"] * 3
-    transfer_cifar._judge(run, "cifar10", torch.device("cpu"))
+    judge_dataset(run, "cifar10", torch.device("cpu"))
     report = read(workspace, "transfer/cifar10")
     assert (report["dataset"], report["images"]) == ("cifar10", [60, 40])
     assert report["protocols"] == {"linear_resized": {"crop_px": 40}, "linear_native": {"crop_px": 32}, "finetune": {"crop_px": 32}}
@@ -230,7 +231,7 @@ def test_lists_and_listings_that_are_missing_are_one_line(workspace):
     split = {**SPLIT, "list_file": "lists/10percent.txt"}
     workspace.edit({"semi_eval.splits": {"percent_10": split}})
     wanted = (
-        "semi_eval.splits.percent_10.list_file = lists/10percent.txt: cannot be read (No such file or directory); name a list of images"
+        "semi_eval.splits.percent_10.list_file = lists/10percent.txt: cannot be read (No such file or directory); give a list of images"
     )
     refused(workspace, "semi_eval", wanted)
     (workspace.root / "data/listing.parquet").unlink()
@@ -245,7 +246,7 @@ def test_cifar_that_is_neither_there_nor_to_be_had_is_one_line(workspace, monkey
     workspace.edit({"transfer.datasets": {"cifar100": {**CIFAR, "source": "cifar100"}}})
     monkeypatch.chdir(workspace.root)
     with pytest.raises(UserError) as caught:
-        transfer_cifar._judge(Run("transfer_cifar", load_params()), "cifar100", torch.device("cpu"))
+        judge_dataset(Run("transfer_cifar", load_params()), "cifar100", torch.device("cpu"))
     (line,) = caught.value.lines
     assert line.startswith(
         "transfer.datasets.cifar100.root = cifar: cifar100 is not in this folder and cannot be downloaded (no network); put the"

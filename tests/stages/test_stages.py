@@ -33,8 +33,7 @@ from workspace import (
 from bingo.bags.index import Bags, write_bags
 from bingo.embeddings.store import read_embeddings
 from bingo.images.listing import read_listing
-from bingo.pipeline import run as common
-from bingo.pipeline.run import mistakes_as_lines
+from bingo.pipeline.process import _is_orphan, mistakes_as_lines
 from bingo.runtime.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -185,7 +184,7 @@ def test_a_stage_whose_dvc_was_killed_while_python_started(monkeypatch, variable
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "getppid", lambda: parent)
     monkeypatch.setattr(Path, "read_text", lambda path: {"/proc/1/comm": f"{first_process}\n"}[str(path)])
-    assert common._is_orphan() == orphan
+    assert _is_orphan() == orphan
 
 
 def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
@@ -251,7 +250,7 @@ def test_an_evaluation_is_out_of_date_where_its_own_network_or_parameters_change
 
 @pytest.mark.parametrize("net", ["teacher", "pixels"])
 def test_neighbours_among_stored_features_need_no_torch(workspace, net):
-    code = "import sys, stages.knn_eval as k; k.app(sys.argv[1:], standalone_mode=False); assert not {'torch', 'timm'} & {*sys.modules}"
+    code = "import sys, stages.knn_eval as k; k.main(*sys.argv[1:]); assert not {'torch', 'timm'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code, net], cwd=workspace.root, env=environment(), check=True)
 
 

@@ -29,8 +29,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from benchmarks.parser import Parser
 from bingo.params import read_yaml
-from bingo.pipeline.commands import Parser
 from bingo.planning.recipes import lay_over, read_recipe
 from bingo.runtime.errors import INTERRUPTED
 from bingo.runtime.progress import progress_bar
@@ -262,6 +262,7 @@ def new_workspace(root: Path, overlay: dict[str, Any]) -> ChaosWorkspace:
     """Copy what `dvc repro` needs, with recipe digits-short and `overlay` laid over the parameters."""
     shutil.copytree(ROOT / "bingo", root / "bingo", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "stages", root / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "recipes/published", root / "recipes/published")
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, root)
     for folder in ("data", "models/baselines", "reports/baselines", "reports/semi", "reports/transfer", "reports/coco", "reports/plots"):

@@ -25,15 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.parser import Parser
 from bingo.bags.index import read_bags
-from bingo.browse.find import StoredFeatures
 from bingo.browse.listing_rows import ListingRows
 from bingo.embeddings.store import read_embeddings
 from bingo.images.images import MemoryImages, open_images
 from bingo.images.listing import read_listing
 from bingo.nets.students import load_student
 from bingo.params import read_yaml
-from bingo.pipeline.commands import Parser
 from bingo.planning.recipes import lay_over, read_recipe
 from bingo.report.inputs import read_network_facts
 from bingo.runtime.checkpoints import Checkpoints
@@ -95,8 +94,8 @@ def _embeddings(path: Path, listing: Any) -> Any:
 
 
 def _blocks(path: Path, listing: Any) -> Any:
-    stored = StoredFeatures(path, str(path), listing.fingerprint, listing.train_rows)
-    return [stored.attrs, *(features for _, features in stored.blocks())]
+    stored = read_embeddings(path, listing)
+    return [stored.attrs, stored.train_features[:]]
 
 
 def _bags(path: Path, listing: Any) -> Any:

@@ -21,7 +21,7 @@ from workspace import Done, Running, Workspace, assert_as_reference, remove, sav
 from bingo.embeddings.files import SUFFIXES, write_embeddings
 from bingo.export.contract import find_target
 from bingo.export.run import export_network
-from bingo.pipeline.run import mistakes_as_lines
+from bingo.pipeline.process import mistakes_as_lines
 from bingo.runtime.artefacts import new_directory, new_file, write_json
 from tests.cli.test_browse import bingo_bags
 from tests.export.test_export import TINY, network

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from bingo.pipeline.commands import Parser
+from benchmarks.parser import Parser
 from bingo.runtime.progress import progress_bar
 from tests.stress.fuzz.harness import LAST, Tally
 from tests.stress.fuzz.surfaces import SURFACES, run

@@ -1,11 +1,14 @@
-"""The page docs/recipes.md on the papers' rows: the settings of each recipe, with the published value if it differs."""
+"""The page docs/recipes.md on the papers' rows: the settings of each recipe, with the published value if it differs.
+
+python -m docs.tools.recipes > docs/recipes.md
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from bingo.params import validate
+from bingo.params import read_yaml, validate
 from bingo.planning.recipes import Recipe, as_text, flattened, lay_over, read_recipe, recipe_names
 from bingo.report.measures import measure_label
 
@@ -24,8 +27,9 @@ SECTIONS = [section for sections in COLUMNS.values() for section in sections]
 HIDDEN = ("distill.method", "distill.probe_every_epochs", "linear_eval.crops.nets", "bagging.iterations", "bagging.lists", "bagging.probes")
 HEAD = """# The papers' rows
 
-The settings of every recipe `imagenet-...` when it is applied to the shipped `params.yaml`, as printed by `bingo recipe table`. The first
-row lists the settings that all of them share. Keys are shortened: `student.arch` is shown as `arch`.
+The settings of every recipe `imagenet-...` when it is applied to the shipped `params.yaml`, as printed by
+`python -m docs.tools.recipes`. The first row lists the settings that all of them share. Keys are shortened: `student.arch` is shown as
+`arch`.
 
 * `epochs 200`: as published.
 * `keys **stored** (live)`: the recipe's value, with the published one in parentheses. The numbers in the last column refer to the reasons
@@ -113,3 +117,7 @@ def _figures(recipe: Recipe) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(markdown(Path("recipes"), read_yaml("params.yaml")), end="")
