@@ -133,7 +133,7 @@ def test_classes_with_such_words_in_their_names_stay_classes(tmp_path, classes):
 
 def test_a_split_within_a_split_of_the_same_name_is_moved_up(tmp_path):
     make(tmp_path, "train/seg_train/cat/1.png", "train/seg_train/dog/2.png", "val/cat/3.png")
-    assert "move what is in it up into train/" in lines_of(folder(tmp_path))[0]
+    assert "move its content up into train/" in lines_of(folder(tmp_path))[0]
     for name in ("cat", "dog"):
         (tmp_path / "train/seg_train" / name).rename(tmp_path / "train" / name)
     (tmp_path / "train/seg_train").rmdir()
