@@ -31,7 +31,7 @@ from bingo.images.listing import Listing
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
 from bingo.nets.precision import autocast, resolve_precision
-from bingo.params import AugmentParams, ExtractParams, ImageParams
+from bingo.params import AugmentParams, ExtractParams, ImageParams, image_values
 from bingo.runtime.memory import keep_freed_memory
 from bingo.teachers.teacher import Teacher
 
@@ -166,17 +166,17 @@ def extract(teacher: Teacher, case: ExtractCase, images: Images, params: Extract
     """One extraction of all images as train rows."""
     rows = len(images)
     listing = Listing("made", [f"{row}.jpg" for row in range(rows)], np.zeros(rows, np.int64), rows, ["one"], [], "benchmark")
-    image = ImageParams(crop_px=case.crop_px, resize_px=case.store_px, mean=MEAN, std=STD)
     state, out = folder / "state", folder / "embeddings.zarr"
     shutil.rmtree(state, ignore_errors=True)  # or what is done is not done again
-    extract_embeddings(teacher, listing, images, params, image, 0, state, out, device, {"teacher": "benchmark"})
+    extract_embeddings(teacher, listing, images, params, 0, state, out, device, {"teacher": "benchmark"})
 
 
 def make_teacher(case: ExtractCase) -> Teacher:
     """An untrained teacher with MoCo-v2's head."""
     backbone = build_backbone(case.arch, case.width, case.stem, 0)
     width = backbone.feature_width
-    return Teacher(backbone, mlp_head([width, width, 128], 0), {"feature_width": width, "key_width": 128})
+    image = ImageParams(crop_px=case.crop_px, resize_px=case.store_px, mean=MEAN, std=STD)
+    return Teacher(backbone, mlp_head([width, width, 128], 0), {"feature_width": width, "key_width": 128, **image_values(image)})
 
 
 @torch.inference_mode()

@@ -56,7 +56,7 @@ def worker_points(workers: list[int], repeats: int) -> Points:
 
         def batches(count: int):
             plans = (DecodePlan(rows, draw_views(CASE.augment, 0, "anchor", 0, rows, 0)[0]) for rows in np.arange(1024).reshape(-1, batch))
-            return FileDecoder(images, IMAGE, count, pin=False).batches(plans)
+            return FileDecoder(images, [IMAGE], count, pin=False).batches(plans)
 
         for _ in range(repeats):
             for count, values in rates:

@@ -26,19 +26,19 @@ def main() -> None:
         params, listing = run.params, read_listing(paths.LISTING)
         images, fingerprint = open_images(listing, paths.IMAGES, params.dataset), file_fingerprint(paths.TEACHER)
         values = {
-            "params": [params.seed, params.image.model_dump(), params.extract.model_dump()],
+            "params": [params.seed, params.extract.model_dump()],
             "inputs": [listing.fingerprint, fingerprint],
             "code": code_fingerprint("extract"),
         }
         with process_group(run) as device, state_folder("extract", values) as folder:
             teacher, store = load_teacher(paths.TEACHER), folder / "store"
-            how = params.extract, params.image, params.seed, store, paths.EMBEDDINGS, device, {"teacher": fingerprint}
+            how = params.extract, params.seed, store, paths.EMBEDDINGS, device, {"teacher": fingerprint}
             rate = extract_embeddings(teacher, listing, images, *how)
             run.notes["images_per_second"] = round(rate, 1)
             run.say(f"extract: {len(listing)} images, {params.extract.views} stored views of {listing.train_rows}; {rate:,.0f} views/s")
             if distributed.rank() == 0 and listing.labelled:
                 embeddings = read_embeddings(paths.EMBEDDINGS, listing)
-                quality = teacher_quality(embeddings, listing, images, teacher, params.image, params.seed, device)
+                quality = teacher_quality(embeddings, listing, images, teacher, params.seed, device)
                 run.notes |= quality
                 found = (quality[name] for name in ("teacher_knn", "random_knn", "chance"))
                 run.say("extract: k-NN {:.1f} %, untrained {:.1f} %, chance {:.1f} %".format(*found))

@@ -35,7 +35,8 @@ def _pretrain(run: Run) -> None:
 
     def save(trained: "Method") -> None:
         made_from = {"source": "pretrain", "pretrained": True, "listing": listing.fingerprint, "epochs": teacher.pretrain.epochs}
-        metadata = teacher_metadata(teacher, run.params.image, trained.student, trained.head, made_from)  # type: ignore[arg-type]
+        made_from |= {"options": teacher.options} if teacher.options else {}
+        metadata = teacher_metadata(teacher, run.params.teacher_image, trained.student, trained.head, made_from)  # type: ignore[arg-type]
         save_teacher(paths.TEACHER, trained.student, trained.head, metadata)
 
     train_method(run, pretraining(run.params), TrainingInputs(listing), save, REPORT, {"pretrained": True})
@@ -50,7 +51,7 @@ def _convert(run: Run) -> None:
 
     params = run.params.teacher
     with progress_bar(f"converting {params.checkpoint or params.arch}"):
-        backbone, head, metadata = make_teacher(params, run.params.image, run.params.seed)
+        backbone, head, metadata = make_teacher(params, run.params.teacher_image, run.params.seed)
         save_teacher(paths.TEACHER, backbone, head, metadata)
     write_curves(run, [])
     write_json(REPORT, {"pretrained": metadata["pretrained"]})

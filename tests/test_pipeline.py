@@ -12,6 +12,7 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from bingo.params import format_names, method_names, read_yaml
+from bingo.params.known import OWN
 from bingo.pipeline.run import code_fingerprint
 from bingo.planning.recipes import lay_over, read_recipe
 
@@ -45,13 +46,10 @@ def module(stage: str) -> str:
     return stage.removesuffix("_baseline")
 
 
-def code_deps(stage: str, method: str, teacher_format: str = "moco") -> list[str]:
+def code_deps(stage: str, method: str) -> list[str]:
     """The files and folders of code that dvc.yaml lists."""
-    chosen = {"${distill.method}": method, "${item}": method, "${teacher.format}": teacher_format}
-    deps = definition(stage)["deps"]
-    for placeholder, name in chosen.items():
-        deps = [dep.replace(placeholder, name) for dep in deps]
-    return [dep for dep in deps if dep.startswith(("bingo/", "stages/"))]
+    deps = [dep.replace("${distill.method}", method).replace("${item}", method) for dep in definition(stage)["deps"]]
+    return [dep for dep in deps if dep.startswith(("bingo/", "stages/")) and not dep.endswith(".yaml")]
 
 
 def files_in(dep: str) -> set[str]:
@@ -59,16 +57,16 @@ def files_in(dep: str) -> set[str]:
     return {dep} if dep.endswith(".py") else {str(path.relative_to(ROOT)) for path in (ROOT / dep).rglob("*.py") if path.stem != "__init__"}
 
 
-def dep_files(stage: str, method: str, teacher_format: str = "moco") -> set[str]:
-    return set().union(*(files_in(dep) for dep in code_deps(stage, method, teacher_format)))
+def dep_files(stage: str, method: str) -> set[str]:
+    return set().union(*(files_in(dep) for dep in code_deps(stage, method)))
 
 
 def expected_deps(stage: str, method: str) -> set[str]:
     roots = {f"stages/{module(stage)}.py"}
     if stage in ("teacher", "distill", "baseline"):  # a method is found by its name, which no import shows
         roots |= {f"bingo/methods/{method}.py"}
-    if stage == "teacher":  # so is a format
-        roots |= {"bingo/teachers/formats/moco.py"}
+    if stage == "teacher":  # so is a format, which a name in `teacher.name` may stand for
+        roots |= {f"bingo/teachers/formats/{name}.py" for name in format_names()}
     return set().union(*(closure(root, INFRASTRUCTURE) for root in roots)) - (WATCHING if stage in WATCHED else set())
 
 
@@ -143,7 +141,9 @@ def test_dvc_runs_again_what_an_edit_concerns_and_nothing_else(tmp_path, monkeyp
             "bingo/evals/linear.py": judging,
             "bingo/bags/kmeans.py": {"bag"},
             "bingo/embeddings/extract.py": {"extract"},
-            "bingo/teachers/formats/dino.py": set(),
+            "bingo/teachers/formats/dino.py": {"teacher"},
+            "bingo/teachers/known/own.yaml": {"teacher"},
+            "bingo/teachers/known/dinov2-s.yaml": set(),
             "bingo/runtime/checkpoints.py": set(),
         }
         for file, expected in edits.items():
@@ -181,11 +181,10 @@ def test_dvc_yaml_names_code_on_at_most_130_lines():
     assert sum(len(code_deps(stage, "moco")) for stage in STAGES) <= 130
 
 
-@pytest.mark.parametrize("name", format_names())
-def test_the_teacher_depends_on_its_format_alone(name):
-    assert closure(f"bingo/teachers/formats/{name}.py", INFRASTRUCTURE) <= dep_files("teacher", "moco", name)
-    others = {f"bingo/teachers/formats/{other}.py" for other in format_names() if other != name}
-    assert not others & dep_files("teacher", "moco", name)
+def test_the_teacher_depends_on_the_file_of_its_name_alone():
+    assert [dep for dep in definition("teacher")["deps"] if "known" in dep] == ["bingo/teachers/known/${teacher.name}.yaml"]
+    assert read_yaml(ROOT / "params.yaml")["teacher"]["name"] == OWN
+    assert (ROOT / f"bingo/teachers/known/{OWN}.yaml").is_file()
 
 
 @pytest.mark.parametrize("stage", STAGES)

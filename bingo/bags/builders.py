@@ -135,7 +135,7 @@ def _check_features(features: Rows) -> None:
     """Raises UserError for features that no working teacher computes, before bags are built from them."""
     import faiss
 
-    way_out = "the teacher is broken: check teacher.checkpoint and image.mean/std, then run: dvc repro extract"
+    way_out = "the teacher is broken: check teacher.checkpoint and teacher.image.mean/std, then run: dvc repro extract"
     try:
         inverse_T = inverse_norms(features, faiss.omp_get_max_threads())
     except ValueError as error:

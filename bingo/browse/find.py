@@ -15,7 +15,7 @@ from bingo.images.decode import decode_square
 from bingo.images.images import FileImages, Images, MemoryImages
 from bingo.images.loader import center_views
 from bingo.nets.precision import autocast
-from bingo.params import ImageParams
+from bingo.params import seen_image
 from bingo.teachers.teacher import load_teacher
 
 
@@ -34,7 +34,7 @@ def image_feature(
         image_file = image_file.resolve()  # the user's own links may lead anywhere
         images = FileImages(str(image_file.parent), [image_file.name], gray_bits=gray_bits)
     teacher = load_teacher(teacher_file).to(device).to(memory_format=torch.channels_last)
-    view_13PP = next(iter(center_views(images, [0], ImageParams(**recipe["image"]), device, 1, workers=0)))
+    view_13PP = next(iter(center_views(images, [0], seen_image(recipe["image"]), device, 1, workers=0)))
     with torch.inference_mode(), autocast(recipe["extract"]["precision"], device):
         feature_1D = teacher.features(view_13PP)
     return feature_1D[0].float().cpu().numpy()

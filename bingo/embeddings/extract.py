@@ -23,7 +23,7 @@ from bingo.images.images import Images
 from bingo.images.listing import Listing
 from bingo.images.loader import Request, ViewLoader, center_batches
 from bingo.nets.precision import autocast
-from bingo.params import ExtractParams, ImageParams
+from bingo.params import ExtractParams, image_values
 from bingo.runtime import distributed
 from bingo.runtime.artefacts import read_json, write_bytes, write_json
 from bingo.runtime.errors import UserError
@@ -39,7 +39,6 @@ def extract_embeddings(
     listing: Listing,
     images: Images,
     extract: ExtractParams,
-    image: ImageParams,
     seed: int,
     state: Path,
     out: Path,
@@ -53,7 +52,7 @@ def extract_embeddings(
     through the teacher as one image. Raises UserError if a feature or key is not finite (with its row), or all features or
     all keys are as good as equal.
     """
-    recipe = {"extract": extract.model_dump(mode="json"), "image": image.model_dump(mode="json"), "seed": seed}
+    recipe = {"extract": extract.model_dump(mode="json"), "image": image_values(teacher.image), "seed": seed}
     attrs = {**attrs, "listing": listing.fingerprint, "recipe": recipe}
     store = _Unfinished(state)
     store.open(lambda path: _create(path, teacher, listing, extract, attrs), embeddings_fingerprint(attrs))
@@ -62,7 +61,7 @@ def extract_embeddings(
     own = [chunk for chunk in todo if chunk % distributed.world() == distributed.rank()]
     begun = time.monotonic()
     teacher.to(device).to(memory_format=torch.channels_last)
-    _Pass(teacher, images, extract, image, seed, device).run(store, own)
+    _Pass(teacher, images, extract, seed, device).run(store, own)
     distributed.barrier()
     seconds = time.monotonic() - begun
     if distributed.rank() == 0:
@@ -84,16 +83,16 @@ def _views(writer: EmbeddingsWriter, chunks: Sequence[int], views: int) -> int:
 class _Pass:
     """Computes chunks on one device, while a thread writes the previous one."""
 
-    def __init__(self, teacher: Teacher, images: Images, extract: ExtractParams, image: ImageParams, seed: int, device: torch.device):
-        self.teacher, self.images, self.extract, self.image, self.device = teacher, images, extract, image, device
-        self.loader = ViewLoader(images, image, extract.augment, seed, device)
+    def __init__(self, teacher: Teacher, images: Images, extract: ExtractParams, seed: int, device: torch.device):
+        self.teacher, self.images, self.extract, self.device = teacher, images, extract, device
+        self.loader = ViewLoader(images, teacher.image, extract.augment, seed, device)
         self.images_done = 0
 
     def run(self, store: "_Unfinished", chunks: Sequence[int]) -> None:
         """Compute and write these chunks. Both streams of views run over all chunks, so that prefetching never stops."""
         writer = store.writer
         center_rows = [rows_B for chunk in chunks for rows_B in self._batches(writer.rows(chunk))]
-        centers = center_batches(self.images, center_rows, self.image, self.device)
+        centers = center_batches(self.images, center_rows, self.teacher.image, self.device)
         randoms = self.loader.views([request] for chunk in chunks for request in self._requests(writer.train_rows(chunk)))
         writing: Future | None = None
         total = _views(writer, chunks, self.extract.views)
@@ -194,7 +193,7 @@ class _Unfinished:
             for kind, images, spread in self._spreads():
                 if images > 1 and spread < LEAST_SPREAD:
                     line = f"{out}: the teacher gives all {images} images the same {kind} (they differ by {spread:.1g} of their length)"
-                    raise UserError(f"{line}, allowed are different ones; check teacher.checkpoint and image.mean/std, and the images")
+                    raise UserError(f"{line}, allowed are different ones; check teacher.checkpoint, teacher.image.mean/std, and the images")
         self.writer.finish(out)
 
     def _spreads(self) -> Iterator[tuple[str, int, float]]:

@@ -18,6 +18,7 @@ from bingo.embeddings.files import check_names, write_embeddings
 from bingo.export.stored import StoredNetwork
 from bingo.images.images import FileImages
 from bingo.images.loader import center_views
+from bingo.params import image_values
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 
@@ -46,7 +47,7 @@ def embed_folder(
     paths, bad, gray_bits = _readable(root, found, skip_bad)
     check_names(out, paths)
     metadata = {name: network.metadata[name] for name in ("kind", "arch", "width", "stem")}
-    attributes = {**metadata, **network.image.model_dump(), "network": fingerprint, "precision": "fp32"}
+    attributes = {**metadata, **image_values(network.image), "network": fingerprint, "precision": "fp32"}
     batches = _features(network, FileImages(str(root), paths, follow_links, gray_bits), device, batch_images)
     write_embeddings(out, paths, network.backbone.feature_width, batches, attributes)
     return len(paths), bad

@@ -189,6 +189,6 @@ def _half(x: np.ndarray, shape: tuple[int, ...], name: str, rows: range) -> np.n
         largest = np.abs(x[bad].astype(np.float64)).max()
         raise UserError(
             f"the teacher's {name} at row {rows.start + bad} reaches {largest}, allowed are finite numbers up to 65504 "
-            f"(float16); check teacher.checkpoint and image.mean/std, or set extract.precision: fp32"
+            f"(float16); check teacher.checkpoint and teacher.image.mean/std, or set extract.precision: fp32"
         )
     return half

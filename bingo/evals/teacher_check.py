@@ -10,7 +10,6 @@ from bingo.evals.knn import knn_accuracies
 from bingo.evals.probe import NEIGHBORS, TEMPERATURE, probe_rows
 from bingo.images.images import Images
 from bingo.images.listing import Listing
-from bingo.params import ImageParams
 from bingo.teachers.teacher import Teacher, untrained_backbone
 
 
@@ -19,7 +18,6 @@ def teacher_quality(
     listing: Listing,
     images: Images,
     teacher: Teacher,
-    image: ImageParams,
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
@@ -38,7 +36,7 @@ def teacher_quality(
     untrained = untrained_backbone(teacher.metadata, seeds.torch_seed(seed, "untrained teacher")).to(device)
     recipe = embeddings.attrs["recipe"]["extract"]
     rows = np.concatenate([bank_rows, query_rows])
-    features = backbone_features(untrained, images, rows, image, device, recipe["precision"], recipe["batch_images"])
+    features = backbone_features(untrained, images, rows, teacher.image, device, recipe["precision"], recipe["batch_images"])
     return {
         "teacher_knn": knn(embeddings.features_ND[bank_rows], embeddings.features_ND[query_rows]),
         "random_knn": knn(features[: len(bank_rows)], features[len(bank_rows) :]),

@@ -81,7 +81,8 @@ def _network_rows(network: StoredNetwork) -> list[tuple[str, str]]:
 
 def _images(network: StoredNetwork) -> str:
     image = network.image
-    resize = f"short side to {image.resize_px} pixels (bilinear, antialiased), then {image.crop_px} x {image.crop_px} from the centre"
+    resized = f"short side to {image.resize_px} pixels ({image.interpolation}, antialiased)"
+    resize = f"{resized}, then {image.crop_px} x {image.crop_px} from the centre"
     return (
         f"RGB, {resize}, divided by 255, then normalised per channel with mean {_list(image.mean)} and standard deviation "
         f"{_list(image.std)}. The network takes float32 (batch, 3, {image.crop_px}, {image.crop_px})."

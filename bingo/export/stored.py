@@ -7,7 +7,7 @@ from typing import Any
 from bingo.nets.backbones import Backbone
 from bingo.nets.checkpoint import building
 from bingo.nets.students import load_student
-from bingo.params import ImageParams
+from bingo.params import ImageParams, seen_image
 from bingo.teachers.teacher import load_teacher
 
 
@@ -49,4 +49,4 @@ def read_teacher(path: Path) -> StoredNetwork:
 
 def _image(path: Path, metadata: dict[str, Any]) -> ImageParams:
     with building(path):
-        return ImageParams(**{name: metadata[name] for name in ImageParams.model_fields})
+        return seen_image(metadata)

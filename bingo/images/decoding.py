@@ -2,10 +2,10 @@
 
 A worker receives paths and random numbers, keeps no state, and returns uint8 crops, so views do not depend on the number of workers.
 Processes are used instead of threads, because decoding in Python would hold the GIL that the training thread needs.
-Shape letters: T views of a plan, V views of one image, P side of a view in pixels.
+Shape letters: T views of a plan, t views of one size in a task, V views of one image, P side of a view in pixels.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bingo.images.decode import BadImage, Header, decode_square, read_header
-from bingo.images.decode_crops import decode_crops
+from bingo.images.decode_crops import CropsWanted, decode_crops
 from bingo.images.draws import Crops, crop_boxes
 from bingo.images.images import FileImages
 from bingo.params import ImageParams
@@ -30,25 +30,30 @@ TASKS_AHEAD = 2  # for each worker
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """T views to be decoded: the listing rows of their images, int64 (T,), and their crops; None for centre views."""
+    """T views to be decoded: the listing rows of their images, int64 (T,), and their crops; None for centre views. `kind_T`: which of the
+    decoder's images (sizes) each is, int64 (T,); None: all are the first."""
 
     image_rows_T: np.ndarray
     crops: Crops | None
+    kind_T: np.ndarray | None = None
 
 
+Decoded = tuple[list[Tensor], np.ndarray]
 AnyPlan = TypeVar("AnyPlan", bound=DecodePlan)
 
 
 @dataclass(frozen=True)
 class _DecodeTask:
-    """Some images of a plan. Image i feeds views `starts[i]`..`starts[i + 1]` of `crops`, or one centre view."""
+    """Some images of a plan. Image i feeds views `starts[i]`..`starts[i + 1]` of `crops`, or one centre view. View t is as
+    `images[kind_T[t]]` says."""
 
     root: str
     paths: list[str]
     rows: list[int]
     starts: list[int]
     crops: Crops | None
-    image: ImageParams
+    images: Sequence[ImageParams]
+    kind_T: np.ndarray
     follow_links: bool
     gray_bits: int | None
 
@@ -56,24 +61,26 @@ class _DecodeTask:
 class FileDecoder:
     """Decodes plans in order, some tasks ahead, in `workers` processes (0: in this one, at use)."""
 
-    def __init__(self, images: FileImages, image: ImageParams, workers: int | None, pin: bool):
-        self._images, self._image = images, image
+    def __init__(self, images: FileImages, kinds: Sequence[ImageParams], workers: int | None, pin: bool):
+        self._images, self._kinds = images, kinds
         self._loader = TaskLoader(_Decode(), workers, TASKS_AHEAD, pin)
 
-    def batches(self, plans: Iterable[AnyPlan]) -> Iterator[tuple[AnyPlan, list[Tensor], np.ndarray]]:
-        """Each plan with its crops in parts, uint8 (t, P, P, 3), in the order of images, and the position of each view, int64 (T,).
+    def batches(self, plans: Iterable[AnyPlan]) -> Iterator[tuple[AnyPlan, list[Decoded]]]:
+        """Each plan with its crops: for each size, parts uint8 (t, P, P, 3) in the order of images, and the position of each view of that
+        size, int64.
 
-        `torch.cat(parts)[places_T]` are the plan's views in order. Raises UserError naming path and row of unreadable images.
+        `torch.cat(parts)[places]` are the plan's views of a kind in order. Raises UserError naming path and row of unreadable images.
         """
-        for (plan, places_T), parts in self._loader.results(map(self._work, plans)):
-            for part in parts:
-                if not isinstance(part, Tensor):
-                    raise UserError(part)
-            yield plan, parts, places_T
+        for (plan, places), results in self._loader.results(map(self._work, plans)):
+            for result in results:
+                if not isinstance(result[0], Tensor):
+                    raise UserError(result)
+            yield plan, [([result[kind] for result in results], places[kind]) for kind in range(len(self._kinds))]
 
-    def _work(self, plan: AnyPlan) -> tuple[tuple[AnyPlan, np.ndarray], list[_DecodeTask]]:
-        """A plan and the position of each of its views, with its tasks."""
+    def _work(self, plan: AnyPlan) -> tuple[tuple[AnyPlan, list[np.ndarray]], list[_DecodeTask]]:
+        """A plan and, for each size, the positions of its views, with its tasks."""
         order_T = np.argsort(plan.image_rows_T, kind="stable")
+        kind_T = np.zeros(len(order_T), np.int64) if plan.kind_T is None else plan.kind_T
         rows_U, starts_U = np.unique(plan.image_rows_T[order_T], return_index=True)
         ends_U = np.append(starts_U[1:], len(order_T))
         tasks = []
@@ -81,22 +88,23 @@ class FileDecoder:
             part = slice(first, first + IMAGES_PER_TASK)
             start, end = int(starts_U[part][0]), int(ends_U[part][-1])
             crops = None if plan.crops is None else plan.crops[order_T[start:end]]
-            tasks.append(self._task(rows_U[part].tolist(), [*(starts_U[part] - start).tolist(), end - start], crops))
-        return (plan, np.argsort(order_T)), tasks
+            starts = [*(starts_U[part] - start).tolist(), end - start]
+            tasks.append(self._task(rows_U[part].tolist(), starts, crops, kind_T[order_T[start:end]]))
+        places = [np.argsort(order_T[kind_T[order_T] == kind]) for kind in range(len(self._kinds))]
+        return (plan, places), tasks
 
-    def _task(self, rows: list[int], starts: list[int], crops: Crops | None) -> _DecodeTask:
-        paths = [self._images.paths[row] for row in rows]
-        images = self._images
-        return _DecodeTask(images.root, paths, rows, starts, crops, self._image, images.follow_links, images.gray_bits)
+    def _task(self, rows: list[int], starts: list[int], crops: Crops | None, kind_T: np.ndarray) -> _DecodeTask:
+        paths, images = [self._images.paths[row] for row in rows], self._images
+        return _DecodeTask(images.root, paths, rows, starts, crops, self._kinds, kind_T, images.follow_links, images.gray_bits)
 
 
 class _Decode(Dataset):
-    """A dataset whose index is a task and whose item is its crops, or the reasons, one line each, if images cannot be read."""
+    """A dataset whose index is a task and whose item is its crops of each size, uint8 (t, P, P, 3), or the reasons, one line each, if
+    images cannot be read."""
 
-    def __getitem__(self, task: _DecodeTask) -> Tensor | list[str]:
-        crop_px, interpolation = task.image.crop_px, task.image.interpolation
+    def __getitem__(self, task: _DecodeTask) -> list[Tensor] | list[str]:
         lines: list[str] = []
-        views_TPP3 = torch.empty((task.starts[-1], crop_px, crop_px, 3), dtype=torch.uint8)
+        views = [_empty(image, int((task.kind_T == kind).sum())) for kind, image in enumerate(task.images)]
         files: list[tuple[int, bytes, Header]] = []
         for i in range(len(task.paths)):
             with _unreadable_noted(task, i, lines):
@@ -104,15 +112,31 @@ class _Decode(Dataset):
                 files.append((i, content, read_header(content)))
         boxes_T4 = _boxes(task, {i: header for i, _, header in files})
         for i, content, header in files:
-            views = slice(task.starts[i], task.starts[i + 1])
             with _unreadable_noted(task, i, lines):
                 if task.crops is None:
-                    square_PP3 = decode_square(content, task.image.resize_px, crop_px, interpolation, task.gray_bits)
-                    views_TPP3[views] = torch.from_numpy(square_PP3.copy())
+                    image = task.images[0]
+                    square_PP3 = decode_square(content, image.resize_px, image.crop_px, image.interpolation, task.gray_bits)
+                    views[0][task.starts[i] : task.starts[i + 1]] = torch.from_numpy(square_PP3.copy())
                 else:
-                    crops = boxes_T4[views], task.crops.flip_B[views], views_TPP3[views]
-                    decode_crops(content, header, *crops, interpolation, task.gray_bits)
-        return lines or views_TPP3
+                    decode_crops(content, header, _wanted(task, i, task.crops.flip_B, boxes_T4, views), task.gray_bits)
+        return lines or views
+
+
+def _empty(image: ImageParams, views: int) -> Tensor:
+    return torch.empty((views, image.crop_px, image.crop_px, 3), dtype=torch.uint8)
+
+
+def _wanted(task: _DecodeTask, i: int, flip_T: np.ndarray, boxes_T4: np.ndarray, views: Sequence[Tensor]) -> list[CropsWanted]:
+    """The crops of the task's i-th image, of each kind that it has."""
+    start, end = task.starts[i], task.starts[i + 1]
+    wanted = []
+    for kind, image in enumerate(task.images):
+        before = int((task.kind_T[:start] == kind).sum())
+        rows_V = start + np.flatnonzero(task.kind_T[start:end] == kind)
+        if len(rows_V):
+            out_VPP3 = views[kind][before : before + len(rows_V)]
+            wanted.append(CropsWanted(boxes_T4[rows_V], flip_T[rows_V], out_VPP3, image.interpolation))
+    return wanted
 
 
 def _boxes(task: _DecodeTask, headers: dict[int, Header]) -> np.ndarray:

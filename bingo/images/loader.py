@@ -9,7 +9,7 @@ Shape letters: B views of a request, T views of a plan (all its requests), P sid
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Generic, TypeVar
 
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from bingo.images.augment import center_view, cropped_views, normalize, random_views, to_unit, upload
-from bingo.images.decoding import AnyPlan, DecodePlan, FileDecoder
+from bingo.images.decoding import AnyPlan, Decoded, DecodePlan, FileDecoder
 from bingo.images.draws import Colours, Crops, draw_views, join_colours, join_crops
 from bingo.images.images import Images, MemoryImages
 from bingo.params import AugmentParams, ImageParams
@@ -32,7 +32,7 @@ class Request:
     """B random views: of images `image_rows_B` (int64), their randomness a function of (purpose, epoch, seed row, view).
 
     The seed row is the image's own row, unless another image is to be seen with the same crop and colours. `augment`: another
-    augmentation than the loader's.
+    augmentation than the loader's. `for_teacher`: rendered as set by the loader's `teacher_image`.
     """
 
     image_rows_B: np.ndarray
@@ -41,13 +41,15 @@ class Request:
     epoch: int
     view_B: int | np.ndarray
     augment: AugmentParams | None = None
+    for_teacher: bool = False
 
 
 class ViewLoader:
     """Random views of `images` on `device`. `workers` (None: chosen automatically) is used only for files.
 
-    `augment` is the default augmentation of requests; `wait_seconds` is the total time that the consumer has waited for
-    files or, on the CPU, for views to be computed.
+    `augment` is the default augmentation of requests; `teacher_image` sets the size and the normalisation of requests for the teacher,
+    which have the same crop, rotation, flip and colours (the blur's sigma is in pixels of each view); `wait_seconds` is the total time
+    that the consumer has waited for files or, on the CPU, for views to be computed.
     """
 
     def __init__(
@@ -58,13 +60,15 @@ class ViewLoader:
         seed: int,
         device: torch.device,
         workers: int | None = None,
+        teacher_image: ImageParams | None = None,
     ):
         self.wait_seconds = 0.0
-        self.augment = augment
-        self._images, self._image, self._seed, self._device = images, image, seed, device
+        self.augment, self.image, self.teacher_image = augment, image, teacher_image
+        self._images, self._seed, self._device = images, seed, device
         self._decoder: FileDecoder | None = None
         if not isinstance(images, MemoryImages):
-            self._decoder = FileDecoder(images, image, workers, pin=device.type == "cuda")
+            kinds = [image] if teacher_image is None else [image, teacher_image]
+            self._decoder = FileDecoder(images, kinds, workers, pin=device.type == "cuda")
 
     def views(self, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
         """For each plan one normalised float32 (B, 3, P, P) channels_last tensor for each request, in order.
@@ -91,36 +95,50 @@ class ViewLoader:
     def _family(self, request: Request) -> AugmentParams:
         return request.augment or self.augment
 
+    def _seen(self, request: Request) -> ImageParams:
+        return self.teacher_image if request.for_teacher and self.teacher_image is not None else self.image
+
     def _from_memory(self, items: Iterable[tuple[Item, list[Request]]]) -> Iterator[tuple[Item, list[Tensor]]]:
         for item, plan in items:
-            together = [self._memory_views(list(requests), family) for family, requests in groupby(plan, self._family)]
+            groups = groupby(plan, lambda request: (self._family(request), self._seen(request)))
+            together = [self._memory_views(list(requests), *kind) for kind, requests in groups]
             yield item, [views_B3PP for views in together for views_B3PP in views]
 
-    def _memory_views(self, requests: list[Request], family: AugmentParams) -> Sequence[Tensor]:
-        """Views of consecutive requests with one augmentation, computed together: on a GPU the cost of a small batch is in the calls, not
-        the pixels."""
+    def _memory_views(self, requests: list[Request], family: AugmentParams, image: ImageParams) -> Sequence[Tensor]:
+        """Views of consecutive requests with one augmentation and size, computed together: on a GPU the cost of a small batch is in the
+        calls, not the pixels."""
         images_TSS3 = _gather(self._images, np.concatenate([request.image_rows_B for request in requests]), self._device)
         crops, colours = zip(*(self._draw(request) for request in requests), strict=True)
-        views_T3PP = random_views(images_TSS3, join_crops(crops), join_colours(colours), family, self._image)
+        views_T3PP = random_views(images_TSS3, join_crops(crops), join_colours(colours), family, image)
         return views_T3PP.split([len(request.image_rows_B) for request in requests])
 
     def _from_files(self, decoder: FileDecoder, items: Iterable[tuple[Item, list[Request]]]) -> Iterator[tuple[Item, list[Tensor]]]:
-        for plan, crops_TPP3 in _on_device(decoder.batches(self._drawn(*pair) for pair in items), self._device):
-            parts = crops_TPP3.split([len(colours.gray_B) for colours, _ in plan.colours])
-            yield plan.item, [cropped_views(x, *colours, self._image) for x, colours in zip(parts, plan.colours, strict=True)]
+        for plan, kinds in _on_device(decoder.batches(self._drawn(*pair) for pair in items), self._device):
+            parts = [_split(crops_TPP3, plan.requests, kind) for kind, crops_TPP3 in enumerate(kinds)]
+            yield plan.item, [self._coloured(next(parts[r.for_teacher]), r, x) for r, x in zip(plan.requests, plan.colours, strict=True)]
+
+    def _coloured(self, crops_BPP3: Tensor, request: Request, colours: Colours) -> Tensor:
+        return cropped_views(crops_BPP3, colours, self._family(request), self._seen(request))
 
     def _drawn(self, item: Item, requests: list[Request]) -> "_DrawnPlan[Item]":
         crops, colours = zip(*(self._draw(request) for request in requests), strict=True)
         rows_T = np.concatenate([request.image_rows_B for request in requests])
-        return _DrawnPlan(rows_T, join_crops(crops), item, list(zip(colours, map(self._family, requests), strict=True)))
+        kind_T = np.concatenate([np.full(len(request.image_rows_B), int(request.for_teacher)) for request in requests])
+        return _DrawnPlan(rows_T, join_crops(crops), kind_T, item=item, requests=requests, colours=colours)
 
 
 @dataclass(frozen=True)
 class _DrawnPlan(DecodePlan, Generic[Item]):
-    """Requests in the form that the decoder needs, with the colours and the augmentation of each request."""
+    """Requests in the form that the decoder needs, with the colours of each request."""
 
-    item: Item
-    colours: list[tuple[Colours, AugmentParams]]
+    item: Item = field(kw_only=True)
+    requests: list[Request] = field(kw_only=True)
+    colours: Sequence[Colours] = field(kw_only=True)
+
+
+def _split(crops_TPP3: Tensor, requests: Sequence[Request], kind: int) -> Iterator[Tensor]:
+    """The crops of each request of this kind (0: the student's, 1: the teacher's) out of all of the kind."""
+    return iter(crops_TPP3.split([len(request.image_rows_B) for request in requests if request.for_teacher == kind]))
 
 
 def center_views(
@@ -143,8 +161,8 @@ def center_batches(
         for rows_B in batches:
             yield center_view(_gather(images, rows_B, device), image)
         return
-    decoder = FileDecoder(images, image, workers, pin=device.type == "cuda")
-    for _, x_BPP3 in _on_device(decoder.batches(DecodePlan(rows_B, None) for rows_B in batches), device):
+    decoder = FileDecoder(images, [image], workers, pin=device.type == "cuda")
+    for _, (x_BPP3,) in _on_device(decoder.batches(DecodePlan(rows_B, None) for rows_B in batches), device):
         yield normalize(to_unit(x_BPP3), image)
 
 
@@ -154,18 +172,22 @@ def _gather(images: Images, rows_B: np.ndarray, device: torch.device) -> Tensor:
     return images.on_device(device).index_select(0, upload(rows_B, device))
 
 
-def _on_device(batches: Iterable[tuple[AnyPlan, list[Tensor], np.ndarray]], device: torch.device) -> Iterator[tuple[AnyPlan, Tensor]]:
-    """Each plan with its views in order, uint8 (T, P, P, 3). A GPU copies them on a separate stream, in parallel with the running step."""
+def _on_device(batches: Iterable[tuple[AnyPlan, list[Decoded]]], device: torch.device) -> Iterator[tuple[AnyPlan, list[Tensor]]]:
+    """Each plan with its views of each size in order, uint8 (T, P, P, 3). A GPU copies them on a separate stream, in parallel with the
+    running step."""
     if device.type != "cuda":
-        for plan, parts, places_T in batches:
-            yield plan, torch.cat(parts).index_select(0, torch.from_numpy(places_T))
+        for plan, kinds in batches:
+            yield plan, [torch.cat(parts).index_select(0, torch.from_numpy(places_T)) for parts, places_T in kinds]
         return
     beside = torch.cuda.Stream(device)
-    for plan, parts, places_T in batches:
+    for plan, kinds in batches:
+        views = []
         with torch.cuda.stream(beside):
-            x_TPP3 = torch.cat([part.to(device, non_blocking=True) for part in parts])
-            x_TPP3 = x_TPP3.index_select(0, upload(places_T, device))
+            for parts, places_T in kinds:
+                x_TPP3 = torch.cat([part.to(device, non_blocking=True) for part in parts])
+                views.append(x_TPP3.index_select(0, upload(places_T, device)))
         here = torch.cuda.current_stream(device)
         here.wait_stream(beside)
-        x_TPP3.record_stream(here)
-        yield plan, x_TPP3
+        for x_TPP3 in views:
+            x_TPP3.record_stream(here)
+        yield plan, views

@@ -53,11 +53,14 @@ class Bingo(Method):
         stored, same = self.context.keys == "stored", self.params.view_coupling == "same"
         views = 1 if stored or same else 2
         member_views = 2 if not stored and self.params.terms != "paper" else 1
+        live = self.context.keys == "live"
         return Needs(
             anchor_views=views,
             member_views=member_views if self.related else 0,
             stored_keys=stored,
             same_views=1 if stored and same else 0,
+            live_anchor_views=(views - 1,) if live else (),
+            live_member_views=(member_views - 1,) if live and self.related and self.params.terms != "paper" else (),
         )
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
@@ -110,7 +113,10 @@ class Bingo(Method):
         both = self.related and self.params.terms != "paper"
         if self.context.keys == "stored":
             return batch.anchor_keys[0], batch.member_keys_BP if both else None
-        seen = [batch.anchor_views[-1], batch.member_views[-1]] if both else [batch.anchor_views[-1]]
+        live, last, last_member = self.context.keys == "live", len(batch.anchor_views) - 1, len(batch.member_views) - 1
+        seen = [batch.anchor_for_teacher(last) if live else batch.anchor_views[last]]
+        if both:
+            seen.append(batch.member_for_teacher(last_member) if live else batch.member_views[last_member])
         if self.context.keys == "live" and self.params.teacher_batchnorm == "eval":  # a key depends only on its image: one pass for all
             keys = self._encode(torch.cat(seen), 0).split(len(seen[0]))
         else:

@@ -27,6 +27,7 @@ class Needs:
     `anchor_views`, `member_views`: views of the anchor and of one drawn member of its bag. Of the anchor's views the first
     `same_views` are those that stored keys were made from (two of them are different views), and the last `weak_views` have neither
     colour jitter nor blur. `stored_keys`: the teacher's stored keys of both, `stored_features`: its stored features of the anchors.
+    `live_anchor_views`, `live_member_views`: the numbers of the views that a live teacher sees.
     `companions`: the number of listed members of each anchor's bag that are added to the batch as further anchors, after the anchors.
     """
 
@@ -37,6 +38,8 @@ class Needs:
     weak_views: int = 0
     stored_features: bool = False
     companions: int = 0
+    live_anchor_views: tuple[int, ...] = ()
+    live_member_views: tuple[int, ...] = ()
 
     @property
     def members(self) -> bool:
@@ -48,7 +51,9 @@ class Batch:
     """One process's share of a step: rows (B,) int64, views (B, 3, H, W) float32, unit keys (B, P) and features (B, D) float32.
 
     `anchor_keys` has one entry, or `Needs.same_views` entries if that is more: then key i is the key of view i. `host_rows_B`
-    are the anchor's rows on the host, for random draws: reading them back from a GPU would wait for its work.
+    are the anchor's rows on the host, for random draws: reading them back from a GPU would wait for its work. `live_anchor_views`
+    and `live_member_views` hold the views named in `Needs`, by their numbers, if the teacher sees images of another size or normalisation
+    than the student; otherwise they are empty.
     """
 
     anchor_rows_B: Tensor
@@ -59,6 +64,16 @@ class Batch:
     member_keys_BP: Tensor | None = None
     anchor_features_BD: Tensor | None = None
     host_rows_B: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    live_anchor_views: dict[int, Tensor] = field(default_factory=dict)
+    live_member_views: dict[int, Tensor] = field(default_factory=dict)
+
+    def anchor_for_teacher(self, view: int) -> Tensor:
+        """A view of the anchors as a live teacher sees it."""
+        return self.live_anchor_views[view] if self.live_anchor_views else self.anchor_views[view]
+
+    def member_for_teacher(self, view: int) -> Tensor:
+        """A view of the members as a live teacher sees it."""
+        return self.live_member_views[view] if self.live_member_views else self.member_views[view]
 
     def __post_init__(self) -> None:
         if len(self.host_rows_B) != len(self.anchor_rows_B):

@@ -30,7 +30,13 @@ class Targets:
     def needs(self) -> dict[str, Any]:
         """The fields of `Needs` that this requires."""
         keys = self.stored and self.target == "keys"
-        return {"stored_keys": keys, "same_views": self.views if keys else 0, "stored_features": self.stored and not keys}
+        live = () if self.stored else tuple(range(self.views))
+        return {
+            "stored_keys": keys,
+            "same_views": self.views if keys else 0,
+            "stored_features": self.stored and not keys,
+            "live_anchor_views": live,
+        }
 
     @property
     def width(self) -> int:
@@ -50,7 +56,7 @@ class Targets:
         assert self.context.teacher is not None
         with autocast(self.context.precision, self.context.device):
             teacher = self.context.teacher
-            return (teacher.keys if self.target == "keys" else teacher.features)(batch.anchor_views[view])
+            return (teacher.keys if self.target == "keys" else teacher.features)(batch.anchor_for_teacher(view))
 
 
 def check_stored_views(method: str, context: Context, views: int) -> None:

@@ -7,7 +7,7 @@ loaded by the library. Shape letters: B images of a batch, D feature width.
 import copy
 import sys
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import timm
@@ -19,7 +19,7 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models as vision
 
 from bingo.runtime import distributed
@@ -30,7 +30,7 @@ RATES = ("drop_path_rate", "drop_rate")  # timm's names
 # Residual branches are not initialised to zero, as in torchvision and therefore in all released code; timm would do so.
 _RESNET_INIT: dict[str, Any] = {"zero_init_last": False}
 _TWO_HEADED = ("googlenet", "inception_v3")
-_OPTIONS = ("num_heads", "global_pool", "dynamic_img_size", "img_size")
+_OPTIONS = ("num_heads", "global_pool", "dynamic_img_size", "img_size", "pooling")
 _MOST_CHANNELS = 2**16
 _TRANSFORMERS = tuple(f"timm.models.{module}" for module in ("vision_transformer", "vision_transformer_hybrid", "deit", "eva"))
 _TIERED = 4  # a tiered stem has a quarter of its width in the first layer
@@ -55,9 +55,10 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
     SwAV's R50x2: Caron et al. 2020, src/resnet50.py, `widen`). `stem` is `imagenet` (the usual one) or `small`: a
     first convolution with stride 1, which in ResNets is 3x3 and not followed by max pooling. A timm vision transformer accepts images of
     any whole number of patches: its position embedding is resampled. `options` are settings that published weights need beyond
-    the library's defaults: arguments of timm's model (`num_heads`, `global_pool`, `img_size` of the position embedding), and `padding:
-    same` for TensorFlow's padding of strided layers; and settings for training: `drop_rate`, `drop_path_rate` (timm's; 0 by default,
-    whatever the library's default) and `batchnorm_momentum`.
+    the library's defaults: arguments of timm's model (`num_heads`, `global_pool`, `img_size` of the position embedding), `pooling` of a
+    vision transformer (`token`: class token, `patches`: mean of the patches, `both`: concatenated, 2 D values), and `padding: same` for
+    TensorFlow's padding of strided layers; and settings for training: `drop_rate`, `drop_path_rate` (timm's; 0 by default, whatever the
+    library's default) and `batchnorm_momentum`.
 
     Raises UserError for an unknown name, and for a width, stem or option that the network does not support.
     """
@@ -67,7 +68,10 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
     if unknown := [name for name in arguments if name not in _OPTIONS]:
         raise UserError(f"arch = {arch}: {unknown[0]} is not an option of weights, allowed are {', '.join(_OPTIONS)}")
     if arguments and not is_transformer(arch):
+        if arguments.keys() == {"pooling"}:
+            raise UserError(f"pooling = {arguments['pooling']}: {arch} is not a vision transformer of timm; set pooling: null")
         raise UserError(f"arch = {arch}: these are the weights of a vision transformer; set arch to timm's name of theirs")
+    pooling = arguments.pop("pooling", None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_value)
         net = _torchvision(arch, width, rates) if arch.startswith("torchvision/") else _timm(arch, width, stem, arguments, rates)
@@ -75,6 +79,8 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
             _set_momentum(net, arch, momentum)
         if padding == "same":
             _pad_as_tensorflow(net)
+        if pooling is not None:
+            _set_pooling(net, arch, pooling)
         if stem == "small":
             _make_stem_small(net, arch)
     return cast(Backbone, net)
@@ -85,8 +91,9 @@ def is_transformer(arch: str) -> bool:
     return timm.is_model(arch) and timm.model_entrypoint(arch).__module__ in _TRANSFORMERS
 
 
-def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
-    """Run one black image of `crop_px` through the network; print a line on stderr if a position embedding is resampled for it.
+def check_images(backbone: Backbone, arch: str, crop_px: int, key: str = "image.crop_px") -> None:
+    """Run one black image of `crop_px` (the parameter `key`) through the network; print a line on stderr if a position embedding is
+    resampled for it.
 
     Raises UserError if the network does not accept the image (and lists sizes that it does) or does not return a pooled feature.
     """
@@ -95,13 +102,13 @@ def check_images(backbone: Backbone, arch: str, crop_px: int) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         fitting = " or ".join(map(str, _sizes_near(backbone, crop_px)))
-        way_out = f"set image.crop_px to {fitting}, or another arch" if fitting else "take another arch"
-        raise UserError(f"image.crop_px = {crop_px}: {arch} does not accept this size ({reason}); {way_out}") from None
+        way_out = f"set {key} to {fitting}, or another arch" if fitting else "take another arch"
+        raise UserError(f"{key} = {crop_px}: {arch} does not accept this size ({reason}); {way_out}") from None
     if shape != (1, backbone.feature_width):
         raise UserError(f"arch = {arch}: gives {shape} for one image instead of one pooled feature row; choose another network")
     if (grids := resampled_grids(backbone, crop_px)) and distributed.rank() == 0:
         trained, seen = ("x".join(map(str, grid)) for grid in grids)
-        say_once(f"arch = {arch}: its position embedding of {trained} patches is resampled to {seen}, for image.crop_px = {crop_px}")
+        say_once(f"arch = {arch}: its position embedding of {trained} patches is resampled to {seen}, for {key} = {crop_px}")
 
 
 @cache
@@ -212,6 +219,22 @@ def _set_momentum(net: nn.Module, arch: str, momentum: float) -> None:
         raise UserError(f"batchnorm_momentum = {momentum}: {arch} has no batch normalisation; set batchnorm_momentum: null")
     for layer in layers:
         layer.momentum = momentum
+
+
+def _set_pooling(built: nn.Module, arch: str, pooling: str) -> None:
+    """Let a vision transformer pool its tokens so. Raises UserError where it has no class token."""
+    net: Any = built
+    if pooling != "patches" and getattr(net, "cls_token", None) is None:
+        raise UserError(f"pooling = {pooling}: {arch} has no class token; set pooling: patches, or null")
+    net.forward_head = partial(_pooled_tokens, net, pooling)
+    net.feature_width *= 2 if pooling == "both" else 1
+
+
+def _pooled_tokens(net: Any, pooling: str, tokens_BLD: Tensor, pre_logits: bool = True) -> Tensor:
+    """In place of `forward_head`: the class token, the mean of the patches, or both, (B, D) or (B, 2 D), each normalised where the network
+    does so after pooling."""
+    parts = {"token": tokens_BLD[:, 0], "patches": tokens_BLD[:, net.num_prefix_tokens :].mean(dim=1)}
+    return torch.cat([net.fc_norm(part_BD) for name, part_BD in parts.items() if pooling in (name, "both")], dim=1)
 
 
 def _is_resnet(arch: str) -> bool:

@@ -7,6 +7,7 @@ reported in a fraction of a second, before any work starts.
     data.py        dataset, image                      scan; all that read images
                    extract, bagging                    extract; bag
     networks.py    teacher, student                    teacher; distill, baseline, and evaluations of the student
+    known.py       what teacher.name stands for        teacher
     training.py    distill, teacher.pretrain           distill, baseline; teacher
     methods.py     methods.NAME                        distill and baseline, of the method that they run
     evals.py       linear_eval, knn_eval, semi_eval    those of these names
@@ -19,7 +20,16 @@ arch_names.py and places.py, names of networks and paths of files.
 
 # ruff: noqa: F401 - these names are imported from here
 
-from bingo.params.data import AugmentParams, BaggingParams, BicubicImageParams, DatasetParams, ExtractParams, ImageParams
+from bingo.params.data import (
+    AugmentParams,
+    BaggingParams,
+    BicubicImageParams,
+    DatasetParams,
+    ExtractParams,
+    ImageParams,
+    image_values,
+    seen_image,
+)
 from bingo.params.evals import (
     CachedProbeParams,
     CocoParams,

@@ -1,6 +1,7 @@
 """Sections on images: dataset, image and augment, the teacher's pass over them (extract), and their bags (bagging)."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -77,6 +78,20 @@ class BicubicImageParams(ImageParams):
     @property
     def interpolation(self) -> Interpolation:
         return "bicubic"
+
+
+def seen_image(values: Mapping[str, Any]) -> ImageParams:
+    """The section whose keys stand among `values`: with bicubic resizing where these have such an `interpolation`, otherwise bilinear.
+
+    Raises KeyError where one is missing, and pydantic's ValidationError.
+    """
+    bicubic = values.get("interpolation") == "bicubic"
+    return (BicubicImageParams if bicubic else ImageParams)(**{key: values[key] for key in ImageParams.model_fields})
+
+
+def image_values(image: ImageParams) -> dict[str, Any]:
+    """The other way round: what `seen_image` reads; bilinear resizing is not named, so that older files stay as they were."""
+    return image.model_dump() | ({"interpolation": image.interpolation} if image.interpolation != "bilinear" else {})
 
 
 class AugmentParams(Section):

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from bingo.params.arch_names import arch_mistake, arch_names
-from bingo.params.fields import FilePath, Positive, Rate, Section
+from bingo.params.data import ImageParams, seen_image
+from bingo.params.fields import Count, FilePath, Interpolation, PerChannel, Positive, Rate, Section
+from bingo.params.known import OWN, KnownTeacher, completed, filled, known_names, known_teacher
 from bingo.params.training import PretrainParams
 from bingo.runtime.errors import near_matches
 
@@ -28,7 +30,7 @@ class NetworkParams(Section):
         return arch
 
     @property
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """Further options for `build_backbone`: none."""
         return {}
 
@@ -44,7 +46,7 @@ class StudentParams(NetworkParams):
     batchnorm_momentum: Annotated[float, Field(gt=0, le=1)] | None
 
     @property
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """Those of these settings that are not the default, for `build_backbone`."""
         return {name: value for name in STUDENT_OPTIONS if (value := getattr(self, name))}
 
@@ -52,15 +54,41 @@ class StudentParams(NetworkParams):
 STUDENT_OPTIONS = ("drop_path_rate", "drop_rate", "batchnorm_momentum")
 
 
+class TeacherImageParams(Section):
+    """What the teacher sees, as `image` says it of the student."""
+
+    crop_px: Count | None
+    resize_px: Count | None
+    mean: PerChannel | None
+    std: PerChannel | None
+    interpolation: Interpolation | None
+
+
 class TeacherParams(NetworkParams):
-    """The source of the teacher. `checkpoint` is a file for the source `checkpoint` (and optionally for timm and torchvision),
-    `format` the code that wrote it.
+    """The source of the teacher: a known one by `name`, which sets source, arch, width, stem and format and takes precedence over these
+    keys, or `own`, as these keys say. `checkpoint` is a file for the source `checkpoint` (and optionally for timm and torchvision),
+    `format` the code that wrote it. `pooling` sets the feature of a vision transformer; null: as its weights were published.
     """
 
+    name: str
     source: Literal["pretrain", "timm", "torchvision", "checkpoint", "random"]
     checkpoint: FilePath | None
     format: str
+    pooling: Literal["token", "patches", "both"] | None
+    image: TeacherImageParams
     pretrain: PretrainParams
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_named(cls, section: Any) -> Any:
+        return filled(section) if isinstance(section, dict) else section
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        if name not in (names := [OWN, *known_names()]):
+            raise ValueError(f"unknown teacher{near_matches(name, names)}; see: bingo teachers, or set teacher.name: {OWN}")
+        return name
 
     @field_validator("format")
     @classmethod
@@ -68,6 +96,22 @@ class TeacherParams(NetworkParams):
         if name not in (names := format_names()):
             raise ValueError(f"allowed are {', '.join(names)}{near_matches(name, names)}")
         return name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What of these `build_backbone` takes."""
+        return {"pooling": self.pooling} if self.pooling else {}
+
+    @property
+    def known(self) -> KnownTeacher | None:
+        """What is known of a teacher that is named."""
+        return None if self.name == OWN else known_teacher(self.name)
+
+    def image_for(self, image: ImageParams) -> ImageParams:
+        """What the teacher sees: `image` (the student's) but where its own section says otherwise. Raises ValueError where its crop is
+        larger than what it is cut from."""
+        usual = {**image.model_dump(), "interpolation": image.interpolation}
+        return seen_image(completed(usual, self.image.model_dump()))
 
     @model_validator(mode="after")
     def _checkpoint_is_named(self) -> Self:

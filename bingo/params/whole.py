@@ -91,6 +91,19 @@ class Params(Section):
         as_dataset = self.dataset.model_dump(exclude=set(TransferSetParams.model_fields))
         return DatasetParams.model_validate(as_dataset | self.transfer.datasets[name].model_dump())
 
+    @model_validator(mode="after")
+    def _teacher_sees_images(self) -> Self:
+        try:
+            self.teacher.image_for(self.image)
+        except ValidationError as error:
+            raise ValueError(f"teacher.image.{explanation(error.errors()[0]).replace('image.', 'teacher.image.')}") from None
+        return self
+
+    @property
+    def teacher_image(self) -> ImageParams:
+        """What the teacher sees: its own sizes and normalisation where it has some, otherwise the student's."""
+        return self.teacher.image_for(self.image)
+
     @field_validator("baselines")
     @classmethod
     def _baselines_need_no_teacher(cls, names: list[str]) -> list[str]:

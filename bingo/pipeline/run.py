@@ -211,7 +211,7 @@ def process_group(run: Run) -> Iterator["torch.device"]:
 def code_fingerprint(stage: str, method: str = "") -> str:
     """A fingerprint of the source files that dvc.yaml lists for a stage, so that checkpoints of other code are not resumed."""
     stages = read_yaml("dvc.yaml")["stages"]
-    chosen = {"distill.method": method, "item": method, "teacher.format": read_yaml("params.yaml")["teacher"]["format"]}
+    chosen = {"distill.method": method, "item": method, "teacher.name": read_yaml("params.yaml")["teacher"]["name"]}
     deps = [
         Path(re.sub(r"\$\{(.+?)\}", lambda key: chosen.get(key[1], key[0]), dep)) for dep in stages[stage].get("do", stages[stage])["deps"]
     ]

@@ -69,9 +69,10 @@ def train_method(
         method = setup.build(device, schedule.precision, stored, bags, teacher)
         _check_bags(run, method, bags)
         images = open_images(listing, paths.IMAGES, params.dataset)
-        watched = listing, images, params.image, params.seed, device, schedule.precision
+        watched = listing, images, setup.image, params.seed, device, schedule.precision
         probe = KnnProbe(*watched) if listing.labelled else None
-        batches = Batches(method.needs, setup.loader(images, device), params.seed, listing.train_rows, schedule.batch_anchors, bags, stored)
+        loader = setup.loader(images, device, teacher)
+        batches = Batches(method.needs, loader, params.seed, listing.train_rows, schedule.batch_anchors, bags, stored)
         with state_folder(run.stage, _identity(run, setup, inputs)) as folder:
             label = f"{run.stage}: {setup.method}"
             trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label, groups)
@@ -99,8 +100,9 @@ def _check_bags(run: Run, method: Method, bags: "Bags | None") -> None:
 def _stored(run: Run, setup: TrainingSetup, embeddings: "Embeddings", device: torch.device) -> Stored:
     """The teacher's stored outputs on the device. Raises UserError if the stored views cannot be redrawn."""
     recipe = embeddings.attrs["recipe"]
-    if (recipe["image"], recipe["seed"]) != (run.params.image.model_dump(mode="json"), run.params.seed):
-        raise UserError(f"{paths.EMBEDDINGS}: was made with another image section or seed than params.yaml has; run: dvc repro extract")
+    if recipe["seed"] != run.params.seed:
+        line = f"{paths.EMBEDDINGS}: was made with seed {recipe['seed']}, params.yaml has {run.params.seed}"
+        raise UserError(f"{line}; run: dvc repro extract")
     features_TD = torch.from_numpy(embeddings.train_features_TD).to(device) if setup.reads_features else None
     augment = AugmentParams.model_validate(recipe["extract"]["augment"])
     return Stored(torch.from_numpy(embeddings.keys_TVP).to(device), augment, features_TD)
@@ -114,7 +116,7 @@ def _gflop_per_anchor(method: Method, batches: Batches) -> float:
 
 def _identity(run: Run, setup: TrainingSetup, inputs: TrainingInputs) -> dict[str, Any]:
     """Everything that determines the result of a training; only checkpoints with the same values are resumed."""
-    sections = (run.params.image, setup.network, setup.schedule, setup.section)
+    sections = (setup.image, setup.network, setup.schedule, setup.section)
     artefacts = (inputs.listing, inputs.embeddings, inputs.bags)
     return {
         "params": [run.params.seed, *(section.model_dump(exclude={"method", "keys"}) for section in sections), setup.keys],

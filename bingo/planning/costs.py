@@ -102,7 +102,7 @@ class _Meter:
 def forward_flops(network: nn.Module, images_BCHW: Tensor) -> int:
     """FLOPs of one forward pass of `network` in eval mode on images of this shape. Nothing is computed: only shapes are used."""
     was_training = network.training
-    tensors = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
+    tensors = {name: tensor.detach().to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
     with torch.no_grad(), _counter() as counter:
         torch.func.functional_call(network.eval(), tensors, images_BCHW.to("meta"))
     network.train(was_training)

@@ -18,7 +18,7 @@ from bingo.images.loader import ViewLoader
 from bingo.methods.contract import Batch, Method
 from bingo.nets.backbones import build_backbone, check_images
 from bingo.nets.heads import mlp_head
-from bingo.params import MethodSection, Params, ScheduleParams
+from bingo.params import MethodSection, Params, ScheduleParams, image_values
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.teachers.sources import make_teacher, published_key_width
 from bingo.teachers.teacher import Teacher
@@ -77,9 +77,9 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
     """
     teacher = params.teacher
     if checkpoint:
-        return Teacher(*make_teacher(teacher, params.image, params.seed))
-    backbone = build_backbone(teacher.arch, teacher.width, teacher.stem, seeds.torch_seed(params.seed, "random teacher"))
-    check_images(backbone, teacher.arch, params.image.crop_px)
+        return Teacher(*make_teacher(teacher, params.teacher_image, params.seed))
+    backbone = build_backbone(teacher.arch, teacher.width, teacher.stem, seeds.torch_seed(params.seed, "random teacher"), teacher.options)
+    check_images(backbone, teacher.arch, params.teacher_image.crop_px, "teacher.image.crop_px")
     width = backbone.feature_width
     head = None
     if teacher.source == "pretrain":
@@ -87,7 +87,7 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
     elif teacher.source == "checkpoint" and teacher.format and (published := published_key_width(teacher.format)):
         head = mlp_head([width, width, published], seed_value=0)
     key_width = width if head is None else head[-1].out_features
-    return Teacher(backbone, head, {"feature_width": width, "key_width": key_width})
+    return Teacher(backbone, head, {"feature_width": width, "key_width": key_width, **image_values(params.teacher_image)})
 
 
 def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTraining:
@@ -112,7 +112,7 @@ def _dry(setup: TrainingSetup, stored: Stored | None = None, bags: Bags | None =
     method = setup.build(CPU, "fp32", stored, bags, teacher).to(memory_format=torch.channels_last)
     rows, seed = len(bags.members_TK) if bags else _ROWS, setup.params.seed
     pixels = np.random.default_rng(seed).integers(0, 256, (rows, _IMAGE_PX, _IMAGE_PX, 3), dtype=np.uint8)
-    return DryTraining(setup.method, method, setup.schedule, setup.loader(MemoryImages(pixels), CPU), seed, bags, stored)
+    return DryTraining(setup.method, method, setup.schedule, setup.loader(MemoryImages(pixels), CPU, teacher), seed, bags, stored)
 
 
 def _rows(params: Params, section: MethodSection | None) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from bingo.bags.ivf import InvertedFile
 from bingo.datasets.subset import Counts
 from bingo.methods.contract import Progress
-from bingo.params import Params
+from bingo.params import ImageParams, Params
 from bingo.planning.costs import forward_flops, saved_bytes, step_flops
 from bingo.planning.dry_run import DryTraining
 from bingo.teachers.teacher import Teacher
@@ -40,8 +40,8 @@ def estimate(
     pretraining: DryTraining | None,
 ) -> Estimate:
     """The estimate for a run with these parameters and numbers of images."""
-    image = torch.zeros(1, 3, params.image.crop_px, params.image.crop_px)
-    teacher_flops, student_flops = forward_flops(teacher, image), forward_flops(student.method.student, image)
+    teacher_flops = forward_flops(teacher, _zeros(params.teacher_image))
+    student_flops = forward_flops(student.method.student, _zeros(params.image))
     anchor_flops = flops_per_anchor(student)
     stages = {"teacher": _training(pretraining, counts)} if pretraining is not None else {}
     stages["extract"] = (counts.train + counts.test + params.extract.views * counts.train) * teacher_flops
@@ -50,6 +50,11 @@ def estimate(
     stages |= {f"baseline {training.name}": _training(training, counts) for training in baselines}
     stages["linear_eval, knn_eval"] = _evaluation_flops(params, counts, student_flops)
     return Estimate(anchor_flops, teacher_flops, student_flops, stages, _disk(params, counts, teacher, student))
+
+
+def _zeros(image: ImageParams) -> torch.Tensor:
+    """One image, float32 (1, 3, P, P)."""
+    return torch.zeros(1, 3, image.crop_px, image.crop_px)
 
 
 def flops_per_anchor(training: DryTraining) -> float:

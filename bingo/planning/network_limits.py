@@ -11,7 +11,7 @@ import torch
 
 from bingo.methods.contract import Progress
 from bingo.nets.backbones import Backbone, build_backbone, check_images
-from bingo.params import Params
+from bingo.params import Params, image_values
 from bingo.planning.dry_run import DryTraining, dry_baseline, dry_pretraining, dry_student, dry_teacher
 from bingo.runtime.errors import UserError
 from bingo.teachers.teacher import Teacher
@@ -36,7 +36,7 @@ def network_mistakes(params: Params, processes: int) -> list[str]:
     if teacher is not None and params.distill.keys == "live" and params.distill.batch_anchors // processes == 1:
         running = dry_teacher(params, checkpoint=False)  # it is run on the one image too
     trainings: list[tuple[str, Callable[[], DryTraining], int]] = [
-        ("distill", lambda: dry_student(params, running or teacher or _any_teacher(), bank=False), params.distill.batch_anchors),
+        ("distill", lambda: dry_student(params, running or teacher or _any_teacher(params), bank=False), params.distill.batch_anchors),
         *((f"baseline {name}", lambda name=name: dry_baseline(params, name), params.distill.batch_anchors) for name in params.baselines),
     ]
     if params.teacher.source == "pretrain" and teacher is not None:
@@ -64,9 +64,9 @@ def _teacher(params: Params) -> Teacher:
     return dry_teacher(params, checkpoint=False)
 
 
-def _any_teacher() -> Teacher:
+def _any_teacher(params: Params) -> Teacher:
     """In place of a teacher that cannot be built, so that the student's training is tried nevertheless."""
-    return Teacher(torch.nn.Identity(), None, {"feature_width": 128, "key_width": 128})
+    return Teacher(torch.nn.Identity(), None, {"feature_width": 128, "key_width": 128, **image_values(params.teacher_image)})
 
 
 def _check_rows(training: DryTraining, name: str, batch_anchors: int, processes: int) -> None:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bingo.params import Params, mistake_lines, read_yaml
+from bingo.params.known import KnownTeacher, known_names, known_teacher
 from bingo.report.measures import measure_label
 from bingo.runtime.errors import UserError, near_matches, short
 
@@ -53,10 +54,10 @@ class ImagesFrom(_Strict):
 class About(_Strict):
     """Metadata of a recipe.
 
-    expected: published accuracies in percent by measure; source: where they are from. These two are a recipe's own; the
-    others are inherited from what it includes: `teacher`, `images`; `published`, the settings that were published, by their dotted keys;
-    and `deviates`, what differs from them and why. A line of the last that begins with keys or sections of params.yaml and a colon
-    speaks of these, and is left out of a recipe that sets all of them as published.
+    expected: published accuracies in percent by measure; source: where they are from. These two are a recipe's own; the others are
+    inherited from what it includes: `teacher` (of a known one from its own file), `images`; `published`, the settings that were published,
+    by their dotted keys; and `deviates`, what differs from them and why. A line of the last that begins with keys or sections of
+    params.yaml and a colon speaks of these, and is left out of a recipe that sets all of them as published.
     """
 
     expected: dict[Literal["linear_top1", "linear_top5", "knn_1", "knn_10_weighted", "knn_20"], Percent] = {}
@@ -128,6 +129,10 @@ def read_recipe(folder: Path, name: str) -> Recipe:
         inherited |= {key: value for key in ("teacher", "images") if (value := getattr(about, key)) is not None}
         inherited["published"] |= about.published
         inherited["deviates"] += [line for line in about.deviates if line not in inherited["deviates"]]
+    if (known := _known(overlay)) is not None:
+        inherited["published"].setdefault("teacher.name", overlay["teacher"]["name"])
+        if known.linear_top1 is not None:
+            inherited.setdefault("teacher", TeacherFile(published_by=str(known.published_by), linear_top1=known.linear_top1))
     inherited["deviates"] = _standing(inherited["deviates"], dict(flattened(overlay)), inherited["published"])
     if "teacher" in inherited and not (isinstance(overlay.get("teacher"), dict) and "checkpoint" in overlay["teacher"]):
         raise UserError(
@@ -136,6 +141,12 @@ def read_recipe(folder: Path, name: str) -> Recipe:
     recipe = Recipe(name, description(path), overlay, own_about(path).model_copy(update=inherited))
     lay_over(overlay, _for_the_report(recipe))
     return recipe
+
+
+def _known(overlay: dict[str, Any]) -> KnownTeacher | None:
+    """The teacher that an overlay names, if it is a known one."""
+    name = overlay["teacher"].get("name") if isinstance(overlay.get("teacher"), dict) else None
+    return known_teacher(name) if name in known_names() else None
 
 
 def explained(line: str) -> list[str]:

@@ -5,10 +5,12 @@ file held beyond the teacher; anything that was not foreseen there is refused. P
 """
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,8 @@ _STATES = ("state_dict", "model")  # where most published checkpoints keep their
 
 
 def make_teacher(params: TeacherParams, image: ImageParams, seed: int) -> Made:
-    """The backbone, head (or None) and metadata for `save_teacher`, from any source but `pretrain`. Raises UserError."""
+    """The backbone, head (or None) and metadata for `save_teacher`, from any source but `pretrain`. `image` is what the teacher sees.
+    Raises UserError."""
     makers: dict[str, Callable[[], Made]] = {
         "timm": lambda: from_timm(params, image),
         "torchvision": lambda: from_torchvision(params, image),
@@ -54,14 +57,14 @@ def make_teacher(params: TeacherParams, image: ImageParams, seed: int) -> Made:
     if lines := list(source_mistakes(params)):
         raise UserError(lines)
     backbone, head, source = makers[params.source]()
-    check_images(backbone, params.arch, image.crop_px)
+    check_images(backbone, params.arch, image.crop_px, "teacher.image.crop_px")
     return backbone, head, teacher_metadata(params, image, backbone, head, {"source": params.source, **source})
 
 
 def untrained(params: TeacherParams, seed: int) -> Made:
     """Seeded initial weights without a head: a control, and a way to try the pipeline out."""
-    backbone = build_backbone(params.arch, params.width, params.stem, seeds.torch_seed(seed, "random teacher"))
-    return backbone, None, {"pretrained": False}
+    backbone = build_backbone(params.arch, params.width, params.stem, seeds.torch_seed(seed, "random teacher"), params.options)
+    return backbone, None, {"pretrained": False, **_noted(params, {})}
 
 
 def from_timm(params: TeacherParams, image: ImageParams) -> Made:
@@ -75,11 +78,11 @@ def from_timm(params: TeacherParams, image: ImageParams) -> Made:
     cfg: Any = backbone.pretrained_cfg
     _compare_normalisation(params, image, cfg["mean"], cfg["std"])
     if params.checkpoint:
-        return _from_own_file(params, backbone, options)
+        return _from_own_file(params, image, backbone, options)
     state = _download(params, lambda: timm.create_model(params.arch, pretrained=True))
     left_out = _load_trunk(backbone, state, f"timm's weights of {params.arch}")
     weights = f"{cfg['architecture']}.{cfg['tag']}"
-    return backbone, None, {"pretrained": True, "weights": weights, "left_out": left_out, **_noted(options)}
+    return backbone, None, {"pretrained": True, "weights": weights, "left_out": left_out, **_noted(params, options)}
 
 
 def from_torchvision(params: TeacherParams, image: ImageParams) -> Made:
@@ -89,7 +92,7 @@ def from_torchvision(params: TeacherParams, image: ImageParams) -> Made:
     preset = weights.transforms()
     _compare_normalisation(params, image, preset.mean, preset.std)
     if params.checkpoint:
-        return _from_own_file(params, backbone, {})
+        return _from_own_file(params, image, backbone, {})
     state = _download(params, lambda: vision.get_model(name, weights=weights, progress=False))
     left_out = _load_trunk(backbone, state, f"torchvision's weights of {name}")
     return backbone, None, {"pretrained": True, "weights": str(weights), "left_out": left_out}
@@ -103,7 +106,7 @@ def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     than `image` has are a line on stderr.
     """
     path = str(params.checkpoint)
-    content, sha256 = read_checkpoint(path)
+    content, sha256 = _content(params)
     parts = _parts(params, content)
     if parts.unknown:
         line = f"{path}: holds what no checkpoint of format {params.format} has: {first_names(parts.unknown)}"
@@ -119,7 +122,7 @@ def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     _compare_normalisation(params, image, *parts.mean_std)
     _mention_stem(params)
     source = {"pretrained": True, "source_sha256": sha256, "format": params.format, "left_out": parts.left_out + masked}
-    return backbone, head, source | _noted(options)
+    return backbone, head, source | _noted(params, options)
 
 
 def _parts(params: TeacherParams, content: Any) -> Parts:
@@ -283,22 +286,32 @@ def _head_widths(parts: Parts, backbone: Backbone, origin: str) -> list[int]:
 
 def _empty(params: TeacherParams, options: Mapping[str, Any]) -> Backbone:
     """The network that weights are about to be loaded into."""
-    return build_backbone(params.arch, params.width, params.stem, 0, options)
+    return build_backbone(params.arch, params.width, params.stem, 0, {**options, **params.options})
 
 
-def _noted(options: Mapping[str, Any]) -> dict[str, Any]:
+def _noted(params: TeacherParams, options: Mapping[str, Any]) -> dict[str, Any]:
     """What metadata say of the backbone's options: nothing where there are none, so that such files stay as they were."""
-    return {"options": dict(options)} if options else {}
+    return {"options": {**options, **params.options}} if options or params.options else {}
 
 
-def _from_own_file(params: TeacherParams, backbone: Backbone, options: Mapping[str, Any]) -> Made:
-    """The weights of `backbone` wherever they are in `teacher.checkpoint`, and the names of what is stored next to them."""
+def _content(params: TeacherParams) -> tuple[Any, str]:
+    """What `teacher.checkpoint` holds, as `read_checkpoint` gives it. Raises UserError, with the address of a known teacher's weights."""
+    if params.known is not None and not Path(str(params.checkpoint)).exists():
+        raise UserError(f"teacher.checkpoint = {params.checkpoint}: the file does not exist; {params.known.way_in}")
+    return read_checkpoint(str(params.checkpoint))
+
+
+def _from_own_file(params: TeacherParams, image: ImageParams, backbone: Backbone, options: Mapping[str, Any]) -> Made:
+    """The weights of `backbone` wherever they are in `teacher.checkpoint`, and the names of what is stored next to them; those of a
+    known teacher may have the names of the code that wrote them."""
     path = str(params.checkpoint)
-    content, sha256 = read_checkpoint(path)
+    content, sha256 = _content(params)
     try:
         found = find(content, backbone)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if found is None and params.known is not None and _format(params.format).parts(content) is not None:
+        return from_checkpoint(params, image)
     if found is None:
         raise _misfit(params, backbone, content)
     place, others = found
@@ -311,7 +324,8 @@ def _from_own_file(params: TeacherParams, backbone: Backbone, options: Mapping[s
     backbone, options = _of_its_grid(params, backbone, options, state)
     load_strictly(backbone, state, path)
     _mention_stem(params)
-    return backbone, None, {"pretrained": True, "source_sha256": sha256, "left_out": left_out + sorted(place.beside), **_noted(options)}
+    left_out += sorted(place.beside)
+    return backbone, None, {"pretrained": True, "source_sha256": sha256, "left_out": left_out, **_noted(params, options)}
 
 
 def _misfit(params: TeacherParams, backbone: Backbone, content: Any) -> UserError:
@@ -338,6 +352,7 @@ def _load_trunk(backbone: Backbone, state: Mapping[str, Tensor], origin: str) ->
 
 def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, Tensor]:
     """The state dict of a pretrained network with its classifier, loaded strictly by the library itself."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says of each attempt is summed up below
     try:
         return get().state_dict()
     except Exception as error:  # the libraries' network clients raise errors of many kinds
@@ -346,14 +361,15 @@ def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, 
         if "No pretrained weights exist" in reason or "Invalid pretrained tag" in reason:
             near = near_matches(params.arch, timm.list_pretrained())
             raise UserError(f"{line}; set teacher.arch to one of timm.list_pretrained(){near}") from None
-        raise UserError(f"{line}; set teacher.checkpoint to a local file of them") from None
+        way_out = params.known.way_in if params.known else "set teacher.checkpoint to a local file of them"
+        raise UserError(f"{line}; {way_out}") from None
 
 
 def _compare_normalisation(params: TeacherParams, image: ImageParams, mean: Any, std: Any) -> None:
     if np.allclose([*image.mean, *image.std], [*mean, *std], rtol=0, atol=2e-3):  # SwAV's 0.228 for 0.229 is of no consequence
         return
     expected = f"the published weights of {params.arch} expect {list(mean)}, {list(std)}"
-    line = f"image.mean = {image.mean}, image.std = {image.std}: {expected}"
+    line = f"teacher.image.mean = {image.mean}, teacher.image.std = {image.std}: {expected}"
     if not params.checkpoint:
-        raise UserError(f"{line}; set image.mean and image.std to these")
+        raise UserError(f"{line}; set teacher.image.mean and teacher.image.std to these")
     print(f"{line}; right if teacher.checkpoint was trained otherwise", file=sys.stderr)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bingo.nets.backbones import Backbone, build_backbone
 from bingo.nets.checkpoint import building, check_fits, load_network, load_strictly, save_network
 from bingo.nets.heads import describe_head, described_head, head_widths, unit
-from bingo.params import ImageParams, NetworkParams
+from bingo.params import ImageParams, NetworkParams, image_values, seen_image
 from bingo.runtime.errors import UserError
 
 
@@ -34,6 +34,11 @@ class Teacher(nn.Module):
         for layer in self._batch_norms():
             layer.momentum = 0.0
         self.eval()
+
+    @property
+    def image(self) -> ImageParams:
+        """What it sees: the sizes and the normalisation that its file has."""
+        return seen_image(self.metadata)
 
     def _batch_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
         return [layer for layer in self.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
@@ -82,7 +87,7 @@ def teacher_metadata(
     return {
         "kind": "teacher",
         **{name: getattr(network, name) for name in ("arch", "width", "stem")},
-        **image.model_dump(),
+        **image_values(image),
         "feature_width": backbone.feature_width,
         "head": None if head is None else describe_head(head),
         "key_width": backbone.feature_width if head is None else head_widths(head)[-1],

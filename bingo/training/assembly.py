@@ -14,7 +14,7 @@ from bingo.images.images import Images
 from bingo.images.loader import ViewLoader
 from bingo.methods.contract import Context, Method, build_method
 from bingo.nets.backbones import build_backbone, check_images
-from bingo.params import DistillParams, MethodSection, NetworkParams, Params, PretrainParams
+from bingo.params import DistillParams, ImageParams, MethodSection, NetworkParams, Params, PretrainParams
 from bingo.training.batches import Stored
 
 if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """The description of one training in params.yaml. `place`: the section of its schedule, for messages; `keys`: see `Context`."""
+    """The description of one training in params.yaml. `place`: the section of its schedule, for messages; `image`: what the network
+    sees; `keys`: see `Context`."""
 
     params: Params
     method: str
@@ -32,6 +33,7 @@ class TrainingSetup:
     network: NetworkParams
     schedule: DistillParams | PretrainParams
     place: str
+    image: ImageParams
     keys: str = "momentum"
 
     @property
@@ -50,7 +52,7 @@ class TrainingSetup:
         """The method with a new student. Raises UserError if the student cannot be built, or does not accept images of image.crop_px."""
         network, seed = self.network, self.params.seed
         student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(seed, "student"), network.options)
-        check_images(student, network.arch, self.params.image.crop_px)
+        check_images(student, network.arch, self.image.crop_px)
         context = Context(
             student=student,
             feature_width=student.feature_width,
@@ -65,23 +67,24 @@ class TrainingSetup:
         )
         return build_method(self.method, self.section, context)
 
-    def loader(self, images: Images, device: torch.device) -> ViewLoader:
-        """Random views of `images` with the training's augmentation."""
-        return ViewLoader(images, self.params.image, self.schedule.augment, self.params.seed, device)
+    def loader(self, images: Images, device: torch.device, teacher: "Teacher | None" = None) -> ViewLoader:
+        """Random views of `images` with the training's augmentation; for live keys also those of a teacher that sees another size."""
+        other = teacher.image if teacher is not None and self.keys == "live" and teacher.image != self.image else None
+        return ViewLoader(images, self.image, self.schedule.augment, self.params.seed, device, teacher_image=other)
 
 
 def distillation(params: Params) -> TrainingSetup:
     """The stage `distill`: the student from the teacher."""
-    distill = params.distill
-    return TrainingSetup(params, distill.method, params.methods.section(distill.method), params.student, distill, "distill", distill.keys)
+    distill, section = params.distill, params.methods.section(params.distill.method)
+    return TrainingSetup(params, distill.method, section, params.student, distill, "distill", params.image, distill.keys)
 
 
 def baseline(params: Params, method: str) -> TrainingSetup:
     """The stage `baseline`: the same student with the same schedule, by a method without a teacher."""
-    return TrainingSetup(params, method, params.methods.section(method), params.student, params.distill, "distill")
+    return TrainingSetup(params, method, params.methods.section(method), params.student, params.distill, "distill", params.image)
 
 
 def pretraining(params: Params) -> TrainingSetup:
     """The stage `teacher` if teacher.source is `pretrain`: MoCo-v2 on the teacher's network."""
     pretrain = params.teacher.pretrain
-    return TrainingSetup(params, "moco", pretrain.moco, params.teacher, pretrain, "teacher.pretrain")
+    return TrainingSetup(params, "moco", pretrain.moco, params.teacher, pretrain, "teacher.pretrain", params.teacher_image)

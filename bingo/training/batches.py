@@ -106,6 +106,9 @@ class Batches:
             assert self.bags is not None, "a method that needs members is given bags"
             member_rows_B = self.bags.draw(rows_B, seeds.uniforms(self.seed, "member", epoch, rows_B)[:, 0])
             requests += [Request(member_rows_B, rows_B, "member", epoch, view) for view in range(needs.member_views)]
+        if self.loader.teacher_image is not None:
+            live = [*needs.live_anchor_views, *(needs.anchor_views + view for view in needs.live_member_views)]
+            requests += [replace(requests[number], for_teacher=True) for number in live]
         return BatchPlan(rows_B, member_rows_B, view_SB, requests)
 
     def _companions(self, epoch: int, rows_B: np.ndarray) -> np.ndarray:
@@ -125,8 +128,12 @@ class Batches:
 
     def make(self, plan: BatchPlan, views: list[Tensor]) -> Batch:
         """A plan with its views, and the stored keys and features of its rows."""
-        device, anchors = views[0].device, self.needs.anchor_views
-        batch = Batch(upload(plan.rows_B, device), views[:anchors], member_views=views[anchors:], host_rows_B=plan.rows_B)
+        device, needs, anchors = views[0].device, self.needs, self.needs.anchor_views
+        members = views[anchors : anchors + needs.member_views]
+        batch = Batch(upload(plan.rows_B, device), views[:anchors], member_views=members, host_rows_B=plan.rows_B)
+        if live := views[anchors + needs.member_views :]:
+            batch.live_anchor_views = dict(zip(needs.live_anchor_views, live, strict=False))
+            batch.live_member_views = dict(zip(needs.live_member_views, live[len(needs.live_anchor_views) :], strict=True))
         if plan.member_rows_B is not None:
             batch.member_rows_B = upload(plan.member_rows_B, device)
         if self.needs.stored_keys:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bingo.params import read_yaml, validate
+from bingo.params.known import OWN
 from bingo.planning.recipes import Recipe, as_text, flattened, lay_over, read_recipe, recipe_names
 from bingo.report.measures import measure_label
 
 ROWS = "imagenet-"
 # The columns, each with the keys and sections of params.yaml that it shows; a value is shown under the longest match.
 COLUMNS = {
-    "Teacher": ("teacher.checkpoint",),
+    "Teacher": ("teacher.name",),
     "Student": ("student",),
     "Views and bags": ("image", "distill.augment", "extract.views", "bagging"),
     "Training": ("distill",),
@@ -84,7 +85,7 @@ def _is_shown(key: str, ours: Mapping[str, Any], published: Mapping[str, Any]) -
     cosine."""
     section = key.rpartition(".")[0]
     means_something = {
-        "teacher.checkpoint": ours["teacher.source"] == "checkpoint",
+        "teacher.name": ours["teacher.name"] != OWN,
         "bagging.clusters": ours["bagging.method"] == "kmeans",
         f"{section}.drop_factor": ours.get(f"{section}.drop_epochs") is not None,
     }

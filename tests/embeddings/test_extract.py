@@ -53,7 +53,7 @@ def pixels(rows: int = ROWS) -> np.ndarray:
 
 
 def small_teacher() -> Teacher:
-    metadata = {"arch": "resnet18", "width": 0.125, "stem": "small", "feature_width": WIDTH, "key_width": KEY_WIDTH}
+    metadata = {"arch": "resnet18", "width": 0.125, "stem": "small", "feature_width": WIDTH, "key_width": KEY_WIDTH, **IMAGE.model_dump()}
     backbone = build_backbone("resnet18", 0.125, "small", 1)
     return Teacher(backbone, mlp_head([WIDTH, 16, KEY_WIDTH], 2), metadata)
 
@@ -64,7 +64,7 @@ def run(folder: Path, teacher=None, images=None, params=EXTRACT, seed=0) -> Path
     teacher = small_teacher() if teacher is None else teacher
     rows = listing(len(images), min(TRAIN_ROWS, len(images)))
     state, out = folder / "state", folder / "out"
-    extract_embeddings(teacher, rows, images, params, IMAGE, seed, state, out, CPU, {"teacher": "bb22"})
+    extract_embeddings(teacher, rows, images, params, seed, state, out, CPU, {"teacher": "bb22"})
     return out
 
 
@@ -262,7 +262,7 @@ class Pooled(nn.Module):
 
 
 def plain_teacher(change) -> Teacher:
-    return Teacher(Pooled(change), None, {"feature_width": 3, "key_width": 3})
+    return Teacher(Pooled(change), None, {"feature_width": 3, "key_width": 3, **IMAGE.model_dump()})
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])
@@ -294,7 +294,7 @@ def test_what_differs_by_rounding_alone_is_refused_and_keys_are_looked_at_too(tm
         run(tmp_path / "zeros", plain_teacher(torch.zeros_like))
     constant = nn.Linear(3, 3)
     nn.init.zeros_(constant.weight)
-    metadata = {"feature_width": 3, "key_width": 3}
+    metadata = {"feature_width": 3, "key_width": 3, **IMAGE.model_dump()}
     with pytest.raises(UserError, match="gives all 21 images the same key"):
         run(tmp_path / "keys", Teacher(Pooled(torch.clone), constant, metadata))
     unequal = torch.tensor([1.0, -1.0, 0.5])  # or all keys point the same way
@@ -318,7 +318,7 @@ def test_returned_rate_counts_every_view(tmp_path, monkeypatch):
     monkeypatch.setattr(extract, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     state, out = tmp_path / "state", tmp_path / "out"
     images = MemoryImages(pixels())
-    rate = extract_embeddings(small_teacher(), listing(), images, EXTRACT, IMAGE, 0, state, out, CPU, {"teacher": "b"})
+    rate = extract_embeddings(small_teacher(), listing(), images, EXTRACT, 0, state, out, CPU, {"teacher": "b"})
     assert rate == (ROWS + 3 * TRAIN_ROWS) / 4
 
 
@@ -328,9 +328,9 @@ def test_teacher_quality_is_compared_with_an_untrained_network_and_chance(tmp_pa
     of_images = listing(train_rows=train_rows)
     teacher = plain_teacher(torch.clone)
     teacher.metadata |= {"arch": "resnet18", "width": 0.125, "stem": "small"}
-    extract_embeddings(teacher, of_images, images, EXTRACT, IMAGE, 0, tmp_path / "state", tmp_path / "out", CPU, {"teacher": "b"})
+    extract_embeddings(teacher, of_images, images, EXTRACT, 0, tmp_path / "state", tmp_path / "out", CPU, {"teacher": "b"})
     embeddings = read_embeddings(tmp_path / "out", of_images)
-    quality = teacher_quality(embeddings, of_images, images, teacher, IMAGE, 0, CPU)
+    quality = teacher_quality(embeddings, of_images, images, teacher, 0, CPU)
     assert quality["teacher_knn"] == 100.0  # mean colours distinguish even from odd rows
     assert 20 <= quality["chance"] <= 80
     assert 0 <= quality["random_knn"] <= 100

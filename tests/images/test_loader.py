@@ -1,6 +1,7 @@
 """The loader: equal pixels for equal keys, whatever the workers, the batches and the other views; files as the memory path."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 
 from bingo.datasets.sources import scan
-from bingo.images import decoding
+from bingo.images import decode_crops, decoding
 from bingo.images.augment import cropped_views, random_views
 from bingo.images.decode import decode_rgb
 from bingo.images.draws import crop_boxes, draw_views
@@ -154,6 +155,60 @@ def test_each_image_of_a_plan_is_decoded_once(files, monkeypatch):
     monkeypatch.setattr(decoding, "decode_crops", lambda content, *rest: decoded.append(content) or decode(content, *rest))
     views(files, [[_request([5, 6]), _request([6, 5, 5], view=1), _request([8])]])
     assert len(decoded) == len(set(decoded)) == 3
+
+
+FOR_TEACHER = BicubicImageParams(crop_px=20, resize_px=22, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_view_for_the_teacher_is_the_students_at_the_teachers_size_and_normalisation(kind, workers, request):
+    """Bit for bit what a loader of either alone gives, in whatever order they are asked for."""
+    if kind == "memory" and workers:
+        pytest.skip("nothing is decoded")
+    images = request.getfixturevalue(kind)
+    plan = [_request([5, 6, 5]), _request([6, 5, 5], view=1), _request([8, 6, 7], view=1)]
+    for_teacher = [replace(plan[2], for_teacher=True), replace(plan[0], for_teacher=True)]
+    loader = ViewLoader(images, IMAGE, AUGMENT, 0, CPU, workers, FOR_TEACHER)
+    ((*students, third, first),) = loader.views([[*plan[:2], plan[2], *for_teacher]])
+    (expected,) = ViewLoader(images, IMAGE, AUGMENT, 0, CPU, 0).views([plan])
+    (teachers,) = ViewLoader(images, FOR_TEACHER, AUGMENT, 0, CPU, 0).views([[plan[2], plan[0]]])
+    for got, want in zip([*students, third, first], [*expected, *teachers], strict=True):
+        assert torch.equal(got, want)
+    assert first.shape == (3, 3, 20, 20)
+
+
+def test_both_see_the_same_box_of_the_image_by_torchvisions_definition(memory):
+    rows = np.array([4, 9])
+    plan = [_request(rows), replace(_request(rows), for_teacher=True)]
+    ((student, teacher),) = ViewLoader(memory, IMAGE, UNCOLOURED, 0, CPU, 0, FOR_TEACHER).views([plan])
+    crops, _ = draw_views(UNCOLOURED, 0, "train", 0, rows, 0)
+    for i, (top, left, height, width) in enumerate(crop_boxes(crops, memory.side_px, memory.side_px).tolist()):
+        pixels = torch.from_numpy(memory.images_NSS3[rows[i]]).permute(2, 0, 1) / 255
+        for seen, got in ((IMAGE, student[i]), (FOR_TEACHER, teacher[i])):
+            mode = tv.InterpolationMode(seen.interpolation)
+            view = tv.resized_crop(pixels, top, left, height, width, [seen.crop_px, seen.crop_px], mode, antialias=True).clamp(0, 1)
+            view = view.flip(2) if crops.flip_B[i] else view
+            torch.testing.assert_close(got, tv.normalize(view, seen.mean, seen.std), rtol=0, atol=2e-4)
+
+
+def test_for_teacher_and_student_an_image_is_decoded_once_and_large_enough_for_both(tmp_path, monkeypatch):
+    """A JPEG file of 400 px would be decoded at a quarter for views of 16 px; for the teacher's of 180 px it is not."""
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(tmp_path / "a.jpg")
+    decoded, factors = [], []
+    decode, shrunk = decoding.decode_crops, decode_crops._crops_of_shrunk
+    monkeypatch.setattr(decoding, "decode_crops", lambda content, *rest: decoded.append(content) or decode(content, *rest))
+    monkeypatch.setattr(
+        decode_crops, "_crops_of_shrunk", lambda image, factor, wanted: factors.append(factor) or shrunk(image, factor, wanted)
+    )
+    whole = UNCOLOURED.model_copy(update={"crop_scale": [0.9, 1.0]})
+    small = IMAGE.model_copy(update={"crop_px": 16, "resize_px": 16})
+    images, large = FileImages(str(tmp_path), ["a.jpg"]), FOR_TEACHER.model_copy(update={"crop_px": 180, "resize_px": 180})
+    for other, expected in ((None, [8]), (large, [8])):
+        plan = [_request([0])] + ([replace(_request([0]), for_teacher=True)] if other else [])
+        next(ViewLoader(images, small, whole, 0, CPU, 0, other).views([plan]))
+        assert factors == expected
+    assert len(decoded) == 2
 
 
 def test_memory_and_file_views_nearly_agree(memory, tmp_path):

@@ -300,7 +300,7 @@ def test_a_format_is_named_by_its_own_file_alone(name):
 
 
 def test_every_format_is_tested():
-    assert sorted({*published.WITH_A_HEAD, "byol", "simclr", "dinov2", "dinov3"}) == format_names()
+    assert sorted({*published.WITH_A_HEAD, "byol", "simclr", "dinov2", "dinov3", "efficientnet_pytorch"}) == format_names()
 
 
 def weights_of(name: str, content: dict) -> dict:

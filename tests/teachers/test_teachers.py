@@ -315,10 +315,10 @@ def test_published_weights_need_their_own_shape_normalisation_and_library(tmp_pa
     assert "set teacher.source: torchvision" in refusal(teacher_params(source="timm", arch="torchvision/resnet18"))
     assert "set teacher.arch: torchvision/resnet18" in refusal(teacher_params(source="torchvision", arch="resnet18"))
     vit = teacher_params(source="timm", arch="test_vit")
-    assert "expect [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]; set image.mean and image.std to these" in refusal(vit)
+    assert "expect [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]; set teacher.image.mean and teacher.image.std to these" in refusal(vit)
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pt")
     local = vit.model_copy(update={"checkpoint": str(tmp_path / "vit.pt")})
-    assert "image.crop_px = 20: test_vit does not accept this size" in refusal(local)
+    assert "teacher.image.crop_px = 20: test_vit does not accept this size" in refusal(local)
     assert "right if teacher.checkpoint was trained otherwise" in capsys.readouterr().err
 
 

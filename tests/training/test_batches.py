@@ -13,7 +13,7 @@ from bingo.bags.index import Bags
 from bingo.images.images import FileImages, Images, MemoryImages
 from bingo.images.loader import Request, ViewLoader
 from bingo.methods.contract import Batch, Needs
-from bingo.params import AugmentParams, ImageParams
+from bingo.params import AugmentParams, BicubicImageParams, ImageParams
 from bingo.training.batches import Batches, Stored
 
 CPU = torch.device("cpu")
@@ -77,6 +77,23 @@ def teacher_views(images: Images, row: int) -> list[torch.Tensor]:
 
 def every_batch(made: Batches, epoch: int = 0) -> list[Batch]:
     return list(made.epoch(epoch, 0))
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_a_live_teacher_of_another_size_sees_the_views_that_the_method_names_and_the_student_sees_its_own(kind, request):
+    images, other = request.getfixturevalue(kind), BicubicImageParams(crop_px=18, resize_px=20, mean=[0.4] * 3, std=[0.3] * 3)
+    needs = Needs(anchor_views=2, member_views=2, live_anchor_views=(1,), live_member_views=(0, 1))
+    usual = every_batch(batches(needs, images, knn_bags()))
+    as_teacher = Batches(needs, ViewLoader(images, other, STRONG, 0, CPU, workers=0), 0, ROWS, BATCH, knn_bags(), stored())
+    loader = ViewLoader(images, IMAGE, STRONG, 0, CPU, workers=0, teacher_image=other)
+    for batch, alone, seen in zip(
+        Batches(needs, loader, 0, ROWS, BATCH, knn_bags(), stored()).epoch(0, 0), usual, every_batch(as_teacher), strict=True
+    ):
+        for mine, theirs in ((batch.anchor_views, alone.anchor_views), (batch.member_views, alone.member_views)):
+            assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
+        assert torch.equal(batch.anchor_for_teacher(1), seen.anchor_views[1])
+        assert all(torch.equal(batch.member_for_teacher(view), seen.member_views[view]) for view in (0, 1))
+        assert alone.anchor_for_teacher(1) is alone.anchor_views[1]
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])

