@@ -10,6 +10,7 @@ from bingo.pipeline.commands import from_here
 from bingo.runtime.errors import USER_MISTAKE
 
 if TYPE_CHECKING:
+    from bingo.params import TeacherParams
     from bingo.planning.recipes import About, Recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -94,22 +95,20 @@ def show(name: Name) -> None:
             continue
         typer.echo(f"  {key}: {as_text(value)}")
     typer.echo()
-    for line in _about_lines(recipe):
+    for line in _about_lines(recipe, params.teacher):
         typer.echo(line)
     typer.echo("\n".join(cost_lines(params, recipe.about)))
 
 
-def _about_lines(recipe: "Recipe") -> list[str]:
+def _about_lines(recipe: "Recipe", teacher: "TeacherParams") -> list[str]:
     """The published figures, the teacher, and the differences from the published settings."""
     from bingo.report.measures import measure_label
 
     about = recipe.about
     lines = [f"published: {measure_label(measure)} {percent} % ({about.source})" for measure, percent in about.expected.items()]
     if about.teacher is not None:
-        teacher, file = about.teacher, recipe.overlay["teacher"]
-        lines.append(
-            f"teacher: {file['checkpoint']}, format {file['format']}, see the {teacher.published_by}, linear {teacher.linear_top1} %"
-        )
+        file = f"{teacher.checkpoint}, format {teacher.format}"
+        lines.append(f"teacher: {file}, see the {about.teacher.published_by}, linear {about.teacher.linear_top1} %")
     return lines + [f"deviates: {line}" for line in about.deviates]
 
 

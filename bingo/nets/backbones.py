@@ -108,7 +108,7 @@ def check_images(backbone: Backbone, arch: str, crop_px: int, key: str = "image.
         raise UserError(f"arch = {arch}: gives {shape} for one image instead of one pooled feature row; choose another network")
     if (grids := resampled_grids(backbone, crop_px)) and distributed.rank() == 0:
         trained, seen = ("x".join(map(str, grid)) for grid in grids)
-        say_once(f"arch = {arch}: its position embedding of {trained} patches is resampled to {seen}, for {key} = {crop_px}")
+        say_once(f"arch = {arch}: its position embedding of {trained} patches is resampled to {seen} for images of {crop_px} px")
 
 
 @cache
