@@ -107,7 +107,7 @@ def _about_lines(recipe: "Recipe", teacher: "TeacherParams") -> list[str]:
     about = recipe.about
     lines = [f"published: {measure_label(measure)} {percent} % ({about.source})" for measure, percent in about.expected.items()]
     if about.teacher is not None:
-        file = f"{teacher.checkpoint}, format {teacher.format}"
+        file = f"{teacher.checkpoint}, format {teacher.format}" if teacher.checkpoint else teacher.arch
         lines.append(f"teacher: {file}, see the {about.teacher.published_by}, linear {about.teacher.linear_top1} %")
     return lines + [f"deviates: {line}" for line in about.deviates]
 
