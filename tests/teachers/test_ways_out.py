@@ -119,7 +119,7 @@ def test_a_head_of_another_format_and_a_normalisation_of_other_weights(tmp_path,
     torch.save({"state_dict": moco(str)}, tmp_path / "net.pt")
     make_teacher(params, IMAGE, 0)
     published = params_of(tmp_path, arch="test_vit", width=1.0, checkpoint=None)
-    with pytest.raises(UserError, match=r"set image\.mean and image\.std to these") as caught:
+    with pytest.raises(UserError, match=r"set teacher\.image\.mean and teacher\.image\.std to these") as caught:
         make_teacher(published, IMAGE, 0)
     expected = str(caught.value).rpartition(" expect ")[2]
     mean, std = ([float(x) for x in values.split(", ")] for values in re.findall(r"\[([^\]]+)\]", expected))
