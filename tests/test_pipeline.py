@@ -67,6 +67,7 @@ def expected_deps(stage: str, method: str) -> set[str]:
         roots |= {f"bingo/methods/{method}.py"}
     if stage == "teacher":  # so is a format, which a name in `teacher.name` may stand for
         roots |= {f"bingo/teachers/formats/{name}.py" for name in format_names()}
+        roots |= {str(path.relative_to(ROOT)) for path in ROOT.glob("bingo/nets/own/*.py") if path.stem != "__init__"}
     return set().union(*(closure(root, INFRASTRUCTURE) for root in roots)) - (WATCHING if stage in WATCHED else set())
 
 

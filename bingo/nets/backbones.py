@@ -5,9 +5,11 @@ loaded by the library. Shape letters: B images of a batch, D feature width.
 """
 
 import copy
+import importlib.util
 import sys
 from collections.abc import Mapping
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -22,6 +24,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torchvision import models as vision
 
+from bingo.params.arch_names import OWN
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError
 
@@ -51,7 +54,8 @@ class Backbone(nn.Module):
 def build_backbone(arch: str, width: float, stem: str, seed_value: int, options: Mapping[str, Any] | None = None) -> Backbone:
     """The network `arch` with seeded initial weights and no classifier; torch's global generator does not change.
 
-    `arch` is a timm name or torchvision/NAME. `width` multiplies all channels of a plain ResNet of timm (2.0 of resnet50 is
+    `arch` is a timm name, torchvision/NAME or FILE.py:FUNCTION of bingo/nets/own.
+    `width` multiplies all channels of a plain ResNet of timm (2.0 of resnet50 is
     SwAV's R50x2: Caron et al. 2020, src/resnet50.py, `widen`). `stem` is `imagenet` (the usual one) or `small`: a
     first convolution with stride 1, which in ResNets is 3x3 and not followed by max pooling. A timm vision transformer accepts images of
     any whole number of patches: its position embedding is resampled. `options` are settings that published weights need beyond
@@ -74,7 +78,10 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
     pooling = arguments.pop("pooling", None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_value)
-        net = _torchvision(arch, width, rates) if arch.startswith("torchvision/") else _timm(arch, width, stem, arguments, rates)
+        if ".py:" in arch:
+            net = _own(arch, width, rates)
+        else:
+            net = _torchvision(arch, width, rates) if arch.startswith("torchvision/") else _timm(arch, width, stem, arguments, rates)
         if momentum is not None:
             _set_momentum(net, arch, momentum)
         if padding == "same":
@@ -84,6 +91,34 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
         if stem == "small":
             _make_stem_small(net, arch)
     return cast(Backbone, net)
+
+
+def made_by_factory(arch: str) -> tuple[Any, ...]:
+    """What the function FILE.py:FUNCTION in bingo/nets/own returns: a module and its feature width, and for a teacher mean, std and image
+    size. Raises UserError if it cannot be called, or returns something else."""
+    file, function = arch.rsplit(":", 1)
+    try:
+        spec: Any = importlib.util.spec_from_file_location(f"bingo.nets.own.{Path(file).stem}", OWN / file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        made = getattr(module, function)()
+    except Exception as error:  # the user's own code raises anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UserError(f"factory = {arch}: the call in bingo/nets/own/{file} fails ({reason}); mend the file") from None
+    if not (isinstance(made, tuple) and len(made) in (2, 5) and isinstance(made[0], nn.Module) and isinstance(made[1], int)):
+        raise UserError(f"factory = {arch}: returns {type(made).__name__}, not a module and its width; see bingo/nets/own/example.py")
+    return made
+
+
+def _own(arch: str, width: float, rates: dict[str, float]) -> nn.Module:
+    for rate, value in rates.items():
+        raise UserError(f"{rate} = {value}: is not passed to {arch}; set {rate}: 0.0, and set the rate in the file")
+    if width != 1:
+        raise UserError(f"width = {width}: {arch} cannot be scaled; set width: 1.0")
+    made = made_by_factory(arch)
+    net: Any = made[0]
+    net.feature_width, net.classifier_names = made[1], ()
+    return net
 
 
 def is_transformer(arch: str) -> bool:

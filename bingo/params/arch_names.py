@@ -1,5 +1,6 @@
 """Names of networks and of their weights, read from the source text of timm and torchvision, because importing them would take seconds."""
 
+import ast
 import importlib.util
 import re
 from functools import cache
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from bingo.runtime.errors import near_matches
 
+OWN = Path(__file__).parents[1] / "nets/own"
 _TAGGED = re.compile(r"""['"](\w+)\.(\w+)['"]\s*:""")
 _REGISTERED = re.compile(r"^@register_model(?:\(\))?\s*\n(?:@[^\n]*\n)*def (\w+)\(", re.MULTILINE)
 
@@ -34,6 +36,8 @@ def weight_tags() -> dict[str, tuple[str, ...]]:
 
 def arch_mistake(arch: str) -> str | None:
     """The error in `arch`, with a way to fix it, or None if it is one of `arch_names`, or NAME.TAG for timm."""
+    if ".py" in arch:
+        return own_mistake(arch)
     name, dot, tag = arch.partition(".")
     if name not in arch_names():
         plain = re.sub(r"^(hf[-_]hub:)?timm/", "", arch)
@@ -46,6 +50,22 @@ def arch_mistake(arch: str) -> str | None:
     if not tags:
         return f"torchvision has no tags, {name} stands for its default weights; set arch: {name}"
     return f"timm has no weights of {name} with this tag{near_matches(tag, tags)}; it has {', '.join(tags)}"
+
+
+def own_mistake(factory: str) -> str | None:
+    """What is wrong with a network of the user's own, FILE.py:FUNCTION in the folder OWN, or None; the file is parsed, not run."""
+    file, _, function = factory.partition(":")
+    if not re.fullmatch(r"\w+\.py", file) or not (OWN / file).is_file():
+        names = sorted(path.name for path in OWN.glob("*.py") if path.stem != "__init__")
+        return f"allowed is FILE.py:FUNCTION of a file in bingo/nets/own{near_matches(file, names)}; put the file there, next to example.py"
+    try:
+        parsed = ast.parse((OWN / file).read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        return f"bingo/nets/own/{file} is not valid Python ({error}); mend it"
+    functions = [node.name for node in parsed.body if isinstance(node, ast.FunctionDef)]
+    if function not in functions:
+        return f"bingo/nets/own/{file} has no such function{near_matches(function, functions)}; set one of {', '.join(functions) or 'none'}"
+    return None
 
 
 def _registered(package: str, folder: str, folders: bool = True) -> list[str]:

@@ -119,7 +119,7 @@ def filled(section: dict[str, Any]) -> dict[str, Any]:
         return section
     known = known_teacher(str(name))
     image, pooling = section.get("image"), section.get("pooling")
-    found = section | known.teacher.model_dump() | {"checkpoint": section.get("checkpoint") or known.place}
+    found = section | known.teacher.model_dump() | {"factory": None, "checkpoint": section.get("checkpoint") or known.place}
     found["pooling"] = known.teacher.pooling if pooling is None else pooling
     if isinstance(image, dict):
         found["image"] = completed(known.image.model_dump(), image)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from bingo.params.arch_names import arch_mistake, arch_names
+from bingo.params.arch_names import arch_mistake, arch_names, own_mistake
 from bingo.params.data import ImageParams, seen_image
 from bingo.params.fields import Count, FilePath, Interpolation, PerChannel, Positive, Rate, Section
 from bingo.params.known import OWN, KnownTeacher, completed, filled, known_names, known_teacher
@@ -35,7 +35,27 @@ class NetworkParams(Section):
         return {}
 
 
-class StudentParams(NetworkParams):
+class OwnNetworkParams(NetworkParams):
+    """A backbone that may be one of the user's own: `factory` is FILE.py:FUNCTION in bingo/nets/own and sets arch, width and stem."""
+
+    factory: str | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_made_by_factory(cls, section: Any) -> Any:
+        if isinstance(section, dict) and isinstance(factory := section.get("factory"), str) and own_mistake(factory) is None:
+            return section | {"arch": factory, "width": 1.0, "stem": "imagenet"}
+        return section
+
+    @field_validator("factory")
+    @classmethod
+    def _factory_exists(cls, factory: str | None) -> str | None:
+        if factory is not None and (mistake := own_mistake(factory)):
+            raise ValueError(mistake)
+        return factory
+
+
+class StudentParams(OwnNetworkParams):
     """The student's backbone, and settings for its training: `drop_path_rate`, the rate of stochastic depth (drop-connect in
     EfficientNet) in the last block, increasing linearly along the network; `drop_rate`, dropout of the pooled
     feature; `batchnorm_momentum`, the momentum of the running statistics (null: the library's default, usually 0.1).
@@ -64,14 +84,14 @@ class TeacherImageParams(Section):
     interpolation: Interpolation | None
 
 
-class TeacherParams(NetworkParams):
+class TeacherParams(OwnNetworkParams):
     """The source of the teacher: a known one by `name`, which sets source, arch, width, stem and format and takes precedence over these
     keys, or `own`, as these keys say. `checkpoint` is a file for the source `checkpoint` (and optionally for timm and torchvision),
     `format` the code that wrote it. `pooling` sets the feature of a vision transformer; null: as its weights were published.
     """
 
     name: str
-    source: Literal["pretrain", "timm", "torchvision", "checkpoint", "random"]
+    source: Literal["pretrain", "timm", "torchvision", "checkpoint", "random", "factory"]
     checkpoint: FilePath | None
     format: str
     pooling: Literal["token", "patches", "both"] | None
@@ -81,7 +101,11 @@ class TeacherParams(NetworkParams):
     @model_validator(mode="before")
     @classmethod
     def _as_named(cls, section: Any) -> Any:
-        return filled(section) if isinstance(section, dict) else section
+        if not isinstance(section, dict):
+            return section
+        if section.get("name") == OWN:
+            return section | ({"source": "factory"} if section.get("factory") else {})
+        return filled(section)
 
     @field_validator("name")
     @classmethod

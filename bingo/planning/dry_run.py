@@ -76,7 +76,7 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
     teacher stage.
     """
     teacher = params.teacher
-    if checkpoint:
+    if checkpoint or teacher.source == "factory":
         return Teacher(*make_teacher(teacher, params.teacher_image, params.seed))
     backbone = build_backbone(teacher.arch, teacher.width, teacher.stem, seeds.torch_seed(params.seed, "random teacher"), teacher.options)
     check_images(backbone, teacher.arch, params.teacher_image.crop_px, "teacher.image.crop_px")

@@ -40,7 +40,7 @@ def estimate(
     pretraining: DryTraining | None,
 ) -> Estimate:
     """The estimate for a run with these parameters and numbers of images."""
-    teacher_flops = forward_flops(teacher, _zeros(params.teacher_image))
+    teacher_flops = forward_flops(teacher, _zeros(teacher.image))
     student_flops = forward_flops(student.method.student, _zeros(params.image))
     anchor_flops = flops_per_anchor(student)
     stages = {"teacher": _training(pretraining, counts)} if pretraining is not None else {}

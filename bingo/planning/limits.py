@@ -123,7 +123,7 @@ def _tags_choose_weights(params: Params, _: int) -> Iterator[str]:
     """A tag selects timm's weights, so it has no meaning for a network that is initialised randomly or from a file."""
     for name, network, loads in (("teacher", params.teacher, params.teacher.source == "timm"), ("student", params.student, False)):
         plain, dot, _tag = network.arch.partition(".")
-        if dot and not loads:
+        if dot and not loads and not network.factory:
             source = ", or teacher.source: timm to load its weights" if name == "teacher" else ""
             yield f"{name}.arch = {network.arch}: the tag names weights that are not loaded here; set {name}.arch: {plain}{source}"
 

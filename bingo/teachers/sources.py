@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torchvision import models as vision
 
 from bingo import seeds
-from bingo.nets.backbones import Backbone, build_backbone, check_images, is_transformer
+from bingo.nets.backbones import Backbone, build_backbone, check_images, is_transformer, made_by_factory
 from bingo.nets.checkpoint import check_fits, first_names, load_strictly
 from bingo.nets.heads import layered_head
-from bingo.params import ImageParams, TeacherParams, format_names
+from bingo.params import ImageParams, TeacherParams, format_names, seen_image
+from bingo.params.arch_names import OWN
+from bingo.params.known import completed
 from bingo.params.networks import source_mistakes
+from bingo.runtime.artefacts import file_fingerprint
 from bingo.runtime.errors import UserError, near_matches
 from bingo.teachers.contract import ANY_IMAGE, FIRST_WEIGHTS, Parts
 from bingo.teachers.foreign import read_checkpoint, states_in, summary
@@ -53,12 +56,31 @@ def make_teacher(params: TeacherParams, image: ImageParams, seed: int) -> Made:
         "torchvision": lambda: from_torchvision(params, image),
         "checkpoint": lambda: from_checkpoint(params, image),
         "random": lambda: untrained(params, seed),
+        "factory": lambda: from_factory(params, seed),
     }
     if lines := list(source_mistakes(params)):
         raise UserError(lines)
+    if params.source == "factory":
+        image = _factory_image(params, image)
     backbone, head, source = makers[params.source]()
     check_images(backbone, params.arch, image.crop_px, "teacher.image.crop_px")
     return backbone, head, teacher_metadata(params, image, backbone, head, {"source": params.source, **source})
+
+
+def from_factory(params: TeacherParams, seed: int) -> Made:
+    """The network that the user's own function makes, with the weights that it has there. The file's fingerprint is part of the teacher,
+    so that an edit of the file reruns what reads the teacher."""
+    backbone = build_backbone(params.arch, params.width, params.stem, seeds.torch_seed(seed, "random teacher"), params.options)
+    return backbone, None, {"pretrained": True, "source_sha256": file_fingerprint(OWN / params.arch.rsplit(":", 1)[0])}
+
+
+def _factory_image(params: TeacherParams, image: ImageParams) -> ImageParams:
+    """`image` with the mean, std and size that the user's function returns, unless `teacher.image` sets them."""
+    made = made_by_factory(params.arch)
+    if len(made) != 5:
+        raise UserError(f"teacher.factory = {params.arch}: returns no mean, std and image size; see `teacher` in bingo/nets/own/example.py")
+    usual = {"mean": list(made[2]), "std": list(made[3]), "crop_px": made[4], "resize_px": made[4], "interpolation": image.interpolation}
+    return seen_image(completed(usual, params.image.model_dump()))
 
 
 def untrained(params: TeacherParams, seed: int) -> Made:

@@ -25,7 +25,15 @@ COLUMNS = {
     "k-NN": ("knn_eval",),
 }
 SECTIONS = [section for sections in COLUMNS.values() for section in sections]
-HIDDEN = ("distill.method", "distill.probe_every_epochs", "linear_eval.crops.nets", "bagging.iterations", "bagging.lists", "bagging.probes")
+HIDDEN = (
+    "student.factory",
+    "distill.method",
+    "distill.probe_every_epochs",
+    "linear_eval.crops.nets",
+    "bagging.iterations",
+    "bagging.lists",
+    "bagging.probes",
+)
 HEAD = """# The papers' rows
 
 The settings of every recipe `imagenet-...` when it is applied to the shipped `params.yaml`, as printed by
