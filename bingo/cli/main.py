@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from bingo.cli import browse, embed, experiments, export, recipe, teachers
+from bingo.cli import browse, embed, experiments, export, init, recipe, teachers
 from bingo.pipeline.commands import app_of, run_command
 
 STAGES = (
@@ -40,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (export, embed, experiments, teachers):
+for module in (init, export, embed, experiments, teachers):
     app.command(module.__name__.rpartition(".")[2], rich_help_panel="Tools")(module.main)
 app.add_typer(browse.app, name="bags", help="Inspect the bags of a run.", rich_help_panel="Tools")
 app.add_typer(recipe.app, name="recipe", help="List, show, check and apply recipes (named settings).", rich_help_panel="Tools")

@@ -117,7 +117,6 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the
     """Apply a recipe to params.yaml: print each change, validate the result, then write it. Comments are kept."""
     from bingo.params import read_yaml, validate
     from bingo.planning.recipes import as_text, lay_over, read_recipe
-    from bingo.runtime.artefacts import write_bytes
     from bingo.runtime.errors import UserError
 
     if root == "":
@@ -126,21 +125,28 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the
     validate(params, str(PARAMS))
     overlay = read_recipe(FOLDER, name).overlay
     if root is not None:
-        lay_over(overlay, {"dataset": {"root": _seen_from_workspace(root)}})
+        lay_over(overlay, {"dataset": {"root": seen_from_workspace(root)}})
     changes = lay_over(params, overlay)
     validate(params, f"{PARAMS} with recipe {name}")
-    write_bytes(PARAMS, _rewritten(overlay, params).encode())
+    write_params(overlay, params)
     for key, old, new in changes:
         typer.echo(f"{key}: {as_text(old)} -> {as_text(new)}")
     typer.echo(f"params.yaml: {len(changes)} changes; undo: git checkout params.yaml; next: dvc repro")
 
 
-def _seen_from_workspace(root: str) -> str:
+def seen_from_workspace(root: str) -> str:
     """A folder as written to params.yaml: as given by the user, but relative to the workspace if that is not the current folder."""
     if root.startswith("~"):
         return root
     place = from_here("--root", Path(root))
     return os.path.relpath(place) if place.is_absolute() and not Path(root).is_absolute() else root
+
+
+def write_params(overlay: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Lay `overlay` over the file params.yaml, which then holds `expected`; its remarks stay."""
+    from bingo.runtime.artefacts import write_bytes
+
+    write_bytes(PARAMS, _rewritten(overlay, expected).encode())
 
 
 def _rewritten(overlay: dict[str, Any], expected: dict[str, Any]) -> str:
@@ -152,6 +158,7 @@ def _rewritten(overlay: dict[str, Any], expected: dict[str, Any]) -> str:
     try:
         document = _yaml().load(PARAMS.read_text())
         lay_over(document, overlay)
+        _keep_lists_on_one_line(document)
         text = _dumped(document)
         if YAML(typ="safe", pure=True).load(text) == expected:
             return text
@@ -159,6 +166,18 @@ def _rewritten(overlay: dict[str, Any], expected: dict[str, Any]) -> str:
         pass
     typer.echo("warning: params.yaml: comments are lost: one behind a value would break the file; see: git diff params.yaml", err=True)
     return _dumped(expected)
+
+
+def _keep_lists_on_one_line(section: Any) -> None:
+    """New lists as [a, b], which is how the others stand in the file."""
+    from ruamel.yaml.comments import CommentedSeq
+
+    for key, value in section.items():
+        if isinstance(value, dict):
+            _keep_lists_on_one_line(value)
+        elif isinstance(value, list) and not isinstance(value, CommentedSeq):
+            section[key] = CommentedSeq(value)
+            section[key].fa.set_flow_style()
 
 
 def _dumped(document: Any) -> str:

@@ -202,7 +202,10 @@ def caveats(a: Artefacts) -> list[str]:
     if dataset.source == "digits" and dataset.placements > 1:
         found.append(f"Each digit was drawn at {dataset.placements} positions, so the test images are not independent of each other.")
     if dataset.train_images or dataset.test_images:
-        found.append("Only a subset of the dataset was used (dataset.train_images, dataset.test_images); published figures use all of it.")
+        parts = {"train": dataset.train_images, "test": dataset.test_images}
+        drawn = " and ".join(f"{count:,} {split} images" for split, count in parts.items() if count)
+        source = "the dataset's, or without a test split held out of its train images" if dataset.test_images else "the dataset's"
+        found.append(f"With this seed {drawn} were drawn from {source}; published figures use all images.")
     if leaking := _leaking_trainings(a):
         found.append(
             f"BatchNorm over the whole batch of a process ({', '.join(leaking)}: 1 group): where one process trained, the moving average's "

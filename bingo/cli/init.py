@@ -1,0 +1,178 @@
+"""bingo init: from a folder of images to a params.yaml that suits them, in one command.
+
+bingo init ~/photos --teacher dinov2-s --minutes 30
+"""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bingo.cli.recipe import FOLDER, PARAMS, seen_from_workspace, write_params
+from bingo.params.places import located
+from bingo.pipeline.commands import from_here
+from bingo.runtime.errors import printable
+
+if TYPE_CHECKING:
+    from bingo.planning.first_params import Network, Plan, Teacher
+    from bingo.planning.look import Look
+
+CPU_MINUTES, GPU_MINUTES = 30, 480
+DEFAULT_TEACHER = "dinov2-s"
+
+
+def main(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Images: train/CLASS and val/CLASS, CLASS alone, or a flat folder.")],
+    teacher: Annotated[str | None, typer.Option(help="One that `bingo teachers` lists, or its file.")] = None,
+    student: Annotated[str | None, typer.Option(help="A network of timm or torchvision/NAME; without it a ResNet-18.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="The file of the teacher's weights.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=1, help="What the whole run may take on this machine.")] = None,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Follow links that lead out of FOLDER.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be chosen, and write nothing.")] = False,
+) -> None:
+    """Look at a folder of images, choose every setting for it, and write params.yaml."""
+    from bingo.params import read_yaml, validate
+    from bingo.pipeline.run import pick_device
+    from bingo.planning.first_params import fit, measure_pace, overlay
+    from bingo.planning.look import look_at
+    from bingo.planning.recipes import lay_over, read_recipe
+    from bingo.runtime.progress import progress_bar
+
+    if not dry_run:
+        _refuse_uncommitted()
+    device, cores = pick_device(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    look = look_at(from_here("FOLDER", Path(folder)), follow_links)
+    chosen, network = _teacher(teacher, checkpoint, look, device.type), _student(student, look)
+    budget = minutes or (CPU_MINUTES if device.type == "cpu" else GPU_MINUTES)
+    with progress_bar("measuring this machine"):
+        pace = measure_pace(look, network, chosen, device, cores)
+    plan = fit(look, chosen, network, pace, budget)
+    changes = read_recipe(FOLDER, _part(look)).overlay
+    lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda"))
+    changes["dataset"]["follow_links"] = follow_links
+    params = read_yaml(PARAMS)
+    lay_over(params, changes)
+    validate(params, f"{PARAMS} for {folder}")
+    for line in [*_seen_lines(folder, look), *_choice_lines(look, plan, chosen), *_cost_lines(plan, budget, device.type, cores)]:
+        typer.echo(line)
+    if dry_run:
+        typer.echo("params.yaml is as it was: --dry-run")
+    else:
+        write_params(changes, params)
+        typer.echo("params.yaml is written; back: git checkout params.yaml; next: dvc repro")
+
+
+def _refuse_uncommitted() -> None:
+    """Raises UserError where params.yaml has changes that writing it would lose."""
+    from bingo.runtime.errors import UserError
+
+    status = subprocess.run(["git", "status", "--porcelain", "--", str(PARAMS)], capture_output=True, text=True, check=False)
+    if status.returncode or status.stdout:
+        problem = "has changes that are not committed" if status.stdout else "is in no git repository, so its values could not be restored"
+        way_out = "git commit it, or drop the changes: git checkout params.yaml" if status.stdout else "git init, and commit it"
+        raise UserError(f"params.yaml: {problem}; {way_out} (bingo init --dry-run only reports)")
+
+
+def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_type: str) -> "Teacher":
+    """The teacher that was named, by its own name or by its file's; without one DINOv2, or for small images on a CPU a new one."""
+    from bingo.params.known import known_names, known_teacher
+    from bingo.planning.first_params import SMALL_PX, Network, Teacher
+    from bingo.runtime.errors import UserError, near_matches
+
+    if name is None and checkpoint is None and look.short_px[1] <= SMALL_PX and device_type == "cpu":
+        return Teacher(None)
+    names = known_names()
+    if name is not None and name not in names and from_here("--teacher", Path(name)).is_file():
+        checkpoint, name = Path(name), _whose_file(Path(name).name)
+    if (name := name or DEFAULT_TEACHER) not in names:
+        raise UserError(f"--teacher = {name}: no known teacher and no file has this name{near_matches(name, names)}; see: bingo teachers")
+    known = known_teacher(name)
+    file = seen_from_workspace(str(checkpoint)) if checkpoint else None
+    read = file or known.place
+    if read and not Path(located(read)).is_file():
+        raise UserError(f"--teacher = {name}: its weights are not in {read}; {known.way_in}")
+    network = Network(known.teacher.arch.partition(".")[0], known.teacher.width, known.teacher.stem)
+    return Teacher(name, network, file, known.image.crop_px, known.gflop)
+
+
+def _whose_file(file_name: str) -> str:
+    """The known teacher whose weights are published under this file name. Raises UserError where there is none, or several."""
+    from bingo.params.known import known_names, known_teacher
+    from bingo.runtime.errors import UserError
+
+    published = {name: Path(known_teacher(name).file or known_teacher(name).weights).name for name in known_names()}
+    found = [name for name, published_name in published.items() if published_name == file_name]
+    if len(found) != 1:
+        problem = f"several teachers have a file of this name ({', '.join(found)})" if found else "no known teacher has a file of this name"
+        way_out = "name the teacher whose weights it holds: --teacher NAME --checkpoint FILE, see: bingo teachers"
+        raise UserError(f"--teacher = {file_name}: {problem}; {way_out}")
+    return found[0]
+
+
+def _student(arch: str | None, look: "Look") -> "Network | None":
+    from bingo.planning.first_params import Network, stem_for
+
+    return Network(arch, 1.0, stem_for(arch, look)) if arch else None
+
+
+def _part(look: "Look") -> str:
+    from bingo.planning.first_params import SMALL_PX
+
+    return "parts/small-photographs" if look.short_px[1] <= SMALL_PX else "parts/photographs"
+
+
+def _seen_lines(folder: str, look: "Look") -> list[str]:
+    """What is in the folder."""
+    classes = f"{len(look.classes):,} classes ({', '.join(look.classes[:3])}{', ...' if len(look.classes) > 3 else ''})"
+    labels = classes if look.classes else "no labels"
+    gray = f", {look.gray} of them grey" if look.gray else ""
+    least, median, most = look.short_px
+    lines = [f"{folder}: {look.train:,} train and {look.test:,} test images, {labels}", *look.remarks]
+    opened = look.sampled - len(look.unreadable)
+    lines.append(f"short side: median {median} px, from {least} to {most}, of {opened} images that were opened{gray}")
+    if look.unreadable:
+        shown = ", ".join(map(printable, look.unreadable[:3]))
+        lines.append(f"unreadable: {len(look.unreadable)} of {look.sampled} ({shown}); such files are left out, and counted")
+    return lines
+
+
+def _choice_lines(look: "Look", plan: "Plan", teacher: "Teacher") -> list[str]:
+    """What was chosen and why."""
+    from bingo.params.known import known_teacher
+    from bingo.planning.first_params import PRETRAINED, SMALL_PX, split_counts
+
+    student, (train, held_out) = plan.student, split_counts(look)
+    lines = []
+    if not look.test:
+        lines.append(f"test images: {held_out:,} of the train images are held out, as there is no test split")
+    if plan.train_images < train:
+        lines.append(f"train images: {plan.train_images:,} of {train:,} are drawn, to keep the time; all: dataset.train_images: null")
+    if teacher.name is None:
+        network = f"{PRETRAINED.arch} x {PRETRAINED.width:g}"
+        lines.append(f"teacher: {network}, trained here by MoCo-v2 on these images; published ones: bingo teachers")
+    else:
+        known = known_teacher(teacher.name)
+        weights = teacher.checkpoint or known.place or f"{known.address}, downloaded once"
+        licence = known.licence or "licence not known"
+        lines.append(f"teacher: {teacher.name} at {plan.teacher_px} px ({known.title}; {licence}); weights: {weights}")
+    kept = "kept in memory" if look.short_px[1] <= SMALL_PX else "decoded at each use"
+    lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px; images are {kept}")
+    lines.append(f"training: BINGO, {plan.epochs} epochs, {plan.views} stored views of each image")
+    if not look.classes:
+        lines.append("figures: agreement with the teacher on the test images, as there are no labels")
+    return lines
+
+
+def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int) -> list[str]:
+    """The time of the run on this machine."""
+    of_teacher, of_student, evaluations = (seconds / 60 for seconds in plan.seconds)
+    machine = f"{cores} CPU cores" if device_type == "cpu" else "one GPU"
+    parts = f"teacher {of_teacher:.1f}, student {of_student:.1f}, evaluations {evaluations:.1f}, starts the rest"
+    lines = [f"time: about {plan.minutes:.0f} minutes on {machine}, by a short trial ({parts})"]
+    if plan.minutes > budget:
+        lines.append(
+            f"warning: that is more than {budget:g} minutes, and there is nothing cheaper to choose; name a smaller teacher or student"
+        )
+    return lines

@@ -1,0 +1,247 @@
+"""What `bingo init` chooses for a folder: parameters that suit the images, in a time that this machine can keep.
+
+The time of a run is a sum of few terms, in floating-point operations of the networks and in images that are decoded; how many of either
+this machine does in a second is measured (`measure_pace`). The choice is the first of `_candidates` that fits, with as many epochs as fit.
+
+Letters: T train images, V stored views of each, E epochs.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+
+from bingo.nets.backbones import build_backbone
+from bingo.nets.precision import autocast
+from bingo.planning.costs import forward_flops
+from bingo.planning.look import Look
+
+SMALL_PX = 64  # images up to this are kept in memory at their own size, and the student's stem keeps its resolution
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
+FEWEST_TRAIN_IMAGES = 500  # the number of images is not cut further to keep the time
+MOST_DECODED_BY_SCAN, MOST_SEARCHED_EXACTLY = 200_000, 200_000
+PRETRAIN_EPOCHS = 3  # of the teacher, for each of the student
+_CROPS_PX = (224, 192, 160, 128, 96, 64)
+_LEAST_TEACHER_PX = 112  # a whole number of patches of 14 and of 16 px; for small images, which have no more to show
+_WIDTHS = (1.0, 0.5, 0.25)
+_SMALL_STEMS = ("resnet", "efficientnet", "tf_efficientnet", "mobilenetv3")
+_ANCHOR_PASSES = 6.6  # forwards that a step of BINGO costs for each anchor: two views, forward and backward, and its heads
+_PRETRAIN_PASSES = 4.2
+_NETWORKS, _PASSES = 2, 2  # evaluated: the student and the same untrained; by linear_eval and knn_eval
+_FIXED_SECONDS = 70.0  # of all stages' starts
+_TRIAL_SECONDS = 1.5
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What this machine does in a second: FLOP of the teacher's forward pass and of the student's, FLOP of training (forward and
+    backward), decoded images. Narrow networks and depthwise convolutions reach far fewer FLOP than others.
+    """
+
+    teacher_flops: float
+    inference_flops: float
+    training_flops: float
+    images: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as the sections teacher and student name it."""
+
+    arch: str
+    width: float
+    stem: str
+
+
+PRETRAINED = Network("resnet10t", 0.25, "small")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher of a run: a known one's name, network, file (None: where its data say), own crop and GFLOP of an image; or without a
+    name the network that is pretrained here.
+    """
+
+    name: str | None
+    network: Network = PRETRAINED
+    checkpoint: str | None = None
+    crop_px: int = 224
+    gflop: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen, and the seconds that it will take: of the teacher (its training and its pass), the student, the evaluations."""
+
+    student: Network
+    crop_px: int
+    teacher_px: int
+    views: int
+    train_images: int
+    epochs: int
+    seconds: tuple[float, float, float]
+
+    @property
+    def minutes(self) -> float:
+        """The whole run."""
+        return (sum(self.seconds) + _FIXED_SECONDS) / 60
+
+
+def stem_for(arch: str, look: Look) -> str:
+    """The stem that suits the images: a small one keeps the resolution of small images, in the networks that have one."""
+    return "small" if look.short_px[1] <= SMALL_PX and arch.startswith(_SMALL_STEMS) else "imagenet"
+
+
+def split_counts(look: Look) -> tuple[int, int]:
+    """Train and test images: where there is no test split a part is held out, a fifth of up to 1,000 images, a tenth of more, at most
+    5,000; of fewer than 10 images none."""
+    if look.test or look.train < 10:
+        return look.train, look.test
+    held_out = min(5000, look.train // (5 if look.train <= 1000 else 10))
+    return look.train - held_out, held_out
+
+
+def fit(look: Look, teacher: Teacher, student: Network | None, pace: Pace, minutes: float) -> Plan:
+    """The plan that makes most of the time: all images and the full student before more epochs, views or pixels.
+
+    Where nothing fits, the cheapest one, whose `minutes` say so.
+    """
+    plan = None
+    for candidate in _candidates(look, teacher, student):
+        fewest = timed(candidate, look, teacher, pace)
+        plan = fewest if plan is None or fewest.minutes < plan.minutes else plan
+        if fewest.minutes <= minutes:
+            more = timed(replace(candidate, epochs=candidate.epochs + 1), look, teacher, pace).minutes - fewest.minutes
+            epochs = candidate.epochs + int((minutes - fewest.minutes) / max(more, 1e-9))
+            return timed(replace(candidate, epochs=min(MOST_EPOCHS, epochs)), look, teacher, pace)
+    assert plan is not None
+    return plan
+
+
+def _candidates(look: Look, teacher: Teacher, student: Network | None) -> Iterator[Plan]:
+    """Plans of the fewest epochs, the preferred first."""
+    train, _ = split_counts(look)
+    median_px = look.short_px[1]
+    sides = [median_px] if median_px <= SMALL_PX else [px for px in _CROPS_PX if px <= median_px]
+    stem = stem_for("resnet18", look)
+    students = [student] if student else [Network("resnet18", width, stem) for width in _WIDTHS]
+    if teacher.name is None and student is None:
+        students = [Network("resnet10t", 0.125, stem)]
+    teachers_px = [teacher.crop_px, *([_LEAST_TEACHER_PX] if stem == "small" and teacher.crop_px > _LEAST_TEACHER_PX else [])]
+    while True:
+        for network, crop_px, teacher_px, views in product(students, sides, teachers_px, (4, 2, 1)):
+            yield Plan(network, crop_px, teacher_px, views, train, FEWEST_EPOCHS, (0.0, 0.0, 0.0))
+        if train <= FEWEST_TRAIN_IMAGES:
+            return
+        train = max(FEWEST_TRAIN_IMAGES, train // 2)
+
+
+def timed(plan: Plan, look: Look, teacher: Teacher, pace: Pace) -> Plan:
+    """A plan with the seconds that it takes at this pace."""
+    T, V, E, test = plan.train_images, plan.views, plan.epochs, split_counts(look)[1]
+    decoding = 0.0 if look.short_px[1] <= SMALL_PX else 1 / pace.images
+    student_flops = network_flops(plan.student, plan.crop_px)
+    teacher_flops = 1e9 * teacher.gflop * (plan.teacher_px / teacher.crop_px) ** 2 or network_flops(PRETRAINED, plan.crop_px)
+    of_teacher = (T * (1 + V) + test) * (teacher_flops / pace.teacher_flops + decoding)
+    if teacher.name is None:
+        of_teacher += PRETRAIN_EPOCHS * E * T * (_PRETRAIN_PASSES * teacher_flops / pace.training_flops + 2 * decoding)
+    of_student = E * T * (_ANCHOR_PASSES * student_flops / pace.training_flops + 2 * decoding)
+    evaluations = _NETWORKS * _PASSES * (T + test) * (student_flops / pace.inference_flops + decoding)
+    return replace(plan, seconds=(of_teacher, of_student, evaluations))
+
+
+@cache
+def network_flops(network: Network, crop_px: int) -> int:
+    """FLOP of one forward pass of one image."""
+    backbone = build_backbone(network.arch, network.width, network.stem, 0)
+    return forward_flops(backbone, torch.zeros(1, 3, crop_px, crop_px))
+
+
+def measure_pace(look: Look, student: Network | None, teacher: Teacher, device: torch.device, cores: int) -> Pace:
+    """Run the networks on random images, the teacher forward, the student forward and then also backward, each for some 1.5 seconds."""
+    small = look.short_px[1] <= SMALL_PX
+    network, crop_px = student or Network("resnet18", 0.5, stem_for("resnet18", look)), look.short_px[1] if small else 128
+    if teacher.name is None:
+        of_teacher = _flops_in_a_second(teacher.network, crop_px, 32, device, training=False)
+    else:
+        of_teacher = _flops_in_a_second(teacher.network, teacher.crop_px, 8, device, training=False)
+    inference, training = (_flops_in_a_second(network, crop_px, 32, device, training) for training in (False, True))
+    return Pace(of_teacher, inference, training, cores / max(look.decode_seconds, 1e-6))
+
+
+def _flops_in_a_second(network: Network, crop_px: int, batch: int, device: torch.device, training: bool) -> float:
+    backbone = build_backbone(network.arch, network.width, network.stem, 0).to(device).to(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, crop_px, crop_px, device=device).contiguous(memory_format=torch.channels_last)
+
+    def forward() -> None:
+        with torch.inference_mode(), autocast("auto", device):
+            backbone.eval()(images)
+
+    def step() -> None:
+        with autocast("auto", device):
+            loss = backbone.train()(images).float().square().mean()
+        loss.backward()
+
+    flops = batch * network_flops(network, crop_px) * (3 if training else 1)
+    return flops / _seconds_of(step if training else forward, device)
+
+
+def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call, the mean over as many as take some 1.5 seconds; the first, which is slower, does not count."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work()
+    wait()
+    begun, calls = time.perf_counter(), 0
+    while time.perf_counter() - begun < _TRIAL_SECONDS:
+        work()
+        wait()
+        calls += 1
+    return (time.perf_counter() - begun) / calls
+
+
+def overlay(look: Look, plan: Plan, teacher: Teacher, root: str, on_gpu: bool) -> dict[str, Any]:
+    """What is laid over params.yaml, beside the part `photographs` or `small-photographs`."""
+    train, held_out = plan.train_images, 0 if look.test else split_counts(look)[1]
+    small, batch = look.short_px[1] <= SMALL_PX, batch_anchors(train)
+    lr, store_px = round(0.06 * batch / 64, 4), plan.crop_px if small else None
+    resize_px = plan.crop_px if small else round(plan.crop_px * 256 / 224)
+    network = {"arch": plan.student.arch, "width": plan.student.width, "stem": plan.student.stem}
+    named = {"name": teacher.name, "checkpoint": teacher.checkpoint, "image": {"crop_px": plan.teacher_px}}
+    pretrained = {
+        "name": "own",
+        "source": "pretrain",
+        "arch": PRETRAINED.arch,
+        "width": PRETRAINED.width,
+        "stem": network["stem"],
+        "pretrain": {"epochs": PRETRAIN_EPOCHS * plan.epochs, "batch_anchors": batch, "lr": lr, "probe_every_epochs": plan.epochs},
+    }
+    return {
+        "dataset": {
+            "root": root,
+            "store_px": store_px,
+            "train_images": train if train < split_counts(look)[0] else None,
+            "test_images": held_out or None,
+            "check": "decode" if look.train + look.test <= MOST_DECODED_BY_SCAN else "header",
+        },
+        "image": {"crop_px": plan.crop_px, "resize_px": resize_px},
+        "teacher": named if teacher.name else pretrained,
+        "extract": {"views": plan.views, "batch_images": 256 if on_gpu else 64},
+        "bagging": {"k": max(1, min(5, train // 10)), "search": "exact" if train <= MOST_SEARCHED_EXACTLY else "ivf"},
+        "student": network,
+        "distill": {"epochs": plan.epochs, "batch_anchors": batch, "lr": lr, "probe_every_epochs": max(1, plan.epochs // 5)},
+        "knn_eval": {"k": [k for k in (1, 10, 20, 200) if k <= train], "agreement_k": [k for k in (1, 10, 100) if k <= train]},
+    }
+
+
+def batch_anchors(train: int) -> int:
+    """The largest power of two that leaves three steps in an epoch and is at most 64, or 256 from 20,000 images on."""
+    return 2 ** int(math.log2(max(2, min(64 if train < 20_000 else 256, train // 3))))

@@ -1,0 +1,81 @@
+"""bingo init in a workspace of its own, with a machine of known pace."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from bingo.cli.main import app
+from bingo.params import load_params, read_yaml
+from bingo.planning import first_params
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Path:
+    """A repository with the shipped parameters, and 40 small images of two classes in `images`."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for command in ("init -q", "add params.yaml", "-c user.name=a -c user.email=a@b commit -qm a"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    random = np.random.default_rng(0)
+    for i in range(40):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(first_params, "measure_pace", lambda *_: first_params.Pace(8e10, 1e11, 5e10, 200.0))
+    return tmp_path
+
+
+def init(*arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(app, ["init", *arguments])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_it_writes_parameters_for_the_folder_and_keeps_remarks(workspace):
+    shipped = (workspace / "params.yaml").read_text()
+    init("images", "--minutes", "20", "--dry-run")
+    assert (workspace / "params.yaml").read_text() == shipped
+    init("images", "--minutes", "20")
+    text, params = (workspace / "params.yaml").read_text(), load_params(workspace / "params.yaml")
+    dataset, image = params.dataset, params.image
+    assert (dataset.source, dataset.root, dataset.store_px, dataset.test_images) == ("folder", "images", 20, 8)
+    assert (image.crop_px, params.teacher.source, params.student.stem) == (20, "pretrain", "small")
+    assert (params.distill.batch_anchors, params.bagging.k, params.knn_eval.k) == (8, 3, [1, 10, 20])
+    assert [line for line in shipped.splitlines() if "#" in line] == [line for line in text.splitlines() if "#" in line]
+    assert text.count("\n") == shipped.count("\n")
+    assert "params.yaml" in init("images", code=2)
+    assert (workspace / "params.yaml").read_text() == text
+
+
+def test_a_teacher_by_name_and_a_student(workspace):
+    init("images", "--teacher", "dinov2-s", "--student", "mobilenetv3_large_100", "--minutes", "100000")
+    written, params = read_yaml(workspace / "params.yaml")["teacher"], load_params(workspace / "params.yaml")
+    assert (written["name"], written["checkpoint"], params.teacher.arch) == ("dinov2-s", None, "vit_small_patch14_dinov2.lvd142m")
+    assert (params.teacher.image.crop_px, params.teacher.image.mean) == (224, [0.485, 0.456, 0.406])
+    assert (params.student.arch, params.student.width) == ("mobilenetv3_large_100", 1.0)
+
+
+def test_a_file_is_known_by_its_published_name_or_needs_the_teachers_name(workspace):
+    (workspace / "moco_v2_800ep_pretrain.pth.tar").write_bytes(b"")
+    (workspace / "mine.pth").write_bytes(b"")
+    init("images", "--teacher", "moco_v2_800ep_pretrain.pth.tar", "--dry-run")
+    assert "mine.pth" in init("images", "--teacher", "mine.pth", code=2)
+    init("images", "--teacher", "moco-v2-r50-800", "--checkpoint", "mine.pth")
+    written = read_yaml(workspace / "params.yaml")["teacher"]
+    assert (written["name"], written["checkpoint"]) == ("moco-v2-r50-800", "mine.pth")
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["images", "--teacher", "dinov9"], ["images", "--teacher", "moco-v2-r50-800"]], ids=str)
+def test_mistakes_write_nothing(workspace, arguments):
+    shipped = (workspace / "params.yaml").read_text()
+    assert arguments[-1] in init(*arguments, code=2)
+    assert (workspace / "params.yaml").read_text() == shipped

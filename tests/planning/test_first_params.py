@@ -1,0 +1,90 @@
+"""What `bingo init` sees in a folder, and what it chooses: the times against sums by hand, the parameters against every limit."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bingo.params import read_yaml, validate
+from bingo.planning.first_params import Network, Pace, Plan, Teacher, batch_anchors, fit, network_flops, overlay, split_counts, timed
+from bingo.planning.limits import batch_mistakes, rule_mistakes
+from bingo.planning.look import Look, look_at
+from bingo.planning.recipes import lay_over, read_recipe
+from bingo.runtime.errors import UserError
+
+PHOTOS = Look(900, 100, (), 200, (300, 500, 4000), 3, (), 0.01, ())
+SLOW = Pace(teacher_flops=8e10, inference_flops=1e11, training_flops=5e10, images=200.0)
+OWN, DINO = Teacher(None), Teacher("dinov2-s", Network("vit_small_patch14_dinov2", 1.0, "imagenet"), None, 224, 12.25)
+
+
+def test_a_folder_is_seen_as_it_is(tmp_path):
+    random = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(40, 60), (80, 50), (30, 30), (200, 90)]):
+        folder = tmp_path / ("train" if i else "val") / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels[..., 0] if i == 3 else pixels).save(folder / f"{i}.png")
+    for name in ("train/a/0.png", "train/b/9.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    look = look_at(tmp_path, follow_links=False)
+    assert (look.train, look.test, look.classes, look.sampled) == (5, 1, ("a", "b"), 6)
+    assert look.short_px == (30, 45, 90)
+    assert look.gray == 1
+    assert {*look.unreadable} == {"train/a/0.png", "train/b/9.jpg"}
+    for path in tmp_path.rglob("*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="FOLDER = "):
+        look_at(tmp_path, follow_links=False)
+
+
+@pytest.mark.parametrize(("train", "test", "expected"), [(9, 0, (9, 0)), (38, 0, (31, 7)), (10_000, 0, (9000, 1000)), (80, 5, (80, 5))])
+def test_a_part_is_held_out_where_there_is_no_test_split(train, test, expected):
+    assert split_counts(replace(PHOTOS, train=train, test=test)) == expected
+
+
+def test_the_time_is_the_sum_of_its_terms():
+    student = Network("resnet18", 1.0, "imagenet")
+    plan = timed(Plan(student, 128, 224, 2, 900, 20, (0, 0, 0)), PHOTOS, DINO, SLOW)
+    flops = network_flops(student, 128)
+    assert flops == pytest.approx(2 * 1.814e9 * (128 / 224) ** 2, rel=0.01)  # of ResNet-18's published multiply-adds
+    passes = 900 * 3 + 100
+    assert plan.seconds[0] == pytest.approx(passes * (12.25e9 / 8e10 + 1 / 200))
+    assert plan.seconds[1] == pytest.approx(20 * 900 * (6.6 * flops / 5e10 + 2 / 200))
+    assert plan.seconds[2] == pytest.approx(4 * 1000 * (flops / 1e11 + 1 / 200))
+    half = timed(replace(plan, teacher_px=112), PHOTOS, DINO, SLOW)
+    assert half.seconds[0] == pytest.approx(passes * (12.25e9 / 4 / 8e10 + 1 / 200))
+
+
+@pytest.mark.parametrize("teacher", [OWN, DINO], ids=["pretrained", "named"])
+@pytest.mark.parametrize("look", [PHOTOS, replace(PHOTOS, train=60_000, short_px=(32, 32, 32))], ids=["photographs", "small"])
+def test_more_time_never_makes_less_of_a_run_and_what_fits_fits(look, teacher):
+    plans = [fit(look, teacher, None, SLOW, minutes) for minutes in (3, 10, 30, 100, 1000, 1e6)]
+    for minutes, plan in zip((10, 30, 100, 1000, 1e6), plans[1:], strict=True):
+        assert plan.minutes <= minutes or plan == plans[0]
+    assert [plan.train_images for plan in plans] == sorted(plan.train_images for plan in plans)
+    assert [plan.student.width for plan in plans] == sorted(plan.student.width for plan in plans)
+    assert (plans[-1].train_images, plans[-1].views, plans[-1].epochs) == (split_counts(look)[0], 4, 100)
+
+
+@pytest.mark.parametrize(("train", "test", "median_px"), [*product([3, 10, 38, 500, 20_000, 1_281_167], [0, 50], [8, 64, 90, 3000])])
+def test_what_is_chosen_breaks_no_limit(train, test, median_px):
+    look = replace(PHOTOS, train=train, test=test, short_px=(median_px, median_px, median_px))
+    for teacher, minutes in product((OWN, DINO), (2, 60)):
+        plan = fit(look, teacher, None, SLOW, minutes)
+        document = read_yaml(Path("params.yaml"))
+        part = "small-photographs" if median_px <= 64 else "photographs"
+        lay_over(document, read_recipe(Path("recipes"), f"parts/{part}").overlay)
+        lay_over(document, overlay(look, plan, teacher, "photos", on_gpu=False))
+        params = validate(document, "params.yaml")
+        assert rule_mistakes(params, 1) + batch_mistakes(params, plan.train_images) == []
+        assert params.image.crop_px <= max(median_px, 8)
+        assert params.dataset.test_images == (split_counts(look)[1] or None if not test else None)
+
+
+@pytest.mark.parametrize(("train", "expected"), [(3, 2), (31, 8), (500, 64), (19_999, 64), (20_000, 256)])
+def test_a_batch_leaves_three_steps(train, expected):
+    assert batch_anchors(train) == expected
