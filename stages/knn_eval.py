@@ -35,7 +35,8 @@ def main(
                 scores = {}
                 if features_ND is not None:
                     scores = neighbor_scores(features_ND, listing, ks, params.temperature, agreement, name == "teacher")
-                    run.say(f"knn_eval: {name}: {in_words(scores, '.1f')}")
+                    if scores:  # without labels the teacher has none
+                        run.say(f"knn_eval: {name}: {in_words(scores, '.1f')}")
                 write_json(paths.REPORTS / "knn" / f"{name}.json", scores)
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from bingo.cli.main import app
 from bingo.params import load_params, read_yaml
 from bingo.planning import first_params
+from bingo.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,10 +35,11 @@ def workspace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def init(*arguments: str, code: int = 0) -> str:
+def init(*arguments: str, mistake: bool = False) -> str:
+    """What the command prints, or the lines of its mistake, with which the program ends with exit code 2."""
     done = CliRunner().invoke(app, ["init", *arguments])
-    assert done.exit_code == code, done.output
-    return done.output
+    assert isinstance(done.exception, UserError) if mistake else done.exit_code == 0, done.output
+    return "\n".join(done.exception.lines) if isinstance(done.exception, UserError) else done.output
 
 
 def test_it_writes_parameters_for_the_folder_and_keeps_remarks(workspace):
@@ -52,7 +54,7 @@ def test_it_writes_parameters_for_the_folder_and_keeps_remarks(workspace):
     assert (params.distill.batch_anchors, params.bagging.k, params.knn_eval.k) == (8, 3, [1, 10, 20])
     assert [line for line in shipped.splitlines() if "#" in line] == [line for line in text.splitlines() if "#" in line]
     assert text.count("\n") == shipped.count("\n")
-    assert "params.yaml" in init("images", code=2)
+    assert "params.yaml" in init("images", mistake=True)
     assert (workspace / "params.yaml").read_text() == text
 
 
@@ -68,7 +70,7 @@ def test_a_file_is_known_by_its_published_name_or_needs_the_teachers_name(worksp
     (workspace / "moco_v2_800ep_pretrain.pth.tar").write_bytes(b"")
     (workspace / "mine.pth").write_bytes(b"")
     init("images", "--teacher", "moco_v2_800ep_pretrain.pth.tar", "--dry-run")
-    assert "mine.pth" in init("images", "--teacher", "mine.pth", code=2)
+    assert "mine.pth" in init("images", "--teacher", "mine.pth", mistake=True)
     init("images", "--teacher", "moco-v2-r50-800", "--checkpoint", "mine.pth")
     written = read_yaml(workspace / "params.yaml")["teacher"]
     assert (written["name"], written["checkpoint"]) == ("moco-v2-r50-800", "mine.pth")
@@ -77,5 +79,5 @@ def test_a_file_is_known_by_its_published_name_or_needs_the_teachers_name(worksp
 @pytest.mark.parametrize("arguments", [["nothing"], ["images", "--teacher", "dinov9"], ["images", "--teacher", "moco-v2-r50-800"]], ids=str)
 def test_mistakes_write_nothing(workspace, arguments):
     shipped = (workspace / "params.yaml").read_text()
-    assert arguments[-1] in init(*arguments, code=2)
+    assert arguments[-1] in init(*arguments, mistake=True)
     assert (workspace / "params.yaml").read_text() == shipped
