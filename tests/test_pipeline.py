@@ -108,6 +108,7 @@ def test_no_edit_of_an_evaluation_reruns_a_training(stage):
         assert not [file for file in dep_files(stage, method) if file.startswith(above)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries of DVC
 def test_dvc_runs_again_what_an_edit_concerns_and_nothing_else(tmp_path, monkeypatch):
     """As DVC itself sees it: every stage is recorded as done, a line is added to one file, and `dvc status` names the stages to run."""

@@ -163,6 +163,7 @@ def in_any_order(value):
     return sorted(map(in_any_order, value), key=str) if isinstance(value, list) else value
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # of pygtrie, which DVC uses
 def test_dvcs_own_commands_on_stages_lose_nothing_of_dvc_yaml(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -162,6 +162,7 @@ def bingo(stages: Stages, *arguments: str, folder: Path, module: str = "bingo.cl
     return stages.start_module(" ".join([module, *arguments]), folder).wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

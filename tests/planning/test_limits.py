@@ -269,6 +269,7 @@ def test_narrow_networks_have_a_channel_everywhere_or_are_refused_without_a_warn
 # In the stages.
 
 
+@pytest.mark.slow
 def test_scan_answers_with_all_limits_before_it_reads_an_image(tmp_path, stages):
     workspace = new_workspace(tmp_path / "bingo", stages, {"distill.method": "simreg", "distill.batch_anchors": 1, "teacher.width": 0.3})
     done = workspace.run("scan")

@@ -270,6 +270,7 @@ def test_every_learning_rate_is_its_papers(name, training, layer):
     assert not [line for line in recipe(f"imagenet-{name}").about.deviates if line.startswith("lr: ")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "live", "stored"),
     [("bingo-r50-200ep", 48.4, 32.06), ("bingo-r50w2", 96.6, 32.06), ("seed-r50-200ep", 18.8, 10.7), ("disco-r50-200ep", 41.3, 25.0)],
@@ -636,6 +637,7 @@ def test_check_names_what_is_missing(clone):
     assert Path("params.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_check_reads_the_checkpoint_and_the_images_that_are_there(clone):
     """A fabricated checkpoint in MoCo's layout, and a folder of as many images as a batch of the recipe, 256."""
     query = nn.Module()

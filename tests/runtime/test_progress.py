@@ -177,6 +177,7 @@ def test_a_reader_that_is_gone_does_not_stop_the_work():
     os.close(write)
 
 
+@pytest.mark.slow
 def test_a_real_terminal_has_a_bar_and_a_pipe_a_line():
     piped = subprocess.run([sys.executable, "-c", SLEEPS], capture_output=True, text=True, check=True).stderr
     assert re.fullmatch(r"scan: \d+ % \(\d+ of 30 images\), [\d.]+ images/s, 0:00:0\d left\n", piped)

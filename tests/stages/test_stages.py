@@ -410,6 +410,7 @@ def test_a_missing_or_empty_folder(own_images):
     refused(own_images, "scan", "dataset.root = images: train/ holds no images; recognised are .jpg")
 
 
+@pytest.mark.slow
 def test_class_folders_without_images_are_all_named(own_images):
     digit_folder(own_images.root / "images", ["train"], 3)
     for name in ("empty", "void"):
@@ -418,6 +419,7 @@ def test_class_folders_without_images_are_all_named(own_images):
     refused(own_images, "scan", wanted.format("empty"), wanted.format("void"))
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_named_or_counted(own_images):
     images = own_images.root / "images"
     digit_folder(images, ["train", "val"], 3)
