@@ -1,7 +1,7 @@
 """report: one offline page, reports/index.html, with results, curves, bags and parameters, from all existing outputs.
 
 The few figures that `dvc metrics` and `dvc exp show` compare go to reports/results.json. Timings, which differ from run to run, go beside
-the page to reports/run.js, which is no output of the stage.
+the page to reports/run.js, which is not an output of the stage.
 """
 
 from bingo import paths

@@ -98,7 +98,7 @@ def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_typ
 
 
 def _whose_file(file_name: str) -> str:
-    """The known teacher whose weights are published under this file name. Raises UserError where there is none, or several."""
+    """The known teacher whose weights are published under this file name. Raises UserError if there is none or more than one."""
     from bingo.params.known import known_names, known_teacher
     from bingo.runtime.errors import UserError
 

@@ -25,9 +25,9 @@ def main(name: Annotated[str | None, typer.Argument(help="All that is known of o
 def _listed(teachers: "dict[str, KnownTeacher]") -> str:
     from bingo.cli.browse_tables import table
 
-    heads = ["name", "px", "key", "params (M)", "GFLOP", "linear", "kNN", "licence", "what it is"]
+    heads = ["name", "px", "key", "params (M)", "GFLOP", "linear", "k-NN", "licence", "what it is"]
     rows = [[name, *_row(known)] for name, known in teachers.items()]
-    foot = "linear, kNN: published top-1 on ImageNet in percent. One of them: bingo teachers NAME; to use it: teacher.name: NAME"
+    foot = "linear, k-NN: published top-1 on ImageNet in percent. One of them: bingo teachers NAME; to use it: teacher.name: NAME"
     return f"{table(heads, rows, 'lrrrrrr')}\n{foot}"
 
 
@@ -43,7 +43,7 @@ def _percent(figure: float | None) -> str:
 
 def _shown(name: str, known: "KnownTeacher") -> str:
     network, image = known.teacher, known.image
-    figures = [f"{what} {figure:.1f} %" for what, figure in (("linear", known.linear_top1), ("kNN", known.knn_top1)) if figure is not None]
+    figures = [f"{what} {figure:.1f} %" for what, figure in (("linear", known.linear_top1), ("k-NN", known.knn_top1)) if figure is not None]
     rows = {
         "licence": known.licence or "not known",
         "weights": known.address,

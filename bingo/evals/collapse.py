@@ -44,5 +44,5 @@ def collapse_warning(figures: dict[str, float]) -> str | None:
     """A message if the result of `spread` indicates a collapsed network, otherwise None."""
     if figures["feature_std"] >= LEAST_STD and figures["effective_rank"] >= LEAST_RANK:
         return None
-    told = ", ".join(f"{name} {value:g}" for name, value in figures.items())
-    return f"the network has collapsed, its features hardly differ ({told}): lower lr or weight_decay, and look at the loss and the bags"
+    shown = ", ".join(f"{name} {value:g}" for name, value in figures.items())
+    return f"the network has collapsed, its features hardly differ ({shown}): lower lr or weight_decay, and look at the loss and the bags"

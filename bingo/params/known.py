@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from bingo.params.fields import Count, Interpolation, PerChannel, Positive, Section
 from bingo.params.mistakes import mistake_lines
+from bingo.params.yaml_files import read_yaml
 from bingo.runtime.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "teachers/known"
@@ -99,8 +100,6 @@ def known_names() -> list[str]:
 @cache
 def known_teacher(name: str) -> KnownTeacher:
     """The file of a known teacher. Raises UserError with a line for each mistake in it."""
-    from bingo.params.reading import read_yaml
-
     path = FOLDER / f"{name}.yaml"
     content, title = read_yaml(path), path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").strip()
     if not isinstance(content, dict):

@@ -98,8 +98,8 @@ def stem_for(arch: str, look: Look) -> str:
 
 
 def split_counts(look: Look) -> tuple[int, int]:
-    """Train and test images: where there is no test split a part is held out, a fifth of up to 1,000 images, a tenth of more, at most
-    5,000; of fewer than 10 images none."""
+    """Numbers of train and test images. Without a test split, a fifth of up to 1,000 images or a tenth of more, at most 5,000, is held out;
+    of fewer than 10 images none."""
     if look.test or look.train < 10:
         return look.train, look.test
     held_out = min(5000, look.train // (5 if look.train <= 1000 else 10))

@@ -78,11 +78,11 @@ def _chart(found: Sequence[Variant], cost: str) -> Chart | None:
     points = [point for variant in found if (point := _point(variant, cost, measure, _prefix(found)))]
     if len(points) < 2:
         return None
-    told = (f"{point.label} {point.y:.1f} percent at {point.x:.3g}" for point in points)
+    labels = (f"{point.label} {point.y:.1f} percent at {point.x:.3g}" for point in points)
     ceiling = spread(value for variant in found for value in variant.values.get(f"teacher_{measure}", {}).values())
     line = (f"teacher {ceiling.mean:.1f}", ceiling.mean) if ceiling else None
     svg = labelled_points(
-        f"cost-{cost.replace('_', '-')}", points, _AXES[cost], f"{title}, percent", line, f"{title} by {_AXES[cost]}: {'; '.join(told)}."
+        f"cost-{cost.replace('_', '-')}", points, _AXES[cost], f"{title}, percent", line, f"{title} by {_AXES[cost]}: {'; '.join(labels)}."
     )
     shapes = "Circles: with a teacher; squares: without." if len({point.kind for point in points}) > 1 else ""
     return Chart(svg, f"Mean {title} against {_AXES[cost]}. Error bars: one standard deviation over the seeds. {shapes}".strip())

@@ -74,7 +74,7 @@ def chunk_is_written(path: Path, array: zarr.Array, chunk: int) -> bool:
 def open_group(store: Any, name: str, way_out: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     """The group in `store` (a folder, or a mapping from keys to bytes), called `name` in messages, its metadata checked.
 
-    Raises UserError, ending in the command `way_out`, where there is none or its metadata are damaged.
+    Raises UserError, ending in the command `way_out`, if it does not exist or its metadata are damaged.
     """
     try:
         group = zarr.open_group(store, mode=mode, zarr_format=3)

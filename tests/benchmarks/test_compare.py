@@ -23,11 +23,11 @@ if given[:2] == ["cache", "dir"]:
     print(Path("the-cache").resolve())
 elif given[0] == "config":
     Path(".dvc").mkdir(exist_ok=True)
-    Path(".dvc/told").write_text(given[-1])
+    Path(".dvc/given").write_text(given[-1])
 else:
     name = given[given.index("--name") + 1]
     with open(os.environ["JOURNAL"], "a") as journal:
-        said = [Path.cwd().name, name, os.environ["BINGO_RUNS"], os.environ["BINGO_STATE_DIR"], Path(".dvc/told").read_text()]
+        said = [Path.cwd().name, name, os.environ["BINGO_RUNS"], os.environ["BINGO_STATE_DIR"], Path(".dvc/given").read_text()]
         said += [os.getpid(), Path("edited").exists(), Path("left-over").exists()]
         journal.write(json.dumps([*said, given[3:]]) + "\\n")
     Path("left-over").touch()

@@ -395,8 +395,8 @@ def test_bad_links_are_found_though_links_are_followed(linked):
     (links / "val/cat/twin.png").symlink_to(links / "train/cat/1.png")
     lines = lines_of(folder(links, follow_links=True))
     assert [line.split(": ")[1].split(" ")[0] for line in lines[:-1]] == ["train/cat/gone.png", "train/cat/self.png"]
-    listing, told = said(links, follow_links=True, on_bad_image="skip")
-    assert "1 test images are train images too" in told
+    listing, printed = said(links, follow_links=True, on_bad_image="skip")
+    assert "1 test images are train images too" in printed
     assert listing.paths[-2:] == ["val/cat/twin.png", "val/dog/5.png"]
     (links / "train/cat/round").symlink_to(links / "train")
     assert "leads in a circle" in lines_of(folder(links, follow_links=True))[0]

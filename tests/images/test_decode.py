@@ -39,7 +39,7 @@ FILES = {
 }  # fmt: skip
 
 
-def told(content: bytes) -> Header | str:
+def described(content: bytes) -> Header | str:
     try:
         return read_header(content)
     except BadImage as error:
@@ -54,9 +54,9 @@ def test_a_header_is_pillows(monkeypatch, name):
         for _ in range(draw.choice([1, 1, 3])):
             content[draw.randrange(draw.choice([30, 500, len(content)]))] = draw.randrange(256)
         contents.append(bytes(content[: draw.randrange(len(content))] if draw.random() < 0.2 else content))
-    ours = [told(content) for content in contents]
+    ours = [described(content) for content in contents]
     monkeypatch.setattr(decode, "_upright_jpeg", lambda content: None)
-    assert ours == [told(content) for content in contents]
+    assert ours == [described(content) for content in contents]
     assert ours[0] == Header(*((80, 60) if "turned" in name else (60, 80)), name not in ("CMYK", "turned", "turned, in XMP", "mirrored"))
     assert any(isinstance(header, str) for header in ours)
 
@@ -103,9 +103,9 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_headers_are_pillows_to_read(monkeypatch, name):
-    ours = told(ODD[name])
+    ours = described(ODD[name])
     monkeypatch.setattr(decode, "_upright_jpeg", lambda content: None)
-    assert ours == told(ODD[name])
+    assert ours == described(ODD[name])
 
 
 def test_pillow_is_used_only_if_necessary(monkeypatch):
@@ -116,12 +116,12 @@ def test_pillow_is_used_only_if_necessary(monkeypatch):
 
 def test_too_many_pixels_or_scans_are_pillows_to_refuse(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 80 - 1)
-    assert "decompression bomb" in told(FILES["plain"])
+    assert "decompression bomb" in described(FILES["plain"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read_header(FILES["plain"]).plain_jpeg
     assert read_header(FILES["progressive"]).plain_jpeg
     monkeypatch.setattr(decode, "MOST_SCANS", 2)
-    assert told(FILES["progressive"]).startswith("it has ")
+    assert described(FILES["progressive"]).startswith("it has ")
 
 
 def test_too_little_memory_is_not_the_files_fault(monkeypatch):

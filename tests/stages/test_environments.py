@@ -63,9 +63,9 @@ def test_a_folder_of_any_name_and_no_gpu_to_be_seen(tmp_path, stages, reference)
 
 @pytest.mark.parametrize("command", [["scan"], ["recipe", "list"], ["bags", "stats"]], ids=" ".join)
 def test_a_command_from_elsewhere_says_where_it_is_to_be_run(tmp_path, command):
-    told = run(tmp_path, sys.executable, "-c", "from bingo.cli.main import main; main()", *command, status=2)
-    assert told.stderr.startswith("error: ")
-    assert told.stderr.count("\n") == 1
+    printed = run(tmp_path, sys.executable, "-c", "from bingo.cli.main import main; main()", *command, status=2)
+    assert printed.stderr.startswith("error: ")
+    assert printed.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

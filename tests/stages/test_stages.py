@@ -204,9 +204,9 @@ def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
     os.kill(training, signal.SIGSTOP)
     saved = saved_step(workspace, "teacher")
     assert dvc("second", "repro", "--single-item", "teacher").wait() == 255
-    told = (workspace.root / "second").read_text()
-    assert f"is busy, it is being blocked by:\n  (PID {first.pid}): " in told
-    assert "Traceback" not in told
+    printed = (workspace.root / "second").read_text()
+    assert f"is busy, it is being blocked by:\n  (PID {first.pid}): " in printed
+    assert "Traceback" not in printed
     os.kill(training, signal.SIGCONT)
     until(lambda: saved_step(workspace, "teacher") > saved, lambda: first.poll() is not None)  # the first one is unharmed
     first.kill()

@@ -117,8 +117,8 @@ class Ended:
     @property
     def stage_status(self) -> int | None:
         """The stage's exit status as reported by dvc, None if it is not."""
-        told = re.search(r"exited with (-?\d+)", self.text)
-        return int(told[1]) if told else None
+        ended_with = re.search(r"exited with (-?\d+)", self.text)
+        return int(ended_with[1]) if ended_with else None
 
 
 @dataclass(frozen=True)

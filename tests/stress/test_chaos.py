@@ -78,16 +78,16 @@ def test_a_training_that_goes_on_within_the_interval():
 @pytest.mark.parametrize(("first", "found"), [(14, False), (12, True), (0, True)])
 def test_steps_beyond_the_interval_are_found(first, found):
     """Of steps that take 0.1 s six may be done twice: all but the last, which may end while it is saved, then end within 0.4 s."""
-    told = problems(KILLED, replace(WELL, bars=bar(first, TOTAL, 10.0, 0.1)))
-    assert bool(told) == found, told
-    assert not told or f"{20 - first} steps" in told[0]
+    reported = problems(KILLED, replace(WELL, bars=bar(first, TOTAL, 10.0, 0.1)))
+    assert bool(reported) == found, reported
+    assert not reported or f"{20 - first} steps" in reported[0]
     assert INTERVAL_SECONDS == 0.5
 
 
 def test_a_run_that_was_whole_and_is_done_again_is_found():
     """DVC was killed before its commit."""
-    (told,) = problems(Ended(255, "", bar(0, TOTAL), 7.0), replace(WELL, bars=bar(0, TOTAL, 10.0)))
-    assert f"{TOTAL} steps" in told
+    (reported,) = problems(Ended(255, "", bar(0, TOTAL), 7.0), replace(WELL, bars=bar(0, TOTAL, 10.0)))
+    assert f"{TOTAL} steps" in reported
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_a_run_that_was_whole_and_is_done_again_is_found():
     ],
 )
 def test_the_way_out(kill, text, bars, wanted):
-    told = problems(replace(KILLED, text=text), replace(WELL, bars=bars), kill=kill)
-    assert len(told) == len(wanted), told
-    assert all(words in line for words, line in zip(wanted, told, strict=True)), told
+    reported = problems(replace(KILLED, text=text), replace(WELL, bars=bars), kill=kill)
+    assert len(reported) == len(wanted), reported
+    assert all(words in line for words, line in zip(wanted, reported, strict=True)), reported
 
 
 def test_a_signal_before_or_after_the_loop_asks_for_no_checkpoint():
@@ -119,8 +119,8 @@ def test_a_signal_before_or_after_the_loop_asks_for_no_checkpoint():
 def test_extract_may_lose_two_chunks(left, found):
     """1,800 views a chunk; its bar counts what was left at its start."""
     killed = Ended(255, "exited with -15", bar(0, 4500, total=9900), 600.0)
-    told = problems(killed, Ended(0, "", bar(0, left, 1000.0, total=left), None), kill=("SIGTERM", "stage"), stage="extract")
-    assert bool(told) == found, told
+    reported = problems(killed, Ended(0, "", bar(0, left, 1000.0, total=left), None), kill=("SIGTERM", "stage"), stage="extract")
+    assert bool(reported) == found, reported
 
 
 def test_bag_begins_anew():
