@@ -36,7 +36,7 @@ def weight_tags() -> dict[str, tuple[str, ...]]:
 
 def arch_mistake(arch: str) -> str | None:
     """The error in `arch`, with a way to fix it, or None if it is one of `arch_names`, or NAME.TAG for timm."""
-    if ".py" in arch:
+    if re.search(r"\.py(:|$)", arch):  # not in a tag of timm, such as pycls_in1k
         return own_mistake(arch)
     name, dot, tag = arch.partition(".")
     if name not in arch_names():
