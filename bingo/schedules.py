@@ -10,7 +10,8 @@ def learning_rate(step: int, steps_per_epoch: int, base_lr: float, schedule: LrS
     """The learning rate at this step, counted from 0, of a training or an evaluation.
 
     During a warmup of w steps, `base_lr (step + 1) / (w + 1)`. Then, with `drop_epochs`, the step schedule of CompRess, ISD, MoCo's linear
-    layer and others; without, `base_lr (1 + cos(pi (step - w) / (total - w))) / 2`, the schedule of MoCo-v2 and of BINGO's
+    layer and others; without, a cosine from `base_lr` to `last_lr`,
+    `last_lr + (base_lr - last_lr) (1 + cos(pi (step - w) / (total - w))) / 2`, the schedule of MoCo-v2 and of BINGO's
     utils.py:151-161 (there once per epoch, here at every step). While the learning rate is held constant the cosine continues, as in
     SEED's and CoSS's tools/utils.py: after 5 of CoSS's 25 epochs the learning rate drops by a factor of 0.905.
     """
@@ -22,7 +23,7 @@ def learning_rate(step: int, steps_per_epoch: int, base_lr: float, schedule: LrS
     if step < warmup_steps + schedule.hold_epochs * steps_per_epoch:
         return base_lr
     done = (step - warmup_steps) / (schedule.epochs * steps_per_epoch - warmup_steps)
-    return 0.5 * base_lr * (1 + math.cos(math.pi * done))
+    return schedule.last_lr + 0.5 * (base_lr - schedule.last_lr) * (1 + math.cos(math.pi * done))
 
 
 def step_lr(

@@ -159,7 +159,16 @@ def test_evaluations_follow_their_schedules(tmp_path, used):
     used.clear()
     what = task()  # 27 train images
     crops = CropProbeParams(
-        nets=[], standardise=False, init_std=0.01, batch_images=9, lr=0.8, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **FALLS
+        final_lr=0.0,
+        nets=[],
+        standardise=False,
+        init_std=0.01,
+        batch_images=9,
+        lr=0.8,
+        weight_decay=0.0,
+        crop_scale=[0.5, 1.0],
+        flip_p=0.0,
+        **FALLS,
     )
     linear_on_crops(Tiny(True), what, crops, "fp32", 0, CPU, Checkpoints(tmp_path / "crops", 1e9))
     assert used == [[0.8]] * 3 + [[0.4]] * 3 + [[0.2]] * 3
@@ -167,3 +176,14 @@ def test_evaluations_follow_their_schedules(tmp_path, used):
     tune = TuneParams(batch_images=9, weight_decay=0.0, nesterov=False, init_std=0.01, **FALLS)
     ClassifierTrainer(Tiny(True), Protocol(what, tune, 0.8, 0.1), "fp32", 0, CPU, Checkpoints(tmp_path / "whole", 1e9), "test").run()
     assert used == [[0.8, 0.1]] * 3 + [[0.4, 0.05]] * 3 + [[0.2, 0.025]] * 3
+
+
+def test_a_cosine_to_a_last_rate_is_torchs():
+    """BINGO's linear layer: 120 epochs from 30 to 0.01, here at every step of an epoch of one step."""
+    crops = load_params().linear_eval.crops.model_copy(update={"epochs": 120, "drop_epochs": None, "lr": 30.0, "final_lr": 0.01})
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=30.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 120, eta_min=0.01)
+    for epoch in range(120):
+        assert learning_rate(epoch, 1, crops.lr, crops) == pytest.approx(cosine.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        cosine.step()

@@ -59,11 +59,25 @@ class CropProbeParams(CachedProbeParams, CropsParams):
     """The released protocol: a linear layer on features of random crops from the frozen backbone, for the networks in `nets`.
 
     `standardise`: normalise features to unit length and standardise them with the statistics of the train images' centre views, as
-    CompRess, SimReg and ISD do.
+    CompRess, SimReg and ISD do. `final_lr`: the learning rate at the end of a cosine.
     """
 
     nets: list[str]
     standardise: bool
+    final_lr: NotNegative
+
+    @property
+    def last_lr(self) -> float:
+        """The learning rate at the end of a cosine."""
+        return self.final_lr
+
+    @model_validator(mode="after")
+    def _cosine_ends_below_lr(self) -> Self:
+        if self.final_lr and self.drop_epochs is not None:
+            raise ValueError(f"final_lr: {self.final_lr:g} is for a cosine, but drop_epochs is {self.drop_epochs}; set final_lr: 0.0")
+        if self.final_lr >= self.lr:
+            raise ValueError(f"final_lr: {self.final_lr:g} must be less than lr, {self.lr:g}; lower final_lr")
+        return self
 
 
 class FeatureParams(Section):

@@ -30,6 +30,11 @@ class LrSchedule(Section):
         """Epochs of linear warmup."""
         return 0
 
+    @property
+    def last_lr(self) -> float:
+        """The learning rate at the end of a cosine."""
+        return 0.0
+
     @model_validator(mode="after")
     def _drops_come(self) -> Self:
         drops, least = self.drop_epochs, max(1, self.warmup_epochs)

@@ -22,7 +22,16 @@ COSINE = {"drop_epochs": None, "drop_factor": 0.1, "hold_epochs": 0, "init_std":
 CACHED = CachedProbeParams(epochs=40, batch_images=64, lr=0.1, weight_decay=1e-3, **COSINE)
 IMAGE = ImageParams(crop_px=12, resize_px=14, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
 CROP = CropProbeParams(
-    nets=["student"], standardise=False, epochs=3, batch_images=16, lr=0.2, weight_decay=0.0, crop_scale=[0.5, 1.0], flip_p=0.0, **COSINE
+    final_lr=0.0,
+    nets=["student"],
+    standardise=False,
+    epochs=3,
+    batch_images=16,
+    lr=0.2,
+    weight_decay=0.0,
+    crop_scale=[0.5, 1.0],
+    flip_p=0.0,
+    **COSINE,
 )
 
 
