@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 CPU_MINUTES, GPU_MINUTES = 30, 480
 DEFAULT_TEACHER = "dinov2-s"
+_ARGUMENTS = {  # for parameters that this command sets, in messages of what reads them
+    "dataset.root = ": "FOLDER = ",
+    "set dataset.root to ": "give ",
+    "set dataset.follow_links: true": "give --follow-links",
+    "student.arch = ": "--student = ",
+    "set student.arch: ": "give --student ",
+    "set teacher.checkpoint to it": "give it as --checkpoint",
+}
 
 
 def main(
@@ -33,13 +41,41 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be chosen, and write nothing.")] = False,
 ) -> None:
     """Look at a folder of images, choose every setting for it, and write params.yaml."""
+    from bingo.runtime.errors import UserError
+
+    _refuse_empty({"FOLDER": folder, "--teacher": teacher, "--student": student})
+    try:
+        _init(folder, teacher, student, checkpoint, minutes, follow_links, dry_run)
+    except UserError as error:
+        raise UserError([_in_arguments(line) for line in error.lines]) from None
+
+
+def _in_arguments(line: str) -> str:
+    """A message that names this command's arguments in place of the parameters that they set."""
+    for parameter, argument in _ARGUMENTS.items():
+        line = line.replace(parameter, argument)
+    return line
+
+
+def _init(
+    folder: str,
+    teacher: str | None,
+    student: str | None,
+    checkpoint: Path | None,
+    minutes: float | None,
+    follow_links: bool,
+    dry_run: bool,
+) -> None:
     from bingo.params import read_yaml, validate
+    from bingo.pipeline.launch import expected_processes
     from bingo.pipeline.run import pick_device
     from bingo.planning.first_params import fit, measure_pace, overlay
+    from bingo.planning.limits import check_limits
     from bingo.planning.look import look_at
     from bingo.planning.recipes import lay_over, read_recipe
     from bingo.runtime.progress import progress_bar
 
+    params = read_yaml(PARAMS)
     if not dry_run:
         _refuse_uncommitted()
     device, cores = pick_device(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -50,11 +86,10 @@ def main(
         pace = measure_pace(look, network, chosen, device, cores)
     plan = fit(look, chosen, network, pace, budget)
     changes = read_recipe(FOLDER, _part(look)).overlay
-    lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda"))
+    lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda", expected_processes()))
     changes["dataset"]["follow_links"] = follow_links
-    params = read_yaml(PARAMS)
     lay_over(params, changes)
-    validate(params, f"{PARAMS} for {folder}")
+    check_limits(validate(params, f"{PARAMS} for {printable(folder)}"), expected_processes())
     for line in [*_seen_lines(folder, look), *_choice_lines(look, plan, chosen), *_cost_lines(plan, budget, device.type, cores)]:
         typer.echo(line)
     if dry_run:
@@ -68,11 +103,29 @@ def _refuse_uncommitted() -> None:
     """Raises UserError where params.yaml has changes that writing it would lose."""
     from bingo.runtime.errors import UserError
 
-    status = subprocess.run(["git", "status", "--porcelain", "--", str(PARAMS)], capture_output=True, text=True, check=False)
-    if status.returncode or status.stdout:
-        problem = "has changes that are not committed" if status.stdout else "is in no git repository, so its values could not be restored"
-        way_out = "git commit it, or drop the changes: git checkout params.yaml" if status.stdout else "git init, and commit it"
-        raise UserError(f"params.yaml: {problem}; {way_out} (bingo init --dry-run only reports)")
+    command = ["git", "status", "--porcelain", "--ignored", "--", str(PARAMS)]
+    try:
+        status = subprocess.run(command, capture_output=True, text=True, check=False)
+        state, reason = status.stdout[:2], printable(status.stderr.partition("\n")[0])
+    except FileNotFoundError:
+        state, reason = "", "git is not installed"
+    if reason:
+        problem, way_out = f"its values could not be restored ({reason})", "make git status work here, with params.yaml committed"
+    elif state in ("??", "!!"):
+        problem, way_out = "is not under git, so its values could not be restored", "git add --force params.yaml, and commit it"
+    elif state:
+        problem, way_out = "has changes that are not committed", "commit them, or drop them: git checkout HEAD params.yaml"
+    else:
+        return
+    raise UserError(f"params.yaml: {problem}; {way_out} (bingo init --dry-run only reports)")
+
+
+def _refuse_empty(arguments: dict[str, str | None]) -> None:
+    """Raises UserError for each argument that is an empty string, as a shell's unset variable is."""
+    from bingo.runtime.errors import UserError
+
+    if empty := [name for name, value in arguments.items() if value == ""]:
+        raise UserError([f"{name} is empty: give a value, or leave it out" if name[0] == "-" else f"{name} is empty" for name in empty])
 
 
 def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_type: str) -> "Teacher":
@@ -84,9 +137,13 @@ def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_typ
     if name is None and checkpoint is None and look.short_px[1] <= SMALL_PX and device_type == "cpu":
         return Teacher(None)
     names = known_names()
-    if name is not None and name not in names and from_here("--teacher", Path(name)).is_file():
-        checkpoint, name = Path(name), _whose_file(Path(name).name)
-    if (name := name or DEFAULT_TEACHER) not in names:
+    if name is not None and name not in names and checkpoint is None and from_here("--teacher", Path(name)).is_file():
+        checkpoint, name = Path(name), None
+    if checkpoint and not from_here("--checkpoint", checkpoint).is_file():
+        raise UserError(f"--checkpoint = {checkpoint}: the file does not exist; give the file of the teacher's weights")
+    if name is None:
+        name = _whose_file(checkpoint.name) if checkpoint else DEFAULT_TEACHER
+    if name not in names:
         raise UserError(f"--teacher = {name}: no known teacher and no file has this name{near_matches(name, names)}; see: bingo teachers")
     known = known_teacher(name)
     file = seen_from_workspace(str(checkpoint)) if checkpoint else None
@@ -107,7 +164,7 @@ def _whose_file(file_name: str) -> str:
     if len(found) != 1:
         problem = f"several teachers have a file of this name ({', '.join(found)})" if found else "no known teacher has a file of this name"
         way_out = "name the teacher whose weights it holds: --teacher NAME --checkpoint FILE, see: bingo teachers"
-        raise UserError(f"--teacher = {file_name}: {problem}; {way_out}")
+        raise UserError(f"{file_name}: {problem}; {way_out}")
     return found[0]
 
 
@@ -125,11 +182,12 @@ def _part(look: "Look") -> str:
 
 def _seen_lines(folder: str, look: "Look") -> list[str]:
     """What is in the folder."""
-    classes = f"{len(look.classes):,} classes ({', '.join(look.classes[:3])}{', ...' if len(look.classes) > 3 else ''})"
+    names = printable(", ".join(look.classes[:3]))
+    classes = f"{len(look.classes):,} class{'es'[: 2 * (len(look.classes) > 1)]} ({names}{', ...' if len(look.classes) > 3 else ''})"
     labels = classes if look.classes else "no labels"
     gray = f", {look.gray} of them grey" if look.gray else ""
     least, median, most = look.short_px
-    lines = [f"{folder}: {look.train:,} train and {look.test:,} test images, {labels}", *look.remarks]
+    lines = [f"{printable(folder)}: {look.train:,} train and {look.test:,} test images, {labels}", *map(_in_arguments, look.remarks)]
     opened = look.sampled - len(look.unreadable)
     lines.append(f"short side: median {median} px, from {least} to {most}, of {opened} images that were opened{gray}")
     if look.unreadable:
@@ -145,7 +203,9 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "Teacher") -> list[str]:
 
     student, (train, held_out) = plan.student, split_counts(look)
     lines = []
-    if not look.test:
+    if not held_out:
+        lines.append(f"test images: none, as {train} images are too few to hold a part out")
+    elif not look.test:
         lines.append(f"test images: {held_out:,} of the train images are held out, as there is no test split")
     if plan.train_images < train:
         lines.append(f"train images: {plan.train_images:,} of {train:,} are drawn, to keep the time; all: dataset.train_images: null")
@@ -160,7 +220,7 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "Teacher") -> list[str]:
     kept = "kept in memory" if look.short_px[1] <= SMALL_PX else "decoded at each use"
     lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px; images are {kept}")
     lines.append(f"training: BINGO, {plan.epochs} epochs, {plan.views} stored views of each image")
-    if not look.classes:
+    if held_out and not look.classes:
         lines.append("figures: agreement with the teacher on the test images, as there are no labels")
     return lines
 
@@ -170,9 +230,9 @@ def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int) -> li
     of_teacher, of_student, evaluations = (seconds / 60 for seconds in plan.seconds)
     machine = f"{cores} CPU cores" if device_type == "cpu" else "one GPU"
     parts = f"teacher {of_teacher:.1f}, student {of_student:.1f}, evaluations {evaluations:.1f}, starts the rest"
-    lines = [f"time: about {plan.minutes:.0f} minutes on {machine}, by a short trial ({parts})"]
+    lines = [f"time: about {plan.minutes:.0f} min on {machine}, by a short trial ({parts})"]
     if plan.minutes > budget:
         lines.append(
-            f"warning: that is more than {budget:g} minutes, and there is nothing cheaper to choose; name a smaller teacher or student"
+            f"warning: that is more than {budget:g} min, and there is nothing cheaper to choose; name a smaller teacher or student"
         )
     return lines

@@ -136,7 +136,7 @@ def check_images(backbone: Backbone, arch: str, crop_px: int, key: str = "image.
         shape = _output_shape(backbone, crop_px)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        fitting = " or ".join(map(str, _sizes_near(backbone, crop_px)))
+        fitting = " or ".join(map(str, sizes_near(backbone, crop_px)))
         way_out = f"set {key} to {fitting}, or another arch" if fitting else "take another arch"
         raise UserError(f"{key} = {crop_px}: {arch} does not accept this size ({reason}); {way_out}") from None
     if shape != (1, backbone.feature_width):
@@ -170,19 +170,20 @@ def _output_shape(backbone: nn.Module, crop_px: int) -> tuple[int, ...]:
         backbone.train(was_training)
 
 
-def _sizes_near(backbone: Backbone, crop_px: int) -> list[int]:
+def sizes_near(backbone: Backbone, crop_px: int) -> list[int]:
     """The nearest image sizes below and above `crop_px` that the network accepts, among usual sizes and whole numbers of patches."""
     patch_px: Any = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
     sizes = {*_USUAL_PX, *getattr(backbone, "pretrained_cfg", {}).get("input_size", ())[1:]}
     if patch_px:
         patch = max(patch_px)
         sizes |= {patch * max(1, crop_px // patch), patch * (crop_px // patch + 1)}
-    below = next((size for size in sorted(sizes, reverse=True) if size < crop_px and _takes(backbone, size)), None)
-    above = next((size for size in sorted(sizes) if size > crop_px and _takes(backbone, size)), None)
+    below = next((size for size in sorted(sizes, reverse=True) if size < crop_px and takes(backbone, size)), None)
+    above = next((size for size in sorted(sizes) if size > crop_px and takes(backbone, size)), None)
     return [size for size in (below, above) if size is not None]
 
 
-def _takes(backbone: Backbone, crop_px: int) -> bool:
+def takes(backbone: Backbone, crop_px: int) -> bool:
+    """Whether the network makes a pooled feature of an image of `crop_px`."""
     try:
         return _output_shape(backbone, crop_px) == (1, backbone.feature_width)
     except (RuntimeError, AssertionError, ValueError):

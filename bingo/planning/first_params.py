@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 
-from bingo.nets.backbones import build_backbone
+from bingo.nets.backbones import build_backbone, check_images, sizes_near, takes
 from bingo.nets.precision import autocast
 from bingo.planning.costs import forward_flops
 from bingo.planning.look import Look
+from bingo.runtime.errors import UserError
 
 SMALL_PX = 64  # images up to this are kept in memory at their own size, and the student's stem keeps its resolution
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
 FEWEST_TRAIN_IMAGES = 500  # the number of images is not cut further to keep the time
+FEWEST_PX = 8  # of a crop: smaller images are enlarged
 MOST_DECODED_BY_SCAN, MOST_SEARCHED_EXACTLY = 200_000, 200_000
 PRETRAIN_EPOCHS = 3  # of the teacher, for each of the student
 _CROPS_PX = (224, 192, 160, 128, 96, 64)
@@ -106,6 +108,24 @@ def split_counts(look: Look) -> tuple[int, int]:
     return look.train - held_out, held_out
 
 
+def crops_for(look: Look, student: Network | None) -> list[int]:
+    """Sides in pixels of the crops that suit the images and that the student takes, largest first; where it takes none of these, the
+    nearest that it takes. Raises UserError for a student that cannot be built or takes no image.
+    """
+    median_px = max(FEWEST_PX, look.short_px[1])
+    sides = [median_px] if median_px <= SMALL_PX else [px for px in _CROPS_PX if px <= median_px]
+    if student is None:
+        return sides
+    try:
+        backbone = build_backbone(student.arch, student.width, student.stem, 0)
+        if fitting := [px for px in sides if takes(backbone, px)] or sizes_near(backbone, sides[0])[:1]:
+            return fitting
+        check_images(backbone, student.arch, sides[0])
+    except UserError as error:
+        raise UserError([f"--student: {line}" for line in error.lines]) from None
+    return sides
+
+
 def fit(look: Look, teacher: Teacher, student: Network | None, pace: Pace, minutes: float) -> Plan:
     """The plan that makes most of the time: all images and the full student before more epochs, views or pixels.
 
@@ -117,8 +137,8 @@ def fit(look: Look, teacher: Teacher, student: Network | None, pace: Pace, minut
         plan = fewest if plan is None or fewest.minutes < plan.minutes else plan
         if fewest.minutes <= minutes:
             more = timed(replace(candidate, epochs=candidate.epochs + 1), look, teacher, pace).minutes - fewest.minutes
-            epochs = candidate.epochs + int((minutes - fewest.minutes) / max(more, 1e-9))
-            return timed(replace(candidate, epochs=min(MOST_EPOCHS, epochs)), look, teacher, pace)
+            epochs = int(min(MOST_EPOCHS, candidate.epochs + (minutes - fewest.minutes) / max(more, 1e-9)))
+            return timed(replace(candidate, epochs=epochs), look, teacher, pace)
     assert plan is not None
     return plan
 
@@ -126,9 +146,7 @@ def fit(look: Look, teacher: Teacher, student: Network | None, pace: Pace, minut
 def _candidates(look: Look, teacher: Teacher, student: Network | None) -> Iterator[Plan]:
     """Plans of the fewest epochs, the preferred first."""
     train, _ = split_counts(look)
-    median_px = look.short_px[1]
-    sides = [median_px] if median_px <= SMALL_PX else [px for px in _CROPS_PX if px <= median_px]
-    stem = stem_for("resnet18", look)
+    sides, stem = crops_for(look, student), stem_for("resnet18", look)
     students = [student] if student else [Network("resnet18", width, stem) for width in _WIDTHS]
     if teacher.name is None and student is None:
         students = [Network("resnet10t", 0.125, stem)]
@@ -164,8 +182,8 @@ def network_flops(network: Network, crop_px: int) -> int:
 
 def measure_pace(look: Look, student: Network | None, teacher: Teacher, device: torch.device, cores: int) -> Pace:
     """Run the networks on random images, the teacher forward, the student forward and then also backward, each for some 1.5 seconds."""
-    small = look.short_px[1] <= SMALL_PX
-    network, crop_px = student or Network("resnet18", 0.5, stem_for("resnet18", look)), look.short_px[1] if small else 128
+    network, sides = student or Network("resnet18", 0.5, stem_for("resnet18", look)), crops_for(look, student)
+    crop_px = min(sides, key=lambda px: abs(px - 128))
     if teacher.name is None:
         of_teacher = _flops_in_a_second(teacher.network, crop_px, 32, device, training=False)
     else:
@@ -208,11 +226,11 @@ def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
     return (time.perf_counter() - begun) / calls
 
 
-def overlay(look: Look, plan: Plan, teacher: Teacher, root: str, on_gpu: bool) -> dict[str, Any]:
-    """What is laid over params.yaml, beside the part `photographs` or `small-photographs`."""
+def overlay(look: Look, plan: Plan, teacher: Teacher, root: str, on_gpu: bool, processes: int = 1) -> dict[str, Any]:
+    """What is laid over params.yaml, beside the part `photographs` or `small-photographs`, where `processes` train together."""
     train, held_out = plan.train_images, 0 if look.test else split_counts(look)[1]
-    small, batch = look.short_px[1] <= SMALL_PX, batch_anchors(train)
-    lr, store_px = round(0.06 * batch / 64, 4), plan.crop_px if small else None
+    small, batch = look.short_px[1] <= SMALL_PX, batch_anchors(train, processes)
+    lr, store_px = round(0.06 * batch / 64, 4), look.short_px[1] if small else None
     resize_px = plan.crop_px if small else round(plan.crop_px * 256 / 224)
     network = {"arch": plan.student.arch, "width": plan.student.width, "stem": plan.student.stem}
     named = {"name": teacher.name, "checkpoint": teacher.checkpoint, "image": {"crop_px": plan.teacher_px}}
@@ -242,6 +260,8 @@ def overlay(look: Look, plan: Plan, teacher: Teacher, root: str, on_gpu: bool) -
     }
 
 
-def batch_anchors(train: int) -> int:
-    """The largest power of two that leaves three steps in an epoch and is at most 64, or 256 from 20,000 images on."""
-    return 2 ** int(math.log2(max(2, min(64 if train < 20_000 else 256, train // 3))))
+def batch_anchors(train: int, processes: int = 1) -> int:
+    """The largest power of two that leaves three steps in an epoch and is at most 64, or 256 from 20,000 images on; lowered to what
+    `processes` can share equally, at least one image each."""
+    batch = 2 ** int(math.log2(max(2, min(64 if train < 20_000 else 256, train // 3))))
+    return max(1, batch // processes) * processes

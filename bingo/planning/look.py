@@ -8,14 +8,17 @@ import numpy as np
 
 from bingo.datasets.layout import find_splits
 from bingo.images.decode import DRAFT_MARGIN, BadImage, decode_rgb, read_header
+from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 
-SAMPLED_IMAGES = 200
+SAMPLED_IMAGES = 200  # of each split
+FEWEST_IMAGES = 3  # to train on: an anchor, its neighbour and a negative
 
 
 @dataclass(frozen=True)
 class Look:
-    """Number of images and labels of each split of a folder, and what was seen in a sample of `sampled` files.
+    """Number of readable images and labels of each split of a folder, and what was seen in a sample of `sampled` files, by which the
+    numbers are estimated where it is not all files.
 
     `short_px`: least, median and largest short side of the readable ones; `gray`: how many have three equal channels; `unreadable`: their
     paths; `decode_seconds`: for one image on one core, at the smallest size that a view of 224 px may be cut from; `remarks`: what the
@@ -34,13 +37,14 @@ class Look:
 
 
 def look_at(root: Path, follow_links: bool) -> Look:
-    """Look at a folder of images. Raises UserError for a layout that leaves open what is trained on, and where nothing is readable."""
-    from bingo.runtime.errors import UserError
-
+    """Look at a folder of images. Raises UserError for a layout that leaves open what is trained on, and for fewer than three readable
+    train images."""
+    if not root.is_dir():
+        problem = "is a file" if root.exists() else "does not exist"
+        raise UserError(f"FOLDER = {root}: {problem}; name the folder that holds train/ or the images")
     remarks: list[str] = []
     train, test = find_splits(root, follow_links, remarks.append)
-    paths = [*train.paths, *test.paths]
-    sample = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(SAMPLED_IMAGES, len(paths))).astype(int)).tolist()]
+    sample = [*_sample(train.paths), *_sample(test.paths)]
     short_px, gray, unreadable, seconds = [], 0, [], 0.0
     with progress_bar("looking at the images", len(sample), "images") as bar:
         for path in sample:
@@ -54,11 +58,25 @@ def look_at(root: Path, follow_links: bool) -> Look:
             bar.advance()
     if not short_px:
         raise UserError(f"FOLDER = {root}: none of {len(sample)} files that were tried is a readable image; name another folder")
+    of_train, of_test = (_readable(split.paths, unreadable) for split in (train, test))
+    if of_train < FEWEST_IMAGES:
+        raise UserError(f"FOLDER = {root}: readable train images: {of_train}, at least {FEWEST_IMAGES} are needed; add some")
+    if test.paths and not of_test:
+        raise UserError(f"FOLDER = {root}: no test image that was tried is readable ({test.paths[0]}); replace them, or move them out")
     sides = (min(short_px), int(np.median(short_px)), max(short_px))
     classes = tuple(train.classes or test.classes)
-    return Look(
-        len(train.paths), len(test.paths), classes, len(sample), sides, gray, tuple(unreadable), seconds / len(short_px), tuple(remarks)
-    )
+    return Look(of_train, of_test, classes, len(sample), sides, gray, tuple(unreadable), seconds / len(short_px), tuple(remarks))
+
+
+def _sample(paths: list[str]) -> list[str]:
+    """Up to 200 files of a split, evenly spaced."""
+    return [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(SAMPLED_IMAGES, len(paths))).astype(int)).tolist()]
+
+
+def _readable(paths: list[str], unreadable: list[str]) -> int:
+    """How many images of a split can be read, if the files that were not opened are like those that were."""
+    sample = _sample(paths)
+    return len(paths) * len(set(sample).difference(unreadable)) // max(1, len(sample))
 
 
 def _look_at_one(path: Path) -> tuple[int, bool, float]:

@@ -76,8 +76,58 @@ def test_a_file_is_known_by_its_published_name_or_needs_the_teachers_name(worksp
     assert (written["name"], written["checkpoint"]) == ("moco-v2-r50-800", "mine.pth")
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], ["images", "--teacher", "dinov9"], ["images", "--teacher", "moco-v2-r50-800"]], ids=str)
-def test_mistakes_write_nothing(workspace, arguments):
+MISTAKES = [
+    ["nothing"],
+    [""],
+    ["params.yaml"],
+    ["linked"],
+    ["images", "--teacher", "dinov9"],
+    ["images", "--teacher", ""],
+    ["images", "--teacher", "moco-v2-r50-800"],
+    ["images", "--teacher", "dinov2-s", "--checkpoint", "~nobody-of-this-name/x"],
+    ["images", "--checkpoint", "images"],
+    ["images", "--student", "resnet18.a1_in1k"],
+    ["images", "--student", "resnet8"],
+]
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=str)
+def test_mistakes_write_nothing_and_name_what_was_given(workspace, arguments):
+    (workspace / "linked").mkdir()
+    (workspace / "linked/0.png").symlink_to(workspace / "images/a/0.png")
     shipped = (workspace / "params.yaml").read_text()
-    assert arguments[-1] in init(*arguments, mistake=True)
+    message = init(*arguments, mistake=True)
+    assert arguments[-1] in message
+    assert (arguments[-2] if len(arguments) > 1 else "FOLDER") in message
+    assert not [section for section in ("dataset.", "teacher.", "student.") if section in message]
     assert (workspace / "params.yaml").read_text() == shipped
+
+
+@pytest.mark.parametrize("state", ["untracked", "ignored", "staged", "no repository", "no git"])
+def test_parameters_that_could_not_be_restored_are_kept(workspace, monkeypatch, state):
+    params = workspace / "params.yaml"
+    if state == "staged":
+        params.write_text(params.read_text() + "\n")
+        subprocess.run(["git", "add", "params.yaml"], check=True)
+    elif state == "no repository":
+        shutil.rmtree(workspace / ".git")
+    elif state == "no git":
+        monkeypatch.setenv("PATH", "")
+    else:
+        subprocess.run(["git", "rm", "-q", "--cached", "params.yaml"], check=True)
+        (workspace / ".gitignore").write_text("params.yaml\n" if state == "ignored" else "")
+        if state == "untracked":
+            subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "b"], check=True)
+    before = params.read_text()
+    assert "params.yaml" in init("images", mistake=True)
+    assert params.read_text() == before
+    init("images", "--dry-run")
+
+
+def test_names_with_anything_in_them_are_written_and_shown_in_one_line(workspace):
+    folder = 'na me\'s "q": #${seed}\n\N{GRINNING FACE}'
+    (workspace / "images").rename(workspace / folder)
+    (workspace / folder / "a").rename(workspace / folder / "a\nb")
+    lines = init(folder).splitlines()
+    assert load_params(workspace / "params.yaml").dataset.root == folder
+    assert [line.split(":")[0] for line in lines if ": " not in line] == []

@@ -6,10 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from bingo.nets.backbones import build_backbone
 from bingo.params import read_yaml, validate
-from bingo.planning.first_params import Network, Pace, Plan, Teacher, batch_anchors, fit, network_flops, overlay, split_counts, timed
+from bingo.planning.first_params import (
+    Network,
+    Pace,
+    Plan,
+    Teacher,
+    batch_anchors,
+    crops_for,
+    fit,
+    network_flops,
+    overlay,
+    split_counts,
+    timed,
+)
 from bingo.planning.limits import batch_mistakes, rule_mistakes
 from bingo.planning.look import Look, look_at
 from bingo.planning.recipes import lay_over, read_recipe
@@ -31,14 +45,29 @@ def test_a_folder_is_seen_as_it_is(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"no image")
     look = look_at(tmp_path, follow_links=False)
-    assert (look.train, look.test, look.classes, look.sampled) == (5, 1, ("a", "b"), 6)
+    assert (look.train, look.test, look.classes, look.sampled) == (3, 1, ("a", "b"), 6)
     assert look.short_px == (30, 45, 90)
     assert look.gray == 1
     assert {*look.unreadable} == {"train/a/0.png", "train/b/9.jpg"}
-    for path in tmp_path.rglob("*.*"):
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match="FOLDER = "):
-        look_at(tmp_path, follow_links=False)
+    for spoilt in ("val/a/0.png", "train/b/1.png", "train/b/3.png"):  # no test image left; then one to train on; then none at all
+        (tmp_path / spoilt).write_bytes(b"")
+        with pytest.raises(UserError, match="FOLDER = "):
+            look_at(tmp_path, follow_links=False)
+        if spoilt.startswith("val"):
+            Image.fromarray(pixels).save(tmp_path / spoilt)
+
+
+def test_what_is_unreadable_in_a_large_folder_is_estimated(tmp_path):
+    readable_N = np.random.default_rng(0).random(800) < 0.25
+    for i in range(800):
+        path = tmp_path / f"{i:03}.png"
+        if readable_N[i]:
+            Image.new("RGB", (9, 9)).save(path)
+        else:
+            path.write_bytes(b"no image")
+    look = look_at(tmp_path, follow_links=False)
+    assert look.sampled == 200
+    assert look.train == pytest.approx(readable_N.sum(), abs=60)
 
 
 @pytest.mark.parametrize(("train", "test", "expected"), [(9, 0, (9, 0)), (38, 0, (31, 7)), (10_000, 0, (9000, 1000)), (80, 5, (80, 5))])
@@ -62,8 +91,8 @@ def test_the_time_is_the_sum_of_its_terms():
 @pytest.mark.parametrize("teacher", [OWN, DINO], ids=["pretrained", "named"])
 @pytest.mark.parametrize("look", [PHOTOS, replace(PHOTOS, train=60_000, short_px=(32, 32, 32))], ids=["photographs", "small"])
 def test_more_time_never_makes_less_of_a_run_and_what_fits_fits(look, teacher):
-    plans = [fit(look, teacher, None, SLOW, minutes) for minutes in (3, 10, 30, 100, 1000, 1e6)]
-    for minutes, plan in zip((10, 30, 100, 1000, 1e6), plans[1:], strict=True):
+    plans = [fit(look, teacher, None, SLOW, minutes) for minutes in (3, 10, 30, 100, 1000, float("inf"))]
+    for minutes, plan in zip((10, 30, 100, 1000, float("inf")), plans[1:], strict=True):
         assert plan.minutes <= minutes or plan == plans[0]
     assert [plan.train_images for plan in plans] == sorted(plan.train_images for plan in plans)
     assert [plan.student.width for plan in plans] == sorted(plan.student.width for plan in plans)
@@ -83,6 +112,32 @@ def test_what_is_chosen_breaks_no_limit(train, test, median_px):
         assert rule_mistakes(params, 1) + batch_mistakes(params, plan.train_images) == []
         assert params.image.crop_px <= max(median_px, 8)
         assert params.dataset.test_images == (split_counts(look)[1] or None if not test else None)
+
+
+@pytest.mark.parametrize("arch", ["vit_small_patch14_dinov2", "inception_v3", "torchvision/resnet18"])
+@pytest.mark.parametrize("median_px", [1, 90])
+def test_the_crops_are_such_as_the_student_takes(arch, median_px):
+    look, student = replace(PHOTOS, short_px=(1, median_px, 4000)), Network(arch, 1.0, "imagenet")
+    net = build_backbone(arch, 1.0, "imagenet", 0).eval()
+    crops_px = crops_for(look, student)
+    assert crops_px
+    for crop_px in crops_px:
+        assert net(torch.zeros(1, 3, crop_px, crop_px)).shape == (1, net.feature_width)
+    assert {fit(look, OWN, student, SLOW, minutes).crop_px for minutes in (2, float("inf"))} <= {*crops_px}
+
+
+def test_a_student_that_cannot_be_built_is_reported():
+    with pytest.raises(UserError, match="resnet8"):
+        crops_for(PHOTOS, Network("resnet8", 1.0, "imagenet"))
+
+
+@pytest.mark.parametrize("processes", [1, 3, 8])
+@pytest.mark.parametrize("train", [3, 40, 20_000])
+def test_processes_can_share_a_batch(train, processes):
+    batch = batch_anchors(train, processes)
+    assert batch % processes == 0
+    assert batch // processes >= 1
+    assert batch <= max(batch_anchors(train), processes)
 
 
 @pytest.mark.parametrize(("train", "expected"), [(3, 2), (31, 8), (500, 64), (19_999, 64), (20_000, 256)])
