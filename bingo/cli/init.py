@@ -16,7 +16,7 @@ from bingo.pipeline.commands import from_here
 from bingo.runtime.errors import printable
 
 if TYPE_CHECKING:
-    from bingo.planning.first_params import Network, Plan, Teacher
+    from bingo.planning.first_params import ChosenTeacher, Network, Plan
     from bingo.planning.look import Look
 
 CPU_MINUTES, GPU_MINUTES = 30, 480
@@ -128,14 +128,14 @@ def _refuse_empty(arguments: dict[str, str | None]) -> None:
         raise UserError([f"{name} is empty: give a value, or leave it out" if name[0] == "-" else f"{name} is empty" for name in empty])
 
 
-def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_type: str) -> "Teacher":
+def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_type: str) -> "ChosenTeacher":
     """The teacher that was named, by its own name or by its file's; without one DINOv2, or for small images on a CPU a new one."""
     from bingo.params.known import known_names, known_teacher
-    from bingo.planning.first_params import SMALL_PX, Network, Teacher
+    from bingo.planning.first_params import SMALL_PX, ChosenTeacher, Network
     from bingo.runtime.errors import UserError, near_matches
 
     if name is None and checkpoint is None and look.short_px[1] <= SMALL_PX and device_type == "cpu":
-        return Teacher(None)
+        return ChosenTeacher(None)
     names = known_names()
     if name is not None and name not in names and checkpoint is None and from_here("--teacher", Path(name)).is_file():
         checkpoint, name = Path(name), None
@@ -151,7 +151,7 @@ def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_typ
     if read and not Path(located(read)).is_file():
         raise UserError(f"--teacher = {name}: its weights are not in {read}; {known.way_in}")
     network = Network(known.teacher.arch.partition(".")[0], known.teacher.width, known.teacher.stem)
-    return Teacher(name, network, file, known.image.crop_px, known.gflop)
+    return ChosenTeacher(name, network, file, known.image.crop_px, known.gflop)
 
 
 def _whose_file(file_name: str) -> str:
@@ -196,7 +196,7 @@ def _seen_lines(folder: str, look: "Look") -> list[str]:
     return lines
 
 
-def _choice_lines(look: "Look", plan: "Plan", teacher: "Teacher") -> list[str]:
+def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher") -> list[str]:
     """What was chosen and why."""
     from bingo.params.known import known_teacher
     from bingo.planning.first_params import PRETRAINED, SMALL_PX, split_counts

@@ -64,7 +64,7 @@ PRETRAINED = Network("resnet10t", 0.25, "small")
 
 
 @dataclass(frozen=True)
-class Teacher:
+class ChosenTeacher:
     """The teacher of a run: a known one's name, network, file (None: where its data say), own crop and GFLOP of an image; or without a
     name the network that is pretrained here.
     """
@@ -126,7 +126,7 @@ def crops_for(look: Look, student: Network | None) -> list[int]:
     return sides
 
 
-def fit(look: Look, teacher: Teacher, student: Network | None, pace: Pace, minutes: float) -> Plan:
+def fit(look: Look, teacher: ChosenTeacher, student: Network | None, pace: Pace, minutes: float) -> Plan:
     """The plan that makes most of the time: all images and the full student before more epochs, views or pixels.
 
     Where nothing fits, the cheapest one, whose `minutes` say so.
@@ -143,7 +143,7 @@ def fit(look: Look, teacher: Teacher, student: Network | None, pace: Pace, minut
     return plan
 
 
-def _candidates(look: Look, teacher: Teacher, student: Network | None) -> Iterator[Plan]:
+def _candidates(look: Look, teacher: ChosenTeacher, student: Network | None) -> Iterator[Plan]:
     """Plans of the fewest epochs, the preferred first."""
     train, _ = split_counts(look)
     sides, stem = crops_for(look, student), stem_for("resnet18", look)
@@ -159,7 +159,7 @@ def _candidates(look: Look, teacher: Teacher, student: Network | None) -> Iterat
         train = max(FEWEST_TRAIN_IMAGES, train // 2)
 
 
-def timed(plan: Plan, look: Look, teacher: Teacher, pace: Pace) -> Plan:
+def timed(plan: Plan, look: Look, teacher: ChosenTeacher, pace: Pace) -> Plan:
     """A plan with the seconds that it takes at this pace."""
     T, V, E, test = plan.train_images, plan.views, plan.epochs, split_counts(look)[1]
     decoding = 0.0 if look.short_px[1] <= SMALL_PX else 1 / pace.images
@@ -180,7 +180,7 @@ def network_flops(network: Network, crop_px: int) -> int:
     return forward_flops(backbone, torch.zeros(1, 3, crop_px, crop_px))
 
 
-def measure_pace(look: Look, student: Network | None, teacher: Teacher, device: torch.device, cores: int) -> Pace:
+def measure_pace(look: Look, student: Network | None, teacher: ChosenTeacher, device: torch.device, cores: int) -> Pace:
     """Run the networks on random images, the teacher forward, the student forward and then also backward, each for some 1.5 seconds."""
     network, sides = student or Network("resnet18", 0.5, stem_for("resnet18", look)), crops_for(look, student)
     crop_px = min(sides, key=lambda px: abs(px - 128))
@@ -226,7 +226,7 @@ def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
     return (time.perf_counter() - begun) / calls
 
 
-def overlay(look: Look, plan: Plan, teacher: Teacher, root: str, on_gpu: bool, processes: int = 1) -> dict[str, Any]:
+def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: bool, processes: int = 1) -> dict[str, Any]:
     """What is laid over params.yaml, beside the part `photographs` or `small-photographs`, where `processes` train together."""
     train, held_out = plan.train_images, 0 if look.test else split_counts(look)[1]
     small, batch = look.short_px[1] <= SMALL_PX, batch_anchors(train, processes)

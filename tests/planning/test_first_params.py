@@ -12,10 +12,10 @@ from PIL import Image
 from bingo.nets.backbones import build_backbone
 from bingo.params import read_yaml, validate
 from bingo.planning.first_params import (
+    ChosenTeacher,
     Network,
     Pace,
     Plan,
-    Teacher,
     batch_anchors,
     crops_for,
     fit,
@@ -31,7 +31,7 @@ from bingo.runtime.errors import UserError
 
 PHOTOS = Look(900, 100, (), 200, (300, 500, 4000), 3, (), 0.01, ())
 SLOW = Pace(teacher_flops=8e10, inference_flops=1e11, training_flops=5e10, images=200.0)
-OWN, DINO = Teacher(None), Teacher("dinov2-s", Network("vit_small_patch14_dinov2", 1.0, "imagenet"), None, 224, 12.25)
+OWN, DINO = ChosenTeacher(None), ChosenTeacher("dinov2-s", Network("vit_small_patch14_dinov2", 1.0, "imagenet"), None, 224, 12.25)
 
 
 def test_a_folder_is_seen_as_it_is(tmp_path):
