@@ -122,10 +122,10 @@ def file_variants(images: FileImages, paths: list[Path], options: argparse.Names
     rows_NB = np.arange(len(images) // batch * batch).reshape(-1, batch)
 
     def workers_part(views: int) -> Iterator[object]:
-        decoder = FileDecoder(images, [IMAGE], options.workers, pin=device.type == "cuda")
+        decoder = FileDecoder(images, options.workers, pin=device.type == "cuda")
         rows_NT = np.tile(rows_NB, (1, views))
         view_T = np.repeat(np.arange(views), batch)
-        plans = (DecodePlan(rows_T, draw_views(CASE.augment, 0, "anchor", 0, rows_T, view_T)[0]) for rows_T in rows_NT)
+        plans = (DecodePlan(rows_T, draw_views(CASE.augment, 0, "anchor", 0, rows_T, view_T)[0], [IMAGE]) for rows_T in rows_NT)
         return decoder.batches(plans)
 
     def whole() -> Iterator[list[Tensor]]:

@@ -55,8 +55,9 @@ def worker_points(workers: list[int], repeats: int) -> Points:
         rates: Points = [(count, []) for count in workers]
 
         def batches(count: int):
-            plans = (DecodePlan(rows, draw_views(CASE.augment, 0, "anchor", 0, rows, 0)[0]) for rows in np.arange(1024).reshape(-1, batch))
-            return FileDecoder(images, [IMAGE], count, pin=False).batches(plans)
+            every = np.arange(1024).reshape(-1, batch)
+            plans = (DecodePlan(rows, draw_views(CASE.augment, 0, "anchor", 0, rows, 0)[0], [IMAGE]) for rows in every)
+            return FileDecoder(images, count, pin=False).batches(plans)
 
         for _ in range(repeats):
             for count, values in rates:

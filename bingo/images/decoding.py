@@ -30,11 +30,12 @@ TASKS_AHEAD = 2  # for each worker
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """T views to be decoded: the listing rows of their images, int64 (T,), and their crops; None for centre views. `kind_T`: which of the
-    decoder's images (sizes) each is, int64 (T,); None: all are the first."""
+    """T views to be decoded: the listing rows of their images, int64 (T,), and their crops; None for centre views. `kinds`: the sizes of
+    the views; `kind_T`: which of these each view has, int64 (T,); None: all have the first."""
 
     image_rows_T: np.ndarray
     crops: Crops | None
+    kinds: Sequence[ImageParams]
     kind_T: np.ndarray | None = None
 
 
@@ -61,8 +62,8 @@ class _DecodeTask:
 class FileDecoder:
     """Decodes plans in order, some tasks ahead, in `workers` processes (0: in this one, at use)."""
 
-    def __init__(self, images: FileImages, kinds: Sequence[ImageParams], workers: int | None, pin: bool):
-        self._images, self._kinds = images, kinds
+    def __init__(self, images: FileImages, workers: int | None, pin: bool):
+        self._images = images
         self._loader = TaskLoader(_Decode(), workers, TASKS_AHEAD, pin)
 
     def batches(self, plans: Iterable[AnyPlan]) -> Iterator[tuple[AnyPlan, list[Decoded]]]:
@@ -75,7 +76,7 @@ class FileDecoder:
             for result in results:
                 if not isinstance(result[0], Tensor):
                     raise UserError(result)
-            yield plan, [([result[kind] for result in results], places[kind]) for kind in range(len(self._kinds))]
+            yield plan, [([result[kind] for result in results], places[kind]) for kind in range(len(plan.kinds))]
 
     def _work(self, plan: AnyPlan) -> tuple[tuple[AnyPlan, list[np.ndarray]], list[_DecodeTask]]:
         """A plan and, for each size, the positions of its views, with its tasks."""
@@ -89,13 +90,15 @@ class FileDecoder:
             start, end = int(starts_U[part][0]), int(ends_U[part][-1])
             crops = None if plan.crops is None else plan.crops[order_T[start:end]]
             starts = [*(starts_U[part] - start).tolist(), end - start]
-            tasks.append(self._task(rows_U[part].tolist(), starts, crops, kind_T[order_T[start:end]]))
-        places = [np.argsort(order_T[kind_T[order_T] == kind]) for kind in range(len(self._kinds))]
+            tasks.append(self._task(rows_U[part].tolist(), starts, crops, plan.kinds, kind_T[order_T[start:end]]))
+        places = [np.argsort(order_T[kind_T[order_T] == kind]) for kind in range(len(plan.kinds))]
         return (plan, places), tasks
 
-    def _task(self, rows: list[int], starts: list[int], crops: Crops | None, kind_T: np.ndarray) -> _DecodeTask:
+    def _task(
+        self, rows: list[int], starts: list[int], crops: Crops | None, kinds: Sequence[ImageParams], kind_T: np.ndarray
+    ) -> _DecodeTask:
         paths, images = [self._images.paths[row] for row in rows], self._images
-        return _DecodeTask(images.root, paths, rows, starts, crops, self._kinds, kind_T, images.follow_links, images.gray_bits)
+        return _DecodeTask(images.root, paths, rows, starts, crops, kinds, kind_T, images.follow_links, images.gray_bits)
 
 
 class _Decode(Dataset):

@@ -32,7 +32,7 @@ class Request:
     """B random views: of images `image_rows_B` (int64), their randomness a function of (purpose, epoch, seed row, view).
 
     The seed row is the image's own row, unless another image is to be seen with the same crop and colours. `augment`: another
-    augmentation than the loader's. `for_teacher`: rendered as set by the loader's `teacher_image`.
+    augmentation than the loader's. `for_teacher`: rendered as set by the loader's `teacher_image`. `crop_px`: another side in pixels.
     """
 
     image_rows_B: np.ndarray
@@ -42,6 +42,7 @@ class Request:
     view_B: int | np.ndarray
     augment: AugmentParams | None = None
     for_teacher: bool = False
+    crop_px: int | None = None
 
 
 class ViewLoader:
@@ -67,8 +68,7 @@ class ViewLoader:
         self._images, self._seed, self._device = images, seed, device
         self._decoder: FileDecoder | None = None
         if not isinstance(images, MemoryImages):
-            kinds = [image] if teacher_image is None else [image, teacher_image]
-            self._decoder = FileDecoder(images, kinds, workers, pin=device.type == "cuda")
+            self._decoder = FileDecoder(images, workers, pin=device.type == "cuda")
 
     def views(self, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
         """For each plan one normalised float32 (B, 3, P, P) channels_last tensor for each request, in order.
@@ -96,7 +96,8 @@ class ViewLoader:
         return request.augment or self.augment
 
     def _seen(self, request: Request) -> ImageParams:
-        return self.teacher_image if request.for_teacher and self.teacher_image is not None else self.image
+        image = self.teacher_image if request.for_teacher and self.teacher_image is not None else self.image
+        return image if request.crop_px is None else image.model_copy(update={"crop_px": request.crop_px})
 
     def _from_memory(self, items: Iterable[tuple[Item, list[Request]]]) -> Iterator[tuple[Item, list[Tensor]]]:
         for item, plan in items:
@@ -114,8 +115,9 @@ class ViewLoader:
 
     def _from_files(self, decoder: FileDecoder, items: Iterable[tuple[Item, list[Request]]]) -> Iterator[tuple[Item, list[Tensor]]]:
         for plan, kinds in _on_device(decoder.batches(self._drawn(*pair) for pair in items), self._device):
-            parts = [_split(crops_TPP3, plan.requests, kind) for kind, crops_TPP3 in enumerate(kinds)]
-            yield plan.item, [self._coloured(next(parts[r.for_teacher]), r, x) for r, x in zip(plan.requests, plan.colours, strict=True)]
+            parts = [_split(crops_TPP3, plan, kind) for kind, crops_TPP3 in enumerate(kinds)]
+            drawn = zip(plan.requests, plan.kind_of_request, plan.colours, strict=True)
+            yield plan.item, [self._coloured(next(parts[kind]), request, colours) for request, kind, colours in drawn]
 
     def _coloured(self, crops_BPP3: Tensor, request: Request, colours: Colours) -> Tensor:
         return cropped_views(crops_BPP3, colours, self._family(request), self._seen(request))
@@ -123,22 +125,27 @@ class ViewLoader:
     def _drawn(self, item: Item, requests: list[Request]) -> "_DrawnPlan[Item]":
         crops, colours = zip(*(self._draw(request) for request in requests), strict=True)
         rows_T = np.concatenate([request.image_rows_B for request in requests])
-        kind_T = np.concatenate([np.full(len(request.image_rows_B), int(request.for_teacher)) for request in requests])
-        return _DrawnPlan(rows_T, join_crops(crops), kind_T, item=item, requests=requests, colours=colours)
+        seen = [self._seen(request) for request in requests]
+        kinds = [image for i, image in enumerate(seen) if image not in seen[:i]]
+        numbers = [kinds.index(image) for image in seen]
+        kind_T = np.repeat(numbers, [len(request.image_rows_B) for request in requests])
+        return _DrawnPlan(rows_T, join_crops(crops), kinds, kind_T, item=item, requests=requests, kind_of_request=numbers, colours=colours)
 
 
 @dataclass(frozen=True)
 class _DrawnPlan(DecodePlan, Generic[Item]):
-    """Requests in the form that the decoder needs, with the colours of each request."""
+    """Requests in the form that the decoder needs, with the number of each request's size in `kinds`, and its colours."""
 
     item: Item = field(kw_only=True)
     requests: list[Request] = field(kw_only=True)
+    kind_of_request: list[int] = field(kw_only=True)
     colours: Sequence[Colours] = field(kw_only=True)
 
 
-def _split(crops_TPP3: Tensor, requests: Sequence[Request], kind: int) -> Iterator[Tensor]:
-    """The crops of each request of this kind (0: the student's, 1: the teacher's) out of all of the kind."""
-    return iter(crops_TPP3.split([len(request.image_rows_B) for request in requests if request.for_teacher == kind]))
+def _split(crops_TPP3: Tensor, plan: _DrawnPlan, kind: int) -> Iterator[Tensor]:
+    """The crops of each request of this kind out of all of the kind."""
+    pairs = zip(plan.requests, plan.kind_of_request, strict=True)
+    return iter(crops_TPP3.split([len(request.image_rows_B) for request, own_kind in pairs if own_kind == kind]))
 
 
 def center_views(
@@ -161,8 +168,8 @@ def center_batches(
         for rows_B in batches:
             yield center_view(_gather(images, rows_B, device), image)
         return
-    decoder = FileDecoder(images, [image], workers, pin=device.type == "cuda")
-    for _, (x_BPP3,) in _on_device(decoder.batches(DecodePlan(rows_B, None) for rows_B in batches), device):
+    decoder = FileDecoder(images, workers, pin=device.type == "cuda")
+    for _, (x_BPP3,) in _on_device(decoder.batches(DecodePlan(rows_B, None, [image]) for rows_B in batches), device):
         yield normalize(to_unit(x_BPP3), image)
 
 

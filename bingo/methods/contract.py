@@ -21,6 +21,15 @@ if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
 
 
 @dataclass(frozen=True)
+class SmallCrops:
+    """`count` further random crops of each anchor: `crop_px` pixels, of a fraction of the image's area in `crop_scale`."""
+
+    count: int
+    crop_px: int
+    crop_scale: list[float]
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a method needs in a batch.
 
@@ -28,6 +37,7 @@ class Needs:
     `same_views` are those that stored keys were made from (two of them are different views), and the last `weak_views` have neither
     colour jitter nor blur. `stored_keys`: the teacher's stored keys of both, `stored_features`: its stored features of the anchors.
     `live_anchor_views`, `live_member_views`: the numbers of the views that a live teacher sees.
+    `small_crops`: of the anchors, for student and live teacher.
     `companions`: the number of listed members of each anchor's bag that are added to the batch as further anchors, after the anchors.
     """
 
@@ -40,6 +50,7 @@ class Needs:
     companions: int = 0
     live_anchor_views: tuple[int, ...] = ()
     live_member_views: tuple[int, ...] = ()
+    small_crops: SmallCrops | None = None
 
     @property
     def members(self) -> bool:
@@ -53,7 +64,8 @@ class Batch:
     `anchor_keys` has one entry, or `Needs.same_views` entries if that is more: then key i is the key of view i. `host_rows_B`
     are the anchor's rows on the host, for random draws: reading them back from a GPU would wait for its work. `live_anchor_views`
     and `live_member_views` hold the views named in `Needs`, by their numbers, if the teacher sees images of another size or normalisation
-    than the student; otherwise they are empty.
+    than the student; otherwise they are empty. `small_crops` (C * B, 3, P, P) are the first crop of every anchor, then the second, and so
+    on; `live_small_crops` the same with the normalisation of such a teacher.
     """
 
     anchor_rows_B: Tensor
@@ -66,6 +78,8 @@ class Batch:
     host_rows_B: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     live_anchor_views: dict[int, Tensor] = field(default_factory=dict)
     live_member_views: dict[int, Tensor] = field(default_factory=dict)
+    small_crops: Tensor | None = None
+    live_small_crops: Tensor | None = None
 
     def anchor_for_teacher(self, view: int) -> Tensor:
         """A view of the anchors as a live teacher sees it."""

@@ -53,10 +53,15 @@ class Targets:
         """float32 (B, X) for one view of each anchor: keys are unit rows, features are not."""
         if self.stored:
             return batch.anchor_keys[view] if self.target == "keys" else _given(batch.anchor_features_BD)
-        assert self.context.teacher is not None
+        return self.live(batch.anchor_for_teacher(view))
+
+    @torch.no_grad()
+    def live(self, images_BCHW: Tensor) -> Tensor:
+        """The live teacher's outputs for any images, as it sees them: float32 (B, X)."""
+        teacher = self.context.teacher
+        assert teacher is not None
         with autocast(self.context.precision, self.context.device):
-            teacher = self.context.teacher
-            return (teacher.keys if self.target == "keys" else teacher.features)(batch.anchor_for_teacher(view))
+            return (teacher.keys if self.target == "keys" else teacher.features)(images_BCHW)
 
 
 def check_stored_views(method: str, context: Context, views: int) -> None:

@@ -5,9 +5,9 @@ A new method needs that file, its section here, a field of `MethodsParams` and i
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from bingo.params.fields import NotNegative, Positive, Rows, Section, Share, Temperature, Whole, Width
+from bingo.params.fields import Count, NotNegative, Positive, Range, Rows, Section, Share, Temperature, Whole, Width
 
 
 class MethodSection(Section):
@@ -144,7 +144,11 @@ class MocoParams(MethodSection):
 
 class SeedParams(MethodSection):
     """SEED (Fang et al. 2021): temperatures of the student's and the teacher's similarities, the bank with which both are compared,
-    and the student's head (published: as wide as the features; 2048 gives 2.3 points more)."""
+    and the student's head (published: as wide as the features; 2048 gives 2.3 points more).
+
+    With live keys, student and teacher can be compared on `small_crops` further crops of each image too, of `small_crop_px` pixels and
+    a fraction of the image's area in `small_crop_scale`, with a queue of their own (published with SwAV's teachers: 6 crops of 96 px).
+    """
 
     display_name: ClassVar[str] = "SEED"
 
@@ -153,6 +157,16 @@ class SeedParams(MethodSection):
     negatives: Literal["bank", "queue"]
     negative_rows: Rows
     head_hidden: Width
+    small_crops: Annotated[int, Field(ge=0, le=100)]
+    small_crop_px: Count
+    small_crop_scale: Range
+
+    @field_validator("small_crop_scale")
+    @classmethod
+    def _shares_rise(cls, scale: list[float]) -> list[float]:
+        if not scale[0] <= scale[1] <= 1:
+            raise ValueError("allowed are two numbers up to 1, smaller first")
+        return scale
 
 
 class SimregParams(MethodSection):

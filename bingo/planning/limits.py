@@ -147,7 +147,8 @@ def _queues_hold_a_batch(params: Params, _: int) -> Iterator[str]:
     """A queue that is smaller than one push would lose keys that were never used as negatives."""
     for _name, schedule, sections in _trainings(params):
         for section_name, section in sections:
-            key = "negative_rows" if getattr(section, "negatives", None) == "queue" else "queue_rows"
+            queued = getattr(section, "negatives", None) == "queue" or getattr(section, "small_crops", 0)
+            key = "negative_rows" if queued else "queue_rows"
             rows = getattr(section, key, None)
             pushed = schedule.batch_anchors * (2 if getattr(section, "queue_push", "") == "anchor_and_member" else 1)
             if rows is not None and rows < pushed:

@@ -6,6 +6,7 @@ Large networks are built without numbers (torch's meta device), and nothing is r
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -44,6 +45,7 @@ def network_mistakes(params: Params, processes: int) -> list[str]:
     for name, build, batch_anchors in trainings:
         with _noted(lines, "student"):
             _check_rows(build(), name, batch_anchors, processes)
+    _check_small_crops(params, student, teacher, lines)
     _check_downstream(params, student, lines)
     return lines
 
@@ -84,6 +86,19 @@ def _check_rows(training: DryTraining, name: str, batch_anchors: int, processes:
         shared = f" of {processes} processes" if processes > 1 else ""
         line = f"{key}.batch_anchors = {batch_anchors}: BatchNorm in {training.name} needs more than one image"
         raise UserError(f"{line} in each batch{shared}; set {key}.batch_anchors: {2 * processes} or more") from None
+
+
+def _check_small_crops(params: Params, student: Backbone, teacher: Teacher | None, lines: list[str]) -> None:
+    """Requirements of student and teacher on SEED's small crops."""
+    seed = params.methods.seed
+    if params.distill.method != "seed" or not seed.small_crops:
+        return
+    networks: dict[str, tuple[Any, str]] = {"student": (student, params.student.arch)}
+    if teacher is not None:
+        networks["teacher"] = teacher.backbone, params.teacher.arch
+    for name, (network, arch) in networks.items():
+        with _noted(lines, name):
+            check_images(network, arch, seed.small_crop_px, "methods.seed.small_crop_px")
 
 
 def _check_downstream(params: Params, student: Backbone, lines: list[str]) -> None:

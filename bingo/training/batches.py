@@ -15,7 +15,7 @@ from torch import Tensor
 from bingo import seeds
 from bingo.images.augment import upload
 from bingo.images.loader import Request, ViewLoader
-from bingo.methods.contract import Batch, Needs
+from bingo.methods.contract import Batch, Needs, SmallCrops
 from bingo.params import AugmentParams
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError
@@ -109,7 +109,17 @@ class Batches:
         if self.loader.teacher_image is not None:
             live = [*needs.live_anchor_views, *(needs.anchor_views + view for view in needs.live_member_views)]
             requests += [replace(requests[number], for_teacher=True) for number in live]
+        if needs.small_crops is not None:
+            requests += self._small_crops(needs.small_crops, epoch, seed_rows_B, rows_B)
         return BatchPlan(rows_B, member_rows_B, view_SB, requests)
+
+    def _small_crops(self, crops: SmallCrops, epoch: int, seed_rows_B: np.ndarray, rows_B: np.ndarray) -> list[Request]:
+        """The small crops for the student and, if the teacher has another normalisation, for the teacher."""
+        rows_CB, seed_rows_CB = np.tile(rows_B, crops.count), np.tile(seed_rows_B, crops.count)
+        view_CB = np.repeat(np.arange(crops.count), len(rows_B))
+        augment = self.loader.augment.model_copy(update={"crop_scale": crops.crop_scale})
+        request = Request(rows_CB, seed_rows_CB, "small crop", epoch, view_CB, augment, crop_px=crops.crop_px)
+        return [request] if self.loader.teacher_image is None else [request, replace(request, for_teacher=True)]
 
     def _companions(self, epoch: int, rows_B: np.ndarray) -> np.ndarray:
         """Distinct listed members of each anchor's bag, int64 (M * B,): the first of every anchor, then the second, and so on."""
@@ -131,6 +141,9 @@ class Batches:
         device, needs, anchors = views[0].device, self.needs, self.needs.anchor_views
         members = views[anchors : anchors + needs.member_views]
         batch = Batch(upload(plan.rows_B, device), views[:anchors], member_views=members, host_rows_B=plan.rows_B)
+        if needs.small_crops is not None:
+            last = views.pop()
+            batch.small_crops, batch.live_small_crops = (last, None) if self.loader.teacher_image is None else (views.pop(), last)
         if live := views[anchors + needs.member_views :]:
             batch.live_anchor_views = dict(zip(needs.live_anchor_views, live, strict=False))
             batch.live_member_views = dict(zip(needs.live_member_views, live[len(needs.live_anchor_views) :], strict=True))

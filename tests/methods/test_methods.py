@@ -1,6 +1,7 @@
 """SEED, CompRess, DisCo, SimReg, ISD and CoSS against their definitions, one similarity at a time in floats."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,10 @@ from bingo.teachers.teacher import Teacher
 CPU = torch.device("cpu")
 WIDTH, KEY, FEATURE, ROWS, VIEWS, BATCH, PX = 5, 4, 7, 30, 3, 6, 6
 SECTIONS = {
-    "seed": {"student_temperature": 0.2, "teacher_temperature": 0.3, "negatives": "bank", "negative_rows": 12, "head_hidden": 8},
+    "seed": {
+        "student_temperature": 0.2, "teacher_temperature": 0.3, "negatives": "bank", "negative_rows": 12, "head_hidden": 8,
+        "small_crops": 0, "small_crop_px": 4, "small_crop_scale": [0.05, 0.14],
+    },
     "compress": {"queues": 2, "target": "features", "temperature": 0.2, "queue_rows": 10, "key_momentum": 0.9},
     "disco": {
         "temperature": 0.2, "queue_rows": 10, "key_momentum": 0.9, "regression_weight": 3.0, "teacher_batchnorm": "eval", "head_hidden": 8,
@@ -342,6 +346,39 @@ def test_seed_with_a_cold_teacher_is_info_nce_against_the_bank():
         assert max(dot(t, x) for x in bank) < dot(t, t) - 5e-3
         losses.append(-math.log(softmax([dot(s, x) / 0.2 for x in [t, *bank]])[0]))
     assert method(batch, Progress(0, 0))["loss"].item() == pytest.approx(mean(losses), rel=5e-5)
+
+
+@pytest.mark.parametrize("own_normalisation", [False, True])
+def test_seed_adds_the_mean_over_small_crops_against_a_queue_of_the_first_crop_of_each_image(own_normalisation):
+    """As in the released code; the queues here are lists of the last 16 keys. From step 2 on, a method that was read from a checkpoint."""
+    context = replace(make_context("live"), keys_TVP=None)
+    changes = {"negatives": "queue", "negative_rows": 16, "small_crops": 3}
+    method = build("seed", context, **changes)
+    banks = [rows_of(part.queue.keys_QP) for part in (method.negatives, method.small_negatives)]
+    for step in range(4):
+        batch = make_batch(context, range(6 * step, 6 * step + 6), seed=step)
+        batch.small_crops = torch.randn(3 * BATCH, 3, 4, 4) + torch.randn(3 * BATCH, 3, 1, 1)
+        batch.live_small_crops = 2 * batch.small_crops + 1 if own_normalisation else None
+        seen = batch.small_crops if batch.live_small_crops is None else batch.live_small_crops
+        want, keys = [], []
+        for images, for_teacher, bank in zip((batch.anchor_views[0], batch.small_crops), (batch.anchor_views[0], seen), banks, strict=True):
+            keys.append(rows_of(context.teacher.keys(for_teacher)))
+            students = layers(rows_of(method.student(images)), mlp(method.head))
+            losses = []
+            for s, t in zip(map(unit, students), keys[-1], strict=True):
+                p = softmax([dot(t, x) / 0.3 for x in [t, *bank]])
+                q = softmax([dot(s, x) / 0.2 for x in [t, *bank]])
+                losses.append(-sum(x * math.log(y) for x, y in zip(p, q, strict=True)))
+            want.append(mean(losses))
+        got = method(batch, Progress(0, step))
+        assert [got[name].item() for name in ("common_view", "small_crops")] == pytest.approx(want, rel=5e-5)
+        assert got["loss"].item() == pytest.approx(sum(want), rel=5e-5)
+        got["loss"].backward()
+        method.after_step()
+        banks = [[*(bank if step else []), *new[:BATCH]][-16:] for bank, new in zip(banks, keys, strict=True)]
+        if step == 1:
+            saved, method = method.state_dict(), build("seed", context, **changes)
+            method.load_state_dict(saved)
 
 
 def test_a_student_equal_to_the_teacher_has_the_least_loss():

@@ -13,7 +13,7 @@ from bingo.nets.backbones import build_backbone
 from bingo.params import load_params
 from bingo.planning.costs import forward_flops, gpu_hours, saved_bytes, step_flops
 from bingo.planning.dry_run import dry_baseline, dry_pretraining, dry_student, dry_teacher
-from bingo.planning.estimates import estimate, step_memory
+from bingo.planning.estimates import estimate, flops_per_anchor, step_memory
 from bingo.runtime.errors import UserError
 
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
@@ -175,3 +175,14 @@ def test_a_bank_of_negatives_is_counted():
         training = dry_student(params, dry_teacher(params, checkpoint=False))
         flops[rows] = step_flops(training.method, training.batch(2), PROGRESS) / 2
     assert flops[4096] - flops[1024] == 3 * 2 * 2 * 128 * (4096 - 1024)
+
+
+def test_small_crops_cost_student_live_teacher_and_similarities_as_much_as_a_view_of_their_size():
+    flops = []
+    for small_crops in (0, 2):
+        changes = {"negatives": "queue", "small_crops": small_crops, "small_crop_px": PARAMS.image.crop_px}
+        section = PARAMS.methods.seed.model_copy(update=changes)
+        distill = PARAMS.distill.model_copy(update={"method": "seed", "keys": "live"})
+        params = PARAMS.model_copy(update={"methods": PARAMS.methods.model_copy(update={"seed": section}), "distill": distill})
+        flops.append(flops_per_anchor(dry_student(params, dry_teacher(params, checkpoint=False))))
+    assert flops[1] == 3 * flops[0]

@@ -65,6 +65,7 @@ def advised(line: str) -> dict[str, Any]:
 
 
 PUBLISHED = {"teacher.width": 1.0, "teacher.stem": "imagenet"}
+SMALL_CROPS = {"distill.method": "seed", "distill.keys": "live", "methods.seed.small_crops": 2}
 REFUSED: list[dict[str, Any]] = [
     VIT | ANY_SIDE | {"image.crop_px": 40},
     {"student.arch": "inception_v3", "student.width": 1.0, "student.stem": "imagenet", **ANY_SIDE, "image.crop_px": 31},
@@ -76,6 +77,11 @@ REFUSED: list[dict[str, Any]] = [
     {"distill.method": "coss", "methods.coss.companions": 9},
     {"distill.method": "compress", "methods.compress.queue_rows": 32},
     {"distill.method": "seed", "methods.seed.negatives": "queue", "methods.seed.negative_rows": 20},
+    {"distill.method": "seed", "methods.seed.small_crops": 2},
+    {"distill.method": "seed", "methods.seed.small_crops": 2, "distill.keys": "momentum"},
+    SMALL_CROPS | {"methods.seed.negative_rows": 20},
+    SMALL_CROPS | VIT | ANY_SIDE | {"image.crop_px": 32, "methods.seed.small_crop_px": 40},
+    SMALL_CROPS | {"teacher.source": "random", "teacher.arch": "inception_v3", **PUBLISHED, "teacher.image.crop_px": 96},
     {"teacher.pretrain.moco.queue_rows": 100},
     {"distill.batchnorm_groups": 3, "distill.batch_anchors": 66},
     {"distill.batch_anchors": 51, "teacher.pretrain.batch_anchors": 127},

@@ -270,10 +270,27 @@ def test_every_learning_rate_is_its_papers(name, training, layer):
     assert not [line for line in recipe(f"imagenet-{name}").about.deviates if line.startswith("lr: ")]
 
 
+@pytest.mark.parametrize("student", ["r18", "r34", "effb0", "mobv3"])
+def test_seed_has_small_crops_with_swavs_teacher_alone_and_not_with_stored_keys(student):
+    params = resolved(f"imagenet-{student}-seed-r50w2")
+    seed = params.methods.seed
+    assert (seed.small_crops, seed.small_crop_px, seed.small_crop_scale) == (6, 96, [0.05, 0.14])
+    for other in ("imagenet-r18-seed-r50-200ep", "keys-stored", "method-seed"):  # after the recipe with small crops
+        document = params.model_dump()
+        lay_over(document, recipe(other).overlay)
+        assert validate(document, other).methods.seed.small_crops == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "live", "stored"),
-    [("bingo-r50-200ep", 48.4, 32.06), ("bingo-r50w2", 96.6, 32.06), ("seed-r50-200ep", 18.8, 10.7), ("disco-r50-200ep", 41.3, 25.0)],
+    [
+        ("bingo-r50-200ep", 48.4, 32.06),
+        ("bingo-r50w2", 96.6, 32.06),
+        ("seed-r50-200ep", 18.8, 10.7),
+        ("seed-r50w2", 90.7, 10.7),
+        ("disco-r50-200ep", 41.3, 25.0),
+    ],
 )
 def test_keys_are_live_as_published_and_one_recipe_stores_them(name, live, stored):
     """GFLOP of an anchor: of BINGO 3 (3.63 + 7.02) for the student and, live, 2 times the teacher's forward; and so on."""

@@ -1,6 +1,7 @@
 """What a step holds, against brute force: companions, redrawn stored views, weak views, weighted draws, mutual bags."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -12,7 +13,7 @@ from bingo.bags.builders import build_knn
 from bingo.bags.index import Bags
 from bingo.images.images import FileImages, Images, MemoryImages
 from bingo.images.loader import Request, ViewLoader
-from bingo.methods.contract import Batch, Needs
+from bingo.methods.contract import Batch, Needs, SmallCrops
 from bingo.params import AugmentParams, BicubicImageParams, ImageParams
 from bingo.training.batches import Batches, Stored
 
@@ -94,6 +95,30 @@ def test_a_live_teacher_of_another_size_sees_the_views_that_the_method_names_and
         assert torch.equal(batch.anchor_for_teacher(1), seen.anchor_views[1])
         assert all(torch.equal(batch.member_for_teacher(view), seen.member_views[view]) for view in (0, 1))
         assert alone.anchor_for_teacher(1) is alone.anchor_views[1]
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+@pytest.mark.parametrize("for_teacher", [False, True])
+def test_small_crops_come_crop_by_crop_in_their_own_size_and_do_not_change_the_views(kind, for_teacher, request):
+    """Beside members, and a teacher of another size and normalisation: crop c of the i-th anchor is in row c * B + i."""
+    images, other = request.getfixturevalue(kind), BicubicImageParams(crop_px=18, resize_px=20, mean=[0.4] * 3, std=[0.3] * 3)
+    usual = Needs(anchor_views=1, member_views=1, live_anchor_views=(0,), live_member_views=(0,))
+    crops_alone, made = STRONG.model_copy(update={"crop_scale": [0.1, 0.4]}), []
+    for needs in (replace(usual, small_crops=SmallCrops(3, 7, [0.1, 0.4])), usual):
+        loader = ViewLoader(images, IMAGE, STRONG, 0, CPU, workers=0, teacher_image=other if for_teacher else None)
+        made.append(every_batch(Batches(needs, loader, 0, ROWS, BATCH, knn_bags(), stored()), 2))
+    for batch, alone in zip(*made, strict=True):
+        assert torch.equal(batch.anchor_views[0], alone.anchor_views[0])
+        assert torch.equal(batch.anchor_for_teacher(0), alone.anchor_for_teacher(0))
+        assert torch.equal(batch.member_for_teacher(0), alone.member_for_teacher(0))
+        shown = [(batch.small_crops, IMAGE), *([(batch.live_small_crops, other)] if for_teacher else [])]
+        assert (batch.live_small_crops is None) != for_teacher
+        for got, image in shown:
+            small = ViewLoader(images, image.model_copy(update={"crop_px": 7}), crops_alone, 0, CPU, workers=0)
+            wanted = (Request(batch.host_rows_B, batch.host_rows_B, "small crop", 2, crop) for crop in range(3))
+            want = torch.cat([next(small.views([[one]]))[0] for one in wanted])
+            assert want.shape == (3 * BATCH, 3, 7, 7)
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
