@@ -76,6 +76,7 @@ def _init(
     from bingo.runtime.progress import progress_bar
 
     params = read_yaml(PARAMS)
+    validate(params, str(PARAMS))
     if not dry_run:
         _refuse_uncommitted()
     device, cores = pick_device(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

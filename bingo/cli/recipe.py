@@ -143,9 +143,12 @@ def seen_from_workspace(root: str) -> str:
 
 
 def write_params(overlay: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Lay `overlay` over the file params.yaml, which then holds `expected`; its remarks stay."""
+    """Lay `overlay` over the file params.yaml, which then holds `expected`; its remarks stay. Raises UserError if it is read-only."""
     from bingo.runtime.artefacts import write_bytes
+    from bingo.runtime.errors import UserError
 
+    if not os.access(PARAMS, os.W_OK):
+        raise UserError(f"{PARAMS}: is read-only; chmod u+w {PARAMS}")
     write_bytes(PARAMS, _rewritten(overlay, expected).encode())
 
 

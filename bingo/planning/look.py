@@ -8,7 +8,7 @@ import numpy as np
 
 from bingo.datasets.layout import find_splits
 from bingo.images.decode import DRAFT_MARGIN, BadImage, decode_rgb, read_header
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, printable
 from bingo.runtime.progress import progress_bar
 
 SAMPLED_IMAGES = 200  # of each split
@@ -37,8 +37,8 @@ class Look:
 
 
 def look_at(root: Path, follow_links: bool) -> Look:
-    """Look at a folder of images. Raises UserError for a layout that leaves open what is trained on, and for fewer than three readable
-    train images."""
+    """Look at a folder of images. Raises UserError for a layout that leaves open what is trained on, where most files are
+    unreadable, and for fewer than three readable train images or a test split without a readable one."""
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise UserError(f"FOLDER = {root}: {problem}; name the folder that holds train/ or the images")
@@ -56,8 +56,9 @@ def look_at(root: Path, follow_links: bool) -> Look:
                 short_px.append(side)
                 gray, seconds = gray + is_gray, seconds + taken
             bar.advance()
-    if not short_px:
-        raise UserError(f"FOLDER = {root}: none of {len(sample)} files that were tried is a readable image; name another folder")
+    if 2 * len(unreadable) > len(sample):
+        problem = f"{len(unreadable)} of {len(sample)} files that were tried are not readable images ({printable(unreadable[0])}, ...)"
+        raise UserError(f"FOLDER = {root}: {problem}; remove such files, or name another folder")
     of_train, of_test = (_readable(split.paths, unreadable) for split in (train, test))
     if of_train < FEWEST_IMAGES:
         raise UserError(f"FOLDER = {root}: readable train images: {of_train}, at least {FEWEST_IMAGES} are needed; add some")

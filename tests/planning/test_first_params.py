@@ -58,7 +58,7 @@ def test_a_folder_is_seen_as_it_is(tmp_path):
 
 
 def test_what_is_unreadable_in_a_large_folder_is_estimated(tmp_path):
-    readable_N = np.random.default_rng(0).random(800) < 0.25
+    readable_N = np.random.default_rng(0).random(800) < 0.75
     for i in range(800):
         path = tmp_path / f"{i:03}.png"
         if readable_N[i]:
