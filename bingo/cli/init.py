@@ -231,7 +231,7 @@ def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int) -> li
     of_teacher, of_student, evaluations = (seconds / 60 for seconds in plan.seconds)
     machine = f"{cores} CPU cores" if device_type == "cpu" else "one GPU"
     parts = f"teacher {of_teacher:.1f}, student {of_student:.1f}, evaluations {evaluations:.1f}, starts the rest"
-    lines = [f"time: about {plan.minutes:.0f} min on {machine}, by a short trial ({parts})"]
+    lines = [f"time: about {plan.minutes:.{int(plan.minutes < 10)}f} min on {machine}, by a short trial ({parts})"]
     if plan.minutes > budget:
         lines.append(
             f"warning: that is more than {budget:g} min, and there is nothing cheaper to choose; name a smaller teacher or student"
