@@ -132,7 +132,7 @@ def test_mistakes_of_semi_eval(workspace):
     wanted = "semi_eval.splits.percent_10.list_file = list.txt: 1 of 2 images (n01440764_10183.JPEG) are not in the train split; "
     refused(workspace, "semi_eval", wanted)
     workspace.edit({"semi_eval.splits": {}})
-    refused(workspace, "semi_eval", "semi_eval.splits = {}: there is nothing to evaluate; add an entry")
+    refused(workspace, "semi_eval", "semi_eval.splits is empty")
     workspace.edit({"semi_eval.splits": {"percent_10": {**SPLIT, "trunk_lr": 1e8}}})
     refused_late(workspace, "semi_eval", "semi_eval: student, finetune: ")
 

@@ -286,7 +286,7 @@ def test_neighbours_among_stored_features_need_no_torch(workspace, net):
             {"linear_eval.crops.nets": ["studnt"]},
             ["linear_eval.crops.nets: 'studnt' is not a network, allowed are student"],
         ),
-        ("baseline bingo", {}, ["method = bingo: params.yaml's baselines allow moco"]),
+        ("baseline bingo", {}, ["baselines has no bingo: allowed are moco"]),
         ("baseline moco", {"baselines": ["bingo"]}, ["a baseline is a method without a teacher, allowed are isd, moco"]),
         ("scan", {"dataset.train_images": 9999}, ["dataset.train_images = 9999: the train split has 1438 images"]),
         ("teacher", {"teacher.pretrain.batch_anchors": 401}, ["teacher.pretrain.batch_anchors = 401: there are only 400 train images"]),
@@ -322,7 +322,7 @@ def test_an_approximate_search_tells_its_recall(workspace):
     recall = json.loads((workspace.root / "reports/bags.json").read_text())["recall"]
     assert 0 < recall < 0.95
     assert done.out.startswith("bag: knn bags of 400 images by 1 of 50 lists: ")
-    assert f"recall {recall:g}" in done.out
+    assert f"recall: {recall:g}" in done.out
     assert re.fullmatch(r"bag: wrote data/bags\.zarr, reports/bags\.json in [\d.]+ s", done.out.splitlines()[-1])
     warning = f"warning: bag: recall {recall:g}: the search misses many of the nearest images; raise bagging.probes\n"
     assert (done.status, done.err) == (0, warning)
