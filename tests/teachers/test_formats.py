@@ -24,6 +24,8 @@ from bingo.teachers.formats import dinov2
 from bingo.teachers.sources import make_teacher
 from bingo.teachers.teacher import Teacher, load_teacher, save_teacher
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
 NARROW = 0.125  # of all channels: the layouts do not depend on it

@@ -22,6 +22,8 @@ from bingo.runtime.errors import UserError
 from bingo.teachers.sources import make_teacher
 from tests.teachers.test_wrapped import IMAGE, NARROW, PARAMS, moco, params_of, weights
 
+pytestmark = pytest.mark.slow
+
 
 class Net(nn.Module):
     """A module of the user's own, pickled whole."""

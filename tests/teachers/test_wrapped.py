@@ -19,6 +19,8 @@ from bingo.runtime.errors import UserError
 from bingo.teachers.foreign import read_checkpoint, shared_prefix
 from bingo.teachers.sources import make_teacher
 
+pytestmark = pytest.mark.slow
+
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 IMAGENET = {"crop_px": 32, "resize_px": 32, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 IMAGE = PARAMS.image.model_copy(update=IMAGENET)
