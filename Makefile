@@ -1,5 +1,5 @@
 # `make demo`: from a fresh clone to reports/index.html. `make test`: all tests.
-# `make test-fast`: tests that are not marked slow, under 2 minutes on 2 idle cores. `make compare`: methods x seeds as DVC experiments.
+# `make test-fast`: tests that are not marked slow, some 2.5 minutes on 2 idle cores. `make compare`: methods x seeds as DVC experiments.
 # `make bench`: speed compared with hardware limits and other implementations, an hour on 2 idle cores; uses a GPU if there is one.
 # `make fuzz`: thousands of hostile inputs. `make docs`: README, docs/ and benchmarks/results/ as a website in site/.
 # `make test-oldest`: the tests with the oldest versions that pyproject.toml allows, with the oldest Python (PYTHON=python3.11).
