@@ -1,5 +1,6 @@
 """What `bingo init` sees in a folder, and what it chooses: the times against sums by hand, the parameters against every limit."""
 
+from copy import deepcopy
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -26,7 +27,7 @@ from bingo.planning.first_params import (
 )
 from bingo.planning.limits import batch_mistakes, rule_mistakes
 from bingo.planning.look import Look, look_at
-from bingo.planning.recipes import lay_over, read_recipe
+from bingo.planning.recipes import flattened, lay_over, read_recipe, recipe_names
 from bingo.runtime.errors import UserError
 
 PHOTOS = Look(900, 100, (), 200, (300, 500, 4000), 3, (), 0.01, ())
@@ -143,3 +144,38 @@ def test_processes_can_share_a_batch(train, processes):
 @pytest.mark.parametrize(("train", "expected"), [(3, 2), (31, 8), (500, 64), (19_999, 64), (20_000, 256)])
 def test_a_batch_leaves_three_steps(train, expected):
     assert batch_anchors(train) == expected
+
+
+# Nothing of an own run reads these: other methods, evaluations that are off, moving-average keys, other kinds of bags.
+UNREAD = (
+    "methods.",
+    "linear_eval.crops.",
+    "semi_eval.",
+    "transfer.",
+    "transfer_coco.",
+    "dataset.placement",
+    "bagging.clusters",
+    "report.gallery",
+)
+UNREAD_OF_BINGO = ("methods.bingo.key_momentum", "methods.bingo.teacher_batchnorm", "methods.bingo.key_width", "methods.bingo.queue_push")
+
+
+def test_nothing_that_an_earlier_recipe_set_is_left_in_what_init_chooses():
+    shipped, look = read_yaml(Path("params.yaml")), replace(PHOTOS, short_px=(32, 32, 32))
+
+    def chosen(document: dict, teacher: ChosenTeacher) -> dict:
+        document = deepcopy(document)
+        lay_over(document, read_recipe(Path("recipes"), "parts/small-photographs").overlay)
+        lay_over(document, overlay(look, fit(look, teacher, None, SLOW, 60), teacher, "photos", on_gpu=False))
+        kept = dict(flattened(document))
+        read = {key for key in kept if not key.startswith(UNREAD) or (key.startswith("methods.bingo.") and key not in UNREAD_OF_BINGO)}
+        if teacher.name:  # it sets these, and nothing is pretrained
+            read -= {key for key in read if key.startswith(("teacher.pretrain.", "teacher.")) and not key.startswith("teacher.image")}
+        return {key: kept[key] for key in sorted(read - {"extract.chunk_rows"})}
+
+    for teacher in (OWN, DINO):
+        expected = chosen(shipped, teacher)
+        for name in recipe_names(Path("recipes")):
+            document = deepcopy(shipped)
+            lay_over(document, read_recipe(Path("recipes"), name).overlay)
+            assert chosen(document, teacher) == expected, name
