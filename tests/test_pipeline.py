@@ -31,7 +31,7 @@ INFRASTRUCTURE = {
 # A network's k-NN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
 # a teacher pass or a training, and none of them can reach a network or an embedding.
 WATCHING = {
-    *(f"bingo/evals/{name}.py" for name in ("knn", "probe", "features", "collapse", "teacher_check")),
+    *(f"bingo/evals/{name}.py" for name in ("agreement", "knn", "probe", "features", "collapse", "teacher_check")),
     *("bingo/bags/neighbors.py", "bingo/bags/rows.py"),
 }
 WATCHED = ("teacher", "extract", "distill", "baseline")

@@ -152,6 +152,11 @@ class Embeddings:
         return read_rows(self._features, slice(0, self.train_rows), self.name, _WAY_OUT)
 
     @property
+    def features(self) -> StoredRows:
+        """Features of all rows, float16 (N, D), left in the store until rows are accessed."""
+        return StoredRows(self._features, self.rows, self.name, _WAY_OUT)
+
+    @property
     def train_features(self) -> StoredRows:
         """Features of the train rows, float16 (T, D), left in the store until rows are accessed."""
         return StoredRows(self._features, self.train_rows, self.name, _WAY_OUT)

@@ -1,21 +1,33 @@
-"""A quick measure of a network during training: k-NN accuracy for a part of the test images among a part of the train images."""
+"""A quick measure of a network during training, on a part of the test images and a part of the train images: k-NN accuracy, or without
+labels the agreement with the teacher.
+
+Shape letters: Q queries, K neighbours.
+"""
+
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
 from bingo import seeds
+from bingo.evals.agreement import neighbor_agreement
 from bingo.evals.features import backbone_features
-from bingo.evals.knn import knn_accuracies
+from bingo.evals.knn import knn_accuracies, nearest_train
 from bingo.images.images import Images
 from bingo.images.listing import Listing
 from bingo.params import ImageParams
+
+if TYPE_CHECKING:  # a training without a teacher does not depend on it
+    from bingo.embeddings.store import Embeddings
 
 BANK_IMAGES, QUERY_IMAGES, NEIGHBORS, TEMPERATURE, BATCH_IMAGES = 5000, 1000, 10, 0.07, 256
 
 
 def probe_rows(listing: Listing, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A seeded draw of at most 5,000 train rows and 1,000 test rows, each sorted; without a test split, both are train rows."""
+    """A seeded draw of at most 5,000 train rows and 1,000 test rows, each sorted; without a test split, both are train rows, and none is
+    in both."""
     bank = seeds.permutation(seed, "probe bank", 0, listing.train_rows)
     test_rows = len(listing) - listing.train_rows
     if test_rows == 0:
@@ -25,20 +37,48 @@ def probe_rows(listing: Listing, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(bank[:BANK_IMAGES]), np.sort(query[:QUERY_IMAGES])
 
 
-class KnnProbe:
-    """Call it with a backbone: {"knn_10": percent}. It changes neither the backbone's mode nor its buffers."""
+class Probe:
+    """Call it with a backbone, on `device`: {"knn_10": percent} of a listing with labels, {"agreement_10": percent} of one without, if the
+    teacher's `embeddings` are given; `measures` is false where it could measure neither. It changes neither the backbone's mode nor its
+    buffers.
 
-    def __init__(self, listing: Listing, images: Images, image: ImageParams, seed: int, device: torch.device, precision: str):
+    knn_10 has one vote for each of the 10 nearest (of fewer train images, all). agreement_10 is `neighbor_agreement` among the train rows
+    of `probe_rows`, of which there must be more than 10: with T of them, chance is 1000 / T.
+    """
+
+    def __init__(
+        self,
+        listing: Listing,
+        images: Images,
+        image: ImageParams,
+        seed: int,
+        device: torch.device,
+        precision: str,
+        embeddings: "Embeddings | None" = None,
+    ):
         self.bank_rows, self.query_rows = probe_rows(listing, seed)
-        self.labels_N, self.images, self.image = listing.labels_N, images, image
+        self.listing, self.images, self.image, self.embeddings = listing, images, image, embeddings
         self.device, self.precision = device, precision
+
+    @property
+    def measures(self) -> bool:
+        """Whether there are images to measure on, and labels or a teacher to compare with."""
+        agrees = self.embeddings is not None and len(self.bank_rows) > NEIGHBORS
+        return len(self.query_rows) > 0 and (self.listing.labelled or agrees)
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
         rows = np.concatenate([self.bank_rows, self.query_rows])
         features = backbone_features(backbone, self.images, rows, self.image, self.device, self.precision, BATCH_IMAGES)
-        bank, query = features[: len(self.bank_rows)], features[len(self.bank_rows) :]
-        neighbors = min(NEIGHBORS, len(bank))
-        scores = knn_accuracies(
-            bank, self.labels_N[self.bank_rows], query, self.labels_N[self.query_rows], [neighbors], TEMPERATURE
-        )  # fmt: skip
+        bank, query = np.split(features, [len(self.bank_rows)])
+        if not self.listing.labelled:
+            return neighbor_agreement(nearest_train(bank, query, NEIGHBORS)[0], self._teacher_rows_QK, [NEIGHBORS])
+        neighbors, labels_N = min(NEIGHBORS, len(bank)), self.listing.labels_N
+        scores = knn_accuracies(bank, labels_N[self.bank_rows], query, labels_N[self.query_rows], [neighbors], TEMPERATURE)
         return {"knn_10": scores[f"knn_{neighbors}"]}
+
+    @cached_property
+    def _teacher_rows_QK(self) -> np.ndarray:
+        """The 10 nearest of `bank_rows` to each of `query_rows` in the teacher's features, as places in `bank_rows`: int32 (Q, 10)."""
+        assert self.embeddings is not None
+        bank, query = self.embeddings.features[self.bank_rows], self.embeddings.features[self.query_rows]
+        return nearest_train(bank, query, NEIGHBORS)[0]

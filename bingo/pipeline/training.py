@@ -9,7 +9,7 @@ import torch
 
 from bingo import paths
 from bingo.evals.collapse import collapse_warning, feature_spread
-from bingo.evals.probe import KnnProbe
+from bingo.evals.probe import Probe
 from bingo.images.images import open_images
 from bingo.images.listing import Listing
 from bingo.methods.contract import Method, Progress
@@ -70,12 +70,14 @@ def train_method(
         _check_bags(run, method, bags)
         images = open_images(listing, paths.IMAGES, params.dataset)
         watched = listing, images, setup.image, params.seed, device, schedule.precision
-        probe = KnnProbe(*watched) if listing.labelled else None
+        probe = Probe(*watched, inputs.embeddings)
         loader = setup.loader(images, device, teacher)
         batches = Batches(method.needs, loader, params.seed, listing.train_rows, schedule.batch_anchors, bags, stored)
         with state_folder(run.stage, _identity(run, setup, inputs)) as folder:
             label = f"{run.stage}: {setup.method}"
-            trainer = Trainer(method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe, label, groups)
+            trainer = Trainer(
+                method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe if probe.measures else None, label, groups
+            )
             if trainer.resumes():
                 run.say(f"{run.stage}: resuming from a checkpoint")
                 run.notes["resumed"] = True
@@ -130,6 +132,8 @@ def _say_result(run: Run, setup: TrainingSetup, result: TrainingResult) -> None:
     """Print and record the speed and the last epoch's figures, and warn of a collapsed network."""
     rate = result.anchors / max(result.seconds, 1e-9)
     run.notes |= {"anchors_per_second": round(rate, 1), "data_wait": round(result.wait_seconds / max(result.seconds, 1e-9), 3)}
+    if probed := {name: value for name, value in result.history[-1].items() if name.startswith(("knn_", "agreement_"))}:
+        run.notes["probe"] = f"{in_words(probed, '.1f')} ({100 * result.probe_seconds / max(result.seconds, 1e-9):.1f} % of the time)"
     last = in_words({name: value for name, value in result.history[-1].items() if name not in ("epoch", "lr")})
     if result.spread and (warning := collapse_warning(result.spread)):
         run.warn(warning)

@@ -26,9 +26,10 @@ _STAGE_ORDER = (
 )  # fmt: skip
 _COLORS, _BASELINE_COLOR = {"distill": 0, "teacher": 1}, 2  # of plots.SERIES, as in the results
 _DATASETS = {"digits": "Handwritten digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # by dataset.source
+_PROBES = {"knn_10": "k-NN accuracy, percent", "agreement_10": "Agreement with the teacher, k = 10, percent"}
 _PROBE_COLORS = [0, 2, 4, 1, 3]
 _RUN_KEYS = (
-    "stage", "seconds", "images_per_second", "anchors_per_second", "data_wait", "device", "processes", "cores",
+    "stage", "seconds", "images_per_second", "anchors_per_second", "data_wait", "probe", "device", "processes", "cores",
     "revision", "ended", "python", "versions",
 )  # fmt: skip
 
@@ -146,8 +147,8 @@ def _training_title(a: Artefacts, name: str) -> str:
 
 def _training(name: str, title: str, curves: Curves, terms: dict[str, Any]) -> TrainingCharts:
     epochs, final = curves["epoch"], terms.get("last_loss", curves.get("loss", [math.nan])[-1])
-    losses = [column for column in curves if column not in ("epoch", "lr") and not column.startswith("knn_")]
-    panels = {"Loss": losses, "Learning rate": ["lr"], "k-NN accuracy, percent": [c for c in curves if c.startswith("knn_")]}
+    losses = [column for column in curves if column not in ("epoch", "lr", *_PROBES)]
+    panels = {"Loss": losses, "Learning rate": ["lr"]} | {panel: [column] for column, panel in _PROBES.items()}
     own_color = _COLORS.get(name, _BASELINE_COLOR)
     colors, charts = [own_color, *(color for color in range(len(SERIES)) if color != own_color)], []
     for panel, names in panels.items():
@@ -168,7 +169,8 @@ def _ends(series: Mapping[str, tuple[list[float], list[float]]]) -> str:
 
 
 def _probes(a: Artefacts) -> str:
-    """The k-NN accuracy of the student and its baselines during training; empty if fewer than two were measured."""
+    """The k-NN accuracy of the student and its baselines during training; empty if fewer than two were measured. The agreement with the
+    teacher is measured of the student alone."""
     series = {
         _training_title(a, name): (curves["epoch"], curves["knn_10"])
         for name, curves in a.curves.items()

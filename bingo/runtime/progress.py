@@ -20,7 +20,10 @@ clock = time.monotonic  # tests replace it
 
 
 class Bar:
-    """The handle that a loop updates, possibly from several threads. `total` is 0 if the number of units is unknown."""
+    """The handle that a loop updates, possibly from several threads. `total` is 0 if the number of units is unknown; `remark` is what
+    else the loop has to say, until it changes."""
+
+    remark = ""
 
     def __init__(self, label: str, total: int, unit: str):
         self._label, self._total, self._unit = label, total, unit
@@ -65,6 +68,7 @@ class Bar:
         note = f"{_number(rate)} {self._unit}/s" if moved else f"{_clock_time(seconds)} so far"
         if self._total and moved:
             note += f", {_clock_time(max(0.0, (self._total - self._done) / rate))} left"
+        note = f"{self.remark}, {note}" if self.remark else note
         self._display.show(seconds, whole_seconds, self._done, note, self._count() if self._unit else "")
 
     def _count(self) -> str:

@@ -29,7 +29,7 @@ from bingo.training.finite import LossWatch
 @dataclass
 class TrainingResult:
     """Results of a training in addition to the method's weights: one record per epoch, the spread of the network's features,
-    the cost per anchor (GFLOP, forward and backward), and the speed in this process."""
+    the cost per anchor (GFLOP, forward and backward), and the times in this process: of all, of waiting for data, of the probe."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     spread: dict[str, float] = field(default_factory=dict)
@@ -37,6 +37,7 @@ class TrainingResult:
     gflop_per_anchor: float = 0.0
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    probe_seconds: float = 0.0
 
 
 class Trainer(Resumable):
@@ -94,7 +95,7 @@ class Trainer(Resumable):
             self.result.anchors += self.schedule.batch_anchors
             bar.advance_to(self.step * self.schedule.batch_anchors)
             if self.step % self.steps_per_epoch == 0:
-                self._end_epoch(epoch)
+                self._end_epoch(epoch, bar)
             self._checkpoint_if_due()
 
     def _train_step(self, batch: Batch, progress: Progress) -> None:
@@ -135,7 +136,7 @@ class Trainer(Resumable):
         if distributed.any_true(not finite, self.device):
             raise UserError(f"{self.label}: weights are nan or inf after {self.step} steps; lower lr (now {self.schedule.lr})")
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int, bar: Any) -> None:
         """Write the epoch's record: mean of each term over all processes, and the probe's figures when it is due."""
         self._refuse_what_is_not_finite()
         self._check_weights()
@@ -145,7 +146,10 @@ class Trainer(Resumable):
         every = self.schedule.probe_every_epochs
         last = epoch + 1 == self.schedule.epochs
         if self.probe is not None and every and ((epoch + 1) % every == 0 or last) and distributed.rank() == 0:
-            record |= self.probe(self.method.student)
+            begun = time.monotonic()
+            record |= (probed := self.probe(self.method.student))
+            self.result.probe_seconds += time.monotonic() - begun
+            bar.remark = ", ".join(f"{name} {percent:.1f}" for name, percent in probed.items())
         distributed.barrier()
         self.sums = {}
         self.history.append(record)

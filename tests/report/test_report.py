@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -262,6 +263,20 @@ def test_timings_lie_beside_the_page(workspace, built):
     records = json.loads(script.removeprefix("window.bingoRuns = ").removesuffix(";\n"))
     assert records == [{"stage": "distill", "seconds": 12.5, "anchors_per_second": 900.0, "versions": {"torch": "9"}}]
     assert b"900" not in built.partition(b'id="timings"')[2]
+
+
+@pytest.mark.parametrize(
+    ("measure", "label"), [("knn_10", "k-NN accuracy, percent"), ("agreement_10", "Agreement with the teacher, k = 10, percent")]
+)
+def test_the_curve_of_the_probe_is_named_by_what_was_measured(measure, label):
+    curves = {"distill": {"epoch": [1.0, 2.0], "lr": [0.1, 0.0], "loss": [3.0, 2.0], "mix": [2.0, 1.0], measure: [math.nan, 41.5]}}
+    labels = [
+        attrs["aria-label"] for attrs in Page(build_page(artefacts(curves=curves))).all("svg") if "by epoch" in attrs.get("aria-label", "")
+    ]
+    assert len(labels) == 3  # loss, learning rate, probe
+    assert "mix from 2 to 1" in labels[0]
+    assert measure not in labels[0]
+    assert f"{label} by epoch. {measure} from 41.5 to 41.5" in labels[2]
 
 
 def test_runs_are_in_the_order_of_the_stages():

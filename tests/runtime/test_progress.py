@@ -125,6 +125,19 @@ def test_a_line_has_count_share_rate_and_time_left(monkeypatch, resumed):
         assert left[0] * 3600 + left[1] * 60 + left[2] == pytest.approx(500 - at, abs=1)
 
 
+def test_what_a_loop_remarks_stands_in_the_line_until_it_changes(monkeypatch):
+    clock = Clock(monkeypatch)
+    with progress.progress_bar("train", 100, "anchors") as bar:
+        for remark in ("", "knn_10 81.2"):
+            bar.remark = remark
+            clock.seconds += 40
+            bar.advance(25)
+    first, second = (line for _, line in clock.lines)
+    assert first == "train: 25 % (25 of 100 anchors), 0.62 anchors/s, 0:02:00 left"
+    assert second == "train: 50 % (50 of 100 anchors), knn_10 81.2, 0.62 anchors/s, 0:01:20 left"
+    assert PROGRESS.fullmatch(f"{second}\n")
+
+
 def test_slow_work_has_a_rate_below_one(monkeypatch):
     (_, line), *_ = Clock(monkeypatch).work(400, step_seconds=100, total=4)
     assert LINE.fullmatch(line)[4] == "0.01"
