@@ -35,7 +35,7 @@ def _judge(run: Run, name: str, device: "torch.device") -> None:
 
     params, listing = run.params, read_listing(paths.LISTING)
     semi, split = params.semi_eval, params.semi_eval.splits[name]
-    nets, rows_L = backbones(run, semi.nets), labelled_rows(listing, split, name, params.seed, run.say)
+    nets, rows_L = backbones(run, semi.nets), labelled_rows(listing, split, name, params.seed)
     run.say(f"semi_eval: {name}: {len(rows_L):,} of {listing.train_rows:,} labels")
     found = protocols(params, listing, open_images(listing, paths.IMAGES, params.dataset), rows_L, split)
     inputs = listing.fingerprint, rows_L.tolist()
