@@ -30,20 +30,9 @@ class BagDiff:
         """Purity after minus purity before, 0 if either is unknown."""
         return np.nan_to_num(self.purity_after_T - self.purity_before_T)
 
-    def most(self, order: str, count: int) -> np.ndarray:
-        """Rows int64 (count,) that `changed` most (least overlap, then largest change of purity), `gained` or `lost` most."""
-        sorted_by = {
-            "changed": (-np.abs(self.gain_T), self.jaccard_T),
-            "gained": (self.jaccard_T, -self.gain_T),
-            "lost": (self.jaccard_T, self.gain_T),
-        }
-        return np.lexsort((np.arange(len(self.jaccard_T)), *sorted_by[order]))[:count]
-
-    def records(self, rows_R: np.ndarray) -> list[dict[str, Any]]:
-        """JSON-able: row, jaccard, and purity before and after (None if unknown) of these anchors."""
-        purity = {"purity_before": self.purity_before_T, "purity_after": self.purity_after_T}
-        known = [{name: None if np.isnan(x_T[row]) else _round(x_T[row]) for name, x_T in purity.items()} for row in rows_R]
-        return [{"row": int(row), "jaccard": _round(self.jaccard_T[row]), **figures} for row, figures in zip(rows_R, known, strict=True)]
+    def most_changed(self, count: int) -> np.ndarray:
+        """The rows int64 (count,) with the least overlap and, of equal ones, the largest change of purity."""
+        return np.lexsort((np.arange(len(self.jaccard_T)), -np.abs(self.gain_T), self.jaccard_T))[:count]
 
     def summary(self) -> dict[str, Any]:
         """JSON-able figures over all anchors; shares are of 1, numbers rounded to 6 digits.

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 _SHEETS, _GALLERY, _THUMBNAILS = Path(".bingo/sheets"), Path(".bingo/gallery"), Path(".bingo/thumbnails")
-_ORDERS = ("changed", "gained", "lost")
 Rev = Annotated[str | None, typer.Option(help="A Git revision or DVC experiment; by default the workspace.")]
 Out = Annotated[Path | None, typer.Option(help="The PNG to write; by default a file in .bingo/sheets.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 # -1 is a row that does not exist, and no option
 _NEGATIVE_ROWS = {"ignore_unknown_options": True}
 
@@ -53,49 +51,39 @@ def show(
 
 
 @app.command()
-def stats(rev: Rev = None, as_json: AsJson = False) -> None:
+def stats(rev: Rev = None) -> None:
     """Print purity, hubs, orphans, mutual neighbours, similarity, near-duplicates and cluster sizes of all bags."""
     from bingo.bags.metrics import bag_metrics
     from bingo.cli.browse_source import BagSource
     from bingo.cli.browse_tables import stats_text
-    from bingo.runtime.artefacts import canonical_json
 
     source = BagSource(rev)
     table, listing = source.index.table, source.listing
     metrics = bag_metrics(table, listing.labels_N[: listing.train_rows] if listing.labelled else None)
-    typer.echo(canonical_json(metrics).rstrip() if as_json else stats_text(source, metrics))
+    typer.echo(stats_text(source, metrics))
 
 
 @app.command()
 def diff(
     before: Annotated[str, typer.Argument(metavar="REV1", help="A Git revision, a DVC experiment, or: workspace.")],
     after: Annotated[str, typer.Argument(metavar="REV2", help="The same.")],
-    by: Annotated[str, typer.Option(help="Anchors to show: those that changed, gained or lost (purity) most.")] = "changed",
     anchors: Annotated[int, typer.Option(min=1, max=200, help="Number of anchors to list and draw.")] = 8,
     out: Out = None,
-    as_json: AsJson = False,
 ) -> None:
     """Compare the bags of two revisions: overlap, purity gained and lost, and the anchors that changed most."""
     from bingo.browse.diff import compare_bags
     from bingo.browse.sheets import side_by_side
     from bingo.cli.browse_source import BagSource, check_comparable
     from bingo.cli.browse_tables import diff_text
-    from bingo.runtime.artefacts import canonical_json
-    from bingo.runtime.errors import UserError
 
-    if by not in _ORDERS:
-        raise UserError(f"--by = {by}: allowed are {', '.join(_ORDERS)}")
     sources = BagSource(before), BagSource(after)
     check_comparable(*sources)
     listing = sources[0].listing
     found = compare_bags(sources[0].index.table, sources[1].index.table, listing.labels_N[: listing.train_rows])
-    rows_R = found.most(by, anchors)
-    if as_json:
-        typer.echo(canonical_json({**found.summary(), f"most_{by}": found.records(rows_R)}).rstrip())
-        return
-    typer.echo(diff_text(sources, found, rows_R, by))
+    rows_R = found.most_changed(anchors)
+    typer.echo(diff_text(sources, found, rows_R))
     sheet = side_by_side((sources[0].title, sources[1].title), [_band(sources, found, row) for row in rows_R.tolist()])
-    _deliver(sheet, out, _SHEETS / _file_name(f"diff-{by}", *sources))
+    _deliver(sheet, out, _SHEETS / _file_name("diff", *sources))
 
 
 @app.command()

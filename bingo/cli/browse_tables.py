@@ -46,7 +46,7 @@ def stats_text(source: BagSource, metrics: dict[str, Any]) -> str:
     )
 
 
-def diff_text(sources: tuple[BagSource, BagSource], found: BagDiff, rows_R: np.ndarray, by: str) -> str:
+def diff_text(sources: tuple[BagSource, BagSource], found: BagDiff, rows_R: np.ndarray) -> str:
     """The figures of the comparison, and one line for each of the anchors `rows_R`."""
     before, after = sources
     lines = [(name.replace("_", " "), _value(value)) for name, value in found.summary().items()]
@@ -56,10 +56,9 @@ def diff_text(sources: tuple[BagSource, BagSource], found: BagDiff, rows_R: np.n
          printable(before.class_name(label)), printable(path))
         for row, path, label in zip(rows_R.tolist(), listed_paths, labels.tolist(), strict=True)
     ]  # fmt: skip
-    title = {"changed": "changed most", "gained": "gained most purity", "lost": "lost most purity"}[by]
     heads = ("row", "jaccard", "purity before", "purity after", "label", "path")
     return "\n".join(
-        [f"before: {before.title}", f"after: {after.title}", table(("figure", "value"), lines), "", f"anchors that {title}",
+        [f"before: {before.title}", f"after: {after.title}", table(("figure", "value"), lines), "", "anchors that changed most",
          table(heads, anchors, "rrrr")]
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ class OnBadImage(StrEnum):
 
 def main(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images, at any depth.")],
-    out: Annotated[Path, typer.Option(help="The file to write, float32: .zarr, .npy (with the paths in a .txt file) or .parquet.")],
+    out: Annotated[Path, typer.Option(help="The file to write, float32: .npy (with the paths in a .txt file) or .parquet.")],
     student: Annotated[Path | None, typer.Option(help="File of a student or baseline; by default models/student.safetensors.")] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="Use the teacher instead of the student.")] = False,
     batch_images: Annotated[int, typer.Option(min=1, max=65536, help="Batch size.")] = 256,

@@ -1,9 +1,8 @@
-"""Embeddings of a folder as a file for other programs: zarr, NumPy or Parquet, float32, one row for each image.
+"""Embeddings of a folder as a file for other programs: NumPy or Parquet, float32, one row for each image.
 
 Rows come in batches and are written in blocks, so that memory holds one block. Files are written atomically.
 Shape letters: N images, D feature width, B rows of a block.
 
-    .zarr      features float32 (N, D), paths string (N,), attributes as given; in chunks of rows as data/embeddings.zarr is
     .npy       float32 (N, D), which NumPy can memory-map; the paths are in a .txt file of the same name, one per line
     .parquet   columns path (string) and embedding (D float32 in a fixed-size list); attributes in the schema's metadata
 """
@@ -15,11 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zarr
-from zarr.codecs import Crc32cCodec
 
-from bingo.runtime.artefacts import canonical_json, new_directory, new_file, write_bytes
-from bingo.runtime.chunks import new_array
+from bingo.runtime.artefacts import canonical_json, new_file, write_bytes
 from bingo.runtime.errors import UserError
 
 BLOCK_ROWS = 8192
@@ -34,9 +30,7 @@ def write_embeddings(path: Path, paths: Sequence[str], width: int, batches: Iter
 def check_names(path: Path, paths: Sequence[str]) -> None:
     """Raises UserError if the format of `path` cannot hold one of these names."""
     if path.suffix == ".npy" and (broken := [name for name in paths if len(name.splitlines()) > 1]):
-        raise UserError(
-            f"--out = {path}: {broken[0]!a} has a line break in its name, and .npy stores one name per line; write .parquet or .zarr"
-        )
+        raise UserError(f"--out = {path}: {broken[0]!a} has a line break in its name, and .npy stores one name per line; write .parquet")
 
 
 def files_of(path: Path) -> list[Path]:
@@ -55,19 +49,6 @@ def _blocks(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
             waiting = [rows[BLOCK_ROWS:]]
     if sum(len(part) for part in waiting):
         yield np.concatenate(waiting)
-
-
-def _zarr(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.ndarray], attributes: Mapping[str, Any]) -> None:
-    rows = len(paths)
-    chunk_rows = min(BLOCK_ROWS, rows)
-    with new_directory(path) as folder:
-        group = zarr.create_group(folder, zarr_format=3, attributes=dict(attributes))
-        new_array(group, "features", (rows, width), np.float32, chunk_rows)
-        names = group.create_array("paths", shape=(rows,), chunks=(chunk_rows,), dtype=str, filters=None, compressors=[Crc32cCodec()])
-        names[:] = np.array(paths, dtype=object)
-        features: Any = group["features"]
-        for start, block_BD in _numbered(blocks):
-            features[start : start + len(block_BD)] = block_BD
 
 
 def _npy(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.ndarray], attributes: Mapping[str, Any]) -> None:
@@ -97,5 +78,5 @@ def _numbered(blocks: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         start += len(block_BD)
 
 
-_FORMATS = {".zarr": _zarr, ".npy": _npy, ".parquet": _parquet}
+_FORMATS = {".npy": _npy, ".parquet": _parquet}
 SUFFIXES = tuple(_FORMATS)

@@ -57,7 +57,7 @@ def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) 
     if path.is_symlink() or path.exists():
         if not force:
             raise UserError(f"{option} = {path}: exists already; give another name, or --force to replace it")
-        if path.is_symlink() or path.is_dir() != (path.suffix == ".zarr") or (path.is_dir() and not (path / "zarr.json").is_file()):
+        if path.is_symlink() or path.is_dir():
             raise UserError(f"{option} = {path}: is not a file of this kind, so --force does not replace it; give another name")
 
 

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-import zarr
 from command import bingo
 from PIL import Image
 
@@ -33,7 +32,6 @@ NAMES = ["a/1.png", "a/10.png", "a/2.png", "a b/é.PNG", "b/x/deep.bmp", "top.pn
 PASSED = "FOLDER = photos: passed over: 1 hidden, 1 .txt\n"
 READERS = {
     ".npy": lambda path: (np.load(path), path.with_suffix(".txt").read_text().splitlines()),
-    ".zarr": lambda path: (zarr.open_group(path, mode="r")["features"][:], list(zarr.open_group(path, mode="r")["paths"][:])),
     ".parquet": lambda path: (np.array(pq.read_table(path)["embedding"].to_pylist(), np.float32), pq.read_table(path)["path"].to_pylist()),
 }
 
@@ -107,11 +105,9 @@ def test_rows_are_the_features_of_the_images_in_the_order_of_their_paths(suffix,
 
 
 def test_attributes_say_by_what_network_and_from_what_pixels(here):
-    bingo_embed("photos", "--out", "e.zarr")
     bingo_embed("photos", "--out", "e.parquet")
     expected = {"kind": "student", "arch": "resnet10t", "width": 0.125, "stem": "small", **IMAGE}
     expected |= {"network": file_fingerprint("models/student.safetensors"), "precision": "fp32"}
-    assert dict(zarr.open_group("e.zarr", mode="r").attrs) == expected
     assert json.loads(pq.read_schema("e.parquet").metadata[b"bingo"]) == expected
     assert pq.read_schema("e.parquet").field("embedding").type.list_size == 64
 
@@ -235,13 +231,9 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
     (here / "photos/top.png").rename(here / "photos/to\np.png")
     code, _, err = bingo_embed("photos", "--out", "e.npy")
     assert code == 2
-    assert (
-        err
-        == "error: --out = e.npy: 'to\\np.png' has a line break in its name, and .npy stores one name per line; write .parquet or .zarr\n"
-    )
-    for suffix in (".parquet", ".zarr"):
-        assert bingo_embed("photos", "--out", f"e{suffix}")[0] == 0
-        assert READERS[suffix](here / f"e{suffix}")[1][-1] == "to\np.png"
+    assert err == "error: --out = e.npy: 'to\\np.png' has a line break in its name, and .npy stores one name per line; write .parquet\n"
+    assert bingo_embed("photos", "--out", "e.parquet")[0] == 0
+    assert READERS[".parquet"](here / "e.parquet")[1][-1] == "to\np.png"
 
 
 # ---- mistakes
@@ -255,12 +247,11 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
         (["empty", "--out", "e.npy"], "FOLDER = empty: holds no images; recognised are .jpg, .jpeg, .png"),
         (["leads-out", "--out", "e.npy"], "FOLDER = leads-out: x.png is a link out of it, to "),
         (["bytes", "--out", "e.npy"], "FOLDER = bytes: '\\udcff.png' is not a UTF-8 name; rename the file"),
-        (["photos", "--out", "e.csv"], "--out = e.csv: allowed are names that end in .zarr, .npy, .parquet"),
+        (["photos", "--out", "e.csv"], "--out = e.csv: allowed are names that end in .npy, .parquet"),
         (["photos", "--out", "e"], "--out = e: allowed are names that end in"),
         (["photos", "--out", "there.npy"], "--out = there.npy: exists already; give another name, or --force to replace it"),
         (["photos", "--out", "beside.npy"], "--out: list of paths = beside.txt: exists already"),
         (["photos", "--out", "folder.npy", "--force"], "--out = folder.npy: is not a file of this kind, so --force does not replace it"),
-        (["photos", "--out", "foreign.zarr", "--force"], "--out = foreign.zarr: is not a file of this kind"),
         (["photos", "--out", "there.npy/e.npy"], "--out = there.npy/e.npy: there.npy is a file, not a folder; give another name"),
         (["photos", "--out", "e.npy", "--student", "none.safetensors"], "none.safetensors: cannot be read (the file does not exist)"),
         (["photos", "--out", "e.npy", "--student", "photos"], "photos: cannot be read ("),
@@ -284,7 +275,6 @@ def test_mistakes_are_one_line(here, arguments, says):
     (here / "bytes").mkdir()
     (here / os.fsdecode(b"bytes/\xff.png")).write_bytes(b"")
     (here / "folder.npy").mkdir()
-    (here / "foreign.zarr").mkdir()
     (here / "there.npy").write_bytes(b"before")
     (here / "beside.txt").write_bytes(b"before")
     (here / "cut.safetensors").write_bytes(Path("models/student.safetensors").read_bytes()[:-9])
