@@ -8,9 +8,9 @@ PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-# Processes that share the tests, file by file; each takes a core and 2 GB of memory.
+# Processes that share the tests; each takes a core and 2 GB of memory. Slow tests stay with their file, whose fixtures they share.
 TEST_PROCESSES ?= 2
-PYTEST = python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+PYTEST = python -m pytest -q -n $(TEST_PROCESSES) --dist
 
 # Options of `make fuzz`.
 FUZZ_CASES ?= 10000
@@ -29,13 +29,13 @@ demo: setup
 	@echo "the report: $(CURDIR)/reports/index.html"
 
 test: setup
-	$(PYTEST)
+	$(PYTEST) loadfile
 
 test-fast: setup
-	$(PYTEST) -m "not slow"
+	$(PYTEST) worksteal -m "not slow"
 
 test-oldest: $(VENV)-oldest/.done
-	PATH="$(VENV)-oldest/bin:$$PATH" $(PYTEST) -W default::DeprecationWarning  # old versions call functions that newer ones deprecate
+	PATH="$(VENV)-oldest/bin:$$PATH" $(PYTEST) loadfile -W default::DeprecationWarning  # old versions call functions that newer ones deprecate
 
 fuzz: setup
 	python -m tests.stress.fuzz --cases $(FUZZ_CASES) --seed $(FUZZ_SEED)

@@ -17,8 +17,8 @@ from workspace import SHORT, STAGES, Stages, Workspace, new_workspace, stage_ser
 
 from bingo.runtime import progress
 
-# Fixtures that run a whole pipeline, a sweep or many stages: what waits for one is slow, whatever it does itself.
-LONG_FIXTURES = {"reference", "made", "runs", "repository", "two_processes"}
+# Fixtures that run a pipeline, a sweep or stages in processes of their own: what waits for one is slow, whatever it does itself.
+LONG_FIXTURES = {"stages", "reference", "made", "runs", "repository", "two_processes"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

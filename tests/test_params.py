@@ -136,6 +136,7 @@ def test_every_method_has_its_file_its_section_and_its_values_in_the_shipped_fil
     assert set(method_names()) == files == set(read_yaml(PARAMS)["methods"])
 
 
+@pytest.mark.slow
 def test_mypy_refuses_a_parameter_that_params_yaml_does_not_have(tmp_path):
     keys = {"distill.epochs": True, "distill.epoch": False, "methods.bingo.terms": True, "methods.bingo.queue_rows": False}
     keys |= {"teacher.pretrain.moco.queue_rows": True, "teacher.pretrain.moco.terms": False, "trasfer": False}

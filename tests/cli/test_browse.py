@@ -179,6 +179,7 @@ def test_a_picture_that_cannot_be_written(workspace):
     assert err.startswith("error: --out = params.yaml/sheet.png: cannot be written")
 
 
+@pytest.mark.slow
 def test_a_revision_outside_of_any_repository(workspace):
     assert mistake("show", 5, "--rev", "v1").startswith("error: v1: ")
 

@@ -124,6 +124,7 @@ def test_another_student_is_taken_by_name(here):
     np.testing.assert_allclose(np.load("o.npy"), by_hand(network(3), here / "photos", sorted_names()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_workers_and_blocks_change_nothing(here, monkeypatch):
     """Beyond the last bits, which a convolution's batch decides."""
     net = read_student(Path("models/student.safetensors"))

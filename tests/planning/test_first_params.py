@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -33,6 +34,11 @@ from bingo.runtime.errors import UserError
 PHOTOS = Look(900, 100, (), 200, (300, 500, 4000), 3, (), 0.01, ())
 SLOW = Pace(teacher_flops=8e10, inference_flops=1e11, training_flops=5e10, images=200.0)
 OWN, DINO = ChosenTeacher(None), ChosenTeacher("dinov2-s", Network("vit_small_patch14_dinov2", 1.0, "imagenet"), None, 224, 12.25)
+
+
+@cache
+def shipped() -> dict:
+    return read_yaml(Path("params.yaml"))
 
 
 def test_a_folder_is_seen_as_it_is(tmp_path):
@@ -90,7 +96,13 @@ def test_the_time_is_the_sum_of_its_terms():
 
 
 @pytest.mark.parametrize("teacher", [OWN, DINO], ids=["pretrained", "named"])
-@pytest.mark.parametrize("look", [PHOTOS, replace(PHOTOS, train=60_000, short_px=(32, 32, 32))], ids=["photographs", "small"])
+@pytest.mark.parametrize(
+    "look",
+    [
+        pytest.param(PHOTOS, id="photographs", marks=pytest.mark.slow),
+        pytest.param(replace(PHOTOS, train=60_000, short_px=(32,) * 3), id="small"),
+    ],
+)
 def test_more_time_never_makes_less_of_a_run_and_what_fits_fits(look, teacher):
     plans = [fit(look, teacher, None, SLOW, minutes) for minutes in (3, 10, 30, 100, 1000, float("inf"))]
     for minutes, plan in zip((10, 30, 100, 1000, float("inf")), plans[1:], strict=True):
@@ -105,7 +117,7 @@ def test_what_is_chosen_breaks_no_limit(train, test, median_px):
     look = replace(PHOTOS, train=train, test=test, short_px=(median_px, median_px, median_px))
     for teacher, minutes in product((OWN, DINO), (2, 60)):
         plan = fit(look, teacher, None, SLOW, minutes)
-        document = read_yaml(Path("params.yaml"))
+        document = deepcopy(shipped())
         part = "small-photographs" if median_px <= 64 else "photographs"
         lay_over(document, read_recipe(Path("recipes"), f"parts/{part}").overlay)
         lay_over(document, overlay(look, plan, teacher, "photos", on_gpu=False))
@@ -115,7 +127,7 @@ def test_what_is_chosen_breaks_no_limit(train, test, median_px):
         assert params.dataset.test_images == (split_counts(look)[1] or None if not test else None)
 
 
-@pytest.mark.parametrize("arch", ["vit_small_patch14_dinov2", "inception_v3", "torchvision/resnet18"])
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "torchvision/resnet18", pytest.param("inception_v3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("median_px", [1, 90])
 def test_the_crops_are_such_as_the_student_takes(arch, median_px):
     look, student = replace(PHOTOS, short_px=(1, median_px, 4000)), Network(arch, 1.0, "imagenet")
@@ -160,8 +172,9 @@ UNREAD = (
 UNREAD_OF_BINGO = ("methods.bingo.key_momentum", "methods.bingo.teacher_batchnorm", "methods.bingo.key_width", "methods.bingo.queue_push")
 
 
+@pytest.mark.slow
 def test_nothing_that_an_earlier_recipe_set_is_left_in_what_init_chooses():
-    shipped, look = read_yaml(Path("params.yaml")), replace(PHOTOS, short_px=(32, 32, 32))
+    look = replace(PHOTOS, short_px=(32, 32, 32))
 
     def chosen(document: dict, teacher: ChosenTeacher) -> dict:
         document = deepcopy(document)
@@ -174,8 +187,8 @@ def test_nothing_that_an_earlier_recipe_set_is_left_in_what_init_chooses():
         return {key: kept[key] for key in sorted(read - {"extract.chunk_rows"})}
 
     for teacher in (OWN, DINO):
-        expected = chosen(shipped, teacher)
+        expected = chosen(shipped(), teacher)
         for name in recipe_names(Path("recipes")):
-            document = deepcopy(shipped)
+            document = deepcopy(shipped())
             lay_over(document, read_recipe(Path("recipes"), name).overlay)
             assert chosen(document, teacher) == expected, name
