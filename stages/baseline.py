@@ -13,6 +13,7 @@ from bingo.pipeline.run import stage_run
 
 if TYPE_CHECKING:
     from bingo.methods.contract import Method
+    from bingo.training.loop import TrainingResult
 
 
 def main(method: Annotated[str, typer.Argument(help="One of `baselines` in params.yaml.")]) -> None:
@@ -27,7 +28,7 @@ def main(method: Annotated[str, typer.Argument(help="One of `baselines` in param
 
         params, listing = run.params, read_listing(paths.LISTING)
 
-        def save(trained: "Method") -> None:
+        def save(trained: "Method", _: "TrainingResult") -> None:
             made_from = {"method": name, "listing": listing.fingerprint, "epochs": params.distill.epochs}
             files = paths.BASELINES / f"{name}.safetensors", paths.BASELINES / f"{name}_head.safetensors"
             save_student(*files, trained.student, trained.head, params.student, params.image, made_from)

@@ -1,6 +1,7 @@
 """distill: train the student from the teacher's keys and bags, by the method in distill.method.
 
-It writes models/student.safetensors and its head, curves, reports/distill.json. A killed run resumes from its checkpoint.
+It writes models/student.safetensors and its head, curves, reports/distill.json, and models/best, which with distill.keep_best also holds
+the student of the epoch that the probe measured best. A killed run resumes from its checkpoint.
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from bingo.pipeline.run import stage_run
 
 if TYPE_CHECKING:
     from bingo.methods.contract import Method
+    from bingo.training.loop import TrainingResult
 
 
 def main() -> None:
@@ -20,7 +22,7 @@ def main() -> None:
         from bingo.bags.index import read_bags
         from bingo.embeddings.store import read_embeddings
         from bingo.images.listing import read_listing
-        from bingo.nets.students import save_student
+        from bingo.nets.students import save_best, save_student
         from bingo.pipeline.training import TrainingInputs, train_method
         from bingo.teachers.teacher import load_teacher
         from bingo.training.assembly import distillation
@@ -31,7 +33,7 @@ def main() -> None:
         teacher = load_teacher(paths.TEACHER) if params.distill.keys == "live" else None
         setup = distillation(params)
 
-        def save(trained: "Method") -> None:
+        def save(trained: "Method", result: "TrainingResult") -> None:
             made_from = {
                 "method": params.distill.method,
                 "listing": listing.fingerprint,
@@ -41,6 +43,7 @@ def main() -> None:
                 "params": {"distill": params.distill.model_dump(), params.distill.method: setup.section.model_dump()},
             }
             save_student(paths.STUDENT, paths.STUDENT_HEAD, trained.student, trained.head, params.student, params.image, made_from)
+            save_best(paths.BEST, result.best, params.student, params.image, made_from)
 
         train_method(run, setup, TrainingInputs(listing, embeddings, bags, teacher), save, paths.REPORTS / "distill.json")
 

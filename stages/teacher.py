@@ -11,6 +11,7 @@ from bingo.pipeline.run import Run, stage_run
 
 if TYPE_CHECKING:
     from bingo.methods.contract import Method
+    from bingo.training.loop import TrainingResult
 
 REPORT = paths.REPORTS / "teacher.json"
 
@@ -33,7 +34,7 @@ def _pretrain(run: Run) -> None:
 
     teacher, listing = run.params.teacher, read_listing(paths.LISTING)
 
-    def save(trained: "Method") -> None:
+    def save(trained: "Method", _: "TrainingResult") -> None:
         made_from = {"source": "pretrain", "pretrained": True, "listing": listing.fingerprint, "epochs": teacher.pretrain.epochs}
         made_from |= {"options": teacher.options} if teacher.options else {}
         metadata = teacher_metadata(teacher, run.params.teacher_image, trained.student, trained.head, made_from)  # type: ignore[arg-type]

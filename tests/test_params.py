@@ -65,6 +65,11 @@ def test_the_shipped_file_is_valid_and_frozen():
         ("image.crop_px", 21, ["image", "lower image.crop_px"]),
         ("knn_eval.resize_px", 15, ["knn_eval.resize_px: 15 is less than image.crop_px 16", "set it to 16 or more"]),
         ("distill.lr_warmup_epochs", 99, ["distill", "lr_warmup_epochs: 99 plus hold_epochs: 0 must be less than epochs, 5"]),
+        (
+            "distill",
+            {**read_yaml(PARAMS)["distill"], "keep_best": True, "probe_every_epochs": 0},
+            ["keep_best: true", "probe_every_epochs is 0"],
+        ),
         ("distill.hold_epochs", 4, ["distill", "lr_warmup_epochs: 1 plus hold_epochs: 4 must be less than epochs, 5"]),
         ("linear_eval.cached.hold_epochs", 60, ["linear_eval.cached", "hold_epochs: 60 must be less than epochs, 60"]),
         ("distill.drop_epochs", [3, 2], ["distill", "drop_epochs: [3, 2], allowed are increasing epochs from 1 to 4"]),

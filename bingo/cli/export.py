@@ -15,7 +15,10 @@ from bingo.pipeline.commands import as_seen_from_here, check_output, from_here
 def main(
     to: Annotated[str, typer.Option(help="safetensors, timm, torchvision, detectron2 or onnx.")],
     out: Annotated[Path, typer.Option(help="The file to write; its model card is written to OUT.md.")],
-    student: Annotated[Path | None, typer.Option(help="File of a student or baseline; by default models/student.safetensors.")] = None,
+    student: Annotated[
+        Path | None,
+        typer.Option(help="File of a student or baseline, e.g. models/best/student.safetensors; by default models/student.safetensors."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write the trained backbone in another library's format, read it back with that library, and write a model card."""

@@ -94,6 +94,10 @@ def _training_rows(network: StoredNetwork, provenance: Provenance) -> list[tuple
     method = _method(metadata)
     params = metadata.get("params", {})
     rows = [("method", method), ("epochs", str(metadata.get("epochs", "unknown")))]
+    if best := dict(metadata.get("best", {})):
+        epoch = best.pop("epoch")
+        probe = ", ".join(f"{measure_label(key)}: {percent:.1f} %" for key, percent in best.items())
+        rows.append(("weights of epoch", f"{epoch}, the best by the probe while training ({probe}; optimistic, as it chose the epoch)"))
     if options := metadata.get("options"):
         rows.append(("its network while it was trained", _params(options)))
     rows += [(f"parameters: {section}", _params(values)) for section, values in sorted(params.items())]

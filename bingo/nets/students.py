@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bingo.nets.backbones import Backbone, build_backbone
 from bingo.nets.checkpoint import building, load_network, load_strictly, save_network
 from bingo.params import STUDENT_OPTIONS, ImageParams, NetworkParams
-from bingo.runtime.artefacts import file_fingerprint
+from bingo.runtime.artefacts import file_fingerprint, new_directory, write_json
 from bingo.runtime.errors import UserError
 
 
@@ -17,10 +17,27 @@ def save_student(
     path: Path, head_path: Path, backbone: nn.Module, head: nn.Module, network: NetworkParams, image: ImageParams, made_from: dict
 ) -> None:
     """Write the backbone to `path` and the head to `head_path`, with their descriptions and the fingerprints of their inputs."""
+    save_backbone(path, backbone.state_dict(), network, image, made_from)
+    save_network(head_path, head.state_dict(), {"kind": "student head", "backbone": file_fingerprint(path), **made_from})
+
+
+def save_backbone(path: Path, weights: Mapping[str, Tensor], network: NetworkParams, image: ImageParams, made_from: dict) -> None:
+    """Write a backbone's state dict to `path`, with its description and the fingerprints of its inputs; `load_student` reads it."""
     shape = {"arch": network.arch, "width": network.width, "stem": network.stem, **image.model_dump()}
     options = {"options": network.options} if network.options else {}  # files from before options existed do not change
-    save_network(path, backbone.state_dict(), {"kind": "student", **shape, **options, **made_from})
-    save_network(head_path, head.state_dict(), {"kind": "student head", "backbone": file_fingerprint(path), **made_from})
+    save_network(path, weights, {"kind": "student", **shape, **options, **made_from})
+
+
+def save_best(folder: Path, best: Mapping[str, Any], network: NetworkParams, image: ImageParams, made_from: dict) -> None:
+    """Replace `folder` by one with `best` of a TrainingResult: student.safetensors, and epoch.json with the epoch and the probe's figures.
+
+    Without a best epoch there is only epoch.json, with {"epoch": null}: DVC warns of an output that is an empty folder.
+    """
+    with new_directory(folder) as partial:
+        found = {"epoch": best["epoch"], **best["probe"]} if best else {"epoch": None}
+        write_json(partial / "epoch.json", found)
+        if best:
+            save_backbone(partial / "student.safetensors", best["weights"], network, image, {**made_from, "best": found})
 
 
 def load_student(path: Path, network: NetworkParams | None = None) -> tuple[Backbone, dict[str, Any]]:

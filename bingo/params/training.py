@@ -103,11 +103,20 @@ class PretrainParams(ScheduleParams):
 
 
 class DistillParams(ScheduleParams):
-    """Training of the student: the method, the source of the teacher's keys, and the views that the student sees."""
+    """Training of the student: the method, the source of the teacher's keys, the views that the student sees, and whether the epoch that
+    the probe measures best is kept too."""
 
     method: str
     keys: Literal["stored", "live", "momentum"]
+    keep_best: bool
     augment: AugmentParams
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.keep_best and not self.probe_every_epochs:
+            problem = "keep_best: true needs a probe, but probe_every_epochs is 0"
+            raise ValueError(f"{problem}; set probe_every_epochs: 1 or more, or keep_best: false")
+        return self
 
     @field_validator("method")
     @classmethod

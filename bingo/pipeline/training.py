@@ -48,7 +48,7 @@ def train_method(
     run: Run,
     setup: TrainingSetup,
     inputs: TrainingInputs,
-    save: Callable[[Method], None],
+    save: Callable[[Method, TrainingResult], None],
     report: Path,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
@@ -71,13 +71,15 @@ def train_method(
         images = open_images(listing, paths.IMAGES, params.dataset)
         watched = listing, images, setup.image, params.seed, device, schedule.precision
         probe = Probe(*watched, inputs.embeddings)
+        if setup.keep_best and not probe.measures:
+            problem = f"{listing.train_rows} train images are too few to probe the student on"
+            raise UserError(f"{setup.place}.keep_best = true: {problem}; set {setup.place}.keep_best: false, or add images")
         loader = setup.loader(images, device, teacher)
         batches = Batches(method.needs, loader, params.seed, listing.train_rows, schedule.batch_anchors, bags, stored)
         with state_folder(run.stage, _identity(run, setup, inputs)) as folder:
             label = f"{run.stage}: {setup.method}"
-            trainer = Trainer(
-                method, batches, schedule, device, Checkpoints(folder / "checkpoints"), probe if probe.measures else None, label, groups
-            )
+            checkpoints, measured = Checkpoints(folder / "checkpoints"), probe if probe.measures else None
+            trainer = Trainer(method, batches, schedule, device, checkpoints, measured, label, groups, setup.keep_best)
             if trainer.resumes():
                 run.say(f"{run.stage}: resuming from a checkpoint")
                 run.notes["resumed"] = True
@@ -87,7 +89,7 @@ def train_method(
             result.gflop_per_anchor = gflop_per_anchor
             if distributed.rank() == 0:
                 result.spread = feature_spread(method.student, *watched)
-                save(method)
+                save(method, result)
                 write_curves(run, result.history)
                 write_json(report, {**(facts or {}), **_last_record(result)})
         _say_result(run, setup, result)
@@ -120,10 +122,10 @@ def _identity(run: Run, setup: TrainingSetup, inputs: TrainingInputs) -> dict[st
     """Everything that determines the result of a training; only checkpoints with the same values are resumed."""
     sections = (setup.image, setup.network, setup.schedule, setup.section)
     artefacts = (inputs.listing, inputs.embeddings, inputs.bags)
+    apart = {"method": setup.method, "keys": setup.keys, "keep_best": setup.keep_best}  # of section distill, but not of every training
     return {
-        "params": [run.params.seed, *(section.model_dump(exclude={"method", "keys"}) for section in sections), setup.keys],
+        "params": [run.params.seed, *(section.model_dump(exclude=set(apart)) for section in sections), *apart.values()],
         "inputs": [artefact.fingerprint if artefact else None for artefact in artefacts],
-        "method": setup.method,
         "code": code_fingerprint(run.name, setup.method),
     }
 

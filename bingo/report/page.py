@@ -12,12 +12,14 @@ from typing import Any
 
 from markupsafe import Markup
 
+from bingo import paths
 from bingo.params import NetworkParams, display_name
 from bingo.report import bags as report_bags
 from bingo.report import coco as report_coco
 from bingo.report import results as report_results
 from bingo.report.downstream import sections
 from bingo.report.inputs import Artefacts, Curves, NetworkFacts
+from bingo.report.measures import measure_label
 from bingo.report.plots import SERIES, lines
 from bingo.report.render import render_page
 
@@ -136,7 +138,10 @@ def _dataset(a: Artefacts) -> str:
 def _trainings(a: Artefacts) -> list[TrainingCharts]:
     """The charts of each training: teacher, student, baselines."""
     trained = [(name, curves) for name, curves in a.curves.items() if curves]
-    return [_training(name, _training_title(a, name), curves, a.terms.get(name, {})) for name, curves in trained]
+    return [
+        _training(name, _training_title(a, name), curves, a.terms.get(name, {}), name == "distill" and a.params.distill.keep_best)
+        for name, curves in trained
+    ]
 
 
 def _training_title(a: Artefacts, name: str) -> str:
@@ -145,7 +150,8 @@ def _training_title(a: Artefacts, name: str) -> str:
     return report_results.network_label(a, "student" if name == "distill" else name.removeprefix("baseline-"))
 
 
-def _training(name: str, title: str, curves: Curves, terms: dict[str, Any]) -> TrainingCharts:
+def _training(name: str, title: str, curves: Curves, terms: dict[str, Any], keeps_best: bool) -> TrainingCharts:
+    best = _best_probe(curves)
     epochs, final = curves["epoch"], terms.get("last_loss", curves.get("loss", [math.nan])[-1])
     losses = [column for column in curves if column not in ("epoch", "lr", *_PROBES)]
     panels = {"Loss": losses, "Learning rate": ["lr"]} | {panel: [column] for column, panel in _PROBES.items()}
@@ -156,7 +162,18 @@ def _training(name: str, title: str, curves: Curves, terms: dict[str, Any]) -> T
         if series:
             summary = f"{title}: {panel} by epoch. {_ends(series)}"
             charts.append(lines(f"{name}-{panel.split()[0].lower()}", panel, series, colors, summary))
-    return TrainingCharts(title, f"{len(epochs)} epochs; the loss ended at {final:.4g}.", charts)
+    kept = f" Its weights are in {paths.BEST / 'student.safetensors'}." if keeps_best else ""
+    return TrainingCharts(title, f"{len(epochs)} epochs; the loss ended at {final:.4g}.{best}{kept if best else ''}", charts)
+
+
+def _best_probe(curves: Curves) -> str:
+    """A sentence on the epoch with the highest figure of the probe, the first of equal ones; empty without a probe."""
+    name = next((column for column in curves if column.startswith(("knn_", "agreement_"))), "")
+    measured = [(percent, -epoch) for epoch, percent in zip(curves["epoch"], curves.get(name, []), strict=False) if math.isfinite(percent)]
+    if not measured:
+        return ""
+    percent, epoch = max(measured)
+    return f" Best by the probe: epoch {-epoch:.0f} with {percent:.1f} % ({measure_label(name)})."
 
 
 def _ends(series: Mapping[str, tuple[list[float], list[float]]]) -> str:

@@ -28,10 +28,15 @@ from bingo.training.finite import LossWatch
 
 @dataclass
 class TrainingResult:
-    """Results of a training in addition to the method's weights: one record per epoch, the spread of the network's features,
-    the cost per anchor (GFLOP, forward and backward), and the times in this process: of all, of waiting for data, of the probe."""
+    """Results of a training in addition to the method's weights: one record per epoch, the best epoch if it was kept, the spread of
+    the network's features, the cost per anchor (GFLOP, forward and backward), and the times in this process: of all, of waiting for
+    data, of the probe.
+
+    `best` is {"epoch": from 1, "probe": its figures, "weights": the student's state dict then, on the CPU}, on process 0; {} if none.
+    """
 
     history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     anchors: int = 0
     gflop_per_anchor: float = 0.0
@@ -44,6 +49,8 @@ class Trainer(Resumable):
     """Trains one method on one process group. `probe` measures the student as {name: percent}; it runs on process 0.
 
     `batchnorm_groups` of the global batch have separate BatchNorm statistics; None: as `schedule` says without a momentum encoder.
+    `keep_best`: keep the student's weights of the epoch with the highest first figure of the probe, the earliest of equal ones. They are
+    part of the checkpoint, so a resumed run keeps them.
     """
 
     def __init__(
@@ -56,13 +63,14 @@ class Trainer(Resumable):
         probe: Callable[[nn.Module], dict[str, float]] | None = None,
         label: str = "train",
         batchnorm_groups: int | None = None,
+        keep_best: bool = False,
     ):
         self.method = method.to(device).to(memory_format=torch.channels_last)
         self.batches, self.schedule, self.device = batches, schedule, device
         self.steps_per_epoch = batches.steps_per_epoch
         self.groups = own_groups(batchnorm_groups or schedule.groups_for(False, distributed.world()))
         self.own_anchors = schedule.batch_anchors // distributed.world()
-        self.checkpoints, self.probe, self.label = checkpoints, probe, label
+        self.checkpoints, self.probe, self.label, self.keep_best = checkpoints, probe, label, keep_best
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
             trained, lr=schedule.lr, momentum=schedule.sgd_momentum, weight_decay=schedule.weight_decay, fused=True
@@ -70,8 +78,8 @@ class Trainer(Resumable):
         self.network = distributed.data_parallel(self.method, device)
         self.watch = LossWatch(device)
         self.sums: dict[str, Tensor] = {}
-        self.step, self.history, self.result = 0, list[dict[str, float]](), TrainingResult()
-        self.parts, self.values = {"method": self.method, "optimizer": self.optimizer}, ("step", "sums", "history")
+        self.step, self.history, self.best, self.result = 0, list[dict[str, float]](), dict[str, Any](), TrainingResult()
+        self.parts, self.values = {"method": self.method, "optimizer": self.optimizer}, ("step", "sums", "history", "best")
 
     def run(self) -> TrainingResult:
         """Train to the end, from the last checkpoint if there is one. Raises Interrupted after SIGTERM or SIGINT, with a checkpoint."""
@@ -82,7 +90,7 @@ class Trainer(Resumable):
             bar.resume_at(self.step * self.schedule.batch_anchors)
             while self.step < total:
                 self._epoch(bar)
-        self.result.history = self.history
+        self.result.history, self.result.best = self.history, self.best
         self.result.seconds, self.result.wait_seconds = time.monotonic() - begun, self.batches.loader.wait_seconds
         return self.result
 
@@ -150,9 +158,17 @@ class Trainer(Resumable):
             record |= (probed := self.probe(self.method.student))
             self.result.probe_seconds += time.monotonic() - begun
             bar.remark = ", ".join(f"{name} {percent:.1f}" for name, percent in probed.items())
+            if self.keep_best:
+                self._keep_if_best(epoch + 1, probed)
         distributed.barrier()
         self.sums = {}
         self.history.append(record)
+
+    def _keep_if_best(self, epoch: int, figures: dict[str, float]) -> None:
+        name, value = next(iter(figures.items()))
+        if not self.best or value > self.best["probe"][name]:
+            weights = {key: tensor.detach().cpu().clone() for key, tensor in self.method.student.state_dict().items()}
+            self.best = {"epoch": epoch, "probe": figures, "weights": weights}
 
     def _checkpoint_if_due(self) -> None:
         """Several processes agree on it only when the loss is read too, because agreeing waits for the device."""

@@ -28,6 +28,7 @@ SECTIONS = [section for sections in COLUMNS.values() for section in sections]
 HIDDEN = (
     "student.factory",
     "distill.method",
+    "distill.keep_best",
     "distill.probe_every_epochs",
     "linear_eval.crops.nets",
     "bagging.iterations",

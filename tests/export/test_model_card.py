@@ -72,6 +72,13 @@ def test_the_training_is_described_as_far_as_it_is_known(card):
     assert "the images (folder) and the teacher's weights (checkpoint: resnet50)" in text
 
 
+def test_weights_of_the_best_epoch_name_it_and_the_probe_that_chose_it(card):
+    assert "weights of epoch" not in rows(card(KNOWN), "Training")
+    cell = rows(card(KNOWN, **MADE, best={"epoch": 150, "knn_10": 71.26}), "Training")["weights of epoch"]
+    assert cell.startswith("150,")
+    assert "k-NN, k = 10: 71.3 %" in cell
+
+
 @pytest.mark.parametrize(
     ("facts", "says"),
     [

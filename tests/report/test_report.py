@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import pairwise
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,15 @@ def test_runs_are_in_the_order_of_the_stages():
     names = ["knn_eval", "scan", "export", "baseline-moco", "teacher"]
     script = run_script({"stage": name, "seconds": 1} for name in names)
     assert re.findall(r'"stage": "([^"]+)"', script) == ["scan", "teacher", "baseline-moco", "knn_eval", "export"]
+
+
+@pytest.mark.parametrize(("percents", "epoch"), [([nan, 70.0, 80.0], 3), ([80.0, nan, 80.0], 1), ([nan, nan, nan], None), ([], None)])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_best_epoch_by_the_probe_is_named_and_where_it_is_kept(percents, epoch, kept):
+    curve = {"epoch": [1.0, 2.0, 3.0], "loss": [3.0, 2.0, 1.0]} | ({"knn_10": percents} if percents else {})
+    text = build_page(artefacts(params=params(distill__keep_best=kept), curves={"distill": curve}))
+    assert re.findall(r"Best by the probe: epoch (\d+) with ([\d.]+) %", text) == ([(str(epoch), "80.0")] if epoch else [])
+    assert ("models/best/student.safetensors" in text) == (kept and epoch is not None)
 
 
 def test_the_gallery_shows_members_with_cosine_and_sign(page):

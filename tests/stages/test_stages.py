@@ -1,5 +1,6 @@
 """The stages as processes on real digits: the same bytes every time, after every kill, and one line for every mistake of a user's."""
 
+import csv
 import errno
 import io
 import json
@@ -33,6 +34,7 @@ from workspace import (
 from bingo.bags.index import Bags, write_bags
 from bingo.embeddings.store import read_embeddings
 from bingo.images.listing import read_listing
+from bingo.nets.students import load_student
 from bingo.pipeline.process import _is_orphan, mistakes_as_lines
 from bingo.runtime.errors import UserError
 
@@ -88,6 +90,19 @@ def test_a_killed_training_goes_on_from_its_checkpoint(workspace, reference, sta
         assert not workspace.existing_files(*workspace.outputs(stage))
     assert f"{stage}: {GOES_ON}" in workspace.done(stage).out
     assert_as_reference(workspace, reference, stage)
+
+
+def test_the_best_epoch_is_that_of_the_curve_and_a_students_file(workspace):
+    curve = list(csv.DictReader((workspace.root / "reports/plots/distill.csv").read_text().splitlines()))
+    best = max(curve, key=lambda record: (float(record["knn_10"]), -int(record["epoch"])))
+    found = json.loads((workspace.root / "models/best/epoch.json").read_text())
+    assert found == {"epoch": int(best["epoch"]), "knn_10": float(best["knn_10"])}
+    (kept, metadata), (last, _) = (
+        load_student(workspace.root / path) for path in ("models/best/student.safetensors", "models/student.safetensors")
+    )
+    assert metadata["best"] == found
+    same = all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), last.state_dict().values(), strict=True))
+    assert same == (found["epoch"] == 3)
 
 
 def test_a_killed_pass_of_the_teacher_keeps_its_chunks(workspace, reference):
@@ -456,12 +471,14 @@ def test_a_small_dataset_leaves_out_the_k_that_it_is_too_small_for(own_images):
 @pytest.mark.slow
 def test_images_without_labels_go_through_to_a_report(own_images):
     digit_folder(own_images.root / "images", ["train", "val"], 0)
+    own_images.edit({"distill.keep_best": True})
     for stage in STAGES:
         own_images.done(stage)
     scores = {net: json.loads((own_images.root / f"reports/knn/{net}.json").read_text()) for net in ("student", "teacher", "pixels")}
     assert [set(score) for score in scores.values()] == [{"agreement_1", "agreement_10"}, set(), {"agreement_1", "agreement_10"}]
     assert scores["student"]["agreement_10"] > 100 * 10 / 60  # chance
     assert json.loads((own_images.root / "reports/linear/moco.json").read_text()) == {}
+    assert set(json.loads((own_images.root / "models/best/epoch.json").read_text())) == {"epoch", "agreement_10"}
     headline = f"The student finds {scores['student']['agreement_10']:.1f} % of the 10 train images"
     assert headline in (own_images.root / "reports/index.html").read_text()
     own_images.edit({"bagging.method": "label"})

@@ -55,7 +55,9 @@ def rng_images() -> MemoryImages:
 DRAWING = {"drop_rate": 0.3, "drop_path_rate": 0.3}
 
 
-def trainer(folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, network="plain", precision="fp32", lr=0.1, groups=1) -> Trainer:
+def trainer(
+    folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, network="plain", precision="fp32", lr=0.1, groups=1, **more
+) -> Trainer:
     torch.manual_seed(0)
     options = DRAWING if network == "drawing" else {}
     student = NoBatchNorm() if network == "plain" else build_backbone("resnet18", 0.125, "small", 0, options)
@@ -69,16 +71,27 @@ def trainer(folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, netw
     section = method_section(method_name).model_validate(shipped | shrink | SHRUNK.get(method_name, {}))
     context = Context(student, student.feature_width, 0, "stored", precision, CPU, None, keys, features, bags)
     method = build_method(method_name, section, context)
-    changes = {"epochs": epochs, "batch_anchors": 16, "batchnorm_groups": groups, "lr": lr, "precision": precision}
+    changes = {"epochs": epochs, "batch_anchors": 16, "batchnorm_groups": groups, "lr": lr, "precision": precision, "probe_every_epochs": 1}
     schedule = PARAMS.distill.model_copy(update=changes)
     loader = ViewLoader(rng_images(), IMAGE, PARAMS.distill.augment, 0, CPU)
     batches = Batches(method.needs, loader, 0, ROWS, schedule.batch_anchors, bags, Stored(keys, PARAMS.extract.augment, features))
-    return Trainer(method, batches, schedule, CPU, Checkpoints(folder, every_seconds))
+    return Trainer(method, batches, schedule, CPU, Checkpoints(folder, every_seconds), **more)
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
     pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
     return all(x == y and torch.equal(v, w) for (x, v), (y, w) in pairs)
+
+
+def stop_at(running: Trainer, stop_step: int, monkeypatch) -> None:
+    """Ask the trainer to stop during the step with this number, counted from 1."""
+    step = running._train_step
+
+    def and_stop(batch, progress):
+        step(batch, progress)
+        running.checkpoints.stopping = running.step + 1 == stop_step
+
+    monkeypatch.setattr(running, "_train_step", and_stop)
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +114,7 @@ def uninterrupted(tmp_path_factory):
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name, stop_step, network, groups, monkeypatch, uninterrupted):
     whole, whole_result = uninterrupted(method_name, network, groups)
     first = trainer(tmp_path / "parts", method_name, network=network, groups=groups)
-    step = first._train_step
-
-    def stop_at(batch, progress):
-        step(batch, progress)
-        first.checkpoints.stopping = first.step + 1 == stop_step
-
-    monkeypatch.setattr(first, "_train_step", stop_at)
+    stop_at(first, stop_step, monkeypatch)
     with pytest.raises(Interrupted, match=f"step {stop_step}"):
         first.run()
     torch.rand(5)  # whatever was drawn before
@@ -116,6 +123,37 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name
     second_result = second.run()
     assert second_result.history == whole_result.history
     assert same_state(second.method, whole.method)
+
+
+class ScriptedProbe:
+    """Gives the next of some percentages and keeps the weights that it was shown."""
+
+    def __init__(self, percents: list[float]):
+        self.percents, self.seen = percents, []
+
+    def __call__(self, backbone: nn.Module) -> dict[str, float]:
+        self.seen.append({name: tensor.clone() for name, tensor in backbone.state_dict().items()})
+        return {"knn_10": self.percents[len(self.seen) - 1]}
+
+
+@pytest.mark.parametrize(("percents", "best"), [([10, 30, 30, 20], 2), ([0, 0, 0, 0], 1), ([1, 2, 3, 4], 4)])
+def test_the_best_epoch_by_the_probe_is_kept_through_an_interruption(tmp_path, percents, best, monkeypatch):
+    """Epochs have 4 steps and all are probed; the run that is stopped in epoch 3 resumes with the percentages of epochs 3 and 4."""
+    probe = ScriptedProbe(percents)
+    whole = trainer(tmp_path / "whole", epochs=4, network="batchnorm", probe=probe, keep_best=True).run()
+    first = trainer(tmp_path / "parts", epochs=4, network="batchnorm", probe=ScriptedProbe(percents), keep_best=True)
+    stop_at(first, 10, monkeypatch)
+    with pytest.raises(Interrupted):
+        first.run()
+    second = trainer(tmp_path / "parts", epochs=4, network="batchnorm", probe=ScriptedProbe(percents[2:]), keep_best=True).run()
+    for result in (whole, second):
+        assert (result.best["epoch"], result.best["probe"]) == (best, {"knn_10": percents[best - 1]})
+        assert result.best["weights"].keys() == probe.seen[best - 1].keys()
+        assert all(torch.equal(tensor, probe.seen[best - 1][name]) for name, tensor in result.best["weights"].items())
+
+
+def test_no_epoch_is_kept_unless_it_is_asked_for(tmp_path):
+    assert trainer(tmp_path, probe=ScriptedProbe([5, 6, 7])).run().best == {}
 
 
 def test_what_a_network_draws_follows_seed_step_and_process(tmp_path, monkeypatch):
