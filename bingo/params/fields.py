@@ -10,7 +10,7 @@ from bingo.params.places import expanded, located
 # Bounds far beyond sensible values, which keep a typing error from causing an overflow or an endless run.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Whole = Annotated[int, Field(ge=0, le=10**9)]
-Width = Annotated[int, Field(ge=1, le=10**5)]
+Width = Annotated[int, Field(ge=1, le=2**14)]  # twice the widest published head; two layers of it take gigabytes
 Rows = Annotated[int, Field(ge=1, le=10**7)]  # of a queue, or of a bank's negatives
 Pixels = Annotated[int, Field(ge=32, le=10**4)]
 Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
