@@ -1,6 +1,7 @@
 """knn_eval: nearest-neighbour accuracy of a network's features, and their agreement with the teacher's, for every k, from one search.
 
-python -m stages.knn_eval [NET]     writes reports/knn/NET.json, percent; empty if there was nothing to measure
+python -m stages.knn_eval [NET]     writes reports/knn/NET.json, percent, and reports/failures/NET.json, the test images whose
+                                    neighbours differ most from the teacher's; both empty if there was nothing to measure
 """
 
 from contextlib import nullcontext
@@ -18,8 +19,11 @@ def main(
 ) -> None:
     """Nearest-neighbour evaluation."""
     with stage_run("knn_eval", net) as run:
+        import numpy as np
+
         from bingo.embeddings.store import read_embeddings
         from bingo.evals.agreement import TeacherAgreement, neighbor_scores, usable_ks
+        from bingo.evals.failures import least_agreement
         from bingo.images.listing import read_listing
         from bingo.pipeline.backbones import Networks
         from bingo.runtime.artefacts import write_json
@@ -29,15 +33,19 @@ def main(
         teacher = read_embeddings(paths.EMBEDDINGS, listing) if agreement_ks or (ks and "teacher" in names) else None
         networks = Networks(run, names if ks or agreement_ks else [], listing, teacher)
         with process_group(run) if networks.backbones else nullcontext() as device:  # stored features need no torch
+            test_rows_Q = np.arange(listing.train_rows, len(listing))
             agreement = TeacherAgreement(teacher, listing.train_rows, agreement_ks)
             for name in names:
                 features_ND = networks.features(name, params, device)
-                scores = {}
+                scores, failures = {}, {}
                 if features_ND is not None:
                     scores = neighbor_scores(features_ND, listing, ks, params.temperature, agreement, name == "teacher")
                     if scores:  # without labels the teacher has none
                         run.say(f"knn_eval: {name}: {in_words(scores, '.1f')}")
+                    if teacher is not None and name != "teacher":
+                        failures = least_agreement(features_ND, teacher.features_ND, listing.train_rows, test_rows_Q)
                 write_json(paths.REPORTS / "knn" / f"{name}.json", scores)
+                write_json(paths.REPORTS / "failures" / f"{name}.json", failures)
 
 
 if __name__ == "__main__":

@@ -1,56 +1,28 @@
 """The report's sections on bags: explained statistics, charts of their distributions, and a gallery of anchors with their members."""
 
-import base64
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
-from bingo.images.decode import BadImage, decode_rgb
-from bingo.images.images import Images, MemoryImages
 from bingo.report.inputs import Artefacts
+from bingo.report.pictures import Thumbnail, thumbnail
 from bingo.report.plots import quantile_strip
-from bingo.runtime.inside import path_inside
 
 if TYPE_CHECKING:
     from bingo.images.listing import Listing
 
-THUMBNAIL_PX = 96
-_TINY_PX = 48  # enlarged without smoothing
 _MEMBERS_SHOWN, _HUBS_SHOWN = 10, 8
 _COSINE_BANDS = [("p01", "p99"), ("p05", "p95"), ("p25", "p75")]
 _DEGREE_BANDS = [("min", "max"), ("min", "p99"), ("min", "p90")]
 
 
 @dataclass(frozen=True)
-class Thumbnail:
-    """A picture as a PNG data URI (None if it cannot be read) with its size in pixels, its row, path and class's name."""
-
-    row: int
-    uri: str | None
-    width_px: int
-    height_px: int
-    path: str
-    class_name: str
-
-    @property
-    def tiny(self) -> bool:
-        return max(self.width_px, self.height_px) <= _TINY_PX
-
-    @property
-    def alt(self) -> str:
-        """The alternative text of the picture."""
-        of_class = f", class {self.class_name}" if self.class_name else ""
-        return f"Image {self.row}{of_class}: {self.path}"
-
-
-@dataclass(frozen=True)
 class Member:
-    """A member of a bag: its cosine to the anchor, and whether it has the anchor's class (None: a label is unknown)."""
+    """An image similar to another one, such as a bag's member to its anchor: their cosine, and whether both have the same class (None: a
+    label is unknown)."""
 
     thumbnail: Thumbnail
     similarity: float
@@ -98,38 +70,19 @@ def hubs(a: Artefacts) -> list[tuple[Thumbnail, int]]:
     return [(thumbnail(a.images, a.listing, hub["row"]), hub["count"]) for hub in shown]
 
 
-def thumbnail(images: Images, listing: "Listing", row: int) -> Thumbnail:
-    """The image of a row, at most 96 pixels wide and high; without a picture if its file can no longer be read."""
-    label = int(listing.labels_N[row])
-    name = listing.classes[label] if label >= 0 else ""
-    try:
-        picture = _picture(images, row)
-    except (OSError, BadImage):
-        return Thumbnail(row, None, THUMBNAIL_PX, THUMBNAIL_PX, listing.paths[row], name)
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
-    png = io.BytesIO()
-    picture.save(png, "PNG", optimize=True)
-    uri = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    return Thumbnail(row, uri, picture.width, picture.height, listing.paths[row], name)
-
-
-def _picture(images: Images, row: int) -> Image.Image:
-    if isinstance(images, MemoryImages):
-        return Image.fromarray(images.images_NSS3[row])
-    file_bytes = path_inside(images.root, images.paths[row], images.follow_links).read_bytes()
-    return decode_rgb(file_bytes, lambda height, width: max(height, width) / (2 * THUMBNAIL_PX), images.gray_bits)[0]
-
-
 def _bag(a: Artefacts, row: int) -> Bag:
     assert a.images is not None
     assert a.bags is not None
     members_K, similarity_K = a.bags.members(row), a.bags.similarity(row)
-    label, shown = a.listing.labels_N[row], []
-    for member, similarity in zip(members_K.tolist()[:_MEMBERS_SHOWN], similarity_K.tolist(), strict=False):
-        known = label >= 0 and a.listing.labels_N[member] >= 0
-        same = bool(a.listing.labels_N[member] == label) if known else None
-        shown.append(Member(thumbnail(a.images, a.listing, member), similarity, same))
+    nearest = zip(members_K.tolist()[:_MEMBERS_SHOWN], similarity_K.tolist(), strict=False)
+    shown = [Member(thumbnail(a.images, a.listing, member), cosine, same_class(a.listing, row, member)) for member, cosine in nearest]
     return Bag(thumbnail(a.images, a.listing, row), shown, max(0, len(members_K) - _MEMBERS_SHOWN))
+
+
+def same_class(listing: "Listing", row: int, other: int) -> bool | None:
+    """Whether two rows have the same class; None if a label is unknown."""
+    label, other_label = listing.labels_N[row], listing.labels_N[other]
+    return bool(label == other_label) if label >= 0 and other_label >= 0 else None
 
 
 def statistics(metrics: dict[str, Any]) -> list[Statistic]:

@@ -41,6 +41,7 @@ class Artefacts:
     `terms` and `curves` have a key for each training: teacher, distill, baseline-METHOD.
     `knn` is {net: {knn_K, knn_K_weighted}}, `linear` is {protocol: {net: {top1_last, top5_last, top1_best, top5_best,
     best_epoch}}} with the protocols cached and crops, `bag_metrics` is what `bag_metrics.bag_metrics` returns.
+    `failures` is what `failures.least_agreement` returns for the student.
     `semi` and `transfer` are by name what reports/semi and reports/transfer hold, each {nets: {net: {protocol: {top1_last, ..}}}, ..}.
     `coco` is {run: {kind: {measure: percent}}} with the kinds box and mask.
     """
@@ -54,6 +55,7 @@ class Artefacts:
     teacher: NetworkFacts | None = None
     student: NetworkFacts | None = None
     knn: dict[str, dict[str, float]] = field(default_factory=dict)
+    failures: dict[str, Any] = field(default_factory=dict)
     linear: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     terms: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, Curves] = field(default_factory=dict)
@@ -77,6 +79,7 @@ def read_artefacts(params: Params, nets: Sequence[str]) -> Artefacts:
         teacher=read_network_facts(paths.TEACHER, "backbone."),
         student=read_network_facts(paths.STUDENT),
         knn=_measured("knn", nets),
+        failures=read_optional_json(paths.REPORTS / "failures/student.json"),
         linear=by_protocol(_measured("linear", nets)),
         terms=terms,
         semi=_measured("semi", params.semi_eval.splits),

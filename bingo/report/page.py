@@ -18,6 +18,7 @@ from bingo.report import bags as report_bags
 from bingo.report import coco as report_coco
 from bingo.report import results as report_results
 from bingo.report.downstream import sections
+from bingo.report.failures import failures
 from bingo.report.inputs import Artefacts, Curves, NetworkFacts
 from bingo.report.measures import measure_label
 from bingo.report.plots import SERIES, lines
@@ -73,6 +74,7 @@ def build_page(a: Artefacts) -> str:
         "trainings": _trainings(a),
         "probes": _probes(a),
         "bags": report_bags.gallery(a),
+        "failures": failures(a),
         "hubs": report_bags.hubs(a),
         "statistics": report_bags.statistics(a.bag_metrics),
         "spreads": report_bags.spread_svgs(a.bag_metrics),

@@ -20,10 +20,11 @@ from bingo.bags.index import Bags, read_bags, write_bags
 from bingo.images.images import FileImages, MemoryImages, write_images
 from bingo.images.listing import Listing, write_listing
 from bingo.params import method_names, read_yaml, validate
-from bingo.report.bags import THUMBNAIL_PX, gallery_rows, statistics, thumbnail
+from bingo.report.bags import gallery_rows, statistics
 from bingo.report.downstream import figures
 from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_network_facts
 from bingo.report.page import build_page, run_script
+from bingo.report.pictures import THUMBNAIL_PX, thumbnail
 from bingo.report.plots import AccuracyBar, accuracy_bars, lines, quantile_strip
 from bingo.report.results import caveats, headline
 from bingo.runtime.artefacts import write_bytes, write_json
@@ -46,6 +47,15 @@ LINEAR = {
         for net, top1 in (("student", 84.0), ("moco", 70.0), ("untrained", 40.0), ("teacher", 95.0), ("pixels", 55.5))
     },
     "crops": {"student": {"top1_last": 83.0, "top5_last": 98.0, "top1_best": 83.5, "top5_best": 98.0, "best_epoch": 7}},
+}
+
+FAILURES = {  # labels are rows modulo 3
+    "k": 2,
+    "queries": 6,
+    "images": [
+        {"row": 17, "common": 0, "teacher": [[2, 0.9], [5, 0.8]], "network": [[0, 0.25], [8, 0.125]]},
+        {"row": 13, "common": 1, "teacher": [[1, 0.75], [3, 0.5]], "network": [[3, 0.5], [4, 0.0625]]},
+    ],
 }
 
 
@@ -147,6 +157,7 @@ def workspace(tmp_path_factory, pixels):
         write_json(reports / f"knn/{net}.json", scores)
     for net in LINEAR["cached"]:
         write_json(reports / f"linear/{net}.json", {protocol: scores[net] for protocol, scores in LINEAR.items() if net in scores})
+    write_json(reports / "failures/student.json", FAILURES)
     write_json(reports / "knn/isd.json", {"knn_10": 1.0})  # of a baseline that is one no longer
     write_json(reports / "linear/isd.json", {"cached": {"top1_last": 1.0}})
     write_json(reports / "distill.json", {"last_loss": 3.125, "last_mix": 2.5, "last_knn_10": 80.0})
@@ -295,7 +306,13 @@ def test_the_best_epoch_by_the_probe_is_named_and_where_it_is_kept(percents, epo
     assert ("models/best/student.safetensors" in text) == (kept and epoch is not None)
 
 
-def test_the_gallery_shows_members_with_cosine_and_sign(page):
+def section(built: bytes, name: str) -> str:
+    """The HTML of one section of the page."""
+    return re.search(rf'<section id="{name}".*?</section>', built.decode(), re.DOTALL)[0]
+
+
+def test_the_gallery_shows_members_with_cosine_and_sign(built):
+    page = Page(section(built, "bags"))
     items = [attrs["class"].split()[-1] for attrs in page.all("li") if attrs.get("class", "").startswith("item")]
     # three classes in turn: members 3 and 6 rows on are of the anchor's class, 1 row on is not; row 5 has one member
     assert items.count("same") == 11 * 2 + 1
@@ -304,6 +321,19 @@ def test_the_gallery_shows_members_with_cosine_and_sign(page):
     assert counts == {"0.938": 11, "0.750": 11, "0.500": 11, "0.250": 1}
     assert page.words.count(", same class") == items.count("same")
     assert page.words.count(", other class") == items.count("other")
+
+
+def test_the_failures_show_both_kinds_of_neighbours(built):
+    html = section(built, "failures")
+    alts = [re.match(r"Image (\d+)", alt)[1] for alt in re.findall(r'alt="([^"]+)"', html)]
+    assert alts == ["17", "2", "5", "0", "8", "13", "1", "3", "3", "4"]
+    assert re.findall(r"<span>(\d of \d)</span>", html) == ["0 of 2", "1 of 2"]
+    assert re.findall(r"<b>([\d.]+)</b>", html) == ["0.500", "0.500"], "found by both"
+    assert "".join(re.findall("([✓✗]) (?=[&a-z])", html)) == "✓✓✗✓✓✗✗✓"
+
+
+def test_without_a_student_that_fails_there_is_no_such_section():
+    assert 'id="failures"' not in build_page(artefacts(images=MemoryImages(np.zeros((TRAIN + TEST, 8, 8, 3), np.uint8))))
 
 
 def test_bag_statistics_are_explained(page):
