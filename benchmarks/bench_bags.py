@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.parser import Parser
 
 IMAGENET_ROWS, IMAGENET_WIDTH = 1_281_167, 2048
-CENTRES, INNER_WIDTH, NOISE = 1000, 16, 0.3  # classes, the width in which images of a class differ, and what is the same for nobody
+CENTRES, INNER_WIDTH, NOISE = 1000, 16, 0.3  # classes, dimensions in which images of a class differ, noise of each image
 CHUNK_ROWS = 8192
 FEW_QUERIES = 64
 REPEATED_SECONDS = 10.0

@@ -1,7 +1,8 @@
-"""One thread: the tests' networks are so small that handing work to a second one costs more than it gains, on a busy machine far more.
+"""What all tests share.
 
-And one server of stages for all tests, for to start it takes as long as to run five stages; and the finished short pipeline, which
-several files of tests take copies of.
+One thread, because the tests' networks are so small that handing work to a second one costs more than it gains, far more on a busy
+machine; one server of stages, because starting it takes as long as running five stages; and the finished short pipeline, which several
+files copy.
 """
 
 import os

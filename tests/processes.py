@@ -19,8 +19,7 @@ def start_two(work: Callable[..., None], *arguments: object) -> None:
 
 
 def session(leader: int) -> list[int]:
-    """Process numbers of the session that `leader` has begun, itself included, that have not ended: it and all that it has started,
-    and that these have, but for those that began a session of their own."""
+    """Ids of the running processes in the session of `leader`, itself included; processes that began another session do not count."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,7 +1,7 @@
 """Networks and checkpoints in the layouts of published code, written down from that code and not from this project's.
 
 A function for each format gives the checkpoint of a backbone (`trunk`, of feature width `width`) and the module that maps features
-to keys, up to their length. Other weights than the teacher.s have the right names, and are empty if nothing depends on them.
+to keys, up to their length. Other weights than the teacher's have the right names, and are empty if nothing depends on them.
 """
 
 import torch

@@ -64,7 +64,7 @@ def serve(address: str) -> None:
 
 
 def end_with(work: Callable[..., None], request: dict[str, Any]) -> NoReturn:
-    """Do some work and end as Python would, but for taking the imported libraries apart: that copies them and is slow."""
+    """Do some work and end as Python would, but without tearing down the imported libraries, which would copy them and take long."""
     status: Any = 0
     try:
         work(**request)

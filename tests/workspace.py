@@ -71,7 +71,7 @@ class Running:
         return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
     def session(self) -> list[int]:
-        """Processes that this one has started or that these have, itself included, and that have not ended."""
+        """The running processes in this one's session, itself included."""
         return session(self.pid)
 
     def send(self, number: int) -> None:
@@ -228,7 +228,7 @@ def remove(workspace: Workspace, *outputs: str) -> None:
 
 
 def saved_step(workspace: Workspace, stage: str) -> int:
-    """The step of the newest checkpoint, -1 where there is none."""
+    """The step of the newest checkpoint, -1 without one."""
     steps = [json.loads(path.read_text())["step"] for path in (workspace.root / f".bingo/state/{stage}").glob("*/checkpoints/latest.json")]
     return max(steps, default=-1)
 
@@ -249,7 +249,7 @@ def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def until(condition: Callable[[], bool], ended: Callable[[], bool] = lambda: False) -> None:
-    """Wait until something holds; it must before `ended` does."""
+    """Wait until `condition` is true, which must happen before `ended` is."""
     end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert not ended(), "ended too early"

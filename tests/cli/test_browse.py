@@ -114,7 +114,7 @@ def test_unlabelled_rows_short_and_empty_bags(tmp_path, monkeypatch):
 
 def test_images_that_cannot_be_read_are_shown_as_such(workspace):
     listing = read_listing("data/listing.parquet")
-    write_images("data/images.zarr", listing, None)  # files that nobody has
+    write_images("data/images.zarr", listing, None)  # files that do not exist
     code, out, _ = bingo_bags("show", 5)
     assert code == 0
     assert out.splitlines()[-1].startswith("picture: ")

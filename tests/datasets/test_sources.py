@@ -57,7 +57,7 @@ def save(path: Path, seed: int = 0) -> Path:
 
 @pytest.fixture
 def pets(tmp_path) -> Path:
-    """train: 3 cats (one deeper), 2 dogs; val: a cat, a dog; and things that are no images."""
+    """train: 3 cats (one deeper), 2 dogs; val: a cat, a dog; and files that are not images."""
     names = ["train/cat/b.jpg", "train/cat/a.JPG", "train/cat/deep/er/c.png", "train/dog/2.jpeg", "train/dog/10.webp"]
     for seed, name in enumerate([*names, "val/cat/v.jpg", "val/dog/w.bmp"]):
         save(tmp_path / name, seed)

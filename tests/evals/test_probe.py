@@ -75,7 +75,7 @@ def test_a_teacher_that_is_the_network_is_agreed_with_and_a_random_one_by_chance
     [
         (600, 800, False, False, False),  # nothing to compare with: the teacher itself, and baselines
         (600, 800, True, False, True),
-        (4, 4, True, True, False),  # a fifth of them is no image
+        (4, 4, True, True, False),  # a fifth of them is less than an image
         (10, 20, False, True, False),  # any order has the ten nearest of ten
         (11, 12, False, True, True),
         (3, 20, True, False, True),

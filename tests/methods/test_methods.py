@@ -177,7 +177,7 @@ def pooled(method: Method, batch: Batch, view: int = 0) -> list[list[float]]:
 
 
 def filled(queue) -> list[list[float]]:
-    """The queue's vectors: those that are keys of rows, or all random ones if there is no key."""
+    """The queue's vectors: keys of rows, or only random ones if there is no key."""
     keys = rows_of(queue.keys_QP)
     return [key for key, row in zip(keys, queue.rows_Q.tolist(), strict=True) if row >= 0] or keys
 

@@ -230,8 +230,8 @@ def test_headline_has_signed_differences(page):
 
 def test_networks_are_described_from_their_files(page):
     student, teacher = params().student, params().teacher
-    assert f"{student.arch} × {student.width:g} wide, 21 parameters" in page.words  # running statistics and counters are no parameters
-    assert f"{teacher.arch} × {teacher.width:g} wide, 210 parameters" in page.words  # the head is not of the backbone
+    assert f"{student.arch} × {student.width:g} wide, 21 parameters" in page.words  # running statistics and counters are not parameters
+    assert f"{teacher.arch} × {teacher.width:g} wide, 210 parameters" in page.words  # the head is not part of the backbone
     assert "10 times smaller" in page.words
 
 

@@ -49,7 +49,7 @@ CHANGES = {
 
 
 def train_student(root: Path) -> None:
-    """A student's file, from a training on all labels: what its file says of its origin matters to nobody here."""
+    """A student's file, from a training on all labels: what its file says about its origin does not matter here."""
     params, listing = load_params(root / "params.yaml"), read_listing(root / "data/listing.parquet")
     network, rows = params.student, np.arange(len(listing))
     backbone = build_backbone(network.arch, network.width, network.stem, 0)

@@ -60,7 +60,7 @@ def refused(workspace: Workspace, stage: str, *wanted: str, **variables: str) ->
 
 
 def test_a_second_run_in_another_folder_gives_the_same_bytes(tmp_path, reference):
-    """By another server, whose hashes of strings and so the order of whose sets are others."""
+    """By another server, in which strings have other hashes and sets another order."""
     (tmp_path / "server").mkdir()
     with stage_server(tmp_path / "server") as others:
         again = new_workspace(tmp_path / "bingo", others, SHORT)

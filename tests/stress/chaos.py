@@ -50,7 +50,7 @@ WAYS = (
     ("SIGTERM", "both"),
     ("SIGINT", "both"),
 )
-# What dvc does not write whole or not at all, and what it says where it was killed at that.
+# What dvc does not write atomically, and what it reports if it was killed while writing it.
 CUT_LOCK = "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted"
 CUT_RUN = "join() argument must be str, bytes, or os.PathLike object, not 'NoneType'"  # a folder of the run cache without an entry
 PATIENCE_SECONDS = 300

@@ -56,7 +56,7 @@ class Artefact:
 
 
 def artefacts(root: Path) -> list[Artefact]:
-    """What a workspace at `root` holds, each with the readers of the stages and commands; the checkpoint is found where there is one."""
+    """What a workspace at `root` holds, each with the readers of the stages and commands; the checkpoint if there is one."""
     data, models = root / "data", root / "models"
     listing_file, images, embeddings, bags = (data / name for name in ("listing.parquet", "images.zarr", "embeddings.zarr", "bags.zarr"))
     listing = read_listing(listing_file)

@@ -53,7 +53,7 @@ def assert_one_line(done: Done, path: str, reason: str, way_out: str = WAY_OUT) 
 
 
 def assert_nothing_half_written(workspace: Workspace, reference: Workspace, stage: str) -> None:
-    """What there is of a stage's outputs is whole, and there are no temporary files next to them."""
+    """Every output that exists is complete, and there are no temporary files next to it."""
     found, whole = workspace.existing_files(*workspace.outputs(stage)), reference.files()
     assert found.items() <= whole.items()
     assert not list(workspace.root.rglob("*.partial"))
@@ -98,7 +98,7 @@ def test_a_training_without_room_goes_on_from_the_last_checkpoint(workspace, ref
 
 
 def test_small_files_on_a_full_disk(workspace, reference):
-    """The last of several outputs, and the record of the run, without which the outputs are whole all the same."""
+    """The last of several outputs, and the record of the run, without which the outputs are still complete."""
     remove(workspace, "reports/linear/pixels.json", ".bingo/runs/linear_eval.json")
     for name in ("reports/linear/.pixels.json.partial", ".bingo/runs/.linear_eval.json.partial"):
         (workspace.root / name).symlink_to("/dev/full")

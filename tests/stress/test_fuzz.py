@@ -9,7 +9,7 @@ from tests.stress.fuzz import images
 from tests.stress.fuzz.harness import LAST, Surface, fuzz
 from tests.stress.fuzz.surfaces import SURFACES
 
-CASES = {"params.yaml, taken on": 4, "images, bombs": 0, "checkpoints, published": 20}  # dear ones
+CASES = {"params.yaml, taken on": 4, "images, bombs": 0, "checkpoints, published": 20}  # expensive ones
 
 
 @pytest.mark.slow

@@ -277,7 +277,7 @@ def _two_processes(rank: int, port: int, folder: Path, methods: list[str]) -> No
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """Every method trained by two processes, one method after the other: to start the processes takes longer than to train."""
+    """Every method trained by two processes, one method after the other: starting the processes takes longer than training."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

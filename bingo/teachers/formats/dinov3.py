@@ -20,7 +20,7 @@ _BIAS, _MASK = ".attn.qkv.bias", ".attn.qkv.bias_mask"
 
 
 def parts(content: Any) -> Parts | None:
-    """The backbone, whose unit feature is the key: its class token, as DINOv3 has it and timm by default has not.
+    """The backbone, whose unit feature is the key: its class token, as in DINOv3; timm's default is another.
 
     arch is timm's vit_small_patch16_dinov3_qkvb, ...: all published transformers but the largest (vit_7b_patch16_dinov3) have biases
     of queries and values; the bias of the keys is masked out, as in the code. The mask token, the norm of local crops and the

@@ -1,5 +1,5 @@
 """Students of DisCo (Gao et al. 2022), as Yuting-Gao/DisCo-pytorch writes them: DisCo/main.py and
-DisCo/moco/builder_kq_mse_largeembedding_2048.py. Anchors for our evaluations.
+DisCo/moco/builder_kq_mse_largeembedding_2048.py. Published students, on which evaluations can be checked.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Students of SEED (Fang et al. 2021), as jacobswan1/SEED writes them: main.py, seed/builder.py. Anchors for our evaluations."""
+"""Students of SEED (Fang et al. 2021), as jacobswan1/SEED writes them: main.py, seed/builder.py. For checking evaluations."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def parts(content: Any) -> Parts | None:
     """student and its head `fc`, one layer or two with ReLU between them; the teacher and the queues are left out.
 
     The code writes student and teacher; in the released files the student is encoder_q (issue 3 of jacobswan1/SEED). ResNets only:
-    SEED's EfficientNets and MobileNets have names and layers of their own, which no network of timm has.
+    SEED's EfficientNets and MobileNets have names and layers that no network of timm has.
     """
     state = entry(content, "state_dict")
     released = not under(state, "module.student.")

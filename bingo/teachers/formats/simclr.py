@@ -26,8 +26,8 @@ def parts(content: Any) -> Parts | None:
     """v1: a ResNet-50 (1x, 2x, 4x: `width`) without a head, whose unit feature is the key; v2: a ResNet with its contrastive head.
 
     v2's head is three linear layers without bias, each before a BatchNorm, with ReLU between. Classifiers are left out. Images were
-    never normalised: image.mean is 0 and image.std 1. v2's networks with selective kernels (sk1) are no networks of timm, and are
-    refused for their names.
+    never normalised: image.mean is 0 and image.std 1. timm has no networks like v2's with selective kernels (sk1), which are
+    refused because of their names.
     """
     if state := bare(entry(content, "state_dict")):
         return divide(state, "", left_out=("fc",), mean_std=_NOT_NORMALISED, sure=False)

@@ -23,7 +23,7 @@ from hypothesis.strategies import SearchStrategy
 from bingo.runtime.errors import UserError
 
 CASE_SECONDS = 20  # the making of the input too; on a busy machine
-DEAD_SECONDS = 120  # code that hears no signal for so long: the process ends itself
+DEAD_SECONDS = 120  # code that reacts to no signal for this long: the process ends itself
 CASE_MB = 2048  # the largest image that is decoded has 89 million pixels: 4 bytes in Pillow, 3 in numpy and PyTorch, some of them twice
 ROOM_MB = 8192  # of addresses, beyond what the process has at its start: no case may take the machine down
 LAST = "last"
@@ -69,8 +69,8 @@ class Hang(BaseException):
 
 
 def fuzz(surface: Surface, cases: int, seed: int, folder: Path) -> Tally:
-    """Run so many cases, the same for the same seed. `folder/last` holds the present one, and where it
-    hung, for whoever finds this process dead."""
+    """Run this many cases, the same ones for the same seed. `folder/last` holds the current one, and where it
+    hung, for the case that this process dies."""
     tally, last, place = Tally(), folder / LAST, folder / "input"
     place.mkdir()
 

@@ -28,7 +28,7 @@ from tests.stress.fuzz.harness import Surface
 from tests.stress.fuzz.parameters import shipped
 
 Image.init()
-WRITTEN = sorted(name for name in Image.SAVE if name not in ("BUFR", "GRIB", "HDF5", "WMF", "AVIF"))  # AVIF's writer wants all the memory
+WRITTEN = sorted(name for name in Image.SAVE if name not in ("BUFR", "GRIB", "HDF5", "WMF", "AVIF"))  # AVIF's writer takes all the memory
 COMMON = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "MPO")
 MODES = ("RGB", "1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "I;16B", "F")
 SIDES = (1, 2, 3, 8, 16, 17, 100, 300)
