@@ -12,7 +12,7 @@ def parts(content: Any) -> Parts | None:
     """The backbone with its projector, or (resnet50.pth) the backbone alone.
 
     The projector is linear layers without bias, with BatchNorm and ReLU between them. The loss standardises its output by `bn`, a
-    BatchNorm without weights, and compares nothing else; so a key, 8,192 wide as published, is what `bn` gives.
+    BatchNorm without weights, and compares nothing else; so a key, 8,192 wide as published, is the output of `bn`.
     """
     if state := bare(content):
         return divide(state, "", sure=False)
