@@ -65,17 +65,10 @@ def _parquet(path: Path, paths: Sequence[str], width: int, blocks: Iterator[np.n
     fields = [pa.field("path", pa.string()), pa.field("embedding", pa.list_(pa.float32(), width))]
     schema = pa.schema(fields, metadata={"bingo": canonical_json(dict(attributes))})
     with new_file(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        for start, block_BD in _numbered(blocks):
+        for number, block_BD in enumerate(blocks):
             values = pa.FixedSizeListArray.from_arrays(pa.array(block_BD.ravel()), width)
-            writer.write_table(pa.table([pa.array(paths[start : start + len(block_BD)]), values], schema=schema))
-
-
-def _numbered(blocks: Iterator[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """Each block with the number of its first row."""
-    start = 0
-    for block_BD in blocks:
-        yield start, block_BD
-        start += len(block_BD)
+            names = paths[number * BLOCK_ROWS : number * BLOCK_ROWS + len(block_BD)]
+            writer.write_table(pa.table([pa.array(names), values], schema=schema))
 
 
 _FORMATS = {".npy": _npy, ".parquet": _parquet}

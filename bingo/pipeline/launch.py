@@ -128,10 +128,8 @@ def _check(arguments: list[str]) -> None:
     parser.error = refuse  # type: ignore[method-assign]
     try:
         parsed = parser.parse_args(arguments)
-        if not parsed.module or parsed.run_path or not parsed.training_script.startswith("stages."):
-            refuse(f"{parsed.training_script} is none" if parsed.training_script else "they name no module")
-        if parsed.monitor_interval <= 0:
-            refuse(f"--monitor-interval={parsed.monitor_interval:g} is not a positive duration")
+        if not parsed.training_script.startswith("stages."):
+            refuse(f"{parsed.training_script} is none")
         run.config_from_args(parsed)
     except SystemExit:  # --help, which it prints
         raise ValueError("they only request help") from None

@@ -158,7 +158,6 @@ def test_a_launch_that_cannot_be(workspace, variables, wanted):
         ("--nnodez=2", "unrecognized arguments: --nnodez=2"),
         ("nnodes=2", "nnodes=2 is none"),
         ("--standalone bingo.pipeline.launch", "bingo.pipeline.launch is none"),
-        ("--standalone --monitor-interval=-1", "--monitor-interval=-1 is not a positive duration"),
         ("--standalone --event-log-handler=none", "'none'"),
         ("--nnodes=two", "invalid literal for int() with base 10: 'two'"),
         ("--nnodes=1:2:3", "nnodes=1:2:3 is not in"),
