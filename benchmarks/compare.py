@@ -92,6 +92,7 @@ def overrides(variant: str, seed: int, base: str | None = None, root: str | None
     The folder of the images is made absolute, as experiments run elsewhere. Raises UserError if the result is not allowed.
     """
     from bingo.params import read_yaml, validate
+    from bingo.params.views import PLACES, numbers_of
     from bingo.planning.recipes import lay_over, read_recipe
 
     document = read_yaml("params.yaml")
@@ -105,7 +106,10 @@ def overrides(variant: str, seed: int, base: str | None = None, root: str | None
         raise UserError(f"--root = {root}: the folder does not exist; name the one that holds the images")
     if dataset.root:
         changes += lay_over(document, {"dataset": {"root": str(Path(dataset.root).expanduser().absolute())}})
-    return tuple(f"{key}={written(value)}" for key, value in {key: new for key, _, new in changes if not key.startswith("report.")}.items())
+    last = {key: numbers_of(new) if key in PLACES and isinstance(new, dict) else new for key, _, new in changes}
+    return tuple(
+        f"{'++' if isinstance(value, dict) else ''}{key}={written(value)}" for key, value in last.items() if not key.startswith("report.")
+    )
 
 
 def written(value: Any) -> str:
@@ -117,6 +121,8 @@ def written(value: Any) -> str:
         return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), value) + "'"
     if isinstance(value, list | tuple):
         return f"[{','.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{written(item)}' for key, item in value.items())}}}"
     return json.dumps(value)
 
 

@@ -81,7 +81,6 @@ def test_the_shipped_file_is_valid_and_frozen():
         ("transfer.finetune.drop_factor", 0.0, ["transfer.finetune.drop_factor = 0.0", "greater than 0"]),
         ("transfer.linear.hold_epochs", 2, ["transfer.linear", "hold_epochs: 2 is for a cosine, but drop_epochs is []"]),
         ("distill.drop_epochs", 2, ["distill.drop_epochs = 2", "list"]),
-        ("distill.augment.crop_scale", [0.9, 0.2], ["distill.augment", "smaller number first"]),
         ("bagging", 3, ["bagging"]),
         ("transfer_coco.runs", ["fpn-1x"], ["transfer_coco", "root: null", "set transfer_coco.root"]),
         ("transfer_coco.runs", ["fnp-1x"], ["'fnp-1x'", "fpn-1x, fpn-2x, c4-1x, c4-2x", "did you mean fpn-1x"]),

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from bingo.params import format_names, method_names, read_yaml
 from bingo.params.known import OWN
+from bingo.params.views import PLACES
 from bingo.pipeline.run import code_fingerprint
 from bingo.planning.recipes import lay_over, read_recipe
 
@@ -147,6 +148,7 @@ def test_dvc_runs_again_what_an_edit_concerns_and_nothing_else(tmp_path, monkeyp
             "bingo/teachers/known/own.yaml": {"teacher"},
             "bingo/teachers/known/dinov2-s.yaml": set(),
             "bingo/runtime/checkpoints.py": set(),
+            "bingo/params/views.yaml": {"teacher", "extract", *trainings},
         }
         for file, expected in edits.items():
             before = (tmp_path / file).read_bytes()
@@ -177,6 +179,15 @@ def test_a_folder_stands_for_its_files_in_a_stages_fingerprint(tmp_path, monkeyp
         path.write_text(text + "# edited\n")
         assert (code_fingerprint("distill", "seed") != before) == counts, file
         path.write_text(text)
+
+
+def test_what_draws_views_by_name_depends_on_their_numbers():
+    def reads_views(stage: str) -> bool:
+        keys = [str(param) for param in definition(stage)["params"]]
+        return any(f"{place}.".startswith(f"{key}.") for key in keys for place in PLACES)
+
+    listing = {stage for stage in STAGES if "bingo/params/views.yaml" in definition(stage)["deps"]}
+    assert listing == {stage for stage in STAGES if reads_views(stage)} == set(WATCHED)
 
 
 def test_dvc_yaml_names_code_on_at_most_130_lines():

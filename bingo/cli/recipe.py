@@ -63,6 +63,7 @@ def show(name: Name) -> None:
     """Print one recipe: the file, all values that it sets (including its parts), the published figures, and the estimated cost of a run."""
     from bingo.cli.recipe_check import cost_lines
     from bingo.params import read_yaml, validate
+    from bingo.params.views import spelled_out
     from bingo.planning.recipes import as_text, flattened, lay_over, read_recipe, recipe_path
 
     recipe = read_recipe(FOLDER, name)
@@ -71,7 +72,7 @@ def show(name: Name) -> None:
     params = validate(document, f"{PARAMS} with recipe {name}")
     typer.echo(recipe_path(FOLDER, name).read_text())
     typer.echo("It sets:")
-    for key, value in flattened(recipe.overlay):
+    for key, value in flattened(spelled_out(recipe.overlay)):
         if not value and key in ("report.title", "report.published"):  # another recipe's are taken away; this one sets none
             continue
         typer.echo(f"  {key}: {as_text(value)}")

@@ -9,6 +9,7 @@ reported in a fraction of a second, before any work starts.
     networks.py    teacher, student                    teacher; distill, baseline, and evaluations of the student
     known.py       what teacher.name stands for        teacher
     training.py    distill, teacher.pretrain           distill, baseline; teacher
+    views.py       augment in both, and in extract     extract; teacher, distill, baseline
     methods.py     methods.NAME                        distill and baseline, of the method that they run
     evals.py       linear_eval, knn_eval, semi_eval    those of these names
                    transfer, transfer_coco             transfer_cifar, transfer_coco
@@ -21,7 +22,6 @@ arch_names.py and places.py, names of networks and paths of files.
 # ruff: noqa: F401 - these names are imported from here
 
 from bingo.params.data import (
-    AugmentParams,
     BaggingParams,
     BicubicImageParams,
     DatasetParams,
@@ -48,5 +48,6 @@ from bingo.params.mistakes import mistake_lines
 from bingo.params.networks import STUDENT_OPTIONS, NetworkParams, StudentParams, TeacherParams, format_names
 from bingo.params.reading import load_params, validate
 from bingo.params.training import DistillParams, LrSchedule, PretrainParams, ScheduleParams
+from bingo.params.views import AugmentParams
 from bingo.params.whole import Params
 from bingo.params.yaml_files import read_yaml

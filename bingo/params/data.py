@@ -1,4 +1,4 @@
-"""Sections on images: dataset, image and augment, the teacher's pass over them (extract), and their bags (bagging)."""
+"""Sections on images: dataset and image, the teacher's pass over them (extract), and their bags (bagging)."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -9,16 +9,15 @@ from bingo.params.fields import (
     Count,
     FilePath,
     Interpolation,
-    NotNegative,
     PerChannel,
     Positive,
     Precision,
     Range,
     Section,
-    Share,
     Temperature,
     Whole,
 )
+from bingo.params.views import AugmentParams
 
 
 class DatasetParams(Section):
@@ -92,35 +91,6 @@ def seen_image(values: Mapping[str, Any]) -> ImageParams:
 def image_values(image: ImageParams) -> dict[str, Any]:
     """The other way round: what `seen_image` reads; bilinear resizing is not named, so that older files stay as they were."""
     return image.model_dump() | ({"interpolation": image.interpolation} if image.interpolation != "bilinear" else {})
-
-
-class AugmentParams(Section):
-    """Augmentation of random views (MoCo-v2's: crop, colour jitter, greyscale, blur, flip; here also a rotation by at most
-    `rotate_degrees`).
-
-    `crop_scale` is a fraction of the image's area, `crop_ratio` width over height, `jitter` the strengths of brightness,
-    contrast, saturation and hue as in torchvision's ColorJitter, `blur_sigma_px` the standard deviation of the blur.
-    """
-
-    crop_scale: Range
-    crop_ratio: Range
-    rotate_degrees: Annotated[float, Field(ge=0, le=180)]
-    jitter: Annotated[list[NotNegative], Field(min_length=4, max_length=4)]
-    jitter_p: Share
-    gray_p: Share
-    blur_p: Share
-    blur_sigma_px: Range
-    flip_p: Share
-
-    @model_validator(mode="after")
-    def _ranges_rise(self) -> Self:
-        for name in ("crop_scale", "crop_ratio", "blur_sigma_px"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name}: [{low}, {high}], allowed is the smaller number first")
-        if self.crop_scale[1] > 1 or self.jitter[3] > 0.5:
-            raise ValueError("crop_scale is at most 1, and the fourth number of jitter (hue) at most 0.5")
-        return self
 
 
 class ExtractParams(Section):

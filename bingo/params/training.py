@@ -4,9 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from bingo.params.data import AugmentParams
 from bingo.params.fields import Count, NotNegative, Positive, Precision, Section, Share, Whole
 from bingo.params.methods import MocoParams, method_names
+from bingo.params.views import AugmentParams
 from bingo.runtime.errors import near_matches
 
 _MOST_GROUPS, _LEAST_GROUP_IMAGES = 1024, 4

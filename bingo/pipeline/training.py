@@ -108,7 +108,7 @@ def _stored(run: Run, setup: TrainingSetup, embeddings: "Embeddings", device: to
         line = f"{paths.EMBEDDINGS}: was made with seed {recipe['seed']}, params.yaml has {run.params.seed}"
         raise UserError(f"{line}; run: dvc repro extract")
     features_TD = torch.from_numpy(embeddings.train_features_TD).to(device) if setup.reads_features else None
-    augment = AugmentParams.model_validate(recipe["extract"]["augment"])
+    augment = AugmentParams.model_validate(recipe["extract"]["augment"] | {"name": None})  # the numbers count, whatever their name was
     return Stored(torch.from_numpy(embeddings.keys_TVP).to(device), augment, features_TD)
 
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bingo.params import mistake_lines, read_yaml
 from bingo.params.known import KnownTeacher, known_names, known_teacher
+from bingo.params.views import PLACES, laid_views, spelled_out
 from bingo.report.measures import measure_label
 from bingo.runtime.errors import UserError, near_matches, short
 
@@ -133,7 +134,7 @@ def read_recipe(folder: Path, name: str) -> Recipe:
         inherited["published"].setdefault("teacher.name", overlay["teacher"]["name"])
         if known.linear_top1 is not None:
             inherited.setdefault("teacher", TeacherFile(published_by=str(known.published_by), linear_top1=known.linear_top1))
-    inherited["deviates"] = _standing(inherited["deviates"], dict(flattened(overlay)), inherited["published"])
+    inherited["deviates"] = _standing(inherited["deviates"], dict(flattened(spelled_out(overlay))), inherited["published"])
     if "teacher" in inherited and not (isinstance(overlay.get("teacher"), dict) and "checkpoint" in overlay["teacher"]):
         raise UserError(
             f"{path}: about.teacher describes a checkpoint that the recipe does not set; set teacher.checkpoint, or remove about.teacher"
@@ -212,7 +213,9 @@ def lay_over(document: dict[str, Any], overlay: dict[str, Any], prefix: str = ""
     changes: list[Change] = []
     for key, value in overlay.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(document.get(key), dict) and name not in _WHOLE:
+        if name in PLACES:
+            value = laid_views(document.get(key), value)
+        if isinstance(value, dict) and isinstance(document.get(key), dict) and name not in (*_WHOLE, *PLACES):
             changes += lay_over(document[key], value, f"{name}.")
         elif document.get(key, ...) != value:
             changes.append((name, document.get(key), value))

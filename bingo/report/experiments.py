@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
 from scipy.stats import t as student_t
 
-from bingo.params import method_names, method_section
+from bingo.params import Params, method_names, method_section
 
 LEVEL = 0.95
 ACCURACIES = ("linear", "knn_10", "agreement_10")  # by which variants are compared, the preferred one first
@@ -120,16 +121,24 @@ def record_of(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> M
     """The record of the training that produced the student: the experiment's own, or that of another one with the same parameters,
     whose student DVC took from its cache. Empty if there is none, or where the training was interrupted, so that its time is
     not the whole one."""
-    method = experiment.params["distill"]["method"]
+    method, params = experiment.params["distill"]["method"], _as_run(experiment.params)
 
     def is_of(record: Mapping[str, Any]) -> bool:
         noted = {section: record["params"].get(section) for section in _UPSTREAM}
-        return _within({**noted, "methods": {method: record["params"].get("methods", {}).get(method)}}, experiment.params)
+        return _within({**noted, "methods": {method: record["params"].get("methods", {}).get(method)}}, params)
 
     same = [record for record in records if is_of(record)]
     own = [record for record in same if record.get("experiment") == experiment.name]
     record = next(iter(own or same), {})
     return {} if record.get("resumed") else record
+
+
+def _as_run(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parameters as a run notes them, with what names in them stand for; as they are where this version does not allow them."""
+    try:
+        return Params.model_validate(params).model_dump()
+    except ValidationError:
+        return params
 
 
 def _within(part: Any, whole: Any) -> bool:

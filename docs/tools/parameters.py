@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bingo.params import load_params
+from bingo.params import AugmentParams, load_params
+from bingo.params.views import named_views
 from bingo.planning.recipes import as_text
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
@@ -19,6 +20,14 @@ HEAD = """# Parameters
 All settings in `params.yaml`, with their default values. Units are in the names (`_px`, `_epochs`, `_images`, `_rows`). Missing and
 unknown keys are errors. This page is generated: `python -m docs.tools.parameters > docs/parameters.md`.
 """
+VIEWS = """
+## Views
+
+{}
+
+`augment: photographs` names a set of numbers; `augment: {{name: photographs, flip_p: 0.0}}` replaces single ones, and a section with all of
+them needs no name. The sets and their sources are in `bingo/params/views.yaml`; a change there reruns the stages that have an `augment`.
+"""
 Remarks = dict[str, str]
 TINY, HUGE = 1e-9, 1e7  # bounds of the schema beyond any sensible value
 
@@ -26,7 +35,7 @@ TINY, HUGE = 1e-9, 1e7  # bounds of the schema beyond any sensible value
 def page() -> str:
     """The whole page: a heading and a table for each section, in the order of the file."""
     notes, remarks = read_remarks(PARAMS.read_text())
-    return HEAD + "".join(_sections("", load_params(PARAMS), notes, remarks))
+    return HEAD + "".join([*_sections("", load_params(PARAMS), notes, remarks), *_views()])
 
 
 def read_remarks(text: str) -> tuple[Remarks, Remarks]:
@@ -57,7 +66,7 @@ def read_remarks(text: str) -> tuple[Remarks, Remarks]:
 
 def _sections(name: str, section: BaseModel, notes: Remarks, remarks: Remarks) -> Iterator[str]:
     schema, values = type(section).model_json_schema(), {key: getattr(section, key) for key in type(section).model_fields}
-    leaves = {key: value for key, value in values.items() if not isinstance(value, BaseModel)}
+    leaves = {key: value for key, value in values.items() if not isinstance(value, BaseModel) or isinstance(value, AugmentParams)}
     if name:
         yield f"\n{'#' * min(4, 2 + name.count('.'))} {name}\n"
         yield f"\n{' '.join(schema['description'].split())}\n" if "description" in schema else ""
@@ -68,10 +77,22 @@ def _sections(name: str, section: BaseModel, notes: Remarks, remarks: Remarks) -
     for key, value in leaves.items():
         dotted = f"{name}.{key}".lstrip(".")
         remark = remarks.get(dotted, notes.get(dotted, ""))  # a note in what is one value for the schema
-        yield f"| `{key}` | `{as_text(value)}` | {allowed(schema['properties'][key], schema.get('$defs', {}))} | {_plain(remark)} |\n"
+        if isinstance(value, AugmentParams):
+            yield f"| `{key}` | `{value.name}` | a name, or a section, see [Views](#views) | {_plain(remark)} |\n"
+        else:
+            yield f"| `{key}` | `{as_text(value)}` | {allowed(schema['properties'][key], schema.get('$defs', {}))} | {_plain(remark)} |\n"
     for key, value in values.items():
         if key not in leaves:
             yield from _sections(f"{name}.{key}".lstrip("."), value, notes, remarks)
+
+
+def _views() -> Iterator[str]:
+    """The numbers of each named set, one column for a set."""
+    schema, sets = AugmentParams.model_json_schema(), named_views()
+    yield VIEWS.format(" ".join(schema["description"].split()))
+    yield f"\n| key | allowed | {' | '.join(f'`{name}`' for name in sets)} |\n|---|---|{'---|' * len(sets)}\n"
+    for key in sets["photographs"]:
+        yield f"| `{key}` | {allowed(schema['properties'][key], {})} | {' | '.join(as_text(numbers[key]) for numbers in sets.values())} |\n"
 
 
 def allowed(field: Any, defs: Any) -> str:

@@ -29,6 +29,7 @@ HIDDEN = (
     "student.factory",
     "distill.method",
     "distill.keep_best",
+    "distill.augment.name",
     "distill.probe_every_epochs",
     "linear_eval.crops.nets",
     "bagging.iterations",

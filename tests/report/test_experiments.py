@@ -14,7 +14,8 @@ import scipy.stats
 
 from benchmarks.compare import overrides, written
 from bingo.cli import experiments
-from bingo.params import read_yaml
+from bingo.params import read_yaml, validate
+from bingo.params.views import spelled_out
 from bingo.pipeline import run as common
 from bingo.planning.recipes import lay_over, read_recipe
 from bingo.report.experiments import Experiment, Variant, measures, paired_difference, record_of, spread, variants
@@ -37,7 +38,8 @@ def experiment(name: str, seed: int, linear: float | None, method: str = "bingo"
 
 
 def record(of: Experiment, **notes) -> dict:
-    return {"experiment": of.name, "params": of.params, "seconds": 90.0, "anchors_per_second": 1500.4, "peak_memory_mb": 1083.2, **notes}
+    params = validate(of.params, of.name).model_dump()  # as a run notes them
+    return {"experiment": of.name, "params": params, "seconds": 90.0, "anchors_per_second": 1500.4, "peak_memory_mb": 1083.2, **notes}
 
 
 BINGO = [experiment(f"method-bingo-s{seed}", seed, value, gflop_per_anchor=0.01234) for seed, value in enumerate((70.0, 71.0, 75.0))]
@@ -100,6 +102,16 @@ def test_timings_are_of_the_same_training():
     assert record_of(Experiment(first.name, changed, {}), RECORDS) == {}, "the record is of an earlier run under this name"
     lay_over(changed, {"methods": {"bingo": {"temperature": 0.1}, "moco": {"temperature": 0.5}}, "knn_eval": {"k": [1]}})
     assert record_of(Experiment(first.name, changed, {}), RECORDS) is RECORDS[0], "what others read decides nothing"
+
+
+def test_timings_are_found_where_names_stand_for_other_parameters():
+    known = copy.deepcopy(BINGO[0].params)
+    lay_over(known, {"teacher": {"name": "moco-v2-r50-800"}, "distill": {"augment": "weak"}, "extract": {"augment": {"flip_p": 0.5}}})
+    ours = Experiment("named-s0", known, {})
+    assert record_of(ours, [noted := record(ours)]) is noted
+    other = copy.deepcopy(known)
+    lay_over(other, {"distill": {"augment": {"flip_p": 0.0}}})
+    assert record_of(Experiment("named-s0", other, {}), [noted]) == {}
 
 
 def test_the_summary_as_markdown():
@@ -231,7 +243,17 @@ def test_a_value_comes_through_the_parser_of_dvc(tmp_path, key, value):
     assert type(place[last]) is type(value)
 
 
-@pytest.mark.parametrize("name", ["method-moco", "method-coss", "ablation-keys-stored-relation-student", "cifar10"])
+RECIPES = [
+    "method-moco",
+    "method-coss",
+    "ablation-keys-stored-relation-student",
+    "cifar10",
+    "imagenet-r18-compress-1q-swav-r50",
+    "downstream-digits",
+]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_comes_through_the_parser_of_dvc(tmp_path, monkeypatch, name):
     monkeypatch.chdir(ROOT)
     expected = copy.deepcopy(SHIPPED)
@@ -240,7 +262,7 @@ def test_a_recipe_comes_through_the_parser_of_dvc(tmp_path, monkeypatch, name):
     lay_over(expected, {**read_recipe(ROOT / "recipes", name).overlay, "seed": 7, "report": title})
     if root := expected["dataset"]["root"]:
         expected["dataset"]["root"] = str(ROOT / root)  # experiments run elsewhere
-    assert laid_by_dvc(tmp_path, list(overrides(name, 7))) == expected
+    assert spelled_out(laid_by_dvc(tmp_path, list(overrides(name, 7)))) == spelled_out(expected)
 
 
 def test_a_recipe_that_is_not_allowed_is_told_before_anything_runs(tmp_path, monkeypatch):

@@ -1,0 +1,109 @@
+"""Views by name: `augment` names a set of numbers in views.yaml, and may set single ones itself.
+
+augment: photographs
+augment: {name: photographs, flip_p: 0.0}
+augment: {crop_scale: [0.2, 1.0], ...}    all numbers
+"""
+
+from contextlib import suppress
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from bingo.params.fields import NotNegative, Range, Section, Share
+from bingo.params.yaml_files import read_yaml
+from bingo.runtime.errors import near_matches, short
+
+PLACES = ("teacher.pretrain.augment", "extract.augment", "distill.augment")
+
+
+@cache
+def named_views() -> dict[str, dict[str, Any]]:
+    """The numbers of each set by its name, in the order of views.yaml."""
+    sets: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("views.yaml"))
+    return sets
+
+
+def numbers_of(augment: Any) -> Any:
+    """The mapping that `augment` stands for: the named set's numbers, but for those that it has itself. Raises ValueError for an unknown
+    name alone, and for numbers without a name, but for all of them."""
+    sets = named_views()
+    names = ", ".join(sets)
+    if isinstance(augment, str):
+        if augment not in sets:
+            raise ValueError(f"allowed are {names}{near_matches(augment, sets)}")
+        return {"name": augment, **sets[augment]}
+    if not isinstance(augment, dict):
+        raise ValueError(f"allowed is one of {names}, or a section with name and the numbers that differ")
+    usual = sets["photographs"]
+    if augment.get("name") is None and not usual.keys() <= augment.keys():
+        example = ", ".join(["name: photographs", *(f"{key}: {short(value)}" for key, value in augment.items() if key != "name")])
+        raise ValueError(f"its name is missing; add it, with -S as '...augment={{{example}}}'; names are {names}")
+    named = next((numbers for name, numbers in sets.items() if name == augment.get("name")), usual)  # a wrong name is one mistake, not ten
+    return named | augment
+
+
+def laid_views(old: Any, new: Any) -> Any:
+    """The section `augment` where `new` is laid over `old`: numbers without a name replace single ones, anything else replaces all."""
+    if not isinstance(new, dict) or "name" in new:
+        return new
+    return ({"name": old} if isinstance(old, str) else old if isinstance(old, dict) else {}) | new
+
+
+def spelled_out(document: dict[str, Any]) -> dict[str, Any]:
+    """params.yaml, or a part of it, with numbers in place of the names of views; what is wrong stays as it is."""
+    document = deepcopy(document)
+    for place in PLACES:
+        *sections, key = place.split(".")
+        section: Any = document
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and key in section:
+            with suppress(ValueError):
+                section[key] = numbers_of(section[key])
+    return document
+
+
+class AugmentParams(Section):
+    """Augmentation of random views (MoCo-v2's: crop, colour jitter, greyscale, blur, flip; here also a rotation by at most
+    `rotate_degrees`): a name, or a name and numbers that differ from its own, or all numbers.
+
+    `crop_scale` is a fraction of the image's area, `crop_ratio` width over height, `jitter` the strengths of brightness,
+    contrast, saturation and hue as in torchvision's ColorJitter, `blur_sigma_px` the standard deviation of the blur.
+    """
+
+    name: str | None = None
+    crop_scale: Range
+    crop_ratio: Range
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)]
+    jitter: Annotated[list[NotNegative], Field(min_length=4, max_length=4)]
+    jitter_p: Share
+    gray_p: Share
+    blur_p: Share
+    blur_sigma_px: Range
+    flip_p: Share
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_named(cls, section: Any) -> Any:
+        return section if isinstance(section, cls) else numbers_of(section)
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str | None) -> str | None:
+        if name is not None and name not in (sets := named_views()):
+            raise ValueError(f"allowed are {', '.join(sets)}{near_matches(name, sets)}")
+        return name
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> Self:
+        for name in ("crop_scale", "crop_ratio", "blur_sigma_px"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: [{low}, {high}], allowed is the smaller number first")
+        if self.crop_scale[1] > 1 or self.jitter[3] > 0.5:
+            raise ValueError("crop_scale is at most 1, and the fourth number of jitter (hue) at most 0.5")
+        return self
