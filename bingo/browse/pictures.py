@@ -43,12 +43,12 @@ class Pictures:
         return self.stored_rows == 0
 
     def picture(self, row: int, path: str, side_px: int) -> Image.Image | None:
-        """The RGB image of a row: as stored, or decoded with its short side at least `side_px`; None if it cannot be read."""
+        """The RGB image of a row: as stored, or decoded with its longer side at least `side_px` where it is; None if it cannot be read."""
         try:
             if not self.are_files:
                 return self._stored(row)
             with self._open_path(path) as file:
-                return decode_rgb(file.read(), lambda height, width: min(height, width) / side_px, self._gray_bits)[0]
+                return decode_rgb(file.read(), lambda height, width: max(height, width) / side_px, self._gray_bits)[0]
         except (OSError, BadImage):
             return None
 
@@ -70,9 +70,12 @@ def file_picture(path: Path) -> Image.Image:
         raise UserError(f"{path}: is not an image that can be decoded ({error}); give a JPEG or PNG file") from None
 
 
-def square(picture: Image.Image, side_px: int) -> Image.Image:
-    """The central square of a picture at `side_px`; small pictures are enlarged without smoothing, so that pixels stay visible."""
-    short = min(picture.size)
-    left, top = (picture.width - short) // 2, (picture.height - short) // 2
-    how = Image.Resampling.NEAREST if short * 2 <= side_px else Image.Resampling.BICUBIC
-    return picture.resize((side_px, side_px), how, (left, top, left + short, top + short))
+def fitted(picture: Image.Image, side_px: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The whole picture in its own shape, its longer side `side_px`, and where it is centred in a square of that side (left, top).
+
+    Small pictures are enlarged without smoothing, so that pixels stay visible.
+    """
+    longer = max(picture.size)
+    width, height = (max(1, round(side * side_px / longer)) for side in picture.size)
+    how = Image.Resampling.NEAREST if longer * 2 <= side_px else Image.Resampling.BICUBIC
+    return picture.resize((width, height), how), ((side_px - width) // 2, (side_px - height) // 2)

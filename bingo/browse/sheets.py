@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from bingo.browse.pictures import square
+from bingo.browse.pictures import fitted
 
 _TILE, _BIG, _GAP, _MARGIN, _LINE = 112, 160, 14, 24, 18
 _FRAME = 4
@@ -94,10 +94,10 @@ def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: 
     if tile.picture is None:
         draw.text((left + side / 2, top + side / 2), "no image", _FAINT, _font(13), anchor="mm")
     else:
-        pixels = square(tile.picture, inner)
+        pixels, (right, down) = fitted(tile.picture, inner)
         if tile.kept:
             pixels = Image.blend(pixels, Image.new("RGB", pixels.size, _PAPER), 0.55)
-        sheet.paste(pixels, (left + _FRAME, top + _FRAME))
+        sheet.paste(pixels, (left + _FRAME + right, top + _FRAME + down))
     if tile.same is not None:
         _draw_mark(draw, tile.same, left + side - 22, top, color)
     for line, (text, ink, size) in enumerate(((tile.title, _INK, 14), (tile.caption, _FAINT, 13))):

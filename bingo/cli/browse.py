@@ -138,7 +138,7 @@ def _gallery_meta(source: "BagSource") -> dict[str, Any]:
     index, listing = source.index, source.listing
     return {
         "title": f"{listing.dataset}: bags of {source.title}",
-        "figures": f"{index.train_rows:,} anchors, {len(listing.classes) or 'no'} classes",
+        "figures": f"{index.train_rows:,} anchors" + (f", {len(listing.classes)} classes" if listing.classes else ""),
         "method": index.method,
         "fingerprint": index.fingerprint,
         "listing": listing.fingerprint,

@@ -14,8 +14,11 @@ from PIL import Image
 from bingo.bags.anchors import anchor_figures
 from bingo.bags.index import read_bags
 from bingo.browse.gallery import sidecars
+from bingo.browse.gallery.sprites import make_sprites, sprite_format
+from bingo.browse.listing_rows import ListingRows
+from bingo.browse.pictures import Pictures
 from bingo.images.images import write_images
-from bingo.images.listing import read_listing
+from bingo.images.listing import Listing, read_listing, write_listing
 from tests.cli.test_browse import bingo_bags, mistake
 
 needs_browser = pytest.mark.skipif(chromium.PATH is None, reason="no Chromium here: apt-get install chromium")
@@ -120,9 +123,32 @@ def test_images_that_cannot_be_read_are_grey_and_tried_again(tmp_path, monkeypat
         Image.fromarray(pixels).save(tmp_path / "photos" / path)
     assert bingo_bags("gallery")[2] == ""
     names = sorted(file.name for file in (tmp_path / ".bingo/gallery/thumbnails").iterdir())
-    assert names == ["s000000.jpg", "s000001.jpg"]
-    with Image.open(tmp_path / ".bingo/gallery/thumbnails/s000000.jpg") as sheet:
+    assert names == ["s000000.webp", "s000001.webp"]
+    with Image.open(tmp_path / ".bingo/gallery/thumbnails/s000000.webp") as sheet:
         assert sheet.size == (768, 768)
+
+
+@pytest.mark.parametrize(
+    ("size_px", "shown_px"), [((300, 200), (96, 64)), ((60, 120), (48, 96)), ((50, 50), (96, 96)), ((400, 2), (96, 1))]
+)
+def test_thumbnails_keep_the_shape_of_a_photograph(tmp_path, size_px, shown_px):
+    """One red image: in its tile, red pixels have its shape and are centred, and the others are transparent."""
+    Image.new("RGB", size_px, (220, 20, 20)).save(tmp_path / "photo.png")
+    listing = Listing("toys", ["photo.png"], np.array([-1]), 1, [], [], "0" * 32)
+    write_listing(tmp_path / "listing.parquet", listing)
+    write_images(tmp_path / "images.zarr", listing, None)
+    pictures = Pictures(tmp_path / "images.zarr", "images", listing.fingerprint, open, lambda path: (tmp_path / path).open("rb"))
+    form = sprite_format(pictures, 1)
+    assert make_sprites(tmp_path / "made", pictures, ListingRows(tmp_path / "listing.parquet", "listing"), 1, form, lambda _: None) == 0
+    with Image.open(tmp_path / "made/s000000.webp") as sheet:
+        pixels = np.asarray(sheet.convert("RGBA").crop((0, 0, 96, 96))).astype(int)
+    shown = pixels[:, :, 3] > 128
+    top, left = np.argwhere(shown).min(axis=0)
+    height, width = np.argwhere(shown).max(axis=0) - (top, left) + 1
+    assert (width, height) == shown_px
+    assert shown.sum() == width * height
+    assert (left, top) == ((96 - width) // 2, (96 - height) // 2)
+    assert np.quantile(np.abs(pixels[shown][:, :3] - (220, 20, 20)), 0.95) < 12, "all but the rim beside the empty tiles"
 
 
 def test_no_code_of_the_page_makes_html_of_names_or_reaches_out():
@@ -322,6 +348,21 @@ def test_a_narrow_window_has_no_sideways_scrolling(page):
     page.wait("innerWidth === 360")
     assert page.value("document.documentElement.scrollWidth") <= 360
     page.call("Emulation.clearDeviceMetricsOverride")
+
+
+@needs_browser
+def test_images_without_labels_are_named_by_their_files_and_nothing_is_said_of_classes(browser, tmp_path, monkeypatch):
+    make_workspace(tmp_path, train_rows=20, labelled=False, name="holiday/photo")
+    monkeypatch.chdir(tmp_path)
+    bingo_bags("gallery")
+    browser.open((tmp_path / ".bingo/gallery/index.html").as_uri())
+    browser.wait("document.querySelectorAll('#members button').length > 0")
+    browser.wait("document.querySelector('#anchors .faint').textContent === 'photo_0000.png'")
+    names = browser.value(
+        "[...document.querySelectorAll('[aria-label]')].map(x => x.ariaLabel).join() + document.getElementById('search').placeholder"
+    )
+    said = f"{browser.value('document.body.innerText')} {names}".lower()
+    assert [word for word in ("class", "label", "purity", "unknown") if word in said] == []
 
 
 @needs_browser

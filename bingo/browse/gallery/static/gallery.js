@@ -26,8 +26,10 @@
 
   const number = (value) => value.toLocaleString("en");
   const percent = (value) => (value === null ? "unknown" : `${Math.round(100 * value)} %`);
+  const labelled = info.classes.length > 0; // otherwise nothing is said of classes
   const className = (label) => (label < 0 ? "unknown" : info.classes[label]);
   const classText = (label) => (label < 0 ? "no label" : `class ${info.classes[label]}`);
+  const withClass = (text, label) => (labelled ? `${text}, ${classText(label)}` : text);
   const say = (text) => { at("status").textContent = text; };
 
   function element(tag, className, text) {
@@ -146,7 +148,10 @@
       go({ row });
     });
     button.addEventListener("focus", () => rove(button));
-    bingo.path(row).then((path) => { button.title = path; }, () => {});
+    bingo.path(row).then((path) => {
+      button.title = path;
+      if (!labelled && lines[1] === "") button.querySelector(".faint").textContent = path.split("/").pop();
+    }, () => {});
     item.append(button);
     return item;
   }
@@ -164,7 +169,7 @@
   }
 
   function anchorName(row) {
-    const words = [`row ${row}`, classText(column.label[row])];
+    const words = [withClass(`row ${row}`, column.label[row])];
     if (state.sort !== "row") words.push(figure(row));
     return words.join(", ");
   }
@@ -213,7 +218,7 @@
     thumb(row, at("anchor-thumb")).setAttribute("aria-label", `row ${row}: ${path}`);
     const list = at("bag-figures");
     list.replaceChildren();
-    term(list, "Class", className(label));
+    if (labelled) term(list, "Class", className(label));
     if (known) term(list, "Purity", `${percent(bingo.share("purity", row))} (${same} of ${members.length} of its class)`);
     term(list, "Similarity", members.length ? `${bingo.share("similarity", row).toFixed(3)} on average` : "none");
     term(list, "Hubness", `in ${number(column.in_bags[row])} bags`);
@@ -224,7 +229,7 @@
     if (focusMembers && first) first.focus();
     focusMembers = false;
     renderCluster(row);
-    say(`Bag of row ${row}, ${classText(label)}${known ? `: ${same} of ${members.length} members of its class` : ""}`);
+    say(`${withClass(`Bag of row ${row}`, label)}${known ? `: ${same} of ${members.length} members of its class` : ""}`);
   }
 
   function memberTile(member, i, anchorLabel) {
@@ -232,7 +237,7 @@
     const kind = anchorLabel < 0 || label < 0 ? undefined : label === anchorLabel ? "same" : "other";
     const words = { same: ", the same class", other: ", another class" }[kind] ?? "";
     const cosine = member.similarity.toFixed(3);
-    const name = `member ${i + 1}: row ${member.row}, similarity ${cosine}, ${classText(label)}${words}`;
+    const name = withClass(`member ${i + 1}: row ${member.row}, similarity ${cosine}`, label) + words;
     const lines = [`row ${member.row}`, `cosine ${cosine}`];
     if (label >= 0) lines.push(classText(label));
     return tile(member.row, name, lines, kind);
@@ -317,8 +322,8 @@
     at("title").textContent = info.title;
     at("figures").textContent = info.figures;
     at("class").append(new Option("all", ""), ...info.classes.map((name, label) => new Option(name, label)));
-    at("class").closest("label").hidden = !info.classes.length;
-    const labelled = info.classes.length > 0;
+    at("class").closest("label").hidden = !labelled;
+    if (!labelled) at("search").placeholder = "a row number, or part of a path";
     at("sort").append(...SORTS.filter(([name]) => labelled || !name.startsWith("purity")).map(([name, text]) => new Option(text, name)));
     at("class").addEventListener("change", (event) => go({ label: event.target.value === "" ? null : Number(event.target.value), page: 0, row: null }));
     at("sort").addEventListener("change", (event) => go({ sort: event.target.value, page: 0 }));
