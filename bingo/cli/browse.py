@@ -43,7 +43,8 @@ def show(
     row = source.row_of(target)
     members, cosines = source.index.members(row), source.index.similarity(row)
     (path, *_), (label, *_) = source.listing.rows([row])
-    typer.echo(f"row {row}  {printable(path)}  label {printable(source.class_name(label))}  ({source.describe(row)})")
+    of_class = f"label {printable(source.class_name(label))}  " if source.listing.classes else ""
+    typer.echo(f"row {row}  {printable(path)}  {of_class}({source.describe(row)})")
     typer.echo(members_table(source, members, cosines, label))
     heading = f"{source.listing.dataset}, row {row}: {path}   ({source.describe(row)}; {source.name})"
     sheet = contact_sheet(heading, source.tile(row), source.member_tiles(members, cosines, label))

@@ -86,13 +86,14 @@ class BagSource:
     def tile(self, row: int, caption: str | None = None) -> Tile:
         """The picture of an anchor, with its class below it or another caption."""
         _, labels = self.listing.rows([row])
-        return self.tiles(np.array([row]), [caption or self.class_name(int(labels[0]))], None)[0]
+        name = self.class_name(int(labels[0])) if self.listing.classes else ""
+        return self.tiles(np.array([row]), [caption or name], None)[0]
 
     def member_tiles(self, members: np.ndarray, cosines: np.ndarray, anchor_label: int | None) -> list[Tile]:
         """Pictures of a bag, with similarity and class below, framed by whether the class is `anchor_label`."""
         _, labels = self.listing.rows(members)
-        names = (self.class_name(label) for label in labels.tolist())
-        captions = [f"{cosine:.3f}  {name}" for cosine, name in zip(cosines.tolist(), names, strict=True)]
+        names = (f"  {self.class_name(label)}" if self.listing.classes else "" for label in labels.tolist())
+        captions = [f"{cosine:.3f}{name}" for cosine, name in zip(cosines.tolist(), names, strict=True)]
         return self.tiles(members, captions, anchor_label)
 
     def tiles(self, rows: np.ndarray, captions: list[str], anchor_label: int | None) -> list[Tile]:

@@ -11,16 +11,17 @@ from bingo.runtime.errors import printable
 
 
 def members_table(source: BagSource, members: np.ndarray, cosines: np.ndarray, anchor_label: int | None) -> str:
-    """One line for each member, nearest first; without the column `same` if the anchor is not in the dataset (None)."""
+    """One line for each member, nearest first; without the column `same` if the anchor is not in the dataset (None), and without columns
+    of labels if there are none."""
     if not len(members):
         return "the bag is empty"
     listed_paths, labels = source.listing.rows(members)
     words = {True: "yes", False: "no", None: "?"}
     rows = []
     for place, (row, cosine, label, path) in enumerate(zip(members.tolist(), cosines, labels.tolist(), listed_paths, strict=True), 1):
-        same = [] if anchor_label is None else [words[same_label(label, anchor_label)]]
-        rows.append([str(place), str(row), f"{cosine:.4f}", printable(source.class_name(label)), *same, printable(path)])
-    heads = ["#", "row", "similarity", "label", *([] if anchor_label is None else ["same"]), "path"]
+        same = [] if anchor_label is None or not source.listing.classes else [words[same_label(label, anchor_label)]]
+        rows.append([str(place), str(row), f"{cosine:.4f}", *_labels(source, source.class_name(label)), *same, printable(path)])
+    heads = ["#", "row", "similarity", *_labels(source, "label"), *(["same"] if same else []), "path"]
     return table(heads, rows, "rrr")
 
 
@@ -31,7 +32,7 @@ def stats_text(source: BagSource, metrics: dict[str, Any]) -> str:
     hubs = metrics["hubs"]
     listed_paths, labels = source.listing.rows([hub["row"] for hub in hubs])
     lines = [
-        (str(hub["row"]), str(hub["count"]), printable(source.class_name(label)), printable(path))
+        (str(hub["row"]), str(hub["count"]), *_labels(source, source.class_name(label)), printable(path))
         for hub, path, label in zip(hubs, listed_paths, labels.tolist(), strict=True)
     ]
     head = f"{index.name}: {index.method} bags of {index.train_rows} rows of {printable(source.listing.dataset)}, k {index.k}"
@@ -41,9 +42,14 @@ def stats_text(source: BagSource, metrics: dict[str, Any]) -> str:
             table(("figure", "value"), rows),
             "",
             "hubs: the rows in most bags",
-            table(("row", "bags", "label", "path"), lines, "rr"),
+            table(("row", "bags", *_labels(source, "label"), "path"), lines, "rr"),
         ]
     )
+
+
+def _labels(source: BagSource, cell: str) -> list[str]:
+    """The cell of a column that needs labels, which images without labels do not have."""
+    return [printable(cell)] if source.listing.classes else []
 
 
 def diff_text(sources: tuple[BagSource, BagSource], found: BagDiff, rows_R: np.ndarray) -> str:
@@ -52,11 +58,11 @@ def diff_text(sources: tuple[BagSource, BagSource], found: BagDiff, rows_R: np.n
     lines = [(name.replace("_", " "), _value(value)) for name, value in found.summary().items()]
     listed_paths, labels = before.listing.rows(rows_R)
     anchors = [
-        (str(row), f"{found.jaccard_T[row]:.3f}", _share(found.purity_before_T[row]), _share(found.purity_after_T[row]),
-         printable(before.class_name(label)), printable(path))
+        (str(row), f"{found.jaccard_T[row]:.3f}", *_labels(before, _share(found.purity_before_T[row])),
+         *_labels(before, _share(found.purity_after_T[row])), *_labels(before, before.class_name(label)), printable(path))
         for row, path, label in zip(rows_R.tolist(), listed_paths, labels.tolist(), strict=True)
     ]  # fmt: skip
-    heads = ("row", "jaccard", "purity before", "purity after", "label", "path")
+    heads = ("row", "jaccard", *(head for name in ("purity before", "purity after", "label") for head in _labels(before, name)), "path")
     return "\n".join(
         [f"before: {before.title}", f"after: {after.title}", table(("figure", "value"), lines), "", "anchors that changed most",
          table(heads, anchors, "rrrr")]
