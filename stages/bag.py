@@ -1,6 +1,7 @@
 """bag: build bags from nearest neighbours, clusters or classes in the features of the teacher or of a baseline student: data/bags.zarr.
 
-Their statistics go to reports/bags.json.
+Their statistics go to reports/bags.json. data/left_out.json lists the held-out test images that no evaluation judges, as the teacher shows
+near-duplicates of them among the train images.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from bingo.pipeline.run import Run, in_words, process_group, stage_run
 if TYPE_CHECKING:
     import numpy as np
 
+    from bingo.bags.rows import Rows
+    from bingo.embeddings.store import Embeddings
     from bingo.images.listing import Listing
 
 _LOW_RECALL = 0.95
@@ -22,7 +25,8 @@ def main() -> None:
     with stage_run("bag") as run:
         from bingo.bags.builders import build_bags
         from bingo.bags.index import write_bags
-        from bingo.bags.metrics import bag_metrics
+        from bingo.bags.metrics import bag_metrics, view_overlap
+        from bingo.bags.near_duplicates import near_duplicate_cosine
         from bingo.embeddings.store import read_embeddings
         from bingo.images.listing import read_listing
         from bingo.runtime.artefacts import write_json
@@ -33,7 +37,11 @@ def main() -> None:
         bags = build_bags(params, features, labels_T, run.params.seed)
         if warning := bags.empty_warning():
             run.warn(warning)
-        metrics = bag_metrics(bags, labels_T if listing.labelled else None)
+        near_cosine = near_duplicate_cosine(features, params.near_duplicate_distance, run.params.seed)
+        metrics = bag_metrics(bags, labels_T if listing.labelled else None, near_cosine)
+        if params.method == "knn" and params.relation == "teacher" and embeddings.views > 1:
+            metrics["view_overlap"] = view_overlap(embeddings.view_keys(0), embeddings.view_keys(1), params.k, run.params.seed)
+        metrics["test_near_duplicates"] = _leave_out(run, listing, embeddings)
         write_bags(paths.BAGS, bags, listing.fingerprint, embeddings.fingerprint)
         write_json(paths.REPORTS / "bags.json", metrics)
         figures = in_words({name: value for name, value in metrics.items() if isinstance(value, float)})
@@ -41,6 +49,25 @@ def main() -> None:
         run.say(f"bag: {params.method} bags of {listing.train_rows:,} images{lists}: {figures}")
         if metrics.get("recall", 1) < _LOW_RECALL:
             run.warn(f"recall {metrics['recall']:g}: the search misses many of the nearest images; raise bagging.probes")
+
+
+def _leave_out(run: Run, listing: "Listing", embeddings: "Embeddings") -> int:
+    """The number of test images with a near-duplicate among the train images by the teacher; write those of them that no evaluation
+    judges, which are all where the test images were held out of the train images, and otherwise none."""
+    from bingo.bags.near_duplicates import near_duplicate_cosine, rows_near
+    from bingo.images.listing import write_left_out
+
+    train: Rows = embeddings.train_features
+    cosine = near_duplicate_cosine(train, run.params.bagging.near_duplicate_distance, run.params.seed)
+    rows = listing.train_rows + rows_near(embeddings.features[listing.train_rows :], train, cosine)
+    left_out = [] if listing.held_out is None else rows.tolist()
+    write_left_out(paths.LEFT_OUT, listing, left_out)
+    if left_out:
+        of = f"{len(left_out):,} of {len(listing) - listing.train_rows:,} held-out test images have near-duplicates among the train images"
+        run.say(f"bag: {of} (cosines above {cosine:.4g} by the teacher): no evaluation judges them")
+    if left_out and len(left_out) == len(listing) - listing.train_rows:
+        run.warn("no test image is left to judge; lower bagging.near_duplicate_distance, or keep a test split of other images")
+    return len(rows)
 
 
 def _student_features(run: Run, listing: "Listing") -> "np.ndarray":

@@ -19,22 +19,19 @@ def main(
 ) -> None:
     """Nearest-neighbour evaluation."""
     with stage_run("knn_eval", net) as run:
-        import numpy as np
-
         from bingo.embeddings.store import read_embeddings
         from bingo.evals.agreement import TeacherAgreement, neighbor_scores, usable_ks
         from bingo.evals.failures import least_agreement
-        from bingo.images.listing import read_listing
+        from bingo.images.listing import read_judged_listing
         from bingo.pipeline.backbones import Networks
         from bingo.runtime.artefacts import write_json
 
-        params, listing, names = run.params.knn_eval, read_listing(paths.LISTING), run.networks()
+        params, listing, names = run.params.knn_eval, read_judged_listing(paths.LISTING, paths.LEFT_OUT), run.networks()
         ks, agreement_ks = usable_ks(params, listing, run.say)
         teacher = read_embeddings(paths.EMBEDDINGS, listing) if agreement_ks or (ks and "teacher" in names) else None
         networks = Networks(run, names if ks or agreement_ks else [], listing, teacher)
         with process_group(run) if networks.backbones else nullcontext() as device:  # stored features need no torch
-            test_rows_Q = np.arange(listing.train_rows, len(listing))
-            agreement = TeacherAgreement(teacher, listing.train_rows, agreement_ks)
+            agreement = TeacherAgreement(teacher, listing, agreement_ks)
             for name in names:
                 features_ND = networks.features(name, params, device)
                 scores, failures = {}, {}
@@ -43,7 +40,7 @@ def main(
                     if scores:  # without labels the teacher has none
                         run.say(f"knn_eval: {name}: {in_words(scores, '.1f')}")
                     if teacher is not None and name != "teacher":
-                        failures = least_agreement(features_ND, teacher.features_ND, listing.train_rows, test_rows_Q)
+                        failures = least_agreement(features_ND, teacher.features_ND, listing.train_rows, listing.test_rows_N)
                 write_json(paths.REPORTS / "knn" / f"{name}.json", scores)
                 write_json(paths.REPORTS / "failures" / f"{name}.json", failures)
 

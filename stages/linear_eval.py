@@ -24,11 +24,11 @@ def main(
     """Linear evaluation with both protocols."""
     with stage_run("linear_eval", net) as run:
         from bingo.embeddings.store import read_embeddings
-        from bingo.images.listing import read_listing
+        from bingo.images.listing import read_judged_listing
         from bingo.pipeline.backbones import Networks
         from bingo.runtime.artefacts import write_json
 
-        names, listing = run.networks(), read_listing(paths.LISTING)
+        names, listing = run.networks(), read_judged_listing(paths.LISTING, paths.LEFT_OUT)
         if not listing.can_judge:
             run.say("linear_eval: the listing has no labelled test images, so there is nothing to measure")
         opened = names if listing.can_judge else []
@@ -50,15 +50,15 @@ def _scores(run: Run, name: str, networks: "Networks", device: "torch.device") -
     from bingo.runtime.checkpoints import Checkpoints
 
     params, listing, scores = run.params, networks.listing, {}
-    evaluation, train, labels_N = params.linear_eval, listing.train_rows, listing.labels_N
+    evaluation, train, test_N, labels_N = params.linear_eval, listing.train_rows, listing.test_rows_N, listing.labels_N
     features_ND = networks.features(name, evaluation, device)
     if features_ND is not None:
-        split = features_ND[:train], labels_N[:train], features_ND[train:], labels_N[train:]
+        split = features_ND[:train], labels_N[:train], features_ND[test_N], labels_N[test_N]
         scores["cached"] = linear_on_features(*split, len(listing.classes), evaluation.cached, params.seed, device)
     if name in networks.backbones and name in evaluation.crops.nets:
         assert networks.images is not None
         task, how = task_of(listing, networks.images, params.image, evaluation.crops), (evaluation.crops, evaluation.precision)
-        with state_of(run, name, [name], [listing.fingerprint], *how) as folder:
+        with state_of(run, name, [name], [listing.fingerprint, listing.left_out_rows], *how) as folder:
             checkpoints = Checkpoints(folder / "checkpoints")
             scores["crops"] = linear_on_crops(networks.backbones[name], task, *how, params.seed, device, checkpoints)
     return scores

@@ -29,16 +29,16 @@ def main(split: Annotated[str | None, typer.Argument(help="One of semi_eval.spli
 def _judge(run: Run, name: str, device: "torch.device") -> None:
     from bingo.evals.few_labels import labelled_rows, protocols
     from bingo.images.images import open_images
-    from bingo.images.listing import read_listing
+    from bingo.images.listing import read_judged_listing
     from bingo.pipeline.backbones import backbones
     from bingo.pipeline.classifying import judge
 
-    params, listing = run.params, read_listing(paths.LISTING)
+    params, listing = run.params, read_judged_listing(paths.LISTING, paths.LEFT_OUT)
     semi, split = params.semi_eval, params.semi_eval.splits[name]
     nets, rows_L = backbones(run, semi.nets), labelled_rows(listing, split, name, params.seed)
     run.say(f"semi_eval: {name}: {len(rows_L):,} of {listing.train_rows:,} labels")
     found = protocols(params, listing, open_images(listing, paths.IMAGES, params.dataset), rows_L, split)
-    inputs = listing.fingerprint, rows_L.tolist()
+    inputs = listing.fingerprint, listing.left_out_rows, rows_L.tolist()
     sections = semi.model_copy(update={"splits": {}}), split.model_copy(update={"list_file": None})  # whatever its path
     facts = {"percent": split.percent, "labels": len(rows_L), "origin": "drawn" if split.list_file is None else "listed"}
     judge(run, name, nets, found, device, inputs, sections, paths.REPORTS / "semi" / f"{name}.json", facts)

@@ -6,11 +6,14 @@ import numpy as np
 
 from bingo.bags.builders import build_kmeans, build_knn
 from bingo.bags.index import write_bags
+from bingo.bags.metrics import bag_metrics
 from bingo.datasets.sources import memory_listing
 from bingo.embeddings.store import create_embeddings
 from bingo.images.images import write_images
 from bingo.images.listing import Listing, write_listing
+from bingo.runtime.artefacts import write_json
 
+NEAR_COSINE = 0.99
 PARAMS = "dataset:\n  root: null\n"
 
 
@@ -59,5 +62,6 @@ def make_workspace(
     train_TD = features[:train_rows]
     bags = build_knn(train_TD, k) if method == "knn" else build_kmeans(train_TD, 4, 5, k, seed)
     write_bags(root / "data/bags.zarr", bags, listing.fingerprint, "e")
+    write_json(root / "reports/bags.json", bag_metrics(bags, labels_N[:train_rows] if labelled else None, NEAR_COSINE))
     (root / "params.yaml").write_text(PARAMS)
     return listing

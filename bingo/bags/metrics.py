@@ -1,26 +1,33 @@
-"""Statistics of a bag index: purity, hubs, orphans, mutual neighbours, similarity, near-duplicates, cluster sizes."""
+"""Statistics of a bag index: purity, hubs, orphans, mutual neighbours, similarity, near-duplicates, cluster sizes; and how far bags depend
+on the view, which needs the keys of two.
+
+Shape letters: T train rows, K members listed, P key width, C clusters.
+"""
 
 from typing import Any
 
 import numpy as np
 
+from bingo import seeds
 from bingo.bags.index import Bags
+from bingo.bags.neighbors import common_rows, top_k
+from bingo.bags.rows import Rows
 from bingo.runtime.progress import progress_bar
 
-_NEAR_DUPLICATE_COSINE = 0.9999
 _HUBS = 10
+_ANCHORS = 1000
 
 
 @progress_bar("bag statistics")
-def bag_metrics(bags: Bags, labels_T: np.ndarray | None) -> dict[str, Any]:
+def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = float("inf")) -> dict[str, Any]:
     """JSON-able metrics; shares are of 1, numbers rounded to 6 digits. `labels_T`: classes of the train rows, -1 unknown.
+    `near_cosine`: the cosine above which images are near-duplicates (see `bingo.bags.near_duplicates`); infinite: they are not counted.
 
     Of the listed members: `in_degree` (number of bags that contain a row), `hubs` (the rows in most bags), `orphan_share` (rows
-    in no bag), `mutual_share` (members j of i such that i is a member of j), `similarity` (cosines to the anchor),
-    `near_duplicates` (rows whose nearest member has a cosine above 0.9999; as cosines are stored in float16, above 0.99988),
-    `empty_bags`, `short_bags` (neither empty nor full), `purity` (mean over bags of the share of members with the anchor's
-    label). Of whole bags: `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`. Of an approximate search: `recall`,
-    `lists` and `probes`, as in the settings.
+    in no bag), `mutual_share` (members j of i such that i is a member of j), `chance_share` (what that is for members drawn at random,
+    K / (T - 1)), `similarity` (cosines to the anchor), `near_duplicates` (rows whose nearest member is one), `empty_bags`, `short_bags`
+    (neither empty nor full), `purity` (mean over bags of the share of members with the anchor's label). Of whole bags: `bag_size` and,
+    for clusters, `cluster_size` and `whole_bag_purity`. Of an approximate search: `recall`, `lists` and `probes`, as in the settings.
     """
     listed_TK = bags.members_TK >= 0
     counts_T = listed_TK.sum(axis=1)
@@ -30,12 +37,15 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None) -> dict[str, Any]:
         "hubs": [{"row": int(row), "count": int(degrees_T[row])} for row in np.argsort(-degrees_T, kind="stable")[:_HUBS]],
         "orphan_share": _round((degrees_T == 0).mean()),
         "mutual_share": _mutual_share(bags.members_TK),
+        "chance_share": _round(min(1.0, listed_TK.shape[1] / max(1, len(listed_TK) - 1))),
         "similarity": _quantiles(bags.similarity_TK[listed_TK].astype(np.float32)),
-        "near_duplicates": int((bags.similarity_TK[:, 0].astype(np.float32) > _NEAR_DUPLICATE_COSINE).sum()),
         "bag_size": _spread(bags.bag_sizes_T),
         "empty_bags": int((counts_T == 0).sum()),
         "short_bags": int(((counts_T > 0) & (counts_T < listed_TK.shape[1])).sum()),
     }
+    if not np.isinf(near_cosine):
+        metrics["near_duplicate_cosine"] = _round(near_cosine)
+        metrics["near_duplicates"] = int((bags.similarity_TK[:, 0].astype(np.float32) > near_cosine).sum())
     if "recall" in bags.settings:
         metrics |= {"recall": _round(bags.settings["recall"]), "lists": bags.settings["lists"], "probes": bags.settings["probes"]}
     if bags.cluster_start is not None:
@@ -45,6 +55,16 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None) -> dict[str, Any]:
         if bags.cluster_T is not None:
             metrics["whole_bag_purity"] = _whole_bag_purity(bags.cluster_T, labels_T)
     return metrics
+
+
+@progress_bar("bags by two views")
+def view_overlap(keys_TP: Rows, other_keys_TP: Rows, k: int, seed: int) -> float:
+    """How far bags depend on the view from which they are made: the share of the k nearest rows by the keys of one stored view that are
+    among the k nearest by those of another, averaged over a seeded draw of at most 1,000 anchors. By chance: k / (T - 1).
+    """
+    rows = np.sort(seeds.permutation(seed, "bags by two views", 0, len(keys_TP))[:_ANCHORS])
+    one, other = (top_k(keys[rows], keys, k, rows)[0] for keys in (keys_TP, other_keys_TP))
+    return _round(common_rows(one, other) / (k * len(rows)))
 
 
 def same_and_known(members_TK: np.ndarray, labels_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -53,15 +53,12 @@ def show(
 
 @app.command()
 def stats(rev: Rev = None) -> None:
-    """Print purity, hubs, orphans, mutual neighbours, similarity, near-duplicates and cluster sizes of all bags."""
-    from bingo.bags.metrics import bag_metrics
+    """Print purity, hubs, orphans, mutual neighbours, overlap of two views, near-duplicates and cluster sizes of all bags."""
     from bingo.cli.browse_source import BagSource
     from bingo.cli.browse_tables import stats_text
 
     source = BagSource(rev)
-    table, listing = source.index.table, source.listing
-    metrics = bag_metrics(table, listing.labels_N[: listing.train_rows] if listing.labelled else None)
-    typer.echo(stats_text(source, metrics))
+    typer.echo(stats_text(source, source.metrics))
 
 
 @app.command()

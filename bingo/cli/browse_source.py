@@ -2,7 +2,9 @@
 
 import io
 from functools import cached_property
-from typing import BinaryIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from bingo.browse.listing_rows import ListingRows
 from bingo.browse.pictures import Pictures
 from bingo.browse.sheets import Tile
 from bingo.cli.revisions import artefacts
+from bingo.runtime.artefacts import read_json
 from bingo.runtime.errors import UserError
 from bingo.runtime.inside import path_inside
 
@@ -41,6 +44,14 @@ class BagSource:
         index = read_bags(self.artefacts.store(paths.BAGS), listing)
         index.name = self.artefacts.title(paths.BAGS)
         return index
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """What the stage `bag` found of the whole index (see `bingo.bags.metrics`). Raises UserError as `index` does, and if the file
+        is absent or damaged."""
+        self.index  # noqa: B018 (of this listing)
+        with TemporaryDirectory() as folder:
+            return read_json(self.artefacts.local(paths.REPORTS / "bags.json", Path(folder)))
 
     @cached_property
     def pictures(self) -> Pictures:

@@ -44,7 +44,8 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
     if again:
         say(f"{len(again):,} of the images held out are byte-for-byte copies of train images, and are left out")
     keep = [row for row, file in enumerate(checked) if file.reason is None and row not in again]
-    _judge_bad(dataset, paths, checked, any(row < len(chosen[0][0]) for row in keep))
+    way_out = "lower dataset.test_images" if held_out and keep else "name another folder in dataset.root"
+    _judge_bad(dataset, paths, checked, any(row < len(chosen[0][0]) for row in keep), way_out)
     if images_NSS3 is not None and len(keep) < len(paths):
         for row, old_row in enumerate(keep):  # in place: there may not be enough memory for two copies
             images_NSS3[row] = images_NSS3[old_row]
@@ -56,7 +57,8 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
     header = {"dataset": _DATASET, "classes": classes, "store_px": dataset.store_px}
     header |= {} if gray_bits in (None, 16) else {"gray_bits": gray_bits}
     fingerprint = listing_fingerprint(header, kept_paths, (checked[row].content for row in keep), kept_labels, train_rows)
-    return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint, gray_bits), images_NSS3
+    drawn = len(test.paths) if held_out else None
+    return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint, gray_bits, drawn), images_NSS3
 
 
 def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say) -> None:
@@ -70,9 +72,17 @@ def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarra
 
 
 def _without_held_out(dataset: DatasetParams, train: Split, seed: int) -> tuple[Split, Split]:
-    """The train split without the rows that are held out, and these as the test split."""
+    """The train split without the rows that are held out, and these as the test split; where unreadable images are skipped, it has none."""
     labels_N = np.unique(np.array(train.class_names or [""] * len(train.paths)), return_inverse=True)[1]
-    is_test_N = np.isin(np.arange(len(labels_N)), held_out_rows(dataset, labels_N, seed))
+
+    def readable(rows: np.ndarray) -> np.ndarray:
+        if dataset.on_bad_image == "stop":  # the whole scan, where one is not
+            return np.ones(len(rows), bool)
+        paths = [train.paths[row] for row in rows.tolist()]
+        return np.array([file.reason is None for file in check_files(root, paths, dataset.check == "decode", dataset.store_px)[0]], bool)
+
+    root = Path(str(dataset.root))
+    is_test_N = np.isin(np.arange(len(labels_N)), held_out_rows(dataset, labels_N, seed, readable))
     return _part_of(train, ~is_test_N), _part_of(train, is_test_N)
 
 
@@ -99,8 +109,9 @@ def _choose(dataset: DatasetParams, name: str, split: Split, classes: list[str],
     return [split.paths[row] for row in rows.tolist()], labels_N[rows]
 
 
-def _judge_bad(dataset: DatasetParams, paths: list[str], checked: list[Checked], some_train: bool) -> None:
-    """Raises UserError with a line for each unreadable file, unless such files are to be skipped and train images are left."""
+def _judge_bad(dataset: DatasetParams, paths: list[str], checked: list[Checked], some_train: bool, way_out: str) -> None:
+    """Raises UserError with a line for each unreadable file, unless such files are to be skipped and train images are left; if only those
+    are not, with `way_out`."""
     bad = [(path, row, file.reason) for row, (path, file) in enumerate(zip(paths, checked, strict=True)) if file.reason]
     if not bad:
         return
@@ -111,4 +122,4 @@ def _judge_bad(dataset: DatasetParams, paths: list[str], checked: list[Checked],
     if dataset.on_bad_image == "stop":
         raise UserError([*lines, f"{count}; repair or delete them, or set dataset.on_bad_image: skip"])
     if not some_train:
-        raise UserError([*lines, f"{count}, and no train image is left; name another folder in dataset.root"])
+        raise UserError([*lines, f"{count}, and no train image is left; {way_out}"])

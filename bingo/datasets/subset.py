@@ -1,5 +1,6 @@
 """Draw a seeded subset of a split, balanced over its classes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,11 +42,17 @@ def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: 
     return balanced_rows(labels_N, count, seed, f"subset/{split}")
 
 
-def held_out_rows(dataset: DatasetParams, labels_N: np.ndarray, seed: int) -> np.ndarray:
+def held_out_rows(dataset: DatasetParams, labels_N: np.ndarray, seed: int, readable: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Of a dataset without a test split, the rows that `dataset.test_images` takes from the train images for one: int64, rising, balanced
-    over the classes.
+    over the classes, drawn among those for which `readable` gives True; it is asked about rows (n,) at a time, about none twice.
     """
-    return balanced_rows(labels_N, dataset.test_images or 0, seed, "hold-out")
+    allowed_N, asked_N = np.ones(len(labels_N), bool), np.zeros(len(labels_N), bool)
+    while True:
+        rows = balanced_rows(labels_N, dataset.test_images or 0, seed, "hold-out", allowed_N)
+        fresh = rows[~asked_N[rows]]
+        asked_N[fresh], allowed_N[fresh] = True, readable(fresh)
+        if allowed_N[rows].all():
+            return rows
 
 
 def subset_mistakes(dataset: DatasetParams, found: Counts) -> list[str]:
@@ -68,15 +75,16 @@ def check_subset(dataset: DatasetParams, found: Counts) -> None:
         raise UserError(lines)
 
 
-def balanced_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str) -> np.ndarray:
+def balanced_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str, allowed_N: np.ndarray | None = None) -> np.ndarray:
     """`count` of the rows of `labels_N`, drawn by seed and balanced over the classes: int64, in increasing order.
 
     Every class contributes the same number (one more for some if the count is not divisible), or all it has. A smaller draw with the same
-    seed and purpose is a subset of a larger one.
+    seed and purpose is a subset of a larger one. Rows that are not `allowed_N` are passed over, for the next of their class.
     """
     order_N = seeds.permutation(seed, purpose, 0, len(labels_N))
-    by_class_N = order_N[np.argsort(labels_N[order_N], kind="stable")]
-    _, starts, sizes = np.unique(labels_N[by_class_N], return_index=True, return_counts=True)
-    turn_N = np.arange(len(labels_N)) - np.repeat(starts, sizes)  # how many rows of its class were drawn before
-    shuffle_N = np.argsort(order_N)[by_class_N]  # which classes contribute one more if the count is not divisible
-    return np.sort(by_class_N[np.lexsort((shuffle_N, turn_N))[:count]])
+    drawn_n = order_N if allowed_N is None else order_N[allowed_N[order_N]]
+    place_n = np.argsort(labels_N[drawn_n], kind="stable")  # by class; which classes contribute one more if the count is not divisible
+    by_class_n = drawn_n[place_n]
+    _, starts, sizes = np.unique(labels_N[by_class_n], return_index=True, return_counts=True)
+    turn_n = np.arange(len(by_class_n)) - np.repeat(starts, sizes)  # how many rows of its class were drawn before
+    return np.sort(by_class_n[np.lexsort((place_n, turn_n))[:count]])

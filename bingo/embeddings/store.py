@@ -156,6 +156,10 @@ class Embeddings:
         """Features of all rows, float16 (N, D), left in the store until rows are accessed."""
         return StoredRows(self._features, self.rows, self.name, _WAY_OUT)
 
+    def view_keys(self, view: int) -> StoredRows:
+        """Keys of one stored view of the train rows, float16 (T, P), left in the store until rows are accessed."""
+        return StoredRows(self._keys, self.train_rows, self.name, _WAY_OUT, view)
+
     @property
     def train_features(self) -> StoredRows:
         """Features of the train rows, float16 (T, D), left in the store until rows are accessed."""

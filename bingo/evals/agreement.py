@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bingo.bags.neighbors import common_rows
 from bingo.evals.knn import nearest_train, voted_accuracies
 from bingo.images.listing import Listing
 from bingo.params import KnnEvalParams
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 def usable_ks(params: KnnEvalParams, listing: Listing, say: Callable[[str], None]) -> tuple[list[int], list[int]]:
     """Those of knn_eval.k and knn_eval.agreement_k for which there are enough images and labels; the others are reported with `say`."""
     train = listing.train_rows
-    if train == len(listing):
-        say("knn_eval: the listing has no test images, so there is nothing to measure")
+    if not len(listing.test_rows_N):
+        why = "all test images are near-duplicates of train images" if train < len(listing) else "the listing has no test images"
+        say(f"knn_eval: {why}, so there is nothing to measure")
         return [], []
     if not listing.labelled:
         say("knn_eval: the images have no labels, so only the agreement with the teacher is measured")
@@ -37,20 +39,20 @@ def neighbor_scores(
     features_ND: np.ndarray, listing: Listing, ks: Sequence[int], temperature: float, agreement: "TeacherAgreement", is_teacher: bool
 ) -> dict[str, float]:
     """`voted_accuracies` for each of `ks` and, of another network than the teacher, `agreement`, from one search."""
-    train, labels_N = listing.train_rows, listing.labels_N
-    found = nearest_train(features_ND[:train], features_ND[train:], max([*ks, *agreement.ks]))
-    scores = voted_accuracies(found, labels_N[:train], labels_N[train:], ks, temperature) if ks else {}
+    train, test_N, labels_N = listing.train_rows, listing.test_rows_N, listing.labels_N
+    found = nearest_train(features_ND[:train], features_ND[test_N], max([*ks, *agreement.ks]))
+    scores = voted_accuracies(found, labels_N[:train], labels_N[test_N], ks, temperature) if ks else {}
     return scores | ({} if is_teacher else agreement.of(found[0]))
 
 
 class TeacherAgreement:
     """The agreement of networks with the teacher, whose neighbours are searched once, when the first network asks for them.
 
-    The first `train_rows` rows of the teacher's features are the train images; without `ks` no teacher is needed.
+    Without `ks` no teacher is needed.
     """
 
-    def __init__(self, teacher: "Embeddings | None", train_rows: int, ks: Sequence[int]):
-        self.ks, self._teacher, self._train_rows = ks, teacher, train_rows
+    def __init__(self, teacher: "Embeddings | None", listing: Listing, ks: Sequence[int]):
+        self.ks, self._teacher, self._listing = ks, teacher, listing
 
     def of(self, rows_QK: np.ndarray) -> dict[str, float]:
         """`neighbor_agreement` of a network whose `nearest_train` found `rows_QK`, for each k."""
@@ -60,7 +62,7 @@ class TeacherAgreement:
     def _teacher_rows_QK(self) -> np.ndarray:
         assert self._teacher is not None
         features_ND = self._teacher.features_ND
-        return nearest_train(features_ND[: self._train_rows], features_ND[self._train_rows :], max(self.ks))[0]
+        return nearest_train(features_ND[: self._listing.train_rows], features_ND[self._listing.test_rows_N], max(self.ks))[0]
 
 
 def neighbor_agreement(rows_QK: np.ndarray, teacher_rows_QK: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
@@ -70,10 +72,4 @@ def neighbor_agreement(rows_QK: np.ndarray, teacher_rows_QK: np.ndarray, ks: Seq
     Both arguments are the rows of a `top_k`, nearest first, of the same queries and the same base, with at least max(ks) columns and
     no padding (-1). A random order of T train images would reach 100 k / T on average.
     """
-    return {f"agreement_{k}": round(100 * _common(rows_QK[:, :k], teacher_rows_QK[:, :k]) / (k * len(rows_QK)), 6) for k in ks}
-
-
-def _common(a_QK: np.ndarray, b_QK: np.ndarray) -> int:
-    """How many rows the lines of `a` and `b` share in all; within one line of either, rows are distinct."""
-    both = np.sort(np.concatenate([a_QK, b_QK], axis=1), axis=1)
-    return int((both[:, 1:] == both[:, :-1]).sum())
+    return {f"agreement_{k}": round(100 * common_rows(rows_QK[:, :k], teacher_rows_QK[:, :k]) / (k * len(rows_QK)), 6) for k in ks}

@@ -75,10 +75,11 @@ def random_crops(crop_scale: Range, flip_p: float) -> AugmentParams:
 
 
 def task_of(listing: Listing, images: Images, image: ImageParams, crops: CropsParams, train_rows_N: np.ndarray | None = None) -> Task:
-    """The labelled images of a listing: its train rows, or these of them, in crops of this family, and all its test rows."""
-    train, test = np.split(np.arange(len(listing)), [listing.train_rows])
-    learned = train if train_rows_N is None else train_rows_N
-    return Task(images, listing.labels_N, learned, test, len(listing.classes), image, random_crops(crops.crop_scale, crops.flip_p))
+    """The labelled images of a listing: its train rows, or these of them, in crops of this family, and its test rows."""
+    learned = np.arange(listing.train_rows) if train_rows_N is None else train_rows_N
+    return Task(
+        images, listing.labels_N, learned, listing.test_rows_N, len(listing.classes), image, random_crops(crops.crop_scale, crops.flip_p)
+    )
 
 
 class Classifier(nn.Module):

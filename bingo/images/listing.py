@@ -8,18 +8,19 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bingo.runtime.artefacts import canonical_json, fingerprint, write_bytes
+from bingo.runtime.artefacts import canonical_json, fingerprint, read_json, write_bytes, write_json
 from bingo.runtime.errors import UserError
 from bingo.runtime.inside import leads_out
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
+_HELD_OUT = "held_out"  # in the metadata where test images were drawn
 _KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "gray_bits", "group_rows", "columns", "checksum")
 PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # what damaged files make pyarrow raise
 _GROUP_ROWS = 65536  # what `listing_rows` reads for one row
@@ -31,6 +32,8 @@ class Listing:
 
     Rows 0..train_rows-1 are the train split, the others the test split. `skipped` names unreadable images that were left out.
     `gray_bits`: how many of the 16 bits of grey images hold the picture, in all images of the dataset; None if there are none.
+    `held_out`: how many of the train images were drawn for the test split, copies of train images included, which are then left out of
+    the listing; None if the dataset has a test split. `left_out_rows`: test rows that are not judged, see `read_judged_listing`.
     """
 
     dataset: str
@@ -41,6 +44,8 @@ class Listing:
     skipped: list[str]
     fingerprint: str
     gray_bits: int | None = None
+    held_out: int | None = None
+    left_out_rows: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -52,8 +57,13 @@ class Listing:
 
     @property
     def can_judge(self) -> bool:
-        """Whether there are test images and every row has a label, as evaluations need."""
-        return self.labelled and self.train_rows < len(self)
+        """Whether there are test images to judge and every row has a label, as evaluations need."""
+        return self.labelled and len(self.test_rows_N) > 0
+
+    @property
+    def test_rows_N(self) -> np.ndarray:
+        """The test rows that are judged, int64, rising."""
+        return np.setdiff1d(np.arange(self.train_rows, len(self)), self.left_out_rows)
 
     def split(self, row: int) -> str:
         """`train` or `test`."""
@@ -107,6 +117,7 @@ def write_listing(path: Path | str, listing: Listing) -> None:
         "group_rows": str(_GROUP_ROWS),
         "columns": json.dumps(_column_digests(table, _GROUP_ROWS)),
     }
+    metadata |= {} if listing.held_out is None else {_HELD_OUT: str(listing.held_out)}
     metadata["checksum"] = fingerprint(metadata)
     sink = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(metadata), sink, row_group_size=_GROUP_ROWS, compression="zstd")
@@ -135,9 +146,10 @@ def column_digest(column: pa.ChunkedArray) -> str:
 
 def metadata_of(schema: pa.Schema) -> dict[str, str]:
     """A listing's metadata; raises ValueError if they do not fit their checksum or some are missing."""
-    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key.decode() in _KEYS}
+    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if key.decode() in (*_KEYS, _HELD_OUT)}
+    missing = [key for key in _KEYS if key not in metadata]
     checksum = metadata.pop("checksum", None)
-    if len(metadata) < len(_KEYS) - 1 or checksum != fingerprint(metadata):
+    if missing or checksum != fingerprint(metadata):
         raise ValueError("its metadata do not fit their checksum")
     return metadata
 
@@ -174,8 +186,26 @@ def _from_table(path: Path | str, table: pa.Table, metadata: dict[str, str]) -> 
     if outside := [p for p in paths if leads_out(p)]:
         raise _damaged(path, f"{outside[0]} leads out of the dataset's folder")
     skipped = json.loads(metadata["skipped"])
-    gray_bits = json.loads(metadata["gray_bits"])
-    return Listing(metadata["dataset"], paths, labels_N, train_rows, classes, skipped, metadata["fingerprint"], gray_bits)
+    gray_bits, held_out = json.loads(metadata["gray_bits"]), int(metadata[_HELD_OUT]) if _HELD_OUT in metadata else None
+    return Listing(metadata["dataset"], paths, labels_N, train_rows, classes, skipped, metadata["fingerprint"], gray_bits, held_out)
+
+
+def write_left_out(path: Path | str, listing: Listing, rows: Iterable[int]) -> None:
+    """Write which test rows of a listing no evaluation judges."""
+    content = {"listing": listing.fingerprint, "rows": [int(row) for row in rows]}
+    write_json(path, {**content, "checksum": fingerprint(content)})
+
+
+def read_judged_listing(path: Path | str, left_out: Path | str) -> Listing:
+    """`read_listing`, without the test rows in the file `left_out` among those that are judged. Raises UserError as that does, and if the
+    file is absent, damaged or of another listing."""
+    listing, content = read_listing(path), read_json(left_out)
+    if not isinstance(content, dict) or content.pop("checksum", None) != fingerprint(content):
+        raise _damaged(left_out, "it does not fit its checksum")
+    if content["listing"] != listing.fingerprint:
+        problem = f"was made from listing {content['listing']}, this run reads listing {listing.fingerprint}"
+        raise UserError(f"{left_out}: {problem}; run: dvc repro bag")
+    return replace(listing, left_out_rows=tuple(content["rows"]))
 
 
 def _damaged(path: Path | str, reason: str) -> UserError:

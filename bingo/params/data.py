@@ -13,6 +13,7 @@ from bingo.params.fields import (
     Positive,
     Precision,
     Range,
+    Rate,
     Section,
     Temperature,
     Whole,
@@ -111,7 +112,9 @@ class BaggingParams(Section):
     as a baseline (the paper's ablation). `mutual` keeps a member of a knn bag only if the anchor is in the member's bag too.
     `search` of knn: exact, or by an inverted file of `lists` lists (null: 4 * sqrt(train rows)), of which `probes` are searched.
     `draw_temperature`: members are drawn with probability proportional to exp(cosine / t), among those listed; null: with equal
-    probability.
+    probability. `near_duplicate_distance`: images are near-duplicates if their distance, 1 - cosine, is less than this fraction of the
+    median distance of an image to its tenth nearest. They are counted, and where test images were held out of the train images, those with
+    a near-duplicate among these are left out of every evaluation, by the teacher's features; 0: none are.
     """
 
     method: Literal["knn", "kmeans", "label"]
@@ -124,6 +127,7 @@ class BaggingParams(Section):
     lists: Count | None
     probes: Count
     draw_temperature: Temperature | None
+    near_duplicate_distance: Rate
 
     @model_validator(mode="after")
     def _mutual_needs_neighbours(self) -> Self:

@@ -110,6 +110,10 @@ def _share(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def _share_of_chance(share: float) -> str:
+    return f"{100 * share:.2g} %"
+
+
 def _count(count: int) -> str:
     return f"{count:,}"
 
@@ -145,10 +149,23 @@ _LINES: list[tuple[str, str, Callable[[Any], str], str]] = [
     ),
     ("bag_size", "Bag size", _spread, "Number of images from which a member is drawn for an anchor."),
     ("similarity", "Cosine to the anchor", _quantiles, "Similarity of the two images in the teacher's features; 1 is the same direction."),
-    ("mutual_share", "Mutual members", _share, "Share of the members whose own bag also lists the anchor."),
+    (
+        "mutual_share", "Mutual members", _share,
+        "Share of the members whose own bag also lists the anchor. About a half or more is usual; near chance, bags say nothing.",
+    ),
+    (
+        "view_overlap", "Members by another view", _share,
+        "Share of the nearest images by the keys of one random view that are among the nearest by another's, measured on up to 1,000"
+        " anchors. Many times chance is good: then bags follow what the images show, and not how they were cropped.",
+    ),
+    ("chance_share", "Chance", _share_of_chance, "What both shares would be if members were drawn at random."),
     ("in_degree", "Bags that contain an image", _spread, "A long upper tail indicates hubs: few images that are close to very many."),
     ("orphan_share", "Orphans", _share, "Share of images that no bag lists."),
-    ("near_duplicates", "Near-duplicates", _count, "Images whose nearest member has a cosine above 0.9999, as for copies."),
+    ("near_duplicates", "Near-duplicates", _count, "Images so close to their nearest member that they are probably one image twice."),
+    (
+        "test_near_duplicates", "Test images near train images", _count,
+        "Test images with such a near-duplicate among the train images, by the teacher.",
+    ),
     ("empty_bags", "Empty bags", _count, "Anchors without any member; such an anchor is used as its own member."),
     ("short_bags", "Short bags", _count, "Bags that list fewer members than bagging.k, but at least one."),
     ("cluster_size", "Cluster size", _clusters, "Number of images in a cluster; large clusters give imprecise bags."),

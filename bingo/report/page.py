@@ -127,7 +127,7 @@ def _dataset_name(a: Artefacts) -> str:
 
 
 def _images(a: Artefacts) -> str:
-    test_images = len(a.listing) - a.listing.train_rows
+    test_images = len(a.listing.test_rows_N)
     train = f"{a.listing.train_rows:,} train" + (f" and {test_images:,} test" if test_images else "")
     return f"{train} image{'s' if len(a.listing) > 1 else ''}"
 

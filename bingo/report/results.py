@@ -20,6 +20,7 @@ _HEADLINES = (
 ROLES = {"teacher": "ceiling", "untrained": "floor", "pixels": "no network"}
 _FAMILY_COLORS = {"student": 0, "teacher": 1, "untrained": 3, "pixels": 3}  # of plots.SERIES; the baselines' is 2
 _SKIPPED_SHOWN = 10
+_BAG_FIGURES = ("purity", "mutual_share", "view_overlap", "chance_share", "near_duplicates", "orphan_share", "recall")
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def warnings(a: Artefacts) -> list[str]:
 def caveats(a: Artefacts) -> list[str]:
     """Limitations of the figures, in one or two sentences each."""
     found: list[str] = []
-    dataset, test_images = a.params.dataset, len(a.listing) - a.listing.train_rows
+    dataset, test_images = a.params.dataset, len(a.listing.test_rows_N)
     if not _nets(a):
         return found
     if test_images:
@@ -201,11 +202,10 @@ def caveats(a: Artefacts) -> list[str]:
         found.append("The best epoch was chosen on the test split, so that column is optimistic; the others are the last epoch's.")
     if dataset.source == "digits" and dataset.placements > 1:
         found.append(f"Each digit was drawn at {dataset.placements} positions, so the test images are not independent of each other.")
-    if dataset.train_images or dataset.test_images:
-        parts = {"train": dataset.train_images, "test": dataset.test_images}
-        drawn = " and ".join(f"{count:,} {split} images" for split, count in parts.items() if count)
-        source = "the dataset's, or without a test split held out of its train images" if dataset.test_images else "the dataset's"
-        found.append(f"With this seed {drawn} were drawn from {source}; published figures use all images.")
+    parts = {"train": dataset.train_images, "test": None if a.listing.held_out else dataset.test_images}
+    if drawn := " and ".join(f"{count:,} {split} images" for split, count in parts.items() if count):
+        found.append(f"With this seed {drawn} were drawn from the dataset's; published figures use all images.")
+    found += _of_test_images(a)
     if leaking := _leaking_trainings(a):
         found.append(
             f"BatchNorm over the whole batch of a process ({', '.join(leaking)}: 1 group): where one process trained, the moving average's "
@@ -214,6 +214,21 @@ def caveats(a: Artefacts) -> list[str]:
     if a.params.bagging.method == "label":
         found.append("The bags were made from labels: an upper bound for bags, not an unsupervised result.")
     return found
+
+
+def _of_test_images(a: Artefacts) -> list[str]:
+    """How the test images were held out and how many of them are not judged, or, in a test split of the dataset's own, how many have
+    near-duplicates."""
+    near, drawn = a.bag_metrics.get("test_near_duplicates", 0), a.listing.held_out
+    if drawn is None:
+        said = f"Of the test images {near:,} have a near-duplicate among the train images by the teacher: figures on them are too high."
+        return [said] if near else []
+    balanced = ", balanced over the classes," if a.listing.labelled else ""
+    said = f"The images have no test split: {drawn:,} of the train images were drawn by seed {a.params.seed}{balanced} and held out."
+    reasons = {"byte-for-byte copies of train images": drawn - (len(a.listing) - a.listing.train_rows)}
+    reasons["near-duplicates of train images by the teacher"] = len(a.listing.left_out_rows)
+    left_out = " and ".join(f"{count:,} are {reason}" for reason, count in reasons.items() if count)
+    return [f"{said} Of these {left_out}, which no figure includes." if left_out else said]
 
 
 def _leaking_trainings(a: Artefacts) -> list[str]:
@@ -285,5 +300,5 @@ def compared_figures(a: Artefacts) -> dict[str, dict[str, float]]:
     figures["linear"] = {net: scores["top1_last"] for net, scores in a.linear.get("cached", {}).items()}
     figures["linear_crops"] = {net: scores["top1_last"] for net, scores in a.linear.get("crops", {}).items()}
     figures["agreement_10"] = {net: scores["agreement_10"] for net, scores in a.knn.items() if "agreement_10" in scores}
-    figures["bags"] = {name: a.bag_metrics[name] for name in ("purity", "mutual_share", "orphan_share", "recall") if name in a.bag_metrics}
+    figures["bags"] = {name: a.bag_metrics[name] for name in _BAG_FIGURES if name in a.bag_metrics}
     return {name: {key: round(value, 4) for key, value in group.items()} for name, group in figures.items() if group}

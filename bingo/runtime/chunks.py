@@ -117,15 +117,16 @@ def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: st
 
 
 class StoredRows:
-    """The first rows of an array of floats (N, D) in a store, read on access: the whole array may be larger than the memory.
+    """The first rows of an array of floats (N, D) in a store, read on access: the whole array may be larger than the memory. Of an array
+    (N, V, D), the vectors `view` of each row.
 
     Indexed as a numpy array is: by a slice, or by row numbers int (n,), for which each chunk that holds one is read once. Reading
     raises UserError where a chunk is damaged or missing.
     """
 
-    def __init__(self, array: zarr.Array, rows: int, store_name: str, way_out: str):
-        self._array, self._store_name, self._way_out = array, store_name, way_out
-        self.shape: tuple[int, ...] = (rows, *array.shape[1:])
+    def __init__(self, array: zarr.Array, rows: int, store_name: str, way_out: str, view: int | None = None):
+        self._array, self._store_name, self._way_out, self._view = array, store_name, way_out, view
+        self.shape: tuple[int, ...] = (rows, *array.shape[1 if view is None else 2 :])
         self.dtype = np.dtype(array.dtype)
 
     def __len__(self) -> int:
@@ -133,7 +134,8 @@ class StoredRows:
 
     def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
         if isinstance(rows, slice):
-            return read_rows(self._array, slice(*rows.indices(len(self))), self._store_name, self._way_out)
+            x = read_rows(self._array, slice(*rows.indices(len(self))), self._store_name, self._way_out)
+            return x if self._view is None else x[:, self._view]
         x = np.empty((len(rows), *self.shape[1:]), self.dtype)
         chunk_rows = self._array.chunks[0]
         chunks_n = rows // chunk_rows

@@ -34,6 +34,7 @@ HIDDEN = (
     "linear_eval.crops.nets",
     "bagging.iterations",
     "bagging.lists",
+    "bagging.near_duplicate_distance",
     "bagging.probes",
 )
 HEAD = """# The papers' rows

@@ -19,7 +19,7 @@ from bingo.bags import neighbors
 from bingo.bags.builders import build_kmeans, build_knn, build_label
 from bingo.bags.index import Bags, read_bags, write_bags
 from bingo.bags.ivf import InvertedFile
-from bingo.bags.metrics import bag_metrics
+from bingo.bags.metrics import bag_metrics, view_overlap
 from bingo.runtime.chunks import StoredRows, new_array
 from bingo.runtime.errors import UserError
 
@@ -334,7 +334,7 @@ def test_mistakes_are_one_line(digits):
 @pytest.mark.parametrize("method", ["knn", "kmeans", "label"])
 def test_metrics_are_their_definition(digits, built, method):
     bags, labels = built[method], np.where(np.arange(400) % 11 == 0, -1, digits[1])
-    found = bag_metrics(bags, labels)
+    found = bag_metrics(bags, labels, 0.9999)
     listed = [[int(member) for member in row if member >= 0] for row in bags.members_TK]
     degrees = [sum(row in members for members in listed) for row in range(400)]
     assert found["in_degree"]["max"] == max(degrees)
@@ -347,7 +347,10 @@ def test_metrics_are_their_definition(digits, built, method):
     assert found["empty_bags"] == sum(not members for members in listed)
     assert found["short_bags"] == sum(0 < len(members) < 5 for members in listed)
     assert found["purity"] == pytest.approx(purity(listed, labels), abs=1e-6)
-    assert found["near_duplicates"] >= 40  # 30 copies and 5 pairs
+    nearest = np.where(bags.members_TK[:, 0] >= 0, bags.similarity_TK[:, 0].astype(float), -1)
+    assert found["near_duplicates"] == (nearest > 0.9999).sum() >= 40  # 30 copies and 5 pairs
+    assert bag_metrics(bags, labels, 0.9)["near_duplicates"] == (nearest > 0.9).sum() > 100
+    assert found["chance_share"] == pytest.approx(5 / 399, abs=1e-6)
     assert found["similarity"]["p50"] == pytest.approx(np.median(bags.similarity_TK[bags.members_TK >= 0]), abs=1e-3)
     assert found["bag_size"]["max"] == max(len(whole_bag(bags, row)) for row in range(400))
     if method != "knn":
@@ -360,6 +363,22 @@ def test_metrics_are_their_definition(digits, built, method):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert "purity" not in bag_metrics(bags, None)
     assert "purity" not in bag_metrics(bags, np.full(400, -1))
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_overlap_of_bags_by_two_views_is_its_definition(digits, k, tmp_path):
+    other = digits[0] + np.random.default_rng(1).normal(0, 2, (400, 64))
+    sets = [[set(nearest(cosine_matrix(keys), row, range(400), k)) for row in range(400)] for keys in (digits[0], other)]
+    expected = np.mean([len(a & b) / k for a, b in zip(*sets, strict=True)])
+    assert 0.05 < expected < 0.9
+    array = new_array(zarr.create_group(tmp_path / "keys.zarr"), "keys", (400, 3, 64), np.float32, 50)
+    array[:] = np.stack([np.zeros((400, 64)), digits[0], other], axis=1)
+    keys = [StoredRows(array, 400, "keys", "", view) for view in (1, 2)]
+    assert keys[0].shape == (400, 64)
+    assert view_overlap(*keys, k, 0) == pytest.approx(expected, abs=0.01)  # near-ties: float32 against float64
+    assert view_overlap(keys[0], keys[0], k, 0) == 1
+    random = np.random.default_rng(2).standard_normal((400, 64))
+    assert view_overlap(keys[0], random, k, 0) == pytest.approx(k / 399, abs=0.02)
 
 
 def purity(bags, labels):

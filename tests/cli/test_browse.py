@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import bingo
-from fabricated import images_of, make_workspace
+from fabricated import NEAR_COSINE, images_of, make_workspace
 from PIL import Image
 
 from bingo.bags.anchors import anchor_figures
@@ -20,6 +20,7 @@ from bingo.browse.diff import compare_bags
 from bingo.browse.listing_rows import ListingRows
 from bingo.images.images import write_images
 from bingo.images.listing import read_listing, write_listing
+from bingo.runtime.artefacts import write_json
 from bingo.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -193,11 +194,10 @@ def test_stats_are_the_metrics_of_the_index(tmp_path, monkeypatch, method):
     make_workspace(tmp_path, method=method)
     monkeypatch.chdir(tmp_path)
     listing = read_listing("data/listing.parquet")
-    metrics = bag_metrics(read_bags("data/bags.zarr", listing).table, listing.labels_N[: listing.train_rows])
-    figures = dict(line.split("  ", 1) for line in bingo_bags("stats")[1].splitlines() if line.startswith(("orphan share", "mutual share")))
-    assert {name: float(value) for name, value in figures.items()} == {
-        name.replace("_", " "): round(metrics[name], 4) for name in ("orphan_share", "mutual_share")
-    }
+    metrics = bag_metrics(read_bags("data/bags.zarr", listing).table, listing.labels_N[: listing.train_rows], NEAR_COSINE)
+    wanted = {name.replace("_", " "): round(metrics[name], 4) for name in ("orphan_share", "mutual_share", "chance_share")}
+    lines = [line.split("  ", 1) for line in bingo_bags("stats")[1].splitlines() if line.startswith(tuple(f"{name} " for name in wanted))]
+    assert {name: float(value) for name, value in lines} == wanted
     text = bingo_bags("stats")[1]
     assert text.startswith(f"data/bags.zarr: {method} bags of 60 rows of fabricated, k 4\n")
     for name in ("purity", "orphan share", "mutual share", "similarity", "near duplicates", *(["cluster size"] * (method == "kmeans"))):
@@ -212,6 +212,7 @@ def test_an_approximate_search_says_so(workspace):
     features = np.random.default_rng(0).standard_normal((listing.train_rows, 8))
     bags = build_knn(features, 4, False, InvertedFile(12, 2, 0))
     write_bags("data/bags.zarr", bags, listing.fingerprint, "ee55")
+    write_json("reports/bags.json", bag_metrics(bags, None))
     figures = dict(line.split() for line in bingo_bags("stats")[1].splitlines() if line.split()[:1] in (["recall"], ["lists"], ["probes"]))
     assert figures == {"recall": f"{bags.settings['recall']:.4f}".rstrip("0"), "lists": "12", "probes": "2"}
     assert "workspace (knn, k 4, 2 of 12 lists)" in bingo_bags("diff", "workspace", "workspace")[1]

@@ -539,8 +539,35 @@ def test_copies_of_train_images_are_not_held_out(tmp_path):
         save(tmp_path / f"{i}.png", seed=i // 2)  # three images, twice each
     listing, _ = scan(folder(tmp_path, test_images=3), 0)
     digests = [(tmp_path / path).read_bytes() for path in listing.paths]
-    assert listing.train_rows == 3
+    assert (listing.train_rows, listing.held_out) == (3, 3)
     assert not {*digests[:3]} & {*digests[3:]}
+
+
+@pytest.mark.parametrize("check", ["decode", "header"])
+@pytest.mark.parametrize("store_px", [None, 16])
+def test_images_are_held_out_among_those_that_can_be_read(tmp_path, check, store_px):
+    for number in range(40):
+        path = save(tmp_path / f"{'ant' if number < 15 else 'bee'}/{number:02}.png", seed=number)
+        if number % 3 == 0:
+            path.write_bytes(b"broken" if number % 2 else b"")
+    skipping = {"on_bad_image": "skip", "check": check, "store_px": store_px}
+    for seed in range(6):
+        listing, images = scan(folder(tmp_path, test_images=8, **skipping), seed)
+        assert np.bincount(listing.labels_N[listing.train_rows :]).tolist() == [4, 4]
+        assert listing.held_out == 8
+        assert len(listing.skipped) == 14
+        assert len(listing) == 26
+        smaller, _ = scan(folder(tmp_path, test_images=4, **skipping), seed)
+        assert set(smaller.paths[smaller.train_rows :]) <= set(listing.paths[listing.train_rows :])
+        part, _ = scan(folder(tmp_path, test_images=8, train_images=10, **skipping), seed)
+        assert part.paths[part.train_rows :] == listing.paths[listing.train_rows :]
+        assert images is None or len(images) == 26
+    whole = scan(folder(tmp_path, **skipping), 0)[0]
+    assert (whole.held_out, whole.train_rows) == (None, 26)
+    with pytest.raises(UserError, match="14 of 40 images are unreadable"):
+        scan(folder(tmp_path, test_images=8, check=check, store_px=store_px), 0)
+    with pytest.raises(UserError, match=r"no train image is left; lower dataset\.test_images"):
+        scan(folder(tmp_path, test_images=30, **skipping), 0)
 
 
 def test_no_more_can_be_held_out_than_there_are(tmp_path):

@@ -53,6 +53,9 @@ def test_what_is_written_is_read(store):
     features, keys = arrays()
     np.testing.assert_array_equal(embeddings.features_ND, features.astype(np.float16))
     np.testing.assert_array_equal(embeddings.keys_TVP, keys.astype(np.float16))
+    np.testing.assert_array_equal(embeddings.features[TRAIN_ROWS:], features[TRAIN_ROWS:].astype(np.float16))
+    for view in range(VIEWS):
+        np.testing.assert_array_equal(embeddings.view_keys(view)[np.array([16, 3])], keys[[16, 3], view].astype(np.float16))
     assert embeddings.features_ND.dtype == embeddings.keys_TVP.dtype == np.float16
     assert embeddings.fingerprint == fingerprint(ATTRS)
     assert (embeddings.rows, embeddings.train_rows, embeddings.feature_width) == (ROWS, TRAIN_ROWS, WIDTH)

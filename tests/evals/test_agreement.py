@@ -1,5 +1,7 @@
 """Agreement with the teacher against its definition in loops."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +9,14 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
-from bingo.evals.agreement import TeacherAgreement, neighbor_agreement
+from bingo.datasets.sources import memory_listing
+from bingo.evals.agreement import TeacherAgreement, neighbor_agreement, neighbor_scores
+from bingo.evals.finetune import task_of
 from bingo.evals.knn import nearest_train
+from bingo.params import load_params
 
 KS = [1, 10, 100]
+LISTING = memory_listing("digits", [str(row) for row in range(900)], np.full(900, -1), 600, [], np.zeros((900, 1, 1, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +36,25 @@ def test_it_is_the_mean_share_of_common_neighbours(features, k):
     expected = 100 * np.mean([len(a & b) / k for a, b in zip(*sets, strict=True)])
     assert 0 < expected < 100
     teacher, network = features
-    found = TeacherAgreement(SimpleNamespace(features_ND=teacher), 600, KS).of(nearest_train(network[:600], network[600:], 100)[0])
+    found = TeacherAgreement(SimpleNamespace(features_ND=teacher), LISTING, KS).of(nearest_train(network[:600], network[600:], 100)[0])
     assert list(found) == [f"agreement_{k}" for k in KS]
     assert found[f"agreement_{k}"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_test_images_that_are_left_out_are_not_judged(features):
+    teacher, network = features
+    labels, left_out = load_digits().target[:900].astype(np.int64), (600, 607, 899)
+    whole = replace(LISTING, labels_N=labels, classes=list("0123456789"), left_out_rows=left_out)
+    kept = [row for row in range(900) if row not in left_out]
+    part = replace(whole, paths=[LISTING.paths[row] for row in kept], labels_N=labels[kept], left_out_rows=())
+
+    def scores(rows, listing):
+        agreement = TeacherAgreement(SimpleNamespace(features_ND=teacher[rows]), listing, KS)
+        return neighbor_scores(network[rows], listing, [1, 10], 0.07, agreement, False)
+
+    assert scores(slice(None), whole) == scores(kept, part) != scores(slice(None), replace(whole, left_out_rows=()))
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    assert task_of(whole, None, params.image, params.linear_eval.crops).test_rows_N.tolist() == kept[600:]
 
 
 def test_the_teacher_agrees_with_itself_and_a_random_order_by_chance(features):

@@ -10,7 +10,15 @@ import pytest
 
 from bingo.browse.listing_rows import ListingRows
 from bingo.images.images import MemoryImages, open_images, write_images
-from bingo.images.listing import Content, Listing, listing_fingerprint, read_listing, write_listing
+from bingo.images.listing import (
+    Content,
+    Listing,
+    listing_fingerprint,
+    read_judged_listing,
+    read_listing,
+    write_left_out,
+    write_listing,
+)
 from bingo.params import load_params
 from bingo.runtime.errors import UserError
 
@@ -39,6 +47,40 @@ def test_labelled_and_split():
     assert LISTING.labelled
     assert not replace(LISTING, labels_N=np.array([0, -1, 0])).labelled
     assert [LISTING.split(row) for row in range(3)] == ["train", "train", "test"]
+
+
+def test_held_out_images_are_counted_and_those_left_out_are_not_judged(tmp_path):
+    path, left_out = tmp_path / "listing.parquet", tmp_path / "left_out.json"
+    write_listing(path, LISTING)
+    own_split = path.read_bytes()
+    listing = replace(LISTING, paths=[f"{row}.jpg" for row in range(6)], labels_N=np.array([0, 1, 0, 1, 0, 1]), held_out=5)
+    write_listing(path, listing)
+    assert read_listing(path).held_out == 5
+    assert ListingRows(path, "listing").train_rows == 2
+    write_left_out(left_out, listing, np.array([3, 5]))
+    judged = read_judged_listing(path, left_out)
+    assert (judged.test_rows_N.tolist(), judged.can_judge) == ([2, 4], True)
+    write_left_out(left_out, listing, [2, 3, 4, 5])
+    assert not read_judged_listing(path, left_out).can_judge
+    path.write_bytes(own_split)
+    assert read_listing(path).held_out is None
+    write_left_out(left_out, LISTING, [])
+    assert read_judged_listing(path, left_out).test_rows_N.tolist() == [2]
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut", "row", "other"])
+def test_a_damaged_list_of_rows_is_one_line(tmp_path, damage):
+    path, left_out = tmp_path / "listing.parquet", tmp_path / "left_out.json"
+    write_listing(path, LISTING)
+    write_left_out(left_out, replace(LISTING, fingerprint="4567") if damage == "other" else LISTING, [2])
+    content = left_out.read_bytes()
+    if damage == "absent":
+        left_out.unlink()
+    elif damage != "other":
+        left_out.write_bytes(content[:9] if damage == "cut" else content.replace(b"2\n", b"3\n"))
+    with pytest.raises(UserError, match=r"left_out\.json: .*dvc repro") as error:
+        read_judged_listing(path, left_out)
+    assert len(error.value.lines) == 1
 
 
 def test_an_empty_split_can_be_written(tmp_path):

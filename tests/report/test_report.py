@@ -386,6 +386,23 @@ def test_skipped_images_are_counted_and_the_first_named():
     assert "bad<10>" not in words
 
 
+@pytest.mark.parametrize(
+    ("held_out", "left_out", "near", "counts"),
+    [
+        (TEST + 5, (13, 15), 2, ["11", "5", "2"]),  # 5 were copies
+        (TEST, (), 0, ["6"]),
+        (None, (), 3, ["3"]),  # in a test split of the dataset's own they are counted
+        (None, (), 0, None),
+    ],
+)
+def test_held_out_images_are_counted_with_those_left_out(held_out, left_out, near, counts):
+    listing = dataclasses.replace(make_listing(), held_out=held_out, left_out_rows=left_out)
+    found = artefacts(listing=listing, bag_metrics={"test_near_duplicates": near})
+    said = [line for line in caveats(found) if "near-duplicate" in line or "held out" in line]
+    assert (re.findall(r"(?<!seed )\b\d+\b", said[0]) if said else None) == counts
+    assert f"Percent of the {TEST - len(left_out)} test images" in Page(build_page(found)).words
+
+
 def scores(top1: float) -> dict[str, float]:
     return {"top1_last": top1, "top5_last": 99.0, "top1_best": top1 + 1, "top5_best": 99.0, "best_epoch": 3}
 

@@ -17,7 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.neighbors import NearestNeighbors
 from workspace import (
     SHORT,
     STAGES,
@@ -468,21 +471,65 @@ def test_a_small_dataset_leaves_out_the_k_that_it_is_too_small_for(own_images):
     assert set(scores["teacher"]) == votes
 
 
+def flat_folder(images: Path) -> None:
+    """80 digits, the first 30 again as JPEG, and two files that are no images."""
+    images.mkdir()
+    for number, digit in enumerate(load_digits().images[:80]):
+        picture = Image.fromarray((digit * 15).astype(np.uint8)).resize((24, 24), Image.Resampling.BICUBIC).convert("RGB")
+        picture.save(images / f"{number:02}.png")
+        if number < 30:
+            picture.save(images / f"{number:02}-again.jpg", quality=85)
+    for name in ("x.png", "y.jpg"):
+        (images / name).write_bytes(b"no image")
+
+
 @pytest.mark.slow
 def test_images_without_labels_go_through_to_a_report(own_images):
-    digit_folder(own_images.root / "images", ["train", "val"], 0)
-    own_images.edit({"distill.keep_best": True})
+    flat_folder(own_images.root / "images")
+    own_images.edit({"dataset.test_images": 25, "dataset.on_bad_image": "skip", "teacher.pretrain.epochs": 6, "distill.keep_best": True})
     for stage in STAGES:
         own_images.done(stage)
+    listing = read_listing(own_images.root / "data/listing.parquet")
+    digits = [path[:2] for path in listing.paths]
+    twins = [row for row in range(85, 110) if digits[row] in digits[:85]]
+    assert (listing.train_rows, len(listing), listing.held_out) == (85, 110, 25)
+    assert len(twins) > 5
+    assert json.loads((own_images.root / "data/left_out.json").read_text())["rows"] == twins
     scores = {net: json.loads((own_images.root / f"reports/knn/{net}.json").read_text()) for net in ("student", "teacher", "pixels")}
     assert [set(score) for score in scores.values()] == [{"agreement_1", "agreement_10"}, set(), {"agreement_1", "agreement_10"}]
-    assert scores["student"]["agreement_10"] > 100 * 10 / 60  # chance
+    assert scores["student"]["agreement_10"] > 100 * 10 / 85  # chance
+    pixels = read_pixels(own_images.root / "data/images.zarr").reshape(110, -1).astype(float)
+    teacher = read_embeddings(own_images.root / "data/embeddings.zarr", listing).features_ND.astype(float)
+    judged = [row for row in range(85, 110) if row not in twins]
+    ours, theirs = (nearest_ten(features[:85], features[judged]) for features in (pixels, teacher))
+    assert scores["pixels"]["agreement_10"] == pytest.approx(10 * np.mean([len(a & b) for a, b in zip(ours, theirs, strict=True)]), abs=1)
     assert json.loads((own_images.root / "reports/linear/moco.json").read_text()) == {}
     assert set(json.loads((own_images.root / "models/best/epoch.json").read_text())) == {"epoch", "agreement_10"}
-    headline = f"The student finds {scores['student']['agreement_10']:.1f} % of the 10 train images"
-    assert headline in (own_images.root / "reports/index.html").read_text()
+    curve = (own_images.root / "reports/plots/distill.csv").read_text().splitlines()
+    last = dict(zip(curve[0].split(","), curve[-1].split(","), strict=True))
+    assert 0 < float(last["agreement_10"]) < 100
+    assert "agreement with the teacher, k = 10: " in json.loads((own_images.root / ".bingo/runs/distill.json").read_text())["probe"]
+    assert "probe" not in json.loads((own_images.root / ".bingo/runs/baseline-moco.json").read_text())
+    page = (own_images.root / "reports/index.html").read_text()
+    assert f"The student finds {scores['student']['agreement_10']:.1f} % of the 10 train images" in page
+    assert f"25 of the train images were drawn by seed 0 and held out. Of these {len(twins)} are near-duplicates" in page
+    bags = json.loads((own_images.root / "reports/bags.json").read_text())
+    assert bags["near_duplicates"] == sum(digits[:85].count(digit) == 2 for digit in digits[:85])
+    assert bags["chance_share"] < bags["view_overlap"] < 1
+    own_images.edit({"bagging.near_duplicate_distance": 0.0})
+    own_images.done("bag")
+    assert json.loads((own_images.root / "data/left_out.json").read_text())["rows"] == []
     own_images.edit({"bagging.method": "label"})
-    refused(own_images, "bag", "bagging.method = label: 60 of 60 train rows have no label")
+    refused(own_images, "bag", "bagging.method = label: 85 of 85 train rows have no label")
+
+
+def nearest_ten(train: np.ndarray, test: np.ndarray) -> list[set]:
+    search = NearestNeighbors(n_neighbors=10, metric="cosine", algorithm="brute").fit(train)
+    return [set(found) for found in search.kneighbors(test, return_distance=False)]
+
+
+def read_pixels(store: Path) -> np.ndarray:
+    return np.asarray(zarr.open_group(store, mode="r")["images"])
 
 
 @pytest.mark.slow

@@ -1,0 +1,38 @@
+"""Near-duplicates: images so much closer to each other than images are elsewhere that they are probably one image, saved twice, resized,
+brightened or cropped a little.
+
+How close different images lie depends on the network: of ImageNet's EfficientNet-Lite0 the median cosine of CIFAR's images to their nearest
+is 0.74, of a small MoCo-v2 teacher of digits 0.96. So the limit is a fraction of the usual distance, 1 - cosine, of an image to its tenth
+nearest: the tenth, so that up to nine copies of most images do not make it small. Measured as fractions of that distance, different images
+are never nearer than 0.11 (digits), 0.23 (CIFAR-10) and 0.36 (COCO); a JPEG of quality 75 is at most 0.05, 0.05 and 0.08 from its original
+in each.
+
+Shape letters: T train rows, Q test rows, D feature width.
+"""
+
+import numpy as np
+
+from bingo import seeds
+from bingo.bags.neighbors import top_k
+from bingo.bags.rows import Rows
+
+_SAMPLE_ROWS, _PLACE = 1000, 10
+
+
+def near_duplicate_cosine(features_TD: Rows, fraction: float, seed: int) -> float:
+    """The cosine above which two images are near-duplicates: 1 - `fraction` times the median distance, 1 - cosine, of a row to its tenth
+    nearest (of fewer rows, to the farthest), over a seeded draw of at most 1,000 rows. Infinite if `fraction` is 0, or for a single row."""
+    place = min(_PLACE, len(features_TD) - 1)
+    if fraction == 0 or place == 0:
+        return float("inf")
+    rows = np.sort(seeds.permutation(seed, "near-duplicates", 0, len(features_TD))[:_SAMPLE_ROWS])
+    _, cosines = top_k(features_TD[rows], features_TD, place, rows)
+    return 1 - fraction * (1 - float(np.median(cosines[:, -1])))
+
+
+def rows_near(features_QD: np.ndarray, features_TD: Rows, cosine: float) -> np.ndarray:
+    """Those of the Q rows that have a near-duplicate among the T rows, a cosine above `cosine`: int64, rising."""
+    if not len(features_QD) or np.isinf(cosine):
+        return np.empty(0, np.int64)
+    _, cosines = top_k(features_QD, features_TD, 1, floor_Q=np.full(len(features_QD), cosine, np.float32))
+    return np.flatnonzero(cosines[:, 0] > cosine)
