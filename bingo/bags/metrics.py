@@ -14,7 +14,7 @@ from bingo.bags.neighbors import common_rows, top_k
 from bingo.bags.rows import Rows
 from bingo.runtime.progress import progress_bar
 
-_HUBS = 10
+_HUBS = _PAIRS = 10
 _ANCHORS = 1000
 
 
@@ -23,11 +23,12 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = fl
     """JSON-able metrics; shares are of 1, numbers rounded to 6 digits. `labels_T`: classes of the train rows, -1 unknown.
     `near_cosine`: the cosine above which images are near-duplicates (see `bingo.bags.near_duplicates`); infinite: they are not counted.
 
-    Of the listed members: `in_degree` (number of bags that contain a row), `hubs` (the rows in most bags), `orphan_share` (rows
-    in no bag), `mutual_share` (members j of i such that i is a member of j), `chance_share` (what that is for members drawn at random,
-    K / (T - 1)), `similarity` (cosines to the anchor), `near_duplicates` (rows whose nearest member is one), `empty_bags`, `short_bags`
-    (neither empty nor full), `purity` (mean over bags of the share of members with the anchor's label). Of whole bags: `bag_size` and,
-    for clusters, `cluster_size` and `whole_bag_purity`. Of an approximate search: `recall`, `lists` and `probes`, as in the settings.
+    Of the listed members: `in_degree` (number of bags that contain a row), `hubs` (the rows in most bags), `closest_pairs` (the 10 pairs
+    of an anchor and a member with the highest cosines), `orphan_share` (rows in no bag), `mutual_share` (members j of i such that i is a
+    member of j), `chance_share` (what that is for members drawn at random, K / (T - 1)), `similarity` (cosines to the anchor),
+    `near_duplicates` (rows whose nearest member is one), `empty_bags`, `short_bags` (neither empty nor full), `purity` (mean over bags of
+    the share of members with the anchor's label). Of whole bags: `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`. Of
+    an approximate search: `recall`, `lists` and `probes`, as in the settings.
     """
     listed_TK = bags.members_TK >= 0
     counts_T = listed_TK.sum(axis=1)
@@ -35,6 +36,7 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = fl
     metrics: dict[str, Any] = {
         "in_degree": _spread(degrees_T),
         "hubs": [{"row": int(row), "count": int(degrees_T[row])} for row in np.argsort(-degrees_T, kind="stable")[:_HUBS]],
+        "closest_pairs": _closest_pairs(bags),
         "orphan_share": _round((degrees_T == 0).mean()),
         "mutual_share": _mutual_share(bags.members_TK),
         "chance_share": _round(min(1.0, listed_TK.shape[1] / max(1, len(listed_TK) - 1))),
@@ -55,6 +57,21 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = fl
         if bags.cluster_T is not None:
             metrics["whole_bag_purity"] = _whole_bag_purity(bags.cluster_T, labels_T)
     return metrics
+
+
+def _closest_pairs(bags: Bags) -> list[dict[str, Any]]:
+    """The pairs with the highest cosines, each once; of equal ones those of the smallest rows."""
+    rows = np.argsort(-bags.similarity_TK[:, 0], kind="stable")[
+        : 2 * _PAIRS
+    ]  # a pair is listed at most twice, and members come nearest first
+    found = {
+        (min(row, member), max(row, member)): -float(cosine)
+        for row in rows.tolist()
+        for member, cosine in zip(bags.members_TK[row].tolist(), bags.similarity_TK[row], strict=True)
+        if member >= 0
+    }
+    nearest = sorted(found.items(), key=lambda pair: (pair[1], pair[0]))[:_PAIRS]
+    return [{"rows": list(rows), "cosine": _round(-distance)} for rows, distance in nearest]
 
 
 @progress_bar("bags by two views")

@@ -26,14 +26,18 @@ def members_table(source: BagSource, members: np.ndarray, cosines: np.ndarray, a
 
 
 def stats_text(source: BagSource, metrics: dict[str, Any]) -> str:
-    """`bag_metrics` as two columns, and its hubs with their paths."""
+    """`bag_metrics` as two columns, and its hubs and closest pairs with their paths."""
     index = source.index
-    rows = [(name.replace("_", " "), _value(value)) for name, value in metrics.items() if name != "hubs"]
+    rows = [(name.replace("_", " "), _value(value)) for name, value in metrics.items() if not isinstance(value, list)]
     hubs = metrics["hubs"]
     listed_paths, labels = source.listing.rows([hub["row"] for hub in hubs])
     lines = [
         (str(hub["row"]), str(hub["count"]), *_labels(source, source.class_name(label)), printable(path))
         for hub, path, label in zip(hubs, listed_paths, labels.tolist(), strict=True)
+    ]
+    pairs = [
+        (*map(str, pair["rows"]), f"{pair['cosine']:.4f}", *map(printable, source.listing.rows(pair["rows"])[0]))
+        for pair in metrics["closest_pairs"]
     ]
     head = f"{index.name}: {index.method} bags of {index.train_rows} rows of {printable(source.listing.dataset)}, k {index.k}"
     return "\n".join(
@@ -44,6 +48,9 @@ def stats_text(source: BagSource, metrics: dict[str, Any]) -> str:
             "",
             "hubs: the rows in most bags",
             table(("row", "bags", *_labels(source, "label"), "path"), lines, "rr"),
+            "",
+            "the most similar pairs of an anchor and a member",
+            table(("row", "row", "similarity", "path", "path"), pairs, "rrr"),
         ]
     )
 

@@ -1,5 +1,6 @@
 """The report's sections on bags: explained statistics, charts of their distributions, and a gallery of anchors with their members."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from bingo.report.plots import quantile_strip
 if TYPE_CHECKING:
     from bingo.images.listing import Listing
 
-_MEMBERS_SHOWN, _HUBS_SHOWN = 10, 8
+_MEMBERS_SHOWN, _HUBS_SHOWN, _PAIRS_SHOWN = 10, 8, 8
 _COSINE_BANDS = [("p01", "p99"), ("p05", "p95"), ("p25", "p75")]
 _DEGREE_BANDS = [("min", "max"), ("min", "p99"), ("min", "p90")]
 
@@ -36,6 +37,15 @@ class Bag:
     anchor: Thumbnail
     members: list[Member]
     hidden: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images that are similar, their cosine, and whether they are near-duplicates."""
+
+    thumbnails: tuple[Thumbnail, Thumbnail]
+    similarity: float
+    near: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,17 @@ def hubs(a: Artefacts) -> list[tuple[Thumbnail, int]]:
         return []
     shown = a.bag_metrics.get("hubs", [])[:_HUBS_SHOWN]
     return [(thumbnail(a.images, a.listing, hub["row"]), hub["count"]) for hub in shown]
+
+
+def closest_pairs(a: Artefacts) -> list[Pair]:
+    """The pairs of an anchor and a member with the highest cosines; empty without images."""
+    if a.images is None:
+        return []
+    images, limit, pairs = a.images, a.bag_metrics.get("near_duplicate_cosine", math.inf), []
+    for pair in a.bag_metrics.get("closest_pairs", [])[:_PAIRS_SHOWN]:
+        one, other = (thumbnail(images, a.listing, row) for row in pair["rows"])
+        pairs.append(Pair((one, other), pair["cosine"], pair["cosine"] > limit))
+    return pairs
 
 
 def _bag(a: Artefacts, row: int) -> Bag:

@@ -76,6 +76,7 @@ def build_page(a: Artefacts) -> str:
         "bags": report_bags.gallery(a),
         "failures": failures(a),
         "hubs": report_bags.hubs(a),
+        "pairs": report_bags.closest_pairs(a),
         "statistics": report_bags.statistics(a.bag_metrics),
         "spreads": report_bags.spread_svgs(a.bag_metrics),
     }

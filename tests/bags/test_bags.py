@@ -343,6 +343,10 @@ def test_metrics_are_their_definition(digits, built, method):
     assert found["hubs"][0] == {"row": int(np.argmax(degrees)), "count": max(degrees)}
     assert found["orphan_share"] == pytest.approx(sum(degree == 0 for degree in degrees) / 400, abs=1e-6)
     pairs = [(row, member) for row, members in enumerate(listed) for member in members]
+    cosine = {tuple(sorted((row, member))): float(bags.similarity_TK[row][listed[row].index(member)]) for row, member in pairs}
+    assert [pair["cosine"] for pair in found["closest_pairs"]] == pytest.approx(sorted(cosine.values())[:-11:-1], abs=1e-6)
+    assert [cosine[tuple(pair["rows"])] for pair in found["closest_pairs"]] == [pair["cosine"] for pair in found["closest_pairs"]]
+    assert len({tuple(pair["rows"]) for pair in found["closest_pairs"]}) == 10
     assert found["mutual_share"] == pytest.approx(np.mean([row in listed[member] for row, member in pairs]), abs=1e-6)
     assert found["empty_bags"] == sum(not members for members in listed)
     assert found["short_bags"] == sum(0 < len(members) < 5 for members in listed)

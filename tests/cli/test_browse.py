@@ -205,6 +205,12 @@ def test_stats_are_the_metrics_of_the_index(tmp_path, monkeypatch, method):
     hub = metrics["hubs"][0]
     first = text.splitlines()[text.splitlines().index("hubs: the rows in most bags") + 2].split()
     assert first == [str(hub["row"]), str(hub["count"]), listing.classes[listing.labels_N[hub["row"]]], listing.paths[hub["row"]]]
+    pair = metrics["closest_pairs"][0]
+    assert text.splitlines()[-10].split() == [
+        *map(str, pair["rows"]),
+        f"{pair['cosine']:.4f}",
+        *(listing.paths[row] for row in pair["rows"]),
+    ]
 
 
 def test_an_approximate_search_says_so(workspace):

@@ -20,7 +20,7 @@ from bingo.bags.index import Bags, read_bags, write_bags
 from bingo.images.images import FileImages, MemoryImages, write_images
 from bingo.images.listing import Listing, write_listing
 from bingo.params import method_names, read_yaml, validate
-from bingo.report.bags import gallery_rows, statistics
+from bingo.report.bags import closest_pairs, gallery_rows, statistics
 from bingo.report.downstream import figures
 from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_network_facts
 from bingo.report.page import build_page, run_script
@@ -334,6 +334,15 @@ def test_the_failures_show_both_kinds_of_neighbours(built):
 
 def test_without_a_student_that_fails_there_is_no_such_section():
     assert 'id="failures"' not in build_page(artefacts(images=MemoryImages(np.zeros((TRAIN + TEST, 8, 8, 3), np.uint8))))
+
+
+@pytest.mark.parametrize(("limit", "near"), [(0.9, [True, False]), (0.95, [False, False]), (None, [False, False])])
+def test_pairs_above_the_cosine_of_near_duplicates_are_marked(pixels, limit, near):
+    pairs = [{"rows": [3, 7], "cosine": 0.95}, {"rows": [1, 2], "cosine": 0.5}]
+    metrics = {"closest_pairs": pairs} | ({"near_duplicate_cosine": limit, "near_duplicates": 2} if limit else {})
+    found = closest_pairs(artefacts(images=MemoryImages(pixels), bag_metrics=metrics))
+    assert [[thumbnail.row for thumbnail in pair.thumbnails] for pair in found] == [[3, 7], [1, 2]]
+    assert [pair.near for pair in found] == near
 
 
 def test_bag_statistics_are_explained(page):
