@@ -58,6 +58,35 @@ class Lane:
     begun: float = 0.0
     fresh: bool = False
 
+    def start(self, experiment: QueuedRun, commit: str, home: Path) -> None:
+        """Begin an experiment, in a new clone unless the last one ended well; records and checkpoints go to `home`."""
+        if not self.fresh:
+            _clone(self.folder, commit)
+        _git("checkout", "--quiet", "--force", "--detach", commit, folder=self.folder)
+        _git("clean", "--quiet", "-fd", "--exclude=.dvc", folder=self.folder)
+        command = ["dvc", "exp", "run", "--name", experiment.name, *(f"--set-param={override}" for override in experiment.overrides)]
+        kept = {name: str(home / os.environ.get(name, default)) for name, default in OUTSIDE.items()}
+        with open(log_of(experiment), "w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=os.environ | kept, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, preexec_fn=_before_start,
+            )  # fmt: skip
+        self.running, self.begun = experiment, time.monotonic()
+
+    def finish(self, commit: str) -> int:
+        """Bring home the experiment that has ended; its exit code. A clone in which something failed is not used again (`fresh`)."""
+        assert self.running is not None
+        assert self.process is not None
+        code, name = self.process.wait(), self.running.name
+        self.running, self.process = None, None
+        self.fresh = code == 0 and _bring_home(self.folder, commit, name)
+        return code
+
+    def close(self) -> None:
+        """End what runs, and delete the clone."""
+        end([self.process] if self.process else [])
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def main() -> None:
     """The command line."""
@@ -75,19 +104,22 @@ def main() -> None:
             raise UserError("--root is empty: give the folder of the images, or leave it out")
         if part := next((name for name in [*given.variants, given.base or ""] if "/" in name), None):
             raise UserError(f"recipe = {part}: is a part of recipes, after which no experiment can be named; see: bingo recipe list")
-        commit = _clean_commit()
+        commit = clean_commit()
         experiments = [
             QueuedRun(f"{given.base}+{variant}" if given.base else variant, seed, overrides(variant, seed, given.base, given.root))
             for seed in dict.fromkeys(given.seeds)
             for variant in dict.fromkeys(given.variants)
         ]
-        with _only_one():
+        with only_one():
             failed = Sweep(experiments, commit, given.jobs).run()
     raise SystemExit(1 if failed else 0)
 
 
-def overrides(variant: str, seed: int, base: str | None = None, root: str | None = None) -> tuple[str, ...]:
-    """What a base, a recipe and a seed change in params.yaml, each as `dotted.key=value`; what only a report shows is left out.
+def overrides(
+    variant: str, seed: int, base: str | None = None, root: str | None = None, settings: Sequence[dict[str, Any]] = ()
+) -> tuple[str, ...]:
+    """What a base, a recipe, further `settings` and a seed change in params.yaml, each as `dotted.key=value`; what only a report shows is
+    left out.
 
     The folder of the images is made absolute, as experiments run elsewhere. Raises UserError if the result is not allowed.
     """
@@ -98,7 +130,7 @@ def overrides(variant: str, seed: int, base: str | None = None, root: str | None
     document = read_yaml("params.yaml")
     validate(document, "params.yaml")
     recipes = {name: read_recipe(Path("recipes"), name).overlay for name in (base, variant) if name}
-    overlays = (recipes.get(base or "", {}), COMMON, recipes[variant], {"seed": seed})
+    overlays = (recipes.get(base or "", {}), COMMON, recipes[variant], *settings, {"seed": seed})
     changes = [change for overlay in overlays for change in lay_over(document, overlay)]
     changes += lay_over(document, {"dataset": {"root": root}} if root else {})
     dataset = validate(document, f"params.yaml with recipe {' and '.join(recipes)}").dataset
@@ -155,9 +187,9 @@ class Sweep:
             print(f"interrupted after {self.done} of {self.all}; the same command goes on from there", flush=True)
             raise
         finally:
-            _end([lane.process for lane in self.lanes if lane.process])
+            end([lane.process for lane in self.lanes if lane.process])
             for lane in self.lanes:
-                shutil.rmtree(lane.folder, ignore_errors=True)
+                lane.close()
         print(f"{self.done} of {self.all} done, {self.failed} failed; the table: bingo experiments", flush=True)
         return self.failed
 
@@ -172,38 +204,22 @@ class Sweep:
             lane.todo = [experiment for experiment in self.todo if experiment.seed == seed]
             self.todo = [experiment for experiment in self.todo if experiment.seed != seed]
         if lane.todo:
-            self._start(lane, lane.todo.pop(0))
-
-    def _start(self, lane: Lane, experiment: QueuedRun) -> None:
-        if not lane.fresh:
-            _clone(lane.folder, self.commit)
-        _git("checkout", "--quiet", "--force", "--detach", self.commit, folder=lane.folder)
-        _git("clean", "--quiet", "-fd", "--exclude=.dvc", folder=lane.folder)
-        command = ["dvc", "exp", "run", "--name", experiment.name, *(f"--set-param={override}" for override in experiment.overrides)]
-        kept = {name: str(self.home / os.environ.get(name, default)) for name, default in OUTSIDE.items()}
-        with open(_log(experiment), "w") as log:
-            lane.process = subprocess.Popen(
-                command, cwd=lane.folder, env=os.environ | kept, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=_before_start,
-            )  # fmt: skip
-        lane.running, lane.begun = experiment, time.monotonic()
+            lane.start(lane.todo.pop(0), self.commit, self.home)
 
     def _finish(self, lane: Lane) -> None:
-        """Bring the experiment home, or show the end of its log; a clone in which something failed is not used again."""
+        """Bring the experiment home, or show the end of its log."""
         experiment, seconds = lane.running, time.monotonic() - lane.begun
         assert experiment is not None
-        assert lane.process is not None
-        code, lane.running, lane.process = lane.process.returncode, None, None
-        lane.fresh = code == 0 and _bring_home(lane.folder, self.commit, experiment.name)
+        code = lane.finish(self.commit)
         self.seconds[self.firsts[experiment.seed] is experiment].append(seconds)
         self.done += lane.fresh
         self.failed += not lane.fresh
         count = f"[{self.done + self.failed}/{self.all}] {experiment.name}:"
         if lane.fresh:
-            print(f"{count} {_accuracy(lane.folder)}; {_clock(seconds)}{self._left()}", flush=True)
+            print(f"{count} {_accuracy(lane.folder)}; {clock(seconds)}{self._left()}", flush=True)
         else:
-            print(f"{count} FAILED, exit code {code}; {_clock(seconds)}{self._left()}; {_log(experiment)} ends:", flush=True)
-            print("".join(f"    {line}\n" for line in _last_lines(_log(experiment))), end="", flush=True)
+            print(f"{count} FAILED, exit code {code}; {clock(seconds)}{self._left()}; {log_of(experiment)} ends:", flush=True)
+            print("".join(f"    {line}\n" for line in last_lines(log_of(experiment))), end="", flush=True)
 
     def _left(self) -> str:
         """What remains, from the mean times so far: a seed's first experiment computes what the others take from the cache."""
@@ -214,14 +230,15 @@ class Sweep:
         mean = {first: sum(known) / len(known) for first, known in self.seconds.items() if known}
         likely = [mean.get(self.firsts[one.seed] is one, next(iter(mean.values()))) for one in rest]
         likely += [max(0, mean.get(self.firsts[one.seed] is one, next(iter(mean.values()))) - spent) for one, spent in under_way]
-        return f", about {_clock(sum(likely) / len(self.lanes))} left"
+        return f", about {clock(sum(likely) / len(self.lanes))} left"
 
 
-def _clean_commit() -> str:
-    """The commit that a sweep is of. Raises UserError if tracked files differ from it: an experiment would not be what it is called."""
+def clean_commit(besides: str = "") -> str:
+    """The commit that a sweep is of. Raises UserError if tracked files but `besides` differ from it: an experiment would not be what it
+    is called."""
     try:
         commit = _git("rev-parse", "--verify", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *([f":(exclude){besides}"] if besides else []))
     except subprocess.CalledProcessError as error:
         raise UserError(f"git: {' '.join(error.stderr.split())}; a sweep is of a commit: git add -A && git commit") from None
     if changed:
@@ -231,7 +248,7 @@ def _clean_commit() -> str:
 
 
 @contextmanager
-def _only_one() -> Iterator[TextIO]:
+def only_one() -> Iterator[TextIO]:
     """Hold the lock of this repository's sweeps. Raises UserError if another holds it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:
@@ -268,7 +285,7 @@ def _bring_home(folder: Path, commit: str, name: str) -> bool:
     """Fetch an experiment from a clone; whether it was there."""
     reference = _reference(commit, name)
     try:
-        _git("fetch", "--quiet", str(folder), f"{reference}:{reference}")
+        _git("fetch", "--quiet", str(folder), f"+{reference}:{reference}")
     except subprocess.CalledProcessError:
         return False
     return True
@@ -280,7 +297,7 @@ def _before_start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _end(processes: Sequence[subprocess.Popen]) -> None:
+def end(processes: Sequence[subprocess.Popen]) -> None:
     """End process groups: as Ctrl-C does, so that trainings write a checkpoint; what is still there after a minute is killed."""
     try:
         for process in processes:
@@ -301,11 +318,11 @@ def _signal(process: subprocess.Popen, number: int) -> None:
         return
 
 
-def _log(experiment: QueuedRun) -> Path:
+def log_of(experiment: QueuedRun) -> Path:
     return FOLDER / f"{experiment.name}.log"
 
 
-def _last_lines(log: Path) -> list[str]:
+def last_lines(log: Path) -> list[str]:
     lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-LINES_SHOWN:]
 
@@ -316,7 +333,7 @@ def _accuracy(folder: Path) -> str:
     return ", ".join(f"{name} {percent:.1f}" for name, percent in shown.items() if percent is not None) or "no accuracy was measured"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

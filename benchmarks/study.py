@@ -1,0 +1,295 @@
+"""A study: every method tuned by one rule, then compared over seeds at equal anchors and at equal FLOPs.
+
+    python -m benchmarks.study --root FOLDER        FOLDER/train/CLASS/*, FOLDER/test/CLASS/*; started again, it goes on
+    python -m benchmarks.study --print              the tables of what has been run
+
+The plan is a YAML file (benchmarks/study.yaml explains its keys). Each run is one line of JSON that is added to a file in
+benchmarks/results with the name of the plan, and what that file has is not run again: the next run is a function of the plan and that file.
+Runs are DVC experiments in a clone of the last commit, one at a time, as `benchmarks.compare` does them.
+
+Tuning is a climb over learning rate and temperature, which starts from the best of `first_lr`: the neighbours of the best run on both axes
+are tried until none is better by linear accuracy, so the best values have worse ones on either side. A training whose loss is not finite
+is a run without accuracy.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.compare import FOLDER, Lane, QueuedRun, clean_commit, clock, last_lines, log_of, only_one, overrides
+from benchmarks.parser import Parser
+from bingo.params import read_yaml
+from bingo.pipeline.process import mistakes_as_lines
+from bingo.planning.recipes import flattened, lay_over, read_recipe
+from bingo.runtime.errors import UserError
+
+LR, EPOCHS = "distill.lr", "distill.epochs"
+DIVERGED = "lower lr"  # what a training says whose loss or weights are not finite
+RESULTS = Path("benchmarks/results")
+Part = Literal["tuning", "anchors", "flops"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tuning(_Strict):
+    """Seed, learning rates and settings of tuning."""
+
+    seed: int
+    first_lr: list[float]
+    settings: dict[str, Any]
+
+
+class Tables(_Strict):
+    """Seeds and settings of the runs that are compared."""
+
+    seeds: list[int]
+    settings: dict[str, Any]
+
+
+class Plan(_Strict):
+    """See the head of benchmarks/study.yaml. `base` is null for the images of params.yaml."""
+
+    base: str | None
+    reference: str
+    tuning: Tuning
+    tables: Tables
+    rounds: list[dict[str, list[str]]]
+
+    @property
+    def recipes(self) -> list[str]:
+        return [recipe for recipes in self.rounds for recipe in recipes]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run of the plan: `settings` are the dotted keys of params.yaml that the plan sets, and nothing of base and recipe."""
+
+    part: Part
+    recipe: str
+    seed: int
+    settings: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def name(self) -> str:
+        tuned = [f"{key.rpartition('.')[2]}={value:g}" for key, value in self.settings.items() if key == LR or key.startswith("methods.")]
+        return "+".join([self.part, self.recipe, *tuned])
+
+    def is_in(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of the results is of this run."""
+        return all(line[key] == getattr(self, key) for key in ("part", "recipe", "seed", "settings"))
+
+
+def main() -> None:
+    """The command line."""
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--plan", type=Path, default=Path("benchmarks/study.yaml"))
+    parser.add_argument("--root", help="folder of the images: train/CLASS/* and test/CLASS/*; not for digits")
+    parser.add_argument("--print", action="store_true", help="print the tables of what has been run")
+    given = parser.parse_args()
+    with mistakes_as_lines():
+        plan, results = read_plan(given.plan), RESULTS / f"{given.plan.stem}.jsonl"
+        if given.print:
+            from benchmarks.study_tables import print_tables
+
+            print_tables(Wishes(plan, read_results(results)))
+            return
+        study = Study(plan, results, given.root)
+        study.check()
+        with only_one():
+            study.run()
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file. Raises UserError if it is not one, or names recipes twice."""
+    import yaml
+    from pydantic import ValidationError
+
+    try:
+        plan = Plan.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}; benchmarks/study.yaml is one that can be read") from None
+    if plan.reference not in plan.recipes:
+        raise UserError(f"{path}: reference = {plan.reference}: is in none of the rounds; name one of {', '.join(plan.recipes)}")
+    return plan
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines of the results, none if there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Wishes:
+    """The runs that a plan lacks, in order, given the results so far."""
+
+    def __init__(self, plan: Plan, lines: Sequence[Mapping[str, Any]]):
+        self.plan, self.lines = plan, lines
+        self.starts = {recipe: starts_of(plan, recipe) for recipe in plan.recipes}
+
+    def next(self) -> Wanted | None:
+        """What is run next."""
+        return next(self._all(), None)
+
+    def _all(self) -> Iterator[Wanted]:
+        for recipes in self.plan.rounds:
+            for recipe in recipes:
+                yield from self._untuned(recipe)
+            for seed in self.plan.tables.seeds:
+                for recipe in recipes:
+                    yield from self._compared(recipe, seed)
+
+    def line_of(self, wanted: Wanted) -> Mapping[str, Any] | None:
+        """The line of a run, if it has been run."""
+        return next((line for line in self.lines if wanted.is_in(line)), None)
+
+    def _untuned(self, recipe: str) -> Iterator[Wanted]:
+        """The next run of the climb: first all of `first_lr`, then the missing neighbours of the best."""
+        first = [self._at(recipe, lr, 1.0) for lr in self.plan.tuning.first_lr]
+        yield from (wanted for wanted in first if not self.line_of(wanted))
+        if (best := self.best(recipe)) is None:
+            return
+        lr, factor = self.place(best)
+        places = [(next_lr(lr, up), factor) for up in (True, False)]
+        places += [(lr, factor * by) for by in (2.0, 0.5)] if self.starts[recipe] else []
+        yield from (wanted for place in places if not self.line_of(wanted := self._at(recipe, *place)))
+
+    def _at(self, recipe: str, lr: float, factor: float) -> Wanted:
+        tuning = self.plan.tuning
+        return Wanted("tuning", recipe, tuning.seed, dict(flattened(tuning.settings)) | self.tuned(recipe, lr, factor))
+
+    def tuned(self, recipe: str, lr: float, factor: float) -> dict[str, float]:
+        """The tuned settings at a place of the climb: a learning rate, and a factor of the other values."""
+        return {LR: float(lr), **{key: float(f"{value * factor:.4g}") for key, value in self.starts[recipe].items()}}
+
+    def tuning(self, recipe: str) -> list[Mapping[str, Any]]:
+        """The lines of a recipe's tuning with an accuracy."""
+        fixed = dict(flattened(self.plan.tuning.settings))
+        lines = [line for line in self.lines if (line["part"], line["recipe"]) == ("tuning", recipe) and line["linear"]]
+        return [line for line in lines if all(line["settings"].get(key) == value for key, value in fixed.items())]
+
+    def place(self, line: Mapping[str, Any]) -> tuple[float, float]:
+        """Learning rate and factor of a line of the tuning."""
+        factors = [line["settings"][key] / value for key, value in self.starts[line["recipe"]].items()]
+        return line["settings"][LR], 2.0 ** round(math.log2(factors[0])) if factors else 1.0
+
+    def best(self, recipe: str) -> Mapping[str, Any] | None:
+        """The best line of a recipe's tuning, None if it has none with an accuracy."""
+        return max(self.tuning(recipe), key=lambda line: line["linear"]["student"], default=None)
+
+    def _compared(self, recipe: str, seed: int) -> Iterator[Wanted]:
+        """The runs of the tables that are missing: at equal anchors, and at equal FLOPs where these are others."""
+        yield from (wanted for part in ("anchors", "flops") if (wanted := self.compared(part, recipe, seed)) and not self.line_of(wanted))
+
+    def compared(self, part: Part, recipe: str, seed: int) -> Wanted | None:
+        """A run of the tables; None if the recipe is not tuned, or its run at equal anchors is the one at equal FLOPs."""
+        best, plan = self.best(recipe), self.plan.tables
+        if best is None:
+            return None
+        settings = dict(flattened(plan.settings)) | self.tuned(recipe, *self.place(best))
+        if part == "flops":
+            costs = [self._cost(name) for name in (recipe, self.plan.reference)]
+            epochs = round(settings[EPOCHS] * costs[1] / costs[0])
+            if epochs == settings[EPOCHS]:
+                return None
+            settings |= {EPOCHS: epochs}
+        return Wanted(part, recipe, seed, settings)
+
+    def _cost(self, recipe: str) -> float:
+        """GFLOP for each anchor."""
+        return next(line["gflop_per_anchor"] for line in self.lines if line["recipe"] == recipe and line["linear"])
+
+
+def starts_of(plan: Plan, recipe: str) -> dict[str, float]:
+    """The values, as base and recipe have them, of the parameters that are tuned beside the learning rate."""
+    document = read_yaml("params.yaml")
+    for name in filter(None, (plan.base, recipe)):
+        lay_over(document, read_recipe(Path("recipes"), name).overlay)
+    values = dict(flattened(document))
+    keys = next(recipes[recipe] for recipes in plan.rounds if recipe in recipes)
+    return {key: float(values[key]) for key in keys}
+
+
+def next_lr(lr: float, up: bool) -> float:
+    """The next learning rate with one digit: ..., 0.06, 0.2, 0.6, 2, ..."""
+    return float(f"{lr * 10 ** (0.5 if up else -0.5):.1g}")
+
+
+class Study:
+    """Runs what a plan lacks, and adds each run to the results."""
+
+    def __init__(self, plan: Plan, results: Path, root: str | None):
+        self.plan, self.results, self.root = plan, results, root
+        self.commit = clean_commit(str(results))
+
+    def check(self) -> None:
+        """Raises UserError if a run would not be allowed."""
+        for recipe in self.plan.recipes:
+            self.queued(Wanted("tuning", recipe, 0, dict(flattened(self.plan.tuning.settings))))
+            self.queued(Wanted("anchors", recipe, 0, dict(flattened(self.plan.tables.settings))))
+
+    def run(self) -> None:
+        """Run all. An interrupt ends what runs, with a checkpoint."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        lane = Lane(FOLDER.resolve() / "clone-0")
+        try:
+            while wanted := Wishes(self.plan, read_results(self.results)).next():
+                lane.start(self.queued(wanted), self.commit, Path.cwd())
+                self.take(lane, wanted)
+        finally:
+            lane.close()
+
+    def queued(self, wanted: Wanted) -> QueuedRun:
+        """The run as DVC takes it."""
+        root = str(Path(self.root) / "train") if self.root and wanted.part == "tuning" else self.root
+        settings = [nested(key, value) for key, value in wanted.settings.items()]
+        return QueuedRun(wanted.name, wanted.seed, overrides(wanted.recipe, wanted.seed, self.plan.base, root, settings))
+
+    def take(self, lane: Lane, wanted: Wanted) -> None:
+        """Wait for a run and add it to the results. Raises UserError if it failed for another reason than a learning rate."""
+        experiment = lane.running
+        assert experiment is not None
+        code = lane.finish(self.commit)
+        seconds = round(time.monotonic() - lane.begun, 1)
+        log = log_of(experiment)
+        if not lane.fresh and DIVERGED not in log.read_text(errors="replace"):
+            raise UserError([f"{experiment.name}: failed with exit code {code}; {log} ends:", *last_lines(log)])
+        line = {"part": wanted.part, "recipe": wanted.recipe, "seed": wanted.seed, "settings": wanted.settings, "commit": self.commit}
+        line |= (figures(lane.folder) if lane.fresh else {"linear": None}) | {"seconds": seconds}
+        with open(self.results, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        linear = f"linear {line['linear']['student']:.1f}" if line["linear"] else "diverged"
+        print(f"{time.strftime('%H:%M')} {experiment.name}: {linear}; {clock(seconds)}", flush=True)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} of "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What a run has found, percent by measure and network, and what it cost."""
+    from bingo.images.listing import read_listing
+
+    results, params = json.loads((folder / "reports/results.json").read_text()), read_yaml(str(folder / "params.yaml"))
+    batch, rows = params["distill"]["batch_anchors"], read_listing(folder / "data/listing.parquet").train_rows
+    few = {path.stem: json.loads(path.read_text())["nets"] for path in sorted((folder / "reports/semi").glob("*.json"))}
+    return {
+        **{measure: results[measure] for measure in ("linear", "knn_10", "agreement_10") if measure in results},
+        **{split: {net: scores["linear"]["top1_last"] for net, scores in nets.items()} for split, nets in few.items()},
+        "gflop_per_anchor": json.loads((folder / "reports/distill.json").read_text())["gflop_per_anchor"],
+        "anchors": params["distill"]["epochs"] * (rows // batch * batch),
+    }
+
+
+if __name__ == "__main__":
+    main()
