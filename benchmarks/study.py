@@ -17,6 +17,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.compare import FOLDER, Lane, QueuedRun, clean_commit, clock, last_lines, log_of, only_one, overrides
 from benchmarks.parser import Parser
-from bingo.params import read_yaml
+from bingo.params import read_yaml, validate
 from bingo.pipeline.process import mistakes_as_lines
 from bingo.planning.recipes import flattened, lay_over, read_recipe
 from bingo.runtime.errors import UserError
@@ -132,7 +133,10 @@ class Wishes:
 
     def __init__(self, plan: Plan, lines: Sequence[Mapping[str, Any]]):
         self.plan, self.lines = plan, lines
-        self.starts = {recipe: starts_of(plan, recipe) for recipe in plan.recipes}
+        self.documents = {recipe: document_of(plan, recipe) for recipe in plan.recipes}
+        keys = {recipe: keys for recipes in plan.rounds for recipe, keys in recipes.items()}
+        values = {recipe: dict(flattened(document)) for recipe, document in self.documents.items()}
+        self.starts = {recipe: {key: float(values[recipe][key]) for key in keys[recipe]} for recipe in plan.recipes}
 
     def next(self) -> Wanted | None:
         """What is run next."""
@@ -159,7 +163,19 @@ class Wishes:
         lr, factor = self.place(best)
         places = [(next_lr(lr, up), factor) for up in (True, False)]
         places += [(lr, factor * by) for by in (2.0, 0.5)] if self.starts[recipe] else []
-        yield from (wanted for place in places if not self.line_of(wanted := self._at(recipe, *place)))
+        wanted = [self._at(recipe, *place) for place in places if self._allowed(recipe, *place)]
+        yield from (one for one in wanted if not self.line_of(one))
+
+    def _allowed(self, recipe: str, lr: float, factor: float) -> bool:
+        """Whether params.yaml may have these values: a share, for one, is at most 1."""
+        document = deepcopy(self.documents[recipe])
+        for key, value in self.tuned(recipe, lr, factor).items():
+            lay_over(document, nested(key, value))
+        try:
+            validate(document, "params.yaml")
+        except UserError:
+            return False
+        return True
 
     def _at(self, recipe: str, lr: float, factor: float) -> Wanted:
         tuning = self.plan.tuning
@@ -207,14 +223,12 @@ class Wishes:
         return next(line["gflop_per_anchor"] for line in self.lines if line["recipe"] == recipe and line["linear"])
 
 
-def starts_of(plan: Plan, recipe: str) -> dict[str, float]:
-    """The values, as base and recipe have them, of the parameters that are tuned beside the learning rate."""
+def document_of(plan: Plan, recipe: str) -> dict[str, Any]:
+    """params.yaml with base and recipe."""
     document = read_yaml("params.yaml")
     for name in filter(None, (plan.base, recipe)):
         lay_over(document, read_recipe(Path("recipes"), name).overlay)
-    values = dict(flattened(document))
-    keys = next(recipes[recipe] for recipes in plan.rounds if recipe in recipes)
-    return {key: float(values[key]) for key in keys}
+    return document
 
 
 def next_lr(lr: float, up: bool) -> float:

@@ -5,6 +5,8 @@ Terms of one anchor a with its drawn bag member p; s are the student's queries, 
   symmetric      (w0 l(s_a, k_a) + w1 l(s_a, k_p) + w0 l(s_p, k_p) + w1 l(s_p, k_a)) / 2
   symmetric_mix  the same four and m l(s_m, k_a) + (1 - m) l(s_m, k_p), s_m of the CutMix image, m the share of a
                  in it; over 3 (main_moco.py:371-387). A step has one box for each BatchNorm group, as released for each GPU
+  expected       w0 l(s_a, k_a) + w1 l(s_a, m_a), m_a the mean key of the bag: nearly the mean of l(s_a, k_p) over the bag, whose part in
+                 the positive's logit is linear in the key; no member is drawn or seen
 with (w0, w1) = (1, 0) before `inter_warmup_epochs`, `pair_weights` after. Keys are the stored ones, a live teacher's, or those of a
 moving average of the student (ablation rows without the teacher's parameters).
 """
@@ -40,6 +42,7 @@ class Bingo(Method):
         super().__init__()
         self.params, self.context = params, context
         self.related = params.relation == "bags"
+        self.both = self.related and params.terms in ("symmetric", "symmetric_mix")  # whether members have keys of their own
         self.student = context.student
         key_width = params.key_width if context.keys == "momentum" else context.keys_TVP.shape[2]  # type: ignore[union-attr]
         self.head = mlp_head([context.feature_width, params.head_hidden, key_width], seeds.torch_seed(context.seed, "student head"))
@@ -52,15 +55,17 @@ class Bingo(Method):
     def _needs(self) -> Needs:
         stored, same = self.context.keys == "stored", self.params.view_coupling == "same"
         views = 1 if stored or same else 2
-        member_views = 2 if not stored and self.params.terms != "paper" else 1
+        expected = self.related and self.params.terms == "expected"
+        member_views = 0 if expected else 2 if not stored and self.params.terms != "paper" else 1
         live = self.context.keys == "live"
         return Needs(
             anchor_views=views,
             member_views=member_views if self.related else 0,
             stored_keys=stored,
+            bag_means=expected,
             same_views=1 if stored and same else 0,
             live_anchor_views=(views - 1,) if live else (),
-            live_member_views=(member_views - 1,) if live and self.related and self.params.terms != "paper" else (),
+            live_member_views=(member_views - 1,) if live and self.both else (),
         )
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
@@ -88,7 +93,10 @@ class Bingo(Method):
     ) -> dict[str, tuple[Tensor, WeightedKeys]]:
         """For each term the images (B, 3, H, W) that the student sees, and their keys (B, P) with the weights."""
         intra, inter = (1.0, 0.0) if progress.epoch < self.params.inter_warmup_epochs else self.params.pair_weights
-        anchor, member = batch.anchor_views[0], batch.member_views[0]
+        anchor = batch.anchor_views[0]
+        if batch.bag_means_BP is not None:
+            return {"anchor": (anchor, [(intra, anchor_keys_BP), (inter, batch.bag_means_BP)])}
+        member = batch.member_views[0]
         if member_keys_BP is None:  # the paper's terms
             return {"intra": (anchor, [(intra, anchor_keys_BP)]), "inter": (member, [(inter, anchor_keys_BP)])}
         terms: dict[str, tuple[Tensor, WeightedKeys]] = {
@@ -110,18 +118,17 @@ class Bingo(Method):
     @torch.no_grad()
     def _keys(self, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor | None]:
         """Keys of anchors and, if the terms use them, of members, unit rows (B, P)."""
-        both = self.related and self.params.terms != "paper"
         if self.context.keys == "stored":
-            return batch.anchor_keys[0], batch.member_keys_BP if both else None
+            return batch.anchor_keys[0], batch.member_keys_BP if self.both else None
         live, last, last_member = self.context.keys == "live", len(batch.anchor_views) - 1, len(batch.member_views) - 1
         seen = [batch.anchor_for_teacher(last) if live else batch.anchor_views[last]]
-        if both:
+        if self.both:
             seen.append(batch.member_for_teacher(last_member) if live else batch.member_views[last_member])
         if self.context.keys == "live" and self.params.teacher_batchnorm == "eval":  # a key depends only on its image: one pass for all
             keys = self._encode(torch.cat(seen), 0).split(len(seen[0]))
         else:
             keys = tuple(self._encode(images_BCHW, 2 * progress.step + draw) for draw, images_BCHW in enumerate(seen))
-        return keys[0], keys[1] if both else None
+        return keys[0], keys[1] if self.both else None
 
     def _encode(self, images_BCHW: Tensor, draw: int) -> Tensor:
         """Keys of images by the live teacher or the moving average; `draw` numbers the shuffle among processes."""
@@ -143,6 +150,11 @@ class Bingo(Method):
 def build(params: BingoParams, context: Context) -> Method:
     """BINGO for the student in `context`. Raises UserError for settings that contradict each other."""
     if context.keys == "stored":
+        check_stored_views("bingo", context, 1)
+    if params.terms == "expected" and params.relation == "bags":
+        if context.keys == "momentum":
+            way_out = "set methods.bingo.terms to another, or distill.keys to stored or live"
+            raise UserError(f"methods.bingo.terms = expected: with distill.keys = momentum no key is stored; {way_out}")
         check_stored_views("bingo", context, 1)
     if context.keys == "momentum" and params.negatives == "bank":
         raise UserError(

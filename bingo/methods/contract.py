@@ -38,6 +38,7 @@ class Needs:
     colour jitter nor blur. `stored_keys`: the teacher's stored keys of both, `stored_features`: its stored features of the anchors.
     `live_anchor_views`, `live_member_views`: the numbers of the views that a live teacher sees.
     `small_crops`: of the anchors, for student and live teacher.
+    `bag_means`: the mean key of each anchor's bag, over members and stored views, where no member is drawn.
     `companions`: the number of listed members of each anchor's bag that are added to the batch as further anchors, after the anchors.
     """
 
@@ -47,6 +48,7 @@ class Needs:
     same_views: int = 0
     weak_views: int = 0
     stored_features: bool = False
+    bag_means: bool = False
     companions: int = 0
     live_anchor_views: tuple[int, ...] = ()
     live_member_views: tuple[int, ...] = ()
@@ -56,10 +58,16 @@ class Needs:
     def members(self) -> bool:
         return self.member_views > 0
 
+    @property
+    def bags(self) -> bool:
+        """Whether bags are read at all."""
+        return self.members or self.bag_means or self.companions > 0
+
 
 @dataclass
 class Batch:
     """One process's share of a step: rows (B,) int64, views (B, 3, H, W) float32, unit keys (B, P) and features (B, D) float32.
+    `bag_means_BP` are means of keys, which are not of unit length.
 
     `anchor_keys` has one entry, or `Needs.same_views` entries if that is more: then key i is the key of view i. `host_rows_B`
     are the anchor's rows on the host, for random draws: reading them back from a GPU would wait for its work. `live_anchor_views`
@@ -75,6 +83,7 @@ class Batch:
     anchor_keys: list[Tensor] = field(default_factory=list)
     member_keys_BP: Tensor | None = None
     anchor_features_BD: Tensor | None = None
+    bag_means_BP: Tensor | None = None
     host_rows_B: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     live_anchor_views: dict[int, Tensor] = field(default_factory=dict)
     live_member_views: dict[int, Tensor] = field(default_factory=dict)

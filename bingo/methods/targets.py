@@ -69,7 +69,7 @@ def check_stored_views(method: str, context: Context, views: int) -> None:
     assert context.keys_TVP is not None
     if (stored := context.keys_TVP.shape[1]) < views:
         way_out = f"set extract.views to {views} or more"
-        raise UserError(f"extract.views = {stored}: {method} with distill.keys = stored reads {views} of each image; {way_out}")
+        raise UserError(f"extract.views = {stored}: {method} with distill.keys = {context.keys} reads {views} of each image; {way_out}")
 
 
 def _given(features_BD: Tensor | None) -> Tensor:

@@ -28,17 +28,32 @@ class MethodSection(Section):
         return self.compares_views
 
 
+class BagMeanParams(MethodSection):
+    """Bag-mean regression: SimReg's loss against the mean key of an image and its bag.
+
+    member_weight: share of the bag's mean key in the target, the rest is the image's own key. dimension_weight: of the distance of
+    each dimension over the images, as in CoSS; 0: none.
+    """
+
+    display_name: ClassVar[str] = "bag-mean regression"
+
+    member_weight: Share
+    dimension_weight: NotNegative
+    head_hidden: Width
+
+
 class BingoParams(MethodSection):
     """BINGO's settings.
 
     terms: `paper` (intra + inter against the anchor's key), `symmetric` (also against the member's own key, as released), `symmetric_mix`
-    (also the CutMix pair, as released). pair_weights: weights of (own key, other's key) after `inter_warmup_epochs`; before, (1, 0).
+    (also the CutMix pair, as released), `expected` (the anchor against its key and the mean key of its bag; no member is drawn).
+    pair_weights: weights of (own key, other's key) after `inter_warmup_epochs`; before, (1, 0).
     relation: `none` omits every term with a bag member. negatives: rows of the whole `bank` of stored keys, or a `queue`.
     """
 
     display_name: ClassVar[str] = "BINGO"
 
-    terms: Literal["paper", "symmetric", "symmetric_mix"]
+    terms: Literal["paper", "symmetric", "symmetric_mix", "expected"]
     relation: Literal["bags", "none"]
     pair_weights: Annotated[list[NotNegative], Field(min_length=2, max_length=2)]
     inter_warmup_epochs: Whole
@@ -183,6 +198,7 @@ class SimregParams(MethodSection):
 class MethodsParams(Section):
     """A section for each method, by name."""
 
+    bag_mean: BagMeanParams
     bingo: BingoParams
     compress: CompressParams
     coss: CossParams

@@ -97,7 +97,7 @@ def train_method(
 
 def _check_bags(run: Run, method: Method, bags: "Bags | None") -> None:
     """Raises UserError if a method draws from bags that are all empty, and warns if many are."""
-    if bags is not None and (method.needs.members or method.needs.companions) and (warning := bags.empty_warning()):
+    if bags is not None and method.needs.bags and (warning := bags.empty_warning()):
         run.warn(warning)
 
 

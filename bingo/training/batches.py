@@ -19,6 +19,7 @@ from bingo.methods.contract import Batch, Needs, SmallCrops
 from bingo.params import AugmentParams
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError
+from bingo.training.bag_means import bag_means
 
 if TYPE_CHECKING:  # a method without bags does not depend on them
     from bingo.bags.index import Bags
@@ -71,6 +72,7 @@ class Batches:
     ):
         self.needs, self.loader, self.seed, self.train_rows, self.batch_anchors = needs, loader, seed, train_rows, batch_anchors
         self.bags, self.stored = bags, stored
+        self.bag_means_TP = bag_means(stored.keys_TVP, bags) if needs.bag_means and stored is not None and bags is not None else None
         self.steps_per_epoch = steps_in_epoch(train_rows, batch_anchors)
 
     def epoch(self, epoch: int, first: int) -> Iterator[Batch]:
@@ -155,6 +157,8 @@ class Batches:
             batch.anchor_keys = [keys_TVP[batch.anchor_rows_B, view_B].float() for view_B in view_SB]
             if batch.member_rows_B is not None:
                 batch.member_keys_BP = keys_TVP[batch.member_rows_B, view_SB[0]].float()
+        if self.bag_means_TP is not None:
+            batch.bag_means_BP = self.bag_means_TP[batch.anchor_rows_B].float()
         if self.needs.stored_features:
             features_TD = self.stored.features_TD if self.stored is not None else None
             assert features_TD is not None, "a method that needs stored features is given them"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bingo import seeds
+from bingo.bags.index import Bags
 from bingo.methods import bingo, moco
 from bingo.methods.bingo import cutmix
 from bingo.methods.contract import Batch, Context, Progress
@@ -19,6 +20,7 @@ from bingo.nets.batchnorm import grouped_batchnorm
 from bingo.params import BingoParams, MocoParams
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError
+from bingo.training.bag_means import bag_means
 
 CPU = torch.device("cpu")
 WIDTH, KEY, ROWS, VIEWS, BATCH, PX = 5, 4, 30, 3, 6, 6
@@ -130,6 +132,24 @@ def test_bingo_is_the_sum_of_its_terms(context, terms, epoch, mask_bag):
             m = float(share[i])
             total += (four + m * ell(s_m[i], k_a[i]) + (1 - m) * ell(s_m[i], k_p[i])) / 3
     assert method(batch, progress)["loss"].item() == pytest.approx(total / BATCH, rel=2e-5)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_the_expected_terms_pull_to_the_mean_key_of_the_bag(context, epoch):
+    method = bingo.build(bingo_params(terms="expected"), context)
+    assert (method.needs.member_views, method.needs.bag_means, method.needs.members, method.needs.bags) == (0, True, False, True)
+    batch, (w0, w1) = batch_of(context, views=1), (1.0, 0.0) if epoch == 0 else (0.7, 0.3)
+    batch.bag_means_BP = bag_means(context.keys_TVP, Bags({}, context.bags.members_TK, None))[batch.anchor_rows_B].float()
+    s_a, total = queries(method, batch.anchor_views[0]), 0.0
+    member_rows_B, batch.member_rows_B = batch.member_rows_B, None  # none is drawn
+    for i, row in enumerate(batch.anchor_rows_B.tolist()):
+        batch.member_rows_B = member_rows_B
+        n = bank_negatives(context, method, batch, i, 7)
+        batch.member_rows_B = None
+        bag = [context.keys_TVP[member].float().mean(dim=0) for member in context.bags.members_TK[row] if member >= 0]
+        m_a = torch.stack(bag).mean(dim=0).tolist()
+        total += w0 * loop_info_nce(s_a[i], batch.anchor_keys[0][i].tolist(), n, 0.2) + w1 * loop_info_nce(s_a[i], m_a, n, 0.2)
+    assert method(batch, Progress(epoch, 7))["loss"].item() == pytest.approx(total / BATCH, rel=2e-4)
 
 
 def test_without_relation_it_is_the_intra_term_alone(context):
@@ -274,8 +294,14 @@ def test_a_step_has_one_cutmix_box_for_each_group_on_any_number_of_processes(con
 
 
 def test_contradicting_switches_are_refused(context):
+    momentum = Context(**{**context.__dict__, "keys": "momentum"})
     with pytest.raises(UserError, match="negatives = queue"):
-        bingo.build(bingo_params(), Context(**{**context.__dict__, "keys": "momentum"}))
+        bingo.build(bingo_params(), momentum)
+    with pytest.raises(UserError, match=r"^methods\.bingo\.terms = expected: "):
+        bingo.build(bingo_params(terms="expected", negatives="queue"), momentum)
+    live = Context(**{**context.__dict__, "keys": "live", "keys_TVP": context.keys_TVP[:, :0]})
+    with pytest.raises(UserError, match=r"^extract\.views = 0: bingo with distill\.keys = live reads 1"):
+        bingo.build(bingo_params(terms="expected", negatives="queue"), live)
 
 
 def test_bags_that_hold_everything_leave_no_negative_and_are_refused(context):
