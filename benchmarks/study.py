@@ -186,9 +186,9 @@ class Wishes:
         return {LR: float(lr), **{key: float(f"{value * factor:.4g}") for key, value in self.starts[recipe].items()}}
 
     def tuning(self, recipe: str) -> list[Mapping[str, Any]]:
-        """The lines of a recipe's tuning with an accuracy."""
+        """The lines of a recipe's tuning."""
         fixed = dict(flattened(self.plan.tuning.settings))
-        lines = [line for line in self.lines if (line["part"], line["recipe"]) == ("tuning", recipe) and line["linear"]]
+        lines = [line for line in self.lines if (line["part"], line["recipe"]) == ("tuning", recipe)]
         return [line for line in lines if all(line["settings"].get(key) == value for key, value in fixed.items())]
 
     def place(self, line: Mapping[str, Any]) -> tuple[float, float]:
@@ -198,7 +198,7 @@ class Wishes:
 
     def best(self, recipe: str) -> Mapping[str, Any] | None:
         """The best line of a recipe's tuning, None if it has none with an accuracy."""
-        return max(self.tuning(recipe), key=lambda line: line["linear"]["student"], default=None)
+        return max((line for line in self.tuning(recipe) if line["linear"]), key=lambda line: line["linear"]["student"], default=None)
 
     def _compared(self, recipe: str, seed: int) -> Iterator[Wanted]:
         """The runs of the tables that are missing: at equal anchors, and at equal FLOPs where these are others."""
@@ -251,7 +251,8 @@ class Study:
 
     def run(self) -> None:
         """Run all. An interrupt ends what runs, with a checkpoint."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGINT):  # also where the shell started this with SIGINT ignored (`&`)
+            signal.signal(number, signal.default_int_handler)
         lane = Lane(FOLDER.resolve() / "clone-0")
         try:
             while wanted := Wishes(self.plan, read_results(self.results)).next():

@@ -128,7 +128,7 @@ def test_what_a_network_cannot_have_is_of_the_section_that_asks_for_it(changes, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["bingo", "moco", "seed", "compress", "disco", "simreg", "isd", "coss"])
+@pytest.mark.parametrize("method", ["bingo", "bag_mean", "moco", "seed", "compress", "disco", "simreg", "isd", "coss"])
 @pytest.mark.parametrize("companions", [0, 1])
 @pytest.mark.parametrize("keys", ["stored", "live"])
 def test_a_batch_of_one_is_refused_just_where_a_step_would_fail(method, companions, keys):

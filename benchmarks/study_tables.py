@@ -1,0 +1,81 @@
+"""The tables of a study, in Markdown, from the lines of its results."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.study import LR, Part, Wishes
+from bingo.report.experiments import paired_difference, spread
+
+MEASURES = {"linear": "linear", "knn_10": "k-NN, k = 10", "agreement_10": "agreement, k = 10", "percent_1": "1 % of the labels"}
+OTHERS = {"teacher": "teacher", "untrained": "untrained", "pixels": "raw pixels"}
+Lines = Sequence[Mapping[str, Any]]
+
+
+def print_tables(wishes: Wishes) -> None:
+    """Print those of tuning, of equal anchors and of equal FLOPs."""
+    plan = wishes.plan
+    print(f"Tuning, seed {plan.tuning.seed}: the best values, and the linear accuracy of all that were tried\n")
+    print_table(["recipe", "lr", "other values", "linear", "k-NN, k = 10", "lr × factor of the other values: linear"], _tuning(wishes))
+    parts: dict[Part, str] = {"anchors": "anchors", "flops": f"FLOPs, those of {plan.reference}"}
+    for part, words in parts.items():
+        print(f"\nEqual {words}: means ± standard deviations over seeds, percent; difference paired by seed, with its 95 % interval\n")
+        header = ["recipe", "seeds", *MEASURES.values(), "GFLOP/anchor", "PFLOP", f"linear − {plan.reference}"]
+        print_table(header, _compared(wishes, part))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """One table."""
+    for cells in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(cells)} |")
+
+
+def _tuning(wishes: Wishes) -> Iterator[list[str]]:
+    for recipe in wishes.plan.recipes:
+        if best := wishes.best(recipe):
+            lr, factor = wishes.place(best)
+            others = [f"{key.rpartition('.')[2]} {value:g}" for key, value in wishes.tuned(recipe, lr, factor).items() if key != LR]
+            tried = sorted((wishes.place(line), line["linear"]) for line in wishes.tuning(recipe))
+            text = [f"{lr:g} × {factor:g}: {linear['student']:.1f}" if linear else f"{lr:g}: diverged" for (lr, factor), linear in tried]
+            yield [recipe, f"{lr:g}", ", ".join(others), *(f"{best[key]['student']:.1f}" for key in ("linear", "knn_10")), "; ".join(text)]
+
+
+def _compared(wishes: Wishes, part: Part) -> Iterator[list[str]]:
+    """A row for each recipe, the most accurate first, then teacher and floors. At equal FLOPs a run of the first part counts where its
+    FLOPs are equal anyway."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for recipe in wishes.plan.recipes:
+        for seed in wishes.plan.tables.seeds:
+            wanted = wishes.compared(part, recipe, seed) or wishes.compared("anchors", recipe, seed)
+            if wanted and (line := wishes.line_of(wanted)) and line["linear"]:
+                found.setdefault(recipe, {})[seed] = line
+    reference = by_seed(found.get(wishes.plan.reference, {}), "linear", "student")
+    rows = [(by_seed(lines, "linear", "student"), recipe, lines) for recipe, lines in found.items()]
+    for linear, recipe, lines in sorted(rows, key=lambda row: -sum(row[0].values()) / len(row[0])):
+        line = next(iter(lines.values()))
+        cost = [f"{line['gflop_per_anchor']:.3f}", f"{line['gflop_per_anchor'] * line['anchors'] / 1e6:.2f}"]
+        yield [recipe, str(len(lines)), *_figures(lines, "student"), *cost, difference(linear, reference, recipe == wishes.plan.reference)]
+    every = {seed: line for lines in found.values() for seed, line in lines.items()}
+    for net, name in OTHERS.items():
+        if every:
+            yield [name, str(len(every)), *_figures(every, net), "", "", ""]
+
+
+def by_seed(lines: Mapping[int, Mapping[str, Any]], measure: str, net: str) -> dict[int, float]:
+    """The figures of a network by seed, where they are known."""
+    return {seed: line[measure][net] for seed, line in lines.items() if net in (line.get(measure) or {})}
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float], same: bool) -> str:
+    """In points, with the interval in brackets if there are two seeds."""
+    found = None if same else paired_difference(ours, theirs)
+    if found is None:
+        return ""
+    return f"{found.mean:+.1f}" + (f" [{found.bounds[0]:+.1f}, {found.bounds[1]:+.1f}]" if found.bounds else "")
+
+
+def _figures(lines: Mapping[int, Mapping[str, Any]], net: str) -> list[str]:
+    cells = []
+    for measure in MEASURES:
+        known = spread(by_seed(lines, measure, net).values())
+        cells.append("" if known is None else f"{known.mean:.1f}" + (f" ± {known.deviation:.1f}" if known.deviation is not None else ""))
+    return cells
