@@ -29,7 +29,7 @@ from benchmarks.parser import Parser
 from bingo.params import read_yaml, validate
 from bingo.pipeline.process import mistakes_as_lines
 from bingo.planning.recipes import flattened, lay_over, read_recipe
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, short
 
 LR, EPOCHS = "distill.lr", "distill.epochs"
 DIVERGED = "lower lr"  # what a training says whose loss or weights are not finite
@@ -124,8 +124,12 @@ def read_plan(path: Path) -> Plan:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of the results, none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of the results, none if there is no file. Raises UserError if one is not JSON."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; every line is one run in JSON, delete the one that is not") from None
 
 
 class Wishes:
@@ -135,8 +139,7 @@ class Wishes:
         self.plan, self.lines = plan, lines
         self.documents = {recipe: document_of(plan, recipe) for recipe in plan.recipes}
         keys = {recipe: keys for recipes in plan.rounds for recipe, keys in recipes.items()}
-        values = {recipe: dict(flattened(document)) for recipe, document in self.documents.items()}
-        self.starts = {recipe: {key: float(values[recipe][key]) for key in keys[recipe]} for recipe in plan.recipes}
+        self.starts = {recipe: {key: _number(self.documents[recipe], key) for key in keys[recipe]} for recipe in plan.recipes}
 
     def next(self) -> Wanted | None:
         """What is run next."""
@@ -231,6 +234,14 @@ def document_of(plan: Plan, recipe: str) -> dict[str, Any]:
     return document
 
 
+def _number(document: dict[str, Any], key: str) -> float:
+    """A value that can be multiplied. Raises UserError if it is not a number."""
+    value = dict(flattened(document)).get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"rounds: {key} = {short(value)}: allowed are keys of params.yaml whose values are numbers")
+    return float(value)
+
+
 def next_lr(lr: float, up: bool) -> float:
     """The next learning rate with one digit: ..., 0.06, 0.2, 0.6, 2, ..."""
     return float(f"{lr * 10 ** (0.5 if up else -0.5):.1g}")
@@ -245,6 +256,7 @@ class Study:
 
     def check(self) -> None:
         """Raises UserError if a run would not be allowed."""
+        Wishes(self.plan, read_results(self.results)).next()
         for recipe in self.plan.recipes:
             self.queued(Wanted("tuning", recipe, 0, dict(flattened(self.plan.tuning.settings))))
             self.queued(Wanted("anchors", recipe, 0, dict(flattened(self.plan.tables.settings))))

@@ -220,7 +220,7 @@ def test_mistakes_are_one_line_before_anything_runs(repository):
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.7, "1 min 0 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")])
 def test_clock(seconds, text):
-    assert compare._clock(seconds) == text
+    assert compare.clock(seconds) == text
 
 
 def test_a_base_is_below_the_variants_and_in_their_names(tmp_path, monkeypatch):

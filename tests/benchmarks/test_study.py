@@ -1,0 +1,241 @@
+"""A study: what its plan asks for next, on accuracies that are known; and its runs, with a stand-in for DVC that is quick."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_compare import ROOT, Repository
+
+from benchmarks import study, study_tables
+from benchmarks.study import Plan, Wanted, Wishes
+from bingo.runtime.errors import UserError
+
+PLAN = """
+base: cifar10-cpu-smoke
+reference: method-bingo
+tuning: {seed: 9, first_lr: [0.06, 0.2, 0.6, 2.0], settings: {distill: {epochs: 3}}}
+tables:
+  seeds: [4, 5]
+  settings:
+    distill: {epochs: 8}
+    semi_eval: {splits: {one: {percent: 1.0, list_file: null, trunk_lr: 0.1, head_lr: 0.2, linear_lr: 3.0}}}
+rounds:
+  - {method-bingo: [methods.bingo.temperature], method-simreg: []}
+  - {method-bag-mean: [methods.bag_mean.member_weight]}
+"""
+COSTS = {"method-bingo": 0.1, "method-simreg": 0.03, "method-bag-mean": 0.1}
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch) -> Plan:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    return study.read_plan(tmp_path / "plan.yaml")
+
+
+def run_all(plan: Plan, accuracy) -> list[dict]:
+    """Every run of a plan, as lines of its results; `accuracy` of a run is None where it diverges."""
+    lines: list[dict] = []
+    while wanted := Wishes(plan, lines).next():
+        linear = accuracy(wanted)
+        line = {"part": wanted.part, "recipe": wanted.recipe, "seed": wanted.seed, "settings": dict(wanted.settings)}
+        nets = {"student": linear, "teacher": 70.0, "untrained": 30.0}
+        figures = {"gflop_per_anchor": COSTS[wanted.recipe], "anchors": 1000 * wanted.settings["distill.epochs"]}
+        lines.append(json.loads(json.dumps(line | ({"linear": None} if linear is None else {"linear": nets, "knn_10": nets} | figures))))
+        assert len(lines) < 100
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("lr", "factor", "tried"),
+    [
+        (0.2, 1.0, [0.06, 0.2, 0.6, 2.0]),
+        (2.0, 0.5, [0.06, 0.2, 0.6, 2.0, 6.0]),
+        (0.006, 1.0, [0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0]),
+        (60.0, 4.0, [0.06, 0.2, 0.6, 2.0, 6.0, 20.0, 60.0, 200.0]),
+    ],
+)
+def test_a_climb_ends_where_both_neighbours_on_both_axes_are_worse(plan, lr, factor, tried):
+    """Accuracies fall with the distance from the best in both logarithms; rates above 100 diverge."""
+
+    def accuracy(wanted: Wanted) -> float | None:
+        rate, temperature = wanted.settings["distill.lr"], wanted.settings.get("methods.bingo.temperature", 0.2 * factor)
+        return None if rate > 100 else 60 - 2 * abs(math.log(rate / lr)) - 3 * abs(math.log(temperature / 0.2 / factor))
+
+    wishes = Wishes(plan, run_all(plan, accuracy))
+    assert wishes.place(wishes.best("method-bingo")) == (lr, factor)
+    places = {wishes.place(line) for line in wishes.tuning("method-bingo")}
+    up, down = study.next_lr(lr, up=True), study.next_lr(lr, up=False)
+    assert {(up, factor), (down, factor), (lr, 2 * factor), (lr, factor / 2)} <= places
+    assert sorted({rate for rate, _ in places}) == tried
+    assert sorted(rate for rate, _ in map(wishes.place, wishes.tuning("method-simreg"))) == tried, "the same rule for every recipe"
+    assert {line["seed"] for line in wishes.tuning("method-bingo")} == {9}
+
+
+def test_a_value_that_params_yaml_does_not_allow_is_not_tried(plan):
+    lines = run_all(plan, lambda wanted: 10.0 + wanted.settings.get("methods.bag_mean.member_weight", 0))
+    weights = {line["settings"].get("methods.bag_mean.member_weight") for line in lines if line["part"] == "tuning"}
+    assert max(weight for weight in weights if weight) == 1.0
+
+
+def test_the_tables_have_the_tuned_settings_at_equal_anchors_and_at_equal_flops(plan):
+    def accuracy(wanted: Wanted) -> float:
+        best = wanted.settings["distill.lr"] == 0.6
+        return 50 + best + wanted.seed * (wanted.recipe == "method-simreg") + (wanted.part == "flops")
+
+    lines = run_all(plan, accuracy)
+    first = [(line["recipe"], line["part"]) for line in lines]
+    assert first.index(("method-bingo", "anchors")) < first.index(("method-bag-mean", "tuning")), "a round ends before the next begins"
+    compared = [line for line in lines if line["part"] != "tuning"]
+    assert {line["settings"]["distill.lr"] for line in compared} == {0.6}
+    epochs = [(line["recipe"], line["part"], line["seed"], line["settings"]["distill.epochs"]) for line in compared]
+    assert epochs == [
+        ("method-bingo", "anchors", 4, 8), ("method-simreg", "anchors", 4, 8), ("method-simreg", "flops", 4, 27),
+        ("method-bingo", "anchors", 5, 8), ("method-simreg", "anchors", 5, 8), ("method-simreg", "flops", 5, 27),
+        ("method-bag-mean", "anchors", 4, 8), ("method-bag-mean", "anchors", 5, 8),
+    ]  # fmt: skip
+    rows = {row[0]: row for row in study_tables._compared(Wishes(plan, lines), "flops")}
+    assert rows["method-simreg"][1:3] == ["2", "56.5 ± 0.7"]
+    assert rows["method-simreg"][-1] == "+5.5 [-0.9, +11.9]"  # 5 and 6: t(0.975, 1) = 12.706 times 0.5
+    assert rows["method-simreg"][-2] == f"{0.03 * 27_000 / 1e6:.2f}"
+    assert rows["method-bag-mean"][2] == "51.0 ± 0.0", "the run at equal anchors: its FLOPs are the reference's"
+    assert (rows["teacher"][2], rows["untrained"][2]) == ("70.0 ± 0.0", "30.0 ± 0.0")
+
+
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+
+given = sys.argv[1:]
+if given[:2] == ["cache", "dir"]:
+    print(Path("the-cache").resolve())
+elif given[0] != "config":
+    import subprocess, time
+    import numpy as np
+    import yaml
+    from bingo.images.listing import Listing, write_listing
+
+    name = given[given.index("--name") + 1]
+    with open(os.environ["JOURNAL"], "a") as journal:
+        journal.write(json.dumps([name, given[3:]]) + "\\n")
+    changed = dict(change.removeprefix("--set-param=").split("=", 1) for change in given[3:])
+    lr = float(changed.get("distill.lr", 0.06))
+    if name in os.environ.get("SLOW", "").split():
+        time.sleep(60)
+    if name in os.environ.get("FAILS", "").split():
+        sys.exit("error: no space left on device")
+    if lr > 1:
+        sys.exit(f"error: distill: bingo: the loss is nan at step 7; lower lr (now {lr})")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["distill"] |= {"epochs": int(changed["distill.epochs"]), "batch_anchors": 64}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    for folder in ("reports/semi", "data"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    linear = {"student": 50 - abs(lr - 0.2), "teacher": 70.0}
+    Path("reports/results.json").write_text(json.dumps({"linear": linear, "knn_10": linear}))
+    Path("reports/distill.json").write_text(json.dumps({"gflop_per_anchor": 0.1}))
+    if "semi_eval.splits" in changed:
+        Path("reports/semi/one.json").write_text(json.dumps({"nets": {"student": {"linear": {"top1_last": 33.0}}}}))
+    write_listing("data/listing.parquet", Listing("x", list("a" * 200), np.zeros(200, np.int64), 150, ["a"], [], "0" * 32))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    subprocess.run(["git", "update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/{name}", commit], check=True)
+"""
+
+
+@pytest.fixture
+def repository(tmp_path) -> Repository:
+    """With a plan of two rounds of one recipe each, and images."""
+    repository = Repository(tmp_path)
+    (tmp_path / "bin/dvc").write_text(f"#!{sys.executable}\n{STAND_IN}")
+    (repository.home / "benchmarks/results").mkdir(parents=True)
+    (repository.home / "images/train").mkdir(parents=True)
+    plan = PLAN.replace("{method-bingo: [methods.bingo.temperature], method-simreg: []}", "{method-bingo: []}")
+    plan = plan.replace("{method-bag-mean: [methods.bag_mean.member_weight]}", "{method-simreg: []}").replace("[4, 5]", "[4]")
+    (repository.home / "plan.yaml").write_text(plan)
+    repository.commit()
+    return repository
+
+
+def start(repository: Repository, *arguments: str, **variables: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "benchmarks.study", "--plan", "plan.yaml", *arguments]
+    return subprocess.Popen(
+        command, cwd=repository.home, env=repository.environment | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+
+
+def test_a_study_is_interrupted_and_goes_on_to_the_same_results(repository):
+    first = "tuning+method-bingo+lr=0.06-s9"
+    process = start(repository, "--root", "images", SLOW="tuning+method-bingo+lr=0.2-s9")
+    repository.wait_for(2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (75, "")
+    process = start(repository, "--root", "images")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    ran = dict(repository.ran())
+    rates = ["0.2", "0.6", "2"]
+    again = [f"tuning+method-bingo+lr={lr}-s9" for lr in rates] + ["anchors+method-bingo+lr=0.2-s4"]
+    second = [f"tuning+method-simreg+lr={lr}-s9" for lr in ["0.06", *rates]] + ["anchors+method-simreg+lr=0.2-s4"]
+    assert list(ran) == again + second
+    assert f"--set-param=dataset.root='{repository.home / 'images/train'}'" in ran[again[0]]
+    assert f"--set-param=dataset.root='{repository.home / 'images'}'" in ran[again[-1]]
+    split = "{one:{percent:1.0,list_file:null,trunk_lr:0.1,head_lr:0.2,linear_lr:3.0}}"
+    assert f"--set-param=semi_eval.splits={split}" in ran[again[-1]]
+    lines = study.read_results(repository.home / "benchmarks/results/plan.jsonl")
+    assert len(lines) == 10
+    commit = repository.git("rev-parse", "HEAD")
+    assert lines[0].pop("seconds") > 0
+    assert lines[0] == {
+        "part": "tuning", "recipe": "method-bingo", "seed": 9, "settings": {"distill.epochs": 3, "distill.lr": 0.06}, "commit": commit,
+        "linear": {"student": 49.86, "teacher": 70.0}, "knn_10": {"student": 49.86, "teacher": 70.0}, "gflop_per_anchor": 0.1,
+        "anchors": 3 * 128,
+    }  # fmt: skip
+    assert first not in ran
+    assert [line["linear"] for line in lines if line["settings"]["distill.lr"] == 2.0] == [None, None]
+    assert (lines[4]["one"], lines[4]["anchors"]) == ({"student": 33.0}, 8 * 128)
+    out, err = start(repository, "--print").communicate(timeout=60)
+    assert err == ""
+    assert "2: diverged" in out
+    assert repository.ran() == []
+
+
+def test_a_failure_of_another_kind_stops_the_study_and_is_no_result(repository):
+    process = start(repository, "--root", "images", FAILS="tuning+method-bingo+lr=0.2-s9")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "lr=0.2-s9: failed with exit code 1" in err
+    assert "error: no space left on device" in err
+    assert len(study.read_results(repository.home / "benchmarks/results/plan.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("tables:", "table:", "plan.yaml: "),
+        ("reference: method-bingo", "reference: method-seed", "plan.yaml: reference = method-seed: "),
+        ("method-simreg: []", "method-simmreg: []", "recipe = method-simmreg: "),
+        ("epochs: 8", "epochs: 0", "distill.epochs = 0"),
+        ("method-simreg: []", "method-simreg: [methods.simreg.temperature]", "methods.simreg.temperature = None: "),
+        ("method-simreg: []", "method-simreg: [methods.simreg.target]", "methods.simreg.target = 'keys': "),
+    ],
+)
+def test_mistakes_in_a_plan_are_found_before_anything_runs(repository, monkeypatch, old, new, words):
+    monkeypatch.chdir(repository.home)
+    plan = Path("plan.yaml")
+    plan.write_text(plan.read_text().replace(old, new))
+    repository.commit()
+    with pytest.raises(UserError, match=re.escape(words)):
+        study.Study(study.read_plan(plan), Path("results.jsonl"), "images").check()
+
+
+def test_results_that_were_edited_by_hand_are_read_line_by_line(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"part": "tuning"}\n{"part": "tun\n')
+    with pytest.raises(UserError, match=r"results\.jsonl: .*; every line is one run"):
+        study.read_results(tmp_path / "results.jsonl")
+    assert study.read_results(tmp_path / "other.jsonl") == []
