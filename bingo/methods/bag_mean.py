@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.parts.regression import regression_head
-from bingo.methods.targets import Targets, check_stored_views
+from bingo.methods.targets import Targets, check_stored_views, regression_head
 from bingo.nets.batchnorm import rows_by_group
 from bingo.nets.heads import unit
 from bingo.nets.precision import autocast

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.parts.regression import regression_head
-from bingo.methods.targets import Targets
+from bingo.methods.targets import Targets, regression_head
 from bingo.nets.heads import layered_head
 from bingo.nets.precision import autocast
 from bingo.params.methods import SimregParams
