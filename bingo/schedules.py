@@ -1,9 +1,23 @@
-"""Learning rate schedules as pure functions of the step, so that they can be plotted without training."""
+"""Steps of an epoch, and learning rates as pure functions of the step, so that they can be plotted without training."""
 
 import math
 from collections.abc import Sequence
 
 from bingo.params import LrSchedule
+from bingo.runtime import distributed
+from bingo.runtime.errors import UserError
+
+
+def steps_in_epoch(rows: int, batch: int, name: str = "batch_anchors", images: str = "train images") -> int:
+    """Number of complete batches in an epoch; the remaining rows are dropped, different ones in each epoch.
+
+    Raises UserError for the parameter `name` if there is no complete batch of `images`, or it cannot be divided equally among processes.
+    """
+    if batch > rows:
+        raise UserError(f"{name} = {batch}: there are only {rows} {images}; lower it to at most that")
+    if batch % (processes := distributed.world()):
+        raise UserError(f"{name} = {batch}: {processes} processes cannot share it equally; use a multiple")
+    return rows // batch
 
 
 def learning_rate(step: int, steps_per_epoch: int, base_lr: float, schedule: LrSchedule) -> float:

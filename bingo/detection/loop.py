@@ -26,7 +26,7 @@ from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints, Resumable
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
-from bingo.schedules import step_lr
+from bingo.schedules import step_lr, steps_in_epoch
 
 CURVE_POINTS = 200
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -49,17 +49,12 @@ class DetectionResult:
     seconds: float = 0.0
 
 
-def steps_in_epoch(rows: int, batch_images: int) -> int:
-    """Number of complete batches in an epoch; the rest is dropped, a different one in each epoch. Raises UserError if there is none, or no
-    equal share."""
+def steps_per_epoch(rows: int, batch_images: int) -> int:
+    """Number of complete batches of images with usable instances. Raises UserError if there is none, or no equal share."""
     if rows == 0:
         way_out = "give annotations of instances with boxes and segmentations that are not all crowds"
         raise UserError(f"transfer_coco.train_annotations: no image has a usable instance; {way_out}")
-    if batch_images > rows:
-        raise UserError(f"transfer_coco.batch_images = {batch_images}: only {rows} images have usable instances; lower it")
-    if batch_images % (processes := distributed.world()):
-        raise UserError(f"transfer_coco.batch_images = {batch_images}: {processes} processes cannot share it equally; use a multiple")
-    return rows // batch_images
+    return steps_in_epoch(rows, batch_images, "transfer_coco.batch_images", "images with usable instances")
 
 
 def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed: int, first: int, last: int) -> Iterator[DetectionPlan]:
@@ -68,7 +63,7 @@ def plan_steps(images: CocoImages, rows_N: np.ndarray, params: CocoParams, seed:
     A batch is sorted by the shape of its images, so that a process's share is mostly landscape or mostly portrait and needs little padding;
     detectron2 groups by shape for the same reason (ASPECT_RATIO_GROUPING).
     """
-    per_epoch = steps_in_epoch(len(rows_N), params.batch_images)
+    per_epoch = steps_per_epoch(len(rows_N), params.batch_images)
     aspect_N = np.array([width / height for height, width in map(images.sides_px, rows_N)])
     for step in range(first, last):
         epoch, position = divmod(step, per_epoch)
@@ -131,7 +126,7 @@ class DetectorTrainer(Resumable):
         self.images, self.rows_N, self.params, self.seed, self.device = images, targets.rows, params, seed, device
         *self.drop_steps, self.total_steps = schedule
         self.checkpoints, self.label = checkpoints, label
-        steps_in_epoch(len(self.rows_N), params.batch_images)
+        steps_per_epoch(len(self.rows_N), params.batch_images)
         self.loader = CocoLoader(images, targets.lines, device, workers)
         self.optimizer = sgd(detector, params)
         self.network = distributed.data_parallel(self.detector, device)

@@ -1,11 +1,13 @@
 """Building blocks of sections: `Section` itself, and common types of numbers, paths and names with their bounds."""
 
 import re
+from collections.abc import Callable, Collection
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from bingo.params.places import expanded, located
+from bingo.runtime.errors import near_matches
 
 # Bounds far beyond sensible values, which keep a typing error from causing an overflow or an endless run.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -30,6 +32,17 @@ def _check_name(name: object) -> str:
     if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise ValueError("names consist of lowercase letters, digits and _, and begin with a letter, such as percent_10")
     return name
+
+
+def one_of(names: Callable[[], Collection[str]]) -> AfterValidator:
+    """A check that a text is one of `names()`, which are those of files and sections."""
+
+    def check(name: str) -> str:
+        if name not in (allowed := names()):
+            raise ValueError(f"allowed are {', '.join(allowed)}{near_matches(name, allowed)}")
+        return name
+
+    return AfterValidator(check)
 
 
 Name = Annotated[str, BeforeValidator(_check_name)]  # of a file in reports/ and of an item in dvc.yaml

@@ -125,35 +125,37 @@ class DiscoParams(MethodSection):
     head_hidden: Width
 
 
-class IsdParams(MethodSection):
+class MomentumParams(MethodSection):
+    """A method without a teacher: the student is compared with keys of its moving average (`key_momentum`), the last `queue_rows` of which
+    are kept; `head_hidden` is the width inside its head."""
+
+    compares_views: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
+
+    queue_rows: Rows
+    key_momentum: Share
+    head_hidden: Width
+
+
+class IsdParams(MomentumParams):
     """ISD (Tejankar et al. 2021), self-distillation without a teacher. `weak_keys`: the key's view has the crop, rotation and flip of
     distill.augment but no colour jitter and no blur (ISD-plus). `projection_width`: width of a projector before the predictor, which
     the moving average has too; null: none, the features are compared."""
 
     display_name: ClassVar[str] = "ISD"
-    compares_views: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = False
 
     student_temperature: Temperature
     key_temperature: Temperature
-    queue_rows: Rows
-    key_momentum: Share
     weak_keys: bool
     projection_width: Width | None
-    head_hidden: Width
 
 
-class MocoParams(MethodSection):
+class MocoParams(MomentumParams):
     """MoCo-v2 (facebookresearch/moco): temperature, queue of keys, momentum of the key encoder, projection head."""
 
     display_name: ClassVar[str] = "MoCo-v2"
-    compares_views: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = False
 
     temperature: Temperature
-    queue_rows: Rows
-    key_momentum: Share
-    head_hidden: Width
     key_width: Width
 
 

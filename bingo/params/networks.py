@@ -8,10 +8,16 @@ from pydantic import Field, field_validator, model_validator
 
 from bingo.params.arch_names import arch_mistake, arch_names, own_mistake
 from bingo.params.data import ImageParams, seen_image
-from bingo.params.fields import Count, FilePath, Interpolation, PerChannel, Positive, Rate, Section
+from bingo.params.fields import Count, FilePath, Interpolation, PerChannel, Positive, Rate, Section, one_of
 from bingo.params.known import OWN, KnownTeacher, completed, filled, known_names, known_teacher
 from bingo.params.training import PretrainParams
 from bingo.runtime.errors import near_matches
+
+
+def format_names() -> list[str]:
+    """Names of all checkpoint formats, which are the files in bingo/teachers/formats."""
+    folder = Path(__file__).parents[1] / "teachers/formats"
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
 
 
 class NetworkParams(Section):
@@ -93,7 +99,7 @@ class TeacherParams(OwnNetworkParams):
     name: str
     source: Literal["pretrain", "timm", "torchvision", "checkpoint", "random", "factory"]
     checkpoint: FilePath | None
-    format: str
+    format: Annotated[str, one_of(format_names)]
     pooling: Literal["token", "patches", "both"] | None
     image: TeacherImageParams
     pretrain: PretrainParams
@@ -112,13 +118,6 @@ class TeacherParams(OwnNetworkParams):
     def _name_is_known(cls, name: str) -> str:
         if name not in (names := [OWN, *known_names()]):
             raise ValueError(f"unknown teacher{near_matches(name, names)}; see: bingo teachers, or set teacher.name: {OWN}")
-        return name
-
-    @field_validator("format")
-    @classmethod
-    def _format_exists(cls, name: str) -> str:
-        if name not in (names := format_names()):
-            raise ValueError(f"allowed are {', '.join(names)}{near_matches(name, names)}")
         return name
 
     @property
@@ -142,12 +141,6 @@ class TeacherParams(OwnNetworkParams):
         if self.source == "checkpoint" and not self.checkpoint:
             raise ValueError("checkpoint: null, but teacher.source is checkpoint; set teacher.checkpoint to the file")
         return self
-
-
-def format_names() -> list[str]:
-    """Names of all checkpoint formats, which are the files in bingo/teachers/formats."""
-    folder = Path(__file__).parents[1] / "teachers/formats"
-    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
 
 
 def source_mistakes(teacher: TeacherParams) -> Iterator[str]:

@@ -2,12 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from bingo.params.fields import Count, NotNegative, Positive, Precision, Section, Share, Whole
+from bingo.params.fields import Count, NotNegative, Positive, Precision, Section, Share, Whole, one_of
 from bingo.params.methods import MocoParams, method_names
 from bingo.params.views import AugmentParams
-from bingo.runtime.errors import near_matches
 
 _MOST_GROUPS, _LEAST_GROUP_IMAGES = 1024, 4
 _SHUFFLED_GROUP_IMAGES = 32
@@ -106,7 +105,7 @@ class DistillParams(ScheduleParams):
     """Training of the student: the method, the source of the teacher's keys, the views that the student sees, and whether the epoch that
     the probe measures best is kept too."""
 
-    method: str
+    method: Annotated[str, one_of(method_names)]
     keys: Literal["stored", "live", "momentum"]
     keep_best: bool
     augment: AugmentParams
@@ -117,10 +116,3 @@ class DistillParams(ScheduleParams):
             problem = "keep_best: true needs a probe, but probe_every_epochs is 0"
             raise ValueError(f"{problem}; set probe_every_epochs: 1 or more, or keep_best: false")
         return self
-
-    @field_validator("method")
-    @classmethod
-    def _method_exists(cls, method: str) -> str:
-        if method not in (names := method_names()):
-            raise ValueError(f"allowed are {', '.join(names)}{near_matches(method, names)}")
-        return method

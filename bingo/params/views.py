@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from bingo.params.fields import NotNegative, Range, Section, Share
+from bingo.params.fields import NotNegative, Range, Section, Share, one_of
 from bingo.params.yaml_files import read_yaml
 from bingo.runtime.errors import near_matches, short
 
@@ -75,7 +75,7 @@ class AugmentParams(Section):
     contrast, saturation and hue as in torchvision's ColorJitter, `blur_sigma_px` the standard deviation of the blur.
     """
 
-    name: str | None = None
+    name: Annotated[str, one_of(named_views)] | None = None
     crop_scale: Range
     crop_ratio: Range
     rotate_degrees: Annotated[float, Field(ge=0, le=180)]
@@ -90,13 +90,6 @@ class AugmentParams(Section):
     @classmethod
     def _as_named(cls, section: Any) -> Any:
         return section if isinstance(section, cls) else numbers_of(section)
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_known(cls, name: str | None) -> str | None:
-        if name is not None and name not in (sets := named_views()):
-            raise ValueError(f"allowed are {', '.join(sets)}{near_matches(name, sets)}")
-        return name
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> Self:

@@ -24,8 +24,9 @@ from bingo.runtime.artefacts import write_csv, write_json
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
+from bingo.schedules import steps_in_epoch
 from bingo.training.assembly import TrainingSetup
-from bingo.training.batches import Batches, Stored, steps_in_epoch
+from bingo.training.batches import Batches, Stored
 from bingo.training.loop import Trainer, TrainingResult
 
 if TYPE_CHECKING:  # a training without them does not depend on them

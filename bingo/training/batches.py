@@ -18,7 +18,7 @@ from bingo.images.loader import Request, ViewLoader
 from bingo.methods.contract import Batch, Needs, SmallCrops
 from bingo.params import AugmentParams
 from bingo.runtime import distributed
-from bingo.runtime.errors import UserError
+from bingo.schedules import steps_in_epoch
 from bingo.training.bag_means import bag_means
 
 if TYPE_CHECKING:  # a method without bags does not depend on them
@@ -45,18 +45,6 @@ class BatchPlan:
     member_rows_B: np.ndarray | None
     view_SB: np.ndarray
     requests: list[Request]
-
-
-def steps_in_epoch(train_rows: int, batch_anchors: int, name: str = "batch_anchors") -> int:
-    """Number of complete batches in an epoch; the remaining rows are dropped, different ones in each epoch.
-
-    Raises UserError for the parameter `name` if there is no complete batch, or it cannot be divided equally among processes.
-    """
-    if batch_anchors > train_rows:
-        raise UserError(f"{name} = {batch_anchors}: there are only {train_rows} train images; lower it to at most that")
-    if batch_anchors % distributed.world():
-        raise UserError(f"{name} = {batch_anchors}: {distributed.world()} processes cannot share it equally; use a multiple")
-    return train_rows // batch_anchors
 
 
 def weak_family(augment: AugmentParams) -> AugmentParams:

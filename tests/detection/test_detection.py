@@ -417,12 +417,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(found, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("batch", "world", "wanted"), [(6, 1, "only 5 images have usable instances"), (3, 2, "2 processes cannot share it")]
+    ("batch", "world", "wanted"), [(6, 1, "only 5 images with usable instances"), (3, 2, "2 processes cannot share it")]
 )
 def test_a_batch_that_cannot_be_made(found, monkeypatch, batch, world, wanted):
     monkeypatch.setattr(distributed, "world", lambda: world)
     with pytest.raises(UserError, match=f"transfer_coco.batch_images = {batch}: .*{wanted}"):
-        detection.steps_in_epoch(5, batch)
+        detection.steps_per_epoch(5, batch)
 
 
 # Two processes.
