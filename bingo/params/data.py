@@ -12,9 +12,9 @@ from bingo.params.fields import (
     PerChannel,
     Positive,
     Precision,
-    Range,
     Rate,
     Section,
+    ShareRange,
     Temperature,
     Whole,
 )
@@ -37,7 +37,7 @@ class DatasetParams(Section):
     check: Literal["decode", "header"]
     on_bad_image: Literal["stop", "skip"]
     placements: Annotated[int, Field(ge=1, le=1000)]
-    placement_scale: Range
+    placement_scale: ShareRange
     placement_degrees: Annotated[float, Field(ge=0, le=180)]
 
     @model_validator(mode="after")
@@ -46,9 +46,8 @@ class DatasetParams(Section):
             raise ValueError(f"root: null, but source {self.source} needs the folder of the images; set dataset.root")
         if self.source != "folder" and not self.store_px:
             raise ValueError(f"store_px: null, but source {self.source} is held in memory; set dataset.store_px, in pixels")
-        low, high = self.placement_scale
-        if not 0.05 <= low <= high <= 1:
-            raise ValueError(f"placement_scale: [{low}, {high}], allowed are two numbers from 0.05 to 1, smaller first")
+        if self.placement_scale[0] < 0.05:
+            raise ValueError(f"placement_scale: {self.placement_scale}, allowed are two numbers from 0.05 to 1")
         return self
 
 

@@ -16,9 +16,9 @@ from bingo.params.fields import (
     Pixels,
     Positive,
     Precision,
-    Range,
     Section,
     Share,
+    ShareRange,
     Temperature,
     Whole,
 )
@@ -44,15 +44,8 @@ class CachedProbeParams(LinearLayerParams):
 class CropsParams(Section):
     """The crops on which a classifier is trained: their fraction of the image's area, and the probability of a flip."""
 
-    crop_scale: Range
+    crop_scale: ShareRange
     flip_p: Share
-
-    @model_validator(mode="after")
-    def _scale_is_a_share(self) -> Self:
-        low, high = self.crop_scale
-        if not low <= high <= 1:
-            raise ValueError(f"crop_scale: [{low}, {high}], allowed are two numbers up to 1, smaller first")
-        return self
 
 
 class CropProbeParams(CachedProbeParams, CropsParams):

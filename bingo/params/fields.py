@@ -9,6 +9,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from bingo.params.places import expanded, located
 from bingo.runtime.errors import near_matches
 
+
+def _rising(pair: list[float]) -> list[float]:
+    if pair[0] > pair[1]:
+        raise ValueError("allowed is the smaller number first")
+    return pair
+
+
 # Bounds far beyond sensible values, which keep a typing error from causing an overflow or an endless run.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Whole = Annotated[int, Field(ge=0, le=10**9)]
@@ -20,7 +27,8 @@ NotNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=1e-5, le=1e3, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
-Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
+Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3)]], Field(min_length=2, max_length=2), AfterValidator(_rising)]
+ShareRange = Annotated[list[Annotated[float, Field(ge=1e-3, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_rising)]
 PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
 FilePath = Annotated[str, AfterValidator(located)]  # a file or folder of the user
 PathUnderRoot = Annotated[str, AfterValidator(expanded)]

@@ -5,9 +5,9 @@ A new method needs that file, its section here, a field of `MethodsParams` and i
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from bingo.params.fields import Count, NotNegative, Positive, Range, Rows, Section, Share, Temperature, Whole, Width
+from bingo.params.fields import Count, NotNegative, Positive, Rows, Section, Share, ShareRange, Temperature, Whole, Width
 
 
 class MethodSection(Section):
@@ -176,14 +176,7 @@ class SeedParams(MethodSection):
     head_hidden: Width
     small_crops: Annotated[int, Field(ge=0, le=100)]
     small_crop_px: Count
-    small_crop_scale: Range
-
-    @field_validator("small_crop_scale")
-    @classmethod
-    def _shares_rise(cls, scale: list[float]) -> list[float]:
-        if not scale[0] <= scale[1] <= 1:
-            raise ValueError("allowed are two numbers up to 1, smaller first")
-        return scale
+    small_crop_scale: ShareRange
 
 
 class SimregParams(MethodSection):

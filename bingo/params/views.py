@@ -9,11 +9,11 @@ from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from bingo.params.fields import NotNegative, Range, Section, Share, one_of
+from bingo.params.fields import NotNegative, Range, Section, Share, ShareRange, one_of
 from bingo.params.yaml_files import read_yaml
 from bingo.runtime.errors import near_matches, short
 
@@ -76,7 +76,7 @@ class AugmentParams(Section):
     """
 
     name: Annotated[str, one_of(named_views)] | None = None
-    crop_scale: Range
+    crop_scale: ShareRange
     crop_ratio: Range
     rotate_degrees: Annotated[float, Field(ge=0, le=180)]
     jitter: Annotated[list[NotNegative], Field(min_length=4, max_length=4)]
@@ -91,12 +91,9 @@ class AugmentParams(Section):
     def _as_named(cls, section: Any) -> Any:
         return section if isinstance(section, cls) else numbers_of(section)
 
-    @model_validator(mode="after")
-    def _ranges_rise(self) -> Self:
-        for name in ("crop_scale", "crop_ratio", "blur_sigma_px"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name}: [{low}, {high}], allowed is the smaller number first")
-        if self.crop_scale[1] > 1 or self.jitter[3] > 0.5:
-            raise ValueError("crop_scale is at most 1, and the fourth number of jitter (hue) at most 0.5")
-        return self
+    @field_validator("jitter")
+    @classmethod
+    def _hue_is_half_a_turn_at_most(cls, jitter: list[float]) -> list[float]:
+        if jitter[3] > 0.5:
+            raise ValueError("its fourth number (hue) is at most 0.5")
+        return jitter
