@@ -144,17 +144,20 @@ def test_dvc_runs_again_what_an_edit_concerns_and_nothing_else(tmp_path, monkeyp
             "bingo/evals/linear.py": judging,
             "bingo/bags/kmeans.py": {"bag"},
             "bingo/embeddings/extract.py": {"extract"},
-            "bingo/teachers/formats/dino.py": {"teacher"},
+            "bingo/teachers/formats/dino.py": {"teacher"},  # of all names, since the file of a name says which format it stands for
+            "bingo/teachers/formats/added.py": {"teacher"},
+            "bingo/teachers/known/added.yaml": set(),
             "bingo/teachers/known/own.yaml": {"teacher"},
             "bingo/teachers/known/dinov2-s.yaml": set(),
             "bingo/runtime/checkpoints.py": set(),
             "bingo/params/views.yaml": {"teacher", "extract", *trainings},
         }
         for file, expected in edits.items():
-            before = (tmp_path / file).read_bytes()
-            (tmp_path / file).write_bytes(before + b"# edited\n")
+            path = tmp_path / file
+            before = path.read_bytes() if path.exists() else None
+            path.write_bytes((before or b"") + b"# edited\n")
             assert to_run() == expected, file
-            (tmp_path / file).write_bytes(before)
+            path.unlink() if before is None else path.write_bytes(before)
 
 
 def write_yaml(path: Path, content: dict) -> None:
