@@ -32,7 +32,7 @@ def main(
     """Compare DVC's experiments with the reference: write reports/experiments.html, and print its tables."""
     from bingo.report.experiments import variants
     from bingo.report.experiments_page import build_page
-    from bingo.report.experiments_table import by_seed, summary
+    from bingo.report.experiments_table import by_seed, correlation_text, summary
     from bingo.runtime.progress import progress_bar
 
     with progress_bar("reading the experiments"):
@@ -52,7 +52,7 @@ def main(
     tables = {"summary": summary(found, reference), "seeds": by_seed(found)}
     used = [record for record in records if record["experiment"] in {one.name for one in chosen}]
     write_bytes(PAGE, build_page(commit[:7], chosen, found, tables, reference, used).encode())
-    typer.echo("\n\n".join(table.markdown() for table in tables.values()))
+    typer.echo("\n\n".join(part for part in (*(table.markdown() for table in tables.values()), correlation_text(found)) if part))
     typer.echo(f"report: {PAGE.resolve().as_uri()}", err=True)
 
 

@@ -197,9 +197,12 @@ def write_left_out(path: Path | str, listing: Listing, rows: Iterable[int]) -> N
 
 
 def read_judged_listing(path: Path | str, left_out: Path | str) -> Listing:
-    """`read_listing`, without the test rows in the file `left_out` among those that are judged. Raises UserError as that does, and if the
-    file is absent, damaged or of another listing."""
-    listing, content = read_listing(path), read_json(left_out)
+    """`read_listing`; if its test images were held out, without those in the file `left_out` among the rows that are judged. Raises
+    UserError as that does, and if the file is then absent, damaged or of another listing."""
+    listing = read_listing(path)
+    if listing.held_out is None:
+        return listing
+    content = read_json(left_out)
     if not isinstance(content, dict) or content.pop("checksum", None) != fingerprint(content):
         raise _damaged(left_out, "it does not fit its checksum")
     if content["listing"] != listing.fingerprint:

@@ -11,12 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
+from scipy.stats import rankdata, spearmanr
 from scipy.stats import t as student_t
 
 from bingo.params import Params, method_names, method_section
 
-LEVEL = 0.95
+LEVEL, LEAST_RUNS = 0.95, 5  # fewer runs say nothing about a correlation
+_DRAWS = 10_000
 ACCURACIES = ("linear", "knn_10", "agreement_10")  # by which variants are compared, the preferred one first
 _RESULTS, _DISTILL = "reports/results.json", "reports/distill.json"
 _UPSTREAM = ("seed", "dataset", "image", "teacher", "extract", "bagging", "student", "distill")  # that determine a training's timing
@@ -71,6 +74,15 @@ class Difference:
     pairs: int
 
 
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's rank correlation, from -1 to 1, with the bounds of its 95 % bootstrap interval, and of how many runs."""
+
+    value: float
+    bounds: tuple[float, float]
+    runs: int
+
+
 def spread(values: Iterable[float]) -> Spread | None:
     """Mean and sample standard deviation; None of nothing."""
     known = list(values)
@@ -90,6 +102,27 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
         return Difference(common.mean, None, pairs)
     reach = float(student_t.ppf((1 + LEVEL) / 2, pairs - 1)) * common.deviation / math.sqrt(pairs)
     return Difference(common.mean, (common.mean - reach, common.mean + reach), pairs)
+
+
+def rank_correlation(found: Sequence[Variant], x: str, y: str) -> RankCorrelation | None:
+    """Spearman's rank correlation of two measures over all runs that have both, with its percentile bootstrap: runs are drawn with
+    replacement 10,000 times, by a fixed seed; draws in which a measure has one value throughout have no correlation and do not count.
+
+    None of fewer than 5 runs, or if a measure is the same for all.
+    """
+    runs = [(of.values.get(x, {}), of.values.get(y, {})) for of in found]
+    pairs = [(xs[seed], ys[seed]) for xs, ys in runs for seed in xs.keys() & ys.keys()]
+    if len(pairs) < LEAST_RUNS or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
+        return None
+    pairs_R2 = np.array(sorted(pairs))
+    draws_DR = np.random.default_rng(0).integers(0, len(pairs), (_DRAWS, len(pairs)))
+    ranks = rankdata(pairs_R2[draws_DR], axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    covariance_D22 = np.einsum("drx,dry->dxy", ranks, ranks)
+    scale_D = np.sqrt(covariance_D22[:, 0, 0] * covariance_D22[:, 1, 1])
+    drawn = covariance_D22[scale_D > 0, 0, 1] / scale_D[scale_D > 0]
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return RankCorrelation(float(spearmanr(pairs_R2).statistic), (float(low), float(high)), len(pairs))
 
 
 def variants(experiments: Sequence[Experiment], records: Sequence[Mapping[str, Any]]) -> list[Variant]:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from bingo.params import display_name
 from bingo.report.experiments import ACCURACIES, Experiment, Variant, spread
-from bingo.report.experiments_table import Table
+from bingo.report.experiments_table import Table, correlation_text
 from bingo.report.measures import measure_label
 from bingo.report.plots import Point, labelled_points
 from bingo.report.render import render_page
@@ -50,6 +50,7 @@ def build_page(
         "facts": {name: _fact(experiments, read) for name, read in _FACTS.items()},
         "summary": tables["summary"],
         "seeds": tables["seeds"],
+        "correlation": correlation_text(found),
         "charts": [chart for measure in _AXES if (chart := _chart(found, measure))],
         "machines": sorted({_machine(record) for record in records}),
     }

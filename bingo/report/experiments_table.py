@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bingo.params import display_name
-from bingo.report.experiments import ACCURACIES, Difference, Variant, paired_difference
+from bingo.report.experiments import ACCURACIES, Difference, Variant, paired_difference, rank_correlation
 from bingo.report.measures import measure_label
 
 ABSENT = "–"
@@ -82,6 +82,16 @@ def _difference(variant: Variant, reference: Variant, measure: str) -> str:
         return ABSENT
     found = paired_difference(variant.values.get(measure, {}), reference.values.get(measure, {}))
     return ABSENT if found is None else difference_text(found, len(variant.seeds))
+
+
+def correlation_text(found: Sequence[Variant]) -> str:
+    """How well the agreement with the teacher, which needs no labels, orders the runs as linear accuracy does; empty of too few runs."""
+    known = rank_correlation(found, "agreement_10", "linear")
+    if known is None:
+        return ""
+    measured = f"{_ACCURACIES['agreement_10']}, against {_ACCURACIES['linear']}, over {known.runs} runs"
+    value, low, high = (f"{number:.2f}".replace("-", "−") for number in (known.value, *known.bounds))
+    return f"{measured}: Spearman's rank correlation {value} ({low} to {high})"
 
 
 def difference_text(found: Difference, seeds: int) -> str:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from bingo import paths
 from bingo.bags.index import BagIndex, read_bags
 from bingo.images.images import Images, open_images
-from bingo.images.listing import Listing, read_judged_listing, read_listing
+from bingo.images.listing import Listing, read_judged_listing
 from bingo.params import Params
 from bingo.runtime.artefacts import read_json
 from bingo.runtime.checksums import Damaged, check_safetensors
@@ -66,7 +66,7 @@ class Artefacts:
 
 def read_artefacts(params: Params, nets: Sequence[str]) -> Artefacts:
     """What the workspace holds of a run; `nets` are the networks that evaluations may have judged."""
-    listing = read_judged_listing(paths.LISTING, paths.LEFT_OUT) if paths.LEFT_OUT.exists() else read_listing(paths.LISTING)
+    listing = read_judged_listing(paths.LISTING, paths.LEFT_OUT)
     terms = {name: read_optional_json(paths.REPORTS / f"{name}.json") for name in ("teacher", "distill")}
     terms |= {f"baseline-{method}": read_optional_json(paths.REPORTS / f"baselines/{method}.json") for method in params.baselines}
     return Artefacts(

@@ -64,15 +64,15 @@ def test_held_out_images_are_counted_and_those_left_out_are_not_judged(tmp_path)
     assert not read_judged_listing(path, left_out).can_judge
     path.write_bytes(own_split)
     assert read_listing(path).held_out is None
-    write_left_out(left_out, LISTING, [])
     assert read_judged_listing(path, left_out).test_rows_N.tolist() == [2]
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "row", "other"])
 def test_a_damaged_list_of_rows_is_one_line(tmp_path, damage):
     path, left_out = tmp_path / "listing.parquet", tmp_path / "left_out.json"
-    write_listing(path, LISTING)
-    write_left_out(left_out, replace(LISTING, fingerprint="4567") if damage == "other" else LISTING, [2])
+    listing = replace(LISTING, held_out=1)
+    write_listing(path, listing)
+    write_left_out(left_out, replace(listing, fingerprint="4567") if damage == "other" else listing, [2])
     content = left_out.read_bytes()
     if damage == "absent":
         left_out.unlink()

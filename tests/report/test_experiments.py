@@ -9,6 +9,7 @@ import subprocess
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 
@@ -18,9 +19,19 @@ from bingo.params import read_yaml, validate
 from bingo.params.views import spelled_out
 from bingo.pipeline import run as common
 from bingo.planning.recipes import lay_over, read_recipe
-from bingo.report.experiments import Experiment, Variant, measures, paired_difference, record_of, spread, variants
+from bingo.report.experiments import (
+    Experiment,
+    RankCorrelation,
+    Variant,
+    measures,
+    paired_difference,
+    rank_correlation,
+    record_of,
+    spread,
+    variants,
+)
 from bingo.report.experiments_page import _label, build_page
-from bingo.report.experiments_table import Table, by_seed, difference_text, summary
+from bingo.report.experiments_table import Table, by_seed, correlation_text, difference_text, summary
 from bingo.report.plots import Point, labelled_points
 from bingo.runtime.artefacts import write_json
 from bingo.runtime.errors import UserError
@@ -72,6 +83,41 @@ def test_paired_difference_of_two_is_the_closed_form():
 def test_paired_difference_of_one_has_no_interval_and_of_none_is_none():
     assert (paired_difference({0: 3.0}, {0: 1.0, 1: 9.0}).mean, paired_difference({0: 3.0}, {0: 1.0}).bounds) == (2.0, None)
     assert paired_difference({0: 3.0}, {1: 1.0}) is None
+
+
+def of_runs(agreements: list[float], linears: list[float], a_variant: int = 3) -> list[Variant]:
+    """Runs with both measures, `a_variant` seeds to each variant."""
+    starts = range(0, len(agreements), a_variant)
+    both = [(agreements[start : start + a_variant], linears[start : start + a_variant]) for start in starts]
+    return [
+        Variant(f"v{number}", "bingo", True, range(len(x)), {"agreement_10": dict(enumerate(x)), "linear": dict(enumerate(y))})
+        for number, (x, y) in enumerate(both)
+    ]
+
+
+@pytest.mark.parametrize("runs", [5, 12, 40])
+def test_rank_correlation_and_its_bootstrap_are_those_of_scipy(runs):
+    random = np.random.default_rng(runs)
+    x = random.normal(size=runs).round(1)
+    y = (x + random.normal(size=runs)).round(1)  # with ties
+    found = rank_correlation(of_runs(x.tolist(), y.tolist()), "agreement_10", "linear")
+    assert (found.value, found.runs) == (pytest.approx(scipy.stats.spearmanr(x, y).statistic), runs)
+
+    def spearman(a, b):
+        return scipy.stats.spearmanr(a, b).statistic if len(set(a)) > 1 < len(set(b)) else np.nan
+
+    drawn = [spearman(x[draw], y[draw]) for draw in random.integers(0, runs, (3000, runs))]
+    assert found.bounds == pytest.approx(np.nanquantile(drawn, [0.025, 0.975]), abs=0.06)
+
+
+def test_rank_correlation_needs_five_runs_that_differ_and_have_both():
+    x, y = [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 4.0, 8.0, 16.0, 32.0]
+    assert rank_correlation(of_runs(x, y), "agreement_10", "linear") == RankCorrelation(pytest.approx(1), pytest.approx((1, 1)), 5)
+    assert rank_correlation(of_runs(x, y[::-1], 1), "agreement_10", "linear").value == pytest.approx(-1)
+    assert correlation_text(of_runs(x[:4], y[:4])) == correlation_text(of_runs(x, [1.0] * 5)) == correlation_text([]) == ""
+    alone = Variant("linear alone", "bingo", True, [0], {"linear": {0: 1.0}})
+    assert rank_correlation([*of_runs(x, y), alone], "agreement_10", "linear").runs == 5
+    assert re.findall(r"[−\d.]+", correlation_text(of_runs(x, y[::-1])).partition("over ")[2]) == ["5", "−1.00", "−1.00", "−1.00"]
 
 
 def test_experiments_are_grouped_by_name_without_their_own_seed():
