@@ -10,7 +10,8 @@ export PATH := $(VENV)/bin:$(PATH)
 
 # Processes that share the tests; each takes a core and 2 GB of memory. Slow tests stay with their file, whose fixtures they share.
 TEST_PROCESSES ?= 2
-PYTEST = python -m pytest -q -n $(TEST_PROCESSES) --dist
+# Plugins by name: the others that packages bring (of zarr, hydra, anyio) cost each process two seconds.
+PYTEST = PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -p xdist -p pytest_timeout -q -n $(TEST_PROCESSES) --dist
 
 # Options of `make fuzz`.
 FUZZ_CASES ?= 10000

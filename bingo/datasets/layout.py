@@ -264,13 +264,13 @@ class _Walker:
     def refuse_mixed(self, folder: str, folders: list[str]) -> None:
         """Raises UserError if a folder has both a train and a test split in it, or two folders that are named like them."""
         roles = {role_of(_last(inner)): _last(inner) for inner in folders}
-        self._refuse_twins(folder, folders)
+        self._refuse_twins(folders)
         if "train" in roles and "test" in roles:
             problem = f"{folder}/ holds {roles['train']}/ and {roles['test']}/, which would be mixed"
             way_out = f"set dataset.root to {self.root / folder}, or lay the images out as train/CLASS and test/CLASS"
             raise UserError(f"{self.shown}: {problem}; {way_out}")
 
-    def _refuse_twins(self, folder: str, folders: list[str]) -> None:
+    def _refuse_twins(self, folders: list[str]) -> None:
         """Raises UserError if two folders' names differ in the word for their split alone, numbers apart: seg_train and seg_test."""
         by_rest: dict[tuple[str, ...], dict[str, str]] = {}
         for inner in folders:

@@ -167,7 +167,7 @@ def stored(folder, x, chunk_rows=16):
     return StoredRows(array, len(x), "the store", "dvc repro extract")
 
 
-@pytest.mark.parametrize("budget_bytes", [6_000, 40_000, 10**9])
+@pytest.mark.parametrize("budget_bytes", [pytest.param(6_000, marks=pytest.mark.slow), 40_000, 10**9])
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_blocks_from_a_store_in_any_memory_give_the_same_bits(tmp_path, monkeypatch, budget_bytes, gpus):
     """With ties across blocks, and one of more rows than the first margin; the smallest budget is 11 blocks."""
