@@ -13,7 +13,6 @@ from bingo.pipeline.run import Run, in_words, process_group, stage_run
 if TYPE_CHECKING:
     import numpy as np
 
-    from bingo.bags.rows import Rows
     from bingo.embeddings.store import Embeddings
     from bingo.images.listing import Listing
 
@@ -41,7 +40,9 @@ def main() -> None:
         metrics = bag_metrics(bags, labels_T if listing.labelled else None, near_cosine)
         if params.method == "knn" and params.relation == "teacher" and embeddings.views > 1:
             metrics["view_overlap"] = view_overlap(embeddings.view_keys(0), embeddings.view_keys(1), params.k, run.params.seed)
-        metrics["test_near_duplicates"] = _leave_out(run, listing, embeddings)
+        if params.relation != "teacher":
+            near_cosine = near_duplicate_cosine(embeddings.train_features, params.near_duplicate_distance, run.params.seed)
+        metrics["test_near_duplicates"] = _leave_out(run, listing, embeddings, near_cosine)
         write_bags(paths.BAGS, bags, listing.fingerprint, embeddings.fingerprint)
         write_json(paths.REPORTS / "bags.json", metrics)
         figures = in_words({name: value for name, value in metrics.items() if isinstance(value, float)})
@@ -51,15 +52,13 @@ def main() -> None:
             run.warn(f"recall {metrics['recall']:g}: the search misses many of the nearest images; raise bagging.probes")
 
 
-def _leave_out(run: Run, listing: "Listing", embeddings: "Embeddings") -> int:
-    """The number of test images with a near-duplicate among the train images by the teacher; write those of them that no evaluation
-    judges, which are all where the test images were held out of the train images, and otherwise none."""
-    from bingo.bags.near_duplicates import near_duplicate_cosine, rows_near
+def _leave_out(run: Run, listing: "Listing", embeddings: "Embeddings", cosine: float) -> int:
+    """The number of test images with a near-duplicate among the train images: a cosine above `cosine` in the teacher's features. Write
+    those of them that no evaluation judges: all, where the test images were held out of the train images, and otherwise none."""
+    from bingo.bags.near_duplicates import rows_near
     from bingo.images.listing import write_left_out
 
-    train: Rows = embeddings.train_features
-    cosine = near_duplicate_cosine(train, run.params.bagging.near_duplicate_distance, run.params.seed)
-    rows = listing.train_rows + rows_near(embeddings.features[listing.train_rows :], train, cosine)
+    rows = listing.train_rows + rows_near(embeddings.features[listing.train_rows :], embeddings.train_features, cosine)
     left_out = [] if listing.held_out is None else rows.tolist()
     write_left_out(paths.LEFT_OUT, listing, left_out)
     if left_out:
