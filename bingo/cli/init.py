@@ -21,14 +21,6 @@ if TYPE_CHECKING:
 
 CPU_MINUTES, GPU_MINUTES = 30, 480
 DEFAULT_TEACHER = "dinov2-s"
-_ARGUMENTS = {  # for parameters that this command sets, in messages of what reads them
-    "dataset.root = ": "FOLDER = ",
-    "set dataset.root to ": "give ",
-    "set dataset.follow_links: true": "give --follow-links",
-    "student.arch = ": "--student = ",
-    "set student.arch: ": "give --student ",
-    "set teacher.checkpoint to it": "give it as --checkpoint",
-}
 
 
 def main(
@@ -41,31 +33,6 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be chosen, and write nothing.")] = False,
 ) -> None:
     """Look at a folder of images, choose every setting for it, and write params.yaml."""
-    from bingo.runtime.errors import UserError
-
-    _refuse_empty({"FOLDER": folder, "--teacher": teacher, "--student": student})
-    try:
-        _init(folder, teacher, student, checkpoint, minutes, follow_links, dry_run)
-    except UserError as error:
-        raise UserError([_in_arguments(line) for line in error.lines]) from None
-
-
-def _in_arguments(line: str) -> str:
-    """A message that names this command's arguments in place of the parameters that they set."""
-    for parameter, argument in _ARGUMENTS.items():
-        line = line.replace(parameter, argument)
-    return line
-
-
-def _init(
-    folder: str,
-    teacher: str | None,
-    student: str | None,
-    checkpoint: Path | None,
-    minutes: float | None,
-    follow_links: bool,
-    dry_run: bool,
-) -> None:
     from bingo.params import read_yaml, validate
     from bingo.pipeline.launch import expected_processes
     from bingo.pipeline.run import pick_device
@@ -75,6 +42,7 @@ def _init(
     from bingo.planning.recipes import lay_over, read_recipe
     from bingo.runtime.progress import progress_bar
 
+    _refuse_empty({"FOLDER": folder, "--teacher": teacher, "--student": student})
     params = read_yaml(PARAMS)
     validate(params, str(PARAMS))
     if not dry_run:
@@ -150,7 +118,7 @@ def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_typ
     file = seen_from_workspace(str(checkpoint)) if checkpoint else None
     read = file or known.place
     if read and not Path(located(read)).is_file():
-        raise UserError(f"--teacher = {name}: its weights are not in {read}; {known.way_in}")
+        raise UserError(f"--teacher = {name}: its weights are not in {read}; {known.way_in('give it as --checkpoint')}")
     network = Network(known.teacher.arch.partition(".")[0], known.teacher.width, known.teacher.stem)
     return ChosenTeacher(name, network, file, known.image.crop_px, known.gflop)
 
@@ -170,9 +138,16 @@ def _whose_file(file_name: str) -> str:
 
 
 def _student(arch: str | None, look: "Look") -> "Network | None":
+    """The student that was named. Raises UserError for a network that does not exist."""
+    from bingo.params.arch_names import arch_mistake, tag_mistake
     from bingo.planning.first_params import Network, stem_for
+    from bingo.runtime.errors import UserError
 
-    return Network(arch, 1.0, stem_for(arch, look)) if arch else None
+    if arch is None:
+        return None
+    if mistake := tag_mistake(arch, "give --student") or arch_mistake(arch, "give --student"):
+        raise UserError(f"--student = {arch}: {mistake}")
+    return Network(arch, 1.0, stem_for(arch, look))
 
 
 def _part(look: "Look") -> str:
@@ -188,7 +163,7 @@ def _seen_lines(folder: str, look: "Look") -> list[str]:
     labels = classes if look.classes else "no labels"
     gray = f", {look.gray} of them grey" if look.gray else ""
     least, median, most = look.short_px
-    lines = [f"{printable(folder)}: {look.train:,} train and {look.test:,} test images, {labels}", *map(_in_arguments, look.remarks)]
+    lines = [f"{printable(folder)}: {look.train:,} train and {look.test:,} test images, {labels}", *look.remarks]
     opened = look.sampled - len(look.unreadable)
     lines.append(f"short side: median {median} px, from {least} to {most}, of {opened} images that were opened{gray}")
     if look.unreadable:

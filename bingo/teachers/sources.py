@@ -319,7 +319,7 @@ def _noted(params: TeacherParams, options: Mapping[str, Any]) -> dict[str, Any]:
 def _content(params: TeacherParams) -> tuple[Any, str]:
     """What `teacher.checkpoint` holds, as `read_checkpoint` gives it. Raises UserError, with the address of a known teacher's weights."""
     if params.known is not None and not Path(str(params.checkpoint)).exists():
-        raise UserError(f"teacher.checkpoint = {params.checkpoint}: the file does not exist; {params.known.way_in}")
+        raise UserError(f"teacher.checkpoint = {params.checkpoint}: the file does not exist; {params.known.way_in()}")
     return read_checkpoint(str(params.checkpoint))
 
 
@@ -383,7 +383,7 @@ def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, 
         if "No pretrained weights exist" in reason or "Invalid pretrained tag" in reason:
             near = near_matches(params.arch, timm.list_pretrained())
             raise UserError(f"{line}; set teacher.arch to one of timm.list_pretrained(){near}") from None
-        way_out = params.known.way_in if params.known else "set teacher.checkpoint to a local file of them"
+        way_out = params.known.way_in() if params.known else "set teacher.checkpoint to a local file of them"
         raise UserError(f"{line}; {way_out}") from None
 
 

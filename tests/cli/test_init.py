@@ -88,6 +88,10 @@ MISTAKES = [
     ["images", "--checkpoint", "images"],
     ["images", "--student", "resnet18.a1_in1k"],
     ["images", "--student", "resnet8"],
+    ["images", "--student", "timm/resnet18"],
+    ["images", "--student", "torchvision/resnet18.IMAGENET1K_V1"],
+    ["images", "--student", "absent.py:make"],
+    ["mixed"],
 ]
 
 
@@ -95,6 +99,8 @@ MISTAKES = [
 def test_mistakes_write_nothing_and_name_what_was_given(workspace, arguments):
     (workspace / "linked").mkdir()
     (workspace / "linked/0.png").symlink_to(workspace / "images/a/0.png")
+    for split in ("train", "val"):
+        shutil.copytree(workspace / "images/a", workspace / "mixed/all" / split)
     shipped = (workspace / "params.yaml").read_text()
     message = init(*arguments, mistake=True)
     assert arguments[-1] in message
