@@ -244,7 +244,7 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
     ("arguments", "says"),
     [
         (["none", "--out", "e.npy"], "FOLDER = none: the folder does not exist; name the folder that holds images"),
-        (["photos/top.png", "--out", "e.npy"], "FOLDER = photos/top.png: the folder does not exist"),
+        (["photos/top.png", "--out", "e.npy"], "FOLDER = photos/top.png: is a file"),
         (["empty", "--out", "e.npy"], "FOLDER = empty: holds no images; recognised are .jpg, .jpeg, .png"),
         (["leads-out", "--out", "e.npy"], "FOLDER = leads-out: x.png is a link out of it, to "),
         (["bytes", "--out", "e.npy"], "FOLDER = bytes: '\\udcff.png' is not a UTF-8 name; rename the file"),
