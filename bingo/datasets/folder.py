@@ -44,7 +44,8 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
     if again:
         say(f"{len(again):,} of the images held out are byte-for-byte copies of train images, and are left out")
     keep = [row for row, file in enumerate(checked) if file.reason is None and row not in again]
-    way_out = "lower dataset.test_images" if held_out and keep else "name another folder in dataset.root"
+    few = f"lower dataset.test_images ({dataset.test_images}; {len(keep)} can be read), or set it to null"
+    way_out = few if held_out and keep else "name another folder in dataset.root"
     _judge_bad(dataset, paths, checked, any(row < len(chosen[0][0]) for row in keep), way_out)
     if images_NSS3 is not None and len(keep) < len(paths):
         for row, old_row in enumerate(keep):  # in place: there may not be enough memory for two copies
