@@ -153,7 +153,7 @@ def build(params: BingoParams, context: Context) -> Method:
         check_stored_views("bingo", context, 1)
     if params.terms == "expected" and params.relation == "bags":
         if context.keys == "momentum":
-            way_out = "set methods.bingo.terms to another, or distill.keys to stored or live"
+            way_out = "set distill.keys to stored, or methods.bingo.terms to symmetric"
             raise UserError(f"methods.bingo.terms = expected: with distill.keys = momentum no key is stored; {way_out}")
         check_stored_views("bingo", context, 1)
     if context.keys == "momentum" and params.negatives == "bank":

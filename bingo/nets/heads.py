@@ -17,6 +17,7 @@ _LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "batchnorm_no_affine": lambda width, _: nn.BatchNorm1d(width, affine=False),
     "relu": lambda _, __: nn.ReLU(inplace=True),
     "gelu": lambda _, __: nn.GELU(),
+    "unit": lambda _, __: Unit(),
 }
 
 
@@ -36,7 +37,8 @@ def layered_head(layers: Sequence[str], widths: Sequence[int], seed_value: int =
     """A head of a published network: `layers` lists the kinds in order, `widths` the input of the first linear layer and the outputs of
     all.
 
-    The kinds are linear, linear_no_bias, batchnorm, batchnorm_no_affine, relu and gelu. The weights are torch's default, seeded.
+    The kinds are linear, linear_no_bias, batchnorm, batchnorm_no_affine, relu, gelu and unit (rows of unit length). The weights are
+    torch's default, seeded.
     torch's global generator does not change.
     """
     width, behind = widths[0], iter(widths[1:])
@@ -74,6 +76,13 @@ def unit(rows_BP: Tensor) -> Tensor:
     return F.normalize(rows_BP.float(), dim=1, eps=_EPSILON)
 
 
+class Unit(nn.Module):
+    """`unit` as a layer of a head."""
+
+    def forward(self, rows_BP: Tensor) -> Tensor:
+        return unit(rows_BP)
+
+
 def _mlp_layers(widths: int) -> list[str]:
     return ["linear", "relu"] * (widths - 2) + ["linear"]
 
@@ -84,7 +93,7 @@ def _kind(layer: nn.Module) -> str:
         return "linear" if layer.bias is not None else "linear_no_bias"
     if isinstance(layer, nn.BatchNorm1d):
         return "batchnorm" if layer.affine else "batchnorm_no_affine"
-    return {nn.ReLU: "relu", nn.GELU: "gelu"}[type(layer)]
+    return {nn.ReLU: "relu", nn.GELU: "gelu", Unit: "unit"}[type(layer)]
 
 
 def batchnorm_mlp(width: int, hidden: int, out: int, seed_value: int) -> nn.Sequential:

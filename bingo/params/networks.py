@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bingo.params.arch_names import arch_mistake, arch_names, own_mistake
 from bingo.params.data import ImageParams, seen_image
-from bingo.params.fields import Count, FilePath, Interpolation, PerChannel, Positive, Rate, Section, one_of
+from bingo.params.fields import Count, FilePath, Interpolation, PerChannel, Positive, Rate, Section, Width, one_of
 from bingo.params.known import OWN, KnownTeacher, completed, filled, known_names, known_teacher
 from bingo.params.training import PretrainParams
 from bingo.runtime.errors import near_matches
@@ -93,7 +93,8 @@ class TeacherImageParams(Section):
 class TeacherParams(OwnNetworkParams):
     """The source of the teacher: a known one by `name`, which sets source, arch, width, stem and format and takes precedence over these
     keys, or `own`, as these keys say. `checkpoint` is a file for the source `checkpoint` (and optionally for timm and torchvision),
-    `format` the code that wrote it. `pooling` sets the feature of a vision transformer; null: as its weights were published.
+    `format` the code that wrote it. `pooling` sets the feature of a vision transformer; null: as its weights were published. `key_width`:
+    the principal components of the keys of train images that are kept as keys; null: the keys as they are.
     """
 
     name: str
@@ -101,6 +102,8 @@ class TeacherParams(OwnNetworkParams):
     checkpoint: FilePath | None
     format: Annotated[str, one_of(format_names)]
     pooling: Literal["token", "patches", "both"] | None
+    key_width: Width | None
+    key_whiten: bool
     image: TeacherImageParams
     pretrain: PretrainParams
 

@@ -7,16 +7,18 @@ D feature width, K bag size.
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from bingo import seeds
 from bingo.bags.index import Bags
 from bingo.images.images import MemoryImages
 from bingo.images.loader import ViewLoader
 from bingo.methods.contract import Batch, Method
-from bingo.nets.backbones import build_backbone, check_images
+from bingo.nets.backbones import Backbone, build_backbone, check_images
 from bingo.nets.heads import mlp_head
 from bingo.params import MethodSection, Params, ScheduleParams, image_values
 from bingo.runtime.checkpoints import Checkpoints
@@ -25,6 +27,7 @@ from bingo.teachers.teacher import Teacher
 from bingo.training.assembly import TrainingSetup, baseline, distillation, pretraining
 from bingo.training.batches import Batches, Stored
 from bingo.training.loop import Trainer
+from bingo.training.narrow_keys import narrowing_head
 
 CPU = torch.device("cpu")
 _ROWS = 64
@@ -75,9 +78,17 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
     A random teacher has MoCo-v2's head, with keys as wide as those of published files of `teacher.format`. Raises UserError like the
     teacher stage.
     """
+    made = _random_teacher(params) if not checkpoint and params.teacher.source != "factory" else None
+    backbone, head, metadata = made or make_teacher(params.teacher, params.teacher_image, params.seed)
+    key_width, assumed = params.teacher.key_width, made is not None and params.teacher.source == "checkpoint"
+    if key_width and not (assumed and key_width >= metadata["key_width"]):  # the file may have another head than those that are published
+        head, metadata = narrowing_head(head, metadata["feature_width"], key_width), metadata | {"key_width": key_width}
+    return Teacher(backbone, head, metadata)
+
+
+def _random_teacher(params: Params) -> tuple[Backbone, nn.Sequential | None, dict[str, Any]]:
+    """Its backbone, head and metadata, as `make_teacher` gives them of other sources."""
     teacher = params.teacher
-    if checkpoint or teacher.source == "factory":
-        return Teacher(*make_teacher(teacher, params.teacher_image, params.seed))
     backbone = build_backbone(teacher.arch, teacher.width, teacher.stem, seeds.torch_seed(params.seed, "random teacher"), teacher.options)
     check_images(backbone, teacher.arch, params.teacher_image.crop_px, "teacher.image.crop_px")
     width = backbone.feature_width
@@ -87,7 +98,7 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
     elif teacher.source == "checkpoint" and teacher.format and (published := published_key_width(teacher.format)):
         head = mlp_head([width, width, published], seed_value=0)
     key_width = width if head is None else head[-1].out_features
-    return Teacher(backbone, head, {"feature_width": width, "key_width": key_width, **image_values(params.teacher_image)})
+    return backbone, head, {"feature_width": width, "key_width": key_width, **image_values(params.teacher_image)}
 
 
 def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTraining:
