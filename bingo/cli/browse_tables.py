@@ -35,9 +35,10 @@ def stats_text(source: BagSource, metrics: dict[str, Any]) -> str:
         (str(hub["row"]), str(hub["count"]), *_labels(source, source.class_name(label)), printable(path))
         for hub, path, label in zip(hubs, listed_paths, labels.tolist(), strict=True)
     ]
+    heads = ("row", "row", "similarity", "path", "path")
     pairs = [
         (*map(str, pair["rows"]), f"{pair['cosine']:.4f}", *map(printable, source.listing.rows(pair["rows"])[0]))
-        for pair in metrics["closest_pairs"]
+        for pair in metrics.get("closest_pairs", [])  # earlier revisions have none
     ]
     head = f"{index.name}: {index.method} bags of {index.train_rows} rows of {printable(source.listing.dataset)}, k {index.k}"
     return "\n".join(
@@ -48,9 +49,7 @@ def stats_text(source: BagSource, metrics: dict[str, Any]) -> str:
             "",
             "hubs: the rows in most bags",
             table(("row", "bags", *_labels(source, "label"), "path"), lines, "rr"),
-            "",
-            "the most similar pairs of an anchor and a member",
-            table(("row", "row", "similarity", "path", "path"), pairs, "rrr"),
+            *(["", "the most similar pairs of an anchor and a member", table(heads, pairs, "rrr")] if pairs else []),
         ]
     )
 

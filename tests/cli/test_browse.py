@@ -213,6 +213,15 @@ def test_stats_are_the_metrics_of_the_index(tmp_path, monkeypatch, method):
     ]
 
 
+def test_stats_of_an_earlier_revision_have_fewer_figures_and_without_any_are_a_mistake(workspace):
+    whole = json.loads(Path("reports/bags.json").read_text())
+    write_json("reports/bags.json", {name: whole[name] for name in ("hubs", "in_degree", "mutual_share")})
+    assert bingo_bags("stats")[0] == 0
+    for damage in (lambda path: path.write_text("{"), Path.unlink):
+        damage(Path("reports/bags.json"))
+        assert "reports/bags.json" in mistake("stats")
+
+
 def test_an_approximate_search_says_so(workspace):
     listing = read_listing("data/listing.parquet")
     features = np.random.default_rng(0).standard_normal((listing.train_rows, 8))
