@@ -20,7 +20,7 @@ from bingo.browse.diff import compare_bags
 from bingo.browse.listing_rows import ListingRows
 from bingo.images.images import write_images
 from bingo.images.listing import read_listing, write_listing
-from bingo.runtime.artefacts import write_json
+from bingo.runtime.artefacts import read_json, write_json
 from bingo.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -214,7 +214,7 @@ def test_stats_are_the_metrics_of_the_index(tmp_path, monkeypatch, method):
 
 
 def test_stats_of_an_earlier_revision_have_fewer_figures_and_without_any_are_a_mistake(workspace):
-    whole = json.loads(Path("reports/bags.json").read_text())
+    whole = read_json("reports/bags.json")
     write_json("reports/bags.json", {name: whole[name] for name in ("hubs", "in_degree", "mutual_share")})
     assert bingo_bags("stats")[0] == 0
     for damage in (lambda path: path.write_text("{"), Path.unlink):
