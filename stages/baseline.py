@@ -22,18 +22,19 @@ def main(method: Annotated[str, typer.Argument(help="One of `baselines` in param
         (name,) = run.chosen("baselines", run.params.baselines)
         run.launch()
         from bingo.images.listing import read_listing
-        from bingo.nets.students import save_student
+        from bingo.nets.students import load_start, save_student
         from bingo.pipeline.training import TrainingInputs, train_method
         from bingo.training.assembly import baseline
 
         params, listing = run.params, read_listing(paths.LISTING)
+        start, start_facts = load_start(params.student)
 
         def save(trained: "Method", _: "TrainingResult") -> None:
-            made_from = {"method": name, "listing": listing.fingerprint, "epochs": params.distill.epochs}
+            made_from = {"method": name, "listing": listing.fingerprint, "epochs": params.distill.epochs, **start_facts}
             files = paths.BASELINES / f"{name}.safetensors", paths.BASELINES / f"{name}_head.safetensors"
             save_student(*files, trained.student, trained.head, params.student, params.image, made_from)
 
-        train_method(run, baseline(params, name), TrainingInputs(listing), save, paths.REPORTS / "baselines" / f"{name}.json")
+        train_method(run, baseline(params, name), TrainingInputs(listing, start=start), save, paths.REPORTS / "baselines" / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def main() -> None:
         from bingo.bags.index import read_bags
         from bingo.embeddings.store import read_embeddings
         from bingo.images.listing import read_listing
-        from bingo.nets.students import save_best, save_student
+        from bingo.nets.students import load_start, save_best, save_student
         from bingo.pipeline.training import TrainingInputs, train_method
         from bingo.teachers.teacher import load_teacher
         from bingo.training.assembly import distillation
@@ -31,7 +31,7 @@ def main() -> None:
         embeddings = read_embeddings(paths.EMBEDDINGS, listing)
         bags = read_bags(paths.BAGS, listing, embeddings.fingerprint)
         teacher = load_teacher(paths.TEACHER) if params.distill.keys == "live" else None
-        setup = distillation(params)
+        setup, (start, start_facts) = distillation(params), load_start(params.student)
 
         def save(trained: "Method", result: "TrainingResult") -> None:
             made_from = {
@@ -41,11 +41,12 @@ def main() -> None:
                 "bags": bags.fingerprint,
                 "epochs": params.distill.epochs,
                 "params": {"distill": params.distill.model_dump(), params.distill.method: setup.section.model_dump()},
+                **start_facts,
             }
             save_student(paths.STUDENT, paths.STUDENT_HEAD, trained.student, trained.head, params.student, params.image, made_from)
             save_best(paths.BEST, result.best, params.student, params.image, made_from)
 
-        train_method(run, setup, TrainingInputs(listing, embeddings, bags, teacher), save, paths.REPORTS / "distill.json")
+        train_method(run, setup, TrainingInputs(listing, embeddings, bags, teacher, start), save, paths.REPORTS / "distill.json")
 
 
 if __name__ == "__main__":

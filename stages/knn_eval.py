@@ -1,7 +1,8 @@
 """knn_eval: nearest-neighbour accuracy of a network's features, and their agreement with the teacher's, for every k, from one search.
 
-python -m stages.knn_eval [NET]     writes reports/knn/NET.json, percent, and reports/failures/NET.json, the test images whose
-                                    neighbours differ most from the teacher's; both empty if there was nothing to measure
+python -m stages.knn_eval [NET]     writes reports/knn/NET.json, percent; NET.npz, the same of each test image (hits, and for agreement_K
+                                    how many of the K); and reports/failures/NET.json, the test images whose neighbours differ most
+                                    from the teacher's; all empty if there was nothing to measure
 """
 
 from contextlib import nullcontext
@@ -15,33 +16,37 @@ from bingo.pipeline.run import in_words, process_group, stage_run
 
 
 def main(
-    net: Annotated[str | None, typer.Argument(help="student, a baseline, untrained, teacher or pixels; by default all.")] = None,
+    net: Annotated[
+        str | None, typer.Argument(help="student, a baseline, untrained, start, supervised, teacher or pixels; by default all.")
+    ] = None,
 ) -> None:
     """Nearest-neighbour evaluation."""
     with stage_run("knn_eval", net) as run:
         from bingo.embeddings.store import read_embeddings
-        from bingo.evals.agreement import TeacherAgreement, neighbor_scores, usable_ks
+        from bingo.evals.agreement import TeacherAgreement, neighbor_hits, neighbor_scores, usable_ks
         from bingo.evals.failures import least_agreement
         from bingo.images.listing import read_judged_listing
-        from bingo.pipeline.backbones import Networks
-        from bingo.runtime.artefacts import write_json
+        from bingo.pipeline.judging.backbones import Networks, existing
+        from bingo.runtime.artefacts import write_arrays, write_json
 
         params, listing, names = run.params.knn_eval, read_judged_listing(paths.LISTING, paths.LEFT_OUT), run.networks()
         ks, agreement_ks = usable_ks(params, listing, run.say)
         teacher = read_embeddings(paths.EMBEDDINGS, listing) if agreement_ks or (ks and "teacher" in names) else None
-        networks = Networks(run, names if ks or agreement_ks else [], listing, teacher)
+        networks = Networks(run, existing(names) if ks or agreement_ks else [], listing, teacher)
         with process_group(run) if networks.backbones else nullcontext() as device:  # stored features need no torch
             agreement = TeacherAgreement(teacher, listing, agreement_ks)
             for name in names:
                 features_ND = networks.features(name, params, device)
-                scores, failures = {}, {}
+                hits, failures = {}, {}
                 if features_ND is not None:
-                    scores = neighbor_scores(features_ND, listing, ks, params.temperature, agreement, name == "teacher")
-                    if scores:  # without labels the teacher has none
-                        run.say(f"knn_eval: {name}: {in_words(scores, '.1f')}")
+                    hits = neighbor_hits(features_ND, listing, ks, params.temperature, agreement, name == "teacher")
                     if teacher is not None and name != "teacher":
                         failures = least_agreement(features_ND, teacher.features_ND, listing.train_rows, listing.test_rows_N)
+                scores = neighbor_scores(hits)
+                if scores:  # without labels the teacher has none
+                    run.say(f"knn_eval: {name}: {in_words(scores, '.1f')}")
                 write_json(paths.REPORTS / "knn" / f"{name}.json", scores)
+                write_arrays(paths.REPORTS / "knn" / f"{name}.npz", hits)
                 write_json(paths.REPORTS / "failures" / f"{name}.json", failures)
 
 

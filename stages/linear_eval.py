@@ -1,9 +1,11 @@
 """linear_eval: a linear layer on a network's frozen features, and on random crops for the networks in linear_eval.crops.nets.
 
-python -m stages.linear_eval [NET]     writes reports/linear/NET.json: by protocol (cached, crops) percent, last and best epoch; empty if
-                                       there was nothing to measure
+python -m stages.linear_eval [NET]     writes reports/linear/NET.json: by protocol (cached, crops) percent, last and best epoch; and
+                                       NET.npz: for `cached`, which test images are classified correctly after the last epoch.
+                                       Both are empty if there was nothing to measure
 """
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,53 +17,56 @@ from bingo.pipeline.run import Run, process_group, stage_run
 if TYPE_CHECKING:
     import torch
 
-    from bingo.pipeline.backbones import Networks
+    from bingo.pipeline.judging.backbones import Networks
 
 
 def main(
-    net: Annotated[str | None, typer.Argument(help="student, a baseline, untrained, teacher or pixels; by default all.")] = None,
+    net: Annotated[
+        str | None, typer.Argument(help="student, a baseline, untrained, start, supervised, teacher or pixels; by default all.")
+    ] = None,
 ) -> None:
     """Linear evaluation with both protocols."""
     with stage_run("linear_eval", net) as run:
         from bingo.embeddings.store import read_embeddings
         from bingo.images.listing import read_judged_listing
-        from bingo.pipeline.backbones import Networks
-        from bingo.runtime.artefacts import write_json
+        from bingo.pipeline.judging.backbones import Networks, existing
+        from bingo.runtime.artefacts import write_arrays, write_json
 
         names, listing = run.networks(), read_judged_listing(paths.LISTING, paths.LEFT_OUT)
         if not listing.can_judge:
             run.say("linear_eval: the listing has no labelled test images, so there is nothing to measure")
-        opened = names if listing.can_judge else []
+        opened = existing(names) if listing.can_judge else []
         teacher = read_embeddings(paths.EMBEDDINGS, listing) if "teacher" in opened else None
         networks = Networks(run, opened, listing, teacher)
-        with process_group(run) as device:
+        with process_group(run) if opened else nullcontext() as device:
             for name in names:
-                scores = _scores(run, name, networks, device)
+                scores, hits = _scores(run, name, networks, device) if device is not None else ({}, {})
                 write_json(paths.REPORTS / "linear" / f"{name}.json", scores)
+                write_arrays(paths.REPORTS / "linear" / f"{name}.npz", hits)
                 for protocol, score in scores.items():
                     top1 = f"top-1 {score['top1_last']:.1f} in the last epoch, {score['top1_best']:.1f} in the best"
                     run.say(f"linear_eval: {name}, {protocol}: {top1}")
 
 
-def _scores(run: Run, name: str, networks: "Networks", device: "torch.device") -> dict[str, dict[str, Any]]:
+def _scores(run: Run, name: str, networks: "Networks", device: "torch.device") -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     from bingo.evals.finetune import task_of
     from bingo.evals.linear import linear_on_crops, linear_on_features
-    from bingo.pipeline.backbones import state_of
+    from bingo.pipeline.judging.backbones import state_of
     from bingo.runtime.checkpoints import Checkpoints
 
-    params, listing, scores = run.params, networks.listing, {}
+    params, listing, scores, hits = run.params, networks.listing, {}, {}
     evaluation, train, test_N, labels_N = params.linear_eval, listing.train_rows, listing.test_rows_N, listing.labels_N
     features_ND = networks.features(name, evaluation, device)
     if features_ND is not None:
         split = features_ND[:train], labels_N[:train], features_ND[test_N], labels_N[test_N]
-        scores["cached"] = linear_on_features(*split, len(listing.classes), evaluation.cached, params.seed, device)
+        scores["cached"], hits["cached"] = linear_on_features(*split, len(listing.classes), evaluation.cached, params.seed, device)
     if name in networks.backbones and name in evaluation.crops.nets:
         assert networks.images is not None
         task, how = task_of(listing, networks.images, params.image, evaluation.crops), (evaluation.crops, evaluation.precision)
         with state_of(run, name, [name], [listing.fingerprint, listing.left_out_rows], *how) as folder:
             checkpoints = Checkpoints(folder / "checkpoints")
             scores["crops"] = linear_on_crops(networks.backbones[name], task, *how, params.seed, device, checkpoints)
-    return scores
+    return scores, hits
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from bingo import paths
 from bingo.pipeline.commands import run_command
 from bingo.pipeline.run import Run, stage_run
-from bingo.planning.limits import batch_mistakes, image_mistakes, list_mistakes
+from bingo.planning.limits import batch_mistakes, image_mistakes, list_mistakes, weights_mistakes
 from bingo.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def main() -> None:
 
 def _judge(run: Run, found: "Counts") -> None:
     """Raises UserError with all limits that the parameters break, by themselves and on so many images."""
-    if lines := run.mistakes + image_mistakes(run.params, found) + list_mistakes(run.params):
+    if lines := run.mistakes + image_mistakes(run.params, found) + list_mistakes(run.params) + weights_mistakes(run.params):
         raise UserError(lines)
 
 

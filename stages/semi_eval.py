@@ -30,8 +30,8 @@ def _judge(run: Run, name: str, device: "torch.device") -> None:
     from bingo.evals.few_labels import labelled_rows, protocols
     from bingo.images.images import open_images
     from bingo.images.listing import read_judged_listing
-    from bingo.pipeline.backbones import backbones
-    from bingo.pipeline.classifying import judge
+    from bingo.pipeline.judging.backbones import backbones
+    from bingo.pipeline.judging.classifying import judge
 
     params, listing = run.params, read_judged_listing(paths.LISTING, paths.LEFT_OUT)
     semi, split = params.semi_eval, params.semi_eval.splits[name]

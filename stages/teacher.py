@@ -55,7 +55,7 @@ def _convert(run: Run) -> None:
     from bingo.pipeline.training import write_curves
     from bingo.runtime.artefacts import write_json
     from bingo.runtime.progress import progress_bar
-    from bingo.teachers.sources import make_teacher
+    from bingo.teachers.reading.sources import make_teacher
     from bingo.teachers.teacher import save_teacher
 
     params = run.params.teacher

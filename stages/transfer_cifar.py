@@ -29,8 +29,8 @@ def main(name: Annotated[str | None, typer.Argument(help="One of transfer.datase
 def judge_dataset(run: Run, name: str, device: "torch.device") -> None:
     """Write the report of one dataset of transfer.datasets."""
     from bingo.evals.transfer import protocols, scanned
-    from bingo.pipeline.backbones import backbones
-    from bingo.pipeline.classifying import judge
+    from bingo.pipeline.judging.backbones import backbones
+    from bingo.pipeline.judging.classifying import judge
 
     transfer = run.params.transfer
     nets = backbones(run, transfer.nets)

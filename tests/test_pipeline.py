@@ -66,7 +66,7 @@ def expected_deps(stage: str, method: str) -> set[str]:
     roots = {f"stages/{module(stage)}.py"}
     if stage in ("teacher", "distill", "baseline"):  # a method is found by its name, which no import shows
         roots |= {f"bingo/methods/{method}.py"}
-    if stage == "teacher":  # so is a format, which a name in `teacher.name` may stand for
+    if stage in ("teacher", "weights"):  # so is a format, which a name in `teacher.name` may stand for
         roots |= {f"bingo/teachers/formats/{name}.py" for name in format_names()}
         roots |= {str(path.relative_to(ROOT)) for path in ROOT.glob("bingo/nets/own/*.py") if path.stem != "__init__"}
     return set().union(*(closure(root, INFRASTRUCTURE) for root in roots)) - (WATCHING if stage in WATCHED else set())
@@ -144,11 +144,14 @@ def test_dvc_runs_again_what_an_edit_concerns_and_nothing_else(tmp_path, monkeyp
             "bingo/evals/linear.py": judging,
             "bingo/bags/kmeans.py": {"bag"},
             "bingo/embeddings/extract.py": {"extract"},
-            "bingo/teachers/formats/dino.py": {"teacher"},  # of all names, since the file of a name says which format it stands for
-            "bingo/teachers/formats/added.py": {"teacher"},
-            "bingo/teachers/known/added.yaml": set(),
-            "bingo/teachers/known/own.yaml": {"teacher"},
-            "bingo/teachers/known/dinov2-s.yaml": set(),
+            "bingo/teachers/formats/dino.py": {
+                "teacher",
+                "weights",
+            },  # of all names, since the file of a name says which format it stands for
+            "bingo/teachers/formats/added.py": {"teacher", "weights"},
+            "bingo/teachers/known/added.yaml": {"weights"},
+            "bingo/teachers/known/own.yaml": {"teacher", "weights"},
+            "bingo/teachers/known/dinov2-s.yaml": {"weights"},
             "bingo/runtime/checkpoints.py": set(),
             "bingo/params/views.yaml": {"teacher", "extract", *trainings},
         }

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 PROGRESS = re.compile(r"^(?!error|warning)[^\n]*: [^\n]*(?:/s|/s, \d+:\d\d:\d\d left|\d+:\d\d:\d\d so far)\n", re.MULTILINE)
 PATIENCE_SECONDS = 120  # the machine may be busy
 # In the order in which each finds its inputs.
-STAGES = ("scan", "teacher", "extract", "bag", "distill", "baseline moco", "linear_eval", "knn_eval", "report")
+STAGES = ("scan", "teacher", "extract", "bag", "weights", "distill", "baseline moco", "linear_eval", "knn_eval", "report")
 # 36 steps of each training and 16 chunks, so that there is something to kill.
 SHORT = {
     "dataset.train_images": 400,

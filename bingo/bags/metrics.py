@@ -81,7 +81,7 @@ def view_overlap(keys_TP: Rows, other_keys_TP: Rows, k: int, seed: int) -> float
     """
     rows = np.sort(seeds.permutation(seed, "bags by two views", 0, len(keys_TP))[:_ANCHORS])
     one, other = (top_k(keys[rows], keys, k, rows)[0] for keys in (keys_TP, other_keys_TP))
-    return _round(common_rows(one, other) / (k * len(rows)))
+    return _round(int(common_rows(one, other).sum()) / (k * len(rows)))
 
 
 def same_and_known(members_TK: np.ndarray, labels_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -90,10 +90,10 @@ def best_of(rows_QM: np.ndarray, cosines_QM: np.ndarray, k: int) -> Found:
     return np.where(np.isneginf(cosines_QK), -1, np.take_along_axis(rows_QM, order_QK, axis=1)), cosines_QK
 
 
-def common_rows(a_QK: np.ndarray, b_QK: np.ndarray) -> int:
-    """How many rows the lines of `a` and `b` share in all; within one line of either, rows are distinct."""
+def common_rows(a_QK: np.ndarray, b_QK: np.ndarray) -> np.ndarray:
+    """How many rows each line of `a` shares with that of `b`, int32 (Q,); within one line of either, rows are distinct."""
     both = np.sort(np.concatenate([a_QK, b_QK], axis=1), axis=1)
-    return int((both[:, 1:] == both[:, :-1]).sum())
+    return (both[:, 1:] == both[:, :-1]).sum(axis=1, dtype=np.int32)
 
 
 def _nothing_found(queries: int, k: int) -> Found:

@@ -27,6 +27,9 @@ def main(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Images: train/CLASS and val/CLASS, CLASS alone, or a flat folder.")],
     teacher: Annotated[str | None, typer.Option(help="One that `bingo teachers` lists, or its file.")] = None,
     student: Annotated[str | None, typer.Option(help="A network of timm or torchvision/NAME; without it a ResNet-18.")] = None,
+    student_weights: Annotated[
+        str | None, typer.Option(help="What the student starts from: timm, torchvision or a file; without it random numbers.")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="The file of the teacher's weights.")] = None,
     minutes: Annotated[float | None, typer.Option(min=1, help="What the whole run may take on this machine.")] = None,
     follow_links: Annotated[bool, typer.Option("--follow-links", help="Follow links that lead out of FOLDER.")] = False,
@@ -34,22 +37,25 @@ def main(
 ) -> None:
     """Look at a folder of images, choose every setting for it, and write params.yaml."""
     from bingo.params import read_yaml, validate
+    from bingo.params.fields import LIBRARIES
+    from bingo.params.networks import place_mistakes
     from bingo.pipeline.launch import expected_processes
     from bingo.pipeline.run import pick_device
     from bingo.planning.first_params import fit, measure_pace, overlay
-    from bingo.planning.limits import check_limits
+    from bingo.planning.limits import check_limits, weights_mistakes
     from bingo.planning.look import look_at
     from bingo.planning.recipes import lay_over, read_recipe
+    from bingo.runtime.errors import UserError
     from bingo.runtime.progress import progress_bar
 
-    _refuse_empty({"FOLDER": folder, "--teacher": teacher, "--student": student})
+    _refuse_empty({"FOLDER": folder, "--teacher": teacher, "--student": student, "--student-weights": student_weights})
     params = read_yaml(PARAMS)
     validate(params, str(PARAMS))
     if not dry_run:
         _refuse_uncommitted()
     device, cores = pick_device(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     look = look_at(from_here("FOLDER", Path(folder)), follow_links)
-    chosen, network = _teacher(teacher, checkpoint, look, device.type), _student(student, look)
+    chosen, network = _teacher(teacher, checkpoint, look, device.type), _student(student, student_weights, look)
     budget = minutes or (CPU_MINUTES if device.type == "cpu" else GPU_MINUTES)
     with progress_bar("measuring this machine"):
         pace = measure_pace(look, network, chosen, device, cores)
@@ -57,9 +63,18 @@ def main(
     changes = read_recipe(FOLDER, _part(look)).overlay
     lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda", expected_processes()))
     changes["dataset"]["follow_links"] = follow_links
+    changes["student"]["weights"] = student_weights if student_weights in (None, *LIBRARIES) else seen_from_workspace(student_weights)
     lay_over(params, changes)
-    check_limits(validate(params, f"{PARAMS} for {printable(folder)}"), expected_processes())
-    for line in [*_seen_lines(folder, look), *_choice_lines(look, plan, chosen), *_cost_lines(plan, budget, device.type, cores)]:
+    new = validate(params, f"{PARAMS} for {printable(folder)}")
+    start = "--student-weights"
+    if lines := [*place_mistakes(start, new.student.weights, new.student), *weights_mistakes(new, start)]:
+        raise UserError(lines)
+    check_limits(new, expected_processes())
+    for line in [
+        *_seen_lines(folder, look),
+        *_choice_lines(look, plan, chosen, student_weights),
+        *_cost_lines(plan, budget, device.type, cores),
+    ]:
         typer.echo(line)
     if dry_run:
         typer.echo("params.yaml is as it was: --dry-run")
@@ -137,17 +152,24 @@ def _whose_file(file_name: str) -> str:
     return found[0]
 
 
-def _student(arch: str | None, look: "Look") -> "Network | None":
-    """The student that was named. Raises UserError for a network that does not exist."""
+def _student(arch: str | None, weights: str | None, look: "Look") -> "Network | None":
+    """The student that was named, or that is in the file of weights of an earlier run; one with other weights has their usual form. Raises
+    UserError for a network that does not exist."""
+    from bingo.nets.checkpoint import own_metadata
     from bingo.params.arch_names import arch_mistake, tag_mistake
     from bingo.planning.first_params import Network, stem_for
     from bingo.runtime.errors import UserError
 
-    if arch is None:
-        return None
-    if mistake := tag_mistake(arch, "give --student") or arch_mistake(arch, "give --student"):
-        raise UserError(f"--student = {arch}: {mistake}")
-    return Network(arch, 1.0, stem_for(arch, look))
+    if arch is not None:
+        tag = None if weights == "timm" else tag_mistake(arch, "give --student")
+        if mistake := tag or arch_mistake(arch, "give --student"):
+            raise UserError(f"--student = {arch}: {mistake}")
+    if weights is None:
+        return Network(arch, 1.0, stem_for(arch, look)) if arch else None
+    former = own_metadata(from_here("--student-weights", Path(weights))) or {}
+    if arch in (None, former.get("arch")) and {"arch", "width", "stem"} <= former.keys():
+        return Network(former["arch"], former["width"], former["stem"])
+    return Network(arch or "resnet18", 1.0, "imagenet")
 
 
 def _part(look: "Look") -> str:
@@ -172,7 +194,7 @@ def _seen_lines(folder: str, look: "Look") -> list[str]:
     return lines
 
 
-def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher") -> list[str]:
+def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights: str | None) -> list[str]:
     """What was chosen and why."""
     from bingo.params.known import known_teacher
     from bingo.planning.first_params import PRETRAINED, SMALL_PX, split_counts
@@ -194,7 +216,8 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher") -> list[
         licence = known.licence or "licence not known"
         lines.append(f"teacher: {teacher.name} at {plan.teacher_px} px ({known.title}; {licence}); weights: {weights}")
     kept = "kept in memory" if look.short_px[1] <= SMALL_PX else "decoded at each use"
-    lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px; images are {kept}")
+    start = f", starting from {printable(weights)}" if weights else ""
+    lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px{start}; images are {kept}")
     lines.append(f"training: BINGO, {plan.epochs} epochs, {plan.views} stored views of each image")
     if held_out and not look.classes:
         lines.append("figures: agreement with the teacher on the test images, as there are no labels")

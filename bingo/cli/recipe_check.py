@@ -14,7 +14,7 @@ from bingo.pipeline.launch import expected_processes
 from bingo.planning.costs import SUSTAINED_FLOP_PER_SECOND, cpu_flop_per_second, gpu_hours
 from bingo.planning.dry_run import DryTraining, dry_baseline, dry_pretraining, dry_student, dry_teacher
 from bingo.planning.estimates import Estimate, estimate, step_memory
-from bingo.planning.limits import check_limits, image_mistakes, list_mistakes
+from bingo.planning.limits import absent_weights, check_limits, image_mistakes, list_mistakes, weights_mistakes
 from bingo.planning.recipes import About
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
@@ -49,7 +49,7 @@ def check(params: Params, about: About, say: Callable[[str], None]) -> list[str]
 
 def _images_and_mistakes(params: Params) -> tuple[Counts | None, list[str]]:
     """How many images are there, and a line for each limit that the parameters break, by themselves and on these."""
-    lines: list[str] = []
+    lines = [line for line in weights_mistakes(params) if line not in absent_weights(params)]
     try:
         check_limits(params, expected_processes())
     except UserError as error:
@@ -66,7 +66,8 @@ def _missing(params: Params, about: About) -> list[str]:
     dataset, teacher = params.dataset, params.teacher
     images = [_missing_images(params, about)] if dataset.source == "folder" and not Path(str(dataset.root)).is_dir() else []
     checkpoint = [_missing_checkpoint(params, about)] if _names_file(params) and not Path(str(teacher.checkpoint)).is_file() else []
-    return images + checkpoint + (_missing_coco(params) if params.transfer_coco.runs else []) + _missing_downstream(params)
+    coco = _missing_coco(params) if params.transfer_coco.runs else []
+    return images + checkpoint + absent_weights(params) + coco + _missing_downstream(params)
 
 
 def _missing_coco(params: Params) -> list[str]:

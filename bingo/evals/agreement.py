@@ -3,19 +3,21 @@
 Shape letters: Q test images, T train images, K neighbours.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bingo.bags.neighbors import common_rows
-from bingo.evals.knn import nearest_train, voted_accuracies
+from bingo.evals.knn import nearest_train, percent_of, voted_hits
 from bingo.images.listing import Listing
 from bingo.params import KnnEvalParams
 
 if TYPE_CHECKING:
     from bingo.embeddings.store import Embeddings
+
+AGREEMENT = "agreement_"
 
 
 def usable_ks(params: KnnEvalParams, listing: Listing, say: Callable[[str], None]) -> tuple[list[int], list[int]]:
@@ -35,14 +37,23 @@ def usable_ks(params: KnnEvalParams, listing: Listing, say: Callable[[str], None
     return ks, agreement_ks
 
 
-def neighbor_scores(
+def neighbor_hits(
     features_ND: np.ndarray, listing: Listing, ks: Sequence[int], temperature: float, agreement: "TeacherAgreement", is_teacher: bool
-) -> dict[str, float]:
-    """`voted_accuracies` for each of `ks` and, of another network than the teacher, `agreement`, from one search."""
+) -> dict[str, np.ndarray]:
+    """Of each test image `voted_hits` for each of `ks` and, of another network than the teacher, `common_rows` by `agreement_K`, from
+    one search; each (Q,)."""
     train, test_N, labels_N = listing.train_rows, listing.test_rows_N, listing.labels_N
     found = nearest_train(features_ND[:train], features_ND[test_N], max([*ks, *agreement.ks]))
-    scores = voted_accuracies(found, labels_N[:train], labels_N[test_N], ks, temperature) if ks else {}
-    return scores | ({} if is_teacher else agreement.of(found[0]))
+    hits = voted_hits(found, labels_N[:train], labels_N[test_N], ks, temperature) if ks else {}
+    return hits | ({} if is_teacher else agreement.of(found[0]))
+
+
+def neighbor_scores(hits: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each of `neighbor_hits` in percent."""
+    return {
+        name: _agreement(hits_Q, int(name.removeprefix(AGREEMENT))) if name.startswith(AGREEMENT) else percent_of(hits_Q)
+        for name, hits_Q in hits.items()
+    }
 
 
 class TeacherAgreement:
@@ -54,9 +65,9 @@ class TeacherAgreement:
     def __init__(self, teacher: "Embeddings | None", listing: Listing, ks: Sequence[int]):
         self.ks, self._teacher, self._listing = ks, teacher, listing
 
-    def of(self, rows_QK: np.ndarray) -> dict[str, float]:
-        """`neighbor_agreement` of a network whose `nearest_train` found `rows_QK`, for each k."""
-        return neighbor_agreement(rows_QK, self._teacher_rows_QK, self.ks) if self.ks else {}
+    def of(self, rows_QK: np.ndarray) -> dict[str, np.ndarray]:
+        """`common_rows` of a network whose `nearest_train` found `rows_QK`, for each k."""
+        return {f"{AGREEMENT}{k}": common_rows(rows_QK[:, :k], self._teacher_rows_QK[:, :k]) for k in self.ks}
 
     @cached_property
     def _teacher_rows_QK(self) -> np.ndarray:
@@ -72,4 +83,8 @@ def neighbor_agreement(rows_QK: np.ndarray, teacher_rows_QK: np.ndarray, ks: Seq
     Both arguments are the rows of a `top_k`, nearest first, of the same queries and the same base, with at least max(ks) columns and
     no padding (-1). A random order of T train images would reach 100 k / T on average.
     """
-    return {f"agreement_{k}": round(100 * common_rows(rows_QK[:, :k], teacher_rows_QK[:, :k]) / (k * len(rows_QK)), 6) for k in ks}
+    return {f"{AGREEMENT}{k}": _agreement(common_rows(rows_QK[:, :k], teacher_rows_QK[:, :k]), k) for k in ks}
+
+
+def _agreement(common_Q: np.ndarray, k: int) -> float:
+    return round(100 * int(common_Q.sum()) / (k * len(common_Q)), 6)

@@ -43,7 +43,16 @@ def nearest_train(train_features_TD: np.ndarray, test_features_QD: np.ndarray, k
 def voted_accuracies(
     found: Found, train_labels_T: np.ndarray, test_labels_Q: np.ndarray, ks: Sequence[int], temperature: float
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent: `knn_K` by one vote each, `knn_K_weighted` by votes of exp(cosine / temperature), for each k.
+    """Top-1 accuracy in percent: of each of `voted_hits` the mean. Raises UserError as that does."""
+    hits = voted_hits(found, train_labels_T, test_labels_Q, ks, temperature)
+    return {name: percent_of(hits_Q) for name, hits_Q in hits.items()}
+
+
+def voted_hits(
+    found: Found, train_labels_T: np.ndarray, test_labels_Q: np.ndarray, ks: Sequence[int], temperature: float
+) -> dict[str, np.ndarray]:
+    """Whether each test image is classified correctly, bool (Q,): `knn_K` by one vote each, `knn_K_weighted` by votes of
+    exp(cosine / temperature), for each k.
 
     `found` is what `nearest_train` gives; labels are classes from 0. Of classes with equally many votes the one with the nearest member
     wins. Raises UserError if a label is unknown (-1).
@@ -52,11 +61,11 @@ def voted_accuracies(
         if (labels < 0).any():
             problem = f"{int((labels < 0).sum())} of {len(labels)} {name} rows have no label"
             raise UserError(f"k-NN evaluation: {problem}; sort the images into class folders, or leave this stage out")
-    accuracies = {}
+    hits = {}
     for k, (plain_Q, weighted_Q) in votes(train_labels_T, *found, ks, temperature).items():
-        accuracies[f"knn_{k}"] = _percent(plain_Q == test_labels_Q)
-        accuracies[f"knn_{k}_weighted"] = _percent(weighted_Q == test_labels_Q)
-    return accuracies
+        hits[f"knn_{k}"] = plain_Q == test_labels_Q
+        hits[f"knn_{k}_weighted"] = weighted_Q == test_labels_Q
+    return hits
 
 
 def votes(labels_N: np.ndarray, rows_QK: np.ndarray, cosines_QK: np.ndarray, ks: Sequence[int], temperature: float) -> dict[int, Found]:
@@ -91,5 +100,6 @@ def _winners(labels_QK: np.ndarray, weight_QK: np.ndarray, classes: int, block_r
     return winners_Q
 
 
-def _percent(hits_Q: np.ndarray) -> float:
+def percent_of(hits_Q: np.ndarray) -> float:
+    """The share of hits in percent, rounded to six places."""
     return round(100 * float(hits_Q.mean()), 6)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.evals.scores import check_labels, last_and_best, linear_layer, percent, right_of, to_labels
+from bingo.evals.scores import check_labels, first_right, last_and_best, linear_layer, percent, right_of, to_labels
 from bingo.nets.heads import unit
 from bingo.params import CachedProbeParams, CropProbeParams, TuneParams
 from bingo.runtime.errors import UserError
@@ -40,11 +40,12 @@ def linear_on_features(
     params: CachedProbeParams,
     seed: int,
     device: torch.device,
-) -> dict[str, float | int]:
+) -> tuple[dict[str, float | int], np.ndarray]:
     """Train on `train_X` (N, D) and test on `test_X`, both of any float dtype, standardised with the train mean and deviation.
 
     Everything is on the device as float32. Returns top1_last, top5_last, top1_best, top5_best (percent; top 5 of fewer
-    than 5 classes means all of them) and best_epoch, counted from 1. Raises UserError if a label is not in 0..classes-1 or an
+    than 5 classes means all of them) and best_epoch, counted from 1; and whether each test row is classified correctly after the last
+    epoch, bool. Raises UserError if a label is not in 0..classes-1 or an
     output is not finite.
     """
     check_labels(_LABEL, train_y, test_y, classes)
@@ -63,7 +64,7 @@ def linear_on_features(
                 trainer.step((train_ND[rows_B] - mean_D) * scale_D, train_N[rows_B])
             scores.append(trainer.test(test_ND, test_N))
             bar.advance()
-    return last_and_best(scores)
+        return last_and_best(scores), trainer.hits(test_ND, test_N)
 
 
 def linear_on_crops(
@@ -79,8 +80,9 @@ def linear_on_crops(
 
     In every epoch each train image is seen once as a random crop; the pooled features of the frozen backbone, in evaluation mode, go
     to the linear layer, raw or, with `params.standardise`, as computed by `Standardised`. Tested on centre views. A cosine schedule is
-    updated at every step and ends at 0 (released: once per epoch, ends at 0.01). Returns and raises what `linear_on_features` does; it is
-    `finetune.ClassifierTrainer` with a frozen backbone, so it resumes from its checkpoint, and several processes share each batch.
+    updated at every step and ends at 0 (released: once per epoch, ends at 0.01). Returns the scores of `linear_on_features` and raises
+    what that does; it is `finetune.ClassifierTrainer` with a frozen backbone, so it resumes from its checkpoint, and several processes
+    share each batch.
     """
     from bingo.evals.features import backbone_features
     from bingo.evals.finetune import ClassifierTrainer, Protocol  # timm, which is not needed for stored features
@@ -132,6 +134,11 @@ class _LinearTrainer:
             problem = f"{_LABEL}: outputs are nan or inf after {self.done_steps} steps with lr = {self.params.lr}"
             raise UserError(f"{problem}, allowed are finite numbers; lower that lr, or train the network again if its features are not")
         return percent(right, len(labels_N)), percent(right_among_5, len(labels_N))
+
+    @torch.inference_mode()
+    def hits(self, features_ND: Tensor, labels_N: Tensor) -> np.ndarray:
+        """Whether the label of each row has the largest output, bool (N,)."""
+        return first_right(self.layer(features_ND), labels_N).cpu().numpy()
 
 
 @contextmanager

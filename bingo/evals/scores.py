@@ -49,6 +49,11 @@ def right_of(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     return torch.stack([right_B5[:, 0].sum(), right_B5.any(1).sum(), broken])
 
 
+def first_right(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """Whether each row has its label as the largest output, as `right_of` counts it: bool (B,)."""
+    return logits_BC.topk(min(5, logits_BC.shape[1])).indices[:, 0] == labels_B
+
+
 def percent(count: float, rows: int) -> float:
     """A share of `rows` in percent, rounded to six places."""
     return round(100 * count / rows, 6)

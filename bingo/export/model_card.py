@@ -13,6 +13,12 @@ from bingo.params import display_name, method_names, method_section
 from bingo.report.measures import measure_label, neighbor_order
 
 _PROTOCOLS = {"cached": "linear layer on stored features", "crops": "linear layer on random crops"}
+COMPARED = {  # networks beside this one
+    "teacher": "teacher",
+    "start": "the same network before this training",
+    "supervised": "the same network with supervised weights",
+    "untrained": "the same network untrained",
+}
 _UNKNOWN = "not known: this workspace no longer holds it"
 
 
@@ -94,6 +100,9 @@ def _training_rows(network: StoredNetwork, provenance: Provenance) -> list[tuple
     method = _method(metadata)
     params = metadata.get("params", {})
     rows = [("method", method), ("epochs", str(metadata.get("epochs", "unknown")))]
+    if start := metadata.get("start"):
+        sha256 = f"; sha256 of the file: {start['source_sha256']}" if start["source_sha256"] else ""
+        rows.append(("started from", f"{start['weights']}{sha256}"))
     if best := dict(metadata.get("best", {})):
         epoch = best.pop("epoch")
         probe = ", ".join(f"{measure_label(key)}: {percent:.1f} %" for key, percent in best.items())
@@ -143,11 +152,11 @@ def _scores(provenance: Provenance) -> str:
     measured = [(name, percents) for name, percents in provenance.scores if provenance.net in percents]
     if not measured:
         return "Not measured in this workspace."
-    others = [net for net in ("teacher", "untrained") if any(net in percents for _, percents in measured)]
+    others = [net for net in COMPARED if any(net in percents for _, percents in measured)]
     header = [
         "percent of the test images",
         "this network",
-        *("the same network untrained" if net == "untrained" else net for net in others),
+        *(COMPARED[net] for net in others),
     ]
     lines = [header, ["---", *["---:"] * (1 + len(others))]]
     for name, percents in measured:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bingo import paths
 from bingo.browse.listing_rows import ListingRows
-from bingo.export.model_card import Provenance, score_rows
+from bingo.export.model_card import COMPARED, Provenance, score_rows
 from bingo.export.stored import StoredNetwork
 from bingo.params import read_yaml
 from bingo.report.inputs import by_protocol, read_network_facts, read_optional_json
@@ -68,7 +68,7 @@ def _scores(file: Path, net: str, note: Callable[[str], None]) -> list[tuple[str
     they were measured on another file."""
     found: dict[str, dict] = {}
     for stage, folder in _REPORTS.items():
-        found[stage] = {name: read_optional_json(folder / f"{name}.json") for name in (net, "teacher", "untrained")}
+        found[stage] = {name: read_optional_json(folder / f"{name}.json") for name in (net, *COMPARED)}
         if found[stage][net] and _was_measured_on_another(stage, net, file):
             report = folder / f"{net}.json"
             note(f"{report} was measured on another {net} and is left out of the model card; run: dvc repro")

@@ -47,6 +47,16 @@ def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, metadata
 
 
+def own_metadata(path: Path | str) -> dict[str, Any] | None:
+    """The metadata of a file that `save_network` wrote; None of any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[_ENTRY])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    return metadata if isinstance(metadata, dict) else None
+
+
 @contextmanager
 def building(path: Path | str) -> Iterator[None]:
     """For building a network from the metadata of its file: any error in the body becomes a UserError that names the file."""

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from bingo.nets.backbones import Backbone, build_backbone
 from bingo.nets.checkpoint import building, load_network, load_strictly, save_network
-from bingo.params import STUDENT_OPTIONS, ImageParams, NetworkParams
+from bingo.params import STUDENT_OPTIONS, ImageParams, NetworkParams, StudentParams
+from bingo.paths import START
 from bingo.runtime.artefacts import file_fingerprint, new_directory, write_json
 from bingo.runtime.errors import UserError
 
@@ -38,6 +39,15 @@ def save_best(folder: Path, best: Mapping[str, Any], network: NetworkParams, ima
         write_json(partial / "epoch.json", found)
         if best:
             save_backbone(partial / "student.safetensors", best["weights"], network, image, {**made_from, "best": found})
+
+
+def load_start(network: StudentParams) -> tuple[Backbone | None, dict[str, Any]]:
+    """The backbone with the weights that the student starts from, and what its file says of them; (None, {}) where it starts from random
+    numbers. Raises what `load_student` does."""
+    if network.weights is None:
+        return None, {}
+    backbone, metadata = load_student(START, network)
+    return backbone, {"start": {name: metadata[name] for name in ("weights", "source_sha256")}}
 
 
 def load_student(path: Path, network: NetworkParams | None = None) -> tuple[Backbone, dict[str, Any]]:

@@ -31,6 +31,8 @@ Range = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3)]], Field(min_leng
 ShareRange = Annotated[list[Annotated[float, Field(ge=1e-3, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_rising)]
 PerChannel = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
 FilePath = Annotated[str, AfterValidator(located)]  # a file or folder of the user
+LIBRARIES = ("timm", "torchvision")  # whose published weights may be asked for in place of a file
+Weights = Annotated[str, AfterValidator(lambda value: value if value in LIBRARIES else located(value))]
 PathUnderRoot = Annotated[str, AfterValidator(expanded)]
 Precision = Literal["auto", "fp32", "bf16"]
 Interpolation = Literal["bilinear", "bicubic"]

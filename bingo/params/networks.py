@@ -8,9 +8,10 @@ from pydantic import Field, field_validator, model_validator
 
 from bingo.params.arch_names import arch_mistake, arch_names, own_mistake
 from bingo.params.data import ImageParams, seen_image
-from bingo.params.fields import Count, FilePath, Interpolation, PerChannel, Positive, Rate, Section, Width, one_of
+from bingo.params.fields import LIBRARIES, Count, FilePath, Interpolation, PerChannel, Positive, Rate, Section, Weights, Width, one_of
 from bingo.params.known import OWN, KnownTeacher, completed, filled, known_names, known_teacher
 from bingo.params.training import PretrainParams
+from bingo.paths import MODELS
 from bingo.runtime.errors import near_matches
 
 
@@ -62,11 +63,14 @@ class OwnNetworkParams(NetworkParams):
 
 
 class StudentParams(OwnNetworkParams):
-    """The student's backbone, and settings for its training: `drop_path_rate`, the rate of stochastic depth (drop-connect in
-    EfficientNet) in the last block, increasing linearly along the network; `drop_rate`, dropout of the pooled
-    feature; `batchnorm_momentum`, the momentum of the running statistics (null: the library's default, usually 0.1).
+    """The student's backbone; `weights`, those that it starts from: null, seeded random ones; `timm` or `torchvision`, the library's
+    published ones (timm: the default, or those of the tag in `arch`); or a file of them. And settings for its training:
+    `drop_path_rate`, the rate of stochastic depth (drop-connect in EfficientNet) in the last block, increasing linearly along the
+    network; `drop_rate`, dropout of the pooled feature; `batchnorm_momentum`, the momentum of the running statistics (null: the
+    library's default, usually 0.1).
     """
 
+    weights: Weights | None
     drop_path_rate: Rate
     drop_rate: Rate
     batchnorm_momentum: Annotated[float, Field(gt=0, le=1)] | None
@@ -144,6 +148,20 @@ class TeacherParams(OwnNetworkParams):
         if self.source == "checkpoint" and not self.checkpoint:
             raise ValueError("checkpoint: null, but teacher.source is checkpoint; set teacher.checkpoint to the file")
         return self
+
+
+def place_mistakes(key: str, value: str | None, student: StudentParams) -> Iterator[str]:
+    """What is wrong with asking for weights of the student's network by `key`, whatever a file of them holds."""
+    library = "torchvision" if student.arch.startswith("torchvision/") else "timm"
+    if value in LIBRARIES and student.factory:
+        yield f"{key} = {value}: {student.arch} is a network of your own; set {key} to a file of its weights, or to null"
+    elif value in LIBRARIES and value != library:
+        yield f"{key} = {value}: student.arch = {student.arch} is a name of {library}; set {key}: {library}"
+    elif value in LIBRARIES and (student.width != 1 or student.stem != "imagenet"):
+        named = f"student.width = {student.width}, student.stem = {student.stem}"
+        yield f"{key} = {value}: {named}, but published weights have width 1.0 and stem imagenet; set {key} to a file, or to null"
+    elif value and value not in LIBRARIES and MODELS.resolve() in Path(value).resolve().parents:
+        yield f"{key} = {value}: {MODELS} holds what the stages write; copy the file to another folder, and set {key} to the copy"
 
 
 def source_mistakes(teacher: TeacherParams) -> Iterator[str]:

@@ -6,7 +6,7 @@ from pydantic import ValidationError, field_validator, model_validator
 
 from bingo.params.data import BaggingParams, DatasetParams, ExtractParams, ImageParams
 from bingo.params.evals import CocoParams, KnnEvalParams, LinearEvalParams, SemiEvalParams, TransferParams, TransferSetParams
-from bingo.params.fields import Section, Whole
+from bingo.params.fields import Section, Weights, Whole
 from bingo.params.methods import MethodsParams, method_names, method_section
 from bingo.params.mistakes import explanation
 from bingo.params.networks import StudentParams, TeacherParams
@@ -35,6 +35,7 @@ class Params(Section):
     student: StudentParams
     distill: DistillParams
     baselines: list[str]
+    supervised: Weights | None
     linear_eval: LinearEvalParams
     knn_eval: KnnEvalParams
     transfer_coco: CocoParams
@@ -51,6 +52,8 @@ class Params(Section):
 
     def _unknown_nets(self) -> list[str]:
         allowed = ["student", *self.baselines, "untrained"]
+        allowed += ["start"] if self.student.weights else []
+        allowed += ["supervised"] if self.supervised else []
         named = {"linear_eval.crops": self.linear_eval.crops.nets, "semi_eval": self.semi_eval.nets, "transfer": self.transfer.nets}
         return [
             f"{section}.nets: {name!r} is not a network, allowed are {', '.join(allowed)}{near_matches(name, allowed)}"

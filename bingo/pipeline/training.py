@@ -13,7 +13,9 @@ from bingo.evals.probe import Probe
 from bingo.images.images import open_images
 from bingo.images.listing import Listing
 from bingo.methods.contract import Method, Progress
+from bingo.nets.backbones import Backbone
 from bingo.nets.batchnorm import own_groups
+from bingo.nets.checkpoint import weights_sha256
 from bingo.nets.precision import resolve_precision
 from bingo.params import AugmentParams
 from bingo.pipeline.run import Run, code_fingerprint, in_words, process_group
@@ -37,12 +39,14 @@ if TYPE_CHECKING:  # a training without them does not depend on them
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Inputs of a training: the listing and its images; for distillation also the teacher's outputs and bags, for live keys the teacher."""
+    """Inputs of a training: the listing and its images; for distillation also the teacher's outputs and bags, for live keys the teacher;
+    the network with the weights that the student starts from, if these are not random."""
 
     listing: Listing
     embeddings: "Embeddings | None" = None
     bags: "BagIndex | None" = None
     teacher: "Teacher | None" = None
+    start: Backbone | None = None
 
 
 def train_method(
@@ -67,7 +71,7 @@ def train_method(
         bags, teacher = inputs.bags.table if inputs.bags is not None else None, inputs.teacher
         if teacher is not None:
             teacher = teacher.weights_for(resolve_precision(schedule.precision, device)).to(device).to(memory_format=torch.channels_last)
-        method = setup.build(device, schedule.precision, stored, bags, teacher)
+        method = setup.build(device, schedule.precision, stored, bags, teacher, inputs.start)
         _check_bags(run, method, bags)
         images = open_images(listing, paths.IMAGES, params.dataset)
         watched = listing, images, setup.image, params.seed, device, schedule.precision
@@ -80,7 +84,9 @@ def train_method(
         with state_folder(run.stage, _identity(run, setup, inputs)) as folder:
             label = f"{run.stage}: {setup.method}"
             checkpoints, measured = Checkpoints(folder / "checkpoints"), probe if probe.measures else None
-            trainer = Trainer(method, batches, schedule, device, checkpoints, measured, label, groups, setup.keep_best)
+            trainer = Trainer(
+                method, batches, schedule, device, checkpoints, measured, label, groups, setup.keep_best, inputs.start is not None
+            )
             if trainer.resumes():
                 run.say(f"{run.stage}: resuming from a checkpoint")
                 run.notes["resumed"] = True
@@ -127,6 +133,7 @@ def _identity(run: Run, setup: TrainingSetup, inputs: TrainingInputs) -> dict[st
     return {
         "params": [run.params.seed, *(section.model_dump(exclude=set(apart)) for section in sections), *apart.values()],
         "inputs": [artefact.fingerprint if artefact else None for artefact in artefacts],
+        "start": weights_sha256(inputs.start.state_dict()) if inputs.start is not None else None,
         "code": code_fingerprint(run.name, setup.method),
     }
 

@@ -22,7 +22,7 @@ from bingo.nets.backbones import Backbone, build_backbone, check_images
 from bingo.nets.heads import mlp_head
 from bingo.params import MethodSection, Params, ScheduleParams, image_values
 from bingo.runtime.checkpoints import Checkpoints
-from bingo.teachers.sources import make_teacher, published_key_width
+from bingo.teachers.reading.sources import make_teacher, published_key_width
 from bingo.teachers.teacher import Teacher
 from bingo.training.assembly import TrainingSetup, baseline, distillation, pretraining
 from bingo.training.batches import Batches, Stored

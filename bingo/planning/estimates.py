@@ -98,7 +98,8 @@ def _bag_flops(params: Params, train: int, feature_width: int) -> float:
 
 def _evaluation_flops(params: Params, counts: Counts, student_flops: int) -> float:
     """Features of centre views of every student-like network, twice, and the crops of each epoch of linear_eval.crops."""
-    networks, crops = 2 + len(params.baselines), params.linear_eval.crops
+    others = [weights for weights in (params.student.weights, params.supervised) if weights]
+    networks, crops = 2 + len(params.baselines) + len(others), params.linear_eval.crops
     centre = 2 * networks * (counts.train + counts.test)
     return (centre + len(crops.nets) * crops.epochs * counts.train) * student_flops
 

@@ -5,14 +5,15 @@ in `_RULES` for each, and take no time. Those of networks (network_limits.py) ar
 once: parameters that pass are remembered, so that a stage without torch need not import it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bingo.params.arch_names import tag_mistake
+from bingo.params.fields import LIBRARIES
 from bingo.params.methods import MethodSection
-from bingo.params.networks import source_mistakes
+from bingo.params.networks import place_mistakes, source_mistakes
 from bingo.params.training import ScheduleParams
 from bingo.params.whole import Params
 from bingo.runtime.artefacts import fingerprint, read_json, write_json
@@ -21,9 +22,22 @@ from bingo.runtime.errors import UserError
 if TYPE_CHECKING:
     from bingo.datasets.subset import Counts
 
-Rule = Callable[[Params, int], Iterator[str]]
+Rule = Callable[[Params, int], Iterable[str]]
 _Training = tuple[str, ScheduleParams, list[tuple[str, MethodSection]]]
-_READ = {"seed", "image", "teacher", "extract", "bagging", "student", "distill", "methods", "baselines", "transfer", "transfer_coco"}
+_READ = {
+    "seed",
+    "image",
+    "teacher",
+    "extract",
+    "bagging",
+    "student",
+    "distill",
+    "methods",
+    "baselines",
+    "supervised",
+    "transfer",
+    "transfer_coco",
+}
 _MOST_REMEMBERED = 200
 
 
@@ -91,6 +105,35 @@ def list_mistakes(params: Params) -> list[str]:
     ]
 
 
+def asked_weights(params: Params, start: str = "student.weights") -> dict[str, str | None]:
+    """What asks for weights of the student's network from elsewhere, by the key in params.yaml; `start` is printed for the first."""
+    return {start: params.student.weights, "supervised": params.supervised}
+
+
+def absent_weights(params: Params, start: str = "student.weights") -> list[str]:
+    """A line for each file of weights of the student's network that is not there."""
+    files = {key: value for key, value in asked_weights(params, start).items() if value and value not in LIBRARIES}
+    return [
+        f"{key} = {value}: the file does not exist; give the path of the weights, or {' or '.join(LIBRARIES)}, or null"
+        for key, value in files.items()
+        if not Path(value).exists()
+    ]
+
+
+def weights_mistakes(params: Params, start: str = "student.weights") -> list[str]:
+    """A line for each file of weights of the student's network that is not there or does not fit; reads them."""
+    lines = absent_weights(params, start)
+    for key, value in asked_weights(params, start).items():
+        if value and value not in LIBRARIES and Path(value).exists():
+            from bingo.teachers.weights import student_weights  # torch and timm
+
+            try:
+                student_weights(key, value, params.student, params.image)
+            except UserError as error:
+                lines += error.lines
+    return lines
+
+
 def batch_mistakes(params: Params, train_rows: int) -> list[str]:
     """A line for each batch and each size of bags that is too large for the number of train images."""
     trainings = _trainings(params)
@@ -122,10 +165,11 @@ def _trainings(params: Params) -> list[_Training]:
 
 def _tags_choose_weights(params: Params, _: int) -> Iterator[str]:
     """A tag selects timm's weights, so it has no meaning for a network that is initialised randomly or from a file."""
-    for name, network, loads in (("teacher", params.teacher, params.teacher.source == "timm"), ("student", params.student, False)):
+    loads_student = "timm" in (params.student.weights, params.supervised)
+    for name, network, loads in (("teacher", params.teacher, params.teacher.source == "timm"), ("student", params.student, loads_student)):
         if not loads and (mistake := tag_mistake(network.arch, f"set {name}.arch:")):
-            source = ", or teacher.source: timm to load its weights" if name == "teacher" else ""
-            yield f"{name}.arch = {network.arch}: {mistake}{source}"
+            key = "teacher.source" if name == "teacher" else "student.weights"
+            yield f"{name}.arch = {network.arch}: {mistake}, or {key}: timm to load its weights"
 
 
 def _batches_are_shared(params: Params, processes: int) -> Iterator[str]:
@@ -177,6 +221,7 @@ def _warmup_leaves_epochs(params: Params, _: int) -> Iterator[str]:
 
 _RULES: tuple[Rule, ...] = (
     lambda params, _: source_mistakes(params.teacher),
+    lambda params, _: [line for key, value in asked_weights(params).items() for line in place_mistakes(key, value, params.student)],
     _tags_choose_weights,
     _batches_are_shared,
     _groups_are_shared,

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from bingo.params import read_yaml
 from bingo.report.inputs import Artefacts
 from bingo.report.render import render
-from bingo.report.results import ROLES, Cell, Row, network_label
+from bingo.report.results import Cell, Row, network_label, network_role
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def net_rows(a: Artefacts, columns: Sequence[Mapping[str, Mapping[str, Any]]]) -
     measured = {net for column in columns for net in column}
     order = ["student", *sorted(measured - {"student", "untrained"}), "untrained"]
     return [
-        Row(net, network_label(a, net), ROLES.get(net, ""), [_cell(column.get(net)) for column in columns])
+        Row(net, network_label(a, net), network_role(a, net), [_cell(column.get(net)) for column in columns])
         for net in order
         if net in measured
     ]

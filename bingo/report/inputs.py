@@ -6,11 +6,14 @@ Does not import torch, so that a page takes a second or two. Shape letters: E ep
 import csv
 import json
 import math
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from bingo import paths
@@ -43,6 +46,8 @@ class Artefacts:
     best_epoch}}} with the protocols cached and crops, `bag_metrics` is what `bag_metrics.bag_metrics` returns.
     `failures` is what `failures.least_agreement` returns for the student.
     `semi` and `transfer` are by name what reports/semi and reports/transfer hold, each {nets: {net: {protocol: {top1_last, ..}}}, ..}.
+    `origins` names the weights from elsewhere of the networks `start` and `supervised`, where there are any.
+    `outcomes` is {net: {measure: percent of each test image, float64 (Q,)}} with the measures linear, knn_K, knn_K_weighted, agreement_K.
     `coco` is {run: {kind: {measure: percent}}} with the kinds box and mask.
     """
 
@@ -62,6 +67,8 @@ class Artefacts:
     semi: dict[str, dict[str, Any]] = field(default_factory=dict)
     transfer: dict[str, dict[str, Any]] = field(default_factory=dict)
     coco: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 def read_artefacts(params: Params, nets: Sequence[str]) -> Artefacts:
@@ -86,7 +93,35 @@ def read_artefacts(params: Params, nets: Sequence[str]) -> Artefacts:
         transfer=_measured("transfer", params.transfer.datasets),
         curves={name: read_curves(paths.PLOTS / f"{name}.csv") for name in terms},
         coco=_measured("coco", params.transfer_coco.runs),
+        origins=_origins(),
+        outcomes={net: _outcomes(net) for net in nets},
     )
+
+
+def _origins() -> dict[str, str]:
+    """The weights from elsewhere, by network; the stage `weights` leaves the files empty of those that were not asked for."""
+    files = {net: path for net, path in {"start": paths.START, "supervised": paths.SUPERVISED}.items() if path.exists()}
+    facts = {net: read_network_facts(path) for net, path in files.items() if path.stat().st_size}
+    return {net: found.metadata["weights"] for net, found in facts.items() if found is not None}
+
+
+def _outcomes(net: str) -> dict[str, np.ndarray]:
+    """Percent of each test image, of what reports/linear/NET.npz and reports/knn/NET.npz hold."""
+    linear, neighbors = (_arrays(paths.REPORTS / folder / f"{net}.npz") for folder in ("linear", "knn"))
+    found = {"linear": linear["cached"]} if "cached" in linear else {}
+    possible = {name: int(name.removeprefix("agreement_")) if name.startswith("agreement_") else 1 for name in neighbors}
+    return {name: 100.0 * hits_Q / possible.get(name, 1) for name, hits_Q in {**found, **neighbors}.items()}
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays in a file that `write_arrays` wrote; {} if there is no file. Raises UserError if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: is damaged ({' '.join(str(error).split())}); delete it and run: dvc repro") from None
 
 
 def _measured(folder: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -23,9 +23,11 @@ from bingo.report.inputs import Artefacts, Curves, NetworkFacts
 from bingo.report.measures import measure_label
 from bingo.report.plots import SERIES, lines
 from bingo.report.render import render_page
+from bingo.report.worth import headline
 
 _STAGE_ORDER = (
-    "scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar", "transfer_coco",
+    "scan", "teacher", "extract", "bag", "weights", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar",
+    "transfer_coco",
 )  # fmt: skip
 _COLORS, _BASELINE_COLOR = {"distill": 0, "teacher": 1}, 2  # of plots.SERIES, as in the results
 _DATASETS = {"digits": "Handwritten digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # by dataset.source
@@ -58,7 +60,7 @@ def build_page(a: Artefacts) -> str:
         "title": _title(a),
         "with_teacher": report_results.needs_teacher(a),
         "dataset": _dataset(a),
-        "headline": report_results.headline(a),
+        "headline": headline(a),
         "measure": report_results.headline_measure(a),
         "tiles": report_results.tiles(a),
         "warnings": report_results.warnings(a),
@@ -166,7 +168,7 @@ def _training(name: str, title: str, curves: Curves, terms: dict[str, Any], keep
             summary = f"{title}: {panel} by epoch. {_ends(series)}"
             charts.append(lines(f"{name}-{panel.split()[0].lower()}", panel, series, colors, summary))
     kept = f" Its weights are in {paths.BEST / 'student.safetensors'}." if keeps_best else ""
-    return TrainingCharts(title, f"{len(epochs)} epochs; the loss ended at {final:.4g}.{best}{kept if best else ''}", charts)
+    return TrainingCharts(title, f"{max(epochs):.0f} epochs; the loss ended at {final:.4g}.{best}{kept if best else ''}", charts)
 
 
 def _best_probe(curves: Curves) -> str:

@@ -1,7 +1,7 @@
 """The report's results: rows of networks, columns of measures, the headline, and caveats."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bingo.params import display_name
@@ -17,8 +17,9 @@ _HEADLINES = (
     *(("knn", key, measure_label(key)) for key in _USUAL_KNN),
     ("agreement", "agreement_10", measure_label("agreement_10")),
 )
-ROLES = {"teacher": "ceiling", "untrained": "floor", "pixels": "no network"}
-_FAMILY_COLORS = {"student": 0, "teacher": 1, "untrained": 3, "pixels": 3}  # of plots.SERIES; the baselines' is 2
+_ROLES = {"teacher": "ceiling", "untrained": "floor", "pixels": "no network"}
+_OTHERS = ("teacher", "student", "start", "supervised", "untrained", "pixels")  # that are no baselines
+_FAMILY_COLORS = {"student": 0, "teacher": 1, "start": 3, "untrained": 3, "pixels": 3}  # of plots.SERIES; the baselines' is 2
 _SKIPPED_SHOWN = 10
 _BAG_FIGURES = ("purity", "mutual_share", "view_overlap", "chance_share", "near_duplicates", "orphan_share", "recall")
 
@@ -70,6 +71,8 @@ def network_label(a: Artefacts, net: str) -> str:
     fixed = {
         "teacher": "Teacher",
         "student": f"Student by {display_name(method)}{'' if needs_teacher(a) else ', no teacher'}",
+        "start": f"Student before {'distillation' if needs_teacher(a) else 'this training'}",
+        "supervised": "Student, supervised",
         "untrained": "Student, untrained",
         "pixels": "Raw pixels",
     }
@@ -97,22 +100,27 @@ def column_groups(found: Sequence[Column]) -> list[tuple[str, int]]:
 
 
 def rows(a: Artefacts, found: Sequence[Column]) -> list[Row]:
-    """Teacher, student, baselines, the untrained student, raw pixels: those that were measured, in this order."""
+    """Teacher, student, baselines, the supervised student, the one before distillation, the untrained one, raw pixels: those that were
+    measured, in this order."""
     return [
-        Row(net, network_label(a, net), _role(a, net), [_cell(a, net, column) for column in found]) for net in _nets(a)
+        Row(net, network_label(a, net), network_role(a, net), [_cell(a, net, column) for column in found]) for net in _nets(a)
     ]  # fmt: skip
 
 
-def _role(a: Artefacts, net: str) -> str:
-    return "not used for training" if net == "teacher" and not needs_teacher(a) else ROLES.get(net, "")
+def network_role(a: Artefacts, net: str) -> str:
+    """What a network is beside the student, or the name of the weights that it has from elsewhere."""
+    if net in a.origins:
+        return a.origins[net]
+    return "not used for training" if net == "teacher" and not needs_teacher(a) else _ROLES.get(net, "")
 
 
 def chance_row(a: Artefacts, found: Sequence[Column]) -> list[float]:
     """What chance would reach, percent, for each column: one guessed class (or five) of equally many images, neighbours in any order."""
-    return [_chance(a, column) for column in found]
+    return [chance(a, column) for column in found]
 
 
-def _chance(a: Artefacts, column: Column) -> float:
+def chance(a: Artefacts, column: Column) -> float:
+    """What chance would reach, percent, by one measure."""
     if column.group == "agreement":
         return min(100.0, 100 * int(column.key.removeprefix("agreement_")) / max(1, a.listing.train_rows))
     classes = max(1, len(a.listing.classes))
@@ -121,7 +129,7 @@ def _chance(a: Artefacts, column: Column) -> float:
 
 def bars_svg(a: Artefacts) -> str:
     """The bar chart next to the table: the headline's measure, and k-NN where the headline is another; empty without scores."""
-    measures = [column for column in _headline_columns(a) if column.key != "knn_20_weighted"][:2] or _headline_columns(a)[:1]
+    measures = [column for column in headline_columns(a) if column.key != "knn_20_weighted"][:2] or headline_columns(a)[:1]
     if not measures:
         return ""
     bars = []
@@ -133,7 +141,7 @@ def bars_svg(a: Artefacts) -> str:
 
 def bars_caption(a: Artefacts) -> str:
     """The caption of the bar chart."""
-    names = [column.header for column in _headline_columns(a) if column.key != "knn_20_weighted"][:2]
+    names = [column.header for column in headline_columns(a) if column.key != "knn_20_weighted"][:2]
     if not names:
         return ""
     pale = f"; the pale bars are {names[1]}" if len(names) > 1 else ""
@@ -142,33 +150,18 @@ def bars_caption(a: Artefacts) -> str:
 
 def headline_measure(a: Artefacts) -> str:
     """The measure of the headline, or an empty string."""
-    found = _headline_columns(a)
+    found = headline_columns(a)
     return found[0].header if found else ""
 
 
 def tiles(a: Artefacts) -> list[HeadlineTile]:
     """The headline's figures: student, its baselines, the teacher, the floor."""
-    found = _headline_columns(a)
+    found = headline_columns(a)
     if not found:
         return []
     figures = {net: _cell(a, net, found[0]).percent for net in _nets(a)}
-    order = ["student", *_baselines(a), "teacher", "untrained"]
+    order = ["student", *_baselines(a), "supervised", "teacher", "start", "untrained"]
     return [HeadlineTile(net, network_label(a, net), percent) for net in order if (percent := figures.get(net)) is not None]
-
-
-def headline(a: Artefacts) -> str:
-    """The result in one sentence, with signed differences: better or worse than the baselines, the floor and the teacher."""
-    figures = {tile.net: tile.percent for tile in tiles(a)}
-    if "student" not in figures:
-        return ""
-    student = figures.pop("student")
-    against = [f"{_difference(student - percent)} {_against(a, net)}" for net, percent in figures.items()]
-    compared = f": {_listed(against)}" if against else ""
-    column = _headline_columns(a)[0]
-    if column.group == "agreement":
-        found = f"finds {student:.1f} % of the 10 train images that the teacher finds nearest to a test image"
-        return f"The student {found} (chance: {_chance(a, column):.1f} %){compared}."
-    return f"The student classifies {student:.1f} % of the test images correctly ({column.header}){compared}."
 
 
 def warnings(a: Artefacts) -> list[str]:
@@ -196,7 +189,8 @@ def caveats(a: Artefacts) -> list[str]:
         share = min(1.0, max(0.0, student / 100))
         found.append(
             f"One run with seed {a.params.seed}. With {test_images:,} test images, chance alone moves the student's figure by"
-            f" ±{196 * math.sqrt(share * (1 - share) / test_images):.1f} points (95 %) or more: smaller differences mean little."
+            f" ±{196 * math.sqrt(share * (1 - share) / test_images):.1f} points (95 %) or more."
+            " Intervals of differences are narrower, as all networks see the same images; they say nothing of other seeds."
         )
     if any(column.key == "top1_best" for column in columns(a)):
         found.append("The best epoch was chosen on the test split, so that column is optimistic; the others are the last epoch's.")
@@ -246,13 +240,13 @@ def _leaking_trainings(a: Artefacts) -> list[str]:
 
 def _nets(a: Artefacts) -> list[str]:
     measured = {net for scores in (a.knn, *a.linear.values()) for net in scores}
-    order = ["teacher", "student", *_baselines(a), "untrained", "pixels"]
+    order = ["teacher", "student", *_baselines(a), "supervised", "start", "untrained", "pixels"]
     return [net for net in order if net in measured]
 
 
 def _baselines(a: Artefacts) -> list[str]:
     others = {net for scores in (a.knn, *a.linear.values()) for net in scores}
-    return sorted(others - {"teacher", "student", "untrained", "pixels"})
+    return sorted(others - set(_OTHERS))
 
 
 def _cell(a: Artefacts, net: str, column: Column) -> Cell:
@@ -262,7 +256,7 @@ def _cell(a: Artefacts, net: str, column: Column) -> Cell:
     return Cell(of_net.get(column.key), note)
 
 
-def _headline_columns(a: Artefacts) -> list[Column]:
+def headline_columns(a: Artefacts) -> list[Column]:
     """The student's measures that can be the headline, the preferred one first."""
     found = [Column(*headline) for headline in _HEADLINES]
     return [column for column in found if _cell(a, "student", column).percent is not None]
@@ -274,24 +268,9 @@ def _short_header(key: str) -> str:
 
 
 def _short_label(net: str, method: str) -> str:
-    fixed = {"teacher": "Teacher", "student": display_name(method), "untrained": "Untrained", "pixels": "Pixels"}
-    return fixed.get(net, f"{display_name(net)} baseline" if net == method else display_name(net))
-
-
-def _difference(points: float) -> str:
-    size = f"{abs(points):.1f}"
-    return "as good as" if size == "0.0" else f"{size} points {'above' if points > 0 else 'below'}"
-
-
-def _against(a: Artefacts, net: str) -> str:
-    teacher = "its teacher" if needs_teacher(a) else "the teacher, which was not used for its training"
-    fixed = {"teacher": teacher, "untrained": "the same network untrained"}
-    return fixed.get(net, f"the same network trained by {display_name(net)} without a teacher")
-
-
-def _listed(parts: Iterable[str]) -> str:
-    *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
+    if net in _OTHERS:
+        return display_name(method) if net == "student" else net.capitalize()
+    return f"{display_name(net)} baseline" if net == method else display_name(net)
 
 
 def compared_figures(a: Artefacts) -> dict[str, dict[str, float]]:

@@ -78,6 +78,15 @@ def write_json(path: Path | str, value: Any) -> None:
     write_bytes(path, canonical_json(value).encode())
 
 
+def write_arrays(path: Path | str, arrays: Mapping[str, Any]) -> None:
+    """Write NumPy arrays by name as .npz, compressed, atomically; equal arrays give equal bytes."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_bytes(path, content.getvalue())
+
+
 def write_csv(path: Path | str, records: Sequence[Mapping[str, Any]], first_columns: Sequence[str]) -> None:
     """Write a CSV file with a line for each record atomically. `first_columns` come first; missing values are empty fields."""
     columns = list(dict.fromkeys([*first_columns, *(name for record in records for name in record)]))

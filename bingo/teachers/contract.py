@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bingo.teachers.foreign import is_state_dict
+from bingo.teachers.reading.foreign import is_state_dict
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 ANY_IMAGE = {"dynamic_img_size": True}  # vision transformers of timm: position embeddings are resampled to the image

@@ -1,6 +1,6 @@
 """The frozen teacher and its file, models/teacher.safetensors: a backbone and its projection head, from any source.
 
-The sources of teachers are in bingo/teachers/sources.py, so that reading a teacher does not depend on how it was obtained.
+The sources of teachers are in bingo/teachers/reading/sources.py, so that reading a teacher does not depend on how it was obtained.
 Shape letters: B images of a batch, D feature width, P key width.
 """
 

@@ -13,7 +13,7 @@ from bingo import seeds
 from bingo.images.images import Images
 from bingo.images.loader import ViewLoader
 from bingo.methods.contract import Context, Method, build_method
-from bingo.nets.backbones import build_backbone, check_images
+from bingo.nets.backbones import Backbone, build_backbone, check_images
 from bingo.params import DistillParams, ImageParams, MethodSection, NetworkParams, Params, PretrainParams
 from bingo.training.batches import Stored
 
@@ -49,11 +49,17 @@ class TrainingSetup:
         stored: Stored | None = None,
         bags: "Bags | None" = None,
         teacher: "Teacher | None" = None,
+        start: Backbone | None = None,
     ) -> Method:
-        """The method with a new student. Raises UserError if the student cannot be built, or does not accept images of image.crop_px."""
+        """The method with a new student, which has the weights of `start` if that is given.
+
+        Raises UserError if the student cannot be built, or does not accept images of image.crop_px.
+        """
         network, seed = self.network, self.params.seed
         student = build_backbone(network.arch, network.width, network.stem, seeds.torch_seed(seed, "student"), network.options)
         check_images(student, network.arch, self.image.crop_px)
+        if start is not None:
+            student.load_state_dict(start.state_dict())
         context = Context(
             student=student,
             feature_width=student.feature_width,

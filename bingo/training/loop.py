@@ -32,7 +32,8 @@ class TrainingResult:
     the network's features, the cost per anchor (GFLOP, forward and backward), and the times in this process: of all, of waiting for
     data, of the probe.
 
-    `best` is {"epoch": from 1, "probe": its figures, "weights": the student's state dict then, on the CPU}, on process 0; {} if none.
+    `best` is {"epoch": from 1 (0: the start), "probe": its figures, "weights": the student's state dict then, on the CPU}, on process 0;
+    {} if none.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -46,7 +47,8 @@ class TrainingResult:
 
 
 class Trainer(Resumable):
-    """Trains one method on one process group. `probe` measures the student as {name: percent}; it runs on process 0.
+    """Trains one method on one process group. `probe` measures the student as {name: percent}; it runs on process 0. With `measure_start`
+    also before the first step, as epoch 0.
 
     `batchnorm_groups` of the global batch have separate BatchNorm statistics; None: as `schedule` says without a momentum encoder.
     `keep_best`: keep the student's weights of the epoch with the highest first figure of the probe, the earliest of equal ones. They are
@@ -64,13 +66,15 @@ class Trainer(Resumable):
         label: str = "train",
         batchnorm_groups: int | None = None,
         keep_best: bool = False,
+        measure_start: bool = False,
     ):
         self.method = method.to(device).to(memory_format=torch.channels_last)
         self.batches, self.schedule, self.device = batches, schedule, device
         self.steps_per_epoch = batches.steps_per_epoch
         self.groups = own_groups(batchnorm_groups or schedule.groups_for(False, distributed.world()))
         self.own_anchors = schedule.batch_anchors // distributed.world()
-        self.checkpoints, self.probe, self.label, self.keep_best = checkpoints, probe, label, keep_best
+        self.checkpoints, self.probe, self.label = checkpoints, probe, label
+        self.keep_best, self.measure_start = keep_best, measure_start
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
             trained, lr=schedule.lr, momentum=schedule.sgd_momentum, weight_decay=schedule.weight_decay, fused=True
@@ -84,6 +88,8 @@ class Trainer(Resumable):
     def run(self) -> TrainingResult:
         """Train to the end, from the last checkpoint if there is one. Raises Interrupted after SIGTERM or SIGINT, with a checkpoint."""
         self._resume()
+        if self.measure_start and not self.history and self.probe is not None and self.schedule.probe_every_epochs:
+            self.history.append({"epoch": 0, **self._probed(0)})
         total = self.schedule.epochs * self.steps_per_epoch
         begun = time.monotonic()
         with self.checkpoints.stop_requests(), progress_bar(self.label, total * self.schedule.batch_anchors, "anchors") as bar:
@@ -153,16 +159,23 @@ class Trainer(Resumable):
             record[name] = round(float(distributed.mean(value / self.steps_per_epoch)), 6)
         every = self.schedule.probe_every_epochs
         last = epoch + 1 == self.schedule.epochs
-        if self.probe is not None and every and ((epoch + 1) % every == 0 or last) and distributed.rank() == 0:
-            begun = time.monotonic()
-            record |= (probed := self.probe(self.method.student))
-            self.result.probe_seconds += time.monotonic() - begun
+        if self.probe is not None and every and ((epoch + 1) % every == 0 or last):
+            record |= (probed := self._probed(epoch + 1))
             bar.remark = ", ".join(f"{name} {percent:.1f}" for name, percent in probed.items())
-            if self.keep_best:
-                self._keep_if_best(epoch + 1, probed)
-        distributed.barrier()
         self.sums = {}
         self.history.append(record)
+
+    def _probed(self, epoch: int) -> dict[str, float]:
+        """The probe's figures after so many epochs, on process 0, for which the others wait; there the best weights are kept."""
+        figures = dict[str, float]()
+        if self.probe is not None and distributed.rank() == 0:
+            begun = time.monotonic()
+            figures = self.probe(self.method.student)
+            self.result.probe_seconds += time.monotonic() - begun
+            if self.keep_best:
+                self._keep_if_best(epoch, figures)
+        distributed.barrier()
+        return figures
 
     def _keep_if_best(self, epoch: int, figures: dict[str, float]) -> None:
         name, value = next(iter(figures.items()))

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
 from bingo.datasets.sources import memory_listing
-from bingo.evals.agreement import TeacherAgreement, neighbor_agreement, neighbor_scores
+from bingo.evals.agreement import TeacherAgreement, neighbor_agreement, neighbor_hits, neighbor_scores
 from bingo.evals.finetune import task_of
 from bingo.evals.knn import nearest_train
 from bingo.params import load_params
@@ -36,7 +36,9 @@ def test_it_is_the_mean_share_of_common_neighbours(features, k):
     expected = 100 * np.mean([len(a & b) / k for a, b in zip(*sets, strict=True)])
     assert 0 < expected < 100
     teacher, network = features
-    found = TeacherAgreement(SimpleNamespace(features_ND=teacher), LISTING, KS).of(nearest_train(network[:600], network[600:], 100)[0])
+    common = TeacherAgreement(SimpleNamespace(features_ND=teacher), LISTING, KS).of(nearest_train(network[:600], network[600:], 100)[0])
+    assert common[f"agreement_{k}"].tolist() == [len(a & b) for a, b in zip(*sets, strict=True)]
+    found = neighbor_scores(common)
     assert list(found) == [f"agreement_{k}" for k in KS]
     assert found[f"agreement_{k}"] == pytest.approx(expected, abs=1e-5)
 
@@ -50,7 +52,7 @@ def test_test_images_that_are_left_out_are_not_judged(features):
 
     def scores(rows, listing):
         agreement = TeacherAgreement(SimpleNamespace(features_ND=teacher[rows]), listing, KS)
-        return neighbor_scores(network[rows], listing, [1, 10], 0.07, agreement, False)
+        return neighbor_scores(neighbor_hits(network[rows], listing, [1, 10], 0.07, agreement, False))
 
     assert scores(slice(None), whole) == scores(kept, part) != scores(slice(None), replace(whole, left_out_rows=()))
     params = load_params(Path(__file__).parents[2] / "params.yaml")

@@ -14,7 +14,7 @@ from torch import nn
 from bingo.evals.knn import knn_accuracies
 from bingo.images.images import MemoryImages
 from bingo.params import ImageParams, load_params
-from bingo.pipeline.backbones import Networks
+from bingo.pipeline.judging.backbones import Networks
 from bingo.runtime.errors import UserError
 
 

@@ -63,7 +63,7 @@ def test_reaches_the_accuracy_of_logistic_regression(seed):
     # The same objective: weight decay w on a mean over N rows is C = 1 / (w N) on a sum.
     reference = LogisticRegression(max_iter=1000, C=1 / (CACHED.weight_decay * len(train_X)))
     reference.fit((train_X - mean) / std, train_y)
-    score = linear_on_features(train_X, train_y, test_X, test_y, 10, CACHED, 0, CPU)
+    score = linear_on_features(train_X, train_y, test_X, test_y, 10, CACHED, 0, CPU)[0]
     assert score["top1_last"] >= 100 * reference.score((test_X - mean) / std, test_y) - 1
     assert score["top1_last"] <= score["top1_best"] <= score["top5_best"]
     assert score["top5_last"] > 99
@@ -73,11 +73,11 @@ def test_reaches_the_accuracy_of_logistic_regression(seed):
 def test_does_not_depend_on_scale_or_offset_of_features_and_is_repeatable():
     train_X, train_y, test_X, test_y = digits()
     params = CACHED.model_copy(update={"epochs": 5})
-    score = linear_on_features(train_X, train_y, test_X, test_y, 10, params, 0, CPU)
+    score = linear_on_features(train_X, train_y, test_X, test_y, 10, params, 0, CPU)[0]
     torch.rand(1)  # torch's global generator plays no part
-    assert score == linear_on_features(train_X, train_y, test_X, test_y, 10, params, 0, CPU)
-    assert score == linear_on_features(train_X * 2**-10, train_y, test_X * 2**-10, test_y, 10, params, 0, CPU)
-    moved = linear_on_features(train_X + 32, train_y, test_X + 32, test_y, 10, params, 0, CPU)
+    assert score == linear_on_features(train_X, train_y, test_X, test_y, 10, params, 0, CPU)[0]
+    assert score == linear_on_features(train_X * 2**-10, train_y, test_X * 2**-10, test_y, 10, params, 0, CPU)[0]
+    moved = linear_on_features(train_X + 32, train_y, test_X + 32, test_y, 10, params, 0, CPU)[0]
     assert moved["top1_last"] == pytest.approx(score["top1_last"], abs=0.5)
 
 
@@ -86,8 +86,8 @@ def test_read_only_float16_features_are_taken_and_left_alone():
     half = train_X.astype(np.float16)
     half.flags.writeable = False
     params = CACHED.model_copy(update={"epochs": 2})
-    score = linear_on_features(half, train_y, test_X, test_y, 10, params, 0, CPU)
-    assert score == linear_on_features(train_X, train_y, test_X, test_y, 10, params, 0, CPU)  # 0..16 are exact in float16
+    score = linear_on_features(half, train_y, test_X, test_y, 10, params, 0, CPU)[0]
+    assert score == linear_on_features(train_X, train_y, test_X, test_y, 10, params, 0, CPU)[0]  # 0..16 are exact in float16
     np.testing.assert_array_equal(train_X, digits()[0])
 
 
@@ -104,7 +104,7 @@ def test_one_step_equals_softmax_regression():
     bias = bias - 0.5 * (error.mean(0) + 0.1 * bias)
     test_X, test_y = rng.standard_normal((200, 3)).astype(np.float32), rng.integers(0, 3, 200)
     logits = (test_X - X.mean(0)) / X.std(0) @ weight.T + bias
-    score = linear_on_features(X, y, test_X, test_y, 3, params, 0, CPU)
+    score = linear_on_features(X, y, test_X, test_y, 3, params, 0, CPU)[0]
     assert score["top1_last"] == pytest.approx(100 * (logits.argmax(1) == test_y).mean())
     assert score["top5_last"] == 100  # of 3 classes
     assert score["best_epoch"] == 1
@@ -130,7 +130,7 @@ def test_both_protocols_and_fine_tuning_start_as_init_std_says(tmp_path):
     still = {"epochs": 1, "lr": 1e-9}
     for std in (None, 0.5):
         cached = CACHED.model_copy(update=still | {"init_std": std})
-        got = linear_on_features(X, y, test_X, test_y, 10, cached, 0, CPU)["top1_last"]
+        got = linear_on_features(X, y, test_X, test_y, 10, cached, 0, CPU)[0]["top1_last"]
         mean, deviation = X.mean(axis=0), X.std(axis=0)
         scaled = (test_X - mean) / np.where(deviation > 0, deviation, np.inf)
         with torch.no_grad():

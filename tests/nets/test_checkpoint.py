@@ -8,7 +8,7 @@ from torch import nn
 from bingo.nets.checkpoint import building, first_names, load_network, load_strictly, save_network
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import UserError
-from bingo.teachers.foreign import read_checkpoint
+from bingo.teachers.reading.foreign import read_checkpoint
 
 STATE = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(7), "c": torch.ones(2, dtype=torch.float16)}
 METADATA = {"kind": "test", "mean": [0.5, 0.25], "width": 0.125, "head": None, "name": "é"}

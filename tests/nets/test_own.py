@@ -10,7 +10,7 @@ from bingo.nets.students import load_student, save_student
 from bingo.params import arch_names, read_yaml, validate
 from bingo.planning.limits import check_limits
 from bingo.runtime.errors import UserError
-from bingo.teachers.sources import make_teacher
+from bingo.teachers.reading.sources import make_teacher
 from bingo.teachers.teacher import load_teacher, save_teacher
 from tests.workspace import ROOT
 
@@ -32,7 +32,7 @@ def params_of(teacher=None, student=None):
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """Writes mine.py into a folder that stands for bingo/nets/own."""
-    for module in ("bingo.params.arch_names", "bingo.nets.backbones", "bingo.teachers.sources"):
+    for module in ("bingo.params.arch_names", "bingo.nets.backbones", "bingo.teachers.reading.sources"):
         monkeypatch.setattr(f"{module}.OWN", tmp_path)
     return lambda more="", other="return 1": (tmp_path / "mine.py").write_text(NET.format(more=more, other=other))
 

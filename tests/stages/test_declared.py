@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import test_transfer_coco
+import torch
 from coco_data import make_split
 from PIL import Image
 from test_pipeline import INFRASTRUCTURE, STAGES, definition
@@ -43,7 +44,7 @@ PLACES = {"dataset.root", "dataset.follow_links"}
 NO_READERS = {file for file in INFRASTRUCTURE if not file.startswith("bingo/params/") or file.endswith("limits.py")}
 PARAMS = read_yaml(ROOT / "params.yaml")
 FOR_FILES = {*PLACES, "dataset.check", "dataset.on_bad_image"}
-NETS = ("student", "untrained", "teacher", "pixels")
+NETS = ("student", "untrained", "start", "supervised", "teacher", "pixels")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ COMMANDS = [
     Command("scan"),
     Command("teacher"),
     Command("extract"),
+    Command("weights", settings=({"student.weights": "start.pth", "supervised": "start.pth"},)),
     Command("baseline", "moco"),
     Command("bag", settings=({"bagging.relation": "baselines/moco"}, {"bagging.method": "kmeans"}, {})),
     Command("distill", settings=({"distill.keys": "live", "distill.method": "seed"}, {})),
@@ -140,6 +142,9 @@ class Runs:
 
     def __init__(self, root: Path, stages: Stages):
         self.workspaces = {"main": new_workspace(root / "main", stages, SHORT), "coco": coco(root, stages), "files": files(root, stages)}
+        student = load_params(self.workspaces["main"].root / "params.yaml").student
+        network = build_backbone(student.arch, student.width, student.stem, 0)
+        torch.save(network.state_dict(), self.workspaces["main"].root / "start.pth")
         self.found = {}
         for command in COMMANDS:
             self.found[command.label] = [self._run(command, changes) for changes in command.settings]

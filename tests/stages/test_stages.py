@@ -237,7 +237,7 @@ def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
     assert_as_reference(workspace, reference, "teacher")
 
 
-ALL_KNN = {"knn_eval@student", "knn_eval@untrained", "knn_eval@teacher", "knn_eval@pixels", "knn_eval_baseline@moco"}
+ALL_KNN = {f"knn_eval@{net}" for net in ("student", "untrained", "start", "supervised", "teacher", "pixels")} | {"knn_eval_baseline@moco"}
 
 
 def test_an_evaluation_is_out_of_date_where_its_own_network_or_parameters_change(workspace):
@@ -257,7 +257,7 @@ def test_an_evaluation_is_out_of_date_where_its_own_network_or_parameters_change
         ({"bagging.k": 9}, {"bag"}),
         ({"knn_eval.temperature": 0.2}, ALL_KNN),
         ({"knn_eval.resize_px": 20}, ALL_KNN - {"knn_eval@teacher", "knn_eval@pixels"}),
-        ({"linear_eval.crops.nets": []}, {"linear_eval@student", "linear_eval@untrained", "linear_eval_baseline@moco"}),
+        ({"linear_eval.crops.nets": []}, {name.replace("knn", "linear") for name in ALL_KNN if not name.endswith(("teacher", "pixels"))}),
     ):
         workspace.edit(changes)
         assert set(json.loads(dvc("status", "--json"))) == {*wanted, "report"}
@@ -464,8 +464,8 @@ def test_a_small_dataset_leaves_out_the_k_that_it_is_too_small_for(own_images):
         if stage == "knn_eval":
             for name, k in (("k", 200), ("agreement_k", 100)):
                 assert f"knn_eval: there are only 60 train images, so knn_eval.{name} {k} is left out" in out
-    scores = {path.stem: json.loads(path.read_text()) for path in (own_images.root / "reports/knn").iterdir()}
-    assert set(scores) == {"student", "moco", "untrained", "teacher", "pixels"}
+    scores = {path.stem: json.loads(path.read_text()) for path in (own_images.root / "reports/knn").glob("*.json")}
+    assert set(scores) == {"student", "moco", "untrained", "start", "supervised", "teacher", "pixels"}
     agreements, votes = {"agreement_1", "agreement_10"}, {f"knn_{k}{kind}" for k in (1, 10, 20) for kind in ("", "_weighted")}
     assert set(scores["student"]) == agreements | votes
     assert set(scores["teacher"]) == votes
@@ -511,7 +511,7 @@ def test_images_without_labels_go_through_to_a_report(own_images):
     assert "agreement with the teacher, k = 10: " in json.loads((own_images.root / ".bingo/runs/distill.json").read_text())["probe"]
     assert "probe" not in json.loads((own_images.root / ".bingo/runs/baseline-moco.json").read_text())
     page = (own_images.root / "reports/index.html").read_text()
-    assert f"The student finds {scores['student']['agreement_10']:.1f} % of the 10 train images" in page
+    assert f"the student finds {scores['student']['agreement_10']:.1f} % of the 10 train images" in page
     assert f"25 of the train images were drawn by seed 0 and held out. Of these {len(twins)} are near-duplicates" in page
     bags = json.loads((own_images.root / "reports/bags.json").read_text())
     assert bags["near_duplicates"] == sum(digits[:85].count(digit) == 2 for digit in digits[:85])

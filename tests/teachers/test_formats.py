@@ -21,7 +21,7 @@ from bingo.nets.heads import describe_head, described_head
 from bingo.params import format_names, load_params, method_names
 from bingo.runtime.errors import UserError
 from bingo.teachers.formats import dinov2
-from bingo.teachers.sources import make_teacher
+from bingo.teachers.reading.sources import make_teacher
 from bingo.teachers.teacher import Teacher, load_teacher, save_teacher
 
 pytestmark = pytest.mark.slow
@@ -296,7 +296,7 @@ def test_a_format_is_named_by_its_own_file_alone(name):
     assert module.EXPECTED
     assert (module.KEY_WIDTH is not None) == (name in published.WITH_A_HEAD)
     if name not in method_names():  # a method may have a format of its name
-        names_of_timm = ROOT / "bingo/teachers/wrapped.py"  # where dinov2 is a part of them
+        names_of_timm = ROOT / "bingo/teachers/reading/wrapped.py"  # where dinov2 is a part of them
         code = [path for path in (ROOT / "bingo").rglob("*.py") if path not in (Path(module.__file__), names_of_timm)]
         assert not [path for path in code if re.search(rf"""["']{name}["']""", path.read_text())]
 

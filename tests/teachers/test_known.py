@@ -21,7 +21,7 @@ from bingo.params import format_names, read_yaml, validate
 from bingo.params.known import FOLDER, known_names, known_teacher
 from bingo.planning.costs import forward_flops
 from bingo.runtime.errors import UserError
-from bingo.teachers.sources import make_teacher, published_key_width
+from bingo.teachers.reading.sources import make_teacher, published_key_width
 from bingo.teachers.teacher import Teacher, load_teacher, save_teacher
 
 ROOT = Path(__file__).parents[2]

@@ -22,8 +22,8 @@ from bingo.nets.checkpoint import save_network
 from bingo.nets.heads import mlp_head
 from bingo.params import load_params
 from bingo.runtime.errors import UserError
-from bingo.teachers.foreign import Nothing, read_checkpoint
-from bingo.teachers.sources import make_teacher
+from bingo.teachers.reading.foreign import Nothing, read_checkpoint
+from bingo.teachers.reading.sources import make_teacher
 from bingo.teachers.teacher import Teacher, load_teacher, save_teacher, teacher_metadata
 
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")

@@ -19,7 +19,7 @@ from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import save_network
 from bingo.nets.students import load_student, save_student
 from bingo.runtime.errors import UserError
-from bingo.teachers.sources import make_teacher
+from bingo.teachers.reading.sources import make_teacher
 from tests.teachers.test_wrapped import IMAGE, NARROW, PARAMS, moco, params_of, weights
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,8 @@ from torchvision import models as vision
 from bingo.nets.backbones import Backbone, build_backbone
 from bingo.params import NetworkParams, load_params
 from bingo.runtime.errors import UserError
-from bingo.teachers.foreign import read_checkpoint, shared_prefix
-from bingo.teachers.sources import make_teacher
+from bingo.teachers.reading.foreign import read_checkpoint, shared_prefix
+from bingo.teachers.reading.sources import make_teacher
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ from bingo.runtime.artefacts import canonical_json, fingerprint, write_json
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.checksums import seal, seal_safetensors
 from bingo.runtime.errors import UserError
-from bingo.teachers.sources import make_teacher
+from bingo.teachers.reading.sources import make_teacher
 from bingo.teachers.teacher import load_teacher, teacher_metadata
 from tests import published
 from tests.published import WideResNet, lively

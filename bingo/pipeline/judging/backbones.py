@@ -1,5 +1,6 @@
-"""The networks that are evaluated, each from its own file: the student, its baselines, the same network untrained; and, as features of
-all rows, also the teacher and raw pixels. The evaluation of one network does not depend on another."""
+"""The networks that are evaluated, each from its own file: the student, its baselines, the same network untrained, with the weights that
+the student started from, and with supervised ones; and, as features of all rows, also the teacher and raw pixels. The evaluation of one
+network does not depend on another."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from bingo.nets.backbones import Backbone
 
 STORED = ("teacher", "pixels")  # no network is run for their features
+_FILES = {"student": paths.STUDENT, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
 
 
 def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
@@ -53,7 +55,12 @@ def state_of(run: Run, item: str, nets: Sequence[str], inputs: Sequence[Any], *d
 
 
 def _file(name: str) -> Path:
-    return paths.STUDENT if name == "student" else paths.BASELINES / f"{name}.safetensors"
+    return _FILES.get(name, paths.BASELINES / f"{name}.safetensors")
+
+
+def existing(names: Sequence[str]) -> list[str]:
+    """`names` without those that were not asked for: the stage `weights` leaves their files empty."""
+    return [name for name in names if name not in ("start", "supervised") or (_file(name).exists() and _file(name).stat().st_size)]
 
 
 class Networks:

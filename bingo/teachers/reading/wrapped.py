@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bingo.nets.backbones import Backbone, build_backbone
 from bingo.runtime.errors import UserError
-from bingo.teachers.foreign import dicts_in, shared_prefix, states_in, without_wrapping
+from bingo.teachers.reading.foreign import dicts_in, shared_prefix, states_in, without_wrapping
 
 # Of several networks that fit, the one whose wrappers come first here; what is not here comes behind, equal among itself.
 _PREFERRED = (

@@ -9,7 +9,7 @@ import torch
 from bingo.evals.finetune import ClassifierTrainer, Protocol
 from bingo.nets.backbones import Backbone
 from bingo.params import Section, SemiEvalParams, TransferParams
-from bingo.pipeline.backbones import state_of
+from bingo.pipeline.judging.backbones import state_of
 from bingo.pipeline.run import Run
 from bingo.runtime import distributed
 from bingo.runtime.artefacts import write_json

@@ -30,9 +30,8 @@ from bingo.params.networks import source_mistakes
 from bingo.runtime.artefacts import file_fingerprint
 from bingo.runtime.errors import UserError, near_matches
 from bingo.teachers.contract import ANY_IMAGE, FIRST_WEIGHTS, Parts
-from bingo.teachers.foreign import read_checkpoint, states_in, summary
-from bingo.teachers.teacher import teacher_metadata
-from bingo.teachers.wrapped import (
+from bingo.teachers.reading.foreign import read_checkpoint, states_in, summary
+from bingo.teachers.reading.wrapped import (
     UNKNOWN_RANK,
     find,
     grid_px,
@@ -43,6 +42,7 @@ from bingo.teachers.wrapped import (
     without_classifier,
     without_masking,
 )
+from bingo.teachers.teacher import teacher_metadata
 
 Made = tuple[Backbone, nn.Sequential | None, dict[str, Any]]
 _STATES = ("state_dict", "model")  # where most published checkpoints keep their weights
@@ -89,6 +89,11 @@ def untrained(params: TeacherParams, seed: int) -> Made:
     return backbone, None, {"pretrained": False, **_noted(params, {})}
 
 
+def from_library(params: TeacherParams, image: ImageParams) -> Made:
+    """`from_timm` or `from_torchvision`, as `teacher.arch` is named."""
+    return (from_torchvision if params.arch.startswith("torchvision/") else from_timm)(params, image)
+
+
 def from_timm(params: TeacherParams, image: ImageParams) -> Made:
     """timm's pretrained weights, or the local file `teacher.checkpoint` under timm's names; the classifier is left out.
 
@@ -118,6 +123,12 @@ def from_torchvision(params: TeacherParams, image: ImageParams) -> Made:
     state = _download(params, lambda: vision.get_model(name, weights=weights, progress=False))
     left_out = _load_trunk(backbone, state, f"torchvision's weights of {name}")
     return backbone, None, {"pretrained": True, "weights": str(weights), "left_out": left_out}
+
+
+def from_names(params: TeacherParams, image: ImageParams) -> Made:
+    """The weights in `teacher.checkpoint` under the network's own names, whatever mean and std they were trained with."""
+    options = ANY_IMAGE if is_transformer(params.arch) else {}
+    return _from_own_file(params, image, _empty(params, options), options)
 
 
 def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
@@ -229,11 +240,11 @@ def _what_instead(params: TeacherParams, content: Any) -> str:
 
 def _ways_out(params: TeacherParams, content: Any, otherwise: str = "give a whole file in teacher.checkpoint") -> str:
     """The settings with which a checkpoint is read, where there are any: each was tried, so that none leads to the next refusal."""
-    found = [settings for settings in _readings(params, content) if any(getattr(params, name) != x for name, x in settings.items())]
+    found = [settings for settings in readings(params, content) if any(getattr(params, name) != x for name, x in settings.items())]
     return f"set {', or '.join(_as_settings(params, settings) for settings in found)}" if found else otherwise
 
 
-def _readings(params: TeacherParams, content: Any) -> Iterator[dict[str, Any]]:
+def readings(params: TeacherParams, content: Any) -> Iterator[dict[str, Any]]:
     """Source, format, arch, width and stem that read a checkpoint: of the published format that it is of, or else of a library and of
     formats without names of their own."""
     read_by = _readers(content)

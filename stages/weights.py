@@ -1,0 +1,38 @@
+"""weights: read weights from elsewhere for the student's network, those that it starts from (student.weights) and `supervised` ones.
+
+They go to models/start.safetensors and models/supervised.safetensors, each of which is empty if none are asked for.
+"""
+
+from pathlib import Path
+
+from bingo import paths
+from bingo.pipeline.commands import run_command
+from bingo.pipeline.run import Run, stage_run
+
+
+def main() -> None:
+    """Convert weights from elsewhere, strictly."""
+    with stage_run("weights") as run:
+        _convert(run, "student.weights", run.params.student.weights, paths.START)
+        _convert(run, "supervised", run.params.supervised, paths.SUPERVISED)
+
+
+def _convert(run: Run, key: str, value: str | None, path: Path) -> None:
+    from bingo.runtime.artefacts import write_bytes
+
+    if value is None:
+        write_bytes(path, b"")
+        return
+    from bingo.nets.students import save_backbone
+    from bingo.runtime.progress import progress_bar
+    from bingo.teachers.weights import student_weights
+
+    params = run.params
+    with progress_bar(f"reading {value}"):
+        backbone, facts = student_weights(key, value, params.student, params.image)
+        save_backbone(path, backbone.state_dict(), params.student, params.image, facts)
+    run.say(f"weights: {key}: {params.student.arch} with {facts['weights']}")
+
+
+if __name__ == "__main__":
+    run_command(main)
