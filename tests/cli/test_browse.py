@@ -1,6 +1,5 @@
 """`bingo bags`: show, stats, diff, find, from the command line as people type it; values against plain loops over the index."""
 
-import json
 import os
 import subprocess
 import sys
