@@ -7,10 +7,11 @@ loaded by the library. Shape letters: B images of a batch, D feature width.
 import copy
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import timm
 import torch
@@ -38,6 +39,7 @@ _MOST_CHANNELS = 2**16
 _TRANSFORMERS = tuple(f"timm.models.{module}" for module in ("vision_transformer", "vision_transformer_hybrid", "deit", "eva"))
 _TIERED = 4  # a tiered stem has a quarter of its width in the first layer
 _USUAL_PX = (*range(8, 65, 8), 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 518)
+Built = TypeVar("Built")
 
 
 class Backbone(nn.Module):
@@ -91,6 +93,14 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
         if stem == "small":
             _make_stem_small(net, arch)
     return cast(Backbone, net)
+
+
+def without_numbers(build: Callable[[], Built]) -> Built:
+    """What `build` returns on torch's meta device, which takes no memory; with numbers if it cannot be built there (RegNets of timm 1.0.28
+    with torch 2.11, networks that read a number of a tensor)."""
+    with suppress(NotImplementedError, RuntimeError, TypeError, ValueError), torch.device("meta"):
+        return build()
+    return build()
 
 
 def made_by_factory(arch: str) -> tuple[Any, ...]:

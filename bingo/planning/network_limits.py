@@ -5,13 +5,13 @@ Large networks are built without numbers (torch's meta device), and nothing is r
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from bingo.methods.contract import Progress
-from bingo.nets.backbones import Backbone, build_backbone, check_images
+from bingo.nets.backbones import Backbone, build_backbone, check_images, without_numbers
 from bingo.params import Params, image_values
 from bingo.planning.dry_run import DryTraining, dry_baseline, dry_pretraining, dry_student, dry_teacher
 from bingo.runtime.errors import UserError
@@ -63,9 +63,7 @@ def _teacher(params: Params) -> Teacher:
     """A stand-in for the teacher, on torch's meta device if possible."""
     if params.teacher.source == "factory":  # the user's own code may read weights
         return dry_teacher(params, checkpoint=False)
-    with suppress(NotImplementedError, RuntimeError, TypeError, ValueError), torch.device("meta"):
-        return dry_teacher(params, checkpoint=False)
-    return dry_teacher(params, checkpoint=False)
+    return without_numbers(lambda: dry_teacher(params, checkpoint=False))
 
 
 def _any_teacher(params: Params) -> Teacher:

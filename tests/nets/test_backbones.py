@@ -8,7 +8,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torchvision import models as vision
 
-from bingo.nets.backbones import build_backbone, check_images
+from bingo.nets.backbones import build_backbone, check_images, without_numbers
 from bingo.nets.checkpoint import save_network
 from bingo.nets.heads import head_widths, mlp_head, unit
 from bingo.nets.students import load_student, save_student
@@ -83,6 +83,16 @@ def test_timm_and_torchvision_agree_on_the_names_and_the_function(arch):
     theirs.load_state_dict(net.state_dict())
     x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(net(x), theirs.eval()(x))
+
+
+def test_what_cannot_be_built_without_numbers_is_built_with_them():
+    def reading() -> nn.Module:
+        return nn.Linear(int(torch.full((3,), 2).sum()), 1)
+
+    assert all(tensor.is_meta for tensor in without_numbers(lambda: build_backbone("resnet18", 1.0, "small", 0)).parameters())
+    assert without_numbers(reading).weight.shape == (1, 6)
+    with pytest.raises(UserError):
+        without_numbers(lambda: build_backbone("resnet8", 1.0, "small", 0))
 
 
 def test_timm_reads_a_student_strictly(tmp_path):

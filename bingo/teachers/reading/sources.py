@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torchvision import models as vision
 
 from bingo import seeds
-from bingo.nets.backbones import Backbone, build_backbone, check_images, is_transformer, made_by_factory
+from bingo.nets.backbones import Backbone, build_backbone, check_images, is_transformer, made_by_factory, without_numbers
 from bingo.nets.checkpoint import check_fits, first_names, load_strictly
 from bingo.nets.heads import layered_head
 from bingo.params import ImageParams, TeacherParams, format_names, seen_image
@@ -148,7 +149,7 @@ def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     origin = f"{path}: its backbone does not fit {params.arch}"
     if "dynamic_img_size" in parts.options and not is_transformer(params.arch):
         raise UserError(f"{origin}: these are the weights of a vision transformer; {_ways_out(params, content)}")
-    backbone, options = _of_its_grid(params, _empty(params, parts.options), parts.options, parts.trunk)
+    backbone, options = _with_grid(params, parts)
     trunk, masked = without_masking(parts.trunk, backbone)
     load_strictly(backbone, trunk, origin, lambda: _ways_out(params, content, _no_usual(backbone, parts.trunk)))
     head = _head(parts, backbone, f"{path}: its projection head is not that of format {params.format}") if parts.layers else None
@@ -199,6 +200,10 @@ def _mention_stem(params: TeacherParams) -> None:
     if params.stem == "small":
         line = "teacher.stem = small: fits the file, which does not say with which stem it was trained"
         print(f"{line}; published networks have teacher.stem: imagenet", file=sys.stderr)
+
+
+def _with_grid(params: TeacherParams, parts: Parts) -> tuple[Backbone, dict[str, Any]]:
+    return _of_its_grid(params, _empty(params, parts.options), parts.options, parts.trunk)
 
 
 def _of_its_grid(
@@ -266,11 +271,11 @@ def _network_of(params: TeacherParams, parts: Parts) -> dict[str, Any] | None:
     """arch, width and stem with which these parts load: those asked for, or of a usual network; None where none do."""
     asked = {name: getattr(params, name) for name in ("arch", "width", "stem")}
     for network in filter(None, (asked, settings_that_fit(parts.trunk))):
-        with suppress(UserError), torch.device("meta"):
-            own = params.model_copy(update=network)
-            if parts.unknown or ("dynamic_img_size" in parts.options and not is_transformer(own.arch)):
-                continue
-            backbone, _ = _of_its_grid(own, _empty(own, parts.options), parts.options, parts.trunk)
+        own = params.model_copy(update=network)
+        if parts.unknown or ("dynamic_img_size" in parts.options and not is_transformer(own.arch)):
+            continue
+        with suppress(UserError):
+            backbone, _ = without_numbers(partial(_with_grid, own, parts))
             check_fits(backbone.state_dict(), without_masking(parts.trunk, backbone)[0], "")
             if parts.layers:
                 _head_widths(parts, backbone, "")

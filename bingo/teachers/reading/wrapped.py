@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bingo.nets.backbones import Backbone, build_backbone
+from bingo.nets.backbones import Backbone, build_backbone, without_numbers
 from bingo.runtime.errors import UserError
 from bingo.teachers.reading.foreign import dicts_in, shared_prefix, states_in, without_wrapping
 
@@ -180,8 +179,7 @@ def settings_that_fit(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
 def _empty(arch: str, width: float, stem: str) -> Backbone | None:
     """The network without numbers, or None if there is no such network."""
     try:
-        with torch.device("meta"):
-            return build_backbone(arch, width, stem, 0)
+        return without_numbers(lambda: build_backbone(arch, width, stem, 0))
     except UserError:
         return None
 
