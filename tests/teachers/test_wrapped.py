@@ -267,11 +267,11 @@ def test_what_is_no_checkpoint_is_answered_by_what_it_is(tmp_path, content, help
 
 def test_a_program_of_torchscript_is_answered_with_how_to_get_at_its_weights(tmp_path):
     net = build_backbone("resnet18", 0.125, "imagenet", 0).eval()
-    with pytest.warns(FutureWarning, match="deprecated"):
+    with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):
         torch.jit.trace(net, torch.zeros(1, 3, 32, 32)).save(str(tmp_path / "net.pt"))
     with pytest.raises(UserError, match=r"torch\.jit\.load"):
         read_checkpoint(tmp_path / "net.pt")
-    with pytest.warns(FutureWarning, match="deprecated"):
+    with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):
         torch.save(torch.jit.load(str(tmp_path / "net.pt")).state_dict(), tmp_path / "state.pt")  # what it says
     make_teacher(params_of(tmp_path / "state.pt"), IMAGE, 0)
 
