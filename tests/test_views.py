@@ -87,6 +87,8 @@ def test_a_mapping_replaces_single_numbers_and_all_of_them_need_no_name():
         ({"name": "weak", "flip_p": 2.0}, "distill.augment.flip_p = 2.0", ["less than or equal to 1"]),
         ({"name": "weak", "flip_p": None}, "distill.augment.flip_p = None", ["number"]),
         ({"name": "weak", "flip": 0.0}, "distill.augment.flip ", ["not a known key", "did you mean flip_p", "crop_scale"]),
+        ({"a\nb": 0.0}, "distill.augment.'a\\nb' ", ["not a known key"]),
+        ({1: 0.0, "name": "weak"}, "distill.augment.1", ["strings"]),
         ({"name": "weak", "crop_scale": [0.5, 0.2]}, "distill.augment", ["crop_scale", "smaller number first"]),
     ],
 )
@@ -151,7 +153,7 @@ def test_what_dvc_sets_is_read_or_refused_in_one_line(tmp_path, options, flips):
     with pytest.raises(UserError) as caught:
         validate(read_yaml(path), str(path))
     (line,) = caught.value.lines
-    way_out = line.partition("-S as '...")[2].partition("'")[0]
+    way_out = line.partition("-S '...")[2].partition("'")[0]
     path.write_bytes((ROOT / "params.yaml").read_bytes())
     apply_overrides(path, [f"distill.{way_out}"])
     assert validate(read_yaml(path), str(path)).distill.augment.flip_p == 0

@@ -39,9 +39,9 @@ def numbers_of(augment: Any) -> Any:
     if not isinstance(augment, dict):
         raise ValueError(f"allowed is one of {names}, or a section with name and the numbers that differ")
     usual = sets["photographs"]
-    if augment.get("name") is None and not usual.keys() <= augment.keys():
-        example = ", ".join(["name: photographs", *(f"{key}: {short(value)}" for key, value in augment.items() if key != "name")])
-        raise ValueError(f"its name is missing; add it, with -S as '...augment={{{example}}}'; names are {names}")
+    if augment.get("name") is None and augment.keys() - {"name"} < usual.keys():
+        example = ", ".join(["name: photographs", *(f"{key}: {short(augment[key])}" for key in usual if key in augment)])
+        raise ValueError(f"its name is missing; add it (as -S '...augment={{{example}}}'); names are {names}")
     named = next((numbers for name, numbers in sets.items() if name == augment.get("name")), usual)  # a wrong name is one mistake, not ten
     return named | augment
 

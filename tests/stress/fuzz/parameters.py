@@ -108,7 +108,7 @@ POOLS: dict[type, tuple] = {
         "bag_mean", "expected",
         "bingo", "compress", "disco", "isd", "seed", "simreg", "moco", "kmeans", "label", "small", "imagenet", "live", "momentum",
         "features", "queue", "paper", "symmetric_mix", "none", "same", "resnet18", "mobilenetv3_small_050", "batch", "random", "timm",
-        "header", "bf16",
+        "header", "bf16", "weak", "photographs",
     ),
     type(None): (1, 3, 16, 0.5, 1e-5, 1e3, 10**9),
 }  # fmt: skip
