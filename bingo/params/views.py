@@ -54,7 +54,7 @@ def laid_views(old: Any, new: Any) -> Any:
 
 
 def spelled_out(document: dict[str, Any]) -> dict[str, Any]:
-    """params.yaml, or a part of it, with numbers in place of the names of views; what is wrong stays as it is."""
+    """params.yaml, or a part of it, with numbers in place of the names of views; what `numbers_of` refuses stays as it is."""
     document = deepcopy(document)
     for place in PLACES:
         *sections, key = place.split(".")
