@@ -395,6 +395,7 @@ def test_listing_rows_over_several_row_groups(tmp_path, monkeypatch):
 # ---- what is read and imported
 
 
+@pytest.mark.slow
 def test_one_row_touches_one_chunk_and_loads_nothing_heavy(workspace):
     """Chunks of other rows may be missing, and neither torch nor scikit-learn nor DVC is imported."""
     table = build_knn(np.random.default_rng(0).standard_normal((3000, 4)).astype(np.float32), 4)

@@ -66,6 +66,7 @@ def test_a_teacher_by_name_and_a_student(workspace):
     assert (params.student.arch, params.student.width) == ("mobilenetv3_large_100", 1.0)
 
 
+@pytest.mark.slow
 def test_a_file_is_known_by_its_published_name_or_needs_the_teachers_name(workspace):
     (workspace / "moco_v2_800ep_pretrain.pth.tar").write_bytes(b"")
     (workspace / "mine.pth").write_bytes(b"")

@@ -145,7 +145,9 @@ def two_sample_ks(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(np.searchsorted(np.sort(a), grid, "right") / len(a) - np.searchsorted(np.sort(b), grid, "right") / len(b)).max())
 
 
-@pytest.mark.parametrize(("height", "width"), [(60, 60), (50, 75), (30, 120), (120, 20)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(50, 75), (120, 20), *(pytest.param(*sides, marks=pytest.mark.slow) for sides in [(60, 60), (30, 120)])]
+)
 def test_crop_boxes_are_distributed_as_torchvisions(height, width):
     """Area, ratio and place of 6,000 boxes against 6,000 of torchvision: 0.036 is the 0.1 % point of Kolmogorov and Smirnov."""
     crops, _ = draw_views(PLAIN, 0, "test", 0, np.arange(ROWS), 0)

@@ -535,6 +535,7 @@ def test_list_groups_recipes_and_shows_their_figures(clone):
     assert "parts/imagenet " in call("list", "--all").stdout
 
 
+@pytest.mark.slow
 def test_show_lists_what_a_recipe_sets_and_the_hours_of_what_is_here(clone, monkeypatch):
     texts = {}
     for gpu in (False, True):

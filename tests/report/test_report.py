@@ -258,6 +258,7 @@ def test_the_page_is_accessible_and_its_ids_are_distinct(page):
     assert set(re.findall(r"url\(#([^)]+)\)", str(page.tags))) <= set(ids)
 
 
+@pytest.mark.slow
 def test_a_second_build_has_the_same_bytes(workspace, built):
     assert run_stage(workspace) == built
 

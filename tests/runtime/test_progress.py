@@ -183,6 +183,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_gone_does_not_stop_the_work():
     read, write = os.pipe()
     os.close(read)

@@ -137,6 +137,7 @@ def test_without_a_network_the_line_has_the_hub_address(monkeypatch):
     assert "teacher.checkpoint" in line
 
 
+@pytest.mark.slow
 def test_a_file_is_read_under_timms_names_and_under_those_of_the_code_that_wrote_it(tmp_path):
     net = lively(timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True))
     x = torch.randn(1, 3, 28, 28)
