@@ -60,6 +60,7 @@ def run_all(plan: Plan, accuracy) -> list[dict]:
         (60.0, 4.0, [0.06, 0.2, 0.6, 2.0, 6.0, 20.0, 60.0, 200.0]),
     ],
 )
+@pytest.mark.slow
 def test_a_climb_ends_where_both_neighbours_on_both_axes_are_worse(plan, lr, factor, tried):
     """Accuracies fall with the distance from the best in both logarithms; rates above 100 diverge."""
 
@@ -77,12 +78,14 @@ def test_a_climb_ends_where_both_neighbours_on_both_axes_are_worse(plan, lr, fac
     assert {line["seed"] for line in wishes.tuning("method-bingo")} == {9}
 
 
+@pytest.mark.slow
 def test_a_value_that_params_yaml_does_not_allow_is_not_tried(plan):
     lines = run_all(plan, lambda wanted: 10.0 + wanted.settings.get("methods.bag_mean.member_weight", 0))
     weights = {line["settings"].get("methods.bag_mean.member_weight") for line in lines if line["part"] == "tuning"}
     assert max(weight for weight in weights if weight) == 1.0
 
 
+@pytest.mark.slow
 def test_the_tables_have_the_tuned_settings_at_equal_anchors_and_at_equal_flops(plan):
     def accuracy(wanted: Wanted) -> float:
         best = wanted.settings["distill.lr"] == 0.6

@@ -132,6 +132,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.slow
 def test_what_does_not_fit_is_one_line_before_any_work(tmp_path, network, how):
     spoil, wanted = SPOILT[how]
     state = dict(network.state_dict())
