@@ -64,6 +64,7 @@ def main(
     lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda", expected_processes()))
     changes["dataset"]["follow_links"] = follow_links
     changes["student"]["weights"] = student_weights if student_weights in (None, *LIBRARIES) else seen_from_workspace(student_weights)
+    changes["image"] |= _normalisation(student_weights, network)
     lay_over(params, changes)
     new = validate(params, f"{PARAMS} for {printable(folder)}")
     start = "--student-weights"
@@ -169,7 +170,20 @@ def _student(arch: str | None, weights: str | None, look: "Look") -> "Network | 
     former = own_metadata(from_here("--student-weights", Path(weights))) or {}
     if arch in (None, former.get("arch")) and {"arch", "width", "stem"} <= former.keys():
         return Network(former["arch"], former["width"], former["stem"])
-    return Network(arch or "resnet18", 1.0, "imagenet")
+    return Network(arch or ("torchvision/resnet18" if weights == "torchvision" else "resnet18"), 1.0, "imagenet")
+
+
+def _normalisation(weights: str | None, network: "Network | None") -> dict[str, list[float]]:
+    """Mean and std that the student's weights were trained with, as their own file says, or as timm does of its network."""
+    import timm
+
+    from bingo.nets.checkpoint import own_metadata
+
+    if weights is None or network is None:
+        return {}
+    former, cfg = own_metadata(from_here("--student-weights", Path(weights))), timm.get_pretrained_cfg(network.arch)
+    found = former or (vars(cfg) if cfg else {})
+    return {name: list(found[name]) for name in ("mean", "std") if name in found}
 
 
 def _part(look: "Look") -> str:

@@ -10,7 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bingo.cli.main import app
-from bingo.params import load_params, read_yaml
+from bingo.nets.backbones import build_backbone
+from bingo.nets.students import save_backbone
+from bingo.params import load_params, read_yaml, validate
 from bingo.planning import first_params
 from bingo.runtime.errors import UserError
 
@@ -77,8 +79,29 @@ def test_a_file_is_known_by_its_published_name_or_needs_the_teachers_name(worksp
     assert (written["name"], written["checkpoint"]) == ("moco-v2-r50-800", "mine.pth")
 
 
+def test_a_former_student_is_started_from_as_it_is(workspace):
+    shipped = validate(read_yaml(workspace / "params.yaml"), "params.yaml")
+    network = shipped.student.model_copy(update={"arch": "resnet14t", "width": 0.25})
+    image = shipped.image.model_copy(update={"mean": [0.4, 0.5, 0.6]})
+    state = build_backbone("resnet14t", 0.25, "small", 0).state_dict()
+    save_backbone(workspace / "former.safetensors", state, network, image, {})
+    init("images", "--student-weights", "former.safetensors", "--minutes", "20")
+    params = load_params(workspace / "params.yaml")
+    assert (params.student.arch, params.student.width, params.student.weights) == ("resnet14t", 0.25, "former.safetensors")
+    assert params.image.mean == [0.4, 0.5, 0.6]
+
+
+def test_published_weights_are_of_a_network_of_the_usual_form(workspace):
+    init("images", "--student", "tf_efficientnet_lite0.in1k", "--student-weights", "timm")
+    params = load_params(workspace / "params.yaml")
+    assert (params.student.stem, params.student.weights, params.image.mean) == ("imagenet", "timm", [0.5, 0.5, 0.5])
+
+
 MISTAKES = [
     ["nothing"],
+    ["images", "--student-weights", ""],
+    ["images", "--student-weights", "absent.pth"],
+    ["images", "--student-weights", "params.yaml"],
     [""],
     ["params.yaml"],
     ["linked"],
