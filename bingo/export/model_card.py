@@ -169,6 +169,8 @@ def _licence(network: StoredNetwork, provenance: Provenance) -> str:
     if _has_teacher(network.metadata):
         teacher = provenance.teacher
         origin += " and the teacher's weights" + (f" ({teacher['source']}: {teacher['arch']})" if teacher else "")
+    if start := network.metadata.get("start"):
+        origin += f" and the weights that this training started from ({start['weights']})"
     return (
         f"BINGO's code is Apache-2.0, which says nothing of these weights. They come from {origin} "
         "and may inherit their terms. Before you pass them on, check: what the dataset's licence says of models trained on it, and of "
