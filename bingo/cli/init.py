@@ -226,9 +226,9 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights:
         lines.append(f"teacher: {network}, trained here by MoCo-v2 on these images; published ones: bingo teachers")
     else:
         known = known_teacher(teacher.name)
-        weights = teacher.checkpoint or known.place or f"{known.address}, downloaded once"
+        held = teacher.checkpoint or known.place or f"{known.address}, downloaded once"
         licence = known.licence or "licence not known"
-        lines.append(f"teacher: {teacher.name} at {plan.teacher_px} px ({known.title}; {licence}); weights: {weights}")
+        lines.append(f"teacher: {teacher.name} at {plan.teacher_px} px ({known.title}; {licence}); weights: {held}")
     kept = "kept in memory" if look.short_px[1] <= SMALL_PX else "decoded at each use"
     start = f", starting from {printable(weights)}" if weights else ""
     lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px{start}; images are {kept}")

@@ -61,7 +61,9 @@ def test_it_writes_parameters_for_the_folder_and_keeps_remarks(workspace):
 
 
 def test_a_teacher_by_name_and_a_student(workspace):
-    init("images", "--teacher", "dinov2-s", "--student", "mobilenetv3_large_100", "--minutes", "100000")
+    said = init("images", "--teacher", "dinov2-s", "--student", "mobilenetv3_large_100", "--minutes", "100000").splitlines()
+    weights = "huggingface.co/timm/vit_small_patch14_dinov2.lvd142m"
+    assert [line.partition(":")[0] for line in said if weights in line] == ["teacher"], "the student starts from no weights"
     written, params = read_yaml(workspace / "params.yaml")["teacher"], load_params(workspace / "params.yaml")
     assert (written["name"], written["checkpoint"], params.teacher.arch) == ("dinov2-s", None, "vit_small_patch14_dinov2.lvd142m")
     assert (params.teacher.image.crop_px, params.teacher.image.mean) == (224, [0.485, 0.456, 0.406])
