@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
@@ -75,12 +76,17 @@ class ListingRows:
         return paths, labels_R
 
     def row_of(self, path: str) -> int:
-        """The row of a path. Raises UserError if there is none, and suggests paths that contain the last part."""
+        """The row of a path, or of the only path that differs from it just in case or Unicode form.
+
+        Raises UserError if there is none, and suggests paths that contain the last part.
+        """
         import pyarrow.compute as pc
 
         for start, paths in self._path_columns(path):
             if (place := pc.index(paths, path).as_py()) >= 0:
                 return start + place
+        if len(similar := self._similar_rows(path)) == 1:
+            return similar[0]
         hints: list[str] = []
         if last := path.replace("\\", "/").rstrip("/").rpartition("/")[2]:
             for _, paths in self._path_columns():
@@ -89,6 +95,16 @@ class ListingRows:
                     break
         near = f"; did you mean {', '.join(map(repr, hints[:_MOST_HINTS]))}?" if hints else ""
         raise UserError(f"{path!r}: no such path in {self.name} ({len(self)} rows){near}")
+
+    def _similar_rows(self, path: str) -> list[int]:
+        """The rows of paths that are equal to this one but for case and Unicode form."""
+        import pyarrow.compute as pc
+
+        wanted, found = normalize("NFC", path).lower(), []
+        for start, paths in self._path_columns():
+            same = pc.equal(pc.utf8_lower(pc.utf8_normalize(paths, "NFC")), wanted)
+            found += [start + place for place in pc.indices_nonzero(same).to_pylist()]
+        return found
 
     def paths(self, rows: int) -> Iterator[tuple[int, list[str]]]:
         """(first row, paths) of every run of at most `rows` rows, in order; one row group is in memory at a time."""
