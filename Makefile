@@ -1,6 +1,7 @@
 # `make demo`: from a fresh clone to reports/index.html. `make test`: all tests.
 # `make test-fast`: tests that are not marked slow, some 2.5 minutes on 2 idle cores. `make compare`: methods x seeds as DVC experiments.
 # `make bench`: speed compared with hardware limits and other implementations, an hour on 2 idle cores; uses a GPU if there is one.
+# `make study ROOT=FOLDER`: methods tuned by one rule, then compared on CIFAR-10 as a folder of images; days, and it goes on where it was ended.
 # `make fuzz`: thousands of hostile inputs. `make docs`: README, docs/ and benchmarks/results/ as a website in site/.
 # `make test-oldest`: the tests with the oldest versions that pyproject.toml allows, with the oldest Python (PYTHON=python3.11).
 # Each target creates its virtual environment first. With another Python: `make test PYTHON=python3.13 VENV=$PWD/.venv-3.13`.
@@ -24,7 +25,7 @@ JOBS ?= 1
 BASE ?=
 ROOT ?=
 
-.PHONY: docs demo test test-fast test-oldest fuzz compare bench setup lint clean-state
+.PHONY: docs demo test test-fast test-oldest fuzz compare study bench setup lint clean-state
 demo: setup
 	dvc repro
 	@echo "the report: $(CURDIR)/reports/index.html"
@@ -43,6 +44,9 @@ fuzz: setup
 
 compare: setup
 	python -m benchmarks.compare --variants $(VARIANTS) --seeds $(SEEDS) --jobs $(JOBS) $(if $(BASE),--base $(BASE)) $(if $(ROOT),--root $(ROOT))
+
+study: setup
+	python -m benchmarks.study $(if $(ROOT),--root $(ROOT))
 
 bench: setup
 	python -m benchmarks.bench_step

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from benchmarks.compare import FOLDER, Lane, QueuedRun, clean_commit, clock, last_lines, log_of, only_one, overrides
 from benchmarks.parser import Parser
@@ -56,6 +56,14 @@ class Tables(_Strict):
     settings: dict[str, Any]
 
 
+class Variant(_Strict):
+    """A recipe with settings of its own; `like` is the recipe or variant whose tuned values it has, null if it is tuned itself."""
+
+    recipe: str
+    like: str | None = None
+    settings: dict[str, Any]
+
+
 class Plan(_Strict):
     """See the head of benchmarks/study.yaml. `base` is null for the images of params.yaml."""
 
@@ -63,11 +71,36 @@ class Plan(_Strict):
     reference: str
     tuning: Tuning
     tables: Tables
-    rounds: list[dict[str, list[str]]]
+    variants: dict[str, Variant] = {}
+    rounds: Annotated[list[dict[str, list[str]]], Field(min_length=1)]
 
     @property
     def recipes(self) -> list[str]:
+        """The recipes and variants of all rounds."""
         return [recipe for recipes in self.rounds for recipe in recipes]
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        if self.reference not in self.rounds[0]:
+            raise ValueError(f"reference = {self.reference}: is not in the first of the rounds")
+        order = {recipe: number for number, recipe in enumerate(self.recipes)}
+        if len(order) < len(self.recipes):
+            raise ValueError("rounds: a recipe is in two of them")
+        if unused := self.variants.keys() - order.keys():
+            raise ValueError(f"variants = {', '.join(sorted(unused))}: in none of the rounds")
+        for name, variant in self.variants.items():
+            if variant.like and order.get(variant.like, math.inf) > order[name]:
+                raise ValueError(f"variants.{name}.like = {variant.like}: is not before it in the rounds")
+        return self
+
+    def recipe_of(self, name: str) -> str:
+        """The recipe of a variant; a recipe itself."""
+        return self.variants[name].recipe if name in self.variants else name
+
+    def fixed(self, name: str, part: "Part") -> dict[str, Any]:
+        """What is set for all runs of a recipe or variant in a part of the study, by dotted keys."""
+        own = self.variants[name].settings if name in self.variants else {}
+        return dict(flattened((self.tuning if part == "tuning" else self.tables).settings)) | dict(flattened(own))
 
 
 @dataclass(frozen=True)
@@ -81,8 +114,10 @@ class Wanted:
 
     @property
     def name(self) -> str:
-        tuned = [f"{key.rpartition('.')[2]}={value:g}" for key, value in self.settings.items() if key == LR or key.startswith("methods.")]
-        return "+".join([self.part, self.recipe, *tuned])
+        tuned = {
+            key: value for key, value in self.settings.items() if key == LR or (key.startswith("methods.") and isinstance(value, float))
+        }
+        return "+".join([self.part, self.recipe, *(f"{key.rpartition('.')[2]}={value:g}" for key, value in tuned.items())])
 
     def is_in(self, line: Mapping[str, Any]) -> bool:
         """Whether a line of the results is of this run."""
@@ -110,17 +145,14 @@ def main() -> None:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a file. Raises UserError if it is not one, or names recipes twice."""
+    """The plan in a file. Raises UserError if it is not one."""
     import yaml
     from pydantic import ValidationError
 
     try:
-        plan = Plan.model_validate(yaml.safe_load(path.read_text()))
+        return Plan.model_validate(yaml.safe_load(path.read_text()))
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}; benchmarks/study.yaml is one that can be read") from None
-    if plan.reference not in plan.recipes:
-        raise UserError(f"{path}: reference = {plan.reference}: is in none of the rounds; name one of {', '.join(plan.recipes)}")
-    return plan
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -159,6 +191,8 @@ class Wishes:
 
     def _untuned(self, recipe: str) -> Iterator[Wanted]:
         """The next run of the climb: first all of `first_lr`, then the missing neighbours of the best."""
+        if recipe in self.plan.variants and self.plan.variants[recipe].like:
+            return
         first = [self._at(recipe, lr, 1.0) for lr in self.plan.tuning.first_lr]
         yield from (wanted for wanted in first if not self.line_of(wanted))
         if (best := self.best(recipe)) is None:
@@ -181,8 +215,7 @@ class Wishes:
         return True
 
     def _at(self, recipe: str, lr: float, factor: float) -> Wanted:
-        tuning = self.plan.tuning
-        return Wanted("tuning", recipe, tuning.seed, dict(flattened(tuning.settings)) | self.tuned(recipe, lr, factor))
+        return Wanted("tuning", recipe, self.plan.tuning.seed, self.plan.fixed(recipe, "tuning") | self.tuned(recipe, lr, factor))
 
     def tuned(self, recipe: str, lr: float, factor: float) -> dict[str, float]:
         """The tuned settings at a place of the climb: a learning rate, and a factor of the other values."""
@@ -190,7 +223,7 @@ class Wishes:
 
     def tuning(self, recipe: str) -> list[Mapping[str, Any]]:
         """The lines of a recipe's tuning."""
-        fixed = dict(flattened(self.plan.tuning.settings))
+        fixed = self.plan.fixed(recipe, "tuning")
         lines = [line for line in self.lines if (line["part"], line["recipe"]) == ("tuning", recipe)]
         return [line for line in lines if all(line["settings"].get(key) == value for key, value in fixed.items())]
 
@@ -208,29 +241,30 @@ class Wishes:
         yield from (wanted for part in ("anchors", "flops") if (wanted := self.compared(part, recipe, seed)) and not self.line_of(wanted))
 
     def compared(self, part: Part, recipe: str, seed: int) -> Wanted | None:
-        """A run of the tables; None if the recipe is not tuned, or its run at equal anchors is the one at equal FLOPs."""
-        best, plan = self.best(recipe), self.plan.tables
-        if best is None:
+        """A run of the tables; None if the recipe is not tuned, its cost is not known, or the run at equal anchors has equal FLOPs."""
+        tuned = self.plan.variants[recipe].like or recipe if recipe in self.plan.variants else recipe
+        if (best := self.best(tuned)) is None:
             return None
-        settings = dict(flattened(plan.settings)) | self.tuned(recipe, *self.place(best))
+        settings = self.plan.fixed(recipe, part) | self.tuned(tuned, *self.place(best))
         if part == "flops":
-            costs = [self._cost(name) for name in (recipe, self.plan.reference)]
-            epochs = round(settings[EPOCHS] * costs[1] / costs[0])
-            if epochs == settings[EPOCHS]:
+            ours, theirs = self._cost(recipe), self._cost(self.plan.reference)
+            if ours is None or theirs is None or (epochs := round(settings[EPOCHS] * theirs / ours)) == settings[EPOCHS]:
                 return None
             settings |= {EPOCHS: epochs}
         return Wanted(part, recipe, seed, settings)
 
-    def _cost(self, recipe: str) -> float:
-        """GFLOP for each anchor."""
-        return next(line["gflop_per_anchor"] for line in self.lines if line["recipe"] == recipe and line["linear"])
+    def _cost(self, recipe: str) -> float | None:
+        """GFLOP for each anchor, None of what has not been run."""
+        return next((line["gflop_per_anchor"] for line in self.lines if line["recipe"] == recipe and line["linear"]), None)
 
 
 def document_of(plan: Plan, recipe: str) -> dict[str, Any]:
-    """params.yaml with base and recipe."""
+    """params.yaml with base and recipe, and with the settings of a variant."""
     document = read_yaml("params.yaml")
-    for name in filter(None, (plan.base, recipe)):
+    for name in filter(None, (plan.base, plan.recipe_of(recipe))):
         lay_over(document, read_recipe(Path("recipes"), name).overlay)
+    if recipe in plan.variants:
+        lay_over(document, plan.variants[recipe].settings)
     return document
 
 
@@ -258,8 +292,8 @@ class Study:
         """Raises UserError if a run would not be allowed."""
         Wishes(self.plan, read_results(self.results)).next()
         for recipe in self.plan.recipes:
-            self.queued(Wanted("tuning", recipe, 0, dict(flattened(self.plan.tuning.settings))))
-            self.queued(Wanted("anchors", recipe, 0, dict(flattened(self.plan.tables.settings))))
+            self.queued(Wanted("tuning", recipe, 0, self.plan.fixed(recipe, "tuning")))
+            self.queued(Wanted("anchors", recipe, 0, self.plan.fixed(recipe, "anchors")))
 
     def run(self) -> None:
         """Run all. An interrupt ends what runs, with a checkpoint."""
@@ -277,7 +311,9 @@ class Study:
         """The run as DVC takes it."""
         root = str(Path(self.root) / "train") if self.root and wanted.part == "tuning" else self.root
         settings = [nested(key, value) for key, value in wanted.settings.items()]
-        return QueuedRun(wanted.name, wanted.seed, overrides(wanted.recipe, wanted.seed, self.plan.base, root, settings))
+        return QueuedRun(
+            wanted.name, wanted.seed, overrides(self.plan.recipe_of(wanted.recipe), wanted.seed, self.plan.base, root, settings)
+        )
 
     def take(self, lane: Lane, wanted: Wanted) -> None:
         """Wait for a run and add it to the results. Raises UserError if it failed for another reason than a learning rate."""

@@ -18,9 +18,11 @@ def print_tables(wishes: Wishes) -> None:
     print_table(["recipe", "lr", "other values", "linear", "k-NN, k = 10", "lr × factor of the other values: linear"], _tuning(wishes))
     parts: dict[Part, str] = {"anchors": "anchors", "flops": f"FLOPs, those of {plan.reference}"}
     for part, words in parts.items():
+        if not (rows := list(_compared(wishes, part))):
+            continue
         print(f"\nEqual {words}: means ± standard deviations over seeds, percent; difference paired by seed, with its 95 % interval\n")
         header = ["recipe", "seeds", *MEASURES.values(), "GFLOP/anchor", "PFLOP", f"linear − {plan.reference}"]
-        print_table(header, _compared(wishes, part))
+        print_table(header, rows)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

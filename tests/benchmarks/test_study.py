@@ -28,7 +28,15 @@ rounds:
   - {method-bingo: [methods.bingo.temperature], method-simreg: []}
   - {method-bag-mean: [methods.bag_mean.member_weight]}
 """
-COSTS = {"method-bingo": 0.1, "method-simreg": 0.03, "method-bag-mean": 0.1}
+VARIANTS = """
+variants:
+  wide: {recipe: method-bingo, settings: {bagging: {k: 20}}}
+  narrow: {recipe: method-bingo, like: method-bingo, settings: {bagging: {k: 2}}}
+rounds:
+  - {method-bingo: [methods.bingo.temperature]}
+  - {wide: [methods.bingo.temperature], narrow: []}
+"""
+COSTS = {"method-simreg": 0.03}
 
 
 @pytest.fixture
@@ -45,7 +53,7 @@ def run_all(plan: Plan, accuracy) -> list[dict]:
         linear = accuracy(wanted)
         line = {"part": wanted.part, "recipe": wanted.recipe, "seed": wanted.seed, "settings": dict(wanted.settings)}
         nets = {"student": linear, "teacher": 70.0, "untrained": 30.0}
-        figures = {"gflop_per_anchor": COSTS[wanted.recipe], "anchors": 1000 * wanted.settings["distill.epochs"]}
+        figures = {"gflop_per_anchor": COSTS.get(wanted.recipe, 0.1), "anchors": 1000 * wanted.settings["distill.epochs"]}
         lines.append(json.loads(json.dumps(line | ({"linear": None} if linear is None else {"linear": nets, "knn_10": nets} | figures))))
         assert len(lines) < 100
     return lines
@@ -110,6 +118,27 @@ def test_the_tables_have_the_tuned_settings_at_equal_anchors_and_at_equal_flops(
     assert (rows["teacher"][2], rows["untrained"][2]) == ("70.0 ± 0.0", "30.0 ± 0.0")
 
 
+def test_a_variant_is_tuned_itself_or_has_the_values_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "plan.yaml").write_text(PLAN.partition("rounds:")[0] + VARIANTS)
+    best = {None: (0.2, 0.2), 20: (0.6, 0.4), 2: (6.0, 0.8)}
+
+    def accuracy(wanted: Wanted) -> float:
+        lr, temperature = best[wanted.settings.get("bagging.k")]
+        distances = wanted.settings["distill.lr"] / lr, wanted.settings["methods.bingo.temperature"] / temperature
+        return 60 - sum(abs(math.log(distance)) for distance in distances)
+
+    plan = study.read_plan(tmp_path / "plan.yaml")
+    lines = run_all(plan, accuracy)
+    for count in range(len(lines)):
+        study_tables.print_tables(Wishes(plan, lines[:count]))  # of a study that is under way
+    assert {line["recipe"] for line in lines if line["part"] == "tuning"} == {"method-bingo", "wide"}
+    keys = ("bagging.k", "distill.lr", "methods.bingo.temperature")
+    compared = {line["recipe"]: [line["settings"].get(key) for key in keys] for line in lines if line["part"] == "anchors"}
+    assert compared == {"method-bingo": [None, 0.2, 0.2], "wide": [20, 0.6, 0.4], "narrow": [2, 0.2, 0.2]}
+    assert all(line["settings"].get("bagging.k") == 20 for line in lines if line["recipe"] == "wide")
+
+
 STAND_IN = """
 import json, os, sys
 from pathlib import Path
@@ -126,7 +155,7 @@ elif given[0] != "config":
     name = given[given.index("--name") + 1]
     with open(os.environ["JOURNAL"], "a") as journal:
         journal.write(json.dumps([name, given[3:]]) + "\\n")
-    changed = dict(change.removeprefix("--set-param=").split("=", 1) for change in given[3:])
+    changed = dict(change.removeprefix("--set-param=").lstrip("+").split("=", 1) for change in given[3:])
     lr = float(changed.get("distill.lr", 0.06))
     if name in os.environ.get("SLOW", "").split():
         time.sleep(60)
@@ -189,7 +218,7 @@ def test_a_study_is_interrupted_and_goes_on_to_the_same_results(repository):
     assert f"--set-param=dataset.root='{repository.home / 'images/train'}'" in ran[again[0]]
     assert f"--set-param=dataset.root='{repository.home / 'images'}'" in ran[again[-1]]
     split = "{one:{percent:1.0,list_file:null,trunk_lr:0.1,head_lr:0.2,linear_lr:3.0}}"
-    assert f"--set-param=semi_eval.splits={split}" in ran[again[-1]]
+    assert f"--set-param=++semi_eval.splits={split}" in ran[again[-1]]
     lines = study.read_results(repository.home / "benchmarks/results/plan.jsonl")
     assert len(lines) == 10
     commit = repository.git("rev-parse", "HEAD")
@@ -221,7 +250,14 @@ def test_a_failure_of_another_kind_stops_the_study_and_is_no_result(repository):
     ("old", "new", "words"),
     [
         ("tables:", "table:", "plan.yaml: "),
-        ("reference: method-bingo", "reference: method-seed", "plan.yaml: reference = method-seed: "),
+        ("reference: method-bingo", "reference: method-seed", "reference = method-seed: "),
+        ("rounds:", "variants: {x: {recipe: method-seed, settings: {}}}\nrounds:", "variants = x: "),
+        ("{method-simreg: []}", "{method-simreg: [], method-bingo: []}", "rounds: a recipe is in two"),
+        (
+            "rounds:\n  - {",
+            "variants: {x: {recipe: method-seed, like: method-simreg, settings: {}}}\nrounds:\n  - {x: [], ",
+            "variants.x.like = method-simreg: ",
+        ),
         ("method-simreg: []", "method-simmreg: []", "recipe = method-simmreg: "),
         ("epochs: 8", "epochs: 0", "distill.epochs = 0"),
         ("method-simreg: []", "method-simreg: [methods.simreg.temperature]", "methods.simreg.temperature = None: "),
