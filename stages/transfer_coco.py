@@ -48,7 +48,7 @@ def _transfer(run: Run, name: str, student: "Backbone", device: "torch.device") 
 
     params, image, seed = run.params.transfer_coco, run.params.image, run.params.seed
     head, _, schedule = name.partition("-")
-    train, val = read_pair(params, run.params.dataset.follow_links)
+    train, val = read_pair(params, run.params.dataset.follow_links, run.say)
     targets, images = training_targets(train), train.images
     run.say(f"{run.stage}: {len(targets.rows)} training images; left out: {targets.in_words()}")
     made_from: dict[str, Any] = {

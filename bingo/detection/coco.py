@@ -5,10 +5,12 @@ Row r is the image of the r-th smallest id, counted from 0. Boxes are x0, y0, x1
 of an image.
 """
 
+import codecs
 import json
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -21,7 +23,7 @@ from typing_extensions import TypedDict
 from bingo.params import CocoParams
 from bingo.runtime.artefacts import file_fingerprint
 from bingo.runtime.errors import UserError
-from bingo.runtime.inside import Outside, leads_out, path_inside
+from bingo.runtime.inside import Outside, folded, leads_out, path_inside
 from bingo.runtime.progress import progress_bar
 
 LEAST_SIDE_PX = 1e-3  # narrower boxes are left out: the logarithm of the side is in the loss
@@ -49,10 +51,10 @@ class _Image(TypedDict):
 class _Annotation(TypedDict):
     image_id: _Id
     category_id: _Id
-    bbox: Annotated[list[_Number], Field(min_length=4, max_length=4)]
-    area: Annotated[float, Field(ge=0, le=1e10)]
-    iscrowd: Literal[0, 1]
-    segmentation: NotRequired[list[list[_Number]] | _Rle | None]
+    bbox: NotRequired[Annotated[list[_Number], Field(min_length=4, max_length=4)] | None]
+    area: NotRequired[Annotated[float, Field(ge=0, le=1e10)] | None]
+    iscrowd: NotRequired[Literal[0, 1] | None]
+    segmentation: NotRequired[list[list[_Number]] | list[_Number] | _Rle | None]
 
 
 class _Category(TypedDict):
@@ -96,22 +98,31 @@ class Instances:
     """The content of one instances_*.json, without unused fields (names, licences, URLs).
 
     `fingerprint` identifies the file. `category_ids` are in increasing order: label c stands for `category_ids[c - 1]`. Every annotation
-    has image_id, category_id, bbox, area, iscrowd and segmentation, the last None if it covers no pixel.
+    has image_id,
+    category_id, bbox, area, iscrowd and segmentation, the last None if it covers no pixel; `remarks` counts what was derived or left
+    out for that.
     """
 
     images: CocoImages
     annotations: list[dict[str, Any]]
     category_ids: list[int]
     fingerprint: str
+    remarks: dict[str, int] = field(default_factory=dict)
+
+    def in_words(self) -> str:
+        """The remarks as text; empty if the file is complete."""
+        return ", ".join(f"{count:,} {remark}" for remark, count in self.remarks.items() if count)
 
 
-def read_pair(params: CocoParams, follow_links: bool) -> tuple[Instances, Instances]:
+def read_pair(params: CocoParams, follow_links: bool, say: Callable[[str], None]) -> tuple[Instances, Instances]:
     """COCO's training and validation instances. Raises UserError as `read_instances` does, and if their categories differ."""
     assert params.root is not None  # the pattern of a run's name
     root, found = Path(params.root), []
     for split in ("train", "val"):
         key, images = f"transfer_coco.{split}_annotations", root / getattr(params, f"{split}_images")
         found.append(read_instances(root / getattr(params, f"{split}_annotations"), images, key, follow_links))
+        if remarks := found[-1].in_words():
+            say(f"transfer_coco: {key}: {remarks}")
     train, val = found
     if train.category_ids != val.category_ids:
         raise UserError("transfer_coco.val_annotations: its categories are not those of transfer_coco.train_annotations; give a pair")
@@ -124,49 +135,111 @@ def read_pair(params: CocoParams, follow_links: bool) -> tuple[Instances, Instan
 def read_instances(annotations: Path, folder: Path, parameter: str, follow_links: bool = False) -> Instances:
     """Read a file of COCO instances, whose images are in `folder`.
 
-    Raises UserError in one line, which calls the file `parameter`, if it cannot be read, is not in COCO's format, contradicts itself, or
-    lists images that do not exist or (unless `follow_links`) are links out of the folder.
+    Derived where they are missing or null: iscrowd (0), bbox (around the segmentation), area (of the segmentation, or of the box). Left
+    out: annotations of images that are not listed, and those with neither box nor segmentation. Names of images are found in any
+    case and Unicode form, and if they begin with folders above `folder`. Raises UserError in one line, which calls the file `parameter`,
+    if it cannot be read, is not in COCO's format, contradicts itself, or lists images that do not exist or (unless `follow_links`) are
+    links out of the folder.
     """
     try:
         raw = annotations.read_bytes()
     except OSError as error:
         raise UserError(f"{parameter} = {annotations}: cannot be read ({error.strerror}); set {parameter} and transfer_coco.root") from None
     try:
-        content: Any = _FILE.validate_json(raw)
+        content: Any = _FILE.validate_json(raw.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         raise UserError(f"{parameter} = {annotations}: {_mistake(error)}; give COCO's instances_*.json") from None
     content["images"].sort(key=lambda image: image["id"])
+    remarks: Counter[str] = Counter()
     found = Instances(
         CocoImages(content["images"], folder),
         content["annotations"],
         sorted({category["id"] for category in content["categories"]}),
         file_fingerprint(annotations),
+        remarks,
     )
     for problem in _contradictions(found):
         raise UserError(f"{parameter} = {annotations}: {problem}; correct the file")
-    _check_files(found.images, parameter, follow_links)
+    _locate(found.images, parameter, follow_links, remarks)
     sides = {image["id"]: (image["height"], image["width"]) for image in found.images.entries}
-    segmentations = (_segmentation(one.get("segmentation"), *sides[one["image_id"]]) for one in found.annotations)
-    complete = [one | {"segmentation": segmentation} for one, segmentation in zip(found.annotations, segmentations, strict=True)]
-    return replace(found, annotations=complete)
+    completed = [_completed(annotation, *sides[annotation["image_id"]], remarks) for annotation in _listed(found, sides, remarks)]
+    return replace(found, annotations=[annotation for annotation in completed if annotation is not None])
 
 
-def _check_files(images: CocoImages, parameter: str, follow_links: bool) -> None:
-    """Raises UserError for images without a file, or behind a link out of the folder."""
+def _listed(found: Instances, sides: dict[int, tuple[int, int]], remarks: Counter[str]) -> Iterator[dict[str, Any]]:
+    for annotation in found.annotations:
+        if annotation["image_id"] in sides:
+            yield annotation
+        else:
+            remarks["annotations of images that are not listed, left out"] += 1
+
+
+def _completed(annotation: dict[str, Any], height: int, width: int, remarks: Counter[str]) -> dict[str, Any] | None:
+    """An annotation with all its keys; None if it has neither box nor segmentation."""
+    segmentation, bbox, area = _segmentation(annotation.get("segmentation"), height, width), annotation.get("bbox"), annotation.get("area")
+    if bbox is None and segmentation is None:
+        remarks["annotations with neither box nor segmentation, left out"] += 1
+        return None
+    if annotation.get("iscrowd") is None:
+        remarks["without iscrowd, taken as 0"] += 1
+    if segmentation is None:
+        remarks["without a segmentation that covers a pixel, used only for boxes"] += 1
+    if bbox is None:
+        remarks["without a box, which is drawn around the segmentation"] += 1
+        bbox = _around(segmentation, height, width)
+    if area is None:
+        remarks["without an area, which is computed"] += 1
+        area = bbox[2] * bbox[3] if segmentation is None else float(rle.area(run_lengths(segmentation, height, width)))
+    return annotation | {"bbox": bbox, "area": area, "iscrowd": annotation.get("iscrowd") or 0, "segmentation": segmentation}
+
+
+def _locate(images: CocoImages, parameter: str, follow_links: bool, remarks: Counter[str]) -> None:
+    """Replace the names of images by those of their files. Raises UserError for images without a file, or behind a link out of the
+    folder."""
+    by_folded: dict[str, list[str]] | None = None
     missing = []
     for row, image in enumerate(images.entries):
         try:
-            there = path_inside(str(images.folder), image["file_name"], follow_links).is_file()
+            if _is_there(images.folder, image["file_name"], follow_links):
+                continue
+            by_folded = _files_by_folded(images.folder) if by_folded is None else by_folded
+            same = _same_name(image["file_name"], by_folded)
+            if len(same) == 1 and _is_there(images.folder, same[0], follow_links):
+                image["file_name"] = same[0]
+                remarks["images found under another case, Unicode form or folder"] += 1
+            else:
+                missing.append(row)
         except Outside:
             problem = f"{images.name(row)} is a link out of the folder"
             raise UserError(f"{parameter}: {problem}; set dataset.follow_links: true, or copy the images into it") from None
-        except OSError:  # a name that no file can have
-            there = False
-        missing += [] if there else [row]
     if missing:
         named = ", ".join(images.name(row) for row in missing[:_NAMED])
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise UserError(f"{parameter}: images that it lists do not exist: {named}{more}; restore them, or set transfer_coco.root")
+
+
+def _is_there(folder: Path, file_name: str, follow_links: bool) -> bool:
+    try:
+        return path_inside(str(folder), file_name, follow_links).is_file()
+    except Outside:
+        raise
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _files_by_folded(folder: Path) -> dict[str, list[str]]:
+    by_folded: dict[str, list[str]] = defaultdict(list)
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.relpath(f"{place}/{name}", folder)
+            by_folded[folded(path)].append(path)
+    return by_folded
+
+
+def _same_name(file_name: str, by_folded: dict[str, list[str]]) -> list[str]:
+    """The files with a name, in any case and Unicode form, or with the longest end of it that any file has."""
+    parts = folded(file_name.replace("\\", "/")).split("/")
+    return next((same for first in range(len(parts)) if (same := by_folded.get("/".join(parts[first:])))), [])
 
 
 def _mistake(error: ValidationError) -> str:
@@ -192,7 +265,7 @@ def _contradictions(found: Instances) -> Iterator[str]:
     for number, annotation in enumerate(found.annotations):
         image, segmentation = annotation["image_id"], annotation.get("segmentation")
         if image not in known:
-            yield f"annotations.{number} is of image id {image}, which is not among the images"
+            continue
         if annotation["category_id"] not in categories:
             yield f"annotations.{number} is of category id {annotation['category_id']}, which is not among the categories"
         if isinstance(segmentation, dict) and not _fits(segmentation, sides[image]):
@@ -271,18 +344,30 @@ def has_box(annotation: dict[str, Any], height: int, width: int) -> bool:
 
 
 def _segmentation(segmentation: Any, height: int, width: int) -> Any:
-    """Run lengths unchanged; of polygons those with at least three corners, as pairs of numbers; None if no pixel is covered."""
+    """Run lengths unchanged; of polygons those with at least three corners, as pairs of numbers; None if no pixel is covered.
+
+    A single polygon that is not in a list is treated as a list of one.
+    """
     if not segmentation:
         return None
     if isinstance(segmentation, dict):
         lengths = segmentation["counts"]
         return segmentation if (sum(lengths[1::2]) if isinstance(lengths, list) else rle.area(segmentation)) else None
-    polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
     if not polygons:
         return None
     if any(_is_large_inside(polygon, height, width) for polygon in polygons):
         return polygons
     return polygons if rle.area(run_lengths(polygons, height, width)) else None
+
+
+def _around(segmentation: Any, height: int, width: int) -> list[float]:
+    """x, y, width and height of the box around a segmentation; for polygons around their corners, as in COCO."""
+    if isinstance(segmentation, dict):
+        return rle.toBbox(run_lengths(segmentation, height, width)).tolist()
+    xs, ys = ([number for polygon in segmentation for number in polygon[first::2]] for first in (0, 1))
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def _is_large_inside(polygon: list[float], height: int, width: int) -> bool:
