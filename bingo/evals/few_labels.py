@@ -1,5 +1,6 @@
 """Select the train images that keep their labels in training with few labels: SimCLR's published lists, or a seeded, balanced draw."""
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from bingo.params import Params, SplitParams
 from bingo.runtime.errors import UserError
 
 _SHOWN = 3
+_COLUMN = re.compile(r"[,;\t ]\s*")  # what ends the first column of a table
 
 
 def labelled_rows(listing: Listing, split: SplitParams, name: str, seed: int) -> np.ndarray:
@@ -49,9 +51,10 @@ def listed_rows(listing: Listing, list_file: Path | str, name: str) -> np.ndarra
     """The train rows given by a list, int64, in increasing order: a text in UTF-8, one image per line, by file name or by the end of its
     path.
 
-    SimCLR's imagenet_subsets/1percent.txt and 10percent.txt have lines such as n01440764_10183.JPEG. Empty lines and those that begin
-    with # are skipped; an image listed twice counts once. Raises UserError, which calls the parameter `name`, where the file cannot be read
-    or is empty, or names images that the train split does not have, or that several of its paths end in.
+    SimCLR's imagenet_subsets/1percent.txt and 10percent.txt have lines such as n01440764_10183.JPEG. If no image has the whole line as its
+    name, the line is read as the row of a table, whose first column is the name. Empty lines and those that begin with # are skipped; an
+    image listed twice counts once. Raises UserError, which calls the parameter `name`, where the file cannot be read or is empty, or names
+    images that the train split does not have, or that several of its paths end in.
     """
     shown = f"{name} = {list_file}"
     lines = _lines(list_file, shown)
@@ -60,8 +63,11 @@ def listed_rows(listing: Listing, list_file: Path | str, name: str) -> np.ndarra
     by_file_name: dict[str, list[int]] = defaultdict(list)
     for row, path in enumerate(listing.paths[: listing.train_rows]):
         by_file_name[path.rpartition("/")[2]].append(row)
-    named = [by_file_name.get(line.rpartition("/")[2], []) for line in lines]
-    found = [[row for row in rows if f"/{listing.paths[row]}".endswith(f"/{line}")] for line, rows in zip(lines, named, strict=True)]
+
+    def rows_of(name: str) -> list[int]:
+        return [row for row in by_file_name.get(name.rpartition("/")[2], []) if f"/{listing.paths[row]}".endswith(f"/{name}")]
+
+    found = [rows_of(line) or rows_of(_COLUMN.split(line, maxsplit=1)[0]) for line in lines]
     if unknown := [line for line, rows in zip(lines, found, strict=True) if not rows]:
         way_out = "give file names or ends of paths, one per line, and set dataset.train_images: null if it is the list of this dataset"
         raise UserError(f"{shown}: {_count(unknown, len(lines))} are not in the train split; {way_out}")

@@ -76,6 +76,8 @@ FORMS = {
     "ends of lines of Windows": b"n01440764_10000.JPEG\r\nn01443537_10003.JPEG\r\n",
     "remarks": b"# drawn with seed 3\nn01440764_10000.JPEG\n  # n01443537_10001.JPEG\n n01443537_10003.JPEG \n",
     "paths of the listing": b"train/n01440764/n01440764_10000.JPEG\nn01443537/n01443537_10003.JPEG\n",
+    "a label after a comma": b"n01440764_10000.JPEG,0\nn01443537/n01443537_10003.JPEG, 1\n",
+    "labels after tabs and spaces": b"n01440764_10000.JPEG\t0\t1\nn01443537_10003.JPEG 1\n",
 }
 
 
@@ -90,7 +92,7 @@ OTHER_NAMES = [
     "/n01440764_10000.JPEG",
     "1440764_10000.JPEG",
     "n01440764_10000",
-    "n01440764_10000.JPEG 0",
+    "0 n01440764_10000.JPEG",
 ]
 
 
@@ -99,6 +101,15 @@ def test_a_name_is_the_whole_end_of_a_path(tmp_path, line):
     (tmp_path / "list.txt").write_text(line)
     with pytest.raises(UserError, match="not in the train split"):
         listed_rows(imagenet(), tmp_path / "list.txt", "list")
+
+
+def test_a_name_with_a_space_or_comma_is_not_a_table(tmp_path):
+    listing = Listing("folder", ["c/x, y.png", "c/2 3.png", "c/2"], np.zeros(3, int), 3, ["c"], [], "")
+    (tmp_path / "list.txt").write_text("x, y.png 1\n2 3.png\n")
+    with pytest.raises(UserError, match="1 of 2 images"):
+        listed_rows(listing, tmp_path / "list.txt", "list")
+    (tmp_path / "list.txt").write_text("x, y.png\n2 3.png\n")
+    assert listed_rows(listing, tmp_path / "list.txt", "list").tolist() == [0, 1]
 
 
 def test_each_way_out_of_a_refusal_helps(tmp_path):
