@@ -36,17 +36,36 @@ Name = Annotated[str, typer.Argument(help="Name of a recipe, as printed by `bing
 
 @app.command("list")
 def list_recipes(everything: Annotated[bool, typer.Option("--all", help="Include the parts shared by recipes.")] = False) -> None:
-    """Print all recipes, each with its published linear top-1 / top-5 accuracy in percent, if any, and a description."""
-    from bingo.planning.recipes import description, own_about, recipe_names, recipe_path
+    """Print all recipes, each with its published linear top-1 / top-5 accuracy in percent, if any, and a description. A recipe that
+    cannot be read is listed with its error, and the exit code is 2."""
+    from bingo.planning.recipes import recipe_names
 
-    names = recipe_names(FOLDER, parts=everything)
+    names, broken = recipe_names(FOLDER, parts=everything), False
     for start, heading in GROUPS.items():
         members = [name for name in names if _group(name) == start]
         if members:
             typer.echo(f"{heading}:")
         for name in members:
-            path = recipe_path(FOLDER, name)
-            typer.echo(f"  {name:52} {_figures(own_about(path)):12} {description(path)}")
+            text, whole = _summary(name)
+            typer.echo(f"  {name:52} {text}")
+            broken |= not whole
+    if broken:
+        raise SystemExit(USER_MISTAKE)
+
+
+def _summary(name: str) -> tuple[str, bool]:
+    """Figures and description of a recipe and True, or the error in it and False."""
+    from bingo.planning.recipes import description, overlay_mistakes, own_about, read_recipe, recipe_path
+    from bingo.runtime.errors import UserError
+
+    path = recipe_path(FOLDER, name)
+    try:
+        lines = [f"{path}: {line}" for line in overlay_mistakes(read_recipe(FOLDER, name).overlay)]
+    except UserError as error:
+        lines = error.lines
+    if lines:
+        return f"{'BROKEN':12} {'; '.join(lines)}", False
+    return f"{_figures(own_about(path)):12} {description(path)}", True
 
 
 def _group(name: str) -> str:

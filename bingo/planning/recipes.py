@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bingo.params import mistake_lines, read_yaml
+from bingo.params import Params, mistake_lines, read_yaml
 from bingo.params.known import KnownTeacher, known_names, known_teacher
 from bingo.params.views import PLACES, laid_views, spelled_out
 from bingo.report.measures import measure_label
@@ -165,6 +165,15 @@ def _standing(deviates: list[str], ours: dict[str, Any], published: dict[str, An
     """The lines that apply to a recipe: those about parameters only if one of the parameters differs from the published value."""
     others = [key for key, value in published.items() if ours.get(key, value) != value]
     return [line for line in deviates if not explained(line) or any(speaks_of(line, key) for key in others)]
+
+
+def overlay_mistakes(overlay: dict[str, Any]) -> list[str]:
+    """One line for each key of an overlay that params.yaml does not have, and for each value that it does not allow there."""
+    try:
+        Params.model_validate(overlay)
+    except ValidationError as error:
+        return [line for line in mistake_lines(error, Params) if " is missing; add it " not in line]  # the rest is in params.yaml
+    return []
 
 
 def _for_the_report(recipe: Recipe) -> dict[str, Any]:

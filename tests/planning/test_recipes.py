@@ -489,18 +489,36 @@ def test_use_keeps_all_remarks_of_the_shipped_layout_however_often(clone):
         assert [line for line in Path("params.yaml").read_text().splitlines() if line.lstrip().startswith("#")] == remarks
 
 
-@pytest.mark.parametrize(
-    ("text", "command", "named"),
-    [("seed: [1", "list", "recipes/a.yaml"), ("- 1", "list", "recipes/a.yaml"), ("about: {x: 1}", "list", "recipes/a.yaml: about.x"),
-     ("bagging: {kk: 5}", "use", "bagging.kk"), ("bagging: {k: five}", "use", "bagging.k = 'five'")],
-)  # fmt: skip
-def test_a_broken_recipe_is_named_by_the_command_that_reads_it(clone, text, command, named):
+def test_list_shows_broken_recipes_among_the_others(clone):
     (clone / "recipes").unlink()
-    write(clone / "recipes", a=f"# x\n{text}\n", whole="# a whole one\nbagging: {k: 7}\n")
-    result = call(*([command] if command == "list" else [command, "a"]))
-    assert result.exit_code == 2
-    assert named in result.stderr
-    assert call("use", "whole").exit_code == 0
+    broken = {
+        "no_yaml": "# x\nseed: [1\n",
+        "unknown_key": "# x\nbagging: {kk: 5}\n",
+        "wrong_value": "# x\nbagging: {k: five}\n",
+        "no_include": "# x\nincludes: [absent]\n",
+        "in_a_circle": "# x\nincludes: [in_a_circle]\n",
+        "no_sections": "# x\n- 1\n",
+        "wrong_about": "# x\nabout: {expected: {linear_top9: 1}}\n",
+        "includes_broken": "# x\nincludes: [no_yaml]\n",
+        "twice": "# x\nseed: 1\nseed: 2\n",
+    }
+    write(clone / "recipes", whole="# a whole one\nbagging: {k: 7}\n", **broken)
+    (clone / "recipes/no_text.yaml").write_bytes(b"# \xff\xfe\nseed: 1\n")
+    result = call("list")
+    assert (result.exit_code, result.stderr) == (2, "")
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
+    assert set(lines) == {*broken, "no_text", "whole"}
+    assert lines["whole"].endswith("a whole one")
+    assert all(" BROKEN " in line for name, line in lines.items() if name != "whole")
+    assert "bagging.kk is not a known key" in lines["unknown_key"]
+    assert "bagging.k = 'five': allowed is" in lines["wrong_value"]
+    for name in broken:
+        shown = call("show", name)
+        assert shown.exit_code == 2, name
+    for path in (clone / "recipes").glob("*.yaml"):
+        if path.stem != "whole":
+            path.unlink()
+    assert call("list").exit_code == 0
 
 
 def test_a_second_row_leaves_no_figures_of_the_first(clone):
