@@ -12,6 +12,7 @@ TEACHER = Path("models/teacher.safetensors")
 STUDENT = Path("models/student.safetensors")
 START = Path("models/start.safetensors")
 SUPERVISED = Path("models/supervised.safetensors")
+NO_WEIGHTS = b"none\n"  # the content of these two where no weights are asked for: DVC warns of an empty file
 STUDENT_HEAD = Path("models/student_head.safetensors")
 BEST = Path("models/best")
 BASELINES = Path("models/baselines")

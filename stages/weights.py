@@ -1,6 +1,6 @@
 """weights: read weights from elsewhere for the student's network, those that it starts from (student.weights) and `supervised` ones.
 
-They go to models/start.safetensors and models/supervised.safetensors, each of which is empty if none are asked for.
+They go to models/start.safetensors and models/supervised.safetensors, which hold the word none where none are asked for.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def _convert(run: Run, key: str, value: str | None, path: Path) -> None:
     from bingo.runtime.artefacts import write_bytes
 
     if value is None:
-        write_bytes(path, b"")
+        write_bytes(path, paths.NO_WEIGHTS)
         return
     from bingo.nets.students import save_backbone
     from bingo.runtime.progress import progress_bar

@@ -99,9 +99,9 @@ def read_artefacts(params: Params, nets: Sequence[str]) -> Artefacts:
 
 
 def _origins() -> dict[str, str]:
-    """The weights from elsewhere, by network; the stage `weights` leaves the files empty of those that were not asked for."""
+    """The weights from elsewhere, by network; none of those that were not asked for."""
     files = {net: path for net, path in {"start": paths.START, "supervised": paths.SUPERVISED}.items() if path.exists()}
-    facts = {net: read_network_facts(path) for net, path in files.items() if path.stat().st_size}
+    facts = {net: read_network_facts(path) for net, path in files.items() if path.stat().st_size > len(paths.NO_WEIGHTS)}
     return {net: found.metadata["weights"] for net, found in facts.items() if found is not None}
 
 

@@ -83,7 +83,7 @@ def test_a_changed_file_changes_what_training_depends_on(started):
     assert all(torch.equal(tensor, found[name]) for name, tensor in state.items())
     started.edit({"student.weights": None, "supervised": None})
     started.done("weights")
-    assert set(started.files("models/start.safetensors", "models/supervised.safetensors").values()) == {b""}
+    assert set(started.files("models/start.safetensors", "models/supervised.safetensors").values()) == {b"none\n"}
     for stage in ("linear_eval start", "knn_eval supervised"):
         assert started.run(stage).status == 0
     assert scores(started, "linear", "start") == scores(started, "knn", "supervised") == {}

@@ -59,8 +59,10 @@ def _file(name: str) -> Path:
 
 
 def existing(names: Sequence[str]) -> list[str]:
-    """`names` without those that were not asked for: the stage `weights` leaves their files empty."""
-    return [name for name in names if name not in ("start", "supervised") or (_file(name).exists() and _file(name).stat().st_size)]
+    """`names` without those whose weights were not asked for, so that the stage `weights` has made no network of them."""
+    files = {name: _file(name) for name in names if name in ("start", "supervised")}
+    absent = [name for name, file in files.items() if not file.exists() or file.stat().st_size <= len(paths.NO_WEIGHTS)]
+    return [name for name in names if name not in absent]
 
 
 class Networks:
