@@ -67,22 +67,23 @@ def headline(a: Artefacts) -> str:
     column, figures, compared = headline_columns(a)[0], {tile.net: tile.percent for tile in tiles(a)}, comparisons(a)
     clauses = [_result(a, column, figures["student"]), *(_clause(a, one, first=i == 0) for i, one in enumerate(compared))]
     sentence = f"the student {', '.join(clauses[:-1])} and {clauses[-1]}" if len(clauses) > 2 else f"the student {', '.join(clauses)}"
-    if verdict := _verdict(a, compared):
-        sentence = f"{'judged by agreement with the teacher, ' if column.group == 'agreement' else ''}{verdict}: {sentence}"
+    if verdict := _verdict(a, compared, column):
+        sentence = f"{verdict}: {sentence}"
     return f"{sentence[0].upper()}{sentence[1:]}{_kept(a, figures)}."
 
 
-def _verdict(a: Artefacts, compared: Iterable[Comparison]) -> str:
+def _verdict(a: Artefacts, compared: Iterable[Comparison], column: Column) -> str:
     """The answer, as far as the comparisons and the number of test images give one."""
     signs, work = {one.net: one.sign for one in compared}, "distillation" if needs_teacher(a) else "training"
     if not signs:
         return ""
     if (test_images := len(a.listing.test_rows_N)) < FEWEST_TEST_IMAGES:
         return f"with only {test_images} test images it cannot be said whether {work} was worth it"
+    judged = "judged by agreement with the teacher, " if column.group == "agreement" else ""
     if min(signs.get("start", 1), signs.get("untrained", 1)) < 0:
-        return f"{work} made the network worse"
+        return f"{judged}{work} made the network worse"
     words = {1: f"{work} was worth it", 0: f"it is not certain that {work} was worth it", -1: f"{work} was not worth it"}
-    return words[min(signs.values())]
+    return judged + words[min(signs.values())]
 
 
 def _result(a: Artefacts, column: Column, percent: float) -> str:
