@@ -37,11 +37,11 @@ RESULTS = Path("benchmarks/results")
 Part = Literal["tuning", "anchors", "flops"]
 
 
-class _Strict(BaseModel):
+class _StudySection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Tuning(_Strict):
+class Tuning(_StudySection):
     """Seed, learning rates and settings of tuning."""
 
     seed: int
@@ -49,14 +49,14 @@ class Tuning(_Strict):
     settings: dict[str, Any]
 
 
-class Tables(_Strict):
+class Tables(_StudySection):
     """Seeds and settings of the runs that are compared."""
 
     seeds: list[int]
     settings: dict[str, Any]
 
 
-class Variant(_Strict):
+class StudyVariant(_StudySection):
     """A recipe with settings of its own; `like` is the recipe or variant whose tuned values it has, null if it is tuned itself."""
 
     recipe: str
@@ -64,14 +64,14 @@ class Variant(_Strict):
     settings: dict[str, Any]
 
 
-class Plan(_Strict):
+class StudyPlan(_StudySection):
     """See the head of benchmarks/study.yaml. `base` is null for the images of params.yaml."""
 
     base: str | None
     reference: str
     tuning: Tuning
     tables: Tables
-    variants: dict[str, Variant] = {}
+    variants: dict[str, StudyVariant] = {}
     rounds: Annotated[list[dict[str, list[str]]], Field(min_length=1)]
 
     @property
@@ -144,13 +144,13 @@ def main() -> None:
             study.run()
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> StudyPlan:
     """The plan in a file. Raises UserError if it is not one."""
     import yaml
     from pydantic import ValidationError
 
     try:
-        return Plan.model_validate(yaml.safe_load(path.read_text()))
+        return StudyPlan.model_validate(yaml.safe_load(path.read_text()))
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}; benchmarks/study.yaml is one that can be read") from None
 
@@ -167,7 +167,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 class Wishes:
     """The runs that a plan lacks, in order, given the results so far."""
 
-    def __init__(self, plan: Plan, lines: Sequence[Mapping[str, Any]]):
+    def __init__(self, plan: StudyPlan, lines: Sequence[Mapping[str, Any]]):
         self.plan, self.lines = plan, lines
         self.documents = {recipe: document_of(plan, recipe) for recipe in plan.recipes}
         keys = {recipe: keys for recipes in plan.rounds for recipe, keys in recipes.items()}
@@ -258,7 +258,7 @@ class Wishes:
         return next((line["gflop_per_anchor"] for line in self.lines if line["recipe"] == recipe and line["linear"]), None)
 
 
-def document_of(plan: Plan, recipe: str) -> dict[str, Any]:
+def document_of(plan: StudyPlan, recipe: str) -> dict[str, Any]:
     """params.yaml with base and recipe, and with the settings of a variant."""
     document = read_yaml("params.yaml")
     for name in filter(None, (plan.base, plan.recipe_of(recipe))):
@@ -284,7 +284,7 @@ def next_lr(lr: float, up: bool) -> float:
 class Study:
     """Runs what a plan lacks, and adds each run to the results."""
 
-    def __init__(self, plan: Plan, results: Path, root: str | None):
+    def __init__(self, plan: StudyPlan, results: Path, root: str | None):
         self.plan, self.results, self.root = plan, results, root
         self.commit = clean_commit(str(results))
 

@@ -12,7 +12,7 @@ import pytest
 from test_compare import ROOT, Repository
 
 from benchmarks import study, study_tables
-from benchmarks.study import Plan, Wanted, Wishes
+from benchmarks.study import StudyPlan, Wanted, Wishes
 from bingo.runtime.errors import UserError
 
 PLAN = """
@@ -40,13 +40,13 @@ COSTS = {"method-simreg": 0.03}
 
 
 @pytest.fixture
-def plan(tmp_path, monkeypatch) -> Plan:
+def plan(tmp_path, monkeypatch) -> StudyPlan:
     monkeypatch.chdir(ROOT)
     (tmp_path / "plan.yaml").write_text(PLAN)
     return study.read_plan(tmp_path / "plan.yaml")
 
 
-def run_all(plan: Plan, accuracy) -> list[dict]:
+def run_all(plan: StudyPlan, accuracy) -> list[dict]:
     """Every run of a plan, as lines of its results; `accuracy` of a run is None where it diverges."""
     lines: list[dict] = []
     while wanted := Wishes(plan, lines).next():
