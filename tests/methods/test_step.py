@@ -165,6 +165,8 @@ def test_a_step_from_images_in_memory_never_comes_back_to_the_host(tmp_path, mon
                 setattr(module, name, getattr(module, name).to(meta))
     features_TD = stored.features_TD.to(meta)
     run.batches.stored = dataclasses.replace(stored, keys_TVP=stored.keys_TVP.to(meta), features_TD=features_TD)
+    if run.batches.bag_means_TP is not None:
+        run.batches.bag_means_TP = run.batches.bag_means_TP.to(meta)
     for step, batch in enumerate(itertools.islice(run.batches.epoch(1, 0), 2)):
         terms = method(batch, Progress(1, step))
         run.watch.note(terms["loss"], step)
@@ -187,7 +189,7 @@ def test_a_loss_read_late_names_its_own_step_and_leaves_no_checkpoint(tmp_path, 
     """NaN at step 6, read at step 10: the weights are spoilt by then, and none of them is kept."""
     run = trainer(tmp_path, epochs=4, every_seconds=1e9)
     run.watch.every_steps = 10
-    monkeypatch.setattr(run, "_end_epoch", lambda epoch: None)
+    monkeypatch.setattr(run, "_end_epoch", lambda *_: None)
     forward, steps = run.method.forward, []
 
     def spoilt(batch, progress):
@@ -210,7 +212,7 @@ def test_a_checkpoint_and_an_epochs_record_ask_first(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the loss is inf at step 3"):
         run._checkpoint_if_due()
     with pytest.raises(UserError, match="the loss is inf at step 3"):
-        run._end_epoch(0)
+        run._end_epoch(0, None)
     assert not list(tmp_path.iterdir())
 
 
