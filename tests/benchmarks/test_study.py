@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from test_compare import ROOT, Repository
 
 from benchmarks import study, study_tables
 from benchmarks.study import StudyPlan, Wanted, Wishes
+from bingo.params import validate
+from bingo.planning.recipes import lay_over
 from bingo.runtime.errors import UserError
 
 PLAN = """
@@ -137,6 +140,20 @@ def test_a_variant_is_tuned_itself_or_has_the_values_of_another(tmp_path, monkey
     compared = {line["recipe"]: [line["settings"].get(key) for key in keys] for line in lines if line["part"] == "anchors"}
     assert compared == {"method-bingo": [None, 0.2, 0.2], "wide": [20, 0.6, 0.4], "narrow": [2, 0.2, 0.2]}
     assert all(line["settings"].get("bagging.k") == 20 for line in lines if line["recipe"] == "wide")
+
+
+@pytest.mark.parametrize("name", ["study", "study-digits"])
+def test_the_plans_of_this_repository_are_of_allowed_settings(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = study.read_plan(Path(f"benchmarks/{name}.yaml"))
+    wishes = Wishes(plan, study.read_results(study.RESULTS / f"{name}.jsonl"))
+    wishes.next()
+    for recipe in plan.recipes:
+        for part in ("tuning", "anchors"):
+            document = deepcopy(wishes.documents[recipe])
+            for key, value in plan.fixed(recipe, part).items():
+                lay_over(document, study.nested(key, value))
+            validate(document, f"{recipe}, {part}")
 
 
 STAND_IN = """
