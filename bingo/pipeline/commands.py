@@ -98,5 +98,8 @@ def _in_one_line(error: Any) -> str:
     if not error.message:
         return f"{name} is missing"
     cause = error.__cause__ or error.__context__
-    value = f" = {cause.errors()[0]['input']}" if isinstance(cause, ValidationError) else ""
+    if isinstance(cause, ValidationError):
+        value = f" = {cause.errors()[0]['input']}"
+    else:  # Typer before 0.19 names the value in its message only
+        value = f" = {found[1]}" if (found := re.match(r"'?(.+?)'? is not ", error.message)) else ""
     return f"{name}{value}: allowed is {_BEFORE_ALLOWED.sub('', error.message).partition(', unable')[0].rstrip('.')}"
