@@ -27,6 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from benchmarks.compare import FOLDER, Lane, QueuedRun, clean_commit, clock, last_lines, log_of, only_one, overrides
 from benchmarks.parser import Parser
 from bingo.params import read_yaml, validate
+from bingo.params.fields import Positive, Whole
+from bingo.params.mistakes import mistake_lines
 from bingo.pipeline.process import mistakes_as_lines
 from bingo.planning.recipes import flattened, lay_over, read_recipe
 from bingo.runtime.errors import UserError, short
@@ -35,6 +37,7 @@ LR, EPOCHS = "distill.lr", "distill.epochs"
 DIVERGED = "lower lr"  # what a training says whose loss or weights are not finite
 RESULTS = Path("benchmarks/results")
 Part = Literal["tuning", "anchors", "flops"]
+_OF_A_RUN = {"part", "recipe", "seed", "settings", "linear"}
 
 
 class _StudySection(BaseModel):
@@ -44,15 +47,15 @@ class _StudySection(BaseModel):
 class Tuning(_StudySection):
     """Seed, learning rates and settings of tuning."""
 
-    seed: int
-    first_lr: list[float]
+    seed: Whole
+    first_lr: Annotated[list[Positive], Field(min_length=1)]
     settings: dict[str, Any]
 
 
 class Tables(_StudySection):
     """Seeds and settings of the runs that are compared."""
 
-    seeds: list[int]
+    seeds: Annotated[list[Whole], Field(min_length=1)]
     settings: dict[str, Any]
 
 
@@ -151,15 +154,20 @@ def read_plan(path: Path) -> StudyPlan:
 
     try:
         return StudyPlan.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except ValidationError as error:
+        raise UserError([f"{path}: {line}" for line in mistake_lines(error, StudyPlan)]) from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}; benchmarks/study.yaml is one that can be read") from None
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of the results, none if there is no file. Raises UserError if one is not JSON."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    """The lines of the results, none if there is no file. Raises UserError if one is not a run in JSON."""
     try:
-        return [json.loads(line) for line in lines]
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for line in lines:
+            if not isinstance(line, dict) or not line.keys() >= _OF_A_RUN or not isinstance(line["settings"], dict):
+                raise ValueError(f"{short(line)} is not a run with {', '.join(sorted(_OF_A_RUN))}")
+        return lines
     except ValueError as error:
         raise UserError(f"{path}: {error}; every line is one run in JSON, delete the one that is not") from None
 
@@ -193,14 +201,14 @@ class Wishes:
         """The next run of the climb: first all of `first_lr`, then the missing neighbours of the best."""
         if recipe in self.plan.variants and self.plan.variants[recipe].like:
             return
-        first = [self._at(recipe, lr, 1.0) for lr in self.plan.tuning.first_lr]
+        first = [self.at(recipe, lr, 1.0) for lr in self.plan.tuning.first_lr]
         yield from (wanted for wanted in first if not self.line_of(wanted))
         if (best := self.best(recipe)) is None:
             return
         lr, factor = self.place(best)
         places = [(next_lr(lr, up), factor) for up in (True, False)]
         places += [(lr, factor * by) for by in (2.0, 0.5)] if self.starts[recipe] else []
-        wanted = [self._at(recipe, *place) for place in places if self._allowed(recipe, *place)]
+        wanted = [self.at(recipe, *place) for place in places if self._allowed(recipe, *place)]
         yield from (one for one in wanted if not self.line_of(one))
 
     def _allowed(self, recipe: str, lr: float, factor: float) -> bool:
@@ -214,7 +222,8 @@ class Wishes:
             return False
         return True
 
-    def _at(self, recipe: str, lr: float, factor: float) -> Wanted:
+    def at(self, recipe: str, lr: float, factor: float) -> Wanted:
+        """The run of the tuning at a place of the climb."""
         return Wanted("tuning", recipe, self.plan.tuning.seed, self.plan.fixed(recipe, "tuning") | self.tuned(recipe, lr, factor))
 
     def tuned(self, recipe: str, lr: float, factor: float) -> dict[str, float]:
@@ -248,7 +257,8 @@ class Wishes:
         settings = self.plan.fixed(recipe, part) | self.tuned(tuned, *self.place(best))
         if part == "flops":
             ours, theirs = self._cost(recipe), self._cost(self.plan.reference)
-            if ours is None or theirs is None or (epochs := round(settings[EPOCHS] * theirs / ours)) == settings[EPOCHS]:
+            usual = dict(flattened(self.documents[recipe]))[EPOCHS] if EPOCHS not in settings else settings[EPOCHS]
+            if ours is None or theirs is None or (epochs := max(1, round(usual * theirs / ours))) == usual:
                 return None
             settings |= {EPOCHS: epochs}
         return Wanted(part, recipe, seed, settings)
@@ -269,10 +279,11 @@ def document_of(plan: StudyPlan, recipe: str) -> dict[str, Any]:
 
 
 def _number(document: dict[str, Any], key: str) -> float:
-    """A value that can be multiplied. Raises UserError if it is not a number."""
+    """A value that can be multiplied. Raises UserError if it is not such a number, or the learning rate, which is tuned itself."""
     value = dict(flattened(document)).get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"rounds: {key} = {short(value)}: allowed are keys of params.yaml whose values are numbers")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value or key == LR:
+        allowed = f"allowed are keys of params.yaml, other than {LR}, whose values are numbers other than 0"
+        raise UserError(f"rounds: {key} = {short(value)}: {allowed}")
     return float(value)
 
 
@@ -290,9 +301,11 @@ class Study:
 
     def check(self) -> None:
         """Raises UserError if a run would not be allowed."""
-        Wishes(self.plan, read_results(self.results)).next()
+        wishes = Wishes(self.plan, read_results(self.results))
+        wishes.next()
         for recipe in self.plan.recipes:
-            self.queued(Wanted("tuning", recipe, 0, self.plan.fixed(recipe, "tuning")))
+            for lr in self.plan.tuning.first_lr:
+                self.queued(wishes.at(recipe, lr, 1.0))
             self.queued(Wanted("anchors", recipe, 0, self.plan.fixed(recipe, "anchors")))
 
     def run(self) -> None:

@@ -277,6 +277,9 @@ def test_a_failure_of_another_kind_stops_the_study_and_is_no_result(repository):
         ),
         ("method-simreg: []", "method-simmreg: []", "recipe = method-simmreg: "),
         ("epochs: 8", "epochs: 0", "distill.epochs = 0"),
+        ("[0.06, 0.2, 0.6, 2.0]", "[0.06, -1]", "tuning.first_lr.1 = -1"),
+        ("method-simreg: []", "method-simreg: [distill.lr]", "distill.lr = "),
+        ("method-simreg: []", "method-simreg: [methods.bag_mean.dimension_weight]", "methods.bag_mean.dimension_weight = 0.0: "),
         ("method-simreg: []", "method-simreg: [methods.simreg.temperature]", "methods.simreg.temperature = None: "),
         ("method-simreg: []", "method-simreg: [methods.simreg.target]", "methods.simreg.target = 'keys': "),
     ],
@@ -290,8 +293,10 @@ def test_mistakes_in_a_plan_are_found_before_anything_runs(repository, monkeypat
         study.Study(study.read_plan(plan), Path("results.jsonl"), "images").check()
 
 
-def test_results_that_were_edited_by_hand_are_read_line_by_line(tmp_path):
-    (tmp_path / "results.jsonl").write_text('{"part": "tuning"}\n{"part": "tun\n')
+@pytest.mark.parametrize("line", ['{"part": "tun', '{"part": "tuning"}', "[]", "null", "", "\udcff"])
+def test_results_that_were_edited_by_hand_are_read_line_by_line(tmp_path, line):
+    run = '{"part": "tuning", "recipe": "x", "seed": 0, "settings": {}, "linear": null}'
+    (tmp_path / "results.jsonl").write_bytes(f"{run}\n{line}\n".encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"results\.jsonl: .*; every line is one run"):
         study.read_results(tmp_path / "results.jsonl")
     assert study.read_results(tmp_path / "other.jsonl") == []
