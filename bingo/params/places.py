@@ -5,13 +5,17 @@ ignored by Git: datasets and checkpoints are then taken from the original reposi
 import os
 from pathlib import Path
 
+_LONGEST_NAME = 255  # bytes, of usual file systems; more make os.stat raise
+
 
 def located(path: str) -> str:
     """A path in params.yaml, ready to be opened: `~` is expanded, and what a copy of the workspace lacks is found in the original
     repository.
 
-    Raises ValueError for the home of an unknown user.
+    Raises ValueError for an empty path, and as `expanded` does.
     """
+    if not path.strip():
+        raise ValueError("allowed is a path, which is not empty (./ is this folder)")
     path = expanded(path)
     original = _original_workspace()
     return path if original is None or _is_held(path) else str(original / path)
@@ -26,7 +30,9 @@ def _is_held(path: str) -> bool:
 
 
 def expanded(path: str) -> str:
-    """A path with `~` and `~USER` replaced by the home folder. Raises ValueError for an unknown user."""
+    """A path with `~` and `~USER` replaced by the home folder. Raises ValueError for an unknown user or an impossible name."""
+    if "\0" in path or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")):
+        raise ValueError(f"allowed is a path without null bytes, whose parts have at most {_LONGEST_NAME} bytes")
     home = os.path.expanduser(path)  # noqa: PTH111 - Path's raises RuntimeError, and drops a trailing /
     if home.startswith("~"):
         user = path.partition("/")[0]

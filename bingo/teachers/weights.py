@@ -21,7 +21,9 @@ from bingo.teachers.reading.foreign import read_checkpoint
 from bingo.teachers.reading.sources import from_checkpoint, from_library, from_names, readings
 
 _NETWORK = ("arch", "width", "stem")
-_OF_TEACHER = re.compile(r"teacher\.(?:source|format): [^,;]+(?:, )?")  # ways out that only a teacher has
+_OF_TEACHER = re.compile(
+    r"teacher\.(?:source|format): [^,;]+(?:, )?|(?:, or )?teacher\.format to the code that wrote it(?:, or )?"
+)  # ways out that only a teacher has
 
 
 def student_weights(key: str, value: str, student: StudentParams, image: ImageParams) -> tuple[Backbone, dict[str, Any]]:
@@ -35,7 +37,7 @@ def student_weights(key: str, value: str, student: StudentParams, image: ImagePa
     network = {name: getattr(student, name) for name in _NETWORK}
     own = {"name": "own", "factory": None, "pooling": None, "format": "moco", "source": library, "checkpoint": None, **network}
     asked = TeacherParams.model_construct(**own)  # a teacher's source, which reads no other key
-    with _said_of(key):
+    with _said_of(key, value):
         read, facts = _published(asked, image) if value in LIBRARIES else _from_file(asked, value, image)
     backbone = build_backbone(**network, seed_value=0, options=evaluated(student.options))
     load_strictly(backbone, read.state_dict(), f"{key} = {value}", lambda: "give weights of the same image size")
@@ -76,12 +78,15 @@ def _compare(asked: TeacherParams, image: ImageParams, written: Mapping[str, Any
 
 
 @contextmanager
-def _said_of(key: str) -> Iterator[None]:
-    """What is said of a teacher in the body, on stderr and in errors, said of the parameter `key` and of the student."""
+def _said_of(key: str, value: str) -> Iterator[None]:
+    """What is said of a teacher in the body, on stderr and in errors, said of the parameter `key`, `value`, and of the student."""
+    of_student = {"teacher.checkpoint": key, "teacher.image": "image"} | {f"teacher.{name}": f"student.{name}" for name in _NETWORK}
+    kept = {value, Path(value).name} - of_student.keys()  # a file may be called teacher.arch.pth
+    words = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, [*kept, *of_student]))})(?!\w)")
 
     def translated(line: str) -> str:
-        line = _OF_TEACHER.sub("", line.replace("teacher.checkpoint", key).replace("teacher.image.", "image."))
-        return re.sub(r"(student\..+), or \1", r"\1", line.replace("teacher.", "student."))
+        line = words.sub(lambda found: found[0] if found[0] in kept else of_student[found[0]], _OF_TEACHER.sub("", line))
+        return re.sub(r"(student\..+), or \1", r"\1", line)
 
     said = io.StringIO()
     try:

@@ -54,6 +54,16 @@ def test_what_a_copy_lacks_lies_in_the_original(copy, monkeypatch):
         located("~nobody-of-this-name/x")
 
 
+@pytest.mark.parametrize("path", ["", " ", "a\0b", "a/" + "b" * 256 + "/c", "\u00e9" * 128])
+def test_what_no_file_can_be_called_is_refused(path):
+    for key in (("dataset", "root"), ("student", "weights"), ("teacher", "checkpoint"), ("supervised",)):
+        params = read_yaml(ROOT / "params.yaml")
+        section = params[key[0]] if len(key) > 1 else params
+        section[key[-1]] = path
+        with pytest.raises(UserError, match=f"{'.'.join(key)} = .*: allowed is a path"):
+            validate(params, "params.yaml")
+
+
 @pytest.mark.parametrize("kept", [".gitignore", "train/.gitkeep", "README.md", "link"])
 def test_what_git_keeps_of_an_ignored_folder_is_not_the_folder(copy, kept):
     place = Path("kept", kept)

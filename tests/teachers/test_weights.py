@@ -1,5 +1,6 @@
 """Weights for the student's network from a file of any program: each as it is there, or one line that says what does not fit."""
 
+import re
 from importlib.resources import files
 
 import pytest
@@ -143,6 +144,17 @@ def test_what_does_not_fit_is_one_line_before_any_work(tmp_path, network, how):
     assert line.startswith(f"{'student.weights' if key == 'weights' else key}: ")
     assert wanted in line
     assert "teacher" not in line
+
+
+@pytest.mark.parametrize("name", ["teacher.pth", "teacher.arch", "teacher.checkpoint", "t"])
+def test_the_name_of_a_file_is_left_as_it_is(tmp_path, network, name, capsys):
+    state = prefixed("backbone.", dict(network.state_dict()))
+    torch.save(state, tmp_path / name)
+    read(tmp_path / name)
+    assert f"student.weights = {tmp_path / name}: " in capsys.readouterr().err
+    torch.save(state | {"backbone.conv1.weight": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(UserError, match=rf"^student\.weights: {re.escape(str(tmp_path / name))}: "):
+        read(tmp_path / name)
 
 
 def test_a_file_that_is_absent_is_said_with_the_key():
