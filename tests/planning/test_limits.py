@@ -190,6 +190,7 @@ def test_what_needs_labels_or_a_list_is_asked_for_before_the_teachers_pass(tmp_p
     ("changes", "most"),
     [
         ({"bagging.k": 300}, 301),
+        ({"teacher.key_width": 300}, 301),
         ({"bagging.method": "kmeans", "bagging.clusters": 300}, 300),
         ({"bagging.search": "ivf", "bagging.lists": 300}, 300),
     ],
@@ -199,6 +200,21 @@ def test_sizes_of_bags_are_held_against_the_images(changes, most):
     (line,) = image_mistakes(params, Counts(most - 1, 0))
     assert line.startswith(f"{list(changes)[-1]} = 300: ")
     assert not image_mistakes(params, Counts(most, 0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "way_out"), [(2, {"methods.bingo.mask_bag": False}), (9, {"bagging.k": 7}), (9, {"bagging.mutual": True})]
+)
+def test_a_bag_of_all_images_leaves_no_negatives(rows, way_out):
+    small = {"distill.method": "bingo", "distill.batch_anchors": 2, "teacher.pretrain.batch_anchors": 2, "bagging.k": rows - 1}
+    (line,) = image_mistakes(validate(raw(small), "p"), Counts(rows, 0))
+    assert line.startswith("methods.bingo.mask_bag = true: ")
+    assert not image_mistakes(validate(raw(small | way_out), "p"), Counts(rows, 0))
+
+
+def test_one_train_image_is_said_to_be_too_few():
+    (line,) = image_mistakes(validate(raw({"distill.batch_anchors": 1, "teacher.pretrain.batch_anchors": 1}), "p"), Counts(1, 0))
+    assert "add images" in line
 
 
 def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path, monkeypatch):
