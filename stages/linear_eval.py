@@ -34,7 +34,7 @@ def main(
 
         names, listing = run.networks(), read_judged_listing(paths.LISTING, paths.LEFT_OUT)
         if not listing.can_judge:
-            run.say("linear_eval: the listing has no labelled test images, so there is nothing to measure")
+            run.say(f"linear_eval: {listing.unjudged}, so there is nothing to measure")
         opened = existing(names) if listing.can_judge else []
         teacher = read_embeddings(paths.EMBEDDINGS, listing) if "teacher" in opened else None
         networks = Networks(run, opened, listing, teacher)

@@ -24,11 +24,10 @@ def usable_ks(params: KnnEvalParams, listing: Listing, say: Callable[[str], None
     """Those of knn_eval.k and knn_eval.agreement_k for which there are enough images and labels; the others are reported with `say`."""
     train = listing.train_rows
     if not len(listing.test_rows_N):
-        why = "all test images are near-duplicates of train images" if train < len(listing) else "the listing has no test images"
-        say(f"knn_eval: {why}, so there is nothing to measure")
+        say(f"knn_eval: {listing.unjudged}, so there is nothing to measure")
         return [], []
     if not listing.labelled:
-        say("knn_eval: the images have no labels, so only the agreement with the teacher is measured")
+        say(f"knn_eval: {listing.unjudged}, so only the agreement with the teacher is measured")
     wanted = {"k": params.k if listing.labelled else [], "agreement_k": params.agreement_k}
     for name, ks in wanted.items():
         if left_out := [str(k) for k in ks if k > train]:

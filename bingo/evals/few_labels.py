@@ -20,7 +20,8 @@ _COLUMN = re.compile(r"[,;\t ]\s*")  # what ends the first column of a table
 def labelled_rows(listing: Listing, split: SplitParams, name: str, seed: int) -> np.ndarray:
     """The train rows, int64, rising, that keep their labels in `semi_eval.splits.NAME`. Raises UserError without labelled test images."""
     if not listing.can_judge:
-        raise UserError("semi_eval: the listing has no labelled test images; sort the images into classes, or empty semi_eval.splits")
+        way_out = "sort the images into classes" if not listing.labelled else "add test images, or set dataset.test_images"
+        raise UserError(f"semi_eval: {listing.unjudged}; {way_out}, or empty semi_eval.splits")
     if split.list_file is None:
         return drawn_rows(listing, split.percent, seed)
     return listed_rows(listing, split.list_file, f"semi_eval.splits.{name}.list_file")

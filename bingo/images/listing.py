@@ -58,7 +58,14 @@ class Listing:
     @property
     def can_judge(self) -> bool:
         """Whether there are test images to judge and every row has a label, as evaluations need."""
-        return self.labelled and len(self.test_rows_N) > 0
+        return not self.unjudged
+
+    @property
+    def unjudged(self) -> str:
+        """Why no evaluation by labels is possible; empty if one is."""
+        if not len(self.test_rows_N):
+            return "all test images are near-duplicates of train images" if self.left_out_rows else "there are no test images"
+        return "" if self.labelled else "the images have no labels"
 
     @property
     def test_rows_N(self) -> np.ndarray:

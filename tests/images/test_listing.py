@@ -61,7 +61,9 @@ def test_held_out_images_are_counted_and_those_left_out_are_not_judged(tmp_path)
     judged = read_judged_listing(path, left_out)
     assert (judged.test_rows_N.tolist(), judged.can_judge) == ([2, 4], True)
     write_left_out(left_out, listing, [2, 3, 4, 5])
-    assert not read_judged_listing(path, left_out).can_judge
+    assert "near-duplicates" in read_judged_listing(path, left_out).unjudged
+    assert "labels" in replace(judged, labels_N=np.array([0, 1, 0, -1, 0, 1])).unjudged
+    assert "no test images" in replace(listing, train_rows=6).unjudged
     path.write_bytes(own_split)
     assert read_listing(path).held_out is None
     assert read_judged_listing(path, left_out).test_rows_N.tolist() == [2]

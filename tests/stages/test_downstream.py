@@ -151,10 +151,10 @@ def test_images_without_labels_are_one_line(workspace):
     for number in range(4):
         Image.new("RGB", (20, 20), (50 * number, 0, 0)).save(folder / f"{number}.png")
     flat = {"dataset.source": "folder", "dataset.root": "images"}
-    few = {"teacher.pretrain.batch_anchors": 4, "distill.batch_anchors": 4, "bagging.k": 3}
+    few = {"teacher.pretrain.batch_anchors": 4, "distill.batch_anchors": 4, "bagging.k": 2}
     workspace.edit(flat | few | {"dataset.train_images": None, "dataset.test_images": None})
     workspace.done("scan")
-    refused(workspace, "semi_eval", "semi_eval: the listing has no labelled test images; sort the images into classes, or empty")
+    refused(workspace, "semi_eval", "semi_eval: there are no test images; sort the images into classes, or empty")
     flat_set = {"source": "folder", "root": "images", "store_px": None, "train_images": None, "test_images": None}
     workspace.edit({"transfer.datasets": {"photos": flat_set}})
     refused_late(workspace, "transfer_cifar", "transfer_cifar: student, linear_resized: 4 train images have labels such as -1")
