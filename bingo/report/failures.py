@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from bingo.report.bags import Member, same_class
 from bingo.report.inputs import Artefacts
 from bingo.report.pictures import Thumbnail, thumbnail
+from bingo.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,23 @@ class Failure:
 
 
 def failures(a: Artefacts) -> list[Failure]:
-    """The images of reports/failures/student.json, those with the fewest common neighbours first; empty without images or teacher."""
+    """The images of reports/failures/student.json, those with the fewest common neighbours first; empty without images or teacher.
+
+    Raises UserError if the file holds something else.
+    """
     if a.images is None:
         return []
-    return [
-        Failure(
-            thumbnail(a.images, a.listing, found["row"]),
-            _neighbours(a, found["row"], found["teacher"]),
-            _neighbours(a, found["row"], found["network"]),
-        )
-        for found in a.failures.get("images", [])
-    ]
+    try:
+        return [
+            Failure(
+                thumbnail(a.images, a.listing, found["row"]),
+                _neighbours(a, found["row"], found["teacher"]),
+                _neighbours(a, found["row"], found["network"]),
+            )
+            for found in a.failures.get("images", [])
+        ]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise UserError("reports/failures/student.json: is damaged, or of another listing; delete it and run: dvc repro") from None
 
 
 def _neighbours(a: Artefacts, row: int, found: Sequence[Sequence[float]]) -> list[Member]:

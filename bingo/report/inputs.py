@@ -6,6 +6,7 @@ Does not import torch, so that a page takes a second or two. Shape letters: E ep
 import csv
 import json
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from bingo.runtime.checksums import Damaged, check_safetensors
 from bingo.runtime.errors import UserError
 
 Curves = dict[str, list[float]]
+_OUTCOME = re.compile(r"cached|knn_\d+(_weighted)?|agreement_[1-9]\d*")  # what evaluations keep of each test image
 _BUFFERS = ("running_mean", "running_var")  # BatchNorm's statistics are stored with the weights, but are not parameters
 
 
@@ -107,19 +109,23 @@ def _origins() -> dict[str, str]:
 
 def _outcomes(net: str) -> dict[str, np.ndarray]:
     """Percent of each test image, of what reports/linear/NET.npz and reports/knn/NET.npz hold."""
-    linear, neighbors = (_arrays(paths.REPORTS / folder / f"{net}.npz") for folder in ("linear", "knn"))
+    linear, neighbors = (read_outcomes(paths.REPORTS / folder / f"{net}.npz") for folder in ("linear", "knn"))
     found = {"linear": linear["cached"]} if "cached" in linear else {}
     possible = {name: int(name.removeprefix("agreement_")) if name.startswith("agreement_") else 1 for name in neighbors}
     return {name: 100.0 * hits_Q / possible.get(name, 1) for name, hits_Q in {**found, **neighbors}.items()}
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays in a file that `write_arrays` wrote; {} if there is no file. Raises UserError if it is damaged."""
+def read_outcomes(path: Path) -> dict[str, np.ndarray]:
+    """The numbers of each test image in a file that an evaluation wrote; {} if there is no file. Raises UserError if it is damaged."""
     if not path.exists():
         return {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            arrays = dict(file)
+        for name, array in arrays.items():
+            if not _OUTCOME.fullmatch(name) or array.ndim != 1 or array.dtype.kind not in "biu":
+                raise ValueError(f"{name} is of {array.dtype} {array.shape}")
+        return arrays
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: is damaged ({' '.join(str(error).split())}); delete it and run: dvc repro") from None
 

@@ -22,12 +22,12 @@ from bingo.images.listing import Listing, write_listing
 from bingo.params import method_names, read_yaml, validate
 from bingo.report.bags import closest_pairs, gallery_rows, statistics
 from bingo.report.downstream import figures
-from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_network_facts
+from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_network_facts, read_outcomes
 from bingo.report.page import build_page, run_script
 from bingo.report.pictures import THUMBNAIL_PX, thumbnail
 from bingo.report.plots import AccuracyBar, accuracy_bars, lines, quantile_strip
 from bingo.report.results import caveats
-from bingo.runtime.artefacts import write_bytes, write_json
+from bingo.runtime.artefacts import write_arrays, write_bytes, write_json
 from bingo.runtime.checksums import seal_safetensors
 from bingo.runtime.errors import UserError
 
@@ -503,6 +503,30 @@ def test_curves_are_read_with_gaps(tmp_path):
     path.write_text("epoch,loss\n1,low\n")
     with pytest.raises(UserError, match="loss = 'low'"):
         read_curves(path)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [{"cached": np.array(["a"])}, {"agreement_x": np.zeros(3, int)}, {"agreement_0": np.zeros(3, int)}, {"knn_1": np.ones((3, 2), bool)}],
+)
+def test_outcomes_of_something_else_are_one_line(tmp_path, arrays):
+    write_arrays(tmp_path / "student.npz", arrays)
+    with pytest.raises(UserError, match=f"student.npz: is damaged .{next(iter(arrays))} is of"):
+        read_outcomes(tmp_path / "student.npz")
+
+
+@pytest.mark.parametrize("wrong", [{"row": 99}, {"teacher": [[99, 0.5]]}, {"network": 3}, {"network": [[1]]}])
+def test_failures_of_another_listing_are_one_line(wrong):
+    found = {"row": 17, "common": 0, "teacher": [[2, 0.5]], "network": [[0, 0.2]]} | wrong
+    pictures = MemoryImages(np.zeros((TRAIN + TEST, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"failures/student\.json: is damaged, or of another listing"):
+        build_page(artefacts(images=pictures, failures={"k": 2, "queries": 8, "images": [found]}))
+
+
+def test_labelled_images_without_test_images_are_no_call_to_run_the_evaluations_again():
+    html = build_page(artefacts(listing=dataclasses.replace(make_listing(), train_rows=TRAIN + TEST), knn={}, linear={}))
+    assert "there are no test images" in html
+    assert "No student has been evaluated yet" not in html
 
 
 def test_a_damaged_network_is_one_line(tmp_path):
