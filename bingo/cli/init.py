@@ -74,7 +74,7 @@ def main(
     for line in [
         *_seen_lines(folder, look),
         *_choice_lines(look, plan, chosen, student_weights),
-        *_cost_lines(plan, budget, device.type, cores),
+        *_cost_lines(plan, budget, device.type, cores, "a smaller teacher" if network is None else "a smaller teacher or student"),
     ]:
         typer.echo(line)
     if dry_run:
@@ -238,14 +238,12 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights:
     return lines
 
 
-def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int) -> list[str]:
-    """The time of the run on this machine."""
+def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, smaller: str) -> list[str]:
+    """The time of the run on this machine; where it is too long, `smaller` is what could be named."""
     of_teacher, of_student, evaluations = (seconds / 60 for seconds in plan.seconds)
     machine = f"{cores} CPU cores" if device_type == "cpu" else "one GPU"
     parts = f"teacher {of_teacher:.1f}, student {of_student:.1f}, evaluations {evaluations:.1f}, starts the rest"
     lines = [f"time: about {plan.minutes:.{int(plan.minutes < 10)}f} min on {machine}, by a short trial ({parts})"]
     if plan.minutes > budget:
-        lines.append(
-            f"warning: that is more than {budget:g} min, and there is nothing cheaper to choose; name a smaller teacher or student"
-        )
+        lines.append(f"warning: more than {budget:g} min, though this is the cheapest choice; give more --minutes, or name {smaller}")
     return lines
