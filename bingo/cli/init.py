@@ -232,7 +232,7 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights:
     kept = "kept in memory" if look.short_px[1] <= SMALL_PX else "decoded at each use"
     start = f", starting from {printable(weights)}" if weights else ""
     lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px{start}; images are {kept}")
-    lines.append(f"training: BINGO, {plan.epochs} epochs, {plan.views} stored views of each image")
+    lines.append(f"training: BINGO, {plan.epochs} epochs, {plan.views} stored view{'s'[: plan.views > 1]} of each image")
     if held_out and not look.classes:
         lines.append("figures: agreement with the teacher on the test images, as there are no labels")
     return lines
@@ -242,7 +242,7 @@ def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, small
     """The time of the run on this machine; where it is too long, `smaller` is what could be named."""
     of_teacher, of_student, evaluations = (seconds / 60 for seconds in plan.seconds)
     machine = f"{cores} CPU cores" if device_type == "cpu" else "one GPU"
-    parts = f"teacher {of_teacher:.1f}, student {of_student:.1f}, evaluations {evaluations:.1f}, starts the rest"
+    parts = f"teacher {of_teacher:.1f}, student {of_student:.1f}, evaluations {evaluations:.1f}, and starting each stage"
     lines = [f"time: about {plan.minutes:.{int(plan.minutes < 10)}f} min on {machine}, by a short trial ({parts})"]
     if plan.minutes > budget:
         lines.append(f"warning: more than {budget:g} min, though this is the cheapest choice; give more --minutes, or name {smaller}")

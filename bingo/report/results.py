@@ -80,14 +80,16 @@ def network_label(a: Artefacts, net: str) -> str:
 
 
 def columns(a: Artefacts) -> list[Column]:
-    """The measures that at least one network has; of k-NN the two usual ones, or else every one that was measured."""
+    """The measures that at least one network has; of k-NN the two usual ones, or else every one that was measured; top-5 only where there
+    are more than five classes."""
     keys = dict.fromkeys(key for scores in a.knn.values() for key in scores)
     knn_keys, agreements = ([key for key in keys if key.startswith(group)] for group in ("knn_", "agreement_"))
     usual = [key for key in _USUAL_KNN if key in knn_keys]
     found = [Column("knn", key, _short_header(key)) for key in usual or sorted(knn_keys, key=neighbor_order)]
     for protocol in _PROTOCOLS:
         measured = {key for scores in a.linear.get(protocol, {}).values() for key in scores}
-        found += [Column(f"linear {protocol}", key, header) for key, header in _LINEAR_COLUMNS.items() if key in measured]
+        shown = [key for key in _LINEAR_COLUMNS if key in measured and (key != "top5_last" or len(a.listing.classes) > 5)]
+        found += [Column(f"linear {protocol}", key, _LINEAR_COLUMNS[key]) for key in shown]
     return found + [Column("agreement", key, _short_header(key)) for key in agreements]
 
 
