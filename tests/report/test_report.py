@@ -26,7 +26,7 @@ from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_netwo
 from bingo.report.page import build_page, run_script
 from bingo.report.pictures import THUMBNAIL_PX, thumbnail
 from bingo.report.plots import AccuracyBar, accuracy_bars, lines, quantile_strip
-from bingo.report.results import caveats
+from bingo.report.results import caveats, columns
 from bingo.runtime.artefacts import write_arrays, write_bytes, write_json
 from bingo.runtime.checksums import seal_safetensors
 from bingo.runtime.errors import UserError
@@ -209,13 +209,13 @@ def test_every_figure_is_in_its_row(page):
         cells = page.rows[label]
         for position, key in enumerate(["knn_10", "knn_20_weighted"]):
             assert cells[position].startswith(f"{KNN[net][key]:.1f}" if net in KNN else "–"), (net, key)
-        for position, key in enumerate(["top1_last", "top5_last", "top1_best"]):
+        for position, key in enumerate(["top1_last", "top1_best"]):  # no top-5 of three classes
             assert cells[2 + position].startswith(f"{LINEAR['cached'][net][key]:.1f}"), (net, key)
             measured = LINEAR["crops"].get(net)
-            assert cells[5 + position].startswith(f"{measured[key]:.1f}" if measured else "–"), (net, key)
-        assert cells[4].endswith("epoch 41")
+            assert cells[4 + position].startswith(f"{measured[key]:.1f}" if measured else "–"), (net, key)
+        assert cells[3].endswith("epoch 41")
     assert not [label for label in page.rows if "ISD" in label]
-    assert page.rows["Chanceequal classes"] == ["33.3", "33.3", "33.3", "100.0", "33.3", "33.3", "100.0", "33.3"]
+    assert page.rows["Chanceequal classes"] == ["33.3"] * 6
     assert list(page.rows).index("Teacherceiling") < list(page.rows).index("Student by BINGO")
     assert "best epoch, chosen on the test split" in page.words
 
@@ -386,6 +386,12 @@ def test_skipped_images_are_counted_and_the_first_named():
     assert "left out: 13 (bad<0>.jpg" in words
     assert "bad<9>.jpg and 3 more)" in words
     assert "bad<10>" not in words
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
+def test_top_5_is_shown_of_more_than_five_classes(classes, shown):
+    listing = dataclasses.replace(make_listing(), classes=[f"class {number}" for number in range(classes)])
+    assert ("top5_last" in [column.key for column in columns(artefacts(listing=listing))]) == shown
 
 
 @pytest.mark.parametrize(
