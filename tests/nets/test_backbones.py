@@ -223,8 +223,8 @@ IMAGE = ImageParams(crop_px=16, resize_px=16, mean=[0.5] * 3, std=[0.25] * 3)
 
 
 def test_a_students_file_says_how_it_was_trained_and_an_older_file_says_nothing(tmp_path):
-    drawing = StudentParams(factory=None, **SHAPE, drop_path_rate=0.1, drop_rate=0.2, batchnorm_momentum=0.01)
-    plain = StudentParams(factory=None, **SHAPE, drop_path_rate=0.0, drop_rate=0.0, batchnorm_momentum=None)
+    drawing = StudentParams(factory=None, weights=None, **SHAPE, drop_path_rate=0.1, drop_rate=0.2, batchnorm_momentum=0.01)
+    plain = StudentParams(factory=None, weights=None, **SHAPE, drop_path_rate=0.0, drop_rate=0.0, batchnorm_momentum=None)
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for name, network in (("drawing", drawing), ("plain", plain)):
         backbone = build_backbone(**SHAPE, seed_value=1, options=network.options)

@@ -294,7 +294,7 @@ def test_neighbours_among_stored_features_need_no_torch(workspace, net):
             "distill",
             {"distill.method": "bingoo"},
             [
-                "distill.method = 'bingoo': allowed are bingo, compress, ",
+                "distill.method = 'bingoo': allowed are bag_mean, bingo, compress, ",
             ],
         ),
         ("teacher", {"image.crop_px": 32}, ["crop_px: 32 is larger than resize_px 16; lower image.crop_px"]),
@@ -341,7 +341,7 @@ def test_an_approximate_search_tells_its_recall(workspace):
     assert 0 < recall < 0.95
     assert done.out.startswith("bag: knn bags of 400 images by 1 of 50 lists: ")
     assert f"recall: {recall:g}" in done.out
-    assert re.fullmatch(r"bag: wrote data/bags\.zarr, reports/bags\.json in [\d.]+ s", done.out.splitlines()[-1])
+    assert re.fullmatch(r"bag: wrote data/bags\.zarr, data/left_out\.json, reports/bags\.json in [\d.]+ s", done.out.splitlines()[-1])
     warning = f"warning: bag: recall {recall:g}: the search misses many of the nearest images; raise bagging.probes\n"
     assert (done.status, done.err) == (0, warning)
 

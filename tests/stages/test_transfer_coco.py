@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(workspace, reference)
         ({"transfer_coco.runs": ["fpn-short"]}, "transfer_coco.runs has no c4-short: allowed are fpn-short; did you mean"),
         ({"transfer_coco.schedules": {"short": [5, 4]}}, "short: [5, 4], allowed are increasing steps"),
         ({"transfer_coco.max_side_px": 60}, "max_side_px: 60 is less than the short side 64"),
-        ({"transfer_coco.batch_images": 6}, "transfer_coco.batch_images = 6: only 5 images have usable instances; lower it"),
+        ({"transfer_coco.batch_images": 6}, "transfer_coco.batch_images = 6: there are only 5 images with usable instances; lower it"),
         ({"transfer_coco.lr": 1e6, "transfer_coco.lr_warmup_steps": 0}, "transfer_coco-c4-short: the loss is "),
         ({"transfer_coco.val_images": "vall"}, "transfer_coco.val_annotations: images that it lists do not exist: "),
     ],
