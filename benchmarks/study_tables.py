@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.study import LR, Part, Wishes
+from benchmarks.study_plan import LR, Part, Wishes
 from bingo.report.experiments import paired_difference, spread
 
 MEASURES = {"linear": "linear", "knn_10": "k-NN, k = 10", "agreement_10": "agreement, k = 10", "percent_1": "1 % of the labels"}

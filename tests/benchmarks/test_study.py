@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_compare import ROOT, Repository
 
-from benchmarks import study, study_tables
-from benchmarks.study import StudyPlan, Wanted, Wishes
+from benchmarks import study, study_plan, study_tables
+from benchmarks.study_plan import StudyPlan, Wanted, Wishes
 from bingo.params import validate
 from bingo.planning.recipes import lay_over
 from bingo.runtime.errors import UserError
@@ -46,7 +46,7 @@ COSTS = {"method-simreg": 0.03}
 def plan(tmp_path, monkeypatch) -> StudyPlan:
     monkeypatch.chdir(ROOT)
     (tmp_path / "plan.yaml").write_text(PLAN)
-    return study.read_plan(tmp_path / "plan.yaml")
+    return study_plan.read_plan(tmp_path / "plan.yaml")
 
 
 def run_all(plan: StudyPlan, accuracy) -> list[dict]:
@@ -82,7 +82,7 @@ def test_a_climb_ends_where_both_neighbours_on_both_axes_are_worse(plan, lr, fac
     wishes = Wishes(plan, run_all(plan, accuracy))
     assert wishes.place(wishes.best("method-bingo")) == (lr, factor)
     places = {wishes.place(line) for line in wishes.tuning("method-bingo")}
-    up, down = study.next_lr(lr, up=True), study.next_lr(lr, up=False)
+    up, down = study_plan.next_lr(lr, up=True), study_plan.next_lr(lr, up=False)
     assert {(up, factor), (down, factor), (lr, 2 * factor), (lr, factor / 2)} <= places
     assert sorted({rate for rate, _ in places}) == tried
     assert sorted(rate for rate, _ in map(wishes.place, wishes.tuning("method-simreg"))) == tried, "the same rule for every recipe"
@@ -131,7 +131,7 @@ def test_a_variant_is_tuned_itself_or_has_the_values_of_another(tmp_path, monkey
         distances = wanted.settings["distill.lr"] / lr, wanted.settings["methods.bingo.temperature"] / temperature
         return 60 - sum(abs(math.log(distance)) for distance in distances)
 
-    plan = study.read_plan(tmp_path / "plan.yaml")
+    plan = study_plan.read_plan(tmp_path / "plan.yaml")
     lines = run_all(plan, accuracy)
     for count in range(len(lines)):
         study_tables.print_tables(Wishes(plan, lines[:count]))  # of a study that is under way
@@ -145,14 +145,14 @@ def test_a_variant_is_tuned_itself_or_has_the_values_of_another(tmp_path, monkey
 @pytest.mark.parametrize("name", ["study", "study-digits"])
 def test_the_plans_of_this_repository_are_of_allowed_settings(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    plan = study.read_plan(Path(f"benchmarks/{name}.yaml"))
-    wishes = Wishes(plan, study.read_results(study.RESULTS / f"{name}.jsonl"))
+    plan = study_plan.read_plan(Path(f"benchmarks/{name}.yaml"))
+    wishes = Wishes(plan, study_plan.read_results(study.RESULTS / f"{name}.jsonl"))
     wishes.next()
     for recipe in plan.recipes:
         for part in ("tuning", "anchors"):
             document = deepcopy(wishes.documents[recipe])
             for key, value in plan.fixed(recipe, part).items():
-                lay_over(document, study.nested(key, value))
+                lay_over(document, study_plan.nested(key, value))
             validate(document, f"{recipe}, {part}")
 
 
@@ -236,7 +236,7 @@ def test_a_study_is_interrupted_and_goes_on_to_the_same_results(repository):
     assert f"--set-param=dataset.root='{repository.home / 'images'}'" in ran[again[-1]]
     split = "{one:{percent:1.0,list_file:null,trunk_lr:0.1,head_lr:0.2,linear_lr:3.0}}"
     assert f"--set-param=++semi_eval.splits={split}" in ran[again[-1]]
-    lines = study.read_results(repository.home / "benchmarks/results/plan.jsonl")
+    lines = study_plan.read_results(repository.home / "benchmarks/results/plan.jsonl")
     assert len(lines) == 10
     commit = repository.git("rev-parse", "HEAD")
     assert lines[0].pop("seconds") > 0
@@ -260,7 +260,7 @@ def test_a_failure_of_another_kind_stops_the_study_and_is_no_result(repository):
     assert process.returncode == 2
     assert "lr=0.2-s9: failed with exit code 1" in err
     assert "error: no space left on device" in err
-    assert len(study.read_results(repository.home / "benchmarks/results/plan.jsonl")) == 1
+    assert len(study_plan.read_results(repository.home / "benchmarks/results/plan.jsonl")) == 1
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_mistakes_in_a_plan_are_found_before_anything_runs(repository, monkeypat
     plan.write_text(plan.read_text().replace(old, new))
     repository.commit()
     with pytest.raises(UserError, match=re.escape(words)):
-        study.Study(study.read_plan(plan), Path("results.jsonl"), "images").check()
+        study.Study(study_plan.read_plan(plan), Path("results.jsonl"), "images").check()
 
 
 @pytest.mark.parametrize("line", ['{"part": "tun', '{"part": "tuning"}', "[]", "null", "", "\udcff"])
@@ -298,5 +298,5 @@ def test_results_that_were_edited_by_hand_are_read_line_by_line(tmp_path, line):
     run = '{"part": "tuning", "recipe": "x", "seed": 0, "settings": {}, "linear": null}'
     (tmp_path / "results.jsonl").write_bytes(f"{run}\n{line}\n".encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"results\.jsonl: .*; every line is one run"):
-        study.read_results(tmp_path / "results.jsonl")
-    assert study.read_results(tmp_path / "other.jsonl") == []
+        study_plan.read_results(tmp_path / "results.jsonl")
+    assert study_plan.read_results(tmp_path / "other.jsonl") == []

@@ -1,0 +1,265 @@
+"""The plan of a study, and which of its runs are missing: a function of the plan and of the results so far.
+
+Tuning is a climb over learning rate and temperature, which starts from the best of `first_lr`: the neighbours of the best run on both axes
+are tried until none is better by linear accuracy, so the best values have worse ones on either side. A training whose loss is not finite
+is a run without accuracy.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bingo.params import read_yaml, validate
+from bingo.params.fields import Positive, Whole
+from bingo.params.mistakes import mistake_lines
+from bingo.planning.recipes import flattened, lay_over, read_recipe
+from bingo.runtime.errors import UserError, short
+
+LR, EPOCHS = "distill.lr", "distill.epochs"
+Part = Literal["tuning", "anchors", "flops"]
+_OF_A_RUN = {"part", "recipe", "seed", "settings", "linear"}
+
+
+class _StudySection(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tuning(_StudySection):
+    """Seed, learning rates and settings of tuning."""
+
+    seed: Whole
+    first_lr: Annotated[list[Positive], Field(min_length=1)]
+    settings: dict[str, Any]
+
+
+class Tables(_StudySection):
+    """Seeds and settings of the runs that are compared."""
+
+    seeds: Annotated[list[Whole], Field(min_length=1)]
+    settings: dict[str, Any]
+
+
+class StudyVariant(_StudySection):
+    """A recipe with settings of its own; `like` is the recipe or variant whose tuned values it has, null if it is tuned itself."""
+
+    recipe: str
+    like: str | None = None
+    settings: dict[str, Any]
+
+
+class StudyPlan(_StudySection):
+    """See the head of benchmarks/study.yaml. `base` is null for the images of params.yaml."""
+
+    base: str | None
+    reference: str
+    tuning: Tuning
+    tables: Tables
+    variants: dict[str, StudyVariant] = {}
+    rounds: Annotated[list[dict[str, list[str]]], Field(min_length=1)]
+
+    @property
+    def recipes(self) -> list[str]:
+        """The recipes and variants of all rounds."""
+        return [recipe for recipes in self.rounds for recipe in recipes]
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        if self.reference not in self.rounds[0]:
+            raise ValueError(f"reference = {self.reference}: is not in the first of the rounds")
+        order = {recipe: number for number, recipe in enumerate(self.recipes)}
+        if len(order) < len(self.recipes):
+            raise ValueError("rounds: a recipe is in two of them")
+        if unused := self.variants.keys() - order.keys():
+            raise ValueError(f"variants = {', '.join(sorted(unused))}: in none of the rounds")
+        for name, variant in self.variants.items():
+            if variant.like and order.get(variant.like, math.inf) > order[name]:
+                raise ValueError(f"variants.{name}.like = {variant.like}: is not before it in the rounds")
+        return self
+
+    def recipe_of(self, name: str) -> str:
+        """The recipe of a variant; a recipe itself."""
+        return self.variants[name].recipe if name in self.variants else name
+
+    def fixed(self, name: str, part: "Part") -> dict[str, Any]:
+        """What is set for all runs of a recipe or variant in a part of the study, by dotted keys."""
+        own = self.variants[name].settings if name in self.variants else {}
+        return dict(flattened((self.tuning if part == "tuning" else self.tables).settings)) | dict(flattened(own))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run of the plan: `settings` are the dotted keys of params.yaml that the plan sets, and nothing of base and recipe."""
+
+    part: Part
+    recipe: str
+    seed: int
+    settings: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def name(self) -> str:
+        tuned = {
+            key: value for key, value in self.settings.items() if key == LR or (key.startswith("methods.") and isinstance(value, float))
+        }
+        return "+".join([self.part, self.recipe, *(f"{key.rpartition('.')[2]}={value:g}" for key, value in tuned.items())])
+
+    def is_in(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of the results is of this run."""
+        return all(line[key] == getattr(self, key) for key in ("part", "recipe", "seed", "settings"))
+
+
+def read_plan(path: Path) -> StudyPlan:
+    """The plan in a file. Raises UserError if it is not one."""
+    import yaml
+    from pydantic import ValidationError
+
+    try:
+        return StudyPlan.model_validate(yaml.safe_load(path.read_text()))
+    except ValidationError as error:
+        raise UserError([f"{path}: {line}" for line in mistake_lines(error, StudyPlan)]) from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}; benchmarks/study.yaml is one that can be read") from None
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines of the results, none if there is no file. Raises UserError if one is not a run in JSON."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for line in lines:
+            if not isinstance(line, dict) or not line.keys() >= _OF_A_RUN or not isinstance(line["settings"], dict):
+                raise ValueError(f"{short(line)} is not a run with {', '.join(sorted(_OF_A_RUN))}")
+        return lines
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; every line is one run in JSON, delete the one that is not") from None
+
+
+class Wishes:
+    """The runs that a plan lacks, in order, given the results so far."""
+
+    def __init__(self, plan: StudyPlan, lines: Sequence[Mapping[str, Any]]):
+        self.plan, self.lines = plan, lines
+        self.documents = {recipe: document_of(plan, recipe) for recipe in plan.recipes}
+        keys = {recipe: keys for recipes in plan.rounds for recipe, keys in recipes.items()}
+        self.starts = {recipe: {key: _number(self.documents[recipe], key) for key in keys[recipe]} for recipe in plan.recipes}
+
+    def next(self) -> Wanted | None:
+        """What is run next."""
+        return next(self._all(), None)
+
+    def _all(self) -> Iterator[Wanted]:
+        for recipes in self.plan.rounds:
+            for recipe in recipes:
+                yield from self._untuned(recipe)
+            for seed in self.plan.tables.seeds:
+                for recipe in recipes:
+                    yield from self._compared(recipe, seed)
+
+    def line_of(self, wanted: Wanted) -> Mapping[str, Any] | None:
+        """The line of a run, if it has been run."""
+        return next((line for line in self.lines if wanted.is_in(line)), None)
+
+    def _untuned(self, recipe: str) -> Iterator[Wanted]:
+        """The next run of the climb: first all of `first_lr`, then the missing neighbours of the best."""
+        if recipe in self.plan.variants and self.plan.variants[recipe].like:
+            return
+        first = [self.at(recipe, lr, 1.0) for lr in self.plan.tuning.first_lr]
+        yield from (wanted for wanted in first if not self.line_of(wanted))
+        if (best := self.best(recipe)) is None:
+            return
+        lr, factor = self.place(best)
+        places = [(next_lr(lr, up), factor) for up in (True, False)]
+        places += [(lr, factor * by) for by in (2.0, 0.5)] if self.starts[recipe] else []
+        wanted = [self.at(recipe, *place) for place in places if self._allowed(recipe, *place)]
+        yield from (one for one in wanted if not self.line_of(one))
+
+    def _allowed(self, recipe: str, lr: float, factor: float) -> bool:
+        """Whether params.yaml may have these values: a share, for one, is at most 1."""
+        document = deepcopy(self.documents[recipe])
+        for key, value in self.tuned(recipe, lr, factor).items():
+            lay_over(document, nested(key, value))
+        try:
+            validate(document, "params.yaml")
+        except UserError:
+            return False
+        return True
+
+    def at(self, recipe: str, lr: float, factor: float) -> Wanted:
+        """The run of the tuning at a place of the climb."""
+        return Wanted("tuning", recipe, self.plan.tuning.seed, self.plan.fixed(recipe, "tuning") | self.tuned(recipe, lr, factor))
+
+    def tuned(self, recipe: str, lr: float, factor: float) -> dict[str, float]:
+        """The tuned settings at a place of the climb: a learning rate, and a factor of the other values."""
+        return {LR: float(lr), **{key: float(f"{value * factor:.4g}") for key, value in self.starts[recipe].items()}}
+
+    def tuning(self, recipe: str) -> list[Mapping[str, Any]]:
+        """The lines of a recipe's tuning."""
+        fixed = self.plan.fixed(recipe, "tuning")
+        lines = [line for line in self.lines if (line["part"], line["recipe"]) == ("tuning", recipe)]
+        return [line for line in lines if all(line["settings"].get(key) == value for key, value in fixed.items())]
+
+    def place(self, line: Mapping[str, Any]) -> tuple[float, float]:
+        """Learning rate and factor of a line of the tuning."""
+        factors = [line["settings"][key] / value for key, value in self.starts[line["recipe"]].items()]
+        return line["settings"][LR], 2.0 ** round(math.log2(factors[0])) if factors else 1.0
+
+    def best(self, recipe: str) -> Mapping[str, Any] | None:
+        """The best line of a recipe's tuning, None if it has none with an accuracy."""
+        return max((line for line in self.tuning(recipe) if line["linear"]), key=lambda line: line["linear"]["student"], default=None)
+
+    def _compared(self, recipe: str, seed: int) -> Iterator[Wanted]:
+        """The runs of the tables that are missing: at equal anchors, and at equal FLOPs where these are others."""
+        yield from (wanted for part in ("anchors", "flops") if (wanted := self.compared(part, recipe, seed)) and not self.line_of(wanted))
+
+    def compared(self, part: Part, recipe: str, seed: int) -> Wanted | None:
+        """A run of the tables; None if the recipe is not tuned, its cost is not known, or the run at equal anchors has equal FLOPs."""
+        tuned = self.plan.variants[recipe].like or recipe if recipe in self.plan.variants else recipe
+        if (best := self.best(tuned)) is None:
+            return None
+        settings = self.plan.fixed(recipe, part) | self.tuned(tuned, *self.place(best))
+        if part == "flops":
+            ours, theirs = self._cost(recipe), self._cost(self.plan.reference)
+            usual = dict(flattened(self.documents[recipe]))[EPOCHS] if EPOCHS not in settings else settings[EPOCHS]
+            if ours is None or theirs is None or (epochs := max(1, round(usual * theirs / ours))) == usual:
+                return None
+            settings |= {EPOCHS: epochs}
+        return Wanted(part, recipe, seed, settings)
+
+    def _cost(self, recipe: str) -> float | None:
+        """GFLOP for each anchor, None of what has not been run."""
+        return next((line["gflop_per_anchor"] for line in self.lines if line["recipe"] == recipe and line["linear"]), None)
+
+
+def document_of(plan: StudyPlan, recipe: str) -> dict[str, Any]:
+    """params.yaml with base and recipe, and with the settings of a variant."""
+    document = read_yaml("params.yaml")
+    for name in filter(None, (plan.base, plan.recipe_of(recipe))):
+        lay_over(document, read_recipe(Path("recipes"), name).overlay)
+    if recipe in plan.variants:
+        lay_over(document, plan.variants[recipe].settings)
+    return document
+
+
+def _number(document: dict[str, Any], key: str) -> float:
+    """A value that can be multiplied. Raises UserError if it is not such a number, or the learning rate, which is tuned itself."""
+    value = dict(flattened(document)).get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value or key == LR:
+        allowed = f"allowed are keys of params.yaml, other than {LR}, whose values are numbers other than 0"
+        raise UserError(f"rounds: {key} = {short(value)}: {allowed}")
+    return float(value)
+
+
+def next_lr(lr: float, up: bool) -> float:
+    """The next learning rate with one digit: ..., 0.06, 0.2, 0.6, 2, ..."""
+    return float(f"{lr * 10 ** (0.5 if up else -0.5):.1g}")
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} of "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
