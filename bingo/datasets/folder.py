@@ -7,7 +7,7 @@ import numpy as np
 
 from bingo.datasets.filecheck import Checked, check_files, common_bits
 from bingo.datasets.layout import Say, Split, count_splits, find_splits
-from bingo.datasets.subset import Counts, draw_subset, held_out_rows
+from bingo.datasets.subset import Counts, Readable, draw_subset, readable_rows
 from bingo.images.listing import Listing, listing_fingerprint
 from bingo.params import DatasetParams
 from bingo.runtime.errors import UserError, printable
@@ -29,7 +29,8 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
     if held_out:
         train, test = _without_held_out(dataset, train, seed)
         say(f"dataset.root = {root}: has no test split: {len(test.paths):,} images are held out of the train images")
-    chosen = [_choose(dataset, name, split, classes, seed) for name, split in (("train", train), ("test", test))]
+    passed_over: set[str] = set()
+    chosen = [_choose(dataset, name, split, classes, seed, passed_over) for name, split in (("train", train), ("test", test))]
     paths = chosen[0][0] + chosen[1][0]
     labels_N = np.concatenate([labels for _, labels in chosen])
     checked, images_NSS3 = check_files(root, paths, dataset.check == "decode", dataset.store_px)
@@ -51,7 +52,7 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
         for row, old_row in enumerate(keep):  # in place: there may not be enough memory for two copies
             images_NSS3[row] = images_NSS3[old_row]
         images_NSS3 = images_NSS3[: len(keep)]
-    skipped = [path for path, file in zip(paths, checked, strict=True) if file.reason is not None]
+    skipped = sorted(passed_over) + [path for path, file in zip(paths, checked, strict=True) if file.reason is not None]
     train_rows = sum(row < len(chosen[0][0]) for row in keep)
     kept_paths, kept_labels = [paths[row] for row in keep], labels_N[keep]
     _say_of_rows(kept_paths, [checked[row].content.sha256 for row in keep], kept_labels, train_rows, classes, say)
@@ -75,16 +76,23 @@ def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarra
 def _without_held_out(dataset: DatasetParams, train: Split, seed: int) -> tuple[Split, Split]:
     """The train split without the rows that are held out, and these as the test split; where unreadable images are skipped, it has none."""
     labels_N = np.unique(np.array(train.class_names or [""] * len(train.paths)), return_inverse=True)[1]
+    rows = readable_rows(labels_N, dataset.test_images or 0, seed, "hold-out", _readable(dataset, train.paths, set()))
+    is_test_N = np.isin(np.arange(len(labels_N)), rows)
+    return _part_of(train, ~is_test_N), _part_of(train, is_test_N)
+
+
+def _readable(dataset: DatasetParams, paths: list[str], passed_over: set[str]) -> Readable:
+    """Which of the rows of `paths` can be read; the paths of others are added to `passed_over`."""
 
     def readable(rows: np.ndarray) -> np.ndarray:
         if dataset.on_bad_image == "stop":  # the whole scan, where one is not
             return np.ones(len(rows), bool)
-        paths = [train.paths[row] for row in rows.tolist()]
-        return np.array([file.reason is None for file in check_files(root, paths, dataset.check == "decode", dataset.store_px)[0]], bool)
+        asked = [paths[row] for row in rows.tolist()]
+        checked = check_files(Path(str(dataset.root)), asked, dataset.check == "decode", dataset.store_px)[0]
+        passed_over.update(path for path, file in zip(asked, checked, strict=True) if file.reason is not None)
+        return np.array([file.reason is None for file in checked], bool)
 
-    root = Path(str(dataset.root))
-    is_test_N = np.isin(np.arange(len(labels_N)), held_out_rows(dataset, labels_N, seed, readable))
-    return _part_of(train, ~is_test_N), _part_of(train, is_test_N)
+    return readable
 
 
 def _part_of(split: Split, chosen_N: np.ndarray) -> Split:
@@ -100,13 +108,18 @@ def _copies_of_train(checked: list[Checked], train_rows: int) -> set[int]:
     return {row for row, file in enumerate(checked[train_rows:], train_rows) if file.content.sha256 in of_train}
 
 
-def _choose(dataset: DatasetParams, name: str, split: Split, classes: list[str], seed: int) -> tuple[list[str], np.ndarray]:
-    """Paths and labels of a split after drawing a seeded subset."""
+def _choose(
+    dataset: DatasetParams, name: str, split: Split, classes: list[str], seed: int, passed_over: set[str]
+) -> tuple[list[str], np.ndarray]:
+    """Paths and labels of a split after drawing a seeded subset; unreadable images, where they are skipped, are added to `passed_over`."""
     number = {class_name: label for label, class_name in enumerate(classes)}
     labels_N = np.array([number[class_name] for class_name in split.class_names], np.int64)
     if not split.classes:
         labels_N = np.full(len(split.paths), -1)
-    rows = draw_subset(dataset, name, labels_N, seed)
+    rows = draw_subset(dataset, name, labels_N, seed, _readable(dataset, split.paths, passed_over))
+    if not len(rows):  # none can be read: why, is said of those that are drawn
+        passed_over.difference_update(split.paths)
+        rows = draw_subset(dataset, name, labels_N, seed)
     return [split.paths[row] for row in rows.tolist()], labels_N[rows]
 
 

@@ -9,6 +9,8 @@ from bingo import seeds
 from bingo.params import DatasetParams
 from bingo.runtime.errors import UserError
 
+Readable = Callable[[np.ndarray], np.ndarray]  # of rows (n,), which of their files can be read, bool (n,)
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -31,24 +33,22 @@ class Counts:
         return replace(found, train=min(found.train, train), test=min(found.test, test))
 
 
-def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: int) -> np.ndarray:
+def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: int, readable: Readable | None = None) -> np.ndarray:
     """Rows of one split kept by `dataset.train_images` or `test_images`: int64, in increasing order, balanced over the classes.
 
-    Every class contributes the same number of rows, or all it has; the rows are drawn by seed.
+    Every class contributes the same number of rows, or all it has; the rows are drawn by seed, with `readable` as by `readable_rows`.
     """
     count = dataset.train_images if split == "train" else dataset.test_images
     if count is None:
         return np.arange(len(labels_N))
-    return balanced_rows(labels_N, count, seed, f"subset/{split}")
+    return readable_rows(labels_N, count, seed, f"subset/{split}", readable or (lambda rows: np.ones(len(rows), bool)))
 
 
-def held_out_rows(dataset: DatasetParams, labels_N: np.ndarray, seed: int, readable: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Of a dataset without a test split, the rows that `dataset.test_images` takes from the train images for one: int64, rising, balanced
-    over the classes, drawn among those for which `readable` gives True; it is asked about rows (n,) at a time, about none twice.
-    """
+def readable_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str, readable: Readable) -> np.ndarray:
+    """As `balanced_rows`, drawn among the rows for which `readable` gives True; it is asked about rows (n,) at a time, about none twice."""
     allowed_N, asked_N = np.ones(len(labels_N), bool), np.zeros(len(labels_N), bool)
     while True:
-        rows = balanced_rows(labels_N, dataset.test_images or 0, seed, "hold-out", allowed_N)
+        rows = balanced_rows(labels_N, count, seed, purpose, allowed_N)
         fresh = rows[~asked_N[rows]]
         asked_N[fresh], allowed_N[fresh] = True, readable(fresh)
         if allowed_N[rows].all():

@@ -230,7 +230,8 @@ def test_a_subset_of_a_folder_is_drawn_before_files_are_read(pets):
     for seed in range(8):
         listing, _ = scan(folder(pets, train_images=2, test_images=1, on_bad_image="skip"), seed)
         assert listing.labels_N[:2].tolist() == [0, 1]
-        assert len(listing) + len(listing.skipped) == 3
+        assert len(listing) == 3
+        assert listing.skipped in ([], ["val/cat/v.jpg"])  # only files that are drawn are read
 
 
 # --- what can be wrong
@@ -571,6 +572,28 @@ def test_images_are_held_out_among_those_that_can_be_read(tmp_path, check, store
         scan(folder(tmp_path, test_images=8, check=check, store_px=store_px), 0)
     with pytest.raises(UserError, match=r"no train image is left; lower dataset\.test_images"):
         scan(folder(tmp_path, test_images=30, **skipping), 0)
+
+
+def test_a_subset_is_drawn_among_the_images_that_can_be_read(tmp_path):
+    for number in range(40):  # of classes of 12 and 28 images; 8 and 19 can be read
+        path = save(tmp_path / f"train/{'ant' if number < 12 else 'bee'}/{number:02}.png", seed=number)
+        save(tmp_path / f"val/{'ant' if number < 12 else 'bee'}/{number:02}.png", seed=number + 40)
+        if number % 3 == 1:
+            path.write_bytes(b"broken")
+    for seed in range(4):
+        listing, _ = scan(folder(tmp_path, on_bad_image="skip", train_images=14, test_images=6), seed)
+        assert np.bincount(listing.labels_N[:14]).tolist() == [7, 7]
+        assert (listing.train_rows, len(listing)) == (14, 20)
+        assert all(int(path[-6:-4]) % 3 == 1 for path in listing.skipped)
+        smaller, _ = scan(folder(tmp_path, on_bad_image="skip", train_images=5, test_images=6), seed)
+        assert set(smaller.paths[:5]) <= set(listing.paths[:14])
+    most, _ = scan(folder(tmp_path, on_bad_image="skip", train_images=40), 0)
+    assert np.bincount(most.labels_N[: most.train_rows]).tolist() == [8, 19]
+    assert len(most.skipped) == 13
+    for path in (tmp_path / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no train image is left"):
+        scan(folder(tmp_path, on_bad_image="skip", train_images=14), 0)
 
 
 def test_no_more_can_be_held_out_than_there_are(tmp_path):
