@@ -149,10 +149,11 @@ def batch_mistakes(params: Params, train_rows: int) -> list[str]:
         lines.append(f"teacher.key_width = {key_width}: of {train_rows} train images there are fewer principal components; {way_out}")
     bagging, bingo = params.bagging, params.methods.bingo
     masked = params.distill.method == "bingo" and bingo.relation == "bags" and bingo.mask_bag
-    if masked and bagging.method == "knn" and not bagging.mutual and bagging.k == train_rows - 1:
+    no_negatives = masked and bagging.method == "knn" and not bagging.mutual  # if all other images are members
+    if no_negatives and bagging.k == train_rows - 1:
         way_out = f"set methods.bingo.mask_bag: false{f', or bagging.k to at most {train_rows - 2}' * (train_rows > 2)}"
         lines.append(f"methods.bingo.mask_bag = true: bags of bagging.k = {bagging.k} members leave no negatives; {way_out}")
-    sizes = {"k": (bagging.k, train_rows - 1)}
+    sizes = {"k": (bagging.k, train_rows - (2 if no_negatives and bagging.k >= train_rows > 2 else 1))}
     sizes |= {"clusters": (bagging.clusters, train_rows)} if bagging.method == "kmeans" else {}
     sizes |= {"lists": (bagging.lists or 1, train_rows)} if bagging.search == "ivf" else {}
     lines += [

@@ -317,8 +317,9 @@ def test_scan_answers_with_limits_and_too_few_images_together_and_each_way_out_h
     assert (done.status, [re.sub("error: (teacher.)?", "", line.split(" = ")[0]) for line in done.err.splitlines()]) == (2, keys)
     settings = {key: value for line in done.err.splitlines() for key, value in advised(line).items()}
     assert settings == {"dataset.train_images": "null", "dataset.test_images": "null"}
-    workspace.edit(dict.fromkeys(settings) | {"teacher.width": 0.125, "distill.batch_anchors": 40, "bagging.k": 39})
-    workspace.run("scan")
+    workspace.edit(dict.fromkeys(settings) | {"teacher.width": 0.125, "distill.batch_anchors": 40, "bagging.k": 38})
+    assert "allowed are 1 to 38" in done.err  # a bag of all 39 others would leave no negative
+    workspace.done("scan")
     assert (workspace.root / "data/listing.parquet").exists()
 
 
