@@ -71,14 +71,15 @@ def _convert(run: Run) -> None:
 
 def _narrowed(run: Run, backbone: "Backbone", head: "nn.Sequential | None", image: "ImageParams") -> "nn.Sequential | None":
     """The head that ends in the principal components of its keys, None without `teacher.key_width`."""
+    params = run.params
+    if params.teacher.key_width is None:
+        return None
     from bingo.images.images import open_images
     from bingo.images.listing import read_listing
     from bingo.pipeline.run import pick_device
     from bingo.training.narrow_keys import narrowed
 
-    params, listing = run.params, read_listing(paths.LISTING)
-    if params.teacher.key_width is None:
-        return None
+    listing = read_listing(paths.LISTING)
     images = open_images(listing, paths.IMAGES, params.dataset)
     return narrowed(backbone, head, params.teacher, image, images, listing.train_rows, params.seed, pick_device())
 

@@ -149,12 +149,11 @@ class Bingo(Method):
 
 def build(params: BingoParams, context: Context) -> Method:
     """BINGO for the student in `context`. Raises UserError for settings that contradict each other."""
-    if context.keys == "stored":
-        check_stored_views("bingo", context, 1)
-    if params.terms == "expected" and params.relation == "bags":
-        if context.keys == "momentum":
-            way_out = "set distill.keys to stored, or methods.bingo.terms to symmetric"
-            raise UserError(f"methods.bingo.terms = expected: with distill.keys = momentum no key is stored; {way_out}")
+    expected = params.terms == "expected" and params.relation == "bags"
+    if expected and context.keys == "momentum":
+        way_out = "set distill.keys to stored, or methods.bingo.terms to symmetric"
+        raise UserError(f"methods.bingo.terms = expected: with distill.keys = momentum no key is stored; {way_out}")
+    if expected or context.keys == "stored":
         check_stored_views("bingo", context, 1)
     if context.keys == "momentum" and params.negatives == "bank":
         raise UserError(

@@ -36,6 +36,7 @@ def paired_interval(ours_Q: np.ndarray, theirs_Q: np.ndarray) -> tuple[float, tu
 
     The interval is that of Agresti and Min (2005, Statistics in Medicine 24:729) for matched proportions: the usual one with half an
     image added to each of four outcomes (right or wrong by either network), so that few images or equal networks are not certain.
+    Of shares between right and wrong, such as agreement, it is wider than need be.
     """
     differences_Q = (ours_Q - theirs_Q) / 100
     images = len(differences_Q) + 2
