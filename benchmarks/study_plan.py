@@ -68,6 +68,15 @@ class StudyPlan(_StudySection):
         """The recipes and variants of all rounds."""
         return [recipe for recipes in self.rounds for recipe in recipes]
 
+    @property
+    def screened(self) -> list[str]:
+        """The variants of no round, which are run once, at the tuned values of another."""
+        return [name for name in self.variants if name not in self.recipes]
+
+    def tuned_as(self, name: str) -> str:
+        """The recipe or variant whose tuned values a recipe or variant has: its own, mostly."""
+        return (self.variants[name].like if name in self.variants else None) or name
+
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
         if self.reference not in self.rounds[0]:
@@ -75,10 +84,10 @@ class StudyPlan(_StudySection):
         order = {recipe: number for number, recipe in enumerate(self.recipes)}
         if len(order) < len(self.recipes):
             raise ValueError("rounds: a recipe is in two of them")
-        if unused := self.variants.keys() - order.keys():
-            raise ValueError(f"variants = {', '.join(sorted(unused))}: in none of the rounds")
         for name, variant in self.variants.items():
-            if variant.like and order.get(variant.like, math.inf) > order[name]:
+            if variant.like is None and name not in order:
+                raise ValueError(f"variants = {name}: in none of the rounds, and without `like`")
+            if variant.like and order.get(variant.like, math.inf) > order.get(name, len(order)):
                 raise ValueError(f"variants.{name}.like = {variant.like}: is not before it in the rounds")
         return self
 
@@ -143,7 +152,7 @@ class Wishes:
 
     def __init__(self, plan: StudyPlan, lines: Sequence[Mapping[str, Any]]):
         self.plan, self.lines = plan, lines
-        self.documents = {recipe: document_of(plan, recipe) for recipe in plan.recipes}
+        self.documents = {recipe: document_of(plan, recipe) for recipe in (*plan.recipes, *plan.screened)}
         keys = {recipe: keys for recipes in plan.rounds for recipe, keys in recipes.items()}
         self.starts = {recipe: {key: _number(self.documents[recipe], key) for key in keys[recipe]} for recipe in plan.recipes}
 
@@ -155,6 +164,8 @@ class Wishes:
         for recipes in self.plan.rounds:
             for recipe in recipes:
                 yield from self._untuned(recipe)
+            screens = [self.screen(name) for name in self.plan.screened if self.plan.tuned_as(name) in recipes]
+            yield from (wanted for wanted in screens if wanted and not self.line_of(wanted))
             for seed in self.plan.tables.seeds:
                 for recipe in recipes:
                     yield from self._compared(recipe, seed)
@@ -165,7 +176,7 @@ class Wishes:
 
     def _untuned(self, recipe: str) -> Iterator[Wanted]:
         """The next run of the climb: first all of `first_lr`, then the missing neighbours of the best."""
-        if recipe in self.plan.variants and self.plan.variants[recipe].like:
+        if self.plan.tuned_as(recipe) != recipe:
             return
         first = [self.at(recipe, lr, 1.0) for lr in self.plan.tuning.first_lr]
         yield from (wanted for wanted in first if not self.line_of(wanted))
@@ -192,6 +203,14 @@ class Wishes:
         """The run of the tuning at a place of the climb."""
         return Wanted("tuning", recipe, self.plan.tuning.seed, self.plan.fixed(recipe, "tuning") | self.tuned(recipe, lr, factor))
 
+    def screen(self, variant: str) -> Wanted | None:
+        """The run of a variant on the images of the tuning, at the best values of another; None if that is not tuned."""
+        other = self.plan.tuned_as(variant)
+        if (best := self.best(other)) is None:
+            return None
+        settings = self.plan.fixed(variant, "tuning") | self.tuned(other, *self.place(best))
+        return Wanted("tuning", variant, self.plan.tuning.seed, settings)
+
     def tuned(self, recipe: str, lr: float, factor: float) -> dict[str, float]:
         """The tuned settings at a place of the climb: a learning rate, and a factor of the other values."""
         return {LR: float(lr), **{key: float(f"{value * factor:.4g}") for key, value in self.starts[recipe].items()}}
@@ -217,7 +236,7 @@ class Wishes:
 
     def compared(self, part: Part, recipe: str, seed: int) -> Wanted | None:
         """A run of the tables; None if the recipe is not tuned, its cost is not known, or the run at equal anchors has equal FLOPs."""
-        tuned = self.plan.variants[recipe].like or recipe if recipe in self.plan.variants else recipe
+        tuned = self.plan.tuned_as(recipe)
         if (best := self.best(tuned)) is None:
             return None
         settings = self.plan.fixed(recipe, part) | self.tuned(tuned, *self.place(best))

@@ -1,10 +1,10 @@
 """The tables of a study, in Markdown, from the lines of its results."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.study_plan import LR, Part, Wishes
-from bingo.report.experiments import paired_difference, spread
+from bingo.report.experiments import paired_difference, rank_correlation, spread
 
 MEASURES = {"linear": "linear", "knn_10": "k-NN, k = 10", "agreement_10": "agreement, k = 10", "percent_1": "1 % of the labels"}
 OTHERS = {"teacher": "teacher", "untrained": "untrained", "pixels": "raw pixels"}
@@ -16,6 +16,9 @@ def print_tables(wishes: Wishes) -> None:
     plan = wishes.plan
     print(f"Tuning, seed {plan.tuning.seed}: the best values, and the linear accuracy of all that were tried\n")
     print_table(["recipe", "lr", "other values", "linear", "k-NN, k = 10", "lr × factor of the other values: linear"], _tuning(wishes))
+    if rows := list(_screened(wishes)):
+        print("\nVariants, each run once as in the tuning, at the tuned values of another: its linear accuracy and the difference\n")
+        print_table(["variant", "of", "linear", "k-NN, k = 10", "GFLOP/anchor", "difference"], rows)
     parts: dict[Part, str] = {"anchors": "anchors", "flops": f"FLOPs, those of {plan.reference}"}
     for part, words in parts.items():
         if not (rows := list(_compared(wishes, part))):
@@ -23,6 +26,9 @@ def print_tables(wishes: Wishes) -> None:
         print(f"\nEqual {words}: means ± standard deviations over seeds, percent; difference paired by seed, with its 95 % interval\n")
         header = ["recipe", "seeds", *MEASURES.values(), "GFLOP/anchor", "PFLOP", f"linear − {plan.reference}"]
         print_table(header, rows)
+    if found := list(_correlations(wishes)):
+        print("\nStudents' agreement with the teacher, k = 10, against linear accuracy: Spearman's rank correlation, 95 % interval\n")
+        print("\n".join(f"- {line}" for line in found))
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -39,6 +45,25 @@ def _tuning(wishes: Wishes) -> Iterator[list[str]]:
             tried = sorted((wishes.place(line), line["linear"]) for line in wishes.tuning(recipe))
             text = [f"{lr:g} × {factor:g}: {linear['student']:.1f}" if linear else f"{lr:g}: diverged" for (lr, factor), linear in tried]
             yield [recipe, f"{lr:g}", ", ".join(others), *(f"{best[key]['student']:.1f}" for key in ("linear", "knn_10")), "; ".join(text)]
+
+
+def _screened(wishes: Wishes) -> Iterator[list[str]]:
+    for variant in wishes.plan.screened:
+        wanted, other = wishes.screen(variant), wishes.plan.tuned_as(variant)
+        if wanted and (line := wishes.line_of(wanted)) and line["linear"] and (best := wishes.best(other)):
+            difference = line["linear"]["student"] - best["linear"]["student"]
+            figures = [f"{line[key]['student']:.1f}" for key in ("linear", "knn_10")]
+            yield [variant, other, *figures, f"{line['gflop_per_anchor']:.3f}", f"{difference:+.1f}"]
+
+
+def _correlations(wishes: Wishes) -> Iterator[str]:
+    """How well agreement orders the students as linear accuracy does; runs on other numbers of images are not mixed."""
+    for part in get_args(Part):
+        lines = [line for line in wishes.lines if line["part"] == part and line["linear"]]
+        pairs = [(line["agreement_10"]["student"], line["linear"]["student"]) for line in lines if "agreement_10" in line]
+        if found := rank_correlation(pairs):
+            low, high = found.bounds
+            yield f"{part}: {found.value:.2f} ({low:.2f} to {high:.2f}) over {found.runs} runs"
 
 
 def _compared(wishes: Wishes, part: Part) -> Iterator[list[str]]:

@@ -104,14 +104,12 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     return Difference(common.mean, (common.mean - reach, common.mean + reach), pairs)
 
 
-def rank_correlation(found: Sequence[Variant], x: str, y: str) -> RankCorrelation | None:
-    """Spearman's rank correlation of two measures over all runs that have both, with its percentile bootstrap: runs are drawn with
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> RankCorrelation | None:
+    """Spearman's rank correlation of two measures, a pair for each run, with its percentile bootstrap: runs are drawn with
     replacement 10,000 times, by a fixed seed; draws in which a measure has one value throughout have no correlation and do not count.
 
     None of fewer than 5 runs, or if a measure is the same for all.
     """
-    runs = [(of.values.get(x, {}), of.values.get(y, {})) for of in found]
-    pairs = [(xs[seed], ys[seed]) for xs, ys in runs for seed in xs.keys() & ys.keys()]
     if len(pairs) < LEAST_RUNS or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
         return None
     pairs_R2 = np.array(sorted(pairs))

@@ -86,7 +86,8 @@ def _difference(variant: Variant, reference: Variant, measure: str) -> str:
 
 def correlation_text(found: Sequence[Variant]) -> str:
     """How well the agreement with the teacher, which needs no labels, orders the runs as linear accuracy does; empty of too few runs."""
-    known = rank_correlation(found, "agreement_10", "linear")
+    runs = [[variant.values.get(measure, {}) for measure in ("agreement_10", "linear")] for variant in found]
+    known = rank_correlation([(xs[seed], ys[seed]) for xs, ys in runs for seed in xs.keys() & ys.keys()])
     if known is None:
         return ""
     measured = f"{_ACCURACIES['agreement_10']}, against {_ACCURACIES['linear']}, over {known.runs} runs"

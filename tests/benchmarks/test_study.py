@@ -35,6 +35,7 @@ VARIANTS = """
 variants:
   wide: {recipe: method-bingo, settings: {bagging: {k: 20}}}
   narrow: {recipe: method-bingo, like: method-bingo, settings: {bagging: {k: 2}}}
+  once: {recipe: method-bingo, like: wide, settings: {bagging: {k: 3}}}
 rounds:
   - {method-bingo: [methods.bingo.temperature]}
   - {wide: [methods.bingo.temperature], narrow: []}
@@ -121,10 +122,22 @@ def test_the_tables_have_the_tuned_settings_at_equal_anchors_and_at_equal_flops(
     assert (rows["teacher"][2], rows["untrained"][2]) == ("70.0 ± 0.0", "30.0 ± 0.0")
 
 
-def test_a_variant_is_tuned_itself_or_has_the_values_of_another(tmp_path, monkeypatch):
+def test_agreement_is_correlated_with_accuracy_over_the_runs_of_a_part(plan):
+    lines = run_all(plan, lambda wanted: 50 - abs(math.log(wanted.settings["distill.lr"])) + wanted.seed)
+    for line in lines:
+        line["agreement_10"] = {"student": -line["linear"]["student"] if line["part"] == "tuning" else line["linear"]["student"]}
+    found = dict(text.split(": ") for text in study_tables._correlations(Wishes(plan, lines)))
+    counts = {part: sum(line["part"] == part for line in lines) for part in ("tuning", "anchors")}
+    assert found == {
+        "tuning": f"-1.00 (-1.00 to -1.00) over {counts['tuning']} runs",
+        "anchors": f"1.00 (1.00 to 1.00) over {counts['anchors']} runs",
+    }
+
+
+def test_a_variant_is_tuned_itself_or_has_the_values_of_another_and_in_no_round_is_run_once(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "plan.yaml").write_text(PLAN.partition("rounds:")[0] + VARIANTS)
-    best = {None: (0.2, 0.2), 20: (0.6, 0.4), 2: (6.0, 0.8)}
+    best = {None: (0.2, 0.2), 20: (0.6, 0.4), 2: (6.0, 0.8), 3: (0.6, 0.1)}
 
     def accuracy(wanted: Wanted) -> float:
         lr, temperature = best[wanted.settings.get("bagging.k")]
@@ -135,7 +148,11 @@ def test_a_variant_is_tuned_itself_or_has_the_values_of_another(tmp_path, monkey
     lines = run_all(plan, accuracy)
     for count in range(len(lines)):
         study_tables.print_tables(Wishes(plan, lines[:count]))  # of a study that is under way
-    assert {line["recipe"] for line in lines if line["part"] == "tuning"} == {"method-bingo", "wide"}
+    tuned = [line["recipe"] for line in lines if line["part"] == "tuning"]
+    assert (set(tuned), tuned.count("once")) == ({"method-bingo", "wide", "once"}, 1)
+    [row] = study_tables._screened(Wishes(plan, lines))
+    assert row[:3] == ["once", "wide", f"{60 - math.log(4):.1f}"], "at the values of `wide`"
+    assert row[-1] == f"{-math.log(4):+.1f}"
     keys = ("bagging.k", "distill.lr", "methods.bingo.temperature")
     compared = {line["recipe"]: [line["settings"].get(key) for key in keys] for line in lines if line["part"] == "anchors"}
     assert compared == {"method-bingo": [None, 0.2, 0.2], "wide": [20, 0.6, 0.4], "narrow": [2, 0.2, 0.2]}
