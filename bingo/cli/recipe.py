@@ -1,6 +1,7 @@
 """bingo recipe list | show | use | check: overrides of params.yaml, one file each in recipes/ (bingo/planning/recipes.py)."""
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -189,7 +190,12 @@ def _dumped(document: Any) -> str:
 
     text = io.StringIO()
     _yaml().dump(document, text)
-    return text.getvalue()
+    return re.sub(r"^( *)\w+: \{.{99,}\}$", _folded, text.getvalue(), flags=re.MULTILINE)
+
+
+def _folded(line: "re.Match[str]") -> str:
+    """A section on one line, in several of at most 140 columns, as the shipped ones are."""
+    return line[0] if len(line[0]) <= 140 else re.sub(r"(.{80,138},) (?=\w+: )", rf"\1\n{line[1]}    ", line[0])
 
 
 def _yaml() -> Any:
@@ -197,7 +203,7 @@ def _yaml() -> Any:
     from ruamel.yaml import YAML
 
     yaml = YAML()
-    yaml.width = 200
+    yaml.width = 4096  # no line breaks of its own
     yaml.preserve_quotes = True
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))  # not an empty field
     return yaml

@@ -94,8 +94,9 @@ def image_values(image: ImageParams) -> dict[str, Any]:
 
 
 class ExtractParams(Section):
-    """The teacher's pass: the feature of the centre view of each image and keys of `views` random views of each train image (0: none, if
-    training uses none), written in chunks of `chunk_rows`."""
+    """The teacher's pass: the feature of the centre view of each image and keys of `views` random views of each train image (0: none,
+    for live or momentum keys, or features as targets), written in files of `chunk_rows` rows: the unit of work of a process, and the most
+    that is lost when it is killed. `augment`: as in teacher.pretrain."""
 
     views: Whole
     batch_images: Count

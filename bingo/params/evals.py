@@ -93,8 +93,9 @@ class LinearEvalParams(FeatureParams):
 
 class KnnEvalParams(FeatureParams):
     """Nearest-neighbour evaluation for each `k`, plain votes and votes weighted by exp(cosine / temperature), and for each of `agreement_k`
-    the share of the teacher's nearest train images that a network finds too. A network's centre views may be cut otherwise than the
-    `image` section has it: `resize_px` (null: as there), `interpolation`.
+    the share of the teacher's nearest train images that a network finds too, which needs no labels ([]: not measured). A network's centre
+    views, but not the teacher's, may be cut otherwise than the `image` section has it: `resize_px` (null: as there), `interpolation`
+    (CoSS: bicubic, 235 px).
     """
 
     k: Annotated[list[Count], Field(min_length=1)]

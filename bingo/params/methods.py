@@ -31,7 +31,7 @@ class MethodSection(Section):
 class BagMeanParams(MethodSection):
     """Bag-mean regression: SimReg's loss against the mean key of an image and its bag.
 
-    member_weight: share of the bag's mean key in the target, the rest is the image's own key. dimension_weight: of the distance of
+    `member_weight`: share of the bag's mean key in the target, the rest is the image's own key. `dimension_weight`: of the distance of
     each dimension over the images, as in CoSS; 0: none.
     """
 
@@ -43,13 +43,8 @@ class BagMeanParams(MethodSection):
 
 
 class BingoParams(MethodSection):
-    """BINGO's settings.
-
-    terms: `paper` (intra + inter against the anchor's key), `symmetric` (also against the member's own key, as released), `symmetric_mix`
-    (also the CutMix pair, as released), `expected` (the anchor against its key and the mean key of its bag; no member is drawn).
-    pair_weights: weights of (own key, other's key) after `inter_warmup_epochs`; before, (1, 0).
-    relation: `none` omits every term with a bag member. negatives: rows of the whole `bank` of stored keys, or a `queue`.
-    """
+    """BINGO: `terms` `paper` are intra and inter against the anchor's key, `symmetric` also against the member's own key, `symmetric_mix`
+    also the CutMix pair, `expected` the anchor against its key and its bag's mean key; `pair_weights` are (1, 0) in the warmup."""
 
     display_name: ClassVar[str] = "BINGO"
 
@@ -80,9 +75,9 @@ class BingoParams(MethodSection):
 
 
 class CompressParams(MethodSection):
-    """CompRess (Abbasi Koohpayegani et al. 2020). With `queues: 2`, the student is compared with a moving average of itself, without
-    a head; with 1, student and teacher are both compared with the teacher's queue, and the student gets a linear layer to the teacher's
-    width."""
+    """CompRess (Abbasi Koohpayegani et al. 2020). With `queues: 2`, the student is compared with a moving average of itself, of momentum
+    `key_momentum`, without a head; with 1, student and teacher are both compared with the teacher's queue, and the student gets a linear
+    layer to the teacher's width. `target`: keys of the stored view, which the student sees too, or features of the centre view."""
 
     display_name: ClassVar[str] = "CompRess"
 

@@ -85,7 +85,7 @@ STUDENT_OPTIONS = ("drop_path_rate", "drop_rate", "batchnorm_momentum")
 
 
 class TeacherImageParams(Section):
-    """What the teacher sees, as `image` says it of the student."""
+    """The teacher's own `image`."""
 
     crop_px: Count | None
     resize_px: Count | None

@@ -39,7 +39,7 @@ def page() -> str:
 
 
 def read_remarks(text: str) -> tuple[Remarks, Remarks]:
-    """The remarks of params.yaml: notes by section, and what is said of one key by its dotted name.
+    """The remarks of params.yaml: notes by section, and what is said of one key (which may be a section) by its dotted name.
 
     They stand at the head of a section, `# key  text`; a line that starts further in continues the one before; others are notes.
     """
@@ -70,13 +70,13 @@ def _sections(name: str, section: BaseModel, notes: Remarks, remarks: Remarks) -
     if name:
         yield f"\n{'#' * min(4, 2 + name.count('.'))} {name}\n"
         yield f"\n{' '.join(schema['description'].split())}\n" if "description" in schema else ""
-    if name and name in notes:
-        yield f"\n{_plain(notes[name])}.\n"
+    for note in (remarks.get(name), notes.get(name)) if name else ():
+        yield f"\n{_plain(note)}.\n" if note else ""
     if leaves:
         yield "\n| key | default | allowed | |\n|---|---|---|---|\n"
     for key, value in leaves.items():
         dotted = f"{name}.{key}".lstrip(".")
-        remark = remarks.get(dotted, notes.get(dotted, ""))  # a note in what is one value for the schema
+        remark = remarks.get(dotted, "")
         if isinstance(value, AugmentParams):
             yield f"| `{key}` | `{value.name}` | a name, or a section, see [Views](#views) | {_plain(remark)} |\n"
         else:

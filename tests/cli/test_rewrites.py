@@ -11,7 +11,9 @@ from dvc.dvcfile import ParametrizedDumpError
 from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides, to_hydra_overrides
 
+from bingo.cli.recipe import write_params
 from bingo.params import load_params, read_yaml
+from bingo.planning.recipes import lay_over, read_recipe
 
 ROOT = Path(__file__).parents[2]
 PARAMS = ROOT / "params.yaml"
@@ -98,10 +100,11 @@ def named_by_override(kind: type) -> list[str]:
     return [key for key, value in SHIPPED.items() if isinstance(value, kind)]
 
 
-def kind_of_place(key: str) -> tuple[int, bool, bool]:
-    """What decides how a list is written back: its depth, whether it is empty, and whether its section ends with it."""
+def kind_of_place(key: str) -> tuple[int, bool, bool, bool]:
+    """What decides how a list is written back: its depth, whether it is empty, whether its section ends with it or is on one line."""
     section = key.rpartition(".")[0]
-    return key.count("."), not SHIPPED[key], key == [other for other in SHIPPED if other.startswith(section)][-1]
+    on_one_line = f"{section.rpartition('.')[2]}: {{" in PARAMS.read_text()
+    return key.count("."), not SHIPPED[key], key == [other for other in SHIPPED if other.startswith(section)][-1], on_one_line
 
 
 @pytest.mark.slow
@@ -140,6 +143,45 @@ def test_remarks_stand_at_the_head_of_sections_and_name_their_keys():
     named = re.findall(r"^ *# (\w+) {2,}", PARAMS.read_text(), re.MULTILINE)
     assert len(named) > 30
     assert not set(named) - keys
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "expected"),
+    [
+        ("methods.seed.small_crops=2", "methods.seed.small_crops", 2),
+        ("methods.isd.projection_width=null", "methods.isd.projection_width", None),
+        ("teacher.image.mean=[0.1,0.2,0.3]", "teacher.image.mean", [0.1, 0.2, 0.3]),
+        ("distill.augment={name: weak}", "distill.augment", {"name": "weak"}),
+        ("extract.augment={name: weak, flip_p: 0.0}", "extract.augment", {"name": "weak", "flip_p": 0.0}),
+        ("transfer_coco.schedules={1x: [60, 80, 90]}", "transfer_coco.schedules.1x", [60, 80, 90]),
+    ],
+)
+def test_one_setting_changes_in_a_section_on_one_line_or_in_a_block(rewritten, setting, key, expected):
+    apply_overrides(rewritten, [setting])
+    changed = read_yaml(PARAMS)
+    *sections, last = key.split(".")
+    section = changed
+    for name in sections:
+        section = section[name]
+    section[last] = expected
+    assert read_yaml(rewritten) == changed
+    assert remarks(rewritten.read_text()) == remarks(PARAMS.read_text())
+    load_params(rewritten)
+
+
+@pytest.mark.parametrize("name", ["method-seed", "downstream-digits", "coco-fpn", "imagenet-r18-seed-r50w2", "keys-stored"])
+def test_a_recipe_and_the_way_back_leave_the_file_as_it_was(rewritten, monkeypatch, name):
+    """Sections on one line stay there, up to 140 columns, and only lines of changed values change."""
+    monkeypatch.chdir(rewritten.parent)
+    shipped, changed, text = read_yaml(PARAMS), read_yaml(PARAMS), PARAMS.read_text()
+    overlay = read_recipe(ROOT / "recipes", name).overlay
+    lay_over(changed, overlay)
+    write_params(overlay, changed)
+    assert read_yaml(rewritten) == changed
+    assert (rewritten.read_text() == text) == (changed == shipped)
+    assert max(len(line) for line in rewritten.read_text().splitlines() if "{" in line) <= 140
+    write_params(shipped, shipped)
+    assert rewritten.read_text() == text
 
 
 def resolved_stages() -> dict[str, tuple]:
