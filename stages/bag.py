@@ -29,9 +29,12 @@ def main() -> None:
         from bingo.embeddings.store import read_embeddings
         from bingo.images.listing import read_listing
         from bingo.runtime.artefacts import write_json
+        from bingo.runtime.gpus import gpu_unused_by_faiss
 
         params, listing = run.params.bagging, read_listing(paths.LISTING)
         embeddings, labels_T = read_embeddings(paths.EMBEDDINGS, listing), listing.labels_N[: listing.train_rows]
+        if line := gpu_unused_by_faiss():
+            run.warn(f"{line}; the search for neighbours runs on the CPU")
         features = embeddings.train_features if params.relation == "teacher" else _student_features(run, listing)
         bags = build_bags(params, features, labels_T, run.params.seed)
         if warning := bags.empty_warning():

@@ -9,7 +9,9 @@ from itertools import pairwise
 import numpy as np
 
 from bingo import seeds
+from bingo.bags.neighbors import gpus_for
 from bingo.bags.rows import Rows, blocks, memory_budget, unit_rows
+from bingo.runtime.gpus import faiss_resources
 from bingo.runtime.progress import progress_bar
 
 _TRAINED_NUMBERS = 2**32  # K-means trains on at most 16 GiB of float32, whatever the machine's memory, as bags must not depend on it
@@ -36,8 +38,9 @@ def train_centroids(features: Rows, clusters: int, iterations: int, seed: int, r
             seed=seeds.torch_seed(seed, "kmeans") % 2**31,
             min_points_per_centroid=1,  # these two only limit the sample that FAISS trains on: it gets all rows
             max_points_per_centroid=-(-len(trained_nD) // clusters),
-            gpu=faiss.get_num_gpus() > 0,
         )
+        if gpus := gpus_for(float(iterations) * len(trained_nD) * clusters * features.shape[1]):
+            kmeans.index = faiss.index_cpu_to_gpu_multiple_py([faiss_resources(gpu)[0] for gpu in gpus], kmeans.index, gpus=gpus)
         kmeans.train(trained_nD)
     return unit_rows(np.asarray(kmeans.centroids)), len(trained_nD)
 

@@ -5,7 +5,8 @@ A block of queries (`_Search.block`) is therefore searched in three steps, in ea
   1. `candidates` of `_Cpu` or `_Gpus`: more rows than neighbours, by scores that are nearly the cosines;
   2. `_rescore`: cosines of those that can enter, one dot product each, so that equal rows give equal numbers on any device; they are
      merged with the best so far by (cosine, row), independently of the blocks;
-  3. `_attempt` again with more candidates, for queries for which a row that was not a candidate might still belong to the best.
+  3. `_attempt` again with more candidates or more exact scores, for queries for which a row that was not a candidate might still belong
+     to the best.
 
 Shape letters: Q queries, N rows of the base, D feature width, K neighbours, M candidates; q, n rows of a block.
 """
@@ -13,17 +14,20 @@ Shape letters: Q queries, N rows of the base, D feature width, K neighbours, M c
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 
 from bingo.bags.rows import Rows, in_threads, inverse_norms, memory_budget, unit_rows
+from bingo.runtime.gpus import faiss_gpus, faiss_resources
 from bingo.runtime.progress import progress_bar
 
-_MARGINS = (16, 256)  # candidates beyond k and self: at first, and again for those queries whose cut may run through a tie
+_MARGINS = (16, 256)
+# Both rows are rounded by up to 2^-11 of each number, so a score by up to 2^-10 of the sum of |a_i b_i| <= 1; the rest is for the sums.
+_FLOAT16_TOLERANCE, _FLOAT32_TOLERANCE = 1.1e-3, 1e-5
 _GPU_MOST_CANDIDATES = 2048  # faiss's limit on GPUs
 _FAISS_LEAST_PRODUCTS = 1e8  # a small cluster is searched by numpy before FAISS's threads are awake
-_GPU_LEAST_PRODUCTS = 1e10  # a smaller search ends on the CPU before its data are copied to the GPU
+_GPU_LEAST_PRODUCTS = 1e11  # less takes a second or two on the CPU; a training's probe, whose GPU is full, always stays below
 _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from the host
 _THREADS_A_GPU = 2  # while one searches, the other computes its candidates' cosines
 _RESCORED_BYTES, _SCREENED_BYTES = 64 << 20, 64 << 20
@@ -50,9 +54,9 @@ def top_k(
     cosine 0 to everything. Features are of any float type and need no normalisation (`unit_queries`: the queries are already normalised by
     `unit_rows`).
 
-    Memory in addition to arguments and results: a normalised copy of the base (float32; float16 for GPUs), a block of `block_rows`
-    queries (None: as suits device and memory), 64 MiB for each core, and the base itself if it is in a store. If that does
-    not fit into `budget_bytes` (None: half of what is free), the base is cut into blocks that do, and read once for each block of
+    Memory in addition to arguments and results: a normalised copy of the base (float32; for GPUs float16, and blocks in float32), a
+    block of `block_rows` queries (None: as suits device and memory), 64 MiB for each core, and the base itself if it is in a store. If
+    that does not fit into `budget_bytes` (None: half of what is free), the base is cut into blocks that do, and read once for each block of
     queries, which are then as many as fit. Raises ValueError if a feature is not finite.
     """
     import faiss
@@ -100,12 +104,21 @@ def _nothing_found(queries: int, k: int) -> Found:
     return np.full((queries, k), -1, np.int32), np.full((queries, k), -np.inf, np.float32)
 
 
-class _Cpu:
-    """FAISS on this machine's cores. `tolerance`: by how much a score may differ from the cosine (here as float32 is rounded);
-    `query_rows`: queries of a block where memory allows; `workers`: blocks that are searched at once."""
+class _Attempt(NamedTuple):
+    """The dtype of the rows that are multiplied, by how much their scores may differ from the cosines, and how many candidates there are
+    beyond k and self."""
 
-    unit_dtype: type = np.float32
-    tolerance, query_rows, workers = 1e-5, 16384, 1
+    dtype: type
+    tolerance: float
+    margin: int
+
+
+class _Cpu:
+    """FAISS on this machine's cores. `attempts`: the first for all queries, each other one for those whose cut the one before left in
+    doubt; `query_rows`: queries of a block where memory allows; `workers`: blocks that are searched at once."""
+
+    attempts = tuple(_Attempt(np.float32, _FLOAT32_TOLERANCE, margin) for margin in _MARGINS)
+    query_rows, workers = 16384, 1
 
     def candidates(self, unit_qD: np.ndarray, unit_nD: np.ndarray, wanted: int, worker: int) -> Found:
         """The highest scores (q, M) and their positions in the block of the base, highest first."""
@@ -121,64 +134,66 @@ class _Cpu:
 
 
 class _Gpus:
-    """FAISS on all GPUs, like `_Cpu`, with rows in float16; a GPU receives the base again with every block of queries."""
+    """FAISS on GPUs, like `_Cpu`, with rows in float16 as long as they decide; a GPU receives the base again with every block of
+    queries."""
 
-    unit_dtype: type = np.float16
-    tolerance, query_rows = 2e-4, 131072
+    attempts = (*(_Attempt(np.float16, _FLOAT16_TOLERANCE, margin) for margin in _MARGINS), _Cpu.attempts[-1])
+    query_rows = 131072
 
-    def __init__(self, gpus: int):
-        import faiss
-
-        self.workers = _THREADS_A_GPU * gpus
-        self._resources = [(faiss.StandardGpuResources(), Lock()) for _ in range(gpus)]
+    def __init__(self, gpus: list[int]):
+        self.workers, self._gpus = _THREADS_A_GPU * len(gpus), gpus
 
     def candidates(self, unit_qD: np.ndarray, unit_nD: np.ndarray, wanted: int, worker: int) -> Found:
         """See `_Cpu`."""
         import faiss
 
-        gpu = worker % len(self._resources)
-        resources, lock = self._resources[gpu]
-        half_qD: np.ndarray = unit_qD.astype(np.float16)
+        gpu = self._gpus[worker % len(self._gpus)]
+        resources, lock = faiss_resources(gpu)
+        unit_qD = unit_qD.astype(unit_nD.dtype, copy=False)
         with lock:
             return faiss.knn_gpu(
-                resources, half_qD, unit_nD, wanted, metric=faiss.METRIC_INNER_PRODUCT, device=gpu,
+                resources, unit_qD, unit_nD, wanted, metric=faiss.METRIC_INNER_PRODUCT, device=gpu,
                 vectorsMemoryLimit=_GPU_BASE_BYTES, queriesMemoryLimit=_GPU_QUERY_BYTES,
             )  # fmt: skip
 
 
 def _device(k: int, products: float) -> _Cpu | _Gpus:
-    """The GPUs, if there are any, the search is large enough to pay for the copy, and they can hold its candidates."""
-    import faiss
-
-    fits = k + 1 + _MARGINS[-1] <= _GPU_MOST_CANDIDATES and products >= _GPU_LEAST_PRODUCTS
-    gpus = faiss.get_num_gpus() if fits else 0
+    """The GPUs, if there are any, the search is large enough, and they can hold its candidates."""
+    gpus = gpus_for(products) if k + 1 + _MARGINS[-1] <= _GPU_MOST_CANDIDATES else []
     return _Gpus(gpus) if gpus else _Cpu()
+
+
+def gpus_for(products: float) -> list[int]:
+    """The GPUs of `faiss_gpus` if that many products of two numbers are worth the copies to them, otherwise none."""
+    return faiss_gpus() if products >= _GPU_LEAST_PRODUCTS else []
 
 
 class _Base:
     """The rows to find, in memory if they and a copy at length 1 fit the budget, otherwise in blocks that take half of it: the other
-    half is for the queries (as found, float32, and a GPU's float16), of which `query_rows` may then be in memory."""
+    half is for the queries (as found, float32, and a GPU's float16), of which `query_rows` may then be in memory. For GPUs the copy is
+    float16, and half of the budget is kept for blocks in float32."""
 
     def __init__(self, rows: Rows, device: _Cpu | _Gpus, budget_bytes: int, threads: int):
         width, in_store = rows.shape[1], not isinstance(rows, np.ndarray)
-        row_bytes = width * (np.dtype(device.unit_dtype).itemsize + in_store * rows.dtype.itemsize)
-        whole = row_bytes * len(rows) <= budget_bytes
+        row_bytes = width * (np.dtype(device.attempts[0].dtype).itemsize + in_store * rows.dtype.itemsize)
+        whole = row_bytes * len(rows) <= budget_bytes // (2 if isinstance(device, _Gpus) else 1)
         worker_bytes = budget_bytes // 2 // device.workers
         self.query_rows = device.query_rows if whole else max(1, worker_bytes // (width * (rows.dtype.itemsize + 6)))
         self.rows = rows[:] if whole and in_store else rows
         self.inverse_N = inverse_norms(self.rows, threads)
-        self.unit_ND = unit_rows(self.rows[:], device.unit_dtype, self.inverse_N, threads) if whole else None
-        self._block_rows, self._unit_dtype = max(1, worker_bytes // row_bytes), device.unit_dtype
+        self.unit_ND = unit_rows(self.rows[:], device.attempts[0].dtype, self.inverse_N, threads) if whole else None
+        self._block_bytes, self._read_bytes = worker_bytes, width * in_store * rows.dtype.itemsize
 
-    def blocks(self, threads: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first row, rows as given, rows at length 1) of each block."""
-        if self.unit_ND is not None:
+    def blocks(self, dtype: type, threads: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first row, rows as given, rows at length 1 in this dtype) of each block."""
+        if self.unit_ND is not None and self.unit_ND.dtype == dtype:
             yield 0, self.rows[:], self.unit_ND
             return
-        for start in range(0, len(self.rows), self._block_rows):
-            block = slice(start, start + self._block_rows)
+        block_rows = max(1, self._block_bytes // (self._read_bytes + self.rows.shape[1] * np.dtype(dtype).itemsize))
+        for start in range(0, len(self.rows), block_rows):
+            block = slice(start, start + block_rows)
             base_nD = self.rows[block]
-            yield start, base_nD, unit_rows(base_nD, self._unit_dtype, self.inverse_N[block], threads)
+            yield start, base_nD, unit_rows(base_nD, dtype, self.inverse_N[block], threads)
 
 
 @dataclass(frozen=True)
@@ -207,10 +222,10 @@ class _Search:
         rows_qK, cosines_qK = _nothing_found(len(queries.unit_qD), self.k)
         queries_q = np.arange(len(queries.unit_qD))
         asking = self._hopeful(queries)
-        for margin in _MARGINS:
+        for attempt in self.device.attempts:
             if not len(queries_q[asking]):
                 break
-            rows_qK[asking], cosines_qK[asking], unsure_n = self._attempt(queries[asking], margin, worker)
+            rows_qK[asking], cosines_qK[asking], unsure_n = self._attempt(queries[asking], attempt, worker)
             asking = queries_q[asking][unsure_n]
         return rows_qK, cosines_qK
 
@@ -222,18 +237,18 @@ class _Search:
         part_rows = max(1, _SCREENED_BYTES // (4 * len(unit_ND)))
         starts = range(0, len(queries.unit_qD), part_rows)
         most = [(queries.unit_qD[start : start + part_rows] @ unit_ND.T).max(axis=1) for start in starts]
-        return np.flatnonzero(np.concatenate(most) >= queries.floor_q - self.device.tolerance)
+        return np.flatnonzero(np.concatenate(most) >= queries.floor_q - self.device.attempts[0].tolerance)
 
-    def _attempt(self, queries: _Queries, margin: int, worker: int) -> tuple[np.ndarray, ...]:
-        """The k nearest of k + 1 + margin candidates of each block, and the queries that may have a neighbour outside the candidates."""
+    def _attempt(self, queries: _Queries, attempt: _Attempt, worker: int) -> tuple[np.ndarray, ...]:
+        """The k nearest of the candidates of each block, and the queries that may have a neighbour outside the candidates."""
         rows_qK, cosines_qK = _nothing_found(len(queries.unit_qD), self.k)
         passed_over_q = np.full(len(queries.unit_qD), -np.inf, np.float32)  # the highest score of a row that is not a candidate
 
         def least_q() -> np.ndarray:  # a lower score cannot enter
-            return np.maximum(cosines_qK[:, -1], queries.floor_q) - self.device.tolerance
+            return np.maximum(cosines_qK[:, -1], queries.floor_q) - attempt.tolerance
 
-        for first_row, base_nD, unit_nD in self.base.blocks(self.threads):
-            wanted = min(self.k + 1 + margin, len(base_nD))
+        for first_row, base_nD, unit_nD in self.base.blocks(attempt.dtype, self.threads):
+            wanted = min(self.k + 1 + attempt.margin, len(base_nD))
             scores_qM, places_qM = self.device.candidates(queries.unit_qD, unit_nD, wanted, worker)
             if wanted < len(base_nD):
                 passed_over_q = np.maximum(passed_over_q, scores_qM[:, -1])

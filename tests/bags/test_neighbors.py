@@ -16,6 +16,7 @@ from bingo.bags.rows import held, inverse_norms, memory_budget, unit_rows
 from bingo.evals.knn import votes
 from bingo.runtime.chunks import StoredRows, new_array
 from bingo.runtime.errors import UserError
+from tests.pretended_gpu.fake_faiss import fake_faiss_gpus
 
 
 def brute_force(queries, base, k, self_rows=None):
@@ -139,23 +140,12 @@ def test_what_reaches_the_floor_is_found_as_without_one(budget_bytes):
 
 
 def test_gpus_share_the_blocks_and_float16_search_gives_the_same_answer(monkeypatch):
-    """With FAISS's GPU calls replaced by a float16 search on the CPU: the sharing and the second computation are tested."""
-    used = set()
-
-    def knn_gpu(res, xq, xb, k, metric, device, vectorsMemoryLimit, queriesMemoryLimit):
-        assert xq.dtype == xb.dtype == np.float16
-        used.add((res, device))
-        return faiss.knn(xq.astype(np.float32), xb.astype(np.float32), k, metric=metric)
-
     x = with_duplicates()
-    monkeypatch.setattr(neighbors, "_GPU_LEAST_PRODUCTS", 0)
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
-    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
-    monkeypatch.setattr(faiss, "knn_gpu", knn_gpu, raising=False)
-    rows, cosines = top_k(x, x, 6, np.arange(len(x)), block_rows=20)
-    assert len(used) == 2
-    monkeypatch.undo()
     wanted_rows, wanted_cosines = top_k(x, x, 6, np.arange(len(x)))
+    monkeypatch.setattr(neighbors, "_GPU_LEAST_PRODUCTS", 0)
+    with fake_faiss_gpus(2) as calls:
+        rows, cosines = top_k(x, x, 6, np.arange(len(x)), block_rows=20)
+    assert calls.devices() == {0, 1}
     np.testing.assert_array_equal(rows, wanted_rows)
     np.testing.assert_array_equal(cosines, wanted_cosines)
 
@@ -176,21 +166,15 @@ def test_blocks_from_a_store_in_any_memory_give_the_same_bits(tmp_path, monkeypa
     x[np.arange(3, 210, 7)] = x[3]
     wanted = top_k(x, x, 6, np.arange(len(x)))
     monkeypatch.setattr(neighbors, "_GPU_LEAST_PRODUCTS", 0)
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: gpus)
-    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
-    monkeypatch.setattr(faiss, "knn_gpu", half_precision_search, raising=False)
     features = stored(tmp_path, x)
-    for found in (
-        top_k(features, features, 6, np.arange(len(x)), budget_bytes=budget_bytes),
-        top_k(x, features, 6, np.arange(len(x)), block_rows=50, budget_bytes=budget_bytes),
-        top_k(x, x, 6, np.arange(len(x)), budget_bytes=budget_bytes),
-    ):
-        np.testing.assert_array_equal(found[0], wanted[0])
-        np.testing.assert_array_equal(found[1], wanted[1])
-
-
-def half_precision_search(_resources, queries, base, k, metric, **_):
-    return faiss.knn(queries.astype(np.float32), base.astype(np.float32), k, metric=metric)
+    with fake_faiss_gpus(gpus):
+        for found in (
+            top_k(features, features, 6, np.arange(len(x)), budget_bytes=budget_bytes),
+            top_k(x, features, 6, np.arange(len(x)), block_rows=50, budget_bytes=budget_bytes),
+            top_k(x, x, 6, np.arange(len(x)), budget_bytes=budget_bytes),
+        ):
+            np.testing.assert_array_equal(found[0], wanted[0])
+            np.testing.assert_array_equal(found[1], wanted[1])
 
 
 def test_a_streamed_search_holds_no_more_than_its_budget(tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ import faiss
 import numpy as np
 from faiss import extra_wrappers, gpu_wrappers
 
+from bingo.runtime.gpus import faiss_resources
+
 MOST_NEIGHBOURS = 2048  # GPU_MAX_SELECTION_K of faiss/gpu/impl/IndexUtils.h
 SCRATCH_BYTES = 1536 << 20  # of a set of resources on each GPU where it is used, faiss/gpu/StandardGpuResources.cpp
 
@@ -98,7 +100,7 @@ def _nearest(scores_QN: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def fake_faiss_gpus(gpus: int) -> Iterator[GpuCalls]:
-    """In the body FAISS has `gpus` GPUs (0: none)."""
+    """In the body FAISS has `gpus` GPUs (0: none), as in a process that has not used them yet."""
     calls = GpuCalls(gpus)
     replaced = {
         "get_num_gpus": lambda: gpus,
@@ -113,4 +115,6 @@ def fake_faiss_gpus(gpus: int) -> Iterator[GpuCalls]:
         for module in (faiss, extra_wrappers, gpu_wrappers):  # which hold what they call as names of their own
             known = {name: value for name, value in replaced.items() if hasattr(module, name)}
             patches.enter_context(mock.patch.multiple(module, **known))
+        faiss_resources.cache_clear()
+        patches.callback(faiss_resources.cache_clear)
         yield calls

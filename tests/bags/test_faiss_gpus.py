@@ -1,0 +1,148 @@
+"""The search on GPUs, which a stand-in for FAISS's GPU functions records: whose they are, what is kept there, and that it is exact."""
+
+import sys
+from types import SimpleNamespace
+
+import faiss
+import numpy as np
+import pytest
+
+from bingo.bags import neighbors
+from bingo.bags.builders import build_kmeans, build_knn
+from bingo.bags.ivf import InvertedFile
+from bingo.evals.probe import BANK_IMAGES, NEIGHBORS, QUERY_IMAGES
+from bingo.runtime import gpus
+from tests.pretended_gpu.fake_faiss import SCRATCH_BYTES, fake_faiss_gpus
+
+ROWS_ND = np.random.default_rng(0).standard_normal((500, 16)).astype(np.float16)
+BAGS = {
+    "exact": lambda: build_knn(ROWS_ND, 4),
+    "lists": lambda: build_knn(ROWS_ND, 4, False, InvertedFile(60, 8, 0)),
+    "clusters": lambda: build_kmeans(ROWS_ND, 10, 3, 4, 0),
+}
+
+
+@pytest.fixture(autouse=True)
+def any_search(monkeypatch):
+    """Searches of any size go to the GPUs, in blocks of which each GPU gets some."""
+    monkeypatch.setattr(neighbors, "_GPU_LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(neighbors._Gpus, "query_rows", 100)
+    monkeypatch.delenv("BINGO_DEVICE", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_process_makes_one_set_of_resources_for_each_gpu(count):
+    with fake_faiss_gpus(count) as calls:
+        for build in BAGS.values():
+            build()
+    assert calls.devices() == set(range(count))
+    assert len(calls.resources) == count
+    assert [calls.scratch_bytes(gpu) for gpu in range(count)] == [SCRATCH_BYTES] * count
+    assert all(calls.indexes[gpu] and calls.searches[gpu] for gpu in range(count))
+
+
+@pytest.mark.parametrize("kind", BAGS)
+def test_nothing_is_done_on_a_gpu_if_the_cpu_is_asked_for(kind, monkeypatch):
+    monkeypatch.setenv("BINGO_DEVICE", "cpu")
+    with fake_faiss_gpus(2) as calls:
+        BAGS[kind]()
+    assert (calls.resources, calls.devices()) == ([], set())
+
+
+@pytest.mark.parametrize(("rank", "own"), [("0", {0}), ("1", {1}), ("2", set())])
+@pytest.mark.parametrize("kind", BAGS)
+def test_in_a_group_a_process_uses_its_own_gpu_alone(kind, rank, own, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with fake_faiss_gpus(2) as calls:
+        BAGS[kind]()
+    assert calls.devices() == own
+
+
+@pytest.mark.parametrize(("width", "on_gpus"), [(2048, False), (16384, False), (2**20, True)])
+def test_a_probe_of_a_network_of_any_width_leaves_the_gpu_to_the_training(width, on_gpus, monkeypatch):
+    monkeypatch.undo()
+    with fake_faiss_gpus(2):
+        device = neighbors._device(NEIGHBORS, float(QUERY_IMAGES) * BANK_IMAGES * width)
+    assert isinstance(device, neighbors._Gpus) == on_gpus
+
+
+@pytest.mark.parametrize(
+    ("width", "active", "centres", "copies", "noise"),
+    [
+        pytest.param(512, 20, 8, 150, 2e-2, id="sparse"),
+        pytest.param(8, 3, 8, 150, 2e-2, id="narrow"),
+        pytest.param(64, 64, 8, 150, 5e-3, id="dense"),
+        pytest.param(128, 6, 2, 600, 5e-3, id="more than the candidates"),
+    ],
+)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_near_duplicates_are_found_exactly_from_float16(width, active, centres, copies, noise, blocks):
+    """Every neighbour's cosine is, up to float32's error, the one at its place in float64; float16 alone would lose up to 5e-5."""
+    rng = np.random.default_rng(0)
+    centres_CD = np.zeros((centres, width))
+    for centre_D in centres_CD:
+        centre_D[rng.choice(width, active, replace=False)] = np.abs(rng.standard_normal(active))
+    rows_ND = np.repeat(centres_CD, copies, axis=0)
+    rows_ND = (rows_ND * (1 + noise * rng.standard_normal(rows_ND.shape))).astype(np.float32)
+    unit_ND = rows_ND / np.linalg.norm(rows_ND.astype(np.float64), axis=1, keepdims=True)
+    cosines_NN = unit_ND @ unit_ND.T
+    np.fill_diagonal(cosines_NN, -np.inf)
+    wanted_N5 = np.sort(cosines_NN, axis=1)[:, :-6:-1]
+    budget_bytes = 10**9 if blocks == 1 else rows_ND.nbytes // blocks
+    with fake_faiss_gpus(1):
+        rows_N5, cosines_N5 = neighbors.top_k(rows_ND, rows_ND, 5, np.arange(len(rows_ND)), budget_bytes=budget_bytes)
+    assert np.abs(np.take_along_axis(cosines_NN, rows_N5.astype(int), axis=1) - wanted_N5).max() < 1e-6
+    np.testing.assert_allclose(cosines_N5, wanted_N5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [2, 3, 8, 128, 2048])
+@pytest.mark.parametrize("share", [1.0, 0.02])
+def test_the_tolerance_is_above_what_float16_loses(width, share):
+    rng = np.random.default_rng(0)
+    a, b = np.abs(rng.standard_normal((2, 2000, width))) + 1e-9
+    a *= rng.random(a.shape) < max(share, 2 / width)
+    b = a * (1 + 1e-3 * b)
+    a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30) for x in (a, b))
+    scores = np.vecdot(a.astype(np.float16).astype(np.float32), b.astype(np.float16).astype(np.float32))
+    lost = np.abs(scores - np.vecdot(a, b)).max()
+    assert lost < neighbors._Gpus.attempts[0].tolerance
+    assert width > 3 or lost > 2e-4  # what was allowed for it once
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "seen", "file", "warns"),
+    [
+        ("auto", None, 0, "nvidia0", True),
+        ("cuda", "0,1", 0, "nvidia3", True),
+        ("auto", "GPU-5ebe9f43", 0, "nvidia0", True),
+        ("auto", None, 1, "nvidia0", False),
+        ("cpu", None, 0, "nvidia0", False),
+        ("auto", "", 0, "nvidia0", False),
+        ("auto", "-1", 0, "nvidia0", False),
+        ("auto", "NoDevFiles", 0, "nvidia0", False),
+        ("auto", None, 0, "nvidiactl", False),
+        ("auto", None, 0, None, False),
+    ],
+)
+def test_a_gpu_that_faiss_does_not_see_is_reported(device, visible, seen, file, warns, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpus, "_DEVICE_FILES", tmp_path)
+    monkeypatch.setenv("BINGO_DEVICE", device)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if file:
+        (tmp_path / file).touch()
+    with fake_faiss_gpus(seen):
+        line = gpus.gpu_unused_by_faiss()
+        assert (line is not None) == warns
+        if line is not None:
+            assert line.startswith(f"BINGO_DEVICE = {device}: FAISS ")
+            assert str(tmp_path / str(file)) in line
+            assert "BINGO_DEVICE=cpu" in line
+            (tmp_path / str(file)).unlink()
+            (tmp_path / str(file)).symlink_to(tmp_path / "gone")  # as in a job that may not open it
+            assert gpus.gpu_unused_by_faiss() is None
+    monkeypatch.setattr(gpus, "faiss_gpus", lambda: [])
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(get_num_gpus=faiss.get_num_gpus))
+    assert gpus.gpu_unused_by_faiss() is None  # a build without GPUs
