@@ -61,6 +61,9 @@ class Colours:
     sigma_B: np.ndarray
     angle_B: np.ndarray
 
+    def __getitem__(self, rows: np.ndarray) -> "Colours":
+        return Colours(*(getattr(self, field.name)[rows] for field in fields(Colours)))
+
 
 def join_colours(parts: Sequence[Colours]) -> Colours:
     """Several batches with one augmentation as one."""

@@ -18,10 +18,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from bingo.images.augment import center_view, cropped_views, normalize, random_views, to_unit, upload
+from bingo.images.augment import center_view, cropped_views, random_views, to_unit
+from bingo.images.colours import normalize
 from bingo.images.decoding import AnyPlan, Decoded, DecodePlan, FileDecoder
 from bingo.images.draws import Colours, Crops, draw_views, join_colours, join_crops
 from bingo.images.images import Images, MemoryImages
+from bingo.images.uploads import upload
 from bingo.params import AugmentParams, ImageParams
 
 Item = TypeVar("Item")
@@ -108,19 +110,27 @@ class ViewLoader:
     def _memory_views(self, requests: list[Request], family: AugmentParams, image: ImageParams) -> Sequence[Tensor]:
         """Views of consecutive requests with one augmentation and size, computed together: on a GPU the cost of a small batch is in the
         calls, not the pixels."""
-        images_TSS3 = _gather(self._images, np.concatenate([request.image_rows_B for request in requests]), self._device)
+        assert isinstance(self._images, MemoryImages)
+        rows_T = np.concatenate([request.image_rows_B for request in requests])
         crops, colours = zip(*(self._draw(request) for request in requests), strict=True)
-        views_T3PP = random_views(images_TSS3, join_crops(crops), join_colours(colours), family, image)
+        views_T3PP = random_views(self._images.on_device(self._device), rows_T, join_crops(crops), join_colours(colours), family, image)
         return views_T3PP.split([len(request.image_rows_B) for request in requests])
 
     def _from_files(self, decoder: FileDecoder, items: Iterable[tuple[Item, list[Request]]]) -> Iterator[tuple[Item, list[Tensor]]]:
         for plan, kinds in _on_device(decoder.batches(self._drawn(*pair) for pair in items), self._device):
-            parts = [_split(crops_TPP3, plan, kind) for kind, crops_TPP3 in enumerate(kinds)]
-            drawn = zip(plan.requests, plan.kind_of_request, plan.colours, strict=True)
-            yield plan.item, [self._coloured(next(parts[kind]), request, colours) for request, kind, colours in drawn]
+            yield plan.item, self._file_views(plan, kinds)
 
-    def _coloured(self, crops_BPP3: Tensor, request: Request, colours: Colours) -> Tensor:
-        return cropped_views(crops_BPP3, colours, self._family(request), self._seen(request))
+    def _file_views(self, plan: "_DrawnPlan[Item]", kinds: list[Tensor]) -> list[Tensor]:
+        """The views of a plan's requests from their crops of each size, uint8 (T, P, P, 3); consecutive ones together, as in memory."""
+        views, begins = list[Tensor](), [0] * len(kinds)
+        drawn = zip(plan.requests, plan.kind_of_request, plan.colours, strict=True)
+        for (kind, family), group in groupby(drawn, lambda one: (one[1], self._family(one[0]))):
+            requests, _, colours = zip(*group, strict=True)
+            counts = [len(request.image_rows_B) for request in requests]
+            crops_TPP3 = kinds[kind][begins[kind] :][: sum(counts)]
+            begins[kind] += sum(counts)
+            views += cropped_views(crops_TPP3, join_colours(colours), family, plan.kinds[kind]).split(counts)
+        return views
 
     def _drawn(self, item: Item, requests: list[Request]) -> "_DrawnPlan[Item]":
         crops, colours = zip(*(self._draw(request) for request in requests), strict=True)
@@ -140,12 +150,6 @@ class _DrawnPlan(DecodePlan, Generic[Item]):
     requests: list[Request] = field(kw_only=True)
     kind_of_request: list[int] = field(kw_only=True)
     colours: Sequence[Colours] = field(kw_only=True)
-
-
-def _split(crops_TPP3: Tensor, plan: _DrawnPlan, kind: int) -> Iterator[Tensor]:
-    """The crops of each request of this kind out of all of the kind."""
-    pairs = zip(plan.requests, plan.kind_of_request, strict=True)
-    return iter(crops_TPP3.split([len(request.image_rows_B) for request, own_kind in pairs if own_kind == kind]))
 
 
 def center_views(

@@ -19,7 +19,7 @@ from scipy.special import betaincinv
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.images.augment import upload
+from bingo.images.uploads import upload
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.negatives import Negatives
 from bingo.methods.parts.losses import info_nce, negative_logsumexp

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.images.augment import upload
+from bingo.images.uploads import upload
 from bingo.methods.contract import Batch, Context
 from bingo.methods.parts.momentum import Queue
 from bingo.runtime.errors import UserError

@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from bingo import seeds
-from bingo.images.augment import upload
 from bingo.images.loader import Request, ViewLoader
+from bingo.images.uploads import upload_together
 from bingo.methods.contract import Batch, Needs, SmallCrops
 from bingo.params import AugmentParams
 from bingo.runtime import distributed
@@ -126,11 +126,23 @@ class Batches:
             return first_B[None]
         return np.stack([first_B, (first_B + 1 + (u_B2[:, 1] * (views - 1)).astype(np.int64)) % views])
 
+    def _places_of_keys(self, plan: BatchPlan) -> np.ndarray:
+        """Where the needed keys of anchors, then of members, are among all stored ones, int64."""
+        if not self.needs.stored_keys:
+            return np.empty(0, np.int64)
+        assert self.stored is not None, "a method that needs stored keys is given them"
+        first_B = plan.rows_B * (views := self.stored.keys_TVP.shape[1])
+        places = [first_B + view_B for view_B in plan.view_SB]
+        members = [] if plan.member_rows_B is None else [plan.member_rows_B * views + plan.view_SB[0]]
+        return np.concatenate(places + members)
+
     def make(self, plan: BatchPlan, views: list[Tensor]) -> Batch:
         """A plan with its views, and the stored keys and features of its rows."""
         device, needs, anchors = views[0].device, self.needs, self.needs.anchor_views
-        members = views[anchors : anchors + needs.member_views]
-        batch = Batch(upload(plan.rows_B, device), views[:anchors], member_views=members, host_rows_B=plan.rows_B)
+        members, none = views[anchors : anchors + needs.member_views], np.empty(0, np.int64)
+        host = [plan.rows_B, none if plan.member_rows_B is None else plan.member_rows_B, self._places_of_keys(plan)]
+        rows_B, member_rows_B, places = upload_together(host, device)
+        batch = Batch(rows_B, views[:anchors], member_views=members, host_rows_B=plan.rows_B)
         if needs.small_crops is not None:
             last = views.pop()
             batch.small_crops, batch.live_small_crops = (last, None) if self.loader.teacher_image is None else (views.pop(), last)
@@ -138,13 +150,11 @@ class Batches:
             batch.live_anchor_views = dict(zip(needs.live_anchor_views, live, strict=False))
             batch.live_member_views = dict(zip(needs.live_member_views, live[len(needs.live_anchor_views) :], strict=True))
         if plan.member_rows_B is not None:
-            batch.member_rows_B = upload(plan.member_rows_B, device)
-        if self.needs.stored_keys:
-            assert self.stored is not None, "a method that needs stored keys is given them"
-            keys_TVP, view_SB = self.stored.keys_TVP, upload(plan.view_SB, device)
-            batch.anchor_keys = [keys_TVP[batch.anchor_rows_B, view_B].float() for view_B in view_SB]
-            if batch.member_rows_B is not None:
-                batch.member_keys_BP = keys_TVP[batch.member_rows_B, view_SB[0]].float()
+            batch.member_rows_B = member_rows_B
+        if self.stored is not None and len(places):
+            keys = list(self.stored.keys_TVP.flatten(0, 1).index_select(0, places).float().split(len(rows_B)))
+            batch.member_keys_BP = keys.pop() if plan.member_rows_B is not None else None
+            batch.anchor_keys = keys
         if self.bag_means_TP is not None:
             batch.bag_means_BP = self.bag_means_TP[batch.anchor_rows_B].float()
         if self.needs.stored_features:

@@ -7,6 +7,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from bingo.images import augment as au
+from bingo.images import colours as co
 from bingo.images.draws import BRIGHTNESS, CONTRAST, CROP_TRIES, HUE, SATURATION, Colours, Crops, crop_boxes, draw_views
 from bingo.params import AugmentParams, BicubicImageParams, ImageParams
 
@@ -40,6 +41,13 @@ def colours(count: int, operations=((-1,),), factors=((1.0,),), gray=False, sigm
     return Colours(operation_BO, factor_BO, np.full(count, gray), np.full(count, sigma), np.zeros(count))
 
 
+def recolour(x: torch.Tensor, drawn: Colours, augment: AugmentParams) -> torch.Tensor:
+    """Coloured images, not normalised."""
+    recolouring = co.Recolouring(drawn, augment, x.shape[3])
+    numbers = [torch.from_numpy(number) for number in recolouring.numbers]
+    return recolouring(x[recolouring.order_B], numbers, IMAGE.model_copy(update={"mean": [0.0] * 3, "std": [1.0] * 3}))
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("side_px", "out_px"), [(20, 20), (33, 20), (20, 48), (64, 15)])
 def test_crop_equals_resized_crop(side_px, out_px, interpolation):
@@ -48,7 +56,7 @@ def test_crop_equals_resized_crop(side_px, out_px, interpolation):
     size = rng.integers(1, side_px + 1, (40, 2))
     boxes = np.concatenate([rng.integers(0, side_px + 1 - size), size], axis=1)
     flips = rng.random(40) < 0.5
-    got = au.crop_and_resize(images, torch.from_numpy(boxes).float(), torch.from_numpy(flips), out_px, interpolation)
+    got = au.crop_and_resize(images, torch.from_numpy(au.crop_lines(boxes, flips, out_px)), out_px, interpolation)
     for b, (box, flip) in enumerate(zip(boxes.tolist(), flips, strict=True)):
         want = tv.resized_crop(au.to_unit(images[b : b + 1]), *box, [out_px, out_px], tv.InterpolationMode(interpolation), antialias=True)
         want = want.clamp(0, 1)  # as Pillow does with its bytes
@@ -69,14 +77,14 @@ def test_jitter_equals_torchvision(operation, function, factors):
         x = unit_images(5, 20)
         x[3] = x[3, :1]  # a grey image
         want = torch.stack([function(image, factor) for image in x])
-        got = au.recolour(x.clone(), colours(5, [[operation]], [[factor]]), MOCO2)
+        got = recolour(x, colours(5, [[operation]], [[factor]]), MOCO2)
         torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
 
 
 def test_rotate_equals_torchvision():
     x, angles = unit_images(7, 21), [-180.0, -33.0, -1.0, 0.0, 12.5, 45.0, 90.0]
     want = torch.stack([tv.rotate(image, angle, tv.InterpolationMode.BILINEAR) for image, angle in zip(x, angles, strict=True)])
-    torch.testing.assert_close(au.rotate(x, torch.tensor(angles)), want, atol=3e-6, rtol=0)
+    torch.testing.assert_close(co.rotate(x, torch.tensor(angles)), want, atol=3e-6, rtol=0)
 
 
 def test_angles_are_uniform_and_absent_if_not_requested():
@@ -95,7 +103,7 @@ def test_each_image_has_its_own_order_and_factors():
         HUE: tv.adjust_hue,
     }
     x = unit_images(60, 20)
-    got = au.recolour(x.clone(), drawn, MOCO2)
+    got = recolour(x, drawn, MOCO2)
     for b, want in enumerate(x):
         for operation, factor in zip(drawn.operation_BO[b].tolist(), drawn.factor_BO[b].tolist(), strict=True):
             want = functions[operation](want, factor) if operation >= 0 else want
@@ -109,12 +117,12 @@ def test_each_image_has_its_own_order_and_factors():
 def test_blur_equals_torchvision(side_px, sigma):
     x = unit_images(3, side_px)
     want = tv.gaussian_blur(x, [13, 13], [sigma, sigma])
-    torch.testing.assert_close(au.blur(x, torch.full((3,), sigma), 2.0), want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(co.blur(x, torch.from_numpy(co.blur_kernels(np.full(3, sigma), 2.0, side_px))), want, atol=2e-6, rtol=0)
 
 
 def test_blur_of_a_tiny_image_keeps_the_mean_of_a_flat_one():
     x = torch.full((1, 3, 4, 4), 0.3)
-    torch.testing.assert_close(au.blur(x, torch.tensor([2.0]), 2.0), x)
+    torch.testing.assert_close(co.blur(x, torch.from_numpy(co.blur_kernels(np.array([2.0]), 2.0, 4))), x)
 
 
 @pytest.mark.parametrize("kind", [ImageParams, BicubicImageParams])
@@ -132,9 +140,9 @@ def test_center_view_equals_torchvision(side_px, resize_px, crop_px, kind):
 def test_random_views_are_crop_colour_normalise():
     images = random_images(30, 24)
     crops, drawn = draw_views(MOCO2, 0, "test", 0, np.arange(30), 2)
-    boxes = torch.from_numpy(crop_boxes(crops, 24, 24)).float()
-    x = au.recolour(au.crop_and_resize(images, boxes, torch.from_numpy(crops.flip_B), 20), drawn, MOCO2)
-    got = au.random_views(images, crops, drawn, MOCO2, IMAGE)
+    lines = torch.from_numpy(au.crop_lines(crop_boxes(crops, 24, 24), crops.flip_B, 20))
+    x = recolour(au.crop_and_resize(images, lines, 20), drawn, MOCO2)
+    got = au.random_views(images, np.arange(30), crops, drawn, MOCO2, IMAGE)
     torch.testing.assert_close(got, tv.normalize(x, IMAGE.mean, IMAGE.std))
     assert got.is_contiguous(memory_format=torch.channels_last)
 

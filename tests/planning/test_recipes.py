@@ -6,6 +6,7 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command import bingo
@@ -341,7 +342,7 @@ def test_the_centre_recipe_gives_the_centre_view():
     pixels = torch.randint(0, 256, (3, 20, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image = load_params(ROOT / "params.yaml").image
     augment: AugmentParams = resolved("ablation-views-centre").extract.augment
-    views = random_views(pixels, *draw_views(augment, 5, "extract", 0, [1, 2, 3], 0), augment, image)
+    views = random_views(pixels, np.arange(3), *draw_views(augment, 5, "extract", 0, [1, 2, 3], 0), augment, image)
     torch.testing.assert_close(views, center_view(pixels, image))
 
 
