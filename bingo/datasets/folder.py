@@ -58,6 +58,7 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
     _say_of_rows(kept_paths, [checked[row].content.sha256 for row in keep], kept_labels, train_rows, classes, say)
     header = {"dataset": _DATASET, "classes": classes, "store_px": dataset.store_px}
     header |= {} if gray_bits in (None, 16) else {"gray_bits": gray_bits}
+    header |= {} if dataset.jpeg_decoder == "cpu" or dataset.store_px else {"jpeg_decoder": dataset.jpeg_decoder}  # other pixels
     fingerprint = listing_fingerprint(header, kept_paths, (checked[row].content for row in keep), kept_labels, train_rows)
     drawn = len(test.paths) if held_out else None
     return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint, gray_bits, drawn), images_NSS3

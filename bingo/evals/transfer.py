@@ -24,7 +24,8 @@ def scanned(params: Params, name: str, say: Callable[[str], None]) -> tuple[List
     if distributed.rank() == 0:
         distributed.barrier()
     if images_NSS3 is None:
-        return listing, FileImages(str(dataset.root), listing.paths, dataset.follow_links, listing.gray_bits)
+        files = FileImages(str(dataset.root), listing.paths, dataset.follow_links, listing.gray_bits, dataset.jpeg_decoder)
+        return listing, files
     return listing, MemoryImages(images_NSS3)
 
 

@@ -142,6 +142,16 @@ def _before_the_only_scan(file_bytes: bytes) -> bytes:
     return b""
 
 
+def is_plain_baseline(file_bytes: bytes) -> bool:
+    """Whether a JPEG file, not cut off, holds one sequential scan of 8-bit YCbCr or greyscale: what every decoder reads the same way."""
+    if not _before_the_only_scan(file_bytes) or not file_bytes.endswith(b"\xff\xd9"):
+        return False
+    try:
+        return simplejpeg.decode_jpeg_header(file_bytes)[2] in ("YCbCr", "Gray")
+    except (ValueError, KeyError):  # the second: a subsampling that simplejpeg has no name for
+        return False
+
+
 def check_pixels(file_bytes: bytes) -> None:
     """Decode a file to its end, at an eighth of its size if that is faster. Raises BadImage."""
     decode_rgb(file_bytes, min)

@@ -31,20 +31,25 @@ class CropsWanted:
     interpolation: Interpolation = "bilinear"
 
 
+def may_shrink(wanted: Sequence[CropsWanted]) -> float:
+    """The factor by which an image may be decoded smaller for these crops."""
+    return min(crops.boxes_V4[:, 2:].min() / (DRAFT_MARGIN * crops.out_VPP3.shape[1]) for crops in wanted)
+
+
 def decode_crops(file_bytes: bytes, header: Header, wanted: Sequence[CropsWanted], gray_bits: int | None = None) -> None:
     """Write crops of an image, of one or several sizes.
 
     The file is decoded at reduced size if every box is many times larger than its view. Raises BadImage.
     """
-    may_shrink = min(crops.boxes_V4[:, 2:].min() / (DRAFT_MARGIN * crops.out_VPP3.shape[1]) for crops in wanted)
-    if header.plain_jpeg and may_shrink < 2:
+    shrink = may_shrink(wanted)
+    if header.plain_jpeg and shrink < 2:
         try:
             image_HW3 = simplejpeg.decode_jpeg(file_bytes, "RGB")
         except ValueError:
             pass  # Pillow tolerates more, and reports why it fails
         else:
             return _crops_of_pixels(image_HW3, wanted)
-    image, factor = decode_rgb(file_bytes, lambda height, width: may_shrink, gray_bits)
+    image, factor = decode_rgb(file_bytes, lambda height, width: shrink, gray_bits)
     if factor > 1:
         return _crops_of_shrunk(image, factor, wanted)
     _crops_of_pixels(np.array(image), wanted)

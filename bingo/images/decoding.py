@@ -1,6 +1,7 @@
 """Worker processes that decode image files ahead of use. Each image of a plan is decoded once for all its views.
 
 A worker receives paths and random numbers, keeps no state, and returns uint8 crops, so views do not depend on the number of workers.
+Where a GPU decodes JPEG files it returns those that nvJPEG reads as they are, and crops of the others.
 Processes are used instead of threads, because decoding in Python would hold the GIL that the training thread needs.
 Shape letters: T views of a plan, t views of one size in a task, V views of one image, P side of a view in pixels.
 """
@@ -8,17 +9,18 @@ Shape letters: T views of a plan, t views of one size in a task, V views of one 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bingo.images.decode import BadImage, Header, decode_square, read_header
-from bingo.images.decode_crops import CropsWanted, decode_crops
+from bingo.images.decode import BadImage, Header, decode_square, is_plain_baseline, read_header
+from bingo.images.decode_crops import CropsWanted, decode_crops, may_shrink
 from bingo.images.draws import Crops, crop_boxes
 from bingo.images.images import FileImages
+from bingo.images.nvjpeg import crops_of_pixels, decode_on
 from bingo.params import ImageParams
 from bingo.runtime.errors import UserError
 from bingo.runtime.inside import path_inside
@@ -39,7 +41,6 @@ class DecodePlan:
     kind_T: np.ndarray | None = None
 
 
-Decoded = tuple[list[Tensor], np.ndarray]
 AnyPlan = TypeVar("AnyPlan", bound=DecodePlan)
 
 
@@ -57,6 +58,44 @@ class _DecodeTask:
     kind_T: np.ndarray
     follow_links: bool
     gray_bits: int | None
+    jpeg_decoder: str
+
+
+class _Result(NamedTuple):
+    """What a worker makes of a task: crops of each size, uint8 (t, P, P, 3), without those of the images `left_U` (int64), whose files,
+    `lengths_U` bytes each, are left in `files` (uint8), with the boxes of all views, int64 (T, 4). Or `lines`: the reasons, one line
+    each, if images cannot be read."""
+
+    lines: list[str]
+    views: list[Tensor]
+    files: Tensor
+    left_U: list[int]
+    lengths_U: list[int]
+    boxes_T4: np.ndarray
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The crops of a task, some of them still to be made from JPEG files by a GPU."""
+
+    task: _DecodeTask
+    result: _Result
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        """The crops of each size on `device`, uint8 (t, P, P, 3). Raises UserError naming path and row of unreadable images."""
+        views, lines = [part.to(device, non_blocking=True) for part in self.result.views], list[str]()
+        files = self.result.files.split(self.result.lengths_U)
+        for i, file, image_3HW in zip(self.result.left_U, files, decode_on(device, files), strict=True):
+            wanted = _wanted(self.task, i, self.result.boxes_T4, views)
+            if image_3HW is not None:
+                crops_of_pixels(image_3HW, wanted)
+                continue
+            with _unreadable_noted(self.task, i, lines):
+                content = file.numpy().tobytes()
+                decode_crops(content, read_header(content), wanted, self.task.gray_bits)
+        if lines:
+            raise UserError(lines)
+        return views
 
 
 class FileDecoder:
@@ -66,20 +105,20 @@ class FileDecoder:
         self._images = images
         self._loader = TaskLoader(_Decode(), workers, TASKS_AHEAD, pin)
 
-    def batches(self, plans: Iterable[AnyPlan]) -> Iterator[tuple[AnyPlan, list[Decoded]]]:
-        """Each plan with its crops: for each size, parts uint8 (t, P, P, 3) in the order of images, and the position of each view of that
-        size, int64.
+    def batches(self, plans: Iterable[AnyPlan]) -> Iterator[tuple[AnyPlan, list[Decoded], list[np.ndarray]]]:
+        """Each plan with its tasks in the order of images and, for each size, the position of each view of that size, int64.
 
-        `torch.cat(parts)[places]` are the plan's views of a kind in order. Raises UserError naming path and row of unreadable images.
+        Of `task.on(device)`, `torch.cat` of the crops of a kind, indexed with its positions, are the plan's views of that kind in order.
+        Raises UserError naming path and row of unreadable images.
         """
-        for (plan, places), results in self._loader.results(map(self._work, plans)):
+        for (plan, places, tasks), results in self._loader.results(map(self._work, plans)):
             for result in results:
-                if not isinstance(result[0], Tensor):
-                    raise UserError(result)
-            yield plan, [([result[kind] for result in results], places[kind]) for kind in range(len(plan.kinds))]
+                if result.lines:
+                    raise UserError(result.lines)
+            yield plan, [Decoded(task, result) for task, result in zip(tasks, results, strict=True)], places
 
-    def _work(self, plan: AnyPlan) -> tuple[tuple[AnyPlan, list[np.ndarray]], list[_DecodeTask]]:
-        """A plan and, for each size, the positions of its views, with its tasks."""
+    def _work(self, plan: AnyPlan) -> tuple[tuple[AnyPlan, list[np.ndarray], list[_DecodeTask]], list[_DecodeTask]]:
+        """A plan, for each size the positions of its views, and its tasks; the tasks again, as work."""
         order_T = np.argsort(plan.image_rows_T, kind="stable")
         kind_T = np.zeros(len(order_T), np.int64) if plan.kind_T is None else plan.kind_T
         rows_U, starts_U = np.unique(plan.image_rows_T[order_T], return_index=True)
@@ -92,20 +131,20 @@ class FileDecoder:
             starts = [*(starts_U[part] - start).tolist(), end - start]
             tasks.append(self._task(rows_U[part].tolist(), starts, crops, plan.kinds, kind_T[order_T[start:end]]))
         places = [np.argsort(order_T[kind_T[order_T] == kind]) for kind in range(len(plan.kinds))]
-        return (plan, places), tasks
+        return (plan, places, tasks), tasks
 
     def _task(
         self, rows: list[int], starts: list[int], crops: Crops | None, kinds: Sequence[ImageParams], kind_T: np.ndarray
     ) -> _DecodeTask:
         paths, images = [self._images.paths[row] for row in rows], self._images
-        return _DecodeTask(images.root, paths, rows, starts, crops, kinds, kind_T, images.follow_links, images.gray_bits)
+        apart = images.follow_links, images.gray_bits, images.jpeg_decoder
+        return _DecodeTask(images.root, paths, rows, starts, crops, kinds, kind_T, *apart)
 
 
 class _Decode(Dataset):
-    """A dataset whose index is a task and whose item is its crops of each size, uint8 (t, P, P, 3), or the reasons, one line each, if
-    images cannot be read."""
+    """A dataset whose index is a task."""
 
-    def __getitem__(self, task: _DecodeTask) -> list[Tensor] | list[str]:
+    def __getitem__(self, task: _DecodeTask) -> _Result:
         lines: list[str] = []
         views = [_empty(image, int((task.kind_T == kind).sum())) for kind, image in enumerate(task.images)]
         files: list[tuple[int, bytes, Header]] = []
@@ -114,24 +153,31 @@ class _Decode(Dataset):
                 content = path_inside(task.root, task.paths[i], task.follow_links).read_bytes()
                 files.append((i, content, read_header(content)))
         boxes_T4 = _boxes(task, {i: header for i, _, header in files})
+        left: list[tuple[int, bytes]] = []
         for i, content, header in files:
             with _unreadable_noted(task, i, lines):
                 if task.crops is None:
                     image = task.images[0]
                     square_PP3 = decode_square(content, image.resize_px, image.crop_px, image.interpolation, task.gray_bits)
                     views[0][task.starts[i] : task.starts[i + 1]] = torch.from_numpy(square_PP3.copy())
+                    continue
+                wanted = _wanted(task, i, boxes_T4, views)
+                if task.jpeg_decoder == "gpu" and header.plain_jpeg and may_shrink(wanted) < 2 and is_plain_baseline(content):
+                    left.append((i, content))
                 else:
-                    decode_crops(content, header, _wanted(task, i, task.crops.flip_B, boxes_T4, views), task.gray_bits)
-        return lines or views
+                    decode_crops(content, header, wanted, task.gray_bits)
+        together = torch.from_numpy(np.frombuffer(bytearray(b"".join(content for _, content in left)), np.uint8))
+        return _Result(lines, views, together, [i for i, _ in left], [len(content) for _, content in left], boxes_T4)
 
 
 def _empty(image: ImageParams, views: int) -> Tensor:
     return torch.empty((views, image.crop_px, image.crop_px, 3), dtype=torch.uint8)
 
 
-def _wanted(task: _DecodeTask, i: int, flip_T: np.ndarray, boxes_T4: np.ndarray, views: Sequence[Tensor]) -> list[CropsWanted]:
+def _wanted(task: _DecodeTask, i: int, boxes_T4: np.ndarray, views: Sequence[Tensor]) -> list[CropsWanted]:
     """The crops of the task's i-th image, of each kind that it has."""
-    start, end = task.starts[i], task.starts[i + 1]
+    assert task.crops is not None
+    start, end, flip_T = task.starts[i], task.starts[i + 1], task.crops.flip_B
     wanted = []
     for kind, image in enumerate(task.images):
         before = int((task.kind_T[:start] == kind).sum())

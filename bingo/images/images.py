@@ -59,14 +59,15 @@ class MemoryImages:
 class FileImages:
     """N image files in one folder, decoded on every access by the loader's workers; `follow_links`: links may lead out of it.
 
-    `gray_bits` is as in a Listing.
+    `gray_bits` is as in a Listing; `jpeg_decoder` (cpu or gpu) is what decodes JPEG files for random views.
     """
 
-    def __init__(self, root: str, paths: list[str], follow_links: bool = False, gray_bits: int | None = None):
+    def __init__(self, root: str, paths: list[str], follow_links: bool = False, gray_bits: int | None = None, jpeg_decoder: str = "cpu"):
         self.root = root
         self.paths = paths
         self.follow_links = follow_links
         self.gray_bits = gray_bits
+        self.jpeg_decoder = jpeg_decoder
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -112,7 +113,7 @@ def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetPara
         raise UserError(f"{name}: holds {array.shape[0]} images for {len(listing)} rows; delete it and run: {_WAY_OUT}")
     if dataset is None or dataset.root is None:
         raise UserError("dataset.root = null: the images are files to be decoded; set dataset.root to their folder")
-    return FileImages(dataset.root, listing.paths, dataset.follow_links, listing.gray_bits)
+    return FileImages(dataset.root, listing.paths, dataset.follow_links, listing.gray_bits, dataset.jpeg_decoder)
 
 
 def _read_whole(path: Path, array: zarr.Array) -> np.ndarray:

@@ -25,6 +25,7 @@ from bingo.images.draws import Colours, Crops, draw_views, join_colours, join_cr
 from bingo.images.images import Images, MemoryImages
 from bingo.images.uploads import upload
 from bingo.params import AugmentParams, ImageParams
+from bingo.runtime.errors import UserError
 
 Item = TypeVar("Item")
 
@@ -70,6 +71,8 @@ class ViewLoader:
         self._images, self._seed, self._device = images, seed, device
         self._decoder: FileDecoder | None = None
         if not isinstance(images, MemoryImages):
+            if images.jpeg_decoder == "gpu" and device.type != "cuda":
+                raise UserError("dataset.jpeg_decoder = gpu: this process runs on the CPU; set dataset.jpeg_decoder: cpu, or run on a GPU")
             self._decoder = FileDecoder(images, workers, pin=device.type == "cuda")
 
     def views(self, plans: Iterable[list[Request]]) -> Iterator[list[Tensor]]:
@@ -183,22 +186,28 @@ def _gather(images: Images, rows_B: np.ndarray, device: torch.device) -> Tensor:
     return images.on_device(device).index_select(0, upload(rows_B, device))
 
 
-def _on_device(batches: Iterable[tuple[AnyPlan, list[Decoded]]], device: torch.device) -> Iterator[tuple[AnyPlan, list[Tensor]]]:
+Found = tuple[AnyPlan, list[Decoded], list[np.ndarray]]
+
+
+def _on_device(batches: Iterable[Found[AnyPlan]], device: torch.device) -> Iterator[tuple[AnyPlan, list[Tensor]]]:
     """Each plan with its views of each size in order, uint8 (T, P, P, 3). A GPU copies them on a separate stream, in parallel with the
     running step."""
     if device.type != "cuda":
-        for plan, kinds in batches:
-            yield plan, [torch.cat(parts).index_select(0, torch.from_numpy(places_T)) for parts, places_T in kinds]
+        for plan, tasks, places in batches:
+            yield plan, _in_order(tasks, places, device)
         return
     beside = torch.cuda.Stream(device)
-    for plan, kinds in batches:
-        views = []
+    for plan, tasks, places in batches:
         with torch.cuda.stream(beside):
-            for parts, places_T in kinds:
-                x_TPP3 = torch.cat([part.to(device, non_blocking=True) for part in parts])
-                views.append(x_TPP3.index_select(0, upload(places_T, device)))
+            views = _in_order(tasks, places, device)
         here = torch.cuda.current_stream(device)
         here.wait_stream(beside)
         for x_TPP3 in views:
             x_TPP3.record_stream(here)
         yield plan, views
+
+
+def _in_order(tasks: Sequence[Decoded], places: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The views of each size in the plan's order, uint8 (T, P, P, 3)."""
+    parts = zip(*(task.on(device) for task in tasks), strict=True)
+    return [torch.cat(kind).index_select(0, upload(places_T, device)) for kind, places_T in zip(parts, places, strict=True)]

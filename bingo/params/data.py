@@ -36,6 +36,7 @@ class DatasetParams(Section):
     test_images: Count | None
     check: Literal["decode", "header"]
     on_bad_image: Literal["stop", "skip"]
+    jpeg_decoder: Literal["cpu", "gpu"]
     placements: Annotated[int, Field(ge=1, le=1000)]
     placement_scale: ShareRange
     placement_degrees: Annotated[float, Field(ge=0, le=180)]

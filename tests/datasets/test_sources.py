@@ -33,6 +33,7 @@ DIGITS = DatasetParams(
     test_images=None,
     check="decode",
     on_bad_image="stop",
+    jpeg_decoder="cpu",
     placements=2,
     placement_scale=[0.5, 0.75],
     placement_degrees=15.0,
@@ -601,3 +602,12 @@ def test_no_more_can_be_held_out_than_there_are(tmp_path):
         save(tmp_path / f"{i}.png", seed=i)
     with pytest.raises(UserError, match=r"dataset\.test_images = 3: .* 3; "):
         scan(folder(tmp_path, test_images=3), 0)
+
+
+def test_another_decoder_of_files_makes_another_listing(tmp_path):
+    """So that all that has seen random views of them runs again; of images in memory the scan has decoded all."""
+    save(tmp_path / "a.jpg")
+    by_cpu, by_gpu = (scan(folder(tmp_path, jpeg_decoder=decoder), 0)[0] for decoder in ("cpu", "gpu"))
+    assert by_cpu.fingerprint != by_gpu.fingerprint
+    held = [scan(folder(tmp_path, store_px=16, jpeg_decoder=decoder), 0)[0] for decoder in ("cpu", "gpu")]
+    assert held[0].fingerprint == held[1].fingerprint

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.io import decode_jpeg
 from torchvision.transforms import functional as tv
 
 from bingo.datasets.sources import scan
-from bingo.images import decode_crops, decoding
+from bingo.images import decode_crops, decoding, nvjpeg
 from bingo.images.augment import cropped_views, random_views
-from bingo.images.decode import decode_rgb
+from bingo.images.decode import BadImage, decode_rgb
 from bingo.images.draws import crop_boxes, draw_views
 from bingo.images.images import FileImages, MemoryImages
 from bingo.images.loader import Request, ViewLoader, center_views
@@ -155,6 +156,104 @@ def test_each_image_of_a_plan_is_decoded_once(files, monkeypatch):
     monkeypatch.setattr(decoding, "decode_crops", lambda content, *rest: decoded.append(content) or decode(content, *rest))
     views(files, [[_request([5, 6]), _request([6, 5, 5], view=1), _request([8])]])
     assert len(decoded) == len(set(decoded)) == 3
+
+
+def jpeg(folder: Path, name: str, image: Image.Image, **options: object) -> str:
+    image.save(folder / name, **options)
+    return name
+
+
+@pytest.fixture
+def photographs(tmp_path) -> FileImages:
+    """What nvJPEG decodes (rows 0 to 5), and what is left to the CPU."""
+    photo = Image.fromarray(np.random.default_rng(3).integers(0, 256, (12, 15, 3), np.uint8)).resize((75, 60))
+    exif, turned = Image.Exif(), Image.Exif()
+    exif[0x0112], turned[0x0112] = 1, 6
+    names = [
+        *(jpeg(tmp_path, f"subsampled-{kind}.jpg", photo, subsampling=kind) for kind in ("4:2:0", "4:2:2", "4:4:4")),
+        jpeg(tmp_path, "grey.jpg", photo.convert("L")),
+        jpeg(tmp_path, "exif.jpg", photo, exif=exif),
+        jpeg(tmp_path, "restarts.jpg", photo, restart_marker_blocks=2),
+        jpeg(tmp_path, "progressive.jpg", photo, progressive=True),
+        jpeg(tmp_path, "cmyk.jpg", photo.convert("CMYK")),
+        jpeg(tmp_path, "turned.jpg", photo, exif=turned),
+        jpeg(tmp_path, "stored-as-rgb.jpg", photo, keep_rgb=True),
+        jpeg(tmp_path, "large.jpg", photo.resize((600, 600)), quality=95),
+        jpeg(tmp_path, "photo.png", photo),
+        jpeg(tmp_path, "png-in-disguise.jpg", photo, format="PNG"),
+    ]
+    (tmp_path / "bytes-behind.jpg").write_bytes((tmp_path / names[0]).read_bytes() + b"behind")
+    return FileImages(str(tmp_path), [*names, "bytes-behind.jpg"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_decodes_plain_jpeg_files_and_leaves_all_others_as_they_are(photographs, monkeypatch, workers):
+    """Each file once for all its views, in whatever order they are asked for; by libjpeg in place of nvJPEG, which is as on the CPU."""
+    given: list[int] = []
+    monkeypatch.setattr(nvjpeg, "decode_jpeg", lambda files, *how: given.extend(map(len, files)) or decode_jpeg(files, *how))
+    rows = np.arange(len(photographs))
+    plan = [_request(rows), _request(rows[::-1], view=1), _request([2, 2, 13], view=2)]
+    got, want = by_gpu(photographs, plan, workers)
+    assert given == [Path(photographs.root, path).stat().st_size for path in photographs.paths[:6]]
+    for ours, theirs, request in zip(got, want, plan, strict=True):
+        there_B = torch.from_numpy(request.image_rows_B < 6)
+        assert torch.equal(ours[~there_B], theirs[~there_B])
+        assert (ours[there_B] - theirs[there_B]).abs().max() < 2.01 / 255 / 0.22
+        assert not torch.equal(ours[there_B], theirs[there_B])  # resized as floats, not as bytes
+
+
+def by_gpu(images: FileImages, plan: list[Request], workers: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A plan's views as with dataset.jpeg_decoder: gpu, but on the CPU, and as without."""
+    crops_alone = UNCOLOURED.model_copy(update={"crop_scale": [0.7, 1.0]})
+    (want,) = ViewLoader(images, IMAGE, crops_alone, 0, CPU, 0).views([plan])
+    loader = ViewLoader(images, IMAGE, crops_alone, 0, CPU, workers)
+    images.jpeg_decoder = "gpu"
+    (got,) = loader.views([plan])
+    return got, want
+
+
+def refusing(refused: bytes):
+    """A decoder that fails at one file, and with it at all that come along."""
+
+    def decode(files: list[torch.Tensor], mode: object, device: torch.device) -> list[torch.Tensor]:
+        if any(file.numpy().tobytes() == refused for file in files):
+            raise RuntimeError("nvjpegDecodeBatched failed: 5")
+        return decode_jpeg(files, mode, device)
+
+    return decode
+
+
+def test_of_files_together_the_one_that_fails_on_the_gpu_is_decoded_on_the_cpu(photographs, monkeypatch):
+    refused = Path(photographs.root, photographs.paths[3]).read_bytes()
+    monkeypatch.setattr(nvjpeg, "decode_jpeg", refusing(refused))
+    (got,), (want,) = by_gpu(photographs, [_request(range(14))])
+    assert torch.equal(got[3], want[3])
+    assert not any(torch.equal(got[row], want[row]) for row in (0, 1, 2, 4, 5))
+
+
+def test_a_file_that_neither_can_decode_is_named_with_its_row(photographs, monkeypatch):
+    refused = Path(photographs.root, photographs.paths[3]).read_bytes()
+    decode = decoding.decode_crops
+
+    def neither(content, *rest):
+        if content == refused:
+            raise BadImage("it is broken")
+        decode(content, *rest)
+
+    monkeypatch.setattr(nvjpeg, "decode_jpeg", refusing(refused))
+    loader = ViewLoader(photographs, IMAGE, UNCOLOURED, 0, CPU, 0)
+    photographs.jpeg_decoder = "gpu"
+    monkeypatch.setattr(decoding, "decode_crops", neither)
+    (line,) = lines_of(lambda: list(loader.views([[_request(range(6))]])))
+    assert "grey.jpg (row 3) can no longer be read (it is broken)" in line
+
+
+def test_on_a_cpu_the_gpus_decoder_is_refused_for_files_alone(photographs, memory):
+    photographs.jpeg_decoder = "gpu"
+    (line,) = lines_of(lambda: ViewLoader(photographs, IMAGE, AUGMENT, 0, CPU))
+    assert line.startswith("dataset.jpeg_decoder = gpu: ")
+    assert "set dataset.jpeg_decoder: cpu" in line
+    assert len(next(center_views(photographs, [0, 7], IMAGE, CPU, 4, 0))) == 2
 
 
 FOR_TEACHER = BicubicImageParams(crop_px=20, resize_px=22, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])

@@ -38,8 +38,8 @@ SHORT = {
     "transfer.finetune": {**TUNE, "epochs": 1, "trunk_lr": 0.05, "head_lr": 0.2},
     "transfer.resized_px": 24,
 }
-# Where images are, not what they are: that is in data/listing.parquet, on which a stage that opens images depends.
-PLACES = {"dataset.root", "dataset.follow_links"}
+# Where images are, not what they are: that, and what decodes them, is in data/listing.parquet, on which a stage that opens images depends.
+PLACES = {"dataset.root", "dataset.follow_links", "dataset.jpeg_decoder"}
 # Sections are not infrastructure here: what their own functions read after loading is read for a stage.
 NO_READERS = {file for file in INFRASTRUCTURE if not file.startswith("bingo/params/") or file.endswith("limits.py")}
 PARAMS = read_yaml(ROOT / "params.yaml")
