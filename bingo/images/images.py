@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bingo.params import DatasetParams
 
 CHUNK_ROWS = 8192
+PIXELS_PX = 16  # side of the centre square of an image that is a file, where raw pixels are compared with networks
 _WAY_OUT = "dvc repro scan"
 
 

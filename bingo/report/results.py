@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bingo.images.images import PIXELS_PX
 from bingo.params import display_name
 from bingo.report.inputs import Artefacts
 from bingo.report.measures import measure_label, neighbor_order
@@ -113,6 +114,8 @@ def network_role(a: Artefacts, net: str) -> str:
     """What a network is beside the student, or the name of the weights that it has from elsewhere."""
     if net in a.origins:
         return a.origins[net]
+    if net == "pixels" and a.params.dataset.store_px is None:
+        return f"no network, {PIXELS_PX} px"
     return "not used for training" if net == "teacher" and not needs_teacher(a) else _ROLES.get(net, "")
 
 

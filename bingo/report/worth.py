@@ -47,10 +47,11 @@ def paired_interval(ours_Q: np.ndarray, theirs_Q: np.ndarray) -> tuple[float, tu
 
 
 def comparisons(a: Artefacts) -> list[Comparison]:
-    """The student against itself before distillation (or untrained), the baselines and supervised weights, by the headline's measure."""
+    """The student against itself before distillation (or untrained), the baselines and supervised weights, by the headline's measure;
+    where that needs no labels, against raw pixels too."""
     column = headline_columns(a)[0]
     measure = "linear" if column.group == "linear cached" else column.key
-    measured = [tile.net for tile in tiles(a)]
+    measured = [tile.net for tile in tiles(a)] + (["pixels"] if column.group == "agreement" else [])
     before = "start" if "start" in measured else "untrained"
     ours_Q = a.outcomes.get("student", {}).get(measure, np.zeros(0))
     found = []
@@ -110,6 +111,7 @@ def _named(a: Artefacts, net: str) -> str:
         "start": f"before {'distillation' if needs_teacher(a) else 'training'}",
         "untrained": "the same network untrained",
         "supervised": "the same network with supervised weights",
+        "pixels": "raw pixels",
     }
     return fixed.get(net, f"the same network trained by {display_name(net)} without a teacher")
 

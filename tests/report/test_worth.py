@@ -64,6 +64,15 @@ def test_the_student_is_compared_with_what_it_was_before_if_it_has_a_start():
     assert [one.net for one in comparisons(found({net: nets[net] for net in ("student", "untrained")}))] == ["untrained"]
 
 
+def test_without_labels_raw_pixels_are_compared_too():
+    nets = {"student": STUDENT, "untrained": hits(0.3), "pixels": hits(0.9)}
+    by_agreement, by_labels = found(nets, "agreement_10"), found(nets)
+    assert [one.net for one in comparisons(by_agreement)] == ["untrained", "pixels"]
+    assert [one.net for one in comparisons(by_labels)] == ["untrained"]
+    assert "was not worth it" in opening(headline(by_agreement))
+    assert "was worth it" in opening(headline(by_labels))
+
+
 NEAR = np.roll(STUDENT, 10)  # right on ten others
 SITUATIONS = {  # networks beside the student, and the sign of each comparison
     "worth it": ({"untrained": hits(0.3), "moco": hits(0.6)}, [1, 1]),

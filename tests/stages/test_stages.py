@@ -36,6 +36,7 @@ from workspace import (
 
 from bingo.bags.index import Bags, write_bags
 from bingo.embeddings.store import read_embeddings
+from bingo.images.decode import decode_square
 from bingo.images.listing import read_listing
 from bingo.nets.students import load_student
 from bingo.pipeline.process import _is_orphan, mistakes_as_lines
@@ -536,11 +537,17 @@ def read_pixels(store: Path) -> np.ndarray:
 def test_files_that_are_decoded_at_use(own_images):
     images = own_images.root / "images"
     digit_folder(images, ["train", "val"], 3)
-    own_images.edit({"dataset.store_px": None, "knn_eval.agreement_k": []})
+    own_images.edit({"dataset.store_px": None, "knn_eval.agreement_k": [], "knn_eval.k": [1]})
     own_images.done("scan")
-    for evaluation, report in (("linear_eval", "linear"), ("knn_eval", "knn")):
-        assert "pixels: the images are not held in memory" in own_images.done(f"{evaluation} pixels").out
-        assert json.loads((own_images.root / f"reports/{report}/pixels.json").read_text()) == {}
+    for evaluation in ("linear_eval", "knn_eval"):
+        own_images.done(f"{evaluation} pixels")
+    listing = read_listing(own_images.root / "data/listing.parquet")
+    squares = [decode_square((images / path).read_bytes(), 16, 16) for path in listing.paths]
+    pixels = np.stack(squares).reshape(len(listing), -1).astype(float)
+    nearest = (pixels / np.linalg.norm(pixels, axis=1, keepdims=True) @ pixels[:60].T / np.linalg.norm(pixels[:60], axis=1)).argmax(axis=1)
+    scores = [json.loads((own_images.root / f"reports/{report}/pixels.json").read_text()) for report in ("knn", "linear")]
+    assert scores[0]["knn_1"] == pytest.approx(100 * (listing.labels_N[nearest] == listing.labels_N)[60:].mean(), abs=1e-4)
+    assert set(scores[1]) == {"cached"}
     training = own_images.start("teacher", BINGO_CHECKPOINT_SECONDS="0")
     until(lambda: saved_step(own_images, "teacher") >= 1, training.ended)
     training.kill()

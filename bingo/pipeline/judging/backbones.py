@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bingo import paths, seeds
-from bingo.images.images import MemoryImages, open_images
-from bingo.params import FeatureParams, Section
+from bingo.images.images import PIXELS_PX, Images, MemoryImages, open_images
+from bingo.params import FeatureParams, ImageParams, Section
 from bingo.pipeline.run import Run, code_fingerprint
 from bingo.pipeline.state import state_folder
 from bingo.runtime.artefacts import file_fingerprint
@@ -79,21 +79,29 @@ class Networks:
         self.images = open_images(listing, paths.IMAGES, run.params.dataset) if set(names) - {"teacher"} else None
 
     def features(self, name: str, params: FeatureParams, device: "torch.device | None") -> np.ndarray | None:
-        """Features (N, width) of every row, float32; None of a network that is not among `names`, and of pixels that are not held in
-        memory. Stored ones need no device."""
+        """Features (N, width) of every row, float32; None of a network that is not among `names`. Stored ones need no device."""
         if name not in self.names:
             return None
         if self._teacher is not None and name == "teacher":
             return self._teacher.features_ND.astype(np.float32)
+        assert self.images is not None
         if name == "pixels":
-            if isinstance(self.images, MemoryImages):
-                return self.images.images_NSS3.reshape(len(self.images), -1).astype(np.float32)
-            unmeasured = "the images are not held in memory (dataset.store_px is null), so there is nothing to measure"
-            self.run.say(f"{self.run.name}: {name}: {unmeasured}")
-            return None
+            return _pixels(self.images)
         from bingo.evals.features import backbone_features
 
-        assert self.images is not None
         assert device is not None
         rows, image = range(len(self.listing)), params.view(self.run.params.image)
         return backbone_features(self.backbones[name], self.images, rows, image, device, params.precision, params.batch_images)
+
+
+def _pixels(images: Images) -> np.ndarray:
+    """The pixels of every row, float32 (N, 3 S S): all that are held in memory, of a file the centre square at S = `PIXELS_PX`."""
+    if isinstance(images, MemoryImages):
+        return images.images_NSS3.reshape(len(images), -1).astype(np.float32)
+    import torch
+
+    from bingo.images.loader import center_views
+
+    square = ImageParams(crop_px=PIXELS_PX, resize_px=PIXELS_PX, mean=[0.0] * 3, std=[1.0] * 3)
+    views = center_views(images, range(len(images)), square, torch.device("cpu"), batch_images=512)
+    return np.concatenate([view_BCPP.flatten(1).numpy() for view_BCPP in views])
