@@ -10,6 +10,7 @@ Shape letters: B views of a request, T views of a plan (all its requests), P sid
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from typing import Generic, TypeVar
 
@@ -189,6 +190,12 @@ def _gather(images: Images, rows_B: np.ndarray, device: torch.device) -> Tensor:
 Found = tuple[AnyPlan, list[Decoded], list[np.ndarray]]
 
 
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """A GPU's stream for copies, made once: torch keeps the memory that a stream has freed for that stream alone."""
+    return torch.cuda.Stream(device)
+
+
 def _on_device(batches: Iterable[Found[AnyPlan]], device: torch.device) -> Iterator[tuple[AnyPlan, list[Tensor]]]:
     """Each plan with its views of each size in order, uint8 (T, P, P, 3). A GPU copies them on a separate stream, in parallel with the
     running step."""
@@ -196,7 +203,7 @@ def _on_device(batches: Iterable[Found[AnyPlan]], device: torch.device) -> Itera
         for plan, tasks, places in batches:
             yield plan, _in_order(tasks, places, device)
         return
-    beside = torch.cuda.Stream(device)
+    beside = _copying_stream(device)
     for plan, tasks, places in batches:
         with torch.cuda.stream(beside):
             views = _in_order(tasks, places, device)

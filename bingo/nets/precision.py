@@ -1,4 +1,7 @@
-"""bf16 if it is requested, or with `auto` if the hardware supports it; losses are computed in float32 outside of this context."""
+"""bf16 if it is requested, or with `auto` if the hardware supports it; losses are computed in float32 outside of this context.
+
+What a GPU computes in float32 it may multiply as TF32 (10 bits of mantissa), unless the precision is `fp32`.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -30,8 +33,11 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The autocast context for a network's forward pass on this device."""
+    """The autocast context for a network's forward pass on this device. On a GPU it also allows or forbids TF32 from now on, since the
+    backward pass comes after the context."""
     dtype = resolve_precision(precision, device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 

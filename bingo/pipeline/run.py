@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ from bingo.pipeline.state import sweep
 from bingo.planning.limits import check_limits
 from bingo.report.measures import measure_label
 from bingo.runtime.artefacts import file_fingerprint, fingerprint, write_json
-from bingo.runtime.errors import UserError, near_matches
+from bingo.runtime.errors import UserError, first_sentence, near_matches
+from bingo.runtime.gpus import unusable_gpu, wanted_device
 from bingo.runtime.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -171,21 +173,34 @@ def _surroundings(params: Params) -> dict[str, Any]:
 def pick_device() -> "torch.device":
     """The device of this process: BINGO_DEVICE (cpu, cuda or auto), and with several processes the GPU of its local rank.
 
-    For the CPU, freed memory is kept from now on."""
+    For the CPU, freed memory is kept from now on. Raises UserError if there is a GPU that torch cannot use, unless the CPU is asked for.
+    """
     import torch
 
-    wanted = os.environ.get("BINGO_DEVICE", "auto")
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise UserError(f"BINGO_DEVICE = {wanted}: allowed are auto, cpu, cuda")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("BINGO_DEVICE = cuda: torch sees no GPU here; set BINGO_DEVICE=cpu, or fix the driver (nvidia-smi)")
-    if wanted == "cpu" or not torch.cuda.is_available():
+    wanted = wanted_device()
+    if wanted == "cpu" or not _torch_has_a_gpu():
+        if wanted == "cuda":
+            raise UserError("BINGO_DEVICE = cuda: torch sees no GPU here; set BINGO_DEVICE=cpu, or fix the driver (nvidia-smi)")
         keep_freed_memory()
         return torch.device("cpu")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if processes > gpus:
         raise UserError(f"BINGO_PROCESSES = {processes}: each needs a GPU and torch sees {gpus} here; lower it, or set BINGO_DEVICE=cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _torch_has_a_gpu() -> bool:
+    """Whether torch can use a GPU. Raises UserError if it cannot use the one that is here: of its driver, torch only warns."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return True
+    reasons = [first_sentence(str(warning.message)) for warning in said if "CUDA" in str(warning.message)]
+    if line := unusable_gpu("torch", "; ".join(reasons)):
+        raise UserError(line)
+    return False
 
 
 @contextmanager

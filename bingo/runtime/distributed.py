@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bingo.runtime.errors import GroupLost, Interrupted
+from bingo.runtime.errors import GroupLost, Interrupted, first_sentence
 
 _Rows = TypeVar("_Rows", np.ndarray, Tensor)
 
@@ -60,13 +59,8 @@ def group(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise GroupLost(f"process {dist.get_rank()} of {dist.get_world_size()} lost the others ({_first_sentence(error)})") from error
+        raise GroupLost(f"process {dist.get_rank()} of {dist.get_world_size()} lost the others ({first_sentence(str(error))})") from error
     dist.destroy_process_group()
-
-
-def _first_sentence(error: Exception) -> str:
-    """The error message without the location in the library's source that precedes it, and without its advice."""
-    return " ".join(re.sub(r"^\[.*?\]\s*", "", str(error)).partition(". ")[0].split())[:160]
 
 
 def gather(x_BD: Tensor) -> Tensor:

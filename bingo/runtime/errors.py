@@ -30,6 +30,11 @@ def out_of_memory(error: BaseException) -> str | None:
     return f"out of memory ({reason}); lower the batch, image.crop_px, dataset.store_px, extract.views or bagging.k, or take more memory"
 
 
+def first_sentence(message: str) -> str:
+    """What a library says, without the location in its source that precedes it, and without its advice."""
+    return " ".join(re.sub(r"^\[.*?\]\s*", "", message).partition(". ")[0].split())[:_MOST_REASON]
+
+
 class Interrupted(Exception):
     """A signal requested a stop, and a checkpoint was written: the same command resumes from it."""
 

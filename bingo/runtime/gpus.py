@@ -23,18 +23,18 @@ def wanted_device() -> str:
 def unusable_gpu(library: str, reason: str = "") -> str | None:
     """The line to say if a GPU is here of which `library` sees nothing, or None: without it the work could take weeks, unnoticed.
 
-    A GPU is here if `reason` says why the library rejects it, or if this process can open its device file and CUDA_VISIBLE_DEVICES does
-    not hide it (a job of a cluster may see the files of GPUs that are not its own).
+    A GPU is here if `reason` says why the library rejects it, or if this process can open its device file (a job of a cluster may see the
+    files of GPUs that are not its own), unless CUDA_VISIBLE_DEVICES hides it.
     """
+    if not re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")):
+        return None
     file = None if reason else _open_device_file()
     found = f"{file} is here, but its driver is too old or missing, or {library} is built without CUDA" if file else reason
-    way_out = "see nvidia-smi and update the driver, or set BINGO_DEVICE=cpu to work without it"
+    way_out = "update or repair the driver (nvidia-smi shows its state), or set BINGO_DEVICE=cpu to work without it"
     return f"BINGO_DEVICE = {wanted_device()}: {library} cannot use this machine's GPU ({found}); {way_out}" if found else None
 
 
 def _open_device_file() -> Path | None:
-    if not re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")):
-        return None
     for file in sorted(_DEVICE_FILES.glob("nvidia[0-9]*")):
         try:
             os.close(os.open(file, os.O_RDWR))

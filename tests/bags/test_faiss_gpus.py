@@ -1,9 +1,5 @@
 """The search on GPUs, which a stand-in for FAISS's GPU functions records: whose they are, what is kept there, and that it is exact."""
 
-import sys
-from types import SimpleNamespace
-
-import faiss
 import numpy as np
 import pytest
 
@@ -11,7 +7,6 @@ from bingo.bags import neighbors
 from bingo.bags.builders import build_kmeans, build_knn
 from bingo.bags.ivf import InvertedFile
 from bingo.evals.probe import BANK_IMAGES, NEIGHBORS, QUERY_IMAGES
-from bingo.runtime import gpus
 from tests.pretended_gpu.fake_faiss import SCRATCH_BYTES, fake_faiss_gpus
 
 ROWS_ND = np.random.default_rng(0).standard_normal((500, 16)).astype(np.float16)
@@ -108,41 +103,3 @@ def test_the_tolerance_is_above_what_float16_loses(width, share):
     lost = np.abs(scores - np.vecdot(a, b)).max()
     assert lost < neighbors._Gpus.attempts[0].tolerance
     assert width > 3 or lost > 2e-4  # what was allowed for it once
-
-
-@pytest.mark.parametrize(
-    ("device", "visible", "seen", "file", "warns"),
-    [
-        ("auto", None, 0, "nvidia0", True),
-        ("cuda", "0,1", 0, "nvidia3", True),
-        ("auto", "GPU-5ebe9f43", 0, "nvidia0", True),
-        ("auto", None, 1, "nvidia0", False),
-        ("cpu", None, 0, "nvidia0", False),
-        ("auto", "", 0, "nvidia0", False),
-        ("auto", "-1", 0, "nvidia0", False),
-        ("auto", "NoDevFiles", 0, "nvidia0", False),
-        ("auto", None, 0, "nvidiactl", False),
-        ("auto", None, 0, None, False),
-    ],
-)
-def test_a_gpu_that_faiss_does_not_see_is_reported(device, visible, seen, file, warns, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpus, "_DEVICE_FILES", tmp_path)
-    monkeypatch.setenv("BINGO_DEVICE", device)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    if file:
-        (tmp_path / file).touch()
-    with fake_faiss_gpus(seen):
-        line = gpus.gpu_unused_by_faiss()
-        assert (line is not None) == warns
-        if line is not None:
-            assert line.startswith(f"BINGO_DEVICE = {device}: FAISS ")
-            assert str(tmp_path / str(file)) in line
-            assert "BINGO_DEVICE=cpu" in line
-            (tmp_path / str(file)).unlink()
-            (tmp_path / str(file)).symlink_to(tmp_path / "gone")  # as in a job that may not open it
-            assert gpus.gpu_unused_by_faiss() is None
-    monkeypatch.setattr(gpus, "faiss_gpus", lambda: [])
-    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(get_num_gpus=faiss.get_num_gpus))
-    assert gpus.gpu_unused_by_faiss() is None  # a build without GPUs

@@ -1,6 +1,7 @@
 """The loader: equal pixels for equal keys, whatever the workers, the batches and the other views; files as the memory path."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torchvision.transforms import functional as tv
 
 from bingo.datasets.sources import scan
 from bingo.images import decode_crops, decoding, nvjpeg
+from bingo.images import loader as loader_module
 from bingo.images.augment import cropped_views, random_views
 from bingo.images.decode import BadImage, decode_rgb
 from bingo.images.draws import crop_boxes, draw_views
@@ -406,3 +408,25 @@ def test_worker_count_is_this_process_share(monkeypatch):
     assert workers.worker_count() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert workers.worker_count() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="pretends a GPU")
+def test_a_gpu_has_one_stream_for_copies_in_all_passes(files, monkeypatch):
+    from tests.pretended_gpu import device
+
+    made: list[object] = []
+    loader_module._copying_stream.cache_clear()
+    with device.pretended_gpu() as record:
+        gpu, stream = torch.device("cuda", 0), torch.cuda.Stream
+        monkeypatch.setattr(torch.cuda, "Stream", lambda *given: made.append(stream(*given)) or made[-1])
+        loader = ViewLoader(files, IMAGE, AUGMENT, 0, gpu, workers=0)
+        passes = [list(loader.views([[_request(range(5))], [_request(range(3))]])) for _ in range(3)]
+        centers = list(center_views(files, range(5), IMAGE, gpu, 2, workers=0))
+        monkeypatch.undo()
+        assert len(made) == 1
+        assert not record.unordered
+        for found in passes:
+            for (x,), (y,) in zip(found, views(files, [[_request(range(5))], [_request(range(3))]]), strict=True):
+                torch.testing.assert_close(x.cpu(), y)
+        assert sum(len(x) for x in centers) == 5
+    loader_module._copying_stream.cache_clear()
