@@ -1,8 +1,8 @@
 """The plan of a study, and which of its runs are missing: a function of the plan and of the results so far.
 
 Tuning is a climb over learning rate and temperature, which starts from the best of `first_lr`: the neighbours of the best run on both axes
-are tried until none is better by linear accuracy, so the best values have worse ones on either side. A training whose loss is not finite
-is a run without accuracy.
+are tried, and those of a neighbour that only noise may have put behind it, until none is missing. So the best values have worse ones on
+either side. A training whose loss is not finite is a run without accuracy.
 """
 
 import json
@@ -31,9 +31,10 @@ class _StudySection(BaseModel):
 
 
 class Tuning(_StudySection):
-    """Seed, learning rates and settings of tuning."""
+    """Seed, learning rates and settings of tuning. `noise_points`: two runs that differ by less in linear accuracy count as equal."""
 
     seed: Whole
+    noise_points: Annotated[float, Field(ge=0)]
     first_lr: Annotated[list[Positive], Field(min_length=1)]
     settings: dict[str, Any]
 
@@ -175,18 +176,27 @@ class Wishes:
         return next((line for line in self.lines if wanted.is_in(line)), None)
 
     def _untuned(self, recipe: str) -> Iterator[Wanted]:
-        """The next run of the climb: first all of `first_lr`, then the missing neighbours of the best."""
+        """The next runs of the climb: first all of `first_lr`, then the missing neighbours of the best, and of neighbours as good as it."""
         if self.plan.tuned_as(recipe) != recipe:
             return
         first = [self.at(recipe, lr, 1.0) for lr in self.plan.tuning.first_lr]
         yield from (wanted for wanted in first if not self.line_of(wanted))
         if (best := self.best(recipe)) is None:
             return
-        lr, factor = self.place(best)
-        places = [(next_lr(lr, up), factor) for up in (True, False)]
-        places += [(lr, factor * by) for by in (2.0, 0.5)] if self.starts[recipe] else []
+        tried = {self.place(line): line for line in self.tuning(recipe) if line["linear"]}
+        around = self._neighbours(recipe, self.place(best))
+        least = best["linear"]["student"] - self.plan.tuning.noise_points
+        near = [place for place in around if place in tried and tried[place]["linear"]["student"] > least]
+        places = dict.fromkeys([*around, *(further for place in near for further in self._neighbours(recipe, place))])
         wanted = [self.at(recipe, *place) for place in places if self._allowed(recipe, *place)]
         yield from (one for one in wanted if not self.line_of(one))
+
+    def _neighbours(self, recipe: str, place: tuple[float, float]) -> list[tuple[float, float]]:
+        """The places one step from a place of the climb: two, or four if there is more to tune than the learning rate."""
+        lr, factor = place
+        return [(next_lr(lr, up), factor) for up in (True, False)] + (
+            [(lr, factor * by) for by in (2.0, 0.5)] if self.starts[recipe] else []
+        )
 
     def _allowed(self, recipe: str, lr: float, factor: float) -> bool:
         """Whether params.yaml may have these values: a share, for one, is at most 1."""

@@ -21,7 +21,7 @@ from bingo.runtime.errors import UserError
 PLAN = """
 base: cifar10-cpu-smoke
 reference: method-bingo
-tuning: {seed: 9, first_lr: [0.06, 0.2, 0.6, 2.0], settings: {distill: {epochs: 3}}}
+tuning: {seed: 9, noise_points: 0.0, first_lr: [0.06, 0.2, 0.6, 2.0], settings: {distill: {epochs: 3}}}
 tables:
   seeds: [4, 5]
   settings:
@@ -88,6 +88,21 @@ def test_a_climb_ends_where_both_neighbours_on_both_axes_are_worse(plan, lr, fac
     assert sorted({rate for rate, _ in places}) == tried
     assert sorted(rate for rate, _ in map(wishes.place, wishes.tuning("method-simreg"))) == tried, "the same rule for every recipe"
     assert {line["seed"] for line in wishes.tuning("method-bingo")} == {9}
+
+
+def test_a_climb_is_not_ended_by_noise(plan):
+    """A dip at half the temperature, smaller than `noise_points`, ends a climb by the best alone at the first temperature."""
+
+    def accuracy(wanted: Wanted) -> float:
+        rate, temperature = wanted.settings["distill.lr"], wanted.settings.get("methods.bingo.temperature", 0.2)
+        dip = 1.5 if temperature == 0.1 else 0.0
+        return 60 - 2 * abs(math.log(rate / 0.2)) - abs(math.log(temperature / 0.05)) - dip
+
+    assert Wishes(plan, run_all(plan, accuracy)).best("method-bingo")["settings"]["methods.bingo.temperature"] == 0.2
+    plan = plan.model_copy(update={"tuning": plan.tuning.model_copy(update={"noise_points": 1.0})})
+    wishes = Wishes(plan, run_all(plan, accuracy))
+    assert wishes.place(wishes.best("method-bingo")) == (0.2, 0.25)
+    assert accuracy(wishes.at("method-bingo", 0.2, 0.5)) < accuracy(wishes.at("method-bingo", 0.2, 1.0))
 
 
 @pytest.mark.slow
