@@ -62,6 +62,10 @@ class Record:
         for one in fields(self):
             getattr(self, one.name).clear()
 
+    def copy(self) -> "Record":
+        """Another one that no longer changes."""
+        return Record(*(Counter(getattr(self, one.name)) for one in fields(self)))
+
     def wait(self, what: str) -> None:
         """The host waits for the device."""
         self.waits[what, place()] += 1
