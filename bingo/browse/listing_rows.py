@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bingo.images.listing import PARQUET_DAMAGE, column_digest, metadata_of
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, reason_of
 from bingo.runtime.inside import leads_out
 
 _COLUMNS = ["row", "path", "label", "split"]
@@ -144,5 +144,4 @@ class ListingRows:
         except FileNotFoundError:
             raise UserError(f"{self.name}: the file does not exist; run: dvc repro scan") from None
         except (*PARQUET_DAMAGE, IndexError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.name}: is damaged ({reason}); delete it and run: dvc repro scan") from None
+            raise UserError(f"{self.name}: is damaged ({reason_of(error)}); delete it and run: dvc repro scan") from None

@@ -19,7 +19,7 @@ from bingo.export.contract import Loading, NotReadBack, ReadBack, quoted
 from bingo.export.stored import StoredNetwork
 from bingo.export.twins import bare_name, way_out
 from bingo.runtime.artefacts import write_bytes
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, reason_of
 
 SUFFIXES = (".pkl",)
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
@@ -50,7 +50,7 @@ def read_back(network: StoredNetwork, path: Path) -> ReadBack:
             from detectron2.layers import ShapeSpec
             from detectron2.modeling import build_resnet_backbone
     except Exception as error:  # also an extension compiled for another torch
-        raise NotReadBack(f"detectron2 cannot be imported ({' '.join(str(error).split())[:80]})") from None
+        raise NotReadBack(f"detectron2 cannot be imported ({reason_of(error)})") from None
     cfg = get_cfg()
     cfg.merge_from_other_cfg(CfgNode.load_cfg(loading(network, str(path)).text))
     cfg.merge_from_list(["MODEL.RESNETS.OUT_FEATURES", ["res5"]])

@@ -10,7 +10,7 @@ from torch import Tensor
 from bingo.export.contract import Loading, NotReadBack, ReadBack, quoted
 from bingo.export.stored import StoredNetwork
 from bingo.runtime.artefacts import canonical_json, write_bytes
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, reason_of
 
 SUFFIXES = (".onnx",)
 _WRITERS = ("onnx", "onnxscript")  # what torch's exporter imports
@@ -28,8 +28,7 @@ def write(network: StoredNetwork, path: Path) -> None:
             input_names=["images"], output_names=["features"], dynamic_shapes=({0: torch.export.Dim("batch")},),
         )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"--to = onnx: torch cannot export {network.arch} ({reason}); export --to safetensors") from None
+        raise UserError(f"--to = onnx: torch cannot export {network.arch} ({reason_of(error)}); export --to safetensors") from None
     assert program is not None
     model: Any = program.model_proto
     _drop_traces(model)

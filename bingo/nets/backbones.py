@@ -27,7 +27,7 @@ from torchvision import models as vision
 
 from bingo.params.arch_names import OWN
 from bingo.runtime import distributed
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, reason_of
 
 _RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
 RATES = ("drop_path_rate", "drop_rate")  # timm's names
@@ -113,7 +113,7 @@ def made_by_factory(arch: str) -> tuple[Any, ...]:
         spec.loader.exec_module(module)
         made = getattr(module, function)()
     except Exception as error:  # the user's own code raises anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = reason_of(f"{type(error).__name__}: {error}")
         raise UserError(f"factory = {arch}: the call in bingo/nets/own/{file} fails ({reason}); mend the file") from None
     if not (isinstance(made, tuple) and len(made) in (2, 5) and isinstance(made[0], nn.Module) and isinstance(made[1], int)):
         raise UserError(f"factory = {arch}: returns {type(made).__name__}, not a module and its width; see bingo/nets/own/example.py")
@@ -145,10 +145,9 @@ def check_images(backbone: Backbone, arch: str, crop_px: int, key: str = "image.
     try:
         shape = _output_shape(backbone, crop_px)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
         fitting = " or ".join(map(str, sizes_near(backbone, crop_px)))
         way_out = f"set {key} to {fitting}, or another arch" if fitting else "take another arch"
-        raise UserError(f"{key} = {crop_px}: {arch} does not accept this size ({reason}); {way_out}") from None
+        raise UserError(f"{key} = {crop_px}: {arch} does not accept this size ({reason_of(error)}); {way_out}") from None
     if shape != (1, backbone.feature_width):
         raise UserError(f"arch = {arch}: gives {shape} for one image instead of one pooled feature row; choose another network")
     if (grids := resampled_grids(backbone, crop_px)) and distributed.rank() == 0:

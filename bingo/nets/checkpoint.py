@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bingo.runtime.artefacts import canonical_json, write_bytes
 from bingo.runtime.checksums import Damaged, check_safetensors, seal_safetensors
-from bingo.runtime.errors import UserError, out_of_memory
+from bingo.runtime.errors import UserError, out_of_memory, reason_of
 
 _ENTRY = "bingo"  # safetensors writes several entries in an order that changes from run to run, so only one is used
 
@@ -67,8 +67,8 @@ def building(path: Path | str) -> Iterator[None]:
     except Exception as error:  # invalid metadata can raise almost anything
         if line := out_of_memory(error):
             raise UserError(f"{path}: {line}") from None
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{path}: its tensors and metadata do not describe a network ({reason}); give a file that BINGO wrote") from None
+        line = f"{path}: its tensors and metadata do not describe a network ({reason_of(error)})"
+        raise UserError(f"{line}; give a file that BINGO wrote") from None
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

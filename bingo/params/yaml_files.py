@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, reason_of
 
 
 def read_yaml(path: Path | str) -> Any:
@@ -21,6 +21,5 @@ def read_yaml(path: Path | str) -> Any:
 def _yaml_reason(error: Exception) -> str:
     """The error and its location, in one line of at most about 200 characters."""
     mark = getattr(error, "problem_mark", None)
-    reason = " ".join(str(getattr(error, "problem", None) or error).split()) or type(error).__name__
     place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    return (reason if len(reason) <= 160 else f"{reason[:160]}...") + place
+    return reason_of(getattr(error, "problem", None) or error) + place

@@ -19,7 +19,7 @@ from torch import nn
 from bingo.runtime import distributed
 from bingo.runtime.artefacts import fingerprint, read_json, write_bytes, write_json
 from bingo.runtime.checksums import Damaged, seal, unseal
-from bingo.runtime.errors import Interrupted, UserError, out_of_memory
+from bingo.runtime.errors import Interrupted, UserError, out_of_memory, reason_of
 
 SECONDS_VARIABLE = "BINGO_CHECKPOINT_SECONDS"
 
@@ -107,7 +107,7 @@ class Checkpoints:
         except Exception as error:  # torch raises many kinds of errors for a damaged file
             if line := out_of_memory(error):
                 raise UserError(f"{self.folder}: the checkpoint cannot be loaded: {line}") from None
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            reason = reason_of(f"{type(error).__name__}: {error}")
             raise UserError(f"{self.folder}: the checkpoint is damaged ({reason}); delete this folder to start again") from None
 
     def _file(self, step: int, rank: int) -> Path:

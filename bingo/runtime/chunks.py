@@ -16,7 +16,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from bingo.runtime.artefacts import fingerprint
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, reason_of
 
 INTEGER_FILL = -2
 _CRC_BYTES = 4
@@ -153,4 +153,4 @@ def forget_other_reads() -> None:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return reason_of(f"{type(error).__name__}: {error}")

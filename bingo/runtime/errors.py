@@ -26,13 +26,19 @@ def out_of_memory(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
         return None
-    reason = text[:_MOST_REASON] or "no details given"
+    reason = reason_of(text or "no details given")
     return f"out of memory ({reason}); lower the batch, image.crop_px, dataset.store_px, extract.views or bagging.k, or take more memory"
+
+
+def reason_of(error: object) -> str:
+    """What an error of a library says, in one line of at most about 160 characters that ends with a whole word; or else its type."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _MOST_REASON else f"{text[:_MOST_REASON].rpartition(' ')[0] or text[:_MOST_REASON]} ..."
 
 
 def first_sentence(message: str) -> str:
     """What a library says, without the location in its source that precedes it, and without its advice."""
-    return " ".join(re.sub(r"^\[.*?\]\s*", "", message).partition(". ")[0].split())[:_MOST_REASON]
+    return reason_of(re.sub(r"^\[.*?\]\s*", "", message).partition(". ")[0])
 
 
 class Interrupted(Exception):
@@ -45,7 +51,10 @@ class GroupLost(Exception):
 
 def _shortened(line: str) -> str:
     """The line, or its beginning and its end (which says how to fix the error) if it is long: user input may have any length."""
-    return line if len(line) <= _MOST_CHARACTERS else f"{line[: _MOST_CHARACTERS // 2]} ... {line[-_MOST_CHARACTERS // 2 :]}"
+    half = _MOST_CHARACTERS // 2
+    if len(line) <= _MOST_CHARACTERS:
+        return line
+    return f"{line[:half].rpartition(' ')[0] or line[:half]} ... {line[-half:].partition(' ')[2] or line[-half:]}"
 
 
 def short(value: Any) -> str:

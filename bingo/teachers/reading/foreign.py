@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bingo.nets.checkpoint import first_names
-from bingo.runtime.errors import UserError, near_matches, out_of_memory
+from bingo.runtime.errors import UserError, near_matches, out_of_memory, reason_of
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")  # how torch's weights-only reader names what it refuses
 # What public training programs pickle in addition to the weights: DINO's options; NumPy's learning rates in the optimizers of DINO and
@@ -186,9 +186,8 @@ def _torch_file(path: Path | str) -> Any:
         if "TorchScript" in str(error):
             way_out = "save the state_dict() of torch.jit.load with torch.save"
             raise UserError(f"{path}: is a program of TorchScript, which is never run; {way_out}") from None
-        reason = " ".join(str(error).split())[:80] or type(error).__name__
         way_out = _instead(path, "copy or download it again, or unpack it if it is an archive")
-        raise UserError(f"{path}: is not a checkpoint of torch.save, or is truncated ({reason}); {way_out}") from None
+        raise UserError(f"{path}: is not a checkpoint of torch.save, or is truncated ({reason_of(error)}); {way_out}") from None
 
 
 def _instead(path: Path | str, otherwise: str) -> str:

@@ -29,7 +29,7 @@ from bingo.params.arch_names import OWN
 from bingo.params.known import completed
 from bingo.params.networks import source_mistakes
 from bingo.runtime.artefacts import file_fingerprint
-from bingo.runtime.errors import UserError, near_matches
+from bingo.runtime.errors import UserError, near_matches, reason_of
 from bingo.teachers.contract import ANY_IMAGE, FIRST_WEIGHTS, Parts
 from bingo.teachers.reading.foreign import read_checkpoint, states_in, summary
 from bingo.teachers.reading.wrapped import (
@@ -394,7 +394,7 @@ def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, 
     try:
         return get().state_dict()
     except Exception as error:  # the libraries' network clients raise errors of many kinds
-        reason = " ".join(str(error).split())[:160]
+        reason = reason_of(error)
         line = f"teacher.arch = {params.arch}: no pretrained weights could be had ({reason})"
         if "No pretrained weights exist" in reason or "Invalid pretrained tag" in reason:
             near = near_matches(params.arch, timm.list_pretrained())
