@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,16 +118,18 @@ def _about_lines(recipe: "Recipe", teacher: "TeacherParams") -> list[str]:
 
 @app.command()
 def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the images; sets dataset.root.")] = None) -> None:
-    """Apply a recipe to params.yaml: print each change, validate the result, then write it. Comments are kept."""
+    """Apply a recipe to params.yaml: print each change, validate the result, then write it. Comments are kept. A recipe `method-...` takes
+    the place of another one: what that has set goes back to the committed values."""
     from bingo.params import read_yaml, validate
-    from bingo.planning.recipes import as_text, lay_over, read_recipe
+    from bingo.planning.recipes import as_text, lay_over, read_recipe, replaced
     from bingo.runtime.errors import UserError
 
     if root == "":
         raise UserError("--root is empty: give the folder of the images")
     params = read_yaml(PARAMS)
     validate(params, str(PARAMS))
-    overlay = read_recipe(FOLDER, name).overlay
+    overlay = replaced(FOLDER, name, params, _committed() or params)
+    lay_over(overlay, read_recipe(FOLDER, name).overlay)
     if root is not None:
         lay_over(overlay, {"dataset": {"root": seen_from_workspace(root)}})
     changes = lay_over(params, overlay)
@@ -134,6 +138,16 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the
     for key, old, new in changes:
         typer.echo(f"{key}: {as_text(old)} -> {as_text(new)}")
     typer.echo(f"params.yaml: {len(changes)} changes; undo: git checkout params.yaml; next: dvc repro")
+
+
+def _committed() -> dict[str, Any]:
+    """params.yaml as it was committed; empty where git does not have it."""
+    from ruamel.yaml import YAML
+
+    if not shutil.which("git"):
+        return {}
+    shown = subprocess.run(["git", "show", f"HEAD:./{PARAMS}"], capture_output=True, text=True, check=False).stdout
+    return YAML(typ="safe", pure=True).load(shown) or {}
 
 
 def seen_from_workspace(root: str) -> str:

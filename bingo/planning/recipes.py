@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,7 +26,7 @@ from bingo.params.views import PLACES, laid_views, spelled_out
 from bingo.report.measures import measure_label
 from bingo.runtime.errors import UserError, near_matches, short
 
-PARTS = "parts"
+PARTS, REPLACING = "parts", "method-"
 Percent = Annotated[float, Field(ge=0, le=100)]
 # Sections whose keys are chosen by the user: they are replaced as a whole.
 _ADDED = {"semi_eval", "transfer", "transfer_coco", "report"}  # sections of evaluations that can be combined with any other recipe
@@ -212,6 +212,19 @@ def _parsed(path: Path, _changed: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, not sections of params.yaml")
     return content
+
+
+def replaced(folder: Path, name: str, document: dict[str, Any], committed: dict[str, Any]) -> dict[str, Any]:
+    """The overlay that takes back what other recipes of the group `method-` have set in `document`, if `name` is one too: one is used
+    instead of another. Values of the method in force that are such a recipe's become those of `committed`."""
+    now, before, overlay = dict(flattened(document)), dict(flattened(committed)), dict[str, Any]()
+    for other in recipe_names(folder) if name.startswith(REPLACING) else ():
+        theirs = dict(flattened(read_recipe(folder, other).overlay)) if other.startswith(REPLACING) else {}
+        if theirs.get("distill.method") == now["distill.method"]:
+            for key in (key for key, value in theirs.items() if now.get(key) == value and key in before):
+                *sections, last = key.split(".")
+                reduce(lambda section, part: section.setdefault(part, {}), sections, overlay)[last] = before[key]
+    return overlay
 
 
 Change = tuple[str, Any, Any]

@@ -2,8 +2,9 @@
 
 import math
 import shutil
+import subprocess
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from bingo.images.draws import draw_views
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
 from bingo.params import AugmentParams, load_params, read_yaml, validate
+from bingo.planning import recipes
 from bingo.planning.dry_run import dry_student, dry_teacher
 from bingo.planning.estimates import flops_per_anchor
 from bingo.planning.limits import rule_mistakes
-from bingo.planning.recipes import Recipe, explained, flattened, lay_over, read_recipe, recipe_names, speaks_of
+from bingo.planning.recipes import Recipe, explained, flattened, lay_over, read_recipe, recipe_names, replaced, speaks_of
 from bingo.runtime.errors import UserError
 from docs.tools.recipes import markdown
 
@@ -433,6 +435,54 @@ def call(*arguments: str):
 
 def comments_of(path):
     return [line.strip() for line in path.read_text().splitlines() if line.lstrip().startswith("#")]
+
+
+METHODS = [name for name in NAMES if name.startswith("method-")]
+
+
+def after(document: dict, name: str, committed: dict | None = None) -> dict:
+    """The document with a recipe that replaces another one."""
+    document = deepcopy(document)
+    overlay = replaced(FOLDER, name, document, committed or document)
+    lay_over(overlay, recipe(name).overlay)
+    lay_over(document, overlay)
+    return document
+
+
+@pytest.mark.parametrize("first", METHODS)
+def test_a_method_replaces_another_one(first, monkeypatch):
+    """Whatever the other has set, with the images' own budget; and where it was committed, all that makes a method what it is."""
+    monkeypatch.setattr(recipes, "read_recipe", lambda _, name: recipe(name))  # each file is read once
+    base = deepcopy(SHIPPED)
+    lay_over(base, {"distill": {"lr": 0.123, "epochs": 77, "batch_anchors": 96}, "bagging": {"k": 9}, "image": {"crop_px": 15}})
+    left = after(base, first)
+    for name in METHODS:
+        alone = after(base, name)
+        assert after(left, name, base) == alone, name
+        committed, wanted = (dict(flattened(document)) for document in (after(left, name), alone))
+        differing = {key for key, value in committed.items() if value != wanted[key]}
+        assert {key for key in differing if not key.startswith("distill.")} <= {"bagging.k"}, name
+
+
+def test_what_the_user_has_set_stays_under_a_method():
+    own = {"distill": {"lr": 0.2, "epochs": 2}, "bagging": {"k": 9}}  # the first two are those of method-simreg and method-coss
+    left = after(SHIPPED, "method-bingo-paper")
+    lay_over(left, own)
+    expected = after(SHIPPED, "method-seed")
+    lay_over(expected, own)
+    assert after(left, "method-seed", SHIPPED) == expected
+
+
+def test_use_of_a_method_takes_back_what_another_one_has_set(clone):
+    git = partial(subprocess.run, cwd=clone, check=True, capture_output=True)
+    for command in ("init -q", "add params.yaml", "-c user.name=a -c user.email=a@b.c commit -qm a"):
+        git(["git", *command.split()])
+    text = Path("params.yaml").read_text()
+    assert call("use", "method-coss").exit_code == 0
+    assert call("use", "method-bingo-expected").exit_code == 0
+    done = call("use", "method-bingo")
+    assert "methods.bingo.terms: expected -> symmetric" in done.stdout
+    assert Path("params.yaml").read_text() == text
 
 
 def test_use_prints_every_change_and_keeps_the_comments(clone):

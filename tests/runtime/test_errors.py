@@ -4,9 +4,7 @@ import pytest
 
 from bingo.runtime.errors import UserError, reason_of
 
-WORDS = (
-    "The file hub/models--timm--vit_small_patch14_dinov2.lvd142m/snapshots could not be reached, as traffic is switched off. " * 9
-)
+WORDS = "The file hub/models--timm--vit_small_patch14_dinov2.lvd142m/snapshots could not be reached, as traffic is switched off. " * 9
 
 
 @pytest.mark.parametrize("text", [WORDS, WORDS[3:], "two\nlines", "x" * 400, "x" * 400 + " y", "an end" + "x" * 160])
