@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
-from pathlib import Path
 from sys import _getframe
 from typing import Any
 from unittest import mock
@@ -29,8 +28,6 @@ from tests.pretended_gpu import engine
 from tests.pretended_gpu.streams import GPU, STREAMS, Event, Memory, Stream
 from tests.pretended_gpu.tables import NO_LAUNCH, NONDETERMINISTIC, SORTED, WAITING
 
-ROOT = Path(__file__).parents[2]
-PRODUCT = (f"{ROOT}/bingo/", f"{ROOT}/stages/")
 AUTOGRAD = "autograd"  # the place of what no function of the product calls
 engine.ready()  # when this is imported: before the first backward pass of a test
 
@@ -80,8 +77,9 @@ def place() -> str:
     """The product's innermost function that is running, "bingo/FILE.py:Class.function", or AUTOGRAD."""
     frame = _getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename.startswith(PRODUCT):
-            return f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_code.co_qualname}"
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(("bingo.", "stages.")):
+            return f"{module.replace('.', '/')}.py:{frame.f_code.co_qualname.partition('.<locals>')[0]}"
         frame = frame.f_back
     return AUTOGRAD
 

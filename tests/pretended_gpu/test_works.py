@@ -1,0 +1,84 @@
+"""Trainings from start to end, files, extraction, evaluations and the detector on the pretended GPU: the CPU's numbers, and known waits."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tests.pretended_gpu.device import AUTOGRAD, pretended_gpu
+from tests.pretended_gpu.steps import CPU, deterministic
+from tests.pretended_gpu.streams import GPU
+from tests.pretended_gpu.test_steps import SORTING
+from tests.pretended_gpu.works import WORKS
+
+# Where the host waits once: for weights, images and tables that go to the GPU before the first step, or a file that is written.
+ONCE = {
+    "bingo/detection/loop.py:DetectorTrainer.__init__",
+    "bingo/evals/linear.py:Standardised.__init__",
+    "bingo/evals/linear.py:_to_device",
+    "bingo/evals/linear.py:linear_on_crops",
+    "bingo/evals/scores.py:linear_layer",
+    "bingo/images/colours.py:_band",
+    "bingo/images/images.py:MemoryImages.on_device",
+    "bingo/images/uploads.py:channels",
+    "bingo/methods/negatives.py:Negatives._bag_tables",
+    "bingo/nets/checkpoint.py:save_network",
+    "bingo/runtime/checkpoints.py:Checkpoints.save",
+    "bingo/training/loop.py:Trainer.__init__",
+}
+# Where it waits again and again: a work that shows it, and how often at most. To be lowered or struck off when it waits less; no place
+# may be added to those of a step, an image or a box.
+AGAIN = {
+    # an epoch, or a chunk
+    "bingo/embeddings/extract.py:_Pass._features": ("extraction", 2),
+    "bingo/embeddings/extract.py:_Pass._keys": ("extraction", 2),
+    "bingo/evals/features.py:backbone_features": ("linear layer on random crops", 4),
+    "bingo/evals/finetune.py:ClassifierTrainer._test": ("fine-tuning", 2),
+    "bingo/evals/finetune.py:ClassifierTrainer._test_logits": ("linear layer on random crops", 1),
+    "bingo/evals/linear.py:_LinearTrainer.hits": ("linear layer on stored features", 1),
+    "bingo/evals/linear.py:_LinearTrainer.test": ("linear layer on stored features", 3),
+    "bingo/evals/linear.py:linear_on_features": ("linear layer on stored features", 3),
+    "bingo/training/finite.py:LossWatch.first": ("training with probe", 3),
+    "bingo/training/loop.py:Trainer._end_epoch": ("training with probe", 8),
+    "bingo/training/loop.py:Trainer._keep_if_best": ("training with probe", 240),
+    "bingo/detection/loop.py:DetectorTrainer._record": ("detector fpn fp32", 12),
+    # a tensor of the network, an epoch
+    "bingo/training/loop.py:Trainer._check_weights": ("interrupted training", 502),
+    # a step
+    "bingo/evals/finetune.py:ClassifierTrainer._train_step": ("fine-tuning", 6),
+    "bingo/evals/scores.py:to_labels": ("fine-tuning", 8),
+    # an image, or a box: most are torchvision's, whose regions are as many as the image has
+    "bingo/detection/detector.py:Regions._losses": ("detector fpn fp32", 28),
+    "bingo/detection/detector.py:Regions._mask_maps": ("detector fpn fp32", 24),
+    "bingo/detection/detector.py:Regions.forward": ("detector fpn fp32", 40),
+    "bingo/detection/detector.py:_Proposals.compute_loss": ("detector fpn fp32", 8),
+    "bingo/detection/detector.py:_SeededSampler.__call__": ("detector fpn fp32", 16),
+    "bingo/detection/loop.py:DetectorTrainer._train_step": ("detector fpn fp32", 45),
+    "bingo/detection/scores.py:_detections": ("detector c4 bf16", 3490),
+    "bingo/detection/scores.py:detect": ("detector fpn fp32", 32),
+    "autograd: index_put by a mask": ("detector c4 bf16", 8),
+}
+OWN = {f"{AUTOGRAD}: {what}" for what in ("upload", "tolist", "_local_scalar_dense")}  # of the works themselves
+UP_TO_ROUNDING = {"large bank": 1e-5}
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_a_work_gives_the_cpus_numbers_and_waits_where_it_is_known_to(tmp_path, name):
+    for folder in ("cpu", "gpu"):
+        (tmp_path / folder).mkdir()
+    with deterministic():
+        wanted = WORKS[name](CPU, tmp_path / "cpu")
+        with pretended_gpu() as record:
+            numbers = WORKS[name](GPU, tmp_path / "gpu")
+    assert len(wanted) > 0
+    np.testing.assert_allclose(numbers, wanted, rtol=UP_TO_ROUNDING.get(name, 0))
+    assert {place for _, place in record.sorted} <= set(SORTING)
+    assert set(record.faults) <= {"waits", "pageable", "sorted"}
+    waits = Counter[str]()
+    for (what, place), count in record.waits.items():
+        waits[f"{place}: {what}" if place == AUTOGRAD else place] += count
+    assert set(waits) - OWN - ONCE <= set(AGAIN)
+    for place, (work, most) in AGAIN.items():
+        if work == name:
+            assert 0 < waits[place] <= most, place
