@@ -1,8 +1,8 @@
 """The teacher's pass: pooled features of all centre views and keys of random views of the train rows, computed once, in chunks of rows.
 
-A chunk belongs to one process and is computed in batches of its own rows, so the result depends neither on the number of
-processes nor on interruptions: a chunk that is on the disk is not computed again. Host memory holds two chunks, whatever the
-length of the listing: one is written by a thread while the next is computed. Shape letters: n rows of a chunk, t train rows of a chunk,
+A chunk is computed by the process that takes it first, in batches of its own rows, so the result depends neither on the number of
+processes and their speed nor on interruptions: a chunk that is on the disk is not computed again. Host memory holds two chunks, whatever
+the length of the listing: one is written by a thread while the next is computed. Shape letters: n rows of a chunk, t train rows of a chunk,
 D feature width, V views, P key width.
 """
 
@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile, tee
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,9 @@ def extract_embeddings(
     store.open(lambda path: _create(path, teacher, listing, extract, attrs), embeddings_fingerprint(attrs))
     todo = store.missing_chunks()
     distributed.barrier()  # no process writes before all have looked
-    own = [chunk for chunk in todo if chunk % distributed.world() == distributed.rank()]
     begun = time.monotonic()
     teacher.to(device).to(memory_format=torch.channels_last)
-    _Pass(teacher, images, extract, seed, device).run(store, own)
+    _Pass(teacher, images, extract, seed, device).run(store, todo)
     distributed.barrier()
     seconds = time.monotonic() - begun
     if distributed.rank() == 0:
@@ -86,18 +86,19 @@ class _Pass:
     def __init__(self, teacher: Teacher, images: Images, extract: ExtractParams, seed: int, device: torch.device):
         self.teacher, self.images, self.extract, self.device = teacher, images, extract, device
         self.loader = ViewLoader(images, teacher.image, extract.augment, seed, device)
-        self.images_done = 0
 
     def run(self, store: "_Unfinished", chunks: Sequence[int]) -> None:
-        """Compute and write these chunks. Both streams of views run over all chunks, so that prefetching never stops."""
-        writer = store.writer
-        center_rows = [rows_B for chunk in chunks for rows_B in self._batches(writer.rows(chunk))]
-        centers = center_batches(self.images, center_rows, self.teacher.image, self.device)
-        randoms = self.loader.views([request] for chunk in chunks for request in self._requests(writer.train_rows(chunk)))
+        """Compute and write those of these chunks that no other process takes first. Both streams of views run over all of them and read
+        ahead, for which the next chunk is taken before its turn, so that prefetching never stops."""
+        writer, views = store.writer, self.extract.views
         writing: Future | None = None
-        total = _views(writer, chunks, self.extract.views)
-        with progress_bar("extract" + distributed.share(), total, "images") as bar, ThreadPoolExecutor(1) as thread:
-            for chunk in chunks:
+        with progress_bar("extract", _views(writer, chunks, views), "images") as bar, ThreadPoolExecutor(1) as thread:
+            own, for_centers, for_randoms = tee(self._taken(store, chunks, bar), 3)
+            center_rows = (rows_B for chunk in for_centers for rows_B in self._batches(writer.rows(chunk)))
+            centers = center_batches(self.images, center_rows, self.teacher.image, self.device)
+            trained = takewhile(len, map(writer.train_rows, for_randoms))  # looking further ahead would take all chunks of test rows
+            randoms = self.loader.views([request] for rows in trained for request in self._requests(rows))
+            for chunk in own:
                 features_nD = self._features(writer.rows(chunk), centers, bar)
                 keys_tVP = self._keys(writer.train_rows(chunk), randoms, bar)
                 if writing is not None:
@@ -105,6 +106,14 @@ class _Pass:
                 writing = thread.submit(store.write, chunk, features_nD, keys_tVP)
             if writing is not None:
                 writing.result()
+
+    def _taken(self, store: "_Unfinished", chunks: Sequence[int], bar: Bar) -> Iterator[int]:
+        """The chunks of this process, taken one by one; the others count as done."""
+        for chunk in chunks:
+            if store.take(chunk):
+                yield chunk
+            else:
+                bar.advance(_views(store.writer, [chunk], self.extract.views))
 
     def _batches(self, rows: range) -> list[np.ndarray]:
         """Rows of a chunk in batches; the last one may be short, since no batch crosses the boundary of a chunk."""
@@ -127,7 +136,7 @@ class _Pass:
             views_B = next(centers)
             with autocast(self.extract.precision, self.device):
                 batches.append(self.teacher.features(views_B))
-            self._advance(bar, len(views_B))
+            bar.advance(len(views_B))
         return torch.cat(batches).cpu().numpy()
 
     @torch.inference_mode()
@@ -138,23 +147,21 @@ class _Pass:
             (views_B,) = next(randoms)
             with autocast(self.extract.precision, self.device):
                 batches.append(self.teacher.keys(views_B).unflatten(0, (-1, self.extract.views)))
-            self._advance(bar, len(views_B))
+            bar.advance(len(views_B))
         if not batches:
             return np.empty((0, self.extract.views, self.teacher.metadata["key_width"]), np.float32)
         return torch.cat(batches).cpu().numpy()
 
-    def _advance(self, bar: Bar, images: int) -> None:
-        self.images_done += images
-        bar.advance_to(self.images_done)
-
 
 class _Unfinished:
-    """The store being written, and the list of its complete chunks on the disk: a file for each in `done`."""
+    """The store being written, and the lists of its chunks on the disk: a file for each complete one in `done`, and for each that a process
+    of this run has taken in `taken`."""
 
     writer: EmbeddingsWriter
 
     def __init__(self, state: Path):
         self.path, self.done, self.owner = state / "embeddings.zarr", state / "done", state / "owner.json"
+        self.taken = state / "taken"
 
     def open(self, create: Callable[[Path], None], fingerprint: str) -> None:
         """Resume the store with this fingerprint, or let the first process create an empty one that replaces any other."""
@@ -164,12 +171,23 @@ class _Unfinished:
             self.done.mkdir(parents=True)
             create(self.path)
             write_json(self.owner, fingerprint)
+        if distributed.rank() == 0:
+            shutil.rmtree(self.taken, ignore_errors=True)
+            self.taken.mkdir()
         distributed.barrier()
         self.writer = open_for_writing(self.path)
 
     def missing_chunks(self) -> list[int]:
         """The chunks that are not done, in order."""
         return [c for c in range(self.writer.chunks) if not ((self.done / str(c)).exists() and self.writer.chunk_is_complete(c))]
+
+    def take(self, chunk: int) -> bool:
+        """Whether this process is the first of the group to take a chunk."""
+        try:
+            (self.taken / str(chunk)).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def write(self, chunk: int, features_nD: np.ndarray, keys_tVP: np.ndarray) -> None:
         """Write a chunk and, once its files are on the disk, put it on the list. Raises UserError if a number is not finite.

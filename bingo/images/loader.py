@@ -169,7 +169,7 @@ def center_views(
 
 
 def center_batches(
-    images: Images, batches: Sequence[np.ndarray], image: ImageParams, device: torch.device, workers: int | None = None
+    images: Images, batches: Iterable[np.ndarray], image: ImageParams, device: torch.device, workers: int | None = None
 ) -> Iterator[Tensor]:
     """Centre views of batches of listing rows, int64 (b,) each, read ahead of use, as returned by `center_views`."""
     if isinstance(images, MemoryImages):

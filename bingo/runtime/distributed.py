@@ -2,8 +2,11 @@
 
 import inspect
 import os
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,8 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bingo.runtime.errors import GroupLost, Interrupted, first_sentence
+from bingo.runtime.errors import FAILED, GroupLost, Interrupted, UserError, first_sentence, printable
 
+# For another process in a collective operation, while it measures, writes or computes its last chunk: NCCL's ten minutes are too few.
+_WAIT = timedelta(hours=6)
+_POLL_SECONDS, _END_SECONDS = 1.0, 10.0
 _Rows = TypeVar("_Rows", np.ndarray, Tensor)
 
 
@@ -43,32 +49,94 @@ def group(device: torch.device) -> Iterator[None]:
     """Join the group that the launcher's environment describes (WORLD_SIZE, RANK, MASTER_ADDR), if there is one.
 
     Raises GroupLost if the body failed because another process is gone. A process that fails by itself keeps its connections open
-    until it ends, so that the others notice only after it has reported the reason.
+    until it ends, so that the others notice only after it has reported the reason. Those that then still wait for it end with its line.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    store, number, processes = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=_WAIT, device_id=device_id)
     try:
-        yield
+        with _Failures(store.clone(), f"process {number} of {processes}") if backend == "nccl" else nullcontext():
+            yield
     except Interrupted:  # all processes have agreed on it
         dist.destroy_process_group()
         raise
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not _is_loss(error):
             raise
-        raise GroupLost(f"process {dist.get_rank()} of {dist.get_world_size()} lost the others ({first_sentence(str(error))})") from error
+        raise GroupLost(f"process {number} of {processes} lost the others ({first_sentence(str(error))})") from error
     dist.destroy_process_group()
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether an operation failed because another process is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+class _Failures:
+    """A context in which the first process that fails gives the others its line, in the group's store.
+
+    Gloo notices that a process has ended. In NCCL the others would wait until the time is over, and no signal that Python handles reaches
+    them there: a thread looks at the store, and ends the process.
+    """
+
+    def __init__(self, store: dist.Store, process: str):
+        self._store, self._process, self._key = store, process, "failure"
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, Interrupted):
+            if not _is_loss(error):
+                self._report(error)
+            elif found := self._first():
+                raise GroupLost(found[1]) from error
+        self._left.set()
+        self._thread.join(_END_SECONDS)
+
+    def _report(self, error: Exception) -> None:
+        line = str(error).partition("\n")[0]
+        line = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
+        with suppress(dist.DistError):
+            self._store.compare_set(self._key, "", f"{_machine()} {self._process} failed: {printable(line)}")
+        if rank() == 0 and os.environ.get("LOCAL_WORLD_SIZE") != str(world()):  # the store ends with it; on one machine the launcher acts
+            self._left.wait(2 * _POLL_SECONDS)
+
+    def _first(self) -> list[str]:
+        """The machine of the process that failed first, and its line; or nothing."""
+        with suppress(dist.DistError):  # the process that holds the store has ended
+            if self._store.check([self._key]):
+                return self._store.get(self._key).decode().split(" ", 1)
+        return []
+
+    def _watch(self) -> None:
+        while not self._left.wait(_POLL_SECONDS):
+            found = self._first()
+            if found and not self._left.wait(_END_SECONDS):  # in which the launcher or a lost connection ends most of them
+                if os.environ.get("LOCAL_RANK", "0") == "0" and found[0] != _machine():
+                    print(f"error: {found[1]}; start again to resume", file=sys.stderr, flush=True)
+                os._exit(FAILED)
+
+
+def _machine() -> str:
+    """This machine's number among torchrun's; without torchrun each process is on a machine of its own."""
+    return os.environ.get("GROUP_RANK", f"of-{rank()}")
 
 
 def gather(x_BD: Tensor) -> Tensor:
     """Rows of all processes in rank order, (world * B, D), without gradient; every process must hold the same number of rows."""
     if world() == 1:
         return x_BD
+    x_BD = x_BD.contiguous()  # first: empty_like keeps strides
     parts = [torch.empty_like(x_BD) for _ in range(world())]
-    dist.all_gather(parts, x_BD.contiguous())
+    dist.all_gather(parts, x_BD)
     return torch.cat(parts)
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +39,7 @@ AUGMENT = AugmentParams(
     blur_sigma_px=[0.1, 2.0], flip_p=0.5,
 )  # fmt: skip
 EXTRACT = ExtractParams(views=3, batch_images=5, chunk_rows=8, precision="fp32", augment=AUGMENT)
+MANY_CHUNKS = EXTRACT.model_copy(update={"chunk_rows": 1})
 ROWS, TRAIN_ROWS, WIDTH, KEY_WIDTH = 29, 21, 64, 6  # chunks of 8, 8, 8 (5 of them for training) and 5 rows
 
 
@@ -221,11 +223,20 @@ def test_state_on_another_disk(whole, tmp_path, monkeypatch):
 
 
 def join_and_run(rank: int, folder: Path) -> None:
-    """One of two processes. Once whole; then again, where the owner of chunk 3 kills itself before it writes that."""
+    """One of two processes. Twice whole, the second time with many chunks and a slow process; then again, where the process that takes
+    chunk 3 kills itself before it writes that."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     run(folder / "whole")
     write = extract._Unfinished.write
+
+    def write_slowly(store, chunk, *arrays):
+        (folder / f"by-{rank}-{chunk}").touch()
+        time.sleep(0.25 * rank)
+        write(store, chunk, *arrays)
+
+    extract._Unfinished.write = write_slowly
+    run(folder / "many", params=MANY_CHUNKS)
 
     def write_or_die(store, chunk, *arrays):
         if chunk == 3:
@@ -242,12 +253,32 @@ def test_two_processes_give_the_bytes_of_one_and_one_goes_on_after_a_kill(whole,
     with pytest.raises((torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)):
         start_two(join_and_run, tmp_path)
     assert content(tmp_path / "whole/out") == content(whole)
+    assert content(tmp_path / "many/out") == content(run(tmp_path / "by one", params=MANY_CHUNKS))
+    shares = [{file.name.rpartition("-")[2] for file in tmp_path.glob(f"by-{rank}-*")} for rank in (0, 1)]
+    assert shares[0] | shares[1] == {str(chunk) for chunk in range(ROWS)}
+    assert not shares[0] & shares[1]
+    assert len(shares[0]) > len(shares[1]) > 0, "the fast process takes more"
     done = {path.name for path in (tmp_path / "killed/state/done").iterdir()}
-    assert "1" in done
+    assert done
     assert "3" not in done
     teacher, seen = counting_teacher()
     assert content(run(tmp_path / "killed", teacher)) == content(whole)
     assert sum(seen) < ROWS + 3 * TRAIN_ROWS
+
+
+@pytest.mark.parametrize("views", [0, 3])
+def test_a_process_takes_chunks_as_it_comes_to_them_though_files_are_read_ahead(tmp_path, monkeypatch, views):
+    """With a worker that reads two tasks ahead, a batch of centre views each: of the many chunks of test rows none is taken early."""
+    monkeypatch.setattr(task_loader, "worker_count", lambda: 1)
+    for row, image in enumerate(pixels()):
+        Image.fromarray(image).save(tmp_path / f"{row}.png")
+    taken, ahead, take, write = [], [], extract._Unfinished.take, extract._Unfinished.write
+    monkeypatch.setattr(extract._Unfinished, "take", lambda store, chunk: taken.append(chunk) or take(store, chunk))
+    monkeypatch.setattr(extract._Unfinished, "write", lambda store, chunk, *x: ahead.append(len(taken) - chunk) or write(store, chunk, *x))
+    params = MANY_CHUNKS.model_copy(update={"views": views})
+    run(tmp_path, images=FileImages(str(tmp_path), listing().paths), params=params)
+    assert taken == list(range(ROWS))
+    assert max(ahead) <= 6
 
 
 class Pooled(nn.Module):
