@@ -157,7 +157,7 @@ def blur_kernels(sigma_R: np.ndarray, largest_sigma: float, side_px: int) -> np.
     farther: float32 (R, K)."""
     reach = min(int(np.ceil(BLUR_SIGMAS * largest_sigma)), side_px - 1)
     distance_K = torch.arange(reach + 1, dtype=torch.float32)
-    half_RK = torch.exp(-0.5 * (distance_K / torch.from_numpy(sigma_R.astype(np.float32))[:, None]) ** 2)
+    half_RK = torch.exp(-0.5 * (distance_K / torch.tensor(sigma_R, dtype=torch.float32)[:, None]) ** 2)
     return pad(half_RK / (2 * half_RK.sum(dim=1, keepdim=True) - half_RK[:, :1]), (0, 1)).numpy()
 
 

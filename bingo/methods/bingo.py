@@ -22,17 +22,15 @@ from bingo import seeds
 from bingo.images.uploads import upload
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.negatives import Negatives
-from bingo.methods.parts.losses import info_nce, negative_logsumexp
+from bingo.methods.parts.losses import WeightedKeys, info_nce, negative_logsumexp
 from bingo.methods.parts.momentum import MomentumCopy, shuffled
 from bingo.methods.targets import check_stored_views
 from bingo.methods.view_gradients import sum_of_terms
 from bingo.nets.batchnorm import group_numbers
 from bingo.nets.heads import mlp_head, unit
-from bingo.nets.precision import autocast, casts_kept
+from bingo.nets.precision import autocast, casts_kept, dtype_of_similarities
 from bingo.params.methods import BingoParams
 from bingo.runtime.errors import UserError
-
-WeightedKeys = list[tuple[float | Tensor, Tensor]]
 
 
 class Bingo(Method):
@@ -49,6 +47,7 @@ class Bingo(Method):
         if context.keys == "momentum":
             self.key_encoder = MomentumCopy(nn.Sequential(self.student, self.head), params.key_momentum)
         self.negatives = Negatives(params.negatives, params.negative_rows, key_width, params.mask_bag, context)
+        self.similarities = dtype_of_similarities(context.precision, context.device)
         self.needs = self._needs()
         self.pushed: list[tuple[Tensor, Tensor]] = []
 
@@ -74,12 +73,13 @@ class Bingo(Method):
         if member_keys_BP is not None and batch.member_rows_B is not None and self.params.queue_push == "anchor_and_member":
             self.pushed.append((member_keys_BP, batch.member_rows_B))
         bank_JP, hidden_BJ = self.negatives(batch, progress.step)
+        if bank_JP.device.type != "cpu":  # once for all terms; a CPU converts a block while it is in the cache
+            bank_JP = bank_JP.to(self.similarities)
 
         def loss_of(images_BCHW: Tensor, weighted_keys: WeightedKeys) -> Tensor:
             query_BP = self._query(images_BCHW)
-            negatives_B = negative_logsumexp(query_BP, bank_JP, self.params.temperature, hidden_BJ)
-            terms = [weight * info_nce(query_BP, key_BP, negatives_B, self.params.temperature) for weight, key_BP in weighted_keys]
-            return torch.stack([term.mean() for term in terms]).sum()
+            negatives_B = negative_logsumexp(query_BP, bank_JP, self.params.temperature, hidden_BJ, self.similarities)
+            return info_nce(query_BP, weighted_keys, negatives_B, self.params.temperature)
 
         if not self.related:
             return {"loss": loss_of(batch.anchor_views[0], [(1.0, anchor_keys_BP)])}

@@ -8,7 +8,7 @@ from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.parts.losses import info_nce, negative_logsumexp
 from bingo.methods.parts.momentum import MomentumCopy, Queue, shuffled
 from bingo.nets.heads import mlp_head, unit
-from bingo.nets.precision import autocast
+from bingo.nets.precision import autocast, dtype_of_similarities
 from bingo.params.methods import MocoParams
 
 
@@ -33,9 +33,10 @@ class Moco(Method):
             query_BP = unit(self.head(self.student(batch.anchor_views[0])))
             with torch.no_grad():
                 keys_BP = unit(shuffled(self.key_encoder, batch.anchor_views[1], self.seed, progress.step))
-        negatives_B = negative_logsumexp(query_BP, self.queue.keys_QP, self.params.temperature, self.queue.empty())
+        similarities = dtype_of_similarities(self.precision, self.device)
+        negatives_B = negative_logsumexp(query_BP, self.queue.keys_QP, self.params.temperature, self.queue.empty(), similarities)
         self.pushed = (keys_BP, batch.anchor_rows_B)
-        return {"loss": info_nce(query_BP, keys_BP, negatives_B, self.params.temperature).mean()}
+        return {"loss": info_nce(query_BP, [(1.0, keys_BP)], negatives_B, self.params.temperature)}
 
     def after_step(self) -> None:
         assert self.pushed is not None, "after_step follows forward"

@@ -86,11 +86,7 @@ class Negatives(nn.Module):
         excluded_BM = _own_rows(batch)
         if self.members_TK is not None:
             excluded_BM = torch.cat([excluded_BM, self.members_TK[batch.anchor_rows_B]], dim=1)
-        if self.kind == "bank":
-            assert self.context.keys_TVP is not None
-            hidden_BJ = hidden_places(rows_J, excluded_BM, len(self.context.keys_TVP))
-        else:
-            hidden_BJ = hidden_negatives(rows_J, excluded_BM)
+        hidden_BJ = hidden_places(rows_J, excluded_BM) if self.kind == "bank" else hidden_negatives(rows_J, excluded_BM)
         if self.cluster_T is not None:
             same_BJ = self.cluster_T[rows_J.clamp(min=0)][None] == self.cluster_T[batch.anchor_rows_B][:, None]
             hidden_BJ |= same_BJ & (rows_J >= 0)
@@ -110,10 +106,9 @@ def hidden_negatives(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
     return hidden_BJ
 
 
-def hidden_places(bank_rows_J: Tensor, excluded_BM: Tensor, rows: int) -> Tensor:
-    """`hidden_negatives` for a bank without repeated rows: each of the M rows is looked up among all `rows` instead of compared with J."""
-    nowhere, places_J = len(bank_rows_J), torch.arange(len(bank_rows_J), device=bank_rows_J.device)
-    place_T = torch.full((rows + 1,), nowhere, device=bank_rows_J.device)  # its last entry stands for row -1
-    place_T[bank_rows_J] = places_J
+def hidden_places(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
+    """`hidden_negatives` for a bank of rising rows: each of the M rows is looked up in it instead of compared with J."""
+    nowhere, place_BM = len(bank_rows_J), torch.searchsorted(bank_rows_J, excluded_BM)
+    found_BM = bank_rows_J[place_BM.clamp(max=nowhere - 1)] == excluded_BM
     hidden_BJ = torch.zeros(len(excluded_BM), nowhere + 1, dtype=torch.bool, device=bank_rows_J.device)
-    return hidden_BJ.scatter_(1, place_T[excluded_BM], True)[:, :nowhere]
+    return hidden_BJ.scatter_(1, torch.where(found_BM, place_BM, nowhere), True)[:, :nowhere]

@@ -27,29 +27,28 @@ def sum_of_terms(terms: Mapping[str, Callable[[], Tensor]], network: nn.Module) 
 
 
 class _TermByTerm(torch.autograd.Function):
-    """The node: `forward` stores the summed gradients in `ctx`, and restores the previous `grad` of the parameters."""
+    """The node: `forward` stores the summed gradients in `ctx`, by the number of the parameter."""
 
     @staticmethod
     def forward(ctx: Any, terms: Sequence[Callable[[], Tensor]], *trained: Tensor) -> tuple[Tensor, ...]:
-        kept, values = [parameter.grad for parameter in trained], []
-        try:
-            for parameter in trained:
-                parameter.grad = None
-            for term in terms:
-                with torch.enable_grad():
-                    value = term()
-                value.backward(inputs=trained)  # each gradient is added while it is in the cache, and freed immediately
-                values.append(value.detach())
-                del value
-            ctx.gradients = [parameter.grad for parameter in trained]
-        finally:
-            for parameter, gradient in zip(trained, kept, strict=True):
-                parameter.grad = gradient
+        values, sums = [], dict[int, Tensor]()
+        for term in terms:
+            with torch.enable_grad():
+                value = term()
+            found = torch.autograd.grad(value, trained, allow_unused=True)
+            values.append(value.detach())
+            del value
+            gradients = {number: gradient for number, gradient in enumerate(found) if gradient is not None}
+            if both := [number for number in gradients if number in sums]:  # not in place: autograd may give one tensor twice
+                added = torch._foreach_add([sums[number] for number in both], [gradients[number] for number in both])
+                gradients |= zip(both, added, strict=True)
+            sums |= gradients
+        ctx.sums, ctx.parameters = sums, len(trained)
         ctx.mark_non_differentiable(*values)
         return torch.stack(values).sum(), *values
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], grad_outputs[0])
-        return None, *gradients
+        scaled = torch._foreach_mul(list(ctx.sums.values()), grad_outputs[0])
+        gradients, ctx.sums = dict(zip(ctx.sums, scaled, strict=True)), None
+        return None, *(gradients.get(number) for number in range(ctx.parameters))

@@ -4,7 +4,7 @@ This is the "SplitBatchNorm" of MoCo's demo for one GPU. Shape letters: B anchor
 of B), G groups, C channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bingo.runtime import distributed
@@ -69,6 +69,29 @@ def grouped_batchnorm(groups: int, anchors: int) -> Iterator[None]:
             yield
     finally:
         _GROUPS.reset(token)
+
+
+@contextmanager
+def counted_together(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """In the body these BatchNorm layers (`counting_layers`) count their batches on the host; then all their counters on the device move by
+    one operation, instead of one for each layer and pass."""
+    counters: Any = [layer._buffers["num_batches_tracked"] for layer in layers]
+    counts_N = np.zeros(len(layers), np.int64)
+    for layer, count in zip(layers, torch.from_numpy(counts_N), strict=True):
+        layer._buffers["num_batches_tracked"] = count
+    try:
+        yield
+    finally:
+        for layer, counter in zip(layers, counters, strict=True):
+            layer._buffers["num_batches_tracked"] = counter
+        if layers:
+            torch._foreach_add_(counters, counts_N.tolist())
+
+
+def counting_layers(network: nn.Module) -> list[nn.Module]:
+    """The BatchNorm layers that count batches, and do not use the count themselves (as those with momentum None do)."""
+    norms = (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [layer for layer in norms if layer.num_batches_tracked is not None and layer.momentum is not None]
 
 
 class _GroupedBatchNorm(TorchFunctionMode):

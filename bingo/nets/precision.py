@@ -41,6 +41,12 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def dtype_of_similarities(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of products of unit rows with many keys: float16 where autocast is on on a GPU, float32 elsewhere."""
+    half = device.type == "cuda" and resolve_precision(precision, device) != torch.float32
+    return torch.float16 if half else torch.float32
+
+
 @contextmanager
 def casts_kept(precision: str, device: torch.device) -> Iterator[None]:
     """In the body, bf16 copies of weights made by one `autocast` are reused by the next; everything outside of `autocast` stays in

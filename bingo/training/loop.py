@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Method, Progress
-from bingo.nets.batchnorm import grouped_batchnorm, own_groups
+from bingo.nets.batchnorm import counted_together, counting_layers, grouped_batchnorm, own_groups
 from bingo.params import ScheduleParams
 from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints, Resumable
 from bingo.runtime.errors import UserError
+from bingo.runtime.finite import LossWatch
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
 from bingo.training.batches import Batches
-from bingo.training.finite import LossWatch
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Trainer(Resumable):
             trained, lr=schedule.lr, momentum=schedule.sgd_momentum, weight_decay=schedule.weight_decay, fused=True
         )
         self.network = distributed.data_parallel(self.method, device)
-        self.watch = LossWatch(device)
+        self.watch, self.counting = LossWatch(device), counting_layers(method)
         self.sums: dict[str, Tensor] = {}
         self.step, self.history, self.best, self.result = 0, list[dict[str, float]](), dict[str, Any](), TrainingResult()
         self.parts, self.values = {"method": self.method, "optimizer": self.optimizer}, ("step", "sums", "history", "best")
@@ -117,7 +117,7 @@ class Trainer(Resumable):
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations can reuse the memory
         self._seed_draws()
-        with grouped_batchnorm(self.groups, self.own_anchors):
+        with counted_together(self.counting), grouped_batchnorm(self.groups, self.own_anchors):
             terms = self.network(batch, progress)
         self.watch.note(terms["loss"], self.step)
         if self.watch.due(self.step):
@@ -126,7 +126,7 @@ class Trainer(Resumable):
         self.optimizer.step()
         self.method.after_step()
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+            self.sums[name] = self.sums[name].add_(value.detach()) if name in self.sums else value.detach().double()
 
     def _seed_draws(self) -> None:
         """Seed the network's own random draws (dropout, stochastic depth) by seed, step and process."""
@@ -146,8 +146,9 @@ class Trainer(Resumable):
 
     def _check_weights(self) -> None:
         """Check the weights after the last step, since the loss is checked only before a step."""
-        finite = all(bool(torch.isfinite(tensor).all()) for tensor in self.method.state_dict().values())
-        if distributed.any_true(not finite, self.device):
+        tensors = [tensor for tensor in self.method.state_dict().values() if tensor.is_floating_point() and tensor.numel()]
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, float("inf"))])
+        if distributed.any_true(not bool(largest.isfinite().all()), self.device):
             raise UserError(f"{self.label}: weights are nan or inf after {self.step} steps; lower lr (now {self.schedule.lr})")
 
     def _end_epoch(self, epoch: int, bar: Any) -> None:

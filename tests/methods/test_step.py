@@ -20,8 +20,8 @@ from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head, unit
 from bingo.params import method_names, method_section
 from bingo.runtime.errors import UserError
+from bingo.runtime.finite import LossWatch
 from bingo.teachers.teacher import Teacher
-from bingo.training.finite import LossWatch
 from tests.training.test_train import PARAMS, trainer
 
 CPU = torch.device("cpu")
@@ -58,6 +58,24 @@ def test_blocks_of_the_bank_give_the_plain_value_and_gradient(monkeypatch, at_on
     torch.testing.assert_close(gradient_BP.double(), wanted_BP, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("at_once", [16 * 3000, 10**9])
+@pytest.mark.parametrize("alike", [0.0, 0.9, 1.0], ids=["random", "near", "the same"])
+def test_products_in_float16_keep_to_their_bounds(monkeypatch, alike, at_once, temperature):
+    """Against float64; the more alike the rows, the larger the logits, and the sum of weights is beyond float16 where all are the same."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(losses, "BANK_AT_ONCE", at_once)
+    query_BP = unit_rows(7).requires_grad_(True)
+    bank_JP = torch.nn.functional.normalize(torch.lerp(unit_rows(70000), query_BP[:1].detach(), alike), dim=1)
+    got_B = losses.negative_logsumexp(query_BP, bank_JP, temperature, None, torch.float16)
+    (gradient_BP,) = torch.autograd.grad(got_B.sum(), query_BP)
+    plain_BP = query_BP.detach().double().requires_grad_(True)
+    want_B = (plain_BP @ bank_JP.double().T / temperature).logsumexp(1)
+    (wanted_BP,) = torch.autograd.grad(want_B.sum(), plain_BP)
+    assert 0 < (got_B - want_B).abs().max() <= 2**-9 / temperature
+    assert ((gradient_BP - wanted_BP) * temperature).abs().max() <= 2**-8 / temperature + 2**-8
+
+
 @pytest.mark.parametrize(("device", "queries", "rows"), [("cpu", 8, 8192), ("cpu", 1024, 1024), ("meta", 256, 65536), ("meta", 2**25, 1)])
 def test_rows_of_a_block(device, queries, rows):
     """Of 128 numbers each; other devices than CPUs behave like a GPU, which computes a usual batch at once."""
@@ -67,9 +85,11 @@ def test_rows_of_a_block(device, queries, rows):
 def test_a_query_without_negatives_has_the_loss_zero_and_no_gradient():
     query_BP = unit_rows(2).requires_grad_(True)
     hidden_BJ = torch.tensor([[True] * 5, [False] * 5])
-    loss_B = losses.info_nce(query_BP, unit_rows(2), losses.negative_logsumexp(query_BP, unit_rows(5), 0.2, hidden_BJ), 0.2)
-    (gradient_BP,) = torch.autograd.grad(loss_B.sum(), query_BP)
-    assert loss_B[0] == 0
+    negatives_B = losses.negative_logsumexp(query_BP, unit_rows(5), 0.2, hidden_BJ)
+    first = torch.tensor([1.0, 0.0])
+    loss, of_first = (losses.info_nce(query_BP, [(weight, unit_rows(2))], negatives_B, 0.2) for weight in (1.0, first))
+    (gradient_BP,) = torch.autograd.grad(loss, query_BP)
+    assert of_first == 0 < loss
     assert not gradient_BP[0].any()
     assert gradient_BP[1].any()
 
@@ -85,9 +105,9 @@ def test_nothing_as_large_as_the_logits_waits_for_backward():
 def test_rows_looked_up_are_those_found_one_by_one():
     torch.manual_seed(0)
     for rows in (5, 60, 300):
-        bank_J = torch.randperm(300)[:rows]
+        bank_J = torch.randperm(300)[:rows].sort().values
         excluded_BM = torch.randint(-1, 300, (9, 6))
-        assert torch.equal(hidden_places(bank_J, excluded_BM, 300), hidden_negatives(bank_J, excluded_BM))
+        assert torch.equal(hidden_places(bank_J, excluded_BM), hidden_negatives(bank_J, excluded_BM))
 
 
 def test_a_step_of_three_terms_is_the_released_one_written_plainly():

@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock
 from bingo.methods.contract import Progress
 from bingo.methods.parts.momentum import shuffled
 from bingo.nets.backbones import build_backbone
-from bingo.nets.batchnorm import grouped_batchnorm, groups, own_groups
+from bingo.nets.batchnorm import counted_together, counting_layers, grouped_batchnorm, groups, own_groups
 from bingo.nets.heads import batchnorm_mlp, layered_head
 from bingo.params import read_yaml, validate
 from bingo.runtime import distributed
@@ -210,3 +210,31 @@ def test_groups_that_do_not_divide_the_batch_or_are_too_small_are_refused_with_t
     for count in [int(word) for word in allowed.split(", ")]:
         raw["distill"] |= {"batchnorm_groups": count}
         validate(raw, "params.yaml")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_batches_counted_together_are_those_counted_one_by_one(name):
+    """Two calls of every layer, after which the body fails; a layer that averages over all batches reads its own count, and is left out."""
+    torch.manual_seed(0)
+    together = NETWORKS[name]()
+    alone = deepcopy(together)
+
+    def called(network: nn.Module) -> None:
+        norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        for layer in norms * 2:
+            torch.manual_seed(0)
+            layer.train()(torch.randn(4, layer.num_features, *[2, 2][: 2 * (not isinstance(layer, nn.BatchNorm1d))]))
+
+    def fails() -> None:
+        with counted_together(counting_layers(together)):
+            called(together)
+            raise ZeroDivisionError
+
+    counters = together.state_dict(keep_vars=True)
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    called(alone)
+    for (key, value), wanted in zip(together.state_dict(keep_vars=True).items(), alone.state_dict().values(), strict=True):
+        assert value is counters[key]
+        assert torch.equal(value, wanted)
+        assert "num_batches" not in key or value == 2

@@ -10,54 +10,71 @@ Gimelshein 2018, arXiv:1805.02867).
 Shape letters: B queries, P key width, J negatives, j negatives of a block.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bingo.images.uploads import channels
+
+WeightedKeys = Sequence[tuple[float | Tensor, Tensor]]
+_LEAST, _TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32: all of a usual batch on a GPU
 BANK_AT_ONCE = 2**20  # numbers of the bank, or logits: 4 MiB in float32, which stay in a CPU's cache until the gradient
 
 
-def negative_logsumexp(query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None = None) -> Tensor:
+def negative_logsumexp(
+    query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None = None, products: torch.dtype = torch.float32
+) -> Tensor:
     """log sum_j exp(q . n_j / temperature) for each query, (B,) float32, over the rows of the bank that are not hidden
     (`hidden_BJ` bool, or (1, J) for all).
 
-    Computed once for each query, however many positives it has. The bank, float16 or float32, gets no gradient.
+    Computed once for each query, however many positives it has. The bank, float16 or float32, gets no gradient. With `products` in float16,
+    logits of unit rows, and so the result, are off by at most 2^-9 / temperature, and the numbers of the gradient, times the temperature,
+    by 2^-8 / temperature + 2^-8.
     """
-    return _NegativeLogSumExp.apply(query_BP.float(), bank_JP.detach(), temperature, hidden_BJ)
+    return _NegativeLogSumExp.apply(query_BP.float(), bank_JP.detach(), temperature, hidden_BJ, products)
 
 
 class _NegativeLogSumExp(torch.autograd.Function):
     """One pass over blocks of j rows of the bank, each read once."""
 
     @staticmethod
-    def forward(ctx: Any, query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None) -> Tensor:
-        query_PB, wanted = (query_BP / temperature).T, ctx.needs_input_grad[0]
-        largest_B = query_BP.new_full((len(query_BP),), float("-inf"))
-        shift_B, sum_B, weighted_BP = torch.zeros_like(largest_B), torch.zeros_like(largest_B), torch.zeros_like(query_BP)
-        start = 0
+    def forward(ctx: Any, query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None, products: torch.dtype) -> Tensor:
+        query_PB, wanted, start, sums = (query_BP / temperature).T.to(products), ctx.needs_input_grad[0], 0, list[Tensor]()
+        shift_B = query_BP.new_empty(0)
         for rows_jP in bank_JP.split(_rows_at_once(query_BP)):
-            rows_jP, end = rows_jP.float(), start + len(rows_jP)
-            logits_jB = rows_jP @ query_PB
+            rows_jP, end = rows_jP.to(products), start + len(rows_jP)
+            logits_jB = (rows_jP @ query_PB).float()
             if hidden_BJ is not None:
                 logits_jB.masked_fill_(hidden_BJ[:, start:end].T, float("-inf"))
-            new_B = torch.maximum(largest_B, _largest(logits_jB))
-            shift_B = new_B.masked_fill(new_B.isneginf(), 0)  # a query without negatives: no gradient rather than NaN
-            scale_B = (largest_B - shift_B).exp()
+            last_B, shift_B = shift_B, _largest(logits_jB).clamp_(min=_LEAST)  # a query without negatives: no gradient rather than NaN
+            if sums:
+                shift_B = torch.maximum(last_B, shift_B)
             p_jB = logits_jB.sub_(shift_B).exp_()
-            sum_B = sum_B * scale_B + p_jB.sum(dim=0)
-            if wanted:
-                weighted_BP = torch.addmm(weighted_BP * scale_B[:, None], p_jB.T, rows_jP)
-            largest_B, start = new_B, end
-        tiny = torch.finfo(torch.float32).tiny
-        ctx.save_for_backward(*([weighted_BP.div_((sum_B.clamp(min=tiny) * temperature)[:, None])] if wanted else []))
-        return sum_B.log() + shift_B
+            sum_B = p_jB.sum(dim=0)
+            added = [sum_B, _weighted(p_jB, sum_B, rows_jP)] if wanted else [sum_B]
+            if sums:
+                scale_B = (last_B - shift_B).exp()
+                added = [so_far * scale + part for so_far, part, scale in zip(sums, added, (scale_B, scale_B[:, None]), strict=False)]
+            sums, start = added, end
+        if wanted:
+            ctx.save_for_backward(sums[1].div_((sums[0].clamp(min=_TINY) * temperature)[:, None]))
+        return sums[0].log() + shift_B
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         saved = ctx.saved_tensors
-        return (grad_outputs[0][:, None] * saved[0] if saved else None), None, None, None
+        return (grad_outputs[0][:, None] * saved[0] if saved else None), None, None, None, None
+
+
+def _weighted(p_jB: Tensor, sum_B: Tensor, rows_jP: Tensor) -> Tensor:
+    """The sum of a block's unit rows by their weights, float32 (B, P); in float16 with weights scaled to a sum of 2^15."""
+    if rows_jP.dtype == torch.float32:
+        return p_jB.T @ rows_jP
+    scale_B = sum_B.clamp(min=1) / 2**15
+    return ((p_jB / scale_B).to(rows_jP.dtype).T @ rows_jP) * scale_B[:, None]
 
 
 def _largest(logits_jB: Tensor) -> Tensor:
@@ -73,10 +90,31 @@ def _rows_at_once(query_BP: Tensor) -> int:
     return max(1, LOGITS_AT_ONCE // len(query_BP))
 
 
-def info_nce(query_BP: Tensor, key_BP: Tensor, negatives_B: Tensor, temperature: float) -> Tensor:
-    """-log(exp(q.k/t) / (exp(q.k/t) + sum_j exp(q.n_j/t))) for each query, (B,) float32; `negatives_B` is `negative_logsumexp`."""
-    positive_B = (query_BP.float() * key_BP.float()).sum(dim=1) / temperature
-    return torch.logaddexp(positive_B, negatives_B) - positive_B
+def info_nce(query_BP: Tensor, weighted_keys: WeightedKeys, negatives_B: Tensor, temperature: float) -> Tensor:
+    """The mean over queries of w * -log(exp(q.k/t) / (exp(q.k/t) + sum_j exp(q.n_j/t))), summed over the keys k (B, P) with weights w,
+    numbers or (B,): float32 (). `negatives_B` is `negative_logsumexp`. Gradients are computed immediately, and kept as (B, P) and (B,)."""
+    weights, keys = zip(*weighted_keys, strict=True)
+    tensors = [weight for weight in weights if isinstance(weight, Tensor)]
+    weights_KB = torch.stack(tensors) if tensors else channels(weights, query_BP.device)[:, :, 0]
+    return _InfoNce.apply(query_BP.float(), negatives_B, weights_KB, torch.stack(keys).float(), temperature)
+
+
+class _InfoNce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_BP: Tensor, negatives_B: Tensor, weights_KB: Tensor, keys_KBP: Tensor, temperature: float) -> Tensor:
+        positive_KB = (query_BP * keys_KBP).sum(dim=2) / temperature
+        loss_KB = torch.logaddexp(positive_KB, negatives_B) - positive_KB
+        if any(ctx.needs_input_grad):
+            share_KB = weights_KB * (1 / len(query_BP))
+            by_positive_KB = share_KB / (1 + (negatives_B - positive_KB).exp()) - share_KB
+            by_negatives_B = (share_KB / (1 + (positive_KB - negatives_B).exp())).sum(dim=0)
+            ctx.save_for_backward(((by_positive_KB / temperature)[:, :, None] * keys_KBP).sum(dim=0), by_negatives_B)
+        return (weights_KB * loss_KB).mean(dim=1).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        by_query_BP, by_negatives_B = ctx.saved_tensors
+        return grad_outputs[0] * by_query_BP, grad_outputs[0] * by_negatives_B, None, None, None
 
 
 def soft_cross_entropy(logits_BJ: Tensor, target_logits_BJ: Tensor, hidden_BJ: Tensor | None = None) -> Tensor:

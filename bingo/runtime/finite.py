@@ -1,5 +1,7 @@
 """Detect a loss that is not finite without waiting for the device at every step."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from bingo.runtime import distributed
 
 
 class LossWatch:
-    """Records on the device the first loss that is not finite and its step; the host reads them when `due` says so.
+    """Records losses on the device; the host reads them when `due` says so, and finds the first that is not finite.
 
     On a GPU that is every 16th step, so that the host may run ahead of it; on the CPU, where reading costs nothing, every step. Steps
     taken meanwhile damage the weights, so the caller reads the record before saving them.
@@ -16,24 +18,26 @@ class LossWatch:
     def __init__(self, device: torch.device):
         self.device = device
         self.every_steps = 1 if device.type == "cpu" else 16
-        self._step, self._loss = torch.full((), -1, device=device), torch.zeros((), device=device)
+        self._losses, self._steps = list[Tensor](), list[int]()
 
     def due(self, step: int) -> bool:
         """Whether the record is read at this step, including the first one; the same on every process."""
         return step % self.every_steps == 0
 
     def note(self, loss: Tensor, step: int) -> None:
-        """Record this loss, float32 (), and its step if it is the first that is not finite."""
-        is_first = ~torch.isfinite(loss.detach()) & (self._step < 0)
-        self._step = torch.where(is_first, step, self._step)
-        self._loss = torch.where(is_first, loss.detach(), self._loss)
+        """Record the loss of this step, float32 ()."""
+        self._losses.append(loss.detach())
+        self._steps.append(step)
 
     def first(self, step: int) -> tuple[int, float] | None:
         """Step and value of the first loss that was not finite, or None. Waits for the device; every process must call this.
 
         If it occurred only on another process, its value is unknown (NaN), and the current `step` is returned as its step.
         """
-        noted = int(self._step)
-        if not distributed.any_true(noted >= 0, self.device):
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        found = next(((step, loss) for step, loss in zip(self._steps, losses, strict=True) if not math.isfinite(loss)), None)
+        if found is None:
+            self._losses, self._steps = [], []
+        if not distributed.any_true(found is not None, self.device):
             return None
-        return (noted, float(self._loss)) if noted >= 0 else (step, float("nan"))
+        return found or (step, float("nan"))
