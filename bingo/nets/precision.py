@@ -11,6 +11,8 @@ import torch
 
 from bingo.runtime.errors import UserError
 
+HALF_SIMILARITIES = ("cuda",)  # a CPU gains nothing by them
+
 
 @cache
 def hardware_has_bf16(device_type: str) -> bool:
@@ -43,7 +45,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 def dtype_of_similarities(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of products of unit rows with many keys: float16 where autocast is on on a GPU, float32 elsewhere."""
-    half = device.type == "cuda" and resolve_precision(precision, device) != torch.float32
+    half = device.type in HALF_SIMILARITIES and resolve_precision(precision, device) != torch.float32
     return torch.float16 if half else torch.float32
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from bingo.bags.builders import build_kmeans, build_knn
 from bingo.images.images import MemoryImages
 from bingo.images.loader import ViewLoader
 from bingo.methods.contract import Context, Progress, build_method
+from bingo.nets import precision
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
 from bingo.nets.precision import resolve_precision
@@ -164,10 +166,11 @@ def deterministic() -> Iterator[None]:
 
 
 def on_cpu(folder: Path, case: Case) -> Outcome:
-    """Two steps on the CPU."""
-    run = trainer(folder, case, CPU)
-    steps(run, 2)
-    return _outcome(run)
+    """Two steps on the CPU, with similarities in the dtype that they have on a GPU."""
+    with mock.patch.object(precision, "HALF_SIMILARITIES", ("cpu",)):
+        run = trainer(folder, case, CPU)
+        steps(run, 2)
+        return _outcome(run)
 
 
 def on_gpu(folder: Path, case: Case, change: Callable[[Trainer], None] = lambda run: None) -> tuple[Outcome, Record]:

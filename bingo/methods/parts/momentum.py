@@ -5,6 +5,7 @@ Shape letters: B anchors, P key width, Q queue rows.
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Queue(nn.Module):
         self.register_buffer("keys_QP", nn.functional.normalize(keys_QP, dim=1))
         self.register_buffer("rows_Q", torch.full((rows,), -1, dtype=torch.int64))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        self._place = 0  # `pointer` on the host, so that slots need not be computed on the device
 
     def empty(self) -> Tensor:
         """(1, Q) bool: places without a key; all false before the first push, when there are only random vectors."""
@@ -44,10 +46,17 @@ class Queue(nn.Module):
         """Overwrite the oldest keys with those of all processes; a batch may wrap around the end of the ring."""
         keys_BP, rows_B = distributed.gather(keys_BP.float()), distributed.gather(rows_B)
         keys_BP, rows_B = keys_BP[-len(self.rows_Q) :], rows_B[-len(self.rows_Q) :]
-        slots_B = (self.pointer + torch.arange(len(rows_B), device=rows_B.device)) % len(self.rows_Q)
-        self.keys_QP[slots_B] = keys_BP
-        self.rows_Q[slots_B] = rows_B
-        self.pointer.copy_((self.pointer + len(rows_B)) % len(self.rows_Q))
+        before_the_end = min(len(rows_B), len(self.rows_Q) - self._place)
+        for ring, pushed in ((self.keys_QP, keys_BP), (self.rows_Q, rows_B)):
+            ring[self._place :][:before_the_end] = pushed[:before_the_end]
+            if before_the_end < len(pushed):
+                ring[: len(pushed) - before_the_end] = pushed[before_the_end:]
+        self._place = (self._place + len(rows_B)) % len(self.rows_Q)
+        self.pointer.fill_(self._place)
+
+    def _load_from_state_dict(self, *args: Any, **more: Any) -> None:
+        super()._load_from_state_dict(*args, **more)
+        self._place = int(self.pointer)
 
 
 class MomentumCopy(nn.Module):
