@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bingo.images import uploads
 from bingo.methods.parts.momentum import Queue
-from bingo.training.finite import LossWatch
+from bingo.runtime.finite import LossWatch
 from tests.pretended_gpu.device import DeviceError, DeviceTensor, pretended_gpu
 from tests.pretended_gpu.steps import BATCH, Case, on_cpu, on_gpu
 from tests.pretended_gpu.streams import GPU, Stream

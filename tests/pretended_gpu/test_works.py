@@ -38,7 +38,7 @@ AGAIN = {
     "bingo/evals/linear.py:_LinearTrainer.hits": ("linear layer on stored features", 1),
     "bingo/evals/linear.py:_LinearTrainer.test": ("linear layer on stored features", 3),
     "bingo/evals/linear.py:linear_on_features": ("linear layer on stored features", 3),
-    "bingo/training/finite.py:LossWatch.first": ("training with probe", 3),
+    "bingo/runtime/finite.py:LossWatch.first": ("training with probe", 3),
     "bingo/training/loop.py:Trainer._end_epoch": ("training with probe", 8),
     "bingo/training/loop.py:Trainer._keep_if_best": ("training with probe", 240),
     "bingo/detection/loop.py:DetectorTrainer._record": ("detector fpn fp32", 12),
