@@ -1,4 +1,4 @@
-"""bingo experiments: compare the DVC experiments of one commit in a page, and as Markdown on stdout.
+"""bingo experiments: compare the DVC experiments of one commit, and the run that it holds, in a page, and as Markdown on stdout.
 
 What DVC shows (parameters, metrics) comes from `dvc exp show`; timings come from the records that stages keep of experiments in
 .bingo/runs/EXPERIMENT (bingo/pipeline/run.py).
@@ -29,7 +29,8 @@ def main(
     against: Annotated[str | None, typer.Option(help="Reference variant of the differences; by default method-moco.")] = None,
     rev: Annotated[str, typer.Option(help="The commit whose experiments are compared.")] = "HEAD",
 ) -> None:
-    """Compare DVC's experiments with the reference: write reports/experiments.html, and print its tables."""
+    """Compare DVC's experiments, `committed` (the run of the commit itself) and `workspace` (the run in this folder, if it is another
+    one) with the reference: write reports/experiments.html, and print its tables."""
     from bingo.report.experiments import variants
     from bingo.report.experiments_page import build_page
     from bingo.report.experiments_table import by_seed, correlation_text, summary
@@ -48,6 +49,8 @@ def main(
         )
     chosen = [one for one in known if one in asked or one.variant == reference]
     records = [read_json(path) | {"experiment": path.parent.name} for path in sorted(paths.RUNS.glob("*/distill.json"))]
+    if (own := paths.RUNS / "distill.json").exists():
+        records.append(read_json(own) | {"experiment": "workspace"})
     found = variants(chosen, records)
     tables = {"summary": summary(found, reference), "seeds": by_seed(found)}
     used = [record for record in records if record["experiment"] in {one.name for one in chosen}]
@@ -63,18 +66,46 @@ def _reference(names: Collection[str]) -> str | None:
 
 
 def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
-    """The commit, and its experiments that have finished. Raises UserError if there is none."""
+    """The commit, and its experiments that have finished, the committed run and that of the workspace. Raises UserError if there is
+    none."""
     from bingo.report.experiments import Experiment
 
-    shown = next((entry for entry in _shown_by_dvc(revision) if entry["rev"] != "workspace"), None)
+    entries = [entry for entry in reversed(_shown_by_dvc(revision)) if entry["rev"] != "workspace" or revision == "HEAD"]
+    shown = next((entry for entry in entries if entry["rev"] != "workspace"), None)
     commit = shown["rev"] if shown else revision
     runs = [one["revs"][0] for one in (shown or {}).get("experiments") or [] if not one.get("executor")]
     complete = [run for run in runs if run["name"] and (run["data"] or {}).get("metrics", {}).get("reports/results.json", {}).get("data")]
-    if not complete:
+    standing = _standing(entries)
+    if not complete and not standing:
         raise UserError(f"--rev = {revision}: commit {commit[:7]} has no finished experiment{_elsewhere()}")
-    return commit, [
+    return commit, standing + [
         Experiment(run["name"], run["data"]["params"]["params.yaml"]["data"], _figures(run["data"]["metrics"])) for run in complete
     ]
+
+
+def _standing(entries: list[dict[str, Any]]) -> "list[Experiment]":
+    """The run of the commit, and that of the workspace if it is another one: each with the parameters that dvc.lock has of its report."""
+    from bingo.report.experiments import Experiment
+
+    found: list[Experiment] = []
+    for entry in entries:
+        params, metrics = _reported_params(entry["rev"]), _figures((entry.get("data") or {}).get("metrics", {}))
+        another = not found or (found[0].params, found[0].metrics) != (params, metrics)
+        if params and "reports/results.json" in metrics and another:
+            found.append(Experiment("workspace" if entry["rev"] == "workspace" else "committed", params, metrics))
+    return found
+
+
+def _reported_params(revision: str) -> dict[str, Any]:
+    """All parameters of the run that made the report, which may not be those of params.yaml; empty where there is no such run."""
+    from ruamel.yaml import YAML
+
+    if revision == "workspace":
+        text = Path("dvc.lock").read_text() if Path("dvc.lock").exists() else ""
+    else:
+        text = subprocess.run(["git", "show", f"{revision}:./dvc.lock"], capture_output=True, text=True, check=False).stdout
+    lock = YAML(typ="safe", pure=True).load(text) or {}
+    return lock.get("stages", {}).get("report", {}).get("params", {}).get("params.yaml", {})
 
 
 def _figures(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

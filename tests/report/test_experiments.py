@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -393,6 +394,42 @@ def test_wrong_choices_are_one_line(shown, monkeypatch):
     subprocess.run(["git", "update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/a-s0", commit], check=True)
     with pytest.raises(UserError, match=f"the newest experiments are of --rev {commit[:7]}"):
         experiments.main([], None, "HEAD")
+
+
+def locked(run: Experiment) -> None:
+    """dvc.lock of a run."""
+    Path("dvc.lock").write_text(json.dumps({"stages": {"report": {"params": {"params.yaml": run.params}}}}))
+
+
+def test_the_committed_run_and_the_workspaces_are_compared_too(shown, monkeypatch, capsys):
+    """Each with the parameters with which it was made, which are in dvc.lock: those of params.yaml may have changed since."""
+    committed, own = experiment("", 7, 50.0), experiment("", 8, 51.0, "seed")
+    run = partial(subprocess.run, check=True, capture_output=True, text=True)
+    run(["git", "init", "-q"])
+    locked(committed)
+    run(["git", "add", "dvc.lock"])
+    run(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"])
+    commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+
+    def rows(workspace: Experiment, rev: str = "HEAD", runs: tuple = (ALONE[0],)) -> list[list[str]]:
+        entries = shown_by_dvc(*runs)
+        for entry, one in zip(entries, (workspace, committed), strict=True):
+            metrics = {file: {"data": found} for file, found in one.metrics.items()}
+            entry["data"] = {"params": {"params.yaml": {"data": SHIPPED}}, "metrics": metrics}
+        entries[1]["rev"] = commit
+        monkeypatch.setattr(experiments, "_shown_by_dvc", lambda revision: entries)
+        experiments.main([], None, rev)
+        table = capsys.readouterr().out.partition("\n\n")[0].splitlines()[2:]
+        return [[cell.strip() for cell in row.split("|")[1:5]] for row in table]
+
+    mine = ["my-idea", "BINGO", "1", "65.0"]
+    assert rows(committed) == [mine, ["committed", "BINGO", "1", "50.0"]]
+    locked(own)
+    assert rows(own) == [mine, ["workspace", "SEED", "1", "51.0"], ["committed", "BINGO", "1", "50.0"]]
+    assert rows(own, rev=commit) == [mine, ["committed", "BINGO", "1", "50.0"]]
+    assert rows(own, runs=()) == [["workspace", "SEED", "1", "51.0"], ["committed", "BINGO", "1", "50.0"]]
+    Path("dvc.lock").unlink()
+    assert rows(own) == [mine, ["committed", "BINGO", "1", "50.0"]]
 
 
 def test_records_of_experiments_outlive_them(tmp_path, monkeypatch):
