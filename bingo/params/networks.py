@@ -127,6 +127,10 @@ class TeacherParams(OwnNetworkParams):
             raise ValueError(f"unknown teacher{near_matches(name, names)}; see: bingo teachers, or set teacher.name: {OWN}")
         return name
 
+    def key(self, name: str) -> str:
+        """The dotted key of one of these settings, for messages."""
+        return f"teacher.{name}"
+
     @property
     def options(self) -> dict[str, Any]:
         """What of these `build_backbone` takes."""

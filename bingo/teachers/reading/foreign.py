@@ -29,38 +29,39 @@ _BESIDE_WEIGHTS = (
 )
 _MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before PyTorch 1.6
 _SPARE_BYTES = 64 << 20  # some files hold small tensors in this form
-_WAY_OUT = "set teacher.checkpoint to a file of torch.save or safetensors"
+_WAY_OUT = "set {key} to a file of torch.save or safetensors"
 # What a file is instead, by its first bytes, and how to fix it.
 _BEGINNINGS = (
     (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch that with: git lfs pull"),
     (rb"\s*<", "a web page", "download the file itself, for example by the page's link to the raw file"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "compressed", "unpack it, and set teacher.checkpoint to what was in it"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "compressed", "unpack it, and set {key} to what was in it"),
     (rb"\x89HDF", "of HDF5, as Keras writes it", "convert its weights to PyTorch, and save their state_dict()"),
     (rb"\x93NUMPY", "a NumPy array", "save a dict of tensors by name with torch.save"),
-    (rb"\{", "a text of JSON", "set teacher.checkpoint to the file of weights itself"),
+    (rb"\{", "a text of JSON", "set {key} to the file of weights itself"),
 )
 # Modules that wrap a network when it is compiled, sharded or checkpointed; no network has a part of such a name.
 _WRAPPING = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _MOST_DEEP = 4  # levels of dicts around the weights
 
 
-def read_checkpoint(path: Path | str) -> tuple[Any, str]:
+def read_checkpoint(path: Path | str, key: str = "teacher.checkpoint") -> tuple[Any, str]:
     """The content of a file of `torch.save` or safetensors, on the CPU, and the sha256 of its bytes (64 hex digits).
 
     Objects that public training programs are known to save in addition to the weights become empty `Nothing`s. Raises UserError if the
-    file is absent, damaged, neither of the two, or contains any other pickled code, whose name it reports.
+    file is absent, damaged, neither of the two, or contains any other pickled code, whose name it reports; `key` of params.yaml names it.
     """
     if Path(path).exists() and not Path(path).is_file():
-        raise UserError(f"{path}: is {_what_holds(Path(path))}")
+        raise UserError(f"{path}: is {_what_holds(Path(path), key)}")
     try:
         with open(path, "rb") as file:
             sha256, start = hashlib.file_digest(file, "sha256").hexdigest(), _first_bytes(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: the file does not exist{_near_files(Path(path))}; {_WAY_OUT}") from None
+        raise UserError(f"{path}: the file does not exist{_near_files(Path(path))}; {_WAY_OUT.format(key=key)}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); fix its permissions, or {_WAY_OUT}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fix its permissions, or {_WAY_OUT.format(key=key)}") from None
     # By what it holds: a download keeps no suffix. A safetensors file begins with the length of the JSON that follows.
-    return (_safetensors(path) if start[8:9] == b"{" or Path(path).suffix == ".safetensors" else _torch_file(path)), sha256
+    read = _safetensors if start[8:9] == b"{" or Path(path).suffix == ".safetensors" else _torch_file
+    return read(path, key), sha256
 
 
 def states_in(content: Any) -> list[tuple[tuple[str, ...], dict[str, Tensor]]]:
@@ -113,12 +114,12 @@ def _first_bytes(path: Path | str) -> bytes:
         return file.read(64)
 
 
-def _what_holds(path: Path) -> str:
+def _what_holds(path: Path, key: str) -> str:
     """What lies at a path that is not a regular file, and the way out: of a folder, a file of weights in it."""
     if not path.is_dir():
-        return f"no regular file; {_WAY_OUT}"
+        return f"no regular file; {_WAY_OUT.format(key=key)}"
     weights = sorted(str(file) for suffix in ("safetensors", "pth", "pt", "pth.tar", "bin", "ckpt") for file in path.glob(f"*.{suffix}"))
-    return f"a folder; set teacher.checkpoint to {' or '.join(weights[:4])}" if weights else f"a folder without weights; {_WAY_OUT}"
+    return f"a folder; set {key} to {' or '.join(weights[:4])}" if weights else f"a folder without weights; {_WAY_OUT.format(key=key)}"
 
 
 def _near_files(path: Path) -> str:
@@ -136,11 +137,11 @@ class Nothing:
         pass
 
 
-def _safetensors(path: Path | str) -> dict[str, Tensor]:
+def _safetensors(path: Path | str, key: str) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path}: is not a whole safetensors file ({error}); {_instead(path, 'copy or download it again')}") from None
+        raise UserError(f"{path}: is not a whole safetensors file ({error}); {_instead(path, key, 'copy or download it again')}") from None
 
 
 class _TooLarge(Exception):
@@ -159,7 +160,7 @@ def _check_sizes(content: Any, file_bytes: int) -> None:
             waiting += value.items() if isinstance(value, dict) else (("", item) for item in value)
 
 
-def _torch_file(path: Path | str) -> Any:
+def _torch_file(path: Path | str, key: str) -> Any:
     with open(path, "rb") as file:
         start = file.read(len(_MAGIC))
     if start[:1] == _MAGIC[:1] and start != _MAGIC:
@@ -174,26 +175,26 @@ def _torch_file(path: Path | str) -> Any:
         _check_sizes(content, Path(path).stat().st_size)
         return content
     except _TooLarge as error:
-        raise UserError(f"{path}: {error}; {_WAY_OUT}, as it was trained") from None
+        raise UserError(f"{path}: {error}; {_WAY_OUT.format(key=key)}, as it was trained") from None
     except pickle.UnpicklingError as error:
         if named := _GLOBAL.search(str(error)):
             line = f"{path}: holds pickled code ({named[1]}), which is never run"
             raise UserError(f"{line}; if you trust it, load it and save its state_dict alone with torch.save") from None
-        raise UserError(f"{path}: is not a checkpoint of torch.save; {_instead(path, _WAY_OUT)}") from None
+        raise UserError(f"{path}: is not a checkpoint of torch.save; {_instead(path, key, _WAY_OUT)}") from None
     except Exception as error:  # arbitrary bytes can raise almost anything
         if full := out_of_memory(error):
             raise UserError(f"{path}: {full}") from None
         if "TorchScript" in str(error):
             way_out = "save the state_dict() of torch.jit.load with torch.save"
             raise UserError(f"{path}: is a program of TorchScript, which is never run; {way_out}") from None
-        way_out = _instead(path, "copy or download it again, or unpack it if it is an archive")
+        way_out = _instead(path, key, "copy or download it again, or unpack it if it is an archive")
         raise UserError(f"{path}: is not a checkpoint of torch.save, or is truncated ({reason_of(error)}); {way_out}") from None
 
 
-def _instead(path: Path | str, otherwise: str) -> str:
+def _instead(path: Path | str, key: str, otherwise: str) -> str:
     """The kind of the file by its first bytes, and how to fix it; `otherwise` if it is unknown."""
     start = _first_bytes(path)
     if not start:
         return "it is empty: copy or download it again"
     found = (f"it is {what}: {way_out}" for begins, what, way_out in _BEGINNINGS if re.match(begins, start, re.DOTALL))
-    return next(found, otherwise)
+    return next(found, otherwise).format(key=key)

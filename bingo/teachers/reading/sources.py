@@ -144,15 +144,15 @@ def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     parts = _parts(params, content)
     if parts.unknown:
         line = f"{path}: holds what no checkpoint of format {params.format} has: {first_names(parts.unknown)}"
-        otherwise = "set teacher.checkpoint to a file without it, or teacher.format to the code that wrote it"
-        raise UserError(f"{line}; {_ways_out(params, content, otherwise)}")
+        otherwise = f"set {params.key('checkpoint')} to a file without it"
+        raise UserError(f"{line}; {_ways_out(params, content, _or_format(params, otherwise))}")
     origin = f"{path}: its backbone does not fit {params.arch}"
     if "dynamic_img_size" in parts.options and not is_transformer(params.arch):
         raise UserError(f"{origin}: these are the weights of a vision transformer; {_ways_out(params, content)}")
     backbone, options = _with_grid(params, parts)
     trunk, masked = without_masking(parts.trunk, backbone)
-    load_strictly(backbone, trunk, origin, lambda: _ways_out(params, content, _no_usual(backbone, parts.trunk)))
-    head = _head(parts, backbone, f"{path}: its projection head is not that of format {params.format}") if parts.layers else None
+    load_strictly(backbone, trunk, origin, lambda: _ways_out(params, content, _no_usual(params, backbone, parts.trunk)))
+    head = _head(params, parts, backbone, f"{path}: its projection head is not that of format {params.format}") if parts.layers else None
     _compare_normalisation(params, image, *parts.mean_std)
     _mention_stem(params)
     source = {"pretrained": True, "source_sha256": sha256, "format": params.format, "left_out": parts.left_out + masked}
@@ -192,14 +192,14 @@ def _beside(params: TeacherParams, content: Any) -> tuple[Parts, str] | None:
 def _mention(params: TeacherParams, parts: Parts, taken: str) -> None:
     if taken:
         left_out = f"; left out: {first_names(parts.left_out)}" if parts.left_out else ""
-        print(f"teacher.checkpoint = {params.checkpoint}: read {taken}{left_out}", file=sys.stderr)
+        print(f"{params.key('checkpoint')} = {params.checkpoint}: read {taken}{left_out}", file=sys.stderr)
 
 
 def _mention_stem(params: TeacherParams) -> None:
     """Of networks whose stem differs in its stride alone, no file says which stem it was trained with."""
     if params.stem == "small":
-        line = "teacher.stem = small: fits the file, which does not say with which stem it was trained"
-        print(f"{line}; published networks have teacher.stem: imagenet", file=sys.stderr)
+        line = f"{params.key('stem')} = small: fits the file, which does not say with which stem it was trained"
+        print(f"{line}; published networks have {params.key('stem')}: imagenet", file=sys.stderr)
 
 
 def _with_grid(params: TeacherParams, parts: Parts) -> tuple[Backbone, dict[str, Any]]:
@@ -239,14 +239,19 @@ def _what_instead(params: TeacherParams, content: Any) -> str:
     """What was expected and what was found, and which parameters the file would suit."""
     inside = [content[name] for name in _STATES if isinstance(content, dict) and content.get(name)]
     line = f"expected {_format(params.format).EXPECTED}, found {summary(inside[0] if inside else content)}"
-    otherwise = f"set teacher.checkpoint to a file of one of the formats {', '.join(format_names())}"
+    otherwise = f"set {params.key('checkpoint')} to a file of one of the formats {', '.join(format_names())}"
     return f"{line}; {_ways_out(params, content, otherwise)}"
 
 
-def _ways_out(params: TeacherParams, content: Any, otherwise: str = "give a whole file in teacher.checkpoint") -> str:
+def _ways_out(params: TeacherParams, content: Any, otherwise: str = "") -> str:
     """The settings with which a checkpoint is read, where there are any: each was tried, so that none leads to the next refusal."""
-    found = [settings for settings in readings(params, content) if any(getattr(params, name) != x for name, x in settings.items())]
-    return f"set {', or '.join(_as_settings(params, settings) for settings in found)}" if found else otherwise
+    found = dict.fromkeys(_as_settings(params, settings) for settings in readings(params, content))
+    settings = ", or ".join(filter(None, found))
+    return f"set {settings}" if settings else otherwise or f"give a whole file in {params.key('checkpoint')}"
+
+
+def _or_format(params: TeacherParams, way_out: str) -> str:
+    return f"{way_out}, or {params.key('format')} to the code that wrote it" if params.key("format") else way_out
 
 
 def readings(params: TeacherParams, content: Any) -> Iterator[dict[str, Any]]:
@@ -278,7 +283,7 @@ def _network_of(params: TeacherParams, parts: Parts) -> dict[str, Any] | None:
             backbone, _ = without_numbers(partial(_with_grid, own, parts))
             check_fits(backbone.state_dict(), without_masking(parts.trunk, backbone)[0], "")
             if parts.layers:
-                _head_widths(parts, backbone, "")
+                _head_widths(params, parts, backbone, "")
             return network
     return None
 
@@ -292,33 +297,34 @@ def _of_a_library(params: TeacherParams, content: Any) -> Iterator[dict[str, Any
             yield {"source": "torchvision" if network["arch"].startswith("torchvision/") else "timm", **network}
 
 
-def _no_usual(backbone: Backbone, state: Mapping[str, Tensor]) -> str:
+def _no_usual(params: TeacherParams, backbone: Backbone, state: Mapping[str, Tensor]) -> str:
     """The way out where no usual network has these weights: what is beyond the network may be left out, what it lacks must be had."""
     if backbone.state_dict().keys() <= state.keys():
         return "if these are no part of the network, save its state_dict() without them"
-    line = "no usual network has just these weights: give a whole file in teacher.checkpoint"
-    return f"{line}, or set teacher.arch, width and stem to what was trained"
+    line = f"no usual network has just these weights: give a whole file in {params.key('checkpoint')}"
+    return f"{line}, or set {params.key('arch')}, width and stem to what was trained"
 
 
 def _as_settings(params: TeacherParams, found: Mapping[str, Any]) -> str:
-    return ", ".join(f"teacher.{name}: {value}" for name, value in found.items() if getattr(params, name) != value)
+    differing = {params.key(name): value for name, value in found.items() if getattr(params, name) != value}
+    return ", ".join(f"{key}: {value}" for key, value in differing.items() if key)
 
 
-def _head(parts: Parts, backbone: Backbone, origin: str) -> nn.Sequential:
+def _head(params: TeacherParams, parts: Parts, backbone: Backbone, origin: str) -> nn.Sequential:
     """The head that the checkpoint's shapes tell, loaded strictly."""
-    head = layered_head(parts.layers, _head_widths(parts, backbone, origin))
+    head = layered_head(parts.layers, _head_widths(params, parts, backbone, origin))
     load_strictly(head, parts.head, origin)
     return head
 
 
-def _head_widths(parts: Parts, backbone: Backbone, origin: str) -> list[int]:
+def _head_widths(params: TeacherParams, parts: Parts, backbone: Backbone, origin: str) -> list[int]:
     """The widths of the head's features by the checkpoint's shapes. Raises UserError if these are of no such head."""
     linears = [f"{i}.weight" for i, kind in enumerate(parts.layers) if kind.startswith("linear")]
     shapes = [tuple(parts.head[name].shape) if name in parts.head else () for name in linears]
     widths = [shape[0] if len(shape) == 2 else 1 for shape in shapes]  # where it is 1, loading names what is wrong
     with torch.device("meta"):  # shapes that do not fit one another may be of any size
         empty = layered_head(parts.layers, [backbone.feature_width, *widths]).state_dict()
-        check_fits(empty, parts.head, origin, lambda: "set teacher.format to the code that wrote it, or teacher.checkpoint to a whole file")
+        check_fits(empty, parts.head, origin, lambda: _or_format(params, f"set {params.key('checkpoint')} to a whole file"))
     return [backbone.feature_width, *widths]
 
 
@@ -335,8 +341,8 @@ def _noted(params: TeacherParams, options: Mapping[str, Any]) -> dict[str, Any]:
 def _content(params: TeacherParams) -> tuple[Any, str]:
     """What `teacher.checkpoint` holds, as `read_checkpoint` gives it. Raises UserError, with the address of a known teacher's weights."""
     if params.known is not None and not Path(str(params.checkpoint)).exists():
-        raise UserError(f"teacher.checkpoint = {params.checkpoint}: the file does not exist; {params.known.way_in()}")
-    return read_checkpoint(str(params.checkpoint))
+        raise UserError(f"{params.key('checkpoint')} = {params.checkpoint}: the file does not exist; {params.known.way_in()}")
+    return read_checkpoint(str(params.checkpoint), params.key("checkpoint"))
 
 
 def _from_own_file(params: TeacherParams, image: ImageParams, backbone: Backbone, options: Mapping[str, Any]) -> Made:
@@ -358,7 +364,7 @@ def _from_own_file(params: TeacherParams, image: ImageParams, backbone: Backbone
         more = "".join(f"; {other} would fit as well" for other in others)
         unused = [*place.beside, *dict.fromkeys(name.partition(".")[0] for name in left_out)]
         beside = f"; left out: {first_names(unused)}" if unused else ""
-        print(f"teacher.checkpoint = {path}: read {place}{beside}{more}", file=sys.stderr)
+        print(f"{params.key('checkpoint')} = {path}: read {place}{beside}{more}", file=sys.stderr)
     backbone, options = _of_its_grid(params, backbone, options, state)
     load_strictly(backbone, state, path)
     _mention_stem(params)
@@ -375,7 +381,9 @@ def _misfit(params: TeacherParams, backbone: Backbone, content: Any) -> UserErro
     state, _ = without_classifier(backbone, max(states, key=lambda state: sum(name in own for name in state)))
 
     try:
-        check_fits(own, state, f"{path}: does not fit {params.arch}", lambda: _ways_out(params, content, _no_usual(backbone, state)))
+        check_fits(
+            own, state, f"{path}: does not fit {params.arch}", lambda: _ways_out(params, content, _no_usual(params, backbone, state))
+        )
     except UserError as error:
         return error
     raise AssertionError("a state dict that fits is found")
@@ -395,11 +403,11 @@ def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, 
         return get().state_dict()
     except Exception as error:  # the libraries' network clients raise errors of many kinds
         reason = reason_of(error)
-        line = f"teacher.arch = {params.arch}: no pretrained weights could be had ({reason})"
+        line = f"{params.key('arch')} = {params.arch}: no pretrained weights could be had ({reason})"
         if "No pretrained weights exist" in reason or "Invalid pretrained tag" in reason:
             near = near_matches(params.arch, timm.list_pretrained())
-            raise UserError(f"{line}; set teacher.arch to one of timm.list_pretrained(){near}") from None
-        way_out = params.known.way_in() if params.known else "set teacher.checkpoint to a local file of them"
+            raise UserError(f"{line}; set {params.key('arch')} to one of timm.list_pretrained(){near}") from None
+        way_out = params.known.way_in() if params.known else f"set {params.key('checkpoint')} to a local file of them"
         raise UserError(f"{line}; {way_out}") from None
 
 
@@ -407,7 +415,8 @@ def _compare_normalisation(params: TeacherParams, image: ImageParams, mean: Any,
     if np.allclose([*image.mean, *image.std], [*mean, *std], rtol=0, atol=2e-3):  # SwAV's 0.228 for 0.229 is of no consequence
         return
     expected = f"the published weights of {params.arch} expect {list(mean)}, {list(std)}"
-    line = f"teacher.image.mean = {image.mean}, teacher.image.std = {image.std}: {expected}"
+    mean_key, std_key = params.key("image.mean"), params.key("image.std")
+    line = f"{mean_key} = {image.mean}, {std_key} = {image.std}: {expected}"
     if not params.checkpoint:
-        raise UserError(f"{line}; set teacher.image.mean and teacher.image.std to these")
-    print(f"{line}; right if teacher.checkpoint was trained otherwise", file=sys.stderr)
+        raise UserError(f"{line}; set {mean_key} and {std_key} to these")
+    print(f"{line}; right if {params.key('checkpoint')} was trained otherwise", file=sys.stderr)
