@@ -372,7 +372,7 @@ def test_metrics_are_their_definition(digits, built, method):
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_overlap_of_bags_by_two_views_is_its_definition(digits, k, tmp_path):
     other = digits[0] + np.random.default_rng(1).normal(0, 2, (400, 64))
-    sets = [[set(nearest(cosine_matrix(keys), row, range(400), k)) for row in range(400)] for keys in (digits[0], other)]
+    sets = [[set(nearest(cosines, row, range(400), k)) for row in range(400)] for cosines in map(cosine_matrix, (digits[0], other))]
     expected = np.mean([len(a & b) / k for a, b in zip(*sets, strict=True)])
     assert 0.05 < expected < 0.9
     array = new_array(zarr.create_group(tmp_path / "keys.zarr"), "keys", (400, 3, 64), np.float32, 50)
