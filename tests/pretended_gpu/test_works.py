@@ -23,6 +23,7 @@ ONCE = {
     "bingo/images/images.py:MemoryImages.on_device",
     "bingo/images/uploads.py:channels",
     "bingo/methods/negatives.py:Negatives._bag_tables",
+    "bingo/methods/parts/momentum.py:Queue._load_from_state_dict",
     "bingo/nets/checkpoint.py:save_network",
     "bingo/runtime/checkpoints.py:Checkpoints.save",
     "bingo/training/loop.py:Trainer.__init__",
