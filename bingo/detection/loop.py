@@ -4,7 +4,6 @@ A resumed run uses the same random numbers as an uninterrupted one and on the CP
 RoIAlign's gradient is summed in an arbitrary order. Shape letters: B images of one process's share, N rows.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from bingo.params import CocoParams
 from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints, Resumable
 from bingo.runtime.errors import UserError
+from bingo.runtime.finite import LossWatch
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import step_lr, steps_in_epoch
 
@@ -128,7 +128,7 @@ class DetectorTrainer(Resumable):
         self.checkpoints, self.label = checkpoints, label
         steps_per_epoch(len(self.rows_N), params.batch_images)
         self.loader = CocoLoader(images, targets.lines, device, workers)
-        self.optimizer = sgd(detector, params)
+        self.optimizer, self.watch = sgd(detector, params), LossWatch(device)
         self.network = distributed.data_parallel(self.detector, device)
         self.step, self.sums, self.summed, self.history, self.result = (
             0,
@@ -142,7 +142,7 @@ class DetectorTrainer(Resumable):
     def run(self) -> DetectionResult:
         """Train to the end, from the last checkpoint if there is one; all processes then hold the same network.
 
-        Raises Interrupted after SIGTERM or SIGINT, with a checkpoint, and UserError for a loss that is not finite, before the update.
+        Raises Interrupted after SIGTERM or SIGINT, with a checkpoint, and UserError for a loss that is not finite, before it is saved.
         """
         self._resume()
         begun = time.monotonic()
@@ -163,7 +163,8 @@ class DetectorTrainer(Resumable):
             bar.advance_to(self.step * self.params.batch_images)
             if self.step % max(1, self.total_steps // CURVE_POINTS) == 0 or self.step == self.total_steps:
                 self._record()
-            self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
+            if distributed.world() == 1 or self.watch.due(self.step):  # to agree on it, several processes wait for the device
+                self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
 
     def _batches(self) -> Iterator[tuple[DetectionPlan, list[Example]]]:
         plans = plan_steps(self.images, self.rows_N, self.params, self.seed, self.step, self.total_steps)
@@ -178,9 +179,9 @@ class DetectorTrainer(Resumable):
         with autocast(self.params.precision, self.device):
             losses = self.network([example.image_3HW.float() / 255 for example in batch], targets)
         loss = torch.stack(list(losses.values())).sum()
-        if distributed.any_true(not math.isfinite(loss.item()), self.device):
-            way_out = f"lower transfer_coco.lr (now {self.params.lr})" if self.step else "look at image.std and at the student's weights"
-            raise UserError(f"{self.label}: the loss is {loss.item()} at step {self.step}; {way_out}")
+        self.watch.note(loss, self.step)
+        if self.watch.due(self.step):
+            self._refuse_what_is_not_finite()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -188,8 +189,19 @@ class DetectorTrainer(Resumable):
         for name, value in {"loss": loss, **losses}.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
+    def _refuse_what_is_not_finite(self) -> None:
+        """Raise UserError if a loss was not finite. Waits for the device."""
+        if (found := self.watch.first(self.step)) is not None:
+            way_out = f"lower transfer_coco.lr (now {self.params.lr})" if found[0] else "look at image.std and at the student's weights"
+            raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; {way_out}")
+
+    def _state(self) -> dict[str, Any]:
+        self._refuse_what_is_not_finite()
+        return super()._state()
+
     def _record(self) -> None:
         """Write a point of the curves: means over the steps since the last point and over all processes."""
+        self._refuse_what_is_not_finite()
         record = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
         self.history.append(record | {name: round(float(distributed.mean(value / self.summed)), 6) for name, value in self.sums.items()})
         self.sums, self.summed = {}, 0

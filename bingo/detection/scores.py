@@ -50,11 +50,12 @@ def detect(
 
 
 def _detections(seen: dict[str, Tensor], example: Example, found: Instances) -> list[dict[str, Any]]:
-    """One image's detections in the frame of its file."""
+    """One image's detections in the frame of its file. They come to the host first, because pasting reads each box."""
+    seen = {name: value.cpu() for name, value in seen.items()}
     height, width = found.images.sides_px(example.row)
     boxes_I4 = resize_boxes(seen["boxes"], list(example.image_3HW.shape[-2:]), [height, width])
     masks_IHW = paste_masks_in_image(seen["masks"], boxes_I4, (height, width))[:, 0] >= MASK_THRESHOLD
-    lengths = rle.encode(np.asfortranarray(masks_IHW.cpu().numpy().transpose(1, 2, 0).astype(np.uint8)))
+    lengths = rle.encode(np.asfortranarray(masks_IHW.numpy().transpose(1, 2, 0).astype(np.uint8)))
     boxes_I4[:, 2:] -= boxes_I4[:, :2].clone()
     shared = {"image_id": found.images.entries[example.row]["id"]}
     rows = zip(seen["labels"].tolist(), seen["scores"].tolist(), boxes_I4.tolist(), lengths, strict=True)

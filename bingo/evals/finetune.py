@@ -10,6 +10,7 @@ BatchNorm is trained (GPUs only) its statistics are those of the whole batch. Sh
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from bingo.params import AugmentParams, CropsParams, ImageParams, Range, TunePar
 from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints, Resumable
 from bingo.runtime.errors import UserError
+from bingo.runtime.finite import LossWatch
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
 
@@ -137,7 +139,7 @@ class ClassifierTrainer(Resumable):
         self.batch_images = min(tune.batch_images, len(task.train_rows_N))
         whole, tail = divmod(len(task.train_rows_N), self.batch_images)
         self.steps_per_epoch = whole + (self.frozen and tail > 0)
-        self.step = 0
+        self.step, self.watch = 0, LossWatch(device)
         self.scores: list[tuple[float, float]] = []
         self.parts = {"trained": layer if self.frozen else self.classifier, "optimizer": self.optimizer}
         self.values = ("step", "scores")
@@ -161,7 +163,8 @@ class ClassifierTrainer(Resumable):
                     bar.advance_to(self.step * self.batch_images)
                     if self.step % self.steps_per_epoch == 0:
                         self.scores.append(self._test())
-                    self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
+                    if distributed.world() == 1 or self.watch.due(self.step):  # to agree on it, several processes wait for the device
+                        self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
         self.checkpoints.save(self._state(), self.step)
         return last_and_best(self.scores)
 
@@ -189,17 +192,28 @@ class ClassifierTrainer(Resumable):
         # Gradients are averaged over processes: the sum over own rows, divided by all rows, times the number of processes.
         share = distributed.world() / batch_rows if counts else 0.0
         loss = F.cross_entropy(self.network(views_B3PP), labels_B, reduction="sum") * share
-        if distributed.any_true(not bool(torch.isfinite(loss)), self.device):
-            raise UserError(f"{self.label}: the loss is {loss.item()} at step {self.step}; lower its lr, or train the network again")
+        self.watch.note(loss, self.step)
+        if self.watch.due(self.step):
+            self._refuse_what_is_not_finite()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+
+    def _refuse_what_is_not_finite(self) -> None:
+        """Raise UserError if a loss was not finite. Waits for the device."""
+        if (found := self.watch.first(self.step)) is not None:
+            raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; lower its lr, or train the network again")
+
+    def _state(self) -> dict[str, Any]:
+        self._refuse_what_is_not_finite()
+        return super()._state()
 
     @torch.inference_mode()
     def _test(self) -> tuple[float, float]:
         """Top-1 and top-5 accuracy on the test rows in percent; each process tests its share."""
         counts_3 = torch.zeros(3, dtype=torch.int64, device=self.device)
         start = 0
+        self._refuse_what_is_not_finite()
         self.classifier.eval()
         for logits_BC in self._test_logits():
             rows_B = self.own_test_rows_N[start : start + len(logits_BC)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.evals.scores import check_labels, first_right, last_and_best, linear_layer, percent, right_of, to_labels
+from bingo.images.uploads import upload
 from bingo.nets.heads import unit
 from bingo.params import CachedProbeParams, CropProbeParams, TuneParams
 from bingo.runtime.errors import UserError
@@ -58,7 +59,7 @@ def linear_on_features(
     scores = []
     with _one_thread_if_small(device, layer, params.batch_images), progress_bar("linear layer", params.epochs, "epochs") as bar:
         for epoch in range(params.epochs):
-            order_N = torch.from_numpy(seeds.permutation(seed, CACHED, epoch, len(train_ND))).to(device)
+            order_N = upload(seeds.permutation(seed, CACHED, epoch, len(train_ND)), device)
             for rows_B in order_N.split(params.batch_images):
                 # Standardised batch by batch, to avoid a second copy of the features.
                 trainer.step((train_ND[rows_B] - mean_D) * scale_D, train_N[rows_B])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bingo import seeds
+from bingo.images.uploads import upload
 from bingo.runtime.errors import UserError
 
 
@@ -38,7 +39,7 @@ def check_labels(label: str, train_N: np.ndarray, test_N: np.ndarray, classes: i
 
 def to_labels(y: np.ndarray, device: torch.device) -> Tensor:
     """Labels as int64 (N,) on the device."""
-    return torch.tensor(np.asarray(y), dtype=torch.int64, device=device)
+    return upload(np.array(y, np.int64), device)
 
 
 def right_of(logits_BC: Tensor, labels_B: Tensor) -> Tensor:

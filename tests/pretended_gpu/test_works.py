@@ -29,7 +29,7 @@ ONCE = {
     "bingo/training/loop.py:Trainer.__init__",
 }
 # Where it waits again and again: a work that shows it, and how often at most. To be lowered or struck off when it waits less; no place
-# may be added to those of a step, an image or a box.
+# may be added to those of an image.
 AGAIN = {
     # an epoch, or a chunk
     "bingo/embeddings/extract.py:_Pass._features": ("extraction", 2),
@@ -39,24 +39,19 @@ AGAIN = {
     "bingo/evals/finetune.py:ClassifierTrainer._test_logits": ("linear layer on random crops", 1),
     "bingo/evals/linear.py:_LinearTrainer.hits": ("linear layer on stored features", 1),
     "bingo/evals/linear.py:_LinearTrainer.test": ("linear layer on stored features", 3),
-    "bingo/evals/linear.py:linear_on_features": ("linear layer on stored features", 3),
     "bingo/runtime/finite.py:LossWatch.first": ("training with probe", 3),
+    "bingo/training/loop.py:Trainer._check_weights": ("training with probe", 2),
     "bingo/training/loop.py:Trainer._end_epoch": ("training with probe", 8),
     "bingo/training/loop.py:Trainer._keep_if_best": ("training with probe", 240),
     "bingo/detection/loop.py:DetectorTrainer._record": ("detector fpn fp32", 12),
-    # a tensor of the network, an epoch
-    "bingo/training/loop.py:Trainer._check_weights": ("interrupted training", 502),
-    # a step
-    "bingo/evals/finetune.py:ClassifierTrainer._train_step": ("fine-tuning", 6),
-    "bingo/evals/scores.py:to_labels": ("fine-tuning", 8),
-    # an image, or a box: most are torchvision's, whose regions are as many as the image has
+    # an image: most are torchvision's, whose regions are as many as the image has
     "bingo/detection/detector.py:Regions._losses": ("detector fpn fp32", 28),
     "bingo/detection/detector.py:Regions._mask_maps": ("detector fpn fp32", 24),
     "bingo/detection/detector.py:Regions.forward": ("detector fpn fp32", 40),
     "bingo/detection/detector.py:_Proposals.compute_loss": ("detector fpn fp32", 8),
     "bingo/detection/detector.py:_SeededSampler.__call__": ("detector fpn fp32", 16),
-    "bingo/detection/loop.py:DetectorTrainer._train_step": ("detector fpn fp32", 45),
-    "bingo/detection/scores.py:_detections": ("detector c4 bf16", 3490),
+    "bingo/detection/loop.py:DetectorTrainer._train_step": ("detector fpn fp32", 43),
+    "bingo/detection/scores.py:_detections": ("detector c4 bf16", 16),
     "bingo/detection/scores.py:detect": ("detector fpn fp32", 32),
     "autograd: index_put by a mask": ("detector c4 bf16", 8),
 }
