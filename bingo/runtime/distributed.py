@@ -93,13 +93,12 @@ class _Failures:
         self._thread.start()
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, Interrupted):
-            if not _is_loss(error):
-                self._report(error)
-            elif found := self._first():
-                raise GroupLost(found[1]) from error
-        self._left.set()
-        self._thread.join(_END_SECONDS)
+        try:
+            if isinstance(error, Exception) and not isinstance(error, Interrupted):
+                (self._pass_on if _is_loss(error) else self._report)(error)
+        finally:
+            self._left.set()
+            self._thread.join(_END_SECONDS)
 
     def _report(self, error: Exception) -> None:
         line = str(error).partition("\n")[0]
@@ -109,20 +108,23 @@ class _Failures:
         if rank() == 0 and os.environ.get("LOCAL_WORLD_SIZE") != str(world()):  # the store ends with it; on one machine the launcher acts
             self._left.wait(2 * _POLL_SECONDS)
 
+    def _pass_on(self, error: Exception) -> None:
+        with suppress(dist.DistError):
+            if found := self._first():
+                raise GroupLost(found[1]) from error
+
     def _first(self) -> list[str]:
-        """The machine of the process that failed first, and its line; or nothing."""
-        with suppress(dist.DistError):  # the process that holds the store has ended
-            if self._store.check([self._key]):
-                return self._store.get(self._key).decode().split(" ", 1)
-        return []
+        """The machine of the process that failed first, and its line; or nothing. Raises DistError if the process with the store ended."""
+        return self._store.get(self._key).decode().split(" ", 1) if self._store.check([self._key]) else []
 
     def _watch(self) -> None:
-        while not self._left.wait(_POLL_SECONDS):
-            found = self._first()
-            if found and not self._left.wait(_END_SECONDS):  # in which the launcher or a lost connection ends most of them
-                if os.environ.get("LOCAL_RANK", "0") == "0" and found[0] != _machine():
-                    print(f"error: {found[1]}; start again to resume", file=sys.stderr, flush=True)
-                os._exit(FAILED)
+        with suppress(dist.DistError):
+            while not self._left.wait(_POLL_SECONDS):
+                found = self._first()
+                if found and not self._left.wait(_END_SECONDS):  # in which the launcher or a lost connection ends most of them
+                    if os.environ.get("LOCAL_RANK", "0") == "0" and found[0] != _machine():
+                        print(f"error: {found[1]}; start again to resume", file=sys.stderr, flush=True)
+                    os._exit(FAILED)
 
 
 def _machine() -> str:
