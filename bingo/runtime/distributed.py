@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bingo.runtime.errors import FAILED, GroupLost, Interrupted, UserError, first_sentence, printable
+from bingo.runtime.errors import FAILED, GroupLost, Interrupted, UserError, first_sentence, out_of_memory, printable, reason_of
 
 # For another process in a collective operation, while it measures, writes or computes its last chunk: NCCL's ten minutes are too few.
 _WAIT = timedelta(hours=6)
@@ -101,8 +101,8 @@ class _Failures:
             self._thread.join(_END_SECONDS)
 
     def _report(self, error: Exception) -> None:
-        line = str(error).partition("\n")[0]
-        line = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
+        line = error.lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {reason_of(error)}"
+        line = out_of_memory(error) or line
         with suppress(dist.DistError):
             self._store.compare_set(self._key, "", f"{_machine()} {self._process} failed: {printable(line)}")
         if rank() == 0 and os.environ.get("LOCAL_WORLD_SIZE") != str(world()):  # the store ends with it; on one machine the launcher acts
