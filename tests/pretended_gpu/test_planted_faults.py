@@ -75,7 +75,7 @@ def test_a_queue_that_is_indexed_from_the_host_waits(tmp_path, monkeypatch):
         self.keys_QP[torch.arange(BATCH) % len(self.rows_Q)] = keys_BP.float()
 
     monkeypatch.setattr(Queue, "push", push)
-    assert faults(tmp_path, MOCO) == {"waits"}
+    assert faults(tmp_path, MOCO) == {"waits", "sorted"}
 
 
 def test_a_mask_as_an_index_waits(tmp_path, monkeypatch):
