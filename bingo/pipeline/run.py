@@ -203,6 +203,25 @@ def _torch_has_a_gpu() -> bool:
     return False
 
 
+def make_deterministic(device: "torch.device") -> bool:
+    """Let torch use deterministic algorithms, and return whether it does: always on a CPU, on a GPU unless BINGO_DETERMINISTIC is 0.
+
+    New memory is not filled, which torch does by default in this mode: no operation here reads what none has written. Raises UserError for
+    another value."""
+    import torch
+
+    wanted = os.environ.get("BINGO_DETERMINISTIC", "1")
+    if wanted not in ("0", "1"):
+        raise UserError(f"BINGO_DETERMINISTIC = {wanted}: allowed are 1 and 0; unset it, or set it to 1, for results that repeat")
+    deterministic = wanted == "1" or device.type == "cpu"
+    torch.use_deterministic_algorithms(deterministic, warn_only=device.type == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return deterministic
+
+
 @contextmanager
 def process_group(run: Run) -> Iterator["torch.device"]:
     """Choose the device, make arithmetic repeatable, and join the launcher's process group if there is one."""
@@ -211,10 +230,9 @@ def process_group(run: Run) -> Iterator["torch.device"]:
     from bingo.runtime import distributed
 
     device = pick_device()
-    torch.backends.cudnn.benchmark = False
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     run.notes["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    if not make_deterministic(device):
+        run.notes["device"] += ", not deterministic"
     with distributed.group(device):
         run.notes["processes"] = distributed.world()
         if restart := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):

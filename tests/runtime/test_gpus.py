@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bingo.pipeline.run import pick_device
+from bingo.pipeline.run import make_deterministic, pick_device
 from bingo.runtime import gpus
 from bingo.runtime.errors import UserError
 from tests.pretended_gpu.fake_faiss import fake_faiss_gpus
@@ -130,3 +130,30 @@ def test_a_gpu_that_is_asked_for_and_not_here(monkeypatch):
     monkeypatch.setenv("BINGO_DEVICE", "cuda")
     with pytest.raises(UserError, match="BINGO_DEVICE = cuda: torch sees no GPU here"):
         pick_device()
+
+
+@pytest.fixture
+def modes(monkeypatch):
+    """torch's modes, which are as they were afterwards."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", torch.utils.deterministic.fill_uninitialized_memory)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    yield
+    torch.use_deterministic_algorithms(was, warn_only=warns)
+
+
+@pytest.mark.parametrize(("wanted", "device", "on"), [(None, "cuda", True), ("1", "cuda", True), ("0", "cuda", False), ("0", "cpu", True)])
+def test_only_a_gpu_does_without_deterministic_algorithms_and_none_fills_memory(monkeypatch, modes, wanted, device, on):
+    monkeypatch.delenv("BINGO_DETERMINISTIC", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("BINGO_DETERMINISTIC", wanted)
+    assert make_deterministic(torch.device(device)) is on is torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark is not on
+    assert not torch.empty(10_000).isnan().all(), "filled memory is NaN throughout"
+
+
+def test_another_value_is_refused(monkeypatch, modes):
+    monkeypatch.setenv("BINGO_DETERMINISTIC", "no")
+    with pytest.raises(UserError, match="BINGO_DETERMINISTIC = no: allowed are 1 and 0"):
+        make_deterministic(CPU)
