@@ -33,7 +33,7 @@ def out_of_memory(error: BaseException) -> str | None:
 def reason_of(error: object) -> str:
     """What an error of a library says, in one line of at most about 160 characters that ends with a whole word; or else its type."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MOST_REASON else f"{text[:_MOST_REASON].rpartition(' ')[0] or text[:_MOST_REASON]} ..."
+    return text if len(text) <= _MOST_REASON else re.sub(r" \S{1,80}$", "", text[:_MOST_REASON]) + " ..."
 
 
 def first_sentence(message: str) -> str:
@@ -54,7 +54,8 @@ def _shortened(line: str) -> str:
     half = _MOST_CHARACTERS // 2
     if len(line) <= _MOST_CHARACTERS:
         return line
-    return f"{line[:half].rpartition(' ')[0] or line[:half]} ... {line[-half:].partition(' ')[2] or line[-half:]}"
+    first, last = re.sub(r" \S{1,80}$", "", line[:half]), re.sub(r"^\S{1,80} ", "", line[-half:])  # between words, unless one is very long
+    return f"{first} ... {last}"
 
 
 def short(value: Any) -> str:
