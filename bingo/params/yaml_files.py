@@ -1,5 +1,7 @@
 """Read a YAML 1.2 file, or report in one line why it cannot be read."""
 
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,20 @@ from bingo.runtime.errors import UserError, reason_of
 
 def read_yaml(path: Path | str) -> Any:
     """A YAML 1.2 file (so that 1e-05, as DVC writes it, is a number). Raises UserError if it cannot be read or parsed."""
-    from ruamel.yaml import YAML
-
     try:
-        return YAML(typ="safe", pure=True).load(Path(path).read_text())
+        return deepcopy(_parsed(Path(path).read_text()))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run from the folder that holds params.yaml") from None
     except Exception as error:  # arbitrary text makes the parser raise almost anything
         raise UserError(f"{path}: is not YAML: {_yaml_reason(error)}; correct it") from None
+
+
+@lru_cache(512)
+def _parsed(text: str) -> Any:
+    """What a text holds: parsing takes a hundred times as long as copying the result."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def _yaml_reason(error: Exception) -> str:

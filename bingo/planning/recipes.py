@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -202,12 +202,6 @@ def _in_order(folder: Path, name: str, above: tuple[str, ...]) -> Iterator[Path]
 
 
 def _content(path: Path) -> dict[str, Any]:
-    return _parsed(path, path.stat().st_mtime_ns)
-
-
-@cache
-def _parsed(path: Path, _changed: int) -> dict[str, Any]:
-    """Parts are read once for all recipes that include them, unless they have changed."""
     content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, not sections of params.yaml")
