@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_bags --plot bags.svg          2 cores: about 10 minutes, 5 GB of disk, 12 GB of memory
     python -m benchmarks.bench_bags --device cuda --rows 10000 100000 1000000 1281167 --flop 1e16
+    python -m benchmarks.bench_bags --device cuda --rows 1281167 --flop 1e16 --searches exact
 
 Features are a mixture of Gaussians, made block by block into a zarr store; every measurement reads a prefix of it in a separate
 process, including reading and normalising. The limit is 2 N^2 D operations (K-means: 2 N C D an assignment, and the pairs inside clusters)
@@ -67,12 +68,16 @@ def main() -> None:
     options = parse()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not in_own_process(gpus_of_faiss)[0]:
+        raise SystemExit("--device cuda: FAISS sees no GPU here, or is built without (faiss-cpu); install faiss-gpu, or give --device cpu")
     sizes = sorted(options.rows)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         store = Path(folder) / "features.zarr"
         in_own_process(make_features, store, sizes[-1], options.width)
         print(f"{options.width} wide, k = {options.k}, {options.device}")
         exact = grow("exact", search_exactly, store, sizes, options)
+        if options.searches == "exact":
+            return
         peer = grow("IndexFlatIP", search_flat, store, sizes, options)
         streamed(store, sizes, options)
         clustered = grow_kmeans(store, sizes, options)
@@ -90,6 +95,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 30_000, 100_000, 300_000, 1_000_000])
+    parser.add_argument("--searches", choices=["all", "exact"], default="all")
     parser.add_argument("--width", type=int, default=IMAGENET_WIDTH)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--clusters", type=int, default=256)
@@ -109,6 +115,13 @@ def in_own_process(work: Callable[..., Any], *arguments: Any) -> tuple[Any, floa
     """What `work` returns, and the most memory that its process held, in MB."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(with_peak, work, *arguments).result()
+
+
+def gpus_of_faiss() -> int:
+    """How many GPUs FAISS sees."""
+    import faiss
+
+    return faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
 
 
 def with_peak(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:

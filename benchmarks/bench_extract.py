@@ -87,8 +87,10 @@ def main() -> None:
         )
         with tempfile.TemporaryDirectory() as folder:
             pictures = make_images(Path(folder), case, images, options.files)
+            if isinstance(pictures, FileImages):
+                pictures.jpeg_decoder = options.jpeg_decoder
             rates = measure(case, pictures, params, Path(folder), device, options.repeats)
-        source = f"{images} {'files' if options.files else 'images in memory'}"
+        source = f"{images} {f'files decoded by the {options.jpeg_decoder}' if options.files else 'images in memory'}"
         dtype = str(resolve_precision(params.precision, device)).removeprefix("torch.")
         print(f"{name}: {case.arch} x {case.width}, {case.crop_px} px, {source}, {params.views} views, {dtype}, {device}")
         for label, values, unit in rates:
@@ -118,6 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--files", action="store_true", help="decode JPEG files at use instead of reading an array in memory")
+    parser.add_argument("--jpeg-decoder", choices=["cpu", "gpu"], default="cpu", help="of the random views of files")
     parser.add_argument("--images", type=int, help="train images (default: enough for 2 cores)")
     parser.add_argument("--views", type=int, help="stored views of each image")
     parser.add_argument("--batch-images", type=int)

@@ -4,10 +4,12 @@
     python -m benchmarks.bench_loader --device cuda --images 8192 --batch-images 256
     python -m benchmarks.bench_loader --folder ~/imagenet/val      photographs instead of synthetic images
 
-Three tables, each of variants that take turns; printed are medians and, in brackets, the smallest and the largest of the repeats.
+Tables, each of variants that take turns; printed are medians and, in brackets, the smallest and the largest of the repeats.
   files     JPEG files to views, with as many workers: bare decode by Pillow and by simplejpeg (each file read and decoded to RGB, nothing
             else: the limit), this project's workers (uint8 crops, one and three for each decoded image), the whole loader (coloured,
-            normalised, on the device), and torchvision's transforms on each image in the workers. The goal is 85 % of a bare decode.
+            normalised, on the device), on a GPU also with nvJPEG, and torchvision's transforms on each image in the workers. The goal is
+            85 % of a bare decode.
+  pixels    how far the pixels of the device's decoder (nvJPEG; on the CPU torchvision's libjpeg) are from simplejpeg's, in levels of 255
   colours   uint8 crops on the device to coloured, normalised views: this project's, kornia's (if it is installed: it is not a dependency
             of this project) and torchvision's image by image
   memory    images in memory: the views of a step compared with the student's forward and backward on them, 32 px. The goal is 10 %.
@@ -19,6 +21,7 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -37,6 +41,7 @@ from bingo.images.decoding import DecodePlan, FileDecoder
 from bingo.images.draws import draw_views
 from bingo.images.images import FileImages, MemoryImages
 from bingo.images.loader import Request, ViewLoader
+from bingo.images.nvjpeg import decode_on
 from bingo.params import AugmentParams, ImageParams
 from bingo.runtime.workers import worker_count
 
@@ -128,16 +133,22 @@ def file_variants(images: FileImages, paths: list[Path], options: argparse.Names
         plans = (DecodePlan(rows_T, draw_views(CASE.augment, 0, "anchor", 0, rows_T, view_T)[0], [IMAGE]) for rows_T in rows_NT)
         return decoder.batches(plans)
 
-    def whole() -> Iterator[list[Tensor]]:
-        loader = ViewLoader(images, IMAGE, CASE.augment, 0, device, options.workers)
-        return loader.views([Request(rows_B, rows_B, "anchor", 0, 0)] for rows_B in rows_NB)
+    def whole(views: int, jpeg_decoder: str) -> Iterator[list[Tensor]]:
+        files = FileImages(images.root, images.paths, jpeg_decoder=jpeg_decoder)
+        loader = ViewLoader(files, IMAGE, CASE.augment, 0, device, options.workers)
+        return loader.views([Request(rows_B, rows_B, "anchor", 0, view) for view in range(views)] for rows_B in rows_NB)
 
+    on_gpu: dict[str, Batches] = {}
+    if device.type == "cuda":
+        on_gpu = {f"whole loader, nvJPEG, {views} view{'s' * (views > 1)}": partial(whole, views, "gpu") for views in (1, 3)}
     return {
         "bare decode, Pillow": lambda: plain_batches(paths, by_pillow, options),
         "bare decode, simplejpeg": lambda: plain_batches(paths, by_simplejpeg, options),
         "workers' part, 1 view": lambda: workers_part(1),
         "workers' part, 3 views": lambda: workers_part(3),
-        "whole loader, 1 view": whole,
+        "whole loader, 1 view": lambda: whole(1, "cpu"),
+        "whole loader, 3 views": lambda: whole(3, "cpu"),
+        **on_gpu,
         "torchvision, 1 view": lambda: plain_batches(paths, ByTorchvision(CASE.augment), options),
     }
 
@@ -176,6 +187,30 @@ def files_table(options: argparse.Namespace) -> None:
     for name, values in rates.items():
         shares = [[100 * a / b for a, b in zip(values, rates[f"bare decode, {bare}"], strict=True)] for bare in ("Pillow", "simplejpeg")]
         print(f"    {name:<26}{spread(values, 1):>30}{spread(shares[0], 1):>26}{spread(shares[1], 1):>26}")
+
+
+def pixels_table(options: argparse.Namespace) -> None:
+    """Print the differences of up to 64 files, as they are and enlarged or reduced to 224 px."""
+    device = torch.device(options.device)
+    with tempfile.TemporaryDirectory() as folder:
+        images = photographs(Path(options.folder), 64) if options.folder else made(Path(folder), min(64, options.images))
+        contents = [Path(images.root, path).read_bytes() for path in images.paths]
+    found = decode_on(device, [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents])
+    pairs = [
+        (image_3HW.cpu().float(), torch.from_numpy(simplejpeg.decode_jpeg(content, "RGB")).permute(2, 0, 1).float())
+        for image_3HW, content in zip(found, contents, strict=True)
+        if image_3HW is not None
+    ]
+    print(f"pixels: {len(pairs)} of {len(contents)} files decoded on {device}, levels of 255 from simplejpeg's pixels")
+    for name, change in (("as decoded", lambda x: x), (f"at {CASE.crop_px} px", reduced)):
+        differences = torch.cat([(change(ours) - change(theirs)).abs().flatten() for ours, theirs in pairs])
+        beyond = 100 * float((differences > 2).float().mean())
+        print(f"    {name:<14} mean {float(differences.mean()):.3f}, largest {float(differences.max()):.0f}, over 2 levels {beyond:.2f} %")
+
+
+def reduced(image_3HW: Tensor) -> Tensor:
+    """An image resized to the side of a view."""
+    return interpolate(image_3HW[None], (CASE.crop_px, CASE.crop_px), mode="bilinear", antialias=True)[0]
 
 
 def made(folder: Path, count: int) -> FileImages:
@@ -252,13 +287,14 @@ def main() -> None:
         least = (UNTIMED_BATCHES + 1) * options.batch_images
         raise SystemExit(f"--images {options.images}: allowed from {least} on at --batch-images {options.batch_images}")
     for name in options.tables:
-        {"files": files_table, "colours": colours_table, "memory": memory_table}[name](options)
+        {"files": files_table, "pixels": pixels_table, "colours": colours_table, "memory": memory_table}[name](options)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", nargs="+", choices=["files", "colours", "memory"], default=["files", "colours", "memory"])
+    tables = ["files", "pixels", "colours", "memory"]
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", help="photographs, instead of made images")
     parser.add_argument("--images", type=int, default=768)

@@ -92,6 +92,7 @@ class ReadyViews:
     """Stands in for the loader: views that lie on the device already, always the same."""
 
     wait_seconds = 0.0
+    teacher_image = None
 
     def __init__(self, case: StepCase, params: Params):
         self.case, self.augment, self.ready = case, params.distill.augment, case.views(4, case.batch_anchors)
@@ -228,13 +229,11 @@ def main() -> None:
     if options.turns_of:
         return take_turns(case, options.turns_of, options.steps, options.cpu_seconds)
     if options.memory_of:
-        if (mebibytes := peak_mebibytes(case, options.memory_of, options.tensors)) is not None:
-            print(mebibytes)
-        return
+        return print(peak_mebibytes(case, options.memory_of, options.tensors))
     bare = {name: f"student alone, {VIEWS[name]} views" for name in names}
     order = [*dict.fromkeys([*names, *bare.values()])] + ([] if options.no_peer else ["peer"])
     # First of all: a process's peak starts from that of the process which started it, which is small as yet.
-    memory = {} if options.no_memory else {name: memory_elsewhere(name) for name in order}
+    memory = {} if options.no_memory else {name: memory_elsewhere(name, case.device) for name in order}
     seconds = measure_elsewhere(order, options.repeats)
     clock = "CPU seconds" if options.cpu_seconds else "wall seconds"
     precision = str(resolve_precision(case.precision, case.device)).removeprefix("torch.")
@@ -317,14 +316,14 @@ def take_turns(case: StepCase, name: str, count: int, cpu_seconds: bool) -> None
                 torch.cuda.empty_cache()
 
 
-def memory_elsewhere(name: str) -> list[float]:
+def memory_elsewhere(name: str, device: torch.device) -> list[float]:
     """Peak memory of one variant alone, in MiB, measured by processes of its own: of tensors and, on the CPU, of the process."""
     command = [sys.executable, "-m", "benchmarks.bench_step", *sys.argv[1:], "--memory-of", name]
-    printed = (run([*command, *more], check=True, stdout=PIPE, text=True).stdout for more in (["--tensors"], []))
-    return [float(text) for text in printed if text]
+    kinds = (["--tensors"], []) if device.type == "cpu" else (["--tensors"],)
+    return [float(run([*command, *more], check=True, stdout=PIPE, text=True).stdout) for more in kinds]
 
 
-def peak_mebibytes(case: StepCase, name: str, tensors: bool) -> float | None:
+def peak_mebibytes(case: StepCase, name: str, tensors: bool) -> float:
     """What two steps of this variant hold at most, weights, bank or queue included: torch's tensors, or on the CPU the process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counting = tensors and case.device.type == "cpu"
@@ -336,7 +335,7 @@ def peak_mebibytes(case: StepCase, name: str, tensors: bool) -> float | None:
         events = [event for event in counter.profiler.kineto_results.events() if event.name() == "[memory]"]
         return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))) / 2**20
     if case.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(case.device) / 2**20 if tensors else None
+        return torch.cuda.max_memory_allocated(case.device) / 2**20
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
 
 

@@ -24,6 +24,8 @@ from bingo.params import BicubicImageParams, ImageParams, load_params
 from bingo.runtime import workers
 from bingo.runtime.errors import UserError
 from tests.images.test_augment import MOCO2 as AUGMENT
+from tests.photographs import BASELINE
+from tests.photographs import photographs as make_photographs
 
 CPU = torch.device("cpu")
 IMAGE = ImageParams(crop_px=16, resize_px=20, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
@@ -160,32 +162,9 @@ def test_each_image_of_a_plan_is_decoded_once(files, monkeypatch):
     assert len(decoded) == len(set(decoded)) == 3
 
 
-def jpeg(folder: Path, name: str, image: Image.Image, **options: object) -> str:
-    image.save(folder / name, **options)
-    return name
-
-
 @pytest.fixture
 def photographs(tmp_path) -> FileImages:
-    """What nvJPEG decodes (rows 0 to 5), and what is left to the CPU."""
-    photo = Image.fromarray(np.random.default_rng(3).integers(0, 256, (12, 15, 3), np.uint8)).resize((75, 60))
-    exif, turned = Image.Exif(), Image.Exif()
-    exif[0x0112], turned[0x0112] = 1, 6
-    names = [
-        *(jpeg(tmp_path, f"subsampled-{kind}.jpg", photo, subsampling=kind) for kind in ("4:2:0", "4:2:2", "4:4:4")),
-        jpeg(tmp_path, "grey.jpg", photo.convert("L")),
-        jpeg(tmp_path, "exif.jpg", photo, exif=exif),
-        jpeg(tmp_path, "restarts.jpg", photo, restart_marker_blocks=2),
-        jpeg(tmp_path, "progressive.jpg", photo, progressive=True),
-        jpeg(tmp_path, "cmyk.jpg", photo.convert("CMYK")),
-        jpeg(tmp_path, "turned.jpg", photo, exif=turned),
-        jpeg(tmp_path, "stored-as-rgb.jpg", photo, keep_rgb=True),
-        jpeg(tmp_path, "large.jpg", photo.resize((600, 600)), quality=95),
-        jpeg(tmp_path, "photo.png", photo),
-        jpeg(tmp_path, "png-in-disguise.jpg", photo, format="PNG"),
-    ]
-    (tmp_path / "bytes-behind.jpg").write_bytes((tmp_path / names[0]).read_bytes() + b"behind")
-    return FileImages(str(tmp_path), [*names, "bytes-behind.jpg"])
+    return FileImages(str(tmp_path), make_photographs(tmp_path))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -196,9 +175,9 @@ def test_a_gpu_decodes_plain_jpeg_files_and_leaves_all_others_as_they_are(photog
     rows = np.arange(len(photographs))
     plan = [_request(rows), _request(rows[::-1], view=1), _request([2, 2, 13], view=2)]
     got, want = by_gpu(photographs, plan, workers)
-    assert given == [Path(photographs.root, path).stat().st_size for path in photographs.paths[:6]]
+    assert given == [Path(photographs.root, path).stat().st_size for path in photographs.paths[:BASELINE]]
     for ours, theirs, request in zip(got, want, plan, strict=True):
-        there_B = torch.from_numpy(request.image_rows_B < 6)
+        there_B = torch.from_numpy(request.image_rows_B < BASELINE)
         assert torch.equal(ours[~there_B], theirs[~there_B])
         assert (ours[there_B] - theirs[there_B]).abs().max() < 2.01 / 255 / 0.22
         assert not torch.equal(ours[there_B], theirs[there_B])  # resized as floats, not as bytes
