@@ -23,9 +23,9 @@ def random_views(
 ) -> Tensor:
     """Views of these rows of uint8 squares (N, S, S, 3), drawn by `draw_views`: normalised float32 (B, 3, P, P), channels_last."""
     side_px, recolouring = images_NSS3.shape[1], Recolouring(colours, augment, image.crop_px)
-    rows_B, crops = rows_B[recolouring.order_B], crops[recolouring.order_B]
-    lines_6L = crop_lines(crop_boxes(crops, side_px, side_px), crops.flip_B, image.crop_px)
-    rows_on_device_B, lines, *numbers = upload_together([rows_B, lines_6L, *recolouring.numbers], images_NSS3.device)
+    order_B = recolouring.order_B
+    lines_6L = crop_lines(crop_boxes(crops, side_px, side_px)[order_B], crops.flip_B[order_B], image.crop_px)
+    rows_on_device_B, lines, *numbers = upload_together([rows_B[order_B], lines_6L, *recolouring.numbers], images_NSS3.device)
     x_B3PP = crop_and_resize(images_NSS3.index_select(0, rows_on_device_B), lines, image.crop_px, image.interpolation)
     return recolouring(x_B3PP, numbers, image)
 
