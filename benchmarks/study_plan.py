@@ -96,6 +96,10 @@ class StudyPlan(_StudySection):
         """The recipe of a variant; a recipe itself."""
         return self.variants[name].recipe if name in self.variants else name
 
+    def own_epochs(self, name: str) -> bool:
+        """Whether a variant has a number of epochs of its own: it is in the table of FLOPs alone, with those that it has."""
+        return name in self.variants and EPOCHS in dict(flattened(self.variants[name].settings))
+
     def fixed(self, name: str, part: "Part") -> dict[str, Any]:
         """What is set for all runs of a recipe or variant in a part of the study, by dotted keys."""
         own = self.variants[name].settings if name in self.variants else {}
@@ -251,6 +255,8 @@ class Wishes:
             return None
         settings = self.plan.fixed(recipe, part) | self.tuned(tuned, *self.place(best))
         if part == "flops":
+            if self.plan.own_epochs(recipe):
+                return None
             ours, theirs = self._cost(recipe), self._cost(self.plan.reference)
             usual = dict(flattened(self.documents[recipe]))[EPOCHS] if EPOCHS not in settings else settings[EPOCHS]
             if ours is None or theirs is None or (epochs := max(1, round(usual * theirs / ours))) == usual:

@@ -70,7 +70,7 @@ def _compared(wishes: Wishes, part: Part) -> Iterator[list[str]]:
     """A row for each recipe, the most accurate first, then teacher and floors. At equal FLOPs a run of the first part counts where its
     FLOPs are equal anyway."""
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for recipe in wishes.plan.recipes:
+    for recipe in (recipe for recipe in wishes.plan.recipes if part == "flops" or not wishes.plan.own_epochs(recipe)):
         for seed in wishes.plan.tables.seeds:
             wanted = wishes.compared(part, recipe, seed) or wishes.compared("anchors", recipe, seed)
             if wanted and (line := wishes.line_of(wanted)) and line["linear"]:

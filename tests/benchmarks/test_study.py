@@ -35,10 +35,11 @@ VARIANTS = """
 variants:
   wide: {recipe: method-bingo, settings: {bagging: {k: 20}}}
   narrow: {recipe: method-bingo, like: method-bingo, settings: {bagging: {k: 2}}}
+  longer: {recipe: method-bingo, like: wide, settings: {bagging: {k: 20}, distill: {epochs: 13}}}
   once: {recipe: method-bingo, like: wide, settings: {bagging: {k: 3}}}
 rounds:
   - {method-bingo: [methods.bingo.temperature]}
-  - {wide: [methods.bingo.temperature], narrow: []}
+  - {wide: [methods.bingo.temperature], narrow: [], longer: []}
 """
 COSTS = {"method-simreg": 0.03}
 
@@ -170,7 +171,10 @@ def test_a_variant_is_tuned_itself_or_has_the_values_of_another_and_in_no_round_
     assert row[-1] == f"{-math.log(4):+.1f}"
     keys = ("bagging.k", "distill.lr", "methods.bingo.temperature")
     compared = {line["recipe"]: [line["settings"].get(key) for key in keys] for line in lines if line["part"] == "anchors"}
-    assert compared == {"method-bingo": [None, 0.2, 0.2], "wide": [20, 0.6, 0.4], "narrow": [2, 0.2, 0.2]}
+    assert compared == {"method-bingo": [None, 0.2, 0.2], "wide": [20, 0.6, 0.4], "longer": [20, 0.6, 0.4], "narrow": [2, 0.2, 0.2]}
+    assert {line["settings"]["distill.epochs"] for line in lines if line["recipe"] == "longer"} == {13}
+    tables = {part: [row[0] for row in study_tables._compared(Wishes(plan, lines), part)] for part in ("anchors", "flops")}
+    assert ("longer" in tables["anchors"], "longer" in tables["flops"]) == (False, True), "its anchors are not equal"
     assert all(line["settings"].get("bagging.k") == 20 for line in lines if line["recipe"] == "wide")
 
 
