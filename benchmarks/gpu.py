@@ -27,14 +27,14 @@ import torch
 
 from benchmarks.parser import Parser
 from bingo.pipeline.process import mistakes_as_lines
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, reason_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/gpu.md"
 PART_SECONDS = 480
 STORES = ("ruamel.yaml", "simplejpeg", "zarr")
 PACKAGES = ("torch", "torchvision", "timm", "faiss-gpu", "faiss-cpu", "zarr")
-_SECTION = re.compile(r"^## (\w+): `([^`]+)`\n\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_SECTION = re.compile(r"^## (\w+): `([^`]+)`\n\n(.*?)(?=^## \w+: `|\Z)", re.MULTILINE | re.DOTALL)
 _DONE = re.compile(r"\d{4}-\d{2}-\d{2}, \d+ s\n")
 
 
@@ -105,12 +105,16 @@ class Results:
 
     def __init__(self, path: Path, machine: str):
         self.path, self.machine = path, machine
-        text = path.read_text() if path.exists() else ""
+        try:
+            text = path.read_text() if path.exists() else ""
+        except (OSError, ValueError) as error:
+            raise UserError(f"--out = {path}: cannot be read ({reason_of(error)}); give another file") from None
         self.sections = {(part, command): body for part, command, body in _SECTION.findall(text) if part in NAMES}
         found = re.search(r"^Machine: (.*)$", text, re.MULTILINE)
         if text and (found is None or found[1] != machine):
             here = f"was measured on {found[1] if found else 'an unknown machine'}; here is {machine}"
             raise UserError(f"--out = {path}: {here}; give another file, or delete this one")
+        self._write()  # that it cannot be is not to be found out after the first command
 
     def has(self, part: str, command: str) -> bool:
         """Whether the command ended well."""
@@ -119,11 +123,17 @@ class Results:
     def add(self, part: str, command: str, how: str, output: str) -> None:
         """Write the file with this section, in place of an earlier one."""
         self.sections[part, command] = f"{time.strftime('%Y-%m-%d')}, {how}\n\n```\n{output.replace('```', '` ` `').rstrip()}\n```\n\n"
+        self._write()
+
+    def _write(self) -> None:
         sections = sorted(self.sections.items(), key=lambda section: NAMES.index(section[0][0]))
         body = "".join(f"## {part}: `{command}`\n\n{text}" for (part, command), text in sections)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(f"# Measured by `python -m benchmarks.gpu`\n\nMachine: {self.machine}\n\n{body}".rstrip() + "\n")
-        partial.replace(self.path)
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        try:
+            partial.write_text(f"# Measured by `python -m benchmarks.gpu`\n\nMachine: {self.machine}\n\n{body}".rstrip() + "\n")
+            partial.replace(self.path)
+        except OSError as error:
+            raise UserError(f"--out = {self.path}: cannot be written ({reason_of(error)}); give another file") from None
 
 
 def machine(rehearse: bool) -> str:
@@ -156,7 +166,8 @@ def missing(needs: Sequence[str]) -> list[str]:
 def run(command: str, seconds: float) -> tuple[int | None, str]:
     """Exit code (None: ended after so many seconds) and output of `python -m COMMAND`, of whose processes none is left."""
     python = [sys.executable, "-u", "-m", *command.split()]
-    process = subprocess.Popen(python, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(python, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0)
     try:
         output, _ = process.communicate(timeout=seconds)
         return process.returncode, output

@@ -141,13 +141,16 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the
 
 
 def _committed() -> dict[str, Any]:
-    """params.yaml as it was committed; empty where git does not have it."""
+    """params.yaml as it was committed; empty where git does not have it, or has what cannot be read."""
     from ruamel.yaml import YAML
 
     if not shutil.which("git"):
         return {}
-    shown = subprocess.run(["git", "show", f"HEAD:./{PARAMS}"], capture_output=True, text=True, check=False).stdout
-    return YAML(typ="safe", pure=True).load(shown) or {}
+    shown = subprocess.run(["git", "show", f"HEAD:./{PARAMS}"], capture_output=True, check=False).stdout
+    try:
+        return dict(YAML(typ="safe", pure=True).load(shown) or {})
+    except Exception:  # arbitrary bytes make the parser raise almost anything
+        return {}
 
 
 def seen_from_workspace(root: str) -> str:
@@ -204,7 +207,7 @@ def _dumped(document: Any) -> str:
 
     text = io.StringIO()
     _yaml().dump(document, text)
-    return re.sub(r"^( *)\w+: \{.{99,}\}$", _folded, text.getvalue(), flags=re.MULTILINE)
+    return re.sub(r"^( *)\w+: \{[^#\n]{99,}\}$", _folded, text.getvalue(), flags=re.MULTILINE)
 
 
 def _folded(line: "re.Match[str]") -> str:

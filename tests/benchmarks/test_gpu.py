@@ -67,6 +67,26 @@ def test_what_the_file_has_is_not_measured_again(here):
         gpu.Results(here / "gpu.md", "A100")
 
 
+@pytest.mark.parametrize("place", ["no/such/gpu.md", "folder", "latin.md", "file/gpu.md"])
+def test_a_file_that_cannot_be_read_or_written_is_refused_before_the_first_command(here, place):
+    (here / "folder").mkdir()
+    (here / "file").touch()
+    (here / "latin.md").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(UserError, match="--out"):
+        gpu.Results(here / place, "H100")
+
+
+def test_any_output_and_own_notes_stay_in_the_file(here):
+    names = commands(here, first="print('## Table: 3\\nratio 1'); import sys; sys.stdout.buffer.write(b'\\xff\\n')", second="print(2)")
+    part, path = gpu.Part("step", names, (), ()), here / "gpu.md"
+    assert gpu.measure(part, names[:1], gpu.Results(path, "H100"), 60)
+    path.write_text(path.read_text() + "\n## My notes\n\nThe fan was loud.\n")
+    before = path.read_text().rstrip()
+    assert "## Table: 3\nratio 1" in before
+    assert gpu.measure(part, names, gpu.Results(path, "H100"), 60)
+    assert path.read_text().startswith(before)
+
+
 def test_parts_stand_in_their_order_whichever_was_measured_first(here):
     names = commands(here, first="print(1)")
     for name in ("memory", "loader"):

@@ -169,6 +169,18 @@ def test_one_setting_changes_in_a_section_on_one_line_or_in_a_block(rewritten, s
     load_params(rewritten)
 
 
+def test_a_long_remark_behind_a_section_stays(rewritten, monkeypatch):
+    remark = "  # tried before: " + ", ".join(f"k{i}: {{views: {i}}}" for i in range(12))
+    rewritten.write_text(re.sub(r"^(extract: .*)$", rf"\1{remark}", rewritten.read_text(), flags=re.MULTILINE))
+    before = rewritten.read_text().splitlines()
+    monkeypatch.chdir(rewritten.parent)
+    overlay, expected = {"methods": {"bingo": {"terms": "expected"}}}, read_yaml(rewritten)
+    lay_over(expected, overlay)
+    write_params(overlay, expected)
+    changed = [line for line in rewritten.read_text().splitlines() if line not in before]
+    assert changed == ["    terms: expected"]
+
+
 @pytest.mark.parametrize("name", ["method-seed", "downstream-digits", "coco-fpn", "imagenet-r18-seed-r50w2", "keys-stored"])
 def test_a_recipe_and_the_way_back_leave_the_file_as_it_was(rewritten, monkeypatch, name):
     """Sections on one line stay there, up to 140 columns, and only lines of changed values change."""

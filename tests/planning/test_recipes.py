@@ -800,6 +800,18 @@ def test_few_labels_and_transfer_as_published():
     assert not recipe("downstream-imagenet-cifar").about.deviates
 
 
+@pytest.mark.parametrize("committed", [b"<<<<<<< HEAD\nseed: 0\n", b"- 1\n", b"seed: !own 1\n", b"seed: \xff\n", b"words\n"])
+def test_a_committed_file_that_cannot_be_read_takes_nothing_back(clone, committed):
+    good = Path("params.yaml").read_bytes()
+    Path("params.yaml").write_bytes(committed)
+    for command in ("init --quiet", "add params.yaml", "-c user.name=a -c user.email=a@b commit --quiet -m broken"):
+        subprocess.run(["git", *command.split()], check=True)
+    Path("params.yaml").write_bytes(good)
+    result = call("use", "method-seed")
+    assert result.exit_code == 0, result.output
+    assert load_params("params.yaml").distill.method == "seed"
+
+
 def test_what_is_named_by_the_user_is_replaced_whole(clone):
     assert call("use", "downstream-digits").exit_code == 0
     assert set(load_params("params.yaml").transfer.datasets) == {"digits_24px"}
