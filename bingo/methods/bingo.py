@@ -84,7 +84,7 @@ class Bingo(Method):
         if not self.related:
             return {"loss": loss_of(batch.anchor_views[0], [(1.0, anchor_keys_BP)])}
         terms = self._terms(batch, progress, anchor_keys_BP, member_keys_BP)
-        with casts_kept(self.context.precision, self.context.device):
+        with casts_kept(self, self.context.precision, self.context.device):
             total, values = sum_of_terms({name: partial(loss_of, *term) for name, term in terms.items()}, self)
         return {"loss": total if self.params.terms == "paper" else total / len(terms), **values}
 

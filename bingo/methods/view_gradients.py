@@ -43,6 +43,7 @@ class _TermByTerm(torch.autograd.Function):
                 added = torch._foreach_add([sums[number] for number in both], [gradients[number] for number in both])
                 gradients |= zip(both, added, strict=True)
             sums |= gradients
+        ctx.set_materialize_grads(False)  # the values have none
         ctx.sums, ctx.parameters = sums, len(trained)
         ctx.mark_non_differentiable(*values)
         return torch.stack(values).sum(), *values

@@ -3,15 +3,18 @@
 What a GPU computes in float32 it may multiply as TF32 (10 bits of mantissa), unless the precision is `fp32`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from bingo.runtime.errors import UserError
 
 HALF_SIMILARITIES = ("cuda",)  # a CPU gains nothing by them
+_CAST_LAYERS = (nn.Linear, nn.Conv2d)  # no subclass: one may compute with its weight before autocast casts the result
 
 
 @cache
@@ -50,8 +53,40 @@ def dtype_of_similarities(precision: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def casts_kept(precision: str, device: torch.device) -> Iterator[None]:
+def casts_kept(network: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
     """In the body, bf16 copies of weights made by one `autocast` are reused by the next; everything outside of `autocast` stays in
-    float32."""
-    with autocast(precision, device), torch.autocast(device.type, enabled=False):
-        yield
+    float32. Those of linear and convolutional layers are made, and their gradients cast back, by one operation for all layers."""
+    dtype = resolve_precision(precision, device)
+    layers = [layer for layer in network.modules() if type(layer) in _CAST_LAYERS and dtype != torch.float32]
+    named = [(layer, name, weight) for layer in layers for name, weight in layer.named_parameters() if weight.requires_grad]
+    try:
+        if named:
+            for (layer, name, _), cast in zip(named, _Cast.apply(dtype, *(weight for *_, weight in named)), strict=True):
+                layer.__dict__[name] = cast  # found before the parameter, which stays where it is for everything else
+        with autocast(precision, device), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for layer, name, _ in named:
+            layer.__dict__.pop(name, None)
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors in another dtype, and their gradients back in their own, which is the same for all; a tensor without gradient gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = tensors[0].dtype
+        return tuple(_as_dtype(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = iter(_as_dtype([gradient for gradient in gradients if gradient is not None], ctx.dtype))
+        return None, *(gradient if gradient is None else next(found) for gradient in gradients)
+
+
+def _as_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if tensors:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies

@@ -1,5 +1,7 @@
 """Gradients term by term: those of the plain sum, for one view's activations at a time."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,7 @@ def losses(net: nn.Module, views: list[torch.Tensor], precision: str) -> dict:
 def test_value_gradient_and_statistics_are_those_of_the_plain_sum(precision):
     views = [torch.randn(4, 3, 8, 8) for _ in range(3)]
     ours, plain = network(), network()
-    with casts_kept(precision, CPU):
+    with casts_kept(ours, precision, CPU):
         total, values = sum_of_terms(losses(ours, views, precision), ours)
     wanted = {name: term() for name, term in losses(plain, views, precision).items()}
     for name, value in wanted.items():
@@ -60,21 +62,25 @@ def test_value_gradient_and_statistics_are_those_of_the_plain_sum(precision):
 
 def test_the_copies_in_bf16_are_made_once():
     """And products outside `autocast` stay in float32."""
-    net, view, seen = network(), torch.randn(4, 3, 8, 8), []
+    net, view, seen, casts = network(), torch.randn(4, 3, 8, 8), [], Counter()
     net[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    casts = []
+    weights = [net[0].weight, net[4].weight, net[4].bias, net[5].bias]
 
     class Casts(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._to_copy.default and args[0] is net[4].weight:
-                casts.append(kwargs)
+            if function is torch.ops.aten._foreach_copy_.default:
+                casts[args[0][0].dtype] += 1
+                assert len(args[0]) == len(weights)
+            if function is torch.ops.aten._to_copy.default:
+                assert not any(args[0] is weight for weight in weights)
             return function(*args, **(kwargs or {}))
 
-    with Casts(), casts_kept("bf16", CPU):
+    with Casts(), casts_kept(net, "bf16", CPU):
         sum_of_terms(losses(net, [view] * 3, "bf16"), net)
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert seen == [torch.bfloat16] * 3
-    assert len(casts) == 1
+    assert casts == {torch.bfloat16: 1, torch.float32: 3}  # of the weights, and of each term's gradients
+    assert net[0].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("term", [lambda net: ((net.a + net.b) * 3).sum(), lambda net: net.a.sum() + net.b.sum(), lambda net: net.b.sum()])

@@ -241,7 +241,8 @@ class Call:
         lists = [x for x in self.args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
         if not all(_is_device(x) for tensors in lists for x in tensors):
             raise DeviceError(f"{self.name}: a list holds tensors of the host ({place()})")
-        if not all(map(_one_layout, zip(*lists, strict=False))):
+        casts = self.name == "_foreach_copy_" and all(len({x.dtype for x in tensors}) == 1 for tensors in lists)  # one kernel too
+        if not all(_one_layout(tensors, any_dtype=casts) for tensors in zip(*lists, strict=False)):
             if fused:
                 raise DeviceError(f"{self.name}: parameter, gradient and state differ in dtype or layout ({place()})")
             _RECORD.by_tensor[self.name, place()] += 1
@@ -307,10 +308,10 @@ class Call:
                 _RECORD.unordered[f"{self.name} {problem}", place()] += 1
 
 
-def _one_layout(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether fused kernels can work on these together: one dtype, shape and order of numbers, without gaps."""
+def _one_layout(tensors: tuple[Tensor, ...], any_dtype: bool) -> bool:
+    """Whether fused kernels can work on these together: one dtype (unless that is free), shape and order of numbers, without gaps."""
     orders = [[(stride, n) for n, stride in zip(x.shape, x.stride(), strict=True) if n != 1] for x in tensors]
-    return len({(x.dtype, x.shape, tuple(order)) for x, order in zip(tensors, orders, strict=True)}) == 1 and _dense(orders[0])
+    return len({(any_dtype or x.dtype, x.shape, tuple(order)) for x, order in zip(tensors, orders, strict=True)}) == 1 and _dense(orders[0])
 
 
 def _dense(order: list[tuple[int, int]]) -> bool:

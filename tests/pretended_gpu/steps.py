@@ -159,10 +159,12 @@ def _outcome(run: Trainer) -> Outcome:
 def deterministic() -> Iterator[None]:
     """As stages run."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    filled, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def on_cpu(folder: Path, case: Case) -> Outcome:
