@@ -136,7 +136,7 @@ def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_typ
     if read and not Path(located(read)).is_file():
         raise UserError(f"--teacher = {name}: its weights are not in {read}; {known.way_in('give it as --checkpoint')}")
     network = Network(known.teacher.arch.partition(".")[0], known.teacher.width, known.teacher.stem)
-    return ChosenTeacher(name, network, file, known.image.crop_px, known.gflop)
+    return ChosenTeacher(name, network, file, known.image.crop_px, known.gflop, known.parameters_m)
 
 
 def _whose_file(file_name: str) -> str:
@@ -242,8 +242,9 @@ def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, small
     """The time of the run on this machine; where it is too long, `smaller` is what could be named."""
     of_teacher, of_student, evaluations = (seconds / 60 for seconds in plan.seconds)
     machine = f"{cores} CPU cores" if device_type == "cpu" else "one GPU"
-    parts = f"teacher {of_teacher:.1f}, student {of_student:.1f}, evaluations {evaluations:.1f}, and starting each stage"
-    lines = [f"time: about {plan.minutes:.{int(plan.minutes < 10)}f} min on {machine}, by a short trial ({parts})"]
-    if plan.minutes > budget:
+    starts = plan.minutes - sum(plan.seconds) / 60
+    parts = f"teacher {of_teacher:.1f}, student {of_student:.1f}, evaluations {evaluations:.1f}, starting the stages {starts:.1f}"
+    lines = [f"time: about {plan.minutes:.{int(plan.minutes < 10)}f} min on {machine} with nothing else to do, by a short trial ({parts})"]
+    if round(plan.minutes, int(plan.minutes < 10)) > budget:
         lines.append(f"warning: more than {budget:g} min, though this is the cheapest choice; give more --minutes, or name {smaller}")
     return lines

@@ -65,8 +65,8 @@ PRETRAINED = Network("resnet10t", 0.25, "small")
 
 @dataclass(frozen=True)
 class ChosenTeacher:
-    """The teacher of a run: a known one's name, network, file (None: where its data say), own crop and GFLOP of an image; or without a
-    name the network that is pretrained here.
+    """The teacher of a run: a known one's name, network, file (None: where its data say), own crop, GFLOP of an image and millions of
+    parameters; or without a name the network that is pretrained here.
     """
 
     name: str | None
@@ -74,6 +74,7 @@ class ChosenTeacher:
     checkpoint: str | None = None
     crop_px: int = 224
     gflop: float = 0.0
+    parameters_m: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def crops_for(look: Look, student: Network | None) -> list[int]:
 
 
 def fit(look: Look, teacher: ChosenTeacher, student: Network | None, pace: Pace, minutes: float) -> Plan:
-    """The plan that makes most of the time: all images and the full student before more epochs, views or pixels.
+    """The plan that makes most of the time: all images and the full student, if it is smaller than the teacher, before more epochs, views
+    or pixels.
 
     Where nothing fits, the cheapest one, whose `minutes` say so.
     """
@@ -147,9 +149,12 @@ def _candidates(look: Look, teacher: ChosenTeacher, student: Network | None) -> 
     """Plans of the fewest epochs, the preferred first."""
     train, _ = split_counts(look)
     sides, stem = crops_for(look, student), stem_for("resnet18", look)
-    students = [student] if student else [Network("resnet18", width, stem) for width in _WIDTHS]
-    if teacher.name is None and student is None:
+    students = [Network("resnet18", width, stem) for width in _WIDTHS]
+    students = [one for one in students if parameters_m(one) < teacher.parameters_m] or students[-1:]
+    if teacher.name is None:
         students = [Network("resnet10t", 0.125, stem)]
+    if student is not None:
+        students = [student]
     teachers_px = [teacher.crop_px, *([_LEAST_TEACHER_PX] if stem == "small" and teacher.crop_px > _LEAST_TEACHER_PX else [])]
     while True:
         for network, crop_px, teacher_px, views in product(students, sides, teachers_px, (4, 2, 1)):
@@ -171,6 +176,12 @@ def timed(plan: Plan, look: Look, teacher: ChosenTeacher, pace: Pace) -> Plan:
     of_student = E * T * (_ANCHOR_PASSES * student_flops / pace.training_flops + 2 * decoding)
     evaluations = _NETWORKS * _PASSES * (T + test) * (student_flops / pace.inference_flops + decoding)
     return replace(plan, seconds=(of_teacher, of_student, evaluations))
+
+
+@cache
+def parameters_m(network: Network) -> float:
+    """Millions of parameters of a backbone."""
+    return sum(parameter.numel() for parameter in build_backbone(network.arch, network.width, network.stem, 0).parameters()) / 1e6
 
 
 @cache

@@ -47,11 +47,11 @@ def paired_interval(ours_Q: np.ndarray, theirs_Q: np.ndarray) -> tuple[float, tu
 
 
 def comparisons(a: Artefacts) -> list[Comparison]:
-    """The student against itself before distillation (or untrained), the baselines and supervised weights, by the headline's measure;
-    where that needs no labels, against raw pixels too."""
+    """The student against itself before distillation (or untrained), the baselines, supervised weights and raw pixels, by the headline's
+    measure."""
     column = headline_columns(a)[0]
     measure = "linear" if column.group == "linear cached" else column.key
-    measured = [tile.net for tile in tiles(a)] + (["pixels"] if column.group == "agreement" else [])
+    measured = [*(tile.net for tile in tiles(a)), "pixels"]
     before = "start" if "start" in measured else "untrained"
     ours_Q = a.outcomes.get("student", {}).get(measure, np.zeros(0))
     found = []
@@ -101,7 +101,7 @@ def _clause(a: Artefacts, one: Comparison, first: bool) -> str:
     """For example "14.0 points more than the same network untrained (95 % interval: +11.2 to +16.9)"."""
     low, high = (f"{bound:+.1f}".replace("-", "\u2212") for bound in one.bounds)
     size = f"{abs(one.points):.1f}"
-    difference = "as many as" if size == "0.0" else f"{size} points {'more' if one.points > 0 else 'less'} than"
+    difference = "the same share as" if size == "0.0" else f"{size} points {'more' if one.points > 0 else 'less'} than"
     doubt = "" if one.sign else "possible by chance, "
     return f"{difference} {_named(a, one.net)} ({doubt}{'95 % interval: ' if first else ''}{low} to {high})"
 

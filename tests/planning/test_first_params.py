@@ -112,6 +112,13 @@ def test_more_time_never_makes_less_of_a_run_and_what_fits_fits(look, teacher):
     assert (plans[-1].train_images, plans[-1].views, plans[-1].epochs) == (split_counts(look)[0], 4, 100)
 
 
+@pytest.mark.parametrize(("teacher_m", "width"), [(22.0, 1.0), (11.2, 1.0), (11.1, 0.5), (3.4, 0.5), (2.7, 0.25), (0.1, 0.25)])
+def test_the_student_is_smaller_than_its_teacher(teacher_m, width):
+    """torchvision's ResNet-18 has 11.18 million parameters without its last layer; widths of a half and a quarter have 2.80 and 0.70."""
+    plan = fit(PHOTOS, replace(DINO, parameters_m=teacher_m), None, SLOW, float("inf"))
+    assert plan.student == Network("resnet18", width, "imagenet")
+
+
 @pytest.mark.parametrize(("train", "test", "median_px"), [*product([3, 10, 38, 500, 20_000, 1_281_167], [0, 50], [8, 64, 90, 3000])])
 def test_what_is_chosen_breaks_no_limit(train, test, median_px):
     look = replace(PHOTOS, train=train, test=test, short_px=(median_px, median_px, median_px))

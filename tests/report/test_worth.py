@@ -64,13 +64,12 @@ def test_the_student_is_compared_with_what_it_was_before_if_it_has_a_start():
     assert [one.net for one in comparisons(found({net: nets[net] for net in ("student", "untrained")}))] == ["untrained"]
 
 
-def test_without_labels_raw_pixels_are_compared_too():
+@pytest.mark.parametrize("measure", ["agreement_10", "linear"])
+def test_raw_pixels_are_compared_too(measure):
     nets = {"student": STUDENT, "untrained": hits(0.3), "pixels": hits(0.9)}
-    by_agreement, by_labels = found(nets, "agreement_10"), found(nets)
-    assert [one.net for one in comparisons(by_agreement)] == ["untrained", "pixels"]
-    assert [one.net for one in comparisons(by_labels)] == ["untrained"]
-    assert "was not worth it" in opening(headline(by_agreement))
-    assert "was worth it" in opening(headline(by_labels))
+    assert [one.net for one in comparisons(found(nets, measure))] == ["untrained", "pixels"]
+    assert "was not worth it" in opening(headline(found(nets, measure)))
+    assert "was worth it" in opening(headline(found(nets | {"pixels": hits(0.4)}, measure)))
 
 
 NEAR = np.roll(STUDENT, 10)  # right on ten others
