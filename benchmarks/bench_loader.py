@@ -52,7 +52,7 @@ SMALL = StepCase(32, "small", 64, "resnet50", 1.0, torch.device("cpu"), 0, "auto
 Batches = Callable[[], Iterable[object]]
 
 
-class Decoded(Dataset):
+class DecodedFiles(Dataset):
     """What `read` makes of each file."""
 
     def __init__(self, paths: list[Path], read: Callable[[Path], Tensor]):
@@ -116,7 +116,7 @@ def plain_batches(paths: list[Path], read: Callable[[Path], Tensor], options: ar
     """Batches of a DataLoader on the device."""
     device = torch.device(options.device)
     pin = device.type == "cuda"
-    loader = DataLoader(Decoded(paths, read), options.batch_images, num_workers=options.workers, pin_memory=pin, drop_last=True)
+    loader = DataLoader(DecodedFiles(paths, read), options.batch_images, num_workers=options.workers, pin_memory=pin, drop_last=True)
     for views in loader:
         yield views.to(device, non_blocking=True)
 

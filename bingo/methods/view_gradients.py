@@ -44,7 +44,8 @@ class _TermByTerm(torch.autograd.Function):
                 gradients |= zip(both, added, strict=True)
             sums |= gradients
         ctx.set_materialize_grads(False)  # the values have none
-        ctx.sums, ctx.parameters = sums, len(trained)
+        ctx.sums = {number: _laid_out_as(gradient, trained[number]) for number, gradient in sums.items()}
+        ctx.parameters = len(trained)
         ctx.mark_non_differentiable(*values)
         return torch.stack(values).sum(), *values
 
@@ -53,3 +54,14 @@ class _TermByTerm(torch.autograd.Function):
         scaled = torch._foreach_mul(list(ctx.sums.values()), grad_outputs[0])
         gradients, ctx.sums = dict(zip(ctx.sums, scaled, strict=True)), None
         return None, *(gradients.get(number) for number in range(ctx.parameters))
+
+
+def _laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient with the strides of its parameter, as an accumulated one has and DistributedDataParallel's buckets: they differ by the
+    strides of dimensions of size 1, as in convolutions of 1 x 1, where it needs no copy."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    strides = zip(parameter.shape, gradient.stride(), parameter.stride(), strict=True)
+    if all(ours == theirs for length, ours, theirs in strides if length > 1):
+        return gradient.as_strided(parameter.shape, parameter.stride())
+    return torch.empty_like(parameter).copy_(gradient)

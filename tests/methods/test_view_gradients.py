@@ -142,3 +142,15 @@ def test_one_view_at_a_time_waits_for_backward():
     one, three = kept(relation="none"), kept(terms="symmetric_mix")
     assert one > 20e6 / 4
     assert three < 1.05 * one
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do():
+    """DistributedDataParallel warns of others, and the optimizer would treat them one by one."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.Flatten(), nn.Linear(20, 2)).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    given = {}  # of the terms themselves, then of their sum
+    for name, parameter in network.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: given.update({name: gradient.stride()}))
+    sum_of_terms({name: lambda: network(images).square().mean() for name in "ab"}, network)[0].backward()
+    assert given == {name: parameter.stride() for name, parameter in network.named_parameters()}
