@@ -164,7 +164,7 @@ def missing(needs: Sequence[str]) -> list[str]:
 
 
 def run(command: str, seconds: float) -> tuple[int | None, str]:
-    """Exit code (None: ended after so many seconds) and output of `python -m COMMAND`, of whose processes none is left."""
+    """Exit code (None: ended when its time was over) and output of `python -m COMMAND`, of whose processes none is left."""
     python = [sys.executable, "-u", "-m", *command.split()]
     pipe = subprocess.PIPE
     process = subprocess.Popen(python, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0)

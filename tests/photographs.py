@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-BASELINE = 6  # the first so many are baseline files, upright, of YCbCr or grey
+BASELINE = 6  # the first ones are baseline files, upright, of YCbCr or grey
 
 
 def photographs(folder: Path) -> list[str]:

@@ -60,13 +60,13 @@ def test_blocks_of_the_bank_give_the_plain_value_and_gradient(monkeypatch, at_on
 
 @pytest.mark.parametrize("temperature", [0.05, 0.2, 1.0])
 @pytest.mark.parametrize("at_once", [16 * 3000, 10**9])
-@pytest.mark.parametrize("alike", [0.0, 0.9, 1.0], ids=["random", "near", "the same"])
-def test_products_in_float16_keep_to_their_bounds(monkeypatch, alike, at_once, temperature):
-    """Against float64; the more alike the rows, the larger the logits, and the sum of weights is beyond float16 where all are the same."""
+@pytest.mark.parametrize("closeness", [0.0, 0.9, 1.0], ids=["random", "near", "the same"])
+def test_products_in_float16_keep_to_their_bounds(monkeypatch, closeness, at_once, temperature):
+    """Against float64; the closer the rows, the larger the logits, and the sum of weights is beyond float16 where all are the same."""
     torch.manual_seed(0)
     monkeypatch.setattr(losses, "BANK_AT_ONCE", at_once)
     query_BP = unit_rows(7).requires_grad_(True)
-    bank_JP = torch.nn.functional.normalize(torch.lerp(unit_rows(70000), query_BP[:1].detach(), alike), dim=1)
+    bank_JP = torch.nn.functional.normalize(torch.lerp(unit_rows(70000), query_BP[:1].detach(), closeness), dim=1)
     got_B = losses.negative_logsumexp(query_BP, bank_JP, temperature, None, torch.float16)
     (gradient_BP,) = torch.autograd.grad(got_B.sum(), query_BP)
     plain_BP = query_BP.detach().double().requires_grad_(True)
