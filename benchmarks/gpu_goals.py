@@ -43,6 +43,7 @@ def workspace(folder: Path, recipe: str, epochs: int, root: str | None) -> dict[
     whole = {"teacher": document["teacher"]["pretrain"]["epochs"], "distill": document["distill"]["epochs"]}
     few = {"epochs": epochs, "lr_warmup_epochs": 0}
     changes: dict[str, Any] = {"teacher": {"pretrain": few}, "distill": few, "baselines": []}
+    changes["methods"] = {"bingo": {"inter_warmup_epochs": 0}}  # few epochs may be fewer; a step costs the same before and after it
     if root:
         changes["dataset"] = {"root": str(Path(root).absolute())}
     elif document["dataset"]["source"] == "cifar10":

@@ -10,6 +10,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from torch.multiprocessing import get_context
 
@@ -22,17 +23,24 @@ from tests.pretended_gpu.steps import CASES, CPU, Case, Outcome, _outcome, deter
 DEVICE = torch.device(os.environ.get("BINGO_TEST_DEVICE", "cuda"))
 REAL = DEVICE.type == "cuda"
 # At least six times what the order of sums changes: two steps on the CPU with and without oneDNN give losses that differ by up to 1.4e-4 of
-# themselves and updates that differ by up to 0.008 of their length; in bf16 1.2e-3 and 0.033.
+# themselves and updates that differ by up to 0.008 of their length; in bf16 1.2e-3 and 0.033. Losses of CompRess and CoSS are small
+# differences of large numbers, which bf16 changes on the CPU too, by up to 0.03 and 0.6 of
+# themselves, and otherwise with each number of threads: there the updates alone are compared.
 LOSS_BOUND, UPDATE_BOUND = {"fp32": 2e-3, "bf16": 2e-2}, {"fp32": 0.05, "bf16": 0.3}
+UNCERTAIN_IN_BF16 = ("compress stored bf16", "coss stored bf16")
 pytestmark = pytest.mark.skipif(REAL and not torch.cuda.is_available(), reason="torch sees no GPU here")
 
 
-def deviations(start: dict[str, torch.Tensor], got: Outcome, want: Outcome) -> tuple[float, float]:
-    """The largest of the losses' relative differences, and the length of the difference of all weights over that of their update."""
-    losses = [abs(got.sums[name] - value) / max(abs(value), 1e-6) for name, value in want.sums.items()]
+def loss_deviations(got: Outcome, want: Outcome) -> dict[str, float]:
+    """The losses' differences, as fractions of what they should be."""
+    return {name: abs(got.sums[name] - value) / max(abs(value), 1e-6) for name, value in want.sums.items()}
+
+
+def update_deviation(start: dict[str, torch.Tensor], got: Outcome, want: Outcome) -> float:
+    """The length of the difference of all weights over that of their update."""
     names = [name for name, value in start.items() if value.is_floating_point()]
     apart, update = (torch.cat([(want.state[name] - other[name]).double().flatten() for name in names]) for other in (got.state, start))
-    return max(losses), float(apart.norm() / update.norm())
+    return float(apart.norm() / update.norm())
 
 
 def two_steps(folder: Path, case: Case, device: torch.device) -> Outcome:
@@ -47,13 +55,14 @@ def two_steps(folder: Path, case: Case, device: torch.device) -> Outcome:
     return _outcome(run)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("case", CASES if REAL else CASES[::9], ids=lambda case: case.name)
 def test_a_step_gives_the_cpus_numbers_without_waiting(tmp_path, case):
     start = {name: value.clone() for name, value in trainer(tmp_path, case, CPU).method.state_dict().items()}
     want, got = (two_steps(tmp_path / device.type, case, device) for device in (CPU, DEVICE))
-    loss, update = deviations(start, got, want)
-    print(f"{case.name}: losses differ by {loss:.1e}, weights by {update:.1e} of their update")
-    assert loss <= LOSS_BOUND[case.precision]
+    losses, update = loss_deviations(got, want), update_deviation(start, got, want)
+    print(f"{case.name}: losses differ by {max(losses.values()):.1e}, weights by {update:.1e} of their update")
+    assert case.name.startswith(UNCERTAIN_IN_BF16) or max(losses.values()) <= LOSS_BOUND[case.precision]
     assert update <= UPDATE_BOUND[case.precision]
 
 
@@ -62,10 +71,10 @@ def test_one_wrong_sign_is_beyond_the_bounds(tmp_path):
     case = CASES[0]
     start = {name: value.clone() for name, value in trainer(tmp_path, case, CPU).method.state_dict().items()}
     want, got = (two_steps(tmp_path, case, CPU) for _ in range(2))
-    assert deviations(start, got, want) == (0, 0)
+    assert update_deviation(start, got, want) == max(loss_deviations(got, want).values()) == 0
     name = "student.layer2.0.conv1.weight"
     got.state[name].copy_(2 * start[name] - want.state[name])
-    assert deviations(start, got, want)[1] > UPDATE_BOUND["fp32"]
+    assert update_deviation(start, got, want) > UPDATE_BOUND["fp32"]
 
 
 def share_of_two(rank: int, folder: str, kind: str, answers) -> None:
@@ -120,12 +129,16 @@ def test_neighbours_are_exact():
         np.testing.assert_allclose(cosines_QK[start : start + 2000], best_qK, rtol=0, atol=1e-6)
 
 
-def test_nvjpeg_decodes_nearly_the_cpus_pixels(tmp_path):
-    """Of the files that are given to it: none is refused, and their colours are right."""
+def test_nvjpeg_decodes_the_cpus_pixels_but_for_interpolated_colours(tmp_path):
+    """Of the files that are given to it: none is refused. It repeats subsampled colours, as libjpeg does with its fast upsampling, where
+    libjpeg otherwise interpolates them; that deviation, on the noise of this photograph the largest possible, is printed."""
     paths = photographs(tmp_path)[:BASELINE]
     files = [torch.frombuffer(bytearray((tmp_path / path).read_bytes()), dtype=torch.uint8) for path in paths]
-    for path, got, want in zip(paths, decode_on(DEVICE, files), decode_on(CPU, files), strict=True):
+    for path, got, usual in zip(paths, decode_on(DEVICE, files), decode_on(CPU, files), strict=True):
         assert got is not None, path
-        difference = (got.cpu().float() - want.float()).abs()
-        print(f"{path}: nvJPEG's pixels differ by {float(difference.mean()):.2f} of 255 levels, at most {float(difference.max()):.0f}")
-        assert difference.mean() < 2.5
+        kind = "GRAY" if path == "grey.jpg" else "RGB"
+        repeated = simplejpeg.decode_jpeg((tmp_path / path).read_bytes(), kind, fastupsample=REAL)
+        want = torch.from_numpy(repeated).permute(2, 0, 1).float()
+        interpolated = (got.cpu().float() - usual.float()).abs()
+        print(f"{path}: nvJPEG's pixels differ by {float(interpolated.mean()):.2f} of 255 levels, at most {float(interpolated.max()):.0f}")
+        assert (got.cpu().float() - want).abs().max() <= 3, path
