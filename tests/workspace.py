@@ -213,7 +213,7 @@ def new_workspace(root: Path, stages: Stages, changes: dict[str, Any]) -> Worksp
         (root / name).symlink_to(ROOT / name)
     (root / "recipes").mkdir()
     (root / "recipes/published").symlink_to(ROOT / "recipes/published")
-    for name in ("params.yaml", "dvc.yaml"):
+    for name in ("params.yaml", "dvc.yaml", ".dvcignore"):  # the last: bytecode that a parallel test writes changes no dependency
         (root / name).write_text((ROOT / name).read_text())
     workspace = Workspace(root, stages)
     workspace.edit(dict(_flat(read_yaml(ROOT / "recipes/digits-short.yaml"))) | changes)
