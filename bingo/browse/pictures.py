@@ -5,6 +5,7 @@ chunks.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from bingo.images.decode import BadImage, decode_rgb
+from bingo.images.positions import Positions, read_positions
 from bingo.runtime.chunks import open_array, open_group
 from bingo.runtime.errors import UserError
 
@@ -35,7 +37,7 @@ class Pictures:
         array = open_array(group, "images", name, np.uint8, 4, _WAY_OUT)
         self.stored_rows, self.stored_px = array.shape[:2]
         self._chunk_rows: int = array.chunks[0]
-        self._open_chunk, self._open_path, self._gray_bits = open_chunk, open_path, gray_bits
+        self._open_chunk, self._open_path, self._gray_bits, self._group, self._name = open_chunk, open_path, gray_bits, group, name
 
     @property
     def are_files(self) -> bool:
@@ -47,10 +49,22 @@ class Pictures:
         try:
             if not self.are_files:
                 return self._stored(row)
-            with self._open_path(path) as file:
-                return decode_rgb(file.read(), lambda height, width: max(height, width) / side_px, self._gray_bits)[0]
+            return decode_rgb(self._read(row, path), lambda height, width: max(height, width) / side_px, self._gray_bits)[0]
         except (OSError, BadImage):
             return None
+
+    @cached_property
+    def _positions(self) -> Positions | None:
+        return read_positions(self._group, self._name, _WAY_OUT)
+
+    def _read(self, row: int, path: str) -> bytes:
+        if self._positions is None:
+            with self._open_path(path) as file:
+                return file.read()
+        number, offset, length = self._positions.positions_N3[row].tolist()
+        with (self._open_chunk if self._positions.in_store else self._open_path)(self._positions.files[number]) as file:
+            file.seek(offset)
+            return file.read(length)
 
     def _stored(self, row: int) -> Image.Image | None:
         side, row_bytes = self.stored_px, self.stored_px**2 * 3

@@ -11,16 +11,17 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from bingo.images.decode import BadImage, bits_of, check_header, check_pixels, decode_square, has_deep_colours, largest_gray
+from bingo.images.images import FileImages
 from bingo.images.listing import Content
 from bingo.runtime.progress import progress_bar
 from bingo.runtime.workers import begin_worker
 
 CHUNK_FILES = 64
+HEADER_BYTES = 65536  # hold the header of most files
 THREADS_UP_TO_FILES = 4096  # processes scale further than threads, but take about a second to start
 
 
@@ -38,18 +39,18 @@ class Checked:
 
 
 def check_files(
-    root: Path, paths: list[str], decode: bool, store_px: int | None, gray_bits: int | None = None
+    files: FileImages, decode: bool, store_px: int | None, gray_bits: int | None = None
 ) -> tuple[list[Checked], np.ndarray | None]:
-    """Check N files under `root`; with `store_px` also their pixels as squares, uint8 (N, S, S, 3), black where unreadable.
+    """Check N files; with `store_px` also their pixels as squares, uint8 (N, S, S, 3), black where unreadable.
 
     `decode`: read, hash and decode each file; otherwise only its size and header (and what `store_px` needs), without a hash.
     `gray_bits` is as in `bingo.images.decode.to_rgb`.
     """
-    images_NSS3 = None if store_px is None else np.zeros((len(paths), store_px, store_px, 3), np.uint8)
-    chunks = [paths[start : start + CHUNK_FILES] for start in range(0, len(paths), CHUNK_FILES)]
+    images_NSS3 = None if store_px is None else np.zeros((len(files), store_px, store_px, 3), np.uint8)
+    chunks = [files.part(range(len(files))[start : start + CHUNK_FILES]) for start in range(0, len(files), CHUNK_FILES)]
     checked: list[Checked] = []
-    with _pool(len(paths)) as pool, progress_bar("checking the images", len(paths), "images") as bar:
-        for results in pool.map(partial(_check_chunk, root, decode, store_px, gray_bits), chunks):
+    with _pool(len(files)) as pool, progress_bar("checking the images", len(files), "images") as bar:
+        for results in pool.map(partial(_check_chunk, decode, store_px, gray_bits), chunks):
             for file, pixels_SS3 in results:
                 if images_NSS3 is not None and pixels_SS3 is not None:
                     images_NSS3[len(checked)] = pixels_SS3
@@ -58,7 +59,7 @@ def check_files(
     return checked, images_NSS3
 
 
-def common_bits(root: Path, paths: list[str], checked: list[Checked], images_NSS3: np.ndarray | None) -> int | None:
+def common_bits(files: FileImages, checked: list[Checked], images_NSS3: np.ndarray | None) -> int | None:
     """The largest number of bits used by 16-bit greyscale images, one of GRAY_BITS; None if there are none.
 
     Stored pixels of images that use fewer bits were scaled by their own number, so they are decoded again.
@@ -67,7 +68,7 @@ def common_bits(root: Path, paths: list[str], checked: list[Checked], images_NSS
     common = max((bits for bits in bits_N if bits is not None), default=None)
     again = [row for row, bits in enumerate(bits_N) if bits not in (None, common)]
     if images_NSS3 is not None and again:
-        _, images_nSS3 = check_files(root, [paths[row] for row in again], False, images_NSS3.shape[1], common)
+        _, images_nSS3 = check_files(files.part(again), False, images_NSS3.shape[1], common)
         images_NSS3[again] = images_nSS3
     return common
 
@@ -87,20 +88,22 @@ def _pool(files: int) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _check_chunk(
-    root: Path, decode: bool, store_px: int | None, gray_bits: int | None, paths: list[str]
-) -> list[tuple[Checked, np.ndarray | None]]:
-    return [_check(root / path, decode, store_px, gray_bits) for path in paths]
+def _check_chunk(decode: bool, store_px: int | None, gray_bits: int | None, files: FileImages) -> list[tuple[Checked, np.ndarray | None]]:
+    return [_check(files, row, decode, store_px, gray_bits) for row in range(len(files))]
 
 
-def _check(path: Path, decode: bool, store_px: int | None, gray_bits: int | None) -> tuple[Checked, np.ndarray | None]:
+def _check(files: FileImages, row: int, decode: bool, store_px: int | None, gray_bits: int | None) -> tuple[Checked, np.ndarray | None]:
     content, pixels_SS3 = Content(0, None), None
     try:
         if not decode and store_px is None:
-            content = Content(path.stat().st_size, None)
-            with path.open("rb") as file:
-                return Checked(content, None, check_header(path), has_deep_colours(file.read(26))), None
-        file_bytes = path.read_bytes()
+            start, size_bytes = files.read_start(row, HEADER_BYTES)
+            content = Content(size_bytes, None)
+            try:
+                largest = check_header(start)
+            except BadImage:  # with a header that is not at the start, as in TIFF files, or damaged
+                largest = check_header(files.read(row))
+            return Checked(content, None, largest, has_deep_colours(start)), None
+        file_bytes = files.read(row)
         content = Content(len(file_bytes), hashlib.sha256(file_bytes).hexdigest() if decode else None)
         if store_px is None:
             check_pixels(file_bytes)

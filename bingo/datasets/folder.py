@@ -8,6 +8,7 @@ import numpy as np
 from bingo.datasets.filecheck import Checked, check_files, common_bits
 from bingo.datasets.layout import Say, Split, count_splits, find_splits
 from bingo.datasets.subset import Counts, Readable, draw_subset, readable_rows
+from bingo.images.images import FileImages
 from bingo.images.listing import Listing, listing_fingerprint
 from bingo.params import DatasetParams
 from bingo.runtime.errors import UserError, printable
@@ -33,8 +34,9 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
     chosen = [_choose(dataset, name, split, classes, seed, passed_over) for name, split in (("train", train), ("test", test))]
     paths = chosen[0][0] + chosen[1][0]
     labels_N = np.concatenate([labels for _, labels in chosen])
-    checked, images_NSS3 = check_files(root, paths, dataset.check == "decode", dataset.store_px)
-    gray_bits = common_bits(root, paths, checked, images_NSS3)
+    files = _files(dataset, paths)
+    checked, images_NSS3 = check_files(files, dataset.check == "decode", dataset.store_px)
+    gray_bits = common_bits(files, checked, images_NSS3)
     if gray_bits is not None:
         largest = [file.largest for file in checked if file.largest is not None]
         say(f"{len(largest):,} images are grey with 16 bits: {gray_bits} of them hold the picture, as the largest value is {max(largest)}")
@@ -64,6 +66,11 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
     return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint, gray_bits, drawn), images_NSS3
 
 
+def _files(dataset: DatasetParams, paths: list[str]) -> FileImages:
+    """Files that `find_splits` found, which refuses links out of the root unless they are followed."""
+    return FileImages(str(dataset.root), paths, follow_links=True)
+
+
 def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say) -> None:
     """Report images that are in both splits, and classes without any remaining train image."""
     row_of = {sha256: row for row, sha256 in enumerate(hashes[:train_rows]) if sha256}
@@ -89,7 +96,7 @@ def _readable(dataset: DatasetParams, paths: list[str], passed_over: set[str]) -
         if dataset.on_bad_image == "stop":  # the whole scan, where one is not
             return np.ones(len(rows), bool)
         asked = [paths[row] for row in rows.tolist()]
-        checked = check_files(Path(str(dataset.root)), asked, dataset.check == "decode", dataset.store_px)[0]
+        checked = check_files(_files(dataset, asked), dataset.check == "decode", dataset.store_px)[0]
         passed_over.update(path for path, file in zip(asked, checked, strict=True) if file.reason is not None)
         return np.array([file.reason is None for file in checked], bool)
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -72,9 +71,9 @@ class Header:
     plain_jpeg: bool
 
 
-def check_header(path: Path) -> int | None:
+def check_header(file_bytes: bytes) -> int | None:
     """Open an image file without decoding it; a 16-bit greyscale image is decoded, and its largest value returned. Raises BadImage."""
-    with _reasons(), Image.open(path, formats=FORMATS) as image:
+    with _reasons(), Image.open(io.BytesIO(file_bytes), formats=FORMATS) as image:
         return _largest(image)
 
 

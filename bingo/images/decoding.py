@@ -23,7 +23,6 @@ from bingo.images.images import FileImages
 from bingo.images.nvjpeg import crops_of_pixels, decode_on
 from bingo.params import ImageParams
 from bingo.runtime.errors import UserError
-from bingo.runtime.inside import path_inside
 from bingo.runtime.task_loader import TaskLoader
 
 IMAGES_PER_TASK = 32  # decoded by one worker at a time: a few megabytes of shared memory, about 0.1 s for photos of 500 x 375
@@ -46,19 +45,15 @@ AnyPlan = TypeVar("AnyPlan", bound=DecodePlan)
 
 @dataclass(frozen=True)
 class _DecodeTask:
-    """Some images of a plan. Image i feeds views `starts[i]`..`starts[i + 1]` of `crops`, or one centre view. View t is as
-    `images[kind_T[t]]` says."""
+    """Some images of a plan, `files`, of the listing's `rows`. Image i feeds views `starts[i]`..`starts[i + 1]` of `crops`, or one centre
+    view. View t is as `images[kind_T[t]]` says."""
 
-    root: str
-    paths: list[str]
+    files: FileImages
     rows: list[int]
     starts: list[int]
     crops: Crops | None
     images: Sequence[ImageParams]
     kind_T: np.ndarray
-    follow_links: bool
-    gray_bits: int | None
-    jpeg_decoder: str
 
 
 class _Result(NamedTuple):
@@ -92,7 +87,7 @@ class Decoded:
                 continue
             with _unreadable_noted(self.task, i, lines):
                 content = file.numpy().tobytes()
-                decode_crops(content, read_header(content), wanted, self.task.gray_bits)
+                decode_crops(content, read_header(content), wanted, self.task.files.gray_bits)
         if lines:
             raise UserError(lines)
         return views
@@ -129,16 +124,10 @@ class FileDecoder:
             start, end = int(starts_U[part][0]), int(ends_U[part][-1])
             crops = None if plan.crops is None else plan.crops[order_T[start:end]]
             starts = [*(starts_U[part] - start).tolist(), end - start]
-            tasks.append(self._task(rows_U[part].tolist(), starts, crops, plan.kinds, kind_T[order_T[start:end]]))
+            rows = rows_U[part].tolist()
+            tasks.append(_DecodeTask(self._images.part(rows), rows, starts, crops, plan.kinds, kind_T[order_T[start:end]]))
         places = [np.argsort(order_T[kind_T[order_T] == kind]) for kind in range(len(plan.kinds))]
         return (plan, places, tasks), tasks
-
-    def _task(
-        self, rows: list[int], starts: list[int], crops: Crops | None, kinds: Sequence[ImageParams], kind_T: np.ndarray
-    ) -> _DecodeTask:
-        paths, images = [self._images.paths[row] for row in rows], self._images
-        apart = images.follow_links, images.gray_bits, images.jpeg_decoder
-        return _DecodeTask(images.root, paths, rows, starts, crops, kinds, kind_T, *apart)
 
 
 class _Decode(Dataset):
@@ -148,9 +137,9 @@ class _Decode(Dataset):
         lines: list[str] = []
         views = [_empty(image, int((task.kind_T == kind).sum())) for kind, image in enumerate(task.images)]
         files: list[tuple[int, bytes, Header]] = []
-        for i in range(len(task.paths)):
+        for i in range(len(task.files)):
             with _unreadable_noted(task, i, lines):
-                content = path_inside(task.root, task.paths[i], task.follow_links).read_bytes()
+                content = task.files.read(i)
                 files.append((i, content, read_header(content)))
         boxes_T4 = _boxes(task, {i: header for i, _, header in files})
         left: list[tuple[int, bytes]] = []
@@ -158,14 +147,14 @@ class _Decode(Dataset):
             with _unreadable_noted(task, i, lines):
                 if task.crops is None:
                     image = task.images[0]
-                    square_PP3 = decode_square(content, image.resize_px, image.crop_px, image.interpolation, task.gray_bits)
+                    square_PP3 = decode_square(content, image.resize_px, image.crop_px, image.interpolation, task.files.gray_bits)
                     views[0][task.starts[i] : task.starts[i + 1]] = torch.from_numpy(square_PP3.copy())
                     continue
                 wanted = _wanted(task, i, boxes_T4, views)
-                if task.jpeg_decoder == "gpu" and header.plain_jpeg and may_shrink(wanted) < 2 and is_plain_baseline(content):
+                if task.files.jpeg_decoder == "gpu" and header.plain_jpeg and may_shrink(wanted) < 2 and is_plain_baseline(content):
                     left.append((i, content))
                 else:
-                    decode_crops(content, header, wanted, task.gray_bits)
+                    decode_crops(content, header, wanted, task.files.gray_bits)
         together = torch.from_numpy(np.frombuffer(bytearray(b"".join(content for _, content in left)), np.uint8))
         return _Result(lines, views, together, [i for i, _ in left], [len(content) for _, content in left], boxes_T4)
 
@@ -210,5 +199,5 @@ def _unreadable_noted(task: _DecodeTask, i: int, lines: list[str]) -> Iterator[N
         way_out = (
             "set dataset.check: decode, with which scan finds such files, and run: dvc repro" if undecodable else "run: dvc repro -f scan"
         )
-        name = f"{task.paths[i]} (row {task.rows[i]})"
+        name = f"{task.files.paths[i]} (row {task.rows[i]})"
         lines.append(f"dataset.root: {name} can no longer be read ({reason}); restore it, or {way_out}")

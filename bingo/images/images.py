@@ -3,6 +3,8 @@
 No torch at the top: scans import this file. Shape letters: N rows of the listing, S side of a stored image, B rows asked for.
 """
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +13,11 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from bingo.images.listing import Listing
+from bingo.images.positions import Positions, create_positions, read_positions
 from bingo.runtime.artefacts import new_directory
 from bingo.runtime.chunks import chunk_is_written, forget_other_reads, open_array, open_group, seal
 from bingo.runtime.errors import UserError
+from bingo.runtime.inside import path_inside
 
 if TYPE_CHECKING:
     import torch
@@ -58,13 +62,23 @@ class MemoryImages:
 
 
 class FileImages:
-    """N image files in one folder, decoded on every access by the loader's workers; `follow_links`: links may lead out of it.
+    """N image files, decoded on every access by the loader's workers: in the folder `root` under their `paths`, or, with `positions`, parts
+    of large files in it; `follow_links`: links may lead out of it.
 
     `gray_bits` is as in a Listing; `jpeg_decoder` (cpu or gpu) is what decodes JPEG files for random views.
     """
 
-    def __init__(self, root: str, paths: list[str], follow_links: bool = False, gray_bits: int | None = None, jpeg_decoder: str = "cpu"):
+    def __init__(
+        self,
+        root: str,
+        paths: list[str],
+        follow_links: bool = False,
+        gray_bits: int | None = None,
+        jpeg_decoder: str = "cpu",
+        positions: Positions | None = None,
+    ):
         self.root = root
+        self.positions = positions
         self.paths = paths
         self.follow_links = follow_links
         self.gray_bits = gray_bits
@@ -73,14 +87,33 @@ class FileImages:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def part(self, rows_n: Sequence[int]) -> "FileImages":
+        """Some of the images; small when it is pickled."""
+        positions = self.positions and self.positions.part(rows_n)
+        paths = [self.paths[row] for row in rows_n]
+        return FileImages(self.root, paths, self.follow_links, self.gray_bits, self.jpeg_decoder, positions)
+
+    def read(self, row: int) -> bytes:
+        """The bytes of a row's file. Raises OSError, whose strerror says why in one line."""
+        if self.positions is not None:
+            return self.positions.read(self.root, row, self.follow_links)
+        return path_inside(self.root, self.paths[row], self.follow_links).read_bytes()
+
+    def read_start(self, row: int, count: int) -> tuple[bytes, int]:
+        """The first `count` bytes of a row's file, and its length in bytes. Raises OSError as `read` does."""
+        if self.positions is not None:
+            return self.positions.read(self.root, row, self.follow_links, count), int(self.positions.positions_N3[row, 2])
+        with path_inside(self.root, self.paths[row], self.follow_links).open("rb") as file:
+            return file.read(count), os.fstat(file.fileno()).st_size
+
 
 Images = MemoryImages | FileImages
 
 
-def write_images(path: Path | str, listing: Listing, images_NSS3: np.ndarray | None) -> None:
-    """Write the zarr group of a listing's images; None if files are decoded on access: the group then holds no rows."""
-    if images_NSS3 is None:
-        images_NSS3 = np.zeros((0, 0, 0, 3), np.uint8)
+def write_images(path: Path | str, listing: Listing, images: np.ndarray | Positions | None) -> None:
+    """Write the zarr group of a listing's images: their pixels, uint8 (N, S, S, 3), or the positions of files that are decoded on access;
+    None for files of a folder, of which the group holds nothing."""
+    images_NSS3 = images if isinstance(images, np.ndarray) else np.zeros((0, 0, 0, 3), np.uint8)
     chunk_rows = min(CHUNK_ROWS, max(1, len(images_NSS3)))  # a chunk is stored in full size
     with new_directory(path) as folder:
         group = zarr.create_group(folder, zarr_format=3, attributes={"listing": listing.fingerprint})
@@ -93,13 +126,17 @@ def write_images(path: Path | str, listing: Listing, images_NSS3: np.ndarray | N
             compressors=[Crc32cCodec()],
             config={"write_empty_chunks": True},  # including black images, so that a missing chunk is an error and not black
         )
+        positions = create_positions(group, images) if isinstance(images, Positions) else None
         seal(folder, group)
+        if positions is not None and isinstance(images, Positions):
+            positions[:] = images.positions_N3
         if len(images_NSS3):
             array[:] = images_NSS3
 
 
 def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetParams | None") -> Images:
-    """The images of `listing`: in memory if `images_zarr` holds them, otherwise the files in `dataset.root`.
+    """The images of `listing`: in memory if `images_zarr` holds them, otherwise the files in `dataset.root`, or at the positions that it
+    holds.
 
     Raises UserError if the store is absent, damaged or another listing's, and if files are needed but there is no `root`.
     """
@@ -114,7 +151,11 @@ def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetPara
         raise UserError(f"{name}: holds {array.shape[0]} images for {len(listing)} rows; delete it and run: {_WAY_OUT}")
     if dataset is None or dataset.root is None:
         raise UserError("dataset.root = null: the images are files to be decoded; set dataset.root to their folder")
-    return FileImages(dataset.root, listing.paths, dataset.follow_links, listing.gray_bits, dataset.jpeg_decoder)
+    positions = read_positions(group, name, _WAY_OUT)
+    if positions is not None and len(positions) != len(listing):
+        raise UserError(f"{name}: holds positions of {len(positions)} images for {len(listing)} rows; delete it and run: {_WAY_OUT}")
+    root = name if positions is not None and positions.in_store else dataset.root
+    return FileImages(root, listing.paths, dataset.follow_links, listing.gray_bits, dataset.jpeg_decoder, positions)
 
 
 def _read_whole(path: Path, array: zarr.Array) -> np.ndarray:

@@ -9,7 +9,6 @@ from PIL import Image
 
 from bingo.images.decode import BadImage, decode_rgb
 from bingo.images.images import Images, MemoryImages
-from bingo.runtime.inside import path_inside
 
 if TYPE_CHECKING:
     from bingo.images.listing import Listing
@@ -66,5 +65,4 @@ def thumbnail(images: Images, listing: "Listing", row: int) -> Thumbnail:
 def _picture(images: Images, row: int) -> Image.Image:
     if isinstance(images, MemoryImages):
         return Image.fromarray(images.images_NSS3[row])
-    file_bytes = path_inside(images.root, images.paths[row], images.follow_links).read_bytes()
-    return decode_rgb(file_bytes, lambda height, width: max(height, width) / (2 * THUMBNAIL_PX), images.gray_bits)[0]
+    return decode_rgb(images.read(row), lambda height, width: max(height, width) / (2 * THUMBNAIL_PX), images.gray_bits)[0]

@@ -233,7 +233,7 @@ def _look(case: tuple[Picture | str, list[Damage]], folder: Path) -> None:
     augment = AugmentParams.model_validate(shipped()["distill"]["augment"])
     crops, _ = draw_views(augment, 0, "fuzz", 0, np.arange(3), 0)
     ways: list[Callable[[], Any]] = [
-        lambda: check_header(path),
+        lambda: check_header(path.read_bytes()),
         lambda: check_pixels(content),
         lambda: decode_square(content, 16, 12),
         lambda: _crops(content, crops),
