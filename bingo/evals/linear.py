@@ -41,13 +41,13 @@ def linear_on_features(
     params: CachedProbeParams,
     seed: int,
     device: torch.device,
-) -> tuple[dict[str, float | int], np.ndarray]:
+) -> tuple[dict[str, float | int], np.ndarray, dict[str, Tensor]]:
     """Train on `train_X` (N, D) and test on `test_X`, both of any float dtype, standardised with the train mean and deviation.
 
     Everything is on the device as float32. Returns top1_last, top5_last, top1_best, top5_best (percent; top 5 of fewer
-    than 5 classes means all of them) and best_epoch, counted from 1; and whether each test row is classified correctly after the last
-    epoch, bool. Raises UserError if a label is not in 0..classes-1 or an
-    output is not finite.
+    than 5 classes means all of them) and best_epoch, counted from 1; whether each test row is classified correctly after the last
+    epoch, bool; and the layer after the last epoch, see `_folded`. Raises UserError if a label is not in 0..classes-1 or an output is not
+    finite.
     """
     check_labels(_LABEL, train_y, test_y, classes)
     train_ND, test_ND = _to_device(train_X, device), _to_device(test_X, device)
@@ -65,7 +65,7 @@ def linear_on_features(
                 trainer.step((train_ND[rows_B] - mean_D) * scale_D, train_N[rows_B])
             scores.append(trainer.test(test_ND, test_N))
             bar.advance()
-        return last_and_best(scores), trainer.hits(test_ND, test_N)
+        return last_and_best(scores), trainer.hits(test_ND, test_N), _folded(layer, mean_D, scale_D)
 
 
 def linear_on_crops(
@@ -159,6 +159,13 @@ def _standardiser(train_ND: Tensor) -> tuple[Tensor, Tensor]:
     deviation_D, mean_D = torch.std_mean(train_ND, dim=0, correction=0)
     constant_D = deviation_D <= 1e-6 * mean_D.abs()
     return mean_D, torch.where(constant_D, 0.0, 1 / deviation_D)
+
+
+def _folded(layer: nn.Linear, mean_D: Tensor, scale_D: Tensor) -> dict[str, Tensor]:
+    """`weight` (C, D) and `bias` (C,), float32, with which the layer takes features that are not standardised:
+    W (x - mean) scale + b = (W scale) x + (b - (W scale) mean)."""
+    weight_CD = layer.weight.detach().double() * scale_D.double()
+    return {"weight": weight_CD.float(), "bias": (layer.bias.detach().double() - weight_CD @ mean_D.double()).float()}
 
 
 def _to_device(X: np.ndarray, device: torch.device) -> Tensor:

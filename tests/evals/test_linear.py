@@ -81,6 +81,16 @@ def test_does_not_depend_on_scale_or_offset_of_features_and_is_repeatable():
     assert moved["top1_last"] == pytest.approx(score["top1_last"], abs=0.5)
 
 
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_the_kept_layer_takes_features_as_they_are(offset):
+    train_X, train_y, test_X, test_y = digits()
+    moved, params = train_X + np.float32(offset), CACHED.model_copy(update={"epochs": 2})
+    _, hits, layer = linear_on_features(moved, train_y, test_X + np.float32(offset), test_y, 10, params, 0, CPU)
+    weight_CD, bias_C = layer["weight"].numpy(), layer["bias"].numpy()
+    np.testing.assert_array_equal(((test_X + offset) @ weight_CD.T + bias_C).argmax(1) == test_y, hits)
+    assert not weight_CD[:, train_X.std(0) == 0].any(), "a constant dimension plays no part"
+
+
 def test_read_only_float16_features_are_taken_and_left_alone():
     train_X, train_y, test_X, test_y = digits()
     half = train_X.astype(np.float16)

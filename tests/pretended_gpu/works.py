@@ -112,8 +112,8 @@ def linear_on_stored_features(device: torch.device, folder: Path) -> Numbers:
     features = np.random.default_rng(0).standard_normal((120, 12)).astype(np.float32)
     features[:, 0] += labels
     params = PARAMS.linear_eval.cached.model_copy(update={"epochs": 3, "batch_images": 32})
-    scores, hits = linear_on_features(features[:90], labels[:90], features[90:], labels[90:], 4, params, 0, device)
-    return [*scores.values(), *map(float, hits)]
+    scores, hits, layer = linear_on_features(features[:90], labels[:90], features[90:], labels[90:], 4, params, 0, device)
+    return [*scores.values(), *map(float, hits), *layer["weight"].flatten().tolist(), *layer["bias"].tolist()]
 
 
 def linear_on_random_crops(device: torch.device, folder: Path) -> Numbers:

@@ -9,9 +9,11 @@ import torch
 from workspace import Workspace
 
 from bingo.nets.backbones import build_backbone
+from bingo.nets.checkpoint import load_network
 from bingo.nets.students import load_student
 from bingo.params import load_params
 from bingo.report.inputs import read_curves
+from bingo.runtime.artefacts import file_fingerprint
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="starts stages by tests/stage_server.py"),
@@ -69,6 +71,10 @@ def test_student_and_baseline_start_there_and_all_are_judged(started):
     for net in ("student", "start"):  # what the first sentence compares gives the figures
         hits = np.load(started.root / f"reports/linear/{net}.npz")["cached"]
         assert 100 * hits.mean() == pytest.approx(scores(started, "linear", net)["cached"]["top1_last"], abs=1e-5)
+        file = started.root / f"models/{net}.safetensors"
+        layer, made_from = load_network(started.root / f"models/linear/{net}.safetensors")
+        assert made_from["backbone"] == file_fingerprint(file)
+        assert layer["weight"].shape == (len(made_from["classes"]), load_student(file)[0].feature_width)
         counts = np.load(started.root / f"reports/knn/{net}.npz")["agreement_10"]
         assert 10 * counts.mean() == pytest.approx(scores(started, "knn", net)["agreement_10"], abs=1e-5)
 
@@ -87,6 +93,7 @@ def test_a_changed_file_changes_what_training_depends_on(started):
     for stage in ("linear_eval start", "knn_eval supervised"):
         assert started.run(stage).status == 0
     assert scores(started, "linear", "start") == scores(started, "knn", "supervised") == {}
+    assert (started.root / "models/linear/start.safetensors").read_bytes() == b"none\n"
 
 
 def test_scan_refuses_weights_that_do_not_fit(started):

@@ -38,7 +38,7 @@ def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
             seed_value = seeds.torch_seed(run.params.seed, "student")
             found[name] = build_backbone(network.arch, network.width, network.stem, seed_value, evaluated(network.options)).eval()
         else:
-            found[name] = load_student(_file(name), network)[0]
+            found[name] = load_student(file_of(name), network)[0]
     return found
 
 
@@ -48,19 +48,20 @@ def state_of(run: Run, item: str, nets: Sequence[str], inputs: Sequence[Any], *d
     sections = (run.params.image, run.params.student, *decide)
     values = {
         "params": [run.params.seed, *(section.model_dump() if isinstance(section, Section) else section for section in sections)],
-        "inputs": [*inputs, {name: file_fingerprint(_file(name)) for name in nets if name != "untrained"}],
+        "inputs": [*inputs, {name: file_fingerprint(file_of(name)) for name in nets if name != "untrained"}],
         "code": code_fingerprint(run.name),
     }
     return state_folder(f"{run.name}-{item}", values)
 
 
-def _file(name: str) -> Path:
+def file_of(name: str) -> Path:
+    """The file of a network that is run; of others there is none."""
     return _FILES.get(name, paths.BASELINES / f"{name}.safetensors")
 
 
 def existing(names: Sequence[str]) -> list[str]:
     """`names` without those whose weights were not asked for, so that the stage `weights` has made no network of them."""
-    files = {name: _file(name) for name in names if name in ("start", "supervised")}
+    files = {name: file_of(name) for name in names if name in ("start", "supervised")}
     absent = [name for name, file in files.items() if not file.exists() or file.stat().st_size <= len(paths.NO_WEIGHTS)]
     return [name for name in names if name not in absent]
 
