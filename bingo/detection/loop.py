@@ -130,13 +130,8 @@ class DetectorTrainer(Resumable):
         self.loader = CocoLoader(images, targets.lines, device, workers)
         self.optimizer, self.watch = sgd(detector, params), LossWatch(device)
         self.network = distributed.data_parallel(self.detector, device)
-        self.step, self.sums, self.summed, self.history, self.result = (
-            0,
-            dict[str, Tensor](),
-            0,
-            list[dict[str, float]](),
-            DetectionResult(),
-        )
+        self.step, self.sums, self.summed, self.result = 0, dict[str, Tensor](), 0, DetectionResult()
+        self.history: list[dict[str, float]] = []
         self.parts, self.values = {"detector": self.detector, "optimizer": self.optimizer}, ("step", "sums", "summed", "history")
 
     def run(self) -> DetectionResult:
@@ -163,8 +158,7 @@ class DetectorTrainer(Resumable):
             bar.advance_to(self.step * self.params.batch_images)
             if self.step % max(1, self.total_steps // CURVE_POINTS) == 0 or self.step == self.total_steps:
                 self._record()
-            if distributed.world() == 1 or self.watch.due(self.step):  # to agree on it, several processes wait for the device
-                self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
+            self._checkpoint_if_due()
 
     def _batches(self) -> Iterator[tuple[DetectionPlan, list[Example]]]:
         plans = plan_steps(self.images, self.rows_N, self.params, self.seed, self.step, self.total_steps)
@@ -179,9 +173,7 @@ class DetectorTrainer(Resumable):
         with autocast(self.params.precision, self.device):
             losses = self.network([example.image_3HW.float() / 255 for example in batch], targets)
         loss = torch.stack(list(losses.values())).sum()
-        self.watch.note(loss, self.step)
-        if self.watch.due(self.step):
-            self._refuse_what_is_not_finite()
+        self._watch_loss(loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -189,15 +181,8 @@ class DetectorTrainer(Resumable):
         for name, value in {"loss": loss, **losses}.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
-    def _refuse_what_is_not_finite(self) -> None:
-        """Raise UserError if a loss was not finite. Waits for the device."""
-        if (found := self.watch.first(self.step)) is not None:
-            way_out = f"lower transfer_coco.lr (now {self.params.lr})" if found[0] else "look at image.std and at the student's weights"
-            raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; {way_out}")
-
-    def _state(self) -> dict[str, Any]:
-        self._refuse_what_is_not_finite()
-        return super()._state()
+    def way_out(self, step: int) -> str:
+        return f"lower transfer_coco.lr (now {self.params.lr})" if step else "look at image.std and at the student's weights"
 
     def _record(self) -> None:
         """Write a point of the curves: means over the steps since the last point and over all processes."""

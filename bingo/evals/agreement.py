@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bingo.bags.neighbors import common_rows
-from bingo.evals.knn import nearest_train, percent_of, voted_hits
+from bingo.evals.knn import nearest_train, voted_hits
 from bingo.images.listing import Listing
 from bingo.params import KnnEvalParams
 
@@ -48,11 +48,9 @@ def neighbor_hits(
 
 
 def neighbor_scores(hits: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The mean of each of `neighbor_hits` in percent."""
-    return {
-        name: _agreement(hits_Q, int(name.removeprefix(AGREEMENT))) if name.startswith(AGREEMENT) else percent_of(hits_Q)
-        for name, hits_Q in hits.items()
-    }
+    """The mean of each of `neighbor_hits` in percent; of `agreement_K`, percent of K."""
+    possible = {name: int(name.removeprefix(AGREEMENT)) if name.startswith(AGREEMENT) else 1 for name in hits}
+    return {name: round(100 * int(hits_Q.sum()) / (possible[name] * len(hits_Q)), 6) for name, hits_Q in hits.items()}
 
 
 class TeacherAgreement:
@@ -82,8 +80,4 @@ def neighbor_agreement(rows_QK: np.ndarray, teacher_rows_QK: np.ndarray, ks: Seq
     Both arguments are the rows of a `top_k`, nearest first, of the same queries and the same base, with at least max(ks) columns and
     no padding (-1). A random order of T train images would reach 100 k / T on average.
     """
-    return {f"{AGREEMENT}{k}": _agreement(common_rows(rows_QK[:, :k], teacher_rows_QK[:, :k]), k) for k in ks}
-
-
-def _agreement(common_Q: np.ndarray, k: int) -> float:
-    return round(100 * int(common_Q.sum()) / (k * len(common_Q)), 6)
+    return neighbor_scores({f"{AGREEMENT}{k}": common_rows(rows_QK[:, :k], teacher_rows_QK[:, :k]) for k in ks})

@@ -10,7 +10,6 @@ BatchNorm is trained (GPUs only) its statistics are those of the whole batch. Sh
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -163,8 +162,7 @@ class ClassifierTrainer(Resumable):
                     bar.advance_to(self.step * self.batch_images)
                     if self.step % self.steps_per_epoch == 0:
                         self.scores.append(self._test())
-                    if distributed.world() == 1 or self.watch.due(self.step):  # to agree on it, several processes wait for the device
-                        self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
+                    self._checkpoint_if_due()
         self.checkpoints.save(self._state(), self.step)
         return last_and_best(self.scores)
 
@@ -192,21 +190,13 @@ class ClassifierTrainer(Resumable):
         # Gradients are averaged over processes: the sum over own rows, divided by all rows, times the number of processes.
         share = distributed.world() / batch_rows if counts else 0.0
         loss = F.cross_entropy(self.network(views_B3PP), labels_B, reduction="sum") * share
-        self.watch.note(loss, self.step)
-        if self.watch.due(self.step):
-            self._refuse_what_is_not_finite()
+        self._watch_loss(loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
 
-    def _refuse_what_is_not_finite(self) -> None:
-        """Raise UserError if a loss was not finite. Waits for the device."""
-        if (found := self.watch.first(self.step)) is not None:
-            raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; lower its lr, or train the network again")
-
-    def _state(self) -> dict[str, Any]:
-        self._refuse_what_is_not_finite()
-        return super()._state()
+    def way_out(self, step: int) -> str:
+        return "lower its lr, or train the network again"
 
     @torch.inference_mode()
     def _test(self) -> tuple[float, float]:

@@ -19,9 +19,10 @@ def knn_accuracies(
     ks: Sequence[int],
     temperature: float,
 ) -> dict[str, float]:
-    """`voted_accuracies` of features of any float type, not normalised. Raises UserError as that and `nearest_train` do."""
+    """Top-1 accuracy in percent, the mean of each of `voted_hits`, of features of any float type, not normalised. Raises UserError as that
+    and `nearest_train` do."""
     found = nearest_train(train_features_TD, test_features_QD, max(ks))
-    return voted_accuracies(found, train_labels_T, test_labels_Q, ks, temperature)
+    return {name: percent_of(hits_Q) for name, hits_Q in voted_hits(found, train_labels_T, test_labels_Q, ks, temperature).items()}
 
 
 def nearest_train(train_features_TD: np.ndarray, test_features_QD: np.ndarray, k: int) -> Found:
@@ -38,14 +39,6 @@ def nearest_train(train_features_TD: np.ndarray, test_features_QD: np.ndarray, k
         return top_k(test_features_QD, train_features_TD, k)
     except ValueError as error:
         raise UserError(f"k-NN evaluation: {error}; the network is broken: check the training curves and lower distill.lr") from None
-
-
-def voted_accuracies(
-    found: Found, train_labels_T: np.ndarray, test_labels_Q: np.ndarray, ks: Sequence[int], temperature: float
-) -> dict[str, float]:
-    """Top-1 accuracy in percent: of each of `voted_hits` the mean. Raises UserError as that does."""
-    hits = voted_hits(found, train_labels_T, test_labels_Q, ks, temperature)
-    return {name: percent_of(hits_Q) for name, hits_Q in hits.items()}
 
 
 def voted_hits(

@@ -1,2 +1,2 @@
-"""Each method is one file bingo/methods/NAME.py with a function `build`; its section of params.yaml is defined in
-bingo/params/methods.py."""
+"""Each method is one file bingo/methods/NAME.py, in which `build` is its class; bingo/params/methods.py defines its section of
+params.yaml."""

@@ -44,6 +44,4 @@ class BagMean(Method):
         return {"loss": sample + self.params.dimension_weight * dimension, "sample": sample, "dimension": dimension}
 
 
-def build(params: BagMeanParams, context: Context) -> Method:
-    """Bag-mean regression on the student of `context`. Raises UserError if there is no teacher, or no stored keys."""
-    return BagMean(params, context)
+build = BagMean

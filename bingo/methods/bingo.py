@@ -38,6 +38,7 @@ class Bingo(Method):
 
     def __init__(self, params: BingoParams, context: Context):
         super().__init__()
+        _check(params, context)
         self.params, self.context = params, context
         self.related = params.relation == "bags"
         self.both = self.related and params.terms in ("symmetric", "symmetric_mix")  # whether members have keys of their own
@@ -50,6 +51,8 @@ class Bingo(Method):
         self.similarities = dtype_of_similarities(context.precision, context.device)
         self.needs = self._needs()
         self.pushed: list[tuple[Tensor, Tensor]] = []
+        if context.teacher is not None:
+            context.teacher.batch_statistics(params.teacher_batchnorm == "batch")
 
     def _needs(self) -> Needs:
         stored, same = self.context.keys == "stored", self.params.view_coupling == "same"
@@ -147,8 +150,8 @@ class Bingo(Method):
             self.key_encoder.move(nn.Sequential(self.student, self.head))
 
 
-def build(params: BingoParams, context: Context) -> Method:
-    """BINGO for the student in `context`. Raises UserError for settings that contradict each other."""
+def _check(params: BingoParams, context: Context) -> None:
+    """Raises UserError for settings that contradict each other."""
     expected = params.terms == "expected" and params.relation == "bags"
     if expected and context.keys == "momentum":
         way_out = "set distill.keys to stored, or methods.bingo.terms to symmetric"
@@ -168,9 +171,6 @@ def build(params: BingoParams, context: Context) -> Method:
                 f"methods.bingo.mask_bag = true: a bag holds all {largest} train images, so no negative is left; lower bagging.k, "
                 "raise bagging.clusters, or set methods.bingo.mask_bag: false"
             )
-    if context.teacher is not None:
-        context.teacher.batch_statistics(params.teacher_batchnorm == "batch")
-    return Bingo(params, context)
 
 
 def cutmix(anchor_BCHW: Tensor, member_BCHW: Tensor, uniform_B3: np.ndarray, alpha: float) -> tuple[Tensor, Tensor]:
@@ -197,3 +197,6 @@ def _box_edges(centre_B: np.ndarray, side_B: np.ndarray, length: int) -> tuple[n
     half_B = (side_B * length).astype(np.int64) // 2
     centre_B = (centre_B * length).astype(np.int64)
     return np.clip(centre_B - half_B, 0, length), np.clip(centre_B + half_B, 0, length)
+
+
+build = Bingo

@@ -60,6 +60,4 @@ class Compress(Method):
             self.key_encoder.move(self.student)
 
 
-def build(params: CompressParams, context: Context) -> Method:
-    """CompRess on the student of `context`. Raises UserError if there is no teacher."""
-    return Compress(params, context)
+build = Compress

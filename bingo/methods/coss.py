@@ -17,7 +17,6 @@ from bingo.nets.batchnorm import rows_by_group
 from bingo.nets.heads import mlp_head
 from bingo.nets.precision import autocast
 from bingo.params.methods import CossParams
-from bingo.runtime.errors import UserError
 
 
 class Coss(Method):
@@ -43,10 +42,4 @@ class Coss(Method):
         return {"loss": loss, "sample": sample, "dimension": dimension}
 
 
-def build(params: CossParams, context: Context) -> Method:
-    """CoSS on the student of `context`. Raises UserError if there is no teacher, or bags list fewer members than `companions`."""
-    if params.companions and context.bags is not None and params.companions > context.bags.members_TK.shape[1]:
-        listed = context.bags.members_TK.shape[1]
-        way_out = f"set bagging.k: {params.companions}, or lower it"
-        raise UserError(f"methods.coss.companions = {params.companions}: bags list {listed} members; {way_out}")
-    return Coss(params, context)
+build = Coss

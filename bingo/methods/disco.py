@@ -32,6 +32,8 @@ class Disco(Method):
         self.key_encoder = MomentumCopy(nn.Sequential(self.student, self.head), params.key_momentum)
         self.queue = Queue(params.queue_rows, self.targets.width, context.seed)
         self.pushed: tuple[Tensor, Tensor] | None = None
+        if context.teacher is not None:
+            context.teacher.batch_statistics(params.teacher_batchnorm == "batch")
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         with autocast(self.context.precision, self.context.device):
@@ -52,9 +54,4 @@ class Disco(Method):
         self.key_encoder.move(nn.Sequential(self.student, self.head))
 
 
-def build(params: DiscoParams, context: Context) -> Method:
-    """DisCo for the student in `context`. Raises UserError if there is no teacher, or it left fewer than two stored views."""
-    method = Disco(params, context)
-    if context.teacher is not None:
-        context.teacher.batch_statistics(params.teacher_batchnorm == "batch")
-    return method
+build = Disco

@@ -44,6 +44,4 @@ class Moco(Method):
         self.key_encoder.move(nn.Sequential(self.student, self.head))
 
 
-def build(params: MocoParams, context: Context) -> Method:
-    """MoCo-v2 on the student of `context`."""
-    return Moco(params, context)
+build = Moco

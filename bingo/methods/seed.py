@@ -79,6 +79,4 @@ def _similarities(query_BP: Tensor, key_BP: Tensor, bank_JP: Tensor) -> Tensor:
     return torch.cat([(query_BP * key_BP).sum(dim=1, keepdim=True), query_BP @ bank_JP.T], dim=1)
 
 
-def build(params: SeedParams, context: Context) -> Method:
-    """SEED on the student of `context`. Raises UserError if there is no teacher, or no live one for small crops."""
-    return Seed(params, context)
+build = Seed

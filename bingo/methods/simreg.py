@@ -39,6 +39,4 @@ class SimReg(Method):
         return {"loss": (2 - 2 * cosine_B).mean()}
 
 
-def build(params: SimregParams, context: Context) -> Method:
-    """SimReg on the student of `context`. Raises UserError if there is no teacher."""
-    return SimReg(params, context)
+build = SimReg

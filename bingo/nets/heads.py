@@ -1,7 +1,6 @@
 """Projection heads, their description in files, and normalisation of their outputs. Shape letters: B rows of a batch, P key width."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,21 +24,14 @@ def mlp_head(widths: Sequence[int], seed_value: int) -> nn.Sequential:
     """Linear layers from `widths[0]` to `widths[-1]` with ReLU between them and no normalisation, seeded initial weights.
 
     Three widths give the head of MoCo-v2 (Chen et al. 2020) and of BINGO (moco/builder.py, hidden width 2048), under the keys
-    0.weight, 0.bias, 2.weight, 2.bias; two widths give MoCo-v1's single layer. torch's global generator does not change.
+    0.weight, 0.bias, 2.weight, 2.bias; two widths give MoCo-v1's single layer.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_value)
-        linears = [nn.Linear(before, after) for before, after in pairwise(widths)]
-    return nn.Sequential(*[part for linear in linears for part in (linear, nn.ReLU(inplace=True))][:-1])
+    return layered_head(_mlp_layers(len(widths)), widths, seed_value)
 
 
 def layered_head(layers: Sequence[str], widths: Sequence[int], seed_value: int = 0) -> nn.Sequential:
-    """A head of a published network: `layers` lists the kinds in order, `widths` the input of the first linear layer and the outputs of
-    all.
-
-    The kinds are linear, linear_no_bias, batchnorm, batchnorm_no_affine, relu, gelu and unit (rows of unit length). The weights are
-    torch's default, seeded.
-    torch's global generator does not change.
+    """A Sequential of layers of these kinds (the keys of `_LAYERS`); `widths`: the input of the first linear layer, and the outputs of all.
+    The weights are torch's default, seeded; torch's global generator does not change.
     """
     width, behind = widths[0], iter(widths[1:])
     parts = []
@@ -98,8 +90,4 @@ def _kind(layer: nn.Module) -> str:
 
 def batchnorm_mlp(width: int, hidden: int, out: int, seed_value: int) -> nn.Sequential:
     """Linear (no bias), BatchNorm, ReLU, Linear, with seeded initial weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_value)
-        return nn.Sequential(
-            nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out)
-        )  # fmt: skip
+    return layered_head(("linear_no_bias", "batchnorm", "relu", "linear"), [width, hidden, out], seed_value)

@@ -1,23 +1,20 @@
-"""The report's sections on bags: explained statistics, charts of their distributions, and a gallery of anchors with their members."""
+"""The report's pictures: bags, hubs, similar pairs, and where the student differs from the teacher; and explained statistics of bags."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from markupsafe import Markup
 
 from bingo.report.inputs import Artefacts
 from bingo.report.pictures import Thumbnail, thumbnail
-from bingo.report.plots import quantile_strip
+from bingo.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from bingo.images.listing import Listing
 
 _MEMBERS_SHOWN, _HUBS_SHOWN, _PAIRS_SHOWN = 10, 8, 8
-_COSINE_BANDS = [("p01", "p99"), ("p05", "p95"), ("p25", "p75")]
-_DEGREE_BANDS = [("min", "max"), ("min", "p99"), ("min", "p90")]
 
 
 @dataclass(frozen=True)
@@ -30,33 +27,6 @@ class Member:
     same_class: bool | None
 
 
-@dataclass(frozen=True)
-class Bag:
-    """An anchor and the members shown; the index lists `hidden` more."""
-
-    anchor: Thumbnail
-    members: list[Member]
-    hidden: int
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two images that are similar, their cosine, and whether they are near-duplicates."""
-
-    thumbnails: tuple[Thumbnail, Thumbnail]
-    similarity: float
-    near: bool
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """One line of the table of statistics."""
-
-    name: str
-    value: str
-    meaning: str
-
-
 def gallery_rows(listing: "Listing", anchors: int) -> list[int]:
     """At most `anchors` train rows, evenly spread over the rows sorted by class, so that small and large classes appear."""
     order_T = np.argsort(listing.labels_N[: listing.train_rows], kind="stable")
@@ -65,8 +35,9 @@ def gallery_rows(listing: "Listing", anchors: int) -> list[int]:
     return order_T[middles.astype(np.int64)].tolist()
 
 
-def gallery(a: Artefacts) -> list[Bag]:
-    """The bags of `report.gallery_anchors` anchors; empty without images or bags."""
+def gallery(a: Artefacts) -> list[tuple[Thumbnail, list[Member], int]]:
+    """`report.gallery_anchors` anchors, each with the members shown of its bag, and how many more the index lists; empty without images or
+    bags."""
     if a.images is None or a.bags is None:
         return []
     return [_bag(a, row) for row in gallery_rows(a.listing, a.params.report.gallery_anchors)]
@@ -80,24 +51,48 @@ def hubs(a: Artefacts) -> list[tuple[Thumbnail, int]]:
     return [(thumbnail(a.images, a.listing, hub["row"]), hub["count"]) for hub in shown]
 
 
-def closest_pairs(a: Artefacts) -> list[Pair]:
-    """The pairs of an anchor and a member with the highest cosines; empty without images."""
+def closest_pairs(a: Artefacts) -> list[tuple[tuple[Thumbnail, Thumbnail], float, bool]]:
+    """The pairs of an anchor and a member with the highest cosines, and whether they are near-duplicates; empty without images."""
     if a.images is None:
         return []
     images, limit, pairs = a.images, a.bag_metrics.get("near_duplicate_cosine", math.inf), []
     for pair in a.bag_metrics.get("closest_pairs", [])[:_PAIRS_SHOWN]:
         one, other = (thumbnail(images, a.listing, row) for row in pair["rows"])
-        pairs.append(Pair((one, other), pair["cosine"], pair["cosine"] > limit))
+        pairs.append(((one, other), pair["cosine"], pair["cosine"] > limit))
     return pairs
 
 
-def _bag(a: Artefacts, row: int) -> Bag:
+def failures(a: Artefacts) -> list[tuple[Thumbnail, list[Member], list[Member], set[int]]]:
+    """The test images of reports/failures/student.json, with their nearest train images by the teacher and by the student (cosines are the
+    teacher's) and the rows that both find; those with the fewest common ones first; empty without images or teacher.
+
+    Raises UserError if the file holds something else.
+    """
+    if a.images is None:
+        return []
+    found = []
+    try:
+        for one in a.failures.get("images", []):
+            teachers, students = ([(int(row), cosine) for row, cosine in one[name]] for name in ("teacher", "network"))
+            shown = _members(a, one["row"], teachers), _members(a, one["row"], students)
+            found.append((thumbnail(a.images, a.listing, one["row"]), *shown, dict(teachers).keys() & dict(students).keys()))
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise UserError("reports/failures/student.json: is damaged, or of another listing; delete it and run: dvc repro") from None
+    return found
+
+
+def _bag(a: Artefacts, row: int) -> tuple[Thumbnail, list[Member], int]:
     assert a.images is not None
     assert a.bags is not None
     members_K, similarity_K = a.bags.members(row), a.bags.similarity(row)
-    nearest = zip(members_K.tolist()[:_MEMBERS_SHOWN], similarity_K.tolist(), strict=False)
-    shown = [Member(thumbnail(a.images, a.listing, member), cosine, same_class(a.listing, row, member)) for member, cosine in nearest]
-    return Bag(thumbnail(a.images, a.listing, row), shown, max(0, len(members_K) - _MEMBERS_SHOWN))
+    nearest = list(zip(members_K.tolist(), similarity_K.tolist(), strict=True))[:_MEMBERS_SHOWN]
+    return thumbnail(a.images, a.listing, row), _members(a, row, nearest), max(0, len(members_K) - _MEMBERS_SHOWN)
+
+
+def _members(a: Artefacts, row: int, nearest: Sequence[tuple[int, float]]) -> list[Member]:
+    """Rows with their cosines to a row."""
+    assert a.images is not None
+    return [Member(thumbnail(a.images, a.listing, near), cosine, same_class(a.listing, row, near)) for near, cosine in nearest]
 
 
 def same_class(listing: "Listing", row: int, other: int) -> bool | None:
@@ -106,25 +101,10 @@ def same_class(listing: "Listing", row: int, other: int) -> bool | None:
     return bool(label == other_label) if label >= 0 and other_label >= 0 else None
 
 
-def statistics(metrics: dict[str, Any]) -> list[Statistic]:
-    """The results of `bag_metrics.bag_metrics`, each line with its meaning, without those that were not measured."""
-    lines = [Statistic(name, write(metrics[key]), meaning) for key, name, write, meaning in _LINES if key in metrics]
-    return [line for line in lines if line.value]
-
-
-def spread_svgs(metrics: dict[str, Any]) -> list[tuple[Markup, str]]:
-    """Charts of the distributions of cosines and in-degrees, each with its caption; none if they were not measured."""
-    charts = []
-    if quantiles := metrics.get("similarity"):
-        svg = quantile_strip("similarity", "cosine to the anchor", quantiles, "p50", _COSINE_BANDS)
-        caption = "Cosines of the listed members. The mark is the median; the bands contain 50, 90 and 98 percent of the members."
-        charts.append((svg, caption))
-    if spread := metrics.get("in_degree"):
-        svg = quantile_strip("in-degree", "number of bags that contain an image", spread, "median", _DEGREE_BANDS)
-        charts.append(
-            (svg, "The mark is the median; the bands extend from the minimum to the 90th and the 99th percentile and to the maximum.")
-        )
-    return charts
+def statistics(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, value and meaning of each result of `bag_metrics.bag_metrics`, without those that were not measured."""
+    lines = [(name, write(metrics[key]), meaning) for key, name, write, meaning in _LINES if key in metrics]
+    return [line for line in lines if line[1]]
 
 
 def _share(share: float) -> str:

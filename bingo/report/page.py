@@ -6,7 +6,6 @@ Its layout is in report.html.j2 and report.css. Text is escaped by the template;
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from markupsafe import Markup
 from bingo import paths
 from bingo.params import NetworkParams, display_name
 from bingo.report import bags as report_bags
-from bingo.report import coco as report_coco
 from bingo.report import results as report_results
 from bingo.report.downstream import sections
-from bingo.report.failures import failures
 from bingo.report.inputs import Artefacts, Curves, NetworkFacts
 from bingo.report.measures import measure_label
 from bingo.report.plots import SERIES, lines
@@ -39,13 +36,7 @@ _RUN_KEYS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TrainingCharts:
-    """The charts of one training, with its name and a sentence on its last epoch."""
-
-    title: str
-    caption: str
-    charts: list[Markup]
+TrainingCharts = tuple[str, str, list[Markup]]  # of one training: its name, a sentence on its last epoch, and the charts
 
 
 def build_page(a: Artefacts) -> str:
@@ -71,16 +62,14 @@ def build_page(a: Artefacts) -> str:
         "chance": report_results.chance_row(a, found),
         "bars": report_results.bars_svg(a),
         "bars_caption": report_results.bars_caption(a),
-        "downstream": sections(a),
-        "coco": report_coco.coco_table(a),
+        "downstream": list(sections(a)),
         "trainings": _trainings(a),
         "probes": _probes(a),
         "bags": report_bags.gallery(a),
-        "failures": failures(a),
+        "failures": report_bags.failures(a),
         "hubs": report_bags.hubs(a),
         "pairs": report_bags.closest_pairs(a),
         "statistics": report_bags.statistics(a.bag_metrics),
-        "spreads": report_bags.spread_svgs(a.bag_metrics),
     }
     return render_page("report.html.j2", **context)
 
@@ -168,7 +157,7 @@ def _training(name: str, title: str, curves: Curves, terms: dict[str, Any], keep
             summary = f"{title}: {panel} by epoch. {_ends(series)}"
             charts.append(lines(f"{name}-{panel.split()[0].lower()}", panel, series, colors, summary))
     kept = f" Its weights are in {paths.BEST / 'student.safetensors'}." if keeps_best else ""
-    return TrainingCharts(title, f"{max(epochs):.0f} epochs; the loss ended at {final:.4g}.{best}{kept if best else ''}", charts)
+    return title, f"{max(epochs):.0f} epochs; the loss ended at {final:.4g}.{best}{kept if best else ''}", charts
 
 
 def _best_probe(curves: Curves) -> str:

@@ -42,7 +42,6 @@ _SETTINGS: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-Band = tuple[str, str]
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 _BAR_ALPHAS = (1.0, 0.45)
 _MARKERS = ("o", "v", "s", "D", "^")  # a shape for each colour of SERIES
@@ -179,25 +178,6 @@ def _overlap(one: Bbox, other: Bbox) -> float:
     """The common area of two boxes."""
     common = Bbox.intersection(one, other)
     return common.width * common.height if common else 0.0
-
-
-def quantile_strip(name: str, label: str, quantiles: Mapping[str, float], middle: str, bands: Sequence[Band]) -> Markup:
-    """One horizontal strip: each band runs between two named quantiles, wider ones first; a mark and a number at `middle`."""
-    with _style(name):
-        figure = Figure(figsize=(3.5, 0.95), layout="constrained")
-        axes = figure.add_subplot()
-        for number, (low, high) in enumerate(bands):
-            width, alpha = 4 + 6 * number, 0.25 + 0.6 * number / max(1, len(bands) - 1)
-            axes.plot(
-                [quantiles[low], quantiles[high]], [0, 0],
-                color=SERIES[0], alpha=alpha, linewidth=width, solid_capstyle="butt",
-            )  # fmt: skip
-        axes.plot(quantiles[middle], 0, marker="|", markersize=22, markeredgewidth=2, color=INK)
-        axes.annotate(f"{quantiles[middle]:.4g}", (quantiles[middle], 0), (0, 14), textcoords="offset points", ha="center")
-        axes.set(ylim=(-1, 1.6), yticks=[], xlabel=label)
-        axes.spines.left.set_visible(False)
-        summary = ", ".join(f"{key} {value:.4g}" for key, value in quantiles.items())
-        return _svg(figure, name, f"{label}: {summary}.")
 
 
 def _style(name: str) -> AbstractContextManager[None]:

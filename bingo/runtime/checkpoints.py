@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bingo.runtime import distributed
 from bingo.runtime.artefacts import fingerprint, read_json, write_bytes, write_json
 from bingo.runtime.checksums import Damaged, seal, unseal
 from bingo.runtime.errors import Interrupted, UserError, out_of_memory, reason_of
+from bingo.runtime.finite import LossWatch
 
 SECONDS_VARIABLE = "BINGO_CHECKPOINT_SECONDS"
 
@@ -115,18 +116,45 @@ class Checkpoints:
 
 
 class Resumable:
-    """A training that resumes from its last checkpoint: `parts` are its modules and optimizers, `values` names of its own attributes."""
+    """A training that resumes from its last checkpoint: `parts` are its modules and optimizers, `values` names of its own attributes.
+
+    It ends with a UserError at a loss that is not finite, which no checkpoint contains; `label` names it in messages.
+    """
 
     checkpoints: Checkpoints
     device: torch.device
+    label: str
+    step: int
+    watch: LossWatch
     parts: Mapping[str, nn.Module | torch.optim.Optimizer]
     values: tuple[str, ...]
+
+    def way_out(self, step: int) -> str:
+        """What to do about a loss that is not finite at this step."""
+        raise AssertionError(f"{type(self).__name__} has no way out")
+
+    def _watch_loss(self, loss: Tensor) -> None:
+        """Record the loss of this step, and read the record if it is due."""
+        self.watch.note(loss, self.step)
+        if self.watch.due(self.step):
+            self._refuse_what_is_not_finite()
+
+    def _refuse_what_is_not_finite(self) -> None:
+        """Raises UserError if a loss was not finite since the last call. Waits for the device."""
+        if (found := self.watch.first(self.step)) is not None:
+            raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; {self.way_out(found[0])}")
+
+    def _checkpoint_if_due(self) -> None:
+        """Several processes agree on it only when the loss is read too, because agreeing waits for the device."""
+        if distributed.world() == 1 or self.watch.due(self.step):
+            self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
 
     def resumes(self) -> bool:
         """Whether there is a checkpoint to resume from."""
         return self.checkpoints.exists()
 
     def _state(self) -> dict[str, Any]:
+        self._refuse_what_is_not_finite()
         return {name: part.state_dict() for name, part in self.parts.items()} | {name: getattr(self, name) for name in self.values}
 
     def _resume(self) -> None:

@@ -119,9 +119,7 @@ class Trainer(Resumable):
         self._seed_draws()
         with counted_together(self.counting), grouped_batchnorm(self.groups, self.own_anchors):
             terms = self.network(batch, progress)
-        self.watch.note(terms["loss"], self.step)
-        if self.watch.due(self.step):
-            self._refuse_what_is_not_finite()
+        self._watch_loss(terms["loss"])
         terms["loss"].backward()
         self.optimizer.step()
         self.method.after_step()
@@ -134,12 +132,7 @@ class Trainer(Resumable):
         seed_generator = torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
         seed_generator(seeds.torch_seed(self.batches.seed, purpose, self.step))  # only the device's: torch.manual_seed takes 0.2 ms
 
-    def _refuse_what_is_not_finite(self) -> None:
-        """Raise UserError if a loss was not finite since the last call. Waits for the device."""
-        if (found := self.watch.first(self.step)) is not None:
-            raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; {self._way_out(found[0])}")
-
-    def _way_out(self, step: int) -> str:
+    def way_out(self, step: int) -> str:
         if step == 0:
             return "no step was taken yet, so look at the method's temperature, image.std and augment"
         return f"lower lr (now {self.schedule.lr})"
@@ -183,13 +176,3 @@ class Trainer(Resumable):
         if not self.best or value > self.best["probe"][name]:
             weights = {key: tensor.detach().cpu().clone() for key, tensor in self.method.student.state_dict().items()}
             self.best = {"epoch": epoch, "probe": figures, "weights": weights}
-
-    def _checkpoint_if_due(self) -> None:
-        """Several processes agree on it only when the loss is read too, because agreeing waits for the device."""
-        if distributed.world() > 1 and not self.watch.due(self.step):
-            return
-        self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
-
-    def _state(self) -> dict[str, Any]:
-        self._refuse_what_is_not_finite()
-        return super()._state()

@@ -25,7 +25,7 @@ from bingo.report.downstream import figures
 from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_network_facts, read_outcomes
 from bingo.report.page import build_page, run_script
 from bingo.report.pictures import THUMBNAIL_PX, thumbnail
-from bingo.report.plots import AccuracyBar, accuracy_bars, lines, quantile_strip
+from bingo.report.plots import AccuracyBar, accuracy_bars, lines
 from bingo.report.results import caveats, columns
 from bingo.runtime.artefacts import write_arrays, write_bytes, write_json
 from bingo.runtime.checksums import seal_safetensors
@@ -334,8 +334,8 @@ def test_pairs_above_the_cosine_of_near_duplicates_are_marked(pixels, limit, nea
     pairs = [{"rows": [3, 7], "cosine": 0.95}, {"rows": [1, 2], "cosine": 0.5}]
     metrics = {"closest_pairs": pairs} | ({"near_duplicate_cosine": limit, "near_duplicates": 2} if limit else {})
     found = closest_pairs(artefacts(images=MemoryImages(pixels), bag_metrics=metrics))
-    assert [[thumbnail.row for thumbnail in pair.thumbnails] for pair in found] == [[3, 7], [1, 2]]
-    assert [pair.near for pair in found] == near
+    assert [[thumbnail.row for thumbnail in thumbnails] for thumbnails, _, _ in found] == [[3, 7], [1, 2]]
+    assert [is_near for _, _, is_near in found] == near
 
 
 def test_bag_statistics_are_explained(page):
@@ -548,10 +548,10 @@ def test_a_damaged_network_is_one_line(tmp_path):
 
 def test_statistics_of_clusters_and_of_nothing():
     sizes = {"min": 1, "median": 4.0, "mean": 5.0, "max": 20, "max_over_mean": 4.0, "singletons": 2, "unused": 0}
-    (line,) = statistics({"cluster_size": sizes})
-    assert line.value == "median 4, from 1 to 20 (4.0 times the mean); 2 with one image, 0 unused"
-    (line,) = statistics({"recall": 0.9696, "lists": 1265, "probes": 64})
-    assert (line.name, line.value) == ("Recall of the search", "97.0 %")
+    ((_, value, _),) = statistics({"cluster_size": sizes})
+    assert value == "median 4, from 1 to 20 (4.0 times the mean); 2 with one image, 0 unused"
+    ((name, value, _),) = statistics({"recall": 0.9696, "lists": 1265, "probes": 64})
+    assert (name, value) == ("Recall of the search", "97.0 %")
     assert statistics({}) == []
 
 
@@ -560,7 +560,6 @@ def test_statistics_of_clusters_and_of_nothing():
     [
         lambda: accuracy_bars("a", [AccuracyBar("x <&$ y", [50.0, None], 0)], ["one", "two"], 10.0),
         lambda: lines("b", "Loss", {"l$<": ([1.0], [2.0]), "m": ([1.0], [float("nan")])}, [0, 2], 'a "summary"'),
-        lambda: quantile_strip("c", "cosine", {"p1": 0.1, "p50": 0.1, "p99": 0.1}, "p50", [("p1", "p99")]),
     ],
 )
 def test_charts_are_well_formed_and_repeatable(draw):

@@ -1,6 +1,6 @@
 """The report's COCO table: each figure in its row, published rows next to the run that they belong to, nothing if nothing ran."""
 
-from bingo.report.coco import MEASURES, coco_rows, coco_table
+from bingo.report.downstream import MEASURES, coco_rows, sections
 from bingo.report.inputs import read_optional_json
 from bingo.report.page import build_page
 from bingo.runtime.artefacts import write_json
@@ -23,25 +23,26 @@ def test_measured_and_published_figures_are_in_their_rows(tmp_path):
     assert own[-1] == "–unknown"
     published = page.rows["ResNet-18 by BINGOpublished, fpn-1x"]
     assert published == ["32.0", "51.0", "34.7", "17.1", "34.1", "42.0", "29.6", "48.2", "31.5", "12.8", "30.8", "43.0"]
-    assert [row.label for row in coco_rows(a)][1:] == ["ResNet-18 by MoCo-v2", "ResNet-18 by BINGO"]
+    assert [label for label, _, _ in coco_rows(a)][1:] == ["ResNet-18 by MoCo-v2", "ResNet-18 by BINGO"]
     assert len(page.all("caption")) == len(page.all("table"))
 
 
 def test_c4_stands_beside_the_resnet_34_rows_and_an_own_schedule_beside_none():
     rows = coco_rows(artefacts(coco={"c4-2x": scores(0.0), "fpn-short": scores(1.0)}))
-    assert [row.origin for row in rows if row.measured] == ["measured, c4-2x", "measured, fpn-short"]
-    assert {row.origin for row in rows if not row.measured} == {"published, head and schedule not stated"}
-    assert rows[4].figures[:6] == [39.9, 59.4, 43.5, 22.8, 43.3, 52.1]
-    assert all(len(row.figures) == 12 for row in rows)
+    origins = [origin for _, origin, _ in rows]
+    assert [origin for origin in origins if origin.startswith("measured")] == ["measured, c4-2x", "measured, fpn-short"]
+    assert {origin for origin in origins if not origin.startswith("measured")} == {"published, head and schedule not stated"}
+    assert rows[4][2][:6] == [39.9, 59.4, 43.5, 22.8, 43.3, 52.1]
+    assert all(len(figures) == 12 for _, _, figures in rows)
 
 
 def test_without_a_run_there_is_no_table():
-    assert coco_table(artefacts()) == ""
+    assert list(sections(artefacts())) == []
     assert "COCO" not in Page(build_page(artefacts())).words.partition("Parameters")[0]
 
 
 def test_names_are_escaped():
     hostile = "<img src=x onerror=alert(1)>"
-    table = str(coco_table(artefacts(coco={hostile: scores(0.0)})))
+    table = str(next(sections(artefacts(coco={hostile: scores(0.0)}))).html)
     assert "<img" not in table
     assert "&lt;img" in table
