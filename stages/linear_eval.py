@@ -61,7 +61,8 @@ def _scores(
     from bingo.pipeline.judging.backbones import state_of
     from bingo.runtime.checkpoints import Checkpoints
 
-    params, listing, scores, hits, layer = run.params, networks.listing, {}, {}, {}
+    params, listing, scores, hits = run.params, networks.listing, {}, {}
+    layer: dict[str, torch.Tensor] = {}
     evaluation, train, test_N, labels_N = params.linear_eval, listing.train_rows, listing.test_rows_N, listing.labels_N
     features_ND = networks.features(name, evaluation, device)
     if features_ND is not None:
