@@ -14,7 +14,7 @@ of them that are nearest. This module needs only numpy and zarr, and a row is re
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,6 +160,12 @@ class BagIndex:
         start, end = self._read("cluster_start", slice(cluster, cluster + 2))
         rows = self._read("cluster_rows", slice(int(start), int(end)))
         return rows[rows != row]
+
+    def blocks(self, members: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first row, members, similarity) of successive rows, with some `members` entries in each block: int32 and float16 (n, K)."""
+        rows = max(1, members // max(1, self.k) // _CHUNK_ROWS) * _CHUNK_ROWS
+        for first in range(0, self.train_rows, rows):
+            yield first, self._read("members", slice(first, first + rows)), self._read("similarity", slice(first, first + rows))
 
     @cached_property
     def table(self) -> Bags:

@@ -58,6 +58,12 @@ class ListingRows:
         """Whether every row has a label."""
         return len(self) > 0 and bool((self.labels_N >= 0).all())
 
+    def columns(self) -> tuple[pa.Array, pa.Array]:
+        """Paths and class names of all rows, as strings; null where the class is unknown."""
+        paths = pa.chunked_array([column for _, columns in self._path_columns() for column in columns.chunks], pa.string())
+        unknown_N = (self.labels_N < 0) | (self.labels_N >= len(self.classes))
+        return paths.combine_chunks(), pa.array(self.classes, pa.string()).take(pa.array(self.labels_N, mask=unknown_N))
+
     def rows(self, rows_R: Sequence[int] | np.ndarray) -> tuple[list[str], np.ndarray]:
         """Paths and labels (int64) of rows in any order, read from their row groups. Raises UserError if a row does not exist."""
         rows_R = np.asarray(rows_R, np.int64)

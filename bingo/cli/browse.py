@@ -1,15 +1,16 @@
-"""bingo bags show | stats | diff | find | gallery: look into the bags of the workspace, or of any revision or DVC experiment.
+"""bingo bags show | stats | diff | find | gallery | export: look into the bags of the workspace, or of any revision or DVC experiment.
 
 bingo bags show 5            one bag as a table and a picture: one row group and one chunk are read, not the index
 """
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bingo import paths
-from bingo.pipeline.commands import as_seen_from_here, from_here
+from bingo.pipeline.commands import as_seen_from_here, check_output, from_here
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,6 +133,41 @@ def gallery(
     typer.echo(f"gallery: {as_seen_from_here(folder / 'index.html')}")
 
 
+class Table(StrEnum):
+    """A format of `bingo bags export`."""
+
+    parquet = "parquet"
+    csv = "csv"
+
+
+@app.command()
+def export(
+    to: Annotated[Table, typer.Option(help="The format.")] = Table.parquet,
+    features: Annotated[bool, typer.Option("--features", help="Add the teacher's features of each anchor (parquet only).")] = False,
+    rev: Rev = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write; by default bags.parquet or bags.csv.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write all bags as a table for other programs, one line for each pair of an anchor and a member, nearest first."""
+    from bingo.bags.index import read_bags
+    from bingo.browse.pairs import write_pairs
+    from bingo.cli.browse_source import BagSource
+    from bingo.runtime.errors import UserError
+    from bingo.runtime.progress import progress_bar
+
+    if features and to is Table.csv:
+        raise UserError("--features: CSV holds no lists of numbers; give --to parquet, or leave --features out")
+    path = from_here("--out", out or Path(f"bags.{to.value}"))
+    check_output("--out", path, [f".{to.value}"], force)
+    source = BagSource(rev)
+    stored = source.embeddings.features if features else None
+    if features:
+        read_bags(source.artefacts.store(paths.BAGS), source.listing, source.embeddings.fingerprint)  # of these features
+    with progress_bar("writing the bags", source.index.train_rows, "anchors") as bar:
+        lines = write_pairs(path, source.index, source.listing, stored, bar.advance_to)
+    typer.echo(f"written {as_seen_from_here(path)}: {lines:,} pairs of {source.index.train_rows:,} anchors, bags of {source.title}")
+
+
 def _gallery_meta(source: "BagSource") -> dict[str, Any]:
     index, listing = source.index, source.listing
     return {
@@ -164,13 +200,12 @@ def _nearest(source: "BagSource", image: Path, k: int) -> "tuple[np.ndarray, np.
 
     from bingo.bags.neighbors import top_k
     from bingo.browse.find import image_feature
-    from bingo.embeddings.store import read_embeddings
     from bingo.pipeline.run import pick_device
     from bingo.runtime.artefacts import file_fingerprint
     from bingo.runtime.errors import UserError
 
-    files, listing = source.artefacts, source.listing
-    stored = read_embeddings(files.store(paths.EMBEDDINGS), listing, files.title(paths.EMBEDDINGS))
+    files = source.artefacts
+    stored = source.embeddings
     with tempfile.TemporaryDirectory() as folder:
         teacher = files.local(paths.TEACHER, Path(folder))
         if (fingerprint := file_fingerprint(teacher)) != stored.attrs["teacher"]:

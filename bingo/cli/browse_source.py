@@ -14,6 +14,7 @@ from bingo.browse.listing_rows import ListingRows
 from bingo.browse.pictures import Pictures
 from bingo.browse.sheets import Tile
 from bingo.cli.revisions import artefacts
+from bingo.embeddings.store import Embeddings, read_embeddings
 from bingo.runtime.artefacts import read_json
 from bingo.runtime.errors import UserError
 from bingo.runtime.inside import path_inside
@@ -44,6 +45,11 @@ class BagSource:
         index = read_bags(self.artefacts.store(paths.BAGS), listing)
         index.name = self.artefacts.title(paths.BAGS)
         return index
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """The teacher's embeddings, read when they are accessed. Raises UserError as `index` does."""
+        return read_embeddings(self.artefacts.store(paths.EMBEDDINGS), self.listing, self.artefacts.title(paths.EMBEDDINGS))
 
     @cached_property
     def metrics(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from fabricated import make_workspace
 
@@ -86,9 +87,12 @@ def test_a_revision_gives_what_its_workspace_gave(repository, tmp_path, monkeypa
     bingo_bags("show", 5, "--rev", "k6", "--out", tmp_path / "revision.png")
     make_workspace(tmp_path, k=6)
     listing = read_listing(tmp_path / "data/listing.parquet")
-    members = read_bags(tmp_path / "data/bags.zarr", listing).members(5).tolist()
+    index = read_bags(tmp_path / "data/bags.zarr", listing)
+    members = index.members(5).tolist()
     lines = bingo_bags("show", "class/image_0005.png", "--rev", "k6")[1].splitlines()
     assert [int(line.split()[1]) for line in lines[2:-1]] == members
+    assert bingo_bags("export", "--rev", "k6", "--out", tmp_path / "k6.parquet")[0] == 0
+    assert pq.read_table(tmp_path / "k6.parquet")["member"].to_pylist() == index.table.members_TK.ravel().tolist()
 
 
 def test_diff_of_two_revisions(repository):
