@@ -1,15 +1,28 @@
-"""scan: make a listing of the dataset, data/listing.parquet, and pack small images into one array, data/images.zarr."""
+"""scan: make a listing of the dataset, data/listing.parquet, and pack small images into one array, data/images.zarr.
 
+With `dataset.pack_px` that folder holds photographs at a smaller size; a killed run resumes with those that are missing.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bingo import paths
 from bingo.pipeline.commands import run_command
-from bingo.pipeline.run import Run, stage_run
+from bingo.pipeline.run import Run, code_fingerprint, stage_run
+from bingo.pipeline.state import state_folder
 from bingo.planning.limits import batch_mistakes, image_mistakes, list_mistakes, weights_mistakes
 from bingo.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from bingo.datasets.subset import Counts
+    from bingo.images.listing import Listing
+    from bingo.images.positions import Positions
+
+    Found = np.ndarray | Positions | None
 
 
 def main() -> None:
@@ -21,19 +34,36 @@ def main() -> None:
         from bingo.runtime.progress import progress_bar
 
         try:
-            listing, images = scan(run.params.dataset, run.params.seed, run.say, lambda found: _judge(run, found))
+            listing, found = scan(run.params.dataset, run.params.seed, run.say, lambda found: _judge(run, found))
         except UserError as error:
             raise UserError(list(dict.fromkeys([*run.mistakes, *error.lines]))) from None
         if lines := batch_mistakes(run.params, listing.train_rows):  # images that cannot be read were left out
             raise UserError(lines)
-        with progress_bar("writing the listing"):
-            write_images(paths.IMAGES, listing, images)
+        with _packed(run, listing, found) as (images, pack), progress_bar("writing the listing"):
+            write_images(paths.IMAGES, listing, images, pack)
             write_listing(paths.LISTING, listing)
         run.notes["images"] = len(listing)
         run.say(
             f"scan: {listing.dataset}: {listing.train_rows:,} train and {len(listing) - listing.train_rows:,} test images,"
             f" {len(listing.classes) or 'no'} classes, {len(listing.skipped):,} skipped"
         )
+
+
+@contextmanager
+def _packed(run: Run, listing: "Listing", found: "Found") -> Iterator[tuple["Found", Path | None]]:
+    """What `scan` returned or, with `dataset.pack_px`, the positions of smaller photographs, and the folder of their files."""
+    dataset = run.params.dataset
+    if dataset.pack_px is None:
+        yield found, None
+        return
+    from bingo.datasets.packing import pack_images
+    from bingo.images.images import FileImages
+    from bingo.images.positions import Positions
+
+    positions = found if isinstance(found, Positions) else None
+    files = FileImages(str(dataset.root), listing.paths, dataset.follow_links, listing.gray_bits, positions=positions)
+    with state_folder("scan", {"listing": listing.fingerprint, "root": dataset.root, "code": code_fingerprint("scan")}) as folder:
+        yield pack_images(files, dataset.pack_px, folder, run.say), folder
 
 
 def _judge(run: Run, found: "Counts") -> None:

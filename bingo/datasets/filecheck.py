@@ -49,7 +49,7 @@ def check_files(
     images_NSS3 = None if store_px is None else np.zeros((len(files), store_px, store_px, 3), np.uint8)
     chunks = [files.part(range(len(files))[start : start + CHUNK_FILES]) for start in range(0, len(files), CHUNK_FILES)]
     checked: list[Checked] = []
-    with _pool(len(files)) as pool, progress_bar("checking the images", len(files), "images") as bar:
+    with worker_pool(len(files)) as pool, progress_bar("checking the images", len(files), "images") as bar:
         for results in pool.map(partial(_check_chunk, decode, store_px, gray_bits), chunks):
             for file, pixels_SS3 in results:
                 if images_NSS3 is not None and pixels_SS3 is not None:
@@ -74,7 +74,7 @@ def common_bits(files: FileImages, checked: list[Checked], images_NSS3: np.ndarr
 
 
 @contextmanager
-def _pool(files: int) -> Iterator[Executor]:
+def worker_pool(files: int) -> Iterator[Executor]:
     """A pool over this process's processors; pending work is dropped if the caller stops early."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool: Executor

@@ -59,6 +59,7 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
     kept_paths, kept_labels = [paths[row] for row in keep], labels_N[keep]
     _say_of_rows(kept_paths, [checked[row].content.sha256 for row in keep], kept_labels, train_rows, classes, say)
     header = {"dataset": _DATASET, "classes": classes, "store_px": dataset.store_px}
+    header |= {"pack_px": dataset.pack_px} if dataset.pack_px else {}
     header |= {} if gray_bits in (None, 16) else {"gray_bits": gray_bits}
     header |= {} if dataset.jpeg_decoder == "cpu" or dataset.store_px else {"jpeg_decoder": dataset.jpeg_decoder}  # other pixels
     fingerprint = listing_fingerprint(header, kept_paths, (checked[row].content for row in keep), kept_labels, train_rows)

@@ -8,7 +8,6 @@ Shape letters: N rows of the listing, T train rows (the first ones), V stored vi
 Both have chunks of the same number of rows. A chunk is a file, written once by one process.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from bingo.runtime.artefacts import fingerprint, new_directory
+from bingo.runtime.artefacts import fingerprint, link_or_copy, new_directory
 from bingo.runtime.chunks import StoredRows, chunk_is_written, new_array, open_array, open_group, read_rows, seal
 from bingo.runtime.errors import UserError
 
@@ -77,14 +76,7 @@ class EmbeddingsWriter:
             raise UserError(f"{self.path}: {len(missing)} of {self.chunks} chunks are not written; run again: {_WAY_OUT}")
         with new_directory(target) as folder:
             leftovers = shutil.ignore_patterns("*.partial")  # zarr's temporary files
-            shutil.copytree(self.path, folder, copy_function=_link_or_copy, ignore=leftovers, dirs_exist_ok=True)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without hard links
-        shutil.copyfile(source, target)
+            shutil.copytree(self.path, folder, copy_function=link_or_copy, ignore=leftovers, dirs_exist_ok=True)
 
 
 def create_embeddings(

@@ -199,5 +199,6 @@ def _unreadable_noted(task: _DecodeTask, i: int, lines: list[str]) -> Iterator[N
         way_out = (
             "set dataset.check: decode, with which scan finds such files, and run: dvc repro" if undecodable else "run: dvc repro -f scan"
         )
-        name = f"{task.files.paths[i]} (row {task.rows[i]})"
-        lines.append(f"dataset.root: {name} can no longer be read ({reason}); restore it, or {way_out}")
+        name, packed = f"{task.files.paths[i]} (row {task.rows[i]})", task.files.positions is not None and task.files.positions.in_store
+        where = task.files.root if packed else "dataset.root"
+        lines.append(f"{where}: {name} can no longer be read ({reason}); restore it, or {way_out}")

@@ -14,7 +14,7 @@ from zarr.codecs import Crc32cCodec
 
 from bingo.images.listing import Listing
 from bingo.images.positions import Positions, create_positions, read_positions
-from bingo.runtime.artefacts import new_directory
+from bingo.runtime.artefacts import link_or_copy, new_directory
 from bingo.runtime.chunks import chunk_is_written, forget_other_reads, open_array, open_group, seal
 from bingo.runtime.errors import UserError
 from bingo.runtime.inside import path_inside
@@ -110,9 +110,10 @@ class FileImages:
 Images = MemoryImages | FileImages
 
 
-def write_images(path: Path | str, listing: Listing, images: np.ndarray | Positions | None) -> None:
+def write_images(path: Path | str, listing: Listing, images: np.ndarray | Positions | None, pack: Path | None = None) -> None:
     """Write the zarr group of a listing's images: their pixels, uint8 (N, S, S, 3), or the positions of files that are decoded on access;
-    None for files of a folder, of which the group holds nothing."""
+    None for files of a folder, of which the group holds nothing. The files of positions `in_store`, which lie in the folder `pack`, are
+    linked into it, or copied where that is another disk."""
     images_NSS3 = images if isinstance(images, np.ndarray) else np.zeros((0, 0, 0, 3), np.uint8)
     chunk_rows = min(CHUNK_ROWS, max(1, len(images_NSS3)))  # a chunk is stored in full size
     with new_directory(path) as folder:
@@ -130,6 +131,9 @@ def write_images(path: Path | str, listing: Listing, images: np.ndarray | Positi
         seal(folder, group)
         if positions is not None and isinstance(images, Positions):
             positions[:] = images.positions_N3
+            for file in images.files if pack is not None else []:
+                (folder / file).parent.mkdir(exist_ok=True)
+                link_or_copy(f"{pack}/{file}", f"{folder}/{file}")
         if len(images_NSS3):
             array[:] = images_NSS3
 
@@ -149,13 +153,18 @@ def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetPara
         return MemoryImages(_read_whole(Path(images_zarr), array))
     if array.shape[0]:
         raise UserError(f"{name}: holds {array.shape[0]} images for {len(listing)} rows; delete it and run: {_WAY_OUT}")
-    if dataset is None or dataset.root is None:
-        raise UserError("dataset.root = null: the images are files to be decoded; set dataset.root to their folder")
     positions = read_positions(group, name, _WAY_OUT)
     if positions is not None and len(positions) != len(listing):
         raise UserError(f"{name}: holds positions of {len(positions)} images for {len(listing)} rows; delete it and run: {_WAY_OUT}")
-    root = name if positions is not None and positions.in_store else dataset.root
-    return FileImages(root, listing.paths, dataset.follow_links, listing.gray_bits, dataset.jpeg_decoder, positions)
+    jpeg_decoder = dataset.jpeg_decoder if dataset is not None else "cpu"
+    if positions is not None and positions.in_store:
+        for file, file_bytes in zip(positions.files, positions.file_bytes, strict=True):
+            if not (place := Path(images_zarr, file)).is_file() or place.stat().st_size != file_bytes:
+                raise UserError(f"{name}: {file} is missing or cut off; delete {name} and run: {_WAY_OUT}")
+        return FileImages(name, listing.paths, True, listing.gray_bits, jpeg_decoder, positions)  # DVC may have made links of its files
+    if dataset is None or dataset.root is None:
+        raise UserError("dataset.root = null: the images are files to be decoded; set dataset.root to their folder")
+    return FileImages(dataset.root, listing.paths, dataset.follow_links, listing.gray_bits, jpeg_decoder, positions)
 
 
 def _read_whole(path: Path, array: zarr.Array) -> np.ndarray:

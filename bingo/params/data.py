@@ -25,6 +25,7 @@ class DatasetParams(Section):
     """The images. `train_images` and `test_images` draw a seeded, class-balanced subset (null: all); for a folder without a test
     split, `test_images` images are held out from the train images.
 
+    `pack_px`: photographs with a longer short side are kept once more, resized to it, and read from there.
     `follow_links`: links in a folder of images may lead out of it.
     """
 
@@ -32,6 +33,7 @@ class DatasetParams(Section):
     root: FilePath | None
     follow_links: bool
     store_px: Annotated[int, Field(ge=1, le=4096)] | None
+    pack_px: Annotated[int, Field(ge=16, le=4096)] | None
     train_images: Count | None
     test_images: Count | None
     check: Literal["decode", "header"]
@@ -47,6 +49,9 @@ class DatasetParams(Section):
             raise ValueError(f"root: null, but source {self.source} needs the folder of the images; set dataset.root")
         if self.source != "folder" and not self.store_px:
             raise ValueError(f"store_px: null, but source {self.source} is held in memory; set dataset.store_px, in pixels")
+        if self.store_px and self.pack_px:
+            way_out = "set dataset.store_px: null to decode photographs on access, or dataset.pack_px: null"
+            raise ValueError(f"pack_px: {self.pack_px}, but with store_px {self.store_px} all images are held in memory; {way_out}")
         if self.placement_scale[0] < 0.05:
             raise ValueError(f"placement_scale: {self.placement_scale}, allowed are two numbers from 0.05 to 1")
         return self

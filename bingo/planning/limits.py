@@ -229,6 +229,19 @@ def _warmup_leaves_epochs(params: Params, _: int) -> Iterator[str]:
         yield f"{line}; set methods.bingo.inter_warmup_epochs: {epochs - 1} or less, or methods.bingo.relation: none"
 
 
+def _views_fit_the_pack(params: Params, _: int) -> Iterator[str]:
+    """A view larger than the packed photographs would be enlarged, where the originals may have the pixels."""
+    pack_px, own, seed = params.dataset.pack_px, params.teacher.image, params.methods.seed
+    sides = {"image.resize_px": params.image.resize_px}
+    sides |= {} if own.crop_px is None and own.resize_px is None else {"teacher.image.resize_px": params.teacher_image.resize_px}
+    sides |= {"knn_eval.resize_px": params.knn_eval.resize_px or 0}
+    sides |= {"methods.seed.small_crop_px": seed.small_crop_px} if params.distill.method == "seed" and seed.small_crops else {}
+    for key, side_px in sides.items():
+        if pack_px and side_px > pack_px:
+            way_out = f"set dataset.pack_px to {side_px} or more, or to null, or lower {key}"
+            yield f"{key} = {side_px}: the packed photographs have a short side of dataset.pack_px = {pack_px}; {way_out}"
+
+
 _RULES: tuple[Rule, ...] = (
     lambda params, _: source_mistakes(params.teacher),
     lambda params, _: [line for key, value in asked_weights(params).items() for line in place_mistakes(key, value, params.student)],
@@ -238,4 +251,5 @@ _RULES: tuple[Rule, ...] = (
     _queues_hold_a_batch,
     _bags_list_companions,
     _warmup_leaves_epochs,
+    _views_fit_the_pack,
 )

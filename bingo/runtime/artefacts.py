@@ -126,3 +126,11 @@ def new_directory(path: Path | str) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Make `target` a hard link to a file, or a copy where that is not possible: on another disk, or on one without hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,170 @@
+"""Photographs kept once more at a smaller size: their pixels, the same bytes after an interruption, and reading without the originals."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bingo.datasets import packing
+from bingo.datasets.packing import pack_images, packed
+from bingo.images.decode import decode_square
+from bingo.images.images import FileImages, open_images, write_images
+from bingo.images.listing import Listing
+from bingo.images.loader import ViewLoader, center_views
+from bingo.params import load_params
+from bingo.planning.limits import rule_mistakes
+from bingo.runtime.errors import UserError
+from tests.images.test_loader import AUGMENT, IMAGE, _request
+from tests.photographs import photographs
+
+CPU, PARAMS, PX = torch.device("cpu"), load_params(Path(__file__).parents[2] / "params.yaml"), 32
+
+
+def silent(line: str) -> None:
+    """Forget a line."""
+
+
+@pytest.fixture
+def files(tmp_path) -> FileImages:
+    (tmp_path / "photos").mkdir()
+    return FileImages(str(tmp_path / "photos"), photographs(tmp_path / "photos"))
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+
+
+def encoded(image: Image.Image, name: str = "PNG", **options: object) -> bytes:
+    content = io.BytesIO()
+    image.save(content, name, **options)
+    return content.getvalue()
+
+
+SMOOTH = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)).resize((210, 150), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("px", [40, 149])
+def test_an_image_is_resized_to_the_short_side_and_upright(px):
+    """However it is stored: as Pillow resizes the upright image and writes it as JPEG."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    expected = SMOOTH.resize((round(px * 210 / 150), px), Image.Resampling.BICUBIC)
+    lossless = packed(encoded(SMOOTH), px), packed(encoded(SMOOTH.transpose(Image.Transpose.ROTATE_90), exif=turned), px)
+    for content in lossless:
+        assert Image.open(io.BytesIO(content)).format == "JPEG"
+        by_pillow = pixels(encoded(expected, "JPEG", quality=90, subsampling="4:2:0"))
+        assert np.abs(pixels(content) - by_pillow).mean() < 1.5  # libjpeg's versions round differently
+    tall = packed(encoded(SMOOTH.transpose(Image.Transpose.ROTATE_90)), px)
+    assert pixels(tall).shape == (round(px * 210 / 150), px, 3)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_grey_images_of_16_bits_keep_the_upper_8_of_the_datasets_bits(bits):
+    values_HW = (np.asarray(SMOOTH.convert("L")).astype(np.uint16) << 4) + 7
+    content = packed(encoded(Image.fromarray(values_HW)), 50, bits)
+    expected = Image.fromarray((values_HW >> (bits - 8)).astype(np.uint8)).resize((70, 50), Image.Resampling.BICUBIC)
+    assert np.abs(pixels(content) - np.asarray(expected)[..., None]).mean() < 2
+
+
+@pytest.mark.parametrize("side", [(150, 150), (30, 151), (210, 150), (30, 90_000)])
+def test_an_image_no_larger_or_too_long_for_jpeg_keeps_its_own_bytes(side):
+    content = encoded(Image.new("RGB", (side[1], side[0]), (9, 8, 7)))
+    assert packed(content, min(side) if max(side) < 90_000 else 29) == content
+
+
+def test_the_bytes_are_the_same_after_an_interruption_and_with_any_number_of_workers(files, tmp_path, monkeypatch):
+    """What is packed is not read again: its originals are gone the second time."""
+    monkeypatch.setattr(packing, "PART_IMAGES", 5)
+    monkeypatch.setattr(packing, "CHUNK_FILES", 2)
+    whole = pack_images(files, PX, tmp_path / "whole", silent)
+    assert [whole.read(str(tmp_path / "whole"), row, True) for row in range(len(files))] == [
+        packed(files.read(row), PX) for row in range(len(files))
+    ]
+    assert whole.files == ["pack/00000", "pack/00001", "pack/00002"]
+    lost = Path(files.root, files.paths[7])
+    content = lost.read_bytes()
+    lost.write_bytes(content[:-900])
+    with pytest.raises(UserError) as error:
+        pack_images(files, PX, tmp_path / "state", silent)
+    assert [f"{files.paths[7]} (row 7)" in line for line in error.value.lines] == [True, False]
+    lost.write_bytes(content)
+    for row in [0, 4, 10, 13]:
+        Path(files.root, files.paths[row]).unlink()
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    again = pack_images(files, PX, tmp_path / "state", silent)
+    assert np.array_equal(again.positions_N3, whole.positions_N3)
+    for name in whole.files:
+        assert (tmp_path / "state" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_part_that_is_cut_off_is_packed_again(files, tmp_path):
+    whole = pack_images(files, PX, tmp_path, silent)
+    file = tmp_path / whole.files[0]
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    pack_images(files, PX, tmp_path, silent)
+    assert file.read_bytes() == content
+
+
+def test_space_is_asked_for_before_the_work(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match=r"^dataset.pack_px = 32"):
+        pack_images(files, PX, tmp_path, silent)
+    assert not list((tmp_path / "pack").iterdir())
+
+
+def test_views_come_from_the_pack_when_the_originals_are_gone(files, tmp_path):
+    """Centre views and random views are those of the packed bytes as files; a store whose file is cut off or missing is refused."""
+    listing = Listing("folder", files.paths, np.full(len(files), -1), len(files), [], [], "0123")
+    store, state, rows = tmp_path / "images.zarr", tmp_path / "state", np.arange(len(files))
+    small = tmp_path / "small"
+    small.mkdir()
+    for row, name in enumerate(files.paths):
+        (small / name).write_bytes(packed(files.read(row), PX))
+    write_images(store, listing, pack_images(files, PX, state, silent), state)
+    shutil.rmtree(files.root)
+    shutil.rmtree(state)
+    images, by_file = open_images(listing, store, None), FileImages(str(small), files.paths)
+    assert isinstance(images, FileImages)
+    assert torch.equal(
+        torch.cat(list(center_views(images, rows, IMAGE, CPU, 5, 0))), torch.cat(list(center_views(by_file, rows, IMAGE, CPU, 5, 0)))
+    )
+    requests = [[_request(rows, view=view)] for view in range(2)]
+    found, expected = (list(ViewLoader(source, IMAGE, AUGMENT, 0, CPU, 0).views(requests)) for source in (images, by_file))
+    assert all(torch.equal(x, y) for (x,), (y,) in zip(found, expected, strict=True))
+    assert np.array_equal(decode_square(images.read(10), 16, 16), decode_square((small / files.paths[10]).read_bytes(), 16, 16))
+    pack = store / "pack/00000"
+    pack.write_bytes(pack.read_bytes()[:-1])
+    with pytest.raises(UserError, match="pack/00000"):
+        open_images(listing, store, None)
+    pack.unlink()
+    with pytest.raises(UserError, match="pack/00000"):
+        open_images(listing, store, None)
+
+
+def test_views_larger_than_the_pack_are_refused_by_name():
+    def keys(**changes: object) -> list[str]:
+        values = PARAMS.model_dump(mode="json")
+        values["dataset"] |= {"source": "folder", "root": "photos", "store_px": None, "pack_px": 128}
+        values["image"] |= {"crop_px": 112, "resize_px": 128}
+        values["teacher"] |= {"name": "own"}
+        for key, value in changes.items():
+            section = values
+            for part in key.split("__")[:-1]:
+                section = section[part]
+            section[key.split("__")[-1]] = value
+        return [line.split(" = ")[0] for line in rule_mistakes(type(PARAMS).model_validate(values), 1) if "pack_px" in line]
+
+    assert keys() == []
+    assert keys(image__resize_px=129) == ["image.resize_px"]
+    assert keys(teacher__image__crop_px=200, teacher__image__resize_px=224, knn_eval__resize_px=144) == [
+        "teacher.image.resize_px",
+        "knn_eval.resize_px",
+    ]
+    small = {"methods__seed__small_crop_px": 130, "distill__method": "seed"}
+    assert keys(methods__seed__small_crops=2, **small) == ["methods.seed.small_crop_px"]
+    assert keys(methods__seed__small_crops=0, **small) == keys(dataset__pack_px=None, image__resize_px=300) == []
