@@ -1,6 +1,7 @@
 # `make demo`: from a fresh clone to reports/index.html. `make test`: all tests.
 # `make test-fast`: tests that are not marked slow, some 2.5 minutes on 2 idle cores. `make compare`: methods x seeds as DVC experiments.
 # `make bench`: speed compared with hardware limits and other implementations, an hour on 2 idle cores; uses a GPU if there is one.
+# `make scale FOLDER=FOLDER`: the pipeline on 10^4 and 10^5 tiny images, half an hour; with IMAGES=1281167 at ImageNet's size, hours and 16 GB.
 # `make gpu`: the tests that need a GPU, then speed and memory on it, in parts of 8 minutes at most; `make gpu PARTS="tests step"`: some of them.
 # `make study ROOT=FOLDER`: methods tuned by one rule, then compared on CIFAR-10 as a folder of images; days, and it goes on where it was ended.
 # `make fuzz`: thousands of hostile inputs. `make docs`: README, docs/ and benchmarks/results/ as a website in site/.
@@ -26,7 +27,11 @@ JOBS ?= 1
 BASE ?=
 ROOT ?=
 
-.PHONY: docs demo test test-fast test-oldest fuzz compare study bench gpu setup lint clean-state
+# Options of `make scale`: where images and clones of the repository go, and how many train images.
+FOLDER ?= /tmp/bingo-scale
+IMAGES ?= 10000 100000
+
+.PHONY: docs demo test test-fast test-oldest fuzz compare study bench scale gpu setup lint clean-state
 demo: setup
 	dvc repro
 	@echo "the report: $(CURDIR)/reports/index.html"
@@ -60,6 +65,9 @@ bench: setup
 	python -m benchmarks.bench_bags --plot benchmarks/plots/bags.svg
 	python -m benchmarks.bench_pipeline
 	python -m benchmarks.growth --plot benchmarks/plots/growth.svg
+
+scale: setup
+	python -m benchmarks.scale --folder $(FOLDER) --images $(IMAGES) --plot benchmarks/plots/scale.svg
 
 gpu: setup
 	python -m benchmarks.gpu $(PARTS)

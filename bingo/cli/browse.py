@@ -118,16 +118,13 @@ def gallery(
     """Write an offline page of all bags, to search, sort and click from bag to bag. It needs neither a server nor a network."""
     from bingo.browse.gallery.build import build_gallery, is_current
     from bingo.cli.browse_source import BagSource
-    from bingo.runtime.progress import progress_bar
 
     source = BagSource(rev)
     default = _GALLERY if source.artefacts.is_workspace else _GALLERY.with_name(f"gallery@{_tag(source)}")
     folder = from_here("--out", out) if out else default
     meta = _gallery_meta(source)
     if not is_current(folder, meta):
-        with progress_bar("thumbnails", source.index.train_rows, "images") as bar:
-            table, listing = source.index.table, source.listing
-            unreadable = build_gallery(folder, _THUMBNAILS, table, listing, source.pictures, meta, bar.advance_to)
+        unreadable = build_gallery(folder, _THUMBNAILS, source.index.table, source.listing, source.pictures, meta)
         if unreadable:
             typer.echo(f"warning: {unreadable} images could not be read and are shown in grey; check dataset.root", err=True)
     typer.echo(f"gallery: {as_seen_from_here(folder / 'index.html')}")
@@ -176,6 +173,7 @@ def _gallery_meta(source: "BagSource") -> dict[str, Any]:
         "method": index.method,
         "fingerprint": index.fingerprint,
         "listing": listing.fingerprint,
+        "files": source.root.resolve().as_uri() if source.artefacts.dataset.get("source") == "folder" else None,
     }
 
 

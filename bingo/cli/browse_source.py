@@ -59,11 +59,15 @@ class BagSource:
         with TemporaryDirectory() as folder:
             return read_json(self.artefacts.local(paths.REPORTS / "bags.json", Path(folder)))
 
+    @property
+    def root(self) -> Path:
+        """The folder of the image files."""
+        return Path(self.artefacts.dataset.get("root") or ".")
+
     @cached_property
     def pictures(self) -> Pictures:
         """The images, opened row by row."""
-        dataset = self.artefacts.dataset
-        root, follow_links = dataset.get("root") or ".", dataset.get("follow_links") is True
+        root, follow_links = str(self.root), self.artefacts.dataset.get("follow_links") is True
 
         def open_image(path: str) -> BinaryIO:
             return self.artefacts.open_image(path_inside(root, path, follow_links))

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import chromium
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from bingo.bags.anchors import anchor_figures
 from bingo.bags.index import read_bags
-from bingo.browse.gallery import sidecars
+from bingo.browse.gallery import sidecars, sprites
 from bingo.browse.gallery.sprites import make_sprites, sprite_format
 from bingo.browse.listing_rows import ListingRows
 from bingo.browse.pictures import Pictures
@@ -138,8 +139,8 @@ def test_thumbnails_keep_the_shape_of_a_photograph(tmp_path, size_px, shown_px):
     write_listing(tmp_path / "listing.parquet", listing)
     write_images(tmp_path / "images.zarr", listing, None)
     pictures = Pictures(tmp_path / "images.zarr", "images", listing.fingerprint, open, lambda path: (tmp_path / path).open("rb"))
-    form = sprite_format(pictures, 1)
-    assert make_sprites(tmp_path / "made", pictures, ListingRows(tmp_path / "listing.parquet", "listing"), 1, form, lambda _: None) == 0
+    rows = ListingRows(tmp_path / "listing.parquet", "listing")
+    assert make_sprites(tmp_path / "made", pictures, rows, np.arange(1), sprite_format(pictures)) == 0
     with Image.open(tmp_path / "made/s000000.webp") as sheet:
         pixels = np.asarray(sheet.convert("RGBA").crop((0, 0, 96, 96))).astype(int)
     shown = pixels[:, :, 3] > 128
@@ -363,6 +364,48 @@ def test_images_without_labels_are_named_by_their_files_and_nothing_is_said_of_c
     )
     said = f"{browser.value('document.body.innerText')} {names}".lower()
     assert [word for word in ("class", "label", "purity", "unknown") if word in said] == []
+
+
+@needs_browser
+def test_of_many_images_a_sample_is_shown_and_the_others_by_their_files(browser, tmp_path, monkeypatch):
+    listing = make_workspace(tmp_path, train_rows=100, k=3, name="class #1/it's")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sprites, "_MOST_FILES", 40)
+    write_images("data/images.zarr", listing, None)
+    Path("params.yaml").write_text("dataset:\n  source: folder\n  root: the photos\n")
+    images = images_of(listing.labels_N, 60)
+    for path, pixels in zip(listing.paths, images, strict=True):
+        (tmp_path / "the photos" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "the photos" / path)
+    assert bingo_bags("gallery")[::2] == (0, "")
+    index = read_bags("data/bags.zarr", listing)
+    anchors = list(range(0, 100, 10))  # 40 thumbnails, of an anchor and its three members each
+    wanted = sorted({*anchors, *(member for row in anchors for member in index.members(row).tolist())})
+    columns = arguments(tmp_path / ".bingo/gallery/data/columns.js")[0]
+    assert [np.frombuffer(base64.b64decode(columns[name][1]), "<i4").tolist() for name in ("sample", "thumbnails")] == [anchors, wanted]
+    for place in (0, len(wanted) - 1):
+        with Image.open(tmp_path / f".bingo/gallery/thumbnails/s{place // 64:06d}.webp") as sheet:
+            left, top = place % 8 * 96 + 8, place % 64 // 8 * 96 + 8
+            shown = np.asarray(sheet.convert("RGB").crop((left, top, left + 80, top + 80)), float)
+        assert np.abs(shown.mean(axis=(0, 1)) - images[wanted[place]].mean(axis=(0, 1))).max() < 12
+    browser.errors.clear()
+    browser.open((tmp_path / ".bingo/gallery/index.html").as_uri())
+    wait_for_bag(browser, 0)
+    assert rows(browser, "anchors") == anchors
+    assert rows(browser, "members") == index.members(0).tolist()
+    choose(browser, "sort", "row")
+    browser.wait("document.querySelectorAll('#anchors button').length === 60")
+    search(browser, "_0013")
+    browser.wait("document.getElementById('count').textContent === '1 of 100'")
+    other = next(row for row in range(100) if row not in wanted)
+    browser.value(f"location.hash = 'row={other}'")
+    wait_for_bag(browser, other)
+    browser.wait("document.getElementById('anchor-thumb').style.backgroundImage.includes('photos')")
+    address = browser.value("document.getElementById('anchor-thumb').style.backgroundImage.slice(5, -2)")
+    assert Path(unquote(urlsplit(address).path)) == tmp_path / "the photos" / listing.paths[other]
+    browser.call("Runtime.evaluate", expression=f"window.probe = new Image(); probe.src = {address!r}")
+    browser.wait("probe.naturalWidth === 60")
+    assert browser.errors == []
 
 
 @needs_browser

@@ -3,17 +3,19 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bingo.bags.index import Bags
 from bingo.browse.gallery.sidecars import write_sidecars
-from bingo.browse.gallery.sprites import make_sprites, sprite_format
+from bingo.browse.gallery.sprites import make_sprites, sampled_anchors, sprite_format
 from bingo.browse.listing_rows import ListingRows
 from bingo.browse.pictures import Pictures
 from bingo.runtime.artefacts import fingerprint, new_directory, read_json, write_json
 from bingo.runtime.errors import UserError
+from bingo.runtime.progress import progress_bar
 
 _STATIC = Path(__file__).parent / "static"
 _OWN_FILE = "made_from.json"
@@ -26,24 +28,27 @@ def build_gallery(
     listing: ListingRows,
     pictures: Pictures,
     meta: dict[str, Any],
-    progress: Callable[[int], None],
 ) -> int:
     """Write the gallery to `out`, replacing an older one; return the number of thumbnails that could not be made.
 
-    `cache` keeps thumbnails between galleries, a folder for each listing. `progress` is called with the number of thumbnails so far.
+    `cache` keeps thumbnails between galleries, a folder for each listing and sample.
     Raises UserError if `out` holds anything but a gallery.
     """
     _check_target(out)
-    rows = len(bags.members_TK)
-    form = sprite_format(pictures, rows)
-    sprites = cache / f"{listing.fingerprint}-{form.px}-{form.suffix}"
-    unreadable = make_sprites(sprites, pictures, listing, rows, form, progress)
-    with new_directory(out) as partial:
+    anchors, form = sampled_anchors(bags.members_TK, pictures), sprite_format(pictures)
+    rows_S, name = np.arange(len(bags.members_TK)), f"{listing.fingerprint}-{form.px}-{form.suffix}"
+    if anchors is not None:
+        rows_S = np.unique(np.append(anchors, bags.members_TK[anchors]).clip(0))
+        name += f"-{hashlib.sha256(rows_S.tobytes()).hexdigest()[:8]}"
+    sprites = cache / name
+    unreadable = make_sprites(sprites, pictures, listing, rows_S, form)
+    with progress_bar("writing the gallery"), new_directory(out) as partial:
         for file in sorted(_STATIC.iterdir()):
             shutil.copyfile(file, partial / file.name)
         (partial / "data").mkdir()
         (partial / "thumbnails").mkdir()
-        write_sidecars(partial / "data", meta | {"sprites": form.as_dict()}, bags, listing)
+        sample = {} if anchors is None else {"sample": anchors, "thumbnails": rows_S}
+        write_sidecars(partial / "data", meta | {"sprites": form.as_dict()}, bags, listing, sample)
         for file in sorted(sprites.glob(f"s*.{form.suffix}")):
             _link(file, partial / "thumbnails" / file.name)
         # if images are missing, the next call tries again

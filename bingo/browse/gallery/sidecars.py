@@ -3,13 +3,15 @@
 Numbers are little-endian bytes in base64, names are JSON in ASCII, so no name can end a string or a script.
 
     data/meta.js             the whole index: title, classes, sizes of the blocks, layout of the thumbnails
-    data/columns.js          one number for each row: label, purity, similarity, in-degree, cluster
+    data/columns.js          one number for each row: label, purity, similarity, in-degree, cluster; and of a sample, its anchors and the
+                             rows with thumbnails, both rising
     data/bags-NNNNNN.js      members int32 (n, K), then similarities int16 (n, K), of one block of rows
     data/paths-NNNNNN.js     paths of one block of rows
 """
 
 import base64
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,13 @@ SCALE = 10_000  # shares and cosines are integers in units of 1/10,000
 UNKNOWN = -32768
 
 
-def write_sidecars(folder: Path, meta: dict[str, Any], bags: Bags, listing: ListingRows) -> None:
-    """Write all scripts to `folder`. `meta` is added to the metadata of the index."""
+def write_sidecars(folder: Path, meta: dict[str, Any], bags: Bags, listing: ListingRows, sample: Mapping[str, np.ndarray]) -> None:
+    """Write all scripts to `folder`. `meta` is added to the metadata of the index, `sample` (row numbers) to the columns."""
     rows, k = bags.members_TK.shape
     labels_T = listing.labels_N[:rows]
     numbers = {"rows": rows, "k": k, "bag_rows": BAG_ROWS, "path_rows": PATH_ROWS, "scale": SCALE, "unknown": UNKNOWN}
     _call(folder / "meta.js", "meta", numbers | {"classes": listing.classes} | meta)
-    columns = _columns(bags, labels_T)
+    columns = _columns(bags, labels_T) | {name: rows.astype("<i4") for name, rows in sample.items()}
     _call(folder / "columns.js", "columns", {name: [x.dtype.name, _base64(x)] for name, x in columns.items()})
     for block, start in enumerate(range(0, rows, BAG_ROWS)):
         part = slice(start, start + BAG_ROWS)

@@ -7,6 +7,7 @@
   const { info, column } = bingo.store;
   const at = (id) => document.getElementById(id);
   const SORTS = [
+    ...(column.sample ? [["sample", "A sample, by row", null, 1]] : []),
     ["row", "Row", null, 1],
     ["purity-low", "Purity, lowest first", "purity", 1],
     ["purity-high", "Purity, highest first", "purity", -1],
@@ -15,7 +16,8 @@
     ["hubs", "In most bags (hubs)", "in_bags", -1],
     ["orphans", "In fewest bags (orphans)", "in_bags", 1],
   ];
-  const EMPTY = { row: null, sort: "row", label: null, cluster: null, q: "", page: 0 };
+  const ROWWISE = ["row", "sample"];
+  const EMPTY = { row: null, sort: SORTS[0][0], label: null, cluster: null, q: "", page: 0 };
   let state = { ...EMPTY };
   let rows = new Int32Array(0); // the anchors that are selected, in order
   let selected = null; // the part of the state that `rows` was made for
@@ -49,7 +51,7 @@
     };
     return {
       row: whole("row", info.rows),
-      sort: SORTS.some(([name]) => name === given.get("sort")) ? given.get("sort") : "row",
+      sort: SORTS.some(([name]) => name === given.get("sort")) ? given.get("sort") : EMPTY.sort,
       label: whole("class", info.classes.length),
       cluster: column.cluster ? whole("cluster", 2 ** 31) : null,
       q: given.get("q") ?? "",
@@ -83,6 +85,7 @@
 
   // The rows that class, cluster and text leave over, in order; null where another search has begun.
   async function matches(turn) {
+    if (state.sort === "sample" && !state.q && state.label === null && state.cluster === null) return column.sample;
     const kept = new Int32Array(info.rows);
     let count = 0;
     const text = state.q.toLowerCase();
@@ -119,16 +122,39 @@
 
   // ---- drawing
 
+  // Where the thumbnail of a row is among those of the sheets, -1 if it has none.
+  function place(row) {
+    const among = column.thumbnails;
+    if (!among) return row;
+    let [low, high] = [0, among.length];
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (among[middle] < row) low = middle + 1;
+      else high = middle;
+    }
+    return among[low] === row ? low : -1;
+  }
+
   function thumb(row, node) {
     const { px, suffix, columns, tiles } = info.sprites;
-    const sheet = Math.floor(row / tiles);
-    const place = row % tiles;
-    const lines = Math.ceil(Math.min(tiles, info.rows - sheet * tiles) / columns);
-    const step = (index, count) => (count > 1 ? `${(100 * index) / (count - 1)}%` : "0%");
+    const [found, count] = [place(row), (column.thumbnails ?? column.label).length];
+    node.dataset.row = row;
     node.classList.toggle("pixels", px <= 48);
+    if (found < 0) {
+      Object.assign(node.style, { backgroundImage: "", backgroundSize: "contain", backgroundPosition: "center" });
+      if (info.files) bingo.path(row).then((path) => {
+        if (Number(node.dataset.row) !== row) return;
+        node.style.backgroundImage = `url("${info.files}/${path.split("/").map(encodeURIComponent).join("/")}")`;
+      }, () => {});
+      return node;
+    }
+    const sheet = Math.floor(found / tiles);
+    const inside = found % tiles;
+    const lines = Math.ceil(Math.min(tiles, count - sheet * tiles) / columns);
+    const step = (index, steps) => (steps > 1 ? `${(100 * index) / (steps - 1)}%` : "0%");
     node.style.backgroundImage = `url("thumbnails/s${String(sheet).padStart(6, "0")}.${suffix}")`;
     node.style.backgroundSize = `${100 * columns}% ${100 * lines}%`;
-    node.style.backgroundPosition = `${step(place % columns, columns)} ${step(Math.floor(place / columns), lines)}`;
+    node.style.backgroundPosition = `${step(inside % columns, columns)} ${step(Math.floor(inside / columns), lines)}`;
     return node;
   }
 
@@ -164,13 +190,13 @@
   function figure(row) {
     if (state.sort.startsWith("purity")) return `purity ${percent(bingo.share("purity", row))}`;
     if (state.sort.startsWith("similarity")) return `cosine ${bingo.share("similarity", row)?.toFixed(3) ?? "unknown"}`;
-    if (state.sort !== "row") return `in ${number(column.in_bags[row])} bags`;
+    if (!ROWWISE.includes(state.sort)) return `in ${number(column.in_bags[row])} bags`;
     return column.label[row] < 0 ? "" : classText(column.label[row]);
   }
 
   function anchorName(row) {
     const words = [withClass(`row ${row}`, column.label[row])];
-    if (state.sort !== "row") words.push(figure(row));
+    if (!ROWWISE.includes(state.sort)) words.push(figure(row));
     return words.join(", ");
   }
 
