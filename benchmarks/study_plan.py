@@ -82,14 +82,14 @@ class StudyPlan(_StudySection):
     def _names_are_known(self) -> Self:
         if self.reference not in self.rounds[0]:
             raise ValueError(f"reference = {self.reference}: is not in the first of the rounds")
-        order = {recipe: number for number, recipe in enumerate(self.recipes)}
+        order = set(self.recipes)
         if len(order) < len(self.recipes):
             raise ValueError("rounds: a recipe is in two of them")
         for name, variant in self.variants.items():
             if variant.like is None and name not in order:
                 raise ValueError(f"variants = {name}: in none of the rounds, and without `like`")
-            if variant.like and order.get(variant.like, math.inf) > order.get(name, len(order)):
-                raise ValueError(f"variants.{name}.like = {variant.like}: is not before it in the rounds")
+            if variant.like and variant.like not in order:
+                raise ValueError(f"variants.{name}.like = {variant.like}: is in none of the rounds")
         return self
 
     def recipe_of(self, name: str) -> str:

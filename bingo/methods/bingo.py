@@ -6,7 +6,8 @@ Terms of one anchor a with its drawn bag member p; s are the student's queries, 
   symmetric_mix  the same four and m l(s_m, k_a) + (1 - m) l(s_m, k_p), s_m of the CutMix image, m the share of a
                  in it; over 3 (main_moco.py:371-387). A step has one box for each BatchNorm group, as released for each GPU
   expected       w0 l(s_a, k_a) + w1 l(s_a, m_a), m_a the mean key of the bag: nearly the mean of l(s_a, k_p) over the bag, whose part in
-                 the positive's logit is linear in the key; no member is drawn or seen
+                 the positive's logit is linear in the key; no member is drawn or seen. With `anchor_views: 2` the mean of it over two views
+                 of the anchor, each with its own key
 with (w0, w1) = (1, 0) before `inter_warmup_epochs`, `pair_weights` after. Keys are the stored ones, a live teacher's, or those of a
 moving average of the student (ablation rows without the teacher's parameters).
 """
@@ -56,8 +57,8 @@ class Bingo(Method):
 
     def _needs(self) -> Needs:
         stored, same = self.context.keys == "stored", self.params.view_coupling == "same"
-        views = 1 if stored or same else 2
         expected = self.related and self.params.terms == "expected"
+        views = self.params.anchor_views if stored else 1 if same else 2
         member_views = 0 if expected else 2 if not stored and self.params.terms != "paper" else 1
         live = self.context.keys == "live"
         return Needs(
@@ -65,7 +66,7 @@ class Bingo(Method):
             member_views=member_views if self.related else 0,
             stored_keys=stored,
             bag_means=expected,
-            same_views=1 if stored and same else 0,
+            same_views=views if stored and same else 0,
             live_anchor_views=(views - 1,) if live else (),
             live_member_views=(member_views - 1,) if live and self.both else (),
         )
@@ -98,7 +99,9 @@ class Bingo(Method):
         intra, inter = (1.0, 0.0) if progress.epoch < self.params.inter_warmup_epochs else self.params.pair_weights
         anchor = batch.anchor_views[0]
         if batch.bag_means_BP is not None:
-            return {"anchor": (anchor, [(intra, anchor_keys_BP), (inter, batch.bag_means_BP)])}
+            keys = batch.anchor_keys if len(batch.anchor_keys) > 1 else [anchor_keys_BP] * 2
+            seen = list(zip(("anchor", "again"), batch.anchor_views, keys, strict=False))[: self.params.anchor_views]
+            return {name: (view, [(intra, key_BP), (inter, batch.bag_means_BP)]) for name, view, key_BP in seen}
         member = batch.member_views[0]
         if member_keys_BP is None:  # the paper's terms
             return {"intra": (anchor, [(intra, anchor_keys_BP)]), "inter": (member, [(inter, anchor_keys_BP)])}
@@ -157,10 +160,14 @@ def _check(params: BingoParams, context: Context) -> None:
         way_out = "set distill.keys to stored, or methods.bingo.terms to symmetric"
         raise UserError(f"methods.bingo.terms = expected: with distill.keys = momentum no key is stored; {way_out}")
     if expected or context.keys == "stored":
-        check_stored_views("bingo", context, 1)
+        check_stored_views("bingo", context, params.anchor_views if params.view_coupling == "same" else 1)
     if context.keys == "momentum" and params.negatives == "bank":
         raise UserError(
             "methods.bingo.negatives = bank: with distill.keys = momentum no key is stored; set methods.bingo.negatives = queue"
+        )
+    if params.anchor_views > 1 and not (expected and context.keys == "stored"):
+        raise UserError(
+            "methods.bingo.anchor_views = 2: needs methods.bingo.terms = expected, bags and stored keys; set methods.bingo.anchor_views: 1"
         )
     if params.view_coupling == "same" and context.keys == "momentum":
         raise UserError("methods.bingo.view_coupling = same: needs a teacher's key of the same view; set distill.keys to stored or live")

@@ -53,6 +53,7 @@ class BingoParams(MethodSection):
     pair_weights: Annotated[list[NotNegative], Field(min_length=2, max_length=2)]
     inter_warmup_epochs: Whole
     view_coupling: Literal["independent", "same"]
+    anchor_views: Annotated[int, Field(ge=1, le=2)]
     temperature: Temperature
     negatives: Literal["bank", "queue"]
     negative_rows: Rows

@@ -308,8 +308,8 @@ def test_a_failure_of_another_kind_stops_the_study_and_is_no_result(repository):
         ("{method-simreg: []}", "{method-simreg: [], method-bingo: []}", "rounds: a recipe is in two"),
         (
             "rounds:\n  - {",
-            "variants: {x: {recipe: method-seed, like: method-simreg, settings: {}}}\nrounds:\n  - {x: [], ",
-            "variants.x.like = method-simreg: ",
+            "variants: {x: {recipe: method-seed, like: method-isd, settings: {}}}\nrounds:\n  - {x: [], ",
+            "variants.x.like = method-isd: ",
         ),
         ("method-simreg: []", "method-simmreg: []", "recipe = method-simmreg: "),
         ("epochs: 8", "epochs: 0", "distill.epochs = 0"),

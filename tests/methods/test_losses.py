@@ -1,6 +1,7 @@
 """The losses against loops written from the papers, one logit at a time in Python's own floats."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,7 +64,7 @@ def loop_info_nce(query, key, negatives, temperature):
 def bingo_params(**changes) -> BingoParams:
     values = {
         "terms": "symmetric_mix", "relation": "bags", "pair_weights": [0.7, 0.3], "inter_warmup_epochs": 1,
-        "view_coupling": "independent", "temperature": 0.2, "negatives": "bank", "negative_rows": 1000, "mask_bag": True,
+        "view_coupling": "independent", "anchor_views": 1, "temperature": 0.2, "negatives": "bank", "negative_rows": 1000, "mask_bag": True,
         "queue_push": "anchor", "teacher_batchnorm": "eval", "key_momentum": 0.9, "cutmix_alpha": 2.0, "head_hidden": 8, "key_width": KEY,
     }  # fmt: skip
     return BingoParams.model_validate(values | changes)
@@ -150,6 +151,32 @@ def test_the_expected_terms_pull_to_the_mean_key_of_the_bag(context, epoch):
         m_a = torch.stack(bag).mean(dim=0).tolist()
         total += w0 * loop_info_nce(s_a[i], batch.anchor_keys[0][i].tolist(), n, 0.2) + w1 * loop_info_nce(s_a[i], m_a, n, 0.2)
     assert method(batch, Progress(epoch, 7))["loss"].item() == pytest.approx(total / BATCH, rel=2e-4)
+
+
+@pytest.mark.parametrize("coupling", ["independent", "same"])
+def test_two_views_of_the_anchor_have_the_mean_of_their_losses(context, coupling):
+    one, two = (bingo.build(bingo_params(terms="expected", view_coupling=coupling, anchor_views=n), context) for n in (1, 2))
+    assert (two.needs.anchor_views, two.needs.same_views) == (2, 2 if coupling == "same" else 0)
+    batch = batch_of(context, views=2)
+    batch.bag_means_BP, batch.member_rows_B = batch.member_keys_BP, None
+    if coupling == "same":
+        batch.anchor_keys.append(context.keys_TVP[batch.anchor_rows_B, (torch.arange(BATCH) + 1) % VIEWS].float())
+    each = [
+        one(replace(batch, anchor_views=[view], anchor_keys=[key]), Progress(1, 7))["loss"].item()
+        for view, key in zip(batch.anchor_views, [batch.anchor_keys[0], batch.anchor_keys[-1]], strict=True)
+    ]
+    assert each[0] != pytest.approx(each[1], rel=1e-3)
+    assert two(batch, Progress(1, 7))["loss"].item() == pytest.approx(sum(each) / 2, rel=1e-5)
+
+
+def test_two_views_of_the_anchor_are_for_expected_terms_and_stored_keys(context):
+    for params, keys in (
+        ({"terms": "symmetric"}, "stored"),
+        ({"terms": "expected"}, "live"),
+        ({"terms": "expected", "relation": "none"}, "stored"),
+    ):
+        with pytest.raises(UserError, match=r"anchor_views"):
+            bingo.build(bingo_params(anchor_views=2, **params), replace(context, keys=keys))
 
 
 def test_without_relation_it_is_the_intra_term_alone(context):
