@@ -59,9 +59,10 @@ def _packed(run: Run, listing: "Listing", found: "Found") -> Iterator[tuple["Fou
     from bingo.datasets.packing import pack_images
     from bingo.images.images import FileImages
     from bingo.images.positions import Positions
+    from bingo.params.places import images_folder
 
     positions = found if isinstance(found, Positions) else None
-    files = FileImages(str(dataset.root), listing.paths, dataset.follow_links, listing.gray_bits, positions=positions)
+    files = FileImages(images_folder(str(dataset.root)), listing.paths, dataset.follow_links, listing.gray_bits, positions=positions)
     with state_folder("scan", {"listing": listing.fingerprint, "root": dataset.root, "code": code_fingerprint("scan")}) as folder:
         yield pack_images(files, dataset.pack_px, folder, run.say), folder
 

@@ -15,6 +15,7 @@ from bingo.browse.pictures import Pictures
 from bingo.browse.sheets import Tile
 from bingo.cli.revisions import artefacts
 from bingo.embeddings.store import Embeddings, read_embeddings
+from bingo.params.places import images_folder
 from bingo.runtime.artefacts import read_json
 from bingo.runtime.errors import UserError
 from bingo.runtime.inside import path_inside
@@ -61,8 +62,8 @@ class BagSource:
 
     @property
     def root(self) -> Path:
-        """The folder of the image files."""
-        return Path(self.artefacts.dataset.get("root") or ".")
+        """The folder of the image files, or of the large files that hold them."""
+        return Path(images_folder(self.artefacts.dataset.get("root") or "."))
 
     @cached_property
     def pictures(self) -> Pictures:

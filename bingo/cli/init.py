@@ -24,7 +24,12 @@ DEFAULT_TEACHER = "dinov2-s"
 
 
 def main(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Images: train/CLASS and val/CLASS, CLASS alone, or a flat folder.")],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="Images: train/CLASS and val/CLASS, CLASS alone, or a flat folder; tar shards; a saved dataset."
+        ),
+    ],
     teacher: Annotated[str | None, typer.Option(help="One that `bingo teachers` lists, or its file.")] = None,
     student: Annotated[str | None, typer.Option(help="A network of timm or torchvision/NAME; without it a ResNet-18.")] = None,
     student_weights: Annotated[
@@ -54,7 +59,7 @@ def main(
     if not dry_run:
         _refuse_uncommitted()
     device, cores = pick_device(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    look = look_at(from_here("FOLDER", Path(folder)), follow_links)
+    look = look_at(str(from_here("FOLDER", Path(folder))), follow_links)
     chosen, network = _teacher(teacher, checkpoint, look, device.type), _student(student, student_weights, look)
     budget = minutes or (CPU_MINUTES if device.type == "cpu" else GPU_MINUTES)
     with progress_bar("measuring this machine"):
@@ -62,7 +67,7 @@ def main(
     plan = fit(look, chosen, network, pace, budget)
     changes = read_recipe(FOLDER, _part(look)).overlay
     lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda", expected_processes()))
-    changes["dataset"]["follow_links"] = follow_links
+    changes["dataset"] |= {"source": look.source, "follow_links": follow_links}
     changes["student"]["weights"] = student_weights if student_weights in (None, *LIBRARIES) else seen_from_workspace(student_weights)
     changes["image"] |= _normalisation(student_weights, network)
     lay_over(params, changes)

@@ -10,6 +10,8 @@ from torch import nn
 from bingo.datasets.sources import count_images
 from bingo.datasets.subset import Counts
 from bingo.params import Params
+from bingo.params.data import FILE_SOURCES
+from bingo.params.places import images_folder
 from bingo.pipeline.launch import expected_processes
 from bingo.planning.costs import SUSTAINED_FLOP_PER_SECOND, cpu_flop_per_second, gpu_hours
 from bingo.planning.dry_run import DryTraining, dry_baseline, dry_pretraining, dry_student, dry_teacher
@@ -64,7 +66,9 @@ def _images_and_mistakes(params: Params) -> tuple[Counts | None, list[str]]:
 def _missing(params: Params, about: About) -> list[str]:
     """A line for each file or folder that the parameters name and that is not there."""
     dataset, teacher = params.dataset, params.teacher
-    images = [_missing_images(params, about)] if dataset.source == "folder" and not Path(str(dataset.root)).is_dir() else []
+    images = (
+        [_missing_images(params, about)] if dataset.source in FILE_SOURCES and not Path(images_folder(str(dataset.root))).is_dir() else []
+    )
     checkpoint = [_missing_checkpoint(params, about)] if _names_file(params) and not Path(str(teacher.checkpoint)).is_file() else []
     coco = _missing_coco(params) if params.transfer_coco.runs else []
     return images + checkpoint + absent_weights(params) + coco + _missing_downstream(params)
@@ -149,7 +153,7 @@ def cost_lines(params: Params, about: About) -> list[str]:
 
 def known_counts(params: Params, about: About) -> Counts | None:
     """Number of images in the dataset: as given in the recipe, or else as found; None if neither is known."""
-    if about.images is not None and params.dataset.source == "folder":
+    if about.images is not None and params.dataset.source in FILE_SOURCES:
         train, test = params.dataset.train_images, params.dataset.test_images
         return Counts(train or about.images.train, test or about.images.test)
     found = count_images(params.dataset, params.seed)

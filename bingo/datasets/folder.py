@@ -1,15 +1,17 @@
-"""Make a listing of a folder of image files: find them, draw a subset, check each, and skip or reject those that cannot be read."""
+"""Make a listing of image files, in a folder, in shards or in a saved dataset: find them, draw a subset, check each, and skip or reject
+those that cannot be read.
+"""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from bingo.datasets.filecheck import Checked, check_files, common_bits
-from bingo.datasets.layout import Say, Split, count_splits, find_splits
+from bingo.datasets.finding import Found, find
+from bingo.datasets.layout import Say, Split, count_splits
 from bingo.datasets.subset import Counts, Readable, draw_subset, readable_rows
-from bingo.images.images import FileImages
 from bingo.images.listing import Listing, listing_fingerprint
+from bingo.images.positions import Positions
 from bingo.params import DatasetParams
 from bingo.runtime.errors import UserError, printable
 
@@ -17,24 +19,33 @@ BAD_LINES = 20
 _DATASET = "folder"
 
 
-def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Counts], None]) -> tuple[Listing, np.ndarray | None]:
-    """Listing and, with store_px, images of `dataset.root`; `say` is given a line for each thing that is assumed or passed over, `judge`
-    how many images there are, before any is read.
+def find_files(dataset: DatasetParams, say: Say) -> Found:
+    """The images of `dataset.root`; `say` is given a line for each thing that is assumed or passed over. Raises UserError for every
+    mistake in the layout."""
+    columns = (dataset.image_column, dataset.label_column) if dataset.source == "huggingface" else (None, None)
+    return find(dataset.source, str(dataset.root), dataset.follow_links, columns, say)
 
-    Raises UserError for every mistake in the folder or its files.
+
+def scan_files(
+    dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Counts], None]
+) -> tuple[Listing, np.ndarray | Positions | None]:
+    """Listing and, with store_px, images of `dataset.root`, or the positions of those that are parts of large files; `say` is given a line
+    for each thing that is assumed or passed over, `judge` how many images there are, before any is read.
+
+    Raises UserError for every mistake in the layout or the files.
     """
-    root = Path(str(dataset.root))
-    train, test = find_splits(root, dataset.follow_links, say)
+    found = find_files(dataset, say)
+    train, test = found.train, found.test
     judge(count_splits(train, test))
     classes, held_out = train.classes or test.classes, not test.paths and dataset.test_images is not None
     if held_out:
-        train, test = _without_held_out(dataset, train, seed)
-        say(f"dataset.root = {root}: has no test split: {len(test.paths):,} images are held out of the train images")
+        train, test = _without_held_out(dataset, found, seed)
+        say(f"dataset.root = {dataset.root}: has no test split: {len(test.paths):,} images are held out of the train images")
     passed_over: set[str] = set()
-    chosen = [_choose(dataset, name, split, classes, seed, passed_over) for name, split in (("train", train), ("test", test))]
+    chosen = [_choose(dataset, found, name, split, classes, seed, passed_over) for name, split in (("train", train), ("test", test))]
     paths = chosen[0][0] + chosen[1][0]
     labels_N = np.concatenate([labels for _, labels in chosen])
-    files = _files(dataset, paths)
+    files = found.files(paths)
     checked, images_NSS3 = check_files(files, dataset.check == "decode", dataset.store_px)
     gray_bits = common_bits(files, checked, images_NSS3)
     if gray_bits is not None:
@@ -64,12 +75,9 @@ def scan_folder(dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Co
     header |= {} if dataset.jpeg_decoder == "cpu" or dataset.store_px else {"jpeg_decoder": dataset.jpeg_decoder}  # other pixels
     fingerprint = listing_fingerprint(header, kept_paths, (checked[row].content for row in keep), kept_labels, train_rows)
     drawn = len(test.paths) if held_out else None
-    return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint, gray_bits, drawn), images_NSS3
-
-
-def _files(dataset: DatasetParams, paths: list[str]) -> FileImages:
-    """Files that `find_splits` found, which refuses links out of the root unless they are followed."""
-    return FileImages(str(dataset.root), paths, follow_links=True)
+    return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint, gray_bits, drawn), (
+        files.part(keep).positions if images_NSS3 is None else images_NSS3
+    )
 
 
 def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say) -> None:
@@ -82,22 +90,23 @@ def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarra
         say(f"warning: no train image of {len(absent)} of {len(classes)} classes is left ({printable(absent[0])}, ...)")
 
 
-def _without_held_out(dataset: DatasetParams, train: Split, seed: int) -> tuple[Split, Split]:
+def _without_held_out(dataset: DatasetParams, found: Found, seed: int) -> tuple[Split, Split]:
     """The train split without the rows that are held out, and these as the test split; where unreadable images are skipped, it has none."""
+    train = found.train
     labels_N = np.unique(np.array(train.class_names or [""] * len(train.paths)), return_inverse=True)[1]
-    rows = readable_rows(labels_N, dataset.test_images or 0, seed, "hold-out", _readable(dataset, train.paths, set()))
+    rows = readable_rows(labels_N, dataset.test_images or 0, seed, "hold-out", _readable(dataset, found, train.paths, set()))
     is_test_N = np.isin(np.arange(len(labels_N)), rows)
     return _part_of(train, ~is_test_N), _part_of(train, is_test_N)
 
 
-def _readable(dataset: DatasetParams, paths: list[str], passed_over: set[str]) -> Readable:
+def _readable(dataset: DatasetParams, found: Found, paths: list[str], passed_over: set[str]) -> Readable:
     """Which of the rows of `paths` can be read; the paths of others are added to `passed_over`."""
 
     def readable(rows: np.ndarray) -> np.ndarray:
         if dataset.on_bad_image == "stop":  # the whole scan, where one is not
             return np.ones(len(rows), bool)
         asked = [paths[row] for row in rows.tolist()]
-        checked = check_files(_files(dataset, asked), dataset.check == "decode", dataset.store_px)[0]
+        checked = check_files(found.files(asked), dataset.check == "decode", dataset.store_px)[0]
         passed_over.update(path for path, file in zip(asked, checked, strict=True) if file.reason is not None)
         return np.array([file.reason is None for file in checked], bool)
 
@@ -118,14 +127,14 @@ def _copies_of_train(checked: list[Checked], train_rows: int) -> set[int]:
 
 
 def _choose(
-    dataset: DatasetParams, name: str, split: Split, classes: list[str], seed: int, passed_over: set[str]
+    dataset: DatasetParams, found: Found, name: str, split: Split, classes: list[str], seed: int, passed_over: set[str]
 ) -> tuple[list[str], np.ndarray]:
     """Paths and labels of a split after drawing a seeded subset; unreadable images, where they are skipped, are added to `passed_over`."""
     number = {class_name: label for label, class_name in enumerate(classes)}
     labels_N = np.array([number[class_name] for class_name in split.class_names], np.int64)
     if not split.classes:
         labels_N = np.full(len(split.paths), -1)
-    rows = draw_subset(dataset, name, labels_N, seed, _readable(dataset, split.paths, passed_over))
+    rows = draw_subset(dataset, name, labels_N, seed, _readable(dataset, found, split.paths, passed_over))
     if not len(rows):  # none can be read: why, is said of those that are drawn
         passed_over.difference_update(split.paths)
         rows = draw_subset(dataset, name, labels_N, seed)

@@ -8,12 +8,13 @@ leave behind and files without a suffix that is read are passed over, and counte
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
 from bingo.datasets.lookalikes import look_like_splits
+from bingo.datasets.members import Members
 from bingo.datasets.split_names import role_of, split_word
 from bingo.datasets.subset import Counts
 from bingo.images.decode import SUFFIXES
@@ -62,14 +63,22 @@ def find_images(root: Path, name: str, follow_links: bool, say: Say) -> list[str
 
 
 @progress_bar("finding the images")
-def find_splits(root: Path, follow_links: bool = False, say: Say = lambda line: None, name: str = "dataset.root") -> tuple[Split, Split]:
-    """The train and the test split under a root, by its layout. `say` is called with a line for everything that is assumed or skipped;
-    in messages the root is called `name`, a parameter or an argument.
+def find_splits(
+    root: Path,
+    follow_links: bool = False,
+    say: Say = lambda line: None,
+    name: str = "dataset.root",
+    members: Members | None = None,
+) -> tuple[Split, Split]:
+    """The train and the test split under a root, by its layout, or of `members` of large files, as if they were files under it. `say` is
+    called with a line for everything that is assumed or skipped; in messages the root is called `name`, a parameter or an argument.
 
     Raises UserError if it is not clear which images are for training.
     """
-    _refuse_no_folder(root, name, "train/ or the images")
-    walker = _Walker(root, name, follow_links, splits=True)
+    if members is None:
+        _refuse_no_folder(root, name, "train/ or the images")
+    walker = _Walker(root, name, follow_links, splits=True, tree=None if members is None else _tree(f"{name} = {root}", members.paths))
+    walker.passed += members.passed if members else Counter()
     here, folders = walker.entries("")
     train_name, test_name = (_folder_of(walker, role, folders) for role in ("train", "test"))
     walker.refuse_outside([link for link in walker.top_links if train_name is None or link in (train_name, test_name)])
@@ -199,6 +208,22 @@ def _last(path: str) -> str:
     return path.rpartition("/")[2]
 
 
+_Tree = dict[str, dict[str, str]]  # of each folder, the kind, file or folder, of each name in it
+
+
+def _tree(shown: str, paths: list[str]) -> _Tree:
+    tree: _Tree = {"": {}}
+    for path in paths:
+        name, kind = path, "file"
+        while kind:
+            folder, _, last = name.rpartition("/")
+            known = folder in tree
+            if tree.setdefault(folder, {}).setdefault(last, kind) != kind:
+                raise UserError(f"{shown}: {printable(name)} is an image and a folder of images; rename one")
+            name, kind = folder, "" if known else "folder"
+    return tree
+
+
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
@@ -210,8 +235,8 @@ class _Walker:
     """Lists the files under a root and counts what is skipped; rejects links that lead in a circle or, unless allowed, out of the root,
     and, if the folders are to be `splits` and classes, a mixture of splits."""
 
-    def __init__(self, root: Path, name: str, follow_links: bool, splits: bool = False):
-        self.root, self.name, self.follow_links, self.splits = root, name, follow_links, splits
+    def __init__(self, root: Path, name: str, follow_links: bool, splits: bool = False, tree: "_Tree | None" = None):
+        self.root, self.name, self.follow_links, self.splits, self.tree = root, name, follow_links, splits, tree
         self.set_root, self.allow_links = ("set dataset.root to", "set dataset.follow_links: true")
         if name != "dataset.root":
             self.set_root, self.allow_links = "give", "give --follow-links"
@@ -225,7 +250,7 @@ class _Walker:
 
     def again(self) -> "_Walker":
         """One that has listed nothing yet."""
-        return _Walker(self.root, self.name, self.follow_links, self.splits)
+        return _Walker(self.root, self.name, self.follow_links, self.splits, self.tree)
 
     def images(self, folder: str) -> list[str]:
         """All images in a folder, at any depth, relative to the root, sorted by the parts of their paths."""
@@ -234,7 +259,7 @@ class _Walker:
         return sorted(found, key=lambda path: path.split("/"))
 
     def _collect(self, folder: str, above: tuple[str, ...], found: list[str]) -> None:
-        real = os.path.realpath(self.root / folder)
+        real = os.path.realpath(self.root / folder) if self.tree is None else folder
         if real in above:
             raise UserError(f"{self.shown}: {folder} is a link that leads in a circle; delete it")
         here, folders = self.entries(folder)
@@ -301,26 +326,21 @@ class _Walker:
         images: list[str] = []
         folders: list[str] = []
         links: list[str] = []
-        try:
-            with os.scandir(self.root / folder) as entries:
-                for entry in entries:
-                    path = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.name.startswith("."):
-                        self.passed["hidden"] += 1
-                        continue
-                    if entry.is_symlink() and not self.follow_links:
-                        links.append(path)
-                    if _is_folder(entry):
-                        (self.passed_folders if entry.name.lower() in SYSTEM_FOLDERS else folders).append(path)
-                    elif entry.name.lower().endswith(SUFFIXES):
-                        if entry.is_symlink() or entry.is_file():
-                            images.append(path)
-                        else:
-                            raise UserError(f"{self.shown}: {path} is not a regular file (a pipe or device?); remove it")
-                    else:
-                        self.passed[printable(PurePosixPath(entry.name).suffix.lower()) or "without a suffix"] += 1
-        except OSError as error:
-            raise UserError(f"{self.shown}: {folder or 'it'} cannot be listed ({error.strerror}); fix its permissions") from None
+        for name, kind, is_link in self._listed(folder):
+            path = f"{folder}/{name}" if folder else name
+            if name.startswith("."):
+                self.passed["hidden"] += 1
+                continue
+            if is_link and not self.follow_links:
+                links.append(path)
+            if kind == "folder":
+                (self.passed_folders if name.lower() in SYSTEM_FOLDERS else folders).append(path)
+            elif not name.lower().endswith(SUFFIXES):
+                self.passed[printable(PurePosixPath(name).suffix.lower()) or "without a suffix"] += 1
+            elif kind == "file":
+                images.append(path)
+            else:
+                raise UserError(f"{self.shown}: {path} is not a regular file (a pipe or device?); remove it")
         for path in images:
             if not path.isprintable() or not path.isascii():
                 self._refuse_undecodable(path)
@@ -331,6 +351,19 @@ class _Walker:
             self.top, self.top_links = found, links
         return found
 
+    def _listed(self, folder: str) -> Iterator[tuple[str, str, bool]]:
+        """Of each entry its name, its kind (folder, file or other) and whether it is a link. Raises UserError if it cannot be listed."""
+        if self.tree is not None:
+            yield from ((name, kind, False) for name, kind in self.tree[folder].items())
+            return
+        try:
+            with os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    is_link = entry.is_symlink()
+                    yield entry.name, "folder" if _is_folder(entry) else "file" if is_link or entry.is_file() else "other", is_link
+        except OSError as error:
+            raise UserError(f"{self.shown}: {folder or 'it'} cannot be listed ({error.strerror}); fix its permissions") from None
+
     def report(self, say: Say) -> None:
         """Report in one line what was skipped, if anything."""
         if self.passed.total() or self.passed_folders:
@@ -338,7 +371,11 @@ class _Walker:
 
     def seen_instead(self) -> str:
         """The content of a folder without images, for a message."""
-        return f" (passed over: {self._counted()})" if self.passed.total() or self.passed_folders else ""
+        sources = {".tar": "webdataset", ".arrow": "huggingface"}
+        hint = "".join(
+            f"; with dataset.source: {source}, {suffix} files are read" for suffix, source in sources.items() if self.passed[suffix]
+        )
+        return f" (passed over: {self._counted()}){hint}" if self.passed.total() or self.passed_folders else ""
 
     def seen_in(self, folder: str) -> str:
         """The content of one folder without images, for a message."""

@@ -1,6 +1,6 @@
 """Make the listing of a dataset and, for small images, load their pixels: the single entry point for every source.
 
-A new source is a new file and a call here. Digits and folders do not import torch, so that a scan starts quickly.
+A new source is a new file and a call here. Digits and files do not import torch, so that a scan starts quickly.
 """
 
 from collections.abc import Callable
@@ -10,20 +10,24 @@ from pathlib import Path
 import numpy as np
 
 from bingo.datasets import digits
-from bingo.datasets.layout import Say, count_splits, find_splits
+from bingo.datasets.layout import Say, count_splits
 from bingo.datasets.subset import Counts, check_subset, draw_subset
 from bingo.images.listing import Listing, memory_listing
+from bingo.images.positions import Positions
 from bingo.params import DatasetParams
+from bingo.params.data import FILE_SOURCES
+from bingo.params.places import images_folder
 
 _CIFAR = Counts(50_000, 10_000)
 
 
 def scan(
     dataset: DatasetParams, seed: int, say: Say = lambda line: None, judge: Callable[[Counts], None] | None = None
-) -> tuple[Listing, np.ndarray | None]:
-    """The listing and the images, uint8 (N, S, S, 3) with S = store_px, or None where files are decoded at use.
+) -> tuple[Listing, np.ndarray | Positions | None]:
+    """The listing and the images, uint8 (N, S, S, 3) with S = store_px; where files are decoded at use, their positions in shards or in a
+    saved dataset, or None for those of a folder.
 
-    Train rows first, each split in the order of its names. `say` is given a line for each thing of a folder that is assumed or passed
+    Train rows first, each split in the order of its names. `say` is given a line for each thing of files that is assumed or passed
     over. `judge` is given how many images were found, before any is drawn or read, and raises UserError where they do not suffice;
     without it: where fewer were found than `dataset` asks for. Raises UserError for everything that is wrong with the data.
     """
@@ -31,10 +35,10 @@ def scan(
     if dataset.source == "digits":
         judge(_count_digits(dataset, seed))
         return _scan_digits(dataset, seed)
-    if dataset.source == "folder":
-        from bingo.datasets.folder import scan_folder
+    if dataset.source in FILE_SOURCES:
+        from bingo.datasets.folder import scan_files
 
-        return scan_folder(dataset, seed, say, judge)
+        return scan_files(dataset, seed, say, judge)
     from bingo.datasets.cifar import scan_cifar
 
     judge(_CIFAR)
@@ -42,17 +46,20 @@ def scan(
 
 
 def count_images(dataset: DatasetParams, seed: int) -> Counts | None:
-    """How many images `scan` will find, before `train_images` and `test_images` leave any out; None for a folder that is not there.
+    """How many images `scan` will find, before `train_images` and `test_images` leave any out; None where the folder of files is not there.
 
-    Raises UserError as `scan` does for a folder's layout.
+    Raises UserError as `scan` does for the layout of files.
     """
     if dataset.source == "digits":
         return _count_digits(dataset, seed)
-    if dataset.source != "folder":
+    if dataset.source not in FILE_SOURCES:
         return _CIFAR
-    if dataset.root is None or not Path(dataset.root).is_dir():
+    if not Path(images_folder(str(dataset.root))).is_dir():
         return None
-    return count_splits(*find_splits(Path(dataset.root), dataset.follow_links))
+    from bingo.datasets.folder import find_files
+
+    found = find_files(dataset, lambda line: None)
+    return count_splits(found.train, found.test)
 
 
 def _count_digits(dataset: DatasetParams, seed: int) -> Counts:

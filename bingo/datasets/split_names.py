@@ -20,6 +20,16 @@ def role_of(folder: str) -> str | None:
 
 def split_word(folder: str) -> tuple[str | None, list[str]]:
     """The role of a word within a folder's name (seg_train, train.X1, testA), None if it has none or both, and the other words."""
-    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder))
-    roles = {_PLAIN_WORDS[word] for word in map(folded, words) if word in _PLAIN_WORDS}
-    return roles.pop() if len(roles) == 1 else None, [word for word in map(folded, words) if word not in _PLAIN_WORDS]
+    words = _words(folder)
+    roles = {_PLAIN_WORDS[word] for word in words if word in _PLAIN_WORDS}
+    return roles.pop() if len(roles) == 1 else None, [word for word in words if word not in _PLAIN_WORDS]
+
+
+def _words(name: str) -> list[str]:
+    return list(map(folded, re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))))
+
+
+def split_folder(name: str) -> str:
+    """The folder, train, val or test, of images under a name with the word of one split (imagenet-train, validation-00); empty without."""
+    role = split_word(name)[0]
+    return "val" if role == "test" and not {"test", "testing", "tst"} & set(_words(name)) else role or ""

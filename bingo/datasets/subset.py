@@ -7,6 +7,7 @@ import numpy as np
 
 from bingo import seeds
 from bingo.params import DatasetParams
+from bingo.params.data import FILE_SOURCES
 from bingo.runtime.errors import UserError
 
 Readable = Callable[[np.ndarray], np.ndarray]  # of rows (n,), which of their files can be read, bool (n,)
@@ -21,8 +22,8 @@ class Counts:
     labelled: bool = True
 
     def with_test(self, dataset: DatasetParams) -> "Counts":
-        """With the test images that are held out of the train images where a folder has no test split, if any of these are left."""
-        if dataset.source != "folder" or self.test or not dataset.test_images or dataset.test_images >= self.train:
+        """With the test images that are held out of the train images where files have no test split, if any of these are left."""
+        if dataset.source not in FILE_SOURCES or self.test or not dataset.test_images or dataset.test_images >= self.train:
             return self
         return replace(self, train=self.train - dataset.test_images, test=dataset.test_images)
 
@@ -58,7 +59,7 @@ def readable_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str, rea
 def subset_mistakes(dataset: DatasetParams, found: Counts) -> list[str]:
     """A line for each split for which `dataset` requests more images than were found."""
     found = found.with_test(dataset)
-    if dataset.source == "folder" and dataset.test_images and not found.test:
+    if dataset.source in FILE_SOURCES and dataset.test_images and not found.test:
         problem = f"dataset.test_images = {dataset.test_images}: without a test split they are taken from the train images"
         return [f"{problem}, of which there are {found.train}; lower it, or set dataset.test_images: null for no test images"]
     splits = {"train": (dataset.train_images, found.train), "test": (dataset.test_images, found.test)}

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from bingo.datasets.sources import scan
 from bingo.evals.finetune import Protocol, task_of
 from bingo.images.images import FileImages, Images, MemoryImages
@@ -18,15 +20,14 @@ def scanned(params: Params, name: str, say: Callable[[str], None]) -> tuple[List
     if distributed.rank() > 0:
         distributed.barrier()
     try:
-        listing, images_NSS3 = scan(dataset, params.seed, lambda line: say(line.replace("dataset.", own)))
+        listing, images = scan(dataset, params.seed, lambda line: say(line.replace("dataset.", own)))
     except UserError as error:
         raise UserError([line.replace("dataset.", own) for line in error.lines]) from None
     if distributed.rank() == 0:
         distributed.barrier()
-    if images_NSS3 is None:
-        files = FileImages(str(dataset.root), listing.paths, dataset.follow_links, listing.gray_bits, dataset.jpeg_decoder)
-        return listing, files
-    return listing, MemoryImages(images_NSS3)
+    if isinstance(images, np.ndarray):
+        return listing, MemoryImages(images)
+    return listing, FileImages(str(dataset.root), listing.paths, dataset.follow_links, listing.gray_bits, dataset.jpeg_decoder)
 
 
 def protocols(params: Params, listing: Listing, images: Images) -> dict[str, Protocol]:

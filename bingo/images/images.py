@@ -14,6 +14,7 @@ from zarr.codecs import Crc32cCodec
 
 from bingo.images.listing import Listing
 from bingo.images.positions import Positions, create_positions, read_positions
+from bingo.params.places import images_folder
 from bingo.runtime.artefacts import link_or_copy, new_directory
 from bingo.runtime.chunks import chunk_is_written, forget_other_reads, open_array, open_group, seal
 from bingo.runtime.errors import UserError
@@ -164,7 +165,8 @@ def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetPara
         return FileImages(name, listing.paths, True, listing.gray_bits, jpeg_decoder, positions)  # DVC may have made links of its files
     if dataset is None or dataset.root is None:
         raise UserError("dataset.root = null: the images are files to be decoded; set dataset.root to their folder")
-    return FileImages(dataset.root, listing.paths, dataset.follow_links, listing.gray_bits, jpeg_decoder, positions)
+    root = dataset.root if positions is None else images_folder(dataset.root)
+    return FileImages(root, listing.paths, dataset.follow_links, listing.gray_bits, jpeg_decoder, positions)
 
 
 def _read_whole(path: Path, array: zarr.Array) -> np.ndarray:

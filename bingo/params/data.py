@@ -20,18 +20,23 @@ from bingo.params.fields import (
 )
 from bingo.params.views import AugmentParams
 
+FILE_SOURCES = ("folder", "webdataset", "huggingface")
+
 
 class DatasetParams(Section):
-    """The images. `train_images` and `test_images` draw a seeded, class-balanced subset (null: all); for a folder without a test
+    """The images. `train_images` and `test_images` draw a seeded, class-balanced subset (null: all); for files without a test
     split, `test_images` images are held out from the train images.
 
     `pack_px`: photographs with a longer short side are kept once more, resized to it, and read from there.
-    `follow_links`: links in a folder of images may lead out of it.
+    `follow_links`: links in a folder of images may lead out of it. `image_column`, `label_column`: of a dataset that Hugging Face's
+    library `datasets` saved (null: the only column of that type).
     """
 
-    source: Literal["digits", "folder", "cifar10", "cifar100"]
+    source: Literal["digits", "folder", "webdataset", "huggingface", "cifar10", "cifar100"]
     root: FilePath | None
     follow_links: bool
+    image_column: str | None
+    label_column: str | None
     store_px: Annotated[int, Field(ge=1, le=4096)] | None
     pack_px: Annotated[int, Field(ge=16, le=4096)] | None
     train_images: Count | None
@@ -47,7 +52,7 @@ class DatasetParams(Section):
     def _root_is_named(self) -> Self:
         if self.source != "digits" and not self.root:
             raise ValueError(f"root: null, but source {self.source} needs the folder of the images; set dataset.root")
-        if self.source != "folder" and not self.store_px:
+        if self.source not in FILE_SOURCES and not self.store_px:
             raise ValueError(f"store_px: null, but source {self.source} is held in memory; set dataset.store_px, in pixels")
         if self.store_px and self.pack_px:
             way_out = "set dataset.store_px: null to decode photographs on access, or dataset.pack_px: null"

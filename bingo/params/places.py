@@ -3,6 +3,7 @@ ignored by Git: datasets and checkpoints are then taken from the original reposi
 """
 
 import os
+import re
 from pathlib import Path
 
 _LONGEST_NAME = 255  # bytes, of usual file systems; more make os.stat raise
@@ -38,6 +39,12 @@ def expanded(path: str) -> str:
         user = path.partition("/")[0]
         raise ValueError(f"this machine has no user {user}; write the whole path, or ./{path} for a folder of this name")
     return home
+
+
+def images_folder(root: str) -> str:
+    """The folder that paths of images, or of the large files that hold them, are relative to: `root`, or, where that is a file or a pattern
+    of files with braces or wildcards, the folder before the first of these."""
+    return root if Path(root).is_dir() else re.split(r"[{*?[]", root, maxsplit=1)[0].rpartition("/")[0] or ("/" if root[:1] == "/" else ".")
 
 
 def _original_workspace() -> Path | None:

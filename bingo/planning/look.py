@@ -1,12 +1,11 @@
-"""What a folder of images holds, as far as its listing and a sample of its files say."""
+"""What a folder of images, or of files that hold images, holds, as far as its listing and a sample of its files say."""
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from bingo.datasets.layout import find_splits
+from bingo.datasets.finding import find, source_of
 from bingo.images.decode import DRAFT_MARGIN, BadImage, decode_rgb, read_header
 from bingo.runtime.errors import UserError, printable
 from bingo.runtime.progress import progress_bar
@@ -17,12 +16,12 @@ FEWEST_IMAGES = 3  # to train on: an anchor, its neighbour and a negative
 
 @dataclass(frozen=True)
 class Look:
-    """Number of readable images and labels of each split of a folder, and what was seen in a sample of `sampled` files, by which the
+    """Number of readable images and labels of each split, and what was seen in a sample of `sampled` files, by which the
     numbers are estimated where it is not all files.
 
     `short_px`: least, median and largest short side of the readable ones; `gray`: how many have three equal channels; `unreadable`: their
     paths; `decode_seconds`: for one image on one core, at the smallest size that a view of 224 px may be cut from; `remarks`: what the
-    layout's reader assumes or passes over.
+    layout's reader assumes or passes over; `source`: which one the folder is.
     """
 
     train: int
@@ -34,19 +33,26 @@ class Look:
     unreadable: tuple[str, ...]
     decode_seconds: float
     remarks: tuple[str, ...]
+    source: str
 
 
-def look_at(root: Path, follow_links: bool) -> Look:
-    """Look at a folder of images. Raises UserError for a layout that leaves open what is trained on, where most files are
-    unreadable, and for fewer than three readable train images or a test split without a readable one."""
+def look_at(root: str, follow_links: bool) -> Look:
+    """Look at a folder of images, of shards or of a saved dataset, or at a pattern of shards.
+
+    Raises UserError for a layout that leaves open what is trained on, where most files are unreadable, and for fewer than three
+    readable train images or a test split without a readable one.
+    """
     remarks: list[str] = []
-    train, test = find_splits(root, follow_links, remarks.append, "FOLDER")
+    source = source_of(root)
+    found = find(source, root, follow_links, (None, None), remarks.append, "FOLDER")
+    train, test = found.train, found.test
     sample = [*_sample(train.paths), *_sample(test.paths)]
+    files = found.files(sample)
     short_px, gray, unreadable, seconds = [], 0, [], 0.0
     with progress_bar("looking at the images", len(sample), "images") as bar:
-        for path in sample:
+        for row, path in enumerate(sample):
             try:
-                side, is_gray, taken = _look_at_one(root / path)
+                side, is_gray, taken = _look_at_one(files.read(row))
             except (BadImage, OSError):
                 unreadable.append(path)
             else:
@@ -63,7 +69,7 @@ def look_at(root: Path, follow_links: bool) -> Look:
         raise UserError(f"FOLDER = {root}: no test image that was tried is readable ({test.paths[0]}); replace them, or move them out")
     sides = (min(short_px), int(np.median(short_px)), max(short_px))
     classes = tuple(train.classes or test.classes)
-    return Look(of_train, of_test, classes, len(sample), sides, gray, tuple(unreadable), seconds / len(short_px), tuple(remarks))
+    return Look(of_train, of_test, classes, len(sample), sides, gray, tuple(unreadable), seconds / len(short_px), tuple(remarks), source)
 
 
 def _sample(paths: list[str]) -> list[str]:
@@ -77,9 +83,9 @@ def _readable(paths: list[str], unreadable: list[str]) -> int:
     return len(paths) * len(set(sample).difference(unreadable)) // max(1, len(sample))
 
 
-def _look_at_one(path: Path) -> tuple[int, bool, float]:
-    """Short side in pixels, whether it is grey, and the seconds of decoding. Raises BadImage, and OSError for what cannot be opened."""
-    file_bytes, begun = path.read_bytes(), time.perf_counter()
+def _look_at_one(file_bytes: bytes) -> tuple[int, bool, float]:
+    """Short side in pixels, whether it is grey, and the seconds of decoding. Raises BadImage."""
+    begun = time.perf_counter()
     header = read_header(file_bytes)
     image, _ = decode_rgb(file_bytes, lambda height, width: min(height, width) / (DRAFT_MARGIN * 224))
     taken, pixels_HW3 = time.perf_counter() - begun, np.asarray(image)

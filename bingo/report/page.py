@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from bingo import paths
 from bingo.params import NetworkParams, display_name
+from bingo.params.places import images_folder
 from bingo.report import bags as report_bags
 from bingo.report import results as report_results
 from bingo.report.downstream import sections
@@ -114,7 +115,7 @@ def _title(a: Artefacts) -> str:
 def _dataset_name(a: Artefacts) -> str:
     """The name of a published dataset, or of the folder."""
     dataset = a.params.dataset
-    root = Path(dataset.root or ".")
+    root = Path(images_folder(dataset.root or "."))
     return _DATASETS.get(dataset.source) or (root.resolve() if root.name in ("", "..") else root).name or dataset.source
 
 

@@ -28,7 +28,10 @@ DIGITS = DatasetParams(
     source="digits",
     root=None,
     follow_links=False,
+    image_column=None,
+    label_column=None,
     store_px=20,
+    pack_px=None,
     train_images=None,
     test_images=None,
     check="decode",
@@ -40,7 +43,7 @@ DIGITS = DatasetParams(
 )
 
 
-def folder(root: Path, **changes) -> DatasetParams:
+def folder(root: Path | str, **changes) -> DatasetParams:
     return DIGITS.model_copy(update={"source": "folder", "root": str(root), "store_px": None, **changes})
 
 

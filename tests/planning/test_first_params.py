@@ -31,7 +31,7 @@ from bingo.planning.look import Look, look_at
 from bingo.planning.recipes import flattened, lay_over, read_recipe, recipe_names
 from bingo.runtime.errors import UserError
 
-PHOTOS = Look(900, 100, (), 200, (300, 500, 4000), 3, (), 0.01, ())
+PHOTOS = Look(900, 100, (), 200, (300, 500, 4000), 3, (), 0.01, (), "folder")
 SLOW = Pace(teacher_flops=8e10, inference_flops=1e11, training_flops=5e10, images=200.0)
 OWN, DINO = ChosenTeacher(None), ChosenTeacher("dinov2-s", Network("vit_small_patch14_dinov2", 1.0, "imagenet"), None, 224, 12.25)
 
@@ -51,7 +51,7 @@ def test_a_folder_is_seen_as_it_is(tmp_path):
     for name in ("train/a/0.png", "train/b/9.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"no image")
-    look = look_at(tmp_path, follow_links=False)
+    look = look_at(str(tmp_path), follow_links=False)
     assert (look.train, look.test, look.classes, look.sampled) == (3, 1, ("a", "b"), 6)
     assert look.short_px == (30, 45, 90)
     assert look.gray == 1
@@ -59,7 +59,7 @@ def test_a_folder_is_seen_as_it_is(tmp_path):
     for spoilt in ("val/a/0.png", "train/b/1.png", "train/b/3.png"):  # no test image left; then one to train on; then none at all
         (tmp_path / spoilt).write_bytes(b"")
         with pytest.raises(UserError, match="FOLDER = "):
-            look_at(tmp_path, follow_links=False)
+            look_at(str(tmp_path), follow_links=False)
         if spoilt.startswith("val"):
             Image.fromarray(pixels).save(tmp_path / spoilt)
 
@@ -72,7 +72,7 @@ def test_what_is_unreadable_in_a_large_folder_is_estimated(tmp_path):
             Image.new("RGB", (9, 9)).save(path)
         else:
             path.write_bytes(b"no image")
-    look = look_at(tmp_path, follow_links=False)
+    look = look_at(str(tmp_path), follow_links=False)
     assert look.sampled == 200
     assert look.train == pytest.approx(readable_N.sum(), abs=60)
 

@@ -1,0 +1,56 @@
+"""Find the images of a dataset that consists of files: of a folder, of tar shards, or of a saved dataset."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bingo.datasets.layout import Say, Split, find_splits
+from bingo.images.decode import SUFFIXES
+from bingo.images.images import FileImages
+from bingo.params.places import images_folder
+
+
+@dataclass(frozen=True)
+class Found:
+    """The two splits, and the images of any of their paths."""
+
+    train: Split
+    test: Split
+    files: Callable[[list[str]], FileImages]
+
+
+def find(source: str, root: str, follow_links: bool, columns: tuple[str | None, str | None], say: Say, name: str = "dataset.root") -> Found:
+    """The images of a source that consists of files; `columns` are those of image and label of a saved dataset. `say` is called with a line
+    for everything that is assumed or passed over; in messages the root is called `name`.
+
+    Raises UserError for everything that is wrong with the layout; no image is read.
+    """
+    if source == "folder":
+        train, test = find_splits(Path(root), follow_links, say, name)
+        return Found(train, test, lambda paths: FileImages(root, paths, follow_links=True))  # links were judged by `find_splits`
+    if source == "webdataset":
+        from bingo.datasets.shards import read_shards
+
+        members = read_shards(root, follow_links, name)
+    else:
+        from bingo.datasets.saved import read_saved
+
+        members = read_saved(root, follow_links, columns, name, say)
+    train, test = find_splits(Path(root), follow_links, say, name, members)
+    row_of = {path: row for row, path in enumerate(members.paths)}
+
+    def files(paths: list[str]) -> FileImages:
+        return FileImages(images_folder(root), paths, follow_links, positions=members.positions.part([row_of[path] for path in paths]))
+
+    return Found(train, test, files)
+
+
+def source_of(root: str) -> str:
+    """Which source a folder or a pattern is: by what is in it, where no image is there beside it."""
+    if not Path(root).is_dir():
+        return "webdataset" if root.endswith((".tar", "}")) or set(root) & set("{*?") else "folder"
+    sources = {"webdataset": (".tar",), "huggingface": (".arrow", ".parquet")}
+    found = {path.suffix for depth in ("*", "*/*") for path in Path(root).glob(depth)}
+    source = next((source for source, suffixes in sources.items() if found.intersection(suffixes)), "folder")
+    is_folder = source != "folder" and any(path.name.lower().endswith(SUFFIXES) for path in Path(root).rglob("*"))
+    return "folder" if is_folder else source

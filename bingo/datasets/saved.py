@@ -1,0 +1,189 @@
+"""Datasets of Hugging Face's library `datasets`, saved by `save_to_disk` or in its cache: Arrow files that hold images' files as they are.
+
+The library is not needed. The features that it describes in each file say which column is the image and which the class.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bingo.datasets.members import Members, class_folders, positions_of, refuse
+from bingo.datasets.split_names import role_of, split_folder
+from bingo.images.decode import SUFFIXES
+from bingo.runtime.errors import UserError, printable
+from bingo.runtime.inside import path_inside
+from bingo.runtime.progress import progress_bar
+
+Columns = tuple[str | None, str | None]  # of the image and of the label; None: the only one
+_OF_CACHE = re.compile(r".*?-([\w.]+?)(?:-\d{5}-of-\d{5})?\.arrow")  # NAME-SPLIT-00000-of-00002.arrow
+_SAVE = 'save it once by Python: from datasets import load_dataset; load_dataset("parquet", data_dir="{}").save_to_disk("NEW FOLDER")'
+_WITHOUT_BYTES = (
+    "hold paths of other files in place of images; save them with the images: load_from_disk or load_dataset, then save_to_disk"
+)
+
+
+@dataclass(frozen=True)
+class _File:
+    """The rows of an Arrow file: names of the images' files (None where there is none), labels, offsets and lengths, int64 (n, 2)."""
+
+    bytes: int
+    names: list[str | None]
+    labels: list[Any]
+    places_n2: np.ndarray
+
+
+def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: Any) -> Members:
+    """The images of a saved dataset, under names as in a folder: SPLIT/CLASS/NAME, where NAME is that of the image's own file or its row.
+
+    `say` is given a line on the columns that are read. Raises UserError for a folder without such a dataset, columns that leave open which
+    is meant, and files that are damaged, compressed or hold no images.
+    """
+    shown = f"{name} = {root}"
+    if not Path(root).is_dir():
+        raise UserError(f"{shown}: the folder does not exist; name the folder of a dataset that was saved by save_to_disk")
+    splits = _splits(Path(root), shown)
+    files = [(split, file) for split, names in splits.items() for file in names]
+    features = _features(Path(root, files[0][1]), shown, files[0][1])
+    image, label = _columns(features, columns, shown, say)
+    with progress_bar("reading the dataset", len(files), "files") as bar:
+        read, problems = [], []
+        for _, file in files:
+            try:
+                read.append(_read(path_inside(root, file, follow_links), image, label))
+            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+                problems.append(f"{file}: cannot be read ({reason}); fetch or save the dataset again")
+            bar.advance()
+    refuse(shown, problems)
+    of_label = features[label] if label else None
+    names = of_label.get("names") if isinstance(of_label, dict) else None
+    paths = _paths(shown, list(zip((split for split, _ in files), read, strict=True)), names)
+    places = [rows.places_n2 for rows in read]
+    return Members(paths, positions_of([file for _, file in files], [rows.bytes for rows in read], places))
+
+
+def _splits(root: Path, shown: str) -> dict[str, list[str]]:
+    """The Arrow files of each split, relative to the root, in order; a dataset without splits has the one ""."""
+    whole, single = root / "dataset_dict.json", root / "state.json"
+    if whole.is_file():
+        return {
+            split: [f"{split}/{file}" for file in _state(root / split / "state.json", shown)] for split in _json(whole, shown)["splits"]
+        }
+    if single.is_file():
+        return {"": _state(single, shown)}
+    found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.arrow") if not path.name.startswith(("cache-", "tmp")))
+    if len(folders := sorted({file.rpartition("/")[0] for file in found})) > 1:
+        raise UserError(f"{shown}: holds {len(folders)} datasets ({', '.join(folders[:3])}, ...); name the folder of one of them")
+    if not found:
+        if next(root.rglob("*.parquet"), None):
+            raise UserError(f"{shown}: holds parquet files, in which images are compressed; {_SAVE.format(root)}")
+        raise UserError(f"{shown}: holds no dataset that was saved by save_to_disk, and no .arrow files; name the folder of one")
+    splits: dict[str, list[str]] = {}
+    for file in found:
+        match = _OF_CACHE.fullmatch(file.rpartition("/")[2])
+        splits.setdefault(match[1] if match else "", []).append(file)
+    return splits
+
+
+def _json(path: Path, shown: str) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shown}: {path.name} cannot be read ({reason}); fetch or save the dataset again") from None
+
+
+def _state(path: Path, shown: str) -> list[str]:
+    return [file["filename"] for file in _json(path, shown)["_data_files"]]
+
+
+def _features(path: Path, shown: str, file: str) -> dict[str, Any]:
+    """What the library wrote of each column into an Arrow file."""
+    try:
+        with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as reader:
+            metadata = reader.schema.metadata or {}
+        return json.loads(metadata[b"huggingface"])["info"]["features"]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{shown}: {file} is not an Arrow file of the library datasets; save the dataset again with save_to_disk") from None
+
+
+def _columns(features: dict[str, Any], asked: Columns, shown: str, say: Any) -> tuple[str, str | None]:
+    """The names of the columns of the image and of the label, None without labels; chosen by their types where none is asked for."""
+    chosen: list[str | None] = []
+    for what, kind, name in zip(("image", "label"), ("Image", "ClassLabel"), asked, strict=True):
+        key = f"dataset.{what}_column"
+        if name is not None and name not in features:
+            raise UserError(f"{key} = {name}: the dataset has the columns {', '.join(map(printable, features))}; name one of them")
+        found = [column for column, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == kind]
+        if name is not None and name not in found and what == "image":
+            raise UserError(f"{key} = {name}: is a column of another type; columns of images are {', '.join(found) or 'none'}")
+        if name is None and (len(found) > 1 or (not found and what == "image")):
+            problem = f"has {len(found)} columns of the type {kind} ({', '.join(found)})" if found else f"has no column of the type {kind}"
+            raise UserError(f"{shown}: {problem}; set {key} to one of: {', '.join(map(printable, found or features))}")
+        chosen.append(name or (found[0] if found else None))
+    image, label = str(chosen[0]), chosen[1]
+    say(f"{shown}: images are in the column {printable(image)}, {f'labels in {printable(label)}' if label else 'without labels'}")
+    return image, label
+
+
+def _read(path: Path, image: str, label: str | None) -> _File:
+    """The rows of an Arrow file; no image is read. Raises ValueError and pyarrow's errors for what holds no images' bytes."""
+    with pa.memory_map(str(path)) as mapped:
+        content = mapped.read_buffer()
+        names: list[str | None] = []
+        labels: list[Any] = []
+        places = [np.empty((0, 2), np.int64)]
+        for batch in pa.ipc.open_stream(content):
+            column = batch.column(image)
+            names += column.field("path").to_pylist()
+            labels += batch.column(label).to_pylist() if label else [None] * len(batch)
+            places.append(_places(column.field("bytes"), content))
+    places_n2 = np.concatenate(places)
+    if len(places_n2) and not places_n2[:, 1].any():
+        raise ValueError(f"its rows {_WITHOUT_BYTES}")
+    return _File(content.size, names, labels, places_n2)
+
+
+def _places(column: pa.Array, content: pa.Buffer) -> np.ndarray:
+    """Offset and length in a file of each value of a column of bytes, int64 (n, 2); a null has length 0."""
+    if not len(column):
+        return np.empty((0, 2), np.int64)
+    _, ends, values = column.buffers()
+    ends_n = np.frombuffer(ends, np.int64 if pa.types.is_large_binary(column.type) else np.int32)[column.offset :][: len(column) + 1]
+    start = 0 if values is None else values.address - content.address
+    if values is not None and values.size and not 0 <= start <= content.size - values.size:
+        raise ValueError("its rows are compressed, so that images have no positions")
+    return np.stack([start + ends_n[:-1].astype(np.int64), np.diff(ends_n).astype(np.int64)], axis=1)
+
+
+def _paths(shown: str, found: list[tuple[str, _File]], names: list[str] | None) -> list[str]:
+    """The path of each image in a folder of them: its split, its class, and its own file's name; or, if two in a folder have the same or
+    one has none, its number in the split."""
+    labels = {label for _, rows in found for label in rows.labels if label is not None}
+    if others := [label for label in labels if not isinstance(label, int | str) or isinstance(label, bool)]:
+        raise UserError(f"{shown}: labels such as {others[0]!r} are neither integers nor names; set dataset.label_column to another column")
+    folders = class_folders(labels, names, shown)
+    placed = [
+        (_split(split), folders.get(label, ""), name) for split, rows in found for name, label in zip(rows.names, rows.labels, strict=True)
+    ]
+    own = ["/".join(filter(None, (split, of_class, Path(name or "").name))) for split, of_class, name in placed]
+    if all(path.lower().endswith(SUFFIXES) for path in own) and len(set(own)) == len(own):
+        return own
+    counts = Counter[str]()
+    width = len(str(len(placed)))
+    paths = []
+    for split, of_class, _ in placed:
+        paths.append("/".join(filter(None, (split, of_class, f"{counts[split]:0{width}d}.jpg"))))
+        counts[split] += 1
+    return paths
+
+
+def _split(split: str) -> str:
+    """The folder of a split: `validation`, beside a test split that has no labels, is the one that is used, as a folder's val/ is."""
+    return "val" if role_of(split) == "test" and split_folder(split) == "val" else split

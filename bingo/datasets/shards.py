@@ -1,0 +1,260 @@
+"""Tar shards, as WebDataset writes them: which images they hold, under which labels, and where each lies. Only headers and labels are read.
+
+A member KEY.EXT with the suffix of an image is an image. Its label is in KEY.cls, or in KEY.json under "label"; otherwise its folder in the
+shard is its class. Its split is in its own path, in the name of its shard or in that of a folder of shards (imagenet-train-000000.tar).
+"""
+
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from glob import glob
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from bingo.datasets.filecheck import worker_pool
+from bingo.datasets.members import Members, class_folders, positions_of, refuse, refuse_twins
+from bingo.datasets.split_names import role_of, split_folder
+from bingo.images.decode import SUFFIXES
+from bingo.params.places import images_folder
+from bingo.runtime.errors import UserError, printable
+from bingo.runtime.inside import leads_out, path_inside
+from bingo.runtime.progress import progress_bar
+
+CLASS_NAMES = "classes.txt"  # beside the shards: the names of classes 0, 1, ..., one a line
+_MOST_SHARDS = 1_000_000
+_MOST_LABEL_BYTES = 2**20
+_BYTES_OF_AN_IMAGE = 50_000  # about, to choose between threads and processes
+_BLOCK = 512
+_PACK_AGAIN = "pack the shard again"
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+_COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+@dataclass
+class _Shard:
+    """What a shard holds: its size, its images with offset and length of each, labels by key, suffixes of the rest, and lines on what is
+    wrong."""
+
+    bytes: int = 0
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    labels: dict[str, int | str] = field(default_factory=dict)
+    passed: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+    def label(self, image: str) -> int | str | None:
+        """The label of an image, None if the shard holds none: by its name up to its last dot, or up to its first, as in WebDataset."""
+        return self.labels.get(image.rpartition(".")[0], self.labels.get(_key(image)))
+
+
+def _key(name: str) -> str:
+    folder, _, last = name.rpartition("/")
+    return name[: len(folder) + bool(folder)] + last.partition(".")[0]
+
+
+def read_shards(root: str, follow_links: bool, name: str) -> Members:
+    """The images of the shards that a pattern with braces or wildcards names, or that lie in a folder; `name` is the root's in messages.
+
+    Raises UserError with a line for each shard that is absent, compressed, cut off or without images, each member that is a link, not a
+    file or outside, each path that is there twice, and each image without a label among those that have one.
+    """
+    shown, folder = f"{name} = {root}", images_folder(root)
+    if not Path(folder).is_dir():
+        raise UserError(f"{shown}: the folder {folder} does not exist; name the shards, train-{{000000..000146}}.tar, or their folder")
+    files = [os.path.relpath(path, folder) for path in _named(root, shown)]
+    found = {path: path.stat() for path in (Path(folder, file) for file in files) if path.is_file()}
+    shards, images = [], sum(status.st_size for status in found.values()) // _BYTES_OF_AN_IMAGE
+    with worker_pool(images) as pool, progress_bar("reading the shards", len(files), "shards") as bar:
+        for shard in pool.map(partial(_read, folder, follow_links), files):
+            shards.append(shard)
+            bar.advance()
+    refuse(
+        shown,
+        _twice(folder, files, found) + [f"{file}: {line}" for file, shard in zip(files, shards, strict=True) for line in shard.problems],
+    )
+    paths = _paths(shown, folder, files, shards)
+    holders = [file for file, shard in zip(files, shards, strict=True) for _ in shard.names]
+    refuse_twins(shown, paths, holders, "give each image a key of its own")
+    places = [np.array(shard.places, np.int64).reshape(-1, 2) for shard in shards]
+    passed = sum((shard.passed for shard in shards), Counter[str]())
+    return Members(paths, positions_of(files, [shard.bytes for shard in shards], places), passed)
+
+
+def _named(root: str, shown: str) -> list[str]:
+    """The paths of all shards, in the order of a pattern, or, in a folder, of their names."""
+    if Path(root).is_dir():
+        found = sorted(path.as_posix() for path in Path(root).rglob("*") if path.name.endswith((".tar", *_COMPRESSED_SUFFIXES)))
+        if not found:
+            raise UserError(f"{shown}: holds no .tar files; name the shards, train-{{000000..000146}}.tar, or their folder")
+        return found
+    try:
+        names = expand_braces(root)
+    except ValueError as error:
+        raise UserError(f"{shown}: {error}") from None
+    return [path for name in names for path in (sorted(glob(name)) or [name])]  # noqa: PTH207 - Path.glob takes no absolute pattern
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """All names of a pattern, as bash expands it: {000..146} are numbers, of equal width if one begins with 0, {a,b} choices, which may
+    hold braces. Raises ValueError for other braces, and for more than a million names."""
+    depth, cuts = 0, list[int]()
+    for place, letter in enumerate(pattern):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 1 and letter == "{":
+            cuts = [place]
+        elif depth == 1 and letter == ",":
+            cuts.append(place)
+        elif depth == 0 and letter == "}":
+            choices = [pattern[first + 1 : last] for first, last in pairwise([*cuts, place])]
+            inner = [name for choice in choices for name in expand_braces(choice)] if len(choices) > 1 else _numbers(choices[0])
+            behind = expand_braces(pattern[place + 1 :])
+            if len(inner) * len(behind) > _MOST_SHARDS:
+                break
+            return [pattern[: cuts[0]] + middle + end for middle in inner for end in behind]
+        if depth < 0:
+            break
+    else:
+        if not depth:
+            return [pattern]
+    raise ValueError(f"braces that do not match, or name over {_MOST_SHARDS:,} files; allowed are {{000000..000146}} and {{train,val}}")
+
+
+def _numbers(text: str) -> list[str]:
+    match = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", text)
+    if match is None or int(match[1]) > int(match[2]) or int(match[2]) - int(match[1]) >= _MOST_SHARDS:
+        raise ValueError(f"{{{text}}}: allowed in braces are rising numbers, {{000000..000146}}, and lists, {{train,val}}")
+    padded = any(number.startswith("0") and len(number) > 1 for number in match.groups())
+    width = max(map(len, match.groups())) if padded else 0
+    return [f"{number:0{width}d}" for number in range(int(match[1]), int(match[2]) + 1)]
+
+
+def _twice(folder: str, files: list[str], found: dict[Path, os.stat_result]) -> list[str]:
+    """A line for each file that is named again, or another name of which is."""
+    first: dict[tuple[int, int], str] = {}
+    lines = []
+    for file, status in ((file, found[path]) for file in files if (path := Path(folder, file)) in found):
+        if other := first.setdefault((status.st_dev, status.st_ino), ""):
+            lines.append(f"{file}: is the same file as {other}; name each shard once")
+        first[status.st_dev, status.st_ino] = file
+    return lines
+
+
+def _read(folder: str, follow_links: bool, name: str) -> _Shard:
+    """The content of a shard, with what is wrong with it in its `problems`."""
+    shard, way_out = _Shard(), "restore it, or name the shards that are there"
+    try:
+        with path_inside(folder, name, follow_links).open("rb", buffering=0) as file:
+            shard.bytes, start, way_out = os.fstat(file.fileno()).st_size, os.pread(file.fileno(), 6, 0), "fetch it again"
+            if tool := next((tool for magic, tool in _COMPRESSED.items() if start.startswith(magic)), None):
+                shard.problems.append(f"is compressed, so that members have no positions; decompress it: {tool} {printable(name)}")
+                return shard
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in _members_of(tar):
+                    _note(shard, member, file.fileno())
+                if not _ends(file.fileno(), tar.offset, shard.bytes):
+                    shard.problems.append(f"is cut off or damaged at byte {tar.offset:,}, after {len(shard.names):,} images; {way_out}")
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        shard.problems.append(f"cannot be read ({getattr(error, 'strerror', None) or error or type(error).__name__}); {way_out}")
+    if not shard.names and not shard.problems:
+        shard.problems.append("holds no images; leave it out")
+    return shard
+
+
+def _members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Each member in turn; none is kept."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]
+        yield member
+
+
+def _ends(descriptor: int, offset: int, file_bytes: int) -> bool:
+    """Whether the file's members end in a block of zeros, with nothing but zeros behind it: tarfile takes damage for the end."""
+    end = os.pread(descriptor, 64 * _BLOCK, offset)
+    return len(end) >= _BLOCK and not any(end) and file_bytes - offset <= 2**20
+
+
+def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
+    """Add a member to what its shard holds."""
+    name = PurePosixPath(member.name).as_posix()
+    is_image, kind = name.lower().endswith(SUFFIXES), PurePosixPath(name).suffix.lower()
+    if member.isdir():
+        return
+    if leads_out(member.name):
+        shard.problems.append(f"{printable(member.name)} leads out of the shard's folder; {_PACK_AGAIN} with relative names")
+    elif is_image and (member.issym() or member.islnk()):
+        to = f"{printable(name)} is a link, to {printable(member.linkname)}"
+        shard.problems.append(f"{to}; {_PACK_AGAIN} with tar --dereference --hard-dereference")
+    elif is_image and (not member.isreg() or member.issparse()):
+        shard.problems.append(f"{printable(name)} is not a regular file; {_PACK_AGAIN} without it")
+    elif is_image:
+        shard.names.append(name)
+        shard.places.append((member.offset_data, member.size))
+    elif kind in (".cls", ".json") and member.isreg():
+        try:
+            label = _label(os.pread(descriptor, min(member.size, _MOST_LABEL_BYTES), member.offset_data), kind)
+        except (ValueError, RecursionError):
+            wanted = "an integer or a name" if kind == ".cls" else '{"label": an integer or a name}'
+            shard.problems.append(f"{printable(name)} holds no label; write {wanted} into it")
+            return
+        key = name[: -len(kind)]
+        if label is not None and (kind == ".cls" or key not in shard.labels):
+            shard.labels[key] = label
+    else:
+        shard.passed[printable(kind) or "without a suffix"] += 1
+
+
+def _label(content: bytes, kind: str) -> int | str | None:
+    """The label in a .cls or .json file; None if there is none in the latter. Raises ValueError for anything else."""
+    label = content.decode().strip() if kind == ".cls" else json.loads(content)
+    if kind == ".json":
+        label = label.get("label") if isinstance(label, dict) else None
+    elif re.fullmatch(r"-?\d{1,9}", label):
+        return int(label)
+    if (
+        label is None
+        or (isinstance(label, int) and not isinstance(label, bool))
+        or (isinstance(label, str) and label.isprintable() and label)
+    ):
+        return label
+    raise ValueError
+
+
+def _paths(shown: str, folder: str, files: list[str], shards: list[_Shard]) -> list[str]:
+    """The path of each image in a folder of them: its split, its label's folder, its name."""
+    splits = [next(filter(None, map(split_folder, reversed(Path(file).with_suffix("").parts))), "") for file in files]  # nearest first
+    if any(splits):
+        bare = [file for file, split in zip(files, splits, strict=True) if not split]
+        refuse(shown, [f"{file}: has no split in its name, which others have; put train or val into it" for file in bare])
+    names_file = Path(folder, CLASS_NAMES)
+    names = names_file.read_text().splitlines() if names_file.is_file() else None
+    folders = class_folders({label for shard in shards for label in shard.labels.values()}, names, shown)
+    labelled, paths = {"": set[str](), "no": set[str]()}, []
+    for split, shard in zip(splits, shards, strict=True):
+        for role, of_class, inside in _placed(split, shard, folders):
+            labelled["" if of_class else "no"].add(role)
+            paths.append("/".join(part for part in (role, "" if inside.startswith(f"{of_class}/") else of_class, inside) if part))
+    if mixed := labelled[""] & labelled["no"]:
+        lines = [
+            f"{file}: {printable(name)} has no label, which others have; write its .cls, or {_PACK_AGAIN} without it"
+            for file, split, shard in zip(files, splits, shards, strict=True)
+            for name, (role, of_class, _) in zip(shard.names, _placed(split, shard, folders), strict=True)
+            if role in mixed and not of_class
+        ]
+        refuse(shown, lines)
+    return paths
+
+
+def _placed(split: str, shard: _Shard, folders: Mapping[int | str, str]) -> Iterator[tuple[str, str, str]]:
+    """Of each image of a shard its split, its label's folder and its name in it; each may be empty but the last."""
+    for name in shard.names:
+        first, _, rest = name.partition("/")
+        role, inside = (first, rest) if rest and role_of(first) else (split, name)
+        label = shard.label(name)
+        yield role, folders.get(label, "") if label is not None else "", inside

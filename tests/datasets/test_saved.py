@@ -1,0 +1,193 @@
+"""Datasets of Hugging Face's library: the same listing and the same views as a folder of the same images, by files that are made here
+as the library makes them, and by the library itself where it is installed."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from bingo.datasets.finding import source_of
+from bingo.datasets.sources import scan
+from bingo.params import DatasetParams
+from tests.datasets.test_shards import same
+from tests.datasets.test_sources import folder, lines_of, pets
+
+__all__ = ["pets"]
+IMAGE = {"_type": "Image"}
+BYTES_AND_PATH = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def saved(root: Path | str, **changes) -> DatasetParams:
+    return folder(root, source="huggingface", **changes)
+
+
+def features_of(names: list[str] | None) -> dict[str, Any]:
+    return {"image": IMAGE} | ({} if names is None else {"label": {"_type": "ClassLabel", "names": names}})
+
+
+def write_arrow(path: Path, features: dict[str, Any], columns: dict[str, pa.Array], rows_a_batch: int = 2, **options) -> None:
+    """A stream of record batches with the features in its schema's metadata, as the library's ArrowWriter writes it."""
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema([(name, column.type) for name, column in columns.items()], metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(pa.table(list(columns.values()), schema=schema), max_chunksize=rows_a_batch)
+
+
+def images_of(files: list[Path], name: bool = True, with_bytes: bool = True) -> pa.Array:
+    rows = [{"bytes": file.read_bytes() if with_bytes else None, "path": file.name if name else None} for file in files]
+    return pa.array(rows, BYTES_AND_PATH)
+
+
+def files_of(root: Path, part: str) -> tuple[list[Path], list[str]]:
+    """The images of a split in reverse order, and their classes."""
+    found = [path for path in sorted((root / part).glob("*/*"), reverse=True) if path.suffix != ".txt" and path.name[0] != "."]
+    return found, [path.parent.name for path in found]
+
+
+def save_split(where: Path, files: list[Path], classes: list[str], names: list[str], **options) -> None:
+    """A split as save_to_disk leaves it, in two files."""
+    half = len(files) // 2
+    for number, part in enumerate((slice(half), slice(half, None))):
+        columns = {"image": images_of(files[part]), "label": pa.array([names.index(name) for name in classes[part]], pa.int64())}
+        write_arrow(where / f"data-{number:05d}-of-00002.arrow", features_of(names), columns, **options)
+    state = {"_data_files": [{"filename": f"data-{number:05d}-of-00002.arrow"} for number in range(2)]}
+    (where / "state.json").write_text(json.dumps(state))
+
+
+@pytest.fixture
+def flat_pets(pets) -> Path:
+    """The pets without a deeper folder, which a saved dataset does not have."""
+    (pets / "train/cat/deep/er/c.png").rename(pets / "train/cat/c.png")
+    shutil.rmtree(pets / "train/cat/deep")
+    return pets
+
+
+def test_a_saved_dataset_is_the_folder_of_its_images(flat_pets, tmp_path_factory):
+    """With splits, of which validation is used beside a test split without labels; classes in an order of their own; one split alone."""
+    there = tmp_path_factory.mktemp("saved")
+    for split, part in (("train", "train"), ("validation", "val")):
+        save_split(there / split, *files_of(flat_pets, part), ["dog", "cat"])
+    unlabelled = {"image": images_of(files_of(flat_pets, "val")[0]), "label": pa.array([-1, -1], pa.int64())}
+    write_arrow(there / "test/data.arrow", features_of(["dog", "cat"]), unlabelled)
+    (there / "test/state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    (there / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "validation", "test"]}))
+    assert source_of(str(there)) == "huggingface"
+    assert same(saved(there), folder(flat_pets), there)
+    assert same(saved(there, store_px=9, train_images=3), folder(flat_pets, store_px=9, train_images=3), there)
+    assert same(saved(there / "train", test_images=2), folder(flat_pets / "train", test_images=2), there)
+
+
+def test_a_cached_dataset_is_read_by_the_names_of_its_files(flat_pets, tmp_path_factory):
+    """Below the folder of its configuration; what `map` has cached beside it is none of it. Images without names get numbers."""
+    there = tmp_path_factory.mktemp("cache")
+    leaf, wanted = there / "default/0.0.0/c0ffee", tmp_path_factory.mktemp("wanted")
+    for split, part in (("train", "train"), ("validation", "val")):
+        files, classes = files_of(flat_pets, part)
+        labels = pa.array([["cat", "dog"].index(name) for name in classes], pa.int64())
+        write_arrow(
+            leaf / f"my-pets-{split}-00000-of-00001.arrow", features_of(["cat", "dog"]), {"image": images_of(files, False), "label": labels}
+        )
+        for number, (file, of_class) in enumerate(zip(files, classes, strict=True)):
+            place = wanted / part / of_class / f"{number}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(file.read_bytes())
+    (leaf / "cache-0123.arrow").write_bytes(b"of map")
+    (leaf / "dataset_info.json").write_text("{}")
+    assert same(saved(there), folder(wanted), there)
+
+
+def test_columns_are_found_by_their_type_or_named(flat_pets, tmp_path):
+    files, classes = files_of(flat_pets, "train")
+    coarse = {"_type": "ClassLabel", "names": ["pet"]}
+    features = features_of(["cat", "dog"]) | {"coarse": coarse, "mask": IMAGE, "kind": {"_type": "Value", "dtype": "string"}}
+    labels = pa.array([["cat", "dog"].index(name) for name in classes], pa.int64())
+    columns = {"image": images_of(files), "label": labels, "coarse": pa.array([0] * 5, pa.int64())}
+    columns |= {"mask": images_of(files[::-1]), "kind": pa.array(classes)}
+    write_arrow(tmp_path / "new/data.arrow", features, columns)
+    (line,) = lines_of(saved(tmp_path / "new"))
+    assert "image, mask" in line
+    assert "dataset.image_column" in line
+    (line,) = lines_of(saved(tmp_path / "new", image_column="image"))
+    assert "label, coarse" in line
+    assert "dataset.label_column" in line
+    wanted = folder(flat_pets / "train")
+    for label in ("label", "kind"):
+        assert same(saved(tmp_path / "new", image_column="image", label_column=label), wanted, tmp_path)
+    assert scan(saved(tmp_path / "new", image_column="image", label_column="coarse"), 0)[0].classes == ["pet"]
+    for wrong in ({"image_column": "kind"}, {"image_column": "nothing"}, {"image_column": "image", "label_column": "nothing"}):
+        (line,) = lines_of(saved(tmp_path / "new", **wrong))
+        assert line.startswith(f"dataset.{list(wrong)[-1]} = ")
+    write_arrow(tmp_path / "bare/data.arrow", features_of(None), {"image": images_of(files)})
+    listing, _ = scan(saved(tmp_path / "bare"), 0)
+    assert (len(listing), listing.classes, set(listing.labels_N)) == (5, [], {-1})
+    write_arrow(tmp_path / "none/data.arrow", {"kind": features["kind"]}, {"kind": pa.array(classes)})
+    assert "no column of the type Image" in lines_of(saved(tmp_path / "none"))[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("cut", "cannot be read"), ("compressed", "compressed"), ("paths", "save_to_disk"), ("other file", "not an Arrow file"),
+        ("gone", "cannot be read"), ("state", "state.json"), ("parquet", "load_dataset"), ("empty folder", "save_to_disk"),
+        ("two datasets", "holds 2 datasets"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_by_position_is_refused_with_a_way_out(flat_pets, tmp_path, damage, reason):
+    files, classes = files_of(flat_pets, "train")
+    there = tmp_path / "saved"
+    save_split(there, files, classes, ["cat", "dog"], **({"compression": "zstd"} if damage == "compressed" else {}))
+    second = there / "data-00001-of-00002.arrow"
+    if damage == "cut":
+        second.write_bytes(second.read_bytes()[:-700])
+    elif damage == "paths":
+        for file in there.glob("*.arrow"):
+            columns = {"image": images_of(files, with_bytes=False), "label": pa.array([0] * 5, pa.int64())}
+            write_arrow(file, features_of(["cat", "dog"]), columns)
+    elif damage == "other file":
+        (there / "data-00000-of-00002.arrow").write_bytes(b"ARROW1\0\0 but no stream")
+    elif damage == "gone":
+        second.unlink()
+    elif damage == "state":
+        (there / "state.json").write_text("{")
+    elif damage in ("parquet", "empty folder"):
+        shutil.rmtree(there)
+        (there / "data").mkdir(parents=True)
+        (there / f"data/train-00000-of-00001.{damage}").write_bytes(b"PAR1")
+    elif damage == "two datasets":
+        (there / "state.json").unlink()
+        write_arrow(there / "plain_text/data.arrow", features_of(None), {"image": images_of(files)})
+    lines = lines_of(saved(there))
+    assert any(reason in line for line in lines), lines
+
+
+def test_rows_without_an_image_are_unreadable_files(flat_pets, tmp_path):
+    files, _ = files_of(flat_pets, "train")
+    rows = [{"bytes": files[0].read_bytes(), "path": None}, None, {"bytes": b"no image", "path": None}, {"bytes": None, "path": "far.jpg"}]
+    write_arrow(tmp_path / "data.arrow", features_of(None), {"image": pa.array(rows, BYTES_AND_PATH)})
+    lines = lines_of(saved(tmp_path))
+    assert [f"{row}.jpg (row {row})" in line for row, line in zip((1, 2, 3), lines, strict=False)] == [True] * 3
+    listing, _ = scan(saved(tmp_path, on_bad_image="skip"), 0)
+    assert (listing.paths, listing.skipped) == (["0.jpg"], ["1.jpg", "2.jpg", "3.jpg"])
+
+
+def test_what_the_library_saves_and_caches_is_read(flat_pets, tmp_path_factory):
+    """A folder of images, by its own reader: saved, saved as one split, and the cache of a copy of it as parquet."""
+    pytest.importorskip("datasets.load", reason="needs Hugging Face's library datasets")  # not this folder, which has the same name
+    import datasets
+
+    there = tmp_path_factory.mktemp("library")
+    (flat_pets / "train/cat/notes.txt").unlink()
+    found = datasets.load_dataset("imagefolder", data_dir=str(flat_pets), cache_dir=str(there / "images"))
+    found.save_to_disk(str(there / "saved"), num_shards={"train": 2, "validation": 1})
+    assert same(saved(there / "saved"), folder(flat_pets), there)
+    assert same(saved(there / "saved/train"), folder(flat_pets / "train"), there)
+    for split, rows in datasets.load_from_disk(str(there / "saved")).items():
+        rows.to_parquet(there / f"parquet/data/{split}-00000-of-00001.parquet")
+    assert "load_dataset" in lines_of(saved(there / "parquet"))[0]
+    datasets.load_dataset("parquet", data_dir=str(there / "parquet"), cache_dir=str(there / "cache"))
+    assert same(saved(there / "cache"), folder(flat_pets), there)
+    assert "save_to_disk" in lines_of(saved(there / "images"))[0]  # the cache of a folder holds paths

@@ -1,0 +1,241 @@
+"""Tar shards: the same listing and the same views as a folder of the same images, and every way in which shards can be wrong."""
+
+import gzip
+import io
+import json
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bingo.datasets.finding import source_of
+from bingo.datasets.shards import expand_braces
+from bingo.datasets.sources import count_images, scan
+from bingo.images.images import FileImages, MemoryImages, open_images, write_images
+from bingo.images.listing import read_listing, write_listing
+from bingo.images.loader import center_views
+from bingo.params import DatasetParams, ImageParams
+from bingo.planning.look import look_at
+from tests.datasets.test_sources import folder, lines_of, pets, save
+
+__all__ = ["pets"]
+IMAGE = ImageParams(crop_px=16, resize_px=20, mean=[0.5] * 3, std=[0.25] * 3)
+
+
+def shards(root: Path | str, **changes) -> DatasetParams:
+    return folder(root, source="webdataset", **changes)
+
+
+def pack(shard: Path, members: dict[str, Path | bytes], form: int = tarfile.GNU_FORMAT) -> Path:
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(shard, "w", format=form) as tar:
+        for name, content in members.items():
+            content = content.read_bytes() if isinstance(content, Path) else content
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return shard
+
+
+def written(dataset: DatasetParams, where: Path) -> tuple[bytes, torch.Tensor]:
+    """The bytes of the listing, and the centre views of all images as later stages open them."""
+    said: list[str] = []
+    listing, images = scan(dataset, 0, said.append)
+    assert count_images(dataset, 0).train + count_images(dataset, 0).test >= len(listing) - len(listing.skipped)
+    write_listing(where / "listing.parquet", listing)
+    write_images(where / "images.zarr", listing, images)
+    opened = open_images(read_listing(where / "listing.parquet"), where / "images.zarr", dataset)
+    assert isinstance(opened, MemoryImages if dataset.store_px else FileImages)
+    views = torch.cat(list(center_views(opened, range(len(listing)), IMAGE, torch.device("cpu"), 4, workers=0)))
+    return (where / "listing.parquet").read_bytes(), views
+
+
+def same(one: DatasetParams, other: DatasetParams, tmp_path: Path) -> bool:
+    (listing, views), (other_listing, other_views) = (written(dataset, tmp_path) for dataset in (one, other))
+    return listing == other_listing and torch.equal(views, other_views)
+
+
+def relative(root: Path, part: str) -> dict[str, Path]:
+    """The files under a part of a folder, by their paths below it, in reverse order: that of members says nothing."""
+    return {path.relative_to(root / part).as_posix(): path for path in sorted((root / part).rglob("*"), reverse=True) if path.is_file()}
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_shards_of_each_split_are_the_folder_that_was_packed(pets, tmp_path_factory, form):
+    """Split over shards of each split; by a pattern, by a wildcard and by their folder; in memory too; held-out images and subsets."""
+    there = tmp_path_factory.mktemp("shards")
+    members = list(relative(pets, "train").items())
+    for number in range(2):
+        pack(there / f"pets-train-{number:06d}.tar", dict(members[number::2]), form)
+    pack(there / "pets-validation-00.tar", relative(pets, "val"), form)
+    everything = [f"{there}/pets-{{train-{{000000..000001}},validation-00}}.tar", f"{there}/*.tar", there]
+    for root in everything:
+        assert same(shards(root), folder(pets), there)
+    for changes in ({"store_px": 12}, {"train_images": 3, "check": "header"}):
+        assert same(shards(there, **changes), folder(pets, **changes), there)
+    held_out = {"test_images": 2}
+    assert same(shards(f"{there}/pets-train-*.tar", **held_out), folder(pets, **held_out), there) is False  # the folder has its own
+    alone, _ = scan(shards(f"{there}/pets-train-*.tar", **held_out), 0)
+    assert (alone.train_rows, len(alone), alone.held_out) == (3, 5, 2)
+
+
+def test_long_names_and_splits_and_hidden_files_within_a_shard(pets, tmp_path_factory):
+    """Names of 300 bytes by GNU's and by PAX's headers; what `tar c .` writes, with folders and with a shard's name that says nothing."""
+    there = tmp_path_factory.mktemp("shards")
+    long = save(pets / "train/dog" / "/".join(["a" * 90] * 3) / "caf\u00e9.jpg", 9)
+    assert len(str(long.relative_to(pets))) > 280
+    for number, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        with tarfile.open(there / f"{number}.tar", "w", format=form) as tar:
+            tar.add(pets, ".")
+        said: list[str] = []
+        scan(shards(there / f"{number}.tar"), 0, said.append)
+        assert any("1 hidden" in line and "1 .txt" in line for line in said)
+        assert same(shards(there / f"{number}.tar"), folder(pets), there)
+
+
+@pytest.mark.parametrize("how", ["cls", "json", "names", "text"])
+def test_labels_beside_the_images_are_class_folders(pets, tmp_path, tmp_path_factory, how):
+    """Integers are padded, so that class 10 stands behind class 9; names come from classes.txt or from the label itself."""
+    there, wanted = tmp_path_factory.mktemp("shards"), tmp_path_factory.mktemp("folder")
+    names = [f"kind{number}" for number in range(11)]
+    members: dict[str, Path | bytes] = {}
+    for number in range(11):
+        for copy in "ab":
+            content = save(tmp_path / "one" / f"{number}{copy}.png", 20 * number + ord(copy))
+            key, of_class = f"{number:03d}{copy}", f"{number:02d}" if how in ("cls", "json") else names[number]
+            members[f"{key}.png"] = content
+            label = names[number] if how == "text" else number
+            members |= (
+                {f"{key}.json": json.dumps({"label": label, "width": 3}).encode()}
+                if how == "json"
+                else {f"{key}.cls": f"{label}\n".encode()}
+            )
+            place = wanted / "train" / of_class / f"{key}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content.read_bytes())
+    pack(there / "train-0.tar", members)
+    if how == "names":
+        (there / "classes.txt").write_text("\n".join(names))
+    assert same(shards(there), folder(wanted), there)
+    listing, _ = scan(shards(there), 0)
+    if how in ("cls", "json"):
+        assert listing.labels_N.tolist() == [int(Path(path).name[:3]) for path in listing.paths]
+
+
+def test_everything_wrong_with_shards_is_reported_at_once(pets, tmp_path_factory):
+    there = tmp_path_factory.mktemp("shards")
+    photo = (pets / "train/cat/b.jpg").read_bytes()
+    pack(
+        there / "train-0.tar",
+        {"a.jpg": photo, "a.cls": b"1", "../out.jpg": photo, "/absolute.jpg": photo, "b.cls": b"\xff", "c.json": b"{"},
+    )
+    with tarfile.open(there / "train-0.tar", "a") as tar:
+        for name, kind in (("soft.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("pipe.jpg", tarfile.FIFOTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "a.jpg"
+            tar.addfile(entry)
+    pack(there / "train-1.tar", {})
+    whole = pack(there / "train-2.tar", {f"{number}.jpg": photo for number in range(8)}).read_bytes()
+    (there / "train-2.tar").write_bytes(whole[: len(photo) * 4])
+    (there / "train-3.tar").write_bytes(gzip.compress(whole))
+    (there / "train-4.tar").write_bytes(b"")
+    (there / "train-5.tar").write_bytes(photo)
+    (there / "train-6.tar").hardlink_to(there / "train-0.tar")
+    lines = lines_of(shards(f"{there}/train-{{0..7}}.tar"))
+    of = {number: [line for line in lines if f": train-{number}.tar: " in line] for number in range(8)}
+    assert sum(map(len, of.values())) == len(lines) - 1  # the last counts the others
+    assert [any(word in line for line in of[0]) for word in ("../out.jpg", "/absolute.jpg", "b.cls", "c.json")] == [True] * 4
+    assert [any(f"{word}.jpg is " in line for line in of[0]) for word in ("soft", "hard", "pipe")] == [True] * 3
+    assert {number: len(of[number]) for number in range(1, 6)} == {1: 1, 2: 1, 3: 1, 4: 1, 5: 1}
+    assert "gunzip" in of[3][0]
+    assert any("the same file as train-0.tar" in line for line in of[6])
+    (absent,) = lines_of(shards(f"{there}/nothing-{{0..0}}.tar"))
+    assert "No such file" in absent
+
+
+@pytest.mark.parametrize("cut", ["at a member", "in a header", "in a header's name", "end alone", "damaged header", "two archives"])
+def test_a_shard_that_ends_early_is_refused(pets, tmp_path_factory, cut):
+    """tarfile takes most of these for the end of the archive."""
+    there = tmp_path_factory.mktemp("shards")
+    photo = (pets / "train/cat/b.jpg").read_bytes()
+    whole = pack(there / "0.tar", {"a.jpg": photo, f"{'b' * 200}.jpg": photo, "c.jpg": photo}).read_bytes()
+    with tarfile.open(there / "0.tar") as tar:
+        _, second, third = tar.getmembers()
+    content = {
+        "at a member": whole[: third.offset],
+        "in a header": whole[: third.offset + 100],
+        "in a header's name": whole[: second.offset + 600],
+        "end alone": whole[: third.offset_data + len(photo)],
+        "damaged header": whole[: third.offset] + b"x" * 512 + whole[third.offset + 512 :],
+        "two archives": whole + whole,
+    }[cut]
+    (there / "0.tar").write_bytes(content)
+    (line,) = lines_of(shards(there))
+    assert line.startswith(f"dataset.root = {there}: 0.tar: ")
+
+
+def test_one_path_twice_and_labels_that_are_missing_are_named(pets, tmp_path_factory):
+    there = tmp_path_factory.mktemp("shards")
+    photo = (pets / "train/cat/b.jpg").read_bytes()
+    pack(there / "train-0.tar", {"cat/a.jpg": photo, "cat/b.jpg": photo})
+    pack(there / "train-1.tar", {"cat/b.jpg": photo, "dog/a.jpg": photo})
+    (line,) = lines_of(shards(there))
+    assert "train/cat/b.jpg is in train-0.tar and in train-1.tar" in line
+    pack(there / "train-1.tar", {"x.jpg": photo, "x.cls": b"3", "y.jpg": photo, "z.jpg": photo, "z.cls": b"-1"})
+    named = [line.partition(".tar: ")[2].partition(" has no label")[0] for line in lines_of(shards(there))]
+    assert named == ["cat/a.jpg", "cat/b.jpg", "y.jpg", "z.jpg"]
+    pack(there / "train-1.tar", {"x.jpg": photo, "x.cls": b"3"})
+    (there / "classes.txt").write_text("one\ntwo")
+    (line,) = lines_of(shards(there))
+    assert "label 3 has no name" in line
+    pack(there / "extra.tar", {"x.jpg": photo})
+    assert any("extra.tar: has no split" in line for line in lines_of(shards(there)))
+
+
+def test_an_image_that_cannot_be_read_is_named_or_left_out(pets, tmp_path_factory):
+    there = tmp_path_factory.mktemp("shards")
+    (pets / "train/cat/c.jpg").write_bytes(b"no image")
+    for part in ("train", "val"):
+        pack(there / f"{part}.tar", relative(pets, part))
+    assert lines_of(shards(there)) == [line.replace(str(pets), str(there)) for line in lines_of(folder(pets))]
+    assert same(shards(there, on_bad_image="skip"), folder(pets, on_bad_image="skip"), there)
+    listing, images = scan(shards(there, on_bad_image="skip"), 0)
+    assert (listing.skipped, len(images)) == (["train/cat/c.jpg"], len(listing))
+
+
+def test_a_shard_that_is_a_link_is_read_where_links_are_followed(pets, tmp_path_factory):
+    there, elsewhere = tmp_path_factory.mktemp("shards"), tmp_path_factory.mktemp("elsewhere")
+    (there / "train.tar").symlink_to(pack(elsewhere / "0.tar", relative(pets, "train")))
+    (line,) = lines_of(shards(there))
+    assert "dataset.follow_links: true" in line
+    assert len(written(shards(there, follow_links=True), there)[1]) == 5
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a-{000000..000012}.tar", "{train-{0..3},val}-x.tar", "{a,b}{1..2}", "none", "{08..11}", "{a,{b,c}d}e", "x{1..1}"]
+)
+def test_braces_are_those_of_bash(pattern):
+    printed = subprocess.run(["bash", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True, check=True).stdout
+    assert expand_braces(pattern) == printed.split()
+
+
+@pytest.mark.parametrize("pattern", ["{0..", "a}", "{x}", "{3..1}", "{0..99999999}", "{1..2000}{1..2000}", "{}", "{a..c}"])
+def test_other_braces_are_refused(pattern, tmp_path):
+    (line,) = lines_of(shards(f"{tmp_path}/{pattern}.tar"))
+    assert "allowed" in line
+
+
+def test_init_finds_out_what_a_folder_holds(pets, tmp_path_factory):
+    there = tmp_path_factory.mktemp("shards")
+    for part in ("train", "val"):
+        pack(there / "sub" / f"{part}.tar", relative(pets, part))
+    look, of_folder = look_at(str(there), False), look_at(str(pets), False)
+    assert (look.source, of_folder.source) == ("webdataset", "folder")
+    assert (look.train, look.test, look.classes, look.short_px) == (of_folder.train, of_folder.test, of_folder.classes, of_folder.short_px)
+    assert source_of(f"{there}/sub/{{train,val}}.tar") == source_of(f"{there}/sub/train.tar") == "webdataset"
+    save(there / "cat/1.jpg")
+    assert source_of(str(there)) == "folder"
+    np.testing.assert_array_equal(scan(shards(there), 0)[0].labels_N, scan(folder(pets), 0)[0].labels_N)
