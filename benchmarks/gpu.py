@@ -218,10 +218,17 @@ def main() -> None:
     sys.exit(1 if left else 0)
 
 
+def part_name(name: str) -> str:
+    """One of NAMES. argparse's own `choices` would refuse that there is none."""
+    if name not in NAMES:
+        raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from {', '.join(NAMES)})")  # as `Parser` knows it
+    return name
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*NAMES, []], metavar="PART", help=f"{', '.join(NAMES)} (default: all)")
+    parser.add_argument("parts", nargs="*", type=part_name, metavar="PART", help=f"{', '.join(NAMES)} (default: all)")
     parser.add_argument("--out", type=Path, help=f"the Markdown file (default: {RESULTS.relative_to(ROOT)})")
     parser.add_argument("--rehearse", action="store_true", help="in small, on the CPU")
     parser.add_argument("--part-seconds", type=float, default=PART_SECONDS, help="after which a part's commands are ended")

@@ -52,15 +52,15 @@ class Recolouring:
         place_B = np.arange(count)
         place_B[blurred_R] = count + np.arange(len(blurred_R))  # blurred views are put behind all others
         kernels_RK = blur_kernels(drawn.sigma_B[blurred_R], augment.blur_sigma_px[1], side_px)
-        floats = [drawn.angle_B, turns_R, drawn.gray_B, kernels_RK, *shares]
+        floats = [turning(drawn.angle_B), turns_R, drawn.gray_B, kernels_RK, *shares]
         self.numbers = [place_B[np.argsort(self.order_B)], blurred_R, *(values.astype(np.float32) for values in floats)]
 
     def __call__(self, x_B3PP: Tensor, numbers: list[Tensor], image: ImageParams) -> Tensor:
         """Images in [0, 1] in the order `order_B`, which are overwritten, and `numbers` on their device: normalised, channels_last, in
         their own order."""
-        place_B, blurred_R, angle_B, turns_R, gray_B, kernels_RK, *shares = numbers
+        place_B, blurred_R, turning_B23, turns_R, gray_B, kernels_RK, *shares = numbers
         if self.augment.rotate_degrees > 0:
-            x_B3PP = rotate(x_B3PP, angle_B)
+            x_B3PP = rotate(x_B3PP, turning_B23)
         blends = [(x_B3PP[part], of_part) for part, of_part in zip(self._before + self._after, shares, strict=True)]
         for blend in blends[: len(self._before)]:
             self._blend(*blend)
@@ -69,7 +69,7 @@ class Recolouring:
         for blend in blends[len(self._before) :]:
             self._blend(*blend)
         if self._any_gray:
-            x_B3PP.lerp_(to_gray(x_B3PP), gray_B[:, None, None, None])
+            x_B3PP.lerp_(_to_gray_by_red(x_B3PP).mul_(_GRAY_WEIGHTS[0]), gray_B[:, None, None, None])
         if self._any_blur:
             x_B3PP = torch.cat([x_B3PP, blur(x_B3PP.index_select(0, blurred_R), kernels_RK)])
         return normalize(x_B3PP, image, place_B if self.sorts or self._any_blur else None)
@@ -81,7 +81,7 @@ class Recolouring:
             return
         keep_R111, rest_R111, mean_R111 = shares_3R[..., None, None, None].unbind()
         contrast, saturation = (self.augment.jitter[operation] > 0 for operation in (CONTRAST, SATURATION))
-        gray_R1PP = to_gray(x_R3PP) if contrast or saturation else None
+        gray_R1PP = _to_gray_by_red(x_R3PP) if contrast or saturation else None
         x_R3PP.mul_(keep_R111)
         if gray_R1PP is not None:
             average_R111 = gray_R1PP.mean(dim=(2, 3), keepdim=True)
@@ -93,25 +93,30 @@ class Recolouring:
 
 
 def _blend_shares(operation_RO: np.ndarray, factor_RO: np.ndarray, column_R: np.ndarray) -> np.ndarray:
-    """What one blend of each view keeps of the image, takes of something grey, and whether that is the image's mean: (3, R)."""
+    """What one blend of each view keeps of the image, takes of something grey (`_to_gray_by_red`), and whether that is the image's mean:
+    (3, R)."""
     operation_R, factor_R = (np.take_along_axis(x_RO, column_R[:, None], axis=1)[:, 0] for x_RO in (operation_RO, factor_RO))
     keep_R = np.where((operation_R >= 0) & (operation_R < HUE), factor_R, 1.0)
-    return np.stack([keep_R, np.where(operation_R == BRIGHTNESS, 0.0, 1 - keep_R), operation_R == CONTRAST])
+    rest_R = np.where(operation_R == BRIGHTNESS, 0.0, _GRAY_WEIGHTS[0] * (1 - keep_R))
+    return np.stack([keep_R, rest_R, operation_R == CONTRAST])
 
 
-def rotate(x_B3PP: Tensor, degrees_B: Tensor) -> Tensor:
-    """Each square rotated counter-clockwise about its centre, bilinear, black outside: torchvision's rotate."""
-    cos_B, sin_B = degrees_B.deg2rad().cos(), degrees_B.deg2rad().sin()
-    zero_B = torch.zeros_like(cos_B)
-    theta_B23 = torch.stack([torch.stack([cos_B, -sin_B, zero_B], 1), torch.stack([sin_B, cos_B, zero_B], 1)], 1)
-    grid_BPP2 = F.affine_grid(theta_B23, list(x_B3PP.shape), align_corners=False)
+def turning(degrees_B: np.ndarray) -> np.ndarray:
+    """Rotations counter-clockwise, as matrices (B, 2, 3)."""
+    cos_B, sin_B, zero_B = np.cos(np.deg2rad(degrees_B)), np.sin(np.deg2rad(degrees_B)), np.zeros(len(degrees_B))
+    return np.stack([cos_B, -sin_B, zero_B, sin_B, cos_B, zero_B], axis=1).reshape(-1, 2, 3)
+
+
+def rotate(x_B3PP: Tensor, turning_B23: Tensor) -> Tensor:
+    """Each square rotated about its centre by a matrix of `turning`, bilinear, black outside: torchvision's rotate."""
+    grid_BPP2 = F.affine_grid(turning_B23, list(x_B3PP.shape), align_corners=False)
     return F.grid_sample(x_B3PP, grid_BPP2, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def to_gray(x_B3PP: Tensor) -> Tensor:
-    """Luma (B, 1, P, P)."""
+def _to_gray_by_red(x_B3PP: Tensor) -> Tensor:
+    """Luma divided by the weight of red, which saves an operation, (B, 1, P, P)."""
     red, green, blue = _GRAY_WEIGHTS
-    return (x_B3PP[:, 0:1] * red).add_(x_B3PP[:, 1:2], alpha=green).add_(x_B3PP[:, 2:3], alpha=blue)
+    return torch.add(x_B3PP[:, 0:1], x_B3PP[:, 1:2], alpha=green / red).add_(x_B3PP[:, 2:3], alpha=blue / red)
 
 
 def shift_hue(x_R3PP: Tensor, turns_R1: Tensor) -> None:

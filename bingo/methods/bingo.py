@@ -23,19 +23,21 @@ from bingo import seeds
 from bingo.images.uploads import upload
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.negatives import Negatives
-from bingo.methods.parts.losses import WeightedKeys, info_nce, negative_logsumexp
+from bingo.methods.parts.losses import WeightedKeys, info_nce
 from bingo.methods.parts.momentum import MomentumCopy, shuffled
 from bingo.methods.targets import check_stored_views
 from bingo.methods.view_gradients import sum_of_terms
 from bingo.nets.batchnorm import group_numbers
 from bingo.nets.heads import mlp_head, unit
-from bingo.nets.precision import autocast, casts_kept, dtype_of_similarities
+from bingo.nets.precision import autocast, dtype_of_similarities
 from bingo.params.methods import BingoParams
 from bingo.runtime.errors import UserError
 
 
 class Bingo(Method):
     """See the head of this file. Negatives: rows of the stored bank or a queue (bingo/methods/negatives.py)."""
+
+    gradients_come_together = True
 
     def __init__(self, params: BingoParams, context: Context):
         super().__init__()
@@ -82,14 +84,12 @@ class Bingo(Method):
 
         def loss_of(images_BCHW: Tensor, weighted_keys: WeightedKeys) -> Tensor:
             query_BP = self._query(images_BCHW)
-            negatives_B = negative_logsumexp(query_BP, bank_JP, self.params.temperature, hidden_BJ, self.similarities)
-            return info_nce(query_BP, weighted_keys, negatives_B, self.params.temperature)
+            return info_nce(query_BP, weighted_keys, bank_JP, self.params.temperature, hidden_BJ, self.similarities)
 
         if not self.related:
             return {"loss": loss_of(batch.anchor_views[0], [(1.0, anchor_keys_BP)])}
         terms = self._terms(batch, progress, anchor_keys_BP, member_keys_BP)
-        with casts_kept(self, self.context.precision, self.context.device):
-            total, values = sum_of_terms({name: partial(loss_of, *term) for name, term in terms.items()}, self)
+        total, values = sum_of_terms({name: partial(loss_of, *term) for name, term in terms.items()}, self)
         return {"loss": total if self.params.terms == "paper" else total / len(terms), **values}
 
     def _terms(

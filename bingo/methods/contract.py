@@ -129,8 +129,12 @@ class Context:
 
 
 class Method(nn.Module):
-    """A method. `forward` has no effect on keys, queues or moving averages; these are updated only in `after_step`."""
+    """A method. `forward` has no effect on keys, queues or moving averages; these are updated only in `after_step`.
 
+    `gradients_come_together`: they are computed in `forward`, and backward has them all at once.
+    """
+
+    gradients_come_together = False
     needs: Needs
     student: "Backbone"
     head: nn.Module

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.parts.losses import info_nce, negative_logsumexp
+from bingo.methods.parts.losses import info_nce
 from bingo.methods.parts.momentum import MomentumCopy, Queue, shuffled
 from bingo.methods.targets import Targets
 from bingo.nets.heads import mlp_head, unit
@@ -42,8 +42,8 @@ class Disco(Method):
                 keys_BP = unit(shuffled(self.key_encoder, batch.anchor_views[1], self.context.seed, progress.step))
         self.pushed = (keys_BP, batch.anchor_rows_B)
         similarities = dtype_of_similarities(self.context.precision, self.context.device)
-        negatives_B = negative_logsumexp(first_BP, self.queue.keys_QP, self.params.temperature, self.queue.empty(), similarities)
-        contrast = info_nce(first_BP, [(1.0, keys_BP)], negatives_B, self.params.temperature)
+        negatives = self.queue.keys_QP, self.params.temperature, self.queue.empty(), similarities
+        contrast = info_nce(first_BP, [(1.0, keys_BP)], *negatives)
         distances = [(x_BP - self.targets(batch, view)).square().sum(dim=1).mean() for view, x_BP in enumerate((first_BP, second_BP))]
         regression = torch.stack(distances).sum()
         return {"loss": contrast + self.params.regression_weight * regression, "contrast": contrast, "regression": regression}

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.parts.losses import info_nce, negative_logsumexp
+from bingo.methods.parts.losses import info_nce
 from bingo.methods.parts.momentum import MomentumCopy, Queue, shuffled
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast, dtype_of_similarities
@@ -34,9 +34,9 @@ class Moco(Method):
             with torch.no_grad():
                 keys_BP = unit(shuffled(self.key_encoder, batch.anchor_views[1], self.seed, progress.step))
         similarities = dtype_of_similarities(self.precision, self.device)
-        negatives_B = negative_logsumexp(query_BP, self.queue.keys_QP, self.params.temperature, self.queue.empty(), similarities)
         self.pushed = (keys_BP, batch.anchor_rows_B)
-        return {"loss": info_nce(query_BP, [(1.0, keys_BP)], negatives_B, self.params.temperature)}
+        negatives = self.queue.keys_QP, self.params.temperature, self.queue.empty(), similarities
+        return {"loss": info_nce(query_BP, [(1.0, keys_BP)], *negatives)}
 
     def after_step(self) -> None:
         assert self.pushed is not None, "after_step follows forward"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bingo import seeds
-from bingo.images.uploads import upload
+from bingo.images.uploads import upload_together
 from bingo.methods.contract import Batch, Context
 from bingo.methods.parts.momentum import Queue
 from bingo.runtime.errors import UserError
@@ -75,27 +75,22 @@ class Negatives(nn.Module):
         rows, views, width = bank_TVP.shape
         chosen = seeds.distinct(self.context.seed, "negatives", step, rows, self.rows)
         view_J = (seeds.uniforms(self.context.seed, "negative view", step, chosen)[:, 0] * views).astype(np.int64)
-        places_J = upload(chosen * views + view_J, bank_TVP.device)
+        places_J, rows_J = upload_together([chosen * views + view_J, chosen], bank_TVP.device)
         if self.drawn_JP is None or self.drawn_JP.device != bank_TVP.device:
             self.drawn_JP = bank_TVP.new_empty(len(chosen), width)
         torch.index_select(bank_TVP.flatten(0, 1), 0, places_J, out=self.drawn_JP)
-        return self.drawn_JP, upload(chosen, bank_TVP.device)
+        return self.drawn_JP, rows_J
 
     def _hidden(self, batch: Batch, rows_J: Tensor) -> Tensor:
         """(B, J): anchor, member and with `mask_bag` the anchor's bag. Bags that are clusters are compared by group, not by member."""
-        excluded_BM = _own_rows(batch)
-        if self.members_TK is not None:
-            excluded_BM = torch.cat([excluded_BM, self.members_TK[batch.anchor_rows_B]], dim=1)
+        own = [batch.anchor_rows_B] if batch.member_rows_B is None else [batch.anchor_rows_B, batch.member_rows_B]
+        members = [] if self.members_TK is None else [self.members_TK[batch.anchor_rows_B]]
+        excluded_BM = torch.cat([rows_B[:, None] for rows_B in own] + members, dim=1)
         hidden_BJ = hidden_places(rows_J, excluded_BM) if self.kind == "bank" else hidden_negatives(rows_J, excluded_BM)
         if self.cluster_T is not None:
             same_BJ = self.cluster_T[rows_J.clamp(min=0)][None] == self.cluster_T[batch.anchor_rows_B][:, None]
             hidden_BJ |= same_BJ & (rows_J >= 0)
         return hidden_BJ
-
-
-def _own_rows(batch: Batch) -> Tensor:
-    own = [batch.anchor_rows_B] if batch.member_rows_B is None else [batch.anchor_rows_B, batch.member_rows_B]
-    return torch.stack(own, dim=1)
 
 
 def hidden_negatives(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
@@ -109,6 +104,6 @@ def hidden_negatives(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
 def hidden_places(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
     """`hidden_negatives` for a bank of rising rows: each of the M rows is looked up in it instead of compared with J."""
     nowhere, place_BM = len(bank_rows_J), torch.searchsorted(bank_rows_J, excluded_BM)
-    found_BM = bank_rows_J[place_BM.clamp(max=nowhere - 1)] == excluded_BM
+    absent_BM = bank_rows_J[place_BM.clamp(max=nowhere - 1)] != excluded_BM
     hidden_BJ = torch.zeros(len(excluded_BM), nowhere + 1, dtype=torch.bool, device=bank_rows_J.device)
-    return hidden_BJ.scatter_(1, torch.where(found_BM, place_BM, nowhere), True)[:, :nowhere]
+    return hidden_BJ.scatter_(1, place_BM.masked_fill_(absent_BM, nowhere), True)[:, :nowhere]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bingo.images.uploads import channels
+
 
 def sum_of_terms(terms: Mapping[str, Callable[[], Tensor]], network: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of scalar terms, and each of them without gradient; gradients are computed for the trained parameters of `network`.
@@ -35,7 +37,7 @@ class _TermByTerm(torch.autograd.Function):
         for term in terms:
             with torch.enable_grad():
                 value = term()
-            found = torch.autograd.grad(value, trained, allow_unused=True)
+            found = torch.autograd.grad(value, trained, channels((1.0,), value.device)[0, 0, 0], allow_unused=True)
             values.append(value.detach())
             del value
             gradients = {number: gradient for number, gradient in enumerate(found) if gradient is not None}

@@ -22,8 +22,18 @@ _ENTRY = "bingo"  # safetensors writes several entries in an order that changes 
 def save_network(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors (on any device, of any layout) and JSON-able `metadata` atomically."""
     # Copies: safetensors refuses tensors that share memory or are channels_last.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(state.items())}
+    tensors = on_host(dict(sorted(state.items())))
     write_bytes(path, seal_safetensors(safetensors.torch.save(tensors, metadata={_ENTRY: canonical_json(dict(metadata))})))
+
+
+def on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU, by one read of each dtype: on a GPU each read waits for all work before it."""
+    copies = dict.fromkeys(state, torch.empty(0))
+    for dtype in {tensor.dtype for tensor in state.values()}:
+        tensors = {name: tensor.detach() for name, tensor in state.items() if tensor.dtype == dtype}
+        read = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu().split([tensor.numel() for tensor in tensors.values()])
+        copies |= {name: part.view(tensor.shape).clone() for (name, tensor), part in zip(tensors.items(), read, strict=True)}
+    return copies
 
 
 def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -55,10 +55,11 @@ def dtype_of_similarities(precision: str, device: torch.device) -> torch.dtype:
 @contextmanager
 def casts_kept(network: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
     """In the body, bf16 copies of weights made by one `autocast` are reused by the next; everything outside of `autocast` stays in
-    float32. Those of linear and convolutional layers are made, and their gradients cast back, by one operation for all layers."""
+    float32. Those of linear and convolutional layers are made, and their gradients cast back, by one operation for all layers, so that
+    backward has all gradients of these weights at its end."""
     dtype = resolve_precision(precision, device)
     layers = [layer for layer in network.modules() if type(layer) in _CAST_LAYERS and dtype != torch.float32]
-    named = [(layer, name, weight) for layer in layers for name, weight in layer.named_parameters() if weight.requires_grad]
+    named = [(layer, name, weight) for layer in layers for name, weight in layer.named_parameters()]
     try:
         if named:
             for (layer, name, _), cast in zip(named, _Cast.apply(dtype, *(weight for *_, weight in named)), strict=True):
@@ -77,7 +78,9 @@ class _Cast(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.dtype = tensors[0].dtype
-        return tuple(_as_dtype(tensors, dtype))
+        copies = _as_dtype(tensors, dtype)
+        ctx.mark_non_differentiable(*(copy for copy, wanted in zip(copies, ctx.needs_input_grad[1:], strict=True) if not wanted))
+        return tuple(copies)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

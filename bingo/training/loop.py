@@ -7,6 +7,7 @@ ends with the same bytes as an uninterrupted one.
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from bingo import seeds
 from bingo.methods.contract import Batch, Method, Progress
 from bingo.nets.batchnorm import counted_together, counting_layers, grouped_batchnorm, own_groups
+from bingo.nets.checkpoint import on_host
+from bingo.nets.precision import casts_kept
 from bingo.params import ScheduleParams
 from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints, Resumable
@@ -117,14 +120,23 @@ class Trainer(Resumable):
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations can reuse the memory
         self._seed_draws()
-        with counted_together(self.counting), grouped_batchnorm(self.groups, self.own_anchors):
-            terms = self.network(batch, progress)
+        terms = self._terms(batch, progress)
         self._watch_loss(terms["loss"])
         terms["loss"].backward()
         self.optimizer.step()
         self.method.after_step()
         for name, value in terms.items():
             self.sums[name] = self.sums[name].add_(value.detach()) if name in self.sums else value.detach().double()
+
+    def _terms(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        with counted_together(self.counting), grouped_batchnorm(self.groups, self.own_anchors), self._casts():
+            return self.network(batch, progress)
+
+    def _casts(self) -> AbstractContextManager:
+        """Casts of all weights together, but for gradients that other processes wait for while backward goes on."""
+        if distributed.world() > 1 and not self.method.gradients_come_together:
+            return nullcontext()
+        return casts_kept(self.method, self.schedule.precision, self.device)
 
     def _seed_draws(self) -> None:
         """Seed the network's own random draws (dropout, stochastic depth) by seed, step and process."""
@@ -174,5 +186,4 @@ class Trainer(Resumable):
     def _keep_if_best(self, epoch: int, figures: dict[str, float]) -> None:
         name, value = next(iter(figures.items()))
         if not self.best or value > self.best["probe"][name]:
-            weights = {key: tensor.detach().cpu().clone() for key, tensor in self.method.student.state_dict().items()}
-            self.best = {"epoch": epoch, "probe": figures, "weights": weights}
+            self.best = {"epoch": epoch, "probe": figures, "weights": on_host(self.method.student.state_dict())}

@@ -87,6 +87,17 @@ def test_any_output_and_own_notes_stay_in_the_file(here):
     assert path.read_text().startswith(before)
 
 
+def test_a_part_of_no_known_name_is_refused_with_those_there_are(monkeypatch, capsys):
+    for arguments in (["steps"], ["step", "KNN"], [""]):
+        monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            gpu.parse()
+        assert f"PART = {arguments[-1]}: allowed is {', '.join(gpu.NAMES)};" in capsys.readouterr().err
+    for arguments, parts in (([], []), (["knn", "step"], ["knn", "step"])):
+        monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+        assert gpu.parse().parts == parts
+
+
 def test_parts_stand_in_their_order_whichever_was_measured_first(here):
     names = commands(here, first="print(1)")
     for name in ("memory", "loader"):

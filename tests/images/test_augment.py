@@ -84,7 +84,7 @@ def test_jitter_equals_torchvision(operation, function, factors):
 def test_rotate_equals_torchvision():
     x, angles = unit_images(7, 21), [-180.0, -33.0, -1.0, 0.0, 12.5, 45.0, 90.0]
     want = torch.stack([tv.rotate(image, angle, tv.InterpolationMode.BILINEAR) for image, angle in zip(x, angles, strict=True)])
-    torch.testing.assert_close(co.rotate(x, torch.tensor(angles)), want, atol=3e-6, rtol=0)
+    torch.testing.assert_close(co.rotate(x, torch.from_numpy(co.turning(np.array(angles, np.float32))).float()), want, atol=3e-6, rtol=0)
 
 
 def test_angles_are_uniform_and_absent_if_not_requested():

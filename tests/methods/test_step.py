@@ -40,14 +40,14 @@ def test_blocks_of_the_bank_give_the_plain_value_and_gradient(monkeypatch, at_on
     """Against torch's own logsumexp over all logits at once, in float64; the first rows are hidden, and one logit is far larger."""
     torch.manual_seed(0)
     monkeypatch.setattr(losses, "BANK_AT_ONCE", at_once)
-    query_BP, bank_JP, weight_B = unit_rows(7).requires_grad_(True), unit_rows(200).to(bank_type), torch.rand(7)
+    query_BP, bank_JP, weight_B = unit_rows(7), unit_rows(200).to(bank_type), torch.rand(7)
     bank_JP[150] *= 40
     hidden_BJ = torch.rand(hidden_rows, 200) < 0.3 if hidden_rows else None
     if hidden_BJ is not None:
         hidden_BJ[:, :70] = True
-    got_B = losses.negative_logsumexp(query_BP, bank_JP, 0.1, hidden_BJ)
-    (gradient_BP,) = torch.autograd.grad((weight_B * got_B).sum(), query_BP)
-    plain_BP = query_BP.detach().double().requires_grad_(True)
+    got_B, mean_BP = losses.negative_logsumexp(query_BP, bank_JP, 0.1, hidden_BJ)
+    gradient_BP = weight_B[:, None] * mean_BP / 0.1
+    plain_BP = query_BP.double().requires_grad_(True)
     logits_BJ = plain_BP @ bank_JP.double().T / 0.1
     if hidden_BJ is not None:
         logits_BJ = logits_BJ.masked_fill(hidden_BJ, float("-inf"))
@@ -65,15 +65,14 @@ def test_products_in_float16_keep_to_their_bounds(monkeypatch, closeness, at_onc
     """Against float64; the closer the rows, the larger the logits, and the sum of weights is beyond float16 where all are the same."""
     torch.manual_seed(0)
     monkeypatch.setattr(losses, "BANK_AT_ONCE", at_once)
-    query_BP = unit_rows(7).requires_grad_(True)
-    bank_JP = torch.nn.functional.normalize(torch.lerp(unit_rows(70000), query_BP[:1].detach(), closeness), dim=1)
-    got_B = losses.negative_logsumexp(query_BP, bank_JP, temperature, None, torch.float16)
-    (gradient_BP,) = torch.autograd.grad(got_B.sum(), query_BP)
-    plain_BP = query_BP.detach().double().requires_grad_(True)
+    query_BP = unit_rows(7)
+    bank_JP = torch.nn.functional.normalize(torch.lerp(unit_rows(70000), query_BP[:1], closeness), dim=1)
+    got_B, mean_BP = losses.negative_logsumexp(query_BP, bank_JP, temperature, None, torch.float16)
+    plain_BP = query_BP.double().requires_grad_(True)
     want_B = (plain_BP @ bank_JP.double().T / temperature).logsumexp(1)
     (wanted_BP,) = torch.autograd.grad(want_B.sum(), plain_BP)
     assert 0 < (got_B - want_B).abs().max() <= 2**-9 / temperature
-    assert ((gradient_BP - wanted_BP) * temperature).abs().max() <= 2**-8 / temperature + 2**-8
+    assert (mean_BP - wanted_BP * temperature).abs().max() <= 2**-8 / temperature + 2**-8
 
 
 @pytest.mark.parametrize(("device", "queries", "rows"), [("cpu", 8, 8192), ("cpu", 1024, 1024), ("meta", 256, 65536), ("meta", 2**25, 1)])
@@ -85,20 +84,32 @@ def test_rows_of_a_block(device, queries, rows):
 def test_a_query_without_negatives_has_the_loss_zero_and_no_gradient():
     query_BP = unit_rows(2).requires_grad_(True)
     hidden_BJ = torch.tensor([[True] * 5, [False] * 5])
-    negatives_B = losses.negative_logsumexp(query_BP, unit_rows(5), 0.2, hidden_BJ)
-    first = torch.tensor([1.0, 0.0])
-    loss, of_first = (losses.info_nce(query_BP, [(weight, unit_rows(2))], negatives_B, 0.2) for weight in (1.0, first))
+    first, bank_JP = torch.tensor([1.0, 0.0]), unit_rows(5)
+    loss, of_first = (losses.info_nce(query_BP, [(weight, unit_rows(2))], bank_JP, 0.2, hidden_BJ) for weight in (1.0, first))
     (gradient_BP,) = torch.autograd.grad(loss, query_BP)
     assert of_first == 0 < loss
     assert not gradient_BP[0].any()
     assert gradient_BP[1].any()
 
 
+def test_unit_rows_have_the_gradient_of_normalize():
+    """Also of a row of zeros, of short and long ones, and of a gradient along the row."""
+    torch.manual_seed(0)
+    rows_BP, gradient_BP = torch.randn(6, 5), torch.randn(6, 5)
+    rows_BP[0], rows_BP[1], rows_BP[2] = 0, 1e-8, 1e6
+    gradient_BP[3] = rows_BP[3]
+    found, wanted = rows_BP.clone().requires_grad_(), rows_BP.clone().requires_grad_()
+    ours, plain = unit(found), torch.nn.functional.normalize(wanted, eps=1e-12)
+    assert torch.equal(ours, plain)
+    ours.backward(gradient_BP), plain.backward(gradient_BP)
+    torch.testing.assert_close(found.grad, wanted.grad)
+
+
 def test_nothing_as_large_as_the_logits_waits_for_backward():
     kept = []
     query_BP, bank_JP = unit_rows(6).requires_grad_(True), unit_rows(1000)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        losses.negative_logsumexp(query_BP, bank_JP, 0.2)
+        losses.info_nce(query_BP, [(1.0, unit_rows(6))], bank_JP, 0.2)
     assert kept == [6 * 16]
 
 

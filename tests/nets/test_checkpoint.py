@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from bingo.nets.checkpoint import building, first_names, load_network, load_strictly, save_network
+from bingo.nets.checkpoint import building, first_names, load_network, load_strictly, on_host, save_network
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import UserError
 from bingo.teachers.reading.foreign import read_checkpoint
@@ -31,6 +31,19 @@ def test_tensors_and_metadata_come_back(tmp_path):
     for name, tensor in STATE.items():
         assert state[name].dtype == tensor.dtype
         assert torch.equal(state[name], tensor)
+
+
+def test_copies_on_the_host_have_any_dtype_and_layout_and_share_no_memory():
+    turned = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    state = {"d": torch.arange(3), "a": turned, "c": torch.tensor(7), "b": torch.rand(4).half(), "none": torch.empty(0, 2), "again": turned}
+    copies = on_host(state)
+    assert list(copies) == list(state)
+    for name, tensor in state.items():
+        assert copies[name].dtype == tensor.dtype
+        assert torch.equal(copies[name], tensor)
+        assert copies[name].is_contiguous()
+    assert len({copy.untyped_storage().data_ptr() for copy in copies.values() if copy.numel()}) == 5
+    assert on_host({}) == {}
 
 
 def test_equal_content_has_equal_bytes_in_any_order_and_layout(tmp_path):

@@ -201,7 +201,7 @@ def launches_by_part(folder: Path, case: Case) -> dict[str, Counter[str]]:
 
         batch = part("views", lambda: next(batches))
         run.optimizer.zero_grad(set_to_none=True)
-        terms = part("forward", lambda: run.network(batch, Progress(1, run.step + 1)))
+        terms = part("forward", lambda: run._terms(batch, Progress(1, run.step + 1)))
         part("backward", terms["loss"].backward)
         part("optimizer", run.optimizer.step)
         part("after_step", run.method.after_step)

@@ -24,7 +24,6 @@ ONCE = {
     "bingo/images/uploads.py:channels",
     "bingo/methods/negatives.py:Negatives._bag_tables",
     "bingo/methods/parts/momentum.py:Queue._load_from_state_dict",
-    "bingo/nets/checkpoint.py:save_network",
     "bingo/runtime/checkpoints.py:Checkpoints.save",
     "bingo/training/loop.py:Trainer.__init__",
 }
@@ -39,10 +38,10 @@ AGAIN = {
     "bingo/evals/finetune.py:ClassifierTrainer._test_logits": ("linear layer on random crops", 1),
     "bingo/evals/linear.py:_LinearTrainer.hits": ("linear layer on stored features", 1),
     "bingo/evals/linear.py:_LinearTrainer.test": ("linear layer on stored features", 3),
+    "bingo/nets/checkpoint.py:on_host": ("training with probe", 4),
     "bingo/runtime/finite.py:LossWatch.first": ("training with probe", 3),
     "bingo/training/loop.py:Trainer._check_weights": ("training with probe", 2),
     "bingo/training/loop.py:Trainer._end_epoch": ("training with probe", 8),
-    "bingo/training/loop.py:Trainer._keep_if_best": ("training with probe", 240),
     "bingo/detection/loop.py:DetectorTrainer._record": ("detector fpn fp32", 12),
     # an image: most are torchvision's, whose regions are as many as the image has
     "bingo/detection/detector.py:Regions._losses": ("detector fpn fp32", 28),

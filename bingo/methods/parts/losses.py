@@ -3,8 +3,7 @@
 The sum over the negatives is taken block by block of the bank, so logits of shape (B, J) are never in memory (`negative_logsumexp`):
 a block gives exp(logit - largest so far) as weights, and three running results are scaled down whenever the largest grows:
 the largest logit, the sum of the weights, and the sum of the bank's rows by these weights. The third divided by the second is the mean row
-under the
-softmax, which is the gradient times the temperature, so backward also needs only (B, P) (the online softmax of Milakov and
+under the softmax, which is the gradient times the temperature, so backward also needs only (B, P) (the online softmax of Milakov and
 Gimelshein 2018, arXiv:1805.02867).
 
 Shape letters: B queries, P key width, J negatives, j negatives of a block.
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bingo.images.uploads import channels
@@ -24,49 +24,34 @@ LOGITS_AT_ONCE = 2**24  # 64 MiB in float32: all of a usual batch on a GPU
 BANK_AT_ONCE = 2**20  # numbers of the bank, or logits: 4 MiB in float32, which stay in a CPU's cache until the gradient
 
 
+@torch.no_grad()
 def negative_logsumexp(
     query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None = None, products: torch.dtype = torch.float32
-) -> Tensor:
-    """log sum_j exp(q . n_j / temperature) for each query, (B,) float32, over the rows of the bank that are not hidden
-    (`hidden_BJ` bool, or (1, J) for all).
+) -> tuple[Tensor, Tensor]:
+    """log sum_j exp(q . n_j / temperature) for each query, float32 (B,), over the rows of the bank that are not hidden (`hidden_BJ` bool,
+    or (1, J) for all), and the mean row under that softmax, which is its gradient times the temperature, float32 (B, P).
 
-    Computed once for each query, however many positives it has. The bank, float16 or float32, gets no gradient. With `products` in float16,
-    logits of unit rows, and so the result, are off by at most 2^-9 / temperature, and the numbers of the gradient, times the temperature,
-    by 2^-8 / temperature + 2^-8.
+    The bank is float16 or float32. With `products` in float16, logits of unit rows, and so the result, are off by at most
+    2^-9 / temperature, and the numbers of the mean row by 2^-8 / temperature + 2^-8.
     """
-    return _NegativeLogSumExp.apply(query_BP.float(), bank_JP.detach(), temperature, hidden_BJ, products)
-
-
-class _NegativeLogSumExp(torch.autograd.Function):
-    """One pass over blocks of j rows of the bank, each read once."""
-
-    @staticmethod
-    def forward(ctx: Any, query_BP: Tensor, bank_JP: Tensor, temperature: float, hidden_BJ: Tensor | None, products: torch.dtype) -> Tensor:
-        query_PB, wanted, start, sums = (query_BP / temperature).T.to(products), ctx.needs_input_grad[0], 0, list[Tensor]()
-        shift_B = query_BP.new_empty(0)
-        for rows_jP in bank_JP.split(_rows_at_once(query_BP)):
-            rows_jP, end = rows_jP.to(products), start + len(rows_jP)
-            logits_jB = (rows_jP @ query_PB).float()
-            if hidden_BJ is not None:
-                logits_jB.masked_fill_(hidden_BJ[:, start:end].T, float("-inf"))
-            last_B, shift_B = shift_B, _largest(logits_jB).clamp_(min=_LEAST)  # a query without negatives: no gradient rather than NaN
-            if sums:
-                shift_B = torch.maximum(last_B, shift_B)
-            p_jB = logits_jB.sub_(shift_B).exp_()
-            sum_B = p_jB.sum(dim=0)
-            added = [sum_B, _weighted(p_jB, sum_B, rows_jP)] if wanted else [sum_B]
-            if sums:
-                scale_B = (last_B - shift_B).exp()
-                added = [so_far * scale + part for so_far, part, scale in zip(sums, added, (scale_B, scale_B[:, None]), strict=False)]
-            sums, start = added, end
-        if wanted:
-            ctx.save_for_backward(sums[1].div_((sums[0].clamp(min=_TINY) * temperature)[:, None]))
-        return sums[0].log() + shift_B
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        saved = ctx.saved_tensors
-        return (grad_outputs[0][:, None] * saved[0] if saved else None), None, None, None, None
+    query_PB = torch.div(query_BP, temperature, out=query_BP.new_empty(query_BP.shape, dtype=products)).T
+    start, sums, shift_B = 0, list[Tensor](), query_BP.new_empty(0)
+    for rows_jP in bank_JP.split(_rows_at_once(query_BP)):
+        rows_jP, end = rows_jP.to(products), start + len(rows_jP)
+        logits_jB = (rows_jP @ query_PB).float()
+        if hidden_BJ is not None:
+            logits_jB.masked_fill_(hidden_BJ[:, start:end].T, float("-inf"))
+        last_B, shift_B = shift_B, _largest(logits_jB).clamp_(min=_LEAST)  # a query without negatives: a mean row of zeros, not NaN
+        if sums:
+            shift_B = torch.maximum(last_B, shift_B)
+        p_jB = logits_jB.sub_(shift_B).exp_()
+        sum_B = p_jB.sum(dim=0)
+        added = [sum_B, _weighted(p_jB, sum_B, rows_jP)]
+        if sums:
+            scale_B = (last_B - shift_B).exp()
+            added = [so_far * scale + part for so_far, part, scale in zip(sums, added, (scale_B, scale_B[:, None]), strict=True)]
+        sums, start = added, end
+    return sums[0].log() + shift_B, sums[1].div_(sums[0].clamp(min=_TINY)[:, None])
 
 
 def _weighted(p_jB: Tensor, sum_B: Tensor, rows_jP: Tensor) -> Tensor:
@@ -74,13 +59,15 @@ def _weighted(p_jB: Tensor, sum_B: Tensor, rows_jP: Tensor) -> Tensor:
     if rows_jP.dtype == torch.float32:
         return p_jB.T @ rows_jP
     scale_B = sum_B.clamp(min=1) / 2**15
-    return ((p_jB / scale_B).to(rows_jP.dtype).T @ rows_jP) * scale_B[:, None]
+    shares_jB = torch.div(p_jB, scale_B, out=p_jB.new_empty(p_jB.shape, dtype=rows_jP.dtype))
+    return (shares_jB.T @ rows_jP) * scale_B[:, None]
 
 
 def _largest(logits_jB: Tensor) -> Tensor:
-    """The largest of each column, in two steps: torch reduces a few long columns one number at a time."""
-    folds = 64 if len(logits_jB) % 64 == 0 else 1
-    return logits_jB.unflatten(0, (folds, -1)).amax(dim=0).amax(dim=0)
+    """The largest of each column, on a CPU in two steps: torch reduces a few long columns there one number at a time."""
+    if logits_jB.device.type != "cpu" or len(logits_jB) % 64:
+        return logits_jB.amax(dim=0)
+    return logits_jB.unflatten(0, (64, -1)).amax(dim=0).amax(dim=0)
 
 
 def _rows_at_once(query_BP: Tensor) -> int:
@@ -90,31 +77,54 @@ def _rows_at_once(query_BP: Tensor) -> int:
     return max(1, LOGITS_AT_ONCE // len(query_BP))
 
 
-def info_nce(query_BP: Tensor, weighted_keys: WeightedKeys, negatives_B: Tensor, temperature: float) -> Tensor:
+def info_nce(
+    query_BP: Tensor,
+    weighted_keys: WeightedKeys,
+    bank_JP: Tensor,
+    temperature: float,
+    hidden_BJ: Tensor | None = None,
+    products: torch.dtype = torch.float32,
+) -> Tensor:
     """The mean over queries of w * -log(exp(q.k/t) / (exp(q.k/t) + sum_j exp(q.n_j/t))), summed over the keys k (B, P) with weights w,
-    numbers or (B,): float32 (). `negatives_B` is `negative_logsumexp`. Gradients are computed immediately, and kept as (B, P) and (B,)."""
+    numbers or (B,): float32 (). For the negatives n_j see `negative_logsumexp`; only the queries get a gradient, which is computed
+    immediately and kept as (B, P). The sum over the negatives is computed once, however many keys there are."""
     weights, keys = zip(*weighted_keys, strict=True)
     tensors = [weight for weight in weights if isinstance(weight, Tensor)]
-    weights_KB = torch.stack(tensors) if tensors else channels(weights, query_BP.device)[:, :, 0]
-    return _InfoNce.apply(query_BP.float(), negatives_B, weights_KB, torch.stack(keys).float(), temperature)
+    shares_KB = torch.stack(tensors) / len(query_BP) if tensors else _shares(weights, query_BP)
+    return _InfoNce.apply(query_BP.float(), shares_KB, torch.stack(keys).float(), bank_JP, temperature, hidden_BJ, products)
+
+
+def _shares(weights: Sequence[float], query_BP: Tensor) -> Tensor:
+    """What each key's terms count in the mean over B, (K, 1)."""
+    return channels(tuple(weight / len(query_BP) for weight in weights), query_BP.device)[:, :, 0]
 
 
 class _InfoNce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query_BP: Tensor, negatives_B: Tensor, weights_KB: Tensor, keys_KBP: Tensor, temperature: float) -> Tensor:
-        positive_KB = (query_BP * keys_KBP).sum(dim=2) / temperature
-        loss_KB = torch.logaddexp(positive_KB, negatives_B) - positive_KB
-        if any(ctx.needs_input_grad):
-            share_KB = weights_KB * (1 / len(query_BP))
-            by_positive_KB = share_KB / (1 + (negatives_B - positive_KB).exp()) - share_KB
-            by_negatives_B = (share_KB / (1 + (positive_KB - negatives_B).exp())).sum(dim=0)
-            ctx.save_for_backward(((by_positive_KB / temperature)[:, :, None] * keys_KBP).sum(dim=0), by_negatives_B)
-        return (weights_KB * loss_KB).mean(dim=1).sum()
+    """With d = log sum_j exp(q.n_j/t) - q.k/t a term is softplus(d), and its derivative by d sigmoid(d)."""
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        by_query_BP, by_negatives_B = ctx.saved_tensors
-        return grad_outputs[0] * by_query_BP, grad_outputs[0] * by_negatives_B, None, None, None
+    def forward(
+        ctx: Any,
+        query_BP: Tensor,
+        shares_KB: Tensor,
+        keys_KBP: Tensor,
+        bank_JP: Tensor,
+        temperature: float,
+        hidden_BJ: Tensor | None,
+        products: torch.dtype,
+    ) -> Tensor:
+        negatives_B, mean_BP = negative_logsumexp(query_BP, bank_JP, temperature, hidden_BJ, products)
+        away_KB = torch.sub(negatives_B, (query_BP * keys_KBP).sum(dim=2), alpha=1 / temperature)
+        if ctx.needs_input_grad[0]:
+            pull_KB = (away_KB.sigmoid() * shares_KB).div_(-temperature)
+            to_keys_BP = (pull_KB[:, :, None] * keys_KBP).sum(dim=0)
+            ctx.save_for_backward(to_keys_BP.addcmul_(pull_KB.sum(dim=0)[:, None], mean_BP, value=-1))
+        return (F.softplus(away_KB) * shares_KB).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_BP,) = ctx.saved_tensors
+        return grad_outputs[0] * gradient_BP, None, None, None, None, None, None
 
 
 def soft_cross_entropy(logits_BJ: Tensor, target_logits_BJ: Tensor, hidden_BJ: Tensor | None = None) -> Tensor:
