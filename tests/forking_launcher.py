@@ -1,17 +1,20 @@
 """What `python -m bingo.pipeline.launch` does, with forks of this process as torchrun's processes: 0.5 s instead of 5 s each.
 
 python -m forking_launcher TORCHRUN'S ARGUMENTS. Each process writes its id to `rank-N.pid`. FAIL_ON_RANK: the process of that rank
-finds a mistake of the user's at the end of its first epoch.
+finds a mistake of the user's at the end of its first epoch, or when it keeps its first block of bags. SLOW_RANK: that of that rank
+takes half a second for each.
 """
 
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import run
 
+from bingo.bags import sharing
 from bingo.pipeline.launch import run_torchrun
 from bingo.runtime.errors import UserError
 from bingo.training import loop as train
@@ -22,7 +25,10 @@ def stage(module: str, *arguments: str) -> None:
     rank = os.environ["RANK"]
     Path(f"rank-{rank}.pid").write_text(str(os.getpid()))
     if os.environ.get("FAIL_ON_RANK") == rank:
-        train.Trainer._end_epoch = fail  # type: ignore[method-assign]
+        train.Trainer._end_epoch = sharing._BlockFiles.keep = fail  # type: ignore[method-assign]
+    if os.environ.get("SLOW_RANK") == rank:
+        keep = sharing._BlockFiles.keep
+        sharing._BlockFiles.keep = lambda *given: (time.sleep(0.5), keep(*given))[1]  # type: ignore[method-assign]
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

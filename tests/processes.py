@@ -1,4 +1,4 @@
-"""Which processes a process has started, from /proc; and two processes that are ready quickly."""
+"""Which processes a process has started, from /proc; and processes that are ready quickly."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -8,14 +8,19 @@ from tests.stage_server import LIBRARIES
 
 
 def start_two(work: Callable[..., None], *arguments: object) -> None:
-    """`work(rank, *arguments)` in two processes, and the errors of torch.multiprocessing.spawn.
+    """`start` of two."""
+    start(2, work, *arguments)
+
+
+def start(count: int, work: Callable[..., None], *arguments: object) -> None:
+    """`work(rank, *arguments)` in `count` processes, and the errors of torch.multiprocessing.spawn.
 
     They are forks of a process that has imported the large libraries once, instead of importing them in each.
     """
     from torch.multiprocessing import start_processes
 
     multiprocessing.set_forkserver_preload(LIBRARIES)
-    start_processes(work, arguments, nprocs=2, start_method="forkserver")
+    start_processes(work, arguments, nprocs=count, start_method="forkserver")
 
 
 def session(leader: int) -> list[int]:

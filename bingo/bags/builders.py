@@ -11,14 +11,16 @@ The memory for members and cosines, 12 bytes x T x K, is needed in any case.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
 from bingo.bags.index import Bags
 from bingo.bags.ivf import InvertedFile, recall_of, search_lists
 from bingo.bags.kmeans import each_cluster, sorted_by_cluster, train_centroids
-from bingo.bags.neighbors import top_k
+from bingo.bags.neighbors import Found, top_k
 from bingo.bags.rows import Rows, held, inverse_norms, memory_budget
+from bingo.bags.sharing import ALONE, Sharing, of_all
 from bingo.params import BaggingParams
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
@@ -27,19 +29,22 @@ _SAME_COSINE = 1 - 1e-6
 _CHECKED_ROWS = 4096
 
 
-def build_bags(params: BaggingParams, features: Rows, labels_T: np.ndarray, seed: int) -> Bags:
-    """The bags that params.yaml asks for. Raises UserError where a number is larger than the train rows allow."""
+def build_bags(params: BaggingParams, features: Rows, labels_T: np.ndarray, seed: int, sharing: Sharing = ALONE) -> Bags | None:
+    """The bags that params.yaml asks for, on the first of the processes that share the work; None on the others. Raises UserError where a
+    number is larger than the train rows allow."""
     if params.method == "knn":
         search = InvertedFile(params.lists, params.probes, seed) if params.search == "ivf" else None
-        bags = build_knn(features, params.k, params.mutual, search)
+        bags = build_knn(features, params.k, params.mutual, search, sharing)
     elif params.method == "kmeans":
-        bags = build_kmeans(features, params.clusters, params.iterations, params.k, seed)
+        bags = build_kmeans(features, params.clusters, params.iterations, params.k, seed, sharing)
     else:
-        bags = build_label(labels_T, features, params.k)
+        bags = build_label(labels_T, features, params.k, sharing)
+    if bags is None:
+        return None
     return replace(bags, settings={**bags.settings, "relation": params.relation, "draw_temperature": params.draw_temperature})
 
 
-def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile | None = None) -> Bags:
+def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile | None = None, sharing: Sharing = ALONE) -> Bags | None:
     """The k rows with the highest cosine to each row, excluding the row itself; `mutual`: only those of them that have the row among
     their own k (which reads members alone).
 
@@ -54,12 +59,15 @@ def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile
     _check_features(features)
     settings = {**_settings("knn", k), "mutual": mutual}
     if search is None:
-        members_TK, cosines_TK = top_k(features, features, k, np.arange(rows))
+        found = sharing.all_nearest("members", features, k)
     else:
-        members_TK, cosines_TK = search_lists(features, k, search)
-        lists = search.list_count(rows)
-        found = {"lists": lists, "probes": min(search.probes, lists), "recall": recall_of(cosines_TK, features, search.seed)}
-        settings |= {"search": "ivf", "seed": search.seed, **found}
+        found = search_lists(features, k, search, sharing)
+        lists, cosines_TK = search.list_count(rows), None if found is None else found[1]
+        recall = recall_of(cosines_TK, features, k, search.seed, sharing)
+        settings |= {"search": "ivf", "seed": search.seed, "lists": lists, "probes": min(search.probes, lists), "recall": recall}
+    if found is None:
+        return None
+    members_TK, cosines_TK = found
     similarity_TK = cosines_TK.astype(np.float16)
     if mutual:
         members_TK, similarity_TK = _mutual(members_TK, similarity_TK)
@@ -82,7 +90,7 @@ def _mutual(members_TK: np.ndarray, similarity_TK: np.ndarray) -> tuple[np.ndarr
     return np.where(kept_TK, members_TK, -1).astype(np.int32), np.where(kept_TK, similarity_TK, -np.inf).astype(np.float16)
 
 
-def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: int) -> Bags:
+def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: int, sharing: Sharing = ALONE) -> Bags | None:
     """Spherical K-means: the bag is all other rows of the cluster.
 
     A row belongs to the centroid with the largest dot product (see `train_centroids`). The k nearest rows of its cluster are listed; a row
@@ -94,13 +102,13 @@ def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: i
     _check_k(k, rows)
     features = held(features, memory_budget())
     _check_features(features)
-    centroids_CD, trained_rows = train_centroids(features, clusters, iterations, seed)
-    cluster_T = top_k(features, centroids_CD, 1)[0][:, 0]
+    centroids_CD, trained_rows = train_centroids(features, clusters, iterations, seed, sharing=sharing)
+    cluster_T = sharing.nearest_centroid("clusters", features, centroids_CD)
     settings = {**_settings("kmeans", k), "clusters": clusters, "iterations": iterations, "seed": seed, "trained_rows": trained_rows}
-    return _grouped(settings, features, cluster_T, clusters, k, centroids_CD)
+    return _grouped(settings, features, cluster_T, clusters, k, centroids_CD, sharing)
 
 
-def build_label(labels_T: np.ndarray, features: Rows, k: int) -> Bags:
+def build_label(labels_T: np.ndarray, features: Rows, k: int, sharing: Sharing = ALONE) -> Bags | None:
     """The bag is all other rows of the class; the k nearest are listed. Raises UserError if a label is unknown."""
     unknown = int((labels_T < 0).sum())
     if unknown:
@@ -110,20 +118,36 @@ def build_label(labels_T: np.ndarray, features: Rows, k: int) -> Bags:
     features = held(features, memory_budget())
     _check_features(features)
     classes = int(labels_T.max()) + 1
-    return _grouped(_settings("label", k), features, labels_T.astype(np.int32), classes, k, None)
+    return _grouped(_settings("label", k), features, labels_T.astype(np.int32), classes, k, None, sharing)
 
 
-def _grouped(settings: dict, features: Rows, cluster_T: np.ndarray, clusters: int, k: int, centroids_CD: np.ndarray | None) -> Bags:
+def _grouped(
+    settings: dict, features: Rows, cluster_T: np.ndarray, clusters: int, k: int, centroids_CD: np.ndarray | None, sharing: Sharing
+) -> Bags | None:
     """Bags that are clusters: the rows of each cluster, and the k nearest of them to each row."""
     cluster_rows_T, cluster_start = sorted_by_cluster(cluster_T, clusters)
-    members_TK = np.full((len(cluster_T), k), -1, np.int32)
-    similarity_TK = np.full((len(cluster_T), k), -np.inf, np.float16)
-    with progress_bar("neighbours", len(cluster_T), "images") as bar:
-        for _, rows, own_features in each_cluster(features, cluster_rows_T, cluster_start):
-            nearest, cosines = top_k(own_features, own_features, k, np.arange(len(rows)))
-            members_TK[rows] = np.where(nearest >= 0, rows[nearest], -1)
-            similarity_TK[rows] = cosines
-            bar.advance(len(rows))
+
+    def members(places: slice) -> Found:
+        """Of the rows at these places of `cluster_rows_T`, which are whole clusters: cosines as float16."""
+        members_nK, cosines_nK = np.empty((places.stop - places.start, k), np.int32), np.empty((places.stop - places.start, k), np.float16)
+        first, end = np.searchsorted(cluster_start, [places.start, places.stop])
+        done = 0
+        with progress_bar(f"neighbours{of_all(places, cluster_T)}", len(members_nK), "images") as bar:
+            for _, rows, own_features in each_cluster(features, cluster_rows_T, cluster_start[first : end + 1]):
+                nearest, cosines = top_k(own_features, own_features, k, np.arange(len(rows)))
+                own = slice(done, done + len(rows))
+                members_nK[own], cosines_nK[own] = np.where(nearest >= 0, rows[nearest], -1), cosines
+                bar.advance(len(rows))
+                done += len(rows)
+        return members_nK, cosines_nK
+
+    ends = np.unique(np.searchsorted(cluster_start, [part.stop for part in sharing.parts(len(cluster_T))]))
+    parts = [slice(int(start), int(stop)) for start, stop in pairwise([0, *cluster_start[ends]])]
+    found = sharing.of_rows("members", parts, members)
+    if found is None:
+        return None
+    members_TK, similarity_TK = np.empty(found[0].shape, np.int32), np.empty(found[0].shape, np.float16)
+    members_TK[cluster_rows_T], similarity_TK[cluster_rows_T] = found
     return Bags(settings, members_TK, similarity_TK, cluster_T, cluster_rows_T, cluster_start, centroids_CD)
 
 

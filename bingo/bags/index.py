@@ -28,6 +28,7 @@ from bingo.runtime.chunks import new_array, open_array, open_group, read_rows, s
 from bingo.runtime.errors import UserError
 
 _WAY_OUT = "dvc repro bag"
+_LOW_RECALL = 0.95
 _CHUNK_ROWS = 1024
 _FLAT_CHUNK_ROWS = 65536  # for arrays with one number per row: 256 KiB
 _Kinds = dict[str, tuple[type, int]]  # dtype and rank of each array
@@ -111,6 +112,13 @@ class Bags:
         if empty == rows:
             raise UserError(f"bagging.method = {self.settings['method']}: {problem}")
         return f"{problem}; these images are trained without similar images"
+
+    def recall_warning(self) -> str | None:
+        """A warning if the search has missed more than a twentieth of the members."""
+        recall = self.settings.get("recall", 1)
+        if recall >= _LOW_RECALL:
+            return None
+        return f"recall {recall:.6g}: the search misses many of the nearest images; raise bagging.probes"
 
 
 def _why_empty(settings: Mapping[str, Any]) -> str:

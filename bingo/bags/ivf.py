@@ -14,8 +14,9 @@ import numpy as np
 
 from bingo import seeds
 from bingo.bags.kmeans import each_cluster, sorted_by_cluster, train_centroids
-from bingo.bags.neighbors import Found, best_of, top_k
+from bingo.bags.neighbors import Found, best_of, cut, nothing_found, top_k
 from bingo.bags.rows import Rows, memory_budget, unit_rows
+from bingo.bags.sharing import ALONE, Sharing, of_all
 from bingo.runtime.progress import progress_bar
 
 _ITERATIONS = 10  # of K-means: the lists need not be optimal
@@ -43,31 +44,42 @@ class InvertedFile:
         return float((trained + 2 * rows) * lists + rows * rows * min(self.probes, lists) / lists + min(_RECALL_ROWS, rows) * rows)
 
 
-def search_lists(features: Rows, k: int, ivf: InvertedFile) -> Found:
+def search_lists(features: Rows, k: int, ivf: InvertedFile, sharing: Sharing = ALONE) -> Found | None:
     """The k nearest rows to each row in the lists that it probes, excluding itself: (rows int32 (T, K), cosines float32 (T, K)), -1 and
-    -inf if these lists hold fewer.
+    -inf if these lists hold fewer. None on all but the first process.
 
     Memory in addition to arguments and results: a block of normalised queries with the lists that they probe and, if features are in
     a store, a group of lists; the store is read once for each of both. Both are as large as `memory_budget` allows.
     """
     lists = ivf.list_count(len(features))
-    probes = min(ivf.probes, lists)
-    centroids_CD, _ = train_centroids(features, lists, _ITERATIONS, ivf.seed, _TRAINED_ROWS_A_LIST)
-    list_T = top_k(features, centroids_CD, 1)[0][:, 0]
-    list_rows_T, list_start = sorted_by_cluster(list_T, lists)
-    members_TK = np.full((len(features), k), -1, np.int32)
-    cosines_TK = np.full((len(features), k), -np.inf, np.float32)
-    block_rows = max(1, memory_budget() // 2 // (_PROBE_BYTES * probes + features.shape[1] * (features.dtype.itemsize + 4)))
-    starts = range(0, len(features), block_rows)
-    with progress_bar("neighbours", lists * len(starts), "lists") as bar:
-        for turn, start in enumerate(starts):
-            block = slice(start, start + block_rows)
-            queries = _ListQueries(unit_rows(features[block]), list_T[block], start, members_TK[block], cosines_TK[block])
-            probing, probing_start = _by_list(top_k(queries.unit_qD, centroids_CD, probes, unit_queries=True)[0], lists)
-            for number, rows_n, own_nD in each_cluster(features, list_rows_T, list_start):
-                queries.search(probing[probing_start[number] : probing_start[number + 1]], number, rows_n, own_nD)
-                bar.advance_to(turn * lists + number + 1)
-    return members_TK, cosines_TK
+    centroids_CD, _ = train_centroids(features, lists, _ITERATIONS, ivf.seed, _TRAINED_ROWS_A_LIST, sharing)
+    search = _Lists(features, k, min(ivf.probes, lists), centroids_CD, sharing.nearest_centroid("lists", features, centroids_CD))
+    found = sharing.of_rows("members", sharing.parts(len(features)), search.rows)
+    return None if found is None else (found[0], found[1])
+
+
+class _Lists:
+    """The rows of each list."""
+
+    def __init__(self, features: Rows, k: int, probes: int, centroids_CD: np.ndarray, list_T: np.ndarray):
+        self._features, self._k, self._probes, self._centroids_CD, self._list_T = features, k, probes, centroids_CD, list_T
+        self._list_rows_T, self._list_start = sorted_by_cluster(list_T, len(centroids_CD))
+
+    def rows(self, rows: slice) -> Found:
+        """The nearest of these rows, in as many blocks as memory allows."""
+        members_qK, cosines_qK = nothing_found(rows.stop - rows.start, self._k)
+        row_bytes = _PROBE_BYTES * self._probes + self._features.shape[1] * (self._features.dtype.itemsize + 4)
+        blocks, lists = cut(rows, max(1, memory_budget() // 2 // row_bytes)), len(self._centroids_CD)
+        with progress_bar(f"neighbours{of_all(rows, self._list_T)}", lists * len(blocks), "lists") as bar:
+            for turn, block in enumerate(blocks):
+                own = slice(block.start - rows.start, block.stop - rows.start)
+                unit_qD = unit_rows(self._features[block])
+                queries = _ListQueries(unit_qD, self._list_T[block], block.start, members_qK[own], cosines_qK[own])
+                probing, probing_start = _by_list(top_k(unit_qD, self._centroids_CD, self._probes, unit_queries=True)[0], lists)
+                for number, rows_n, own_nD in each_cluster(self._features, self._list_rows_T, self._list_start):
+                    queries.search(probing[probing_start[number] : probing_start[number + 1]], number, rows_n, own_nD)
+                    bar.advance_to(turn * lists + number + 1)
+        return members_qK, cosines_qK
 
 
 def _by_list(probed_qP: np.ndarray, lists: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,9 +116,10 @@ class _ListQueries:
         self.members_qK[asking_n], self.cosines_qK[asking_n] = best_of(both_rows, both_cosines, k)
 
 
-def recall_of(cosines_TK: np.ndarray, features: Rows, seed: int) -> float:
+def recall_of(cosines_TK: np.ndarray | None, features: Rows, k: int, seed: int, sharing: Sharing = ALONE) -> float:
     """The share of the k nearest rows, searched exactly, that were found for up to 1,000 rows drawn from the seed: of those that were
-    found, the ones at least as near as the last exact one (cosines are the same bits in both searches)."""
+    found, the ones at least as near as the last exact one (cosines are the same bits in both searches). NaN on all but the first process,
+    which has the cosines."""
     rows_n = seeds.distinct(seed, "recall", 0, len(features), _RECALL_ROWS)
-    _, exact_nK = top_k(features[rows_n], features, cosines_TK.shape[1], rows_n)
-    return float((cosines_TK[rows_n] >= exact_nK[:, -1:]).mean())
+    _, exact_nK = sharing.nearest("recall", features[rows_n], features, k, rows_n)
+    return math.nan if cosines_TK is None else float((cosines_TK[rows_n] >= exact_nK[:, -1:]).mean())

@@ -10,8 +10,9 @@ import numpy as np
 
 from bingo import seeds
 from bingo.bags.index import Bags
-from bingo.bags.neighbors import common_rows, top_k
+from bingo.bags.neighbors import common_rows
 from bingo.bags.rows import Rows
+from bingo.bags.sharing import ALONE, Sharing
 from bingo.runtime.progress import progress_bar
 
 _HUBS = _PAIRS = 10
@@ -75,12 +76,13 @@ def _closest_pairs(bags: Bags) -> list[dict[str, Any]]:
 
 
 @progress_bar("bags by two views")
-def view_overlap(keys_TP: Rows, other_keys_TP: Rows, k: int, seed: int) -> float:
+def view_overlap(keys_TP: Rows, other_keys_TP: Rows, k: int, seed: int, sharing: Sharing = ALONE) -> float:
     """How far bags depend on the view from which they are made: the share of the k nearest rows by the keys of one stored view that are
     among the k nearest by those of another, averaged over a seeded draw of at most 1,000 anchors. By chance: k / (T - 1).
     """
     rows = np.sort(seeds.permutation(seed, "bags by two views", 0, len(keys_TP))[:_ANCHORS])
-    one, other = (top_k(keys[rows], keys, k, rows)[0] for keys in (keys_TP, other_keys_TP))
+    views = {"one view": keys_TP, "another view": other_keys_TP}
+    one, other = (sharing.nearest(name, keys[rows], keys, k, rows)[0] for name, keys in views.items())
     return _round(int(common_rows(one, other).sum()) / (k * len(rows)))
 
 

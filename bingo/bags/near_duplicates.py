@@ -13,26 +13,27 @@ Shape letters: T train rows, Q test rows, D feature width.
 import numpy as np
 
 from bingo import seeds
-from bingo.bags.neighbors import top_k
 from bingo.bags.rows import Rows
+from bingo.bags.sharing import ALONE, Sharing
 
 _SAMPLE_ROWS, _PLACE = 1000, 10
 
 
-def near_duplicate_cosine(features_TD: Rows, fraction: float, seed: int) -> float:
+def near_duplicate_cosine(features_TD: Rows, fraction: float, seed: int, sharing: Sharing = ALONE, name: str = "distances") -> float:
     """The cosine above which two images are near-duplicates: 1 - `fraction` times the median distance, 1 - cosine, of a row to its tenth
-    nearest (of fewer rows, to the farthest), over a seeded draw of at most 1,000 rows. Infinite if `fraction` is 0, or for a single row."""
+    nearest (of fewer rows, to the farthest), over a seeded draw of at most 1,000 rows. Infinite if `fraction` is 0, or for a single row.
+    `name`: of this search among those that processes share."""
     place = min(_PLACE, len(features_TD) - 1)
     if fraction == 0 or place == 0:
         return float("inf")
     rows = np.sort(seeds.permutation(seed, "near-duplicates", 0, len(features_TD))[:_SAMPLE_ROWS])
-    _, cosines = top_k(features_TD[rows], features_TD, place, rows)
+    _, cosines = sharing.nearest(name, features_TD[rows], features_TD, place, rows)
     return 1 - fraction * (1 - float(np.median(cosines[:, -1])))
 
 
-def rows_near(features_QD: np.ndarray, features_TD: Rows, cosine: float) -> np.ndarray:
+def rows_near(features_QD: np.ndarray, features_TD: Rows, cosine: float, sharing: Sharing = ALONE) -> np.ndarray:
     """Those of the Q rows that have a near-duplicate among the T rows, a cosine above `cosine`: int64, rising."""
     if not len(features_QD) or np.isinf(cosine):
         return np.empty(0, np.int64)
-    _, cosines = top_k(features_QD, features_TD, 1, floor_Q=np.full(len(features_QD), cosine, np.float32))
+    _, cosines = sharing.nearest("near", features_QD, features_TD, 1, floor_Q=np.full(len(features_QD), cosine, np.float32))
     return np.flatnonzero(cosines[:, 0] > cosine)

@@ -11,10 +11,10 @@ A block of queries (`_Search.block`) is therefore searched in three steps, in ea
 Shape letters: Q queries, N rows of the base, D feature width, K neighbours, M candidates; q, n rows of a block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,6 +34,38 @@ _RESCORED_BYTES, _SCREENED_BYTES = 64 << 20, 64 << 20
 _RESCORED_ROWS = 256  # queries at once; the one with the most candidates sets the number
 
 Found = tuple[np.ndarray, np.ndarray]
+
+
+class Blocks(Protocol):
+    """A search of many queries, in blocks of them that one or several processes take."""
+
+    def blocks(self, most_rows: int) -> list[slice]:
+        """All blocks, where `most_rows` queries at once suit device and memory."""
+
+    def take(self, number: int, worker: int, workers: int) -> bool:
+        """Whether this worker of this process searches block `number`."""
+
+    def keep(self, block: slice, found: Found) -> None:
+        """Store what was found for a block."""
+
+
+class WholeBlocks:
+    """The blocks of one process, in memory: `found` holds the result. The workers take turns."""
+
+    def __init__(self, queries: int, k: int, block_rows: int | None = None):
+        self.found, self._block_rows = nothing_found(queries, k), block_rows
+
+    def blocks(self, most_rows: int) -> list[slice]:
+        """See `Blocks`."""
+        return cut(slice(0, len(self.found[0])), self._block_rows or most_rows)
+
+    def take(self, number: int, worker: int, workers: int) -> bool:
+        """See `Blocks`."""
+        return number % workers == worker
+
+    def keep(self, block: slice, found: Found) -> None:
+        """See `Blocks`."""
+        self.found[0][block], self.found[1][block] = found
 
 
 def top_k(
@@ -59,32 +91,58 @@ def top_k(
     that does not fit into `budget_bytes` (None: half of what is free), the base is cut into blocks that do, and read once for each block of
     queries, which are then as many as fit. Raises ValueError if a feature is not finite.
     """
+    task = WholeBlocks(len(queries), k, block_rows)
+    search_blocks(task, queries, base, k, query_rows_Q, budget_bytes, floor_Q, unit_queries)
+    return task.found
+
+
+def search_blocks(
+    task: Blocks,
+    queries: Rows,
+    base: Rows,
+    k: int,
+    query_rows_Q: np.ndarray | None = None,
+    budget_bytes: int | None = None,
+    floor_Q: np.ndarray | None = None,
+    unit_queries: bool = False,
+) -> None:
+    """`top_k` of those blocks of queries that this process takes of the task, which keeps what is found; the base is prepared once."""
     import faiss
 
     device = _device(k, float(len(queries)) * len(base) * base.shape[1])
     searched = _Base(base, device, memory_budget() if budget_bytes is None else budget_bytes, faiss.omp_get_max_threads())
     search = _Search(searched, device, k, max(1, faiss.omp_get_max_threads() // device.workers))
     queries = searched.rows if queries is base else queries
-    block_rows = block_rows or searched.query_rows
-    rows_QK, cosines_QK = _nothing_found(len(queries), k)
     query_rows_Q = np.full(len(queries), -1) if query_rows_Q is None else query_rows_Q
     floor_Q = np.full(len(queries), -np.inf, np.float32) if floor_Q is None else floor_Q
-    starts = range(0, len(queries), block_rows)
+    blocks = task.blocks(searched.query_rows)
 
-    def one_share(worker: int) -> None:  # each worker takes every workers-th block, from its own thread
-        for start in starts[worker :: device.workers]:
-            block = slice(start, start + block_rows)
-            unit_qD = queries[block] if unit_queries else unit_rows(queries[block], threads=search.threads)
-            rows_QK[block], cosines_QK[block] = search.block(_Queries(unit_qD, query_rows_Q[block], floor_Q[block]), worker)
-            bar.advance()
+    def one_part(part: slice, worker: int) -> Found:
+        unit_qD = queries[part] if unit_queries else unit_rows(queries[part], threads=search.threads)
+        return search.block(_Queries(unit_qD, query_rows_Q[part], floor_Q[part]), worker)
 
-    with progress_bar("neighbours", len(starts), "blocks") as bar:
+    def one_share(worker: int) -> None:
+        for number, block in enumerate(blocks):
+            if task.take(number, worker, device.workers):
+                task.keep(block, joined([one_part(part, worker) for part in cut(block, searched.query_rows)]))
+            bar.advance_to(number + 1)
+
+    with progress_bar("neighbours", len(blocks), "blocks") as bar:
         if device.workers == 1:  # in this thread: the number of OpenMP threads is a thread's own
             one_share(0)
         else:
             with ThreadPoolExecutor(device.workers) as pool:
                 list(pool.map(one_share, range(device.workers)))
-    return rows_QK, cosines_QK
+
+
+def cut(rows: slice, most_rows: int) -> list[slice]:
+    """Consecutive slices of at most `most_rows` rows."""
+    return [slice(start, min(start + most_rows, rows.stop)) for start in range(rows.start, rows.stop, most_rows)]
+
+
+def joined(parts: Sequence[Found]) -> Found:
+    """What was found for consecutive queries, as one."""
+    return parts[0] if len(parts) == 1 else (np.concatenate([rows for rows, _ in parts]), np.concatenate([cosines for _, cosines in parts]))
 
 
 def best_of(rows_QM: np.ndarray, cosines_QM: np.ndarray, k: int) -> Found:
@@ -100,7 +158,8 @@ def common_rows(a_QK: np.ndarray, b_QK: np.ndarray) -> np.ndarray:
     return (both[:, 1:] == both[:, :-1]).sum(axis=1, dtype=np.int32)
 
 
-def _nothing_found(queries: int, k: int) -> Found:
+def nothing_found(queries: int, k: int) -> Found:
+    """The padding of `top_k` alone."""
     return np.full((queries, k), -1, np.int32), np.full((queries, k), -np.inf, np.float32)
 
 
@@ -219,7 +278,7 @@ class _Search:
 
     def block(self, queries: _Queries, worker: int) -> Found:
         """`top_k` of these queries."""
-        rows_qK, cosines_qK = _nothing_found(len(queries.unit_qD), self.k)
+        rows_qK, cosines_qK = nothing_found(len(queries.unit_qD), self.k)
         queries_q = np.arange(len(queries.unit_qD))
         asking = self._hopeful(queries)
         for attempt in self.device.attempts:
@@ -241,7 +300,7 @@ class _Search:
 
     def _attempt(self, queries: _Queries, attempt: _Attempt, worker: int) -> tuple[np.ndarray, ...]:
         """The k nearest of the candidates of each block, and the queries that may have a neighbour outside the candidates."""
-        rows_qK, cosines_qK = _nothing_found(len(queries.unit_qD), self.k)
+        rows_qK, cosines_qK = nothing_found(len(queries.unit_qD), self.k)
         passed_over_q = np.full(len(queries.unit_qD), -np.inf, np.float32)  # the highest score of a row that is not a candidate
 
         def least_q() -> np.ndarray:  # a lower score cannot enter

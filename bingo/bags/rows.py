@@ -3,6 +3,7 @@
 Shape letters: N rows, D feature width, n rows of a block or of a choice.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,8 +33,9 @@ class Rows(Protocol):
 
 def memory_budget() -> int:
     """Bytes that a stage may use: half of what is free on this machine or within the limits of its control group (containers,
-    SLURM), at least 256 MiB. Results do not depend on it, only how often a store is read."""
-    return max(_LEAST_BUDGET_BYTES, min([psutil.virtual_memory().available, *_cgroup_room()]) // 2)
+    SLURM), divided by the processes of a group, at least 256 MiB. Results do not depend on it, only how often a store is read."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of a group, on this machine
+    return max(_LEAST_BUDGET_BYTES, min([psutil.virtual_memory().available, *_cgroup_room()]) // 2 // processes)
 
 
 def _cgroup_room() -> Iterator[int]:
@@ -55,6 +57,20 @@ def _cgroup_room() -> Iterator[int]:
                 continue
 
 
+class Chosen:
+    """Selected rows of a matrix, read on access."""
+
+    def __init__(self, features: Rows, rows_n: np.ndarray):
+        self._features, self._rows_n = features, rows_n
+        self.shape, self.dtype = (len(rows_n), features.shape[1]), features.dtype
+
+    def __len__(self) -> int:
+        return len(self._rows_n)
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
+        return self._features[self._rows_n[rows]]
+
+
 def held(x: Rows, budget_bytes: int) -> Rows:
     """The rows in memory if they and a normalised float32 copy fit the budget, otherwise unchanged."""
     numbers = len(x) * x.shape[1]
@@ -64,9 +80,9 @@ def held(x: Rows, budget_bytes: int) -> Rows:
         return x[:]
 
 
-def blocks(x: Rows, block_rows: int = _READ_ROWS) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, rows (n, D)) of every block of a matrix."""
-    for start in range(0, len(x), block_rows):
+def blocks(x: Rows, block_rows: int = _READ_ROWS, first: int = 0, end: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows (n, D)) of every block of a matrix, or of the blocks that hold the rows from `first` to before `end`."""
+    for start in range(first // block_rows * block_rows, len(x) if end is None else end, block_rows):
         yield start, x[start : start + block_rows]
 
 

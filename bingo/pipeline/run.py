@@ -223,8 +223,9 @@ def make_deterministic(device: "torch.device") -> bool:
 
 
 @contextmanager
-def process_group(run: Run) -> Iterator["torch.device"]:
-    """Choose the device, make arithmetic repeatable, and join the launcher's process group if there is one."""
+def process_group(run: Run, gloo: bool = False) -> Iterator["torch.device"]:
+    """Choose the device, make arithmetic repeatable, and join the launcher's process group if there is one; `gloo`: which exchanges what is
+    in the host's memory, with GPUs too."""
     import torch
 
     from bingo.runtime import distributed
@@ -233,7 +234,7 @@ def process_group(run: Run) -> Iterator["torch.device"]:
     run.notes["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
     if not make_deterministic(device):
         run.notes["device"] += ", not deterministic"
-    with distributed.group(device):
+    with distributed.group(torch.device("cpu") if gloo else device):
         run.notes["processes"] = distributed.world()
         if restart := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             run.notes["restarts"] = restart

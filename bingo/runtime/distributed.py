@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -154,6 +154,17 @@ def total(x: Tensor) -> Tensor:
     x = x.clone()
     dist.all_reduce(x)
     return x
+
+
+def in_turn(x: Tensor, work: Callable[[], None]) -> None:
+    """`work` on the processes one after the other in rank order, each of which receives in `x` what the one before has left there; then
+    `x` of the last one is everyone's."""
+    if rank() > 0:
+        dist.recv(x, rank() - 1)
+    work()
+    if rank() < world() - 1:
+        dist.send(x, rank() + 1)
+    dist.broadcast(x, src=world() - 1)
 
 
 def any_true(flag: bool, device: torch.device) -> bool:

@@ -155,7 +155,8 @@ def test_kmeans_of_more_rows_than_it_trains_on_draws_them_from_the_seed(digits, 
     assert bags[0].settings["trained_rows"] == 100
     np.testing.assert_array_equal(bags[0].centroids_CD, bags[1].centroids_CD)
     assert (bags[0].centroids_CD != bags[2].centroids_CD).any()
-    drawn = bag_clusters._trained_rows(features, 100, 0)
+    chosen = seeds.distinct(0, "kmeans", 0, len(features), 100)
+    drawn = bag_clusters._chosen_rows(features, chosen)
     unit = features / np.linalg.norm(features.astype(np.float32), axis=1, keepdims=True)
     rows = [int((np.abs(unit - row).sum(axis=1)).argmin()) for row in drawn]
     np.testing.assert_allclose(drawn, unit[rows], atol=1e-3)

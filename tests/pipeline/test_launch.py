@@ -14,6 +14,7 @@ from workspace import Running, Workspace, new_workspace, saved_step, until
 from bingo.pipeline.launch import run_torchrun
 from bingo.pipeline.process import mistakes_as_lines
 from bingo.pipeline.run import pick_device
+from bingo.runtime.artefacts import read_json
 from bingo.runtime.errors import GroupLost, Interrupted, UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")]
@@ -94,6 +95,30 @@ def test_a_pass_of_the_teacher_that_lost_a_process_gives_the_bytes_of_one_proces
     assert workspace.files("data/embeddings.zarr") == whole
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_bags_of_several_processes_are_those_of_one(workspace, processes):
+    outputs = workspace.outputs("bag")
+    whole = workspace.files(*outputs)
+    done = launcher(workspace, "bag", "--standalone", f"--nproc-per-node={processes}").wait()
+    assert (done.status, done.err) == (0, "")
+    assert workspace.files(*outputs) == whole
+    assert read_json(workspace.root / ".bingo/runs/bag.json")["processes"] == processes
+    assert not list((workspace.root / ".bingo/state").glob("*/*"))
+
+
+def test_bags_of_a_group_that_lost_a_process_go_on_with_the_blocks_that_are_missing(workspace):
+    outputs = workspace.outputs("bag")
+    whole = workspace.files(*outputs)
+    variables = {"SLOW_RANK": "1"}
+    bag = launcher(workspace, "bag", "--standalone", "--max-restarts=2", "--nproc-per-node=2", **variables)
+    until(lambda: len(list(workspace.root.glob(".bingo/state/bag/*/members/[0-9]*"))) >= 2, bag.ended)
+    kill_rank(workspace, 1)
+    done = bag.wait()
+    assert (done.status, done.err) == (0, "")
+    assert "bag: a process ended early; restart 1 of 2" in done.out
+    assert workspace.files(*outputs) == whole
+
+
 def test_a_killed_process_ends_the_others_and_is_named(workspace):
     training = launcher(workspace, "distill", "--standalone", "--nproc-per-node=2")
     until(lambda: saved_step(workspace, "distill") >= 3, training.ended)
@@ -105,8 +130,9 @@ def test_a_killed_process_ends_the_others_and_is_named(workspace):
     until(lambda: not training.session())
 
 
-def test_a_mistake_that_one_process_finds_is_reported_once(workspace):
-    done = launcher(workspace, "distill", "--standalone", "--nproc-per-node=2", FAIL_ON_RANK="1").wait()
+@pytest.mark.parametrize("stage", ["distill", "bag"])
+def test_a_mistake_that_one_process_finds_is_reported_once(workspace, stage):
+    done = launcher(workspace, stage, "--standalone", "--nproc-per-node=2", FAIL_ON_RANK="1").wait()
     assert (done.status, done.err) == (2, "error: a mistake that process 1 found\n")
 
 

@@ -1,0 +1,41 @@
+"""Whether the stage `bag` works alone or in a group, and where it keeps what a long search has found."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from bingo import paths
+from bingo.pipeline.run import Run, code_fingerprint, process_group
+from bingo.pipeline.state import state_folder
+
+_LONG_ROWS = 100_000  # fewer are searched on a GPU in the seconds that processes need to start and connect
+
+
+def launch_if_long(run: Run, train_rows: int) -> None:
+    """Become the launcher where several processes are wanted and the search is long enough to gain from them."""
+    if train_rows >= _LONG_ROWS:
+        run.launch()
+
+
+@contextmanager
+def sharing_of(run: Run, train_rows: int, *inputs: str) -> Iterator[tuple[Any, Any]]:
+    """(bingo.bags.sharing.Sharing, torch.device for the features of a student): the processes of the launcher's group, or this one alone,
+    which keeps nothing and imports no torch if it has only a short search to do. `inputs`: fingerprints of what the bags are made from."""
+    from bingo.bags.sharing import ALONE, Sharing
+    from bingo.runtime.artefacts import file_fingerprint
+    from bingo.runtime.gpus import gpu_unused_by_faiss
+
+    if line := gpu_unused_by_faiss():
+        run.warn(f"{line}; the search for neighbours runs on the CPU")
+    relation, long = run.params.bagging.relation, train_rows >= _LONG_ROWS or "RANK" in os.environ
+    with ExitStack() as stack:
+        device = stack.enter_context(process_group(run, gloo=True)) if long or relation != "teacher" else None
+        if not long:
+            yield ALONE, device
+            return
+        student = [] if relation == "teacher" else [file_fingerprint(paths.MODELS / f"{relation}.safetensors")]
+        params = run.params.model_dump(mode="json", include={"seed", "image", "bagging"})
+        passed = run.params.extract.precision, run.params.extract.batch_images
+        values = {"params": [params, *passed], "inputs": [*inputs, *student], "code": code_fingerprint("bag")}
+        yield Sharing(stack.enter_context(state_folder("bag", values))), device
