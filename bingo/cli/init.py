@@ -1,4 +1,4 @@
-"""bingo init: from a folder of images to a params.yaml that suits them, in one command.
+"""bingo init: from a folder of images to a params.yaml that suits them, in one command; in an empty folder also to a workspace.
 
 bingo init ~/photos --teacher dinov2-s --minutes 30
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bingo.cli.recipe import FOLDER, PARAMS, seen_from_workspace, write_params
+from bingo.cli.shipped import in_git, workspace_here
 from bingo.params.places import located
 from bingo.pipeline.commands import from_here
 from bingo.runtime.errors import printable
@@ -54,39 +55,48 @@ def main(
     from bingo.runtime.progress import progress_bar
 
     _refuse_empty({"FOLDER": folder, "--teacher": teacher, "--student": student, "--student-weights": student_weights})
-    params = read_yaml(PARAMS)
-    validate(params, str(PARAMS))
-    if not dry_run:
-        _refuse_uncommitted()
-    device, cores = pick_device(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    look = look_at(str(from_here("FOLDER", Path(folder))), follow_links)
-    chosen, network = _teacher(teacher, checkpoint, look, device.type), _student(student, student_weights, look)
-    budget = minutes or (CPU_MINUTES if device.type == "cpu" else GPU_MINUTES)
-    with progress_bar("measuring this machine"):
-        pace = measure_pace(look, network, chosen, device, cores)
-    plan = fit(look, chosen, network, pace, budget)
-    changes = read_recipe(FOLDER, _part(look)).overlay
-    lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda", expected_processes()))
-    changes["dataset"] |= {"source": look.source, "follow_links": follow_links}
-    changes["student"]["weights"] = student_weights if student_weights in (None, *LIBRARIES) else seen_from_workspace(student_weights)
-    changes["image"] |= _normalisation(student_weights, network)
-    lay_over(params, changes)
-    new = validate(params, f"{PARAMS} for {printable(folder)}")
-    start = "--student-weights"
-    if lines := [*place_mistakes(start, new.student.weights, new.student), *weights_mistakes(new, start)]:
-        raise UserError(lines)
-    check_limits(new, expected_processes())
-    for line in [
-        *_seen_lines(folder, look),
-        *_choice_lines(look, plan, chosen, student_weights),
-        *_cost_lines(plan, budget, device.type, cores, "a smaller teacher" if network is None else "a smaller teacher or student"),
-    ]:
-        typer.echo(line)
-    if dry_run:
-        typer.echo("params.yaml is as it was: --dry-run")
-    else:
-        write_params(changes, params)
-        typer.echo("params.yaml is written; back: git checkout params.yaml; next: dvc repro")
+    with workspace_here(from_here("FOLDER", Path(folder)), keep=not dry_run) as is_new:
+        params = read_yaml(PARAMS)
+        validate(params, str(PARAMS))
+        if not dry_run and not is_new:
+            _refuse_uncommitted()
+        device, cores = pick_device(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        look = look_at(str(from_here("FOLDER", Path(folder))), follow_links)
+        chosen, network = _teacher(teacher, checkpoint, look, device.type), _student(student, student_weights, look)
+        budget = minutes or (CPU_MINUTES if device.type == "cpu" else GPU_MINUTES)
+        with progress_bar("measuring this machine"):
+            pace = measure_pace(look, network, chosen, device, cores)
+        plan = fit(look, chosen, network, pace, budget)
+        changes = read_recipe(FOLDER, _part(look)).overlay
+        lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda", expected_processes()))
+        changes["dataset"] |= {"source": look.source, "follow_links": follow_links}
+        changes["student"]["weights"] = student_weights if student_weights in (None, *LIBRARIES) else seen_from_workspace(student_weights)
+        changes["image"] |= _normalisation(student_weights, network)
+        lay_over(params, changes)
+        new = validate(params, f"{PARAMS} for {printable(folder)}")
+        start = "--student-weights"
+        if lines := [*place_mistakes(start, new.student.weights, new.student), *weights_mistakes(new, start)]:
+            raise UserError(lines)
+        check_limits(new, expected_processes())
+        for line in [
+            *_seen_lines(folder, look),
+            *_choice_lines(look, plan, chosen, student_weights),
+            *_cost_lines(plan, budget, device.type, cores, "a smaller teacher" if network is None else "a smaller teacher or student"),
+        ]:
+            typer.echo(line)
+        if dry_run:
+            typer.echo("nothing is written: --dry-run")
+        else:
+            write_params(changes, params)
+            typer.echo(_next_line(is_new))
+
+
+def _next_line(is_new: bool) -> str:
+    """What is written, and what comes next."""
+    if not is_new:
+        return "params.yaml is written; back: git checkout params.yaml; next: dvc repro"
+    later = "" if in_git() else "; dvc exp run also needs git: git init, dvc config --unset core.no_scm, git add -A, git commit"
+    return f"this folder is now a workspace, with the code that its stages run, and params.yaml is written; next: dvc repro{later}"
 
 
 def _refuse_uncommitted() -> None:

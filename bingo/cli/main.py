@@ -2,12 +2,14 @@
 it."""
 
 import importlib
+import sys
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from bingo.cli import browse, embed, experiments, export, init, recipe, teachers
+from bingo.cli.shipped import HOME
 from bingo.pipeline.commands import app_of, run_command
 
 STAGES = (
@@ -27,6 +29,8 @@ class Commands(TyperGroup):
         """The command called `name`, or None."""
         if cmd_name not in STAGES:
             return super().get_command(ctx, cmd_name)
+        if str(HOME) not in sys.path:
+            sys.path.insert(0, str(HOME))  # which holds `stages`
         command: Any = typer.main.get_command(app_of(importlib.import_module(f"stages.{cmd_name}").main))
         command.name, command.rich_help_panel = cmd_name, "Stages (dvc repro runs them in order)"
         return command
@@ -47,7 +51,7 @@ app.add_typer(recipe.app, name="recipe", help="List, show, check and apply recip
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command by this code."""
     run_command(app)
 
 

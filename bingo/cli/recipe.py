@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bingo.cli.shipped import in_git
 from bingo.pipeline.commands import from_here
 from bingo.runtime.errors import USER_MISTAKE
 
@@ -137,7 +138,8 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the
     write_params(overlay, params)
     for key, old, new in changes:
         typer.echo(f"{key}: {as_text(old)} -> {as_text(new)}")
-    typer.echo(f"params.yaml: {len(changes)} changes; undo: git checkout params.yaml; next: dvc repro")
+    undo = "undo: git checkout params.yaml; " if in_git() else ""
+    typer.echo(f"params.yaml: {len(changes)} changes; {undo}next: dvc repro")
 
 
 def _committed() -> dict[str, Any]:

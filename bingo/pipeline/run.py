@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Any
 
 from bingo.params import Params, load_params, read_yaml
@@ -160,11 +161,12 @@ def _surroundings(params: Params) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    describe = ["git", "describe", "--always", "--dirty"]
+    revision = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() if which("git") else None
     return {
         "versions": versions,
         "python": platform.python_version(),
-        "revision": git.stdout.strip() or None,
+        "revision": revision or None,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "params": params.model_dump(),
     }

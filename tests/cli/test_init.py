@@ -163,3 +163,50 @@ def test_names_with_anything_in_them_are_written_and_shown_in_one_line(workspace
     lines = init(folder).splitlines()
     assert load_params(workspace / "params.yaml").dataset.root == folder
     assert [line.split(":")[0] for line in lines if ": " not in line] == []
+
+
+@pytest.fixture
+def empty(workspace, monkeypatch) -> Path:
+    """A folder with a hidden file and a folder of images, beside no workspace."""
+    folder = workspace / "images/new"
+    shutil.copytree(workspace / "images/a", folder / "photos/cat")
+    shutil.copytree(workspace / "images/b", folder / "photos/dog")
+    (folder / ".venv").mkdir()
+    for name in ("params.yaml", "dvc.yaml"):
+        (workspace / name).unlink()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_an_empty_folder_becomes_a_workspace(empty, workspace, git):
+    if not git:
+        shutil.rmtree(workspace / ".git")
+    said = init("photos")
+    assert load_params(empty / "params.yaml").dataset.root == "photos"
+    assert {"dvc.yaml", "bingo", "stages", "recipes", ".dvc", "models", "reports"} <= names(empty)
+    deps = {dep for stage in read_yaml(ROOT / "dvc.yaml")["stages"].values() for dep in stage.get("do", stage)["deps"]}
+    assert not [dep for dep in deps if dep.startswith(("bingo/", "stages/", "recipes/")) and "$" not in dep and not (empty / dep).exists()]
+    assert ("no_scm" in said, "no_scm" in (empty / ".dvc/config").read_text()) == (not git, not git)
+    assert "params.yaml" in init("photos", mistake=True), "now it is one, whose values must be restorable"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["photos", "--dry-run"], ["nothing"], ["photos", "--teacher", "dinov9"], ["photos", "--student", "resnet8"]]
+)
+def test_what_is_not_written_leaves_the_folder_empty(empty, arguments):
+    init(*arguments, mistake="--dry-run" not in arguments)
+    assert names(empty) == {"photos", ".venv"}
+
+
+@pytest.mark.parametrize("other", ["notes.txt", "bingo", ".dvc", ".gitignore"])
+def test_a_folder_that_is_not_empty_is_left_alone(empty, other):
+    (empty / other).mkdir()
+    message = init("photos", mistake=True)
+    assert other in message
+    assert "params.yaml" in message
+    assert names(empty) == {"photos", ".venv", other}
