@@ -189,15 +189,15 @@ class SimregParams(MethodSection):
 class MethodsParams(Section):
     """A section for each method, by name."""
 
-    bag_mean: BagMeanParams
     bingo: BingoParams
-    compress: CompressParams
-    coss: CossParams
-    disco: DiscoParams
-    isd: IsdParams
+    bag_mean: BagMeanParams
     moco: MocoParams
     seed: SeedParams
+    compress: CompressParams
+    disco: DiscoParams
     simreg: SimregParams
+    isd: IsdParams
+    coss: CossParams
 
     def section(self, method: str) -> MethodSection:
         """The section of the method `name`."""

@@ -34,6 +34,7 @@ class Params(Section):
     bagging: BaggingParams
     student: StudentParams
     distill: DistillParams
+    methods: MethodsParams
     baselines: list[str]
     supervised: Weights | None
     linear_eval: LinearEvalParams
@@ -42,7 +43,6 @@ class Params(Section):
     semi_eval: SemiEvalParams
     transfer: TransferParams
     report: ReportParams
-    methods: MethodsParams
 
     @model_validator(mode="after")
     def _names_are_of_networks(self) -> Self:

@@ -109,7 +109,11 @@ def test_every_parameter_and_remark_stands_on_the_page():
             section = f"{heading[1]}."
         elif row := re.match(r"\| `(\w+)` \| `(.*?)` \|", line):
             shipped[section + row[1]] = YAML(typ="safe", pure=True).load(row[2])
-    assert dict(_leaves(read_yaml(ROOT / "params.yaml"), "", shipped)) == shipped
+    leaves = dict(_leaves(read_yaml(ROOT / "params.yaml"), "", shipped))
+    assert leaves == shipped
+    sections = [list(dict.fromkeys(key.rpartition(".")[0] for key in keys)) for keys in (leaves, shipped)]
+    assert sections[0] == sections[1], "the sections are in another order than in params.yaml"
+    assert not re.findall(r"\| `(\w+)` .* \|  \|$", page, re.MULTILINE), "say what they mean in docs/tools/parameters.py"
     words = " ".join(re.findall(r"^ +# (.*)$", text, re.MULTILINE)).replace("|", r"\|").replace("*", r"\*").split()
     assert not [word for word in set(words) if word.strip(":.") not in page]
 
