@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bingo import paths
 from bingo.pipeline.commands import run_command
-from bingo.pipeline.run import Run, in_words, stage_run
+from bingo.pipeline.run import Run, stage_run
 from bingo.pipeline.sharing import launch_if_long, sharing_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def main() -> None:
         launch_if_long(run, listing.train_rows)
         from bingo.bags.builders import build_bags
         from bingo.bags.index import write_bags
-        from bingo.bags.metrics import bag_metrics, view_overlap
+        from bingo.bags.metrics import bag_metrics, shares_in_words, view_overlap
         from bingo.bags.near_duplicates import near_duplicate_cosine, rows_near
         from bingo.embeddings.store import read_embeddings
         from bingo.runtime.artefacts import write_json
@@ -57,9 +57,8 @@ def main() -> None:
             _leave_out(run, listing, listing.train_rows + test_rows, test_cosine)
             write_bags(paths.BAGS, bags, listing.fingerprint, embeddings.fingerprint)
             write_json(paths.REPORTS / "bags.json", metrics)
-        figures = in_words({name: value for name, value in metrics.items() if isinstance(value, float)})
         lists = f" by {metrics['probes']} of {metrics['lists']} lists" if "recall" in metrics else ""
-        run.say(f"bag: {params.method} bags of {listing.train_rows:,} images{lists}: {figures}")
+        run.say(f"bag: {params.method} bags of {listing.train_rows:,} images{lists}: {shares_in_words(metrics)}")
 
 
 def _leave_out(run: Run, listing: "Listing", rows: "np.ndarray", cosine: float) -> None:

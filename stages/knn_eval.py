@@ -26,13 +26,16 @@ def main(
         from bingo.evals.agreement import TeacherAgreement, neighbor_hits, neighbor_scores, usable_ks
         from bingo.evals.failures import least_agreement
         from bingo.images.listing import read_judged_listing
-        from bingo.pipeline.judging.backbones import Networks, existing
+        from bingo.pipeline.judging.backbones import NOT_ASKED_FOR, Networks, existing
         from bingo.runtime.artefacts import write_arrays, write_json
 
         params, listing, names = run.params.knn_eval, read_judged_listing(paths.LISTING, paths.LEFT_OUT), run.networks()
         ks, agreement_ks = usable_ks(params, listing, run.say)
         teacher = read_embeddings(paths.EMBEDDINGS, listing) if agreement_ks or (ks and "teacher" in names) else None
-        networks = Networks(run, existing(names) if ks or agreement_ks else [], listing, teacher)
+        opened = existing(names) if ks or agreement_ks else []
+        if not opened:
+            run.idle = NOT_ASKED_FOR if ks or agreement_ks else listing.unjudged or "knn_eval asks for no k"
+        networks = Networks(run, opened, listing, teacher)
         with process_group(run) if networks.backbones else nullcontext() as device:  # stored features need no torch
             agreement = TeacherAgreement(teacher, listing, agreement_ks)
             for name in names:

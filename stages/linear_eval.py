@@ -30,13 +30,13 @@ def main(
     with stage_run("linear_eval", net) as run:
         from bingo.embeddings.store import read_embeddings
         from bingo.images.listing import read_judged_listing
-        from bingo.pipeline.judging.backbones import Networks, existing
+        from bingo.pipeline.judging.backbones import NOT_ASKED_FOR, Networks, existing
         from bingo.runtime.artefacts import write_arrays, write_bytes, write_json
 
         names, listing = run.networks(), read_judged_listing(paths.LISTING, paths.LEFT_OUT)
-        if not listing.can_judge:
-            run.say(f"linear_eval: {listing.unjudged}, so there is nothing to measure")
         opened = existing(names) if listing.can_judge else []
+        if not opened:
+            run.idle = listing.unjudged or NOT_ASKED_FOR
         teacher = read_embeddings(paths.EMBEDDINGS, listing) if "teacher" in opened else None
         networks = Networks(run, opened, listing, teacher)
         with process_group(run) if opened else nullcontext() as device:

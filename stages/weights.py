@@ -13,6 +13,8 @@ from bingo.pipeline.run import Run, stage_run
 def main() -> None:
     """Convert weights from elsewhere, strictly."""
     with stage_run("weights") as run:
+        if not run.params.student.weights and not run.params.supervised:
+            run.idle = "student.weights and supervised are null"
         _convert(run, "student.weights", run.params.student.weights, paths.START)
         _convert(run, "supervised", run.params.supervised, paths.SUPERVISED)
 

@@ -17,6 +17,14 @@ from bingo.runtime.progress import progress_bar
 
 _HUBS = _PAIRS = 10
 _ANCHORS = 1000
+_SHARES = {  # as said in a log
+    "purity": "{} of the members have their anchor's class",
+    "mutual_share": "{} have the anchor in their own bag",
+    "view_overlap": "{} are found by another view too",
+    "chance_share": "where chance is {}",
+    "orphan_share": "{} of the images are in no bag",
+    "recall": "{} of the nearest images are found",
+}
 
 
 @progress_bar("bag statistics")
@@ -84,6 +92,11 @@ def view_overlap(keys_TP: Rows, other_keys_TP: Rows, k: int, seed: int, sharing:
     views = {"one view": keys_TP, "another view": other_keys_TP}
     one, other = (sharing.nearest(name, keys[rows], keys, k, rows)[0] for name, keys in views.items())
     return _round(int(common_rows(one, other).sum()) / (k * len(rows)))
+
+
+def shares_in_words(metrics: dict[str, Any]) -> str:
+    """The shares among `bag_metrics`, for a log."""
+    return ", ".join(words.format(f"{100 * metrics[key]:.3g} %") for key, words in _SHARES.items() if key in metrics)
 
 
 def same_and_known(members_TK: np.ndarray, labels_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

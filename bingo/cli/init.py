@@ -225,7 +225,7 @@ def _seen_lines(folder: str, look: "Look") -> list[str]:
 
 def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights: str | None) -> list[str]:
     """What was chosen and why."""
-    from bingo.params.known import known_teacher
+    from bingo.params.known import known_names, known_teacher
     from bingo.planning.first_params import PRETRAINED, SMALL_PX, split_counts
 
     student, (train, held_out) = plan.student, split_counts(look)
@@ -244,6 +244,8 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights:
         held = teacher.checkpoint or known.place or f"{known.address}, downloaded once"
         licence = known.licence or "licence not known"
         lines.append(f"teacher: {teacher.name} at {plan.teacher_px} px ({known.title}; {licence}); weights: {held}")
+        if not (teacher.checkpoint or known.on_disk) and (others := [name for name in known_names() if known_teacher(name).on_disk]):
+            lines.append(f"without a network: --teacher with one whose weights are on this disk, {' or '.join(others)}")
     kept = "kept in memory" if look.short_px[1] <= SMALL_PX else "decoded at each use"
     start = f", starting from {printable(weights)}" if weights else ""
     lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px{start}; images are {kept}")

@@ -25,7 +25,7 @@ def main(name: Annotated[str | None, typer.Argument(help="All that is known of o
 def _listed(teachers: "dict[str, KnownTeacher]") -> str:
     from bingo.cli.browse_tables import table
 
-    heads = ["name", "px", "key", "params (M)", "GFLOP", "linear", "k-NN", "licence", "what it is"]
+    heads = ["name", "px", "key", "params (M)", "GFLOP", "linear", "k-NN", "on disk", "licence", "what it is"]
     rows = [[name, *_row(known)] for name, known in teachers.items()]
     foot = "linear, k-NN: published top-1 on ImageNet in percent. One of them: bingo teachers NAME; to use it: teacher.name: NAME"
     return f"{table(heads, rows, 'lrrrrrr')}\n{foot}"
@@ -34,7 +34,8 @@ def _listed(teachers: "dict[str, KnownTeacher]") -> str:
 def _row(known: "KnownTeacher") -> list[str]:
     costs = f"{known.parameters_m:.1f}", f"{known.gflop:.2f}"
     figures = _percent(known.linear_top1), _percent(known.knn_top1)
-    return [str(known.image.crop_px), str(known.key_width), *costs, *figures, known.licence or "?", known.title]
+    here = "yes" if known.on_disk else "no"
+    return [str(known.image.crop_px), str(known.key_width), *costs, *figures, here, known.licence or "?", known.title]
 
 
 def _percent(figure: float | None) -> str:

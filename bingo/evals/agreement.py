@@ -24,7 +24,6 @@ def usable_ks(params: KnnEvalParams, listing: Listing, say: Callable[[str], None
     """Those of knn_eval.k and knn_eval.agreement_k for which there are enough images and labels; the others are reported with `say`."""
     train = listing.train_rows
     if not len(listing.test_rows_N):
-        say(f"knn_eval: {listing.unjudged}, so there is nothing to measure")
         return [], []
     if not listing.labelled:
         say(f"knn_eval: {listing.unjudged}, so only the agreement with the teacher is measured")

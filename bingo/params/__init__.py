@@ -15,7 +15,7 @@ reported in a fraction of a second, before any work starts.
                    transfer, transfer_coco             transfer_cifar, transfer_coco
     whole.py       all of them, baselines, report      baseline; report
 
-Other files: fields.py, the types of fields; reading.py and mistakes.py, from a file to `Params` or to lines with errors;
+Other files: fields.py, the types of fields; yaml_files.py and mistakes.py, from a file to values, and from their errors to lines;
 arch_names.py and places.py, names of networks and paths of files.
 """
 
@@ -46,8 +46,7 @@ from bingo.params.fields import Interpolation, Range, Section
 from bingo.params.methods import BingoParams, MethodSection, MocoParams, display_name, method_names, method_section
 from bingo.params.mistakes import mistake_lines
 from bingo.params.networks import STUDENT_OPTIONS, NetworkParams, StudentParams, TeacherParams, format_names
-from bingo.params.reading import load_params, validate
 from bingo.params.training import DistillParams, LrSchedule, PretrainParams, ScheduleParams
 from bingo.params.views import AugmentParams
-from bingo.params.whole import Params
+from bingo.params.whole import Params, load_params, validate
 from bingo.params.yaml_files import read_yaml

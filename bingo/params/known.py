@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from bingo.params.fields import Count, Interpolation, PerChannel, Positive, Section
 from bingo.params.mistakes import mistake_lines
+from bingo.params.places import located
 from bingo.params.yaml_files import read_yaml
 from bingo.runtime.errors import UserError
 
@@ -81,6 +82,16 @@ class KnownTeacher(Section):
         if spec and spec.submodule_search_locations:
             return f"{spec.submodule_search_locations[0]}/{self.file}"
         return f"{PLACE}/{Path(self.file or self.weights).name}"
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the weights need no download: their file is there, or timm's hub has kept them."""
+        if self.place is not None:
+            return Path(located(self.place)).is_file()
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        kept = Path(HF_HUB_CACHE, f"models--{self.weights.replace('/', '--')}", "snapshots").glob("*/*")
+        return any(file.suffix in (".safetensors", ".bin") for file in kept)
 
     def way_in(self, give: str = "set teacher.checkpoint to it") -> str:
         """What to do where the weights are missing, in words; `give` says how their file is named."""

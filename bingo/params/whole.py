@@ -1,5 +1,6 @@
-"""`Params`, all of params.yaml: its sections, and checks of names that refer from one section to another."""
+"""`Params`, all of params.yaml: its sections, checks of names that refer from one section to another, and the reading of the file."""
 
+from pathlib import Path
 from typing import Self
 
 from pydantic import ValidationError, field_validator, model_validator
@@ -8,10 +9,13 @@ from bingo.params.data import BaggingParams, DatasetParams, ExtractParams, Image
 from bingo.params.evals import CocoParams, KnnEvalParams, LinearEvalParams, SemiEvalParams, TransferParams, TransferSetParams
 from bingo.params.fields import Section, Weights, Whole
 from bingo.params.methods import MethodsParams, method_names, method_section
-from bingo.params.mistakes import explanation
+from bingo.params.mistakes import explanation, mistake_lines
 from bingo.params.networks import StudentParams, TeacherParams
 from bingo.params.training import DistillParams
-from bingo.runtime.errors import near_matches
+from bingo.params.yaml_files import read_yaml
+from bingo.runtime.errors import UserError, near_matches
+
+_MOST_MISTAKES = 40
 
 
 class ReportParams(Section):
@@ -115,3 +119,20 @@ class Params(Section):
             if name not in allowed:
                 raise ValueError(f"{name!r}: a baseline is a method without a teacher, allowed are {', '.join(allowed)}")
         return names
+
+
+def load_params(path: Path | str = "params.yaml") -> Params:
+    """Read and validate the whole file. Raises UserError with one line for each error."""
+    return validate(read_yaml(path), str(path))
+
+
+def validate(raw: object, origin: str) -> Params:
+    """Validate a mapping that was read from `origin`. Raises UserError with one line for each error."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{origin}: holds {type(raw).__name__}, not sections; restore it with: git checkout {origin}")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"{origin}: {line}" for line in mistake_lines(error, Params)]
+        more = [f"{origin}: and {len(lines) - _MOST_MISTAKES} more errors"] if len(lines) > _MOST_MISTAKES else []
+        raise UserError([*lines[:_MOST_MISTAKES], *more]) from None

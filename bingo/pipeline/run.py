@@ -40,11 +40,13 @@ PACKAGES = ("torch", "torchvision", "timm", "zarr", "numpy", "faiss-gpu", "faiss
 @dataclass
 class Run:
     """One run of one stage, or of one of its items: its parameters, what is worth noting of it (never part of an output), and the lines of
-    limits that its parameters break, where the stage adds others before it raises them."""
+    limits that its parameters break, where the stage adds others before it raises them. `idle`: why there was nothing to do, so that
+    the outputs are empty."""
 
     name: str
     params: Params
     item: str | None = None
+    idle: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
     mistakes: list[str] = field(default_factory=list)
 
@@ -112,7 +114,8 @@ def stage_run(name: str, item: str | None = None, raises_limits: bool = False) -
             record = {"stage": run.stage, "seconds": seconds, "ended": ended, **_peak_memory(), **run.notes, **_surroundings(run.params)}
             _write_record(record)
             made = ", ".join(_outputs(run))
-            run.say(f"{run.stage}: {f'wrote {made}' if made else 'done'} in {seconds:,.1f} s")
+            done = f"nothing to do, as {run.idle}; empty outputs" if run.idle else f"wrote {made}" if made else "done"
+            run.say(f"{run.stage}: {done} in {seconds:,.1f} s")
 
 
 def _outputs(run: Run) -> list[str]:

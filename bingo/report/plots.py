@@ -42,6 +42,7 @@ _SETTINGS: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
+Bar = tuple[str, Sequence[float | None], int]  # label, percentages in the order of the measures (None: not measured), colour in SERIES
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 _BAR_ALPHAS = (1.0, 0.45)
 _MARKERS = ("o", "v", "s", "D", "^")  # a shape for each colour of SERIES
@@ -53,34 +54,24 @@ _PLACES: dict[tuple[float, float], Any] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class AccuracyBar:
-    """One row of `accuracy_bars`: percentages in the order of its measures (None: not measured), and its colour in SERIES."""
-
-    label: str
-    percents: Sequence[float | None]
-    color: int
-
-
-def accuracy_bars(name: str, bars: Sequence[AccuracyBar], measures: Sequence[str], chance_percent: float | None) -> Markup:
+def accuracy_bars(name: str, bars: Sequence[Bar], measures: Sequence[str], chance_percent: float) -> Markup:
     """Horizontal bars of one or two measures for each network, in percent, with a dashed line at chance."""
     with _style(name):
         figure = Figure(figsize=(3.5, 0.6 + 0.42 * len(bars)), layout="constrained")
         axes = figure.add_subplot()
         height = 0.74 / len(measures)
-        for row, bar in enumerate(bars):
-            for measure, percent in enumerate(bar.percents):
+        for row, (_, percents, color) in enumerate(bars):
+            for measure, percent in enumerate(percents):
                 if percent is not None:
                     y = row + (measure - (len(measures) - 1) / 2) * height
-                    axes.barh(y, percent, height * 0.9, color=SERIES[bar.color], alpha=_BAR_ALPHAS[measure])
+                    axes.barh(y, percent, height * 0.9, color=SERIES[color], alpha=_BAR_ALPHAS[measure])
                     axes.text(percent + 1, y, f"{percent:.1f}", va="center", fontsize=7.5)
-        if chance_percent is not None:
-            axes.axvline(chance_percent, color=MUTED, linestyle=(0, (3, 3)), linewidth=1, zorder=0)
-        axes.set_yticks(range(len(bars)), [bar.label for bar in bars], color=INK)
+        axes.axvline(chance_percent, color=MUTED, linestyle=(0, (3, 3)), linewidth=1, zorder=0)
+        axes.set_yticks(range(len(bars)), [label for label, _, _ in bars], color=INK)
         axes.set(xlim=(0, 118), xticks=range(0, 101, 25), ylim=(len(bars) - 0.45, -0.55), xlabel="percent")
         axes.tick_params(length=0)
         axes.spines.left.set_visible(False)
-        figures = (f"{bar.label} {_listed(bar.percents)}" for bar in bars)
+        figures = (f"{label} {_listed(percents)}" for label, percents, _ in bars)
         return _svg(figure, name, f"Bars of {' and '.join(measures)}, percent: {'; '.join(figures)}.")
 
 

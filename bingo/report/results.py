@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from bingo.images.images import PIXELS_PX
 from bingo.params import display_name
 from bingo.report.inputs import Artefacts
 from bingo.report.measures import measure_label, neighbor_order
-from bingo.report.plots import AccuracyBar, accuracy_bars
+from bingo.report.plots import accuracy_bars
 
 _USUAL_KNN = ("knn_10", "knn_20_weighted")
 _LINEAR_COLUMNS = {"top1_last": "top-1", "top5_last": "top-5", "top1_best": "top-1, best epoch, chosen on the test split"}
@@ -50,15 +52,6 @@ class Row:
     label: str
     role: str
     cells: list[Cell]
-
-
-@dataclass(frozen=True)
-class HeadlineTile:
-    """One large figure at the top of the page."""
-
-    net: str
-    label: str
-    percent: float
 
 
 def needs_teacher(a: Artefacts) -> bool:
@@ -119,54 +112,34 @@ def network_role(a: Artefacts, net: str) -> str:
     return "not used for training" if net == "teacher" and not needs_teacher(a) else _ROLES.get(net, "")
 
 
-def chance_row(a: Artefacts, found: Sequence[Column]) -> list[float]:
-    """What chance would reach, percent, for each column: one guessed class (or five) of equally many images, neighbours in any order."""
-    return [chance(a, column) for column in found]
-
-
 def chance(a: Artefacts, column: Column) -> float:
-    """What chance would reach, percent, by one measure."""
+    """What chance would reach, percent, by one measure: one guessed class (or five) of equally many images, neighbours in any order."""
     if column.group == "agreement":
         return min(100.0, 100 * int(column.key.removeprefix("agreement_")) / max(1, a.listing.train_rows))
     classes = max(1, len(a.listing.classes))
     return 100 * min(5 if column.key.startswith("top5") else 1, classes) / classes
 
 
-def bars_svg(a: Artefacts) -> str:
-    """The bar chart next to the table: the headline's measure, and k-NN where the headline is another; empty without scores."""
-    measures = [column for column in headline_columns(a) if column.key != "knn_20_weighted"][:2] or headline_columns(a)[:1]
+def bars(a: Artefacts) -> tuple[Markup, str] | None:
+    """The bar chart next to the table, of the headline's measure, and of k-NN if the headline is another; and its caption. None without
+    scores."""
+    found = headline_columns(a)
+    measures = [column for column in found if column.key != "knn_20_weighted"][:2] or found[:1]
     if not measures:
-        return ""
-    bars = []
-    for net in _nets(a):
-        percents = [_cell(a, net, column).percent for column in measures]
-        bars.append(AccuracyBar(_short_label(net, a.params.distill.method), percents, _FAMILY_COLORS.get(net, 2)))
-    return accuracy_bars("results", bars, [column.header for column in measures], chance_row(a, measures[:1])[0])
-
-
-def bars_caption(a: Artefacts) -> str:
-    """The caption of the bar chart."""
-    names = [column.header for column in headline_columns(a) if column.key != "knn_20_weighted"][:2]
-    if not names:
-        return ""
+        return None
+    names, method = [column.header for column in measures], a.params.distill.method
+    rows = [
+        (_short_label(net, method), [_cell(a, net, column).percent for column in measures], _FAMILY_COLORS.get(net, 2)) for net in _nets(a)
+    ]
     pale = f"; the pale bars are {names[1]}" if len(names) > 1 else ""
-    return f"Percent, {names[0]}{pale}. The dashed line is chance."
+    return accuracy_bars("results", rows, names, chance(a, measures[0])), f"Percent, {names[0]}{pale}. The dashed line is chance."
 
 
-def headline_measure(a: Artefacts) -> str:
-    """The measure of the headline, or an empty string."""
-    found = headline_columns(a)
-    return found[0].header if found else ""
-
-
-def tiles(a: Artefacts) -> list[HeadlineTile]:
-    """The headline's figures: student, its baselines, the teacher, the floor."""
-    found = headline_columns(a)
-    if not found:
-        return []
-    figures = {net: _cell(a, net, found[0]).percent for net in _nets(a)}
+def headline_figures(a: Artefacts) -> dict[str, float]:
+    """The headline's figures, percent by network: student, its baselines, the teacher, the floor; empty without scores."""
+    found = headline_columns(a)[:1]
     order = ["student", *_baselines(a), "supervised", "teacher", "start", "untrained"]
-    return [HeadlineTile(net, network_label(a, net), percent) for net in order if (percent := figures.get(net)) is not None]
+    return {net: percent for net in order for column in found if (percent := _cell(a, net, column).percent) is not None}
 
 
 def warnings(a: Artefacts) -> list[str]:
@@ -190,8 +163,7 @@ def caveats(a: Artefacts) -> list[str]:
     if not _nets(a):
         return found
     if test_images:
-        student = next((tile.percent for tile in tiles(a) if tile.net == "student"), 50.0)
-        share = min(1.0, max(0.0, student / 100))
+        share = min(1.0, max(0.0, headline_figures(a).get("student", 50.0) / 100))
         found.append(
             f"One run with seed {a.params.seed}. With {test_images:,} test images, chance alone moves the student's figure by"
             f" ±{196 * math.sqrt(share * (1 - share) / test_images):.1f} points (95 %) or more."

@@ -11,7 +11,7 @@ import numpy as np
 
 from bingo.params import display_name
 from bingo.report.inputs import Artefacts
-from bingo.report.results import Column, chance, headline_columns, needs_teacher, tiles
+from bingo.report.results import Column, chance, headline_columns, headline_figures, needs_teacher
 
 FEWEST_TEST_IMAGES = 10
 _Z = 1.959964  # of the normal distribution, 95 % lie within
@@ -51,7 +51,7 @@ def comparisons(a: Artefacts) -> list[Comparison]:
     measure."""
     column = headline_columns(a)[0]
     measure = "linear" if column.group == "linear cached" else column.key
-    measured = [*(tile.net for tile in tiles(a)), "pixels"]
+    measured = [*headline_figures(a), "pixels"]
     before = "start" if "start" in measured else "untrained"
     ours_Q = a.outcomes.get("student", {}).get(measure, np.zeros(0))
     found = []
@@ -66,12 +66,12 @@ def headline(a: Artefacts) -> str:
     """Whether distillation was worth it, in one sentence; empty where nothing was measured."""
     if not headline_columns(a):
         return ""
-    column, figures, compared = headline_columns(a)[0], {tile.net: tile.percent for tile in tiles(a)}, comparisons(a)
+    column, figures, compared = headline_columns(a)[0], headline_figures(a), comparisons(a)
     clauses = [_result(a, column, figures["student"]), *(_clause(a, one, first=i == 0) for i, one in enumerate(compared))]
     sentence = f"the student {', '.join(clauses[:-1])} and {clauses[-1]}" if len(clauses) > 2 else f"the student {', '.join(clauses)}"
     if verdict := _verdict(a, compared, column):
         sentence = f"{verdict}: {sentence}"
-    return f"{sentence[0].upper()}{sentence[1:]}{_kept(a, figures)}."
+    return f"{sentence[0].upper()}{sentence[1:]}{_kept(a, column, figures)}."
 
 
 def _verdict(a: Artefacts, compared: Iterable[Comparison], column: Column) -> str:
@@ -116,10 +116,12 @@ def _named(a: Artefacts, net: str) -> str:
     return fixed.get(net, f"the same network trained by {display_name(net)} without a teacher")
 
 
-def _kept(a: Artefacts, figures: dict[str, float]) -> str:
-    """How much of its teacher the student keeps; empty where the teacher was not used, or has no figure."""
+def _kept(a: Artefacts, column: Column, figures: dict[str, float]) -> str:
+    """How much of its teacher the student keeps, beside chance; empty if the teacher was not used, or has no figure."""
     teacher = figures.get("teacher")
     if not teacher or not needs_teacher(a):
         return ""
     share = 100 * figures["student"] / teacher
-    return f"; it keeps {share:.0f} % of its teacher's accuracy" if share < 99.95 else "; it is as accurate as its teacher or more"
+    if share >= 99.95:
+        return "; it is as accurate as its teacher or more"
+    return f"; it keeps {share:.0f} % of its teacher's accuracy ({teacher:.1f} %; chance: {chance(a, column):.1f} %)"

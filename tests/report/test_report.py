@@ -25,7 +25,7 @@ from bingo.report.downstream import figures
 from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_network_facts, read_outcomes
 from bingo.report.page import build_page, run_script
 from bingo.report.pictures import THUMBNAIL_PX, thumbnail
-from bingo.report.plots import AccuracyBar, accuracy_bars, lines
+from bingo.report.plots import accuracy_bars, lines
 from bingo.report.results import caveats, columns
 from bingo.runtime.artefacts import write_arrays, write_bytes, write_json
 from bingo.runtime.checksums import seal_safetensors
@@ -558,7 +558,7 @@ def test_statistics_of_clusters_and_of_nothing():
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: accuracy_bars("a", [AccuracyBar("x <&$ y", [50.0, None], 0)], ["one", "two"], 10.0),
+        lambda: accuracy_bars("a", [("x <&$ y", [50.0, None], 0)], ["one", "two"], 10.0),
         lambda: lines("b", "Loss", {"l$<": ([1.0], [2.0]), "m": ([1.0], [float("nan")])}, [0, 2], 'a "summary"'),
     ],
 )

@@ -335,13 +335,13 @@ def test_a_mistake_in_the_parameters(workspace, stage, changes, wanted):
     refused(workspace, stage, *wanted)
 
 
-def test_an_approximate_search_tells_its_recall(workspace):
+def test_an_approximate_search_reports_its_recall(workspace):
     workspace.edit({"bagging.search": "ivf", "bagging.lists": 50, "bagging.probes": 1})
     done = workspace.run("bag")
     recall = json.loads((workspace.root / "reports/bags.json").read_text())["recall"]
     assert 0 < recall < 0.95
     assert done.out.startswith("bag: knn bags of 400 images by 1 of 50 lists: ")
-    assert f"recall: {recall:g}" in done.out
+    assert f" {100 * recall:.3g} % of the nearest images" in done.out
     assert re.fullmatch(r"bag: wrote data/bags\.zarr, data/left_out\.json, reports/bags\.json in [\d.]+ s", done.out.splitlines()[-1])
     warning = f"warning: bag: recall {recall:g}: the search misses many of the nearest images; raise bagging.probes\n"
     assert (done.status, done.err) == (0, warning)

@@ -235,3 +235,18 @@ def test_the_command_lists_all_and_shows_one():
         word in shown for word in ("Apache-2.0", "81.1", "79.0", "384", "https://huggingface.co/timm/vit_small_patch14_dinov2.lvd142m")
     )
     assert isinstance(CliRunner().invoke(app, ["teachers", "nobody"]).exception, UserError)
+
+
+def test_weights_on_disk_are_those_of_a_file_a_package_and_the_hubs_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    on_disk = {name for name in known_names() if known_teacher(name).on_disk}
+    assert on_disk == ({"efficientnet-lite0-package"} if PACKAGE else set())
+    kept = tmp_path / "hub/models--timm--vit_small_patch14_dinov2.lvd142m/snapshots/1a2b"
+    kept.mkdir(parents=True)
+    (kept / "config.json").touch()
+    assert not known_teacher("dinov2-s").on_disk
+    (kept / "model.safetensors").touch()
+    (own := Path(known_teacher("dino-r50").place)).parent.mkdir(parents=True)
+    own.touch()
+    assert {name for name in known_names() if known_teacher(name).on_disk} == on_disk | {"dinov2-s", "dino-r50"}

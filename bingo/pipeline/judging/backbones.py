@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bingo.images.listing import Listing
     from bingo.nets.backbones import Backbone
 
+NOT_ASKED_FOR = "weights of this network were not asked for"
 STORED = ("teacher", "pixels")  # no network is run for their features
 _FILES = {"student": paths.STUDENT, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
 

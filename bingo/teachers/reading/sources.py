@@ -53,8 +53,8 @@ def make_teacher(params: TeacherParams, image: ImageParams, seed: int) -> Made:
     """The backbone, head (or None) and metadata for `save_teacher`, from any source but `pretrain`. `image` is what the teacher sees.
     Raises UserError."""
     makers: dict[str, Callable[[], Made]] = {
-        "timm": lambda: from_timm(params, image),
-        "torchvision": lambda: from_torchvision(params, image),
+        "timm": lambda: from_library(params, image),
+        "torchvision": lambda: from_library(params, image),
         "checkpoint": lambda: from_checkpoint(params, image),
         "random": lambda: untrained(params, seed),
         "factory": lambda: from_factory(params, seed),
@@ -91,39 +91,27 @@ def untrained(params: TeacherParams, seed: int) -> Made:
 
 
 def from_library(params: TeacherParams, image: ImageParams) -> Made:
-    """`from_timm` or `from_torchvision`, as `teacher.arch` is named."""
-    return (from_torchvision if params.arch.startswith("torchvision/") else from_timm)(params, image)
-
-
-def from_timm(params: TeacherParams, image: ImageParams) -> Made:
-    """timm's pretrained weights, or the local file `teacher.checkpoint` under timm's names; the classifier is left out.
+    """timm's or torchvision's pretrained weights, as `teacher.arch` is named, or the local file `teacher.checkpoint` under the library's
+    names; the classifier is left out.
 
     Raises UserError if the weights cannot be downloaded, do not fit, or were trained with another mean and std than `image`
     has (for a local file, whose training is not known, that is a line on stderr).
     """
     options = ANY_IMAGE if is_transformer(params.arch) else {}
-    backbone = _empty(params, options)
-    cfg: Any = backbone.pretrained_cfg
+    backbone, name = _empty(params, options), params.arch.removeprefix("torchvision/")
+    published: Any = None if params.arch == name else vision.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    cfg: Any = backbone.pretrained_cfg if published is None else vars(published.transforms())
     _compare_normalisation(params, image, cfg["mean"], cfg["std"])
     if params.checkpoint:
         return _from_own_file(params, image, backbone, options)
-    state = _download(params, lambda: timm.create_model(params.arch, pretrained=True))
-    left_out = _load_trunk(backbone, state, f"timm's weights of {params.arch}")
-    weights = f"{cfg['architecture']}.{cfg['tag']}"
+    if published is None:
+        state, library = _download(params, lambda: timm.create_model(params.arch, pretrained=True)), "timm"
+        weights = f"{cfg['architecture']}.{cfg['tag']}"
+    else:
+        state, library = _download(params, lambda: vision.get_model(name, weights=published, progress=False)), "torchvision"
+        weights = str(published)
+    left_out = _load_trunk(backbone, state, f"{library}'s weights of {name}")
     return backbone, None, {"pretrained": True, "weights": weights, "left_out": left_out, **_noted(params, options)}
-
-
-def from_torchvision(params: TeacherParams, image: ImageParams) -> Made:
-    """torchvision's default weights, or the local file `teacher.checkpoint` under its names; otherwise as `from_timm`."""
-    backbone, name = _empty(params, {}), params.arch.removeprefix("torchvision/")
-    weights: Any = vision.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
-    preset = weights.transforms()
-    _compare_normalisation(params, image, preset.mean, preset.std)
-    if params.checkpoint:
-        return _from_own_file(params, image, backbone, {})
-    state = _download(params, lambda: vision.get_model(name, weights=weights, progress=False))
-    left_out = _load_trunk(backbone, state, f"torchvision's weights of {name}")
-    return backbone, None, {"pretrained": True, "weights": str(weights), "left_out": left_out}
 
 
 def from_names(params: TeacherParams, image: ImageParams) -> Made:
