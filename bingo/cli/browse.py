@@ -130,7 +130,7 @@ def gallery(
     typer.echo(f"gallery: {as_seen_from_here(folder / 'index.html')}")
 
 
-class Table(StrEnum):
+class PairsFormat(StrEnum):
     """A format of `bingo bags export`."""
 
     parquet = "parquet"
@@ -139,7 +139,7 @@ class Table(StrEnum):
 
 @app.command()
 def export(
-    to: Annotated[Table, typer.Option(help="The format.")] = Table.parquet,
+    to: Annotated[PairsFormat, typer.Option(help="The format.")] = PairsFormat.parquet,
     features: Annotated[bool, typer.Option("--features", help="Add the teacher's features of each anchor (parquet only).")] = False,
     rev: Rev = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; by default bags.parquet or bags.csv.")] = None,
@@ -152,7 +152,7 @@ def export(
     from bingo.runtime.errors import UserError
     from bingo.runtime.progress import progress_bar
 
-    if features and to is Table.csv:
+    if features and to is PairsFormat.csv:
         raise UserError("--features: CSV holds no lists of numbers; give --to parquet, or leave --features out")
     path = from_here("--out", out or Path(f"bags.{to.value}"))
     check_output("--out", path, [f".{to.value}"], force)

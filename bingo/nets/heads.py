@@ -65,10 +65,10 @@ def head_widths(head: nn.Sequential) -> list[int]:
 
 def unit(rows_BP: Tensor) -> Tensor:
     """Rows divided by their L2 norm, float32 (B, P), computed in float32 for any input dtype; a zero row stays zero."""
-    return _Unit.apply(rows_BP.float())
+    return _Normalised.apply(rows_BP.float())
 
 
-class _Unit(torch.autograd.Function):
+class _Normalised(torch.autograd.Function):
     """`torch.nn.functional.normalize` with a backward pass of 4 kernels instead of 15."""
 
     @staticmethod
