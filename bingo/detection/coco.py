@@ -61,13 +61,13 @@ class _Category(TypedDict):
     id: _Id
 
 
-class _File(TypedDict):
+class _InstancesFile(TypedDict):
     images: Annotated[list[_Image], Field(min_length=1)]
     annotations: list[_Annotation]
     categories: Annotated[list[_Category], Field(min_length=1)]
 
 
-_FILE = TypeAdapter(_File)
+_FILE = TypeAdapter(_InstancesFile)
 
 
 @dataclass(frozen=True)
