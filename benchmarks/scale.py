@@ -205,13 +205,14 @@ def watched(command: Sequence[str], folder: Path, state: Path | None, train_seco
         process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, stdout=log, stderr=log)
         try:
             while process.poll() is None:
+                busy = time.thread_time()
                 peak = max(peak, _sample(process.pid, cpu))
                 if state is not None and state.exists():
                     training, state = time.monotonic(), None
                 if time.monotonic() - training > train_seconds:
                     process.terminate()
                     training = math.inf
-                time.sleep(SAMPLE_SECONDS)
+                time.sleep(max(SAMPLE_SECONDS, 30 * (time.thread_time() - busy)))
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bingo import paths
 from bingo.pipeline.commands import run_command
 from bingo.pipeline.run import Run, code_fingerprint, stage_run
-from bingo.pipeline.state import state_folder
+from bingo.pipeline.state import state_folder, state_root
 from bingo.planning.limits import batch_mistakes, image_mistakes, list_mistakes, weights_mistakes
 from bingo.runtime.errors import UserError
 
@@ -28,13 +28,18 @@ if TYPE_CHECKING:
 def main() -> None:
     """List the images of the dataset, and pack them if they are small."""
     with stage_run("scan", raises_limits=True) as run:
+        import PIL
+
+        from bingo.datasets.known import KnownFiles
         from bingo.datasets.sources import scan
         from bingo.images.images import write_images
         from bingo.images.listing import write_listing
+        from bingo.runtime.artefacts import fingerprint
         from bingo.runtime.progress import progress_bar
 
+        known = KnownFiles(state_root() / "scan", fingerprint([code_fingerprint("scan"), PIL.__version__]))
         try:
-            listing, found = scan(run.params.dataset, run.params.seed, run.say, lambda found: _judge(run, found))
+            listing, found = scan(run.params.dataset, run.params.seed, run.say, lambda found: _judge(run, found), known)
         except UserError as error:
             raise UserError(list(dict.fromkeys([*run.mistakes, *error.lines]))) from None
         if lines := batch_mistakes(run.params, listing.train_rows):  # images that cannot be read were left out
@@ -42,6 +47,7 @@ def main() -> None:
         with _packed(run, listing, found) as (images, pack), progress_bar("writing the listing"):
             write_images(paths.IMAGES, listing, images, pack)
             write_listing(paths.LISTING, listing)
+            known.keep()
         run.notes["images"] = len(listing)
         run.say(
             f"scan: {listing.dataset}: {listing.train_rows:,} train and {len(listing) - listing.train_rows:,} test images,"

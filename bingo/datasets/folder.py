@@ -3,11 +3,14 @@ those that cannot be read.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
+import pyarrow.compute as pc
 
-from bingo.datasets.filecheck import Checked, check_files, common_bits
+from bingo.datasets.filecheck import Checks, check_files, common_bits
 from bingo.datasets.finding import Found, find
+from bingo.datasets.known import KnownFiles, column_of_bytes
 from bingo.datasets.layout import Say, Split, count_splits
 from bingo.datasets.subset import Counts, Readable, draw_subset, readable_rows
 from bingo.images.listing import Listing, listing_fingerprint
@@ -27,10 +30,11 @@ def find_files(dataset: DatasetParams, say: Say) -> Found:
 
 
 def scan_files(
-    dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Counts], None]
+    dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Counts], None], known: KnownFiles | None = None
 ) -> tuple[Listing, np.ndarray | Positions | None]:
     """Listing and, with store_px, images of `dataset.root`, or the positions of those that are parts of large files; `say` is given a line
-    for each thing that is assumed or passed over, `judge` how many images there are, before any is read.
+    for each thing that is assumed or passed over, `judge` how many images there are, before any is read. What is `known` of files is not
+    found out again.
 
     Raises UserError for every mistake in the layout or the files.
     """
@@ -39,76 +43,85 @@ def scan_files(
     judge(count_splits(train, test))
     classes, held_out = train.classes or test.classes, not test.paths and dataset.test_images is not None
     if held_out:
-        train, test = _without_held_out(dataset, found, seed)
+        train, test = _without_held_out(dataset, found, seed, known)
         say(f"dataset.root = {dataset.root}: has no test split: {len(test.paths):,} images are held out of the train images")
     passed_over: set[str] = set()
-    chosen = [_choose(dataset, found, name, split, classes, seed, passed_over) for name, split in (("train", train), ("test", test))]
+    readable = partial(_readable, dataset, found, known)
+    chosen = [_choose(dataset, readable, name, split, classes, seed, passed_over) for name, split in (("train", train), ("test", test))]
     paths = chosen[0][0] + chosen[1][0]
     labels_N = np.concatenate([labels for _, labels in chosen])
     files = found.files(paths)
-    checked, images_NSS3 = check_files(files, dataset.check == "decode", dataset.store_px)
-    gray_bits = common_bits(files, checked, images_NSS3)
+    checks, images_NSS3 = check_files(files, dataset.check == "decode", dataset.store_px, known=known)
+    gray_bits = common_bits(files, checks, images_NSS3)
     if gray_bits is not None:
-        largest = [file.largest for file in checked if file.largest is not None]
-        say(f"{len(largest):,} images are grey with 16 bits: {gray_bits} of them hold the picture, as the largest value is {max(largest)}")
-    if deep := [path for path, file in zip(paths, checked, strict=True) if file.deep_colours]:
-        said = f"{len(deep):,} images have 16 bits a colour ({printable(deep[0])}), of which the upper 8 are read"
+        gray = int((checks.largest_N >= 0).sum())
+        say(
+            f"{gray:,} images are grey with 16 bits: {gray_bits} of them hold the picture, as the largest value is {checks.largest_N.max()}"
+        )
+    if len(deep := np.flatnonzero(checks.deep_colours_N)):
+        said = f"{len(deep):,} images have 16 bits a colour ({printable(paths[deep[0]])}), of which the upper 8 are read"
         say(f"warning: {said}: where values fill fewer than 16 bits they come out dark; write them with 8 bits a colour")
-    again = _copies_of_train(checked, len(chosen[0][0])) if held_out else set()
-    if again:
-        say(f"{len(again):,} of the images held out are byte-for-byte copies of train images, and are left out")
-    keep = [row for row, file in enumerate(checked) if file.reason is None and row not in again]
+    is_train_N, keep_N = np.arange(len(paths)) < len(chosen[0][0]), checks.readable_N
+    if held_out and (copies := int((again_N := _copies_of_train(checks, len(chosen[0][0]))).sum())):
+        say(f"{copies:,} of the images held out are byte-for-byte copies of train images, and are left out")
+        keep_N &= ~again_N
+    keep = np.flatnonzero(keep_N)
     few = f"lower dataset.test_images ({dataset.test_images}; {len(keep)} can be read), or set it to null"
-    way_out = few if held_out and keep else "name another folder in dataset.root"
-    _judge_bad(dataset, paths, checked, any(row < len(chosen[0][0]) for row in keep), way_out)
+    way_out = few if held_out and len(keep) else "name another folder in dataset.root"
+    _judge_bad(dataset, paths, checks, bool((keep_N & is_train_N).any()), way_out)
     if images_NSS3 is not None and len(keep) < len(paths):
-        for row, old_row in enumerate(keep):  # in place: there may not be enough memory for two copies
+        for row, old_row in enumerate(keep.tolist()):  # in place: there may not be enough memory for two copies
             images_NSS3[row] = images_NSS3[old_row]
         images_NSS3 = images_NSS3[: len(keep)]
-    skipped = sorted(passed_over) + [path for path, file in zip(paths, checked, strict=True) if file.reason is not None]
-    train_rows = sum(row < len(chosen[0][0]) for row in keep)
-    kept_paths, kept_labels = [paths[row] for row in keep], labels_N[keep]
-    _say_of_rows(kept_paths, [checked[row].content.sha256 for row in keep], kept_labels, train_rows, classes, say)
+    skipped = sorted(passed_over) + [paths[row] for row in sorted(checks.reasons)]
+    train_rows = int((keep_N & is_train_N).sum())
+    kept_paths = paths if len(keep) == len(paths) else [paths[row] for row in keep.tolist()]
+    kept_labels, contents = labels_N[keep], checks.contents.part(keep)
+    _say_of_rows(kept_paths, contents.sha256_N, kept_labels, train_rows, classes, say)
     header = {"dataset": _DATASET, "classes": classes, "store_px": dataset.store_px}
     header |= {"pack_px": dataset.pack_px} if dataset.pack_px else {}
     header |= {} if gray_bits in (None, 16) else {"gray_bits": gray_bits}
     header |= {} if dataset.jpeg_decoder == "cpu" or dataset.store_px else {"jpeg_decoder": dataset.jpeg_decoder}  # other pixels
-    fingerprint = listing_fingerprint(header, kept_paths, (checked[row].content for row in keep), kept_labels, train_rows)
+    fingerprint = listing_fingerprint(header, kept_paths, contents, kept_labels, train_rows)
     drawn = len(test.paths) if held_out else None
     return Listing(_DATASET, kept_paths, kept_labels, train_rows, classes, skipped, fingerprint, gray_bits, drawn), (
-        files.part(keep).positions if images_NSS3 is None else images_NSS3
+        (files.positions and files.positions.part(keep)) if images_NSS3 is None else images_NSS3
     )
 
 
-def _say_of_rows(paths: list[str], hashes: list[str | None], labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say) -> None:
+def _say_of_rows(
+    paths: list[str], sha256_N: np.ndarray | None, labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say
+) -> None:
     """Report images that are in both splits, and classes without any remaining train image."""
-    row_of = {sha256: row for row, sha256 in enumerate(hashes[:train_rows]) if sha256}
-    if shared := [(row_of[sha256], row) for row, sha256 in enumerate(hashes[train_rows:], train_rows) if sha256 in row_of]:
-        pair = " and ".join(printable(paths[row]) for row in shared[0])
-        say(f"warning: {len(shared)} test images are train images too, byte for byte ({pair}): figures on them are too high")
+    if sha256_N is not None:
+        of_train_Q = _row_of_train(sha256_N, train_rows)
+        if shared := int((of_train_Q >= 0).sum()):
+            row = int((of_train_Q >= 0).argmax())
+            pair = " and ".join(printable(paths[row]) for row in (of_train_Q[row], train_rows + row))
+            say(f"warning: {shared} test images are train images too, byte for byte ({pair}): figures on them are too high")
     if absent := [classes[label] for label in np.flatnonzero(np.bincount(labels_N[:train_rows].clip(0), minlength=len(classes)) == 0)]:
         say(f"warning: no train image of {len(absent)} of {len(classes)} classes is left ({printable(absent[0])}, ...)")
 
 
-def _without_held_out(dataset: DatasetParams, found: Found, seed: int) -> tuple[Split, Split]:
+def _without_held_out(dataset: DatasetParams, found: Found, seed: int, known: KnownFiles | None) -> tuple[Split, Split]:
     """The train split without the rows that are held out, and these as the test split; where unreadable images are skipped, it has none."""
     train = found.train
     labels_N = np.unique(np.array(train.class_names or [""] * len(train.paths)), return_inverse=True)[1]
-    rows = readable_rows(labels_N, dataset.test_images or 0, seed, "hold-out", _readable(dataset, found, train.paths, set()))
+    rows = readable_rows(labels_N, dataset.test_images or 0, seed, "hold-out", _readable(dataset, found, known, train.paths, set()))
     is_test_N = np.isin(np.arange(len(labels_N)), rows)
     return _part_of(train, ~is_test_N), _part_of(train, is_test_N)
 
 
-def _readable(dataset: DatasetParams, found: Found, paths: list[str], passed_over: set[str]) -> Readable:
+def _readable(dataset: DatasetParams, found: Found, known: KnownFiles | None, paths: list[str], passed_over: set[str]) -> Readable:
     """Which of the rows of `paths` can be read; the paths of others are added to `passed_over`."""
 
     def readable(rows: np.ndarray) -> np.ndarray:
         if dataset.on_bad_image == "stop":  # the whole scan, where one is not
             return np.ones(len(rows), bool)
         asked = [paths[row] for row in rows.tolist()]
-        checked = check_files(found.files(asked), dataset.check == "decode", dataset.store_px)[0]
-        passed_over.update(path for path, file in zip(asked, checked, strict=True) if file.reason is not None)
-        return np.array([file.reason is None for file in checked], bool)
+        checks = check_files(found.files(asked), dataset.check == "decode", dataset.store_px, known=known)[0]
+        passed_over.update(asked[row] for row in checks.reasons)
+        return checks.readable_N
 
     return readable
 
@@ -120,31 +133,46 @@ def _part_of(split: Split, chosen_N: np.ndarray) -> Split:
     return Split(kept(split.paths), split.classes, kept(split.class_names) if split.class_names else [])
 
 
-def _copies_of_train(checked: list[Checked], train_rows: int) -> set[int]:
-    """Rows from `train_rows` on whose file is, byte for byte, that of a row before; without hashes none is known."""
-    of_train = {file.content.sha256 for file in checked[:train_rows]} - {None}
-    return {row for row, file in enumerate(checked[train_rows:], train_rows) if file.content.sha256 in of_train}
+def _copies_of_train(checks: Checks, train_rows: int) -> np.ndarray:
+    """Whether a row from `train_rows` on is, byte for byte, the file of a row before, bool (N,); without hashes none is known to be."""
+    copies_N = np.zeros(len(checks), bool)
+    if checks.contents.sha256_N is not None:
+        copies_N[train_rows:] = _row_of_train(checks.contents.sha256_N, train_rows) >= 0
+    return copies_N
+
+
+def _row_of_train(sha256_N: np.ndarray, train_rows: int) -> np.ndarray:
+    """Of each row from `train_rows` on, the last row before `train_rows` with the same hash, int64 (Q,); -1: there is none, or no hash."""
+    train_T = column_of_bytes(sha256_N[:train_rows][::-1])
+    place_Q = pc.index_in(column_of_bytes(sha256_N[train_rows:]), train_T).fill_null(-1).to_numpy()
+    return np.where((place_Q >= 0) & sha256_N[train_rows:].any(axis=1), train_rows - 1 - place_Q, -1)
 
 
 def _choose(
-    dataset: DatasetParams, found: Found, name: str, split: Split, classes: list[str], seed: int, passed_over: set[str]
+    dataset: DatasetParams,
+    readable: Callable[[list[str], set[str]], Readable],
+    name: str,
+    split: Split,
+    classes: list[str],
+    seed: int,
+    passed_over: set[str],
 ) -> tuple[list[str], np.ndarray]:
     """Paths and labels of a split after drawing a seeded subset; unreadable images, where they are skipped, are added to `passed_over`."""
     number = {class_name: label for label, class_name in enumerate(classes)}
     labels_N = np.array([number[class_name] for class_name in split.class_names], np.int64)
     if not split.classes:
         labels_N = np.full(len(split.paths), -1)
-    rows = draw_subset(dataset, name, labels_N, seed, _readable(dataset, found, split.paths, passed_over))
+    rows = draw_subset(dataset, name, labels_N, seed, readable(split.paths, passed_over))
     if not len(rows):  # none can be read: why, is said of those that are drawn
         passed_over.difference_update(split.paths)
         rows = draw_subset(dataset, name, labels_N, seed)
-    return [split.paths[row] for row in rows.tolist()], labels_N[rows]
+    return split.paths if len(rows) == len(split.paths) else [split.paths[row] for row in rows.tolist()], labels_N[rows]
 
 
-def _judge_bad(dataset: DatasetParams, paths: list[str], checked: list[Checked], some_train: bool, way_out: str) -> None:
+def _judge_bad(dataset: DatasetParams, paths: list[str], checks: Checks, some_train: bool, way_out: str) -> None:
     """Raises UserError with a line for each unreadable file, unless such files are to be skipped and train images are left; if only those
     are not, with `way_out`."""
-    bad = [(path, row, file.reason) for row, (path, file) in enumerate(zip(paths, checked, strict=True)) if file.reason]
+    bad = [(paths[row], row, reason) for row, reason in sorted(checks.reasons.items())]
     if not bad:
         return
     lines = [f"dataset.root = {dataset.root}: {path} (row {row}) cannot be read: {reason}" for path, row, reason in bad[:BAD_LINES]]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bingo.datasets import digits
+from bingo.datasets.known import KnownFiles
 from bingo.datasets.layout import Say, count_splits
 from bingo.datasets.subset import Counts, check_subset, draw_subset
 from bingo.images.listing import Listing, memory_listing
@@ -22,14 +23,19 @@ _CIFAR = Counts(50_000, 10_000)
 
 
 def scan(
-    dataset: DatasetParams, seed: int, say: Say = lambda line: None, judge: Callable[[Counts], None] | None = None
+    dataset: DatasetParams,
+    seed: int,
+    say: Say = lambda line: None,
+    judge: Callable[[Counts], None] | None = None,
+    known: KnownFiles | None = None,
 ) -> tuple[Listing, np.ndarray | Positions | None]:
     """The listing and the images, uint8 (N, S, S, 3) with S = store_px; where files are decoded at use, their positions in shards or in a
     saved dataset, or None for those of a folder.
 
     Train rows first, each split in the order of its names. `say` is given a line for each thing of files that is assumed or passed
     over. `judge` is given how many images were found, before any is drawn or read, and raises UserError where they do not suffice;
-    without it: where fewer were found than `dataset` asks for. Raises UserError for everything that is wrong with the data.
+    without it: where fewer were found than `dataset` asks for. What is `known` of files is not found out again.
+    Raises UserError for everything that is wrong with the data.
     """
     judge = judge or partial(check_subset, dataset)
     if dataset.source == "digits":
@@ -38,7 +44,7 @@ def scan(
     if dataset.source in FILE_SOURCES:
         from bingo.datasets.folder import scan_files
 
-        return scan_files(dataset, seed, say, judge)
+        return scan_files(dataset, seed, say, judge, known)
     from bingo.datasets.cifar import scan_cifar
 
     judge(_CIFAR)

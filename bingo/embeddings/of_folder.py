@@ -56,13 +56,13 @@ def embed_folder(
 def _readable(root: Path, paths: list[str], skip_bad: bool) -> tuple[list[str], list[str], int | None]:
     """The images that can be decoded, those that cannot, and `gray_bits` as in a Listing. Raises UserError with their names and reasons."""
     files = FileImages(str(root), paths, follow_links=True)  # links out of the root were refused when it was listed
-    checked, _ = check_files(files, decode=True, store_px=None)
-    reasons = {path: file.reason for path, file in zip(paths, checked, strict=True) if file.reason is not None}
+    checks, _ = check_files(files, decode=True, store_px=None)
+    reasons = {paths[row]: reason for row, reason in sorted(checks.reasons.items())}
     if reasons and (not skip_bad or len(reasons) == len(paths)):
         lines = [f"{path}: cannot be read ({reason})" for path, reason in list(reasons.items())[:BAD_LINES]]
         way_out = "repair or delete them" + ("" if skip_bad else ", or leave them out with --on-bad-image skip")
         raise UserError([*lines, f"FOLDER = {root}: {len(reasons)} of {len(paths)} images are unreadable; {way_out}"])
-    return [path for path in paths if path not in reasons], list(reasons), common_bits(files, checked, None)
+    return [path for path in paths if path not in reasons], list(reasons), common_bits(files, checks, None)
 
 
 def _features(network: StoredNetwork, images: FileImages, device: torch.device, batch_images: int) -> Iterator[np.ndarray]:

@@ -7,12 +7,13 @@ The metadata hold a sha256 of every column of every row group and of the metadat
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bingo.runtime.artefacts import canonical_json, fingerprint, read_json, write_bytes, write_json
@@ -23,6 +24,7 @@ _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.in
 _HELD_OUT = "held_out"  # in the metadata where test images were drawn
 _KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "gray_bits", "group_rows", "columns", "checksum")
 PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # what damaged files make pyarrow raise
+_PLAIN = r"^[ !#-\[\]-~]*$"  # what JSON in ASCII does not escape
 _GROUP_ROWS = 65536  # what `listing_rows` reads for one row
 
 
@@ -77,31 +79,62 @@ class Listing:
         return "train" if row < self.train_rows else "test"
 
 
-@dataclass(frozen=True)
-class Content:
-    """The identity of one image: its size in bytes, and the sha256 of its bytes (None if only headers were read)."""
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """The identity of N images: their sizes in bytes, int64 (N,), and the sha256 of their bytes, uint8 (N, 32); None if only headers were
+    read."""
 
-    size_bytes: int
-    sha256: str | None
+    sizes_N: np.ndarray
+    sha256_N: np.ndarray | None
+
+    def part(self, rows_n: np.ndarray) -> "Contents":
+        """Those of some images."""
+        return Contents(self.sizes_N[rows_n], None if self.sha256_N is None else self.sha256_N[rows_n])
 
 
-def listing_fingerprint(header: dict, paths: list[str], contents: Iterable[Content], labels_N: np.ndarray, train_rows: int) -> str:
+def listing_fingerprint(header: dict, paths: Sequence[str], contents: Contents, labels_N: np.ndarray, train_rows: int) -> str:
     """32 hex digits over `header` (dataset, classes, stored size) and the ordered rows: path, bytes, content, label, split.
 
-    Times, owners and locations are not included: the same images in another folder have the same fingerprint.
+    Times, owners and locations are not included: the same images in another folder have the same fingerprint. Hashed is the JSON of
+    [path, size_bytes, sha256, label, split], a line for each row.
     """
     hasher = hashlib.sha256(canonical_json(header).encode())
-    for row, (path, content, label) in enumerate(zip(paths, contents, labels_N.tolist(), strict=True)):
-        split = "train" if row < train_rows else "test"
-        hasher.update(json.dumps([path, content.size_bytes, content.sha256, label, split]).encode() + b"\n")
+    for split, start, end in (("train", 0, train_rows), ("test", train_rows, len(paths))):
+        for first in range(start, end, _GROUP_ROWS):
+            rows = slice(first, min(first + _GROUP_ROWS, end))
+            sizes, labels = (pc.cast(pa.array(x[rows]), pa.string()) for x in (contents.sizes_N, labels_N))
+            hashes = pa.scalar("null") if contents.sha256_N is None else _quoted(_hex(contents.sha256_N[rows]))
+            columns = [_json_strings(pa.array(paths[rows], pa.string())), sizes, hashes, labels, pa.scalar(f'"{split}"]\n')]
+            lines = pc.binary_join_element_wise(pa.scalar("["), pc.binary_join_element_wise(*columns, ", "), "")
+            offsets = np.frombuffer(lines.buffers()[1], np.int32)
+            hasher.update(memoryview(lines.buffers()[2])[offsets[lines.offset] : offsets[lines.offset + len(lines)]])
     return hasher.hexdigest()[:32]
+
+
+def _quoted(text: pa.Array) -> pa.Array:
+    return pc.binary_join_element_wise(pa.scalar('"'), text, pa.scalar('"'), "")
+
+
+def _json_strings(text: pa.Array) -> pa.Array:
+    """Strings as `json.dumps` writes them."""
+    if pc.all(pc.match_substring_regex(text, _PLAIN)).as_py():
+        return _quoted(text)
+    return pa.array([json.dumps(one) for one in text.to_pylist()])
+
+
+def _hex(hashes_n: np.ndarray) -> pa.Array:
+    """Rows of bytes, uint8 (n, 32), as hex digits."""
+    digits = 2 * hashes_n.shape[1]
+    offsets = pa.py_buffer(np.arange(0, digits * len(hashes_n) + 1, digits, dtype=np.int32))
+    return pa.StringArray.from_buffers(len(hashes_n), offsets, pa.py_buffer(hashes_n.tobytes().hex().encode()))
 
 
 def memory_listing(
     name: str, paths: list[str], labels_N: np.ndarray, train_rows: int, classes: list[str], images_NSS3: np.ndarray
 ) -> Listing:
     """The listing of images without files: a row's content is its stored pixels."""
-    contents = [Content(image.nbytes, hashlib.sha256(image.tobytes()).hexdigest()) for image in images_NSS3]
+    hashes = [np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8) for image in images_NSS3]
+    contents = Contents(np.full(len(hashes), images_NSS3[:1].nbytes), np.array(hashes, np.uint8).reshape(-1, 32))
     header = {"dataset": name, "classes": classes, "store_px": images_NSS3.shape[1]}
     fingerprint = listing_fingerprint(header, paths, contents, labels_N, train_rows)
     return Listing(name, paths, labels_N, train_rows, classes, [], fingerprint)
@@ -110,8 +143,8 @@ def memory_listing(
 def write_listing(path: Path | str, listing: Listing) -> None:
     """Write the listing as parquet with columns row, path, label, split; everything else is in the schema's metadata."""
     n = len(listing)
-    splits = ["train"] * listing.train_rows + ["test"] * (n - listing.train_rows)
-    columns = [pa.array(column) for column in (np.arange(n), listing.paths, listing.labels_N, splits)]
+    splits = pa.concat_arrays([pa.repeat("train", listing.train_rows), pa.repeat("test", n - listing.train_rows)])
+    columns = [pa.array(np.arange(n)), pa.array(listing.paths, pa.string()), pa.array(listing.labels_N), splits]
     table = pa.table(columns, schema=_SCHEMA)
     metadata = {
         "dataset": listing.dataset,
@@ -182,7 +215,7 @@ def read_listing(path: Path | str) -> Listing:
 def _from_table(path: Path | str, table: pa.Table, metadata: dict[str, str]) -> Listing:
     paths = table["path"].to_pylist()
     labels_N = table["label"].to_numpy().copy()
-    is_train_N = np.array(table["split"].to_pylist(), dtype=str) == "train"
+    is_train_N = pc.equal(table["split"], "train").to_numpy()
     train_rows, classes = int(is_train_N.sum()), json.loads(metadata["classes"])
     is_whole = (str(len(paths)), str(train_rows)) == (metadata["rows"], metadata["train_rows"])
     in_order = np.array_equal(table["row"].to_numpy(), np.arange(len(paths))) and bool(is_train_N[:train_rows].all())

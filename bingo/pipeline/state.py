@@ -43,7 +43,7 @@ def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
     It is in the original repository even if DVC runs an experiment elsewhere, so that a second run finds the checkpoint.
     It goes when the work is done: at once, or where DVC started the stage, when its outputs are in DVC's hands (`sweep`).
     """
-    folder = _root() / stage / fingerprint(values)
+    folder = state_root() / stage / fingerprint(values)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         first = os.environ.get("RANK", "0") == "0"
@@ -78,9 +78,9 @@ def _end(folder: Path) -> None:
 
 def sweep() -> None:
     """Finished -> absent, for all stages whose outputs DVC has committed; and what an interrupted removal left goes."""
-    for leftover in _root().glob("*/.*.partial"):
+    for leftover in state_root().glob("*/.*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for mark in _root().glob(f"*/*/{_FINISHED}"):
+    for mark in state_root().glob(f"*/*/{_FINISHED}"):
         try:
             finished = read_json(mark)
         except UserError:
@@ -112,5 +112,6 @@ def _entry(stage: str) -> str | None:
     return fingerprint(entry)
 
 
-def _root() -> Path:
+def state_root() -> Path:
+    """The folder of all states, one for the repository and its experiments."""
     return Path(os.environ.get("BINGO_STATE_DIR") or Path(os.environ.get("DVC_ROOT", ".")) / ".bingo/state")

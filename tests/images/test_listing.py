@@ -1,5 +1,7 @@
 """The listing's file: whole again after reading, equal bytes for equal content, refused where it is damaged."""
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from bingo.browse.listing_rows import ListingRows
 from bingo.images.images import MemoryImages, open_images, write_images
 from bingo.images.listing import (
-    Content,
+    Contents,
     Listing,
     listing_fingerprint,
     read_judged_listing,
@@ -20,6 +22,7 @@ from bingo.images.listing import (
     write_listing,
 )
 from bingo.params import load_params
+from bingo.runtime.artefacts import canonical_json
 from bingo.runtime.errors import UserError
 
 LISTING = Listing(
@@ -126,23 +129,39 @@ def test_impossible_rows_are_refused(tmp_path, wrong):
 
 
 def test_fingerprint_changes_with_every_part_of_a_row():
-    contents = [Content(10, "aa"), Content(20, "bb"), Content(30, None)]
-    header = {"dataset": "folder"}
+    header, hashes = {"dataset": "folder"}, np.arange(96, dtype=np.uint8).reshape(3, 32)
+    contents = Contents(np.array([10, 20, 30]), hashes)
 
     def fingerprint(paths=LISTING.paths, contents=contents, labels=LISTING.labels_N, train_rows=2, header=header) -> str:
         return listing_fingerprint(header, paths, contents, labels, train_rows)
 
     others = [
         fingerprint(paths=["other", *LISTING.paths[1:]]),
-        fingerprint(contents=[Content(11, "aa"), *contents[1:]]),
-        fingerprint(contents=[Content(10, "ab"), *contents[1:]]),
+        fingerprint(contents=Contents(np.array([11, 20, 30]), hashes)),
+        fingerprint(contents=Contents(np.array([10, 20, 30]), hashes + np.eye(3, 32, dtype=np.uint8))),
+        fingerprint(contents=Contents(np.array([10, 20, 30]), None)),
         fingerprint(labels=np.array([1, 1, 0])),
         fingerprint(train_rows=1),
         fingerprint(header={"dataset": "other"}),
-        fingerprint(paths=LISTING.paths[::-1], contents=contents[::-1], labels=LISTING.labels_N[::-1]),
+        fingerprint(paths=LISTING.paths[::-1], contents=contents.part(np.array([2, 1, 0])), labels=LISTING.labels_N[::-1]),
     ]
     assert fingerprint() == fingerprint()
     assert len({fingerprint(), *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_the_fingerprint_is_that_of_a_line_of_json_for_each_row(monkeypatch, hashed):
+    monkeypatch.setattr("bingo.images.listing._GROUP_ROWS", 3)
+    paths = ["a/b.jpg", 'a/quote".jpg', "a/back\\slash", "caf\u00e9/\U0001f600", "tab\t", "del\x7f", "~plain [x]", "b"]
+    sizes, labels, train_rows = np.arange(8) * 10**10, np.arange(8) - 1, 4
+    hashes = np.random.default_rng(0).integers(0, 256, (8, 32), dtype=np.uint8)
+    hasher = hashlib.sha256(canonical_json({"dataset": "folder"}).encode())
+    for row, path in enumerate(paths):
+        sha256 = hashes[row].tobytes().hex() if hashed else None
+        line = [path, int(sizes[row]), sha256, int(labels[row]), "train" if row < train_rows else "test"]
+        hasher.update(json.dumps(line).encode() + b"\n")
+    found = listing_fingerprint({"dataset": "folder"}, paths, Contents(sizes, hashes if hashed else None), labels, train_rows)
+    assert found == hasher.hexdigest()[:32]
 
 
 def test_images_are_read_back_and_another_listings_are_refused(tmp_path):
@@ -184,7 +203,7 @@ def test_files_need_their_root(tmp_path):
 
 def test_a_path_is_found_in_another_case_or_unicode_form(tmp_path):
     paths = ["a/caf\u00e9.png", "a/CAFE.png", "b/X.png", "b/x.png", "c/e\u0301.JPG"]
-    content = [Content(1, None)] * 5
+    content = Contents(np.ones(5, np.int64), None)
     labels = np.zeros(5, np.int64)
     listing = Listing("folder", paths, labels, 5, ["a"], [], listing_fingerprint({}, paths, content, labels, 5))
     write_listing(tmp_path / "listing.parquet", listing)

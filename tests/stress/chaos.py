@@ -219,8 +219,8 @@ class ChaosWorkspace:
         return {str(file.relative_to(self.root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(found)}
 
     def state(self) -> list[str]:
-        """What lies in the folder of unfinished stages, but for what waits there until DVC has committed the outputs."""
-        found = (path for path in (self.root / ".bingo/state").glob("*/*") if path.name != "committed.json")
+        """What lies in the folder of unfinished stages, but for what waits until DVC has committed the outputs, and what scan remembers."""
+        found = (path for path in (self.root / ".bingo/state").glob("*/*") if path.name != "committed.json" and path.parent.name != "scan")
         return sorted(str(path.relative_to(self.root)) for path in found if not (path / "finished.json").exists())
 
     def mend_dvc(self, text: str) -> bool:

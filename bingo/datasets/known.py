@@ -1,0 +1,121 @@
+"""What earlier scans have found of files that have not changed since: a killed scan goes on, and one of an unchanged folder reads no file.
+
+A file has not changed if path, size, both times of change in nanoseconds and inode are what they were, as for Git. Outputs do not depend on
+this: what is not known, or damaged, is read. Shape letter: N files.
+"""
+
+import os
+import time
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bingo.runtime.artefacts import fingerprint, write_bytes
+from bingo.runtime.checksums import Damaged, seal, unseal
+
+SAVED_FILES = 65536  # after so many files what was found of them is saved
+_SETTLED_NS = 2 * 10**9  # a file that was changed just before may change again within the clock's resolution
+_PATH, _IDENTITY = "path", "identity"
+_SCHEMA = pa.schema(
+    {
+        _PATH: pa.string(), _IDENTITY: pa.binary(32), "size_bytes": pa.int64(), "sha256": pa.binary(32), "largest": pa.int32(),
+        "deep_colours": pa.bool_(), "reason": pa.string(),
+    }
+)  # fmt: skip
+
+
+class KnownFiles:
+    """The results for files, kept in `folder`. `made_by`: what identifies the code that checks; results of other code are forgotten."""
+
+    def __init__(self, folder: Path, made_by: str):
+        self._folder, self._made_by = folder, made_by
+        self._tables: dict[str, pa.Table] = {}  # by place: all that is known
+        self._used: dict[str, list[pa.Table]] = {}  # and what this scan has asked for
+        self._new: dict[str, int] = {}
+
+    def find(self, place: str, paths: Sequence[str], identity_N4: np.ndarray) -> tuple[np.ndarray, pa.Table]:
+        """Which of N files have not changed, bool (N,), and the rows known of those. `place`: what identifies folder and kind of check."""
+        if place not in self._tables:
+            parts = [self._read(path) for path in sorted(self._folder.glob(f"{self._name(place)}-*"), reverse=True)]
+            self._tables[place] = pa.concat_tables([_SCHEMA.empty_table(), *(part for part in parts if part is not None)])
+        known = self._tables[place]
+        if not len(known):
+            return np.zeros(len(paths), bool), known
+        names = pa.chunked_array([pa.array(paths, pa.string())])
+        if len(known) == len(names) and known[_PATH].equals(names):
+            place_N = np.arange(len(names))
+        else:
+            place_N = pc.index_in(names, known[_PATH].combine_chunks()).fill_null(-1).to_numpy()
+        same_N = (identities(known)[place_N] == identity_N4).all(axis=1) & (place_N >= 0) & (identity_N4[:, 0] >= 0)
+        whole = len(known) == len(names) and bool(same_N.all())
+        found = known if whole else known.take(pa.array(place_N[same_N]))
+        self._used.setdefault(place, []).append(found)
+        return same_N, found
+
+    def add(self, place: str, paths: Sequence[str], identity_N4: np.ndarray, columns: dict[str, pa.Array], begun_ns: int) -> None:
+        """Save what was found of some files, whose identity was taken after `begun_ns` and before they were read."""
+        settled_N = pa.array(identity_N4[:, 2] < begun_ns - _SETTLED_NS)
+        identity = column_of_bytes(identity_N4.view(np.uint8))
+        table = pa.table({_PATH: pa.array(paths, pa.string()), _IDENTITY: identity, **columns}, schema=_SCHEMA).filter(settled_N)
+        self._used.setdefault(place, []).append(table)
+        self._new[place] = self._new.get(place, 0) + len(table)
+        self._write(place, table)
+
+    def keep(self) -> None:
+        """Keep what this scan has asked for, in one part of each place, and forget the rest."""
+        for place, tables in self._used.items():
+            old = list(self._folder.glob(f"{fingerprint(place)}-*"))
+            if self._new.get(place) or len(old) > 1:
+                kept = self._write(place, pa.concat_tables(tables))
+                for path in old:
+                    path.unlink(missing_ok=True) if path != kept else None
+
+    def _name(self, place: str) -> str:
+        return f"{fingerprint(place)}-{self._made_by}"
+
+    def _read(self, path: Path) -> pa.Table | None:
+        try:
+            table = pa.ipc.open_stream(pa.py_buffer(unseal(path.read_bytes()))).read_all()
+            return table if table.schema.equals(_SCHEMA) else None
+        except (OSError, Damaged, pa.ArrowException):
+            return None
+
+    def _write(self, place: str, table: pa.Table) -> Path:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        path = self._folder / f"{self._name(place)}-{time.time_ns():020d}"
+        write_bytes(path, seal(sink.getvalue()))
+        return path
+
+
+def identities(known: pa.Table) -> np.ndarray:
+    """The column of identities, int64 (N, 4)."""
+    return fixed_bytes(known[_IDENTITY]).view(np.int64)
+
+
+def column_of_bytes(x_n32: np.ndarray) -> pa.Array:
+    """uint8 (n, 32) as a column of 32 bytes a row."""
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(x_n32), [None, pa.py_buffer(np.ascontiguousarray(x_n32))])
+
+
+def fixed_bytes(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of 32 bytes a row as uint8 (N, 32)."""
+    parts = [np.frombuffer(part.buffers()[1], np.uint8).reshape(-1, 32)[part.offset :][: len(part)] for part in column.chunks if len(part)]
+    return np.concatenate([np.empty((0, 32), np.uint8), *parts])
+
+
+def identity_of(root: str, paths: Sequence[str]) -> np.ndarray:
+    """Size, time of change of content and of inode in ns, and inode of each file, int64 (N, 4); -1 of one that cannot be found."""
+    numbers = array("q")
+    for path in paths:
+        try:
+            found = os.stat(f"{root}/{path}")  # noqa: PTH116 (millions of times)
+            numbers.extend((found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+        except OSError:
+            numbers.extend((-1, -1, -1, -1))
+    return np.frombuffer(numbers, np.int64).reshape(-1, 4)

@@ -1,0 +1,132 @@
+"""What scans remember of files: nothing that changed is taken for unchanged, a killed scan goes on, and no output depends on it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bingo.datasets import filecheck, known
+from bingo.datasets.known import KnownFiles
+from bingo.datasets.sources import scan
+from bingo.images.listing import write_listing
+from tests.datasets.test_sources import folder
+from tests.photographs import photographs
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Photographs in two classes, among them a grey one of 16 bits, a copy of a train image in the test split, and a file that is none."""
+    for place in ("train/a", "train/b", "val/a"):
+        (tmp_path / "photos" / place).mkdir(parents=True)
+        photographs(tmp_path / "photos" / place)
+    Image.fromarray(np.arange(2500, dtype=np.uint16).reshape(50, 50)).save(tmp_path / "photos/train/b/deep.png")
+    (tmp_path / "photos/train/a/broken.jpg").write_bytes((tmp_path / "photos/train/a/420.jpg").read_bytes()[:400])
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """The paths that scans read; files count as settled at once."""
+    paths, check = [], filecheck._check
+
+    def noting(files, row, *arguments):
+        paths.append(files.paths[row])
+        return check(files, row, *arguments)
+
+    monkeypatch.setattr(filecheck, "_check", noting)
+    monkeypatch.setattr(known, "_SETTLED_NS", -(10**18))
+    return paths
+
+
+def scanned(photos: Path, state: Path | None, made_by: str = "this", **changes):
+    """Bytes of the listing, and what the scan said."""
+    remembered, said = KnownFiles(state, made_by) if state else None, []
+    listing, _ = scan(folder(photos, on_bad_image="skip", **changes), 0, said.append, known=remembered)
+    write_listing(photos.parent / "listing.parquet", listing)
+    if remembered:
+        remembered.keep()
+    return (photos.parent / "listing.parquet").read_bytes(), said
+
+
+@pytest.mark.parametrize("changes", [{}, {"check": "header"}, {"train_images": 20}, {"check": "header", "test_images": 3}])
+def test_an_unchanged_folder_is_not_read_again_and_gives_the_same_listing(photos, read, tmp_path, changes):
+    wanted = scanned(photos, None, **changes)
+    first = list(dict.fromkeys(read))
+    for _ in range(2):
+        read.clear()
+        assert scanned(photos, tmp_path / "state", **changes) == wanted
+    assert first
+    assert not read
+    assert len(list((tmp_path / "state").iterdir())) == 1
+
+
+def test_every_way_to_change_a_file_is_noticed(photos, read, tmp_path):
+    scanned(photos, tmp_path / "state")
+    files = {name: photos / "train/a" / name for name in ("420.jpg", "422.jpg", "444.jpg", "grey.jpg", "exif.jpg", "photo.png")}
+    before = {name: (path.read_bytes(), path.stat()) for name, path in files.items()}
+
+    def restore_times(name: str) -> None:
+        os.utime(files[name], ns=(before[name][1].st_atime_ns, before[name][1].st_mtime_ns))
+
+    content = bytearray(before["420.jpg"][0])
+    content[-20] ^= 1
+    files["420.jpg"].write_bytes(content)  # in place, of the same size, with the old time
+    restore_times("420.jpg")
+    shutil.copy(files["444.jpg"], tmp_path / "other.jpg")
+    os.utime(tmp_path / "other.jpg", ns=(before["422.jpg"][1].st_atime_ns, before["422.jpg"][1].st_mtime_ns))
+    (tmp_path / "other.jpg").rename(files["422.jpg"])  # another file under the name
+    files["444.jpg"].touch()
+    files["grey.jpg"].unlink()
+    files["exif.jpg"].rename(photos / "train/a/renamed.jpg")
+    files["photo.png"].write_bytes(before["photo.png"][0] + b"behind")
+    read.clear()
+    found = scanned(photos, tmp_path / "state")
+    assert sorted(read) == [f"train/a/{name}" for name in ("420.jpg", "422.jpg", "444.jpg", "photo.png", "renamed.jpg")]
+    assert found == scanned(photos, None)
+
+
+def test_a_scan_that_was_ended_goes_on(photos, read, tmp_path, monkeypatch):
+    monkeypatch.setattr(filecheck, "SAVED_FILES", 8)
+    wanted = scanned(photos, None)
+    every = sorted(read)
+    saved, write = [], known.write_bytes
+
+    def ended(path, content):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(known, "write_bytes", ended)
+    with pytest.raises(KeyboardInterrupt):
+        scanned(photos, tmp_path / "state")
+    monkeypatch.setattr(known, "write_bytes", write)
+    read.clear()
+    assert scanned(photos, tmp_path / "state") == wanted
+    assert len(read) == len(every) - 3 * 8
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut off", "of other code"])
+def test_what_is_damaged_or_of_other_code_is_found_out_again(photos, read, tmp_path, damage):
+    wanted = scanned(photos, tmp_path / "state", made_by="other" if damage == "of other code" else "this")
+    (part,) = (tmp_path / "state").iterdir()
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= damage == "flipped"
+    part.write_bytes(content[: len(content) // (2 if damage == "cut off" else 1)])
+    every = sorted(read)
+    read.clear()
+    assert scanned(photos, tmp_path / "state") == wanted
+    assert sorted(read) == every
+    assert len(list((tmp_path / "state").iterdir())) == 1
+
+
+def test_a_file_that_was_just_written_is_read_again(photos, read, tmp_path, monkeypatch):
+    monkeypatch.setattr(known, "_SETTLED_NS", 2 * 10**9)
+    scanned(photos, tmp_path / "state")
+    every = sorted(read)
+    read.clear()
+    scanned(photos, tmp_path / "state")
+    assert sorted(read) == every
