@@ -6,9 +6,9 @@
 
 Tables, each of variants that take turns; printed are medians and, in brackets, the smallest and the largest of the repeats.
   files     JPEG files to views, with as many workers: bare decode by Pillow and by simplejpeg (each file read and decoded to RGB, nothing
-            else: the limit), this project's workers (uint8 crops, one and three for each decoded image), the whole loader (coloured,
-            normalised, on the device), on a GPU also with nvJPEG, and torchvision's transforms on each image in the workers. The goal is
-            85 % of a bare decode.
+            else: the limit), this project's workers (uint8 crops, one and three for each decoded image, one also from a tar shard of the
+            same files), the whole loader (coloured, normalised, on the device), on a GPU also with nvJPEG, and torchvision's transforms
+            on each image in the workers. The goal is 85 % of a bare decode. CPU: of this process, which is all with --workers 0.
   pixels    how far the pixels of the device's decoder (nvJPEG; on the CPU torchvision's libjpeg) are from simplejpeg's, in levels of 255
   colours   uint8 crops on the device to coloured, normalised views: this project's, kornia's (if it is installed: it is not a dependency
             of this project) and torchvision's image by image
@@ -18,6 +18,8 @@ The first batches of each turn are not timed: workers start in them.
 
 import argparse
 import importlib.util
+import os
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +38,7 @@ from torchvision import transforms
 from benchmarks.bench_extract import CASES, MEAN, STD, make_images
 from benchmarks.bench_step import StepCase, bare_step, spread
 from benchmarks.parser import Parser
+from bingo.datasets.shards import read_shards
 from bingo.images.augment import cropped_views
 from bingo.images.decoding import DecodePlan, FileDecoder
 from bingo.images.draws import draw_views
@@ -121,12 +124,22 @@ def plain_batches(paths: list[Path], read: Callable[[Path], Tensor], options: ar
         yield views.to(device, non_blocking=True)
 
 
-def file_variants(images: FileImages, paths: list[Path], options: argparse.Namespace) -> dict[str, Batches]:
+def packed(images: FileImages, shard: Path) -> FileImages:
+    """The same images from a tar shard, which is written."""
+    with tarfile.open(shard, "w") as tar:
+        for path in dict.fromkeys(images.paths):
+            tar.add(Path(images.root, path), path)
+    members = read_shards(str(shard), False, "shard")
+    row_of = {path: row for row, path in enumerate(members.paths)}
+    return FileImages(str(shard.parent), images.paths, positions=members.positions.part([row_of[path] for path in images.paths]))
+
+
+def file_variants(images: FileImages, shard: FileImages, paths: list[Path], options: argparse.Namespace) -> dict[str, Batches]:
     """The variants of the first table."""
     batch, device = options.batch_images, torch.device(options.device)
     rows_NB = np.arange(len(images) // batch * batch).reshape(-1, batch)
 
-    def workers_part(views: int) -> Iterator[object]:
+    def workers_part(views: int, images: FileImages = images) -> Iterator[object]:
         decoder = FileDecoder(images, options.workers, pin=device.type == "cuda")
         rows_NT = np.tile(rows_NB, (1, views))
         view_T = np.repeat(np.arange(views), batch)
@@ -145,6 +158,7 @@ def file_variants(images: FileImages, paths: list[Path], options: argparse.Names
         "bare decode, Pillow": lambda: plain_batches(paths, by_pillow, options),
         "bare decode, simplejpeg": lambda: plain_batches(paths, by_simplejpeg, options),
         "workers' part, 1 view": lambda: workers_part(1),
+        "workers' part, 1 view, shard": lambda: workers_part(1, shard),
         "workers' part, 3 views": lambda: workers_part(3),
         "whole loader, 1 view": lambda: whole(1, "cpu"),
         "whole loader, 3 views": lambda: whole(3, "cpu"),
@@ -164,6 +178,11 @@ def images_per_second(batches: Iterable[object], batch: int, device: torch.devic
     return timed * batch / (time.perf_counter() - begun)
 
 
+def cpu_seconds() -> float:
+    """User and system time of this process."""
+    return sum(os.times()[:2])
+
+
 def settle(device: torch.device) -> None:
     """Wait for what a GPU has still to do."""
     if device.type == "cuda":
@@ -176,17 +195,20 @@ def files_table(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = photographs(Path(options.folder), options.images) if options.folder else made(Path(folder), options.images)
         paths = [Path(images.root) / path for path in images.paths]
-        variants = file_variants(images, paths, options)
+        variants = file_variants(images, packed(images, Path(folder, "shard.tar")), paths, options)
         rates: dict[str, list[float]] = {name: [] for name in variants}
+        cpu_ms: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(options.repeats):
             for name, make in variants.items():
+                begun = cpu_seconds()
                 rates[name].append(images_per_second(make(), batch, device))
+                cpu_ms[name].append(1e3 * (cpu_seconds() - begun) / (len(images) // batch * batch))
         kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1e3
     print(f"files: {len(images)} JPEG files of {kilobytes:.0f} kB, {CASE.crop_px} px, batch {batch}, {options.workers} workers, {device}")
-    print(f"    {'':<26}{'images/s':>30}{'% of Pillow':>26}{'% of simplejpeg':>26}")
+    print(f"    {'':<26}{'images/s':>30}{'% of Pillow':>26}{'% of simplejpeg':>26}{'CPU ms/image':>26}")
     for name, values in rates.items():
         shares = [[100 * a / b for a, b in zip(values, rates[f"bare decode, {bare}"], strict=True)] for bare in ("Pillow", "simplejpeg")]
-        print(f"    {name:<26}{spread(values, 1):>30}{spread(shares[0], 1):>26}{spread(shares[1], 1):>26}")
+        print(f"    {name:<26}{spread(values, 1):>30}{spread(shares[0], 1):>26}{spread(shares[1], 1):>26}{spread(cpu_ms[name]):>26}")
 
 
 def pixels_table(options: argparse.Namespace) -> None:
