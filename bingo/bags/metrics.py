@@ -101,9 +101,13 @@ def shares_in_words(metrics: dict[str, Any]) -> str:
 
 def same_and_known(members_TK: np.ndarray, labels_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Number of listed members with the anchor's label, and with any label if the anchor has one: two int64 arrays (T,)."""
-    member_labels_TK = np.where(members_TK >= 0, labels_T[members_TK], -1)
-    known_TK = (member_labels_TK >= 0) & (labels_T >= 0)[:, None]
-    return (known_TK & (member_labels_TK == labels_T[:, None])).sum(axis=1), known_TK.sum(axis=1)
+    same_T, known_T = np.zeros(len(members_TK), np.int64), np.zeros(len(members_TK), np.int64)
+    for members_T in members_TK.T:  # a column at a time bounds the memory
+        member_labels_T = np.where(members_T >= 0, labels_T[members_T], -1)
+        both_T = (member_labels_T >= 0) & (labels_T >= 0)
+        same_T += both_T & (member_labels_T == labels_T)
+        known_T += both_T
+    return same_T, known_T
 
 
 def _whole_bag_purity(cluster_T: np.ndarray, labels_T: np.ndarray) -> float:
@@ -149,7 +153,9 @@ def _spread(counts: np.ndarray) -> dict[str, float]:
 def _quantiles(cosines: np.ndarray) -> dict[str, float]:
     if not len(cosines):
         return {}
-    return {f"p{percent:02d}": _round(np.quantile(cosines, percent / 100)) for percent in (1, 5, 25, 50, 75, 95, 99)}
+    percents = (1, 5, 25, 50, 75, 95, 99)
+    found = np.quantile(cosines, (np.array(percents) / 100).astype(cosines.dtype))
+    return {f"p{percent:02d}": _round(x) for percent, x in zip(percents, found, strict=True)}
 
 
 def _round(x: Any) -> float:

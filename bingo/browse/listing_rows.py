@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bingo.images.listing import PARQUET_DAMAGE, column_digest, metadata_of
+from bingo.images.listing import PARQUET_DAMAGE, column_digest, first_outside, metadata_of
 from bingo.runtime.errors import UserError, reason_of
-from bingo.runtime.inside import leads_out
 
 _COLUMNS = ["row", "path", "label", "split"]
 _MOST_HINTS = 3
@@ -139,8 +138,8 @@ class ListingRows:
         column = self._file.read_row_group(group, columns=[name])[name]
         if column_digest(column) != self._digests[name][group]:
             raise ValueError(f"column {name} of row group {group} does not fit its checksum")
-        if name == "path" and (outside := [path for path in column.to_pylist() if leads_out(path)]):
-            raise ValueError(f"{outside[0]} leads out of the dataset's folder")
+        if name == "path" and (outside := first_outside(column)):
+            raise ValueError(f"{outside} leads out of the dataset's folder")
         return column
 
     @contextmanager

@@ -72,7 +72,7 @@ class FileImages:
     def __init__(
         self,
         root: str,
-        paths: list[str],
+        paths: Sequence[str],
         follow_links: bool = False,
         gray_bits: int | None = None,
         jpeg_decoder: str = "cpu",

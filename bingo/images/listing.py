@@ -7,9 +7,10 @@ The metadata hold a sha256 of every column of every row group and of the metadat
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,6 @@ import pyarrow.parquet as pq
 
 from bingo.runtime.artefacts import canonical_json, fingerprint, read_json, write_bytes, write_json
 from bingo.runtime.errors import UserError
-from bingo.runtime.inside import leads_out
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
 _HELD_OUT = "held_out"  # in the metadata where test images were drawn
@@ -26,6 +26,48 @@ _KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "
 PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # what damaged files make pyarrow raise
 _PLAIN = r"^[ !#-\[\]-~]*$"  # what JSON in ASCII does not escape
 _GROUP_ROWS = 65536  # what `listing_rows` reads for one row
+
+
+class Paths(Sequence[str]):
+    """Strings that stay in a column of Arrow: millions of Python's take several times the memory. Equal to a list of the same strings."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @overload
+    def __getitem__(self, rows: int) -> str: ...
+    @overload
+    def __getitem__(self, rows: slice) -> "Paths": ...
+    def __getitem__(self, rows: int | slice) -> "str | Paths":
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            return Paths(
+                self.column.slice(start, max(0, stop - start)) if step == 1 else self.column.take(pa.array(range(start, stop, step)))
+            )
+        return self.column[int(rows)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _GROUP_ROWS):
+            yield from self.column.slice(start, _GROUP_ROWS).to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def path_column(paths: Sequence[str]) -> pa.Array:
+    """The paths as one array of Arrow."""
+    return paths.column.combine_chunks() if isinstance(paths, Paths) else pa.array(paths, pa.string())
+
+
+def first_outside(paths: pa.ChunkedArray) -> str | None:
+    """The first path that leads out of its folder, by the rule of `bingo.runtime.inside.leads_out`; None if none does."""
+    found = pc.index(pc.match_substring_regex(paths, r"^/|(^|/)\.\.(/|$)"), True).as_py()
+    return None if found < 0 else paths[found].as_py()
 
 
 @dataclass(frozen=True)
@@ -39,7 +81,7 @@ class Listing:
     """
 
     dataset: str
-    paths: list[str]
+    paths: Sequence[str]
     labels_N: np.ndarray
     train_rows: int
     classes: list[str]
@@ -104,7 +146,7 @@ def listing_fingerprint(header: dict, paths: Sequence[str], contents: Contents, 
             rows = slice(first, min(first + _GROUP_ROWS, end))
             sizes, labels = (pc.cast(pa.array(x[rows]), pa.string()) for x in (contents.sizes_N, labels_N))
             hashes = pa.scalar("null") if contents.sha256_N is None else _quoted(_hex(contents.sha256_N[rows]))
-            columns = [_json_strings(pa.array(paths[rows], pa.string())), sizes, hashes, labels, pa.scalar(f'"{split}"]\n')]
+            columns = [_json_strings(path_column(paths[rows])), sizes, hashes, labels, pa.scalar(f'"{split}"]\n')]
             lines = pc.binary_join_element_wise(pa.scalar("["), pc.binary_join_element_wise(*columns, ", "), "")
             offsets = np.frombuffer(lines.buffers()[1], np.int32)
             hasher.update(memoryview(lines.buffers()[2])[offsets[lines.offset] : offsets[lines.offset + len(lines)]])
@@ -144,7 +186,7 @@ def write_listing(path: Path | str, listing: Listing) -> None:
     """Write the listing as parquet with columns row, path, label, split; everything else is in the schema's metadata."""
     n = len(listing)
     splits = pa.concat_arrays([pa.repeat("train", listing.train_rows), pa.repeat("test", n - listing.train_rows)])
-    columns = [pa.array(np.arange(n)), pa.array(listing.paths, pa.string()), pa.array(listing.labels_N), splits]
+    columns = [pa.array(np.arange(n)), path_column(listing.paths), pa.array(listing.labels_N), splits]
     table = pa.table(columns, schema=_SCHEMA)
     metadata = {
         "dataset": listing.dataset,
@@ -213,7 +255,7 @@ def read_listing(path: Path | str) -> Listing:
 
 
 def _from_table(path: Path | str, table: pa.Table, metadata: dict[str, str]) -> Listing:
-    paths = table["path"].to_pylist()
+    paths = Paths(table["path"])
     labels_N = table["label"].to_numpy().copy()
     is_train_N = pc.equal(table["split"], "train").to_numpy()
     train_rows, classes = int(is_train_N.sum()), json.loads(metadata["classes"])
@@ -223,8 +265,8 @@ def _from_table(path: Path | str, table: pa.Table, metadata: dict[str, str]) -> 
         raise _damaged(path, "its rows are not in order, train rows first")
     if len(paths) and (labels_N.min() < -1 or labels_N.max() >= len(classes)):
         raise _damaged(path, f"labels from {labels_N.min()} to {labels_N.max()} for {len(classes)} classes")
-    if outside := [p for p in paths if leads_out(p)]:
-        raise _damaged(path, f"{outside[0]} leads out of the dataset's folder")
+    if outside := first_outside(paths.column):
+        raise _damaged(path, f"{outside} leads out of the dataset's folder")
     skipped = json.loads(metadata["skipped"])
     gray_bits, held_out = json.loads(metadata["gray_bits"]), int(metadata[_HELD_OUT]) if _HELD_OUT in metadata else None
     return Listing(metadata["dataset"], paths, labels_N, train_rows, classes, skipped, metadata["fingerprint"], gray_bits, held_out)

@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from bingo.browse.listing_rows import ListingRows
-from bingo.images.images import MemoryImages, open_images, write_images
+from bingo.images.images import FileImages, MemoryImages, open_images, write_images
 from bingo.images.listing import (
     Contents,
     Listing,
+    Paths,
+    first_outside,
     listing_fingerprint,
     read_judged_listing,
     read_listing,
@@ -24,6 +28,7 @@ from bingo.images.listing import (
 from bingo.params import load_params
 from bingo.runtime.artefacts import canonical_json
 from bingo.runtime.errors import UserError
+from bingo.runtime.inside import leads_out
 
 LISTING = Listing(
     dataset="folder",
@@ -147,6 +152,47 @@ def test_fingerprint_changes_with_every_part_of_a_row():
     ]
     assert fingerprint() == fingerprint()
     assert len({fingerprint(), *others}) == len(others) + 1
+
+
+def test_paths_of_a_listing_are_a_sequence(tmp_path, monkeypatch):
+    monkeypatch.setattr("bingo.images.listing._GROUP_ROWS", 4)
+    names = [f"train/é {row}.jpg" for row in range(10)]
+    write_listing(tmp_path / "listing.parquet", replace(LISTING, paths=names, labels_N=np.zeros(10, np.int64), train_rows=7))
+    paths = read_listing(tmp_path / "listing.parquet").paths
+    assert paths == names
+    assert paths != names[:-1]
+    assert [paths[row] for row in (0, -1, np.int64(5))] == [names[0], names[-1], names[5]]
+    for part in (slice(3, 9), slice(-3, None), slice(8, 2), slice(None, None, -2), slice(1, 8, 3)):
+        assert list(paths[part]) == names[part]
+    with pytest.raises(IndexError):
+        paths[10]
+
+
+OUTSIDE = ["/a", "..", "../a", "a/..", "a/../b", "a//../b", "a/./../b"]
+INSIDE = ["a", "..a/b", "a..", "a/..b/c", "a/...", "./a", "a/b..c", "a\n/..b", "", "\n/a"]
+
+
+@pytest.mark.parametrize("path", [*OUTSIDE, *INSIDE, "a\n/../b", "a\n.."])
+def test_paths_that_lead_out_are_those_of_the_rule_for_one(path):
+    wanted = leads_out(path)
+    assert wanted or path not in OUTSIDE
+    assert first_outside(pa.chunked_array([["in/side.jpg"], [path]])) == (path if wanted else None)
+
+
+def test_reading_a_listing_makes_no_object_for_each_row(tmp_path):
+    """Python's and NumPy's memory for one row: the label twice, and whether it is a train row. A string would be some 70 bytes more."""
+    rows = 200_000
+    numbers = pa.array(np.arange(rows)).cast(pa.string())
+    names = pc.binary_join_element_wise(pa.scalar("train/class/some photograph "), numbers, pa.scalar(".jpg"), "")
+    listing = replace(LISTING, paths=Paths(pa.chunked_array([names])), labels_N=np.zeros(rows, np.int64), train_rows=rows - 1)
+    write_listing(tmp_path / "listing.parquet", listing)
+    tracemalloc.start()
+    found = read_listing(tmp_path / "listing.parquet")
+    FileImages("root", found.paths)
+    peak = tracemalloc.get_traced_memory()[1] - len((tmp_path / "listing.parquet").read_bytes())
+    tracemalloc.stop()
+    assert peak < 40 * rows
+    assert found.paths[rows - 1] == f"train/class/some photograph {rows - 1}.jpg"
 
 
 @pytest.mark.parametrize("hashed", [True, False])
