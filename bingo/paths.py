@@ -20,5 +20,6 @@ BASELINES = Path("models/baselines")
 DETECTORS = Path("models/detectors")
 REPORTS = Path("reports")
 PLOTS = REPORTS / "plots"
+EXPORTS = REPORTS / "exports.js"  # no stage's output
 RUNS = Path(".bingo/runs")
 LIMITS = Path(".bingo/planning/limits.json")

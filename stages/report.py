@@ -1,7 +1,7 @@
 """report: one offline page, reports/index.html, with results, curves, bags and parameters, from all existing outputs.
 
 The few figures that `dvc metrics` and `dvc exp show` compare go to reports/results.json. Timings, which differ from run to run, go beside
-the page to reports/run.js, which is not an output of the stage.
+the page to reports/run.js, and `bingo export` lists its files in reports/exports.js; neither is an output of the stage.
 """
 
 from bingo import paths
@@ -25,6 +25,8 @@ def main() -> None:
             write_bytes(paths.REPORTS / "index.html", build_page(artefacts).encode())
         write_json(paths.REPORTS / "results.json", compared_figures(artefacts) | figures(artefacts))
         write_bytes(paths.REPORTS / "run.js", run_script(records).encode())
+        if not paths.EXPORTS.exists():
+            write_bytes(paths.EXPORTS, b"window.bingoExports = [];\n")
         run.say(f"report: {(paths.REPORTS / 'index.html').resolve().as_uri()}")
 
 

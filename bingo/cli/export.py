@@ -3,44 +3,117 @@
 bingo export --to timm --out out/student.safetensors
 """
 
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bingo import paths
-from bingo.pipeline.commands import as_seen_from_here, check_output, from_here
+from bingo.pipeline.commands import as_seen_from_here, check_folder, check_output, from_here
+
+if TYPE_CHECKING:
+    from bingo.export.measured import Sample
+    from bingo.export.stored import StoredNetwork
+
+
+class Head(StrEnum):
+    """What is added to the backbone: nothing, or the layer of linear_eval."""
+
+    none = "none"
+    linear = "linear"
 
 
 def main(
-    to: Annotated[str, typer.Option(help="safetensors, timm, torchvision, detectron2 or onnx.")],
-    out: Annotated[Path, typer.Option(help="The file to write; its model card is written to OUT.md.")],
+    to: Annotated[str, typer.Option(help="safetensors, timm, hub, torchvision, detectron2, onnx or torch.")],
+    out: Annotated[Path, typer.Option(help="The file to write; its model card is written to OUT.md. With --to hub, the folder.")],
     student: Annotated[
         Path | None,
         typer.Option(help="File of a student or baseline, e.g. models/best/student.safetensors; by default models/student.safetensors."),
     ] = None,
+    head: Annotated[Head, typer.Option(help="linear: classify with the layer that linear_eval has trained.")] = Head.none,
+    int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: weights and activations of 8 bits.")] = False,
+    calibration_images: Annotated[int, typer.Option(min=1, help="With --int8: train images that set the activations' ranges.")] = 512,
+    test_images: Annotated[int, typer.Option(min=1, help="With --int8 or --head: images, at most, on which the file is compared.")] = 1000,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="With --to hub: upload the folder with your token.")] = None,
+    license_id: Annotated[str, typer.Option("--license", help="With --to hub: the licence in the card, e.g. apache-2.0.")] = "unknown",
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write the trained backbone in another library's format, read it back with that library, and write a model card."""
     from bingo.export.contract import find_target
-    from bingo.export.model_card import model_card
+    from bingo.export.links import add_link
+    from bingo.export.model_card import hub_header, model_card
     from bingo.export.provenance import provenance
     from bingo.export.run import export_network
-    from bingo.export.stored import read_student
+    from bingo.export.stored import layers_of, read_student, with_classifier
     from bingo.runtime.artefacts import write_bytes
     from bingo.runtime.progress import progress_bar
 
     target, out = find_target(to), from_here("--out", out)
     student = from_here("--student", student) if student else paths.STUDENT
-    check_output("--out", out, target.SUFFIXES, force)
-    check_output("--out: model card", card := out.with_name(f"{out.name}.md"), [".md"], force)
-    network = read_student(student)
+    _check_options(to, target.CLASSIFIES or head is Head.none, int8, push)
+    card = _check_out(to, out, target.SUFFIXES, force)
+    network, listing = read_student(student), ""
+    classified = network
+    if head is Head.linear or (int8 and layers_of(student)):
+        classified, listing = with_classifier(network, student)
+    sample = None
+    if int8 or (head is Head.linear and paths.LISTING.exists()):
+        sample = _sample(classified, listing, calibration_images if int8 else 0, test_images)
+    network = classified if head is Head.linear else network
     with progress_bar(f"export to {to}"):
-        check = export_network(network, target, out)
+        check, measured = export_network(network, target, out, sample, int8)
     loading = target.loading(network, out.name)
     made_from = provenance(student, network, lambda line: typer.echo(f"note: {line}", err=True))
-    write_bytes(card, model_card(network, to, out.name, loading, check, made_from).encode())
+    header = hub_header(network, made_from, license_id) if to == "hub" else ""
+    write_bytes(card, (header + model_card(network, to, out.name, loading, check, made_from, measured)).encode())
+    add_link(out, card, to, student, measured)
     typer.echo(f"written {as_seen_from_here(out)}; {check}")
+    for name, before, after in measured.rows:
+        typer.echo(f"{name}: {f'{before} -> ' if before else ''}{after}")
     if loading.remark:
         typer.echo(f"note: {loading.remark}")
     typer.echo(f"model card: {as_seen_from_here(card)}")
+    if push is not None:
+        from bingo.export.to_hub import push as upload
+
+        typer.echo(f"uploaded to {upload(out, push)}")
+
+
+def _check_options(to: str, can_classify: bool, int8: bool, push: str | None) -> None:
+    """Raises UserError for options that do not fit the target, and for a repository to which the user cannot upload."""
+    from bingo.export.to_hub import check_push
+    from bingo.runtime.errors import UserError
+
+    lines = [] if can_classify else [f"--head = linear: --to {to} writes no classifier; export --to timm, hub, onnx or torch"]
+    if int8 and to != "onnx":
+        lines.append(f"--int8: is for --to onnx, not {to}; leave it out, or export --to onnx")
+    if push is not None and to != "hub":
+        lines.append(f"--push = {push}: is for --to hub, not {to}; leave it out, or export --to hub")
+    if lines:
+        raise UserError(lines)
+    if push is not None:
+        check_push(push)
+
+
+def _check_out(to: str, out: Path, suffixes: Sequence[str], force: bool) -> Path:
+    """The file of the model card. Raises UserError if it or OUT cannot be written."""
+    if to == "hub":
+        from bingo.export.to_hub import FILES
+
+        check_folder("--out", out, FILES, force)
+        return out / "README.md"
+    check_output("--out", out, suffixes, force)
+    check_output("--out: model card", card := out.with_name(f"{out.name}.md"), [".md"], force)
+    return card
+
+
+def _sample(classified: "StoredNetwork", listing: str, calibration_images: int, test_images: int) -> "Sample":
+    """The workspace's images; `listing` is the fingerprint of that on which the classifier was trained."""
+    from bingo.export.measured import open_sample
+
+    sample = open_sample(classified.image, classified.classifier, listing, calibration_images, test_images)
+    if calibration_images > (most := sample.listing.train_rows):
+        typer.echo(f"note: --calibration-images = {calibration_images}: there are {most:,} train images, all are used", err=True)
+    return sample

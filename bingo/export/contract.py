@@ -18,10 +18,11 @@ class NotReadBack(Exception):
 
 
 class ReadBack(NamedTuple):
-    """The library that read a file (name and version), and the network in it: normalised images (B, 3, H, W) to pooled features (B, D)."""
+    """The library that read a file (name and version), and the network in it: normalised images (B, 3, H, W) to pooled features (B, D), or
+    to logits (B, C) of a network with a classifier."""
 
     library: str
-    features: Callable[[Tensor], Tensor]
+    outputs: Callable[[Tensor], Tensor]
 
 
 class Loading(NamedTuple):
@@ -33,12 +34,15 @@ class Loading(NamedTuple):
 
 
 class Target(Protocol):
-    """The module of a target. `SUFFIXES` are the file name extensions that it accepts, the usual one first."""
+    """The module of a target. `SUFFIXES` are the file name extensions that it accepts, the usual one first; empty if it writes a folder.
+    `CLASSIFIES`: it writes networks with a classifier too."""
 
     SUFFIXES: tuple[str, ...]
+    CLASSIFIES: bool
 
     def write(self, network: StoredNetwork, path: Path) -> None:
-        """Write the file; equal networks give equal bytes. Raises UserError if the format or library does not support the network."""
+        """Write the file or folder; equal networks give equal bytes. Raises UserError for networks that the format or library does not
+        support."""
 
     def read_back(self, network: StoredNetwork, path: Path) -> ReadBack:
         """Load a file of `write` with the library itself. Raises NotReadBack if it cannot be imported."""

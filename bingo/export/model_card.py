@@ -1,13 +1,17 @@
 """The model card of exported weights: architecture, training, accuracies, licences to check, and how to load the file.
 
-It contains no time, path or machine: the same network in the same workspace gives the same bytes.
+It contains no time or path, and a machine only beside what was measured on it: otherwise the same network in the same workspace gives the
+same bytes.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm
+
 from bingo.export.contract import Loading
+from bingo.export.measured import Measured
 from bingo.export.stored import StoredNetwork
 from bingo.params import display_name, method_names, method_section
 from bingo.report.measures import measure_label, neighbor_order
@@ -19,6 +23,7 @@ COMPARED = {  # networks beside this one
     "supervised": "the same network with supervised weights",
     "untrained": "the same network untrained",
 }
+_HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}  # by the listing's name
 _UNKNOWN = "not known: this workspace no longer holds it"
 
 
@@ -50,13 +55,59 @@ def score_rows(linear: Mapping[str, Any], knn: Mapping[str, Any]) -> list[tuple[
     return rows
 
 
-def model_card(network: StoredNetwork, target: str, file_name: str, loading: Loading, check: str, provenance: Provenance) -> str:
-    """The card of a file that `export_network` wrote for `target`; `check` is its return value."""
+def hub_header(network: StoredNetwork, provenance: Provenance, license_id: str) -> str:
+    """The YAML at the top of a card for the Hugging Face Hub, which its pages and filters read. `license_id` is its name of a licence."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset = provenance.dataset or "unknown"
+    results = [
+        EvalResult(
+            task_type="image-classification", dataset_type=_HUB_DATASETS.get(dataset, dataset), dataset_name=dataset,
+            metric_type="accuracy", metric_name=name, metric_value=round(percents[provenance.net], 2),
+        )
+        for name, percents in provenance.scores
+        if provenance.net in percents and not name.startswith("agreement")
+    ]  # fmt: skip
+    data = ModelCardData(
+        license=license_id,
+        library_name="timm",
+        pipeline_tag="image-classification" if network.classifier else "image-feature-extraction",
+        tags=["timm", "self-supervised-learning", "knowledge-distillation", "bingo"],
+        datasets=[_HUB_DATASETS[dataset]] if dataset in _HUB_DATASETS else None,
+        base_model=_base_models(network, provenance) or None,
+        metrics=["accuracy"] if results else None,
+        model_name=f"{network.arch}, trained by {_method(network.metadata)}" if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{data}\n---\n\n"
+
+
+def _base_models(network: StoredNetwork, provenance: Provenance) -> list[str]:
+    """timm's repositories of the weights that the training started from and of the teacher's, if they are timm's."""
+    start, teacher = network.metadata.get("start"), provenance.teacher
+    named = [start["weights"]] if start and not start["source_sha256"] else []
+    named += [teacher["weights"]] if teacher and teacher["source"] == "timm" and "weights" in teacher else []
+    return [f"timm/{name}" for name in named if timm.is_model(name.partition(".")[0])]
+
+
+def model_card(
+    network: StoredNetwork,
+    target: str,
+    file_name: str,
+    loading: Loading,
+    check: str,
+    provenance: Provenance,
+    measured: Measured,
+) -> str:
+    """The card of a file that `export_network` wrote for `target`; `check` and `measured` are its return values."""
     feature_width = network.backbone.feature_width
+    kind, outputs = "without a classifier", f"{feature_width} pooled features"
+    if network.classifier:
+        kind = "and the linear layer that linear_eval trained on its frozen features"
+        outputs = f"logits of {len(network.classes):,} classes, whose names are in the file's metadata or in config.json"
     parts = [
         f"# {network.arch}, trained by {_method(network.metadata)}",
-        f"`{file_name}` is a backbone without a classifier, exported to {target}. It maps normalised images to "
-        f"{feature_width} pooled features. {check[0].upper()}{check[1:]}.",
+        f"`{file_name}` is a backbone {kind}, exported to {target}. It maps normalised images to {outputs}. {check[0].upper()}{check[1:]}.",
         "## Usage",
         f"```{loading.language}\n{loading.text}\n```",
         "## Architecture",
@@ -67,6 +118,8 @@ def model_card(network: StoredNetwork, target: str, file_name: str, loading: Loa
         _table(_training_rows(network, provenance)),
         "## Accuracy",
         _scores(provenance),
+        "## This file",
+        _deployed(measured),
         "## Licence",
         _licence(network, provenance),
     ]
@@ -162,6 +215,14 @@ def _scores(provenance: Provenance) -> str:
     for name, percents in measured:
         lines.append([name, *(f"{percents[net]:.2f}" if net in percents else "" for net in (provenance.net, *others))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _deployed(measured: Measured) -> str:
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in measured.rows)
+    note = f"\n\nMeasured on {measured.machine}." if measured.machine else ""
+    if any("latency" in name for name, *_ in measured.rows):
+        note += " Latency is the median of repeated runs, memory the peak of a process with the library and this file alone."
+    return f"| | float32 network | this file |\n| --- | ---: | ---: |\n{rows}{note}"
 
 
 def _licence(network: StoredNetwork, provenance: Provenance) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision import models as vision
 
 from bingo.export.stored import StoredNetwork
-from bingo.nets.backbones import Backbone
+from bingo.nets.backbones import Backbone, is_transformer
 
 
 def changes(network: StoredNetwork, library: str) -> str:
@@ -20,16 +20,28 @@ def changes(network: StoredNetwork, library: str) -> str:
     return f"{network.arch} has {found}, which {library} cannot build by name: see the model card for the code" if found else ""
 
 
-def timm_lines(backbone: Backbone, arch: str, width: float, stem: str) -> list[str]:
+def timm_arguments(backbone: Backbone, arch: str, width: float) -> dict[str, Any]:
+    """Arguments of timm.create_model that give the backbone, but for a first convolution that is replaced: `stem_type` is then among
+    them, since timm hard-codes 64 channels for every stem but the deep one."""
+    net: Any = backbone
+    arguments: dict[str, Any] = {"dynamic_img_size": True} if is_transformer(arch) else {}
+    if width != 1:
+        arguments["channels"] = tuple(info["num_chs"] // getattr(net, info["module"])[0].expansion for info in net.feature_info[1:])
+        arguments["stem_width"] = net.bn1.num_features // 2
+        arguments |= {} if isinstance(net.conv1, nn.Sequential) else {"stem_type": "deep"}
+    return arguments
+
+
+def timm_call(backbone: Backbone, arch: str, width: float, classes: int) -> str:
+    """The call of timm.create_model with these arguments, without its closing bracket; `classes` is 0 of a backbone."""
+    arguments = {"num_classes": classes, **timm_arguments(backbone, arch, width)}
+    return f'timm.create_model("{arch}", {", ".join(f"{name}={value!r}" for name, value in arguments.items())}'
+
+
+def timm_lines(backbone: Backbone, arch: str, width: float, stem: str, classes: int = 0) -> list[str]:
     """Lines that leave timm's module in `net`, with untrained weights."""
     net: Any = backbone
-    arguments = ""
-    if width != 1:
-        channels = tuple(info["num_chs"] // getattr(net, info["module"])[0].expansion for info in net.feature_info[1:])
-        arguments = f", channels={channels}, stem_width={net.bn1.num_features // 2}"
-        # timm hard-codes 64 channels for every stem but the deep one, so a deep stem is built and then replaced.
-        arguments += "" if isinstance(net.conv1, nn.Sequential) else ', stem_type="deep"'
-    lines = ["import timm", "import torch", f'net = timm.create_model("{arch}", num_classes=0{arguments})']
+    lines = ["import timm", "import torch", f"net = {timm_call(backbone, arch, width, classes)})"]
     if isinstance(net, ResNet):
         first: Any = net.conv1
         replaced = isinstance(first, nn.Conv2d) and (width != 1 or stem == "small")

@@ -22,6 +22,7 @@ from bingo.runtime.artefacts import write_bytes
 from bingo.runtime.errors import UserError, reason_of
 
 SUFFIXES = (".pkl",)
+CLASSIFIES = False
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 BASIC_DEPTHS = (18, 34)  # with two 3x3 convolutions in a block; the others have a bottleneck
 STEM_CHANNELS = 64

@@ -13,6 +13,7 @@ from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import save_network
 
 SUFFIXES = (".safetensors",)
+CLASSIFIES = False
 
 
 def write(network: StoredNetwork, path: Path) -> None:

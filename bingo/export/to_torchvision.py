@@ -16,6 +16,7 @@ from bingo.runtime.artefacts import write_bytes
 from bingo.runtime.errors import UserError
 
 SUFFIXES = (".pth", ".pt")
+CLASSIFIES = False
 
 
 def write(network: StoredNetwork, path: Path) -> None:

@@ -52,13 +52,23 @@ def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) 
     set."""
     if path.suffix not in suffixes:
         raise UserError(f"{option} = {path}: allowed are names that end in {', '.join(suffixes)}")
+    if _exists(option, path, force) and (path.is_symlink() or path.is_dir()):
+        raise UserError(f"{option} = {path}: is not a file of this kind, so --force does not replace it; give another name")
+
+
+def check_folder(option: str, path: Path, files: Sequence[str], force: bool) -> None:
+    """`check_output` of a folder with `files`: a folder that holds anything else is not replaced."""
+    if _exists(option, path, force) and (path.is_symlink() or not path.is_dir() or {file.name for file in path.iterdir()} - set(files)):
+        raise UserError(f"{option} = {path}: is not a folder of this kind, so --force does not replace it; give another name")
+
+
+def _exists(option: str, path: Path, force: bool) -> bool:
+    """Whether there is something to be replaced. Raises UserError if it may not be, or if there can be no such path."""
     if nearest := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
         raise UserError(f"{option} = {path}: {nearest} is a file, not a folder; give another name")
-    if path.is_symlink() or path.exists():
-        if not force:
-            raise UserError(f"{option} = {path}: exists already; give another name, or --force to replace it")
-        if path.is_symlink() or path.is_dir():
-            raise UserError(f"{option} = {path}: is not a file of this kind, so --force does not replace it; give another name")
+    if (found := path.is_symlink() or path.exists()) and not force:
+        raise UserError(f"{option} = {path}: exists already; give another name, or --force to replace it")
+    return found
 
 
 def app_of(command: Callable[..., None]) -> typer.Typer:

@@ -22,6 +22,7 @@ from bingo.report.measures import measure_label
 from bingo.report.plots import SERIES, lines
 from bingo.report.render import render_page
 from bingo.report.worth import headline
+from bingo.runtime.artefacts import file_fingerprint
 
 _STAGE_ORDER = (
     "scan", "teacher", "extract", "bag", "weights", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar",
@@ -49,6 +50,8 @@ def build_page(a: Artefacts) -> str:
         "student": _network(a.params.student, a.student),
         "shrinkage": _shrinkage(a),
         "method": display_name(a.params.distill.method),
+        "student_file": paths.STUDENT.as_posix(),
+        "student_fingerprint": file_fingerprint(paths.STUDENT) if paths.STUDENT.exists() else "",
         "title": _title(a),
         "with_teacher": report_results.needs_teacher(a),
         "dataset": _dataset(a),

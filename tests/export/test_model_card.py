@@ -3,6 +3,7 @@
 import pytest
 
 from bingo.export.contract import Loading
+from bingo.export.measured import Measured
 from bingo.export.model_card import Provenance, model_card, score_rows
 from bingo.export.stored import StoredNetwork
 from bingo.nets.backbones import build_backbone
@@ -16,7 +17,7 @@ KNOWN = Provenance(
     net="student", dataset="folder", train_images=1281167, teacher=TEACHER, teacher_sha256="ab" * 32,
     bags={"method": "kmeans", "clusters": 5, "listing": "11aa", "embeddings": "22bb", "fingerprint": "33cc"},
 )  # fmt: skip
-SECTIONS = ["Usage", "Architecture", "Preprocessing", "Training", "Accuracy", "Licence"]
+SECTIONS = ["Usage", "Architecture", "Preprocessing", "Training", "Accuracy", "This file", "Licence"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def card(backbone):
 
     def written(provenance: Provenance, **metadata) -> str:
         network = StoredNetwork(backbone, {**SHAPE, **IMAGE, **(metadata or MADE)}, ImageParams(**IMAGE))
-        return model_card(network, "timm", "net.safetensors", Loading("python", "import timm"), "not read back: why", provenance)
+        size = Measured([("bytes", "", "1,234")], "")
+        return model_card(network, "timm", "net.safetensors", Loading("python", "import timm"), "not read back: why", provenance, size)
 
     return written
 

@@ -238,9 +238,9 @@ def test_nothing_comes_from_outside(built, page):
     for _, attrs in page.tags:
         for name in ("src", "href"):
             if name in attrs:
-                assert attrs[name].startswith(("data:image/png;base64,", "#")) or attrs[name] == "run.js"
+                assert attrs[name].startswith(("data:image/png;base64,", "#")) or attrs[name] in ("run.js", "exports.js")
     assert not page.all("link")
-    assert [attrs.get("src") for attrs in page.all("script")] == ["run.js", None]
+    assert [attrs.get("src") for attrs in page.all("script")] == ["run.js", "exports.js", None]
 
 
 def test_the_page_is_accessible_and_its_ids_are_distinct(page):

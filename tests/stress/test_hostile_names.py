@@ -1,5 +1,6 @@
 """Folders and files named like HTML, from a scan to the report and the gallery in a real browser: they are text, and nothing runs."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from PIL import Image
 from bingo.bags.builders import build_knn
 from bingo.bags.index import read_bags, write_bags
 from bingo.datasets.sources import scan
+from bingo.export.links import add_link
+from bingo.export.measured import Measured
 from bingo.images.images import open_images, write_images
 from bingo.images.listing import read_listing, write_listing
 from bingo.params import DatasetParams, load_params, read_yaml
@@ -49,6 +52,13 @@ def workspace(tmp_path_factory):
     images, index = open_images(read, root / "data/images.zarr", None), read_bags(root / "data/bags.zarr", read)
     params = load_params(ROOT / "params.yaml")
     (root / "report.html").write_text(build_page(Artefacts(params=params, params_text=FILE, listing=read, images=images, bags=index)))
+    patch.chdir(root)
+    (root / "net.safetensors").write_bytes(b"")
+    for name in ("javascript:pwned", FILE.format(0)):
+        (root / name).write_bytes(b"")
+        add_link(Path(name), Path(name), FILE, Path("net.safetensors"), Measured([("bytes", "", FILE)], ""))
+    patch.undo()
+    shutil.move(root / "reports/exports.js", root / "exports.js")
     return root
 
 
@@ -63,3 +73,6 @@ def test_names_are_text_in_a_browser(workspace, tmp_path, page):
     assert "&lt;img src=x onerror=document.title='pwned'&gt;" in dom  # as text it is there
     for tag in ('<img src="x"', "<svg onload", "<iframe", '" onload=', '" onerror=', '" onmouseover='):
         assert tag not in dom, tag
+    if page == "report.html":
+        assert 'href="../javascript%3Apwned"' in dom
+        assert dom.count(">model card</a>") == 2
