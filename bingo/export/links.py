@@ -7,13 +7,13 @@ from typing import Any
 from urllib.parse import quote
 
 from bingo import paths
-from bingo.export.measured import Measured
+from bingo.export.measured import ExportFigures
 from bingo.runtime.artefacts import file_fingerprint, write_bytes
 
 _BEFORE, _AFTER = "window.bingoExports = ", ";\n"
 
 
-def add_link(out: Path, card: Path, target: str, student: Path, measured: Measured) -> None:
+def add_link(out: Path, card: Path, target: str, student: Path, measured: ExportFigures) -> None:
     """Name an export and its model card to the report, in place of those at the same address; files that no longer exist are dropped."""
     made = {
         "file": _address(out), "card": _address(card), "name": out.name, "target": target, "student": student.as_posix(),

@@ -33,7 +33,7 @@ _NEIGHBORS = 10
 _FEW_IMAGES = 512  # decoded by this process before workers would have started
 
 
-class Measured(NamedTuple):
+class ExportFigures(NamedTuple):
     """Rows of what is measured: name, figure of the float32 network, figure of the file (empty: not measured); and on which machine,
     empty if only bytes were counted."""
 
@@ -85,12 +85,12 @@ def open_sample(image: ImageParams, layer: nn.Linear | None, layer_listing: str,
     return Sample(listing, images, image, params.seed, calibration_images, test_images, known)
 
 
-def measure(network: StoredNetwork, read: ReadBack | None, file: Path, floating: Path | None, sample: Sample | None) -> Measured:
+def measure(network: StoredNetwork, read: ReadBack | None, file: Path, floating: Path | None, sample: Sample | None) -> ExportFigures:
     """Bytes; latency and peak memory of a file that is a program; with a sample, accuracy or agreement. `floating`: the float32 file of
     which an INT8 `file` was made."""
     rows = [("bytes", f"{floating.stat().st_size:,}" if floating else "", f"{_bytes(file):,}")]
     if read is None:
-        return Measured(rows, "")
+        return ExportFigures(rows, "")
     if sample is not None:
         rows += _judged(network, read.outputs, sample)
     programs = [program for program in (floating, file) if program and program.suffix in (".onnx", ".pt2")]
@@ -99,7 +99,7 @@ def measure(network: StoredNetwork, read: ReadBack | None, file: Path, floating:
         for name, unit in (("latency", "ms"), ("peak memory", "MB")):
             before, after = ["", *(f"{found[name]:.4g}" for found in costs)][-2:]
             rows.append((f"{name} at batch {batch_images}, {unit}", before, after))
-    return Measured(rows, _machine(read.library) if len(rows) > 1 else "")
+    return ExportFigures(rows, _machine(read.library) if len(rows) > 1 else "")
 
 
 def _judged(network: StoredNetwork, outputs: Callable[[Tensor], Tensor], sample: Sample) -> list[tuple[str, str, str]]:

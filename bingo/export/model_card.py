@@ -11,7 +11,7 @@ from typing import Any
 import timm
 
 from bingo.export.contract import Loading
-from bingo.export.measured import Measured
+from bingo.export.measured import ExportFigures
 from bingo.export.stored import StoredNetwork
 from bingo.params import display_name, method_names, method_section
 from bingo.report.measures import measure_label, neighbor_order
@@ -97,7 +97,7 @@ def model_card(
     loading: Loading,
     check: str,
     provenance: Provenance,
-    measured: Measured,
+    measured: ExportFigures,
 ) -> str:
     """The card of a file that `export_network` wrote for `target`; `check` and `measured` are its return values."""
     feature_width = network.backbone.feature_width
@@ -217,7 +217,7 @@ def _scores(provenance: Provenance) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _deployed(measured: Measured) -> str:
+def _deployed(measured: ExportFigures) -> str:
     rows = "\n".join(f"| {' | '.join(row)} |" for row in measured.rows)
     note = f"\n\nMeasured on {measured.machine}." if measured.machine else ""
     if any("latency" in name for name, *_ in measured.rows):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bingo import seeds
 from bingo.export.contract import NotReadBack, ReadBack, Target
-from bingo.export.measured import Measured, Sample, measure
+from bingo.export.measured import ExportFigures, Sample, measure
 from bingo.export.stored import StoredNetwork
 from bingo.runtime.artefacts import errors_named
 from bingo.runtime.errors import UserError
@@ -24,7 +24,7 @@ _IMAGES = 3
 
 def export_network(
     network: StoredNetwork, target: Target, path: Path, sample: Sample | None = None, int8: bool = False
-) -> tuple[str, Measured]:
+) -> tuple[str, ExportFigures]:
     """Write `path`, and return a short text on the library that read it back and the difference of its outputs, and what was measured of
     the file, on the images of `sample` too if there are any. `int8`: of ONNX, with weights and activations of 8 bits, calibrated on them.
 

@@ -18,9 +18,9 @@ from workspace import ROOT
 
 from bingo import paths
 from bingo.evals.features import backbone_features
-from bingo.export import measured, to_hub
+from bingo.export import to_hub
 from bingo.export.contract import find_target
-from bingo.export.measured import agreement
+from bingo.export.measured import agreement, cost
 from bingo.export.model_card import Provenance, hub_header
 from bingo.export.run import export_network
 from bingo.export.stored import StoredNetwork, read_student, with_classifier
@@ -193,7 +193,6 @@ def with_images(tmp_path_factory) -> Path:
 def workspace(with_images, tmp_path, monkeypatch) -> Path:
     shutil.copytree(with_images, tmp_path / "made")
     monkeypatch.chdir(tmp_path / "made")
-    monkeypatch.setattr(measured, "cost", lambda program, batch_images, crop_px: {"latency": batch_images / 4, "peak memory": 77.0})
     return tmp_path / "made"
 
 
@@ -384,8 +383,8 @@ def test_costs_are_measured_in_a_process_of_their_own(target, tmp_path):
     if target == "onnx":
         pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     path = written(network(*TINY), target, tmp_path)
-    found = measured.cost(path, 2, 32)
+    found = cost(path, 2, 32)
     assert 0 < found["latency"] < 60_000
     assert 10 < found["peak memory"] < 4000
     with pytest.raises(UserError, match="its latency cannot be measured"):
-        measured.cost(path, 2, 1 if target == "torch" else -1)
+        cost(path, 2, 1 if target == "torch" else -1)

@@ -3,7 +3,7 @@
 import pytest
 
 from bingo.export.contract import Loading
-from bingo.export.measured import Measured
+from bingo.export.measured import ExportFigures
 from bingo.export.model_card import Provenance, model_card, score_rows
 from bingo.export.stored import StoredNetwork
 from bingo.nets.backbones import build_backbone
@@ -31,7 +31,7 @@ def card(backbone):
 
     def written(provenance: Provenance, **metadata) -> str:
         network = StoredNetwork(backbone, {**SHAPE, **IMAGE, **(metadata or MADE)}, ImageParams(**IMAGE))
-        size = Measured([("bytes", "", "1,234")], "")
+        size = ExportFigures([("bytes", "", "1,234")], "")
         return model_card(network, "timm", "net.safetensors", Loading("python", "import timm"), "not read back: why", provenance, size)
 
     return written

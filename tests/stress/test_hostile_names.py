@@ -13,7 +13,7 @@ from bingo.bags.builders import build_knn
 from bingo.bags.index import read_bags, write_bags
 from bingo.datasets.sources import scan
 from bingo.export.links import add_link
-from bingo.export.measured import Measured
+from bingo.export.measured import ExportFigures
 from bingo.images.images import open_images, write_images
 from bingo.images.listing import read_listing, write_listing
 from bingo.params import DatasetParams, load_params, read_yaml
@@ -56,7 +56,7 @@ def workspace(tmp_path_factory):
     (root / "net.safetensors").write_bytes(b"")
     for name in ("javascript:pwned", FILE.format(0)):
         (root / name).write_bytes(b"")
-        add_link(Path(name), Path(name), FILE, Path("net.safetensors"), Measured([("bytes", "", FILE)], ""))
+        add_link(Path(name), Path(name), FILE, Path("net.safetensors"), ExportFigures([("bytes", "", FILE)], ""))
     patch.undo()
     shutil.move(root / "reports/exports.js", root / "exports.js")
     return root
