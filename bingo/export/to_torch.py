@@ -1,6 +1,7 @@
 """torch: a program of torch.export in a .pt2 archive, for any number of images; `torch.export.load` reads it without the network's code."""
 
 import io
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -18,8 +19,11 @@ def write(network: StoredNetwork, path: Path) -> None:
     """torch's program of the network in eval mode, without the traces of source files that it adds."""
     crop_px = network.image.crop_px
     example = torch.zeros(2, 3, crop_px, crop_px)  # two images: torch would treat a batch of one as a constant
+    module = deepcopy(network.module).to(
+        memory_format=torch.contiguous_format
+    )  # torch.export.save takes other layouts for parts of tensors
     try:
-        program = torch.export.export(network.module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # torch raises many classes for what it cannot trace
         raise UserError(f"--to = torch: torch cannot export {network.arch} ({reason_of(error)}); export --to safetensors") from None
     for node in (node for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule) for node in part.graph.nodes):
