@@ -57,7 +57,7 @@ def main() -> None:
             _leave_out(run, listing, listing.train_rows + test_rows, test_cosine)
             write_bags(paths.BAGS, bags, listing.fingerprint, embeddings.fingerprint)
             write_json(paths.REPORTS / "bags.json", metrics)
-        lists = f" by {metrics['probes']} of {metrics['lists']} lists" if "recall" in metrics else ""
+        lists = f" by {metrics['probes']} of {metrics['lists']} lists" if "probes" in metrics else ""
         run.say(f"bag: {params.method} bags of {listing.train_rows:,} images{lists}: {shares_in_words(metrics)}")
 
 

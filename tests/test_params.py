@@ -51,7 +51,7 @@ def test_the_shipped_file_is_valid_and_frozen():
         ("bagging.kk", 3, ["bagging.kk", "not a known key", "did you mean k"]),
         ("bagging.k", ..., ["bagging.k is missing"]),
         ("bagging.method", "knnn", ["bagging.method = 'knnn'", "'knn', 'kmeans' or 'label'"]),
-        ("bagging.search", "hnsw", ["bagging.search = 'hnsw'", "'exact' or 'ivf'"]),
+        ("bagging.search", "hnsw", ["bagging.search = 'hnsw'", "'exact', 'ivf' or 'cuvs'"]),
         ("bagging.lists", 0, ["bagging.lists = 0", "greater than or equal to 1"]),
         ("bagging.probes", None, ["bagging.probes = None", "integer"]),
         ("distill.lr", float("nan"), ["distill.lr = nan", "finite"]),

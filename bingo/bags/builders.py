@@ -10,7 +10,7 @@ free memory they are read once; otherwise they are streamed, as described in `to
 The memory for members and cosines, 12 bytes x T x K, is needed in any case.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,6 +25,14 @@ from bingo.params import BaggingParams
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 
+
+@dataclass(frozen=True)
+class GraphSearch:
+    """A search by cuVS's graph; the seed draws the rows for its recall."""
+
+    seed: int
+
+
 _SAME_COSINE = 1 - 1e-6
 _CHECKED_ROWS = 4096
 
@@ -33,8 +41,8 @@ def build_bags(params: BaggingParams, features: Rows, labels_T: np.ndarray, seed
     """The bags that params.yaml asks for, on the first of the processes that share the work; None on the others. Raises UserError where a
     number is larger than the train rows allow."""
     if params.method == "knn":
-        search = InvertedFile(params.lists, params.probes, seed) if params.search == "ivf" else None
-        bags = build_knn(features, params.k, params.mutual, search, sharing)
+        approximate = {"exact": None, "ivf": InvertedFile(params.lists, params.probes, seed), "cuvs": GraphSearch(seed)}
+        bags = build_knn(features, params.k, params.mutual, approximate[params.search], sharing)
     elif params.method == "kmeans":
         bags = build_kmeans(features, params.clusters, params.iterations, params.k, seed, sharing)
     else:
@@ -44,7 +52,9 @@ def build_bags(params: BaggingParams, features: Rows, labels_T: np.ndarray, seed
     return replace(bags, settings={**bags.settings, "relation": params.relation, "draw_temperature": params.draw_temperature})
 
 
-def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile | None = None, sharing: Sharing = ALONE) -> Bags | None:
+def build_knn(
+    features: Rows, k: int, mutual: bool = False, search: InvertedFile | GraphSearch | None = None, sharing: Sharing = ALONE
+) -> Bags | None:
     """The k rows with the highest cosine to each row, excluding the row itself; `mutual`: only those of them that have the row among
     their own k (which reads members alone).
 
@@ -53,18 +63,21 @@ def build_knn(features: Rows, k: int, mutual: bool = False, search: InvertedFile
     """
     rows = len(features)
     _check_k(k, rows)
-    if search is not None and search.list_count(rows) > rows:
+    if isinstance(search, InvertedFile) and search.list_count(rows) > rows:
         raise UserError(f"bagging.lists = {search.lists}: there are only {rows} train rows; lower bagging.lists, or set it to null")
-    features = held(features, memory_budget())
+    features = features[:] if isinstance(search, GraphSearch) else held(features, memory_budget())
     _check_features(features)
     settings = {**_settings("knn", k), "mutual": mutual}
-    if search is None:
-        found = sharing.all_nearest("members", features, k)
-    else:
+    if isinstance(search, InvertedFile):
         found = search_lists(features, k, search, sharing)
-        lists, cosines_TK = search.list_count(rows), None if found is None else found[1]
-        recall = recall_of(cosines_TK, features, k, search.seed, sharing)
-        settings |= {"search": "ivf", "seed": search.seed, "lists": lists, "probes": min(search.probes, lists), "recall": recall}
+        lists = search.list_count(rows)
+        settings |= {"search": "ivf", "lists": lists, "probes": min(search.probes, lists)}
+    else:
+        found = sharing.all_nearest("members", features, k, by_graph=search is not None)
+        settings |= {} if search is None else {"search": "cuvs"}
+    if search is not None:
+        recall = recall_of(None if found is None else found[1], features, k, search.seed, sharing)
+        settings |= {"seed": search.seed, "recall": recall}
     if found is None:
         return None
     members_TK, cosines_TK = found

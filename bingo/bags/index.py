@@ -118,7 +118,10 @@ class Bags:
         recall = self.settings.get("recall", 1)
         if recall >= _LOW_RECALL:
             return None
-        return f"recall {recall:.6g}: the search misses many of the nearest images; raise bagging.probes"
+        way_out = (
+            "raise bagging.probes" if "probes" in self.settings else "set bagging.search to ivf, with more bagging.probes, or to exact"
+        )
+        return f"recall {recall:.6g}: the search misses many of the nearest images; {way_out}"
 
 
 def _why_empty(settings: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = fl
     member of j), `chance_share` (what that is for members drawn at random, K / (T - 1)), `similarity` (cosines to the anchor),
     `near_duplicates` (rows whose nearest member is one), `empty_bags`, `short_bags` (neither empty nor full), `purity` (mean over bags of
     the share of members with the anchor's label). Of whole bags: `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`. Of
-    an approximate search: `recall`, `lists` and `probes`, as in the settings.
+    an approximate search: `recall` and, by lists, `lists` and `probes`, as in the settings.
     """
     listed_TK = bags.members_TK >= 0
     counts_T = listed_TK.sum(axis=1)
@@ -58,7 +58,8 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = fl
         metrics["near_duplicate_cosine"] = _round(near_cosine)
         metrics["near_duplicates"] = int((bags.similarity_TK[:, 0].astype(np.float32) > near_cosine).sum())
     if "recall" in bags.settings:
-        metrics |= {"recall": _round(bags.settings["recall"]), "lists": bags.settings["lists"], "probes": bags.settings["probes"]}
+        metrics["recall"] = _round(bags.settings["recall"])
+        metrics |= {name: bags.settings[name] for name in ("lists", "probes") if name in bags.settings}
     if bags.cluster_start is not None:
         metrics["cluster_size"] = _cluster_sizes(np.diff(bags.cluster_start))
     if labels_T is not None and (labels_T >= 0).any():

@@ -11,10 +11,11 @@ A block of queries (`_Search.block`) is therefore searched in three steps, in ea
 Shape letters: Q queries, N rows of the base, D feature width, K neighbours, M candidates; q, n rows of a block.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,6 +30,7 @@ _GPU_MOST_CANDIDATES = 2048  # faiss's limit on GPUs
 _FAISS_LEAST_PRODUCTS = 1e8  # a small cluster is searched by numpy before FAISS's threads are awake
 _GPU_LEAST_PRODUCTS = 1e11  # less takes a second or two on the CPU; a training's probe, whose GPU is full, always stays below
 _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from the host
+_GRAPH_KEPT, _GRAPH_LEAST_KEPT = 4, 128  # rows that a walk keeps: CAGRA's itopk_size, at each wanted one and at least
 _THREADS_A_GPU = 2  # while one searches, the other computes its candidates' cosines
 _RESCORED_BYTES, _SCREENED_BYTES = 64 << 20, 64 << 20
 _RESCORED_ROWS = 256  # queries at once; the one with the most candidates sets the number
@@ -105,12 +107,17 @@ def search_blocks(
     budget_bytes: int | None = None,
     floor_Q: np.ndarray | None = None,
     unit_queries: bool = False,
+    by_graph: bool = False,
 ) -> None:
-    """`top_k` of those blocks of queries that this process takes of the task, which keeps what is found; the base is prepared once."""
+    """`top_k` of those blocks of queries that this process takes of the task, which keeps what is found; the base is prepared once.
+
+    `by_graph`: most of the nearest, by cuVS; the base is held in memory, twice as float16, and on the GPU.
+    """
     import faiss
 
-    device = _device(k, float(len(queries)) * len(base) * base.shape[1])
-    searched = _Base(base, device, memory_budget() if budget_bytes is None else budget_bytes, faiss.omp_get_max_threads())
+    device = _Cagra() if by_graph else _device(k, float(len(queries)) * len(base) * base.shape[1])
+    budget_bytes = sys.maxsize if by_graph else memory_budget() if budget_bytes is None else budget_bytes
+    searched = _Base(base, device, budget_bytes, faiss.omp_get_max_threads())
     search = _Search(searched, device, k, max(1, faiss.omp_get_max_threads() // device.workers))
     queries = searched.rows if queries is base else queries
     query_rows_Q = np.full(len(queries), -1) if query_rows_Q is None else query_rows_Q
@@ -216,6 +223,31 @@ class _Gpus:
             )  # fmt: skip
 
 
+class _Cagra:
+    """CAGRA of cuVS on one GPU, like `_Cpu`: a graph over all rows in float16, along which a search walks to nearer ones. It misses some,
+    so that there is one attempt."""
+
+    attempts = (_Attempt(np.float16, _FLOAT16_TOLERANCE, _MARGINS[0]),)
+    query_rows, workers = 131072, 1
+
+    def __init__(self) -> None:
+        self._index: Any = None
+
+    def candidates(self, unit_qD: np.ndarray, unit_nD: np.ndarray, wanted: int, worker: int) -> Found:
+        """See `_Cpu`; a score of -inf where fewer are found."""
+        from cuvs.neighbors import cagra
+        from pylibraft.common import device_ndarray
+
+        if self._index is None:
+            with progress_bar("graph of the features"):
+                self._index = cagra.build(cagra.IndexParams(metric="sqeuclidean"), unit_nD)
+        kept = cagra.SearchParams(itopk_size=max(_GRAPH_LEAST_KEPT, _GRAPH_KEPT * wanted))
+        found = cagra.search(kept, self._index, device_ndarray(unit_qD.astype(unit_nD.dtype)), wanted)
+        squares_qM, places_qM = (x.copy_to_host() for x in found)  # of distances, nearest first
+        there_qM = places_qM < len(unit_nD)
+        return np.where(there_qM, 1 - squares_qM / 2, -np.inf), np.where(there_qM, places_qM, 0).astype(np.int64)
+
+
 def _device(k: int, products: float) -> _Cpu | _Gpus:
     """The GPUs, if there are any, the search is large enough, and they can hold its candidates."""
     gpus = gpus_for(products) if k + 1 + _MARGINS[-1] <= _GPU_MOST_CANDIDATES else []
@@ -232,7 +264,7 @@ class _Base:
     half is for the queries (as found, float32, and a GPU's float16), of which `query_rows` may then be in memory. For GPUs the copy is
     float16, and half of the budget is kept for blocks in float32."""
 
-    def __init__(self, rows: Rows, device: _Cpu | _Gpus, budget_bytes: int, threads: int):
+    def __init__(self, rows: Rows, device: _Cpu | _Gpus | _Cagra, budget_bytes: int, threads: int):
         width, in_store = rows.shape[1], not isinstance(rows, np.ndarray)
         row_bytes = width * (np.dtype(device.attempts[0].dtype).itemsize + in_store * rows.dtype.itemsize)
         whole = row_bytes * len(rows) <= budget_bytes // (2 if isinstance(device, _Gpus) else 1)
@@ -272,7 +304,7 @@ class _Search:
     """The search of one block of queries; `threads` of its own."""
 
     base: _Base
-    device: _Cpu | _Gpus
+    device: _Cpu | _Gpus | _Cagra
     k: int
     threads: int
 
@@ -312,15 +344,13 @@ class _Search:
             if wanted < len(base_nD):
                 passed_over_q = np.maximum(passed_over_q, scores_qM[:, -1])
             hopeful_q = (scores_qM >= least_q()[:, None]).sum(axis=1)
-            self._rescore((rows_qK, cosines_qK), queries, base_nD, first_row, places_qM, hopeful_q)
+            self._rescore((rows_qK, cosines_qK), queries, base_nD, first_row, (scores_qM, places_qM), hopeful_q)
         return rows_qK, cosines_qK, passed_over_q > least_q()
 
-    def _rescore(
-        self, best: Found, queries: _Queries, base_nD: np.ndarray, first_row: int, places_qM: np.ndarray, hopeful_q: np.ndarray
-    ) -> None:
+    def _rescore(self, best: Found, queries: _Queries, base_nD: np.ndarray, first_row: int, found: Found, hopeful_q: np.ndarray) -> None:
         """Merge the first `hopeful_q` candidates of each query into its best, by cosines that do not depend on block, thread or
         device."""
-        rows_qK, cosines_qK = best
+        (rows_qK, cosines_qK), (scores_qM, places_qM) = best, found
         part_rows = max(1, min(_RESCORED_ROWS, _RESCORED_BYTES // (4 * places_qM.shape[1] * base_nD.shape[1])))
         asked_q = np.argsort(-hopeful_q, kind="stable")[: np.count_nonzero(hopeful_q)]  # those with equally many are in one part
 
@@ -330,7 +360,7 @@ class _Search:
             rows_qm = (places_qm + first_row).astype(np.int32)
             candidates_qmD = base_nD[places_qm].astype(np.float32, copy=False)
             cosines_qm = np.vecdot(candidates_qmD, queries.unit_qD[part][:, None, :]) * self.base.inverse_N[rows_qm]
-            cosines_qm[rows_qm == queries.self_rows_q[part, None]] = -np.inf
+            cosines_qm[(rows_qm == queries.self_rows_q[part, None]) | np.isneginf(scores_qM[part, : places_qm.shape[1]])] = -np.inf
             all_rows_q = np.concatenate([rows_qK[part], rows_qm], axis=1)
             all_cosines_q = np.concatenate([cosines_qK[part], cosines_qm], axis=1)
             rows_qK[part], cosines_qK[part] = best_of(all_rows_q, all_cosines_q, self.k)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bingo.bags.neighbors import Found, best_of, cut, search_blocks, top_k
+from bingo.bags.neighbors import Found, WholeBlocks, best_of, cut, search_blocks, top_k
 from bingo.bags.rows import Chosen, Rows
 from bingo.runtime.artefacts import write_bytes
 from bingo.runtime.errors import UserError
@@ -59,25 +59,35 @@ class Sharing:
         blocks = max(least, _BLOCKS_A_PROCESS * self._processes if self._processes > 1 else 1)
         return cut(slice(0, rows), min(most_rows or rows, multiple * -(-rows // (blocks * multiple))))
 
-    def all_nearest(self, name: str, features: Rows, k: int) -> Found | None:
-        """`top_k` of all rows among all rows, each without itself."""
+    def all_nearest(self, name: str, features: Rows, k: int, by_graph: bool = False) -> Found | None:
+        """`top_k` of all rows among all rows, each without itself; `by_graph`: see `search_blocks`."""
         parts = self.parts(len(features), least=_LEAST_BLOCKS, most_rows=_MOST_QUERIES)
-        return self._search(name, parts, features, features, k, np.arange(len(features)), everywhere=False)
+        return self._search(name, parts, features, features, k, np.arange(len(features)), by_graph=by_graph)
 
     def nearest_centroid(self, name: str, features: Rows, centroids_CD: np.ndarray) -> np.ndarray:
         """The row of `top_k` with k = 1 for each row of the features, int32 (T,), everywhere."""
-        found = self._search(name, self.parts(len(features)), features, centroids_CD, 1, None, everywhere=True)
+        found = self._search(name, self.parts(len(features)), features, centroids_CD, 1, everywhere=True)
         assert found is not None
         return found[0][:, 0]
 
     def _search(
-        self, name: str, parts: list[slice], queries: Rows, base: Rows, k: int, query_rows_Q: np.ndarray | None, everywhere: bool
+        self,
+        name: str,
+        parts: list[slice],
+        queries: Rows,
+        base: Rows,
+        k: int,
+        query_rows_Q: np.ndarray | None = None,
+        everywhere: bool = False,
+        by_graph: bool = False,
     ) -> Found | None:
         if self._folder is None:
-            return top_k(queries, base, k, query_rows_Q)
+            whole = WholeBlocks(len(queries), k)
+            search_blocks(whole, queries, base, k, query_rows_Q, by_graph=by_graph)
+            return whole.found
         task = _BlockFiles(self._folder / name, parts)
         if task.missing():
-            search_blocks(task, queries, base, k, query_rows_Q)
+            search_blocks(task, queries, base, k, query_rows_Q, by_graph=by_graph)
         found = self._result(task, everywhere)
         return None if found is None else (found[0], found[1])
 

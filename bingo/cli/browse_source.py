@@ -83,7 +83,7 @@ class BagSource:
         """What the bags were made from: name, method and its main parameter."""
         index = self.index
         clusters = f", {index.attrs['clusters']} clusters" if index.method == "kmeans" and "clusters" in index.attrs else ""
-        lists = f", {index.attrs['probes']} of {index.attrs['lists']} lists" if "recall" in index.attrs else ""
+        lists = f", {index.attrs['probes']} of {index.attrs['lists']} lists" if "probes" in index.attrs else ""
         return f"{self.name} ({index.method}, k {index.k}{clusters}{lists})"
 
     def describe(self, row: int) -> str:

@@ -16,7 +16,7 @@ from bingo.pipeline.launch import expected_processes
 from bingo.planning.costs import SUSTAINED_FLOP_PER_SECOND, cpu_flop_per_second, gpu_hours
 from bingo.planning.dry_run import DryTraining, dry_baseline, dry_pretraining, dry_student, dry_teacher
 from bingo.planning.estimates import Estimate, estimate, step_memory
-from bingo.planning.limits import absent_weights, check_limits, image_mistakes, list_mistakes, weights_mistakes
+from bingo.planning.limits import absent_weights, check_limits, image_mistakes, list_mistakes, search_mistakes, weights_mistakes
 from bingo.planning.recipes import About
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
@@ -64,14 +64,14 @@ def _images_and_mistakes(params: Params) -> tuple[Counts | None, list[str]]:
 
 
 def _missing(params: Params, about: About) -> list[str]:
-    """A line for each file or folder that the parameters name and that is not there."""
+    """A line for each file, folder or package that the parameters name and that is not there."""
     dataset, teacher = params.dataset, params.teacher
     images = (
         [_missing_images(params, about)] if dataset.source in FILE_SOURCES and not Path(images_folder(str(dataset.root))).is_dir() else []
     )
     checkpoint = [_missing_checkpoint(params, about)] if _names_file(params) and not Path(str(teacher.checkpoint)).is_file() else []
     coco = _missing_coco(params) if params.transfer_coco.runs else []
-    return images + checkpoint + absent_weights(params) + coco + _missing_downstream(params)
+    return images + checkpoint + search_mistakes(params) + absent_weights(params) + coco + _missing_downstream(params)
 
 
 def _missing_coco(params: Params) -> list[str]:

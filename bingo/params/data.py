@@ -121,7 +121,8 @@ class BaggingParams(Section):
 
     `relation` selects the network whose features define similarity: the teacher, or a student trained
     as a baseline (the paper's ablation). `mutual` keeps a member of a knn bag only if the anchor is in the member's bag too.
-    `search` of knn: exact, or by an inverted file of `lists` lists (null: 4 * sqrt(train rows)), of which `probes` are searched.
+    `search` of knn: exact, by an inverted file of `lists` lists (null: 4 * sqrt(train rows)), of which `probes` are searched, or by a
+    graph of cuVS on a GPU.
     `draw_temperature`: members are drawn with probability proportional to exp(cosine / t), among those listed; null: with equal
     probability. `near_duplicate_distance`: images are near-duplicates if their distance, 1 - cosine, is less than this fraction of the
     median distance of an image to its tenth nearest. They are counted, and where test images were held out of the train images, those with
@@ -134,7 +135,7 @@ class BaggingParams(Section):
     iterations: Count
     relation: str
     mutual: bool
-    search: Literal["exact", "ivf"]
+    search: Literal["exact", "ivf", "cuvs"]
     lists: Count | None
     probes: Count
     draw_temperature: Temperature | None

@@ -239,6 +239,8 @@ def process_group(run: Run, gloo: bool = False) -> Iterator["torch.device"]:
     run.notes["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
     if not make_deterministic(device):
         run.notes["device"] += ", not deterministic"
+    if gloo and device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(device)
     with distributed.group(torch.device("cpu") if gloo else device):
         run.notes["processes"] = distributed.world()
         if restart := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):

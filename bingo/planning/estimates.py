@@ -90,7 +90,7 @@ def _bag_flops(params: Params, train: int, feature_width: int) -> float:
     """For knn all pairs of train rows, or those of the inverted file; for kmeans rows times centroids in each iteration, then
     pairs within clusters."""
     pairs = 2 * train**2 * feature_width
-    if params.bagging.search == "ivf":
+    if params.bagging.search != "exact":  # cuVS builds its graph from an inverted file too
         return 2 * InvertedFile(params.bagging.lists, params.bagging.probes, params.seed).cosines(train) * feature_width
     if params.bagging.method == "kmeans":
         return pairs * params.bagging.clusters / train * params.bagging.iterations + pairs / params.bagging.clusters

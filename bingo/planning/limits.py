@@ -7,6 +7,7 @@ once: parameters that pass are remembered, so that a stage without torch need no
 
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,13 @@ def list_mistakes(params: Params) -> list[str]:
         for key, path in lists.items()
         if path is not None and not Path(path).is_file()
     ]
+
+
+def search_mistakes(params: Params) -> list[str]:
+    """A line if the search for neighbours is one whose package is not there."""
+    if params.bagging.search != "cuvs" or all(find_spec(name) for name in ("cuvs", "pylibraft")):
+        return []
+    return ["bagging.search = cuvs: cuVS is not installed; pip install cuvs-cu12 or cuvs-cu13, as the driver's CUDA, or set it to ivf"]
 
 
 def asked_weights(params: Params, start: str = "student.weights") -> dict[str, str | None]:

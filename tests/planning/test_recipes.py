@@ -827,6 +827,7 @@ def test_check_names_missing_lists_and_transfer_sets(clone):
     call("use", "downstream-imagenet-semi")
     params = YAML(typ="safe", pure=True).load(Path("params.yaml").read_text())
     photos = {"source": "folder", "root": "photos", "store_px": None, "train_images": None, "test_images": None}
+    params["bagging"]["search"] = "cuvs"
     params["transfer"]["datasets"] = {"photos": photos, "cifar10": {**photos, "source": "cifar10", "root": "cifar", "store_px": 32}}
     with open("params.yaml", "w") as file:
         YAML(typ="safe", pure=True).dump(params, file)
@@ -835,6 +836,7 @@ def test_check_names_missing_lists_and_transfer_sets(clone):
     result = call("check")
     assert result.exit_code == 2
     assert [line for line in result.stdout.splitlines() if line.startswith("missing")] == [
+        "missing: bagging.search = cuvs: cuVS is not installed; pip install cuvs-cu12 or cuvs-cu13, as the driver's CUDA, or set it to ivf",
         "missing: semi_eval.splits.percent_1.list_file = data/simclr/1percent.txt: the file does not exist; "
         "give the path of the list, or null to draw the labels",
         "missing: transfer.datasets.photos.root = photos: the folder does not exist",

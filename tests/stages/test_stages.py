@@ -312,6 +312,7 @@ def test_neighbours_among_stored_features_need_no_torch(workspace, net):
         ("distill", {"distill.batch_anchors": 401}, ["distill.batch_anchors = 401: there are only 400 train images"]),
         ("baseline moco", {"distill.batch_anchors": 401}, ["distill.batch_anchors = 401: there are only 400 train images"]),
         ("bag", {"bagging.k": 400}, ["bagging.k = 400: a bag of the 400 train rows has at most 399 members"]),
+        ("bag", {"bagging.search": "cuvs"}, ["bagging.search = cuvs: cuVS is not installed"]),
         ("bag", {"bagging.method": "kmeans", "bagging.clusters": 401}, ["bagging.clusters = 401: there are only 400 train rows"]),
         ("distill", {"student.width": 0.013}, ["width = 0.013: 64 channels become 0.832"]),
         ("distill", {"student.arch": "torchvision/resnet18"}, ["width = 0.125: torchvision/resnet18 cannot be scaled"]),
