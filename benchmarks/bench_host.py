@@ -79,22 +79,26 @@ class HostTraining:
         """Microseconds that the goal leaves for an anchor."""
         return self.minutes * 60e6 / GOAL_EPOCHS / GOAL_ROWS
 
-    def trainer(self, side_px: int, batch_anchors: int, arch: str, rows: int) -> Trainer:
-        """A Trainer on random images, keys and bags."""
+    def trainer(
+        self, side_px: int, batch_anchors: int, arch: str, rows: int, device: torch.device = CPU, changes: dict[str, Any] | None = None
+    ) -> Trainer:
+        """A Trainer on random images, keys and bags, with `changes` of the schedule; by default in fp32 and without BatchNorm groups."""
+        followed = {"precision": "fp32", "batchnorm_groups": 1} if changes is None else changes
+        schedule = self.schedule.model_copy(update={"batch_anchors": batch_anchors, **followed})
         rng = np.random.default_rng(0)
         image = self.params.image.model_copy(update={"crop_px": side_px, "resize_px": side_px})
         images = MemoryImages(rng.integers(0, 256, (rows, side_px, side_px, 3), dtype=np.uint8))
-        keys_TVP = torch.from_numpy(rng.standard_normal((rows, VIEWS, KEY_WIDTH)).astype(np.float16))
+        keys_TVP = torch.from_numpy(rng.standard_normal((rows, VIEWS, KEY_WIDTH)).astype(np.float16)).to(device)
         members_TK = rng.integers(0, rows, (rows, BAG), dtype=np.int32)
         bags = Bags({"method": "knn"}, members_TK, np.ones(members_TK.shape, np.float16))
         student = build_backbone(arch, 1.0, "small", 0)
         keys = "stored" if self.method != "moco" else "momentum"
-        context = Context(student, student.feature_width, 0, keys, "fp32", CPU, None, keys_TVP, None, bags)
+        context = Context(student, student.feature_width, 0, keys, schedule.precision, device, None, keys_TVP, None, bags)
         method = build_method(self.method, self.section, context).train()
-        loader = ViewLoader(images, image, self.schedule.augment, 0, CPU)
+        loader = ViewLoader(images, image, self.schedule.augment, 0, device)
         batches = Batches(method.needs, loader, 0, rows, batch_anchors, bags, Stored(keys_TVP, self.params.extract.augment))
-        schedule = self.schedule.model_copy(update={"batch_anchors": batch_anchors, "precision": "fp32"})
-        return Trainer(method, batches, schedule, CPU, Checkpoints(self.folder, every_seconds=1e9))
+        groups = schedule.groups_for(keys == "momentum", 1)
+        return Trainer(method, batches, schedule, device, Checkpoints(self.folder, every_seconds=1e9), batchnorm_groups=groups)
 
 
 def host_work(training: HostTraining, batch_anchors: int) -> dict[str, Callable[[], Any]]:

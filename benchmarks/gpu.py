@@ -51,6 +51,7 @@ class Part:
 
 _PYTEST = "pytest tests/gpu -q -s -rs -W default --noconftest -p no:cacheprovider"
 _STEP, _LOADER, _EXTRACT = "benchmarks.bench_step --device", "benchmarks.bench_loader --device", "benchmarks.bench_extract --device"
+_PROFILE = "benchmarks.gpu_profile"
 _BRIEFLY = "--case small --teacher resnet18 --batch-anchors 4 --train-rows 256 --steps 1 --repeats 1"
 PARTS = (
     Part("tests", (_PYTEST,), (_PYTEST,), (*STORES, "faiss", "scipy", "pytest")),
@@ -83,6 +84,12 @@ PARTS = (
         ("benchmarks.bench_bags --device cuda --searches exact --rows 100000 1281167 --flop 1e16",),
         ("benchmarks.bench_bags --searches exact --rows 300 600 --width 16 --k 3",),
         (*STORES, "faiss"),
+    ),
+    Part(
+        "profile",
+        (_PROFILE,),
+        (f"{_PROFILE} --recipe digits-short --device cpu --batch-anchors 8 --rows 64 --side-px 8 --steps 2 --variants eager one-group",),
+        (*STORES, "scipy"),
     ),
     Part(
         "cifar10",

@@ -5,6 +5,7 @@ J negatives.
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -131,10 +132,11 @@ class Context:
 class Method(nn.Module):
     """A method. `forward` has no effect on keys, queues or moving averages; these are updated only in `after_step`.
 
-    `gradients_come_together`: they are computed in `forward`, and backward has them all at once.
+    `gradients_come_together`: they are computed in `forward`, and backward has them all at once. `frozen`: networks of a live teacher.
     """
 
     gradients_come_together = False
+    frozen: Sequence[nn.Module] = ()
     needs: Needs
     student: "Backbone"
     head: nn.Module
@@ -149,4 +151,7 @@ class Method(nn.Module):
 
 def build_method(name: str, section: MethodSection, context: Context) -> Method:
     """The method `name` from bingo/methods/NAME.py, with its section of params.yaml."""
-    return importlib.import_module(f"bingo.methods.{name}").build(section, context)
+    method: Method = importlib.import_module(f"bingo.methods.{name}").build(section, context)
+    if (teacher := context.teacher) is not None:
+        method.frozen = [teacher.backbone] if teacher.head is None else [teacher.backbone, teacher.head]  # a list: not a part of the method
+    return method

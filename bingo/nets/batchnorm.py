@@ -118,15 +118,32 @@ class _GroupedBatchNorm(TorchFunctionMode):
         """As `torch.nn.functional.batch_norm`, with the same argument names."""
         if not training or len(input) % self.anchors:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        blocks = len(input) // self.anchors
-        pieces = input.chunk(blocks * self.groups)
-        parts = pieces if blocks == 1 else [torch.cat(pieces[group :: self.groups]) for group in range(self.groups)]
         means_GC, vars_GC = _copies(running_mean, self.groups), _copies(running_var, self.groups)
-        # One call for each group: folding the groups into the channels would cost two more copies for channels_last tensors.
-        normed = [F.batch_norm(*of_group, weight, bias, True, momentum, eps) for of_group in zip(parts, means_GC, vars_GC, strict=True)]
+        norm = _one_by_one if input.device.type == "cpu" and not torch.compiler.is_compiling() else _side_by_side
+        normed = norm(input, len(input) // self.anchors, self.groups, means_GC, vars_GC, weight, bias, momentum, eps)
         _move_to_mean(running_mean, means_GC)
         _move_to_mean(running_var, vars_GC)
-        return torch.cat([piece for block in zip(*(part.chunk(blocks) for part in normed), strict=True) for piece in block])
+        return normed
+
+
+def _one_by_one(input: Tensor, blocks: int, groups: int, means_GC: Any, vars_GC: Any, *others: Any) -> Tensor:
+    """A call for each group, on views of the input; `others` is weight, bias, momentum, eps."""
+    weight, bias, momentum, eps = others
+    pieces = input.chunk(blocks * groups)
+    parts = pieces if blocks == 1 else [torch.cat(pieces[group::groups]) for group in range(groups)]
+    normed = [F.batch_norm(*of_group, weight, bias, True, momentum, eps) for of_group in zip(parts, means_GC, vars_GC, strict=True)]
+    return torch.cat([piece for block in zip(*(part.chunk(blocks) for part in normed), strict=True) for piece in block])
+
+
+def _side_by_side(input: Tensor, blocks: int, groups: int, means_GC: Any, vars_GC: Any, *others: Any) -> Tensor:
+    """One call, with the groups' channels beside each other: two copies of a channels_last input, and as few kernels as without groups."""
+    weight, bias, momentum, eps = others
+    x_XGC = input.movedim(1, -1).unflatten(0, (blocks, groups, -1)).movedim(1, -2)  # X: blocks, images of a group, height and width
+    means, variances = (None if of_groups[0] is None else of_groups.view(-1) for of_groups in (means_GC, vars_GC))
+    weights, biases = (None if of_channels is None else of_channels.repeat(groups) for of_channels in (weight, bias))
+    folded = x_XGC.flatten(-2).flatten(0, 1).movedim(-1, 1)
+    normed = F.batch_norm(folded, means, variances, weights, biases, True, momentum, eps)
+    return normed.movedim(1, -1).reshape(x_XGC.shape).movedim(-2, 1).flatten(0, 2).movedim(-1, 1)
 
 
 def _copies(running_C: Tensor | None, groups: int) -> Any:

@@ -66,6 +66,7 @@ class ScheduleParams(LrSchedule):
     sgd_momentum: Share
     weight_decay: NotNegative
     precision: Precision
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None
     probe_every_epochs: Whole
 
     @property

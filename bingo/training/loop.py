@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Method, Progress
+from bingo.methods.parts.momentum import MomentumCopy
 from bingo.nets.batchnorm import counted_together, counting_layers, grouped_batchnorm, own_groups
 from bingo.nets.checkpoint import on_host
 from bingo.nets.precision import casts_kept
@@ -27,6 +28,7 @@ from bingo.runtime.finite import LossWatch
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
 from bingo.training.batches import Batches
+from bingo.training.compiled import CompiledNetworks
 
 
 @dataclass
@@ -83,7 +85,9 @@ class Trainer(Resumable):
             trained, lr=schedule.lr, momentum=schedule.sgd_momentum, weight_decay=schedule.weight_decay, fused=True
         )
         self.network = distributed.data_parallel(self.method, device)
-        self.watch, self.counting = LossWatch(device), counting_layers(method)
+        moving = [part.network for part in method.children() if isinstance(part, MomentumCopy)]
+        self.compiled = CompiledNetworks([method.student, method.head, *moving, *method.frozen], schedule.compile, device)
+        self.watch, self.counting = LossWatch(device), [] if self.compiled else counting_layers(method)
         self.sums: dict[str, Tensor] = {}
         self.step, self.history, self.best, self.result = 0, list[dict[str, float]](), dict[str, Any](), TrainingResult()
         self.parts, self.values = {"method": self.method, "optimizer": self.optimizer}, ("step", "sums", "history", "best")
@@ -129,12 +133,13 @@ class Trainer(Resumable):
             self.sums[name] = self.sums[name].add_(value.detach()) if name in self.sums else value.detach().double()
 
     def _terms(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        with counted_together(self.counting), grouped_batchnorm(self.groups, self.own_anchors), self._casts():
+        with counted_together(self.counting), grouped_batchnorm(self.groups, self.own_anchors), self._casts(), self.compiled.used():
             return self.network(batch, progress)
 
     def _casts(self) -> AbstractContextManager:
-        """Casts of all weights together, but for gradients that other processes wait for while backward goes on."""
-        if distributed.world() > 1 and not self.method.gradients_come_together:
+        """Casts of all weights together, but for gradients that other processes wait for while backward goes on; compiled networks have
+        their own."""
+        if self.compiled or (distributed.world() > 1 and not self.method.gradients_come_together):
             return nullcontext()
         return casts_kept(self.method, self.schedule.precision, self.device)
 

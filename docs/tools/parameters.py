@@ -63,6 +63,7 @@ SAID = {
     "linear.batch_images": "images in a step, of all GPUs together",
     "chunk_rows": "images in a file of the store: the most that is computed again after a kill",
     "precision": "fp32 | bf16 | auto: bf16 if the hardware supports it",
+    "compile": "as in teacher.pretrain; null: not compiled",
     "augment": "the random views, as in teacher.pretrain",
     "k": "members of a bag",
     "knn_eval.k": "numbers of neighbours that vote",

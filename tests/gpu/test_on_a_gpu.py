@@ -18,7 +18,7 @@ from bingo.bags import neighbors
 from bingo.images.nvjpeg import decode_on
 from bingo.runtime import distributed
 from tests.photographs import BASELINE, photographs
-from tests.pretended_gpu.steps import CASES, CPU, Case, Outcome, _outcome, deterministic, steps, trainer
+from tests.pretended_gpu.steps import CASES, CPU, Case, Outcome, deterministic, outcome_of, steps, trainer
 
 DEVICE = torch.device(os.environ.get("BINGO_TEST_DEVICE", "cuda"))
 REAL = DEVICE.type == "cuda"
@@ -52,7 +52,7 @@ def two_steps(folder: Path, case: Case, device: torch.device) -> Outcome:
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    return _outcome(run)
+    return outcome_of(run)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")

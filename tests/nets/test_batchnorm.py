@@ -12,6 +12,7 @@ from torchvision.models.resnet import BasicBlock
 
 from bingo.methods.contract import Progress
 from bingo.methods.parts.momentum import shuffled
+from bingo.nets import batchnorm
 from bingo.nets.backbones import build_backbone
 from bingo.nets.batchnorm import counted_together, counting_layers, grouped_batchnorm, groups, own_groups
 from bingo.nets.heads import batchnorm_mlp, layered_head
@@ -45,9 +46,16 @@ NETWORKS = {  # of torchvision and timm (plain, BatchNorm with its activation, s
 }
 
 
+@pytest.fixture(params=["_one_by_one", "_side_by_side"])
+def way(request, monkeypatch) -> str:
+    """How a CPU computes the groups, and how a GPU does."""
+    monkeypatch.setattr(batchnorm, "_one_by_one", getattr(batchnorm, request.param))
+    return request.param
+
+
 @pytest.mark.parametrize("companions", [0, 2])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_each_group_is_treated_as_on_a_process_of_its_own(name, companions):
+def test_each_group_is_treated_as_on_a_process_of_its_own(name, companions, way):
     """Outputs, gradients and running statistics against copies of the network, one for each group, which see its images alone."""
     together = NETWORKS[name]().double().to(memory_format=torch.channels_last).train()
     apart = [deepcopy(together) for _ in range(GROUPS)]
@@ -70,7 +78,7 @@ def test_each_group_is_treated_as_on_a_process_of_its_own(name, companions):
         torch.testing.assert_close(buffer.double(), torch.stack(parts).double().mean(dim=0), rtol=1e-9, atol=1e-9)
 
 
-def test_channels_last_stays_and_layers_and_names_do():
+def test_channels_last_stays_and_layers_and_names_do(way):
     net = build_backbone("resnet10t", 0.125, "small", 0).to(memory_format=torch.channels_last).train()
     names, kinds, formats = list(net.state_dict()), [type(module) for module in net.modules()], set()
     for module in net.modules():

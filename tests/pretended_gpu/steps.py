@@ -105,8 +105,8 @@ def small_teacher(device: torch.device, precision: str, side_px: int = SIDE_PX) 
     return teacher.weights_for(resolve_precision(precision, device)).to(device, memory_format=torch.channels_last)
 
 
-def trainer(folder: Path, case: Case, device: torch.device, epochs: int = 2, **more: Any) -> Trainer:
-    """A training of this case with checkpoints in `folder`."""
+def trainer(folder: Path, case: Case, device: torch.device, epochs: int = 2, compiled: str | None = None, **more: Any) -> Trainer:
+    """A training of this case with checkpoints in `folder`; `compiled`: `compile` of its schedule."""
     torch.manual_seed(0)
     random = np.random.default_rng(1)
     keys = random.standard_normal((ROWS, 3, KEY_WIDTH)).astype(np.float32)
@@ -122,9 +122,8 @@ def trainer(folder: Path, case: Case, device: torch.device, epochs: int = 2, **m
     stored = (keys_TVP, None if case.keys == "live" else features_TD) if case.keys != "momentum" else (None, None)
     context = Context(student, WIDTH, 0, case.keys, case.precision, device, teacher, *stored, bags)
     method = build_method(case.method, section, context)
-    schedule = PARAMS.distill.model_copy(
-        update={"epochs": epochs, "batch_anchors": BATCH, "lr": 0.05, "precision": case.precision, "probe_every_epochs": 1}
-    )
+    changes = {"epochs": epochs, "batch_anchors": BATCH, "lr": 0.05, "precision": case.precision, "probe_every_epochs": 1}
+    schedule = PARAMS.distill.model_copy(update=changes | {"compile": compiled})
     other = teacher.image if teacher is not None and case.teacher_px != SIDE_PX else None
     loader = ViewLoader(images(), IMAGE, AUGMENT, 0, device, teacher_image=other)
     batches = Batches(method.needs, loader, 0, ROWS, BATCH, bags, Stored(keys_TVP, PARAMS.extract.augment, features_TD))
@@ -150,7 +149,8 @@ class Outcome:
     state: dict[str, torch.Tensor]
 
 
-def _outcome(run: Trainer) -> Outcome:
+def outcome_of(run: Trainer) -> Outcome:
+    """What its steps so far have given."""
     sums = {name: float(value) for name, value in run.sums.items()}
     return Outcome(sums, {name: value.detach().cpu().clone() for name, value in run.method.state_dict().items()})
 
@@ -172,7 +172,7 @@ def on_cpu(folder: Path, case: Case) -> Outcome:
     with mock.patch.object(precision, "HALF_SIMILARITIES", ("cpu",)):
         run = trainer(folder, case, CPU)
         steps(run, 2)
-        return _outcome(run)
+        return outcome_of(run)
 
 
 def on_gpu(folder: Path, case: Case, change: Callable[[Trainer], None] = lambda run: None) -> tuple[Outcome, Record]:
@@ -182,7 +182,7 @@ def on_gpu(folder: Path, case: Case, change: Callable[[Trainer], None] = lambda 
         change(run)
         steps(run, 2, record.clear)
         seen = record.copy()
-        return _outcome(run), seen
+        return outcome_of(run), seen
 
 
 def launches_by_part(folder: Path, case: Case) -> dict[str, Counter[str]]:

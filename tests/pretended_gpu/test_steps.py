@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bingo.params import method_names
-from tests.pretended_gpu.steps import CASES, on_cpu, on_gpu
+from tests.pretended_gpu.steps import CASES, Case, on_cpu, on_gpu
 
 # Launches of one step, at most; `python -m tests.pretended_gpu` prints them by part. Lower a number that has become too high;
 # one may rise only for a reason that stands in the commit.
@@ -62,6 +62,7 @@ MOST_LAUNCHES = {
     "isd momentum bf16 weak_keys=True projection_width=6": 410,
     "coss stored bf16 target=features companions=2": 320,
 }
+MOCO = Case("moco", "momentum")
 pytestmark = pytest.mark.slow
 
 
@@ -75,6 +76,12 @@ def test_a_step_gives_the_cpus_numbers_without_waiting(tmp_path, case):
     assert not unequal
     assert record.faults == {}
     assert record.launches.total() <= MOST_LAUNCHES[case.name]
+
+
+def test_more_groups_of_batchnorm_cost_no_more_launches(tmp_path):
+    launches = [on_gpu(tmp_path, MOCO, lambda run, groups=groups: setattr(run, "groups", groups))[1].launches for groups in (2, 8)]
+    assert launches[0] == launches[1]
+    assert launches[0]["cudnn_batch_norm"] == 2 * 20  # of the student and its moving average
 
 
 def test_the_limits_name_every_case_once_and_no_other():

@@ -1,0 +1,55 @@
+"""The networks of a step, forward and backward, compiled by torch.compile: fewer kernels, and fewer passes over activations.
+
+Compiled are networks alone. What a step draws or takes from the host (views, CutMix, negatives, queues), its losses, the optimizer and the
+moving average stay as they are; so do evaluations and probes, which see other batches. A part that torch cannot compile runs as it is.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from bingo.runtime.errors import UserError, reason_of
+
+
+class CompiledNetworks:
+    """`networks` with compiled versions of their `forward`, made at the first call; `mode` is torch.compile's, None: none is compiled.
+
+    With `reduce-overhead` and `max-autotune`, a GPU replays each of them as a CUDA graph, whose results are overwritten in the next step.
+    Raises UserError if torch.compile does not work on this machine.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], mode: str | None, device: torch.device):
+        self.forwards = list[tuple[nn.Module, object]]()
+        if mode is not None:
+            _check(mode, device)
+            self.forwards = [(network, _compiled(network.forward, mode)) for network in networks if [*network.parameters()]]
+
+    def __bool__(self) -> bool:
+        """Whether there is one."""
+        return bool(self.forwards)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """In the body, one step, calls of the networks run the compiled versions."""
+        if self.forwards:
+            torch.compiler.cudagraph_mark_step_begin()
+        for network, forward in self.forwards:
+            network.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            for network, _ in self.forwards:
+                del network.__dict__["forward"]
+
+
+def _compiled(function: object, mode: str) -> object:
+    return torch.compile(function, mode=mode, dynamic=False)  # type: ignore[call-overload]
+
+
+def _check(mode: str, device: torch.device) -> None:
+    try:
+        _compiled(lambda x: x + 1, mode)(torch.zeros(3, device=device))  # type: ignore[operator]
+    except Exception as error:  # a missing C++ compiler, an old GPU, a broken cache: each has an error of its own
+        raise UserError(f"compile = {mode}: torch.compile does not work on this machine ({reason_of(error)}); set compile: null") from error

@@ -1,0 +1,104 @@
+"""Compiled networks: the eager step's numbers for every method, nothing compiled outside of a step, and a line where it does not work."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bingo.nets import batchnorm
+from bingo.nets.backbones import build_backbone
+from bingo.params import method_names
+from bingo.runtime.errors import UserError
+from bingo.training import compiled
+from bingo.training.compiled import CompiledNetworks
+from tests.pretended_gpu import steps as small
+from tests.pretended_gpu.steps import CPU, Case, Outcome, outcome_of, steps, trainer
+
+COMPILE = torch.compile
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which torch itself hides where warnings are none
+METHODS = [
+    Case("bingo", precision="bf16", changes={"terms": "symmetric_mix"}),
+    Case("bingo", "live", changes={"teacher_batchnorm": "batch"}, teacher_px=16),
+    Case("moco", "momentum", "bf16"),
+    Case("isd", "momentum"),
+    Case("disco"),
+    Case("compress"),
+    Case("seed", "live", changes={"negatives": "queue", "small_crops": 2}),
+    Case("simreg", "live", "bf16"),
+    Case("coss", changes={"companions": 2}),
+    Case("bag_mean"),
+]
+
+
+def traced(function, mode, dynamic):
+    """torch.compile as far as the kernels: these are eager's."""
+    return COMPILE(function, backend="aot_eager", dynamic=dynamic)
+
+
+def outcome(folder: Path, case: Case, mode: str | None, groups: int = 1) -> Outcome:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = trainer(folder, case, CPU, compiled=mode)
+    run.groups = groups
+    steps(run, 2)
+    if mode is not None:
+        assert torch._dynamo.utils.counters["frames"]["ok"] >= len(run.compiled.forwards)
+        assert not torch._dynamo.utils.counters["graph_break"]
+        assert all("forward" not in network.__dict__ for network, _ in run.compiled.forwards)
+        assert {id(network) for network, _ in run.compiled.forwards} >= {id(run.method.student), *map(id, run.method.frozen)}
+    return outcome_of(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+def test_a_compiled_step_gives_the_eager_ones_numbers(tmp_path, monkeypatch, case):
+    """In 4 groups, as compiled networks compute them; counters of batches too."""
+    monkeypatch.setattr(compiled.torch, "compile", traced)
+    monkeypatch.setattr(small, "build_backbone", lambda _, *others: build_backbone("resnet10t", *others))
+    monkeypatch.setattr(batchnorm, "_one_by_one", batchnorm._side_by_side)
+    wanted, found = (outcome(tmp_path / str(mode), case, mode, groups=4) for mode in (None, "default"))
+    assert found.sums == pytest.approx(wanted.sums, rel=1e-5)
+    for name, value in wanted.state.items():
+        torch.testing.assert_close(found.state[name], value, rtol=1e-4, atol=1e-6, msg=lambda message, name=name: f"{name}: {message}")
+
+
+def test_the_cases_are_of_every_method():
+    assert {case.method for case in METHODS} == set(method_names())
+
+
+@pytest.mark.slow
+def test_kernels_of_inductor_give_the_eager_ones_numbers_to_rounding(tmp_path):
+    case = Case("moco", "momentum")
+    wanted, found = (outcome(tmp_path / str(mode), case, mode) for mode in (None, "default"))
+    assert found.sums == pytest.approx(wanted.sums, rel=1e-4)
+    for name, value in wanted.state.items():
+        torch.testing.assert_close(found.state[name], value, rtol=1e-3, atol=1e-4, msg=lambda message, name=name: f"{name}: {message}")
+
+
+def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch):
+    def fails(function, mode, dynamic):
+        def call(x):
+            raise RuntimeError("No working C++ compiler found\nin this image")
+
+        return call
+
+    monkeypatch.setattr(compiled.torch, "compile", fails)
+    with pytest.raises(UserError) as caught:
+        CompiledNetworks([nn.Linear(2, 2)], "default", CPU)
+    (line,) = caught.value.lines
+    assert line.startswith("compile = default: ")
+    assert "No working C++ compiler found in this image" in line
+    assert not CompiledNetworks([nn.Linear(2, 2)], None, CPU)
+
+
+def test_a_network_is_its_own_again_after_a_step_that_fails(monkeypatch):
+    monkeypatch.setattr(compiled.torch, "compile", traced)
+    network = nn.Linear(2, 2)
+    networks = CompiledNetworks([network, nn.Sequential()], "default", CPU)
+    assert len(networks.forwards) == 1  # nothing to compile in the other
+    with networks.used():
+        assert "forward" in network.__dict__
+    with pytest.raises(MemoryError), networks.used():
+        raise MemoryError
+    assert "forward" not in network.__dict__
