@@ -214,7 +214,8 @@ def _seen_lines(folder: str, look: "Look") -> list[str]:
     labels = classes if look.classes else "no labels"
     gray = f", {look.gray} of them grey" if look.gray else ""
     least, median, most = look.short_px
-    lines = [f"{printable(folder)}: {look.train:,} train and {look.test:,} test images, {labels}", *look.remarks]
+    source = "" if look.source == "folder" else f" ({look.source})"
+    lines = [f"{printable(folder)}{source}: {look.train:,} train and {look.test:,} test images, {labels}", *look.remarks]
     opened = look.sampled - len(look.unreadable)
     lines.append(f"short side: median {median} px, from {least} to {most}, of {opened} images that were opened{gray}")
     if look.unreadable:

@@ -51,7 +51,8 @@ class _Shard:
 
     def label(self, image: str) -> int | str | None:
         """The label of an image, None if the shard holds none: by its name up to its last dot, or up to its first, as in WebDataset."""
-        return self.labels.get(image.rpartition(".")[0], self.labels.get(_key(image)))
+        label = self.labels.get(image.rpartition(".")[0])
+        return self.labels.get(_key(image)) if label is None else label
 
 
 def _key(name: str) -> str:
