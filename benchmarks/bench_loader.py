@@ -9,6 +9,9 @@ Tables, each of variants that take turns; printed are medians and, in brackets, 
             else: the limit), this project's workers (uint8 crops, one and three for each decoded image, one also from a tar shard of the
             same files), the whole loader (coloured, normalised, on the device), on a GPU also with nvJPEG, and torchvision's transforms
             on each image in the workers. The goal is 85 % of a bare decode. CPU: of this process, which is all with --workers 0.
+  stores    where the files' bytes are: a folder, tar shards, and packs of photographs at each --pack-px (dataset.pack_px); images per CPU
+            second of one process (other work on the machine counts only through its caches): bare decode by simplejpeg, and crops, one
+            and three for each decoded image. The goal is 1,000 images/s with three crops each from the pack.
   pixels    how far the pixels of the device's decoder (nvJPEG; on the CPU torchvision's libjpeg) are from simplejpeg's, in levels of 255
   colours   uint8 crops on the device to coloured, normalised views: this project's, kornia's (if it is installed: it is not a dependency
             of this project) and torchvision's image by image
@@ -38,6 +41,7 @@ from torchvision import transforms
 from benchmarks.bench_extract import CASES, MEAN, STD, make_images
 from benchmarks.bench_step import StepCase, bare_step, spread
 from benchmarks.parser import Parser
+from bingo.datasets.packing import pack_images
 from bingo.datasets.shards import read_shards
 from bingo.images.augment import cropped_views
 from bingo.images.decoding import DecodePlan, FileDecoder
@@ -165,6 +169,48 @@ def file_variants(images: FileImages, shard: FileImages, paths: list[Path], opti
         **on_gpu,
         "torchvision, 1 view": lambda: plain_batches(paths, ByTorchvision(CASE.augment), options),
     }
+
+
+def stores_table(options: argparse.Namespace) -> None:
+    """Print the table of stores."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        images = photographs(Path(options.folder), options.images) if options.folder else made(Path(folder), options.images)
+        stores = {"folder": images, "shard": packed(images, Path(folder, "shard.tar"))}
+        stores |= {f"pack, {px} px": packed_images(images, px, Path(folder, str(px))) for px in options.pack_px}
+        variants: dict[str, Callable[[FileImages], object]] = {
+            "bare decode": lambda store: [simplejpeg.decode_jpeg(store.read(row), "RGB") for row in range(len(store))],
+            "1 view": lambda store: decoded_here(store, 1),
+            "3 views": lambda store: decoded_here(store, 3),
+        }
+        rates: dict[tuple[str, str], list[float]] = {}
+        for turn in range(-1, options.repeats):
+            for name, store in stores.items():
+                for what, act in variants.items():
+                    begun = time.process_time()
+                    act(store)
+                    if turn >= 0:
+                        rates.setdefault((name, what), []).append(len(images) / (time.process_time() - begun))
+        kilobytes = {name: sum(len(store.read(row)) for row in range(len(store))) / len(store) / 1e3 for name, store in stores.items()}
+    print(f"stores: {len(images)} JPEG files, {CASE.crop_px} px, images per CPU second of one process, decode and crops only")
+    print(f"    {'':<26}{'kB':>6}" + "".join(f"{what:>30}" for what in variants))
+    for name in stores:
+        print(f"    {name:<26}{kilobytes[name]:>6.0f}" + "".join(f"{spread(rates[name, what], 0):>30}" for what in variants))
+
+
+def packed_images(images: FileImages, pack_px: int, folder: Path) -> FileImages:
+    """The same images with this short side, in few large files."""
+    positions = pack_images(images, pack_px, folder, lambda line: None)
+    return FileImages(str(folder), images.paths, True, images.gray_bits, positions=positions)
+
+
+def decoded_here(images: FileImages, views: int) -> None:
+    """Random crops of all images, each decoded once, in this process."""
+    rows_N = np.repeat(np.arange(len(images)), views)
+    view_N = np.tile(np.arange(views), len(images))
+    plan = DecodePlan(rows_N, draw_views(CASE.augment, 0, "anchor", 0, rows_N, view_N)[0], [IMAGE])
+    for _ in FileDecoder(images, 0, pin=False).batches([plan]):
+        pass
 
 
 def images_per_second(batches: Iterable[object], batch: int, device: torch.device) -> float:
@@ -309,16 +355,18 @@ def main() -> None:
         least = (UNTIMED_BATCHES + 1) * options.batch_images
         raise SystemExit(f"--images {options.images}: allowed from {least} on at --batch-images {options.batch_images}")
     for name in options.tables:
-        {"files": files_table, "pixels": pixels_table, "colours": colours_table, "memory": memory_table}[name](options)
+        tables = {"files": files_table, "stores": stores_table, "pixels": pixels_table, "colours": colours_table, "memory": memory_table}
+        tables[name](options)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = ["files", "pixels", "colours", "memory"]
+    tables = ["files", "stores", "pixels", "colours", "memory"]
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", help="photographs, instead of made images")
+    parser.add_argument("--pack-px", nargs="+", type=int, default=[256, 288, 320, 384])
     parser.add_argument("--images", type=int, default=768)
     parser.add_argument("--batch-images", type=int, default=32)
     parser.add_argument("--workers", type=int, default=worker_count())

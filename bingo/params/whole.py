@@ -95,7 +95,7 @@ class Params(Section):
 
     def transfer_set(self, name: str) -> DatasetParams:
         """The dataset with this name in `transfer.datasets`."""
-        as_dataset = self.dataset.model_dump(exclude=set(TransferSetParams.model_fields))
+        as_dataset = self.dataset.model_dump(exclude={*TransferSetParams.model_fields, "pack_px"})
         return DatasetParams.model_validate(as_dataset | {"pack_px": None} | self.transfer.datasets[name].model_dump())
 
     @model_validator(mode="after")

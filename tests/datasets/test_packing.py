@@ -11,15 +11,18 @@ from PIL import Image
 
 from bingo.datasets import packing
 from bingo.datasets.packing import pack_images, packed
+from bingo.datasets.sources import scan
 from bingo.images.decode import decode_square
 from bingo.images.images import FileImages, open_images, write_images
-from bingo.images.listing import Listing
+from bingo.images.listing import Listing, read_listing
 from bingo.images.loader import ViewLoader, center_views
+from bingo.images.positions import Positions
 from bingo.params import load_params
 from bingo.planning.limits import rule_mistakes
 from bingo.runtime.errors import UserError
 from tests.images.test_loader import AUGMENT, IMAGE, _request
 from tests.photographs import photographs
+from tests.workspace import new_workspace
 
 CPU, PARAMS, PX = torch.device("cpu"), load_params(Path(__file__).parents[2] / "params.yaml"), 32
 
@@ -99,6 +102,41 @@ def test_the_bytes_are_the_same_after_an_interruption_and_with_any_number_of_wor
     assert np.array_equal(again.positions_N3, whole.positions_N3)
     for name in whole.files:
         assert (tmp_path / "state" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_members_of_a_large_file_are_packed_as_files_are(files, tmp_path):
+    contents = [files.read(row) for row in range(len(files))]
+    (tmp_path / "all.bin").write_bytes(b"".join(contents))
+    lengths_N = np.array(list(map(len, contents)))
+    rows_N3 = np.stack([np.zeros_like(lengths_N), np.cumsum(lengths_N) - lengths_N, lengths_N], axis=1)
+    members = FileImages(str(tmp_path), files.paths, positions=Positions(["all.bin"], [int(lengths_N.sum())], rows_N3))
+    for source, name in ((files, "of-files"), (members, "of-members")):
+        pack_images(source, PX, tmp_path / name, silent)
+    assert (tmp_path / "of-files/pack/00000").read_bytes() == (tmp_path / "of-members/pack/00000").read_bytes()
+
+
+def test_the_stage_packs_and_later_stages_need_no_originals(tmp_path, stages):
+    """The listing is another one, as the pixels are others; the pack goes into the store, and nothing of it stays in the state folder."""
+    own = {"source": "folder", "root": "images", "store_px": None, "pack_px": 16, "train_images": None, "test_images": None}
+    changes = {f"dataset.{key}": value for key, value in own.items()} | {"teacher.pretrain.batch_anchors": 8, "distill.batch_anchors": 8}
+    workspace = new_workspace(tmp_path / "bingo", stages, changes | {"knn_eval.k": [1], "knn_eval.agreement_k": []})
+    for i in range(24):
+        folder = workspace.root / "images" / ("train" if i < 16 else "val") / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        SMOOTH.rotate(15 * i).resize((20, 24)).save(folder / f"{i}.png")
+    said = workspace.done("scan")
+    assert "dataset.pack_px = 16: 24 images" in said.out + said.err
+    listing = read_listing(workspace.root / "data/listing.parquet")
+    dataset = load_params(workspace.root / "params.yaml").dataset
+    unpacked = dataset.model_copy(update={"pack_px": None, "root": str(workspace.root / "images")})
+    assert scan(unpacked, 0)[0].paths == listing.paths
+    assert scan(unpacked, 0)[0].fingerprint != listing.fingerprint
+    originals = FileImages(str(workspace.root / "images"), listing.paths)
+    expected = b"".join(packed(originals.read(row), 16) for row in range(24))
+    assert (workspace.root / "data/images.zarr/pack/00000").read_bytes() == expected
+    assert not list((workspace.root / ".bingo/state/scan").glob("*/pack"))
+    shutil.rmtree(workspace.root / "images")
+    workspace.done("teacher")
 
 
 def test_a_part_that_is_cut_off_is_packed_again(files, tmp_path):

@@ -1,0 +1,115 @@
+"""What packed photographs (dataset.pack_px) change: pixels of views, and features of a teacher, compared with the originals.
+
+    python -m benchmarks.bench_pack FOLDER models/teacher.safetensors      FOLDER: train/CLASS/*.jpg and val/CLASS/*.jpg
+
+Printed for each --pack-px: kB an image; the difference of views from those of the originals, in levels of 255, mean and 99th percentile
+over all pixels, of centre views and of random ones (whose boxes are also rounded to other whole pixels); the cosine of features of centre
+views with the originals'; how many of the 10 nearest train images of a test image stay, among those of other classes; and k-NN accuracy
+(k = 1, 5). As a measure of what is little, the last line has the originals with bicubic instead of bilinear resizing.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.bench_extract import CASES
+from benchmarks.bench_loader import packed_images
+from benchmarks.parser import Parser
+from bingo.bags.neighbors import top_k
+from bingo.datasets.finding import find
+from bingo.evals.features import backbone_features
+from bingo.evals.knn import knn_accuracies
+from bingo.images.decoding import DecodePlan, FileDecoder
+from bingo.images.draws import draw_views
+from bingo.images.images import FileImages
+from bingo.params import BicubicImageParams, ImageParams
+from bingo.teachers.teacher import Teacher, load_teacher
+
+VIEWS = 3
+NEIGHBOURS = 10
+
+
+def views_of(images: FileImages, image: ImageParams, views: int) -> np.ndarray:
+    """Random views of all images, without colours, or centre views if `views` is 0: int16 (N * max(1, V), P, P, 3)."""
+    rows_T = np.repeat(np.arange(len(images)), max(1, views))
+    view_T = np.tile(np.arange(max(1, views)), len(images))
+    crops = draw_views(CASES["large"].augment, 0, "anchor", 0, rows_T, view_T)[0] if views else None
+    ((_, tasks, (places_T,)),) = FileDecoder(images, 0, pin=False).batches([DecodePlan(rows_T, crops, [image])])
+    return torch.cat([task.on(torch.device("cpu"))[0] for task in tasks])[torch.from_numpy(places_T)].numpy().astype(np.int16)
+
+
+def levels(found: np.ndarray, original: np.ndarray) -> str:
+    """Mean and 99th percentile of the absolute difference."""
+    difference = np.abs(found - original)
+    return f"{difference.mean():.2f} / {np.percentile(difference, 99):.0f}"
+
+
+class Judge:
+    """Features of the teacher on one set of images, compared with those of the originals."""
+
+    def __init__(self, teacher: Teacher, train_rows: int, labels_N: np.ndarray):
+        self.teacher, self.train_rows, self.labels_N = teacher, train_rows, labels_N
+        self.original_ND: np.ndarray | None = None
+
+    def line(self, images: FileImages, image: ImageParams) -> str:
+        """Cosine, neighbours kept, and k-NN accuracy; the first call is for the originals."""
+        x_ND = backbone_features(self.teacher.backbone, images, np.arange(len(images)), image, torch.device("cpu"), "fp32", 32)
+        x_ND /= np.linalg.norm(x_ND, axis=1, keepdims=True)
+        self.original_ND = x_ND if self.original_ND is None else self.original_ND
+        kept = np.mean([len(found & before) for found, before in zip(self.others(x_ND), self.others(self.original_ND), strict=True)])
+        train, test = slice(self.train_rows), slice(self.train_rows, None)
+        found = knn_accuracies(x_ND[train], self.labels_N[train], x_ND[test], self.labels_N[test], [1, 5], 0.07)
+        cosines_N = (x_ND * self.original_ND).sum(axis=1)
+        accuracies = f"{found['knn_1']:.1f}, {found['knn_5']:.1f} %"
+        return f"cosine {cosines_N.mean():.4f} (least {cosines_N.min():.4f}), {kept:.2f} of {NEIGHBOURS} neighbours, k-NN {accuracies}"
+
+    def others(self, x_ND: np.ndarray) -> list[set[int]]:
+        """The nearest train images of each test image among those of other classes."""
+        train_labels_T, test_labels_Q = self.labels_N[: self.train_rows], self.labels_N[self.train_rows :]
+        k = min(self.train_rows, NEIGHBOURS + int(np.bincount(train_labels_T).max()))
+        rows_QK = top_k(x_ND[self.train_rows :], x_ND[: self.train_rows], k)[0]
+        return [
+            set(rows_K[train_labels_T[rows_K] != label][:NEIGHBOURS].tolist()) for rows_K, label in zip(rows_QK, test_labels_Q, strict=True)
+        ]
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
+    torch.set_num_threads(1)
+    found, teacher = find("folder", options.folder, True, (None, None), print), load_teacher(options.teacher)
+    names = found.train.class_names + found.test.class_names
+    labels_N = np.unique(np.array(names), return_inverse=True)[1]
+    images, judge = found.files(found.train.paths + found.test.paths), Judge(teacher, len(found.train.paths), labels_N)
+    image = ImageParams(**{key: getattr(teacher.image, key) for key in ImageParams.model_fields})
+    centre, random = views_of(images, image, 0), views_of(images, image, VIEWS)
+    print(f"{len(found.train.paths)} train and {len(found.test.paths)} test images, views of {image.crop_px} of {image.resize_px} px")
+    print(f"    originals: {kilobytes(images):.0f} kB; {judge.line(images, image)}")
+    for pack_px in options.pack_px:
+        with tempfile.TemporaryDirectory() as folder:
+            packed = packed_images(images, pack_px, Path(folder))
+            pixels = f"centre {levels(views_of(packed, image, 0), centre)}, random {levels(views_of(packed, image, VIEWS), random)}"
+            print(f"    pack, {pack_px} px: {kilobytes(packed):.0f} kB; {pixels}; {judge.line(packed, image)}", flush=True)
+    bicubic = BicubicImageParams(**image.model_dump())
+    print(f"    originals, bicubic: centre {levels(views_of(images, bicubic, 0), centre)}; {judge.line(images, bicubic)}")
+
+
+def kilobytes(images: FileImages) -> float:
+    """Mean length of a file."""
+    return sum(len(images.read(row)) for row in range(len(images))) / len(images) / 1e3
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("teacher")
+    parser.add_argument("--pack-px", nargs="+", type=int, default=[256, 320, 384])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
