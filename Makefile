@@ -1,5 +1,5 @@
 # `make demo`: from a fresh clone to reports/index.html. `make test`: all tests.
-# `make test-fast`: tests that are not marked slow, some 2.5 minutes on 2 idle cores. `make compare`: methods x seeds as DVC experiments.
+# `make test-fast`: tests that are not marked slow, some 2 minutes on 2 idle cores. `make compare`: methods x seeds as DVC experiments.
 # `make bench`: speed compared with hardware limits and other implementations, an hour on 2 idle cores; uses a GPU if there is one.
 # `make scale FOLDER=FOLDER`: the pipeline on 10^4 and 10^5 tiny images, half an hour; with IMAGES=1281167 at ImageNet's size, hours and 16 GB.
 # `make gpu`: the tests that need a GPU, then speed and memory on it, in parts of 8 minutes at most; `make gpu PARTS="tests step"`: some of them.

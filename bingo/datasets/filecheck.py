@@ -62,7 +62,7 @@ class Checks:
             "reason": pa.array([self.reasons.get(row) for row in rows_n.tolist()] if self.reasons else [None] * len(rows_n), pa.string()),
         }
 
-    def set(self, row: int, found: "_Result") -> None:
+    def set(self, row: int, found: "_CheckedFile") -> None:
         """Set the result for one file."""
         self.contents.sizes_N[row], self.largest_N[row], self.deep_colours_N[row] = found.size_bytes, found.largest, found.deep_colours
         if self.contents.sha256_N is not None and found.sha256:
@@ -118,7 +118,7 @@ def _check_rows(
     store_px = None if images_NSS3 is None else images_NSS3.shape[1]
     chunks = [rows_n[start : start + CHUNK_FILES].tolist() for start in range(0, len(rows_n), CHUNK_FILES)]
     work = partial(_check_chunk, checks.contents.sha256_N is not None, store_px, gray_bits)
-    waiting: deque[Future[list[_Result]]] = deque()
+    waiting: deque[Future[list[_CheckedFile]]] = deque()
     for asked, chunk in enumerate(chunks, 1):
         waiting.append(pool.submit(work, files.part(chunk)))
         while len(waiting) > _CHUNKS_AHEAD or (waiting and asked == len(chunks)):
@@ -159,7 +159,7 @@ def worker_pool(files: int) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-class _Result(NamedTuple):
+class _CheckedFile(NamedTuple):
     """What a worker finds of one file."""
 
     size_bytes: int
@@ -170,11 +170,11 @@ class _Result(NamedTuple):
     pixels_SS3: np.ndarray | None = None
 
 
-def _check_chunk(decode: bool, store_px: int | None, gray_bits: int | None, files: FileImages) -> list[_Result]:
+def _check_chunk(decode: bool, store_px: int | None, gray_bits: int | None, files: FileImages) -> list[_CheckedFile]:
     return [_check(files, row, decode, store_px, gray_bits) for row in range(len(files))]
 
 
-def _check(files: FileImages, row: int, decode: bool, store_px: int | None, gray_bits: int | None) -> _Result:
+def _check(files: FileImages, row: int, decode: bool, store_px: int | None, gray_bits: int | None) -> _CheckedFile:
     size_bytes, sha256, pixels_SS3 = 0, b"", None
     try:
         if not decode and store_px is None:
@@ -183,18 +183,18 @@ def _check(files: FileImages, row: int, decode: bool, store_px: int | None, gray
                 largest = check_header(start)
             except BadImage:  # with a header that is not at the start, as in TIFF files, or damaged
                 largest = check_header(files.read(row))
-            return _Result(size_bytes, b"", None, _or_none(largest), has_deep_colours(start))
+            return _CheckedFile(size_bytes, b"", None, _or_none(largest), has_deep_colours(start))
         file_bytes = files.read(row)
         size_bytes, sha256 = len(file_bytes), hashlib.sha256(file_bytes).digest() if decode else b""
         if store_px is None:
             check_pixels(file_bytes)
         else:
             pixels_SS3 = decode_square(file_bytes, store_px, store_px, gray_bits=gray_bits)
-        return _Result(size_bytes, sha256, None, _or_none(largest_gray(file_bytes)), has_deep_colours(file_bytes), pixels_SS3)
+        return _CheckedFile(size_bytes, sha256, None, _or_none(largest_gray(file_bytes)), has_deep_colours(file_bytes), pixels_SS3)
     except BadImage as error:
-        return _Result(size_bytes, sha256, str(error))
+        return _CheckedFile(size_bytes, sha256, str(error))
     except OSError as error:
-        return _Result(size_bytes, sha256, error.strerror or str(error))
+        return _CheckedFile(size_bytes, sha256, error.strerror or str(error))
 
 
 def _or_none(largest: int | None) -> int:

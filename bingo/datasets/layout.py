@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
-from bingo.datasets.lookalikes import look_like_splits
 from bingo.datasets.members import Members
-from bingo.datasets.split_names import role_of, split_word
+from bingo.datasets.split_names import look_like_splits, role_of, split_word
 from bingo.datasets.subset import Counts
 from bingo.images.decode import SUFFIXES
 from bingo.runtime.errors import UserError, printable

@@ -1,6 +1,9 @@
-"""Which words name a train or a test split in a folder's name."""
+"""Which folders are a train or a test split: by a word in their names, or, under names of any language (learn and exam, tr and te, fold0
+and fold1), by what is in them, which is the same classes."""
 
 import re
+from collections.abc import Mapping
+from itertools import combinations
 
 from bingo.runtime.inside import folded
 
@@ -11,6 +14,13 @@ _WORDS = {
 }
 _ROLES = {role: re.compile(rf"(?:{_AFFIX}[ _.-]?)?(?:{words})(?:[ _.-]?{_AFFIX})?") for role, words in _WORDS.items()}
 _PLAIN_WORDS = {word: role for role, words in _WORDS.items() for word in words.split("|")}
+_MOST_SPLITS = 10  # as of a ten-fold cross-validation; more folders with the same sub-folders are classes
+# How images were taken, which is the same for every class: cam0, session-2, left, 2021-05-03.
+_TAKES = re.compile(
+    r"(?:\d{4}[-_.]?\d\d[-_.]?\d\d|(?:cam(?:era)?|session|seq(?:uence)?|video|clip|day|night|run|take|part|batch|shot|view|angle|scene|"
+    r"sensor|visit|frames?|left|right|front|back|top|side|images?|imgs?|photos?|originals?|raw|rgb|gray|grey|depth|aug(?:mented)?|jpe?g|png)"
+    r"[ _.-]?[\da-z]?\d{0,3})"
+)
 
 
 def role_of(folder: str) -> str | None:
@@ -33,3 +43,22 @@ def split_folder(name: str) -> str:
     """The folder, train, val or test, of images under a name with the word of one split (imagenet-train, validation-00); empty without."""
     role = split_word(name)[0]
     return "val" if role == "test" and not {"test", "testing", "tst"} & set(_words(name)) else role or ""
+
+
+def look_like_splits(inner: Mapping[str, list[str]]) -> list[str]:
+    """Among sibling folders, given the names of their sub-folders, those that are probably splits and not classes; usually none.
+
+    Two folders look so if they share two names of sub-folders or more, and over half of those of the one that has fewer. Names of how
+    images were taken do not count. They must be at least half of all the folders, and at most as many as splits are.
+    """
+    names = {folder: {folded(name) for name in own} for folder, own in inner.items() if len(own) > 1}
+    if len(names) > _MOST_SPLITS:
+        return []
+    pairs = [pair for pair in combinations(names, 2) if _same_classes(*(names[folder] for folder in pair))]
+    found = [folder for folder in names if any(folder in pair for pair in pairs)]
+    return found if 2 * len(found) >= len(inner) else []
+
+
+def _same_classes(one: set[str], other: set[str]) -> bool:
+    shared = [name for name in one & other if not _TAKES.fullmatch(name)]
+    return len(shared) > 1 and 2 * len(shared) > min(len(one), len(other))

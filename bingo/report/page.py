@@ -117,7 +117,8 @@ def _title(a: Artefacts) -> str:
 def _dataset_name(a: Artefacts) -> str:
     """The name of a published dataset, or of the folder."""
     dataset = a.params.dataset
-    root = Path(images_folder(dataset.root or "."))
+    given = dataset.root or "."
+    root = Path(given if dataset.source == "folder" else images_folder(given))  # a folder's name even where it is gone by now
     return _DATASETS.get(dataset.source) or (root.resolve() if root.name in ("", "..") else root).name or dataset.source
 
 

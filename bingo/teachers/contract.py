@@ -23,8 +23,8 @@ class Parts:
     """A checkpoint's parts. `trunk` has the names of timm and torchvision, `head` those of a Sequential of `layers`
     (bingo.nets.heads; none: the checkpoint has no head).
 
-    `left_out` names modules that are no part of the teacher, `unknown` what such a checkpoint never holds. `options` are what the
-    network has beyond timm's default (bingo.nets.backbones). `mean_std` is the normalisation that it was trained with. `sure` is
+    `left_out` names modules of the file that the teacher does not have, `unknown` what such a checkpoint never holds. `options` are
+    what the network has beyond timm's default (bingo.nets.backbones). `mean_std` is the normalisation that it was trained with. `sure` is
     False where the names are a library's own, so that other formats fit as well.
     """
 

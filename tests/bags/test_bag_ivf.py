@@ -63,6 +63,7 @@ def test_all_lists_give_the_bits_of_the_exact_search(features, lists, k):
     assert (found.settings["recall"], found.settings["probes"]) == (1, lists)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lists", [5, 60])
 def test_a_store_larger_than_the_memory_gives_the_same_bits(features, tmp_path, monkeypatch, lists):
     """In blocks of queries and groups of lists; of five lists some are larger than the budget."""

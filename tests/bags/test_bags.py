@@ -131,6 +131,7 @@ def test_kmeans_with_as_many_clusters_as_rows_leaves_singletons_empty():
     assert bag_metrics(bags, None)["empty_bags"] == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget_bytes", [20_000, 10**9])
 def test_bags_of_a_store_larger_than_the_memory_are_the_same_bytes(digits, tmp_path, monkeypatch, budget_bytes):
     """By blocks and their best merged, K-means and its assignment included; one class is larger than the smaller budget."""

@@ -91,6 +91,7 @@ def test_a_climb_ends_where_both_neighbours_on_both_axes_are_worse(plan, lr, fac
     assert {line["seed"] for line in wishes.tuning("method-bingo")} == {9}
 
 
+@pytest.mark.slow
 def test_a_climb_is_not_ended_by_noise(plan):
     """A dip at half the temperature, smaller than `noise_points`, ends a climb by the best alone at the first temperature."""
 
@@ -150,6 +151,7 @@ def test_agreement_is_correlated_with_accuracy_over_the_runs_of_a_part(plan):
     }
 
 
+@pytest.mark.slow
 def test_a_variant_is_tuned_itself_or_has_the_values_of_another_and_in_no_round_is_run_once(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "plan.yaml").write_text(PLAN.partition("rounds:")[0] + VARIANTS)

@@ -408,6 +408,7 @@ def test_of_many_images_a_sample_is_shown_and_the_others_by_their_files(browser,
     assert browser.errors == []
 
 
+@pytest.mark.slow
 @needs_browser
 def test_clusters_can_be_browsed_and_a_missing_sidecar_is_reported(browser, tmp_path, monkeypatch):
     make_workspace(tmp_path, method="kmeans", labelled=False)

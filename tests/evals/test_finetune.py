@@ -111,6 +111,7 @@ class Means(nn.Module):
         return x.mean(dim=(2, 3)) * self.gain
 
 
+@pytest.mark.slow
 def test_a_frozen_network_ends_at_the_minimum_that_scikit_learn_finds(tmp_path):
     rng = np.random.default_rng(1)
     colours, labels = rng.integers(0, 256, (60, 3), dtype=np.uint8), rng.integers(0, CLASSES, 60)

@@ -78,6 +78,7 @@ def close(outputs, expected) -> bool:
 # ---- what a user does with the files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "shape"),
     [

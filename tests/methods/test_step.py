@@ -175,6 +175,7 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, method_name):
     assert waits.found == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method_name", method_names())
 def test_a_step_from_images_in_memory_never_comes_back_to_the_host(tmp_path, monkeypatch, method_name):
     """On the device `meta`, whose tensors hold no numbers: reading one, or a shape that depends on one, is an error.
@@ -207,6 +208,7 @@ def test_a_step_from_images_in_memory_never_comes_back_to_the_host(tmp_path, mon
         float(terms["loss"])
 
 
+@pytest.mark.slow
 def test_what_the_host_does_is_measured(tmp_path):
     _, student = bench_host.trainings("cifar10", 300, tmp_path)
     line = bench_host.as_text(student, 8, bench_host.calls_in_a_step(student), repeats=1)

@@ -112,6 +112,7 @@ def test_forward_flops_of_known_networks(arch, width, gflop):
     assert forward_flops(network, torch.zeros(1, 3, 224, 224)) / 1e9 == pytest.approx(gflop, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_depthwise_network_costs_three_forwards_a_step():
     """torch's own count of a depthwise convolution's backward is many times too large."""
     params = PARAMS.model_copy(update={"student": PARAMS.student.model_copy(update={"arch": "mobilenetv3_small_050", "width": 1.0})})

@@ -134,6 +134,7 @@ def test_what_is_chosen_breaks_no_limit(train, test, median_px):
         assert params.dataset.test_images == (split_counts(look)[1] or None if not test else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "torchvision/resnet18", pytest.param("inception_v3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("median_px", [1, 90])
 def test_the_crops_are_such_as_the_student_takes(arch, median_px):

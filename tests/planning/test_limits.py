@@ -242,6 +242,7 @@ def test_what_needs_no_network_needs_no_torch():
 # Vision transformers take any whole number of patches, as whatever they serve.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_tiny_patch16_dinov3_qkvb"])
 @pytest.mark.parametrize("side_px", [32, 48])
 def test_a_vision_transformer_takes_other_sizes_as_student_and_as_random_teacher(capsys, arch, side_px):

@@ -681,6 +681,7 @@ def test_the_coco_recipes_are_detectron2s_settings(clone):
     assert (params.student.arch, params.student.stem, params.transfer_coco.root) == ("resnet18", "imagenet", "data/coco")
 
 
+@pytest.mark.slow
 def test_check_names_what_of_coco_is_missing_and_a_student_that_cannot_be_used(clone):
     overlay = "# x\nstudent: {arch: resnet18, width: 0.125, stem: %s}\ntransfer_coco: {runs: [fpn-1x], root: coco}\n"
     (clone / "recipes").unlink()
@@ -694,6 +695,7 @@ def test_check_names_what_of_coco_is_missing_and_a_student_that_cannot_be_used(c
     assert "student.stem = small: its feature maps are too large" in result.output
 
 
+@pytest.mark.slow
 def test_check_names_what_is_missing(clone):
     before = Path("params.yaml").read_bytes()
     result = call("check", "imagenet-mobv3-moco")

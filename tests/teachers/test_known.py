@@ -51,6 +51,7 @@ def counted(arch: str, width: float, pooling: str | None, crop_px: int) -> tuple
     return backbone.feature_width, parameters_m, forward_flops(backbone, torch.zeros(1, 3, crop_px, crop_px)) / 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", known_names())
 def test_costs_and_widths_are_those_of_the_network(name):
     known = known_teacher(name)
@@ -193,6 +194,7 @@ def in_the_code_of_lukemelas(net: timm.models.EfficientNet) -> dict[str, torch.T
     return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "tf_efficientnet_b0"])
 def test_an_efficientnet_of_the_other_names_has_timms_features(tmp_path, arch):
     net = lively(timm.create_model(arch))

@@ -362,6 +362,7 @@ def test_a_teacher_is_frozen():
         assert {out.dtype for out in teacher(X)} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "efficientnet_b0", "resnetv2_50", "vit_tiny_patch16_224", "torchvision/mobilenet_v2"])
 def test_weights_kept_as_autocast_turns_them_give_the_same_bits(arch):
     """resnetv2_50 standardises its weights in float32 before it casts them: they must stay as they are."""

@@ -56,6 +56,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", WRAPPED)
 def test_every_weight_is_the_files(tmp_path, network, form):
     torch.save(WRAPPED[form](dict(network.state_dict())), tmp_path / "weights.pth")
@@ -146,6 +147,7 @@ def test_what_does_not_fit_is_one_line_before_any_work(tmp_path, network, how):
     assert "teacher" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["teacher.pth", "teacher.arch", "teacher.checkpoint", "t"])
 def test_the_name_of_a_file_is_left_as_it_is(tmp_path, network, name, capsys):
     state = prefixed("backbone.", dict(network.state_dict()))

@@ -299,7 +299,7 @@ def _as_settings(params: TeacherParams, found: Mapping[str, Any]) -> str:
 
 
 def _head(params: TeacherParams, parts: Parts, backbone: Backbone, origin: str) -> nn.Sequential:
-    """The head that the checkpoint's shapes tell, loaded strictly."""
+    """The head with the widths of the checkpoint's weights, loaded strictly."""
     head = layered_head(parts.layers, _head_widths(params, parts, backbone, origin))
     load_strictly(head, parts.head, origin)
     return head
