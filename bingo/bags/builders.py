@@ -71,13 +71,12 @@ def build_knn(
     if isinstance(search, InvertedFile):
         found = search_lists(features, k, search, sharing)
         lists = search.list_count(rows)
-        settings |= {"search": "ivf", "lists": lists, "probes": min(search.probes, lists)}
+        settings |= {"search": "ivf", "seed": search.seed, "lists": lists, "probes": min(search.probes, lists)}
     else:
         found = sharing.all_nearest("members", features, k, by_graph=search is not None)
-        settings |= {} if search is None else {"search": "cuvs"}
+        settings |= {} if search is None else {"search": "cuvs", "seed": search.seed}
     if search is not None:
-        recall = recall_of(None if found is None else found[1], features, k, search.seed, sharing)
-        settings |= {"seed": search.seed, "recall": recall}
+        settings["recall"] = recall_of(None if found is None else found[1], features, k, search.seed, sharing)
     if found is None:
         return None
     members_TK, cosines_TK = found
