@@ -23,6 +23,7 @@ LAYERS = [
     ("bingo/evals/", "bingo/detection/", "bingo/training/"),
     ("bingo/pipeline/", "bingo/planning/"),
     ("stages/", "bingo/cli/"),
+    ("bingo/api.py",),
 ]
 CODE = [str(path.relative_to(ROOT)) for folder in ("bingo", "stages") for path in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -92,6 +92,13 @@ def top_k(
     block of `block_rows` queries (None: as suits device and memory), 64 MiB for each core, and the base itself if it is in a store. If
     that does not fit into `budget_bytes` (None: half of what is free), the base is cut into blocks that do, and read once for each block of
     queries, which are then as many as fit. Raises ValueError if a feature is not finite.
+
+    >>> import numpy as np
+    >>> from bingo import top_k
+    >>> base = np.array([[1, 0], [0, 1], [2, 2]], np.float32)
+    >>> rows, cosines = top_k(base[:1], base, 2, query_rows_Q=np.array([0]))
+    >>> rows.tolist(), [round(cosine, 3) for cosine in cosines[0].tolist()]
+    ([[2, 1]], [0.707, 0.0])
     """
     task = WholeBlocks(len(queries), k, block_rows)
     search_blocks(task, queries, base, k, query_rows_Q, budget_bytes, floor_Q, unit_queries)

@@ -35,21 +35,17 @@ def show(
     out: Out = None,
 ) -> None:
     """Print one bag and draw it."""
-    from bingo.browse.sheets import contact_sheet
     from bingo.cli.browse_source import BagSource
     from bingo.cli.browse_tables import members_table
     from bingo.runtime.errors import printable
 
     source = BagSource(rev)
     row = source.row_of(target)
-    members, cosines = source.index.members(row), source.index.similarity(row)
-    (path, *_), (label, *_) = source.listing.rows([row])
-    of_class = f"label {printable(source.class_name(label))}  " if source.listing.classes else ""
-    typer.echo(f"row {row}  {printable(path)}  {of_class}({source.describe(row)})")
-    typer.echo(members_table(source, members, cosines, label))
-    heading = f"{source.listing.dataset}, row {row}: {path}   ({source.describe(row)}; {source.name})"
-    sheet = contact_sheet(heading, source.tile(row), source.member_tiles(members, cosines, label))
-    _deliver(sheet, out, _SHEETS / _file_name(f"bag-{row}", source))
+    bag, (_, (label,)) = source[row], source.listing.rows([row])
+    of_class = f"label {printable(bag.label)}  " if source.listing.classes else ""
+    typer.echo(f"row {row}  {printable(bag.path)}  {of_class}({source.describe(row)})")
+    typer.echo(members_table(source, bag.members, bag.similarity, label))
+    _deliver(bag.picture(), out, _SHEETS / _file_name(f"bag-{row}", source))
 
 
 @app.command()

@@ -1,18 +1,23 @@
 """What the `bags` commands read from the workspace or a revision. Each artefact is opened when it is first needed."""
 
 import io
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL.Image import Image
 
 from bingo import paths
 from bingo.bags.index import BagIndex, read_bags
 from bingo.browse.listing_rows import ListingRows
 from bingo.browse.pictures import Pictures
-from bingo.browse.sheets import Tile
+from bingo.browse.sheets import Tile, contact_sheet
 from bingo.cli.revisions import artefacts
 from bingo.embeddings.store import Embeddings, read_embeddings
 from bingo.params.places import images_folder
@@ -21,6 +26,34 @@ from bingo.runtime.errors import UserError
 from bingo.runtime.inside import path_inside
 
 PICTURE_PX = 160
+_BAGS_IN_NOTEBOOK, _MEMBERS_IN_NOTEBOOK = 3, 20
+
+
+@dataclass(frozen=True)
+class Bag:
+    """The bag of an anchor: the anchor's row, path and class name (`-` where unknown), and the listed members, nearest first, int32 (K,),
+    with their cosines to it, float32 (K,)."""
+
+    source: "BagSource" = field(repr=False)
+    row: int
+    path: str
+    label: str
+    members: np.ndarray
+    similarity: np.ndarray
+
+    def picture(self, most: int | None = None) -> Image:
+        """The anchor and at most `most` members, each with its similarity and class."""
+        source, (_, (label,)) = self.source, self.source.listing.rows([self.row])
+        heading = f"{source.listing.dataset}, row {self.row}: {self.path}   ({source.describe(self.row)}; {source.name})"
+        tiles = source.member_tiles(self.members[:most], self.similarity[:most], label)
+        return contact_sheet(heading, source.tile(self.row), tiles)
+
+    def _repr_html_(self) -> str:
+        """The picture, in 256 colours, inside the page."""
+        content = io.BytesIO()
+        self.picture(_MEMBERS_IN_NOTEBOOK).quantize(256).save(content, "png", optimize=True)
+        words = escape(f"row {self.row}: {self.path}, and its {len(self.members)} members", quote=True)
+        return f'<img alt="{words}" src="data:image/png;base64,{b64encode(content.getvalue()).decode()}">'
 
 
 class BagSource:
@@ -29,6 +62,23 @@ class BagSource:
     def __init__(self, rev: str | None = None):
         self.artefacts = artefacts(rev)
         self.name = self.artefacts.name
+
+    def __len__(self) -> int:
+        return self.index.train_rows
+
+    def __getitem__(self, row: int) -> Bag:
+        """The bag of a train row. Raises UserError if it does not exist."""
+        members, similarity = self.index.members(row), self.index.similarity(row)
+        (path,), (label,) = self.listing.rows([row])
+        return Bag(self, row, path, self.class_name(label), members, similarity)
+
+    def __iter__(self) -> Iterator[Bag]:
+        return map(self.__getitem__, range(len(self)))
+
+    def _repr_html_(self) -> str:
+        """Their number, and a few of them as pictures."""
+        rows = np.linspace(0, len(self) - 1, min(len(self), _BAGS_IN_NOTEBOOK)).astype(int).tolist()
+        return f"<p>{len(self):,} bags: {escape(self.title)}</p>" + "".join(self[row]._repr_html_() for row in rows)
 
     @cached_property
     def listing(self) -> ListingRows:

@@ -159,9 +159,15 @@ class Embeddings:
 
 
 def read_embeddings(store: Path | str | Mapping[str, bytes], listing: "Listing | ListingRows", name: str = "") -> Embeddings:
-    """Open the store of a listing, reading only metadata. `store` is a folder, or a mapping as fsspec gives it, called `name`.
+    """The teacher's outputs: `features_ND` of all images, `train_features_TD`, and `keys_TVP` of the train images, of unit length, all
+    float16. Only metadata are read before one of them is used. `store` is a folder, or a mapping as fsspec gives it, called `name`.
 
     Raises UserError if there is none, its metadata are damaged, or it was made from another listing.
+
+    >>> from bingo import read_embeddings, read_listing
+    >>> embeddings = read_embeddings("data/embeddings.zarr", read_listing("data/listing.parquet"))
+    >>> embeddings.features_ND.shape, embeddings.keys_TVP.shape
+    ((500, 64), (400, 4, 16))
     """
     name = name or str(store)
     embeddings = Embeddings(name, open_group(store, name, _WAY_OUT))

@@ -141,9 +141,14 @@ def write_images(path: Path | str, listing: Listing, images: np.ndarray | Positi
 
 def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetParams | None") -> Images:
     """The images of `listing`: in memory if `images_zarr` holds them, otherwise the files in `dataset.root`, or at the positions that it
-    holds.
+    holds. `dataset` is that section of the parameters.
 
     Raises UserError if the store is absent, damaged or another listing's, and if files are needed but there is no `root`.
+
+    >>> from bingo import load_params, open_images, read_listing
+    >>> images = open_images(read_listing("data/listing.parquet"), "data/images.zarr", load_params().dataset)
+    >>> images.images_NSS3.shape, images.images_NSS3.dtype.name
+    ((500, 16, 16, 3), 'uint8')
     """
     name = str(images_zarr)
     group = open_group(images_zarr, name, _WAY_OUT)

@@ -237,7 +237,14 @@ def metadata_of(schema: pa.Schema) -> dict[str, str]:
 
 
 def read_listing(path: Path | str) -> Listing:
-    """Read what `write_listing` wrote. Raises UserError if the file is absent, damaged or no listing."""
+    """All images of a run and their order: `paths`, `labels_N` (int64, -1 where unknown), `classes`, and `train_rows`, the number of train
+    images, which come first. Raises UserError if the file is absent, damaged or no listing.
+
+    >>> from bingo import read_listing
+    >>> listing = read_listing("data/listing.parquet")
+    >>> len(listing), listing.train_rows, len(listing.classes)
+    (500, 400, 10)
+    """
     try:
         content = Path(path).read_bytes()
     except OSError as error:

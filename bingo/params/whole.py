@@ -122,7 +122,13 @@ class Params(Section):
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
-    """Read and validate the whole file. Raises UserError with one line for each error."""
+    """All settings of params.yaml, validated; sections and keys are attributes. Raises UserError with one line for each error.
+
+    >>> from bingo import load_params
+    >>> params = load_params()
+    >>> params.dataset.source, params.bagging.k
+    ('digits', 5)
+    """
     return validate(read_yaml(path), str(path))
 
 

@@ -110,9 +110,17 @@ def save_teacher(path: Path | str, backbone: nn.Module, head: nn.Module | None, 
 
 
 def load_teacher(path: Path | str) -> Teacher:
-    """The frozen teacher in a file that `save_teacher` wrote, on the CPU.
+    """The frozen teacher in a file that `save_teacher` wrote, on the CPU. Its `features` and `keys` map normalised images (B, 3, P, P),
+    float32, to features (B, D) and to keys (B, P) of unit length.
 
     Raises UserError for a file that is not a teacher's, and if the installed timm or torchvision builds another network.
+
+    >>> import torch
+    >>> from bingo import load_teacher
+    >>> teacher = load_teacher("models/teacher.safetensors")
+    >>> side_px = teacher.image.crop_px
+    >>> teacher.keys(torch.zeros(2, 3, side_px, side_px)).shape
+    torch.Size([2, 16])
     """
     state, metadata = load_network(path)
     if metadata.get("kind") != "teacher":
