@@ -3,6 +3,7 @@
 import base64
 import doctest
 import io
+import json
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from bingo.bags.index import read_bags
 from bingo.images.listing import read_listing
 from bingo.nets.backbones import build_backbone
 from bingo.nets.students import save_backbone
-from bingo.params import ImageParams, NetworkParams
+from bingo.params import ImageParams, NetworkParams, load_params, read_yaml
 from bingo.runtime.errors import UserError
 from bingo.teachers.teacher import save_teacher, teacher_metadata
 from docs.tools import api
@@ -120,3 +121,32 @@ def test_embed_names_every_file_that_cannot_be_read(photos, tmp_path):
 def test_embed_needs_a_list_of_files(photos, images):
     with pytest.raises(UserError, match="images = "):
         bingo.embed(bingo.load_student(), images)
+
+
+@pytest.fixture
+def one_stage(workspace, monkeypatch):
+    """A finished run of which DVC knows the stage `bag` alone; the current folder is another one."""
+    root = workspace.root
+    text = json.dumps({"stages": {"bag": read_yaml(ROOT / "dvc.yaml")["stages"]["bag"]}})
+    (root / "dvc.yaml").write_text(text)
+    (root / ".dvc").mkdir()
+    (root / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    monkeypatch.chdir(root.parent)
+    for name, value in {"BINGO_DEVICE": "cpu", "DVC_NO_ANALYTICS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return root
+
+
+def test_run_pipeline_sets_parameters_runs_what_is_out_of_date_and_returns_the_figures(one_stage, capfd):
+    results = bingo.run_pipeline(one_stage, bagging={"k": 3})
+    assert "Running stage 'bag'" in capfd.readouterr().out
+    assert results == json.loads((one_stage / "reports/results.json").read_text())
+    assert load_params(one_stage / "params.yaml").bagging.k == 3
+    assert read_bags(one_stage / "data/bags.zarr", read_listing(one_stage / "data/listing.parquet")).k == 3
+    before = (one_stage / "params.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"bagging\.k"):
+        bingo.run_pipeline(one_stage, bagging={"k": 0})
+    assert (one_stage / "params.yaml").read_bytes() == before
+    (one_stage / "data/embeddings.zarr/zarr.json").unlink()
+    with pytest.raises(UserError, match=r"data/embeddings\.zarr"):
+        bingo.run_pipeline(one_stage)
