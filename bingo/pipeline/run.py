@@ -253,9 +253,8 @@ def code_fingerprint(stage: str, method: str = "") -> str:
     """A fingerprint of the source files that dvc.yaml lists for a stage, so that checkpoints of other code are not resumed."""
     stages = read_yaml("dvc.yaml")["stages"]
     chosen = {"distill.method": method, "item": method, "teacher.name": read_yaml("params.yaml")["teacher"]["name"]}
-    deps = [
-        Path(re.sub(r"\$\{(.+?)\}", lambda key: chosen.get(key[1], key[0]), dep)) for dep in stages[stage].get("do", stages[stage])["deps"]
-    ]
+    written = stages[stage].get("do", stages[stage]).get("deps", [])  # a pipeline of one's own may list none
+    deps = [Path(re.sub(r"\$\{(.+?)\}", lambda key: chosen.get(key[1], key[0]), dep)) for dep in written]
     listed = [path for path in deps if path.parts[0] in ("bingo", "stages")]
     files = {str(file) for path in listed for file in (path.rglob("*.py") if path.is_dir() else [path])}
     return fingerprint({file: file_fingerprint(file) for file in files})

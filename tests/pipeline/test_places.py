@@ -116,7 +116,8 @@ def below(tmp_path, monkeypatch) -> Path:
     """A workspace with images; the current folder is one of its folders, two levels down."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "bingo", "stages"):
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "a/b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a/b")
     monkeypatch.setattr(commands, "_stands", Path())
