@@ -16,6 +16,7 @@ from bingo.params.yaml_files import read_yaml
 from bingo.runtime.errors import UserError, near_matches
 
 _MOST_MISTAKES = 40
+_OF_FILES_ALONE = ("pack_px", "image_column", "label_column")  # of `dataset` alone, not of the sets of `transfer`
 
 
 class ReportParams(Section):
@@ -95,8 +96,8 @@ class Params(Section):
 
     def transfer_set(self, name: str) -> DatasetParams:
         """The dataset with this name in `transfer.datasets`."""
-        as_dataset = self.dataset.model_dump(exclude={*TransferSetParams.model_fields, "pack_px"})
-        return DatasetParams.model_validate(as_dataset | {"pack_px": None} | self.transfer.datasets[name].model_dump())
+        as_dataset = self.dataset.model_dump(exclude={*TransferSetParams.model_fields, *_OF_FILES_ALONE})
+        return DatasetParams.model_validate(as_dataset | dict.fromkeys(_OF_FILES_ALONE) | self.transfer.datasets[name].model_dump())
 
     @model_validator(mode="after")
     def _teacher_sees_images(self) -> Self:

@@ -215,7 +215,7 @@ def test_state_on_another_disk(whole, tmp_path, monkeypatch):
 
     def finish_elsewhere(writer, target):
         with monkeypatch.context() as patch:
-            patch.setattr(stores.os, "link", refuse)
+            patch.setattr(os, "link", refuse)
             finish(writer, target)
 
     monkeypatch.setattr(stores.EmbeddingsWriter, "finish", finish_elsewhere)

@@ -31,7 +31,7 @@ class Tiny(Method):
         convolutions = [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 6, 1, stride=2, groups=2)]
         self.student = nn.Sequential(*convolutions, nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
         self.head = nn.Linear(6, 5)
-        self.frozen = nn.Linear(5, 7).requires_grad_(False)
+        self.fixed = nn.Linear(5, 7).requires_grad_(False)
         self.register_buffer("seen", torch.zeros(()))
         self.pushed = None
 
@@ -39,8 +39,8 @@ class Tiny(Method):
         self.pushed = batch.anchor_views[0]
         self.seen += 1
         with torch.no_grad():
-            target = self.frozen(torch.ones(len(batch.anchor_rows_B), 5))
-        return {"loss": (self.frozen(self.head(self.student(batch.anchor_views[0]))) - target).square().mean()}
+            target = self.fixed(torch.ones(len(batch.anchor_rows_B), 5))
+        return {"loss": (self.fixed(self.head(self.student(batch.anchor_views[0]))) - target).square().mean()}
 
 
 def batch() -> Batch:

@@ -30,7 +30,7 @@ from bingo.bags.index import read_bags
 from bingo.browse.listing_rows import ListingRows
 from bingo.embeddings.store import read_embeddings
 from bingo.images.images import MemoryImages, open_images
-from bingo.images.listing import read_listing
+from bingo.images.listing import Paths, read_listing
 from bingo.nets.students import load_student
 from bingo.params import read_yaml
 from bingo.planning.recipes import lay_over, read_recipe
@@ -125,6 +125,8 @@ def _feed(hasher: "hashlib._Hash", value: Any) -> None:
         value = value.detach().contiguous().view(-1).view(torch.uint8).numpy() if value.numel() else np.empty(0)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Paths):
+        value = list(value)
     if isinstance(value, np.ndarray):
         hasher.update(f"{value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
     elif isinstance(value, dict | list | tuple):
