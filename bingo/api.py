@@ -112,6 +112,7 @@ def embed(network: "StoredNetwork | Teacher", images: "Images | Sequence[Path | 
 
     `images` are image files, or what `open_images` returns. Each image is resized, cropped to its centre and normalised as the network's
     file says, like the images of a run; the output of the backbone is not normalised. `bingo embed` writes the same features to a file.
+    More than 256 files are decoded by other processes: a script then calls this below `if __name__ == "__main__":`.
     Raises UserError that names all files that cannot be read.
 
     >>> from bingo import embed, load_params, load_student, open_images, read_listing

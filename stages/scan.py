@@ -3,6 +3,7 @@
 With `dataset.pack_px` that folder holds photographs at a smaller size; a killed run resumes with those that are missing.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,7 @@ def _packed(run: Run, listing: "Listing", found: "Found") -> Iterator[tuple["Fou
     if dataset.pack_px is None:
         yield found, None
         return
+    from bingo.datasets.known import identity_of
     from bingo.datasets.packing import pack_images
     from bingo.images.images import FileImages
     from bingo.images.positions import Positions
@@ -69,7 +71,11 @@ def _packed(run: Run, listing: "Listing", found: "Found") -> Iterator[tuple["Fou
 
     positions = found if isinstance(found, Positions) else None
     files = FileImages(images_folder(str(dataset.root)), listing.paths, dataset.follow_links, listing.gray_bits, positions=positions)
-    with state_folder("scan", {"listing": listing.fingerprint, "root": dataset.root, "code": code_fingerprint("scan")}) as folder:
+    kept_for = {"listing": listing.fingerprint, "root": dataset.root, "code": code_fingerprint("scan")}
+    if dataset.check == "header":  # the listing then says nothing of the files' content
+        large = positions.files if positions else listing.paths
+        kept_for["files"] = hashlib.sha256(identity_of(files.root, large).tobytes()).hexdigest()
+    with state_folder("scan", kept_for) as folder:
         yield pack_images(files, dataset.pack_px, folder, run.say), folder
 
 

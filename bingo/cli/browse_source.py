@@ -1,6 +1,7 @@
 """What the `bags` commands read from the workspace or a revision. Each artefact is opened when it is first needed."""
 
 import io
+import operator
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -67,7 +68,8 @@ class BagSource:
         return self.index.train_rows
 
     def __getitem__(self, row: int) -> Bag:
-        """The bag of a train row. Raises UserError if it does not exist."""
+        """The bag of a train row. Raises UserError if it does not exist, TypeError for what is not an integer."""
+        row = operator.index(row)
         members, similarity = self.index.members(row), self.index.similarity(row)
         (path,), (label,) = self.listing.rows([row])
         return Bag(self, row, path, self.class_name(label), members, similarity)

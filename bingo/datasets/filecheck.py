@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -34,12 +34,14 @@ THREADS_UP_TO_FILES = 4096  # processes scale further than threads, but take abo
 @dataclass(frozen=True, eq=False)
 class Checks:
     """The results for N files: what is in each; `largest_N` int32, the largest value of a 16-bit greyscale image, -1 for any other;
-    `deep_colours_N` bool, whether it has 16 bits per colour channel; `reasons`, by row, why a file is not a readable image."""
+    `deep_colours_N` bool, whether it has 16 bits per colour channel; `reasons`, by row, why a file is not a readable image;
+    `not_read`, rows whose reason is the machine's, which may be another the next time."""
 
     contents: Contents
     largest_N: np.ndarray
     deep_colours_N: np.ndarray
     reasons: dict[int, str]
+    not_read: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.largest_N)
@@ -69,6 +71,8 @@ class Checks:
             self.contents.sha256_N[row] = np.frombuffer(found.sha256, np.uint8)
         if found.reason is not None:
             self.reasons[row] = found.reason
+        if found.not_read:
+            self.not_read.add(row)
 
     def put(self, rows_n: np.ndarray, known: pa.Table) -> None:
         """Set the results for some files from such columns."""
@@ -106,6 +110,7 @@ def check_files(
             for rows_n in (left[start : start + SAVED_FILES] for start in range(0, len(left), SAVED_FILES)):
                 _check_rows(pool, files, rows_n, checks, images_NSS3, gray_bits, bar)
                 if known is not None:
+                    rows_n = rows_n[~np.isin(rows_n, list(checks.not_read))]
                     paths = [files.paths[row] for row in rows_n.tolist()]
                     known.add(place, paths, identity_N4[rows_n], checks.part(rows_n), begun_ns)
     return checks, images_NSS3
@@ -168,6 +173,7 @@ class _CheckedFile(NamedTuple):
     largest: int = -1
     deep_colours: bool = False
     pixels_SS3: np.ndarray | None = None
+    not_read: bool = False
 
 
 def _check_chunk(decode: bool, store_px: int | None, gray_bits: int | None, files: FileImages) -> list[_CheckedFile]:
@@ -194,7 +200,7 @@ def _check(files: FileImages, row: int, decode: bool, store_px: int | None, gray
     except BadImage as error:
         return _CheckedFile(size_bytes, sha256, str(error))
     except OSError as error:
-        return _CheckedFile(size_bytes, sha256, error.strerror or str(error))
+        return _CheckedFile(size_bytes, sha256, error.strerror or str(error), not_read=True)
 
 
 def _or_none(largest: int | None) -> int:

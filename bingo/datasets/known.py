@@ -46,13 +46,10 @@ class KnownFiles:
         if not len(known):
             return np.zeros(len(paths), bool), known
         names = pa.chunked_array([pa.array(paths, pa.string())])
-        if len(known) == len(names) and known[_PATH].equals(names):
-            place_N = np.arange(len(names))
-        else:
-            place_N = pc.index_in(names, known[_PATH].combine_chunks()).fill_null(-1).to_numpy()
+        in_order = len(known) == len(names) and known[_PATH].equals(names)
+        place_N = np.arange(len(names)) if in_order else pc.index_in(names, known[_PATH].combine_chunks()).fill_null(-1).to_numpy()
         same_N = (identities(known)[place_N] == identity_N4).all(axis=1) & (place_N >= 0) & (identity_N4[:, 0] >= 0)
-        whole = len(known) == len(names) and bool(same_N.all())
-        found = known if whole else known.take(pa.array(place_N[same_N]))
+        found = known if in_order and same_N.all() else known.take(pa.array(place_N[same_N]))
         self._used.setdefault(place, []).append(found)
         return same_N, found
 

@@ -23,6 +23,7 @@ from bingo.runtime.progress import progress_bar
 Columns = tuple[str | None, str | None]  # of the image and of the label; None: the only one
 _OF_CACHE = re.compile(r".*?-([\w.]+?)(?:-\d{5}-of-\d{5})?\.arrow")  # NAME-SPLIT-00000-of-00002.arrow
 _SAVE = 'save it once by Python: from datasets import load_dataset; load_dataset("parquet", data_dir="{}").save_to_disk("NEW FOLDER")'
+_NO_DATASET = "names no files as save_to_disk writes them; save the dataset again with save_to_disk"
 _WITHOUT_BYTES = (
     "hold paths of other files in place of images; save them with the images: load_from_disk or load_dataset, then save_to_disk"
 )
@@ -49,6 +50,8 @@ def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: 
         raise UserError(f"{shown}: the folder does not exist; name the folder of a dataset that was saved by save_to_disk")
     splits = _splits(Path(root), shown)
     files = [(split, file) for split, names in splits.items() for file in names]
+    if not files:
+        raise UserError(f"{shown}: {_NO_DATASET}")
     features = _features(Path(root, files[0][1]), shown, files[0][1])
     image, label = _columns(features, columns, shown, say)
     with progress_bar("reading the dataset", len(files), "files") as bar:
@@ -62,6 +65,11 @@ def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: 
             bar.advance()
     refuse(shown, problems)
     of_label = features[label] if label else None
+    others = [file for _, file in files if label and _features(Path(root, file), shown, file).get(label) != of_label]
+    refuse(
+        shown,
+        [f"{file}: numbers the classes of {label} otherwise than {files[0][1]}; give all splits the same ClassLabel" for file in others],
+    )
     names = of_label.get("names") if isinstance(of_label, dict) else None
     paths = _paths(shown, list(zip((split for split, _ in files), read, strict=True)), names)
     places = [rows.places_n2 for rows in read]
@@ -72,9 +80,8 @@ def _splits(root: Path, shown: str) -> dict[str, list[str]]:
     """The Arrow files of each split, relative to the root, in order; a dataset without splits has the one ""."""
     whole, single = root / "dataset_dict.json", root / "state.json"
     if whole.is_file():
-        return {
-            split: [f"{split}/{file}" for file in _state(root / split / "state.json", shown)] for split in _json(whole, shown)["splits"]
-        }
+        names = _listed(whole, "splits", shown)
+        return {split: [f"{split}/{file}" for file in _state(root / split / "state.json", shown)] for split in names}
     if single.is_file():
         return {"": _state(single, shown)}
     found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.arrow") if not path.name.startswith(("cache-", "tmp")))
@@ -100,7 +107,18 @@ def _json(path: Path, shown: str) -> Any:
 
 
 def _state(path: Path, shown: str) -> list[str]:
-    return [file["filename"] for file in _json(path, shown)["_data_files"]]
+    files = _listed(path, "_data_files", shown)
+    if not all(isinstance(file, dict) and isinstance(file.get("filename"), str) for file in files):
+        raise UserError(f"{shown}: {path.name}: {_NO_DATASET}")
+    return [file["filename"] for file in files]
+
+
+def _listed(path: Path, key: str, shown: str) -> list[Any]:
+    """A list that the library wrote into a file."""
+    content = _json(path, shown)
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise UserError(f"{shown}: {path.name}: {_NO_DATASET}")
+    return content[key]
 
 
 def _features(path: Path, shown: str, file: str) -> dict[str, Any]:

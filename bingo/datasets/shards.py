@@ -176,9 +176,10 @@ def _members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _ends(descriptor: int, offset: int, file_bytes: int) -> bool:
-    """Whether the file's members end in a block of zeros, with nothing but zeros behind it: tarfile takes damage for the end."""
-    end = os.pread(descriptor, 64 * _BLOCK, offset)
-    return len(end) >= _BLOCK and not any(end) and file_bytes - offset <= 2**20
+    """Whether the file's members end in a block of zeros, with nothing but zeros behind it: tarfile takes damage, and the end of the
+    first of several archives in one file, for the end."""
+    blocks = (os.pread(descriptor, 2**20, place) for place in range(offset, file_bytes, 2**20))
+    return file_bytes - offset >= _BLOCK and not any(block.strip(b"\0") for block in blocks)
 
 
 def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
@@ -234,7 +235,10 @@ def _paths(shown: str, folder: str, files: list[str], shards: list[_Shard]) -> l
         bare = [file for file, split in zip(files, splits, strict=True) if not split]
         refuse(shown, [f"{file}: has no split in its name, which others have; put train or val into it" for file in bare])
     names_file = Path(folder, CLASS_NAMES)
-    names = names_file.read_text().splitlines() if names_file.is_file() else None
+    try:
+        names = names_file.read_text("utf-8-sig").splitlines() if names_file.is_file() else None
+    except UnicodeDecodeError:
+        raise UserError(f"{shown}: {CLASS_NAMES} is not in UTF-8; write the names of classes 0, 1, ... in UTF-8, one a line") from None
     folders = class_folders({label for shard in shards for label in shard.labels.values()}, names, shown)
     labelled, paths = {"": set[str](), "no": set[str]()}, []
     for split, shard in zip(splits, shards, strict=True):

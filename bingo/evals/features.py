@@ -13,6 +13,8 @@ from bingo.nets.precision import autocast
 from bingo.params import ImageParams
 from bingo.runtime.progress import progress_bar
 
+FEW_FILES = 256  # are decoded sooner than worker processes start
+
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
@@ -35,11 +37,12 @@ def backbone_features(
     precision: str,
     batch_images: int,
 ) -> np.ndarray:
-    """Features of the images `rows_N` in that order, float32 (N, D). The backbone is moved to `device`; its mode does not change."""
+    """Features of the images `rows_N` in that order, float32 (N, D). The backbone is moved to `device`; its mode does not change.
+    Up to FEW_FILES files are decoded in this process."""
     backbone, parts = backbone.to(device).to(memory_format=torch.channels_last), []
     watched = progress_bar("features", len(rows_N), "images")
     with watched as bar, evaluation_mode(backbone), torch.inference_mode(), autocast(precision, device):
-        for views_B in center_views(images, rows_N, image, device, batch_images):
+        for views_B in center_views(images, rows_N, image, device, batch_images, 0 if len(rows_N) <= FEW_FILES else None):
             parts.append(backbone(views_B).float().cpu())
             bar.advance(len(views_B))
     return torch.cat(parts).numpy()

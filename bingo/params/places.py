@@ -44,7 +44,7 @@ def expanded(path: str) -> str:
 def images_folder(root: str) -> str:
     """The folder that paths of images, or of the large files that hold them, are relative to: `root`, or, where that is a file or a pattern
     of files with braces or wildcards, the folder before the first of these."""
-    before = re.split(r"[{*?[]", root, maxsplit=1)[0]
+    before = re.split(r"[{}*?[]", root, maxsplit=1)[0]
     if Path(root).is_dir() or (before == root and not Path(root).is_file()):
         return root
     return before.rpartition("/")[0] or ("/" if root[:1] == "/" else ".")

@@ -1,5 +1,6 @@
 """What scans remember of files: nothing that changed is taken for unchanged, a killed scan goes on, and no output depends on it."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from bingo.datasets import filecheck, known
 from bingo.datasets.known import KnownFiles
 from bingo.datasets.sources import scan
+from bingo.images.images import FileImages
 from bingo.images.listing import write_listing
 from tests.datasets.test_sources import folder
 from tests.photographs import photographs
@@ -130,3 +132,31 @@ def test_a_file_that_was_just_written_is_read_again(photos, read, tmp_path, monk
     read.clear()
     scanned(photos, tmp_path / "state")
     assert sorted(read) == every
+
+
+def test_results_stay_with_their_files_whatever_was_changed_before(photos, read, tmp_path):
+    """A file that was read again is remembered behind the others."""
+    for name in ("train/a/420.jpg", "train/b/deep.png", "val/a/444.jpg"):
+        (photos / name).touch()
+        wanted = scanned(photos, None)
+        for _ in range(2):
+            assert scanned(photos, tmp_path / "state") == wanted
+    read.clear()
+    assert scanned(photos, tmp_path / "state") == wanted
+    assert not read
+
+
+def test_what_the_machine_could_not_read_is_read_the_next_time(photos, read, tmp_path, monkeypatch):
+    wanted, whole = scanned(photos, None), FileImages.read
+
+    def failing(files, row):
+        if files.paths[row] == "train/b/deep.png":
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(files, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileImages, "read", failing)
+        assert scanned(photos, tmp_path / "state") != wanted
+    read.clear()
+    assert scanned(photos, tmp_path / "state") == wanted
+    assert read == ["train/b/deep.png"]

@@ -191,3 +191,32 @@ def test_what_the_library_saves_and_caches_is_read(flat_pets, tmp_path_factory):
     datasets.load_dataset("parquet", data_dir=str(there / "parquet"), cache_dir=str(there / "cache"))
     assert same(saved(there / "cache"), folder(flat_pets), there)
     assert "save_to_disk" in lines_of(saved(there / "images"))[0]  # the cache of a folder holds paths
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("train/state.json", "{}"),
+        ("train/state.json", '{"_data_files": [1]}'),
+        ("train/state.json", '{"_data_files": null}'),
+        ("dataset_dict.json", "[]"),
+        ("dataset_dict.json", '{"splits": []}'),
+    ],
+)
+def test_descriptions_that_the_library_did_not_write_are_refused(flat_pets, tmp_path_factory, file, content):
+    there = tmp_path_factory.mktemp("saved")
+    save_split(there / "train", *files_of(flat_pets, "train"), ["dog", "cat"])
+    (there / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (there / file).write_text(content)
+    (line,) = lines_of(saved(there))
+    assert line.startswith(f"dataset.root = {there}: ")
+
+
+def test_splits_that_number_their_classes_otherwise_are_refused(flat_pets, tmp_path_factory):
+    there = tmp_path_factory.mktemp("saved")
+    save_split(there / "train", *files_of(flat_pets, "train"), ["dog", "cat"])
+    save_split(there / "test", *files_of(flat_pets, "val"), ["cat", "dog"])
+    (there / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert [line.partition(": ")[2].partition(":")[0] for line in lines_of(saved(there))][:2] == [
+        "test/data-00000-of-00002.arrow", "test/data-00001-of-00002.arrow",
+    ]  # fmt: skip

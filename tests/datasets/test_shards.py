@@ -118,7 +118,7 @@ def test_labels_beside_the_images_are_class_folders(pets, tmp_path, tmp_path_fac
             place.write_bytes(content.read_bytes())
     pack(there / "train-0.tar", members)
     if how == "names":
-        (there / "classes.txt").write_text("\n".join(names))
+        (there / "classes.txt").write_text("\n".join(names), "utf-8-sig")
     assert same(shards(there), folder(wanted), there)
     listing, _ = scan(shards(there), 0)
     if how in ("cls", "json"):
@@ -156,7 +156,9 @@ def test_everything_wrong_with_shards_is_reported_at_once(pets, tmp_path_factory
     assert "No such file" in absent
 
 
-@pytest.mark.parametrize("cut", ["at a member", "in a header", "in a header's name", "end alone", "damaged header", "two archives"])
+@pytest.mark.parametrize(
+    "cut", ["at a member", "in a header", "in a header's name", "end alone", "damaged header", "two archives", "two, far apart"]
+)
 def test_a_shard_that_ends_early_is_refused(pets, tmp_path_factory, cut):
     """tarfile takes most of these for the end of the archive."""
     there = tmp_path_factory.mktemp("shards")
@@ -171,10 +173,27 @@ def test_a_shard_that_ends_early_is_refused(pets, tmp_path_factory, cut):
         "end alone": whole[: third.offset_data + len(photo)],
         "damaged header": whole[: third.offset] + b"x" * 512 + whole[third.offset + 512 :],
         "two archives": whole + whole,
+        "two, far apart": whole + bytes(2**16) + whole,
     }[cut]
     (there / "0.tar").write_bytes(content)
     (line,) = lines_of(shards(there))
     assert line.startswith(f"dataset.root = {there}: 0.tar: ")
+
+
+def test_zeros_behind_the_end_of_a_shard_are_padding(pets, tmp_path_factory):
+    there = tmp_path_factory.mktemp("shards")
+    shard = pack(there / "0.tar", dict.fromkeys(("a.jpg", "b.jpg"), pets / "train/cat/b.jpg"))
+    with shard.open("ab") as file:
+        file.truncate(shard.stat().st_size + 3 * 2**20)  # as tar -b 8192 writes it
+    assert scan(shards(there), 0)[0].paths == ["a.jpg", "b.jpg"]
+
+
+def test_names_of_classes_in_another_encoding_are_refused(pets, tmp_path_factory):
+    there = tmp_path_factory.mktemp("shards")
+    pack(there / "train-0.tar", {"a.jpg": pets / "train/cat/b.jpg", "a.cls": b"0"})
+    (there / "classes.txt").write_bytes("Kätzchen".encode("latin-1"))
+    (line,) = lines_of(shards(there))
+    assert line.startswith(f"dataset.root = {there}: classes.txt ")
 
 
 def test_one_path_twice_and_labels_that_are_missing_are_named(pets, tmp_path_factory):
