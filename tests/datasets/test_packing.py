@@ -3,6 +3,7 @@
 import io
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from bingo.images.positions import Positions
 from bingo.params import load_params
 from bingo.planning.limits import rule_mistakes
 from bingo.runtime.errors import UserError
+from stages import scan as stage
 from tests.images.test_loader import AUGMENT, IMAGE, _request
 from tests.photographs import photographs
 from tests.workspace import new_workspace
@@ -137,6 +139,35 @@ def test_the_stage_packs_and_later_stages_need_no_originals(tmp_path, stages):
     assert not list((workspace.root / ".bingo/state/scan").glob("*/pack"))
     shutil.rmtree(workspace.root / "images")
     workspace.done("teacher")
+
+
+def test_a_killed_pack_of_unhashed_files_begins_again_if_one_has_changed(tmp_path, monkeypatch):
+    """With `check: header` the listing says nothing of a file's content: another photograph of the same size is noticed all the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage, "code_fingerprint", lambda name: "")
+    monkeypatch.setattr(packing, "PART_IMAGES", 2)
+    flat = [encoded(Image.new("RGB", (40, 40), (level,) * 3), "BMP") for level in (10, 20, 30, 40, 200)]
+    (tmp_path / "photos").mkdir()
+    for row, content in enumerate(flat[:4]):
+        (tmp_path / f"photos/{row}.bmp").write_bytes(content)
+    changes = {"source": "folder", "root": "photos", "store_px": None, "pack_px": 16, "check": "header"}
+    dataset = PARAMS.dataset.model_copy(update=changes)
+    run, write, parts = SimpleNamespace(params=SimpleNamespace(dataset=dataset), say=silent), packing._write, []
+
+    def interrupted(path, *arguments):
+        if parts:
+            raise KeyboardInterrupt
+        parts.append(path)
+        return write(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stage._packed(run, *scan(dataset, 0)).__enter__()
+    (tmp_path / "photos/1.bmp").write_bytes(flat[4])
+    with stage._packed(run, *scan(dataset, 0)) as (pack, folder):
+        levels = [int(pixels(pack.read(str(folder), row, False))[0, 0, 0]) for row in range(4)]
+    assert levels == [10, 200, 30, 40]
 
 
 def test_a_part_that_is_cut_off_is_packed_again(files, tmp_path):
