@@ -198,7 +198,7 @@ def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
     elif is_image:
         shard.names.append(name)
         shard.places.append((member.offset_data, member.size))
-    elif kind in (".cls", ".json") and member.isreg():
+    elif kind in (".cls", ".json") and member.isreg() and not PurePosixPath(name).name.startswith("."):  # as macOS adds them
         try:
             label = _label(os.pread(descriptor, min(member.size, _MOST_LABEL_BYTES), member.offset_data), kind)
         except (ValueError, RecursionError):

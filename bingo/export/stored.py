@@ -75,7 +75,8 @@ def with_classifier(network: StoredNetwork, file: Path) -> tuple[StoredNetwork, 
     on which that was. Raises UserError if there is none, or if it is damaged."""
     layers = layers_of(file)
     if not layers:
-        unlabelled = any(path.stat().st_size <= len(paths.NO_WEIGHTS) for path in paths.LINEAR.glob("*.safetensors"))
+        empty = paths.LINEAR / file.name
+        unlabelled = empty.is_file() and empty.read_bytes() == paths.NO_WEIGHTS
         reason = "linear_eval had no labelled train and test images" if unlabelled else "run: dvc repro linear_eval linear_eval_baseline"
         raise UserError(f"--head = linear: {paths.LINEAR} holds no layer of {file}; {reason}, or leave --head out")
     state, metadata = load_network(layers[0])

@@ -108,6 +108,7 @@ def test_labels_beside_the_images_are_class_folders(pets, tmp_path, tmp_path_fac
             key, of_class = f"{number:03d}{copy}", f"{number:02d}" if how in ("cls", "json") else names[number]
             members[f"{key}.png"] = content
             label = names[number] if how == "text" else number
+            members[f"._{key}.cls"] = b"\0\5\x16\7"  # as macOS adds them
             members |= (
                 {f"{key}.json": json.dumps({"label": label, "width": 3}).encode()}
                 if how == "json"
