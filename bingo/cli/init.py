@@ -6,7 +6,7 @@ bingo init ~/photos --teacher dinov2-s --minutes 30
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,7 +43,6 @@ def main(
 ) -> None:
     """Look at a folder of images, choose every setting for it, and write params.yaml."""
     from bingo.params import read_yaml, validate
-    from bingo.params.fields import LIBRARIES
     from bingo.params.networks import place_mistakes
     from bingo.pipeline.launch import expected_processes
     from bingo.pipeline.run import pick_device
@@ -70,8 +69,7 @@ def main(
         changes = read_recipe(FOLDER, _part(look)).overlay
         lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda", expected_processes()))
         changes["dataset"] |= {"source": look.source, "follow_links": follow_links}
-        changes["student"]["weights"] = student_weights if student_weights in (None, *LIBRARIES) else seen_from_workspace(student_weights)
-        changes["image"] |= _normalisation(student_weights, network)
+        _start_from(student_weights, network, changes)
         lay_over(params, changes)
         new = validate(params, f"{PARAMS} for {printable(folder)}")
         start = "--student-weights"
@@ -89,6 +87,14 @@ def main(
         else:
             write_params(changes, params)
             typer.echo(_next_line(is_new))
+
+
+def _start_from(student_weights: str | None, network: "Network | None", changes: dict[str, Any]) -> None:
+    """Set the weights that the student starts from, and the normalisation of images that they need."""
+    from bingo.params.fields import LIBRARIES
+
+    changes["student"]["weights"] = student_weights if student_weights in (None, *LIBRARIES) else seen_from_workspace(student_weights)
+    changes["image"] |= _normalisation(student_weights, network)
 
 
 def _next_line(is_new: bool) -> str:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from bingo.runtime.artefacts import fingerprint, write_bytes
 from bingo.runtime.checksums import Damaged, seal, unseal
 
-SAVED_FILES = 65536  # after so many files what was found of them is saved
+SAVED_FILES = 65536  # results are saved each time this number of files has been checked
 _SETTLED_NS = 2 * 10**9  # a file that was changed just before may change again within the clock's resolution
 _PATH, _IDENTITY = "path", "identity"
 _SCHEMA = pa.schema(

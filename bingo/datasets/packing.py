@@ -119,7 +119,7 @@ def _unreadable(files: FileImages, pack_px: int, bad: list[tuple[int, str]]) -> 
 
 
 def _check_space(files: FileImages, pack_px: int, folder: Path, rows_s: list[int], images: int, say: Callable[[str], None]) -> None:
-    """Raises UserError if so many images as the sampled rows do not fit on the disk."""
+    """Raises UserError if `images` images of the sampled rows' mean size do not fit on the disk."""
     sample = [image for image in _pack_chunk(pack_px, files.part(rows_s)) if isinstance(image, bytes)]
     if not sample:
         return

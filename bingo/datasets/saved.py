@@ -31,7 +31,7 @@ _WITHOUT_BYTES = (
 
 @dataclass(frozen=True)
 class _File:
-    """The rows of an Arrow file: names of the images' files (None where there is none), labels, offsets and lengths, int64 (n, 2)."""
+    """The rows of an Arrow file: names of the images' files (None if a row has no name), labels, offsets and lengths, int64 (n, 2)."""
 
     bytes: int
     names: list[str | None]

@@ -1,4 +1,4 @@
-"""reports/exports.js: the exports of this workspace, to which reports/index.html links. Like run.js it is no stage's output."""
+"""reports/exports.js: the exports of this workspace, to which reports/index.html links. Like run.js it is not an output of a stage."""
 
 import json
 import os

@@ -60,7 +60,7 @@ def check_push(repo_id: str) -> None:
     if reason:
         raise UserError(f"--push = {repo_id}: allowed is OWNER/NAME of a model on the Hugging Face Hub ({reason})")
     if get_token() is None:
-        raise UserError(f"--push = {repo_id}: there is no token of the Hugging Face Hub; run: hf auth login, or set HF_TOKEN")
+        raise UserError(f"--push = {repo_id}: no token of the Hugging Face Hub was found; run: hf auth login, or set HF_TOKEN")
 
 
 def push(folder: Path, repo_id: str) -> str:

@@ -279,7 +279,7 @@ def test_without_labels_the_features_are_compared(workspace):
         (["--to", "torch", "--push", "me/net"], "--push = me/net: is for --to hub, not torch"),
         (["--to", "hub", "--push", "net"], "--push = net: allowed is OWNER/NAME"),
         (["--to", "hub", "--push", "me/a net"], "--push = me/a net: allowed is OWNER/NAME"),
-        (["--to", "hub", "--push", "me/net"], "there is no token of the Hugging Face Hub; run: hf auth login, or set HF_TOKEN"),
+        (["--to", "hub", "--push", "me/net"], "no token of the Hugging Face Hub was found; run: hf auth login, or set HF_TOKEN"),
         (["--to", "hub", "--out", "models"], "--out = models: exists already"),
         (["--to", "hub", "--out", "models", "--force"], "--out = models: is not a folder of this kind, so --force does not replace it"),
         (["--to", "hub", "--out", "link", "--force"], "--out = link: is not a folder of this kind"),
