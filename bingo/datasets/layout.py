@@ -8,7 +8,7 @@ leave behind and files without a suffix that is read are passed over, and counte
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
@@ -76,8 +76,12 @@ def find_splits(
     """
     if members is None:
         _refuse_no_folder(root, name, "train/ or the images")
-    walker = _Walker(root, name, follow_links, splits=True, tree=None if members is None else _tree(f"{name} = {root}", members.paths))
+    walker = _Walker(root, name, follow_links, splits=True, tree=_tree_of(members, f"{name} = {root}"))
     walker.passed += members.passed if members else Counter()
+    if members is not None and members.placed is not None:
+        train, test = _placed_splits(walker, members.paths, members.placed, say)
+        walker.report(say)
+        return train, test
     here, folders = walker.entries("")
     train_name, test_name = (_folder_of(walker, role, folders) for role in ("train", "test"))
     walker.refuse_outside([link for link in walker.top_links if train_name is None or link in (train_name, test_name)])
@@ -111,14 +115,56 @@ def _or_none(test_name: str | None) -> str:
 
 def _folder_of(walker: "_Walker", role: str, folders: list[str]) -> str | None:
     """The folder with a role: the one with the usual name, or the only one. Raises UserError if that is ambiguous."""
-    found = [folder for folder in folders if role_of(folder) == role]
-    for usual in _USUAL[role]:
-        if usual in found:
-            return usual
-    if len(found) > 1:
+    if len(found := _with_role(role, folders)) > 1:
         names = ", ".join(f"{printable(folder)}/" for folder in found)
         raise UserError(f"{walker.shown}: {names} may each be the {role} split; rename one to {_USUAL[role][0]}/, and move the others out")
     return found[0] if found else None
+
+
+def _with_role(role: str, names: Iterable[str]) -> list[str]:
+    """The names of a split with a role: the usual one alone, if it is among them."""
+    found = [name for name in names if role_of(name) == role]
+    return next(([usual] for usual in _USUAL[role] if usual in found), found)
+
+
+def _placed_splits(walker: "_Walker", paths: list[str], placed: list[tuple[str, str]], say: Say) -> tuple[Split, Split]:
+    """The train and the test split of images whose splits and classes are data, where any name of a class is allowed. Raises UserError if
+    it is not clear which are for training."""
+    rows_of: dict[str, list[int]] = {}
+    for row, (split, _) in enumerate(placed):
+        rows_of.setdefault(split, []).append(row)
+    trains, tests = (_with_role(role, rows_of) for role in ("train", "test"))
+    if not trains and not tests and len(rows_of) == 1:
+        trains = list(rows_of)
+    if len(trains) != 1 or len(tests) > 1:
+        found = ", ".join(printable(split) for split in sorted(rows_of)) or "none"
+        raise UserError(
+            f"{walker.shown}: which images are for training is not clear from the names of its splits ({found}); name them train and test"
+        )
+    train, test = (_placed_split(rows_of[x[0]], paths, placed) if x else _NO_SPLIT for x in (trains, tests))
+    walker.passed["images of other splits"] += sum(len(rows) for split, rows in rows_of.items() if split not in (*trains, *tests))
+    if train.classes and test.paths and not test.classes:
+        say(f"{walker.shown}: the images of the split {printable(tests[0])} have no labels, which train images have, and are passed over")
+        return train, _NO_SPLIT
+    _say_of_names(walker.shown, train.classes, say)
+    if train.classes and (unknown := sorted(set(test.classes) - set(train.classes))):
+        way_out = "add train images of them, or leave them out"
+        raise UserError(f"{walker.shown}: the split {printable(tests[0])} has classes that train images lack: {_some(unknown)}; {way_out}")
+    if test.classes:
+        _say_of_missing(f"{walker.shown}: the split {printable(tests[0])}", train.classes, test.classes, say)
+    return train, test
+
+
+def _placed_split(rows: list[int], paths: list[str], placed: list[tuple[str, str]]) -> Split:
+    """The images of one split by class, in each by the parts of their paths."""
+    by_class: dict[str, list[str]] = {}
+    for row in rows:
+        by_class.setdefault(placed[row][1], []).append(paths[row])
+    ordered = [(name, sorted(by_class[name], key=lambda path: path.split("/"))) for name in sorted(by_class)]
+    classes = [name for name in sorted(by_class) if name]
+    return Split(
+        [path for _, of_class in ordered for path in of_class], classes, [name for name, x in ordered for _ in x] if classes else []
+    )
 
 
 def _refuse_class_named_train(walker: "_Walker", train_name: str, test_name: str | None, folders: list[str]) -> None:
@@ -144,10 +190,14 @@ def _with_classes_of_train(walker: "_Walker", train: Split, test: Split, test_na
     if renamed:
         pairs = [f"{old} is {new}" for old, new in renamed.items()]
         say(f"{walker.shown}: class names of {test_name}/ differ from those of train/ in case alone: {_some(pairs)}")
-    if missing := sorted(known - {renamed.get(name, name) for name in test.classes}):
-        say(f"{walker.shown}: {test_name}/ has no image of {len(missing)} of the {len(train.classes)} classes: {_some(missing)}")
+    _say_of_missing(f"{walker.shown}: {test_name}/", train.classes, [renamed.get(name, name) for name in test.classes], say)
     names = [renamed.get(name, name) for name in test.class_names]
     return replace(test, classes=sorted(set(names)), class_names=names)
+
+
+def _say_of_missing(where: str, of_train: list[str], of_test: list[str], say: Say) -> None:
+    if missing := sorted(set(of_train) - set(of_test)):
+        say(f"{where} has no image of {len(missing)} of the {len(of_train)} classes: {_some(missing)}")
 
 
 def _unique_folded(names: list[str]) -> dict[str, str]:
@@ -194,11 +244,16 @@ def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
 
 def _say_of_classes(walker: "_Walker", where: str, classes: list[str], folders: list[str], say: Say) -> None:
     """What of the class folders may not be as it was meant."""
-    if len(classes) == 1:
-        say(f"{where} has one class alone, {printable(classes[0])}: evaluations by labels say nothing")
     inner_of = {folder: walker.inner[folder] for folder in folders}
     if nested := [f"{folder}/{inner[0]}" for folder, inner in inner_of.items() if len(inner) > 1 or any(map(role_of, inner))]:
         say(f"{where} has classes with sub-folders ({_some(nested)}), whose images belong to the class above them")
+    _say_of_names(where, classes, say)
+
+
+def _say_of_names(where: str, classes: list[str], say: Say) -> None:
+    """What of the names of classes may not be as it was meant."""
+    if len(classes) == 1:
+        say(f"{where} has one class alone, {printable(classes[0])}: evaluations by labels say nothing")
     if similar := sorted(set(classes) - set(_unique_folded(classes).values())):
         say(f"{where} has classes whose names differ in case alone: {_some(similar)}; they stay apart")
 
@@ -208,6 +263,10 @@ def _last(path: str) -> str:
 
 
 _Tree = dict[str, dict[str, str]]  # of each folder, the kind, file or folder, of each name in it
+
+
+def _tree_of(members: Members | None, shown: str) -> "_Tree | None":
+    return None if members is None else _tree(shown, members.paths if members.placed is None else [])
 
 
 def _tree(shown: str, paths: list[str]) -> _Tree:

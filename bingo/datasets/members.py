@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from unicodedata import normalize
 
 import numpy as np
 
@@ -16,11 +17,12 @@ _MOST_LINES = 20
 @dataclass(frozen=True)
 class Members:
     """N images: their `paths` as a folder would have them, SPLIT/CLASS/NAME or less, and where they lie; `passed` counts by suffix what
-    lies beside them."""
+    lies beside them. `placed`: the split and the class of each, empty if unknown, as data give them; None: they are the paths' folders."""
 
     paths: list[str]
     positions: Positions
     passed: Counter[str] = field(default_factory=Counter)
+    placed: list[tuple[str, str]] | None = None
 
 
 def refuse(shown: str, problems: list[str]) -> None:
@@ -32,22 +34,26 @@ def refuse(shown: str, problems: list[str]) -> None:
         raise UserError(lines)
 
 
-def class_folders(labels: Iterable[int | str], names: list[str] | None, shown: str) -> dict[int | str, str]:
-    """The name of each label's folder: its name in `names`; without these, the name that a label is, or integers, padded with zeros so
-    that their order is that of the numbers. Labels less than zero are unknown, and have none.
+def class_names(labels: Iterable[int | str], names: list[str] | None, shown: str) -> dict[int | str, str]:
+    """The name of each label: its name in `names`; without these, the name that a label is, or integers, padded with zeros so that their
+    order is that of the numbers. Labels less than zero are unknown, and have none.
 
-    Raises UserError where an integer has no name, or two labels would have one folder.
+    Raises UserError where an integer has no name, or two labels have the same.
     """
     known = sorted({label for label in labels if not (isinstance(label, int) and label < 0)}, key=lambda label: (str(type(label)), label))
     numbers = [label for label in known if isinstance(label, int)]
     if names is not None and numbers and numbers[-1] >= len(names):
         raise UserError(f"{shown}: label {numbers[-1]} has no name, as there are {len(names)} names of classes; name all of them")
     width = len(str(numbers[-1])) if numbers else 0
-    named = {x: (f"{x:0{width}d}" if names is None else names[x]) if isinstance(x, int) else x for x in known}
-    folders = {label: re.sub(r"^\.|[/\0]", "_", name) or "_" for label, name in named.items()}
-    twice = [name for name, count in Counter(folders.values()).items() if count > 1]
+    named = {x: normalize("NFC", (f"{x:0{width}d}" if names is None else names[x]) if isinstance(x, int) else x) for x in known}
+    twice = [name for name, count in Counter(named.values()).items() if count > 1]
     refuse(shown, [f"several labels have the name {printable(name)}; rename all but one" for name in twice])
-    return folders
+    return named
+
+
+def placed_path(split: str, of_class: str, name: str) -> str:
+    """The path that an image has in a folder of them; the class's name is made one that a folder can have."""
+    return "/".join(filter(None, (split, re.sub(r"^\.|[/\0]", "_", of_class), name)))
 
 
 def refuse_twins(shown: str, paths: list[str], holders: list[str], way_out: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bingo.datasets.members import Members, class_folders, positions_of, refuse
+from bingo.datasets.members import Members, class_names, placed_path, positions_of, refuse
 from bingo.datasets.split_names import role_of, split_folder
 from bingo.images.decode import SUFFIXES
 from bingo.runtime.errors import UserError, printable
@@ -71,9 +71,10 @@ def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: 
         [f"{file}: numbers the classes of {label} otherwise than {files[0][1]}; give all splits the same ClassLabel" for file in others],
     )
     names = of_label.get("names") if isinstance(of_label, dict) else None
-    paths = _paths(shown, list(zip((split for split, _ in files), read, strict=True)), names)
-    places = [rows.places_n2 for rows in read]
-    return Members(paths, positions_of([file for _, file in files], [rows.bytes for rows in read], places))
+    found = list(zip((_split(split) for split, _ in files), read, strict=True))
+    placed = _placed(shown, found, names, label)
+    positions = positions_of([file for _, file in files], [rows.bytes for rows in read], [rows.places_n2 for rows in read])
+    return Members(_paths(placed, [name for _, rows in found for name in rows.names]), positions, placed=placed)
 
 
 def _splits(root: Path, shown: str) -> dict[str, list[str]]:
@@ -180,24 +181,33 @@ def _places(column: pa.Array, content: pa.Buffer) -> np.ndarray:
     return np.stack([start + ends_n[:-1].astype(np.int64), np.diff(ends_n).astype(np.int64)], axis=1)
 
 
-def _paths(shown: str, found: list[tuple[str, _File]], names: list[str] | None) -> list[str]:
-    """The path of each image in a folder of them: its split, its class, and its own file's name; or, if two in a folder have the same or
-    one has none, its number in the split."""
+def _placed(shown: str, found: list[tuple[str, _File]], names: list[str] | None, column: str | None) -> list[tuple[str, str]]:
+    """The split and the class of each image, empty without a label. Raises UserError for other labels, and for splits where some rows have
+    none."""
     labels = {label for _, rows in found for label in rows.labels if label is not None}
     if others := [label for label in labels if not isinstance(label, int | str) or isinstance(label, bool)]:
         raise UserError(f"{shown}: labels such as {others[0]!r} are neither integers nor names; set dataset.label_column to another column")
-    folders = class_folders(labels, names, shown)
-    placed = [
-        (_split(split), folders.get(label, ""), name) for split, rows in found for name, label in zip(rows.names, rows.labels, strict=True)
-    ]
-    own = ["/".join(filter(None, (split, of_class, Path(name or "").name))) for split, of_class, name in placed]
+    named = class_names(labels, names, shown)
+    placed = [(split, named.get(label, "")) for split, rows in found for label in rows.labels]
+    rows_of, unknown = Counter(split for split, _ in placed), Counter(split for split, of_class in placed if not of_class)
+    way_out = f'leave them out, by: dataset.filter(lambda row: row["{column}"] not in (None, "", -1)).save_to_disk("NEW FOLDER")'
+    mixed = [split for split in unknown if unknown[split] < rows_of[split]]
+    problem = "rows have no label (null, empty or less than zero), which others have"
+    refuse(shown, [f"{unknown[x]:,} of {rows_of[x]:,} {printable(x)}{' ' if x else ''}{problem}; {way_out}" for x in mixed])
+    return placed
+
+
+def _paths(placed: list[tuple[str, str]], names: list[str | None]) -> list[str]:
+    """The path of each image in a folder of them: its split, its class, and its own file's name; or, if two in a folder have the same or
+    one has none, its number in the split."""
+    own = [placed_path(*place, Path(name or "").name) for place, name in zip(placed, names, strict=True)]
     if all(path.lower().endswith(SUFFIXES) for path in own) and len(set(own)) == len(own):
         return own
     counts = Counter[str]()
     width = len(str(len(placed)))
     paths = []
-    for split, of_class, _ in placed:
-        paths.append("/".join(filter(None, (split, of_class, f"{counts[split]:0{width}d}.jpg"))))
+    for split, of_class in placed:
+        paths.append(placed_path(split, of_class, f"{counts[split]:0{width}d}.jpg"))
         counts[split] += 1
     return paths
 

@@ -19,7 +19,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from bingo.datasets.filecheck import worker_pool
-from bingo.datasets.members import Members, class_folders, positions_of, refuse, refuse_twins
+from bingo.datasets.layout import SYSTEM_FOLDERS
+from bingo.datasets.members import Members, class_names, placed_path, positions_of, refuse, refuse_twins
 from bingo.datasets.split_names import role_of, split_folder
 from bingo.images.decode import SUFFIXES
 from bingo.params.places import images_folder
@@ -48,6 +49,7 @@ class _Shard:
     labels: dict[str, int | str] = field(default_factory=dict)
     passed: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    unclear: dict[str, str] = field(default_factory=dict)  # by the key of a file without a label, its name
 
     def label(self, image: str) -> int | str | None:
         """The label of an image, None if the shard holds none: by its name up to its last dot, or up to its first, as in WebDataset."""
@@ -80,12 +82,12 @@ def read_shards(root: str, follow_links: bool, name: str) -> Members:
         shown,
         _twice(folder, files, found) + [f"{file}: {line}" for file, shard in zip(files, shards, strict=True) for line in shard.problems],
     )
-    paths = _paths(shown, folder, files, shards)
+    paths, placed = _paths(shown, folder, files, shards)
     holders = [file for file, shard in zip(files, shards, strict=True) for _ in shard.names]
     refuse_twins(shown, paths, holders, "give each image a key of its own")
     places = [np.array(shard.places, np.int64).reshape(-1, 2) for shard in shards]
     passed = sum((shard.passed for shard in shards), Counter[str]())
-    return Members(paths, positions_of(files, [shard.bytes for shard in shards], places), passed)
+    return Members(paths, positions_of(files, [shard.bytes for shard in shards], places), passed, placed)
 
 
 def _named(root: str, shown: str) -> list[str]:
@@ -159,6 +161,7 @@ def _read(folder: str, follow_links: bool, name: str) -> _Shard:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in _members_of(tar):
                     _note(shard, member, file.fileno())
+                shard.problems += _unclear(shard)
                 if not _ends(file.fileno(), tar.offset, shard.bytes):
                     shard.problems.append(f"is cut off or damaged at byte {tar.offset:,}, after {len(shard.names):,} images; {way_out}")
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
@@ -190,6 +193,8 @@ def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
         return
     if leads_out(member.name):
         shard.problems.append(f"{printable(member.name)} leads out of the shard's folder; {_PACK_AGAIN} with relative names")
+    elif any(part.startswith(".") or part.lower() in SYSTEM_FOLDERS for part in name.split("/")):
+        shard.passed["hidden"] += 1
     elif is_image and (member.issym() or member.islnk()):
         to = f"{printable(name)} is a link, to {printable(member.linkname)}"
         shard.problems.append(f"{to}; {_PACK_AGAIN} with tar --dereference --hard-dereference")
@@ -198,18 +203,26 @@ def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
     elif is_image:
         shard.names.append(name)
         shard.places.append((member.offset_data, member.size))
-    elif kind in (".cls", ".json") and member.isreg() and not PurePosixPath(name).name.startswith("."):  # as macOS adds them
+    elif kind in (".cls", ".json") and member.isreg():
+        key = name[: -len(kind)]
         try:
             label = _label(os.pread(descriptor, min(member.size, _MOST_LABEL_BYTES), member.offset_data), kind)
         except (ValueError, RecursionError):
-            wanted = "an integer or a name" if kind == ".cls" else '{"label": an integer or a name}'
-            shard.problems.append(f"{printable(name)} holds no label; write {wanted} into it")
+            shard.unclear[key] = name
             return
-        key = name[: -len(kind)]
         if label is not None and (kind == ".cls" or key not in shard.labels):
             shard.labels[key] = label
     else:
         shard.passed[printable(kind) or "without a suffix"] += 1
+
+
+def _unclear(shard: _Shard) -> Iterator[str]:
+    """A line for each file that should hold the label of an image that has no other."""
+    for image in shard.names if shard.unclear else []:
+        name = next((shard.unclear[key] for key in (image.rpartition(".")[0], _key(image)) if key in shard.unclear), None)
+        if name is not None and shard.label(image) is None:
+            wanted = "an integer or a name" if name.endswith(".cls") else '{"label": an integer or a name}'
+            yield f"{printable(name)} holds no label; write {wanted} into it"
 
 
 def _label(content: bytes, kind: str) -> int | str | None:
@@ -228,38 +241,44 @@ def _label(content: bytes, kind: str) -> int | str | None:
     raise ValueError
 
 
-def _paths(shown: str, folder: str, files: list[str], shards: list[_Shard]) -> list[str]:
-    """The path of each image in a folder of them: its split, its label's folder, its name."""
+def _paths(shown: str, folder: str, files: list[str], shards: list[_Shard]) -> tuple[list[str], list[tuple[str, str]] | None]:
+    """The path of each image in a folder of them: its split, its class, its name; and, if there are labels, the first two alone."""
     splits = [next(filter(None, map(split_folder, reversed(Path(file).with_suffix("").parts))), "") for file in files]  # nearest first
     if any(splits):
         bare = [file for file, split in zip(files, splits, strict=True) if not split]
         refuse(shown, [f"{file}: has no split in its name, which others have; put train or val into it" for file in bare])
-    names_file = Path(folder, CLASS_NAMES)
+    names = class_names({label for shard in shards for label in shard.labels.values()}, _names(shown, Path(folder, CLASS_NAMES)), shown)
+    of_split = (name for split, shard in zip(splits, shards, strict=True) if split for name in shard.names)
+    by_folders = all("/" in name and role_of(name.partition("/")[0]) for name in of_split)
+    found = [list(_placed(split, by_folders, shard, names)) for split, shard in zip(splits, shards, strict=True)]
+    labelled = {role for of_shard in found for role, of_class, _ in of_shard if of_class}
+    lines = [
+        f"{file}: {printable(name)} has no label, which others have; write its .cls, or {_PACK_AGAIN} without it"
+        for file, shard, of_shard in zip(files, shards, found, strict=True)
+        for name, (role, of_class, _) in zip(shard.names, of_shard, strict=True)
+        if role in labelled and not of_class
+    ]
+    refuse(shown, lines)
+    paths, placed = [], []
+    for role, of_class, inside in (image for of_shard in found for image in of_shard):
+        first, _, rest = inside.partition("/")
+        paths.append(placed_path(role, of_class, rest if rest and first == of_class else inside))
+        placed.append((role, of_class or (first if rest else "")))
+    return paths, placed if labelled else None
+
+
+def _names(shown: str, file: Path) -> list[str] | None:
     try:
-        names = names_file.read_text("utf-8-sig").splitlines() if names_file.is_file() else None
+        return file.read_text("utf-8-sig").splitlines() if file.is_file() else None
     except UnicodeDecodeError:
         raise UserError(f"{shown}: {CLASS_NAMES} is not in UTF-8; write the names of classes 0, 1, ... in UTF-8, one a line") from None
-    folders = class_folders({label for shard in shards for label in shard.labels.values()}, names, shown)
-    labelled, paths = {"": set[str](), "no": set[str]()}, []
-    for split, shard in zip(splits, shards, strict=True):
-        for role, of_class, inside in _placed(split, shard, folders):
-            labelled["" if of_class else "no"].add(role)
-            paths.append("/".join(part for part in (role, "" if inside.startswith(f"{of_class}/") else of_class, inside) if part))
-    if mixed := labelled[""] & labelled["no"]:
-        lines = [
-            f"{file}: {printable(name)} has no label, which others have; write its .cls, or {_PACK_AGAIN} without it"
-            for file, split, shard in zip(files, splits, shards, strict=True)
-            for name, (role, of_class, _) in zip(shard.names, _placed(split, shard, folders), strict=True)
-            if role in mixed and not of_class
-        ]
-        refuse(shown, lines)
-    return paths
 
 
-def _placed(split: str, shard: _Shard, folders: Mapping[int | str, str]) -> Iterator[tuple[str, str, str]]:
-    """Of each image of a shard its split, its label's folder and its name in it; each may be empty but the last."""
+def _placed(split: str, by_folders: bool, shard: _Shard, names: Mapping[int | str, str]) -> Iterator[tuple[str, str, str]]:
+    """Of each image of a shard its split, its label's name and its own name below its split; each may be empty but the last. A folder in a
+    shard of a named split is a split only if all are (`by_folders`): otherwise it may be a class with such a name."""
     for name in shard.names:
         first, _, rest = name.partition("/")
-        role, inside = (first, rest) if rest and role_of(first) else (split, name)
+        role, inside = (first, rest) if rest and (by_folders or not split) and role_of(first) else (split, name)
         label = shard.label(name)
-        yield role, folders.get(label, "") if label is not None else "", inside
+        yield role, names.get(label, "") if label is not None else "", inside

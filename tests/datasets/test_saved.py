@@ -11,9 +11,10 @@ import pytest
 
 from bingo.datasets.finding import source_of
 from bingo.datasets.sources import scan
+from bingo.images.listing import read_listing, write_listing
 from bingo.params import DatasetParams
 from tests.datasets.test_shards import same
-from tests.datasets.test_sources import folder, lines_of, pets
+from tests.datasets.test_sources import folder, lines_of, pets, save
 
 __all__ = ["pets"]
 IMAGE = {"_type": "Image"}
@@ -220,3 +221,86 @@ def test_splits_that_number_their_classes_otherwise_are_refused(flat_pets, tmp_p
     assert [line.partition(": ")[2].partition(":")[0] for line in lines_of(saved(there))][:2] == [
         "test/data-00000-of-00002.arrow", "test/data-00001-of-00002.arrow",
     ]  # fmt: skip
+
+
+NO_FOLDERS = {  # names of classes that folders could not have, or that mean something else there
+    "of systems": ["__MACOSX", "@eaDir", "lost+found", "cat"],
+    "hidden": [".x", ".git", "..", "."],
+    "splits": ["train", "test", "val", "car"],
+    "twins": ["seg_train", "seg_test", "a/b", "a_b"],
+    "suffixes": ["a.jpg", "b.png", "Dog", "dog"],
+}
+
+
+@pytest.mark.parametrize("kind", NO_FOLDERS)
+def test_any_name_of_a_class_is_a_class(flat_pets, tmp_path, kind):
+    """Each class has one train and one test image, which come in the order of the classes' names."""
+    names = NO_FOLDERS[kind]
+    files = [save(tmp_path / f"{number}.jpg", number) for number in range(2 * len(names))]
+    for part, of_split in (("train", files[: len(names)]), ("test", files[len(names) :])):
+        save_split(tmp_path / "saved" / part, of_split, names, names)
+    (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    said: list[str] = []
+    listing, _ = scan(saved(tmp_path / "saved"), 0, said.append)
+    assert not any("passed over" in line for line in said)
+    assert (listing.classes, listing.train_rows) == (sorted(names), len(names))
+    assert listing.labels_N.tolist() == [*range(len(names))] * 2
+    wanted = [int(names.index(name) + shift) for shift in (0, len(names)) for name in sorted(names)]
+    assert [int(Path(path).stem) for path in listing.paths] == wanted
+    write_listing(tmp_path / "listing.parquet", listing)
+    assert read_listing(tmp_path / "listing.parquet").paths == listing.paths
+
+
+@pytest.mark.parametrize("names", [[".hidden.jpg", "._a.jpg"], ["..jpg", ".jpg"], ["a b.jpg", "\n.jpg"]])
+def test_any_name_of_an_image_is_an_image(flat_pets, tmp_path, names):
+    files = [save(tmp_path / f"{number}.jpg", number) for number in range(2)]
+    rows = [{"bytes": file.read_bytes(), "path": name} for file, name in zip(files, names, strict=True)]
+    write_arrow(tmp_path / "saved/data.arrow", features_of(["a"]), {"image": pa.array(rows, BYTES_AND_PATH), "label": pa.array([0, 0])})
+    listing, _ = scan(saved(tmp_path / "saved"), 0)
+    assert listing.paths == [f"a/{name}" for name in sorted(names)]
+
+
+UNKNOWN = {"null": None, "-1": -1, "-100": -100}
+
+
+@pytest.mark.parametrize("unknown", UNKNOWN)
+def test_rows_without_labels(flat_pets, tmp_path, unknown):
+    """Where no row of a split has one they are images without labels, of a test split beside train images with labels passed over; where
+    some have, it is refused."""
+    files = files_of(flat_pets, "train")[0]
+
+    def write(split: str, labels: list[int | None]) -> None:
+        columns = {"image": images_of(files[: len(labels)]), "label": pa.array(labels, pa.int64())}
+        write_arrow(tmp_path / f"cache/x-{split}.arrow", features_of(["cat", "dog"]), columns)
+
+    write("train", [UNKNOWN[unknown]] * 3)
+    listing, _ = scan(saved(tmp_path / "cache"), 0)
+    assert (listing.classes, listing.labels_N.tolist()) == ([], [-1] * 3)
+    write("test", [1, 0])
+    listing, _ = scan(saved(tmp_path / "cache"), 0)
+    assert (listing.classes, listing.labels_N.tolist()) == (["cat", "dog"], [-1, -1, -1, 0, 1])
+    write("train", [0, 1, UNKNOWN[unknown]])
+    (line,) = lines_of(saved(tmp_path / "cache"))
+    assert line.startswith(f"dataset.root = {tmp_path / 'cache'}: 1 of 3 train rows ")
+    assert 'row["label"] not in' in line
+    write("train", [0, 1, 1])
+    write("test", [UNKNOWN[unknown]] * 2)
+    said: list[str] = []
+    listing, _ = scan(saved(tmp_path / "cache"), 0, said.append)
+    assert (listing.labels_N.tolist(), listing.train_rows) == ([0, 1, 1], 3)
+    assert any("split test have no labels" in line for line in said)
+
+
+@pytest.mark.parametrize(("splits", "train_rows"), [(["full"], 2), (["unlabeled", "train"], 2), (["a", "b"], None), (["test"], None)])
+def test_splits_of_other_names(flat_pets, tmp_path, splits, train_rows):
+    files, classes = files_of(flat_pets, "val")
+    labels = pa.array([["cat", "dog"].index(name) for name in classes], pa.int64())
+    for split in splits:
+        write_arrow(tmp_path / f"x-{split}.arrow", features_of(["cat", "dog"]), {"image": images_of(files), "label": labels})
+    if train_rows is None:
+        assert "not clear" in lines_of(saved(tmp_path))[0]
+        return
+    said: list[str] = []
+    listing, _ = scan(saved(tmp_path), 0, said.append)
+    assert (len(listing), listing.train_rows, listing.classes) == (train_rows, train_rows, ["cat", "dog"])
+    assert any("2 images of other splits" in line for line in said) == (len(splits) > 1)

@@ -126,12 +126,82 @@ def test_labels_beside_the_images_are_class_folders(pets, tmp_path, tmp_path_fac
         assert listing.labels_N.tolist() == [int(Path(path).name[:3]) for path in listing.paths]
 
 
+ODD = [b"{", b"\xff\xfe", b"[1, 2]", b'{"label": [1, 2]}', b'{"label": true}', b'{"label": 1.5}', b"", b'{"caption": "a cat"}']
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("beside", ["a label", "no image"])
+def test_files_that_hold_no_label_are_judged_only_where_an_image_needs_it(pets, tmp_path_factory, odd, beside):
+    there, photo = tmp_path_factory.mktemp("shards"), (pets / "train/cat/b.jpg").read_bytes()
+    members = {"a.jpg": photo, "a.cls": b"cat", "b.jpg": photo, "b.json": b'{"label": "dog"}'}
+    members |= {"a.json": odd, "b.cls": b"\xff"} if beside == "a label" else {"info.json": odd, "x/meta.cls": b"\n"}
+    for order in (members, dict(reversed(members.items()))):
+        pack(there / "0.tar", order)
+        listing, _ = scan(shards(there), 0)
+        assert (listing.classes, listing.paths) == (["cat", "dog"], ["cat/a.jpg", "dog/b.jpg"])
+
+
+NAMES = [["train", "test", "car"], ["val", "bus"], ["__MACOSX", ".x", "a/b"], ["Dog", "dog"], ["seg_train", "seg_test"]]
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("how", ["cls", "numbers"])
+def test_any_name_of_a_label_is_a_class(tmp_path_factory, names, how):
+    there = tmp_path_factory.mktemp("shards")
+    for part in ("train", "val"):
+        members: dict[str, Path | bytes] = {}
+        for number, name in enumerate(names):
+            members[f"{part}{number}.jpg"] = save(there / f"{part}{number}.jpg", number + len(part))
+            members[f"{part}{number}.cls"] = (name if how == "cls" else str(number)).encode()
+        pack(there / f"shards/{part}-0.tar", members)
+    if how == "numbers":
+        (there / "shards/classes.txt").write_text("\n".join(names))
+    listing, _ = scan(shards(there / "shards"), 0)
+    assert (listing.classes, listing.train_rows) == (sorted(names), len(names))
+    assert [names[int(Path(path).stem[-1])] for path in listing.paths] == sorted(names) * 2
+
+
+def test_a_folder_in_a_shard_of_a_split_is_a_class_whatever_its_name(tmp_path_factory):
+    """Unless all are named like splits, as where a whole dataset was packed."""
+    there = tmp_path_factory.mktemp("shards")
+    for part in ("train", "val"):
+        names = [f"{name}/{part}.jpg" for name in ("car", "train", "bus")]
+        pack(there / f"classes/{part}.tar", {name: save(there / "x.jpg", len(name)) for name in names})
+        pack(there / f"splits/imagenet-{part}.tar", {f"{part}/{name}": save(there / "x.jpg", len(name)) for name in names})
+    for root in ("classes", "splits"):
+        listing, _ = scan(shards(there / root), 0)
+        assert (listing.classes, listing.train_rows, len(listing)) == (["bus", "car", "train"], 3, 6)
+
+
+def test_the_order_and_the_names_of_shards_change_no_row(pets, tmp_path_factory):
+    """The same images, cut into other shards of other names, in another order."""
+    there = tmp_path_factory.mktemp("shards")
+    members = [*relative(pets, "train").items()]
+    for number in range(2):
+        pack(there / f"one/pets-train-{number}.tar", dict(members[number::2]))
+        pack(there / f"other/{9 - number}/train/x{5 - number}.tar", dict(reversed(members[3 * number :][:3])))
+    for place in ("one/pets-val.tar", "other/validation-00.tar"):
+        pack(there / place, relative(pets, "val"))
+    pattern = f"{there}/other/{{9/train/x5,8/train/x4,validation-00}}.tar"
+    for root in (there / "other", pattern):
+        assert same(shards(root), shards(there / "one"), there)
+
+
 def test_everything_wrong_with_shards_is_reported_at_once(pets, tmp_path_factory):
     there = tmp_path_factory.mktemp("shards")
     photo = (pets / "train/cat/b.jpg").read_bytes()
     pack(
         there / "train-0.tar",
-        {"a.jpg": photo, "a.cls": b"1", "../out.jpg": photo, "/absolute.jpg": photo, "b.cls": b"\xff", "c.json": b"{"},
+        {
+            "a.jpg": photo,
+            "a.cls": b"1",
+            "../out.jpg": photo,
+            "/absolute.jpg": photo,
+            "b.jpg": photo,
+            "b.cls": b"\xff",
+            "c.jpg": photo,
+            "c.json": b"{",
+        },
     )
     with tarfile.open(there / "train-0.tar", "a") as tar:
         for name, kind in (("soft.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("pipe.jpg", tarfile.FIFOTYPE)):
