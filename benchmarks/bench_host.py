@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.parser import Parser
@@ -88,7 +89,7 @@ class HostTraining:
         rng = np.random.default_rng(0)
         image = self.params.image.model_copy(update={"crop_px": side_px, "resize_px": side_px})
         images = MemoryImages(rng.integers(0, 256, (rows, side_px, side_px, 3), dtype=np.uint8))
-        keys_TVP = torch.from_numpy(rng.standard_normal((rows, VIEWS, KEY_WIDTH)).astype(np.float16)).to(device)
+        keys_TVP = F.normalize(torch.from_numpy(rng.standard_normal((rows, VIEWS, KEY_WIDTH), np.float32)).to(device), dim=2).half()
         members_TK = rng.integers(0, rows, (rows, BAG), dtype=np.int32)
         bags = Bags({"method": "knn"}, members_TK, np.ones(members_TK.shape, np.float16))
         student = build_backbone(arch, 1.0, "small", 0)

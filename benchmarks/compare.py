@@ -119,12 +119,24 @@ def overrides(
     variant: str, seed: int, base: str | None = None, root: str | None = None, settings: Sequence[dict[str, Any]] = ()
 ) -> tuple[str, ...]:
     """What a base, a recipe, further `settings` and a seed change in params.yaml, each as `dotted.key=value`; what only a report shows is
-    left out.
+    left out. Raises UserError if the result is not allowed."""
+    from bingo.params.views import PLACES, numbers_of
 
-    The folder of the images is made absolute, as experiments run elsewhere. Raises UserError if the result is not allowed.
+    _, changes = laid_over(variant, seed, base, root, settings)
+    last = {key: numbers_of(new) if key in PLACES and isinstance(new, dict) else new for key, _, new in changes}
+    return tuple(
+        f"{'++' if isinstance(value, dict) else ''}{key}={written(value)}" for key, value in last.items() if not key.startswith("report.")
+    )
+
+
+def laid_over(
+    variant: str, seed: int, base: str | None, root: str | None, settings: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], list[tuple[str, Any, Any]]]:
+    """params.yaml of a run, and its changes in order: key, old and new value.
+
+    The folder of the images is made absolute, as runs are elsewhere. Raises UserError if the result is not allowed.
     """
     from bingo.params import read_yaml, validate
-    from bingo.params.views import PLACES, numbers_of
     from bingo.planning.recipes import lay_over, read_recipe
 
     document = read_yaml("params.yaml")
@@ -138,10 +150,7 @@ def overrides(
         raise UserError(f"--root = {root}: the folder does not exist; name the one that holds the images")
     if dataset.root:
         changes += lay_over(document, {"dataset": {"root": str(Path(dataset.root).expanduser().absolute())}})
-    last = {key: numbers_of(new) if key in PLACES and isinstance(new, dict) else new for key, _, new in changes}
-    return tuple(
-        f"{'++' if isinstance(value, dict) else ''}{key}={written(value)}" for key, value in last.items() if not key.startswith("report.")
-    )
+    return document, changes
 
 
 def written(value: Any) -> str:

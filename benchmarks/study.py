@@ -1,6 +1,7 @@
 """A study: every method tuned by one rule, then compared over seeds at equal anchors and at equal FLOPs.
 
     python -m benchmarks.study --root FOLDER        FOLDER/train/CLASS/*, FOLDER/test/CLASS/*; started again, it goes on
+    python -m benchmarks.study --root FOLDER --lanes 8 --out FILE      eight runs at a time, without DVC; what FILE lacks, to FILE
     python -m benchmarks.study --print              the tables of what has been run
 
 The plan is a YAML file (benchmarks/study.yaml explains its keys). Each run is one line of JSON that is added to a file in
@@ -11,11 +12,13 @@ Runs are DVC experiments in a clone of the last commit, one at a time, as `bench
 import json
 import signal
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import FOLDER, Lane, QueuedRun, clean_commit, clock, last_lines, log_of, only_one, overrides
+from benchmarks.compare import FOLDER, Lane, QueuedRun, clean_commit, clock, laid_over, last_lines, log_of, only_one, overrides
 from benchmarks.parser import Parser
+from benchmarks.study_lanes import LaneRun, log_of_run, place_of, run_in_lanes
 from benchmarks.study_plan import StudyPlan, Wanted, Wishes, nested, read_plan, read_results
 from benchmarks.study_tables import print_tables
 from bingo.params import read_yaml
@@ -32,24 +35,26 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, default=Path("benchmarks/study.yaml"))
     parser.add_argument("--root", help="folder of the images: train/CLASS/* and test/CLASS/*; not for digits")
     parser.add_argument("--print", action="store_true", help="print the tables of what has been run")
+    parser.add_argument("--out", type=Path, help="file of the results (default: in benchmarks/results, named as the plan)")
+    parser.add_argument("--lanes", type=int, help="runs at a time, without DVC, on one machine with one GPU or none")
+    parser.add_argument("--commit", help="with --lanes, where git is not at hand: the commit that the runs are of")
     given = parser.parse_args()
     with mistakes_as_lines():
-        plan, results = read_plan(given.plan), RESULTS / f"{given.plan.stem}.jsonl"
+        plan, results = read_plan(given.plan), given.out or RESULTS / f"{given.plan.stem}.jsonl"
         if given.print:
             print_tables(Wishes(plan, read_results(results)))
             return
-        study = Study(plan, results, given.root)
+        study = Study(plan, results, given.root, given.commit or clean_commit(str(results)))
         study.check()
         with only_one():
-            study.run()
+            study.run_in_lanes(given.lanes) if given.lanes else study.run()
 
 
 class Study:
     """Runs what a plan lacks, and adds each run to the results."""
 
-    def __init__(self, plan: StudyPlan, results: Path, root: str | None):
-        self.plan, self.results, self.root = plan, results, root
-        self.commit = clean_commit(str(results))
+    def __init__(self, plan: StudyPlan, results: Path, root: str | None, commit: str):
+        self.plan, self.results, self.root, self.commit = plan, results, root, commit
 
     def check(self) -> None:
         """Raises UserError if a run would not be allowed."""
@@ -72,13 +77,31 @@ class Study:
         finally:
             lane.close()
 
-    def queued(self, wanted: Wanted) -> QueuedRun:
-        """The run as DVC takes it."""
+    def run_in_lanes(self, lanes: int) -> None:
+        """Run all, some at a time and without DVC. What an interrupt ends begins again the next time."""
+
+        def ready(under_way: Collection[Wanted]) -> Iterator[LaneRun]:
+            for wanted in Wishes(self.plan, read_results(self.results)).ready(under_way):
+                yield LaneRun(wanted, laid_over(*self.laid(wanted))[0])
+
+        def take(run: LaneRun, seconds: float | None) -> None:
+            name, log = f"{run.wanted.name}-s{run.wanted.seed}", log_of_run(run, folder)
+            if seconds is None and DIVERGED not in log.read_text(errors="replace"):
+                raise UserError([f"{name}: failed; {log} ends:", *last_lines(log)])
+            self.add(run.wanted, name, None if seconds is None else place_of(run, folder), round(seconds or 0.0, 1))
+
+        folder = FOLDER.resolve() / "lanes"
+        run_in_lanes(lanes, folder, ready, take)
+
+    def laid(self, wanted: Wanted) -> tuple[str, int, str | None, str | None, list[dict[str, Any]]]:
+        """What is laid over params.yaml for a run: its recipe, seed, base, folder of images, and settings."""
         root = str(Path(self.root) / "train") if self.root and wanted.part == "tuning" else self.root
         settings = [nested(key, value) for key, value in wanted.settings.items()]
-        return QueuedRun(
-            wanted.name, wanted.seed, overrides(self.plan.recipe_of(wanted.recipe), wanted.seed, self.plan.base, root, settings)
-        )
+        return self.plan.recipe_of(wanted.recipe), wanted.seed, self.plan.base, root, settings
+
+    def queued(self, wanted: Wanted) -> QueuedRun:
+        """The run as DVC takes it."""
+        return QueuedRun(wanted.name, wanted.seed, overrides(*self.laid(wanted)))
 
     def take(self, lane: Lane, wanted: Wanted) -> None:
         """Wait for a run and add it to the results. Raises UserError if it failed for another reason than a learning rate."""
@@ -89,12 +112,16 @@ class Study:
         log = log_of(experiment)
         if not lane.fresh and DIVERGED not in log.read_text(errors="replace"):
             raise UserError([f"{experiment.name}: failed with exit code {code}; {log} ends:", *last_lines(log)])
+        self.add(wanted, experiment.name, lane.folder if lane.fresh else None, seconds)
+
+    def add(self, wanted: Wanted, name: str, folder: Path | None, seconds: float) -> None:
+        """Add a run in a folder to the results; None is of one that diverged."""
         line = {"part": wanted.part, "recipe": wanted.recipe, "seed": wanted.seed, "settings": wanted.settings, "commit": self.commit}
-        line |= (figures(lane.folder) if lane.fresh else {"linear": None}) | {"seconds": seconds}
+        line |= (figures(folder) if folder else {"linear": None}) | {"seconds": seconds}
         with open(self.results, "a") as file:
             file.write(json.dumps(line) + "\n")
         linear = f"linear {line['linear']['student']:.1f}" if line["linear"] else "diverged"
-        print(f"{time.strftime('%H:%M')} {experiment.name}: {linear}; {clock(seconds)}", flush=True)
+        print(f"{time.strftime('%H:%M')} {name}: {linear}; {clock(seconds)}", flush=True)
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -108,6 +135,7 @@ def figures(folder: Path) -> dict[str, Any]:
         **{measure: results[measure] for measure in ("linear", "knn_10", "agreement_10") if measure in results},
         **{split: {net: scores["linear"]["top1_last"] for net, scores in nets.items()} for split, nets in few.items()},
         "gflop_per_anchor": json.loads((folder / "reports/distill.json").read_text())["gflop_per_anchor"],
+        "device": json.loads((folder / ".bingo/runs/distill.json").read_text())["device"],
         "anchors": params["distill"]["epochs"] * (rows // batch * batch),
     }
 

@@ -7,7 +7,7 @@ either side. A training whose loss is not finite is a run without accuracy.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,11 +169,25 @@ class Wishes:
         for recipes in self.plan.rounds:
             for recipe in recipes:
                 yield from self._untuned(recipe)
-            screens = [self.screen(name) for name in self.plan.screened if self.plan.tuned_as(name) in recipes]
-            yield from (wanted for wanted in screens if wanted and not self.line_of(wanted))
-            for seed in self.plan.tables.seeds:
-                for recipe in recipes:
-                    yield from self._compared(recipe, seed)
+            yield from self._judged(recipes)
+
+    def _judged(self, recipes: Iterable[str]) -> Iterator[Wanted]:
+        """The missing runs of tuned recipes: variants of the tuning, then those of the tables."""
+        screens = [self.screen(name) for name in self.plan.screened if self.plan.tuned_as(name) in recipes]
+        yield from (wanted for wanted in screens if wanted and not self.line_of(wanted))
+        for seed in self.plan.tables.seeds:
+            for recipe in recipes:
+                yield from self._compared(recipe, seed)
+
+    def ready(self, under_way: Collection[Wanted]) -> Iterator[Wanted]:
+        """The missing runs beside those under way, in order: a climb's next step after its last, a table after its climb."""
+        for recipes in self.plan.rounds:
+            climbing = {recipe for recipe in recipes if any(self._untuned(recipe))}
+            for recipe in climbing:
+                if not any((run.part, run.recipe) == ("tuning", recipe) for run in under_way):
+                    yield from self._untuned(recipe)
+            tuned = [recipe for recipe in recipes if self.plan.tuned_as(recipe) not in climbing]
+            yield from (wanted for wanted in self._judged(tuned) if wanted not in under_way)
 
     def line_of(self, wanted: Wanted) -> Mapping[str, Any] | None:
         """The line of a run, if it has been run."""
@@ -184,7 +198,9 @@ class Wishes:
         if self.plan.tuned_as(recipe) != recipe:
             return
         first = [self.at(recipe, lr, 1.0) for lr in self.plan.tuning.first_lr]
-        yield from (wanted for wanted in first if not self.line_of(wanted))
+        if missing := [wanted for wanted in first if not self.line_of(wanted)]:
+            yield from missing
+            return
         if (best := self.best(recipe)) is None:
             return
         tried = {self.place(line): line for line in self.tuning(recipe) if line["linear"]}

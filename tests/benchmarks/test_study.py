@@ -226,6 +226,8 @@ elif given[0] != "config":
     linear = {"student": 50 - abs(lr - 0.2), "teacher": 70.0}
     Path("reports/results.json").write_text(json.dumps({"linear": linear, "knn_10": linear}))
     Path("reports/distill.json").write_text(json.dumps({"gflop_per_anchor": 0.1}))
+    Path(".bingo/runs").mkdir(parents=True, exist_ok=True)
+    Path(".bingo/runs/distill.json").write_text(json.dumps({"device": "a machine"}))
     if "semi_eval.splits" in changed:
         Path("reports/semi/one.json").write_text(json.dumps({"nets": {"student": {"linear": {"top1_last": 33.0}}}}))
     write_listing("data/listing.parquet", Listing("x", list("a" * 200), np.zeros(200, np.int64), 150, ["a"], [], "0" * 32))
@@ -281,7 +283,7 @@ def test_a_study_is_interrupted_and_goes_on_to_the_same_results(repository):
     assert lines[0] == {
         "part": "tuning", "recipe": "method-bingo", "seed": 9, "settings": {"distill.epochs": 3, "distill.lr": 0.06}, "commit": commit,
         "linear": {"student": 49.86, "teacher": 70.0}, "knn_10": {"student": 49.86, "teacher": 70.0}, "gflop_per_anchor": 0.1,
-        "anchors": 3 * 128,
+        "device": "a machine", "anchors": 3 * 128,
     }  # fmt: skip
     assert first not in ran
     assert [line["linear"] for line in lines if line["settings"]["distill.lr"] == 2.0] == [None, None]

@@ -1,0 +1,137 @@
+"""A study's runs several at a time and without DVC, for a machine that is lent for an hour: each lane is a process with a folder.
+
+What runs share is made once, by the first lane that needs it, and linked into the folders of the others. A lane runs the
+stages one after the other in its own process, so that torch is imported and the GPU is opened once.
+"""
+
+import fcntl
+import importlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from benchmarks.study_plan import Wanted
+from bingo.runtime.artefacts import fingerprint
+from bingo.runtime.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+BESIDE = ("teacher", "untrained", "pixels", "start", "supervised")  # networks that training does not change
+EVALUATIONS = ("linear_eval", "knn_eval")
+PREPARED = [("scan",), ("teacher",), ("extract",), ("bag",), ("weights",), *((stage, net) for stage in EVALUATIONS for net in BESIDE)]
+SECTIONS = ("seed", "image", "dataset", "teacher", "extract", "bagging", "student", *EVALUATIONS)  # of params.yaml, which these stages read
+
+
+@dataclass(frozen=True)
+class LaneRun:
+    """A run as a lane takes it: params.yaml and the splits of few labels."""
+
+    wanted: Wanted
+    document: dict[str, Any]
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.document["semi_eval"]["splits"])
+
+
+def run_in_lanes(
+    lanes: int, folder: Path, ready: Callable[[Collection[Wanted]], Iterator[LaneRun]], take: Callable[[LaneRun, float | None], None]
+) -> None:
+    """Run what `ready(under way)` yields, `lanes` at a time; `take(run, seconds)` has each as soon as it has ended, with None for one in
+    which a stage ended with a mistake."""
+    under_way: dict[Future[float | None], LaneRun] = {}
+    context = get_context("spawn")
+    with ProcessPoolExecutor(lanes, context, _begin_lane, (context.Value("i", 0),)) as pool:
+        while True:
+            for run in ready([one.wanted for one in under_way.values()]):
+                if len(under_way) < lanes:
+                    under_way[pool.submit(run_stages, run, folder)] = run
+            if not under_way:
+                return
+            for ended in wait(under_way, return_when=FIRST_COMPLETED).done:
+                run, seconds = under_way.pop(ended), ended.result()
+                take(run, seconds)
+                shutil.rmtree(place_of(run, folder))
+
+
+def place_of(run: LaneRun, folder: Path) -> Path:
+    """The folder of a run."""
+    return folder / f"run-{fingerprint([run.wanted.name, run.wanted.seed, dict(run.wanted.settings)])[:16]}"
+
+
+def log_of_run(run: LaneRun, folder: Path) -> Path:
+    """What the stages of a run print."""
+    return place_of(run, folder).with_suffix(".log")
+
+
+def _begin_lane(lanes_begun: Any) -> None:
+    """In a new lane: one core of those that the pool may use, so that its loaders work in the same process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    cores = sorted(os.sched_getaffinity(0))
+    with lanes_begun.get_lock():
+        os.sched_setaffinity(0, {cores[lanes_begun.value % len(cores)]})
+        lanes_begun.value += 1
+
+
+def run_stages(run: LaneRun, folder: Path) -> float | None:
+    """Run the stages of a run in its folder; the seconds of those that it does not share, None if a stage ended with a mistake."""
+    place = place_of(run, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(log_of_run(run, folder), "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    shutil.copytree(_prepared(run, folder), place, symlinks=True, copy_function=os.link)
+    begun = time.monotonic()
+    judged = [(stage, "student") for stage in EVALUATIONS]
+    stages = [("distill",), *judged, *(("semi_eval", split) for split in run.splits), ("report",)]
+    with _inside(place, run.document):
+        return time.monotonic() - begun if all(_ended_well(*stage) for stage in stages) else None
+
+
+def _prepared(run: LaneRun, folder: Path) -> Path:
+    """The folder in which the stages up to the bags have been run."""
+    place = folder / f"prepared-{fingerprint([run.document[section] for section in SECTIONS])[:16]}"
+    place.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{place.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "done").exists():
+            with _inside(place, run.document):
+                if not all(_ended_well(*stage) for stage in PREPARED):
+                    raise UserError(f"{place}: a stage ended with a mistake; see {log_of_run(run, folder)}")
+            (place / "done").touch()
+    return place
+
+
+@contextmanager
+def _inside(place: Path, document: dict[str, Any]) -> Iterator[None]:
+    """In a workspace with these parameters. Files that other folders link to are replaced, never written into."""
+    for name in ("bingo", "stages", "recipes", "dvc.yaml"):
+        if not (place / name).exists():
+            (place / name).symlink_to(ROOT / name)
+    (place / "params.yaml").unlink(missing_ok=True)
+    with open(place / "params.yaml", "w") as file:
+        YAML(typ="safe", pure=True).dump(document, file)
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _ended_well(stage: str, *arguments: str) -> bool:
+    try:
+        importlib.import_module(f"stages.{stage}").main(*arguments)
+    except SystemExit as end:
+        return not end.code
+    return True
