@@ -330,7 +330,7 @@ def test_mistakes_in_a_plan_are_found_before_anything_runs(repository, monkeypat
     plan.write_text(plan.read_text().replace(old, new))
     repository.commit()
     with pytest.raises(UserError, match=re.escape(words)):
-        study.Study(study_plan.read_plan(plan), Path("results.jsonl"), "images").check()
+        study.Study(study_plan.read_plan(plan), Path("results.jsonl"), "images", "a commit").check()
 
 
 @pytest.mark.parametrize("line", ['{"part": "tun', '{"part": "tuning"}', "[]", "null", "", "\udcff"])
