@@ -1,11 +1,16 @@
-"""Steps of an epoch, and learning rates as pure functions of the step, so that they can be plotted without training."""
+"""Steps of an epoch, learning rates as pure functions of the step, so that they can be plotted without training, and optimizers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from bingo.params import LrSchedule
+from bingo.params import LrSchedule, OptimizerParams
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
 
 
 def steps_in_epoch(rows: int, batch: int, name: str = "batch_anchors", images: str = "train images") -> int:
@@ -50,3 +55,49 @@ def step_lr(
     """
     warmed = 1.0 if step >= warmup_steps else warmup_factor + (1 - warmup_factor) * step / warmup_steps
     return base_lr * warmed * factor ** sum(step >= drop for drop in drops)
+
+
+def make_optimizer(params: OptimizerParams, rates: "Mapping[nn.Module, float]", momentum: float, **options: bool) -> "Optimizer":
+    """timm's optimizer of these networks' trained parameters, each network with its own learning rate, `base_lr` of its groups.
+
+    `momentum` is that of sgd and lars; `options` (`nesterov`, `fused`) are for these two and for sgd.
+    """
+    from timm.optim import create_optimizer_v2
+
+    name: str = params.optimizer
+    nesterov = options.pop("nesterov", False)
+    if name in ("sgd", "adamw"):  # torch's; timm calls them sgd with Nesterov's momentum, and momentum without
+        name = "momentum" if name == "sgd" and not nesterov else name
+        options = {"fused": True} if name == "adamw" else options
+    else:
+        name, options = f"{'n' * nesterov}{name}", {"foreach": True}
+    more: dict[str, Any] = {"betas": tuple(params.betas), **options} if params.betas else options
+    groups = [{**group, "base_lr": rate} for network, rate in rates.items() for group in _decay_groups(network, params)]
+    return create_optimizer_v2(groups, name, max(rates.values()), params.weight_decay, momentum, **more)
+
+
+def _decay_groups(network: "nn.Module", params: OptimizerParams) -> list[dict[str, Any]]:
+    """The trained parameters: one group, or those without weight decay (of one dimension, or exempt by timm) and the others."""
+    if params.decay_norms_and_biases:
+        return [{"params": [parameter for parameter in network.parameters() if parameter.requires_grad]}]
+    from timm.optim import param_groups_weight_decay
+
+    parts: Any = network.named_modules()
+    exempt = [f"{path}.{name}".lstrip(".") for path, part in parts if hasattr(part, "no_weight_decay") for name in part.no_weight_decay()]
+    return param_groups_weight_decay(network, params.weight_decay, no_weight_decay_list=exempt)
+
+
+def set_rates(optimizer: "Optimizer", step: int, steps_per_epoch: int, schedule: LrSchedule) -> None:
+    """Set each group's `learning_rate` at this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, steps_per_epoch, group["base_lr"], schedule)
+
+
+def update(optimizer: "Optimizer", params: OptimizerParams) -> None:
+    """One step of the optimizer, with gradients scaled down if their norm exceeds `clip_grad_norm`. Does not wait for the device."""
+    if params.clip_grad_norm is not None:
+        from torch.nn.utils import clip_grad_norm_
+
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip_grad_norm_(trained, params.clip_grad_norm, foreach=True)
+    optimizer.step()

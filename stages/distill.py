@@ -40,7 +40,7 @@ def main() -> None:
                 "embeddings": embeddings.fingerprint,
                 "bags": bags.fingerprint,
                 "epochs": params.distill.epochs,
-                "params": {"distill": params.distill.model_dump(), params.distill.method: setup.section.model_dump()},
+                "params": {"distill": params.distill.recorded(), params.distill.method: setup.section.model_dump()},
                 **start_facts,
             }
             save_student(paths.STUDENT, paths.STUDENT_HEAD, trained.student, trained.head, params.student, params.image, made_from)

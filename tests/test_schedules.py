@@ -1,20 +1,24 @@
-"""Learning rates: the shipped sequences exactly, published ones from explicit formulas, torch's schedulers, and that every training
-follows them."""
+"""Learning rates and optimizers: the shipped sequences exactly, published ones from explicit formulas, torch's schedulers, and that every
+training follows them."""
 
 import math
+import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
+import timm
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bingo.evals.finetune import ClassifierTrainer, Protocol
 from bingo.evals.linear import linear_on_crops, linear_on_features
-from bingo.params import CachedProbeParams, CropProbeParams, LrSchedule, TuneParams, load_params
+from bingo.params import PLAIN_SGD, CachedProbeParams, CropProbeParams, LrSchedule, OptimizerParams, TuneParams, load_params
 from bingo.runtime.checkpoints import Checkpoints
-from bingo.schedules import learning_rate
+from bingo.schedules import learning_rate, make_optimizer, set_rates, update
 from tests.evals.test_finetune import Tiny, task
 from tests.training.test_train import trainer
 
@@ -173,7 +177,7 @@ def test_evaluations_follow_their_schedules(tmp_path, used):
     linear_on_crops(Tiny(True), what, crops, "fp32", 0, CPU, Checkpoints(tmp_path / "crops", 1e9))
     assert used == [[0.8]] * 3 + [[0.4]] * 3 + [[0.2]] * 3
     used.clear()
-    tune = TuneParams(batch_images=9, weight_decay=0.0, nesterov=False, init_std=0.01, **FALLS)
+    tune = TuneParams(**PLAIN_SGD, batch_images=9, weight_decay=0.0, nesterov=False, init_std=0.01, **FALLS)
     ClassifierTrainer(Tiny(True), Protocol(what, tune, 0.8, 0.1), "fp32", 0, CPU, Checkpoints(tmp_path / "whole", 1e9), "test").run()
     assert used == [[0.8, 0.1]] * 3 + [[0.4, 0.05]] * 3 + [[0.2, 0.025]] * 3
 
@@ -187,3 +191,97 @@ def test_a_cosine_to_a_last_rate_is_torchs():
         assert learning_rate(epoch, 1, crops.lr, crops) == pytest.approx(cosine.get_last_lr()[0], rel=1e-9)
         optimizer.step()
         cosine.step()
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
+
+
+def optimizer_params(**changes) -> OptimizerParams:
+    return OptimizerParams.model_validate(PLAIN_SGD | {"weight_decay": 0.1} | changes)
+
+
+def plain_step(optimizer: str, p, g, decay: float, state: dict, step: int):
+    """The step of one parameter by the papers' formulas; `state` holds its averages."""
+    m, v = state.get("m", torch.zeros_like(p)), state.get("v", torch.zeros_like(p))
+    if optimizer in ("sgd", "lars"):
+        g = g + decay * p
+        if optimizer == "lars" and decay and p.norm():  # You et al. 2017
+            g *= 1e-3 * p.norm() / ((g - decay * p).norm() + decay * p.norm() + 1e-8)
+        m = 0.9 * m + g
+        change = m
+    elif optimizer == "lion":  # Chen et al. 2023
+        change, m = (0.9 * m + 0.1 * g).sign() + decay * p, 0.99 * m + 0.01 * g
+    else:
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        epsilon = {"adamw": 1e-8, "lamb": 1e-6}[optimizer]
+        change = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + epsilon) + decay * p
+        if optimizer == "lamb" and decay and p.norm():  # You et al. 2020
+            change *= p.norm() / change.norm()
+    state |= {"m": m, "v": v}
+    return p - RATE * change
+
+
+RATE, ROWS_OF_X = 0.05, torch.linspace(-1, 1, 30).double().view(6, 5)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("all_decay", [True, False])
+@pytest.mark.parametrize("optimizer", get_args(OptimizerParams.model_fields["optimizer"].annotation))
+def test_three_steps_of_each_optimizer_are_its_papers(optimizer, all_decay, clip):
+    """With the norm of all gradients clipped, and weight decay on all weights or on the matrices alone."""
+    params = optimizer_params(optimizer=optimizer, decay_norms_and_biases=all_decay, clip_grad_norm=clip)
+    network, expected = small_network(), list(small_network().parameters())
+    found, states = make_optimizer(params, {network: RATE}, 0.9), [{} for _ in expected]
+    for step in (1, 2, 3):
+        set_rates(found, step, 10, drops(1, [], 0.1))
+        network.zero_grad()
+        network(ROWS_OF_X).square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in network.parameters()]
+        update(found, params)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        gradients = [g * min(1.0, clip / (norm + 1e-6)) if clip else g for g in gradients]
+        if optimizer == "lamb":  # timm's clips the norm to 1 itself
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            gradients = [g / max(1.0, norm) for g in gradients]
+        decays = [0.1 if all_decay or p.ndim > 1 else 0.0 for p in expected]
+        with torch.no_grad():
+            expected = [plain_step(optimizer, *each, step) for each in zip(expected, gradients, decays, states, strict=True)]
+        for ours, plain in zip(network.parameters(), expected, strict=True):
+            torch.testing.assert_close(ours.detach(), plain.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_vision_transformers_tokens_positions_norms_and_biases_can_go_without_decay():
+    network = nn.ModuleDict({"student": timm.create_model("test_vit", num_classes=0)})
+    groups = make_optimizer(optimizer_params(optimizer="adamw", decay_norms_and_biases=False), {network: 1.0}, 0.9).param_groups
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    spared = {names[parameter] for group in groups if not group["weight_decay"] for parameter in group["params"]}
+    assert spared == {name for name in names.values() if name.endswith((".bias", "pos_embed", "cls_token")) or "norm" in name}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_each_network_follows_the_schedule_from_its_own_rate():
+    trunk, layer = nn.Linear(2, 2), nn.Linear(2, 2)
+    found = make_optimizer(optimizer_params(optimizer="lars"), {trunk: 0.5, layer: 2.0}, 0.9, nesterov=True)
+    schedule = PARAMS.semi_eval.finetune
+    set_rates(found, 14 * 7, 7, schedule)
+    assert [group["lr"] for group in found.param_groups] == [learning_rate(98, 7, base, schedule) for base in (0.5, 2.0)]
+    assert all(group["nesterov"] for group in found.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"betas": [0.9, 0.95]}, "betas: [0.9, 0.95]"),
+        ({"betas": [0.9, 0.95], "optimizer": "lars"}, "lars has none"),
+        ({"betas": [0.9]}, "betas"),
+        ({"optimizer": "adam"}, "optimizer"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm"),
+        ({"nesterov": True, "optimizer": "adamw"}, "nesterov: true"),
+    ],
+)
+def test_settings_that_an_optimizer_does_not_use_are_refused(changes, said):
+    values = PARAMS.semi_eval.finetune.model_dump()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        TuneParams.model_validate(values | changes)

@@ -1,10 +1,11 @@
 """Train a classifier on labels: a linear layer on a backbone that is trained with it (fine-tuning) or frozen (linear evaluation).
 
-Every train image is seen once an epoch, as a random crop; test images as centre views, after every epoch. SGD with momentum 0.9,
-cross-entropy in float32, separate learning rates for the backbone and the layer, with drops or a cosine. Random choices depend only on
-(seed, purpose, epoch, row): a run resumed from its checkpoint gives the same result as an uninterrupted one, on the CPU bit by
-bit. Several processes share each batch and give the result of one process up to rounding: gradients are averaged over all images, and if
-BatchNorm is trained (GPUs only) its statistics are those of the whole batch. Shape letters: B rows of a batch, N rows, C classes.
+Every train image is seen once an epoch, as a random crop; test images as centre views, after every epoch. SGD with momentum 0.9
+or another optimizer, cross-entropy in float32, separate learning rates for the backbone and the layer, with drops or a cosine. Random
+choices depend only on (seed, purpose, epoch, row): a run resumed from its checkpoint gives the same result as an uninterrupted one, on
+the CPU bit by bit. Several processes share each batch and give the result of one process up to rounding: gradients are averaged over all
+images, and if BatchNorm is trained (GPUs only) its statistics are those of the whole batch. Shape letters: B rows of a batch, N rows, C
+classes.
 """
 
 import copy
@@ -31,7 +32,7 @@ from bingo.runtime.checkpoints import Checkpoints, Resumable
 from bingo.runtime.errors import UserError
 from bingo.runtime.finite import LossWatch
 from bingo.runtime.progress import progress_bar
-from bingo.schedules import learning_rate
+from bingo.schedules import make_optimizer, set_rates, update
 
 FROZEN, WHOLE = "linear-crops", "finetune"  # purposes of bingo.seeds
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -131,10 +132,8 @@ class ClassifierTrainer(Resumable):
         classifier = Classifier(copy.deepcopy(backbone), layer, self.frozen, precision)
         self.classifier = self._with_shared_statistics(classifier).to(device).to(memory_format=torch.channels_last)
         self.network = distributed.data_parallel(self.classifier, device)
-        groups = [{"params": list(layer.parameters()), "base_lr": protocol.head_lr}]
-        if trunk_lr is not None:
-            groups.append({"params": list(self.classifier.backbone.parameters()), "base_lr": trunk_lr})
-        self.optimizer = torch.optim.SGD(groups, lr=protocol.head_lr, momentum=0.9, weight_decay=tune.weight_decay, nesterov=tune.nesterov)
+        rates: dict[nn.Module, float] = {layer: protocol.head_lr} | ({} if trunk_lr is None else {self.classifier.backbone: trunk_lr})
+        self.optimizer = make_optimizer(tune, rates, 0.9, nesterov=tune.nesterov)
         self.batch_images = min(tune.batch_images, len(task.train_rows_N))
         whole, tail = divmod(len(task.train_rows_N), self.batch_images)
         self.steps_per_epoch = whole + (self.frozen and tail > 0)
@@ -182,8 +181,7 @@ class ClassifierTrainer(Resumable):
             yield request, len(rows_B), views_B3PP
 
     def _train_step(self, request: Request, batch_rows: int, views_B3PP: Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps_per_epoch, group["base_lr"], self.tune)
+        set_rates(self.optimizer, self.step, self.steps_per_epoch, self.tune)
         self.classifier.train()
         labels_B = to_labels(self.task.labels_N[request.image_rows_B], self.device)
         counts = distributed.rank() < batch_rows
@@ -193,7 +191,7 @@ class ClassifierTrainer(Resumable):
         self._watch_loss(loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
+        update(self.optimizer, self.tune)
 
     def way_out(self, step: int) -> str:
         return "lower its lr, or train the network again"

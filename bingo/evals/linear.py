@@ -18,7 +18,7 @@ from bingo import seeds
 from bingo.evals.scores import check_labels, first_right, last_and_best, linear_layer, percent, right_of, to_labels
 from bingo.images.uploads import upload
 from bingo.nets.heads import unit
-from bingo.params import CachedProbeParams, CropProbeParams, TuneParams
+from bingo.params import PLAIN_SGD, CachedProbeParams, CropProbeParams, TuneParams
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
@@ -92,7 +92,7 @@ def linear_on_crops(
     if params.standardise:
         seen = task.images, task.train_rows_N, task.image, device, precision, params.batch_images
         judged = Standardised(backbone, torch.from_numpy(backbone_features(backbone, *seen)).to(device))
-    tune = TuneParams(**params.model_dump(include=set(TuneParams.model_fields)), nesterov=False)
+    tune = TuneParams(**params.model_dump(include=set(TuneParams.model_fields)), **PLAIN_SGD, nesterov=False)
     return ClassifierTrainer(judged, Protocol(task, tune, params.lr, None), precision, seed, device, checkpoints, _LABEL).run()
 
 

@@ -46,7 +46,7 @@ from bingo.params.fields import Interpolation, Range, Section
 from bingo.params.methods import BingoParams, MethodSection, MocoParams, display_name, method_names, method_section
 from bingo.params.mistakes import mistake_lines
 from bingo.params.networks import STUDENT_OPTIONS, NetworkParams, StudentParams, TeacherParams, format_names
-from bingo.params.training import DistillParams, LrSchedule, PretrainParams, ScheduleParams
+from bingo.params.training import PLAIN_SGD, DistillParams, LrSchedule, OptimizerParams, PretrainParams, ScheduleParams
 from bingo.params.views import AugmentParams
 from bingo.params.whole import Params, load_params, validate
 from bingo.params.yaml_files import read_yaml

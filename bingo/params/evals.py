@@ -22,7 +22,7 @@ from bingo.params.fields import (
     Temperature,
     Whole,
 )
-from bingo.params.training import LrSchedule
+from bingo.params.training import LrSchedule, OptimizerParams
 from bingo.runtime.errors import near_matches
 
 
@@ -109,12 +109,17 @@ class KnnEvalParams(FeatureParams):
         return kind(**image.model_dump() | {"resize_px": self.resize_px or image.resize_px})
 
 
-class TuneParams(LinearLayerParams):
-    """Training of a classifier on labels by SGD with momentum 0.9; `batch_images` is the global batch size."""
+class TuneParams(LinearLayerParams, OptimizerParams):
+    """Training of a classifier on labels, with momentum 0.9 of sgd and lars; `batch_images` is the global batch size."""
 
     batch_images: Count
-    weight_decay: NotNegative
     nesterov: bool
+
+    @model_validator(mode="after")
+    def _momentum_is_used(self) -> Self:
+        if self.nesterov and self.optimizer not in ("sgd", "lars"):
+            raise ValueError(f"nesterov: true is for sgd and lars, but optimizer is {self.optimizer}; set nesterov: false")
+        return self
 
 
 class SplitParams(Section):

@@ -1,10 +1,10 @@
-"""Sections of the trainings: learning rate schedule, SGD and its batches, the teacher's pretraining and the student's distillation."""
+"""Sections of the trainings: learning rate schedule, optimizer and batches, the teacher's pretraining and the student's distillation."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bingo.params.fields import Count, NotNegative, Positive, Precision, Section, Share, Whole, one_of
+from bingo.params.fields import Count, NotNegative, Positive, Precision, Rate, Section, Share, Whole, one_of
 from bingo.params.methods import MocoParams, method_names
 from bingo.params.views import AugmentParams
 
@@ -55,16 +55,37 @@ class LrSchedule(Section):
         return self
 
 
-class ScheduleParams(LrSchedule):
-    """SGD with momentum. The learning rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch size. BatchNorm's
-    statistics are computed in each of `batchnorm_groups` equal groups (1: over all images of a process; null: see `groups_for`)."""
+PLAIN_SGD: dict[str, Any] = {"optimizer": "sgd", "betas": None, "decay_norms_and_biases": True, "clip_grad_norm": None}
+
+
+class OptimizerParams(Section):
+    """timm's optimizer of this name. `betas`: of adamw, lamb and lion; null: the optimizer's own. `weight_decay` is on all weights or,
+    without `decay_norms_and_biases`, neither on those of one dimension nor on those that timm exempts, such as position embeddings.
+    Gradients whose norm, of all together, exceeds `clip_grad_norm` are scaled down to it."""
+
+    optimizer: Literal["sgd", "adamw", "lamb", "lars", "lion"]
+    betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] | None
+    weight_decay: NotNegative
+    decay_norms_and_biases: bool
+    clip_grad_norm: Positive | None
+
+    @model_validator(mode="after")
+    def _betas_are_used(self) -> Self:
+        if self.betas is not None and self.optimizer in ("sgd", "lars"):
+            raise ValueError(f"betas: {self.betas}, but optimizer: {self.optimizer} has none; set betas: null")
+        return self
+
+
+class ScheduleParams(LrSchedule, OptimizerParams):
+    """The learning rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch size. BatchNorm's
+    statistics are computed in each of `batchnorm_groups` equal groups (1: over all images of a process; null: see `groups_for`).
+    `sgd_momentum` is that of sgd and lars."""
 
     batch_anchors: Count
     batchnorm_groups: Annotated[int, Field(ge=1, le=_MOST_GROUPS)] | None
     lr: Positive
     lr_warmup_epochs: Whole
     sgd_momentum: Share
-    weight_decay: NotNegative
     precision: Precision
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None
     probe_every_epochs: Whole
@@ -110,6 +131,10 @@ class DistillParams(ScheduleParams):
     keys: Literal["stored", "live", "momentum"]
     keep_best: bool
     augment: AugmentParams
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings for a student's file; those of plain SGD are left out, so that files from before other optimizers do not change."""
+        return {key: value for key, value in self.model_dump().items() if PLAIN_SGD.get(key, ...) != value}
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:

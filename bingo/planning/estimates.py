@@ -69,7 +69,8 @@ def step_memory(params: Params, training: DryTraining, teacher: Teacher, counts:
     progress = Progress(training.schedule.epochs - 1, 0)
     fewer, more = (saved_bytes(training.method, training.batch(anchors), progress) for anchors in (training.anchors, training.anchors + 1))
     trained = sum(parameter.numel() for parameter in training.method.parameters() if parameter.requires_grad)
-    state = _bytes(training.method) + 2 * _FLOAT * trained  # gradients and SGD's momentum
+    moments = 2 if training.schedule.optimizer in ("adamw", "lamb") else 1
+    state = _bytes(training.method) + (1 + moments) * _FLOAT * trained  # gradients and what the optimizer averages
     if params.distill.keys == "live":
         state += _bytes(teacher)
     stored = params.extract.views * teacher.metadata["key_width"]

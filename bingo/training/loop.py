@@ -26,7 +26,7 @@ from bingo.runtime.checkpoints import Checkpoints, Resumable
 from bingo.runtime.errors import UserError
 from bingo.runtime.finite import LossWatch
 from bingo.runtime.progress import progress_bar
-from bingo.schedules import learning_rate
+from bingo.schedules import make_optimizer, set_rates, update
 from bingo.training.batches import Batches
 from bingo.training.compiled import CompiledNetworks
 
@@ -80,10 +80,7 @@ class Trainer(Resumable):
         self.own_anchors = schedule.batch_anchors // distributed.world()
         self.checkpoints, self.probe, self.label = checkpoints, probe, label
         self.keep_best, self.measure_start = keep_best, measure_start
-        trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            trained, lr=schedule.lr, momentum=schedule.sgd_momentum, weight_decay=schedule.weight_decay, fused=True
-        )
+        self.optimizer = make_optimizer(schedule, {method: schedule.lr}, schedule.sgd_momentum, fused=True)
         self.network = distributed.data_parallel(self.method, device)
         moving = [part.network for part in method.children() if isinstance(part, MomentumCopy)]
         self.compiled = CompiledNetworks([method.student, method.head, *moving, *method.frozen], schedule.compile, device)
@@ -120,14 +117,13 @@ class Trainer(Resumable):
             self._checkpoint_if_due()
 
     def _train_step(self, batch: Batch, progress: Progress) -> None:
-        rate = learning_rate(self.step, self.steps_per_epoch, self.schedule.lr, self.schedule)
-        self.optimizer.param_groups[0]["lr"] = rate
+        set_rates(self.optimizer, self.step, self.steps_per_epoch, self.schedule)
         self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations can reuse the memory
         self._seed_draws()
         terms = self._terms(batch, progress)
         self._watch_loss(terms["loss"])
         terms["loss"].backward()
-        self.optimizer.step()
+        update(self.optimizer, self.schedule)
         self.method.after_step()
         for name, value in terms.items():
             self.sums[name] = self.sums[name].add_(value.detach()) if name in self.sums else value.detach().double()

@@ -19,7 +19,7 @@ from bingo.evals.scores import linear_layer
 from bingo.images.images import MemoryImages
 from bingo.images.loader import Request, ViewLoader, center_views
 from bingo.nets.backbones import build_backbone
-from bingo.params import ImageParams, TuneParams
+from bingo.params import PLAIN_SGD, ImageParams, TuneParams
 from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import Interrupted, UserError
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 IMAGE = ImageParams(crop_px=10, resize_px=12, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
 CROPS = random_crops([0.5, 1.0], 0.5)
 TUNE = TuneParams(
-    epochs=2, batch_images=8, weight_decay=1e-2, nesterov=False, drop_epochs=[1], drop_factor=0.1, hold_epochs=0, init_std=0.02
+    **PLAIN_SGD, epochs=2, batch_images=8, weight_decay=1e-2, nesterov=False, drop_epochs=[1], drop_factor=0.1, hold_epochs=0, init_std=0.02
 )
 ROWS, TEST, CLASSES, SEED = 27, 21, 3, 5  # whole batches of 8, and a tail of 3
 

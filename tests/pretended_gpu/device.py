@@ -241,6 +241,8 @@ class Call:
         lists = [x for x in self.args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
         if not all(_is_device(x) for tensors in lists for x in tensors):
             raise DeviceError(f"{self.name}: a list holds tensors of the host ({place()})")
+        if fused:  # the steps of Adam are numbers
+            lists = [tensors for tensors in lists if any(x.dim() for x in tensors)]
         casts = self.name == "_foreach_copy_" and all(len({x.dtype for x in tensors}) == 1 for tensors in lists)  # one kernel too
         if not all(_one_layout(tensors, any_dtype=casts) for tensors in zip(*lists, strict=False)):
             if fused:
@@ -349,6 +351,7 @@ class _Dispatch(TorchDispatchMode):
 
 class _Properties:
     name, major, minor, total_memory, multi_processor_count = "pretended GPU", 9, 0, 80 << 30, 132
+    L2_cache_size = 50 << 20
 
 
 def _is_pinned(x: Tensor, *_: object) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import numpy as np
@@ -19,7 +19,7 @@ from bingo.nets import precision
 from bingo.nets.backbones import build_backbone
 from bingo.nets.heads import mlp_head
 from bingo.nets.precision import resolve_precision
-from bingo.params import load_params, method_names, method_section
+from bingo.params import OptimizerParams, load_params, method_names, method_section
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.teachers.teacher import Teacher
 from bingo.training.batches import Batches, Stored
@@ -39,7 +39,8 @@ ROWS, SIDE_PX, WIDTH, KEY_WIDTH, BATCH = 64, 12, 64, 16, 16
 
 @dataclass(frozen=True)
 class Case:
-    """A method with `keys` from a store, a live teacher or its moving average, in a precision; `changes` of its settings."""
+    """A method with `keys` from a store, a live teacher or its moving average, in a precision; `changes` of its settings, and of the
+    `schedule`."""
 
     method: str
     keys: str = "stored"
@@ -47,11 +48,12 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     bags: str = "knn"
     teacher_px: int = SIDE_PX
+    schedule: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """For tests and tables."""
-        changes = [f"{name}={value}" for name, value in self.changes.items()]
+        changes = [f"{name}={value}" for name, value in (self.changes | self.schedule).items()]
         others = [self.bags] * (self.bags != "knn") + [f"teacher_px={self.teacher_px}"] * (self.teacher_px != SIDE_PX)
         return " ".join([self.method, self.keys, self.precision, *changes, *others])
 
@@ -62,6 +64,7 @@ def _keys_of(method: str) -> list[str]:
     return ["stored", "live", "momentum"] if method == "bingo" else ["stored", "live"]
 
 
+_CLIPPED = {"decay_norms_and_biases": False, "clip_grad_norm": 0.1}
 _QUEUE, _MIX = {"negatives": "queue"}, {"terms": "symmetric_mix"}
 # With the settings of params.yaml, and what these leave out.
 CASES = [
@@ -90,6 +93,9 @@ CASES = [
     Case("isd", "momentum", "bf16", {"weak_keys": True, "projection_width": 6}),
     Case("coss", precision="bf16", changes={"target": "features", "companions": 2}),
 ]  # fmt: skip
+OPTIMIZERS = [
+    Case("coss", schedule={"optimizer": name} | _CLIPPED) for name in get_args(OptimizerParams.model_fields["optimizer"].annotation)
+]
 
 
 def images() -> MemoryImages:
@@ -123,7 +129,7 @@ def trainer(folder: Path, case: Case, device: torch.device, epochs: int = 2, com
     context = Context(student, WIDTH, 0, case.keys, case.precision, device, teacher, *stored, bags)
     method = build_method(case.method, section, context)
     changes = {"epochs": epochs, "batch_anchors": BATCH, "lr": 0.05, "precision": case.precision, "probe_every_epochs": 1}
-    schedule = PARAMS.distill.model_copy(update=changes | {"compile": compiled})
+    schedule = PARAMS.distill.model_copy(update=changes | {"compile": compiled} | case.schedule)
     other = teacher.image if teacher is not None and case.teacher_px != SIDE_PX else None
     loader = ViewLoader(images(), IMAGE, AUGMENT, 0, device, teacher_image=other)
     batches = Batches(method.needs, loader, 0, ROWS, BATCH, bags, Stored(keys_TVP, PARAMS.extract.augment, features_TD))

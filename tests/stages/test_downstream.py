@@ -19,7 +19,7 @@ from bingo.images.images import open_images
 from bingo.images.listing import read_listing
 from bingo.nets.backbones import build_backbone
 from bingo.nets.students import save_student
-from bingo.params import TuneParams, load_params
+from bingo.params import PLAIN_SGD, TuneParams, load_params
 from bingo.pipeline.run import Run
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import UserError
@@ -28,6 +28,7 @@ from stages.transfer_cifar import judge_dataset
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 SPLIT = {"percent": 10.0, "list_file": None, "trunk_lr": 0.05, "head_lr": 0.2, "linear_lr": 1.0}
 TUNE = {
+    **PLAIN_SGD,
     "epochs": 4, "batch_images": 16, "weight_decay": 0.0, "nesterov": False, "drop_epochs": None, "drop_factor": 0.1, "hold_epochs": 0,
     "init_std": 0.01,
 }  # fmt: skip

@@ -56,7 +56,16 @@ DRAWING = {"drop_rate": 0.3, "drop_path_rate": 0.3}
 
 
 def trainer(
-    folder: Path, method_name="bingo", epochs=3, every_seconds=1e9, network="plain", precision="fp32", lr=0.1, groups=1, **more
+    folder: Path,
+    method_name="bingo",
+    epochs=3,
+    every_seconds=1e9,
+    network="plain",
+    precision="fp32",
+    lr=0.1,
+    groups=1,
+    schedule=None,
+    **more,
 ) -> Trainer:
     torch.manual_seed(0)
     options = DRAWING if network == "drawing" else {}
@@ -72,7 +81,7 @@ def trainer(
     context = Context(student, student.feature_width, 0, "stored", precision, CPU, None, keys, features, bags)
     method = build_method(method_name, section, context)
     changes = {"epochs": epochs, "batch_anchors": 16, "batchnorm_groups": groups, "lr": lr, "precision": precision, "probe_every_epochs": 1}
-    schedule = PARAMS.distill.model_copy(update=changes)
+    schedule = PARAMS.distill.model_copy(update=changes | (schedule or {}))
     loader = ViewLoader(rng_images(), IMAGE, PARAMS.distill.augment, 0, CPU)
     batches = Batches(method.needs, loader, 0, ROWS, schedule.batch_anchors, bags, Stored(keys, PARAMS.extract.augment, features))
     return Trainer(method, batches, schedule, CPU, Checkpoints(folder, every_seconds), **more)
@@ -122,6 +131,21 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name
     torch.rand(3)
     second_result = second.run()
     assert second_result.history == whole_result.history
+    assert same_state(second.method, whole.method)
+
+
+ADAMW = {"optimizer": "adamw", "decay_norms_and_biases": False, "clip_grad_norm": 0.1}
+
+
+def test_an_optimizer_resumes_with_its_state(tmp_path, monkeypatch):
+    settings = {"method_name": "coss", "network": "batchnorm", "lr": 0.01, "schedule": ADAMW}
+    whole, first = (trainer(tmp_path / name, **settings) for name in ("whole", "parts"))
+    whole.run()
+    stop_at(first, 6, monkeypatch)
+    with pytest.raises(Interrupted):
+        first.run()
+    second = trainer(tmp_path / "parts", **settings)
+    second.run()
     assert same_state(second.method, whole.method)
 
 
