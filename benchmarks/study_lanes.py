@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 from benchmarks.study_plan import Wanted
 from bingo.runtime.artefacts import fingerprint
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, reason_of
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ("teacher", "untrained", "pixels", "start", "supervised")  # networks that training does not change
@@ -49,18 +49,25 @@ def run_in_lanes(
     """Run what `ready(under way)` yields, `lanes` at a time; `take(run, seconds)` has each as soon as it has ended, with None for one in
     which a stage ended with a mistake."""
     under_way: dict[Future[float | None], LaneRun] = {}
+    failed: dict[str, Wanted] = {}
     context = get_context("spawn")
     with ProcessPoolExecutor(lanes, context, _begin_lane, (context.Value("i", 0),)) as pool:
         while True:
-            for run in ready([one.wanted for one in under_way.values()]):
-                if len(under_way) < lanes:
-                    under_way[pool.submit(run_stages, run, folder)] = run
+            for run in ready([*(one.wanted for one in under_way.values()), *failed.values()]):
+                if len(under_way) == lanes:
+                    break
+                under_way[pool.submit(run_stages, run, folder)] = run
             if not under_way:
-                return
+                break
             for ended in wait(under_way, return_when=FIRST_COMPLETED).done:
-                run, seconds = under_way.pop(ended), ended.result()
-                take(run, seconds)
-                shutil.rmtree(place_of(run, folder))
+                run = under_way.pop(ended)
+                try:
+                    take(run, ended.result())
+                except (UserError, RuntimeError, AssertionError) as error:  # the others go on
+                    failed[f"{run.wanted.name}-s{run.wanted.seed}: {reason_of(error)}; {log_of_run(run, folder)}"] = run.wanted
+                shutil.rmtree(place_of(run, folder), ignore_errors=True)
+    if failed:
+        raise UserError(list(failed))
 
 
 def place_of(run: LaneRun, folder: Path) -> Path:

@@ -27,10 +27,10 @@ def save_network(path: Path | str, state: Mapping[str, Tensor], metadata: Mappin
 
 
 def on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU, by one read of each dtype: on a GPU each read waits for all work before it."""
+    """Contiguous copies on the CPU, by one read of each dtype and device: on a GPU each read waits for all work before it."""
     copies = dict.fromkeys(state, torch.empty(0))
-    for dtype in {tensor.dtype for tensor in state.values()}:
-        tensors = {name: tensor.detach() for name, tensor in state.items() if tensor.dtype == dtype}
+    for kind in {(tensor.dtype, tensor.device) for tensor in state.values()}:
+        tensors = {name: tensor.detach() for name, tensor in state.items() if (tensor.dtype, tensor.device) == kind}
         read = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu().split([tensor.numel() for tensor in tensors.values()])
         copies |= {name: part.view(tensor.shape).clone() for (name, tensor), part in zip(tensors.items(), read, strict=True)}
     return copies
