@@ -14,14 +14,18 @@ import numpy as np
 
 from bingo import seeds
 from bingo.bags.kmeans import each_cluster, sorted_by_cluster, train_centroids
-from bingo.bags.neighbors import Found, best_of, cut, nothing_found, top_k
-from bingo.bags.rows import Rows, memory_budget, unit_rows
-from bingo.bags.sharing import ALONE, Sharing, of_all
-from bingo.runtime.progress import progress_bar
+from bingo.bags.neighbors import FLOAT32_TOLERANCE, Found, best_of, cut, nothing_found, top_k
+from bingo.bags.rows import Rows, in_threads, inverse_norms, memory_budget, unit_rows
+from bingo.bags.sharing import ALONE, Sharing
+from bingo.runtime.progress import Bar, progress_bar
 
 _ITERATIONS = 10  # of K-means: the lists need not be optimal
 _TRAINED_ROWS_A_LIST = 64
 _RECALL_ROWS = 1000
+_PART_ROWS, _PARTS = 131072, 64  # queries of a part that is searched as a whole, or kept, at least; most parts
+_BLOCK_BYTES = 512 << 20  # of queries, with what they probe
+_SCORED_NUMBERS = 2**20  # scores, or numbers of rows, at once: 4 MiB, as caches are fast
+_CROWDED = 256  # rows of a list beyond k that may be nearer to a query than its k nearest so far; if there are more, any of those that tie
 _PROBE_BYTES = 16  # of one probe of one row: list and cosine, then its place in the order by list
 
 
@@ -48,38 +52,63 @@ def search_lists(features: Rows, k: int, ivf: InvertedFile, sharing: Sharing = A
     """The k nearest rows to each row in the lists that it probes, excluding itself: (rows int32 (T, K), cosines float32 (T, K)), -1 and
     -inf if these lists hold fewer. None on all but the first process.
 
-    Memory in addition to arguments and results: a block of normalised queries with the lists that they probe and, if features are in
-    a store, a group of lists; the store is read once for each of both. Both are as large as `memory_budget` allows.
+    Memory in addition to arguments and results: a block of normalised queries with the lists that they probe, of at most 512 MiB, and one
+    list. If features are in a store, blocks and groups of lists are as large as `memory_budget` allows, as the store is read once for each
+    of both.
     """
     lists = ivf.list_count(len(features))
     centroids_CD, _ = train_centroids(features, lists, _ITERATIONS, ivf.seed, _TRAINED_ROWS_A_LIST, sharing)
-    search = _Lists(features, k, min(ivf.probes, lists), centroids_CD, sharing.nearest_centroid("lists", features, centroids_CD))
-    found = sharing.of_rows("members", sharing.parts(len(features)), search.rows)
-    return None if found is None else (found[0], found[1])
+    list_rows_T, list_start = sorted_by_cluster(sharing.nearest_centroid("lists", features, centroids_CD), lists)
+    parts = sharing.parts(len(features), most_rows=max(_PART_ROWS, len(features) // _PARTS))
+    with progress_bar("neighbours", len(features), "images") as bar:
+        search = _Lists(features, k, min(ivf.probes, lists), centroids_CD, list_rows_T, list_start, bar)
+        found = sharing.of_rows("members", parts, search.nearest)
+    if found is None:
+        return None
+    for x_TK in found:
+        for x_T in x_TK.T:  # a column at a time bounds the memory
+            x_T[list_rows_T] = x_T.copy()
+    return found[0], found[1]
 
 
+@dataclass(frozen=True)
 class _Lists:
-    """The rows of each list."""
+    """The rows in the order of their lists, and where each list starts among them. A place is a position in this order."""
 
-    def __init__(self, features: Rows, k: int, probes: int, centroids_CD: np.ndarray, list_T: np.ndarray):
-        self._features, self._k, self._probes, self._centroids_CD, self._list_T = features, k, probes, centroids_CD, list_T
-        self._list_rows_T, self._list_start = sorted_by_cluster(list_T, len(centroids_CD))
+    features: Rows
+    k: int
+    probes: int
+    centroids_CD: np.ndarray
+    list_rows_T: np.ndarray
+    list_start: np.ndarray
+    bar: Bar
 
-    def rows(self, rows: slice) -> Found:
-        """The nearest of these rows, in as many blocks as memory allows."""
-        members_qK, cosines_qK = nothing_found(rows.stop - rows.start, self._k)
-        row_bytes = _PROBE_BYTES * self._probes + self._features.shape[1] * (self._features.dtype.itemsize + 4)
-        blocks, lists = cut(rows, max(1, memory_budget() // 2 // row_bytes)), len(self._centroids_CD)
-        with progress_bar(f"neighbours{of_all(rows, self._list_T)}", lists * len(blocks), "lists") as bar:
-            for turn, block in enumerate(blocks):
-                own = slice(block.start - rows.start, block.stop - rows.start)
-                unit_qD = unit_rows(self._features[block])
-                queries = _ListQueries(unit_qD, self._list_T[block], block.start, members_qK[own], cosines_qK[own])
-                probing, probing_start = _by_list(top_k(unit_qD, self._centroids_CD, self._probes, unit_queries=True)[0], lists)
-                for number, rows_n, own_nD in each_cluster(self._features, self._list_rows_T, self._list_start):
-                    queries.search(probing[probing_start[number] : probing_start[number + 1]], number, rows_n, own_nD)
-                    bar.advance_to(turn * lists + number + 1)
+    def nearest(self, places: slice) -> Found:
+        """The nearest of the rows at these places, in as many blocks as memory allows."""
+        members_qK, cosines_qK = nothing_found(places.stop - places.start, self.k)
+        row_bytes = _PROBE_BYTES * self.probes + self.features.shape[1] * (self.features.dtype.itemsize + 4)
+        budget_bytes = memory_budget() // 2
+        if isinstance(self.features, np.ndarray):
+            budget_bytes = min(budget_bytes, _BLOCK_BYTES)
+        for block in cut(places, max(1, budget_bytes // row_bytes)):
+            own = slice(block.start - places.start, block.stop - places.start)
+            self._search(block, _Queries(unit_rows(self.features[self.list_rows_T[block]]), members_qK[own], cosines_qK[own]))
         return members_qK, cosines_qK
+
+    def _search(self, block: slice, queries: "_Queries") -> None:
+        """Each query's own list first: what is found there leaves few of the other lists' rows."""
+        list_q = np.searchsorted(self.list_start, np.arange(block.start, block.stop), "right") - 1
+        own_start = self.list_start[list_q[0] : list_q[-1] + 2]
+        for number, rows_n, own_nD in each_cluster(self.features, self.list_rows_T, own_start):
+            places_n = np.arange(max(own_start[number], block.start), min(own_start[number + 1], block.stop))
+            queries.search(places_n - block.start, places_n - own_start[number], rows_n, own_nD)
+        probed_qP = top_k(queries.unit_qD, self.centroids_CD, self.probes, unit_queries=True)[0]
+        probing, probing_start = _by_list(probed_qP, len(self.centroids_CD))
+        for number, rows_n, own_nD in each_cluster(self.features, self.list_rows_T, self.list_start):
+            asking_n = probing[probing_start[number] : probing_start[number + 1]]
+            asking_n = asking_n[list_q[asking_n] != number]
+            queries.search(asking_n, np.full(len(asking_n), -1), rows_n, own_nD)
+            self.bar.advance_to(block.start + (number + 1) * len(list_q) // len(self.centroids_CD))
 
 
 def _by_list(probed_qP: np.ndarray, lists: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,30 +119,78 @@ def _by_list(probed_qP: np.ndarray, lists: int) -> tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class _ListQueries:
-    """A block of queries, the list that each is in, the number of the first, and the best neighbours found so far."""
+class _Queries:
+    """A block of queries, and the best neighbours found so far."""
 
     unit_qD: np.ndarray
-    list_q: np.ndarray
-    first_row: int
     members_qK: np.ndarray
     cosines_qK: np.ndarray
 
-    def search(self, asking_n: np.ndarray, number: int, rows_n: np.ndarray, own_nD: Rows) -> None:
-        """Merge what these queries find in one list, given by its rows and features, into their best neighbours."""
+    def search(self, asking_n: np.ndarray, self_n: np.ndarray, rows_n: np.ndarray, own_nD: Rows) -> None:
+        """Merge what these queries find in one list, given by its rows and features, into their best neighbours; `self_n`: the place in
+        the list that is the query itself (-1: none)."""
+        import faiss
+
         if not len(asking_n):
             return
-        k = self.members_qK.shape[1]
-        # which row of the list is the query itself
-        self_n = np.where(self.list_q[asking_n] == number, np.searchsorted(rows_n, asking_n + self.first_row), -1)
+        if not isinstance(own_nD, np.ndarray):  # larger than the memory
+            self._search_all(asking_n, self_n, rows_n, own_nD)
+            return
+        base_nD, threads = own_nD.astype(np.float32), faiss.omp_get_max_threads()
+        inverse_n = inverse_norms(base_nD)
+        unit_nD = unit_rows(base_nD, inverse_N=inverse_n)
+        part_rows = max(1, min(_SCORED_NUMBERS // len(rows_n), -(-len(asking_n) // threads)))
+
+        def one_part(start: int) -> None:
+            asking_m, self_m = asking_n[start : start + part_rows], self_n[start : start + part_rows]
+            query_p, place_p, crowded_m = self._near(asking_m, unit_nD)
+            if crowded_m.any():
+                self._search_all(asking_m[crowded_m], self_m[crowded_m], rows_n, base_nD)
+            cosines_p = np.empty(len(query_p), np.float32)
+            for some in cut(slice(0, len(query_p)), max(1, _SCORED_NUMBERS // base_nD.shape[1])):
+                dots_p = np.vecdot(base_nD[place_p[some]], self.unit_qD[asking_m[query_p[some]]])
+                cosines_p[some] = dots_p * inverse_n[place_p[some]]
+            cosines_p[place_p == self_m[query_p]] = -np.inf
+            self._merge(asking_m, query_p, rows_n[place_p], cosines_p)
+
+        in_threads(one_part, range(0, len(asking_n), part_rows), threads)
+
+    def _near(self, asking_m: np.ndarray, unit_nD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pairs of a query (rising) and a place in the list that may be among its k nearest, but of no query with more than k + 256 of
+        them, and which queries these are."""
+        k, scores_mn, least_m = (
+            self.members_qK.shape[1],
+            self.unit_qD[asking_m] @ unit_nD.T,
+            self.cosines_qK[asking_m, -1] - FLOAT32_TOLERANCE,
+        )
+        open_m = np.isneginf(least_m)
+        if len(unit_nD) > k + 1 and open_m.any():  # the k + 1 nearest, as one is the query itself
+            least_m[open_m] = np.partition(scores_mn[open_m], -k - 1, axis=1)[:, -k - 1] - 2 * FLOAT32_TOLERANCE
+        query_p, place_p = np.divmod(np.flatnonzero(scores_mn >= least_m[:, None]), len(unit_nD))
+        crowded_m = np.bincount(query_p, minlength=len(asking_m)) > k + _CROWDED
+        kept_p = ~crowded_m[query_p]
+        return query_p[kept_p], place_p[kept_p], crowded_m
+
+    def _merge(self, asking_m: np.ndarray, query_p: np.ndarray, rows_p: np.ndarray, cosines_p: np.ndarray) -> None:
+        """Pairs of a query (rising) and a row, with their cosines, into the best."""
+        if not len(query_p):
+            return
+        pairs_m = np.bincount(query_p, minlength=len(asking_m))
+        line_p, place_p = (np.cumsum(pairs_m > 0) - 1)[query_p], np.arange(len(query_p)) - (np.cumsum(pairs_m) - pairs_m)[query_p]
+        rows_qM, cosines_qM = nothing_found(line_p[-1] + 1, pairs_m.max())
+        rows_qM[line_p, place_p], cosines_qM[line_p, place_p] = rows_p, cosines_p
+        self._keep_best(asking_m[pairs_m > 0], rows_qM, cosines_qM)
+
+    def _search_all(self, asking_n: np.ndarray, self_n: np.ndarray, rows_n: np.ndarray, base_nD: Rows) -> None:
+        """The queries for which the list is too large, or has too many rows that are nearly the same."""
         floor_n = self.cosines_qK[asking_n, -1]
-        base_nD = own_nD.astype(np.float32) if isinstance(own_nD, np.ndarray) else own_nD
-        places_nK, cosines_nK = top_k(self.unit_qD[asking_n], base_nD, k, self_n, floor_Q=floor_n, unit_queries=True)
-        better_n = cosines_nK[:, 0] >= floor_n
-        asking_n, places_nK, cosines_nK = asking_n[better_n], places_nK[better_n], cosines_nK[better_n]
-        both_rows = np.concatenate([self.members_qK[asking_n], np.where(places_nK >= 0, rows_n[places_nK], -1)], axis=1)
-        both_cosines = np.concatenate([self.cosines_qK[asking_n], cosines_nK], axis=1)
-        self.members_qK[asking_n], self.cosines_qK[asking_n] = best_of(both_rows, both_cosines, k)
+        places_nK, cosines_nK = top_k(self.unit_qD[asking_n], base_nD, self.members_qK.shape[1], self_n, floor_Q=floor_n, unit_queries=True)
+        self._keep_best(asking_n, np.where(places_nK >= 0, rows_n[places_nK], -1), cosines_nK)
+
+    def _keep_best(self, asking_n: np.ndarray, rows_nM: np.ndarray, cosines_nM: np.ndarray) -> None:
+        rows_nM = np.concatenate([self.members_qK[asking_n], rows_nM], axis=1)
+        cosines_nM = np.concatenate([self.cosines_qK[asking_n], cosines_nM], axis=1)
+        self.members_qK[asking_n], self.cosines_qK[asking_n] = best_of(rows_nM, cosines_nM, self.members_qK.shape[1])
 
 
 def recall_of(cosines_TK: np.ndarray | None, features: Rows, k: int, seed: int, sharing: Sharing = ALONE) -> float:

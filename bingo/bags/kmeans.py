@@ -15,7 +15,7 @@ from bingo.bags.neighbors import gpus_for
 from bingo.bags.rows import Chosen, Rows, blocks, in_threads, memory_budget, unit_rows
 from bingo.bags.sharing import ALONE, Sharing
 from bingo.runtime.gpus import faiss_resources
-from bingo.runtime.progress import progress_bar
+from bingo.runtime.progress import Bar, progress_bar
 
 _TRAINED_NUMBERS = 2**32  # K-means trains on at most 16 GiB of float32, whatever the machine's memory, as bags must not depend on it
 _FAISS_QUERIES = 4096  # searched at once by FAISS, whose last bits depend on their number
@@ -34,12 +34,12 @@ def train_centroids(
     if rows_a_cluster is not None:
         most_rows = min(most_rows, clusters * rows_a_cluster)
     chosen_n = seeds.distinct(seed, "kmeans", 0, len(features), most_rows)
-    with progress_bar(f"K-means of {clusters:,} clusters"):
-        (centroids_CD,) = sharing.once("centroids", lambda: (_trained(features, chosen_n, clusters, iterations, seed, sharing),))
+    with progress_bar(f"K-means of {clusters:,} clusters", iterations, "iterations") as bar:
+        (centroids_CD,) = sharing.once("centroids", lambda: (_trained(features, chosen_n, clusters, iterations, seed, sharing, bar),))
     return unit_rows(centroids_CD), len(chosen_n)
 
 
-def _trained(features: Rows, chosen_n: np.ndarray, clusters: int, iterations: int, seed: int, sharing: Sharing) -> np.ndarray:
+def _trained(features: Rows, chosen_n: np.ndarray, clusters: int, iterations: int, seed: int, sharing: Sharing, bar: Bar) -> np.ndarray:
     """The centroids of faiss.Kmeans with spherical=True; each process assigns its span of the rows. Sums of float32 depend on their order:
     they go from process to process, so that each row is added in its turn."""
     import faiss
@@ -68,6 +68,7 @@ def _trained(features: Rows, chosen_n: np.ndarray, clusters: int, iterations: in
         sums = np.zeros((clusters + 1, features.shape[1] + 1), np.float32)  # the last column: rows; the last number: the sum of all cosines
         sums = sharing.in_turn(sums, partial(_add, own_nD=own_nD, cluster_n=cluster_n, cosines_n=cosines_n))
         centroids_CD = _means(sums[:-1, :-1], sums[:-1, -1], len(chosen_n))
+        bar.advance()
         if sums[-1, -1] == last != 0:
             break
         last = sums[-1, -1]

@@ -25,7 +25,7 @@ from bingo.runtime.progress import progress_bar
 
 _MARGINS = (16, 256)
 # Both rows are rounded by up to 2^-11 of each number, so a score by up to 2^-10 of the sum of |a_i b_i| <= 1; the rest is for the sums.
-_FLOAT16_TOLERANCE, _FLOAT32_TOLERANCE = 1.1e-3, 1e-5
+_FLOAT16_TOLERANCE, FLOAT32_TOLERANCE = 1.1e-3, 1e-5
 _GPU_MOST_CANDIDATES = 2048  # faiss's limit on GPUs
 _FAISS_LEAST_PRODUCTS = 1e8  # a small cluster is searched by numpy before FAISS's threads are awake
 _GPU_LEAST_PRODUCTS = 1e11  # less takes a second or two on the CPU; a training's probe, whose GPU is full, always stays below
@@ -161,9 +161,17 @@ def joined(parts: Sequence[Found]) -> Found:
 
 def best_of(rows_QM: np.ndarray, cosines_QM: np.ndarray, k: int) -> Found:
     """The first k of each line by (cosine, row): (rows int32 (Q, k), cosines float32 (Q, k)), -1 where the cosine is -inf."""
-    order_QK = np.lexsort((rows_QM, -cosines_QM), axis=1)[:, :k]
-    cosines_QK = np.take_along_axis(cosines_QM, order_QK, axis=1)
-    return np.where(np.isneginf(cosines_QK), -1, np.take_along_axis(rows_QM, order_QK, axis=1)), cosines_QK
+    bits_QM = (cosines_QM + np.float32(0)).view(np.int32)  # -0.0 is 0.0
+    keys_QM = (~_ordered(bits_QM)).astype(np.int64) << 32 | rows_QM.astype(np.uint32)
+    keys_QM.sort(axis=1)
+    keys_QK = keys_QM[:, :k]
+    cosines_QK = _ordered(~(keys_QK >> 32).astype(np.int32)).view(np.float32)
+    return np.where(np.isneginf(cosines_QK), -1, keys_QK.astype(np.uint32).view(np.int32)), cosines_QK
+
+
+def _ordered(bits: np.ndarray) -> np.ndarray:
+    """The bits of a float32 as an int32 that rises with it, and the bits of such an int32."""
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)
 
 
 def common_rows(a_QK: np.ndarray, b_QK: np.ndarray) -> np.ndarray:
@@ -190,7 +198,7 @@ class _Cpu:
     """FAISS on this machine's cores. `attempts`: the first for all queries, each other one for those whose cut the one before left in
     doubt; `query_rows`: queries of a block where memory allows; `workers`: blocks that are searched at once."""
 
-    attempts = tuple(_Attempt(np.float32, _FLOAT32_TOLERANCE, margin) for margin in _MARGINS)
+    attempts = tuple(_Attempt(np.float32, FLOAT32_TOLERANCE, margin) for margin in _MARGINS)
     query_rows, workers = 16384, 1
 
     def candidates(self, unit_qD: np.ndarray, unit_nD: np.ndarray, wanted: int, worker: int) -> Found:

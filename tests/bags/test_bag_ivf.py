@@ -15,6 +15,7 @@ from bingo.bags.ivf import InvertedFile, search_lists
 from bingo.bags.kmeans import train_centroids
 from bingo.bags.metrics import bag_metrics
 from bingo.bags.neighbors import top_k
+from bingo.bags.sharing import Sharing
 from bingo.runtime.chunks import StoredRows, new_array
 from bingo.runtime.errors import UserError
 
@@ -61,6 +62,30 @@ def test_all_lists_give_the_bits_of_the_exact_search(features, lists, k):
     np.testing.assert_array_equal(found.members_TK, exact.members_TK)
     np.testing.assert_array_equal(found.similarity_TK, exact.similarity_TK)
     assert (found.settings["recall"], found.settings["probes"]) == (1, lists)
+
+
+@pytest.mark.parametrize(("crowded", "scored"), [(0, 2**20), (3, 500), (256, 700), (256, 1)])
+def test_lists_are_searched_in_parts_of_any_number_of_queries(features, monkeypatch, crowded, scored):
+    """Queries with many rows near their k nearest go another way, which most of the copies do here."""
+    wanted = search_lists(features, 5, InvertedFile(30, 4, 3))
+    monkeypatch.setattr(bag_ivf, "_CROWDED", crowded)
+    monkeypatch.setattr(bag_ivf, "_SCORED_NUMBERS", scored)
+    for found, bits in zip(search_lists(features, 5, InvertedFile(30, 4, 3)), wanted, strict=True):
+        np.testing.assert_array_equal(found, bits)
+
+
+def test_parts_that_are_missing_are_searched_again(features, tmp_path, monkeypatch):
+    monkeypatch.setattr(bag_ivf, "_PART_ROWS", 70)
+    monkeypatch.setattr(bag_ivf, "_PARTS", 60)
+    wanted = search_lists(features, 5, InvertedFile(30, 4, 3))
+    first = search_lists(features, 5, InvertedFile(30, 4, 3), Sharing(tmp_path))
+    files = sorted((tmp_path / "members").iterdir())
+    assert len(files) == 9
+    for file in files[::3]:
+        file.unlink()
+    for found in (first, search_lists(features, 5, InvertedFile(30, 4, 3), Sharing(tmp_path))):
+        for x, bits in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(x, bits)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import zarr
 
 import bingo.bags.neighbors as neighbors
 import bingo.bags.rows as rows_module
-from bingo.bags.neighbors import top_k
+from bingo.bags.neighbors import best_of, top_k
 from bingo.bags.rows import held, inverse_norms, memory_budget, unit_rows
 from bingo.evals.knn import votes
 from bingo.runtime.chunks import StoredRows, new_array
@@ -269,3 +269,16 @@ def test_ties_of_plain_votes_go_to_the_nearest_and_small_temperatures_do_not_ove
     found = votes(labels, rows, cosines, [1, 2, 3, 4, 5], 1e-5)
     assert [int(found[k][0][0]) for k in (1, 2, 3, 4, 5)] == [0, 0, 0, 2, 1]
     assert [int(found[k][1][0]) for k in (1, 2, 3, 4, 5)] == [0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_the_best_are_those_of_a_sort_by_cosine_then_row(k):
+    rng = np.random.default_rng(k)
+    rows_QM = rng.permuted(np.tile(np.array([*range(8), 2**31 - 1], np.int32), (500, 1)), axis=1)
+    cosines_QM = rng.choice(np.float32([-1, -0.5, -1e-30, 0, 1e-30, 0.25, np.float32(0.1), 1, -np.inf]), (500, 9))
+    rows_QK, cosines_QK = best_of(rows_QM, cosines_QM, k)
+    assert (rows_QK.dtype, cosines_QK.dtype) == (np.int32, np.float32)
+    for rows, cosines, found, values in zip(rows_QM.tolist(), cosines_QM.tolist(), rows_QK.tolist(), cosines_QK.tolist(), strict=True):
+        best = sorted(zip(cosines, rows, strict=True), key=lambda pair: (-pair[0], pair[1]))[:k]
+        assert values == [cosine for cosine, _ in best]
+        assert found == [-1 if np.isneginf(cosine) else row for cosine, row in best]
