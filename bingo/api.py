@@ -6,13 +6,14 @@ Shape letters: N images, D feature width.
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import chdir
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bingo import paths
-from bingo.runtime.errors import UserError, printable
+from bingo.runtime.errors import UserError, printable, short
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,13 +108,13 @@ def load_student(path: Path | str = paths.STUDENT) -> "StoredNetwork":
     return read_student(Path(path))
 
 
-def embed(network: "StoredNetwork | Teacher", images: "Images | Sequence[Path | str]", batch_images: int = 256) -> "np.ndarray":
+def embed(network: "StoredNetwork | Teacher", images: "Images | Iterable[Path | str]", batch_images: int = 256) -> "np.ndarray":
     """Features of images by a network of `load_student` or `load_teacher`, float32 (N, D), in their order; on the device of its weights.
 
-    `images` are image files, or what `open_images` returns. Each image is resized, cropped to its centre and normalised as the network's
-    file says, like the images of a run; the output of the backbone is not normalised. `bingo embed` writes the same features to a file.
-    More than 256 files are decoded by other processes: a script then calls this below `if __name__ == "__main__":`.
-    Raises UserError that names all files that cannot be read.
+    `images` are image files, in any iterable, or what `open_images` returns. Each image is resized, cropped to its centre and normalised
+    as the network's file says, like the images of a run; the output of the backbone is not normalised. `bingo embed` writes the same
+    features to a file. More than 256 files are decoded by other processes: a script then calls this below `if __name__ == "__main__":`.
+    Raises UserError that names all files that cannot be read, and for other arguments.
 
     >>> from bingo import embed, load_params, load_student, open_images, read_listing
     >>> listing = read_listing("data/listing.parquet")
@@ -125,19 +126,24 @@ def embed(network: "StoredNetwork | Teacher", images: "Images | Sequence[Path | 
     from bingo.images.images import FileImages, MemoryImages
     from bingo.params import seen_image
 
+    if not isinstance(batch_images, Integral) or batch_images < 1:
+        raise UserError(f"batch_images = {short(batch_images)}: allowed is a whole number from 1")
+    if not hasattr(network, "backbone"):
+        raise UserError(f"network = {short(network)}: give what load_student or load_teacher returns")
     held = images if isinstance(images, (MemoryImages, FileImages)) else _files(images)
     device = next(network.backbone.parameters()).device
     return backbone_features(network.backbone, held, range(len(held)), seen_image(network.metadata), device, "fp32", batch_images)
 
 
-def _files(files: "Sequence[Path | str]") -> "FileImages":
+def _files(images: "Iterable[Path | str]") -> "FileImages":
     """Image files anywhere, all of which can be decoded."""
     from bingo.datasets.filecheck import check_files, common_bits
     from bingo.datasets.folder import BAD_LINES
     from bingo.images.images import FileImages
 
-    if isinstance(files, (str, Path)) or not len(files):
-        raise UserError(f"images = {files}: give a list of image files, e.g. sorted(Path('photos').rglob('*.jpg'))")
+    files = list(images) if isinstance(images, Iterable) and not isinstance(images, (str, bytes)) else []
+    if not files or not all(isinstance(file, (str, Path)) for file in files):
+        raise UserError(f"images = {short(images)}: give a list of image files, e.g. sorted(Path('photos').rglob('*.jpg'))")
     names = [str(Path(file).expanduser().resolve())[1:] for file in files]
     found = FileImages("/", names, follow_links=True)
     checks, _ = check_files(found, decode=True, store_px=None)

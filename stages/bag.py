@@ -79,10 +79,10 @@ def _student_features(run: Run, listing: "Listing", sharing: "Sharing", device: 
     """Features of the train rows, float32 (T, D), by the baseline student in bagging.relation (the paper's ablation)."""
     from bingo.evals.features import backbone_features
     from bingo.images.images import open_images
-    from bingo.nets.students import load_student
+    from bingo.nets.students import load_backbone
 
     params, how = run.params, (run.params.extract.precision, run.params.extract.batch_images)
-    student, _ = load_student(paths.MODELS / f"{params.bagging.relation}.safetensors")
+    student, _ = load_backbone(paths.MODELS / f"{params.bagging.relation}.safetensors")
     images = open_images(listing, paths.IMAGES, params.dataset)
 
     def features(rows: slice) -> tuple["np.ndarray"]:  # in whole batches, whose size decides the last bits

@@ -11,7 +11,7 @@ from bingo.pipeline.run import stage_run
 
 def main() -> None:
     """Write the page of this run."""
-    with stage_run("report") as run:
+    with stage_run("report", builds_networks=False) as run:
         from bingo.report.downstream import figures
         from bingo.report.inputs import read_artefacts
         from bingo.report.page import build_page, run_script

@@ -28,9 +28,9 @@ def main(name: Annotated[str, typer.Argument(help="HEAD-SCHEDULE, one of transfe
         (chosen,) = run.chosen("transfer_coco.runs", run.params.transfer_coco.runs)
         run.launch()
         from bingo.detection.detector import check_student
-        from bingo.nets.students import load_student
+        from bingo.nets.students import load_backbone
 
-        student, _ = load_student(paths.STUDENT, run.params.student)
+        student, _ = load_backbone(paths.STUDENT, run.params.student)
         check_student(student)
         with process_group(run) as device:
             _transfer(run, chosen, student, device)

@@ -6,6 +6,7 @@ files copy.
 """
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses too
 
@@ -17,6 +18,11 @@ import torch
 from workspace import SHORT, STAGES, Stages, Workspace, new_workspace, stage_server
 
 from bingo.runtime import progress
+
+if sys.platform == "linux" and not torch.cuda.is_available():
+    from tests.pretended_gpu import engine
+
+    engine.ready()  # before the first backward pass of whatever test comes first
 
 # Fixtures that run a pipeline, a sweep or stages in processes of their own: what waits for one is slow, whatever it does itself.
 LONG_FIXTURES = {"stages", "reference", "made", "runs", "repository", "two_processes"}

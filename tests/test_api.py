@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from workspace import ROOT
 
 import bingo
 from bingo.bags.index import read_bags
+from bingo.images.images import write_images
 from bingo.images.listing import read_listing
 from bingo.nets.backbones import build_backbone
 from bingo.nets.students import save_backbone
@@ -74,6 +76,40 @@ def test_bags_show_as_pictures_and_hold_the_index(tmp_path, monkeypatch):
         _ = bags[60]
 
 
+@pytest.mark.parametrize("files", [False, True])
+def test_what_was_opened_is_read_from_its_place_wherever_the_process_goes(tmp_path, tmp_path_factory, monkeypatch, files):
+    """Pixels in the store, or files in a folder that is relative to the workspace."""
+    listing = make_workspace(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    pixels = bingo.open_images(listing, "data/images.zarr", None).images_NSS3
+    params = load_params(ROOT / "params.yaml").dataset.model_copy(update={"source": "folder", "root": "photos"})
+    if files:
+        (tmp_path / "params.yaml").write_text("dataset:\n  source: folder\n  root: photos\n")
+        for path, image_SS3 in zip(listing.paths, pixels, strict=True):
+            (tmp_path / "photos" / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image_SS3).save(tmp_path / "photos" / path)
+        write_images("data/images.zarr", listing, None)
+    opened = [(bingo.open_bags(), bingo.open_images(listing, "data/images.zarr", params)) for _ in range(2)]
+    opened += [(bingo.open_bags("workspace"), opened[0][1])]
+    embeddings = [bingo.read_embeddings("data/embeddings.zarr", listing) for _ in range(2)]
+
+    def read(bags, images, stored):
+        content = images.read(7) if files else images.images_NSS3[7].tobytes()
+        return (
+            bags[5].picture().tobytes(),
+            bags._repr_html_(),
+            bags.index.members(9).tolist(),
+            bags.metrics,
+            content,
+            stored.features[:3].tolist(),
+        )
+
+    before = read(*opened[0], embeddings[0])
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    for bags, images in opened[1:]:
+        assert read(bags, images, embeddings[1]) == before
+
+
 def test_bags_that_there_are_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"data/listing.parquet"):
@@ -117,10 +153,28 @@ def test_embed_names_every_file_that_cannot_be_read(photos, tmp_path):
     assert [str(file) in "".join(error.value.lines) for file in files] == [False, True, True]
 
 
-@pytest.mark.parametrize("images", ["photos", []])
-def test_embed_needs_a_list_of_files(photos, images):
+@pytest.mark.parametrize("images", ["photos", Path("photos"), [], iter(()), None, 7, b"a.png", [b"a.png"], ["a.png", 3], [None]])
+def test_embed_needs_files(photos, images):
     with pytest.raises(UserError, match="images = "):
         bingo.embed(bingo.load_student(), images)
+
+
+@pytest.mark.parametrize("batch_images", [0, -1, 2.5, "8", None])
+def test_embed_needs_a_batch_of_images(photos, batch_images):
+    with pytest.raises(UserError, match="batch_images = "):
+        bingo.embed(bingo.load_student(), photos, batch_images)
+
+
+@pytest.mark.parametrize("network", ["models/student.safetensors", None])
+def test_embed_needs_a_network(photos, network):
+    with pytest.raises(UserError, match="network = "):
+        bingo.embed(network, photos)
+
+
+@pytest.mark.parametrize("kind", [tuple, iter, dict.fromkeys, lambda files: (str(file) for file in files), np.array])
+def test_embed_takes_files_in_any_iterable(photos, kind):
+    student = bingo.load_student()
+    np.testing.assert_array_equal(bingo.embed(student, kind([str(file) for file in photos])), bingo.embed(student, photos))
 
 
 @pytest.fixture

@@ -228,13 +228,15 @@ class OfListing(Protocol):
     def train_rows(self) -> int: ...
 
 
-def read_bags(store: Path | str | Mapping[str, bytes], listing: OfListing, embeddings: str | None = None) -> BagIndex:
-    """Open an index of a listing, reading only metadata. `store` is a folder, or a mapping from fsspec.
+def read_bags(
+    store: Path | str | Mapping[str, bytes], listing: OfListing, embeddings: str | None = None, name: str | None = None
+) -> BagIndex:
+    """Open an index of a listing, reading only metadata. `store` is a folder, or a mapping from fsspec, called `name` in messages.
 
     Raises UserError if there is none, its metadata are damaged, or it was made from another listing or (if their
     fingerprint is given and the bags are made from the teacher's features) from other embeddings.
     """
-    name = str(store) if isinstance(store, (str, Path)) else "the bag index"
+    name = name or (str(store) if isinstance(store, (str, Path)) else "the bag index")
     index = BagIndex(name, open_group(store, name, _WAY_OUT))
     for kind, wanted in (("listing", listing.fingerprint), ("embeddings", embeddings)):
         made_from = index.attrs.get(kind)

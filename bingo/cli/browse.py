@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bingo import paths
-from bingo.pipeline.commands import as_seen_from_here, check_output, from_here
+from bingo.pipeline.commands import as_seen_from_here, check_output, check_place, from_here
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 _SHEETS, _GALLERY, _THUMBNAILS = Path(".bingo/sheets"), Path(".bingo/gallery"), Path(".bingo/thumbnails")
 Rev = Annotated[str | None, typer.Option(help="A Git revision or DVC experiment; by default the workspace.")]
 Out = Annotated[Path | None, typer.Option(help="The PNG to write; by default a file in .bingo/sheets.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 # -1 is a row that does not exist, and no option
 _NEGATIVE_ROWS = {"ignore_unknown_options": True}
 
@@ -33,12 +34,14 @@ def show(
     target: Annotated[str, typer.Argument(metavar="ROW|PATH", help="A row number or a path in the listing.")],
     rev: Rev = None,
     out: Out = None,
+    force: Force = False,
 ) -> None:
     """Print one bag and draw it."""
     from bingo.cli.browse_source import BagSource
     from bingo.cli.browse_tables import members_table
     from bingo.runtime.errors import printable
 
+    out = _checked(out, force)
     source = BagSource(rev)
     row = source.row_of(target)
     bag, (_, (label,)) = source[row], source.listing.rows([row])
@@ -64,6 +67,7 @@ def diff(
     after: Annotated[str, typer.Argument(metavar="REV2", help="The same.")],
     anchors: Annotated[int, typer.Option(min=1, max=200, help="Number of anchors to list and draw.")] = 8,
     out: Out = None,
+    force: Force = False,
 ) -> None:
     """Compare the bags of two revisions: overlap, purity gained and lost, and the anchors that changed most."""
     from bingo.browse.diff import compare_bags
@@ -71,6 +75,7 @@ def diff(
     from bingo.cli.browse_source import BagSource, check_comparable
     from bingo.cli.browse_tables import diff_text
 
+    out = _checked(out, force)
     sources = BagSource(before), BagSource(after)
     check_comparable(*sources)
     listing = sources[0].listing
@@ -87,6 +92,7 @@ def find(
     k: Annotated[int | None, typer.Option(min=1, help="Number of neighbours; by default as many as the bags list.")] = None,
     rev: Rev = None,
     out: Out = None,
+    force: Force = False,
 ) -> None:
     """Print and draw the bag that an image outside the dataset would have, using the teacher."""
     from bingo.browse.pictures import file_picture
@@ -95,6 +101,7 @@ def find(
     from bingo.cli.browse_tables import members_table
     from bingo.runtime.errors import printable
 
+    out = _checked(out, force)
     picture = file_picture(file := from_here("IMAGE", image))
     source = BagSource(rev)
     members, cosines = _nearest(source, file, k or source.index.k)
@@ -118,6 +125,8 @@ def gallery(
     source = BagSource(rev)
     default = _GALLERY if source.artefacts.is_workspace else _GALLERY.with_name(f"gallery@{_tag(source)}")
     folder = from_here("--out", out) if out else default
+    if out:
+        check_place("--out", folder)
     meta = _gallery_meta(source)
     if not is_current(folder, meta):
         unreadable = build_gallery(folder, _THUMBNAILS, source.index.table, source.listing, source.pictures, meta)
@@ -139,7 +148,7 @@ def export(
     features: Annotated[bool, typer.Option("--features", help="Add the teacher's features of each anchor (parquet only).")] = False,
     rev: Rev = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; by default bags.parquet or bags.csv.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    force: Force = False,
 ) -> None:
     """Write all bags as a table for other programs, one line for each pair of an anchor and a member, nearest first."""
     from bingo.bags.index import read_bags
@@ -155,7 +164,8 @@ def export(
     source = BagSource(rev)
     stored = source.embeddings.features if features else None
     if features:
-        read_bags(source.artefacts.store(paths.BAGS), source.listing, source.embeddings.fingerprint)  # of these features
+        of_features = source.embeddings.fingerprint
+        read_bags(source.artefacts.store(paths.BAGS), source.listing, of_features, source.artefacts.title(paths.BAGS))
     with progress_bar("writing the bags", source.index.train_rows, "anchors") as bar:
         lines = write_pairs(path, source.index, source.listing, stored, bar.advance_to)
     typer.echo(f"written {as_seen_from_here(path)}: {lines:,} pairs of {source.index.train_rows:,} anchors, bags of {source.title}")
@@ -222,19 +232,20 @@ def _file_name(stem: str, *sources: "BagSource") -> str:
     return f"{'@'.join([stem, '..'.join(tags)]) if tags else stem}.png"
 
 
+def _checked(out: Path | None, force: bool) -> Path | None:
+    """The place of the picture. Raises UserError if it cannot be written there."""
+    if out is not None:
+        check_output("--out", out := from_here("--out", out), [".png"], force)
+    return out
+
+
 def _deliver(sheet: "Image", out: Path | None, default: Path) -> None:
     """Write the PNG to --out or the default path, and print the path."""
     import io
 
     from bingo.runtime.artefacts import write_bytes
-    from bingo.runtime.errors import UserError
 
-    path, content = from_here("--out", out) if out else default, io.BytesIO()
+    content = io.BytesIO()
     sheet.save(content, "png")
-    try:
-        write_bytes(path, content.getvalue())
-    except OSError as error:
-        raise UserError(
-            f"--out = {as_seen_from_here(path)}: cannot be written ({error.strerror}); give a file in a folder that can be"
-        ) from None
-    typer.echo(f"picture: {as_seen_from_here(path)}")
+    write_bytes(out or default, content.getvalue())
+    typer.echo(f"picture: {as_seen_from_here(out or default)}")

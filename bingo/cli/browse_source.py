@@ -87,17 +87,14 @@ class BagSource:
         """The listing, read row by row."""
         title = self.artefacts.title(paths.LISTING)
         if self.artefacts.is_workspace:
-            return ListingRows(paths.LISTING, title)
+            return ListingRows(self.artefacts.store(paths.LISTING), title)
         with self.artefacts.open(paths.LISTING) as file:
             return ListingRows(io.BytesIO(file.read()), title)
 
     @cached_property
     def index(self) -> BagIndex:
         """The bag index, read row by row. Raises UserError if it is absent, damaged or another listing's."""
-        listing = self.listing
-        index = read_bags(self.artefacts.store(paths.BAGS), listing)
-        index.name = self.artefacts.title(paths.BAGS)
-        return index
+        return read_bags(self.artefacts.store(paths.BAGS), self.listing, name=self.artefacts.title(paths.BAGS))
 
     @cached_property
     def embeddings(self) -> Embeddings:
@@ -115,7 +112,7 @@ class BagSource:
     @property
     def root(self) -> Path:
         """The folder of the image files, or of the large files that hold them."""
-        return Path(images_folder(self.artefacts.dataset.get("root") or "."))
+        return Path(images_folder(str(self.artefacts.folder / (self.artefacts.dataset.get("root") or "."))))
 
     @cached_property
     def pictures(self) -> Pictures:

@@ -3,7 +3,7 @@
 bingo export --to timm --out out/student.safetensors
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,10 +34,15 @@ def main(
     ] = None,
     head: Annotated[Head, typer.Option(help="linear: classify with the layer that linear_eval has trained.")] = Head.none,
     int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: weights and activations of 8 bits.")] = False,
-    calibration_images: Annotated[int, typer.Option(min=1, help="With --int8: train images that set the activations' ranges.")] = 512,
-    test_images: Annotated[int, typer.Option(min=1, help="With --int8 or --head: images, at most, on which the file is compared.")] = 1000,
+    calibration_images: Annotated[
+        int | None, typer.Option(min=1, help="With --int8: train images that set the activations' ranges; by default 512.")
+    ] = None,
+    test_images: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --int8 or --head linear: images, at most, on which the file is compared; by default 1000."),
+    ] = None,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="With --to hub: upload the folder with your token.")] = None,
-    license_id: Annotated[str, typer.Option("--license", help="With --to hub: the licence in the card, e.g. apache-2.0.")] = "unknown",
+    license_id: Annotated[str | None, typer.Option("--license", help="With --to hub: the licence in the card, e.g. apache-2.0.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write the trained backbone in another library's format, read it back with that library, and write a model card."""
@@ -47,26 +52,38 @@ def main(
     from bingo.export.provenance import provenance
     from bingo.export.run import export_network
     from bingo.export.stored import layers_of, read_student, with_classifier
+    from bingo.export.to_hub import check_push
+    from bingo.export.to_hub import push as upload
     from bingo.runtime.artefacts import write_bytes
     from bingo.runtime.progress import progress_bar
 
     target, out = find_target(to), from_here("--out", out)
     student = from_here("--student", student) if student else paths.STUDENT
-    _check_options(to, target.CLASSIFIES or head is Head.none, int8, push)
+    linear = head is Head.linear
+    given = {
+        "--int8": (int8 or None, to == "onnx", "--to onnx"),
+        "--calibration-images": (calibration_images, int8, "--int8"),
+        "--test-images": (test_images, int8 or linear, "--int8 or --head linear"),
+        "--push": (push, to == "hub", "--to hub"),
+        "--license": (license_id, to == "hub", "--to hub"),
+    }
+    _check_options(to, target.CLASSIFIES or not linear, given)
+    if push is not None:
+        check_push(push)
     card = _check_out(to, out, target.SUFFIXES, force)
     network, listing = read_student(student), ""
     classified = network
-    if head is Head.linear or (int8 and layers_of(student)):
+    if linear or (int8 and layers_of(student)):
         classified, listing = with_classifier(network, student)
     sample = None
-    if int8 or (head is Head.linear and paths.LISTING.exists()):
-        sample = _sample(classified, listing, calibration_images if int8 else 0, test_images)
-    network = classified if head is Head.linear else network
+    if int8 or (linear and (test_images or paths.LISTING.exists())):
+        sample = _sample(classified, listing, (calibration_images or 512) if int8 else 0, test_images or 1000)
+    network = classified if linear else network
     with progress_bar(f"export to {to}"):
         check, measured = export_network(network, target, out, sample, int8)
     loading = target.loading(network, out.name)
     made_from = provenance(student, network, lambda line: typer.echo(f"note: {line}", err=True))
-    header = hub_header(network, made_from, license_id) if to == "hub" else ""
+    header = hub_header(network, made_from, license_id or "unknown") if to == "hub" else ""
     write_bytes(card, (header + model_card(network, to, out.name, loading, check, made_from, measured)).encode())
     add_link(out, card, to, student, measured)
     typer.echo(f"written {as_seen_from_here(out)}; {check}")
@@ -76,25 +93,18 @@ def main(
         typer.echo(f"note: {loading.remark}")
     typer.echo(f"model card: {as_seen_from_here(card)}")
     if push is not None:
-        from bingo.export.to_hub import push as upload
-
         typer.echo(f"uploaded to {upload(out, push)}")
 
 
-def _check_options(to: str, can_classify: bool, int8: bool, push: str | None) -> None:
-    """Raises UserError for options that do not fit the target, and for a repository to which the user cannot upload."""
-    from bingo.export.to_hub import check_push
+def _check_options(to: str, can_classify: bool, given: Mapping[str, tuple[object, bool, str]]) -> None:
+    """Raises UserError for options that do not fit the target: of each its value (None: not given), whether it is used, and what with."""
     from bingo.runtime.errors import UserError
 
     lines = [] if can_classify else [f"--head = linear: --to {to} writes no classifier; export --to timm, hub, onnx or torch"]
-    if int8 and to != "onnx":
-        lines.append(f"--int8: is for --to onnx, not {to}; leave it out, or export --to onnx")
-    if push is not None and to != "hub":
-        lines.append(f"--push = {push}: is for --to hub, not {to}; leave it out, or export --to hub")
+    idle = {name: (value, wanted) for name, (value, used, wanted) in given.items() if value is not None and not used}
+    lines += [f"{name} = {value}: does nothing without {wanted}; add that, or leave {name} out" for name, (value, wanted) in idle.items()]
     if lines:
         raise UserError(lines)
-    if push is not None:
-        check_push(push)
 
 
 def _check_out(to: str, out: Path, suffixes: Sequence[str], force: bool) -> Path:

@@ -19,26 +19,29 @@ WORKSPACE = "workspace"
 
 
 class Workspace:
-    """The files in the workspace."""
+    """The files in the workspace that was the current folder."""
 
     name = WORKSPACE
     is_workspace = True
 
+    def __init__(self) -> None:
+        self.folder = Path.cwd()
+
     def store(self, path: Path) -> Any:
         """A zarr store, as `zarr.open_group` takes it."""
-        return path
+        return self.folder / path
 
     def open(self, path: Path) -> BinaryIO:
         """A file, opened for reading. Raises OSError if it is absent."""
-        return open(path, "rb")
+        return open(self.folder / path, "rb")
 
     def open_image(self, path: Path) -> BinaryIO:
         """An image file of the dataset. Raises OSError if it is absent."""
-        return open(located(str(path)), "rb")
+        return open(self.folder / located(str(_seen_from(self.folder, path))), "rb")
 
     def local(self, path: Path, folder: Path) -> Path:
         """A local path of the file, which is copied into `folder` if necessary."""
-        return path
+        return _seen_from(Path.cwd(), self.folder / path)
 
     def title(self, path: Path) -> str:
         """The artefact's name in messages."""
@@ -49,7 +52,7 @@ class Workspace:
         """The section dataset of the parameters."""
         from bingo.params import read_yaml
 
-        return _dataset(read_yaml(PARAMS))
+        return _dataset(read_yaml(self.local(PARAMS, self.folder)))
 
 
 class Revision:
@@ -58,7 +61,7 @@ class Revision:
     is_workspace = False
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.folder = name, Path.cwd()
         with self._mistakes():
             self._files = _files_of(self)
 
@@ -77,9 +80,10 @@ class Revision:
 
     def open_image(self, path: Path) -> BinaryIO:
         """An image file of the dataset: the revision's, if the dataset is tracked, otherwise the current file."""
+        path = _seen_from(self.folder, path)
         if not path.is_absolute() and self._hash(path.as_posix()):
             return self.open(path)
-        return open(located(str(path)), "rb")
+        return open(self.folder / located(str(path)), "rb")
 
     def local(self, path: Path, folder: Path) -> Path:
         """The file, copied into `folder`."""
@@ -147,11 +151,24 @@ def artefacts(name: str | None) -> Workspace | Revision:
     return Workspace() if name in (None, WORKSPACE) else Revision(name)
 
 
+def _seen_from(folder: Path, path: Path) -> Path:
+    """A path relative to a folder if it lies in it."""
+    return path.relative_to(folder) if path.is_relative_to(folder) else path
+
+
 def _files_of(revision: Revision) -> Any:
     from dvc.api import DVCFileSystem
 
     class Files(DVCFileSystem):  # type: ignore[misc]
-        """zarr treats a file that cannot be read as one that was never written; this distinguishes the two."""
+        """zarr treats a file that cannot be read as one that was never written; this distinguishes the two. Relative paths are those of the
+        folder in which this was opened, wherever the process goes."""
+
+        @cached_property
+        def place(self) -> str:
+            return str(super().getcwd())
+
+        def getcwd(self) -> str:
+            return self.place
 
         def cat_file(self, path: str, *args: Any, **kwargs: Any) -> bytes:
             try:
@@ -163,6 +180,7 @@ def _files_of(revision: Revision) -> Any:
 
     files = Files(".", rev=revision.name)
     assert files.repo is not None  # opens it, so that an unknown revision is reported now
+    assert files.place
     return files
 
 

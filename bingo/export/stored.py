@@ -9,7 +9,7 @@ from torch import nn
 from bingo import paths
 from bingo.nets.backbones import Backbone
 from bingo.nets.checkpoint import building, load_network, own_metadata
-from bingo.nets.students import load_student
+from bingo.nets.students import load_backbone
 from bingo.params import ImageParams, seen_image
 from bingo.runtime.artefacts import file_fingerprint
 from bingo.runtime.errors import UserError
@@ -60,7 +60,7 @@ class StoredNetwork:
 
 def read_student(path: Path) -> StoredNetwork:
     """The student or baseline in a file. Raises UserError if the file holds neither or is damaged."""
-    backbone, metadata = load_student(path)
+    backbone, metadata = load_backbone(path)
     return StoredNetwork(backbone, metadata, _image(path, metadata))
 
 

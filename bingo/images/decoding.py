@@ -6,6 +6,7 @@ Processes are used instead of threads, because decoding in Python would hold the
 Shape letters: T views of a plan, t views of one size in a task, V views of one image, P side of a view in pixels.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from bingo.images.decode import BadImage, Header, decode_square, is_plain_baseli
 from bingo.images.decode_crops import CropsWanted, decode_crops, may_shrink
 from bingo.images.draws import Crops, crop_boxes
 from bingo.images.images import FileImages
-from bingo.images.nvjpeg import crops_of_pixels, decode_on
 from bingo.params import ImageParams
 from bingo.runtime.errors import UserError
 from bingo.runtime.task_loader import TaskLoader
@@ -79,6 +79,10 @@ class Decoded:
     def on(self, device: torch.device) -> list[Tensor]:
         """The crops of each size on `device`, uint8 (t, P, P, 3). Raises UserError naming path and row of unreadable images."""
         views, lines = [part.to(device, non_blocking=True) for part in self.result.views], list[str]()
+        if not self.result.left_U:
+            return views
+        from bingo.images.nvjpeg import crops_of_pixels, decode_on  # here, as releases of torchvision after 0.29 are to have no decoder
+
         files = self.result.files.split(self.result.lengths_U)
         for i, file, image_3HW in zip(self.result.left_U, files, decode_on(device, files), strict=True):
             wanted = _wanted(self.task, i, self.result.boxes_T4, views)
@@ -200,5 +204,5 @@ def _unreadable_noted(task: _DecodeTask, i: int, lines: list[str]) -> Iterator[N
             "set dataset.check: decode, with which scan finds such files, and run: dvc repro" if undecodable else "run: dvc repro -f scan"
         )
         name, packed = f"{task.files.paths[i]} (row {task.rows[i]})", task.files.positions is not None and task.files.positions.in_store
-        where = task.files.root if packed else "dataset.root"
+        where = os.path.relpath(task.files.root) if packed else "dataset.root"
         lines.append(f"{where}: {name} can no longer be read ({reason}); restore it, or {way_out}")

@@ -167,11 +167,12 @@ def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetPara
         for file, file_bytes in zip(positions.files, positions.file_bytes, strict=True):
             if not (place := Path(images_zarr, file)).is_file() or place.stat().st_size != file_bytes:
                 raise UserError(f"{name}: {file} is missing or cut off; delete {name} and run: {_WAY_OUT}")
-        return FileImages(name, listing.paths, True, listing.gray_bits, jpeg_decoder, positions)  # DVC may have made links of its files
+        # DVC may have made links of its files
+        return FileImages(str(Path(name).absolute()), listing.paths, True, listing.gray_bits, jpeg_decoder, positions)
     if dataset is None or dataset.root is None:
         raise UserError("dataset.root = null: the images are files to be decoded; set dataset.root to their folder")
     root = dataset.root if positions is None else images_folder(dataset.root)
-    return FileImages(root, listing.paths, dataset.follow_links, listing.gray_bits, jpeg_decoder, positions)
+    return FileImages(str(Path(root).absolute()), listing.paths, dataset.follow_links, listing.gray_bits, jpeg_decoder, positions)
 
 
 def _read_whole(path: Path, array: zarr.Array) -> np.ndarray:

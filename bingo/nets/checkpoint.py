@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from bingo.paths import NO_WEIGHTS
 from bingo.runtime.artefacts import canonical_json, write_bytes
 from bingo.runtime.checksums import Damaged, check_safetensors, seal_safetensors
 from bingo.runtime.errors import UserError, out_of_memory, reason_of
@@ -52,6 +53,8 @@ def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = "the file does not exist" if isinstance(error, FileNotFoundError) else error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}); run the stage that writes it: dvc repro") from None
     except (Damaged, SafetensorError, KeyError, ValueError, RecursionError) as error:
+        if Path(path).stat().st_size == len(NO_WEIGHTS) and Path(path).read_bytes() == NO_WEIGHTS:
+            raise UserError(f"{path}: holds no weights, as the parameters ask for none there; give another file") from None
         line = f"{path}: is damaged, or BINGO did not write it ({' '.join(str(error).split())})"
         raise UserError(f"{line}; give another, or delete it and run: dvc repro") from None
     return state, metadata

@@ -23,7 +23,7 @@ def save_student(
 
 
 def save_backbone(path: Path, weights: Mapping[str, Tensor], network: NetworkParams, image: ImageParams, made_from: dict) -> None:
-    """Write a backbone's state dict to `path`, with its description and the fingerprints of its inputs; `load_student` reads it."""
+    """Write a backbone's state dict to `path`, with its description and the fingerprints of its inputs; `load_backbone` reads it."""
     shape = {"arch": network.arch, "width": network.width, "stem": network.stem, **image.model_dump()}
     options = {"options": network.options} if network.options else {}  # files from before options existed do not change
     save_network(path, weights, {"kind": "student", **shape, **options, **made_from})
@@ -43,14 +43,14 @@ def save_best(folder: Path, best: Mapping[str, Any], network: NetworkParams, ima
 
 def load_start(network: StudentParams) -> tuple[Backbone | None, dict[str, Any]]:
     """The backbone with the weights that the student starts from, and what its file says of them; (None, {}) where it starts from random
-    numbers. Raises what `load_student` does."""
+    numbers. Raises what `load_backbone` does."""
     if network.weights is None:
         return None, {}
-    backbone, metadata = load_student(START, network)
+    backbone, metadata = load_backbone(START, network)
     return backbone, {"start": {name: metadata[name] for name in ("weights", "source_sha256")}}
 
 
-def load_student(path: Path, network: NetworkParams | None = None) -> tuple[Backbone, dict[str, Any]]:
+def load_backbone(path: Path, network: NetworkParams | None = None) -> tuple[Backbone, dict[str, Any]]:
     """The backbone in a student's file, in eval mode, and the file's metadata. It is deterministic in train mode too: dropout and
     stochastic depth were used only for its own training.
 

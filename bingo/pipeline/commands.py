@@ -6,12 +6,14 @@ No output depends on this file.
 import os
 import re
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import typer
 from pydantic import ValidationError
 
+from bingo.params import read_yaml
 from bingo.params.places import expanded
 from bingo.pipeline.process import mistakes_as_lines
 from bingo.runtime.errors import INTERRUPTED, USER_MISTAKE, UserError
@@ -62,10 +64,40 @@ def check_folder(option: str, path: Path, files: Sequence[str], force: bool) -> 
         raise UserError(f"{option} = {path}: is not a folder of this kind, so --force does not replace it; give another name")
 
 
+def check_place(option: str, path: Path) -> None:
+    """Raises UserError if nothing can be written at a path, or if it is, or lies in, an output of a stage."""
+    try:
+        nearest = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
+        if not nearest.is_dir():
+            shown = nearest if path.is_absolute() else os.path.relpath(nearest)
+            raise UserError(f"{option} = {path}: {shown} is a file, not a folder; give another name")
+        trial = nearest / f".{path.name}.attempt"  # as long as the name under which it is written at first
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"{option} = {path}: cannot be written ({error.strerror}); give a name in a folder that can be") from None
+    whole = path.resolve()
+    root = next((folder for folder in whole.parents if (folder / "params.yaml").exists() and (folder / "dvc.yaml").exists()), None)
+    if root and (out := next((out for out in declared_outputs(root) if _lies_in(whole.relative_to(root), out)), None)):
+        raise UserError(f"{option} = {path}: belongs to {out}, which a stage writes, and no other command replaces; give another name")
+
+
+def _lies_in(path: Path, out: str) -> bool:
+    pattern = re.sub(r"\$\{.*?\}", "*", out)
+    return any(fnmatch(str(place), pattern) for place in (path, *path.parents))
+
+
+def declared_outputs(root: Path, stage: str | None = None) -> list[str]:
+    """The outputs that a workspace's dvc.yaml lists for one of its stages, or for all; names of items are written ${item} or ${key}."""
+    stages = (read_yaml(root / "dvc.yaml") if (root / "dvc.yaml").exists() else {"stages": {}})["stages"]
+    definitions = [definition.get("do", definition) for name, definition in stages.items() if stage in (None, name)]
+    entries = [entry for definition in definitions for part in ("outs", "metrics", "plots") for entry in definition.get(part, [])]
+    return [path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]
+
+
 def _exists(option: str, path: Path, force: bool) -> bool:
     """Whether there is something to be replaced. Raises UserError if it may not be, or if there can be no such path."""
-    if nearest := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
-        raise UserError(f"{option} = {path}: {nearest} is a file, not a folder; give another name")
+    check_place(option, path)
     if (found := path.is_symlink() or path.exists()) and not force:
         raise UserError(f"{option} = {path}: exists already; give another name, or --force to replace it")
     return found

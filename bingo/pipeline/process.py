@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from bingo.runtime.artefacts import NotWritten
 from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, GroupLost, Interrupted, UserError, out_of_memory, printable
 
 # How long a process of a group waits before it prints an error: meanwhile the launcher, who sees the first one fail, ends the others.
@@ -39,9 +40,9 @@ def mistakes_as_lines() -> Iterator[None]:
         print_lines([_with_the_way_in(line) for line in error.lines])
         raise SystemExit(USER_MISTAKE) from None
     except OSError as error:
-        if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
+        if error.errno is None or (error.errno not in (*NO_ROOM, *NO_RIGHT) and not isinstance(error, NotWritten)):
             raise
-        way_out = "free some space" if error.errno in NO_ROOM else "fix the permissions"
+        way_out = "free some space" if error.errno in NO_ROOM else "fix the permissions" if error.errno in NO_RIGHT else "make it writable"
         print_lines([f"{error.filename or Path.cwd()}: {os.strerror(error.errno)}; {way_out}, and start again: finished work is kept"])
         raise SystemExit(USER_MISTAKE) from None
     except Interrupted as error:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from bingo.params import Params, load_params, read_yaml
 from bingo.paths import LIMITS, RUNS
+from bingo.pipeline.commands import declared_outputs
 from bingo.pipeline.launch import expected_processes, launch
 from bingo.pipeline.process import NO_RIGHT, NO_ROOM, die_with_parent, is_first, mistakes_as_lines, print_lines
 from bingo.pipeline.state import sweep
@@ -89,18 +90,18 @@ def in_words(figures: Mapping[str, float | None], form: str = "g") -> str:
 
 
 @contextmanager
-def stage_run(name: str, item: str | None = None, raises_limits: bool = False) -> Iterator[Run]:
+def stage_run(name: str, item: str | None = None, raises_limits: bool = False, builds_networks: bool = True) -> Iterator[Run]:
     """Load the parameters, do the work in the body, write the run's records. User errors are printed in one line, with exit code 2.
 
     `item`: what a command's argument names, or DVC's STAGE@ITEM, which dvc.yaml hands over. `raises_limits`: the body raises what
-    `mistakes` of the run holds, with what it finds itself.
+    `mistakes` of the run holds, with what it finds itself. `builds_networks`: the parameters' networks are tried too, which takes torch.
     """
     die_with_parent()
     with mistakes_as_lines():
         run = Run(name, load_params(), item.rpartition("@")[2] if item else None)
         if "RANK" not in os.environ:  # the launcher has done it
             try:
-                check_limits(run.params, expected_processes(), Path(os.environ.get("DVC_ROOT", ".")) / LIMITS)
+                check_limits(run.params, expected_processes(), Path(os.environ.get("DVC_ROOT", ".")) / LIMITS, builds_networks)
             except UserError as error:
                 if not raises_limits:
                     raise
@@ -120,10 +121,7 @@ def stage_run(name: str, item: str | None = None, raises_limits: bool = False) -
 
 def _outputs(run: Run) -> list[str]:
     """The existing files among the outputs that dvc.yaml lists for a stage, or for its item."""
-    definition = (read_yaml("dvc.yaml") if Path("dvc.yaml").exists() else {"stages": {}})["stages"].get(run.name, {})
-    definition = definition.get("do", definition)
-    entries = [entry for part in ("outs", "metrics", "plots") for entry in definition.get(part, [])]
-    listed = [path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]
+    listed = declared_outputs(Path(), run.name)
     return [path for path in (re.sub(r"\$\{(item|key)\}", lambda _: run.item or "", path) for path in listed) if Path(path).exists()]
 
 

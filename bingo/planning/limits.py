@@ -42,16 +42,16 @@ _READ = {
 _MOST_REMEMBERED = 200
 
 
-def check_limits(params: Params, processes: int, memory: Path | None = None) -> None:
+def check_limits(params: Params, processes: int, memory: Path | None = None, networks: bool = True) -> None:
     """Raises UserError with a line for each constraint that `params` violate when `processes` train together.
 
-    `memory` is a JSON file of parameters whose networks have passed; None: always try them.
+    `memory` is a JSON file of parameters whose `networks` have passed, if these are to be tried; None: always try them.
     """
     lines = rule_mistakes(params, processes)
     passed = _remembered(memory)
     values = params.model_dump(mode="json", include=_READ)
     key = fingerprint([values, processes, version("torch"), version("timm"), version("torchvision")])
-    if key not in passed:
+    if networks and key not in passed:
         from bingo.planning.network_limits import network_mistakes  # torch and timm
 
         found = network_mistakes(params, processes)

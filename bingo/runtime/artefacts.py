@@ -34,22 +34,29 @@ def file_fingerprint(path: Path | str) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage that writes it: dvc repro") from None
 
 
+class NotWritten(OSError):
+    """A file or folder that could not be written, by its name."""
+
+
 @contextmanager
 def errors_named(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Add `path` to an OSError raised in the body that names no file, or one in `partial`; most writers do not say where they failed."""
+    """Raise an OSError of the body as NotWritten if it names `partial`, `path` or a folder above it, or no file: most writers do not say
+    where they failed."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or not (error.filename is None or (partial and str(error.filename).startswith(str(partial)))):
+        named = Path(str(error.filename)) if error.filename is not None else None
+        above = named is not None and path.is_relative_to(named)
+        if error.errno is None or not (named is None or above or (partial and str(named).startswith(str(partial)))):
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise NotWritten(error.errno, os.strerror(error.errno), str(named if above else path)) from error
 
 
 @contextmanager
 def new_file(path: Path | str, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary name in the folder of `path`; on success the file replaces `path`, on an error it is removed.
 
-    `flush`: it is synced to the disk before it is renamed. Raises OSError naming `path` if there is no space or no permission to write.
+    `flush`: it is synced to the disk before it is renamed. Raises NotWritten naming `path` if there is no space or no permission to write.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -111,7 +118,7 @@ def read_json(path: Path | str) -> Any:
 def new_directory(path: Path | str) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`; on success it replaces `path`, on an error it is removed.
 
-    Raises OSError naming `path` if there is no space or no permission to write.
+    Raises NotWritten naming `path` if there is no space or no permission to write.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")

@@ -74,8 +74,10 @@ def chunk_is_written(path: Path, array: zarr.Array, chunk: int) -> bool:
 def open_group(store: Any, name: str, way_out: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     """The group in `store` (a folder, or a mapping from keys to bytes), called `name` in messages, its metadata checked.
 
-    Raises UserError, ending in the command `way_out`, if it does not exist or its metadata are damaged.
+    What is read later comes from the same place, whatever the current folder then is. Raises UserError, ending in the command `way_out`,
+    if it does not exist or its metadata are damaged.
     """
+    store = Path(store).absolute() if isinstance(store, (str, Path)) else store
     try:
         group = zarr.open_group(store, mode=mode, zarr_format=3)
         _check_metadata(store, dict(group.attrs))

@@ -10,7 +10,7 @@ from typing import Any
 
 from bingo.nets.backbones import Backbone, build_backbone
 from bingo.nets.checkpoint import load_strictly, own_metadata
-from bingo.nets.students import evaluated, load_student
+from bingo.nets.students import evaluated, load_backbone
 from bingo.params import ImageParams, StudentParams, TeacherParams
 from bingo.params.fields import LIBRARIES
 from bingo.runtime.errors import UserError
@@ -63,7 +63,7 @@ def _from_file(asked: _Asked, path: str, image: ImageParams) -> tuple[Backbone, 
     if (written := own_metadata(path)) is not None:
         _compare(asked, image, written)
         if written.get("kind") == "student":
-            return load_student(Path(path))[0], facts
+            return load_backbone(Path(path))[0], facts
     way = next((way for way in readings(asked, content) if all(way[name] == getattr(asked, name) for name in _NETWORK)), {})
     if way.get("source") == "checkpoint":
         asked = asked.model_copy(update={"source": "checkpoint", "format": way["format"].partition(" or ")[0]})

@@ -27,7 +27,7 @@ def take(page: Path, fragment: str, picture: Path, width_px: int, height_px: int
 
 if __name__ == "__main__":
     (DOCS / "bag.png").unlink(missing_ok=True)  # bags show replaces no file
-    subprocess.run([*BINGO, "show", str(ROW), "--out", str(DOCS / "bag.png")], check=True)
+    subprocess.run([*BINGO, "show", str(ROW), "--out", str(DOCS / "bag.png"), "--force"], check=True)
     subprocess.run([*BINGO, "gallery"], check=True)
     take(Path(".bingo/gallery/index.html"), f"#row={ROW}", DOCS / "gallery.png", 1280, 900)
     take(Path("reports/index.html"), "", DOCS / "report.png", 1200, 1150)

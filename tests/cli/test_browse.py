@@ -175,10 +175,19 @@ def test_damaged_files(workspace):
     assert "data/listing.parquet: is damaged" in mistake("show", 5)
 
 
-def test_a_picture_that_cannot_be_written(workspace):
-    code, _, err = bingo_bags("show", 5, "--out", "params.yaml/sheet.png")
-    assert code == 2
-    assert err.startswith("error: --out = params.yaml/sheet.png: cannot be written")
+@pytest.mark.parametrize("command", [("show", 5), ("diff", "workspace", "workspace"), ("find", "class/image_0005.png")])
+def test_a_picture_replaces_a_file_on_request_alone(workspace, command):
+    Path("own.png").write_bytes(b"mine")
+    assert "exists already" in mistake(*command, "--out", "own.png")
+    assert "allowed are names that end in .png" in mistake(*command, "--out", "params.yaml", "--force")
+    assert Path("own.png").read_bytes() == b"mine"
+
+
+def test_a_picture_is_replaced(workspace):
+    Path("own.png").write_bytes(b"mine")
+    assert bingo_bags("show", 5, "--out", "own.png", "--force").exit_code == 0
+    with Image.open("own.png") as sheet:
+        assert sheet.width > 400
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from bingo.detection.loop import DetectorTrainer, plan_steps, sgd
 from bingo.detection.scores import coco_scores, detect
 from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import weights_sha256
-from bingo.nets.students import load_student, save_student
+from bingo.nets.students import load_backbone, save_student
 from bingo.params import load_params
 from bingo.runtime import distributed
 from bingo.runtime.checkpoints import Checkpoints
@@ -92,7 +92,7 @@ def test_the_detector_starts_from_the_students_file(tmp_path, head, arch, width)
         for buffer in trained.buffers():
             buffer += 1 if buffer.dtype == torch.int64 else 0.5  # statistics that are not the initial ones
     save_student(tmp_path / "s.safetensors", tmp_path / "h.safetensors", trained, nn.Identity(), network, PARAMS.image, {})
-    student, _ = load_student(tmp_path / "s.safetensors", network)
+    student, _ = load_backbone(tmp_path / "s.safetensors", network)
     detector = build_detector(student, head, 3, MEAN, STD, 0, TINY[head])
     assert weights_sha256(student_inside(detector)) == weights_sha256(load_file(tmp_path / "s.safetensors"))
     inside = detector.state_dict()

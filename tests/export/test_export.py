@@ -451,7 +451,7 @@ def test_figures_of_another_student_are_left_out(workspace):
             "--to = tim: allowed are detectron2, hub, onnx, safetensors, timm, torch, torchvision; did you mean timm",
         ),
         (["--to", "timm", "--out", "a.pth"], "--out = a.pth: allowed are names that end in .safetensors"),
-        (["--to", "safetensors", "--out", "models/student.safetensors"], "exists already; give another name, or --force"),
+        (["--to", "safetensors", "--out", "carded.safetensors"], "exists already; give another name, or --force"),
         (["--to", "onnx", "--out", "params.yaml/a.onnx"], "params.yaml is a file, not a folder; give another name"),
         (["--to", "timm", "--out", "carded.safetensors"], "--out: model card = carded.safetensors.md: exists already"),
         (["--to", "timm", "--out", "a.safetensors", "--student", "none.safetensors"], "none.safetensors: cannot be read"),

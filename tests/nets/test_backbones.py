@@ -11,7 +11,7 @@ from torchvision import models as vision
 from bingo.nets.backbones import build_backbone, check_images, without_numbers
 from bingo.nets.checkpoint import save_network
 from bingo.nets.heads import head_widths, mlp_head, unit
-from bingo.nets.students import load_student, save_student
+from bingo.nets.students import load_backbone, save_student
 from bingo.params import ImageParams, StudentParams
 from bingo.runtime.errors import UserError
 
@@ -229,7 +229,7 @@ def test_a_students_file_says_how_it_was_trained_and_an_older_file_says_nothing(
     for name, network in (("drawing", drawing), ("plain", plain)):
         backbone = build_backbone(**SHAPE, seed_value=1, options=network.options)
         save_student(path := tmp_path / name, tmp_path / f"{name}-head", backbone, nn.Identity(), network, IMAGE, {})
-        loaded, metadata = load_student(path, network)
+        loaded, metadata = load_backbone(path, network)
         assert metadata.get("options", {}) == network.options
         with torch.no_grad():
             assert torch.equal(loaded(x), backbone.eval()(x))
@@ -238,10 +238,10 @@ def test_a_students_file_says_how_it_was_trained_and_an_older_file_says_nothing(
     assert "options" not in metadata  # a plain student's file is what it was before there were options
     says = "drop_path_rate = 0.1, this network has 0.0, .*drop_rate = 0.2.*batchnorm_momentum = 0.01, this network has null; run the stage"
     with pytest.raises(UserError, match=says) as caught:
-        load_student(tmp_path / "plain", drawing)
+        load_backbone(tmp_path / "plain", drawing)
     assert len(caught.value.lines) == 1
     with pytest.raises(UserError, match=r"student\.batchnorm_momentum = null, this network has 0\.01"):
-        load_student(tmp_path / "drawing", plain)
+        load_backbone(tmp_path / "drawing", plain)
 
 
 def test_images_that_a_network_cannot_take_are_refused():

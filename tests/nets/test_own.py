@@ -6,7 +6,7 @@ from torch import nn
 
 from bingo.nets.backbones import build_backbone
 from bingo.nets.own import example
-from bingo.nets.students import load_student, save_student
+from bingo.nets.students import load_backbone, save_student
 from bingo.params import arch_names, read_yaml, validate
 from bingo.planning.limits import check_limits
 from bingo.runtime.errors import UserError
@@ -65,7 +65,7 @@ def test_a_student_is_trained_and_read_back_as_any_other(own, tmp_path):
     assert not torch.equal(nets[0][0].weight, nets[2][0].weight)
     files = tmp_path / "s.safetensors", tmp_path / "h.safetensors"
     save_student(*files, nets[0], nn.Linear(6, 4), params.student, params.image, {})
-    read, _ = load_student(files[0], params.student)
+    read, _ = load_backbone(files[0], params.student)
     assert torch.equal(read[0].weight, nets[0][0].weight)
     assert read.feature_width == 6
 

@@ -29,7 +29,7 @@ from tests.pretended_gpu.streams import GPU, STREAMS, Event, Memory, Stream
 from tests.pretended_gpu.tables import NO_LAUNCH, NONDETERMINISTIC, SORTED, WAITING
 
 AUTOGRAD = "autograd"  # the place of what no function of the product calls
-engine.ready()  # when this is imported: before the first backward pass of a test
+engine.ready()  # in a process without tests/conftest.py
 
 
 class DeviceError(RuntimeError):

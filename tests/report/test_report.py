@@ -20,6 +20,7 @@ from bingo.bags.index import Bags, read_bags, write_bags
 from bingo.images.images import FileImages, MemoryImages, write_images
 from bingo.images.listing import Listing, write_listing
 from bingo.params import method_names, read_yaml, validate
+from bingo.paths import LIMITS
 from bingo.report.bags import closest_pairs, gallery_rows, statistics
 from bingo.report.downstream import figures
 from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_network_facts, read_outcomes
@@ -260,7 +261,8 @@ def test_the_page_is_accessible_and_its_ids_are_distinct(page):
 
 @pytest.mark.slow
 def test_a_second_build_has_the_same_bytes_and_needs_no_torch(workspace, built):
-    """Networks that were judged once, here by the first build and in a pipeline by any stage before, are not built again."""
+    """Nor does the first: nothing here has judged the parameters' networks."""
+    assert not (workspace / LIMITS).exists()
     code = "import sys, stages.report as r; r.main(); assert not {'torch', 'sklearn'} & {*sys.modules}"
     assert run_stage(workspace, "-c", code) == built
 

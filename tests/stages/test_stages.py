@@ -38,7 +38,7 @@ from bingo.bags.index import Bags, write_bags
 from bingo.embeddings.store import read_embeddings
 from bingo.images.decode import decode_square
 from bingo.images.listing import read_listing
-from bingo.nets.students import load_student
+from bingo.nets.students import load_backbone
 from bingo.pipeline.process import _is_orphan, mistakes_as_lines
 from bingo.runtime.errors import UserError
 
@@ -102,7 +102,7 @@ def test_the_best_epoch_is_that_of_the_curve_and_a_students_file(workspace):
     found = json.loads((workspace.root / "models/best/epoch.json").read_text())
     assert found == {"epoch": int(best["epoch"]), "knn_10": float(best["knn_10"])}
     (kept, metadata), (last, _) = (
-        load_student(workspace.root / path) for path in ("models/best/student.safetensors", "models/student.safetensors")
+        load_backbone(workspace.root / path) for path in ("models/best/student.safetensors", "models/student.safetensors")
     )
     assert metadata["best"] == found
     same = all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), last.state_dict().values(), strict=True))

@@ -10,7 +10,7 @@ from workspace import Workspace
 
 from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import load_network
-from bingo.nets.students import load_student
+from bingo.nets.students import load_backbone
 from bingo.params import load_params
 from bingo.report.inputs import read_curves
 from bingo.runtime.artefacts import file_fingerprint
@@ -62,7 +62,7 @@ def test_student_and_baseline_start_there_and_all_are_judged(started):
         assert curves["knn_10"][0] == pytest.approx(of_start, abs=1e-5)
         assert np.isnan(curves["loss"][0])
     for file in ("models/student.safetensors", "models/baselines/moco.safetensors"):
-        assert load_student(started.root / file)[1]["start"]["weights"] == "start.pth"
+        assert load_backbone(started.root / file)[1]["start"]["weights"] == "start.pth"
     results = json.loads((started.root / "reports/results.json").read_text())
     assert {"student", "moco", "start", "supervised", "untrained", "teacher"} <= set(results["linear"])
     page = (started.root / "reports/index.html").read_text()
@@ -74,7 +74,7 @@ def test_student_and_baseline_start_there_and_all_are_judged(started):
         file = started.root / f"models/{net}.safetensors"
         layer, made_from = load_network(started.root / f"models/linear/{net}.safetensors")
         assert made_from["backbone"] == file_fingerprint(file)
-        assert layer["weight"].shape == (len(made_from["classes"]), load_student(file)[0].feature_width)
+        assert layer["weight"].shape == (len(made_from["classes"]), load_backbone(file)[0].feature_width)
         counts = np.load(started.root / f"reports/knn/{net}.npz")["agreement_10"]
         assert 10 * counts.mean() == pytest.approx(scores(started, "knn", net)["agreement_10"], abs=1e-5)
 
@@ -85,7 +85,7 @@ def test_a_changed_file_changes_what_training_depends_on(started):
     assert started.run("weights").status == 0
     after = started.files("models/start.safetensors", "models/supervised.safetensors")
     assert [after[name] == before[name] for name in before] == [False, True]
-    found = load_student(started.root / "models/start.safetensors")[0].state_dict()
+    found = load_backbone(started.root / "models/start.safetensors")[0].state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in state.items())
     started.edit({"student.weights": None, "supervised": None})
     started.done("weights")

@@ -31,7 +31,7 @@ from bingo.browse.listing_rows import ListingRows
 from bingo.embeddings.store import read_embeddings
 from bingo.images.images import MemoryImages, open_images
 from bingo.images.listing import Paths, read_listing
-from bingo.nets.students import load_student
+from bingo.nets.students import load_backbone
 from bingo.params import read_yaml
 from bingo.planning.recipes import lay_over, read_recipe
 from bingo.report.inputs import read_network_facts
@@ -109,7 +109,7 @@ def _teacher(path: Path) -> Any:
 
 
 def _student(path: Path) -> Any:
-    backbone, metadata = load_student(path)
+    backbone, metadata = load_backbone(path)
     return [metadata, backbone.state_dict()]
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from bingo.nets.backbones import build_backbone
 from bingo.nets.checkpoint import save_network
-from bingo.nets.students import load_student, save_student
+from bingo.nets.students import load_backbone, save_student
 from bingo.runtime.errors import UserError
 from bingo.teachers.reading.sources import make_teacher
 from tests.teachers.test_wrapped import IMAGE, NARROW, PARAMS, moco, params_of, weights
@@ -160,6 +160,6 @@ def test_a_students_file_is_read_once_the_stage_has_written_it(tmp_path):
         path.unlink(missing_ok=True)
         wrong()
         with pytest.raises(UserError, match=says):
-            load_student(path, params)
+            load_backbone(path, params)
         stage()
-        assert load_student(path, params)[0].feature_width == 64
+        assert load_backbone(path, params)[0].feature_width == 64

@@ -31,7 +31,7 @@ _FILES = {"student": paths.STUDENT, "start": paths.START, "supervised": paths.SU
 def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
     """The networks `nets` on the CPU, in evaluation mode, all loaded before any work, so that a missing one is reported first."""
     from bingo.nets.backbones import build_backbone
-    from bingo.nets.students import evaluated, load_student
+    from bingo.nets.students import evaluated, load_backbone
 
     network, found = run.params.student, {}
     for name in nets:
@@ -39,7 +39,7 @@ def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
             seed_value = seeds.torch_seed(run.params.seed, "student")
             found[name] = build_backbone(network.arch, network.width, network.stem, seed_value, evaluated(network.options)).eval()
         else:
-            found[name] = load_student(file_of(name), network)[0]
+            found[name] = load_backbone(file_of(name), network)[0]
     return found
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bingo.export.stored import read_student, read_teacher
 from bingo.nets.backbones import build_backbone
-from bingo.nets.students import load_student
+from bingo.nets.students import load_backbone
 from bingo.params import ImageParams, TeacherParams, format_names
 from bingo.report.inputs import read_network_facts
 from bingo.runtime.artefacts import canonical_json, fingerprint, write_json
@@ -264,7 +264,10 @@ def _own(case: Own, folder: Path) -> None:
     path = folder / "network.safetensors"
     path.write_bytes(damaged(_sealed(content, case.header), case.damage))
     lines = []
-    for reader in (read_network_facts, *((load_teacher, read_teacher) if case.kind == "teacher" else (load_student, read_student))):
+    for reader in (
+        read_network_facts,
+        *((load_teacher, read_teacher) if case.kind == "teacher" else (load_backbone, read_student)),
+    ):
         try:
             reader(path)
         except UserError as error:
