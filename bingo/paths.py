@@ -22,4 +22,5 @@ REPORTS = Path("reports")
 PLOTS = REPORTS / "plots"
 EXPORTS = REPORTS / "exports.js"  # no stage's output
 RUNS = Path(".bingo/runs")
+LOGS = Path(".bingo/logs")
 LIMITS = Path(".bingo/planning/limits.json")

@@ -6,6 +6,7 @@ python -m stages.linear_eval [NET]     writes reports/linear/NET.json: by protoc
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,6 +60,7 @@ def _scores(
     from bingo.evals.finetune import task_of
     from bingo.evals.linear import linear_on_crops, linear_on_features
     from bingo.pipeline.judging.backbones import state_of
+    from bingo.pipeline.loggers import logged
     from bingo.runtime.checkpoints import Checkpoints
 
     params, listing, scores, hits = run.params, networks.listing, {}, {}
@@ -74,7 +76,8 @@ def _scores(
         task, how = task_of(listing, networks.images, params.image, evaluation.crops), (evaluation.crops, evaluation.precision)
         with state_of(run, name, [name], [listing.fingerprint, listing.left_out_rows], *how) as folder:
             checkpoints = Checkpoints(folder / "checkpoints")
-            scores["crops"] = linear_on_crops(networks.backbones[name], task, *how, params.seed, device, checkpoints)
+            loggers = partial(logged, run, name=f"{run.name}-{name}/crops")
+            scores["crops"] = linear_on_crops(networks.backbones[name], task, *how, params.seed, device, checkpoints, loggers)
     return scores, hits, layer
 
 

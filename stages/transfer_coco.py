@@ -42,6 +42,7 @@ def _transfer(run: Run, name: str, student: "Backbone", device: "torch.device") 
     from bingo.detection.loop import DetectorTrainer
     from bingo.detection.scores import coco_scores, detect
     from bingo.nets.checkpoint import save_network, weights_sha256
+    from bingo.pipeline.loggers import logged
     from bingo.runtime import distributed
     from bingo.runtime.artefacts import file_fingerprint, write_csv, write_json
     from bingo.runtime.checkpoints import Checkpoints
@@ -69,7 +70,8 @@ def _transfer(run: Run, name: str, student: "Backbone", device: "torch.device") 
         trainer = DetectorTrainer(detector, images, targets, params, params.schedules[schedule], seed, device, checkpoints, run.stage)
         if trainer.resumes():
             run.say(f"{run.stage}: resuming from a checkpoint")
-        result = trainer.run()
+        with logged(run, trainer):
+            result = trainer.run()
         run.notes["images_per_second"] = round(result.images / max(result.seconds, 1e-9), 1)
         detections = detect(trainer.detector, val, params, device, f"{run.stage}: test")
         if distributed.rank() == 0:

@@ -140,6 +140,7 @@ class DetectorTrainer(Resumable):
         Raises Interrupted after SIGTERM or SIGINT, with a checkpoint, and UserError for a loss that is not finite, before it is saved.
         """
         self._resume()
+        self.log.begin(self.step, self.total_steps, self.params.batch_images, "images")
         begun = time.monotonic()
         progress = progress_bar(self.label, self.total_steps * self.params.batch_images, "images")
         with self.checkpoints.stop_requests(), progress as bar, compiled_roi_align(self.device):
@@ -176,6 +177,7 @@ class DetectorTrainer(Resumable):
         self._watch_loss(loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._log_step({"loss": loss, **losses})
         self.optimizer.step()
         self.summed += 1
         for name, value in {"loss": loss, **losses}.items():
@@ -188,5 +190,7 @@ class DetectorTrainer(Resumable):
         """Write a point of the curves: means over the steps since the last point and over all processes."""
         self._refuse_what_is_not_finite()
         record = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
-        self.history.append(record | {name: round(float(distributed.mean(value / self.summed)), 6) for name, value in self.sums.items()})
+        means = {name: round(float(distributed.mean(value / self.summed)), 6) for name, value in self.sums.items()}
+        self.history.append(record | means)
+        self.log.summary(self.step, "mean", means)
         self.sums, self.summed = {}, 0

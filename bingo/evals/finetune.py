@@ -152,6 +152,7 @@ class ClassifierTrainer(Resumable):
         """
         self._resume()
         total = self.tune.epochs * self.steps_per_epoch
+        self.log.begin(self.step, total, self.batch_images, "images", lambda: self.loader.wait_seconds)
         with self.checkpoints.stop_requests(), progress_bar(self.label, total * self.batch_images, "images") as bar:
             bar.resume_at(self.step * self.batch_images)
             while self.step < total:
@@ -161,6 +162,7 @@ class ClassifierTrainer(Resumable):
                     bar.advance_to(self.step * self.batch_images)
                     if self.step % self.steps_per_epoch == 0:
                         self.scores.append(self._test())
+                        self.log.summary(self.step, "epoch", dict(zip(("top1", "top5"), self.scores[-1], strict=True)))
                     self._checkpoint_if_due()
         self.checkpoints.save(self._state(), self.step)
         return last_and_best(self.scores)
@@ -191,6 +193,7 @@ class ClassifierTrainer(Resumable):
         self._watch_loss(loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._log_step({"loss": loss})
         update(self.optimizer, self.tune)
 
     def way_out(self, step: int) -> str:

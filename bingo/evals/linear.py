@@ -5,8 +5,8 @@ report the last and the best epoch. The papers report the best one, which is cho
 B rows of a batch, D feature width, C classes.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
 
 if TYPE_CHECKING:
-    from bingo.evals.finetune import Task
+    from bingo.evals.finetune import ClassifierTrainer, Task
     from bingo.nets.backbones import Backbone
     from bingo.runtime.checkpoints import Checkpoints
 
@@ -76,6 +76,7 @@ def linear_on_crops(
     seed: int,
     device: torch.device,
     checkpoints: "Checkpoints",
+    logged: "Callable[[ClassifierTrainer], AbstractContextManager[object]]" = nullcontext,
 ) -> dict[str, float | int]:
     """BINGO's released protocol (main_lincls.py, scripts/lincls/Res.sh).
 
@@ -83,7 +84,7 @@ def linear_on_crops(
     to the linear layer, raw or, with `params.standardise`, as computed by `Standardised`. Tested on centre views. A cosine schedule is
     updated at every step and ends at 0 (released: once per epoch, ends at 0.01). Returns the scores of `linear_on_features` and raises
     what that does; it is `finetune.ClassifierTrainer` with a frozen backbone, so it resumes from its checkpoint, and several processes
-    share each batch.
+    share each batch. It runs in `logged` of it.
     """
     from bingo.evals.features import backbone_features
     from bingo.evals.finetune import ClassifierTrainer, Protocol  # timm, which is not needed for stored features
@@ -93,7 +94,9 @@ def linear_on_crops(
         seen = task.images, task.train_rows_N, task.image, device, precision, params.batch_images
         judged = Standardised(backbone, torch.from_numpy(backbone_features(backbone, *seen)).to(device))
     tune = TuneParams(**params.model_dump(include=set(TuneParams.model_fields)), **PLAIN_SGD, nesterov=False)
-    return ClassifierTrainer(judged, Protocol(task, tune, params.lr, None), precision, seed, device, checkpoints, _LABEL).run()
+    trainer = ClassifierTrainer(judged, Protocol(task, tune, params.lr, None), precision, seed, device, checkpoints, _LABEL)
+    with logged(trainer):
+        return trainer.run()
 
 
 class Standardised(nn.Module):

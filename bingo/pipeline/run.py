@@ -6,7 +6,6 @@ Nothing here can change a stage's output, so no stage depends on this file.
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -30,7 +29,8 @@ from bingo.report.measures import measure_label
 from bingo.runtime.artefacts import file_fingerprint, fingerprint, write_json
 from bingo.runtime.errors import UserError, first_sentence, near_matches
 from bingo.runtime.gpus import unusable_gpu, wanted_device
-from bingo.runtime.memory import keep_freed_memory
+from bingo.runtime.loggers import wanted_loggers
+from bingo.runtime.memory import keep_freed_memory, peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,7 @@ def stage_run(name: str, item: str | None = None, raises_limits: bool = False, b
     with mistakes_as_lines():
         run = Run(name, load_params(), item.rpartition("@")[2] if item else None)
         if "RANK" not in os.environ:  # the launcher has done it
+            wanted_loggers()
             try:
                 check_limits(run.params, expected_processes(), Path(os.environ.get("DVC_ROOT", ".")) / LIMITS, builds_networks)
             except UserError as error:
@@ -112,7 +113,7 @@ def stage_run(name: str, item: str | None = None, raises_limits: bool = False, b
         if is_first():
             seconds = round(time.monotonic() - begun, 2)
             ended = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-            record = {"stage": run.stage, "seconds": seconds, "ended": ended, **_peak_memory(), **run.notes, **_surroundings(run.params)}
+            record = {"stage": run.stage, "seconds": seconds, "ended": ended, **peak_memory(), **run.notes, **_surroundings(run.params)}
             _write_record(record)
             made = ", ".join(_outputs(run))
             done = f"nothing to do, as {run.idle}; empty outputs" if run.idle else f"wrote {made}" if made else "done"
@@ -142,16 +143,6 @@ def _record_folders() -> list[Path]:
     experiment = os.environ.get("DVC_EXP_NAME")
     kept = Path(os.environ.get("BINGO_RUNS") or Path(os.environ.get("DVC_ROOT", ".")) / RUNS)
     return [RUNS, kept / experiment] if experiment else [RUNS]
-
-
-def _peak_memory() -> dict[str, float]:
-    """Peak memory of this process, in MB of 2^20 bytes: on the host and, if one was used, on the GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
-    peaks = {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        peaks["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return peaks
 
 
 def _surroundings(params: Params) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from bingo.nets.batchnorm import own_groups
 from bingo.nets.checkpoint import weights_sha256
 from bingo.nets.precision import resolve_precision
 from bingo.params import AugmentParams
+from bingo.pipeline.loggers import bag_pictures, logged
 from bingo.pipeline.run import Run, code_fingerprint, in_words, process_group
 from bingo.pipeline.state import state_folder
 from bingo.planning.costs import step_flops
@@ -92,7 +94,9 @@ def train_method(
                 run.notes["resumed"] = True
             with progress_bar("counting the cost of a step"):
                 gflop_per_anchor = _gflop_per_anchor(trainer.method, batches)
-            result = trainer.run()
+            pictures = partial(bag_pictures, inputs.bags, listing, images) if inputs.bags is not None else None
+            with logged(run, trainer, measure=lambda student: feature_spread(student, *watched), pictures=pictures):
+                result = trainer.run()
             result.gflop_per_anchor = gflop_per_anchor
             if distributed.rank() == 0:
                 result.spread = feature_spread(method.student, *watched)

@@ -50,9 +50,7 @@ def thumbnail(images: Images, listing: "Listing", row: int) -> Thumbnail:
     picture if its file can no longer be read."""
     label = int(listing.labels_N[row])
     name = listing.classes[label] if label >= 0 else ""
-    try:
-        picture = _picture(images, row)
-    except (OSError, BadImage):
+    if (picture := picture_of(images, row)) is None:
         return Thumbnail(row, None, THUMBNAIL_PX, THUMBNAIL_PX, listing.paths[row], name)
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
     kind = "png" if max(picture.size) <= _TINY_PX else "jpeg"
@@ -62,7 +60,11 @@ def thumbnail(images: Images, listing: "Listing", row: int) -> Thumbnail:
     return Thumbnail(row, uri, picture.width, picture.height, listing.paths[row], name)
 
 
-def _picture(images: Images, row: int) -> Image.Image:
+def picture_of(images: Images, row: int) -> Image.Image | None:
+    """The RGB image of a row: as stored, or decoded at about twice a thumbnail's size; None if its file can no longer be read."""
     if isinstance(images, MemoryImages):
         return Image.fromarray(images.images_NSS3[row])
-    return decode_rgb(images.read(row), lambda height, width: max(height, width) / (2 * THUMBNAIL_PX), images.gray_bits)[0]
+    try:
+        return decode_rgb(images.read(row), lambda height, width: max(height, width) / (2 * THUMBNAIL_PX), images.gray_bits)[0]
+    except (OSError, BadImage):
+        return None

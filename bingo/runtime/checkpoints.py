@@ -21,6 +21,7 @@ from bingo.runtime.artefacts import fingerprint, read_json, write_bytes, write_j
 from bingo.runtime.checksums import Damaged, seal, unseal
 from bingo.runtime.errors import Interrupted, UserError, out_of_memory, reason_of
 from bingo.runtime.finite import LossWatch
+from bingo.runtime.loggers import TrainingLog
 
 SECONDS_VARIABLE = "BINGO_CHECKPOINT_SECONDS"
 
@@ -126,8 +127,10 @@ class Resumable:
     label: str
     step: int
     watch: LossWatch
+    optimizer: torch.optim.Optimizer
     parts: Mapping[str, nn.Module | torch.optim.Optimizer]
     values: tuple[str, ...]
+    log = TrainingLog()
 
     def way_out(self, step: int) -> str:
         """What to do about a loss that is not finite at this step."""
@@ -141,8 +144,18 @@ class Resumable:
 
     def _refuse_what_is_not_finite(self) -> None:
         """Raises UserError if a loss was not finite since the last call. Waits for the device."""
-        if (found := self.watch.first(self.step)) is not None:
+        found = self.watch.first(self.step)
+        self.log.flush()
+        if found is not None:
             raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; {self.way_out(found[0])}")
+
+    def _log_step(self, values: Mapping[str, Tensor]) -> None:
+        """Keep scalars of this step for the loggers, and the norm of all gradients before anything changes them. Nothing waits."""
+        if self.log.due(self.step):
+            groups = self.optimizer.param_groups
+            gradients = [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
+            seen = {name: value.detach() for name, value in values.items()}
+            self.log.keep(self.step + 1, groups[0]["lr"], seen | {"grad_norm": nn.utils.get_total_norm(gradients)})
 
     def _checkpoint_if_due(self) -> None:
         """Several processes agree on it only when the loss is read too, because agreeing waits for the device."""

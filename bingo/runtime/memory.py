@@ -1,6 +1,7 @@
-"""Host memory for work on the CPU: memory freed by one step is reused by the next without returning it to the system."""
+"""Host memory for work on the CPU: memory freed by one step is reused by the next, and how much was used."""
 
 import ctypes
+import resource
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -20,3 +21,13 @@ def keep_freed_memory(kept_bytes: int = KEPT_BYTES) -> None:
     # The second limit alone would be harmful: it stops the first from adapting.
     if mallopt is not None and any(mallopt(M_MMAP_THRESHOLD, largest) for largest in LARGEST_KEPT_BYTES):
         mallopt(M_TRIM_THRESHOLD, kept_bytes)
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak memory of this process, in MB of 2^20 bytes: on the host and, if one was used, on the GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
+    peaks = {"peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peaks["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peaks

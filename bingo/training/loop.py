@@ -92,12 +92,13 @@ class Trainer(Resumable):
     def run(self) -> TrainingResult:
         """Train to the end, from the last checkpoint if there is one. Raises Interrupted after SIGTERM or SIGINT, with a checkpoint."""
         self._resume()
+        total, anchors = self.schedule.epochs * self.steps_per_epoch, self.schedule.batch_anchors
+        self.log.begin(self.step, total, anchors, "anchors", lambda: self.batches.loader.wait_seconds)
         if self.measure_start and not self.history and self.probe is not None and self.schedule.probe_every_epochs:
-            self.history.append({"epoch": 0, **self._probed(0)})
-        total = self.schedule.epochs * self.steps_per_epoch
+            self._record({"epoch": 0, **self._probed(0)})
         begun = time.monotonic()
-        with self.checkpoints.stop_requests(), progress_bar(self.label, total * self.schedule.batch_anchors, "anchors") as bar:
-            bar.resume_at(self.step * self.schedule.batch_anchors)
+        with self.checkpoints.stop_requests(), progress_bar(self.label, total * anchors, "anchors") as bar:
+            bar.resume_at(self.step * anchors)
             while self.step < total:
                 self._epoch(bar)
         self.result.history, self.result.best = self.history, self.best
@@ -123,6 +124,7 @@ class Trainer(Resumable):
         terms = self._terms(batch, progress)
         self._watch_loss(terms["loss"])
         terms["loss"].backward()
+        self._log_step(terms)
         update(self.optimizer, self.schedule)
         self.method.after_step()
         for name, value in terms.items():
@@ -170,7 +172,11 @@ class Trainer(Resumable):
             record |= (probed := self._probed(epoch + 1))
             bar.remark = ", ".join(f"{name} {percent:.1f}" for name, percent in probed.items())
         self.sums = {}
+        self._record(record)
+
+    def _record(self, record: dict[str, float]) -> None:
         self.history.append(record)
+        self.log.summary(self.step, "epoch", record)
 
     def _probed(self, epoch: int) -> dict[str, float]:
         """The probe's figures after so many epochs, on process 0, for which the others wait; there the best weights are kept."""
@@ -181,6 +187,7 @@ class Trainer(Resumable):
             self.result.probe_seconds += time.monotonic() - begun
             if self.keep_best:
                 self._keep_if_best(epoch, figures)
+            self.log.measure(self.method.student)
         distributed.barrier()
         return figures
 

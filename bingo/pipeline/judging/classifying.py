@@ -10,6 +10,7 @@ from bingo.evals.finetune import ClassifierTrainer, Protocol
 from bingo.nets.backbones import Backbone
 from bingo.params import Section, SemiEvalParams, TransferParams
 from bingo.pipeline.judging.backbones import state_of
+from bingo.pipeline.loggers import logged
 from bingo.pipeline.run import Run
 from bingo.runtime import distributed
 from bingo.runtime.artefacts import write_json
@@ -49,6 +50,8 @@ def _score(
     checkpoints, label = Checkpoints(folder), f"{run.stage}: {name}"
     if checkpoints.exists():
         run.say(f"{label}: resuming from a checkpoint")
-    score = ClassifierTrainer(backbone, protocol, precision, run.params.seed, device, checkpoints, label).run()
+    trainer = ClassifierTrainer(backbone, protocol, precision, run.params.seed, device, checkpoints, label)
+    with logged(run, trainer, f"{run.stage}/{name.replace(', ', '/')}"):
+        score = trainer.run()
     run.say(f"{label}: top-1 {score['top1_last']:.1f} in the last epoch, {score['top1_best']:.1f} in the best")
     return score
