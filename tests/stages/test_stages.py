@@ -368,6 +368,7 @@ def test_bags_that_are_all_empty_end_bag_and_distill(workspace):
         ("teacher", {"BINGO_DEVICE": "nonsense"}, "BINGO_DEVICE = nonsense: allowed are auto, cpu, cuda"),
         ("teacher", {"BINGO_PROCESSES": "zero"}, "BINGO_PROCESSES = zero: allowed is a whole number from 1"),
         ("extract", {"BINGO_PROCESSES": "0"}, "BINGO_PROCESSES = 0: allowed is a whole number from 1"),
+        ("scan", {"BINGO_LOGGERS": "tensorbord"}, "BINGO_LOGGERS = tensorbord: allowed are jsonl, tensorboard, wandb, mlflow"),
         ("distill", {"BINGO_CHECKPOINT_SECONDS": "soon"}, "BINGO_CHECKPOINT_SECONDS = soon: allowed is a number of seconds from 0"),
         ("distill", {"BINGO_CHECKPOINT_SECONDS": "-1"}, "BINGO_CHECKPOINT_SECONDS = -1: allowed is a number of seconds from 0"),
     ],
