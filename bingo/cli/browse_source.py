@@ -94,7 +94,8 @@ class BagSource:
     @cached_property
     def index(self) -> BagIndex:
         """The bag index, read row by row. Raises UserError if it is absent, damaged or another listing's."""
-        return read_bags(self.artefacts.store(paths.BAGS), self.listing, name=self.artefacts.title(paths.BAGS))
+        listing = self.listing
+        return read_bags(self.artefacts.store(paths.BAGS), listing, name=self.artefacts.title(paths.BAGS))
 
     @cached_property
     def embeddings(self) -> Embeddings:
