@@ -222,6 +222,9 @@ def _deployed(measured: ExportFigures) -> str:
     note = f"\n\nMeasured on {measured.machine}." if measured.machine else ""
     if any("latency" in name for name, *_ in measured.rows):
         note += " Latency is the median of repeated runs, memory the peak of a process with the library and this file alone."
+    latencies = [(name.partition(",")[0].removeprefix("latency at "), *both) for name, *both in measured.rows if name.startswith("latency")]
+    if slower := [batch for batch, before, after in latencies if before and float(after) > float(before)]:
+        note += f" This file is slower than the float32 network there at {' and '.join(slower)}; measure it where it is to run."
     return f"| | float32 network | this file |\n| --- | ---: | ---: |\n{rows}{note}"
 
 

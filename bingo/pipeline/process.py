@@ -17,7 +17,8 @@ from pathlib import Path
 from bingo.runtime.artefacts import NotWritten
 from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, GroupLost, Interrupted, UserError, out_of_memory, printable
 
-# How long a process of a group waits before it prints an error: meanwhile the launcher, who sees the first one fail, ends the others.
+# How long a process of a group waits before it prints an error: meanwhile the launcher, who sees the first one fail, ends the others. One
+# that has lost the others waits on while the launcher still has to act, which takes long on a busy machine.
 OTHERS_WAIT_SECONDS, LOST_WAIT_SECONDS = 2, 5
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -53,6 +54,8 @@ def mistakes_as_lines() -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
     except GroupLost as error:
         time.sleep(LOST_WAIT_SECONDS)
+        while any(map(_has_ended, error.peers)):  # the launcher sees that too, and ends this process
+            time.sleep(LOST_WAIT_SECONDS)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}; start again to resume", file=sys.stderr, flush=True)
         raise SystemExit(FAILED) from None
@@ -62,6 +65,13 @@ def mistakes_as_lines() -> Iterator[None]:
             raise SystemExit(USER_MISTAKE) from None
         _let_the_first_speak()
         raise
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def _with_the_way_in(line: str) -> str:

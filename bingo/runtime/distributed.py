@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,17 +60,30 @@ def group(device: torch.device) -> Iterator[None]:
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     store, number, processes = next(dist.rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=_WAIT, device_id=device_id)
+    peers = _peers()
     try:
         with _Failures(store.clone(), f"process {number} of {processes}") if backend == "nccl" else nullcontext():
             yield
+    except GroupLost as error:
+        error.peers = peers
+        raise
     except Interrupted:  # all processes have agreed on it
         dist.destroy_process_group()
         raise
     except RuntimeError as error:
         if not _is_loss(error):
             raise
-        raise GroupLost(f"process {number} of {processes} lost the others ({first_sentence(str(error))})") from error
+        raise GroupLost(f"process {number} of {processes} lost the others ({first_sentence(str(error))})", peers) from error
     dist.destroy_process_group()
+
+
+def _peers() -> frozenset[int]:
+    """The ids of the processes that this one's torchrun has started; none without it, or where the system does not list them."""
+    found: list[str] = []
+    with suppress(OSError):
+        for file in Path(f"/proc/{os.getppid()}/task").glob("*/children") if "TORCHELASTIC_RUN_ID" in os.environ else []:
+            found += file.read_text().split()
+    return frozenset(map(int, found))
 
 
 def _is_loss(error: BaseException) -> bool:

@@ -46,7 +46,12 @@ class Interrupted(Exception):
 
 
 class GroupLost(Exception):
-    """Another process of the group has ended or cannot be reached; that process reports the reason."""
+    """Another process of the group has ended or cannot be reached; that process reports the reason. `peers`: the ids of the processes
+    that this one's launcher had started."""
+
+    def __init__(self, line: str, peers: frozenset[int] = frozenset()):
+        super().__init__(line)
+        self.peers = peers
 
 
 def _shortened(line: str) -> str:

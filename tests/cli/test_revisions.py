@@ -12,6 +12,7 @@ import pytest
 from fabricated import make_workspace
 
 from bingo.bags.index import read_bags
+from bingo.cli.browse_source import BagSource
 from bingo.images.listing import read_listing
 from bingo.runtime.artefacts import read_json
 from tests.cli.test_browse import bingo_bags, mistake
@@ -93,6 +94,14 @@ def test_a_revision_gives_what_its_workspace_gave(repository, tmp_path, monkeypa
     assert [int(line.split()[1]) for line in lines[2:-1]] == members
     assert bingo_bags("export", "--rev", "k6", "--out", tmp_path / "k6.parquet")[0] == 0
     assert pq.read_table(tmp_path / "k6.parquet")["member"].to_pylist() == index.table.members_TK.ravel().tolist()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_revision_that_was_opened_is_read_wherever_the_process_goes(repository, tmp_path, monkeypatch, inside):
+    bags = [BagSource("k6") for _ in range(2)]
+    before = bags[0][5].picture().tobytes(), bags[0].index.members(9).tolist(), bags[0].metrics
+    monkeypatch.chdir(repository / "data" if inside else tmp_path)
+    assert (bags[1][5].picture().tobytes(), bags[1].index.members(9).tolist(), bags[1].metrics) == before
 
 
 def test_diff_of_two_revisions(repository):

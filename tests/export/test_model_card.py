@@ -94,6 +94,22 @@ def test_the_source_of_the_teacher_is_named(card, facts, says):
     assert says in rows(card(provenance), "Training")["teacher"]
 
 
+@pytest.mark.parametrize(
+    ("latencies", "says"),
+    [
+        ([("8", "7.9"), ("90", "100.5")], "slower than the float32 network there at batch 32;"),
+        ([("8", "9"), ("90", "1e+02")], "slower than the float32 network there at batch 1 and batch 32;"),
+        ([("8", "8"), ("9", "8.99")], None),
+        ([("", "8"), ("", "9")], None),  # of a float32 file alone
+    ],
+)
+def test_a_file_that_was_measured_slower_is_called_so(backbone, latencies, says):
+    measured = [(f"latency at batch {batch}, ms", *both) for batch, both in zip((1, 32), latencies, strict=True)]
+    network = StoredNetwork(backbone, {**SHAPE, **IMAGE, **MADE}, ImageParams(**IMAGE))
+    card = model_card(network, "onnx", "net.onnx", Loading("python", ""), "read", KNOWN, ExportFigures(measured, "a machine"))
+    assert says in card if says else "slower" not in card
+
+
 def test_what_is_not_known_is_not_claimed(card):
     text = card(Provenance())
     found = rows(text, "Training")

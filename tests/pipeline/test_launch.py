@@ -233,6 +233,30 @@ def test_who_speaks_and_after_what_wait(monkeypatch, capsys, rank, error, waits,
     assert capsys.readouterr().err == said
 
 
+def test_a_process_that_lost_one_of_the_same_launcher_waits_until_that_acts(monkeypatch, capsys):
+    """However long the launcher takes: here it ends this process at the fourth look at a process that has ended and was not waited for."""
+    ended = os.fork()
+    if ended == 0:
+        os._exit(0)
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 1:
+            os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
+        if len(waited) == 4:
+            raise SystemExit
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(SystemExit), mistakes_as_lines():
+        raise GroupLost("lost", frozenset({os.getpid(), ended}))
+    os.waitpid(ended, 0)
+    assert (len(waited), capsys.readouterr().err) == (4, "")
+    with pytest.raises(SystemExit), mistakes_as_lines():
+        raise GroupLost("lost", frozenset({os.getpid()}))
+    assert capsys.readouterr().err == "error: lost; start again to resume\n"
+
+
 def test_memory_that_ran_out_is_one_line(capsys):
     with pytest.raises(SystemExit) as left, mistakes_as_lines():
         raise MemoryError("Unable to allocate\n7 GiB")
