@@ -140,11 +140,13 @@ def common_bits(files: FileImages, checks: Checks, images_NSS3: np.ndarray | Non
 
     Stored pixels of images that use fewer bits were scaled by their own number, so they are decoded again.
     """
-    bits_of_row = {row: bits_of(int(checks.largest_N[row])) for row in np.flatnonzero(checks.largest_N >= 0).tolist()}
-    common = max(bits_of_row.values(), default=None)
-    again = [row for row, bits in bits_of_row.items() if bits != common]
-    if images_NSS3 is not None and again:
-        _, images_nSS3 = check_files(files.part(again), False, images_NSS3.shape[1], common)
+    gray_rows = np.flatnonzero(checks.largest_N >= 0)
+    largest, places = np.unique(checks.largest_N[gray_rows], return_inverse=True)
+    bits = [bits_of(value) for value in largest.tolist()]
+    common = max(bits, default=None)
+    again = gray_rows[np.array(bits, int)[places] != common]
+    if images_NSS3 is not None and len(again):
+        _, images_nSS3 = check_files(files.part(again.tolist()), False, images_NSS3.shape[1], common)
         images_NSS3[again] = images_nSS3
     return common
 

@@ -1,12 +1,15 @@
 """Find the images of a dataset that consists of files: of a folder, of tar shards, or of a saved dataset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pyarrow.compute as pc
 
 from bingo.datasets.layout import Say, Split, find_splits
 from bingo.images.decode import SUFFIXES
 from bingo.images.images import FileImages
+from bingo.images.listing import path_column
 from bingo.params.places import images_folder
 
 
@@ -16,7 +19,7 @@ class Found:
 
     train: Split
     test: Split
-    files: Callable[[list[str]], FileImages]
+    files: Callable[[Sequence[str]], FileImages]
 
 
 def find(source: str, root: str, follow_links: bool, columns: tuple[str | None, str | None], say: Say, name: str = "dataset.root") -> Found:
@@ -37,10 +40,11 @@ def find(source: str, root: str, follow_links: bool, columns: tuple[str | None, 
 
         members = read_saved(root, follow_links, columns, name, say)
     train, test = find_splits(Path(root), follow_links, say, name, members)
-    row_of = {path: row for row, path in enumerate(members.paths)}
+    all_paths = path_column(members.paths)
 
-    def files(paths: list[str]) -> FileImages:
-        return FileImages(images_folder(root), paths, follow_links, positions=members.positions.part([row_of[path] for path in paths]))
+    def files(paths: Sequence[str]) -> FileImages:
+        rows_n = pc.index_in(path_column(paths), all_paths).to_numpy()
+        return FileImages(images_folder(root), paths, follow_links, positions=members.positions.part(rows_n))
 
     return Found(train, test, files)
 

@@ -13,7 +13,7 @@ from bingo.datasets.finding import Found, find
 from bingo.datasets.known import KnownFiles, column_of_bytes
 from bingo.datasets.layout import Say, Split, count_splits
 from bingo.datasets.subset import Counts, Readable, draw_subset, readable_rows
-from bingo.images.listing import Listing, listing_fingerprint
+from bingo.images.listing import Listing, Paths, joined_paths, listing_fingerprint
 from bingo.images.positions import Positions
 from bingo.params import DatasetParams
 from bingo.runtime.errors import UserError, printable
@@ -48,7 +48,7 @@ def scan_files(
     passed_over: set[str] = set()
     readable = partial(_readable, dataset, found, known)
     chosen = [_choose(dataset, readable, name, split, classes, seed, passed_over) for name, split in (("train", train), ("test", test))]
-    paths = chosen[0][0] + chosen[1][0]
+    paths = joined_paths(split_paths for split_paths, _ in chosen)
     labels_N = np.concatenate([labels for _, labels in chosen])
     files = found.files(paths)
     checks, images_NSS3 = check_files(files, dataset.check == "decode", dataset.store_px, known=known)
@@ -75,7 +75,7 @@ def scan_files(
         images_NSS3 = images_NSS3[: len(keep)]
     skipped = sorted(passed_over) + [paths[row] for row in sorted(checks.reasons)]
     train_rows = int((keep_N & is_train_N).sum())
-    kept_paths = paths if len(keep) == len(paths) else [paths[row] for row in keep.tolist()]
+    kept_paths = paths.take(keep)
     kept_labels, contents = labels_N[keep], checks.contents.part(keep)
     _say_of_rows(kept_paths, contents.sha256_N, kept_labels, train_rows, classes, say)
     header = {"dataset": _DATASET, "classes": classes, "store_px": dataset.store_px}
@@ -89,9 +89,7 @@ def scan_files(
     )
 
 
-def _say_of_rows(
-    paths: list[str], sha256_N: np.ndarray | None, labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say
-) -> None:
+def _say_of_rows(paths: Paths, sha256_N: np.ndarray | None, labels_N: np.ndarray, train_rows: int, classes: list[str], say: Say) -> None:
     """Report images that are in both splits, and classes without any remaining train image."""
     if sha256_N is not None:
         of_train_Q = _row_of_train(sha256_N, train_rows)
@@ -106,19 +104,19 @@ def _say_of_rows(
 def _without_held_out(dataset: DatasetParams, found: Found, seed: int, known: KnownFiles | None) -> tuple[Split, Split]:
     """The train split without the rows that are held out, and these as the test split; where unreadable images are skipped, it has none."""
     train = found.train
-    labels_N = np.unique(np.array(train.class_names or [""] * len(train.paths)), return_inverse=True)[1]
-    rows = readable_rows(labels_N, dataset.test_images or 0, seed, "hold-out", _readable(dataset, found, known, train.paths, set()))
-    is_test_N = np.isin(np.arange(len(labels_N)), rows)
+    rows = readable_rows(train.labels_N, dataset.test_images or 0, seed, "hold-out", _readable(dataset, found, known, train.paths, set()))
+    is_test_N = np.zeros(len(train.paths), bool)
+    is_test_N[rows] = True
     return _part_of(train, ~is_test_N), _part_of(train, is_test_N)
 
 
-def _readable(dataset: DatasetParams, found: Found, known: KnownFiles | None, paths: list[str], passed_over: set[str]) -> Readable:
+def _readable(dataset: DatasetParams, found: Found, known: KnownFiles | None, paths: Paths, passed_over: set[str]) -> Readable:
     """Which of the rows of `paths` can be read; the paths of others are added to `passed_over`."""
 
     def readable(rows: np.ndarray) -> np.ndarray:
         if dataset.on_bad_image == "stop":  # the whole scan, where one is not
             return np.ones(len(rows), bool)
-        asked = [paths[row] for row in rows.tolist()]
+        asked = paths.take(rows)
         checks = check_files(found.files(asked), dataset.check == "decode", dataset.store_px, known=known)[0]
         passed_over.update(asked[row] for row in checks.reasons)
         return checks.readable_N
@@ -127,10 +125,7 @@ def _readable(dataset: DatasetParams, found: Found, known: KnownFiles | None, pa
 
 
 def _part_of(split: Split, chosen_N: np.ndarray) -> Split:
-    def kept(values: list[str]) -> list[str]:
-        return [value for value, chosen in zip(values, chosen_N.tolist(), strict=True) if chosen]
-
-    return Split(kept(split.paths), split.classes, kept(split.class_names) if split.class_names else [])
+    return Split(split.paths.take(np.flatnonzero(chosen_N)), split.classes, split.labels_N[chosen_N])
 
 
 def _copies_of_train(checks: Checks, train_rows: int) -> np.ndarray:
@@ -150,26 +145,24 @@ def _row_of_train(sha256_N: np.ndarray, train_rows: int) -> np.ndarray:
 
 def _choose(
     dataset: DatasetParams,
-    readable: Callable[[list[str], set[str]], Readable],
+    readable: Callable[[Paths, set[str]], Readable],
     name: str,
     split: Split,
     classes: list[str],
     seed: int,
     passed_over: set[str],
-) -> tuple[list[str], np.ndarray]:
+) -> tuple[Paths, np.ndarray]:
     """Paths and labels of a split after drawing a seeded subset; unreadable images, where they are skipped, are added to `passed_over`."""
     number = {class_name: label for label, class_name in enumerate(classes)}
-    labels_N = np.array([number[class_name] for class_name in split.class_names], np.int64)
-    if not split.classes:
-        labels_N = np.full(len(split.paths), -1)
+    labels_N = np.array([*(number[name] for name in split.classes), -1])[split.labels_N]
     rows = draw_subset(dataset, name, labels_N, seed, readable(split.paths, passed_over))
     if not len(rows):  # none can be read: why, is said of those that are drawn
         passed_over.difference_update(split.paths)
         rows = draw_subset(dataset, name, labels_N, seed)
-    return split.paths if len(rows) == len(split.paths) else [split.paths[row] for row in rows.tolist()], labels_N[rows]
+    return split.paths.take(rows), labels_N[rows]
 
 
-def _judge_bad(dataset: DatasetParams, paths: list[str], checks: Checks, some_train: bool, way_out: str) -> None:
+def _judge_bad(dataset: DatasetParams, paths: Paths, checks: Checks, some_train: bool, way_out: str) -> None:
     """Raises UserError with a line for each unreadable file, unless such files are to be skipped and train images are left; if only those
     are not, with `way_out`."""
     bad = [(paths[row], row, reason) for row, reason in sorted(checks.reasons.items())]

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bingo.images.listing import path_column
 from bingo.runtime.artefacts import fingerprint, write_bytes
 from bingo.runtime.checksums import Damaged, seal, unseal
 
@@ -45,7 +46,7 @@ class KnownFiles:
         known = self._tables[place]
         if not len(known):
             return np.zeros(len(paths), bool), known
-        names = pa.chunked_array([pa.array(paths, pa.string())])
+        names = pa.chunked_array([path_column(paths)])
         in_order = len(known) == len(names) and known[_PATH].equals(names)
         place_N = np.arange(len(names)) if in_order else pc.index_in(names, known[_PATH].combine_chunks()).fill_null(-1).to_numpy()
         same_N = (identities(known)[place_N] == identity_N4).all(axis=1) & (place_N >= 0) & (identity_N4[:, 0] >= 0)
@@ -57,7 +58,7 @@ class KnownFiles:
         """Save what was found of some files, whose identity was taken after `begun_ns` and before they were read."""
         settled_N = pa.array(identity_N4[:, 2] < begun_ns - _SETTLED_NS)
         identity = column_of_bytes(identity_N4.view(np.uint8))
-        table = pa.table({_PATH: pa.array(paths, pa.string()), _IDENTITY: identity, **columns}, schema=_SCHEMA).filter(settled_N)
+        table = pa.table({_PATH: path_column(paths), _IDENTITY: identity, **columns}, schema=_SCHEMA).filter(settled_N)
         self._used.setdefault(place, []).append(table)
         self._new[place] = self._new.get(place, 0) + len(table)
         self._write(place, table)

@@ -8,20 +8,26 @@ leave behind and files without a suffix that is read are passed over, and counte
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from bingo.datasets.members import Members
 from bingo.datasets.split_names import look_like_splits, role_of, split_word
 from bingo.datasets.subset import Counts
 from bingo.images.decode import SUFFIXES
+from bingo.images.listing import Paths, joined_paths
 from bingo.runtime.errors import UserError, printable
 from bingo.runtime.inside import folded
 from bingo.runtime.progress import progress_bar
 
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__")
+_NAMES = 65536  # that are held as Python's strings at once
 _MOST_LINES, _MOST_NAMES, _MOST_SUFFIXES = 20, 3, 8
 _USUAL = {"train": ("train",), "test": ("val", "test")}  # which of several folders with the same role is used
 Say = Callable[[str], None]
@@ -31,12 +37,20 @@ Say = Callable[[str], None]
 class Split:
     """The images of one split in order, and the class of each; `classes` is empty if images are not in class folders."""
 
-    paths: list[str]
+    paths: Paths
     classes: list[str]
-    class_names: list[str]  # one for each path; empty for a split without classes
+    labels_N: np.ndarray  # int64 (N,), places in `classes`; -1 without classes
 
 
-_NO_SPLIT = Split([], [], [])
+def _split(by_class: Mapping[str, Sequence[str]]) -> Split:
+    """The images of each class in order; one class without a name: no classes."""
+    ordered, classes = sorted(by_class), sorted(name for name in by_class if name)
+    paths = joined_paths(by_class[name] for name in ordered)
+    images_C = np.array([len(by_class[name]) for name in ordered], np.int64)
+    return Split(paths, classes, np.repeat(np.arange(len(ordered)) - int("" in by_class), images_C))
+
+
+_NO_SPLIT = _split({})
 
 
 def count_splits(train: Split, test: Split) -> Counts:
@@ -46,7 +60,7 @@ def count_splits(train: Split, test: Split) -> Counts:
 
 
 @progress_bar("finding the images")
-def find_images(root: Path, name: str, follow_links: bool, say: Say) -> list[str]:
+def find_images(root: Path, name: str, follow_links: bool, say: Say) -> Paths:
     """All images under a root, relative to it, sorted by the parts of their paths; `name` is the name of the root in messages.
 
     `say` is called with a line on what is skipped. Raises UserError if there is no image, or a link leads in a circle or (unless
@@ -160,11 +174,7 @@ def _placed_split(rows: list[int], paths: list[str], placed: list[tuple[str, str
     by_class: dict[str, list[str]] = {}
     for row in rows:
         by_class.setdefault(placed[row][1], []).append(paths[row])
-    ordered = [(name, sorted(by_class[name], key=lambda path: path.split("/"))) for name in sorted(by_class)]
-    classes = [name for name in sorted(by_class) if name]
-    return Split(
-        [path for _, of_class in ordered for path in of_class], classes, [name for name, x in ordered for _ in x] if classes else []
-    )
+    return _split({name: joined_paths([of_class]).in_order() for name, of_class in by_class.items()})
 
 
 def _refuse_class_named_train(walker: "_Walker", train_name: str, test_name: str | None, folders: list[str]) -> None:
@@ -191,8 +201,9 @@ def _with_classes_of_train(walker: "_Walker", train: Split, test: Split, test_na
         pairs = [f"{old} is {new}" for old, new in renamed.items()]
         say(f"{walker.shown}: class names of {test_name}/ differ from those of train/ in case alone: {_some(pairs)}")
     _say_of_missing(f"{walker.shown}: {test_name}/", train.classes, [renamed.get(name, name) for name in test.classes], say)
-    names = [renamed.get(name, name) for name in test.class_names]
-    return replace(test, classes=sorted(set(names)), class_names=names)
+    names = np.array([renamed.get(name, name) for name in test.classes], object)
+    classes, places = np.unique(names, return_inverse=True)
+    return replace(test, classes=classes.tolist(), labels_N=places[test.labels_N])
 
 
 def _say_of_missing(where: str, of_train: list[str], of_test: list[str], say: Say) -> None:
@@ -226,20 +237,19 @@ def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
     if here and any(by_folder.values()):
         raise UserError(f"{where} holds images ({here[0]}) beside class folders; move them into a class, or out of the root")
     if here:
-        return Split(here, [], [])
+        return _split({"": here})
     if not any(by_folder.values()):
         raise UserError(f"{where} holds no images; recognised are {', '.join(SUFFIXES)}{walker.seen_instead()}")
     if empty := [folder for folder, paths in by_folder.items() if not paths]:
         lines = [f"{where} has the class folder {_last(x)} without images{walker.seen_in(x)}; fill it, or delete it" for x in empty]
         raise UserError(lines[:_MOST_LINES])
-    by_class: dict[str, list[str]] = {}
+    by_class: dict[str, Paths] = {}
     for folder, paths in by_folder.items():
         if by_class.setdefault(normalize("NFC", _last(folder)), paths) is not paths:
             raise UserError(f"{where} has two folders {_last(folder)!a} that differ in their Unicode form alone; merge them into one")
     classes = sorted(by_class)
     _say_of_classes(walker, where, classes, list(by_folder), say)
-    paths = [path for name in classes for path in by_class[name]]
-    return Split(paths, classes, [name for name in classes for _ in by_class[name]])
+    return _split(by_class)
 
 
 def _say_of_classes(walker: "_Walker", where: str, classes: list[str], folders: list[str], say: Say) -> None:
@@ -303,36 +313,41 @@ class _Walker:
         self.passed_folders: list[str] = []
         self.inner: dict[str, list[str]] = {}  # of folders that were walked, the names of the sub-folders that hold images
         self.split_words: dict[tuple[str, ...], dict[str, str]] = {}  # by the other words of its name, the first folder of each role
-        self.top: tuple[list[str], list[str]] = ([], [])  # entries of the root, whose links are judged when it is known which are read
+        self.top: tuple[Paths, list[str]] = (
+            joined_paths([]),
+            [],
+        )  # of the root; its links are judged later
         self.top_links: list[str] = []
 
     def again(self) -> "_Walker":
         """One that has listed nothing yet."""
         return _Walker(self.root, self.name, self.follow_links, self.splits, self.tree)
 
-    def images(self, folder: str) -> list[str]:
+    def images(self, folder: str) -> Paths:
         """All images in a folder, at any depth, relative to the root, sorted by the parts of their paths."""
-        found: list[str] = []
+        found: list[Paths] = []
         self._collect(folder, (), found)
-        return sorted(found, key=lambda path: path.split("/"))
+        return joined_paths(found).in_order() if len(found) > 1 else found[0]
 
-    def _collect(self, folder: str, above: tuple[str, ...], found: list[str]) -> None:
+    def _collect(self, folder: str, above: tuple[str, ...], found: list[Paths]) -> int:
+        """Add the images of each folder, and return how many they are."""
         real = os.path.realpath(self.root / folder) if self.tree is None else folder
         if real in above:
             raise UserError(f"{self.shown}: {folder} is a link that leads in a circle; delete it")
         here, folders = self.entries(folder)
         if not folder:
             self.refuse_outside(self.top_links)
-        found.extend(here)
+        found.append(here)
+        count = len(here)
         if self.splits:
             self.refuse_mixed(folder, folders)
         self.inner[folder] = []
         for inner in folders:
-            count = len(found)
-            self._collect(inner, (*above, real), found)
-            if len(found) > count:
+            if of_inner := self._collect(inner, (*above, real), found):
                 self.inner[folder].append(_last(inner))
                 self._note_role(inner)
+            count += of_inner
+        return count
 
     def _note_role(self, folder: str) -> None:
         name = _last(folder)
@@ -378,14 +393,22 @@ class _Walker:
             way_out = "name the folder of the train images train/ and the other val/, or, if they are classes, rename one of them"
             raise UserError(f"{self.shown}: {problem}; {way_out}")
 
-    def entries(self, folder: str) -> tuple[list[str], list[str]]:
+    def entries(self, folder: str) -> tuple[Paths, list[str]]:
         """The images and folders directly in `folder`, both sorted, relative to the root. Raises UserError if they cannot be listed or
         used."""
-        images: list[str] = []
+        names: list[str] = []
+        columns: list[pa.Array] = []
         folders: list[str] = []
         links: list[str] = []
+        above = f"{folder}/" if folder else ""
         for name, kind, is_link in self._listed(folder):
-            path = f"{folder}/{name}" if folder else name
+            if kind == "file" and not is_link and name[0] != "." and name.lower().endswith(SUFFIXES):
+                names.append(name)  # most are such
+                if len(names) == _NAMES:
+                    columns.append(self._column(above, names))
+                    names.clear()
+                continue
+            path = f"{above}{name}"
             if name.startswith("."):
                 self.passed["hidden"] += 1
                 continue
@@ -396,13 +419,11 @@ class _Walker:
             elif not name.lower().endswith(SUFFIXES):
                 self.passed[printable(PurePosixPath(name).suffix.lower()) or "without a suffix"] += 1
             elif kind == "file":
-                images.append(path)
+                names.append(name)
             else:
                 raise UserError(f"{self.shown}: {path} is not a regular file (a pipe or device?); remove it")
-        for path in images:
-            if not path.isprintable() or not path.isascii():
-                self._refuse_undecodable(path)
-        found = sorted(images), sorted(folders)
+        images = pa.chunked_array([*columns, self._column(above, names)])
+        found = Paths(images.take(pc.sort_indices(images))), sorted(folders)
         if folder:
             self.refuse_outside(links)
         else:
@@ -417,6 +438,9 @@ class _Walker:
         try:
             with os.scandir(self.root / folder) as entries:
                 for entry in entries:
+                    if entry.is_file(follow_symlinks=False):
+                        yield entry.name, "file", False
+                        continue
                     is_link = entry.is_symlink()
                     yield entry.name, "folder" if _is_folder(entry) else "file" if is_link or entry.is_file() else "other", is_link
         except OSError as error:
@@ -458,8 +482,10 @@ class _Walker:
                     f"{self.shown}: {path} is a link out of it, to {target}; {self.allow_links}, or copy the images into the root"
                 )
 
-    def _refuse_undecodable(self, path: str) -> None:
+    def _column(self, above: str, names: list[str]) -> pa.Array:
+        """Paths in the folder `above`. Raises UserError if one is not UTF-8."""
         try:
-            path.encode()
+            return pa.array([above + name for name in names], pa.string())
         except UnicodeEncodeError:
-            raise UserError(f"{self.shown}: {path!a} is not a UTF-8 name; rename the file") from None
+            name = next(name for name in names if name.encode(errors="replace").decode() != name)
+            raise UserError(f"{self.shown}: {above + name!a} is not a UTF-8 name; rename the file") from None

@@ -17,6 +17,7 @@ from bingo.datasets.layout import Say, find_images
 from bingo.embeddings.files import check_names, write_embeddings
 from bingo.export.stored import StoredNetwork
 from bingo.images.images import FileImages
+from bingo.images.listing import Paths
 from bingo.images.loader import center_views
 from bingo.params import image_values
 from bingo.runtime.errors import UserError
@@ -53,7 +54,7 @@ def embed_folder(
     return len(paths), bad
 
 
-def _readable(root: Path, paths: list[str], skip_bad: bool) -> tuple[list[str], list[str], int | None]:
+def _readable(root: Path, paths: Paths, skip_bad: bool) -> tuple[Paths, list[str], int | None]:
     """The images that can be decoded, those that cannot, and `gray_bits` as in a Listing. Raises UserError with their names and reasons."""
     files = FileImages(str(root), paths, follow_links=True)  # links out of the root were refused when it was listed
     checks, _ = check_files(files, decode=True, store_px=None)
@@ -62,7 +63,7 @@ def _readable(root: Path, paths: list[str], skip_bad: bool) -> tuple[list[str], 
         lines = [f"{path}: cannot be read ({reason})" for path, reason in list(reasons.items())[:BAD_LINES]]
         way_out = "repair or delete them" + ("" if skip_bad else ", or leave them out with --on-bad-image skip")
         raise UserError([*lines, f"FOLDER = {root}: {len(reasons)} of {len(paths)} images are unreadable; {way_out}"])
-    return [path for path in paths if path not in reasons], list(reasons), common_bits(files, checks, None)
+    return paths.take(np.flatnonzero(checks.readable_N)), list(reasons), common_bits(files, checks, None)
 
 
 def _features(network: StoredNetwork, images: FileImages, device: torch.device, batch_images: int) -> Iterator[np.ndarray]:

@@ -5,11 +5,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from bingo.datasets.subset import balanced_rows
 from bingo.evals.finetune import Protocol, task_of
 from bingo.images.images import Images
-from bingo.images.listing import Listing
+from bingo.images.listing import Listing, path_column
 from bingo.params import Params, SplitParams
 from bingo.runtime.errors import UserError
 
@@ -61,9 +63,11 @@ def listed_rows(listing: Listing, list_file: Path | str, name: str) -> np.ndarra
     lines = _lines(list_file, shown)
     if not lines:
         raise UserError(f"{shown}: lists no images; give one file name per line, or set null for a seeded draw")
+    asked = pa.array({name.rpartition("/")[2] for line in lines for name in (line, _COLUMN.split(line, maxsplit=1)[0])}, pa.string())
+    file_names = pc.replace_substring_regex(path_column(listing.paths[: listing.train_rows]), r"(?s)^.*/", "")
     by_file_name: dict[str, list[int]] = defaultdict(list)
-    for row, path in enumerate(listing.paths[: listing.train_rows]):
-        by_file_name[path.rpartition("/")[2]].append(row)
+    for row in np.flatnonzero(pc.is_in(file_names, asked)).tolist():
+        by_file_name[file_names[row].as_py()].append(row)
 
     def rows_of(name: str) -> list[int]:
         return [row for row in by_file_name.get(name.rpartition("/")[2], []) if f"/{listing.paths[row]}".endswith(f"/{name}")]

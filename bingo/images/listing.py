@@ -49,6 +49,14 @@ class Paths(Sequence[str]):
             )
         return self.column[int(rows)].as_py()
 
+    def take(self, rows_n: np.ndarray) -> "Paths":
+        """Those of some rows."""
+        return self if np.array_equal(rows_n, np.arange(len(self))) else Paths(self.column.take(pa.array(rows_n, pa.int64())))
+
+    def in_order(self) -> "Paths":
+        """Sorted by their parts: the content of a folder comes before its neighbour `folder-2`."""
+        return Paths(self.column.take(pc.sort_indices(pc.replace_substring(self.column, "/", "\0"))))
+
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), _GROUP_ROWS):
             yield from self.column.slice(start, _GROUP_ROWS).to_pylist()
@@ -62,6 +70,11 @@ class Paths(Sequence[str]):
 def path_column(paths: Sequence[str]) -> pa.Array:
     """The paths as one array of Arrow."""
     return paths.column.combine_chunks() if isinstance(paths, Paths) else pa.array(paths, pa.string())
+
+
+def joined_paths(parts: Iterable[Sequence[str]]) -> Paths:
+    """The paths of all parts, one after the other."""
+    return Paths(pa.chunked_array([pa.concat_arrays([pa.array([], pa.string()), *map(path_column, parts)])]))
 
 
 def first_outside(paths: pa.ChunkedArray) -> str | None:

@@ -1,6 +1,7 @@
 """What a folder of images, or of files that hold images, holds, as far as its listing and a sample of its files say."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,12 +73,12 @@ def look_at(root: str, follow_links: bool) -> Look:
     return Look(of_train, of_test, classes, len(sample), sides, gray, tuple(unreadable), seconds / len(short_px), tuple(remarks), source)
 
 
-def _sample(paths: list[str]) -> list[str]:
+def _sample(paths: Sequence[str]) -> list[str]:
     """Up to 200 files of a split, evenly spaced."""
     return [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(SAMPLED_IMAGES, len(paths))).astype(int)).tolist()]
 
 
-def _readable(paths: list[str], unreadable: list[str]) -> int:
+def _readable(paths: Sequence[str], unreadable: list[str]) -> int:
     """How many images of a split can be read, if the files that were not opened are like those that were."""
     sample = _sample(paths)
     return len(paths) * len(set(sample).difference(unreadable)) // max(1, len(sample))

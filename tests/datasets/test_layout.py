@@ -1,6 +1,7 @@
 """What a scan assumes of a folder, and what it passes over: said in a line, or refused where train and test images would be mixed."""
 
 import shutil
+import tracemalloc
 from pathlib import Path
 from unicodedata import normalize
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from bingo.datasets.layout import find_splits
 from bingo.datasets.sources import scan
 from bingo.datasets.split_names import role_of
 from bingo.images.decode import SUFFIXES
@@ -400,3 +402,33 @@ def test_bad_links_are_found_though_links_are_followed(linked):
     assert listing.paths[-2:] == ["val/cat/twin.png", "val/dog/5.png"]
     (links / "train/cat/round").symlink_to(links / "train")
     assert "leads in a circle" in lines_of(folder(links, follow_links=True))[0]
+
+
+@pytest.mark.parametrize("names_at_once", [1, 2, 65536])
+def test_the_order_is_that_of_the_parts_of_paths_however_many_names_are_held(tmp_path, monkeypatch, names_at_once):
+    """A part that begins as another sorts after it, whatever character follows; links and names of other alphabets are among them."""
+    monkeypatch.setattr("bingo.datasets.layout._NAMES", names_at_once)
+    names = ["a/b/1", "a/b-c/1", "a/b", "a/b c", "a/é", "a/Z", "a b/2", "a-b/1", "ä/\U0001f600", "ä/\uffee"]
+    make(tmp_path, *(f"train/{name}.png" for name in names), "val/a/1.png")
+    (tmp_path / "train/a/0.png").symlink_to(tmp_path / "val/a/1.png")
+    listing, _ = said(tmp_path)
+    train = [path.relative_to(tmp_path).as_posix() for path in (tmp_path / "train").rglob("*.png")]
+    assert listing.paths == [*sorted(train, key=lambda path: path.split("/")), "val/a/1.png"]
+    assert [listing.classes[label] for label in listing.labels_N] == [path.split("/")[1] for path in listing.paths]
+
+
+def test_memory_for_a_folder_is_that_of_columns(tmp_path, monkeypatch):
+    """Of 20,000 images, links to one: fewer bytes a row than a string of Python has."""
+    save(tmp_path / "one.png", 0)
+    for row in range(20_000):
+        path = tmp_path / f"train/class-{row % 2}/some photograph {row:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.hardlink_to(tmp_path / "one.png")
+    (tmp_path / "one.png").unlink()
+    monkeypatch.setattr("bingo.datasets.layout._NAMES", 1000)
+    tracemalloc.start()
+    train, _ = find_splits(tmp_path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(train.paths) == 20_000
+    assert most < 20 * 20_000
