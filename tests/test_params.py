@@ -70,6 +70,17 @@ def test_the_shipped_file_is_valid_and_frozen():
             {**read_yaml(PARAMS)["distill"], "keep_best": True, "probe_every_epochs": 0},
             ["keep_best: true", "probe_every_epochs is 0"],
         ),
+        ("distill.accumulate_steps", 3, ["distill", "accumulate_steps: 3", "batch_anchors 64"]),
+        (
+            "distill",
+            {**read_yaml(PARAMS)["distill"], "accumulate_steps": 4, "batchnorm_groups": 2},
+            ["batchnorm_groups: 2, allowed for batch_anchors 64 and accumulate_steps 4 are 4, 8, 16"],
+        ),
+        (
+            "distill",
+            {**read_yaml(PARAMS)["distill"], "accumulate_steps": 2, "compile": "reduce-overhead"},
+            ["accumulate_steps: 2", "compile: reduce-overhead", "set compile: default"],
+        ),
         ("distill.hold_epochs", 4, ["distill", "lr_warmup_epochs: 1 plus hold_epochs: 4 must be less than epochs, 5"]),
         ("linear_eval.cached.hold_epochs", 60, ["linear_eval.cached", "hold_epochs: 60 must be less than epochs, 60"]),
         ("distill.drop_epochs", [3, 2], ["distill", "drop_epochs: [3, 2], allowed are increasing epochs from 1 to 4"]),

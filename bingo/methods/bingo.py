@@ -53,7 +53,6 @@ class Bingo(Method):
         self.negatives = Negatives(params.negatives, params.negative_rows, key_width, params.mask_bag, context)
         self.similarities = dtype_of_similarities(context.precision, context.device)
         self.needs = self._needs()
-        self.pushed: list[tuple[Tensor, Tensor]] = []
         if context.teacher is not None:
             context.teacher.batch_statistics(params.teacher_batchnorm == "batch")
 
@@ -75,9 +74,9 @@ class Bingo(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         anchor_keys_BP, member_keys_BP = self._keys(batch, progress)
-        self.pushed = [(anchor_keys_BP, batch.anchor_rows_B)]
+        self.pushed = [(self.negatives, anchor_keys_BP, batch.anchor_rows_B)]
         if member_keys_BP is not None and batch.member_rows_B is not None and self.params.queue_push == "anchor_and_member":
-            self.pushed.append((member_keys_BP, batch.member_rows_B))
+            self.pushed.append((self.negatives, member_keys_BP, batch.member_rows_B))
         bank_JP, hidden_BJ = self.negatives(batch, progress.step)
         if bank_JP.device.type != "cpu":  # once for all terms; a CPU converts a block while it is in the cache
             bank_JP = bank_JP.to(self.similarities)
@@ -147,8 +146,7 @@ class Bingo(Method):
             return self.context.teacher.keys(images_BCHW)
 
     def after_step(self) -> None:
-        for keys_BP, rows_B in self.pushed:
-            self.negatives.push(keys_BP, rows_B)
+        super().after_step()
         if self.context.keys == "momentum":
             self.key_encoder.move(nn.Sequential(self.student, self.head))
 

@@ -36,7 +36,6 @@ class Compress(Method):
             self.student_queue = Queue(params.queue_rows, context.feature_width, context.seed)
         else:
             self.head = mlp_head([context.feature_width, self.targets.width], seeds.torch_seed(context.seed, "student head"))
-        self.pushed: list[tuple[Queue, Tensor, Tensor]] = []
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         images = batch.anchor_views[0]
@@ -54,8 +53,7 @@ class Compress(Method):
         return {"loss": kl_divergence(student_BQ, teacher_BQ, self.teacher_queue.empty()).mean()}
 
     def after_step(self) -> None:
-        for queue, keys_BX, rows_B in self.pushed:
-            queue.push(keys_BX, rows_B)
+        super().after_step()
         if self.params.queues == 2:
             self.key_encoder.move(self.student)
 

@@ -7,7 +7,7 @@ J negatives.
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -133,6 +133,7 @@ class Method(nn.Module):
     """A method. `forward` has no effect on keys, queues or moving averages; these are updated only in `after_step`.
 
     `gradients_come_together`: they are computed in `forward`, and backward has them all at once. `frozen`: networks of a live teacher.
+    `pushed`: what the last `forward` has for queues, each with its keys (B, P) and rows (B,).
     """
 
     gradients_come_together = False
@@ -141,12 +142,18 @@ class Method(nn.Module):
     student: "Backbone"
     head: nn.Module
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.pushed: list[tuple[Any, Tensor, Tensor]] = []
+
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Loss terms, scalars in float32: `loss` is minimised, the others are only logged."""
         raise AssertionError(f"{type(self).__name__} has no forward")
 
     def after_step(self) -> None:
         """Update queues and moving averages, after the optimizer step that used the last `forward`."""
+        for queue, keys_BP, rows_B in self.pushed:
+            queue.push(keys_BP, rows_B)
 
 
 def build_method(name: str, section: MethodSection, context: Context) -> Method:

@@ -31,7 +31,6 @@ class Disco(Method):
         self.head = mlp_head(widths, seeds.torch_seed(context.seed, "student head"))
         self.key_encoder = MomentumCopy(nn.Sequential(self.student, self.head), params.key_momentum)
         self.queue = Queue(params.queue_rows, self.targets.width, context.seed)
-        self.pushed: tuple[Tensor, Tensor] | None = None
         if context.teacher is not None:
             context.teacher.batch_statistics(params.teacher_batchnorm == "batch")
 
@@ -40,7 +39,7 @@ class Disco(Method):
             first_BP, second_BP = (unit(self.head(self.student(view))) for view in batch.anchor_views)
             with torch.no_grad():
                 keys_BP = unit(shuffled(self.key_encoder, batch.anchor_views[1], self.context.seed, progress.step))
-        self.pushed = (keys_BP, batch.anchor_rows_B)
+        self.pushed = [(self.queue, keys_BP, batch.anchor_rows_B)]
         similarities = dtype_of_similarities(self.context.precision, self.context.device)
         negatives = self.queue.keys_QP, self.params.temperature, self.queue.empty(), similarities
         contrast = info_nce(first_BP, [(1.0, keys_BP)], *negatives)
@@ -49,8 +48,7 @@ class Disco(Method):
         return {"loss": contrast + self.params.regression_weight * regression, "contrast": contrast, "regression": regression}
 
     def after_step(self) -> None:
-        assert self.pushed is not None, "after_step follows forward"
-        self.queue.push(*self.pushed)
+        super().after_step()
         self.key_encoder.move(nn.Sequential(self.student, self.head))
 
 

@@ -33,21 +33,19 @@ class Isd(Method):
         self.head = nn.Sequential(self.projector, predictor)
         self.key_encoder = MomentumCopy(nn.Sequential(self.student, self.projector), params.key_momentum)
         self.queue = Queue(params.queue_rows, width, context.seed)
-        self.pushed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         with autocast(self.context.precision, self.context.device):
             query_BX = unit(self.head(self.student(batch.anchor_views[0])))
             with torch.no_grad():
                 keys_BX = unit(shuffled(self.key_encoder, batch.anchor_views[1], self.context.seed, progress.step))
-        self.pushed = (keys_BX, batch.anchor_rows_B)
+        self.pushed = [(self.queue, keys_BX, batch.anchor_rows_B)]
         student_BQ = query_BX @ self.queue.keys_QP.T / self.params.student_temperature
         key_BQ = keys_BX @ self.queue.keys_QP.T / self.params.key_temperature
         return {"loss": kl_divergence(student_BQ, key_BQ, self.queue.empty()).mean()}
 
     def after_step(self) -> None:
-        assert self.pushed is not None, "after_step follows forward"
-        self.queue.push(*self.pushed)
+        super().after_step()
         self.key_encoder.move(nn.Sequential(self.student, self.projector))
 
 

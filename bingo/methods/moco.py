@@ -26,7 +26,6 @@ class Moco(Method):
         self.head = mlp_head(widths, seeds.torch_seed(context.seed, "student head"))
         self.key_encoder = MomentumCopy(nn.Sequential(self.student, self.head), params.key_momentum)
         self.queue = Queue(params.queue_rows, params.key_width, context.seed)
-        self.pushed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         with autocast(self.precision, self.device):
@@ -34,13 +33,12 @@ class Moco(Method):
             with torch.no_grad():
                 keys_BP = unit(shuffled(self.key_encoder, batch.anchor_views[1], self.seed, progress.step))
         similarities = dtype_of_similarities(self.precision, self.device)
-        self.pushed = (keys_BP, batch.anchor_rows_B)
+        self.pushed = [(self.queue, keys_BP, batch.anchor_rows_B)]
         negatives = self.queue.keys_QP, self.params.temperature, self.queue.empty(), similarities
         return {"loss": info_nce(query_BP, [(1.0, keys_BP)], *negatives)}
 
     def after_step(self) -> None:
-        assert self.pushed is not None, "after_step follows forward"
-        self.queue.push(*self.pushed)
+        super().after_step()
         self.key_encoder.move(nn.Sequential(self.student, self.head))
 
 

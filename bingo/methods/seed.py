@@ -42,17 +42,15 @@ class Seed(Method):
         self.negatives = Negatives(params.negatives, params.negative_rows, self.targets.width, False, context)
         if crops is not None:
             self.small_negatives = Negatives("queue", params.negative_rows, self.targets.width, False, replace(context, keys_TVP=None))
-        self.pushed: tuple[Tensor, Tensor] | None = None
-        self.small_pushed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         key_BP = self.targets(batch)
-        self.pushed = (key_BP, batch.anchor_rows_B)
+        self.pushed = [(self.negatives, key_BP, batch.anchor_rows_B)]
         loss = self._loss(batch.anchor_views[0], key_BP, *self.negatives(batch, progress.step))
         if batch.small_crops is None:
             return {"loss": loss}
         key_CP = self.targets.live(batch.small_crops if batch.live_small_crops is None else batch.live_small_crops)
-        self.small_pushed = (key_CP[: len(key_BP)], batch.anchor_rows_B)
+        self.pushed.append((self.small_negatives, key_CP[: len(key_BP)], batch.anchor_rows_B))
         small = self._loss(batch.small_crops, key_CP, *self.small_negatives(batch, progress.step))
         return {"loss": loss + small, "common_view": loss, "small_crops": small}
 
@@ -66,12 +64,6 @@ class Seed(Method):
         student_BJ = _similarities(query_BP, key_BP, bank_JP) / self.params.student_temperature
         teacher_BJ = _similarities(key_BP, key_BP, bank_JP) / self.params.teacher_temperature
         return soft_cross_entropy(student_BJ, teacher_BJ, hidden_BJ).mean()
-
-    def after_step(self) -> None:
-        assert self.pushed is not None, "after_step follows forward"
-        self.negatives.push(*self.pushed)
-        if self.small_pushed is not None:
-            self.small_negatives.push(*self.small_pushed)
 
 
 def _similarities(query_BP: Tensor, key_BP: Tensor, bank_JP: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ of B), G groups, C channels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,31 +18,33 @@ from torch.overrides import TorchFunctionMode
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError
 
-_GROUPS = ContextVar("groups", default=1)
+_GROUPS = ContextVar("groups", default=(1, 0, 1))  # groups, and which part of how many this batch is of the process's share
 
 
-def own_groups(batchnorm_groups: int, key: str = "batchnorm_groups") -> int:
-    """The number of the global batch's groups that belong to this process: an equal share, and at least 1.
+def own_groups(batchnorm_groups: int, key: str = "batchnorm_groups", parts: int = 1) -> int:
+    """The number of the global batch's groups that belong to one of the `parts` of this process's share: equally many, and at least 1.
 
     Raises UserError for the parameter `key` if the processes cannot share the groups equally.
     """
     world = distributed.world()
-    if batchnorm_groups > world and batchnorm_groups % world:
+    if batchnorm_groups > world * parts and batchnorm_groups % (world * parts):
+        of_parts = f" with accumulate_steps = {parts}" if parts > 1 else ""
         raise UserError(
-            f"{key} = {batchnorm_groups}: {world} processes cannot share the groups equally; set it to 1 (each process's images are "
-            "one group), or to a multiple of the number of processes"
+            f"{key} = {batchnorm_groups}: {world} processes{of_parts} cannot share the groups equally; set it to {parts} (the images that "
+            f"a process sees at a time are one group), or to a multiple of {world * parts}"
         )
-    return max(1, batchnorm_groups // world)
+    return max(1, batchnorm_groups // (world * parts))
 
 
 def groups() -> int:
     """The current number of BatchNorm groups of this process's batch: 1 outside of `grouped_batchnorm`."""
-    return _GROUPS.get()
+    return _GROUPS.get()[0]
 
 
 def group_numbers() -> np.ndarray:
-    """The numbers of this process's groups among those of all processes, int64 (groups(),)."""
-    return distributed.rank() * groups() + np.arange(groups())
+    """The numbers of this batch's groups among those of all processes and parts, int64 (groups(),)."""
+    own, part, parts = _GROUPS.get()
+    return (distributed.rank() * parts + part) * own + np.arange(own)
 
 
 def rows_by_group(x_NX: Tensor, anchors: int) -> Tensor:
@@ -51,21 +53,18 @@ def rows_by_group(x_NX: Tensor, anchors: int) -> Tensor:
 
 
 @contextmanager
-def grouped_batchnorm(groups: int, anchors: int) -> Iterator[None]:
+def grouped_batchnorm(groups: int, anchors: int, part: int = 0, parts: int = 1) -> Iterator[None]:
     """In the body, BatchNorm with batch statistics normalises each of `groups` equal consecutive parts of the `anchors` of a batch by
-    itself.
+    itself. The batch is number `part` of the `parts` of this process's share.
 
     Rows after the anchors, such as companions, come in blocks of the same number of rows, and row i of a block is in the group of anchor
     i. An
     input whose rows do not divide into such blocks is not a batch of images but weights being standardised, and is not grouped. The
     running statistics are updated with the mean over groups. With 1 group nothing changes; layers and their names never change.
     """
-    if groups == 1:
-        yield
-        return
-    token = _GROUPS.set(groups)
+    token = _GROUPS.set((groups, part, parts))
     try:
-        with _GroupedBatchNorm(groups, anchors):
+        with _GroupedBatchNorm(groups, anchors) if groups > 1 else nullcontext():
             yield
     finally:
         _GROUPS.reset(token)

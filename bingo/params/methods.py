@@ -23,6 +23,11 @@ class MethodSection(Section):
         """Whether stored training compares with the teacher's features (of centre views) and not with its keys."""
         return getattr(self, "target", "keys") == "features"
 
+    @property
+    def compares_images(self) -> bool:
+        """Whether a term of the loss is computed over the images of a BatchNorm group, and is not a mean of one image's terms."""
+        return False
+
     def momentum_keys(self, keys: str) -> bool:
         """Whether the student is compared with a moving average of itself on another view, where `distill.keys` is `keys`."""
         return self.compares_views
@@ -40,6 +45,10 @@ class BagMeanParams(MethodSection):
     member_weight: Share
     dimension_weight: NotNegative
     head_hidden: Width
+
+    @property
+    def compares_images(self) -> bool:
+        return self.dimension_weight > 0
 
 
 class BingoParams(MethodSection):
@@ -103,6 +112,10 @@ class CossParams(MethodSection):
     teacher_temperature: Temperature
     student_temperature: Temperature
     head_hidden: Width
+
+    @property
+    def compares_images(self) -> bool:
+        return True
 
 
 class DiscoParams(MethodSection):

@@ -57,6 +57,8 @@ class LrSchedule(Section):
 
 PLAIN_SGD: dict[str, Any] = {"optimizer": "sgd", "betas": None, "decay_norms_and_biases": True, "clip_grad_norm": None}
 
+_OFF = PLAIN_SGD | {"accumulate_steps": 1}
+
 
 class OptimizerParams(Section):
     """timm's optimizer of this name. `betas`: of adamw, lamb and lion; null: the optimizer's own. `weight_decay` is on all weights or,
@@ -78,10 +80,12 @@ class OptimizerParams(Section):
 
 class ScheduleParams(LrSchedule, OptimizerParams):
     """The learning rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch size. BatchNorm's
-    statistics are computed in each of `batchnorm_groups` equal groups (1: over all images of a process; null: see `groups_for`).
+    statistics are computed in each of `batchnorm_groups` equal groups (1: over all images of a process; null: see `groups_for`). A step
+    passes through the networks in `accumulate_steps` equal parts, whose gradients are added before the weights change.
     `sgd_momentum` is that of sgd and lars."""
 
     batch_anchors: Count
+    accumulate_steps: Annotated[int, Field(ge=1, le=_MOST_GROUPS)]
     batchnorm_groups: Annotated[int, Field(ge=1, le=_MOST_GROUPS)] | None
     lr: Positive
     lr_warmup_epochs: Whole
@@ -96,24 +100,37 @@ class ScheduleParams(LrSchedule, OptimizerParams):
 
     @model_validator(mode="after")
     def _groups_are_of_several_images(self) -> Self:
-        images, groups = self.batch_anchors, self.batchnorm_groups
+        images, groups, parts = self.batch_anchors, self.batchnorm_groups, self.accumulate_steps
         largest = min(_MOST_GROUPS, images // _LEAST_GROUP_IMAGES)
-        allowed = [n for n in range(1, largest + 1) if images % n == 0] or [1]
-        if groups is not None and groups not in allowed:
+        if images % parts:
             raise ValueError(
-                f"batchnorm_groups: {groups}, allowed for batch_anchors {images} are {', '.join(map(str, allowed))} (equal groups of "
+                f"accumulate_steps: {parts} equal parts of batch_anchors {images} are impossible; set batch_anchors: a multiple"
+            )
+        allowed = [n for n in range(parts, largest + 1, parts) if images % n == 0] or [parts]
+        if groups is not None and groups not in allowed:
+            given = f"batch_anchors {images}" + (f" and accumulate_steps {parts}" if parts > 1 else "")
+            raise ValueError(
+                f"batchnorm_groups: {groups}, allowed for {given} are {', '.join(map(str, allowed))} (equal groups of "
                 f"{_LEAST_GROUP_IMAGES} images or more); set one of these, or null"
             )
         return self
 
+    @model_validator(mode="after")
+    def _graphs_keep_no_gradients(self) -> Self:
+        if self.accumulate_steps > 1 and self.compile not in (None, "default"):
+            problem = f"accumulate_steps: {self.accumulate_steps}: the CUDA graphs of compile: {self.compile} overwrite gradients"
+            raise ValueError(f"{problem} that are to be added to; set compile: default, or accumulate_steps: 1")
+        return self
+
     def groups_for(self, momentum_keys: bool, processes: int) -> int:
-        """The number of groups of the global batch that BatchNorm normalises separately: `batchnorm_groups`, or if that is null, 1 unless
-        a momentum encoder trains in one process. In that case ShuffleBN needs groups: the largest number of equal ones with at least 32
-        images, a GPU's share in the released code."""
+        """The number of groups of the global batch that BatchNorm normalises separately: `batchnorm_groups`, or if that is null, one for
+        each part, unless a momentum encoder trains in one process. In that case ShuffleBN needs groups: the largest number of equal ones
+        with at least 32 images, a GPU's share in the released code."""
         if self.batchnorm_groups is not None:
             return self.batchnorm_groups
-        most = self.batch_anchors // _SHUFFLED_GROUP_IMAGES if momentum_keys and processes == 1 else 1
-        return max(n for n in range(1, max(1, most) + 1) if self.batch_anchors % n == 0)
+        images = self.batch_anchors // self.accumulate_steps
+        most = images // _SHUFFLED_GROUP_IMAGES if momentum_keys and processes == 1 else 1
+        return self.accumulate_steps * max(n for n in range(1, max(1, most) + 1) if images % n == 0)
 
 
 class PretrainParams(ScheduleParams):
@@ -133,8 +150,8 @@ class DistillParams(ScheduleParams):
     augment: AugmentParams
 
     def recorded(self) -> dict[str, Any]:
-        """The settings for a student's file; those of plain SGD are left out, so that files from before other optimizers do not change."""
-        return {key: value for key, value in self.model_dump().items() if PLAIN_SGD.get(key, ...) != value}
+        """The settings for a student's file; what is off is left out, so that files from before it existed do not change."""
+        return {key: value for key, value in self.model_dump().items() if _OFF.get(key, ...) != value}
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:

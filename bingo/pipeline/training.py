@@ -15,7 +15,7 @@ from bingo.images.images import open_images
 from bingo.images.listing import Listing
 from bingo.methods.contract import Method, Progress
 from bingo.nets.backbones import Backbone
-from bingo.nets.batchnorm import own_groups
+from bingo.nets.batchnorm import counting_layers, own_groups
 from bingo.nets.checkpoint import weights_sha256
 from bingo.nets.precision import resolve_precision
 from bingo.params import AugmentParams
@@ -68,7 +68,7 @@ def train_method(
     with process_group(run) as device:
         steps_in_epoch(listing.train_rows, schedule.batch_anchors, f"{setup.place}.batch_anchors")
         groups = schedule.groups_for(setup.section.momentum_keys(setup.keys), distributed.world())
-        own_groups(groups, f"{setup.place}.batchnorm_groups")
+        own_groups(groups, f"{setup.place}.batchnorm_groups", parts=schedule.accumulate_steps)
         stored = _stored(run, setup, inputs.embeddings, device) if inputs.embeddings is not None else None
         bags, teacher = inputs.bags.table if inputs.bags is not None else None, inputs.teacher
         if teacher is not None:
@@ -82,7 +82,10 @@ def train_method(
             problem = f"{listing.train_rows} train images are too few to probe the student on"
             raise UserError(f"{setup.place}.keep_best = true: {problem}; set {setup.place}.keep_best: false, or add images")
         loader = setup.loader(images, device, teacher)
-        batches = Batches(method.needs, loader, params.seed, listing.train_rows, schedule.batch_anchors, bags, stored)
+        batches = Batches(
+            method.needs, loader, params.seed, listing.train_rows, schedule.batch_anchors, bags, stored, schedule.accumulate_steps
+        )
+        _check_parts(run, setup, method, groups)
         with state_folder(run.stage, _identity(run, setup, inputs)) as folder:
             label = f"{run.stage}: {setup.method}"
             checkpoints, measured = Checkpoints(folder / "checkpoints"), probe if probe.measures else None
@@ -112,6 +115,20 @@ def _check_bags(run: Run, method: Method, bags: "Bags | None") -> None:
         run.warn(warning)
 
 
+def _check_parts(run: Run, setup: TrainingSetup, method: Method, groups: int) -> None:
+    """Warns if a batch in parts is normalised otherwise than the whole one."""
+    schedule, differs = setup.schedule, list[str]()
+    if schedule.accumulate_steps == 1 or not counting_layers(method):
+        return
+    if schedule.batchnorm_groups is None:
+        images = schedule.batch_anchors // max(groups, schedule.accumulate_steps * distributed.world())
+        differs.append(f"BatchNorm's statistics are those of {images} images, as with {setup.place}.batchnorm_groups: {groups}")
+    if setup.section.momentum_keys(setup.keys):
+        differs.append("the moving average's keys are shuffled within a part")
+    if differs:
+        run.warn(f"{setup.place}.accumulate_steps = {schedule.accumulate_steps}: {'; '.join(differs)}; the loss is not the whole batch's")
+
+
 def _stored(run: Run, setup: TrainingSetup, embeddings: "Embeddings", device: torch.device) -> Stored:
     """The teacher's stored outputs on the device. Raises UserError if the stored views cannot be redrawn."""
     recipe = embeddings.attrs["recipe"]
@@ -124,9 +141,9 @@ def _stored(run: Run, setup: TrainingSetup, embeddings: "Embeddings", device: to
 
 
 def _gflop_per_anchor(method: Method, batches: Batches) -> float:
-    """The cost of a training step per anchor, forward and backward, counted on the first batch."""
+    """The cost of a training step per anchor, forward and backward, counted on the first part of the first batch."""
     batch = next(batches.epoch(0, 0))
-    return round(step_flops(method.train(), batch, Progress(0, 0)) * distributed.world() / batches.batch_anchors / 1e9, 6)
+    return round(step_flops(method.train(), batch, Progress(0, 0)) * distributed.world() * batches.parts / batches.batch_anchors / 1e9, 6)
 
 
 def _identity(run: Run, setup: TrainingSetup, inputs: TrainingInputs) -> dict[str, Any]:

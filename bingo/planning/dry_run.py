@@ -62,7 +62,14 @@ class DryTraining:
 
     def step(self) -> dict[str, float]:
         """One step of the real training loop: the loss terms. Raises UserError if the loss is not finite."""
-        once = {"epochs": 1, "batch_anchors": self.anchors, "batchnorm_groups": 1, "lr_warmup_epochs": 0, "probe_every_epochs": 0}
+        once = {
+            "epochs": 1,
+            "batch_anchors": self.anchors,
+            "accumulate_steps": 1,
+            "batchnorm_groups": 1,
+            "lr_warmup_epochs": 0,
+            "probe_every_epochs": 0,
+        }
         schedule = self.schedule.model_copy(update=once | {"precision": "fp32", "compile": None})  # fp32: what the method was built with
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = Checkpoints(Path(folder), every_seconds=float("inf"))

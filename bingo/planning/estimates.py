@@ -77,7 +77,7 @@ def step_memory(params: Params, training: DryTraining, teacher: Teacher, counts:
     if training.stored is not None and training.stored.features_TD is not None:
         stored += teacher.metadata["feature_width"]
     return {
-        "activations": (more - fewer) * training.schedule.batch_anchors,
+        "activations": (more - fewer) * training.schedule.batch_anchors // training.schedule.accumulate_steps,
         "weights and state": state,
         "stored keys and features": counts.train * stored * _HALF,
     }

@@ -192,17 +192,33 @@ def _tags_choose_weights(params: Params, _: int) -> Iterator[str]:
 
 def _batches_are_shared(params: Params, processes: int) -> Iterator[str]:
     for name, schedule, _ in _trainings(params):
-        if schedule.batch_anchors % processes:
-            nearest = processes * max(1, round(schedule.batch_anchors / processes))
-            line = f"{name}.batch_anchors = {schedule.batch_anchors}: {processes} processes cannot share it equally"
+        if schedule.batch_anchors % (parts := processes * schedule.accumulate_steps):
+            nearest = parts * max(1, round(schedule.batch_anchors / parts))
+            line = f"{name}.batch_anchors = {schedule.batch_anchors}: {_sharers(schedule, processes)} cannot share it equally"
             yield f"{line}; set {name}.batch_anchors: {nearest}, or another multiple"
 
 
 def _groups_are_shared(params: Params, processes: int) -> Iterator[str]:
     for name, schedule, _ in _trainings(params):
-        if (groups := schedule.batchnorm_groups or 1) > processes and groups % processes:
-            line = f"{name}.batchnorm_groups = {groups}: {processes} processes cannot share the groups equally"
-            yield f"{line}; set {name}.batchnorm_groups to 1 (each process's images are one group), or to a multiple of {processes}"
+        parts = processes * schedule.accumulate_steps
+        if (groups := schedule.batchnorm_groups or 1) > parts and groups % parts:
+            line = f"{name}.batchnorm_groups = {groups}: {_sharers(schedule, processes)} cannot share the groups equally"
+            way_out = f"set {name}.batchnorm_groups to {schedule.accumulate_steps} (what a process sees at a time is one group)"
+            yield f"{line}; {way_out}, or to a multiple of {parts}"
+
+
+def _sharers(schedule: ScheduleParams, processes: int) -> str:
+    parts = schedule.accumulate_steps
+    return f"{processes} processes" if parts == 1 else f"{processes} processes with accumulate_steps = {parts}"
+
+
+def _parts_have_groups(params: Params, _: int) -> Iterator[str]:
+    """A loss over the images of a group is that of the whole batch only if the groups are asked for, and parts do not cut them."""
+    for name, schedule, sections in _trainings(params):
+        for section_name, section in sections:
+            if section.compares_images and (parts := schedule.accumulate_steps) > 1 and schedule.batchnorm_groups is None:
+                line = f"{name}.accumulate_steps = {parts}: {section_name} compares each feature over all images of a BatchNorm group"
+                yield f"{line}; set {name}.batchnorm_groups: {parts}, or a multiple of it, or {name}.accumulate_steps: 1"
 
 
 def _queues_hold_a_batch(params: Params, _: int) -> Iterator[str]:
@@ -225,7 +241,7 @@ def _bags_list_companions(params: Params, processes: int) -> Iterator[str]:
     if coss.companions > params.bagging.k:
         line = f"methods.coss.companions = {coss.companions}: bags list {params.bagging.k} members"
         yield f"{line}; set bagging.k: {coss.companions}, or lower it"
-    if not coss.companions and params.distill.batch_anchors <= processes:
+    if not coss.companions and params.distill.batch_anchors <= processes * params.distill.accumulate_steps:
         line = f"distill.batch_anchors = {params.distill.batch_anchors}: methods.coss compares each feature over the images of a process"
         yield f"{line}; set distill.batch_anchors to {2 * processes} or more, or methods.coss.companions to 1 or more"
 
@@ -256,6 +272,7 @@ _RULES: tuple[Rule, ...] = (
     _tags_choose_weights,
     _batches_are_shared,
     _groups_are_shared,
+    _parts_have_groups,
     _queues_hold_a_batch,
     _bags_list_companions,
     _warmup_leaves_epochs,

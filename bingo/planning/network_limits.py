@@ -73,7 +73,8 @@ def _any_teacher(params: Params) -> Teacher:
 
 def _check_rows(training: DryTraining, name: str, batch_anchors: int, processes: int) -> None:
     """Raises UserError if a process has one image in a batch, and the training has a BatchNorm that needs two."""
-    if batch_anchors // processes != 1 or training.method.needs.companions:
+    parts = processes * training.schedule.accumulate_steps
+    if batch_anchors // parts != 1 or training.method.needs.companions:
         return
     try:
         training.method.train()(training.batch(1), Progress(0, 0))
@@ -82,8 +83,9 @@ def _check_rows(training: DryTraining, name: str, batch_anchors: int, processes:
             raise
         key = "teacher.pretrain" if name == "teacher.pretrain" else "distill"
         shared = f" of {processes} processes" if processes > 1 else ""
+        shared += f" with accumulate_steps = {training.schedule.accumulate_steps}" if parts > processes else ""
         line = f"{key}.batch_anchors = {batch_anchors}: BatchNorm in {training.name} needs more than one image"
-        raise UserError(f"{line} in each batch{shared}; set {key}.batch_anchors: {2 * processes} or more") from None
+        raise UserError(f"{line} in each batch{shared}; set {key}.batch_anchors: {2 * parts} or more") from None
 
 
 def _check_small_crops(params: Params, student: Backbone, teacher: Teacher | None, lines: list[str]) -> None:

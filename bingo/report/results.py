@@ -209,8 +209,9 @@ def _leaking_trainings(a: Artefacts) -> list[str]:
     baselines = [methods.section(name).momentum_keys("momentum") for name in a.params.baselines]
     student = methods.section(distill.method).momentum_keys(distill.keys) or any(baselines)
     trained = {
-        "teacher.pretrain.batchnorm_groups": a.params.teacher.source == "pretrain" and pretrain.groups_for(True, 1) == 1,
-        "distill.batchnorm_groups": student and distill.groups_for(True, 1) == 1,
+        "teacher.pretrain.batchnorm_groups": a.params.teacher.source == "pretrain"
+        and pretrain.groups_for(True, 1) == pretrain.accumulate_steps,
+        "distill.batchnorm_groups": student and distill.groups_for(True, 1) == distill.accumulate_steps,
     }
     return [name for name, leaks in trained.items() if leaks]
 

@@ -53,18 +53,26 @@ def weak_family(augment: AugmentParams) -> AugmentParams:
 
 
 class Batches:
-    """The batches for a method with these needs."""
+    """The batches for a method with these needs; each comes in `parts`, one after the other."""
 
     def __init__(
-        self, needs: Needs, loader: ViewLoader, seed: int, train_rows: int, batch_anchors: int, bags: "Bags | None", stored: Stored | None
+        self,
+        needs: Needs,
+        loader: ViewLoader,
+        seed: int,
+        train_rows: int,
+        batch_anchors: int,
+        bags: "Bags | None",
+        stored: Stored | None,
+        parts: int = 1,
     ):
         self.needs, self.loader, self.seed, self.train_rows, self.batch_anchors = needs, loader, seed, train_rows, batch_anchors
-        self.bags, self.stored = bags, stored
+        self.bags, self.stored, self.parts = bags, stored, parts
         self.bag_means_TP = bag_means(stored.keys_TVP, bags) if needs.bag_means and stored is not None and bags is not None else None
         self.steps_per_epoch = steps_in_epoch(train_rows, batch_anchors)
 
     def epoch(self, epoch: int, first: int) -> Iterator[Batch]:
-        """This process's share of each global batch of an epoch, from step `first` on."""
+        """The parts of this process's share of each global batch of an epoch, from step `first` on."""
         for plan, views in self.loader.items_with_views((plan, plan.requests) for plan in self._plans(epoch, first)):
             yield self.make(plan, views)
 
@@ -72,7 +80,8 @@ class Batches:
         order_N = seeds.permutation(self.seed, "order", epoch, self.train_rows)
         for step in range(first, self.steps_per_epoch):
             rows_B = order_N[step * self.batch_anchors : (step + 1) * self.batch_anchors]
-            yield self.plan(epoch, distributed.own_share(rows_B))
+            for part_B in np.split(distributed.own_share(rows_B), self.parts):
+                yield self.plan(epoch, part_B)
 
     def plan(self, epoch: int, rows_B: np.ndarray) -> BatchPlan:
         """The plan of one step. A companion's draws depend on its anchor's row and its position among the companions, so that a row that

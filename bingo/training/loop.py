@@ -57,7 +57,7 @@ class Trainer(Resumable):
 
     `batchnorm_groups` of the global batch have separate BatchNorm statistics; None: as `schedule` says without a momentum encoder.
     `keep_best`: keep the student's weights of the epoch with the highest first figure of the probe, the earliest of equal ones. They are
-    part of the checkpoint, so a resumed run keeps them.
+    part of the checkpoint, so a resumed run keeps them. A step has as many parts as `batches` has; their gradients are added.
     """
 
     def __init__(
@@ -76,8 +76,9 @@ class Trainer(Resumable):
         self.method = method.to(device).to(memory_format=torch.channels_last)
         self.batches, self.schedule, self.device = batches, schedule, device
         self.steps_per_epoch = batches.steps_per_epoch
-        self.groups = own_groups(batchnorm_groups or schedule.groups_for(False, distributed.world()))
-        self.own_anchors = schedule.batch_anchors // distributed.world()
+        self.part, self.seen = 0, (dict[str, Tensor](), list[Any]())  # of a step, and the parts' terms and keys so far
+        self.groups = own_groups(batchnorm_groups or schedule.groups_for(False, distributed.world()), parts=batches.parts)
+        self.own_anchors = schedule.batch_anchors // distributed.world() // batches.parts
         self.checkpoints, self.probe, self.label = checkpoints, probe, label
         self.keep_best, self.measure_start = keep_best, measure_start
         self.optimizer = make_optimizer(schedule, {method: schedule.lr}, schedule.sgd_momentum, fused=True)
@@ -110,6 +111,8 @@ class Trainer(Resumable):
         self.method.train()
         for batch in self.batches.epoch(epoch, first):
             self._train_step(batch, Progress(epoch, self.step))
+            if self.part:
+                continue
             self.step += 1
             self.result.anchors += self.schedule.batch_anchors
             bar.advance_to(self.step * self.schedule.batch_anchors)
@@ -118,21 +121,45 @@ class Trainer(Resumable):
             self._checkpoint_if_due()
 
     def _train_step(self, batch: Batch, progress: Progress) -> None:
-        set_rates(self.optimizer, self.step, self.steps_per_epoch, self.schedule)
-        self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations can reuse the memory
-        self._seed_draws()
-        terms = self._terms(batch, progress)
-        self._watch_loss(terms["loss"])
-        terms["loss"].backward()
-        self._log_step(terms)
-        update(self.optimizer, self.schedule)
-        self.method.after_step()
-        for name, value in terms.items():
-            self.sums[name] = self.sums[name].add_(value.detach()) if name in self.sums else value.detach().double()
+        """One part of a step; the last one updates the weights."""
+        parts, last = self.batches.parts, self.part + 1 == self.batches.parts
+        if self.part == 0:
+            set_rates(self.optimizer, self.step, self.steps_per_epoch, self.schedule)
+            self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations can reuse the memory
+            self._seed_draws()
+        with nullcontext() if last else getattr(self.network, "no_sync", nullcontext)():  # processes share gradients once in a step
+            terms = self._terms(batch, progress)
+            self._watch_loss(terms["loss"])
+            (terms["loss"] / parts if parts > 1 else terms["loss"]).backward()
+        if parts > 1:
+            terms = self._joined(terms, last)
+        if last:
+            self._log_step(terms)
+            update(self.optimizer, self.schedule)
+            self.method.after_step()
+            for name, value in terms.items():
+                self.sums[name] = self.sums[name].add_(value.detach()) if name in self.sums else value.detach().double()
+        self.part = 0 if last else self.part + 1
+
+    def _joined(self, terms: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
+        """The terms' means over the parts so far; after the last part, the method has the keys that all of them have for queues."""
+        means = {name: value.detach() / self.batches.parts for name, value in terms.items()}
+        pushed = [(queue, keys_BP.clone(), rows_B) for queue, keys_BP, rows_B in self.method.pushed]  # CUDA graphs may overwrite keys
+        if self.part:
+            means = {name: self.seen[0][name] + value for name, value in means.items()}
+            both = zip(self.seen[1], pushed, strict=True)
+            pushed = [(queue, torch.cat([one, two]), torch.cat([rows, more])) for (queue, one, rows), (_, two, more) in both]
+        self.seen = means, pushed
+        if last:
+            self.method.pushed = pushed
+        return means
 
     def _terms(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        with counted_together(self.counting), grouped_batchnorm(self.groups, self.own_anchors), self._casts(), self.compiled.used():
+        with counted_together(self.counting), self._grouped(), self._casts(), self.compiled.used():
             return self.network(batch, progress)
+
+    def _grouped(self) -> AbstractContextManager[None]:
+        return grouped_batchnorm(self.groups, self.own_anchors, self.part, self.batches.parts)
 
     def _casts(self) -> AbstractContextManager:
         """Casts of all weights together, but for gradients that other processes wait for while backward goes on; compiled networks have

@@ -45,6 +45,7 @@ SAID = {
     "drop_factor": "see drop_epochs",
     "hold_epochs": "first epochs of a cosine in which lr stays as it is",
     "batch_anchors": "images in a step, of all GPUs together",
+    "accumulate_steps": "as in teacher.pretrain",
     "batchnorm_groups": "as in teacher.pretrain",
     "lr": "learning rate, at its highest",
     "lr_warmup_epochs": "epochs in which lr rises from 0",

@@ -28,6 +28,7 @@ SECTIONS = [section for sections in COLUMNS.values() for section in sections]
 HIDDEN = (
     "student.factory",
     "distill.method",
+    "distill.accumulate_steps",
     "distill.keep_best",
     "distill.augment.name",
     "distill.probe_every_epochs",

@@ -198,6 +198,21 @@ def test_without_a_number_a_momentum_encoder_in_one_process_has_groups_of_a_gpu_
 
 
 @pytest.mark.parametrize(
+    ("batch", "parts", "set_groups", "momentum", "world", "groups", "of_a_part"),
+    [
+        (64, 2, None, False, 1, 2, 1), (64, 2, None, True, 1, 2, 1), (256, 2, None, True, 1, 8, 4), (192, 3, None, True, 1, 6, 2),
+        (256, 2, 8, True, 1, 8, 4), (256, 2, None, True, 2, 2, 1), (256, 2, 8, False, 2, 8, 2), (256, 4, 4, False, 2, 4, 1),
+    ],
+)  # fmt: skip
+def test_each_part_of_a_step_has_its_share_of_the_groups(batch, parts, set_groups, momentum, world, groups, of_a_part, monkeypatch):
+    raw = read_yaml(Path(__file__).parents[2] / "params.yaml")
+    raw["distill"] |= {"batch_anchors": batch, "accumulate_steps": parts, "batchnorm_groups": set_groups}
+    assert validate(raw, "params.yaml").distill.groups_for(momentum, world) == groups
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    assert own_groups(groups, parts=parts) == of_a_part
+
+
+@pytest.mark.parametrize(
     ("batch", "groups", "allowed"),
     [
         (64, 3, "1, 2, 4, 8, 16"),

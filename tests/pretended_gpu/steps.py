@@ -96,6 +96,7 @@ CASES = [
 OPTIMIZERS = [
     Case("coss", schedule={"optimizer": name} | _CLIPPED) for name in get_args(OptimizerParams.model_fields["optimizer"].annotation)
 ]
+PARTS = [Case(method, keys, "bf16", schedule={"accumulate_steps": 2}) for method, keys in (("moco", "momentum"), ("seed", "stored"))]
 
 
 def images() -> MemoryImages:
@@ -132,7 +133,8 @@ def trainer(folder: Path, case: Case, device: torch.device, epochs: int = 2, com
     schedule = PARAMS.distill.model_copy(update=changes | {"compile": compiled} | case.schedule)
     other = teacher.image if teacher is not None and case.teacher_px != SIDE_PX else None
     loader = ViewLoader(images(), IMAGE, AUGMENT, 0, device, teacher_image=other)
-    batches = Batches(method.needs, loader, 0, ROWS, BATCH, bags, Stored(keys_TVP, PARAMS.extract.augment, features_TD))
+    kept = Stored(keys_TVP, PARAMS.extract.augment, features_TD)
+    batches = Batches(method.needs, loader, 0, ROWS, BATCH, bags, kept, schedule.accumulate_steps)
     return Trainer(method, batches, schedule, device, Checkpoints(folder, 1e9), **more)
 
 
@@ -144,7 +146,8 @@ def steps(run: Trainer, count: int, before_the_last: Callable[[], None] = lambda
         run.step += 1
         if number == count - 1:
             before_the_last()
-        run._train_step(next(batches), Progress(1, run.step))
+        for _ in range(run.batches.parts):
+            run._train_step(next(batches), Progress(1, run.step))
 
 
 @dataclass

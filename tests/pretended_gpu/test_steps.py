@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bingo.params import method_names
-from tests.pretended_gpu.steps import CASES, OPTIMIZERS, Case, on_cpu, on_gpu
+from tests.pretended_gpu.steps import CASES, OPTIMIZERS, PARTS, Case, on_cpu, on_gpu
 
 # Launches of one step, at most; `python -m tests.pretended_gpu` prints them by part. Lower a number that has become too high;
 # one may rise only for a reason that stands in the commit.
@@ -78,14 +78,14 @@ def test_a_step_gives_the_cpus_numbers_without_waiting(tmp_path, case):
     assert record.launches.total() <= MOST_LAUNCHES[case.name]
 
 
-@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
-def test_no_optimizer_and_no_clipping_waits(tmp_path, case):
+@pytest.mark.parametrize("case", OPTIMIZERS + PARTS, ids=lambda case: case.name)
+def test_neither_an_optimizer_nor_clipping_nor_a_step_in_parts_waits(tmp_path, case):
     """One list operation of timm's LAMB and of its LARS goes tensor by tensor, for layouts differ."""
     wanted = on_cpu(tmp_path / "cpu", case)
     outcome, record = on_gpu(tmp_path / "gpu", case)
     assert outcome.sums == wanted.sums
     assert not [name for name, value in wanted.state.items() if not torch.equal(outcome.state[name], value)]
-    assert record.faults.keys() <= ({"by_tensor"} if case.schedule["optimizer"] in ("lamb", "lars") else set())
+    assert record.faults.keys() <= ({"by_tensor"} if case.schedule.get("optimizer") in ("lamb", "lars") else set())
 
 
 def test_more_groups_of_batchnorm_cost_no_more_launches(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 from bingo.bags.builders import build_knn
 from bingo.images.images import MemoryImages
 from bingo.images.loader import ViewLoader
-from bingo.methods.contract import Context, build_method
+from bingo.methods.contract import Context, Progress, build_method
 from bingo.nets.backbones import build_backbone
 from bingo.params import load_params, method_names, method_section
 from bingo.runtime.checkpoints import Checkpoints
@@ -65,6 +65,7 @@ def trainer(
     lr=0.1,
     groups=1,
     schedule=None,
+    section=None,
     **more,
 ) -> Trainer:
     torch.manual_seed(0)
@@ -77,13 +78,22 @@ def trainer(
     bags = build_knn(features.numpy(), 3)
     shipped = getattr(PARAMS.methods, method_name).model_dump()
     shrink = {name: width for name, width in (("head_hidden", 8), ("queue_rows", 24)) if name in shipped}
-    section = method_section(method_name).model_validate(shipped | shrink | SHRUNK.get(method_name, {}))
+    section = method_section(method_name).model_validate(shipped | shrink | SHRUNK.get(method_name, {}) | (section or {}))
     context = Context(student, student.feature_width, 0, "stored", precision, CPU, None, keys, features, bags)
     method = build_method(method_name, section, context)
     changes = {"epochs": epochs, "batch_anchors": 16, "batchnorm_groups": groups, "lr": lr, "precision": precision, "probe_every_epochs": 1}
     schedule = PARAMS.distill.model_copy(update=changes | (schedule or {}))
     loader = ViewLoader(rng_images(), IMAGE, PARAMS.distill.augment, 0, CPU)
-    batches = Batches(method.needs, loader, 0, ROWS, schedule.batch_anchors, bags, Stored(keys, PARAMS.extract.augment, features))
+    batches = Batches(
+        method.needs,
+        loader,
+        0,
+        ROWS,
+        schedule.batch_anchors,
+        bags,
+        Stored(keys, PARAMS.extract.augment, features),
+        schedule.accumulate_steps,
+    )
     return Trainer(method, batches, schedule, CPU, Checkpoints(folder, every_seconds), **more)
 
 
@@ -147,6 +157,57 @@ def test_an_optimizer_resumes_with_its_state(tmp_path, monkeypatch):
     second = trainer(tmp_path / "parts", **settings)
     second.run()
     assert same_state(second.method, whole.method)
+
+
+def in_float64(value):
+    if isinstance(value, list):
+        return [in_float64(each) for each in value]
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def two_steps(folder: Path, parts: int, monkeypatch, **settings) -> tuple[dict, dict]:
+    """Gradients of the second step, and queues after it, in float64."""
+    run = trainer(folder, epochs=1, schedule={"accumulate_steps": parts}, **settings)
+    run.method.double().train()
+    batches = list(itertools.islice(run.batches.epoch(0, 0), 2 * parts))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        for name in ("bingo", "moco", "disco"):
+            patch.setattr(f"bingo.methods.{name}.dtype_of_similarities", lambda *_: torch.float64)
+        if settings["method_name"] == "bingo":
+            run.method.similarities = torch.float64
+        for number, batch in enumerate(batches):
+            vars(batch).update({name: in_float64(value) for name, value in vars(batch).items()})
+            run._train_step(batch, Progress(0, number // parts))
+            run.step = (number + 1) // parts
+    queues = {name: value for name, value in run.method.state_dict().items() if name.endswith(("keys_QP", "rows_Q"))}
+    return {name: weight.grad for name, weight in run.method.named_parameters() if weight.grad is not None}, queues
+
+
+WITHOUT_A_MOVING_AVERAGE = ["bingo", "bag_mean", "seed", "simreg", "coss"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"method_name": name} for name in method_names() if name != "isd"),
+        {"method_name": "isd", "section": {"projection_width": None}},  # a projector's BatchNorm would be shuffled
+        *({"method_name": name, "groups": 2, "network": "batchnorm"} for name in WITHOUT_A_MOVING_AVERAGE),
+        {"method_name": "bag_mean", "groups": 4, "network": "batchnorm", "section": {"dimension_weight": 0.7}},
+        {"method_name": "bingo", "groups": 4, "network": "batchnorm", "section": {"terms": "symmetric_mix", "negatives": "queue"}},
+        {"method_name": "bingo", "section": {"negatives": "queue", "queue_push": "anchor_and_member", "negative_rows": 48}},
+        {"method_name": "seed", "section": {"negatives": "queue", "negative_rows": 48}},
+    ],
+    ids=str,
+)
+def test_two_parts_have_the_gradients_and_queues_of_the_whole_batch(tmp_path, settings, monkeypatch):
+    """Of all methods, where parts do not cut BatchNorm's groups, and no key is shuffled out of its part to be normalised elsewhere."""
+    whole, parts = (two_steps(tmp_path / str(n), n, monkeypatch, **{"groups": 4} | settings) for n in (1, 2))
+    for one, other in zip(whole, parts, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+    assert max(float(gradient.abs().max()) for gradient in whole[0].values()) > 1e-4
 
 
 class ScriptedProbe:
@@ -286,6 +347,9 @@ BATCHNORM_HEADS = ["isd", "simreg"]
 EACH_ROW_ALONE = ["bingo", "moco", "seed", "compress", "disco"]
 
 
+IN_PARTS = {"epochs": 1, "schedule": {"accumulate_steps": 2, "batchnorm_groups": None}, "groups": None}
+
+
 def _two_processes(rank: int, port: int, folder: Path, methods: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
@@ -293,7 +357,7 @@ def _two_processes(rank: int, port: int, folder: Path, methods: list[str]) -> No
 
     with distributed.group(CPU):
         for name in methods:
-            for case, settings in (("", {}), ("-grouped", GROUPED)):
+            for case, settings in (("", {}), ("-grouped", GROUPED), ("-parts", IN_PARTS))[: 2 + (name in EACH_ROW_ALONE)]:
                 run = trainer(folder / "two" / f"{name}{case}", name, **settings)
                 result = run.run()
                 torch.save({"state": run.method.state_dict(), "history": result.history}, folder / f"{name}{case}-{rank}.pt")
@@ -321,6 +385,15 @@ def test_two_processes_train_what_one_trains_on_the_joined_batch(tmp_path, two_p
     for two in saved(two_processes, method_name):
         for epoch, other in zip(history, two["history"], strict=True):
             assert other["loss"] == pytest.approx(epoch["loss"], abs=2e-5)
+        for name, value in one.method.state_dict().items():
+            assert torch.allclose(two["state"][name].double(), value.double(), atol=2e-5), name
+
+
+@pytest.mark.parametrize("method_name", EACH_ROW_ALONE)
+def test_two_processes_in_parts_train_what_one_trains_on_the_whole_batch(tmp_path, two_processes, method_name):
+    one = trainer(tmp_path, method_name, epochs=1)
+    one.run()
+    for two in saved(two_processes, f"{method_name}-parts"):
         for name, value in one.method.state_dict().items():
             assert torch.allclose(two["state"][name].double(), value.double(), atol=2e-5), name
 
