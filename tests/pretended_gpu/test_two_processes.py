@@ -80,15 +80,21 @@ def on_gpus(rank: int, port: int, folder: Path) -> None:
     torch.save(states, folder / f"gpu-{rank}.pt")
 
 
+def on_both(rank: int, ports: list[int], folder: Path) -> None:
+    """One pair of processes for both devices: starting it takes longer than training."""
+    for work, port in zip((on_the_cpu, on_gpus), ports, strict=True):
+        work(rank, port, folder)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The folder in which both pairs of processes have written what they give."""
+    """The folder in which both processes have written what they give."""
     folder = tmp_path_factory.mktemp("two")
-    for work in (on_the_cpu, on_gpus):
-        with socket.socket() as probe:
+    with socket.socket() as one, socket.socket() as other:
+        for probe in (one, other):
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        start_two(work, port, folder)
+        ports = [probe.getsockname()[1] for probe in (one, other)]
+    start_two(on_both, ports, folder)
     return folder
 
 
