@@ -9,9 +9,10 @@ from torch import nn
 from bingo.nets import batchnorm
 from bingo.nets.backbones import build_backbone
 from bingo.params import method_names
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import Interrupted, UserError
 from bingo.training import compiled
 from bingo.training.compiled import CompiledNetworks
+from bingo.training.loop import TrainingResult
 from tests.pretended_gpu import steps as small
 from tests.pretended_gpu.steps import CPU, Case, Outcome, outcome_of, steps, trainer
 
@@ -61,6 +62,41 @@ def test_a_compiled_step_gives_the_eager_ones_numbers(tmp_path, monkeypatch, cas
     assert found.sums == pytest.approx(wanted.sums, rel=1e-5)
     for name, value in wanted.state.items():
         torch.testing.assert_close(found.state[name], value, rtol=1e-4, atol=1e-6, msg=lambda message, name=name: f"{name}: {message}")
+
+
+@pytest.mark.slow
+def test_a_compiled_training_that_is_interrupted_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
+    """With a moving average, and the probe's best epoch kept; what the probe sees is not compiled."""
+    monkeypatch.setattr(compiled.torch, "compile", traced)
+    monkeypatch.setattr(small, "build_backbone", lambda _, *others: build_backbone("resnet10t", *others))
+
+    def whole(folder: Path, stop_step: int = -1) -> tuple[TrainingResult, dict[str, torch.Tensor]]:
+        torch._dynamo.reset()
+        probed = []
+
+        def probe(student: nn.Module) -> dict[str, float]:
+            assert "forward" not in student.__dict__
+            probed.append(student.eval()(torch.ones(5, 3, 12, 12)).double().sum().item())
+            return {"knn": probed[-1]}
+
+        run = trainer(folder, Case("moco", "momentum", "bf16"), CPU, compiled="default", probe=probe, keep_best=True, measure_start=True)
+        step = run._train_step
+
+        def and_stop(batch, progress):
+            step(batch, progress)
+            run.checkpoints.stopping = run.step + 1 == stop_step
+
+        monkeypatch.setattr(run, "_train_step", and_stop)
+        return run.run(), run.method.state_dict()
+
+    wanted, weights = whole(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        whole(tmp_path / "parts", 6)
+    result, state = whole(tmp_path / "parts")
+    assert result.history == wanted.history
+    assert result.best["epoch"] == wanted.best["epoch"]
+    for found, expected in ((state, weights), (result.best["weights"], wanted.best["weights"])):
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_the_cases_are_of_every_method():

@@ -5,6 +5,7 @@ import itertools
 import os
 import socket
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from bingo.nets.backbones import build_backbone
 from bingo.params import load_params, method_names, method_section
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.runtime.errors import Interrupted, UserError
+from bingo.training import compiled
 from bingo.training.batches import Batches, Stored
 from bingo.training.loop import Trainer
 from tests.processes import start_two
+from tests.training.test_compiled import traced
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
@@ -361,6 +364,10 @@ def _two_processes(rank: int, port: int, folder: Path, methods: list[str]) -> No
                 run = trainer(folder / "two" / f"{name}{case}", name, **settings)
                 result = run.run()
                 torch.save({"state": run.method.state_dict(), "history": result.history}, folder / f"{name}{case}-{rank}.pt")
+        with mock.patch.object(compiled.torch, "compile", traced):
+            run = trainer(folder / "two" / "compiled", "moco", schedule={"compile": "default"}, **GROUPED)
+            result = run.run()
+        torch.save({"state": run.method.state_dict(), "history": result.history}, folder / f"moco-compiled-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -412,6 +419,13 @@ def test_two_processes_with_batchnorm_heads_stay_one_network(tmp_path, two_proce
     for name, value in one.method.state_dict().items():
         if name.endswith(("rows_Q", "pointer", "num_batches_tracked")):
             assert torch.equal(first["state"][name], value), name
+
+
+def test_two_processes_with_compiled_networks_train_what_they_train_without(two_processes):
+    for run, eager in zip(saved(two_processes, "moco-compiled"), saved(two_processes, "moco-grouped"), strict=True):
+        assert run["history"][0]["loss"] == pytest.approx(eager["history"][0]["loss"], rel=1e-5)
+        for name, value in eager["state"].items():
+            torch.testing.assert_close(run["state"][name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("method_name", method_names())
