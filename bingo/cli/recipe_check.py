@@ -92,8 +92,11 @@ def _missing_images(params: Params, about: About) -> str:
 
 def _missing_downstream(params: Params) -> list[str]:
     """Missing inputs of semi_eval and transfer_cifar, which run only after the student is trained; torchvision may still download CIFAR."""
-    folders = {f"transfer.datasets.{name}.root": item.root for name, item in params.transfer.datasets.items() if item.source == "folder"}
-    absent = [f"{key} = {root}: the folder does not exist" for key, root in folders.items() if root and not Path(root).is_dir()]
+    sets = params.transfer.datasets.items()
+    folders = {f"transfer.datasets.{name}.root": item.root for name, item in sets if item.source in FILE_SOURCES}
+    absent = [
+        f"{key} = {root}: the folder does not exist" for key, root in folders.items() if root and not Path(images_folder(root)).is_dir()
+    ]
     return list_mistakes(params) + absent
 
 

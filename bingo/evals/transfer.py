@@ -1,5 +1,6 @@
 """What transfer_cifar judges by: another dataset's images, and the tasks that its protocols make of them."""
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ from bingo.images.images import FileImages, Images, MemoryImages
 from bingo.images.listing import Listing
 from bingo.nets.backbones import build_backbone, check_images
 from bingo.params import BicubicImageParams, ImageParams, NetworkParams, Params
+from bingo.params.places import images_folder
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError
 
@@ -22,12 +24,14 @@ def scanned(params: Params, name: str, say: Callable[[str], None]) -> tuple[List
     try:
         listing, images = scan(dataset, params.seed, lambda line: say(line.replace("dataset.", own)))
     except UserError as error:
-        raise UserError([line.replace("dataset.", own) for line in error.lines]) from None
+        lines = [re.sub(r"set dataset\.\w+_column to one of:", "save it with one of these alone:", line) for line in error.lines]
+        raise UserError([line.replace("dataset.", own) for line in lines]) from None
     if distributed.rank() == 0:
         distributed.barrier()
     if isinstance(images, np.ndarray):
         return listing, MemoryImages(images)
-    return listing, FileImages(str(dataset.root), listing.paths, dataset.follow_links, listing.gray_bits, dataset.jpeg_decoder)
+    root = images_folder(str(dataset.root))
+    return listing, FileImages(root, listing.paths, dataset.follow_links, listing.gray_bits, dataset.jpeg_decoder, images)
 
 
 def protocols(params: Params, listing: Listing, images: Images) -> dict[str, Protocol]:

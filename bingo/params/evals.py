@@ -145,7 +145,7 @@ class SemiEvalParams(CropsParams):
 class TransferSetParams(Section):
     """Other labelled images for transfer; all other settings are taken from `dataset`."""
 
-    source: Literal["digits", "folder", "cifar10", "cifar100"]
+    source: Literal["digits", "folder", "webdataset", "huggingface", "cifar10", "cifar100"]
     root: FilePath | None
     store_px: Annotated[int, Field(ge=1, le=4096)] | None
     train_images: Count | None

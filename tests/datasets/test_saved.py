@@ -11,9 +11,11 @@ import pytest
 
 from bingo.datasets.finding import source_of
 from bingo.datasets.sources import scan
+from bingo.evals.transfer import scanned
 from bingo.images.listing import read_listing, write_listing
-from bingo.params import DatasetParams
-from tests.datasets.test_shards import same
+from bingo.params import DatasetParams, read_yaml, validate
+from bingo.runtime.errors import UserError
+from tests.datasets.test_shards import pack, relative, same
 from tests.datasets.test_sources import folder, lines_of, pets, save
 
 __all__ = ["pets"]
@@ -221,6 +223,33 @@ def test_splits_that_number_their_classes_otherwise_are_refused(flat_pets, tmp_p
     assert [line.partition(": ")[2].partition(":")[0] for line in lines_of(saved(there))][:2] == [
         "test/data-00000-of-00002.arrow", "test/data-00001-of-00002.arrow",
     ]  # fmt: skip
+
+
+def test_transfer_takes_shards_and_saved_datasets(flat_pets, tmp_path_factory):
+    """As the folder of the same images; a column cannot be named there."""
+    there = tmp_path_factory.mktemp("sets")
+    for split, part in (("train", "train"), ("validation", "val")):
+        save_split(there / "saved" / split, *files_of(flat_pets, part), ["cat", "dog"])
+        pack(there / f"shards/{split}.tar", relative(flat_pets, part))
+    (there / "saved/dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    image = images_of(files_of(flat_pets, "train")[0])
+    write_arrow(there / "two/data.arrow", {"image": IMAGE, "mask": IMAGE}, {"image": image, "mask": image})
+    roots = {"folder": flat_pets, "webdataset": f"{there}/shards/{{train,validation}}.tar", "huggingface": there / "saved"}
+    sets = {source: {"source": source, "root": str(root)} for source, root in roots.items()} | {
+        "two": {"source": "huggingface", "root": str(there / "two")}
+    }
+    document = read_yaml("params.yaml")
+    document["transfer"]["datasets"] = {
+        name: found | dict.fromkeys(("store_px", "train_images", "test_images")) for name, found in sets.items()
+    }
+    params = validate(document, "params.yaml")
+    (wanted, files), *others = (scanned(params, name, lambda line: None) for name in roots)
+    for listing, images in others:
+        assert (listing.paths, listing.labels_N.tolist(), listing.train_rows) == (wanted.paths, wanted.labels_N.tolist(), 5)
+        assert [images.read(row) for row in range(len(listing))] == [files.read(row) for row in range(len(wanted))]
+    with pytest.raises(UserError, match="save it with one of these alone: image, mask") as error:
+        scanned(params, "two", lambda line: None)
+    assert error.value.lines[0].startswith("transfer.datasets.two.root = ")
 
 
 NO_FOLDERS = {  # names of classes that folders could not have, or that mean something else there

@@ -10,7 +10,7 @@ from tests.datasets.test_shards import pack, relative
 from tests.datasets.test_sources import photo
 from tests.workspace import new_workspace
 
-FIRST = ("scan", "teacher", "extract", "bag", "distill")
+ALL = ("scan", "teacher", "extract", "bag", "weights", "distill", "linear_eval", "knn_eval", "report")
 # Whole photographs are decoded at each use, by the loader's workers.
 CHANGES = {
     "baselines": [],
@@ -49,11 +49,13 @@ def test_every_output_has_the_same_bytes(photographs, tmp_path, stages):
     made = {}
     for source, root in roots.items():
         workspace = new_workspace(tmp_path / source, stages, CHANGES | {"dataset.source": source, "dataset.root": str(root)})
-        for stage in FIRST if source != "huggingface" else FIRST[:1]:
+        for stage in ALL if source != "huggingface" else ALL[:1]:
             workspace.done(stage)
         made[source] = {path: content for path, content in workspace.existing_files().items() if not path.startswith("data/images.zarr")}
     assert {"data/listing.parquet", "models/student.safetensors", "data/bags.zarr/zarr.json"} <= made["folder"].keys()
-    timed = {path for path in made["folder"] if path.endswith("run.js")}
+    assert "reports/results.json" in made["folder"]
     for source in ("webdataset", "huggingface"):
-        assert {path for path, content in made[source].items() if content != made["folder"][path]} <= timed
+        assert {path for path, content in made[source].items() if content != made["folder"][path]} <= {
+            "reports/index.html"
+        }  # has parameters
     assert made["webdataset"].keys() == made["folder"].keys()
