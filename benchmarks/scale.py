@@ -175,7 +175,7 @@ def measure_step(clone: Path, step: str, images: int, tests: int, train_seconds:
     begun = time.time()
     found = watched(command, clone, clone / ".bingo/state/distill" if step == "distill" else None, train_seconds)
     new = [file.stat() for file in _files(clone) if file.stat().st_ctime >= begun]
-    seen = _anchors(clone) if step == "distill" else images + tests if step in EACH_IMAGE else 0
+    seen = _anchors(clone, images) if step == "distill" else images + tests if step in EACH_IMAGE else 0
     one = Measured(step, images, *found, len(new), sum(file.st_size for file in new) / 2**20, seen, os.getloadavg()[1], time.strftime("%F"))
     if step.startswith("dvc exp"):
         record = max((clone / ".bingo/runs").glob("*/bag.json"), key=lambda path: path.stat().st_mtime)
@@ -189,10 +189,10 @@ def _files(clone: Path) -> Iterator[Path]:
         yield from (path for path in (clone / folder).rglob("*") if path.is_file())
 
 
-def _anchors(clone: Path) -> int:
-    """How many anchors the training that was stopped has seen."""
-    (checkpoint,) = (clone / ".bingo/state/distill").glob("*/checkpoints/latest.json")
-    return json.loads(checkpoint.read_text())["step"] * 64
+def _anchors(clone: Path, images: int) -> int:
+    """How many anchors the training has seen: those until it was stopped, or its epoch."""
+    found = [json.loads(path.read_text()) for path in (clone / ".bingo/state/distill").glob("*/checkpoints/latest.json")]
+    return found[0]["step"] * 64 if found else images
 
 
 def watched(command: Sequence[str], folder: Path, state: Path | None, train_seconds: float) -> tuple[float, float, float]:

@@ -1,6 +1,7 @@
 """Kills at random moments: every long stage, through `dvc repro`, until as many kills as wanted; nothing may be lost, left or changed.
 
 python -m tests.stress.chaos --kills 100       # the digits, made small; two runs of the pipeline in a temporary folder, one undisturbed
+python -m tests.stress.chaos --kills 10 --images 100000 --stages scan extract bag     # files made by benchmarks.scale, tiny networks
 
 A kill is a signal (SIGKILL, SIGTERM, SIGINT) to the stage, to dvc or to both, at a moment drawn from the time that the stage takes when
 undisturbed; the next `dvc repro STAGE` goes on. Checked: the outputs' bytes are those of the undisturbed run; data/, models/ and reports/
@@ -29,6 +30,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from benchmarks import scale
 from benchmarks.parser import Parser
 from bingo.params import read_yaml
 from bingo.planning.recipes import lay_over, read_recipe
@@ -37,7 +39,7 @@ from bingo.runtime.progress import progress_bar
 from tests.processes import session
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("teacher", "extract", "bag", "distill", "baseline@moco", "linear_eval@student", "semi_eval@half")
+STAGES = ("scan", "teacher", "extract", "bag", "distill", "baseline@moco", "linear_eval@student", "semi_eval@half")
 BEGIN_ANEW = ("bag",)  # keep nothing while they run
 RESUMED = re.compile(r"extract|linear evaluation|.+: .+")  # the labels of bars that go on where a killed run was, of chunks or trainings
 OUTPUTS = ("data", "models", "reports")
@@ -53,7 +55,7 @@ WAYS = (
 # What dvc does not write atomically, and what it reports if it was killed while writing it.
 CUT_LOCK = "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted"
 CUT_RUN = "join() argument must be str, bytes, or os.PathLike object, not 'NoneType'"  # a folder of the run cache without an entry
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 1800
 STOPPED = INTERRUPTED
 INTERVAL_SECONDS = 0.5
 # 1,438 train images; each training takes some seconds, extract has 9 chunks.
@@ -70,6 +72,7 @@ SMALL = {
         "linear": {"epochs": 4, "drop_epochs": [2, 3], "batch_images": 32},
     },
 }
+LARGE = {**scale.PARAMS, "extract": {**scale.PARAMS["extract"], "chunk_rows": 4096}}
 # What the copy of bingo/runtime/progress.py gets: a line of each move of a bar, so that a kill can be compared with what follows it.
 RECORDER = """
 
@@ -146,8 +149,8 @@ class Tally:
 class ChaosWorkspace:
     """A copy of the repository's code with DVC and without git, in which stages run and are killed."""
 
-    def __init__(self, root: Path):
-        self.root, self.runs = root, 0
+    def __init__(self, root: Path, chunk_views: int = 0):
+        self.root, self.runs, self.chunk_views = root, 0, chunk_views
         self.records = root.parent / f"{root.name}-records"
         self.records.mkdir(exist_ok=True)
 
@@ -274,7 +277,7 @@ def new_workspace(root: Path, overlay: dict[str, Any]) -> ChaosWorkspace:
     lay_over(params, overlay)
     with (root / "params.yaml").open("w") as file:
         YAML(typ="safe", pure=True).dump(params, file)
-    workspace = ChaosWorkspace(root)
+    workspace = ChaosWorkspace(root, params["extract"]["chunk_rows"] * (1 + params["extract"]["views"]))
     workspace.run("init", "--no-scm", "--quiet")
     return workspace
 
@@ -308,7 +311,6 @@ class Harassment:
 
     def __init__(self, workspace: ChaosWorkspace, stage: str, tally: Tally):
         self.workspace, self.stage, self.tally = workspace, stage, tally
-        self.chunk_views = SMALL["extract"]["chunk_rows"] * (1 + SMALL["extract"]["views"])
         self.bars: dict[str, list[Move]] = {}  # of the last run that had a bar of that label
         self.saved: set[str] = set()  # labels of the bars whose last run was asked to stop and said that it saved
 
@@ -339,7 +341,7 @@ class Harassment:
                 lost = lost_moves(before, moves)
                 self.tally.most_lost = max(self.tally.most_lost, len(lost))
                 self.tally.resumed += 1
-                if problem := loss_problem(self.stage, lost, self.chunk_views):
+                if problem := loss_problem(self.stage, lost, self.workspace.chunk_views):
                     self._problem(None, ended, problem)
                 if lost and label in self.saved:
                     self._problem(None, ended, f"{len(lost)} steps before a checkpoint on the way out were done twice")
@@ -377,11 +379,10 @@ def drawn_kills(draw: random.Random, count: int, longest_seconds: float) -> Iter
         yield Kill(name, receiver, draw.uniform(0, longest_seconds))
 
 
-def undisturbed(root: Path, stages: Sequence[str]) -> tuple[dict[str, float], dict[str, dict[str, str]]]:
+def undisturbed(root: Path, overlay: dict[str, Any], stages: Sequence[str]) -> tuple[dict[str, float], dict[str, dict[str, str]]]:
     """Run the stages once: seconds of each `dvc repro STAGE`, and all files that there are after it."""
-    workspace = new_workspace(root, SMALL)
+    workspace = new_workspace(root, overlay)
     seconds, files = {}, {}
-    workspace.run("repro", "scan")
     for stage in stages:
         begun = time.monotonic()
         workspace.run("repro", stage)
@@ -430,13 +431,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="of all stages together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which are killed; those before them only run")
+    parser.add_argument("--images", type=int, help="so many tiny photographs in place of the digits")
+    parser.add_argument("--folder", type=Path, help="where they are made, and stay")
     given = parser.parse_args()
     draw, tallies = random.Random(given.seed), {}
     needed = STAGES[: max(STAGES.index(stage) for stage in given.stages) + 1]
     with tempfile.TemporaryDirectory() as folder:
-        seconds, files = undisturbed(Path(folder) / "undisturbed", needed)
-        workspace = new_workspace(Path(folder) / "killed", SMALL)
-        workspace.run("repro", "scan")
+        overlay = SMALL
+        if given.images:
+            root = given.folder or Path(folder) / "images"
+            scale.make_images(root, given.images, classes=1000)
+            overlay = {**LARGE, "dataset": {**LARGE["dataset"], "root": str(root.resolve())}}
+        seconds, files = undisturbed(Path(folder) / "undisturbed", overlay, needed)
+        workspace = new_workspace(Path(folder) / "killed", overlay)
         for stage in needed:
             place = given.stages.index(stage) if stage in given.stages else -1
             kills = len(range(place, given.kills, len(given.stages))) if place >= 0 else 0

@@ -41,6 +41,7 @@ class Scripted:
     """A workspace whose runs of dvc are known beforehand."""
 
     runs = mended = 0
+    chunk_views = 1800
 
     def __init__(self, *ended: Ended):
         self.script = iter(ended)
