@@ -93,7 +93,7 @@ def find_splits(
     walker = _Walker(root, name, follow_links, splits=True, tree=_tree_of(members, f"{name} = {root}"))
     walker.passed += members.passed if members else Counter()
     if members is not None and members.placed is not None:
-        train, test = _placed_splits(walker, members.paths, members.placed, say)
+        train, test = _placed_splits(walker, members, say)
         walker.report(say)
         return train, test
     here, folders = walker.entries("")
@@ -141,22 +141,22 @@ def _with_role(role: str, names: Iterable[str]) -> list[str]:
     return next(([usual] for usual in _USUAL[role] if usual in found), found)
 
 
-def _placed_splits(walker: "_Walker", paths: list[str], placed: list[tuple[str, str]], say: Say) -> tuple[Split, Split]:
+def _placed_splits(walker: "_Walker", members: Members, say: Say) -> tuple[Split, Split]:
     """The train and the test split of images whose splits and classes are data, where any name of a class is allowed. Raises UserError if
     it is not clear which are for training."""
-    rows_of: dict[str, list[int]] = {}
-    for row, (split, _) in enumerate(placed):
-        rows_of.setdefault(split, []).append(row)
-    trains, tests = (_with_role(role, rows_of) for role in ("train", "test"))
-    if not trains and not tests and len(rows_of) == 1:
-        trains = list(rows_of)
+    by_split: dict[str, dict[str, list[str]]] = {}
+    for path, (split, of_class) in zip(members.paths, members.placed or [], strict=True):
+        by_split.setdefault(split, {}).setdefault(of_class, []).append(path)
+    trains, tests = (_with_role(role, by_split) for role in ("train", "test"))
+    if not trains and not tests and len(by_split) == 1:
+        trains = list(by_split)
     if len(trains) != 1 or len(tests) > 1:
-        found = ", ".join(printable(split) for split in sorted(rows_of)) or "none"
-        raise UserError(
-            f"{walker.shown}: which images are for training is not clear from the names of its splits ({found}); name them train and test"
-        )
-    train, test = (_placed_split(rows_of[x[0]], paths, placed) if x else _NO_SPLIT for x in (trains, tests))
-    walker.passed["images of other splits"] += sum(len(rows) for split, rows in rows_of.items() if split not in (*trains, *tests))
+        names = ", ".join(printable(split) for split in sorted(by_split)) or "none"
+        problem = f"which images are for training is not clear from the names of its splits ({names})"
+        raise UserError(f"{walker.shown}: {problem}; name them train and test")
+    found = [by_split.pop(names[0]) if names else {} for names in (trains, tests)]
+    train, test = (_split({name: joined_paths([of_class]).in_order() for name, of_class in by_class.items()}) for by_class in found)
+    walker.passed["images of other splits"] += sum(len(paths) for by_class in by_split.values() for paths in by_class.values())
     if train.classes and test.paths and not test.classes:
         say(f"{walker.shown}: the images of the split {printable(tests[0])} have no labels, which train images have, and are passed over")
         return train, _NO_SPLIT
@@ -167,14 +167,6 @@ def _placed_splits(walker: "_Walker", paths: list[str], placed: list[tuple[str, 
     if test.classes:
         _say_of_missing(f"{walker.shown}: the split {printable(tests[0])}", train.classes, test.classes, say)
     return train, test
-
-
-def _placed_split(rows: list[int], paths: list[str], placed: list[tuple[str, str]]) -> Split:
-    """The images of one split by class, in each by the parts of their paths."""
-    by_class: dict[str, list[str]] = {}
-    for row in rows:
-        by_class.setdefault(placed[row][1], []).append(paths[row])
-    return _split({name: joined_paths([of_class]).in_order() for name, of_class in by_class.items()})
 
 
 def _refuse_class_named_train(walker: "_Walker", train_name: str, test_name: str | None, folders: list[str]) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from bingo.datasets.members import Members, class_names, placed_path, positions_of, refuse
 from bingo.datasets.split_names import role_of, split_folder
 from bingo.images.decode import SUFFIXES
-from bingo.runtime.errors import UserError, printable
+from bingo.runtime.errors import UserError, printable, short
 from bingo.runtime.inside import path_inside
 from bingo.runtime.progress import progress_bar
 
@@ -184,11 +184,14 @@ def _places(column: pa.Array, content: pa.Buffer) -> np.ndarray:
 def _placed(shown: str, found: list[tuple[str, _File]], names: list[str] | None, column: str | None) -> list[tuple[str, str]]:
     """The split and the class of each image, empty without a label. Raises UserError for other labels, and for splits where some rows have
     none."""
-    labels = {label for _, rows in found for label in rows.labels if label is not None}
-    if others := [label for label in labels if not isinstance(label, int | str) or isinstance(label, bool)]:
-        raise UserError(f"{shown}: labels such as {others[0]!r} are neither integers nor names; set dataset.label_column to another column")
-    named = class_names(labels, names, shown)
-    placed = [(split, named.get(label, "")) for split, rows in found for label in rows.labels]
+    labels = (label for _, rows in found for label in rows.labels if label is not None)
+    if (other := next((label for label in labels if not isinstance(label, int | str) or isinstance(label, bool)), None)) is not None:
+        raise UserError(
+            f"{shown}: labels such as {short(other)} are neither integers nor names; set dataset.label_column to another column"
+        )
+    named = class_names({label for _, rows in found for label in rows.labels if label is not None}, names, shown)
+    places = {(split, label): (split, named.get(label, "")) for split, rows in found for label in set(rows.labels)}  # few, of many rows
+    placed = [places[split, label] for split, rows in found for label in rows.labels]
     rows_of, unknown = Counter(split for split, _ in placed), Counter(split for split, of_class in placed if not of_class)
     way_out = f'leave them out, by: dataset.filter(lambda row: row["{column}"] not in (None, "", -1)).save_to_disk("NEW FOLDER")'
     mixed = [split for split in unknown if unknown[split] < rows_of[split]]

@@ -250,21 +250,22 @@ def _paths(shown: str, folder: str, files: list[str], shards: list[_Shard]) -> t
     names = class_names({label for shard in shards for label in shard.labels.values()}, _names(shown, Path(folder, CLASS_NAMES)), shown)
     of_split = (name for split, shard in zip(splits, shards, strict=True) if split for name in shard.names)
     by_folders = all("/" in name and role_of(name.partition("/")[0]) for name in of_split)
-    found = [list(_placed(split, by_folders, shard, names)) for split, shard in zip(splits, shards, strict=True)]
-    labelled = {role for of_shard in found for role, of_class, _ in of_shard if of_class}
+    placed_in = [partial(_placed, split, by_folders, shard, names) for split, shard in zip(splits, shards, strict=True)]  # again each time
+    labelled = {role for placed in placed_in for role, of_class, _ in placed() if of_class}
     lines = [
         f"{file}: {printable(name)} has no label, which others have; write its .cls, or {_PACK_AGAIN} without it"
-        for file, shard, of_shard in zip(files, shards, found, strict=True)
-        for name, (role, of_class, _) in zip(shard.names, of_shard, strict=True)
+        for file, shard, placed in zip(files, shards, placed_in, strict=True)
+        for name, (role, of_class, _) in zip(shard.names, placed(), strict=True)
         if role in labelled and not of_class
     ]
     refuse(shown, lines)
-    paths, placed = [], []
-    for role, of_class, inside in (image for of_shard in found for image in of_shard):
+    paths, places, same = [], [], dict[tuple[str, str], tuple[str, str]]()
+    for role, of_class, inside in (image for placed in placed_in for image in placed()):
         first, _, rest = inside.partition("/")
         paths.append(placed_path(role, of_class, rest if rest and first == of_class else inside))
-        placed.append((role, of_class or (first if rest else "")))
-    return paths, placed if labelled else None
+        place = role, of_class or (first if rest else "")
+        places.append(same.setdefault(place, place))  # millions of images have few
+    return paths, places if labelled else None
 
 
 def _names(shown: str, file: Path) -> list[str] | None:

@@ -252,6 +252,21 @@ def test_transfer_takes_shards_and_saved_datasets(flat_pets, tmp_path_factory):
     assert error.value.lines[0].startswith("transfer.datasets.two.root = ")
 
 
+OTHER = {
+    "a list": [[0], [1]], "a structure": [{"x": 1}, {"x": 2}], "a fraction": [0.0, 1.0], "truth": [True, False], "bytes": [b"a", b"b"],
+    "an image": [{"bytes": b"x", "path": None}] * 2, "no bytes": [[], []],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_a_column_that_holds_no_labels_is_one_line(flat_pets, tmp_path, kind):
+    files, _ = files_of(flat_pets, "val")
+    columns = {"image": images_of(files), "kind": pa.array(OTHER[kind])}
+    write_arrow(tmp_path / "data.arrow", features_of(None) | {"kind": {"_type": "Value"}}, columns)
+    (line,) = lines_of(saved(tmp_path, label_column="kind"))
+    assert "are neither integers nor names; set dataset.label_column to another column" in line
+
+
 NO_FOLDERS = {  # names of classes that folders could not have, or that mean something else there
     "of systems": ["__MACOSX", "@eaDir", "lost+found", "cat"],
     "hidden": [".x", ".git", "..", "."],
