@@ -155,7 +155,7 @@ class Resumable:
             groups = self.optimizer.param_groups
             gradients = [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
             seen = {name: value.detach() for name, value in values.items()}
-            self.log.keep(self.step + 1, groups[0]["lr"], seen | {"grad_norm": nn.utils.get_total_norm(gradients)})
+            self.log.keep(self.step + 1, groups[0]["lr"], seen | {"grad_norm": nn.utils.get_total_norm(gradients, foreach=True)})
 
     def _checkpoint_if_due(self) -> None:
         """Several processes agree on it only when the loss is read too, because agreeing waits for the device."""

@@ -1,10 +1,13 @@
 """A step of every method on the pretended GPU: the CPU's numbers, no wait, and no more launches than it has now."""
 
+import json
+
 import pytest
 import torch
 
 from bingo.params import method_names
-from tests.pretended_gpu.steps import CASES, OPTIMIZERS, PARTS, Case, on_cpu, on_gpu
+from bingo.runtime.loggers import LoggedRun, TrainingLog
+from tests.pretended_gpu.steps import CASES, OPTIMIZERS, PARTS, Case, on_cpu, on_gpu, steps, trainer
 
 # Launches of one step, at most; `python -m tests.pretended_gpu` prints them by part. Lower a number that has become too high;
 # one may rise only for a reason that stands in the commit.
@@ -92,6 +95,25 @@ def test_more_groups_of_batchnorm_cost_no_more_launches(tmp_path):
     launches = [on_gpu(tmp_path, MOCO, lambda run, groups=groups: setattr(run, "groups", groups))[1].launches for groups in (2, 8)]
     assert launches[0] == launches[1]
     assert launches[0]["cudnn_batch_norm"] == 2 * 20  # of the student and its moving average
+
+
+def test_a_step_that_is_logged_does_not_wait_and_shows_the_norm_of_its_gradients(tmp_path):
+    """The second of two steps is kept for a logger: in at most 8 launches more, and the norm is that of the CPU's gradients."""
+    log = TrainingLog(["jsonl"], LoggedRun("x1", "here/distill", {}, tmp_path), pytest.fail)
+
+    def logged(run):
+        run.log = log
+        log.begin(run.steps_per_epoch + 2, 99, 1, "anchors")
+
+    plain, record = on_gpu(tmp_path / "plain", MOCO)[1], on_gpu(tmp_path / "gpu", MOCO, logged)[1]
+    assert record.faults == {}
+    assert plain.launches.total() < record.launches.total() <= plain.launches.total() + 8
+    log.flush()
+    cpu = trainer(tmp_path / "cpu", MOCO, torch.device("cpu"))
+    steps(cpu, 2)
+    squares = [float((weight.grad.double() ** 2).sum()) for weight in cpu.method.parameters() if weight.grad is not None]
+    (line,) = (tmp_path / "here/distill/x1/log.jsonl").read_text().splitlines()
+    assert json.loads(line)["train/grad_norm"] == pytest.approx(sum(squares) ** 0.5, rel=1e-5)
 
 
 def test_the_limits_name_every_case_once_and_no_other():

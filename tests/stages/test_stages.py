@@ -84,16 +84,28 @@ def done_chunks(workspace: Workspace) -> list[Path]:
 
 @pytest.mark.parametrize("stage", ["teacher", "distill"])
 def test_a_killed_training_goes_on_from_its_checkpoint(workspace, reference, stage):
+    """In the same run of its logger too, which changes no output."""
+    logged = {"BINGO_LOGGERS": "jsonl", "DVC_EXP_NAME": "k10"}
     remove(workspace, *workspace.outputs(stage))
     for step in (1, 13, 25):  # within the first, second and third epoch
-        training = workspace.start(stage, BINGO_CHECKPOINT_SECONDS="0")
+        training = workspace.start(stage, BINGO_CHECKPOINT_SECONDS="0", **logged)
         until(lambda step=step: saved_step(workspace, stage) >= step, training.ended)
         done = training.kill()
         assert (done.status, done.err) == (-signal.SIGKILL, "")
         assert (GOES_ON in done.out) == (step > 1)
         assert not workspace.existing_files(*workspace.outputs(stage))
-    assert f"{stage}: {GOES_ON}" in workspace.done(stage).out
+    assert f"{stage}: {GOES_ON}" in workspace.done(stage, **logged).out
     assert_as_reference(workspace, reference, stage)
+    (log,) = (workspace.root / ".bingo/logs/k10").glob("*/*/log.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert log.parent.parent.name == stage
+    assert sorted({line["step"] for line in lines}) == [line["step"] for line in lines], "no step twice, in order"
+    curve = csv.DictReader((workspace.root / f"reports/plots/{stage}.csv").read_text().splitlines())
+    shown = [line for line in lines if "epoch" in line]
+    assert [(line["epoch"], line["epoch/loss"]) for line in shown] == [(int(row["epoch"]), float(row["loss"])) for row in curve]
+    spread = json.loads((workspace.root / f"reports/{stage}.json").read_text())
+    assert {name: shown[-1][f"epoch/{name}"] for name in ("feature_std", "effective_rank")}.items() <= spread.items()
+    assert len(list(log.parent.glob("bags/row-*.png"))) == (4 if stage == "distill" else 0)
 
 
 def test_the_best_epoch_is_that_of_the_curve_and_a_students_file(workspace):
