@@ -10,6 +10,7 @@ TUNE = {"epochs": 1, "batch_images": 16, "drop_epochs": None}
 PRETRAIN = {"epochs": 1, "lr_warmup_epochs": 0, "batch_anchors": 32, "probe_every_epochs": 1, "precision": "fp32"}
 TINY = {
     "dataset": {"train_images": 120, "test_images": 40},
+    "teacher": {"key_width": 8},
     "teacher.pretrain": PRETRAIN,
     "extract": {"views": 2, "batch_images": 32, "chunk_rows": 64, "precision": "fp32"},
     "bagging": {"k": 3},
