@@ -5,9 +5,9 @@
 
 In --folder are made, for each number N, N train and N/25 test JPEGs of 32 px in --classes classes, all different, and a clone of the last
 commit, with networks so small that what is measured is the pipeline. `distill` trains for --train-seconds and is asked to stop; its
-student is not judged, an untrained network is. What was measured stays in --results, a JSON line each, and is not measured again. CPU
-seconds and memory (proportional set sizes) are those of all processes together, sampled; files and bytes are those that were written
-and remained.
+student is not judged, an untrained network is. Pages are opened by Chromium; seconds are
+those to its load event. What was measured stays in --results, a JSON line each, and is not measured again. CPU seconds and memory
+(proportional set sizes) are those of all processes together, sampled; files and bytes are those that were written and remained.
 """
 
 import argparse
@@ -57,6 +57,8 @@ COMMANDS = {
     "bags stats": [*BINGO, "bags", "stats"],
     "bags diff": [*BINGO, "bags", "diff", "workspace", "workspace"],
     "bags gallery": [*BINGO, "bags", "gallery"],
+    "gallery opens": [PYTHON, "-m", "tests.chromium", ".bingo/gallery/index.html"],
+    "report opens": [PYTHON, "-m", "tests.chromium", "reports/index.html"],
     "dvc commit": [*DVC, "commit", "--force", "scan", "teacher", "extract", "bag", "weights"],
     "dvc repro bag, nothing to do": [*DVC, "repro", "bag"],
     "dvc exp run -S bagging.k=9 bag": [*DVC, "exp", "run", "-S", "bagging.k=9", "bag"],
@@ -177,6 +179,8 @@ def measure_step(clone: Path, step: str, images: int, tests: int, train_seconds:
     new = [file.stat() for file in _files(clone) if file.stat().st_ctime >= begun]
     seen = _anchors(clone, images) if step == "distill" else images + tests if step in EACH_IMAGE else 0
     one = Measured(step, images, *found, len(new), sum(file.st_size for file in new) / 2**20, seen, os.getloadavg()[1], time.strftime("%F"))
+    if step.endswith("opens"):
+        return replace(one, seconds=float((clone.parent / "log").read_text().splitlines()[-1]))
     if step.startswith("dvc exp"):
         record = max((clone / ".bingo/runs").glob("*/bag.json"), key=lambda path: path.stat().st_mtime)
         return replace(one, outside_seconds=one.seconds - json.loads(record.read_text())["seconds"])

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -121,3 +123,16 @@ class Browser:
         self._process.wait(10)
         os.close(self._write)
         os.close(self._read)
+
+
+def main() -> None:
+    """`python -m tests.chromium PAGE`: the seconds from the start of loading a page to its load event, as the page measures them."""
+    with tempfile.TemporaryDirectory() as folder:
+        browser = Browser(Path(folder))
+        browser.open(Path(sys.argv[1]).resolve().as_uri())
+        print(browser.value("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
