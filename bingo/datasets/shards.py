@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tarfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class _Shard:
 
     bytes: int = 0
     names: list[str] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
+    places: array = field(default_factory=lambda: array("q"))  # offset and length of each in turn
     labels: dict[str, int | str] = field(default_factory=dict)
     passed: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -202,7 +203,7 @@ def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
         shard.problems.append(f"{printable(name)} is not a regular file; {_PACK_AGAIN} without it")
     elif is_image:
         shard.names.append(name)
-        shard.places.append((member.offset_data, member.size))
+        shard.places.extend((member.offset_data, member.size))
     elif kind in (".cls", ".json") and member.isreg():
         key = name[: -len(kind)]
         try:
