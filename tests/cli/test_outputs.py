@@ -8,6 +8,7 @@ from command import bingo
 
 from bingo.paths import NO_WEIGHTS
 from bingo.pipeline.commands import check_folder, check_output, check_place, declared_outputs
+from bingo.pipeline.process import mistakes_as_lines
 from bingo.runtime.artefacts import NotWritten, new_directory, new_file, write_bytes
 from bingo.runtime.errors import UserError
 
@@ -120,13 +121,18 @@ def test_a_folder_without_the_right_to_write(workspace):
     "write", [lambda path: write_bytes(path, b"x"), lambda path: new_file(path).__enter__(), lambda path: new_directory(path).__enter__()]
 )
 @pytest.mark.parametrize("place", ["nowhere/x", "file/x", "/proc/x/y", "nowhere/below/x"])
-def test_a_stage_that_cannot_write_its_output_names_the_place(workspace, write, place):
+def test_a_stage_that_cannot_write_its_output_names_the_place(workspace, capsys, write, place):
     """As where data/ is a link to a disk that is not there."""
     Path("file").touch()
     Path("nowhere").symlink_to("/gone/from/here")
     with pytest.raises(NotWritten) as error:
         write(place)
     assert Path(place).is_relative_to(str(error.value.filename))
+    with pytest.raises(SystemExit) as left, mistakes_as_lines():
+        write(place)
+    said = capsys.readouterr().err
+    assert (left.value.code, said.count("\n")) == (2, 1)
+    assert said.startswith(f"error: {error.value.filename}: ")
 
 
 def test_errors_of_what_is_read_while_writing_keep_their_own_kind(workspace):
