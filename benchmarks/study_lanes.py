@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 from benchmarks.study_plan import Wanted
 from bingo.runtime.artefacts import fingerprint
 from bingo.runtime.errors import UserError, reason_of
+from bingo.runtime.workers import begin_worker
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ("teacher", "untrained", "pixels", "start", "supervised")  # networks that training does not change
@@ -51,7 +52,7 @@ def run_in_lanes(
     under_way: dict[Future[float | None], LaneRun] = {}
     failed: dict[str, Wanted] = {}
     context = get_context("spawn")
-    with ProcessPoolExecutor(lanes, context, _begin_lane, (context.Value("i", 0),)) as pool:
+    with ProcessPoolExecutor(lanes, context, _begin_lane, (context.Value("i", 0),)) as pool, _ended_with(pool):
         while True:
             for run in ready([*(one.wanted for one in under_way.values()), *failed.values()]):
                 if len(under_way) == lanes:
@@ -70,6 +71,18 @@ def run_in_lanes(
         raise UserError(list(failed))
 
 
+@contextmanager
+def _ended_with(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Ends the lanes' stages, as an interrupt does, if the body is interrupted."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for lane in active_children():
+            lane.terminate()
+        raise
+
+
 def place_of(run: LaneRun, folder: Path) -> Path:
     """The folder of a run."""
     return folder / f"run-{fingerprint([run.wanted.name, run.wanted.seed, dict(run.wanted.settings)])[:16]}"
@@ -82,7 +95,8 @@ def log_of_run(run: LaneRun, folder: Path) -> Path:
 
 def _begin_lane(lanes_begun: Any) -> None:
     """In a new lane: one core of those that the pool may use, so that its loaders work in the same process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    begin_worker()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the pool's owner ends its lanes
     os.environ["OMP_NUM_THREADS"] = "1"
     cores = sorted(os.sched_getaffinity(0))
     with lanes_begun.get_lock():

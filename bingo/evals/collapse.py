@@ -12,6 +12,7 @@ from bingo.evals.features import backbone_features
 from bingo.images.images import Images
 from bingo.images.listing import Listing
 from bingo.params import ImageParams
+from bingo.runtime.errors import UserError
 
 IMAGES, BATCH_IMAGES = 1000, 256
 LEAST_STD, LEAST_RANK = 0.03, 1.5  # below: collapsed. A feature_std of 0.03 is a mean cosine of 0.999 between two images
@@ -20,9 +21,13 @@ LEAST_STD, LEAST_RANK = 0.03, 1.5  # below: collapsed. A feature_std of 0.03 is 
 def feature_spread(
     backbone: nn.Module, listing: Listing, images: Images, image: ImageParams, seed: int, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """`spread` over at most 1,000 train images; the state of the backbone does not change."""
+    """`spread` over at most 1,000 train images; the state of the backbone does not change. Raises UserError if a feature is not finite:
+    weights can be too large for it before a loss is."""
     rows = np.sort(seeds.permutation(seed, "spread", 0, listing.train_rows)[:IMAGES])
-    return spread(backbone_features(backbone, images, rows, image, device, precision, BATCH_IMAGES))
+    features_ND = backbone_features(backbone, images, rows, image, device, precision, BATCH_IMAGES)
+    if not np.isfinite(features_ND).all():
+        raise UserError("the network's features are not finite, so its training has diverged; lower lr")
+    return spread(features_ND)
 
 
 def spread(features_ND: np.ndarray) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from test_compare import ROOT, Repository
+from workspace import new_workspace
 
 from benchmarks import study, study_plan, study_tables
 from benchmarks.study_plan import StudyPlan, Wanted, Wishes
@@ -301,6 +302,38 @@ def test_a_failure_of_another_kind_stops_the_study_and_is_no_result(repository):
     assert "lr=0.2-s9: failed with exit code 1" in err
     assert "error: no space left on device" in err
     assert len(study_plan.read_results(repository.home / "benchmarks/results/plan.jsonl")) == 1
+
+
+FEW = {
+    "dataset": {"train_images": 128, "test_images": 50},
+    "teacher": {"pretrain": {"epochs": 1, "lr_warmup_epochs": 0, "probe_every_epochs": 0}},
+    "distill": {"epochs": 1, "lr_warmup_epochs": 0, "probe_every_epochs": 0},
+    "semi_eval": {"splits": {"ten": {"percent": 10.0, "list_file": None, "trunk_lr": 0.1, "head_lr": 0.2, "linear_lr": 3.0}}},
+}
+IN_LANES = {
+    "base": "digits-short", "reference": "method-simreg", "tables": {"seeds": [4], "settings": FEW}, "rounds": [{"method-simreg": []}],
+    "tuning": {"seed": 9, "noise_points": 0.0, "first_lr": [0.06, 1e9], "settings": FEW},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_lanes_give_what_the_stages_give_by_themselves(tmp_path, monkeypatch, stages):
+    (tmp_path / "plan.yaml").write_text(json.dumps(IN_LANES))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    plan, out = study_plan.read_plan(tmp_path / "plan.yaml"), tmp_path / "results.jsonl"
+    alone = study.Study(plan, out, None, "a commit")
+    alone.run_in_lanes(2)
+    lines = study_plan.read_results(out)
+    assert Wishes(plan, lines).next() is None
+    assert [line["settings"]["distill.lr"] for line in lines if not line["linear"]] == [1e9]
+    table = Wishes(plan, lines).compared("anchors", "method-simreg", 4)
+    line, document = Wishes(plan, lines).line_of(table), study.laid_over(*alone.laid(table))[0]
+    by_itself = new_workspace(tmp_path / "by itself", stages, document)
+    for stage in ("scan", "teacher", "extract", "bag", "weights", "distill", "linear_eval", "knn_eval", "semi_eval ten", "report"):
+        by_itself.done(stage)
+    want = study.figures(by_itself.root)
+    assert {key: line[key] for key in want} == json.loads(json.dumps(want))
 
 
 @pytest.mark.parametrize(

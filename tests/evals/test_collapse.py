@@ -10,6 +10,7 @@ from bingo.images.images import MemoryImages
 from bingo.images.listing import Listing
 from bingo.nets.backbones import build_backbone
 from bingo.params import ImageParams
+from bingo.runtime.errors import UserError
 
 IMAGE = ImageParams(crop_px=12, resize_px=12, mean=[0.5] * 3, std=[0.25] * 3)
 
@@ -61,3 +62,13 @@ def test_nearly_equal_features_are_reported_but_not_an_untrained_network():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.zeros_(module.weight)
     assert collapse_warning(feature_spread(backbone, listing, images, IMAGE, 0, torch.device("cpu"), "fp32"))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e38])
+def test_features_that_are_not_finite_are_a_mistake(weight):
+    images = MemoryImages(np.random.default_rng(0).integers(0, 256, (8, 12, 12, 3), dtype=np.uint8))
+    listing = Listing("made", [str(row) for row in range(8)], np.full(8, -1), 8, [], [], "aa")
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    nn.init.constant_(backbone[0].weight, weight)
+    with pytest.raises(UserError, match="lower lr"):
+        feature_spread(backbone, listing, images, IMAGE, 0, torch.device("cpu"), "fp32")
