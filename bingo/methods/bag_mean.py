@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.targets import Targets, check_stored_views, regression_head
-from bingo.nets.batchnorm import rows_by_group
+from bingo.nets.batchnorm.groups import rows_by_group
 from bingo.nets.heads import unit
 from bingo.nets.precision import autocast
 from bingo.params.methods import BagMeanParams

@@ -27,7 +27,7 @@ from bingo.methods.parts.losses import WeightedKeys, info_nce
 from bingo.methods.parts.momentum import MomentumCopy, shuffled
 from bingo.methods.targets import check_stored_views
 from bingo.methods.view_gradients import sum_of_terms
-from bingo.nets.batchnorm import group_numbers
+from bingo.nets.batchnorm.groups import group_numbers
 from bingo.nets.heads import mlp_head, unit
 from bingo.nets.precision import autocast, dtype_of_similarities
 from bingo.params.methods import BingoParams

@@ -13,7 +13,7 @@ from torch import Tensor
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
 from bingo.methods.targets import Targets
-from bingo.nets.batchnorm import rows_by_group
+from bingo.nets.batchnorm.groups import rows_by_group
 from bingo.nets.heads import mlp_head
 from bingo.nets.precision import autocast
 from bingo.params.methods import CossParams

@@ -15,7 +15,7 @@ from bingo.images.images import open_images
 from bingo.images.listing import Listing
 from bingo.methods.contract import Method, Progress
 from bingo.nets.backbones import Backbone
-from bingo.nets.batchnorm import counting_layers, own_groups
+from bingo.nets.batchnorm.groups import counting_layers, own_groups
 from bingo.nets.checkpoint import weights_sha256
 from bingo.nets.precision import resolve_precision
 from bingo.params import AugmentParams

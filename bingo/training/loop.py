@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bingo import seeds
 from bingo.methods.contract import Batch, Method, Progress
 from bingo.methods.parts.momentum import MomentumCopy
-from bingo.nets.batchnorm import counted_together, counting_layers, grouped_batchnorm, own_groups
+from bingo.nets.batchnorm.groups import counted_together, counting_layers, grouped_batchnorm, own_groups
 from bingo.nets.checkpoint import on_host
 from bingo.nets.precision import casts_kept
 from bingo.params import ScheduleParams

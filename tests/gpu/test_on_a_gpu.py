@@ -16,6 +16,7 @@ from torch.multiprocessing import get_context
 
 from bingo.bags import neighbors
 from bingo.images.nvjpeg import decode_on
+from bingo.nets.batchnorm import groups as batchnorm
 from bingo.runtime import distributed
 from tests.photographs import BASELINE, photographs
 from tests.pretended_gpu.steps import CASES, CPU, Case, Outcome, deterministic, outcome_of, steps, trainer
@@ -78,6 +79,48 @@ def test_one_wrong_sign_is_beyond_the_bounds(tmp_path):
     name = "student.layer2.0.conv1.weight"
     got.state[name].copy_(2 * start[name] - want.state[name])
     assert update_deviation(start, got, want) > UPDATE_BOUND["fp32"]
+
+
+SHAPES = [((512, 256, 32, 32), 1), ((96, 130, 7, 5), 3), ((512, 2048, 1, 1), 1), ((64, 24, 112, 112), 2)] if REAL else [((24, 6, 3, 2), 3)]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "blocks"), SHAPES)
+def test_grouped_batchnorm_is_that_of_each_group_in_float64(shape, blocks, dtype):
+    """Its kernels; the second call may not wait for the GPU. The input's mean is 30 times its deviation."""
+    groups, torch_random = 4, torch.Generator(DEVICE).manual_seed(0)
+    x, dy = (torch.randn(shape, generator=torch_random, device=DEVICE) for _ in range(2))
+    x, dy = ((part.to(dtype).contiguous(memory_format=torch.channels_last)) for part in (x + 30, dy))
+    given = [0.5 + torch.rand(shape[1], generator=torch_random, device=DEVICE) for _ in range(4)]
+    exact = [value.double() for value in (x, *given)]
+    leaves, exact_leaves = ([values[index].requires_grad_() for index in (0, 3, 4)] for values in ([x, *given], exact))
+    start = [value.clone() for value in given[:2]]
+
+    def called() -> list[torch.Tensor]:
+        for value, kept in zip(given[:2], start, strict=True):
+            value.copy_(kept)
+        with batchnorm.grouped_batchnorm(groups, len(x) // blocks):
+            y = torch.nn.functional.batch_norm(x, *given, True, 0.3, 1e-3)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy), *(value.clone() for value in given[:2])]
+
+    assert not REAL or (batchnorm._kernels() is not None and batchnorm._in_place(x, groups))
+    first = called()
+    if REAL:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = called()
+    finally:
+        if REAL:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, first, again))
+    means, variances = (batchnorm._copies(value, groups) for value in exact[1:3])
+    y = batchnorm._one_by_one(exact[0], blocks, groups, means, variances, *exact[3:], 0.3, 1e-3)
+    want = [y.detach(), *torch.autograd.grad(y, exact_leaves, dy.double()), means.mean(0), variances.mean(0)]
+    for name, got, wanted in zip(("y", "dx", "dweight", "dbias", "running mean", "running variance"), first, want, strict=True):
+        apart = float((got.double() - wanted).abs().max() / wanted.abs().max())
+        print(f"{shape}, {dtype}, {name}: differs by at most {apart:.1e} of the largest")
+        assert apart <= (torch.finfo(dtype).eps if name in ("y", "dx") else 0) + 3e-5, name
 
 
 def share_of_two(rank: int, folder: str, kind: str, answers) -> None:

@@ -17,7 +17,7 @@ from bingo.methods.contract import Batch, Context, Progress
 from bingo.methods.negatives import hidden_negatives
 from bingo.methods.parts.losses import info_nce
 from bingo.methods.parts.momentum import Queue
-from bingo.nets.batchnorm import grouped_batchnorm
+from bingo.nets.batchnorm.groups import grouped_batchnorm
 from bingo.params import BingoParams, MocoParams
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError

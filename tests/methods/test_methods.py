@@ -14,7 +14,7 @@ from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Progress, build_method
 from bingo.methods.parts.losses import kl_divergence, soft_cross_entropy
 from bingo.methods.parts.momentum import Queue
-from bingo.nets.batchnorm import grouped_batchnorm
+from bingo.nets.batchnorm.groups import grouped_batchnorm
 from bingo.params import method_section
 from bingo.runtime.errors import UserError
 from bingo.teachers.teacher import Teacher

@@ -1,5 +1,9 @@
 """BatchNorm by groups: each group as a process of its own would have it, keys shuffled among the groups, layers left as they are."""
 
+import itertools
+import os
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,9 +16,9 @@ from torchvision.models.resnet import BasicBlock
 
 from bingo.methods.contract import Progress
 from bingo.methods.parts.momentum import shuffled
-from bingo.nets import batchnorm
 from bingo.nets.backbones import build_backbone
-from bingo.nets.batchnorm import counted_together, counting_layers, grouped_batchnorm, groups, own_groups
+from bingo.nets.batchnorm import groups as batchnorm
+from bingo.nets.batchnorm.groups import counted_together, counting_layers, grouped_batchnorm, groups, own_groups
 from bingo.nets.heads import batchnorm_mlp, layered_head
 from bingo.params import read_yaml, validate
 from bingo.runtime import distributed
@@ -76,6 +80,34 @@ def test_each_group_is_treated_as_on_a_process_of_its_own(name, companions, way)
         torch.testing.assert_close(parameter.grad, sum(part.grad for part in parts), rtol=1e-7, atol=1e-7)
     for buffer, *parts in zip(together.buffers(), *(net.buffers() for net in apart), strict=True):
         torch.testing.assert_close(buffer.double(), torch.stack(parts).double().mean(dim=0), rtol=1e-9, atol=1e-9)
+
+
+def test_a_gpus_kernels_when_interpreted_on_the_cpu():
+    """Their numbers; a process of its own, because Triton chooses its interpreter when it is imported."""
+    pytest.importorskip("triton")
+    file = Path(__file__).with_name("interpreted_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_gpus_kernels_compile_without_one(tmp_path, monkeypatch):
+    """To PTX; the interpreter allows what the compiler does not."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from bingo.nets.batchnorm import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tile, numbers = {"P": 16, "R": 32, "W": 64}, {"M", "C", "G", "chunk", "blocks", "total"}
+    types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("x", "y", "dx", "dy"), "*bf16") | {"momentum": "fp32", "eps": "fp32"}
+    steps = ("moments", "statistics", "normalise", "gradient_sums", "parameter_gradients", "input_gradient")
+    for kernel, absent in itertools.product([getattr(kernels, f"_{step}") for step in steps], [(), ("weight", "bias", "running_mean")]):
+        constants = {name: tile.get(name) for name in kernel.arg_names if name in tile or name in absent}
+        signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
+        made = compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32), {"enable_fp_fusion": True})
+        assert f".entry {kernel.__name__}" in made.asm["ptx"]
 
 
 def test_channels_last_stays_and_layers_and_names_do(way):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bingo.nets import batchnorm
 from bingo.nets.backbones import build_backbone
+from bingo.nets.batchnorm import groups as batchnorm
 from bingo.params import method_names
 from bingo.runtime.errors import Interrupted, UserError
 from bingo.training import compiled

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.images.uploads import upload
-from bingo.nets import batchnorm
+from bingo.nets.batchnorm import groups as batchnorm
 from bingo.runtime import distributed
 
 

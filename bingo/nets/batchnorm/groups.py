@@ -7,6 +7,7 @@ of B), G groups, C channels.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -117,12 +118,35 @@ class _GroupedBatchNorm(TorchFunctionMode):
         """As `torch.nn.functional.batch_norm`, with the same argument names."""
         if not training or len(input) % self.anchors:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        blocks = len(input) // self.anchors
+        if _in_place(input, self.groups) and (kernels := _kernels()):
+            return kernels(input, running_mean, running_var, weight, bias, momentum, eps, blocks, self.groups)
         means_GC, vars_GC = _copies(running_mean, self.groups), _copies(running_var, self.groups)
         norm = _one_by_one if input.device.type == "cpu" and not torch.compiler.is_compiling() else _side_by_side
-        normed = norm(input, len(input) // self.anchors, self.groups, means_GC, vars_GC, weight, bias, momentum, eps)
+        normed = norm(input, blocks, self.groups, means_GC, vars_GC, weight, bias, momentum, eps)
         _move_to_mean(running_mean, means_GC)
         _move_to_mean(running_var, vars_GC)
         return normed
+
+
+def _in_place(input: Tensor, groups: int) -> bool:
+    """Whether kernels can read the input where it lies: it is an eager, plain GPU tensor in channels_last memory, not one value a group."""
+    plain = type(input) is Tensor and input.is_cuda and input.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    dense = plain and not torch.compiler.is_compiling() and input.movedim(1, -1).is_contiguous()
+    return dense and input.numel() > groups * input.shape[1]
+
+
+@cache
+def _kernels() -> Any:
+    """The function that calls the kernels, or None without Triton, or where it does not work: a missing C compiler, an old GPU, a broken
+    cache each raise an error of their own."""
+    try:
+        from bingo.nets.batchnorm.kernels import GroupedBatchNorm
+
+        GroupedBatchNorm.apply(torch.zeros(4, 16, device="cuda"), None, None, None, None, 0.0, 1.0, 1, 2)
+    except Exception:
+        return None
+    return GroupedBatchNorm.apply
 
 
 def _one_by_one(input: Tensor, blocks: int, groups: int, means_GC: Any, vars_GC: Any, *others: Any) -> Tensor:
