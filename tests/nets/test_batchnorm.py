@@ -100,10 +100,12 @@ def test_a_gpus_kernels_compile_without_one(tmp_path, monkeypatch):
     from bingo.nets.batchnorm import kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tile, numbers = {"P": 16, "R": 32, "W": 64}, {"M", "C", "G", "chunk", "blocks", "total"}
+    tile, numbers = {"P": 16, "R": 32, "W": 64}, {"M", "C", "G", "chunk", "count"}
     types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("x", "y", "dx", "dy"), "*bf16") | {"momentum": "fp32", "eps": "fp32"}
-    steps = ("moments", "statistics", "normalise", "gradient_sums", "parameter_gradients", "input_gradient")
-    for kernel, absent in itertools.product([getattr(kernels, f"_{step}") for step in steps], [(), ("weight", "bias", "running_mean")]):
+    steps = ("sums", "statistics", "gradients", "linear")
+    for kernel, absent in itertools.product(
+        [getattr(kernels, f"_{step}") for step in steps], [(), ("weight", "dweight", "running_mean", "dy")]
+    ):
         constants = {name: tile.get(name) for name in kernel.arg_names if name in tile or name in absent}
         signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
         made = compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32), {"enable_fp_fusion": True})

@@ -1,11 +1,14 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """BatchNorm with statistics of each group as Triton kernels, which read a channels_last batch where it lies, without copies.
 
-To the kernels a batch is S segments of M rows of C channels, one after another in memory; segment s is in group s % G. A program has a
-chunk of a segment's rows and W channels, in steps of R rows. What a program sums, and in which order, depends on shapes alone: results
-repeat. Statistics are float32; means and sums of squared deviations are updated and merged as Welford's and Chan's, so that a mean far
-above the deviation costs no digits.
+Letters: G groups; C channels; M consecutive rows of C values, a group's part of a block (`grouped_batchnorm`). `count` chunks of at most
+`chunk` rows make up a group; P is the next power of 2. A program has W channels: of a chunk, R rows at a time, or of all chunks. Which
+values are summed in which order depends on shapes alone, so results repeat. Sums are float32, of differences from the mean of a chunk's
+first rows, merged as Chan et al. do: a mean far above the deviation costs no digits. `of_4GC`: mean, slope, shift, and of x 1 / standard
+deviation, of a gradient its factor, as `_linear` has them. Kernels have no annotations: an argument is a tensor, a number or None.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,152 +16,95 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.language import constexpr, tensor
+from triton.language import constexpr
 
-_OPTIONS = {"enable_fp_fusion": True}  # its default differs between versions of Triton
-_PROGRAMS, _TILE, _MOST_CHANNELS, _MOST_PARTS = 2048, 2048, 64, 128  # W * R = _TILE; _MOST_PARTS chunks of a group are merged at once
-
-
-@triton.jit
-def _place(M: tensor, C: tensor, G: tensor, chunk: tensor, W: constexpr) -> tensor:
-    """This program's group, its channels (W,), which of them there are, the number of its rows, and where its first row starts."""
-    parts = tl.cdiv(M, chunk)
-    segment, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    channels = tl.program_id(1) * W + tl.arange(0, W)
-    return segment % G, channels, channels < C, tl.minimum(chunk, M - part * chunk), (segment.to(tl.int64) * M + part * chunk) * C
+_PROGRAMS, _TILE, _MOST_CHANNELS, _MOST_CHUNKS, _MERGED_CHANNELS = 2048, 2048, 64, 128, 16
+_OPTIONS = {"enable_fp_fusion": True}  # the default differs between versions of Triton
 
 
 @triton.jit
-def _parts(M: tensor, C: tensor, G: tensor, chunk: tensor, P: constexpr, W: constexpr) -> tensor:
-    """For a program that merges: its channels (W,), which of them there are, the chunk in a segment and the number among all of group 0's
-    P parts, (P, 1)."""
-    channels = tl.program_id(0) * W + tl.arange(0, W)
-    part, parts = tl.arange(0, P)[:, None], tl.cdiv(M, chunk)
-    return channels, channels < C, part % parts, part // parts * G * parts + part % parts
+def _place(M, C, G, chunk, count, R: constexpr, W: constexpr):
+    """This program's group, its channels (W,), its number of rows, where the first row starts, its offsets (R, W) from there."""
+    group, part, parts = tl.program_id(0) // count, tl.program_id(0) % count, tl.cdiv(M, chunk)
+    channels, first = tl.program_id(1) * W + tl.arange(0, W), part % parts * chunk
+    start = ((part // parts * G + group).to(tl.int64) * M + first) * C
+    return group, channels, tl.minimum(chunk, M - first), start, tl.arange(0, R)[:, None] * C + channels[None, :]
 
 
 @triton.jit
-def _merged(count: tensor, total: tensor, mean: tensor, squares: tensor) -> tensor:
-    """Mean and sum of squared deviations (W,) of parts with (P, 1) values each, given those of the parts, (P, W)."""
-    share = count / total
-    merged = tl.sum(mean * share, 0)
-    merged += tl.sum((mean - merged[None, :]) * share, 0)  # what rounding lost
-    apart = mean - merged[None, :]
-    return merged, tl.sum(squares + count * apart * apart, 0)
-
-
-@triton.jit
-def _moments(
-    x: tensor,
-    means: tensor,
-    squares: tensor,
-    M: tensor,
-    C: tensor,
-    G: tensor,
-    chunk: tensor,
-    R: constexpr,
-    W: constexpr,
-) -> None:
-    """Mean and sum of squared deviations of each chunk's channels."""
-    _, channels, there, rows, start = _place(M, C, G, chunk, W)
-    lane = tl.arange(0, R)[:, None]
-    mean, square = tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32)
+def _sums(x, dy, of_4GC, parts_2PC, M, C, G, chunk, count, R: constexpr, W: constexpr):
+    """Of each chunk's channels: without dy mean and sum of squared deviations, with it the sums of dy and of dy * (x - mean)."""
+    group, channels, rows, start, offset = _place(M, C, G, chunk, count, R, W)
+    there, lane = channels < C, tl.arange(0, R)[:, None]
+    if dy is None:
+        mean = tl.sum(tl.load(x + start + offset, (lane < rows) & there[None, :], 0).to(tl.float32), 0) / tl.minimum(rows, R)
+    else:
+        mean = tl.load(of_4GC + group * C + channels, there, 0)
+    total, dot = tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32)
     for row in range(0, rows, R):
         mask = (row + lane < rows) & there[None, :]
-        offset = (row + lane) * C + channels[None, :]
-        value = tl.load(x + start + offset, mask, 0).to(tl.float32)
-        apart = tl.where(mask, value - mean, 0)
-        mean += apart / (row // R + 1)
-        square += apart * (value - mean)
-    mean_W, square_W = _merged(((rows - lane + R - 1) // R).to(tl.float32), rows, mean, square)
-    tl.store(means + tl.program_id(0) * C + channels, mean_W, there)
-    tl.store(squares + tl.program_id(0) * C + channels, square_W, there)
+        apart = tl.where(mask, tl.load(x + start + row * C + offset, mask, 0).to(tl.float32) - mean[None, :], 0)
+        factor = apart if dy is None else tl.load(dy + start + row * C + offset, mask, 0).to(tl.float32)
+        total += factor
+        dot += factor * apart
+    total_W, dot_W = tl.sum(total, 0), tl.sum(dot, 0)
+    if dy is None:
+        dot_W = tl.maximum(dot_W - total_W * total_W / rows, 0)
+        total_W = mean + total_W / rows
+    tl.store(parts_2PC + tl.program_id(0) * C + channels, total_W, there)
+    tl.store(parts_2PC + (G * count + tl.program_id(0)) * C + channels, dot_W, there)
 
 
 @triton.jit
 def _statistics(
-    means: tensor, squares: tensor, mean_GC: tensor, rstd_GC: tensor, running_mean: tensor, running_var: tensor,
-    momentum: tensor, eps: tensor, blocks: tensor, M: tensor, C: tensor, G: tensor, chunk: tensor, P: constexpr, W: constexpr,
-) -> None:  # fmt: skip
-    """Mean and 1 / standard deviation of each group; running statistics move by the mean over groups."""
-    channels, there, part, place = _parts(M, C, G, chunk, P, W)
-    known = (tl.arange(0, P) < blocks * tl.cdiv(M, chunk))[:, None]
-    count, total = tl.where(known, tl.minimum(chunk, M - part * chunk), 0).to(tl.float32), blocks * M
+    parts_2PC, of_4GC, running_mean, running_var, weight, bias, momentum, eps, M, C, G, chunk, count, P: constexpr, W: constexpr
+):
+    """What normalises each group, from `_sums`; running statistics move by the mean over groups."""
+    channels, part, parts = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, P)[:, None], tl.cdiv(M, chunk)
+    there, total = channels < C, count // parts * M
+    mask, rows = (part < count) & there[None, :], tl.where(part < count, tl.minimum(chunk, M - part % parts * chunk), 0).to(tl.float32)
+    slope, shift = tl.full((W,), 1, tl.float32), tl.zeros((W,), tl.float32)
+    if weight is not None:
+        slope = tl.load(weight + channels, there, 0).to(tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + channels, there, 0).to(tl.float32)
     mean_sum, var_sum = tl.zeros((W,), tl.float32), tl.zeros((W,), tl.float32)
     for group in range(G):
-        offset = (place + group * tl.cdiv(M, chunk)) * C + channels[None, :]
-        mask = known & there[None, :]
-        mean, square = _merged(count, total, tl.load(means + offset, mask, 0), tl.load(squares + offset, mask, 0))
-        tl.store(mean_GC + group * C + channels, mean, there)
-        tl.store(rstd_GC + group * C + channels, 1 / tl.sqrt_rn(square / total + eps), there)
-        mean_sum += mean
-        var_sum += square / (total - 1)
+        offset = (group * count + part) * C + channels[None, :]
+        means, squares = tl.load(parts_2PC + offset, mask, 0), tl.load(parts_2PC + G * count * C + offset, mask, 0)
+        mean = tl.sum(means * (rows / total), 0)
+        mean += tl.sum((means - mean[None, :]) * (rows / total), 0)  # what rounding lost
+        square = tl.sum(squares + rows * (means - mean[None, :]) * (means - mean[None, :]), 0)
+        rstd = 1 / tl.sqrt_rn(square / total + eps)
+        place = of_4GC + group * C + channels
+        tl.store(place, mean, there)
+        tl.store(place + G * C, slope * rstd, there)
+        tl.store(place + 2 * G * C, shift, there)
+        tl.store(place + 3 * G * C, rstd, there)
+        mean_sum, var_sum = mean_sum + mean, var_sum + square / (total - 1)
     if running_mean is not None:
-        before = tl.load(running_mean + channels, there, 0).to(tl.float32)
-        tl.store(running_mean + channels, before + momentum * (mean_sum / G - before), there)
-        before = tl.load(running_var + channels, there, 0).to(tl.float32)
-        tl.store(running_var + channels, before + momentum * (var_sum / G - before), there)
+        mean, var = tl.load(running_mean + channels, there, 0), tl.load(running_var + channels, there, 0)
+        tl.store(running_mean + channels, mean + momentum * (mean_sum / G - mean), there)
+        tl.store(running_var + channels, var + momentum * (var_sum / G - var), there)
 
 
 @triton.jit
-def _normalise(
-    x: tensor, y: tensor, mean_GC: tensor, rstd_GC: tensor, weight: tensor, bias: tensor, M: tensor, C: tensor, G: tensor, chunk: tensor,
-    R: constexpr, W: constexpr,
-) -> None:  # fmt: skip
-    """y = (x - mean) * rstd * weight + bias."""
-    group, channels, there, rows, start = _place(M, C, G, chunk, W)
-    mean = tl.load(mean_GC + group * C + channels, there, 0)
-    scale = tl.load(rstd_GC + group * C + channels, there, 0)
-    shift = tl.zeros((W,), tl.float32)
-    if weight is not None:
-        scale *= tl.load(weight + channels, there, 0).to(tl.float32)
-    if bias is not None:
-        shift += tl.load(bias + channels, there, 0).to(tl.float32)
-    lane = tl.arange(0, R)[:, None]
-    for row in range(0, rows, R):
-        mask = (row + lane < rows) & there[None, :]
-        offset = (row + lane) * C + channels[None, :]
-        value = tl.load(x + start + offset, mask, 0).to(tl.float32)
-        tl.store(y + start + offset, (value - mean[None, :]) * scale[None, :] + shift[None, :], mask)
-
-
-@triton.jit
-def _gradient_sums(
-    x: tensor, dy: tensor, mean_GC: tensor, rstd_GC: tensor, sums: tensor, dots: tensor, M: tensor, C: tensor, G: tensor, chunk: tensor,
-    R: constexpr, W: constexpr,
-) -> None:  # fmt: skip
-    """Of each chunk's channels the sums of dy, and of dy * normalised x."""
-    group, channels, there, rows, start = _place(M, C, G, chunk, W)
-    mean = tl.load(mean_GC + group * C + channels, there, 0)
-    rstd = tl.load(rstd_GC + group * C + channels, there, 0)
-    lane = tl.arange(0, R)[:, None]
-    total, dot = tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32)
-    for row in range(0, rows, R):
-        mask = (row + lane < rows) & there[None, :]
-        offset = (row + lane) * C + channels[None, :]
-        gradient = tl.load(dy + start + offset, mask, 0).to(tl.float32)
-        total += gradient
-        dot += gradient * (tl.load(x + start + offset, mask, 0).to(tl.float32) - mean[None, :])
-    tl.store(sums + tl.program_id(0) * C + channels, tl.sum(total, 0), there)
-    tl.store(dots + tl.program_id(0) * C + channels, tl.sum(dot, 0) * rstd, there)
-
-
-@triton.jit
-def _parameter_gradients(
-    sums: tensor, dots: tensor, sum_GC: tensor, dot_GC: tensor, dweight: tensor, dbias: tensor, blocks: tensor,
-    M: tensor, C: tensor, G: tensor, chunk: tensor, P: constexpr, W: constexpr,
-) -> None:  # fmt: skip
-    """The sums of each group's chunks, and over groups."""
-    channels, there, _, place = _parts(M, C, G, chunk, P, W)
-    mask = (tl.arange(0, P) < blocks * tl.cdiv(M, chunk))[:, None] & there[None, :]
+def _gradients(parts_2PC, of_4GC, gradient_4GC, dweight, dbias, M, C, G, chunk, count, P: constexpr, W: constexpr):
+    """Gradients of weight and bias, and dx = rstd * weight * (dy - mean of dy - normalised x * mean of dy * normalised x) as `_linear` has
+    it."""
+    channels, part = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, P)[:, None]
+    there, total = channels < C, count // tl.cdiv(M, chunk) * M
     weight, bias = tl.zeros((W,), tl.float32), tl.zeros((W,), tl.float32)
     for group in range(G):
-        offset = (place + group * tl.cdiv(M, chunk)) * C + channels[None, :]
-        total, dot = tl.sum(tl.load(sums + offset, mask, 0), 0), tl.sum(tl.load(dots + offset, mask, 0), 0)
-        tl.store(sum_GC + group * C + channels, total, there)
-        tl.store(dot_GC + group * C + channels, dot, there)
-        weight += dot
-        bias += total
+        offset, mask = (group * count + part) * C + channels[None, :], (part < count) & there[None, :]
+        place, out = of_4GC + group * C + channels, gradient_4GC + group * C + channels
+        slope, rstd = tl.load(place + G * C, there, 0), tl.load(place + 3 * G * C, there, 0)
+        dy, dot = tl.sum(tl.load(parts_2PC + offset, mask, 0), 0), tl.sum(tl.load(parts_2PC + G * count * C + offset, mask, 0), 0) * rstd
+        tl.store(out, tl.load(place, there, 0), there)
+        tl.store(out + G * C, -slope * rstd * dot / total, there)
+        tl.store(out + 2 * G * C, -slope * dy / total, there)
+        tl.store(out + 3 * G * C, slope, there)
+        weight, bias = weight + dot, bias + dy
     if dweight is not None:
         tl.store(dweight + channels, weight, there)
     if dbias is not None:
@@ -166,84 +112,67 @@ def _parameter_gradients(
 
 
 @triton.jit
-def _input_gradient(
-    x: tensor, dy: tensor, dx: tensor, mean_GC: tensor, rstd_GC: tensor, sum_GC: tensor, dot_GC: tensor, weight: tensor, total: tensor,
-    M: tensor, C: tensor, G: tensor, chunk: tensor, R: constexpr, W: constexpr,
-) -> None:  # fmt: skip
-    """dx = rstd * weight * (dy - mean of dy - normalised x * mean of dy * normalised x)."""
-    group, channels, there, rows, start = _place(M, C, G, chunk, W)
-    mean = tl.load(mean_GC + group * C + channels, there, 0)
-    rstd = tl.load(rstd_GC + group * C + channels, there, 0)
-    mean_dy = tl.load(sum_GC + group * C + channels, there, 0) / total
-    slope = tl.load(dot_GC + group * C + channels, there, 0) / total * rstd
-    if weight is not None:
-        rstd *= tl.load(weight + channels, there, 0).to(tl.float32)
-    lane = tl.arange(0, R)[:, None]
+def _linear(x, dy, out, of_4GC, M, C, G, chunk, count, R: constexpr, W: constexpr):
+    """out = (x - mean) * slope + shift, and, where dy is given, + dy * factor."""
+    group, channels, rows, start, offset = _place(M, C, G, chunk, count, R, W)
+    there, lane, place = channels < C, tl.arange(0, R)[:, None], of_4GC + group * C + channels
+    mean, slope, shift = tl.load(place, there, 0), tl.load(place + G * C, there, 0), tl.load(place + 2 * G * C, there, 0)
+    factor = tl.load(place + 3 * G * C, there, 0)
     for row in range(0, rows, R):
         mask = (row + lane < rows) & there[None, :]
-        offset = (row + lane) * C + channels[None, :]
-        gradient = tl.load(dy + start + offset, mask, 0).to(tl.float32) - mean_dy[None, :]
-        value = tl.load(x + start + offset, mask, 0).to(tl.float32)
-        tl.store(dx + start + offset, (gradient - (value - mean[None, :]) * slope[None, :]) * rstd[None, :], mask)
+        value = (tl.load(x + start + row * C + offset, mask, 0).to(tl.float32) - mean[None, :]) * slope[None, :] + shift[None, :]
+        if dy is not None:
+            value += tl.load(dy + start + row * C + offset, mask, 0).to(tl.float32) * factor[None, :]
+        tl.store(out + start + row * C + offset, value, mask)
 
 
 class GroupedBatchNorm(torch.autograd.Function):
-    """BatchNorm of each of `groups` parts of every one of `blocks` blocks of x (N, C, ...), whose memory is channels_last and dense, with
-    the statistics of the group's parts in all blocks. Running statistics move by the mean over groups; those, weight and bias may be
-    None. Returns x's dtype and layout."""
+    """BatchNorm of each of `groups` parts of every one of `blocks` blocks of x (N, C, ...), which is dense in channels_last memory, with
+    the statistics of the group's parts in all blocks. The running statistics (both or neither), which move by the mean over groups, and
+    weight and bias (or None) are (C,). Returns x's dtype and layout."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        running_mean: Any,
-        running_var: Any,
-        weight: Any,
-        bias: Any,
-        momentum: float,
-        eps: float,
-        blocks: int,
-        groups: int,
-    ) -> Tensor:
-        """Three kernels."""
-        shape, grid, tile, merging = _shapes(x, blocks, groups)
-        y = torch.empty_like(x)
-        parts_2PC, statistics_2GC = (x.new_empty((2, rows, x.shape[1]), dtype=torch.float32) for rows in (grid[0], groups))
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        """`arguments`: running mean and variance, weight, bias, momentum, eps, blocks, groups."""
+        *tensors, momentum, eps, blocks, groups = arguments
+        sizes, programs, tile, merging, merged = _plan(x.numel(), x.shape[1], blocks, groups)
+        y, (of_4GC, parts_2PC) = torch.empty_like(x), _sums_of(x, groups, programs)
         with torch.cuda.device_of(x):
-            _moments[grid](x, *parts_2PC, *shape, *tile, **_OPTIONS)
-            merge = (triton.cdiv(x.shape[1], merging[1]),)
-            _statistics[merge](
-                *parts_2PC, *statistics_2GC, running_mean, running_var, float(momentum), eps, blocks, *shape, *merging, **_OPTIONS
-            )
-            _normalise[grid](x, y, *statistics_2GC, weight, bias, *shape, *tile, **_OPTIONS)
-        ctx.save_for_backward(x, statistics_2GC, weight, bias)
+            _sums[programs](x, None, None, parts_2PC, *sizes, *tile, **_OPTIONS)
+            _statistics[merging](parts_2PC, of_4GC, *tensors, float(momentum), eps, *sizes, *merged, **_OPTIONS)
+            _linear[programs](x, None, y, of_4GC, *sizes, *tile, **_OPTIONS)
+        ctx.save_for_backward(x, of_4GC, *tensors[2:])
         ctx.blocks, ctx.groups = blocks, groups
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        """Three kernels."""
-        x, statistics_2GC, weight, bias = ctx.saved_tensors
-        shape, grid, tile, merging = _shapes(x, ctx.blocks, ctx.groups)
-        dx, dweight, dbias = (None if like is None else torch.empty_like(like) for like in (x, weight, bias))
-        parts_2PC, sums_2GC = x.new_empty((2, grid[0], x.shape[1]), dtype=torch.float32), torch.empty_like(statistics_2GC)
+        """The gradients of x, weight and bias."""
+        x, of_4GC, *weights = ctx.saved_tensors
+        sizes, programs, tile, merging, merged = _plan(x.numel(), x.shape[1], ctx.blocks, ctx.groups)
+        dx, *gradients = (None if value is None else torch.empty_like(value) for value in (x, *weights))
+        gradient_4GC, parts_2PC = _sums_of(x, ctx.groups, programs)
         dy = dy.movedim(1, -1).contiguous()
         with torch.cuda.device_of(x):
-            _gradient_sums[grid](x, dy, *statistics_2GC, *parts_2PC, *shape, *tile, **_OPTIONS)
-            merge = (triton.cdiv(x.shape[1], merging[1]),)
-            _parameter_gradients[merge](*parts_2PC, *sums_2GC, dweight, dbias, ctx.blocks, *shape, *merging, **_OPTIONS)
-            _input_gradient[grid](x, dy, dx, *statistics_2GC, *sums_2GC, weight, ctx.blocks * shape[0], *shape, *tile, **_OPTIONS)
-        return dx, None, None, dweight, dbias, None, None, None, None
+            _sums[programs](x, dy, of_4GC, parts_2PC, *sizes, *tile, **_OPTIONS)
+            _gradients[merging](parts_2PC, of_4GC, gradient_4GC, *gradients, *sizes, *merged, **_OPTIONS)
+            _linear[programs](x, dy, dx, gradient_4GC, *sizes, *tile, **_OPTIONS)
+        return dx, None, None, *gradients, None, None, None, None
 
 
-def _shapes(x: Tensor, blocks: int, groups: int) -> Any:
-    """(M, C, G, rows of a chunk), the grid, (R, W), and (P, W) of the programs that merge a group's chunks."""
-    C = x.shape[1]
-    M = x.numel() // (C * blocks * groups)
-    W = min(_MOST_CHANNELS, triton.next_power_of_2(C))
+def _sums_of(x: Tensor, groups: int, programs: tuple[int, int]) -> list[Tensor]:
+    """Memory for of_4GC and parts_2PC."""
+    return [x.new_empty((*shape, x.shape[1]), dtype=torch.float32) for shape in ((4, groups), (2, programs[0]))]
+
+
+@cache
+def _plan(values: int, C: int, blocks: int, G: int) -> Any:
+    """(M, C, G, chunk, count); programs and (R, W) of kernels by chunk; programs and (P, W) of those that merge chunks."""
+    M, W = values // (C * blocks * G), min(_MOST_CHANNELS, triton.next_power_of_2(C))
     R, columns = _TILE // W, triton.cdiv(C, W)
-    most = min(triton.cdiv(_PROGRAMS, blocks * groups * columns), max(1, _MOST_PARTS // blocks))
+    most = min(triton.cdiv(_PROGRAMS, blocks * G * columns), max(1, _MOST_CHUNKS // blocks))
     chunk = triton.cdiv(triton.cdiv(M, most), R) * R
-    parts = blocks * triton.cdiv(M, chunk)
-    return (M, C, groups, chunk), (groups * parts, columns), (R, W), (triton.next_power_of_2(parts), min(W, 16))
+    count = blocks * triton.cdiv(M, chunk)
+    merging = (triton.cdiv(C, _MERGED_CHANNELS),), (triton.next_power_of_2(count), _MERGED_CHANNELS)
+    return (M, C, G, chunk, count), (G * count, columns), (R, W), *merging
