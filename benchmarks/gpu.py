@@ -51,7 +51,7 @@ class Part:
 
 _PYTEST = "pytest tests/gpu -q -s -rs -W default --noconftest -p no:cacheprovider"
 _STEP, _LOADER, _EXTRACT = "benchmarks.bench_step --device", "benchmarks.bench_loader --device", "benchmarks.bench_extract --device"
-_PROFILE = "benchmarks.gpu_profile"
+_PROFILE, _BATCHNORM = "benchmarks.gpu_profile", "benchmarks.gpu_batchnorm"
 _BRIEFLY = "--case small --teacher resnet18 --batch-anchors 4 --train-rows 256 --steps 1 --repeats 1"
 PARTS = (
     Part("tests", (_PYTEST,), (_PYTEST,), (*STORES, "faiss", "scipy", "pytest")),
@@ -87,8 +87,11 @@ PARTS = (
     ),
     Part(
         "profile",
-        (_PROFILE,),
-        (f"{_PROFILE} --recipe digits-short --device cpu --batch-anchors 8 --rows 64 --side-px 8 --steps 2 --variants eager one-group",),
+        (_PROFILE, _BATCHNORM),
+        (
+            f"{_PROFILE} --recipe digits-short --device cpu --batch-anchors 8 --rows 64 --side-px 8 --steps 2 --variants eager one-group",
+            f"{_BATCHNORM} --device cpu --shapes 32,16,4,4",
+        ),
         (*STORES, "scipy"),
     ),
     Part(

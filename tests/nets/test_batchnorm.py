@@ -101,12 +101,11 @@ def test_a_gpus_kernels_compile_without_one(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tile, numbers = {"P": 16, "R": 32, "W": 64}, {"M", "C", "G", "chunk", "count"}
-    types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("x", "y", "dx", "dy"), "*bf16") | {"momentum": "fp32", "eps": "fp32"}
+    types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("x", "dy", "out"), "*bf16") | {"momentum": "fp32", "eps": "fp32"}
     steps = ("sums", "statistics", "gradients", "linear")
-    for kernel, absent in itertools.product(
-        [getattr(kernels, f"_{step}") for step in steps], [(), ("weight", "dweight", "running_mean", "dy")]
-    ):
-        constants = {name: tile.get(name) for name in kernel.arg_names if name in tile or name in absent}
+    absent, ones = dict.fromkeys(("weight", "dweight", "running_mean", "dy")), dict.fromkeys(("G", "count"), 1)  # Triton makes 1 constant
+    for kernel, given in itertools.product([getattr(kernels, f"_{step}") for step in steps], [{}, absent, ones]):
+        constants = {name: value for name, value in (tile | given).items() if name in kernel.arg_names}
         signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
         made = compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32), {"enable_fp_fusion": True})
         assert f".entry {kernel.__name__}" in made.asm["ptx"]
