@@ -4,6 +4,7 @@ This is the "SplitBatchNorm" of MoCo's demo for one GPU. Shape letters: B anchor
 of B), G groups, C channels.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bingo.runtime import distributed
-from bingo.runtime.errors import UserError
+from bingo.runtime.errors import UserError, reason_of
 
 _GROUPS = ContextVar("groups", default=(1, 0, 1))  # groups, and which part of how many this batch is of the process's share
 
@@ -138,13 +139,15 @@ def _in_place(input: Tensor, groups: int) -> bool:
 
 @cache
 def _kernels() -> Any:
-    """The function that calls the kernels, or None without Triton, or where it does not work: a missing C compiler, an old GPU, a broken
-    cache each raise an error of their own."""
+    """The function that calls the kernels; or None, after a line on stderr, where Triton does not work."""
     try:
         from bingo.nets.batchnorm.kernels import GroupedBatchNorm
 
         GroupedBatchNorm.apply(torch.zeros(4, 16, device="cuda"), None, None, None, None, 0.0, 1.0, 1, 2)
-    except Exception:
+    except Exception as error:  # it is not installed, a missing C compiler, an old GPU, a broken cache: each has an error of its own
+        if distributed.rank() == 0:
+            line = f"batchnorm_groups: copied to be normalised, since Triton does not work here ({reason_of(error)}); expect longer steps"
+            print(line, file=sys.stderr, flush=True)
         return None
     return GroupedBatchNorm.apply
 
