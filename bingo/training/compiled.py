@@ -17,11 +17,11 @@ class CompiledNetworks:
     """`networks` with compiled versions of their `forward`, made at the first call; `mode` is torch.compile's, None: none is compiled.
 
     With `reduce-overhead` and `max-autotune`, a GPU replays each of them as a CUDA graph, whose results are overwritten in the next step.
-    Raises UserError if torch.compile does not work on this machine.
+    Raises UserError if torch.compile does not work on this machine; `used` does if it cannot compile one of the networks.
     """
 
     def __init__(self, networks: Sequence[nn.Module], mode: str | None, device: torch.device):
-        self.forwards = list[tuple[nn.Module, object]]()
+        self.mode, self.forwards = mode, list[tuple[nn.Module, object]]()
         if mode is not None:
             _check(mode, device)
             self.forwards = [(network, _compiled(network.forward, mode)) for network in networks if [*network.parameters()]]
@@ -33,12 +33,16 @@ class CompiledNetworks:
     @contextmanager
     def used(self) -> Iterator[None]:
         """In the body, one step, calls of the networks run the compiled versions."""
-        if self.forwards:
-            torch.compiler.cudagraph_mark_step_begin()
+        if not self.forwards:
+            yield
+            return
+        torch.compiler.cudagraph_mark_step_begin()
         for network, forward in self.forwards:
             network.__dict__["forward"] = forward
         try:
             yield
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise UserError(f"compile = {self.mode}: torch cannot compile a network ({reason_of(error)}); set compile: null") from error
         finally:
             for network, _ in self.forwards:
                 del network.__dict__["forward"]

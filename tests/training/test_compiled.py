@@ -128,6 +128,23 @@ def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch):
     assert not CompiledNetworks([nn.Linear(2, 2)], None, CPU)
 
 
+def test_a_network_that_cannot_be_compiled_is_one_line(monkeypatch):
+    def backend(graph, inputs):
+        if len([*graph.parameters(), *inputs]) > 1:  # not that of the first check
+            raise ValueError("no kernel for\nsuch a layer")
+        return graph.forward
+
+    monkeypatch.setattr(compiled.torch, "compile", lambda function, mode, dynamic: COMPILE(function, backend=backend, dynamic=dynamic))
+    network = nn.Linear(2, 2)
+    networks = CompiledNetworks([network], "max-autotune", CPU)
+    with pytest.raises(UserError) as caught, networks.used():
+        network(torch.zeros(1, 2))
+    (line,) = caught.value.lines
+    assert line.startswith("compile = max-autotune: ")
+    assert "no kernel for such a layer" in line
+    assert "forward" not in network.__dict__
+
+
 def test_a_network_is_its_own_again_after_a_step_that_fails(monkeypatch):
     monkeypatch.setattr(compiled.torch, "compile", traced)
     network = nn.Linear(2, 2)
