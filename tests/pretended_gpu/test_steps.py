@@ -7,7 +7,7 @@ import torch
 
 from bingo.params import method_names
 from bingo.runtime.loggers import LoggedRun, TrainingLog
-from tests.pretended_gpu.steps import CASES, OPTIMIZERS, PARTS, Case, on_cpu, on_gpu, steps, trainer
+from tests.pretended_gpu.steps import CASES, OPTIMIZERS, PARTS, Case, launches_by_part, on_cpu, on_gpu, steps, trainer
 
 # Launches of one step, at most; `python -m tests.pretended_gpu` prints them by part. Lower a number that has become too high;
 # one may rise only for a reason that stands in the commit.
@@ -89,6 +89,10 @@ def test_neither_an_optimizer_nor_clipping_nor_a_step_in_parts_waits(tmp_path, c
     assert outcome.sums == wanted.sums
     assert not [name for name, value in wanted.state.items() if not torch.equal(outcome.state[name], value)]
     assert record.faults.keys() <= ({"by_tensor"} if case.schedule.get("optimizer") in ("lamb", "lars") else set())
+
+
+def test_the_views_of_a_step_take_at_most_100_launches(tmp_path):
+    assert 0 < launches_by_part(tmp_path, Case("bingo"))["views"].total() <= 100
 
 
 def test_more_groups_of_batchnorm_cost_no_more_launches(tmp_path):
