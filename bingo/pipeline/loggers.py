@@ -11,6 +11,7 @@ from uuid import uuid4
 from bingo.paths import LOGS
 from bingo.pipeline.process import is_first
 from bingo.pipeline.run import Run
+from bingo.planning.recipes import flattened
 from bingo.runtime.artefacts import read_json, write_json
 from bingo.runtime.loggers import LoggedRun, TrainingLog, wanted_loggers
 
@@ -47,7 +48,8 @@ def logged(
         started = {"id": f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid4().hex[:6]}"}
         write_json(known, {**started, "name": f"{os.environ.get('DVC_EXP_NAME', 'workspace')}/{name or run.stage}"})
     root = Path(os.environ.get("DVC_ROOT", ".")) / LOGS
-    trainer.log = TrainingLog(names, LoggedRun(**read_json(known), params=run.params.model_dump(), root=root), run.warn, measure, pictures)
+    params = dict(flattened(run.params.model_dump()))
+    trainer.log = TrainingLog(names, LoggedRun(**read_json(known), params=params, root=root), run.warn, measure, pictures)
     whole = False
     try:
         yield

@@ -31,8 +31,8 @@ Figures = Mapping[str, float]
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What loggers know of a training. `id` stays when it resumes; `name` is EXPERIMENT/STAGE; in `folder` they write their files,
-    in `root` those of all runs."""
+    """What loggers know of a training. `id` stays when it resumes; `name` is EXPERIMENT/STAGE; `params` have dotted keys; in `folder` they
+    write their files, in `root` those of all runs."""
 
     id: str
     name: str
@@ -144,7 +144,7 @@ class MLflow:
         experiment = known.experiment_id if known else self.client.create_experiment(name, artifact_location=place)
         runs = self.client.search_runs([experiment], f"tags.bingo = '{run.id}'")
         self.id = (runs[0] if runs else self.client.create_run(experiment, run_name=run.name, tags={"bingo": run.id})).info.run_id
-        params = [] if runs else [Param(name, value) for name, value in _flat(run.params)]
+        params = [] if runs else [Param(name, str(value)[:500]) for name, value in run.params.items()]
         for first in range(0, len(params), 100):  # a server takes no more at once
             self.client.log_batch(self.id, params=params[first : first + 100])
         self.client.update_run(self.id, "RUNNING")
@@ -161,14 +161,6 @@ class MLflow:
         for last in self.written:
             last.wait()
         self.client.set_terminated(self.id, "FINISHED" if whole else "KILLED")
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Parameters by dotted keys, as text of at most 500 characters, which MLflow takes."""
-    found = []
-    for name, value in section.items():
-        found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", str(value)[:500])]
-    return found
 
 
 # By the name in BINGO_LOGGERS: the adapter, the package that it needs, and what to do if it cannot be opened.

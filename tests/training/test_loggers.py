@@ -14,6 +14,7 @@ from bingo.runtime.errors import Interrupted, UserError
 from bingo.runtime.loggers import LoggedRun, TrainingLog, wanted_loggers
 from bingo.schedules import learning_rate
 from tests.training.test_train import ScriptedProbe, same_state, stop_at, trainer
+from tests.workspace import until
 
 EPOCHS, PERCENTS = 9, [float(percent) for percent in range(10, 100, 10)]  # 36 steps: 1, 17 and 33 are shown
 PICTURE = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
@@ -35,7 +36,7 @@ def measured(network) -> dict[str, float]:
 
 
 def logged_run(folder: Path, **more) -> LoggedRun:
-    return LoggedRun(**{"id": "x1", "name": "k10/distill", "params": {"distill": {"lr": 0.1}}, "root": folder / "logs"} | more)
+    return LoggedRun(**{"id": "x1", "name": "k10/distill", "params": {"distill.lr": 0.1}, "root": folder / "logs"} | more)
 
 
 def log_of(folder: Path, names: list[str], warn=pytest.fail, **more) -> TrainingLog:
@@ -149,7 +150,7 @@ def test_tensorboard_reads_the_same_of_a_resumed_training(tmp_path, whole, monke
         assert {step: value for step, value in found[name].items() if step != 19} == pytest.approx(dict(values), rel=1e-6), name
     (picture,) = events.Images("bags/row-0")
     assert (picture.height, picture.width) == (4, 5)
-    assert json.loads(events.Tensors("params/text_summary")[0].tensor_proto.string_val[0].decode().strip("`\n")) == {"distill": {"lr": 0.1}}
+    assert json.loads(events.Tensors("params/text_summary")[0].tensor_proto.string_val[0].decode().strip("`\n")) == {"distill.lr": 0.1}
 
 
 def records(file: Path) -> list:
@@ -173,11 +174,13 @@ def test_weights_and_biases_gets_the_same_in_one_run(tmp_path, whole, monkeypatc
     killed_and_resumed(tmp_path, ["wandb"], monkeypatch)
     files = sorted((tmp_path / "logs/k10/distill/x1/wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2, "offline, both parts have a folder, which `wandb sync` joins by their id"
+    kinds = [lambda file=file: [record.WhichOneof("record_type") for record in records(file)] for file in files]
+    until(lambda: all("exit" in kinds_of() for kinds_of in kinds))  # another process writes them, in its own time
     found: dict[str, dict[int, float]] = {}
     for number, file in enumerate(files):
         (run,) = [record.run for record in records(file) if record.WhichOneof("record_type") == "run"][:1]
         assert (run.run_id, run.display_name, run.run_group, run.job_type, run.project) == ("x1", "k10/distill", "k10", "distill", "bingo")
-        assert {item.key: json.loads(item.value_json) for item in run.config.update}["distill"] == {"lr": 0.1}
+        assert {item.key: json.loads(item.value_json) for item in run.config.update}["distill.lr"] == 0.1
         history = [record.history for record in records(file) if record.WhichOneof("record_type") == "history"]
         for items in ({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in one.item} for one in history):
             assert ("bags/row-0" in items) == (number == 0 and "step" not in items)
