@@ -10,6 +10,7 @@ LEFT_OUT = Path("data/left_out.json")
 MODELS = Path("models")
 TEACHER = Path("models/teacher.safetensors")
 STUDENT = Path("models/student.safetensors")
+EMA = Path("models/ema.safetensors")
 START = Path("models/start.safetensors")
 SUPERVISED = Path("models/supervised.safetensors")
 NO_WEIGHTS = b"none\n"  # the content of these where no weights are asked for: DVC warns of an empty file

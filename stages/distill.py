@@ -1,7 +1,8 @@
 """distill: train the student from the teacher's keys and bags, by the method in distill.method.
 
-It writes models/student.safetensors and its head, curves, reports/distill.json, and models/best, which with distill.keep_best also holds
-the student of the epoch that the probe measured best. A killed run resumes from its checkpoint.
+It writes models/student.safetensors and its head, curves, reports/distill.json; models/best, which with distill.keep_best also holds
+the student of the epoch that the probe measured best; and models/ema.safetensors, with distill.student_ema its moving average. A killed
+run resumes from its checkpoint.
 """
 
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ def main() -> None:
         from bingo.bags.index import read_bags
         from bingo.embeddings.store import read_embeddings
         from bingo.images.listing import read_listing
-        from bingo.nets.students import load_start, save_best, save_student
+        from bingo.nets.students import load_start, save_average, save_best, save_student
         from bingo.pipeline.training import TrainingInputs, train_method
         from bingo.teachers.teacher import load_teacher
         from bingo.training.assembly import distillation
@@ -45,6 +46,7 @@ def main() -> None:
             }
             save_student(paths.STUDENT, paths.STUDENT_HEAD, trained.student, trained.head, params.student, params.image, made_from)
             save_best(paths.BEST, result.best, params.student, params.image, made_from)
+            save_average(paths.EMA, result.average, params.student, params.image, made_from)
 
         train_method(run, setup, TrainingInputs(listing, embeddings, bags, teacher, start), save, paths.REPORTS / "distill.json")
 

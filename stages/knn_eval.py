@@ -17,7 +17,7 @@ from bingo.pipeline.run import in_words, process_group, stage_run
 
 def main(
     net: Annotated[
-        str | None, typer.Argument(help="student, a baseline, untrained, start, supervised, teacher or pixels; by default all.")
+        str | None, typer.Argument(help="student, ema, a baseline, untrained, start, supervised, teacher or pixels; by default all.")
     ] = None,
 ) -> None:
     """Nearest-neighbour evaluation."""

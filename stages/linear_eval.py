@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def main(
     net: Annotated[
-        str | None, typer.Argument(help="student, a baseline, untrained, start, supervised, teacher or pixels; by default all.")
+        str | None, typer.Argument(help="student, ema, a baseline, untrained, start, supervised, teacher or pixels; by default all.")
     ] = None,
 ) -> None:
     """Linear evaluation with both protocols."""

@@ -37,6 +37,7 @@ SHORT = {
     "extract.chunk_rows": 32,
     "distill.epochs": 3,
     "distill.batch_anchors": 32,
+    "distill.student_ema": 0.9,
     "distill.keep_best": True,  # so that every test of a killed training covers it
 }
 INHERITED = ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")

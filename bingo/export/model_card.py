@@ -19,6 +19,7 @@ from bingo.report.measures import measure_label, neighbor_order
 _PROTOCOLS = {"cached": "linear layer on stored features", "crops": "linear layer on random crops"}
 COMPARED = {  # networks beside this one
     "teacher": "teacher",
+    "ema": "the student's moving average (EMA)",
     "start": "the same network before this training",
     "supervised": "the same network with supervised weights",
     "untrained": "the same network untrained",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from bingo.nets.backbones import Backbone, build_backbone
 from bingo.nets.checkpoint import building, load_network, load_strictly, save_network
 from bingo.params import STUDENT_OPTIONS, ImageParams, NetworkParams, StudentParams
-from bingo.paths import START
-from bingo.runtime.artefacts import file_fingerprint, new_directory, write_json
+from bingo.paths import NO_WEIGHTS, START
+from bingo.runtime.artefacts import file_fingerprint, new_directory, write_bytes, write_json
 from bingo.runtime.errors import UserError
 
 
@@ -39,6 +39,14 @@ def save_best(folder: Path, best: Mapping[str, Any], network: NetworkParams, ima
         write_json(partial / "epoch.json", found)
         if best:
             save_backbone(partial / "student.safetensors", best["weights"], network, image, {**made_from, "best": found})
+
+
+def save_average(path: Path, weights: Mapping[str, Tensor], network: NetworkParams, image: ImageParams, made_from: dict) -> None:
+    """Write the student's moving average to `path`; without one, the word none."""
+    if weights:
+        save_backbone(path, weights, network, image, {**made_from, "average": True})
+    else:
+        write_bytes(path, NO_WEIGHTS)
 
 
 def load_start(network: StudentParams) -> tuple[Backbone | None, dict[str, Any]]:

@@ -57,7 +57,7 @@ class LrSchedule(Section):
 
 PLAIN_SGD: dict[str, Any] = {"optimizer": "sgd", "betas": None, "decay_norms_and_biases": True, "clip_grad_norm": None}
 
-_OFF = PLAIN_SGD | {"accumulate_steps": 1}
+_OFF = PLAIN_SGD | {"accumulate_steps": 1, "student_ema": 0.0}
 
 
 class OptimizerParams(Section):
@@ -141,12 +141,13 @@ class PretrainParams(ScheduleParams):
 
 
 class DistillParams(ScheduleParams):
-    """Training of the student: the method, the source of the teacher's keys, the views that the student sees, and whether the epoch that
-    the probe measures best is kept too."""
+    """Training of the student: the method, the source of the teacher's keys, the views that the student sees, whether the epoch that the
+    probe measures best is kept too, and the share that a moving average of the student keeps of itself in a step (0: there is none)."""
 
     method: Annotated[str, one_of(method_names)]
     keys: Literal["stored", "live", "momentum"]
     keep_best: bool
+    student_ema: Rate
     augment: AugmentParams
 
     def recorded(self) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Params(Section):
 
     def _unknown_nets(self) -> list[str]:
         allowed = ["student", *self.baselines, "untrained"]
+        allowed += ["ema"] if self.distill.student_ema else []
         allowed += ["start"] if self.student.weights else []
         allowed += ["supervised"] if self.supervised else []
         named = {"linear_eval.crops": self.linear_eval.crops.nets, "semi_eval": self.semi_eval.nets, "transfer": self.transfer.nets}

@@ -76,7 +76,7 @@ class Run:
 
     def networks(self) -> list[str]:
         """The network given by an evaluation's argument, or all. Raises UserError if it does not exist."""
-        return self.chosen("net", ["student", *self.params.baselines, "untrained", "start", "supervised", "teacher", "pixels"])
+        return self.chosen("net", ["student", "ema", *self.params.baselines, "untrained", "start", "supervised", "teacher", "pixels"])
 
     def launch(self) -> None:
         """Become the launcher where several processes are wanted; it runs this stage in each of them."""

@@ -89,9 +89,8 @@ def train_method(
         with state_folder(run.stage, _identity(run, setup, inputs)) as folder:
             label = f"{run.stage}: {setup.method}"
             checkpoints, measured = Checkpoints(folder / "checkpoints"), probe if probe.measures else None
-            trainer = Trainer(
-                method, batches, schedule, device, checkpoints, measured, label, groups, setup.keep_best, inputs.start is not None
-            )
+            kept = setup.keep_best, inputs.start is not None, setup.student_ema
+            trainer = Trainer(method, batches, schedule, device, checkpoints, measured, label, groups, *kept)
             if trainer.resumes():
                 run.say(f"{run.stage}: resuming from a checkpoint")
                 run.notes["resumed"] = True
@@ -150,7 +149,8 @@ def _identity(run: Run, setup: TrainingSetup, inputs: TrainingInputs) -> dict[st
     """Everything that determines the result of a training; only checkpoints with the same values are resumed."""
     sections = (setup.image, setup.network, setup.schedule, setup.section)
     artefacts = (inputs.listing, inputs.embeddings, inputs.bags)
-    apart = {"method": setup.method, "keys": setup.keys, "keep_best": setup.keep_best}  # of section distill, but not of every training
+    of_the_student = ("method", "keys", "keep_best", "student_ema")  # of section distill, but not of every training
+    apart = {name: getattr(setup, name) for name in of_the_student}
     return {
         "params": [run.params.seed, *(section.model_dump(exclude=set(apart)) for section in sections), *apart.values()],
         "inputs": [artefact.fingerprint if artefact else None for artefact in artefacts],

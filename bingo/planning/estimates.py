@@ -71,6 +71,8 @@ def step_memory(params: Params, training: DryTraining, teacher: Teacher, counts:
     trained = sum(parameter.numel() for parameter in training.method.parameters() if parameter.requires_grad)
     moments = 2 if training.schedule.optimizer in ("adamw", "lamb") else 1
     state = _bytes(training.method) + (1 + moments) * _FLOAT * trained  # gradients and what the optimizer averages
+    if params.distill.student_ema:
+        state += _bytes(training.method.student)
     if params.distill.keys == "live":
         state += _bytes(teacher)
     stored = params.extract.views * teacher.metadata["key_width"]
@@ -100,7 +102,7 @@ def _bag_flops(params: Params, train: int, feature_width: int) -> float:
 
 def _evaluation_flops(params: Params, counts: Counts, student_flops: int) -> float:
     """Features of centre views of every student-like network, twice, and the crops of each epoch of linear_eval.crops."""
-    others = [weights for weights in (params.student.weights, params.supervised) if weights]
+    others = [asked for asked in (params.student.weights, params.supervised, params.distill.student_ema) if asked]
     networks, crops = 2 + len(params.baselines) + len(others), params.linear_eval.crops
     centre = 2 * networks * (counts.train + counts.test)
     return (centre + len(crops.nets) * crops.epochs * counts.train) * student_flops

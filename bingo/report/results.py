@@ -21,8 +21,8 @@ _HEADLINES = (
     ("agreement", "agreement_10", measure_label("agreement_10")),
 )
 _ROLES = {"teacher": "ceiling", "untrained": "floor", "pixels": "no network"}
-_OTHERS = ("teacher", "student", "start", "supervised", "untrained", "pixels")  # that are no baselines
-_FAMILY_COLORS = {"student": 0, "teacher": 1, "start": 3, "untrained": 3, "pixels": 3}  # of plots.SERIES; the baselines' is 2
+_OTHERS = ("teacher", "student", "ema", "start", "supervised", "untrained", "pixels")  # that are no baselines
+_FAMILY_COLORS = {"student": 0, "ema": 0, "teacher": 1, "start": 3, "untrained": 3, "pixels": 3}  # of plots.SERIES; the baselines' is 2
 _SKIPPED_SHOWN = 10
 _BAG_FIGURES = ("purity", "mutual_share", "view_overlap", "chance_share", "near_duplicates", "orphan_share", "recall")
 
@@ -65,6 +65,7 @@ def network_label(a: Artefacts, net: str) -> str:
     fixed = {
         "teacher": "Teacher",
         "student": f"Student by {display_name(method)}{'' if needs_teacher(a) else ', no teacher'}",
+        "ema": "Student, moving average (EMA)",
         "start": f"Student before {'distillation' if needs_teacher(a) else 'this training'}",
         "supervised": "Student, supervised",
         "untrained": "Student, untrained",
@@ -96,8 +97,8 @@ def column_groups(found: Sequence[Column]) -> list[tuple[str, int]]:
 
 
 def rows(a: Artefacts, found: Sequence[Column]) -> list[Row]:
-    """Teacher, student, baselines, the supervised student, the one before distillation, the untrained one, raw pixels: those that were
-    measured, in this order."""
+    """Teacher, student, its moving average, baselines, the supervised student, the one before distillation, the untrained one, raw pixels:
+    those that were measured, in this order."""
     return [
         Row(net, network_label(a, net), network_role(a, net), [_cell(a, net, column) for column in found]) for net in _nets(a)
     ]  # fmt: skip
@@ -218,7 +219,7 @@ def _leaking_trainings(a: Artefacts) -> list[str]:
 
 def _nets(a: Artefacts) -> list[str]:
     measured = {net for scores in (a.knn, *a.linear.values()) for net in scores}
-    order = ["teacher", "student", *_baselines(a), "supervised", "start", "untrained", "pixels"]
+    order = ["teacher", "student", "ema", *_baselines(a), "supervised", "start", "untrained", "pixels"]
     return [net for net in order if net in measured]
 
 
@@ -247,7 +248,7 @@ def _short_header(key: str) -> str:
 
 def _short_label(net: str, method: str) -> str:
     if net in _OTHERS:
-        return display_name(method) if net == "student" else net.capitalize()
+        return {"student": display_name(method), "ema": "EMA"}.get(net, net.capitalize())
     return f"{display_name(net)} baseline" if net == method else display_name(net)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
 @dataclass(frozen=True)
 class TrainingSetup:
     """The description of one training in params.yaml. `place`: the section of its schedule, for messages; `image`: what the network
-    sees; `keys`: see `Context`; `keep_best`: see `Trainer`."""
+    sees; `keys`: see `Context`; `keep_best`, `student_ema`: see `Trainer`."""
 
     params: Params
     method: str
@@ -36,6 +36,7 @@ class TrainingSetup:
     image: ImageParams
     keys: str = "momentum"
     keep_best: bool = False
+    student_ema: float = 0.0
 
     @property
     def reads_features(self) -> bool:
@@ -83,7 +84,8 @@ class TrainingSetup:
 def distillation(params: Params) -> TrainingSetup:
     """The stage `distill`: the student from the teacher."""
     distill, section = params.distill, params.methods.section(params.distill.method)
-    return TrainingSetup(params, distill.method, section, params.student, distill, "distill", params.image, distill.keys, distill.keep_best)
+    kept = distill.keep_best, distill.student_ema
+    return TrainingSetup(params, distill.method, section, params.student, distill, "distill", params.image, distill.keys, *kept)
 
 
 def baseline(params: Params, method: str) -> TrainingSetup:

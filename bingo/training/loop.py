@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from bingo import seeds
@@ -38,11 +39,12 @@ class TrainingResult:
     data, of the probe.
 
     `best` is {"epoch": from 1 (0: the start), "probe": its figures, "weights": the student's state dict then, on the CPU}, on process 0;
-    {} if none.
+    {} if none. `average` is the state dict of the student's moving average, likewise.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     anchors: int = 0
     gflop_per_anchor: float = 0.0
@@ -58,6 +60,8 @@ class Trainer(Resumable):
     `batchnorm_groups` of the global batch have separate BatchNorm statistics; None: as `schedule` says without a momentum encoder.
     `keep_best`: keep the student's weights of the epoch with the highest first figure of the probe, the earliest of equal ones. They are
     part of the checkpoint, so a resumed run keeps them. A step has as many parts as `batches` has; their gradients are added.
+    `student_ema`: the share that a moving average of the student, with its BatchNorm statistics, keeps of itself in a step, less at first:
+    1 - t^(-2/3) in step t, by timm; 0: none.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Trainer(Resumable):
         batchnorm_groups: int | None = None,
         keep_best: bool = False,
         measure_start: bool = False,
+        student_ema: float = 0.0,
     ):
         self.method = method.to(device).to(memory_format=torch.channels_last)
         self.batches, self.schedule, self.device = batches, schedule, device
@@ -89,6 +94,9 @@ class Trainer(Resumable):
         self.sums: dict[str, Tensor] = {}
         self.step, self.history, self.best, self.result = 0, list[dict[str, float]](), dict[str, Any](), TrainingResult()
         self.parts, self.values = {"method": self.method, "optimizer": self.optimizer}, ("step", "sums", "history", "best")
+        self.average = ModelEmaV3(method.student, student_ema, use_warmup=True) if student_ema else None
+        if self.average is not None:
+            self.parts = {**self.parts, "average": self.average}
 
     def run(self) -> TrainingResult:
         """Train to the end, from the last checkpoint if there is one. Raises Interrupted after SIGTERM or SIGINT, with a checkpoint."""
@@ -103,6 +111,7 @@ class Trainer(Resumable):
             while self.step < total:
                 self._epoch(bar)
         self.result.history, self.result.best = self.history, self.best
+        self.result.average = on_host(self.average.module.state_dict()) if self.average is not None else {}
         self.result.seconds, self.result.wait_seconds = time.monotonic() - begun, self.batches.loader.wait_seconds
         return self.result
 
@@ -137,6 +146,8 @@ class Trainer(Resumable):
             self._log_step(terms)
             update(self.optimizer, self.schedule)
             self.method.after_step()
+            if self.average is not None:
+                self.average.update(self.method.student, self.step + 1)
             for name, value in terms.items():
                 self.sums[name] = self.sums[name].add_(value.detach()) if name in self.sums else value.detach().double()
         self.part = 0 if last else self.part + 1

@@ -86,7 +86,7 @@ SAID = {
     "init_std": "standard deviation of the layer's initial weights; null: torch's default",
     "crop_scale": "least and largest share of the image's area in a train crop",
     "flip_p": "probability of a flip",
-    "nets": "student, names of baselines, untrained, start, or supervised",
+    "nets": "student, ema, names of baselines, untrained, start, or supervised",
     "final_lr": "learning rate at the end of a cosine",
     "train_images": "folder of the train images",
     "train_annotations": "file of their instances",

@@ -30,6 +30,7 @@ HIDDEN = (
     "distill.method",
     "distill.accumulate_steps",
     "distill.keep_best",
+    "distill.student_ema",
     "distill.augment.name",
     "distill.probe_every_epochs",
     "linear_eval.crops.nets",

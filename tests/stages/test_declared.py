@@ -44,7 +44,7 @@ PLACES = {"dataset.root", "dataset.follow_links", "dataset.jpeg_decoder"}
 NO_READERS = {file for file in INFRASTRUCTURE if not file.startswith("bingo/params/") or file.endswith("limits.py")}
 PARAMS = read_yaml(ROOT / "params.yaml")
 FOR_FILES = {*PLACES, "dataset.check", "dataset.on_bad_image", "dataset.image_column", "dataset.label_column"}
-NETS = ("student", "untrained", "start", "supervised", "teacher", "pixels")
+NETS = ("student", "ema", "untrained", "start", "supervised", "teacher", "pixels")
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,9 @@ def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
     assert_as_reference(workspace, reference, "teacher")
 
 
-ALL_KNN = {f"knn_eval@{net}" for net in ("student", "untrained", "start", "supervised", "teacher", "pixels")} | {"knn_eval_baseline@moco"}
+ALL_KNN = {f"knn_eval@{net}" for net in ("student", "ema", "untrained", "start", "supervised", "teacher", "pixels")} | {
+    "knn_eval_baseline@moco"
+}
 
 
 def test_an_evaluation_is_out_of_date_where_its_own_network_or_parameters_change(workspace):
@@ -480,7 +482,7 @@ def test_a_small_dataset_leaves_out_the_k_that_it_is_too_small_for(own_images):
             for name, k in (("k", 200), ("agreement_k", 100)):
                 assert f"knn_eval: there are only 60 train images, so knn_eval.{name} {k} is left out" in out
     scores = {path.stem: json.loads(path.read_text()) for path in (own_images.root / "reports/knn").glob("*.json")}
-    assert set(scores) == {"student", "moco", "untrained", "start", "supervised", "teacher", "pixels"}
+    assert set(scores) == {"student", "ema", "moco", "untrained", "start", "supervised", "teacher", "pixels"}
     agreements, votes = {"agreement_1", "agreement_10"}, {f"knn_{k}{kind}" for k in (1, 10, 20) for kind in ("", "_weighted")}
     assert set(scores["student"]) == agreements | votes
     assert set(scores["teacher"]) == votes

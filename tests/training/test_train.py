@@ -150,16 +150,40 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name
 ADAMW = {"optimizer": "adamw", "decay_norms_and_biases": False, "clip_grad_norm": 0.1}
 
 
-def test_an_optimizer_resumes_with_its_state(tmp_path, monkeypatch):
-    settings = {"method_name": "coss", "network": "batchnorm", "lr": 0.01, "schedule": ADAMW}
+def test_optimizer_parts_and_average_resume_with_their_state(tmp_path, monkeypatch):
+    schedule = ADAMW | {"accumulate_steps": 2, "optimizer": "adamw"}
+    settings = {"method_name": "moco", "network": "batchnorm", "groups": 4, "lr": 0.01, "schedule": schedule, "student_ema": 0.9}
     whole, first = (trainer(tmp_path / name, **settings) for name in ("whole", "parts"))
-    whole.run()
+    expected = whole.run()
     stop_at(first, 6, monkeypatch)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="step 6"):
         first.run()
     second = trainer(tmp_path / "parts", **settings)
-    second.run()
+    found = second.run()
     assert same_state(second.method, whole.method)
+    assert found.history == expected.history
+    assert all(torch.equal(value, found.average[name]) for name, value in expected.average.items())
+
+
+def test_the_average_is_that_of_the_weights_and_statistics_after_each_step(tmp_path, monkeypatch):
+    """a = d a + (1 - d) w with d = min(student_ema, 1 - t^(-2/3)) in step t, counted from 1: the first is a copy. Counters are copies."""
+    run = trainer(tmp_path, "simreg", network="batchnorm", epochs=2, student_ema=0.7)
+    expected, step = {}, run._train_step
+
+    def watched(batch, progress):
+        step(batch, progress)
+        share = min(0.7, 1 - (progress.step + 1) ** (-2 / 3))
+        for name, value in run.method.student.state_dict().items():
+            before = expected.get(name, value).double()
+            expected[name] = share * before + (1 - share) * value.double() if value.is_floating_point() else value.clone()
+
+    monkeypatch.setattr(run, "_train_step", watched)
+    found = run.run().average
+    assert found.keys() == expected.keys() == run.method.student.state_dict().keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found["conv1.weight"], run.method.student.state_dict()["conv1.weight"])
+    assert trainer(tmp_path / "none", "simreg", epochs=1).run().average == {}
 
 
 def in_float64(value):

@@ -1,6 +1,6 @@
-"""The networks that are evaluated, each from its own file: the student, its baselines, the same network untrained, with the weights that
-the student started from, and with supervised ones; and, as features of all rows, also the teacher and raw pixels. The evaluation of one
-network does not depend on another."""
+"""The networks that are evaluated, each from its own file: the student, its moving average, its baselines, the same network untrained,
+with the weights that the student started from, and with supervised ones; and, as features of all rows, also the teacher and raw pixels.
+The evaluation of one network does not depend on another."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from bingo.images.listing import Listing
     from bingo.nets.backbones import Backbone
 
-NOT_ASKED_FOR = "weights of this network were not asked for"
+NOT_ASKED_FOR = "this network was not asked for"
 STORED = ("teacher", "pixels")  # no network is run for their features
-_FILES = {"student": paths.STUDENT, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
+_FILES = {"student": paths.STUDENT, "ema": paths.EMA, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
 
 
 def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
@@ -61,8 +61,8 @@ def file_of(name: str) -> Path:
 
 
 def existing(names: Sequence[str]) -> list[str]:
-    """`names` without those whose weights were not asked for, so that the stage `weights` has made no network of them."""
-    files = {name: file_of(name) for name in names if name in ("start", "supervised")}
+    """`names` without those that were not asked for, so that the stages `distill` and `weights` have made no network of them."""
+    files = {name: file_of(name) for name in names if name in ("ema", "start", "supervised")}
     absent = [name for name, file in files.items() if not file.exists() or file.stat().st_size <= len(paths.NO_WEIGHTS)]
     return [name for name in names if name not in absent]
 
