@@ -6,12 +6,12 @@ teacher's width, with nothing between the linear layers.
 """
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Context, Method, Needs, Progress
-from bingo.methods.targets import Targets, regression_head
-from bingo.nets.heads import layered_head
+from bingo.methods.targets import Targets
+from bingo.nets.heads import batchnorm_mlp, layered_head
 from bingo.nets.precision import autocast
 from bingo.params.methods import SimregParams
 
@@ -25,12 +25,13 @@ class SimReg(Method):
         self.targets = Targets("simreg", context, params.target)
         self.needs = Needs(anchor_views=1, **self.targets.needs)
         self.student = context.student
-        width, hidden = context.feature_width, params.head_hidden
+        width, hidden, out = context.feature_width, params.head_hidden, self.targets.width
+        seed_value = seeds.torch_seed(context.seed, "student head")
         if params.head_layers == 4:
-            self.head = regression_head(width, hidden, self.targets.width, context.seed)
+            inner = batchnorm_mlp(width, hidden, width, seeds.torch_seed(context.seed, "inner head"))
+            self.head = nn.Sequential(inner, batchnorm_mlp(width, hidden, out, seed_value))
         else:
-            seed_value = seeds.torch_seed(context.seed, "student head")
-            self.head = layered_head(["linear", "linear"], [width, hidden, self.targets.width], seed_value)
+            self.head = layered_head(["linear", "linear"], [width, hidden, out], seed_value)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         with autocast(self.context.precision, self.context.device):

@@ -1,4 +1,4 @@
-"""The teacher's outputs that a student is compared with view by view: its keys, or its features, stored or live; a head to regress them.
+"""The teacher's outputs that a student is compared with view by view: its keys, or its features, stored or live.
 
 Stored keys belong to views that are drawn again for the student; stored features to the centre view (so do those of the cached
 teachers of CompRess and SimReg), and the student's view is then another one. Live, the teacher sees the student's view.
@@ -8,11 +8,9 @@ Shape letters: B anchors, X width of keys or features.
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bingo import seeds
 from bingo.methods.contract import Batch, Context
-from bingo.nets.heads import batchnorm_mlp
 from bingo.nets.precision import autocast
 from bingo.runtime.errors import UserError
 
@@ -72,12 +70,6 @@ def check_stored_views(method: str, context: Context, views: int) -> None:
     if (stored := context.keys_TVP.shape[1]) < views:
         way_out = f"set extract.views to {views} or more"
         raise UserError(f"extract.views = {stored}: {method} with distill.keys = {context.keys} reads {views} of each image; {way_out}")
-
-
-def regression_head(width: int, hidden: int, out: int, seed: int) -> nn.Sequential:
-    """SimReg's head of 4 linear layers (mlp_arch.py): width -> hidden (BatchNorm, ReLU) -> width -> hidden (BatchNorm, ReLU) -> out."""
-    inner = batchnorm_mlp(width, hidden, width, seeds.torch_seed(seed, "inner head"))
-    return nn.Sequential(inner, batchnorm_mlp(width, hidden, out, seeds.torch_seed(seed, "student head")))
 
 
 def _given(features_BD: Tensor | None) -> Tensor:

@@ -12,43 +12,22 @@ from bingo.params.fields import Count, NotNegative, Positive, Rows, Section, Sha
 
 class MethodSection(Section):
     """A method's own section. `display_name`: as its paper writes it; `compares_views`: the student is compared with a moving average of
-    itself on another view, whatever distill.keys is."""
+    itself on another view, whatever distill.keys is; `compares_images`: a term of the loss is computed over the images of a BatchNorm
+    group, and is not a mean of one image's terms."""
 
     display_name: ClassVar[str]
     needs_teacher: ClassVar[bool] = True
     compares_views: ClassVar[bool] = False
+    compares_images: ClassVar[bool] = False
 
     @property
     def reads_features(self) -> bool:
         """Whether stored training compares with the teacher's features (of centre views) and not with its keys."""
         return getattr(self, "target", "keys") == "features"
 
-    @property
-    def compares_images(self) -> bool:
-        """Whether a term of the loss is computed over the images of a BatchNorm group, and is not a mean of one image's terms."""
-        return False
-
     def momentum_keys(self, keys: str) -> bool:
         """Whether the student is compared with a moving average of itself on another view, where `distill.keys` is `keys`."""
         return self.compares_views
-
-
-class BagMeanParams(MethodSection):
-    """Bag-mean regression: SimReg's loss against the mean key of an image and its bag.
-
-    `member_weight`: share of the bag's mean key in the target, the rest is the image's own key. `dimension_weight`: of the distance of
-    each dimension over the images, as in CoSS; 0: none.
-    """
-
-    display_name: ClassVar[str] = "bag-mean regression"
-
-    member_weight: Share
-    dimension_weight: NotNegative
-    head_hidden: Width
-
-    @property
-    def compares_images(self) -> bool:
-        return self.dimension_weight > 0
 
 
 class BingoParams(MethodSection):
@@ -106,16 +85,13 @@ class CossParams(MethodSection):
     """
 
     display_name: ClassVar[str] = "CoSS"
+    compares_images: ClassVar[bool] = True
 
     target: Literal["features", "keys"]
     companions: Annotated[int, Field(ge=0, le=1000)]
     teacher_temperature: Temperature
     student_temperature: Temperature
     head_hidden: Width
-
-    @property
-    def compares_images(self) -> bool:
-        return True
 
 
 class DiscoParams(MethodSection):
@@ -203,7 +179,6 @@ class MethodsParams(Section):
     """A section for each method, by name."""
 
     bingo: BingoParams
-    bag_mean: BagMeanParams
     moco: MocoParams
     seed: SeedParams
     compress: CompressParams

@@ -100,8 +100,6 @@ SAID = {
     "head_lr": "learning rate of the linear layer",
     "gallery_anchors": "bags shown",
     "published": "figures of others, as NAME: TEXT, printed next to the measured ones",
-    "member_weight": "share of the bag's mean key in the target",
-    "dimension_weight": "of the distance of each dimension over the images; 0: none",
     "queue_push": "keys that enter the queue after a step",
     "cutmix_alpha": "symmetric_mix: the anchor's share of the area is drawn from Beta(alpha, alpha)",
     "queues": "2: the student has a queue of its own | 1: the teacher's for both",

@@ -30,7 +30,7 @@ tables:
     semi_eval: {splits: {one: {percent: 1.0, list_file: null, trunk_lr: 0.1, head_lr: 0.2, linear_lr: 3.0}}}
 rounds:
   - {method-bingo: [methods.bingo.temperature], method-simreg: []}
-  - {method-bag-mean: [methods.bag_mean.member_weight]}
+  - {method-disco: [methods.disco.key_momentum]}
 """
 VARIANTS = """
 variants:
@@ -110,9 +110,9 @@ def test_a_climb_is_not_ended_by_noise(plan):
 
 @pytest.mark.slow
 def test_a_value_that_params_yaml_does_not_allow_is_not_tried(plan):
-    lines = run_all(plan, lambda wanted: 10.0 + wanted.settings.get("methods.bag_mean.member_weight", 0))
-    weights = {line["settings"].get("methods.bag_mean.member_weight") for line in lines if line["part"] == "tuning"}
-    assert max(weight for weight in weights if weight) == 1.0
+    lines = run_all(plan, lambda wanted: 10.0 + wanted.settings.get("methods.disco.key_momentum", 0))
+    momenta = {line["settings"].get("methods.disco.key_momentum") for line in lines if line["recipe"] == "method-disco"}
+    assert momenta == {0.99, 0.495}, "not twice 0.99"
 
 
 @pytest.mark.slow
@@ -123,20 +123,20 @@ def test_the_tables_have_the_tuned_settings_at_equal_anchors_and_at_equal_flops(
 
     lines = run_all(plan, accuracy)
     first = [(line["recipe"], line["part"]) for line in lines]
-    assert first.index(("method-bingo", "anchors")) < first.index(("method-bag-mean", "tuning")), "a round ends before the next begins"
+    assert first.index(("method-bingo", "anchors")) < first.index(("method-disco", "tuning")), "a round ends before the next begins"
     compared = [line for line in lines if line["part"] != "tuning"]
     assert {line["settings"]["distill.lr"] for line in compared} == {0.6}
     epochs = [(line["recipe"], line["part"], line["seed"], line["settings"]["distill.epochs"]) for line in compared]
     assert epochs == [
         ("method-bingo", "anchors", 4, 8), ("method-simreg", "anchors", 4, 8), ("method-simreg", "flops", 4, 27),
         ("method-bingo", "anchors", 5, 8), ("method-simreg", "anchors", 5, 8), ("method-simreg", "flops", 5, 27),
-        ("method-bag-mean", "anchors", 4, 8), ("method-bag-mean", "anchors", 5, 8),
+        ("method-disco", "anchors", 4, 8), ("method-disco", "anchors", 5, 8),
     ]  # fmt: skip
     rows = {row[0]: row for row in study_tables._compared(Wishes(plan, lines), "flops")}
     assert rows["method-simreg"][1:3] == ["2", "56.5 ± 0.7"]
     assert rows["method-simreg"][-1] == "+5.5 [-0.9, +11.9]"  # 5 and 6: t(0.975, 1) = 12.706 times 0.5
     assert rows["method-simreg"][-2] == f"{0.03 * 27_000 / 1e6:.2f}"
-    assert rows["method-bag-mean"][2] == "51.0 ± 0.0", "the run at equal anchors: its FLOPs are the reference's"
+    assert rows["method-disco"][2] == "51.0 ± 0.0", "the run at equal anchors: its FLOPs are the reference's"
     assert (rows["teacher"][2], rows["untrained"][2]) == ("70.0 ± 0.0", "30.0 ± 0.0")
 
 
@@ -245,7 +245,7 @@ def repository(tmp_path) -> Repository:
     (repository.home / "benchmarks/results").mkdir(parents=True)
     (repository.home / "images/train").mkdir(parents=True)
     plan = PLAN.replace("{method-bingo: [methods.bingo.temperature], method-simreg: []}", "{method-bingo: []}")
-    plan = plan.replace("{method-bag-mean: [methods.bag_mean.member_weight]}", "{method-simreg: []}").replace("[4, 5]", "[4]")
+    plan = plan.replace("{method-disco: [methods.disco.key_momentum]}", "{method-simreg: []}").replace("[4, 5]", "[4]")
     (repository.home / "plan.yaml").write_text(plan)
     repository.commit()
     return repository
@@ -352,7 +352,7 @@ def test_lanes_give_what_the_stages_give_by_themselves(tmp_path, monkeypatch, st
         ("epochs: 8", "epochs: 0", "distill.epochs = 0"),
         ("[0.06, 0.2, 0.6, 2.0]", "[0.06, -1]", "tuning.first_lr.1 = -1"),
         ("method-simreg: []", "method-simreg: [distill.lr]", "distill.lr = "),
-        ("method-simreg: []", "method-simreg: [methods.bag_mean.dimension_weight]", "methods.bag_mean.dimension_weight = 0.0: "),
+        ("method-simreg: []", "method-simreg: [student.drop_rate]", "student.drop_rate = 0.0: "),
         ("method-simreg: []", "method-simreg: [methods.simreg.temperature]", "methods.simreg.temperature = None: "),
         ("method-simreg: []", "method-simreg: [methods.simreg.target]", "methods.simreg.target = 'keys': "),
     ],

@@ -31,7 +31,6 @@ SECTIONS = {
         "temperature": 0.2, "queue_rows": 10, "key_momentum": 0.9, "regression_weight": 3.0, "teacher_batchnorm": "eval", "head_hidden": 8,
     },
     "simreg": {"target": "features", "head_layers": 4, "head_hidden": 6},
-    "bag_mean": {"member_weight": 0.3, "dimension_weight": 0.0, "head_hidden": 6},
     "isd": {
         "student_temperature": 0.3, "key_temperature": 0.15, "queue_rows": 10, "key_momentum": 0.9, "weak_keys": False,
         "projection_width": None, "head_hidden": 6,
@@ -42,7 +41,6 @@ VARIANTS = [
     ("seed", {}), ("seed", {"negatives": "queue", "negative_rows": 12}), ("compress", {}), ("compress", {"queues": 1}),
     ("compress", {"target": "keys"}), ("disco", {}), ("simreg", {}), ("simreg", {"target": "keys", "head_layers": 2}), ("isd", {}),
     ("isd", {"projection_width": 3}), ("coss", {}), ("coss", {"target": "keys"}),
-    ("bag_mean", {}), ("bag_mean", {"member_weight": 1.0, "dimension_weight": 0.5}),
 ]  # fmt: skip
 
 
@@ -100,13 +98,7 @@ def make_batch(context: Context, rows=(3, 4, 9, 11, 20, 29), seed: int = 1) -> B
         first = torch.arange(len(rows)) % VIEWS
         batch.anchor_keys = [context.keys_TVP[list(rows), (first + step) % VIEWS].float() for step in (0, 1)]
         batch.anchor_features_BD = context.features_TD[list(rows)].float()
-    if context.keys_TVP is not None:
-        batch.bag_means_BP = torch.stack([context.keys_TVP[members_of(row)].float().mean(dim=(0, 1)) for row in rows])
     return batch
-
-
-def members_of(row: int) -> list[int]:
-    return [(row + step) % ROWS for step in (1, 2, 5)]
 
 
 def build(name: str, context: Context, **changes) -> Method:
@@ -247,20 +239,6 @@ def loop_simreg(method, context, batch, step) -> float:
     return mean(2 - 2 * cosine(g, t) for g, t in zip(outputs, targets, strict=True))
 
 
-def loop_bag_mean(method, context, batch, step) -> float:
-    """The target is the weighted mean of the keys: the image's own, and all views of all members of its bag."""
-    outputs, w = pooled(method, batch), method.params.member_weight
-    for part in method.head:
-        outputs = layers(outputs, two_layers(part))
-    targets = []
-    for row, own in zip(batch.anchor_rows_B.tolist(), teacher_of(context, batch, "keys"), strict=True):
-        bag = [context.keys_TVP[member, view].tolist() for member in members_of(row) for view in range(VIEWS)]
-        targets.append(unit([(1 - w) * x + w * mean(xs) for x, *xs in zip(own, *bag, strict=True)]))
-    sample = mean(2 - 2 * cosine(g, t) for g, t in zip(outputs, targets, strict=True))
-    dimension = mean(2 - 2 * cosine(a, b) for a, b in zip(zip(*outputs, strict=True), zip(*targets, strict=True), strict=True))
-    return sample + method.params.dimension_weight * dimension
-
-
 def loop_isd(method, context, batch, step) -> float:
     params = method.params
     queries = pooled(method, batch)
@@ -287,7 +265,6 @@ def loop_coss(method, context, batch, step) -> float:
 
 LOOPS = {
     "seed": loop_seed, "compress": loop_compress, "disco": loop_disco, "simreg": loop_simreg, "isd": loop_isd, "coss": loop_coss,
-    "bag_mean": loop_bag_mean,
 }  # fmt: skip
 
 
@@ -325,12 +302,10 @@ def test_needs_say_what_the_definition_reads(source):
         "seed": ({}, (1, stored, 0, stored, False, 0)),
         "compress": ({"target": "features"}, (1, 0, 0, False, stored, 0)),
         "disco": ({}, (2, 2 * stored, 0, stored, False, 0)),
-        "bag_mean": ({}, (1, stored, 0, stored, False, 0)),
         "simreg": ({"target": "keys"}, (1, stored, 0, stored, False, 0)),
         "isd": ({"weak_keys": True}, (2, 0, 1, False, False, 0)),
         "coss": ({"target": "features", "companions": 3}, (1, 0, 0, False, stored, 3)),
     }
-    assert build("bag_mean", make_context(source)).needs.bag_means
     for name, (changes, want) in expected.items():
         needs = build(name, make_context(source), **changes).needs
         got = (needs.anchor_views, needs.same_views, needs.weak_views, needs.stored_keys, needs.stored_features, needs.companions)
@@ -357,27 +332,6 @@ class Copy(nn.Module):
 
     def forward(self, _):
         return self.output
-
-
-def test_the_mean_key_of_a_bag_pulls_as_its_members_do_on_average():
-    """Regression of each member's key in turn, with the anchor's as often as `member_weight` leaves it, has in the mean the gradient of the
-    regression of the bag's mean key, times the length of the mean: image by image, since SimReg's loss is linear in the key."""
-    context, w = make_context(), 0.3
-    batch, simreg, ours = make_batch(context), build("simreg", context, target="keys"), build("bag_mean", context, member_weight=w)
-    output = torch.randn(BATCH, KEY)
-    simreg.head, ours.head = Copy(output), Copy(output)
-    bags = [[context.keys_TVP[member, view].float() for member in members_of(row) for view in range(VIEWS)] for row in batch.host_rows_B]
-
-    def gradient(method, keys) -> torch.Tensor:
-        batch.anchor_keys = [keys]
-        return torch.autograd.grad(method(batch, Progress(0, 0))["loss"], method.head.output)[0]
-
-    own_BP = F.normalize(batch.anchor_keys[0], dim=1)
-    drawn = [F.normalize(torch.stack(keys), dim=1) for keys in zip(*bags, strict=True)]
-    batch.bag_means_BP = torch.stack(drawn).mean(dim=0)
-    loop = (1 - w) * gradient(simreg, own_BP) + w * torch.stack([gradient(simreg, keys) for keys in drawn]).mean(dim=0)
-    length_B1 = ((1 - w) * own_BP + w * batch.bag_means_BP).norm(dim=1, keepdim=True)
-    torch.testing.assert_close(gradient(ours, own_BP) * length_B1, loop, rtol=1e-5, atol=1e-7)
 
 
 def test_seed_with_a_cold_teacher_is_info_nce_against_the_bank():
@@ -619,7 +573,7 @@ def test_no_gradient_reaches_a_moving_average_or_a_queue():
 # User mistakes
 
 
-@pytest.mark.parametrize("name", ["seed", "compress", "disco", "simreg", "coss", "bag_mean"])
+@pytest.mark.parametrize("name", ["seed", "compress", "disco", "simreg", "coss"])
 def test_a_method_with_a_teacher_refuses_momentum_keys(name):
     with pytest.raises(UserError, match=f"^distill.keys = momentum: {name} compares with a teacher; set distill.keys to") as caught:
         build(name, make_context("momentum"))

@@ -85,7 +85,6 @@ REFUSED: list[dict[str, Any]] = [
     {"teacher.pretrain.moco.queue_rows": 100},
     {"distill.batchnorm_groups": 3, "distill.batch_anchors": 66},
     {"distill.method": "coss", "distill.accumulate_steps": 2},
-    {"distill.method": "bag_mean", "methods.bag_mean.dimension_weight": 0.5, "distill.accumulate_steps": 4},
     {"distill.method": "simreg", "distill.batch_anchors": 4, "distill.accumulate_steps": 2},
     {"distill.accumulate_steps": 3, "distill.batch_anchors": 63},
     {"distill.accumulate_steps": 2, "distill.batch_anchors": 72, "distill.batchnorm_groups": 6},
@@ -98,8 +97,6 @@ REFUSED: list[dict[str, Any]] = [
     {"distill.method": "bingo", "extract.views": 0},
     {"distill.method": "bingo", "extract.views": 0, "distill.keys": "live"},
     {"distill.method": "simreg", "extract.views": 0},
-    {"distill.method": "bag_mean", "extract.views": 0},
-    {"distill.method": "bag_mean", "extract.views": 0, "distill.keys": "live"},
     {"distill.method": "bingo", "methods.bingo.terms": "expected", "distill.keys": "momentum"},
     {"teacher.key_width": 128},
     {"teacher.source": "random", "teacher.key_width": 500},
@@ -139,7 +136,7 @@ def test_what_a_network_cannot_have_is_of_the_section_that_asks_for_it(changes, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["bingo", "bag_mean", "moco", "seed", "compress", "disco", "simreg", "isd", "coss"])
+@pytest.mark.parametrize("method", ["bingo", "moco", "seed", "compress", "disco", "simreg", "isd", "coss"])
 @pytest.mark.parametrize("companions", [0, 1])
 @pytest.mark.parametrize("keys", ["stored", "live"])
 def test_a_batch_of_one_is_refused_just_where_a_step_would_fail(method, companions, keys):

@@ -83,7 +83,6 @@ CASES = [
     Case("bingo", precision="bf16", changes=_MIX | _QUEUE | {"queue_push": "anchor_and_member"}),
     Case("bingo", "live", "bf16", _MIX, teacher_px=16),
     Case("bingo", "live", "fp32", _MIX | _QUEUE | {"teacher_batchnorm": "batch", "mask_bag": False}),
-    Case("bag_mean", changes={"dimension_weight": 0.5}),
     Case("seed", precision="bf16", changes=_QUEUE),
     Case("seed", "live", changes=_QUEUE | {"small_crops": 2}),
     Case("compress", changes={"target": "features"}),

@@ -593,7 +593,7 @@ def test_a_title_comes_from_the_dataset_unless_it_is_set(dataset, rows, train_ro
 
 PAPERS = {
     "bingo": "BINGO", "compress": "CompRess", "coss": "CoSS", "disco": "DisCo", "isd": "ISD", "moco": "MoCo-v2", "seed": "SEED",
-    "simreg": "SimReg", "bag_mean": "bag-mean regression",
+    "simreg": "SimReg",
 }  # fmt: skip
 
 

@@ -309,7 +309,7 @@ def test_neighbours_among_stored_features_need_no_torch(workspace, net):
             "distill",
             {"distill.method": "bingoo"},
             [
-                "distill.method = 'bingoo': allowed are bag_mean, bingo, compress, ",
+                "distill.method = 'bingoo': allowed are bingo, compress, ",
             ],
         ),
         ("teacher", {"image.crop_px": 32}, ["crop_px: 32 is larger than resize_px 16; lower image.crop_px"]),

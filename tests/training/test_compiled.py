@@ -28,7 +28,6 @@ METHODS = [
     Case("seed", "live", changes={"negatives": "queue", "small_crops": 2}),
     Case("simreg", "live", "bf16"),
     Case("coss", changes={"companions": 2}),
-    Case("bag_mean"),
 ]
 
 

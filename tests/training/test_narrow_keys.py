@@ -128,7 +128,7 @@ def test_the_layer_of_unit_length_is_a_layer_of_a_head():
 @pytest.mark.parametrize("source", ["random", "pretrain"])
 def test_the_stages_train_on_narrow_keys_stored_and_live(tmp_path, stages, source):
     """As many images as in other tests of the stages, one epoch: the teacher's file, the store and the student's head are 6 wide."""
-    small = {"teacher.source": source, "teacher.key_width": 6, "extract.views": 2, "distill.method": "bag_mean", "distill.epochs": 1}
+    small = {"teacher.source": source, "teacher.key_width": 6, "extract.views": 2, "distill.method": "simreg", "distill.epochs": 1}
     epochs = {"teacher.pretrain.epochs": 1, "teacher.pretrain.lr_warmup_epochs": 0, "distill.lr_warmup_epochs": 0}
     workspace = new_workspace(tmp_path / "bingo", stages, SHORT | small | epochs)
     for stage in ("scan", "teacher", "extract", "bag", "distill"):

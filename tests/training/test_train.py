@@ -211,7 +211,7 @@ def two_steps(folder: Path, parts: int, monkeypatch, **settings) -> tuple[dict, 
     return {name: weight.grad for name, weight in run.method.named_parameters() if weight.grad is not None}, queues
 
 
-WITHOUT_A_MOVING_AVERAGE = ["bingo", "bag_mean", "seed", "simreg", "coss"]
+WITHOUT_A_MOVING_AVERAGE = ["bingo", "seed", "simreg", "coss"]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,6 @@ WITHOUT_A_MOVING_AVERAGE = ["bingo", "bag_mean", "seed", "simreg", "coss"]
         *({"method_name": name} for name in method_names() if name != "isd"),
         {"method_name": "isd", "section": {"projection_width": None}},  # a projector's BatchNorm would be shuffled
         *({"method_name": name, "groups": 2, "network": "batchnorm"} for name in WITHOUT_A_MOVING_AVERAGE),
-        {"method_name": "bag_mean", "groups": 4, "network": "batchnorm", "section": {"dimension_weight": 0.7}},
         {"method_name": "bingo", "groups": 4, "network": "batchnorm", "section": {"terms": "symmetric_mix", "negatives": "queue"}},
         {"method_name": "bingo", "section": {"negatives": "queue", "queue_push": "anchor_and_member", "negative_rows": 48}},
         {"method_name": "seed", "section": {"negatives": "queue", "negative_rows": 48}},

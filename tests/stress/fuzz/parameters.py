@@ -105,7 +105,7 @@ POOLS: dict[type, tuple] = {
     float: (0.0, 1e-9, 1e-5, 1e-3, 0.05, 0.1, 0.5, 1.0, 1.5, 2.0, 180.0, 1e3, 1e9),
     list: ([1.0, 1.0], [1e-3, 1e3], [1e-3, 1.0], [0.05, 0.05], [0.5] * 3, [1e-9] * 3, [1e9] * 3, [1e9, 1e9, 1e9, 0.5], [0.0] * 4, []),
     str: (
-        "bag_mean", "expected",
+        "expected",
         "bingo", "compress", "disco", "isd", "seed", "simreg", "moco", "kmeans", "label", "small", "imagenet", "live", "momentum",
         "features", "queue", "paper", "symmetric_mix", "none", "same", "resnet18", "mobilenetv3_small_050", "batch", "random", "timm",
         "header", "bf16", "weak", "photographs",
