@@ -92,10 +92,10 @@ class _Lists:
             budget_bytes = min(budget_bytes, _BLOCK_BYTES)
         for block in cut(places, max(1, budget_bytes // row_bytes)):
             own = slice(block.start - places.start, block.stop - places.start)
-            self._search(block, _Queries(unit_rows(self.features[self.list_rows_T[block]]), members_qK[own], cosines_qK[own]))
+            self._search(block, _ListQueries(unit_rows(self.features[self.list_rows_T[block]]), members_qK[own], cosines_qK[own]))
         return members_qK, cosines_qK
 
-    def _search(self, block: slice, queries: "_Queries") -> None:
+    def _search(self, block: slice, queries: "_ListQueries") -> None:
         """Each query's own list first: what is found there leaves few of the other lists' rows."""
         list_q = np.searchsorted(self.list_start, np.arange(block.start, block.stop), "right") - 1
         own_start = self.list_start[list_q[0] : list_q[-1] + 2]
@@ -119,7 +119,7 @@ def _by_list(probed_qP: np.ndarray, lists: int) -> tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class _Queries:
+class _ListQueries:
     """A block of queries, and the best neighbours found so far."""
 
     unit_qD: np.ndarray

@@ -66,7 +66,7 @@ def grouped_batchnorm(groups: int, anchors: int, part: int = 0, parts: int = 1) 
     """
     token = _GROUPS.set((groups, part, parts))
     try:
-        with _GroupedBatchNorm(groups, anchors) if groups > 1 else nullcontext():
+        with _GroupingMode(groups, anchors) if groups > 1 else nullcontext():
             yield
     finally:
         _GROUPS.reset(token)
@@ -95,7 +95,7 @@ def counting_layers(network: nn.Module) -> list[nn.Module]:
     return [layer for layer in norms if layer.num_batches_tracked is not None and layer.momentum is not None]
 
 
-class _GroupedBatchNorm(TorchFunctionMode):
+class _GroupingMode(TorchFunctionMode):
     """Intercepts every call of `torch.nn.functional.batch_norm`, which all layers of torch, torchvision and timm use."""
 
     def __init__(self, groups: int, anchors: int):
