@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.parser import Parser
+from benchmarks.parser import Parser, count
 from bingo.pipeline.process import die_with_parent, mistakes_as_lines
 from bingo.runtime.errors import UserError
 
@@ -95,13 +95,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--base", metavar="RECIPE", help="a recipe with which every variant is combined: other images, another scale")
     parser.add_argument("--root", help="where the images of --base are: sets dataset.root")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; leave it at 1 on one GPU")
+    parser.add_argument("--jobs", type=count, default=1, help="seeds at a time; leave it at 1 on one GPU")
     given = parser.parse_args()
     with mistakes_as_lines():
-        if given.jobs < 1:
-            raise UserError(f"--jobs = {given.jobs}: allowed is a whole number from 1")
-        if given.root == "":
-            raise UserError("--root is empty: give the folder of the images, or leave it out")
         if part := next((name for name in [*given.variants, given.base or ""] if "/" in name), None):
             raise UserError(f"recipe = {part}: is a part of recipes, after which no experiment can be named; see: bingo recipe list")
         commit = clean_commit()
@@ -139,6 +135,8 @@ def laid_over(
     from bingo.params import read_yaml, validate
     from bingo.planning.recipes import lay_over, read_recipe
 
+    if root == "":
+        raise UserError("--root is empty: give the folder of the images, or leave it out")
     document = read_yaml("params.yaml")
     validate(document, "params.yaml")
     recipes = {name: read_recipe(Path("recipes"), name).overlay for name in (base, variant) if name}

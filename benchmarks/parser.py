@@ -9,7 +9,14 @@ from bingo.runtime.errors import USER_MISTAKE
 
 _INVALID = re.compile(r"argument (?P<name>\S+): invalid (?P<allowed>\w+) value: '(?P<value>.*)'", re.DOTALL)
 _NO_CHOICE = re.compile(r"argument (?P<name>\S+): invalid choice: '?(?P<value>.*?)'? \(choose from (?P<allowed>.*)\)", re.DOTALL)
-_KINDS = {"int": "a whole number", "float": "a number"}
+_KINDS = {"int": "a whole number", "count": "a whole number from 1", "float": "a number"}
+
+
+def count(text: str) -> int:
+    """The type of an argument that is a whole number from 1."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 class Parser(argparse.ArgumentParser):

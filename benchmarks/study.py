@@ -9,6 +9,7 @@ benchmarks/results with the name of the plan, and what that file has is not run 
 Runs are DVC experiments in a clone of the last commit, one at a time, as `benchmarks.compare` does them.
 """
 
+import argparse
 import json
 import signal
 import time
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import FOLDER, Lane, QueuedRun, clean_commit, clock, laid_over, last_lines, log_of, only_one, overrides
-from benchmarks.parser import Parser
+from benchmarks.parser import Parser, count
 from benchmarks.study_lanes import LaneRun, log_of_run, place_of, run_in_lanes
 from benchmarks.study_plan import StudyPlan, Wanted, Wishes, nested, read_plan, read_results
 from benchmarks.study_tables import print_tables
 from bingo.params import read_yaml
+from bingo.pipeline.commands import check_place
 from bingo.pipeline.process import mistakes_as_lines
 from bingo.runtime.errors import UserError
 
@@ -36,18 +38,34 @@ def main() -> None:
     parser.add_argument("--root", help="folder of the images: train/CLASS/* and test/CLASS/*; not for digits")
     parser.add_argument("--print", action="store_true", help="print the tables of what has been run")
     parser.add_argument("--out", type=Path, help="file of the results (default: in benchmarks/results, named as the plan)")
-    parser.add_argument("--lanes", type=int, help="runs at a time, without DVC, on one machine with one GPU or none")
+    parser.add_argument("--lanes", type=count, help="runs at a time, without DVC, on one machine with one GPU or none")
     parser.add_argument("--commit", help="with --lanes, where git is not at hand: the commit that the runs are of")
     given = parser.parse_args()
     with mistakes_as_lines():
+        check_used(given)
         plan, results = read_plan(given.plan), given.out or RESULTS / f"{given.plan.stem}.jsonl"
         if given.print:
             print_tables(Wishes(plan, read_results(results)))
             return
         study = Study(plan, results, given.root, given.commit or clean_commit(str(results)))
         study.check()
+        for number in (signal.SIGTERM, signal.SIGINT):  # also where the shell started this with SIGINT ignored (`&`)
+            signal.signal(number, signal.default_int_handler)
         with only_one():
             study.run_in_lanes(given.lanes) if given.lanes else study.run()
+
+
+def check_used(given: argparse.Namespace) -> None:
+    """Raises UserError for options that would do nothing."""
+    lines = (
+        [f"--commit = {given.commit}: does nothing without --lanes; add that, or leave --commit out"]
+        if given.commit and not given.lanes
+        else []
+    )
+    if given.print and given.lanes:
+        lines.append(f"--lanes = {given.lanes}: does nothing with --print, which runs nothing; leave one of the two out")
+    if lines:
+        raise UserError(lines)
 
 
 class Study:
@@ -57,7 +75,8 @@ class Study:
         self.plan, self.results, self.root, self.commit = plan, results, root, commit
 
     def check(self) -> None:
-        """Raises UserError if a run would not be allowed."""
+        """Raises UserError if a run would not be allowed, or its result could not be written."""
+        check_place("--out", self.results)
         wishes = Wishes(self.plan, read_results(self.results))
         wishes.next()
         for recipe in self.plan.recipes:
@@ -67,8 +86,6 @@ class Study:
 
     def run(self) -> None:
         """Run all. An interrupt ends what runs, with a checkpoint."""
-        for number in (signal.SIGTERM, signal.SIGINT):  # also where the shell started this with SIGINT ignored (`&`)
-            signal.signal(number, signal.default_int_handler)
         lane = Lane(FOLDER.resolve() / "clone-0")
         try:
             while wanted := Wishes(self.plan, read_results(self.results)).next():
@@ -118,6 +135,7 @@ class Study:
         """Add a run in a folder to the results; None is of one that diverged."""
         line = {"part": wanted.part, "recipe": wanted.recipe, "seed": wanted.seed, "settings": wanted.settings, "commit": self.commit}
         line |= (figures(folder) if folder else {"linear": None}) | {"seconds": seconds}
+        self.results.parent.mkdir(parents=True, exist_ok=True)
         with open(self.results, "a") as file:
             file.write(json.dumps(line) + "\n")
         linear = f"linear {line['linear']['student']:.1f}" if line["linear"] else "diverged"

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
@@ -57,14 +58,18 @@ def run_in_lanes(
             for run in ready([*(one.wanted for one in under_way.values()), *failed.values()]):
                 if len(under_way) == lanes:
                     break
-                under_way[pool.submit(run_stages, run, folder)] = run
+                with _for_the_owner_alone(signal.SIGINT):
+                    under_way[pool.submit(run_stages, run, folder)] = run
             if not under_way:
                 break
             for ended in wait(under_way, return_when=FIRST_COMPLETED).done:
                 run = under_way.pop(ended)
                 try:
                     take(run, ended.result())
-                except (UserError, RuntimeError, AssertionError) as error:  # the others go on
+                except BrokenProcessPool:
+                    problem = "a lane was killed, as the system does where memory runs out"
+                    raise UserError(f"{problem}; lower --lanes (now {lanes}), and start again: finished runs are kept") from None
+                except Exception as error:  # the others go on
                     failed[f"{run.wanted.name}-s{run.wanted.seed}: {reason_of(error)}; {log_of_run(run, folder)}"] = run.wanted
                 shutil.rmtree(place_of(run, folder), ignore_errors=True)
     if failed:
@@ -83,6 +88,16 @@ def _ended_with(pool: ProcessPoolExecutor) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _for_the_owner_alone(number: int) -> Iterator[None]:
+    """Processes that begin in the body never take this signal, which a terminal sends to all: the pool's owner ends its lanes."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def place_of(run: LaneRun, folder: Path) -> Path:
     """The folder of a run."""
     return folder / f"run-{fingerprint([run.wanted.name, run.wanted.seed, dict(run.wanted.settings)])[:16]}"
@@ -96,7 +111,6 @@ def log_of_run(run: LaneRun, folder: Path) -> Path:
 def _begin_lane(lanes_begun: Any) -> None:
     """In a new lane: one core of those that the pool may use, so that its loaders work in the same process."""
     begin_worker()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the pool's owner ends its lanes
     os.environ["OMP_NUM_THREADS"] = "1"
     cores = sorted(os.sched_getaffinity(0))
     with lanes_begun.get_lock():
@@ -111,6 +125,7 @@ def run_stages(run: LaneRun, folder: Path) -> float | None:
     with open(log_of_run(run, folder), "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    shutil.rmtree(place, ignore_errors=True)  # of a study that was ended
     shutil.copytree(_prepared(run, folder), place, symlinks=True, copy_function=os.link)
     begun = time.monotonic()
     judged = [(stage, "student") for stage in EVALUATIONS]

@@ -137,17 +137,20 @@ def read_plan(path: Path) -> StudyPlan:
     except ValidationError as error:
         raise UserError([f"{path}: {line}" for line in mistake_lines(error, StudyPlan)]) from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}; benchmarks/study.yaml is one that can be read") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"--plan = {path}: cannot be read ({reason}); benchmarks/study.yaml is one that can be read") from None
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of the results, none if there is no file. Raises UserError if one is not a run in JSON."""
+    """The lines of the results, none if there is no file. Raises UserError if one is not a run in JSON, or the file cannot be read."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for line in lines:
             if not isinstance(line, dict) or not line.keys() >= _OF_A_RUN or not isinstance(line["settings"], dict):
                 raise ValueError(f"{short(line)} is not a run with {', '.join(sorted(_OF_A_RUN))}")
         return lines
+    except OSError as error:
+        raise UserError(f"--out = {path}: cannot be read ({error.strerror}); give another file") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}; every line is one run in JSON, delete the one that is not") from None
 

@@ -66,7 +66,9 @@ def load_backbone(path: Path, network: NetworkParams | None = None) -> tuple[Bac
     """
     state, metadata = load_network(path)
     if metadata.get("kind") != "student":
-        raise UserError(f"{path}: holds a {metadata.get('kind', 'network of another kind')}, not a student; run: dvc repro distill")
+        raise UserError(
+            f"{path}: holds a {metadata.get('kind', 'network of another kind')}, not a student; give another, or run: dvc repro distill"
+        )
     with building(path):
         return _built(path, state, metadata, network).eval(), metadata
 

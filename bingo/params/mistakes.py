@@ -30,6 +30,8 @@ def explanation(item: ErrorDetails) -> str:
     """What is allowed instead of a wrong value; several lines if one check found several errors."""
     if item["type"] in ("model_type", "dict_type"):
         return "allowed is a section, that is keys with values"
+    if item["type"] in ("too_short", "too_long"):
+        return item["msg"].partition(" after validation")[0].replace("List should have", "allowed are")
     return item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
 
 

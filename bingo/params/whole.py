@@ -56,13 +56,13 @@ class Params(Section):
         return self
 
     def _unknown_nets(self) -> list[str]:
-        allowed = ["student", *self.baselines, "untrained"]
-        allowed += ["ema"] if self.distill.student_ema else []
-        allowed += ["start"] if self.student.weights else []
-        allowed += ["supervised"] if self.supervised else []
+        settings = {"ema": "distill.student_ema", "start": "student.weights", "supervised": "supervised"}
+        made = {"ema": self.distill.student_ema, "start": self.student.weights, "supervised": self.supervised}
+        allowed = ["student", *self.baselines, "untrained", *(name for name, setting in made.items() if setting)]
         named = {"linear_eval.crops": self.linear_eval.crops.nets, "semi_eval": self.semi_eval.nets, "transfer": self.transfer.nets}
         return [
             f"{section}.nets: {name!r} is not a network, allowed are {', '.join(allowed)}{near_matches(name, allowed)}"
+            + (f"; to have it, set {settings[name]}" if name in settings else "")
             + ("; to train it, name it in `baselines`" if name in method_names() and not method_section(name).needs_teacher else "")
             for section, names in named.items()
             for name in names

@@ -262,7 +262,11 @@ class TrainingLog:
 
     def _open(self) -> None:
         assert self._run is not None, "a log with names has a run"
-        self._run.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            problem = f"{VARIABLE} = {','.join(self._names)}: a file lies where the folder {self._run.folder} is to be made"
+            raise UserError(f"{problem}; move it elsewhere, or unset {VARIABLE}") from None
         self._loggers = {}
         for name in self._names:
             adapter, _, way_out = _LOGGERS[name]

@@ -14,6 +14,7 @@ from test_compare import ROOT, Repository
 from workspace import new_workspace
 
 from benchmarks import study, study_plan, study_tables
+from benchmarks.study_lanes import LaneRun, place_of
 from benchmarks.study_plan import StudyPlan, Wanted, Wishes
 from bingo.params import validate
 from bingo.planning.recipes import lay_over
@@ -323,6 +324,9 @@ def test_lanes_give_what_the_stages_give_by_themselves(tmp_path, monkeypatch, st
     monkeypatch.setattr(study, "FOLDER", tmp_path)
     plan, out = study_plan.read_plan(tmp_path / "plan.yaml"), tmp_path / "results.jsonl"
     alone = study.Study(plan, out, None, "a commit")
+    interrupted = next(Wishes(plan, []).ready([]))
+    place = place_of(LaneRun(interrupted, study.laid_over(*alone.laid(interrupted))[0]), tmp_path.resolve() / "lanes")
+    (place / "models").mkdir(parents=True)  # an earlier study's, which was killed
     alone.run_in_lanes(2)
     lines = study_plan.read_results(out)
     assert Wishes(plan, lines).next() is None
@@ -364,6 +368,36 @@ def test_mistakes_in_a_plan_are_found_before_anything_runs(repository, monkeypat
     repository.commit()
     with pytest.raises(UserError, match=re.escape(words)):
         study.Study(study_plan.read_plan(plan), Path("results.jsonl"), "images", "a commit").check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lanes", "0"], "--lanes = 0: allowed is a whole number from 1"),
+        (["--lanes", "-3"], "--lanes = -3: allowed is a whole number from 1"),
+        (["--lanes", "1", "--print"], "--lanes = 1: does nothing with --print"),
+        (["--commit", "v1"], "--commit = v1: does nothing without --lanes"),
+        (["--root", ""], "--root is empty"),
+        (["--out", "images"], "--out = images: cannot be read"),
+        (["--out", "plan.yaml/results.jsonl"], "--out = plan.yaml/results.jsonl: plan.yaml is a file"),
+        (["--plan", "images"], "--plan = images: cannot be read"),
+    ],
+)
+def test_mistakes_in_the_arguments_are_one_line_before_anything_runs(repository, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(repository.home)
+    monkeypatch.setattr(sys, "argv", ["study", "--plan", "plan.yaml", "--root", "images", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        study.main()
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), repository.ran()) == ("", 1, [])
+    assert words in err
+
+
+def test_results_go_to_a_folder_that_is_not_there_yet(repository, monkeypatch):
+    monkeypatch.chdir(repository.home)
+    wanted = Wanted("tuning", "method-bingo", 9, {})
+    study.Study(study_plan.read_plan(Path("plan.yaml")), Path("new/folder/results.jsonl"), None, "a commit").add(wanted, "x", None, 1.0)
+    assert [wanted.is_in(line) for line in study_plan.read_results(Path("new/folder/results.jsonl"))] == [True]
 
 
 @pytest.mark.parametrize("line", ['{"part": "tun', '{"part": "tuning"}', "[]", "null", "", "\udcff"])

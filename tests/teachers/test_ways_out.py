@@ -151,7 +151,10 @@ def test_a_students_file_is_read_once_the_stage_has_written_it(tmp_path):
     for wrong, says in [
         (lambda: None, r"the file does not exist.*run the stage that writes it: dvc repro"),
         (lambda: path.write_bytes(b"x"), r"is damaged.*run: dvc repro"),
-        (lambda: save_network(path, {"x": torch.zeros(1)}, {"kind": "teacher"}), r"holds a teacher, not a student; run: dvc repro distill"),
+        (
+            lambda: save_network(path, {"x": torch.zeros(1)}, {"kind": "teacher"}),
+            r"a teacher, not a student; give another, or run: dvc repro distill",
+        ),
         (
             lambda: save_student(path, tmp_path / "h", build_backbone("resnet34", 0.125, "imagenet", 0), nn.Identity(), other, IMAGE, {}),
             r"student.arch = resnet18, this network has resnet34; run the stage that writes it: dvc repro",

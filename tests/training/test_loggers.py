@@ -253,6 +253,16 @@ def test_a_logger_that_fails_later_is_given_up_and_the_others_go_on(tmp_path, wh
     assert scalars(json_lines(tmp_path)) == scalars(json_lines(whole[0]))
 
 
+@pytest.mark.parametrize("place", ["", "workspace", "workspace/x"])
+def test_a_file_in_the_place_of_a_logs_folder_is_one_line(tmp_path, place):
+    logs = tmp_path / "logs"
+    (logs / place).parent.mkdir(parents=True, exist_ok=True)
+    (logs / place).touch()
+    log = loggers.TrainingLog(["jsonl"], loggers.LoggedRun("an id", "workspace/x", {}, logs))
+    with pytest.raises(UserError, match=r"^BINGO_LOGGERS = jsonl: a file lies where .*; move it elsewhere"):
+        log.begin(0, 1, 1, "anchors")
+
+
 def test_a_logger_that_cannot_be_opened_ends_the_training_before_its_first_step(tmp_path, monkeypatch):
     def refuse(run, step):
         raise RuntimeError("no API key\n  was given")
