@@ -479,5 +479,5 @@ class _Walker:
         try:
             return pa.array([above + name for name in names], pa.string())
         except UnicodeEncodeError:
-            name = next(name for name in names if name.encode(errors="replace").decode() != name)
-            raise UserError(f"{self.shown}: {above + name!a} is not a UTF-8 name; rename the file") from None
+            path = next(path for path in (above + name for name in names) if path.encode(errors="replace").decode() != path)
+            raise UserError(f"{self.shown}: {path!a} is not a UTF-8 name; rename it") from None

@@ -247,7 +247,7 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
         (["photos/top.png", "--out", "e.npy"], "FOLDER = photos/top.png: is a file"),
         (["empty", "--out", "e.npy"], "FOLDER = empty: holds no images; recognised are .jpg, .jpeg, .png"),
         (["leads-out", "--out", "e.npy"], "FOLDER = leads-out: x.png is a link out of it, to "),
-        (["bytes", "--out", "e.npy"], "FOLDER = bytes: '\\udcff.png' is not a UTF-8 name; rename the file"),
+        (["bytes", "--out", "e.npy"], "FOLDER = bytes: '\\udcff.png' is not a UTF-8 name; rename it"),
         (["photos", "--out", "e.csv"], "--out = e.csv: allowed are names that end in .npy, .parquet"),
         (["photos", "--out", "e"], "--out = e: allowed are names that end in"),
         (["photos", "--out", "there.npy"], "--out = there.npy: exists already; give another name, or --force to replace it"),

@@ -242,7 +242,7 @@ def test_files_need_their_root(tmp_path):
     write_images(tmp_path / "images.zarr", LISTING, None)
     dataset = load_params(Path(__file__).parents[2] / "params.yaml").dataset.model_copy(update={"root": "somewhere"})
     opened = open_images(LISTING, tmp_path / "images.zarr", dataset)
-    assert (opened.root, opened.paths, len(opened)) == ("somewhere", LISTING.paths, 3)
+    assert (opened.root, opened.paths, len(opened)) == (str(Path.cwd() / "somewhere"), LISTING.paths, 3)
     with pytest.raises(UserError, match=r"dataset\.root = null"):
         open_images(LISTING, tmp_path / "images.zarr", None)
 

@@ -86,7 +86,7 @@ def test_a_gpus_kernels_when_interpreted_on_the_cpu():
     """Their numbers; a process of its own, because Triton chooses its interpreter when it is imported."""
     pytest.importorskip("triton")
     file = Path(__file__).with_name("interpreted_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-c", os.devnull, "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
