@@ -30,6 +30,7 @@ SHORT = {
     "dataset.test_images": 50,
     "teacher.pretrain.batch_anchors": 64,
     "distill.batch_anchors": 64,
+    "distill.student_ema": 0.9,
     "semi_eval.splits": {"half": {"percent": 50.0, "list_file": None, "trunk_lr": 0.05, "head_lr": 0.2, "linear_lr": 1.0}},
     "semi_eval.finetune": {**TUNE, "epochs": 1},
     "semi_eval.linear": {**TUNE, "epochs": 1},
