@@ -18,7 +18,7 @@ from bingo import seeds
 from bingo.evals.scores import check_labels, first_right, last_and_best, linear_layer, percent, right_of, to_labels
 from bingo.images.uploads import upload
 from bingo.nets.heads import unit
-from bingo.params import PLAIN_SGD, CachedProbeParams, CropProbeParams, TuneParams
+from bingo.params import PLAIN_SGD, CachedProbeParams, CropProbeParams, CropTuneParams
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 from bingo.schedules import learning_rate
@@ -82,9 +82,9 @@ def linear_on_crops(
 
     In every epoch each train image is seen once as a random crop; the pooled features of the frozen backbone, in evaluation mode, go
     to the linear layer, raw or, with `params.standardise`, as computed by `Standardised`. Tested on centre views. A cosine schedule is
-    updated at every step and ends at 0 (released: once per epoch, ends at 0.01). Returns the scores of `linear_on_features` and raises
-    what that does; it is `finetune.ClassifierTrainer` with a frozen backbone, so it resumes from its checkpoint, and several processes
-    share each batch. It runs in `logged` of it.
+    updated at every step and ends at `params.final_lr` (released: once per epoch, ends at 0.01). Returns the scores of
+    `linear_on_features` and raises what that does; it is `finetune.ClassifierTrainer` with a frozen backbone, so it resumes from its
+    checkpoint, and several processes share each batch. It runs in `logged` of it.
     """
     from bingo.evals.features import backbone_features
     from bingo.evals.finetune import ClassifierTrainer, Protocol  # timm, which is not needed for stored features
@@ -93,7 +93,7 @@ def linear_on_crops(
     if params.standardise:
         seen = task.images, task.train_rows_N, task.image, device, precision, params.batch_images
         judged = Standardised(backbone, torch.from_numpy(backbone_features(backbone, *seen)).to(device))
-    tune = TuneParams(**params.model_dump(include=set(TuneParams.model_fields)), **PLAIN_SGD, nesterov=False)
+    tune = CropTuneParams(**params.model_dump(include=set(CropTuneParams.model_fields)), **PLAIN_SGD, nesterov=False)
     trainer = ClassifierTrainer(judged, Protocol(task, tune, params.lr, None), precision, seed, device, checkpoints, _LABEL)
     with logged(trainer):
         return trainer.run()

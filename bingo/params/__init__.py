@@ -35,6 +35,7 @@ from bingo.params.evals import (
     CocoParams,
     CropProbeParams,
     CropsParams,
+    CropTuneParams,
     FeatureParams,
     KnnEvalParams,
     SemiEvalParams,

@@ -122,6 +122,17 @@ class TuneParams(LinearLayerParams, OptimizerParams):
         return self
 
 
+class CropTuneParams(TuneParams):
+    """How `CropProbeParams` train their linear layer."""
+
+    final_lr: NotNegative
+
+    @property
+    def last_lr(self) -> float:
+        """The learning rate at the end of a cosine."""
+        return self.final_lr
+
+
 class SplitParams(Section):
     """A share of the train labels: `list_file` lists the images (SimCLR's lists); null: a seeded, class-balanced draw."""
 

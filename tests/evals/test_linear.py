@@ -1,5 +1,7 @@
 """Linear evaluation: the accuracy of an independent solver, one explicit step, the released protocol, an unchanged backbone."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -193,6 +195,18 @@ def test_crops_learn_and_leave_the_backbone_untouched(tmp_path):
     assert len(seen_modes) == 3 + 3 * 8  # 40 test images once, 120 train images at each of 3 epochs
     assert all(module.training for module in backbone.modules())
     assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_the_cosine_ends_at_final_lr(tmp_path):
+    images, labels, train_rows, test_rows = coloured_squares(40)
+    backbone, crops = build_backbone("resnet10t", 0.125, "small", 0), CROP.model_copy(update={"final_lr": 0.05})
+    trainers: list = []
+    kept = contextlib.contextmanager(lambda trainer: iter([trainers.append(trainer)]))
+    what = task(images, labels, train_rows, test_rows, crops)
+    linear_on_crops(backbone, what, crops, "fp32", 0, CPU, Checkpoints(tmp_path), kept)
+    steps = crops.epochs * -(-len(train_rows) // crops.batch_images)
+    want = 0.05 + (0.2 - 0.05) * (1 + np.cos(np.pi * (steps - 1) / steps)) / 2
+    assert trainers[0].optimizer.param_groups[0]["lr"] == pytest.approx(want)
 
 
 def test_standardised_features_are_umbcs(tmp_path):
