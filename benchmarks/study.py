@@ -25,6 +25,7 @@ from benchmarks.study_tables import print_tables
 from bingo.params import read_yaml
 from bingo.pipeline.commands import check_place
 from bingo.pipeline.process import mistakes_as_lines
+from bingo.runtime.artefacts import fingerprint
 from bingo.runtime.errors import UserError
 
 DIVERGED = "lower lr"  # what a training says whose loss or weights are not finite
@@ -107,7 +108,7 @@ class Study:
                 raise UserError([f"{name}: failed; {log} ends:", *last_lines(log)])
             self.add(run.wanted, name, None if seconds is None else place_of(run, folder), round(seconds or 0.0, 1))
 
-        folder = FOLDER.resolve() / "lanes"
+        folder = FOLDER.resolve() / "lanes" / fingerprint([self.commit])[:12]  # what runs share is of this code
         run_in_lanes(lanes, folder, ready, take)
 
     def laid(self, wanted: Wanted) -> tuple[str, int, str | None, str | None, list[dict[str, Any]]]:

@@ -74,6 +74,7 @@ def run_in_lanes(
                 shutil.rmtree(place_of(run, folder), ignore_errors=True)
     if failed:
         raise UserError(list(failed))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -86,12 +86,9 @@ def main(
     header = hub_header(network, made_from, license_id or "unknown") if to == "hub" else ""
     write_bytes(card, (header + model_card(network, to, out.name, loading, check, made_from, measured)).encode())
     add_link(out, card, to, student, measured)
-    typer.echo(f"written {as_seen_from_here(out)}; {check}")
-    for name, before, after in measured.rows:
-        typer.echo(f"{name}: {f'{before} -> ' if before else ''}{after}")
-    if loading.remark:
-        typer.echo(f"note: {loading.remark}")
-    typer.echo(f"model card: {as_seen_from_here(card)}")
+    changed = [f"{name}: {f'{before} -> ' if before else ''}{after}" for name, before, after in measured.rows]
+    remarks = [f"note: {loading.remark}"] if loading.remark else []
+    typer.echo("\n".join([f"written {as_seen_from_here(out)}; {check}", *changed, *remarks, f"model card: {as_seen_from_here(card)}"]))
     if push is not None:
         typer.echo(f"uploaded to {upload(out, push)}")
 

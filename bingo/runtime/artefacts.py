@@ -56,7 +56,7 @@ def errors_named(path: Path, partial: Path | None = None) -> Iterator[None]:
 def new_file(path: Path | str, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary name in the folder of `path`; on success the file replaces `path`, on an error it is removed.
 
-    `flush`: it is synced to the disk before it is renamed. Raises NotWritten naming `path` if there is no space or no permission to write.
+    `flush`: it is synced to the disk before it is renamed. Raises NotWritten naming `path` if the disk is full or writing is not permitted.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -118,7 +118,7 @@ def read_json(path: Path | str) -> Any:
 def new_directory(path: Path | str) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`; on success it replaces `path`, on an error it is removed.
 
-    Raises NotWritten naming `path` if there is no space or no permission to write.
+    Raises NotWritten naming `path` if the disk is full or writing is not permitted.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")

@@ -207,7 +207,7 @@ class TrainingLog:
         self._measured: Figures = {}
 
     def begin(self, step: int, total: int, rows_per_step: int, unit: str, wait_seconds: Callable[[], float] | None = None) -> None:
-        """The training starts or resumes after so many of `total` steps: all loggers are opened, unless it has ended already.
+        """The training starts or resumes at `step` of `total`: all loggers are opened, unless it has ended already.
 
         `wait_seconds` is how long it has waited for data so far. Raises UserError if a logger cannot be opened.
         """
@@ -220,7 +220,7 @@ class TrainingLog:
         self._since = step, time.monotonic(), self._wait_seconds() if self._wait_seconds else 0.0
 
     def due(self, step: int) -> bool:
-        """Whether the figures of the step after so many are kept: of every 16th, and of the first."""
+        """Whether the figures of the step that follows `step` others are kept: of every 16th, and of the first."""
         return bool(self) and (step % EVERY_STEPS == 0 or step == self._begun)
 
     def __bool__(self) -> bool:

@@ -18,6 +18,7 @@ from benchmarks.study_lanes import LaneRun, place_of
 from benchmarks.study_plan import StudyPlan, Wanted, Wishes
 from bingo.params import validate
 from bingo.planning.recipes import lay_over
+from bingo.runtime.artefacts import fingerprint
 from bingo.runtime.errors import UserError
 
 PLAN = """
@@ -325,7 +326,9 @@ def test_lanes_give_what_the_stages_give_by_themselves(tmp_path, monkeypatch, st
     plan, out = study_plan.read_plan(tmp_path / "plan.yaml"), tmp_path / "results.jsonl"
     alone = study.Study(plan, out, None, "a commit")
     interrupted = next(Wishes(plan, []).ready([]))
-    place = place_of(LaneRun(interrupted, study.laid_over(*alone.laid(interrupted))[0]), tmp_path.resolve() / "lanes")
+    place = place_of(
+        LaneRun(interrupted, study.laid_over(*alone.laid(interrupted))[0]), tmp_path.resolve() / "lanes" / fingerprint(["a commit"])[:12]
+    )
     (place / "models").mkdir(parents=True)  # an earlier study's, which was killed
     alone.run_in_lanes(2)
     lines = study_plan.read_results(out)

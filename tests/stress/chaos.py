@@ -431,7 +431,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="of all stages together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which are killed; those before them only run")
-    parser.add_argument("--images", type=int, help="so many tiny photographs in place of the digits")
+    parser.add_argument("--images", type=int, help="number of tiny photographs that replace the digits")
     parser.add_argument("--folder", type=Path, help="where they are made, and stay")
     given = parser.parse_args()
     draw, tallies = random.Random(given.seed), {}
