@@ -49,7 +49,7 @@ def run_in_lanes(
     lanes: int, folder: Path, ready: Callable[[Collection[Wanted]], Iterator[LaneRun]], take: Callable[[LaneRun, float | None], None]
 ) -> None:
     """Run what `ready(under way)` yields, `lanes` at a time; `take(run, seconds)` has each as soon as it has ended, with None for one in
-    which a stage ended with a mistake."""
+    which a stage ended with a mistake. `folder` is deleted when all have ended well."""
     under_way: dict[Future[float | None], LaneRun] = {}
     failed: dict[str, Wanted] = {}
     context = get_context("spawn")

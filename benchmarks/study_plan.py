@@ -142,7 +142,7 @@ def read_plan(path: Path) -> StudyPlan:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of the results, none of a file that does not exist. Raises UserError for one that is not a run in JSON, or cannot be read."""
+    """The lines of the results, none of a missing file. Raises UserError for one that is not a run in JSON, or cannot be read."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for line in lines:

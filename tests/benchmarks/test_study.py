@@ -331,6 +331,7 @@ def test_lanes_give_what_the_stages_give_by_themselves(tmp_path, monkeypatch, st
     )
     (place / "models").mkdir(parents=True)  # an earlier study's, which was killed
     alone.run_in_lanes(2)
+    assert not (tmp_path / "lanes" / fingerprint(["a commit"])[:12]).exists()
     lines = study_plan.read_results(out)
     assert Wishes(plan, lines).next() is None
     assert [line["settings"]["distill.lr"] for line in lines if not line["linear"]] == [1e9]
