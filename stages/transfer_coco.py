@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bingo import paths, seeds
+from bingo import paths
 from bingo.pipeline.commands import run_command
 from bingo.pipeline.run import Run, code_fingerprint, in_words, process_group, stage_run
 from bingo.pipeline.state import state_folder
@@ -37,6 +37,7 @@ def main(name: Annotated[str, typer.Argument(help="HEAD-SCHEDULE, one of transfe
 
 
 def _transfer(run: Run, name: str, student: "Backbone", device: "torch.device") -> None:
+    from bingo import seeds
     from bingo.detection.coco import read_pair, training_targets
     from bingo.detection.detector import build_detector, student_inside
     from bingo.detection.loop import DetectorTrainer

@@ -102,7 +102,7 @@ def test_no_file_but_distributed_asks_torch_for_the_group():
 def test_help_names_every_command_and_imports_nothing_heavy():
     code = (
         "import sys; from bingo.cli.main import app; app(['--help'], standalone_mode=False);"
-        "print('heavy:', {'torch', 'timm', 'zarr', 'faiss'} & set(sys.modules))"
+        "print('heavy:', {'torch', 'timm', 'zarr', 'faiss', 'numpy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "heavy: set()" in done.stdout
