@@ -1,33 +1,33 @@
 # `make demo`: from a fresh clone to reports/index.html. `make test`: all tests.
-# `make test-fast`: tests that are not marked slow, some 2 minutes on 2 idle cores. `make compare`: methods x seeds as DVC experiments.
+# `make test-fast`: the tests that are not marked slow, about 2 minutes on 2 idle cores. `make compare`: methods x seeds as DVC experiments.
 # `make bench`: speed compared with hardware limits and other implementations, an hour on 2 idle cores; uses a GPU if there is one.
-# `make scale FOLDER=FOLDER`: the pipeline on 10^4 and 10^5 tiny images, half an hour; with IMAGES=1281167 at ImageNet's size, hours and 16 GB.
-# `make gpu`: the tests that need a GPU, then speed and memory on it, in parts of 8 minutes at most; `make gpu PARTS="tests step"`: some of them.
-# `make study ROOT=FOLDER`: methods tuned by one rule, then compared on CIFAR-10 as a folder of images; days, and it goes on where it was ended.
+# `make scale FOLDER=FOLDER`: the pipeline on 10^4 and 10^5 tiny images, half an hour; with IMAGES=1281167 (ImageNet's size), hours and 16 GB.
+# `make gpu`: the tests that need a GPU, then its speed and memory, in parts of at most 8 minutes; `make gpu PARTS="tests step"`: only these parts.
+# `make study ROOT=FOLDER`: methods tuned by the same rule, then compared on CIFAR-10 as a folder of images; takes days, and can be resumed.
 # `make fuzz`: thousands of hostile inputs. `make docs`: README, docs/ and benchmarks/results/ as a website in site/.
-# `make test-oldest`: the tests with the oldest versions that pyproject.toml allows, with the oldest Python (PYTHON=python3.11).
+# `make test-oldest`: the tests with the oldest dependencies that pyproject.toml allows and the oldest Python (PYTHON=python3.11).
 # Each target creates its virtual environment first. With another Python: `make test PYTHON=python3.13 VENV=$PWD/.venv-3.13`.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-# Processes that share the tests; each takes a core and 2 GB of memory. Slow tests stay with their file, whose fixtures they share.
+# Processes that the tests are divided among; each needs a core and 2 GB of memory. `make test` keeps the tests of a file in one process.
 TEST_PROCESSES ?= 2
-# Plugins by name: the others that packages bring (of zarr, hydra, anyio) cost each process two seconds.
+# Plugins are named, because those that other packages install (zarr, hydra, anyio) would cost each process two seconds.
 PYTEST = PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -p xdist -p pytest_timeout -q -n $(TEST_PROCESSES) --dist
 
 # Options of `make fuzz`.
 FUZZ_CASES ?= 10000
 FUZZ_SEED ?= 0
 
-# Options of `make compare`: recipes, seeds, seeds run at the same time, and a base recipe to apply them to, with the folder of its images.
+# Options of `make compare`: recipes, seeds, number of seeds run at the same time, and a base recipe to apply them to, with the folder of its images.
 VARIANTS ?= $(patsubst recipes/%.yaml,%,$(wildcard recipes/method-*.yaml))
 SEEDS ?= 0 1 2
 JOBS ?= 1
 BASE ?=
 ROOT ?=
 
-# Options of `make scale`: where images and clones of the repository go, and how many train images.
+# Options of `make scale`: the folder for images and clones of the repository, and the numbers of train images.
 FOLDER ?= /tmp/bingo-scale
 IMAGES ?= 10000 100000
 
