@@ -111,6 +111,16 @@ def same_and_known(members_TK: np.ndarray, labels_T: np.ndarray) -> tuple[np.nda
     return same_T, known_T
 
 
+def purities(members_TK: np.ndarray, labels_T: np.ndarray) -> np.ndarray:
+    """Share of labelled members with the anchor's label, float32 (T,); NaN if the anchor or every member has none."""
+    return ratio(*same_and_known(members_TK, labels_T))
+
+
+def ratio(part_T: np.ndarray, whole_T: np.ndarray) -> np.ndarray:
+    """part / whole, float32 (T,); NaN where the whole is 0."""
+    return np.where(whole_T > 0, part_T / np.maximum(whole_T, 1), np.nan).astype(np.float32)
+
+
 def _whole_bag_purity(cluster_T: np.ndarray, labels_T: np.ndarray) -> float:
     """Like purity, over all other rows of the anchor's cluster."""
     known = labels_T >= 0

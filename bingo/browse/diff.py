@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bingo.bags.anchors import purities
 from bingo.bags.index import Bags
+from bingo.bags.metrics import purities
 from bingo.runtime.progress import progress_bar
 
 _BLOCK_ROWS = 8192
@@ -25,14 +25,10 @@ class BagDiff:
     purity_before_T: np.ndarray
     purity_after_T: np.ndarray
 
-    @property
-    def gain_T(self) -> np.ndarray:
-        """Purity after minus purity before, 0 if either is unknown."""
-        return np.nan_to_num(self.purity_after_T - self.purity_before_T)
-
     def most_changed(self, count: int) -> np.ndarray:
         """The rows int64 (count,) with the least overlap and, of equal ones, the largest change of purity."""
-        return np.lexsort((np.arange(len(self.jaccard_T)), -np.abs(self.gain_T), self.jaccard_T))[:count]
+        gain_T = np.nan_to_num(self.purity_after_T - self.purity_before_T)  # 0 if either is unknown
+        return np.lexsort((np.arange(len(self.jaccard_T)), -np.abs(gain_T), self.jaccard_T))[:count]
 
     def summary(self) -> dict[str, Any]:
         """JSON-able figures over all anchors; shares are of 1, numbers rounded to 6 digits.
@@ -48,7 +44,7 @@ class BagDiff:
         }
         known_T = ~np.isnan(self.purity_before_T) & ~np.isnan(self.purity_after_T)
         if known_T.any():
-            gain_n = self.gain_T[known_T]
+            gain_n = (self.purity_after_T - self.purity_before_T)[known_T]
             figures["purity"] = {
                 "before": _round(self.purity_before_T[known_T].mean()),
                 "after": _round(self.purity_after_T[known_T].mean()),
@@ -72,7 +68,9 @@ def compare_bags(before: Bags, after: Bags, labels_T: np.ndarray) -> BagDiff:
 def _overlap(before: Bags, after: Bags) -> np.ndarray:
     """Number of rows in both bags of each anchor, int64 (T,): clusters are counted, lists are compared in blocks."""
     if before.cluster_T is not None and after.cluster_T is not None:
-        return _shared_cluster_sizes(before.cluster_T, after.cluster_T) - 1  # the anchor is in both clusters
+        pair_T = before.cluster_T.astype(np.int64) * (int(after.cluster_T.max()) + 1) + after.cluster_T
+        _, place_T, counts = np.unique(pair_T, return_inverse=True, return_counts=True)
+        return counts[place_T] - 1  # rows that share both clusters with the anchor, which does too
     listed, other = (after, before) if before.cluster_T is not None else (before, after)
     rows = len(listed.members_TK)
     both_T = np.zeros(rows, np.int64)
@@ -85,13 +83,6 @@ def _overlap(before: Bags, after: Bags) -> np.ndarray:
             inside_nK = other.cluster_T[members_nK] == other.cluster_T[block][:, None]
         both_T[block] = (inside_nK & (members_nK >= 0)).sum(axis=1)
     return both_T
-
-
-def _shared_cluster_sizes(before_T: np.ndarray, after_T: np.ndarray) -> np.ndarray:
-    """Number of rows that share both the first and the second cluster with each row, including itself, int64 (T,)."""
-    pair_T = before_T.astype(np.int64) * (int(after_T.max()) + 1) + after_T
-    _, place_T, counts = np.unique(pair_T, return_inverse=True, return_counts=True)
-    return counts[place_T]
 
 
 def _round(x: Any) -> float:

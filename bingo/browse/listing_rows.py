@@ -52,11 +52,6 @@ class ListingRows:
             groups = [self._column(group, "label").to_numpy() for group in range(len(self._starts))]
         return np.concatenate([np.empty(0, np.int64), *groups])
 
-    @property
-    def labelled(self) -> bool:
-        """Whether every row has a label."""
-        return len(self) > 0 and bool((self.labels_N >= 0).all())
-
     def columns(self) -> tuple[pa.Array, pa.Array]:
         """Paths and class names of all rows, as strings; null where the class is unknown."""
         paths = pa.chunked_array([column for _, columns in self._path_columns() for column in columns.chunks], pa.string())

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import chromium
@@ -12,7 +13,6 @@ import pytest
 from fabricated import images_of, make_workspace
 from PIL import Image
 
-from bingo.bags.anchors import anchor_figures
 from bingo.bags.index import read_bags
 from bingo.browse.gallery import sidecars, sprites
 from bingo.browse.gallery.sprites import make_sprites, sprite_format
@@ -42,10 +42,18 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth(workspace):
-    """Listing, index and figures of every anchor."""
+    """Listing, index, and purity, mean cosine and in-degree of every anchor, by loops."""
     listing = read_listing(workspace / "data/listing.parquet")
     index = read_bags(workspace / "data/bags.zarr", listing)
-    return listing, index, anchor_figures(index.table, listing.labels_N[:ROWS])
+    members_TK, labels_T = index.table.members_TK, listing.labels_N[:ROWS]
+    purity_T = [np.mean(labels_T[members] == labels_T[row]) for row, members in enumerate(members_TK)]
+    similarity_T = [index.similarity(row).mean() for row in range(ROWS)]
+    in_degree_T = [sum(row in bag for bag in members_TK) for row in range(ROWS)]
+    return (
+        listing,
+        index,
+        SimpleNamespace(purity_T=np.array(purity_T), similarity_T=np.array(similarity_T), in_degree_T=np.array(in_degree_T)),
+    )
 
 
 def arguments(path):

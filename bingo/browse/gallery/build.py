@@ -1,8 +1,8 @@
 """Build a gallery: the page, its data, and the sheets of thumbnails, in one folder that can be copied anywhere."""
 
 import hashlib
-import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from bingo.browse.gallery.sidecars import write_sidecars
 from bingo.browse.gallery.sprites import make_sprites, sampled_anchors, sprite_format
 from bingo.browse.listing_rows import ListingRows
 from bingo.browse.pictures import Pictures
-from bingo.runtime.artefacts import fingerprint, new_directory, read_json, write_json
+from bingo.runtime.artefacts import fingerprint, link_or_copy, new_directory, read_json, write_json
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
 
@@ -21,20 +21,16 @@ _STATIC = Path(__file__).parent / "static"
 _OWN_FILE = "made_from.json"
 
 
-def build_gallery(
-    out: Path,
-    cache: Path,
-    bags: Bags,
-    listing: ListingRows,
-    pictures: Pictures,
-    meta: dict[str, Any],
-) -> int:
+def build_gallery(out: Path, cache: Path, bags: Bags, listing: ListingRows, pictures: Pictures, meta: dict[str, Any]) -> int:
     """Write the gallery to `out`, replacing an older one; return the number of thumbnails that could not be made.
 
     `cache` keeps thumbnails between galleries, a folder for each listing and sample.
     Raises UserError if `out` holds anything but a gallery.
     """
-    _check_target(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / _OWN_FILE).is_file():
+        raise UserError(f"--out = {out}: contains files that do not belong to a gallery; give a new or empty folder, or that of a gallery")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out = {out}: is a file; give a folder")
     anchors, form = sampled_anchors(bags.members_TK, pictures), sprite_format(pictures)
     rows_S, name = np.arange(len(bags.members_TK)), f"{listing.fingerprint}-{form.px}-{form.suffix}"
     if anchors is not None:
@@ -48,9 +44,9 @@ def build_gallery(
         (partial / "data").mkdir()
         (partial / "thumbnails").mkdir()
         sample = {} if anchors is None else {"sample": anchors, "thumbnails": rows_S}
-        write_sidecars(partial / "data", meta | {"sprites": form.as_dict()}, bags, listing, sample)
+        write_sidecars(partial / "data", meta | {"sprites": asdict(form)}, bags, listing, sample)
         for file in sorted(sprites.glob(f"s*.{form.suffix}")):
-            _link(file, partial / "thumbnails" / file.name)
+            link_or_copy(str(file), str(partial / "thumbnails" / file.name))
         # if images are missing, the next call tries again
         write_json(partial / _OWN_FILE, None if unreadable else made_from(meta))
     return unreadable
@@ -65,19 +61,3 @@ def made_from(meta: dict[str, Any]) -> str:
 def is_current(out: Path, meta: dict[str, Any]) -> bool:
     """Whether `out` already holds the complete gallery that `build_gallery` would write."""
     return (out / _OWN_FILE).is_file() and read_json(out / _OWN_FILE) == made_from(meta)
-
-
-def _check_target(out: Path) -> None:
-    """Refuse to replace a folder that contains anything but a gallery."""
-    if out.is_dir() and any(out.iterdir()) and not (out / _OWN_FILE).is_file():
-        raise UserError(f"--out = {out}: contains files that do not belong to a gallery; give a new or empty folder, or that of a gallery")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out = {out}: is a file; give a folder")
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy if the file system does not support links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

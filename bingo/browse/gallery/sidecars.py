@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from bingo.bags.anchors import anchor_figures
 from bingo.bags.index import Bags
+from bingo.bags.metrics import purities, ratio
 from bingo.browse.listing_rows import ListingRows
 
 BAG_ROWS, PATH_ROWS = 1024, 4096
@@ -33,7 +33,7 @@ def write_sidecars(folder: Path, meta: dict[str, Any], bags: Bags, listing: List
     numbers = {"rows": rows, "k": k, "bag_rows": BAG_ROWS, "path_rows": PATH_ROWS, "scale": SCALE, "unknown": UNKNOWN}
     _call(folder / "meta.js", "meta", numbers | {"classes": listing.classes} | meta)
     columns = _columns(bags, labels_T) | {name: rows.astype("<i4") for name, rows in sample.items()}
-    _call(folder / "columns.js", "columns", {name: [x.dtype.name, _base64(x)] for name, x in columns.items()})
+    _call(folder / "columns.js", "columns", {name: [x.dtype.name, base64.b64encode(x.tobytes()).decode()] for name, x in columns.items()})
     for block, start in enumerate(range(0, rows, BAG_ROWS)):
         part = slice(start, start + BAG_ROWS)
         listed = bags.members_TK[part] >= 0
@@ -47,12 +47,14 @@ def write_sidecars(folder: Path, meta: dict[str, Any], bags: Bags, listing: List
 
 
 def _columns(bags: Bags, labels_T: np.ndarray) -> dict[str, np.ndarray]:
-    figures = anchor_figures(bags, labels_T)
+    """Of each anchor's listed members the purity and the mean cosine (unknown for an empty bag), and the number of bags that list it."""
+    listed_TK = bags.members_TK >= 0
+    cosines_TK = np.where(listed_TK, bags.similarity_TK, 0).astype(np.float32)
     columns = {
         "label": labels_T.astype("<i4"),
-        "purity": _scaled(figures.purity_T),
-        "similarity": _scaled(figures.similarity_T),
-        "in_bags": figures.in_degree_T.astype("<i4"),
+        "purity": _scaled(purities(bags.members_TK, labels_T)),
+        "similarity": _scaled(ratio(cosines_TK.sum(axis=1), listed_TK.sum(axis=1))),
+        "in_bags": np.bincount(bags.members_TK[listed_TK], minlength=len(listed_TK)).astype("<i4"),
     }
     return columns if bags.cluster_T is None else columns | {"cluster": bags.cluster_T.astype("<i4")}
 
@@ -60,10 +62,6 @@ def _columns(bags: Bags, labels_T: np.ndarray) -> dict[str, np.ndarray]:
 def _scaled(x: np.ndarray) -> np.ndarray:
     """Numbers within -1..1 as int16, `UNKNOWN` for NaN."""
     return np.where(np.isnan(x), UNKNOWN, np.rint(np.nan_to_num(x).astype(np.float64) * SCALE)).astype("<i2")
-
-
-def _base64(x: np.ndarray) -> str:
-    return base64.b64encode(x.tobytes()).decode()
 
 
 def _call(path: Path, function: str, *arguments: Any) -> None:

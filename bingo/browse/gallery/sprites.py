@@ -7,7 +7,7 @@ next; small stored images become PNG as they are. Shape letters: T train rows, K
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +36,6 @@ class SpriteFormat:
     columns: int = COLUMNS
     tiles: int = TILES
 
-    def as_dict(self) -> dict:
-        """For the page."""
-        return asdict(self)
-
 
 def sprite_format(pictures: Pictures) -> SpriteFormat:
     """How thumbnails of these pictures are kept."""
@@ -56,11 +52,6 @@ def sampled_anchors(members_TK: np.ndarray, pictures: Pictures) -> np.ndarray | 
     return np.arange(count) * rows // count if rows > most else None
 
 
-def sprite_name(sheet: int, form: SpriteFormat) -> str:
-    """File name of one sheet."""
-    return f"s{sheet:06d}.{form.suffix}"
-
-
 def make_sprites(folder: Path, pictures: Pictures, listing: ListingRows, rows_S: np.ndarray, form: SpriteFormat) -> int:
     """Make the missing sheets of some rows, in that order, in `folder`, several at a time; return the number of images that could not be
     read.
@@ -72,7 +63,7 @@ def make_sprites(folder: Path, pictures: Pictures, listing: ListingRows, rows_S:
     workers = os.cpu_count() or 1
 
     def one_sheet(first: int, images: list[tuple[int, str]]) -> int:
-        path = folder / sprite_name(first // TILES, form)
+        path = folder / f"s{first // TILES:06d}.{form.suffix}"
         return 0 if path.name in have else _write_sheet(path, pictures, images, form)
 
     unreadable, batch = 0, 8 * workers * TILES  # a few sheets at a time: the paths of all rows need not be in memory
