@@ -145,11 +145,6 @@ class Bingo(Method):
                 return unit(shuffled(self.context.teacher.keys, images_BCHW, self.context.seed, draw))
             return self.context.teacher.keys(images_BCHW)
 
-    def after_step(self) -> None:
-        super().after_step()
-        if self.context.keys == "momentum":
-            self.key_encoder.move(nn.Sequential(self.student, self.head))
-
 
 def _check(params: BingoParams, context: Context) -> None:
     """Raises UserError for settings that contradict each other."""

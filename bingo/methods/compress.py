@@ -52,10 +52,5 @@ class Compress(Method):
         teacher_BQ = target_BX @ self.teacher_queue.keys_QP.T / self.params.temperature
         return {"loss": kl_divergence(student_BQ, teacher_BQ, self.teacher_queue.empty()).mean()}
 
-    def after_step(self) -> None:
-        super().after_step()
-        if self.params.queues == 2:
-            self.key_encoder.move(self.student)
-
 
 build = Compress

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bingo.methods.parts.momentum import MomentumCopy
 from bingo.params import MethodSection
 
 if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
@@ -154,6 +155,9 @@ class Method(nn.Module):
         """Update queues and moving averages, after the optimizer step that used the last `forward`."""
         for queue, keys_BP, rows_B in self.pushed:
             queue.push(keys_BP, rows_B)
+        for part in self.children():
+            if isinstance(part, MomentumCopy):
+                part.move()
 
 
 def build_method(name: str, section: MethodSection, context: Context) -> Method:

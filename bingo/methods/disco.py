@@ -47,9 +47,5 @@ class Disco(Method):
         regression = torch.stack(distances).sum()
         return {"loss": contrast + self.params.regression_weight * regression, "contrast": contrast, "regression": regression}
 
-    def after_step(self) -> None:
-        super().after_step()
-        self.key_encoder.move(nn.Sequential(self.student, self.head))
-
 
 build = Disco

@@ -44,9 +44,5 @@ class Isd(Method):
         key_BQ = keys_BX @ self.queue.keys_QP.T / self.params.key_temperature
         return {"loss": kl_divergence(student_BQ, key_BQ, self.queue.empty()).mean()}
 
-    def after_step(self) -> None:
-        super().after_step()
-        self.key_encoder.move(nn.Sequential(self.student, self.projector))
-
 
 build = Isd

@@ -37,9 +37,5 @@ class Moco(Method):
         negatives = self.queue.keys_QP, self.params.temperature, self.queue.empty(), similarities
         return {"loss": info_nce(query_BP, [(1.0, keys_BP)], *negatives)}
 
-    def after_step(self) -> None:
-        super().after_step()
-        self.key_encoder.move(nn.Sequential(self.student, self.head))
-
 
 build = Moco

@@ -65,17 +65,17 @@ class MomentumCopy(nn.Module):
     def __init__(self, network: nn.Module, momentum: float):
         super().__init__()
         self.network = copy.deepcopy(network).requires_grad_(False)
-        self.momentum = momentum
+        self.momentum, self._averaged = momentum, [network]  # a list: not a part of this module
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.network(images_BCHW)
 
     @torch.no_grad()
-    def move(self, network: nn.Module) -> None:
-        """own = momentum * own + (1 - momentum) * network's."""
+    def move(self) -> None:
+        """own = momentum * own + (1 - momentum) * the network's."""
         own: list[Tensor] = [parameter.detach() for parameter in self.network.parameters()]
-        torch._foreach_lerp_(own, [parameter.detach() for parameter in network.parameters()], 1 - self.momentum)
+        torch._foreach_lerp_(own, [parameter.detach() for parameter in self._averaged[0].parameters()], 1 - self.momentum)
 
 
 def shuffled(encode: Callable[[Tensor], Tensor], images_BCHW: Tensor, seed: int, step: int) -> Tensor:
