@@ -59,11 +59,6 @@ class CropProbeParams(CachedProbeParams, CropsParams):
     standardise: bool
     final_lr: NotNegative
 
-    @property
-    def last_lr(self) -> float:
-        """The learning rate at the end of a cosine."""
-        return self.final_lr
-
     @model_validator(mode="after")
     def _cosine_ends_below_lr(self) -> Self:
         if self.final_lr and self.drop_epochs is not None:
@@ -126,11 +121,6 @@ class CropTuneParams(TuneParams):
     """How `CropProbeParams` train their linear layer."""
 
     final_lr: NotNegative
-
-    @property
-    def last_lr(self) -> float:
-        """The learning rate at the end of a cosine."""
-        return self.final_lr
 
 
 class SplitParams(Section):

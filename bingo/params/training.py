@@ -26,13 +26,13 @@ class LrSchedule(Section):
 
     @property
     def warmup_epochs(self) -> int:
-        """Epochs of linear warmup."""
-        return 0
+        """Epochs of linear warmup; 0 of a schedule without them."""
+        return getattr(self, "lr_warmup_epochs", 0)
 
     @property
     def last_lr(self) -> float:
-        """The learning rate at the end of a cosine."""
-        return 0.0
+        """The learning rate at the end of a cosine; 0 of a schedule without `final_lr`."""
+        return getattr(self, "final_lr", 0.0)
 
     @model_validator(mode="after")
     def _drops_come(self) -> Self:
@@ -93,10 +93,6 @@ class ScheduleParams(LrSchedule, OptimizerParams):
     precision: Precision
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None
     probe_every_epochs: Whole
-
-    @property
-    def warmup_epochs(self) -> int:
-        return self.lr_warmup_epochs
 
     @model_validator(mode="after")
     def _groups_are_of_several_images(self) -> Self:
