@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,35 +38,22 @@ _RESCORED_ROWS = 256  # queries at once; the one with the most candidates sets t
 Found = tuple[np.ndarray, np.ndarray]
 
 
-class Blocks(Protocol):
-    """A search of many queries, in blocks of them that one or several processes take."""
-
-    def blocks(self, most_rows: int) -> list[slice]:
-        """All blocks, where `most_rows` queries at once suit device and memory."""
-
-    def take(self, number: int, worker: int, workers: int) -> bool:
-        """Whether this worker of this process searches block `number`."""
-
-    def keep(self, block: slice, found: Found) -> None:
-        """Store what was found for a block."""
-
-
-class WholeBlocks:
-    """The blocks of one process, in memory: `found` holds the result. The workers take turns."""
+class Blocks:
+    """A search of many queries in blocks: here of one process, in memory, whose workers take turns; `found` holds the result."""
 
     def __init__(self, queries: int, k: int, block_rows: int | None = None):
         self.found, self._block_rows = nothing_found(queries, k), block_rows
 
     def blocks(self, most_rows: int) -> list[slice]:
-        """See `Blocks`."""
+        """All blocks, where `most_rows` queries at once suit device and memory."""
         return cut(slice(0, len(self.found[0])), self._block_rows or most_rows)
 
     def take(self, number: int, worker: int, workers: int) -> bool:
-        """See `Blocks`."""
+        """Whether this worker of this process searches block `number`."""
         return number % workers == worker
 
-    def keep(self, block: slice, found: Found) -> None:
-        """See `Blocks`."""
+    def keep(self, block: slice, found: tuple[np.ndarray, ...]) -> None:
+        """Store what was found for a block."""
         self.found[0][block], self.found[1][block] = found
 
 
@@ -100,7 +87,7 @@ def top_k(
     >>> rows.tolist(), [round(cosine, 3) for cosine in cosines[0].tolist()]
     ([[2, 1]], [0.707, 0.0])
     """
-    task = WholeBlocks(len(queries), k, block_rows)
+    task = Blocks(len(queries), k, block_rows)
     search_blocks(task, queries, base, k, query_rows_Q, budget_bytes, floor_Q, unit_queries)
     return task.found
 

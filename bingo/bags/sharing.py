@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bingo.bags.neighbors import Found, WholeBlocks, best_of, cut, search_blocks, top_k
+from bingo.bags.neighbors import Blocks, Found, best_of, cut, search_blocks, top_k
 from bingo.bags.rows import Chosen, Rows
 from bingo.runtime.artefacts import write_bytes
 from bingo.runtime.errors import UserError
@@ -82,7 +82,7 @@ class Sharing:
         by_graph: bool = False,
     ) -> Found | None:
         if self._folder is None:
-            whole = WholeBlocks(len(queries), k)
+            whole = Blocks(len(queries), k)
             search_blocks(whole, queries, base, k, query_rows_Q, by_graph=by_graph)
             return whole.found
         task = _BlockFiles(self._folder / name, parts)
@@ -164,8 +164,8 @@ class Sharing:
         return x
 
 
-class _BlockFiles:
-    """A task (see bingo.bags.neighbors) whose blocks are files in `folder`."""
+class _BlockFiles(Blocks):
+    """Blocks of a group of processes, each of which is a file in `folder`."""
 
     def __init__(self, folder: Path, parts: list[slice]):
         self.parts, self._folder = parts, folder
@@ -178,7 +178,6 @@ class _BlockFiles:
         return not all(self._file(block).exists() for block in self.parts)
 
     def blocks(self, most_rows: int) -> list[slice]:
-        """See `Blocks`."""
         return self.parts
 
     def take(self, number: int, worker: int, workers: int) -> bool:
