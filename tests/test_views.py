@@ -52,6 +52,9 @@ def expected(recipe: str) -> tuple[tuple, tuple, tuple]:
         return (SETS["small_photographs"],) * 3
     if recipe == "ablation-views-centre":
         return DIGITS, SETS["centre"], DIGITS
+    if recipe.startswith("lean-"):  # crops of at least half, as in the study on photographs
+        drawn = ((0.5, 1.0), *MOCO_2[1:])
+        return DIGITS, drawn, drawn
     if not recipe.startswith(("imagenet-", "foundation-")):
         return DIGITS, DIGITS, DIGITS
     of_method = {"seed-r50w2": SETS["swav"], "-compress-": COMPRESS, "-simreg-": SETS["weak"]}

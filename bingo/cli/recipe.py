@@ -29,6 +29,7 @@ GROUPS = {
     "imagenet-effb0-": "ImageNet, EfficientNet-B0",
     "imagenet-mobv3-": "ImageNet, MobileNet-v3-large",
     "keys-": "Keys, combined with an ImageNet recipe",
+    "lean-": "ImageNet, one view of an image and the expected terms, without published figures",
     "foundation-": "ImageNet, students of foundation models, without published figures",
     "coco-": "COCO, combined with an ImageNet recipe",
     "downstream-": "Few labels and transfer, for the student set in params.yaml",

@@ -310,6 +310,31 @@ def test_keys_are_live_as_published_and_one_recipe_stores_them(name, live, store
     assert section is None or section.teacher_batchnorm == "eval"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("teacher", "known", "key_width"),
+    [
+        ("moco-r50-800", "moco-v2-r50-800", 128),
+        ("swav-r50", "swav-r50-800", 128),
+        ("byol-r50", "byol-r50", 128),
+        ("moco-v3-r50", "moco-v3-r50-1000", 128),
+        ("dinov2-s", "dinov2-s", 128),
+        ("dinov2-b", "dinov2-b", 128),
+    ],
+)
+def test_lean_rows_train_on_one_view_of_an_image(teacher, known, key_width):
+    """The FLOPs of a step are those of one view: 3.63 GFLOP forward, the same for each of two gradients but for the 0.24 of the first
+    convolution's input, and the negatives. BINGO takes three views."""
+    for student, arch in (("r18", "resnet18"), ("r34", "resnet34"), ("effb0", "tf_efficientnet_b0")):
+        params = resolved(f"lean-{student}-{teacher}")
+        assert (params.student.arch, params.teacher.name, params.teacher.key_width or key_width) == (arch, known, key_width)
+        assert not recipe(f"lean-{student}-{teacher}").about.expected
+    if teacher == "swav-r50":
+        params = resolved(f"lean-r18-{teacher}")
+        training = dry_student(params, dry_teacher(params, checkpoint=False), bank=False)
+        assert flops_per_anchor(training) / 1e9 == pytest.approx(3 * 3.63 - 0.24 + 4 * 65536 * 128 / 1e9, rel=0.01)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("parts/")])
 def test_a_recipe_stores_the_views_that_its_training_reads(name):
     params = resolved(name)
