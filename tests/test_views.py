@@ -53,7 +53,7 @@ def expected(recipe: str) -> tuple[tuple, tuple, tuple]:
     if recipe == "ablation-views-centre":
         return DIGITS, SETS["centre"], DIGITS
     if recipe.startswith("lean-"):  # crops of at least half, as in the study on photographs
-        drawn = ((0.5, 1.0), *MOCO_2[1:])
+        drawn = ([0.5, 1.0], *MOCO_2[1:])
         return DIGITS, drawn, drawn
     if not recipe.startswith(("imagenet-", "foundation-")):
         return DIGITS, DIGITS, DIGITS
