@@ -4,13 +4,10 @@ No torch. Shape letters: N files, S side of a stored image in pixels.
 """
 
 import hashlib
-import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -24,11 +21,10 @@ from bingo.images.decode import BadImage, bits_of, check_header, check_pixels, d
 from bingo.images.images import FileImages
 from bingo.images.listing import Contents
 from bingo.runtime.progress import Bar, progress_bar
-from bingo.runtime.workers import begin_worker
+from bingo.runtime.workers import worker_pool
 
 CHUNK_FILES, _CHUNKS_AHEAD = 64, 64
 HEADER_BYTES = 65536  # hold the header of most files
-THREADS_UP_TO_FILES = 4096  # processes scale further than threads, but take about a second to start
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +97,9 @@ def check_files(
     with progress_bar("checking the images", len(files), "images") as bar:
         if known is not None:
             place, begun_ns = f"{os.path.realpath(files.root)} {decode}", time.time_ns()
-            identity_N4 = identity_of(files.root, files.paths)
+            with ThreadPoolExecutor(1) as beside:
+                beside.submit(known.read, place)
+                identity_N4 = identity_of(files.root, files.paths)
             same_N, found = known.find(place, files.paths, identity_N4)
             checks.put(np.flatnonzero(same_N), found)
             bar.resume_at(int(same_N.sum()))
@@ -149,21 +147,6 @@ def common_bits(files: FileImages, checks: Checks, images_NSS3: np.ndarray | Non
         _, images_nSS3 = check_files(files.part(again.tolist()), False, images_NSS3.shape[1], common)
         images_NSS3[again] = images_nSS3
     return common
-
-
-@contextmanager
-def worker_pool(files: int) -> Iterator[Executor]:
-    """A pool over this process's processors; pending work is dropped if the caller stops early."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool: Executor
-    if processors == 1 or files <= THREADS_UP_TO_FILES:
-        pool = ThreadPoolExecutor(processors)
-    else:
-        pool = ProcessPoolExecutor(processors, multiprocessing.get_context("forkserver"), begin_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class _CheckedFile(NamedTuple):

@@ -8,17 +8,20 @@ import os
 import time
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bingo.images.listing import path_column
+from bingo.images.listing import Paths, path_column
 from bingo.runtime.artefacts import fingerprint, write_bytes
 from bingo.runtime.checksums import Damaged, seal, unseal
+from bingo.runtime.workers import worker_pool
 
 SAVED_FILES = 65536  # results are saved each time this number of files has been checked
+ALONE_UP_TO_FILES = 2**18  # a process looks at these many files in a second
 _SETTLED_NS = 2 * 10**9  # a file that was changed just before may change again within the clock's resolution
 _PATH, _IDENTITY = "path", "identity"
 _SCHEMA = pa.schema(
@@ -38,12 +41,16 @@ class KnownFiles:
         self._used: dict[str, list[pa.Table]] = {}  # and what this scan has asked for
         self._new: dict[str, int] = {}
 
-    def find(self, place: str, paths: Sequence[str], identity_N4: np.ndarray) -> tuple[np.ndarray, pa.Table]:
-        """Which of N files have not changed, bool (N,), and the rows known of those. `place`: what identifies folder and kind of check."""
+    def read(self, place: str) -> pa.Table:
+        """All that is known of the files of a place, read once."""
         if place not in self._tables:
             parts = [self._read(path) for path in sorted(self._folder.glob(f"{self._name(place)}-*"), reverse=True)]
             self._tables[place] = pa.concat_tables([_SCHEMA.empty_table(), *(part for part in parts if part is not None)])
-        known = self._tables[place]
+        return self._tables[place]
+
+    def find(self, place: str, paths: Sequence[str], identity_N4: np.ndarray) -> tuple[np.ndarray, pa.Table]:
+        """Which of N files have not changed, bool (N,), and the rows known of those. `place`: what identifies folder and kind of check."""
+        known = self.read(place)
         if not len(known):
             return np.zeros(len(paths), bool), known
         names = pa.chunked_array([path_column(paths)])
@@ -109,6 +116,15 @@ def fixed_bytes(column: pa.ChunkedArray) -> np.ndarray:
 
 def identity_of(root: str, paths: Sequence[str]) -> np.ndarray:
     """Size, time of change of content and of inode in ns, and inode of each file, int64 (N, 4); -1 of one that cannot be found."""
+    if len(paths) <= ALONE_UP_TO_FILES:
+        return _identity_of(root, paths)
+    column = Paths(pa.chunked_array([path_column(paths)]))
+    rows = np.array_split(np.arange(len(paths)), -(-len(paths) // SAVED_FILES))
+    with worker_pool(len(paths)) as pool:
+        return np.concatenate(list(pool.map(partial(_identity_of, root), map(column.take, rows))))
+
+
+def _identity_of(root: str, paths: Sequence[str]) -> np.ndarray:
     numbers = array("q")
     for path in paths:
         try:

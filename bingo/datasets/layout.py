@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
@@ -27,7 +28,7 @@ from bingo.runtime.inside import folded
 from bingo.runtime.progress import progress_bar
 
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__")
-_NAMES = 65536  # that are held as Python's strings at once
+_NAMES = 8192  # entries of a folder that are held as objects of Python at once
 _MOST_LINES, _MOST_NAMES, _MOST_SUFFIXES = 20, 3, 8
 _USUAL = {"train": ("train",), "test": ("val", "test")}  # which of several folders with the same role is used
 Say = Callable[[str], None]
@@ -284,11 +285,13 @@ def _tree(shown: str, paths: list[str]) -> _Tree:
     return tree
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _entry(entry: os.DirEntry) -> tuple[str, str, bool]:
+    is_link = entry.is_symlink()
     try:
-        return entry.is_dir()
+        is_folder = entry.is_dir()
     except OSError:  # a link to itself
-        return False
+        is_folder = False
+    return entry.name, "folder" if is_folder else "file" if is_link or entry.is_file() else "other", is_link
 
 
 class _Walker:
@@ -388,33 +391,30 @@ class _Walker:
     def entries(self, folder: str) -> tuple[Paths, list[str]]:
         """The images and folders directly in `folder`, both sorted, relative to the root. Raises UserError if they cannot be listed or
         used."""
-        names: list[str] = []
         columns: list[pa.Array] = []
         folders: list[str] = []
         links: list[str] = []
         above = f"{folder}/" if folder else ""
-        for name, kind, is_link in self._listed(folder):
-            if kind == "file" and not is_link and name[0] != "." and name.lower().endswith(SUFFIXES):
-                names.append(name)  # most are such
-                if len(names) == _NAMES:
-                    columns.append(self._column(above, names))
-                    names.clear()
-                continue
-            path = f"{above}{name}"
-            if name.startswith("."):
-                self.passed["hidden"] += 1
-                continue
-            if is_link and not self.follow_links:
-                links.append(path)
-            if kind == "folder":
-                (self.passed_folders if name.lower() in SYSTEM_FOLDERS else folders).append(path)
-            elif not name.lower().endswith(SUFFIXES):
-                self.passed[printable(PurePosixPath(name).suffix.lower()) or "without a suffix"] += 1
-            elif kind == "file":
-                names.append(name)
-            else:
-                raise UserError(f"{self.shown}: {path} is not a regular file (a pipe or device?); remove it")
-        images = pa.chunked_array([*columns, self._column(above, names)])
+        for files, others in self._listed(folder):
+            names = [name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]  # most are such
+            beside = [(name, "file", False) for name in sorted(set(files).difference(names))] if len(names) < len(files) else []
+            for name, kind, is_link in [*others, *beside]:
+                path = f"{above}{name}"
+                if name.startswith("."):
+                    self.passed["hidden"] += 1
+                    continue
+                if is_link and not self.follow_links:
+                    links.append(path)
+                if kind == "folder":
+                    (self.passed_folders if name.lower() in SYSTEM_FOLDERS else folders).append(path)
+                elif not name.lower().endswith(SUFFIXES):
+                    self.passed[printable(PurePosixPath(name).suffix.lower()) or "without a suffix"] += 1
+                elif kind == "file":
+                    names.append(name)
+                else:
+                    raise UserError(f"{self.shown}: {path} is not a regular file (a pipe or device?); remove it")
+            columns.append(self._column(above, names))
+        images = pa.chunked_array(columns, pa.string())
         found = Paths(images.take(pc.sort_indices(images))), sorted(folders)
         if folder:
             self.refuse_outside(links)
@@ -422,19 +422,19 @@ class _Walker:
             self.top, self.top_links = found, links
         return found
 
-    def _listed(self, folder: str) -> Iterator[tuple[str, str, bool]]:
-        """Of each entry its name, its kind (folder, file or other) and whether it is a link. Raises UserError if it cannot be listed."""
+    def _listed(self, folder: str) -> Iterator[tuple[list[str], list[tuple[str, str, bool]]]]:
+        """The names of files and, of each other entry, its name, its kind (folder, file or other) and whether it is a link; some at a
+        time. Raises UserError if it cannot be listed."""
         if self.tree is not None:
-            yield from ((name, kind, False) for name, kind in self.tree[folder].items())
+            found = self.tree[folder].items()
+            yield [name for name, kind in found if kind == "file"], [(name, kind, False) for name, kind in found if kind != "file"]
             return
         try:
             with os.scandir(self.root / folder) as entries:
-                for entry in entries:
-                    if entry.is_file(follow_symlinks=False):
-                        yield entry.name, "file", False
-                        continue
-                    is_link = entry.is_symlink()
-                    yield entry.name, "folder" if _is_folder(entry) else "file" if is_link or entry.is_file() else "other", is_link
+                while block := list(islice(entries, _NAMES)):
+                    files = [entry.name for entry in block if entry.is_file(follow_symlinks=False)]
+                    others = (entry for entry in block if not entry.is_file(follow_symlinks=False)) if len(files) < len(block) else ()
+                    yield files, list(map(_entry, others))
         except OSError as error:
             raise UserError(f"{self.shown}: {folder or 'it'} cannot be listed ({error.strerror}); fix its permissions") from None
 

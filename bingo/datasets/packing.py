@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from bingo.datasets.filecheck import CHUNK_FILES, worker_pool
+from bingo.datasets.filecheck import CHUNK_FILES
 from bingo.datasets.folder import BAD_LINES
 from bingo.images.decode import DRAFT_MARGIN, BadImage, decode_rgb, read_header
 from bingo.images.images import FileImages
@@ -21,6 +21,7 @@ from bingo.images.positions import Positions
 from bingo.runtime.artefacts import new_file, write_bytes
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
+from bingo.runtime.workers import worker_pool
 
 PART_IMAGES = 16384  # in one file, 0.8 GB at 320 px: the most that a killed run repeats
 QUALITY = 90  # of JPEG, with colours at half the resolution (4:2:0)

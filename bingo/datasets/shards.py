@@ -19,7 +19,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from bingo.datasets.filecheck import worker_pool
 from bingo.datasets.layout import SYSTEM_FOLDERS
 from bingo.datasets.members import Members, class_names, placed_path, positions_of, refuse, refuse_twins
 from bingo.datasets.split_names import role_of, split_folder
@@ -28,6 +27,7 @@ from bingo.params.places import images_folder
 from bingo.runtime.errors import UserError, printable
 from bingo.runtime.inside import leads_out, path_inside
 from bingo.runtime.progress import progress_bar
+from bingo.runtime.workers import worker_pool
 
 CLASS_NAMES = "classes.txt"  # beside the shards: the names of classes 0, 1, ..., one a line
 _MOST_SHARDS = 1_000_000

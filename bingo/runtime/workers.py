@@ -3,6 +3,9 @@
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 
@@ -10,6 +13,7 @@ from bingo.runtime.errors import FAILED
 from bingo.runtime.memory import keep_freed_memory
 
 MOST_WORKERS = 32
+THREADS_UP_TO_FILES = 4096  # processes scale further than threads, but take about a second to start
 KEPT_BYTES = 2**26  # by each worker: some large images
 
 
@@ -25,6 +29,21 @@ def fork_server(module: str) -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     return context
+
+
+@contextmanager
+def worker_pool(files: int) -> Iterator[Executor]:
+    """A pool over this process's processors, to read and check files; pending work is dropped if the caller stops early."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool: Executor
+    if processors == 1 or files <= THREADS_UP_TO_FILES:
+        pool = ThreadPoolExecutor(processors)
+    else:
+        pool = ProcessPoolExecutor(processors, multiprocessing.get_context("forkserver"), begin_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def begin_worker(*_: object) -> None:

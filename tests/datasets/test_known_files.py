@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from bingo.datasets import filecheck, known
-from bingo.datasets.known import KnownFiles
+from bingo.datasets.known import KnownFiles, identity_of
 from bingo.datasets.sources import scan
 from bingo.images.images import FileImages
-from bingo.images.listing import write_listing
+from bingo.images.listing import joined_paths, write_listing
+from bingo.runtime import workers
 from tests.datasets.test_sources import folder
 from tests.photographs import photographs
 
@@ -160,3 +161,16 @@ def test_what_the_machine_could_not_read_is_read_the_next_time(photos, read, tmp
     read.clear()
     assert scanned(photos, tmp_path / "state") == wanted
     assert read == ["train/b/deep.png"]
+
+
+def test_processes_find_the_identities_that_one_finds(photos, monkeypatch):
+    """Of files in several blocks, one of which is absent; from a list and from a part of a column."""
+    files = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.*"))
+    paths = [*files[:3], "train/absent.jpg", *files[3:]]
+    wanted = np.array([(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in (Path(photos, file).stat() for file in files)])
+    monkeypatch.setattr(known, "ALONE_UP_TO_FILES", 3)
+    monkeypatch.setattr(known, "SAVED_FILES", 4)
+    monkeypatch.setattr(workers, "THREADS_UP_TO_FILES", 3)
+    for asked in (paths, joined_paths([["before.jpg"], paths])[1:]):
+        np.testing.assert_array_equal(identity_of(str(photos), asked), np.insert(wanted, 3, -1, axis=0))
+    np.testing.assert_array_equal(identity_of(str(photos), files[:2]), wanted[:2])

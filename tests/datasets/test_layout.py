@@ -425,7 +425,7 @@ def test_memory_for_a_folder_is_that_of_columns(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.hardlink_to(tmp_path / "one.png")
     (tmp_path / "one.png").unlink()
-    monkeypatch.setattr("bingo.datasets.layout._NAMES", 1000)
+    monkeypatch.setattr("bingo.datasets.layout._NAMES", 500)
     tracemalloc.start()
     train, _ = find_splits(tmp_path)
     most = tracemalloc.get_traced_memory()[1]

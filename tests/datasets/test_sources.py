@@ -22,6 +22,7 @@ from bingo.datasets.sources import scan
 from bingo.datasets.subset import draw_subset
 from bingo.images.decode import BadImage, decode_rgb, decode_square
 from bingo.params import DatasetParams
+from bingo.runtime import workers
 from bingo.runtime.errors import UserError
 
 DIGITS = DatasetParams(
@@ -222,7 +223,7 @@ def test_packed_images_are_resized_and_cropped_as_torchvision_does(pets):
 
 def test_processes_and_threads_agree(pets, monkeypatch):
     by_threads, images = scan(folder(pets, store_px=16), 0)
-    monkeypatch.setattr(filecheck, "THREADS_UP_TO_FILES", 0)
+    monkeypatch.setattr(workers, "THREADS_UP_TO_FILES", 0)
     monkeypatch.setattr(filecheck, "CHUNK_FILES", 2)
     by_processes, images_again = scan(folder(pets, store_px=16), 0)
     assert by_threads.fingerprint == by_processes.fingerprint
