@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from bingo.detection.coco import CocoImages, parse_targets
 from bingo.images.decode import BadImage, decode_as_stored
 from bingo.runtime.errors import UserError
-from bingo.runtime.task_loader import TaskLoader
+from bingo.runtime.task_loader import Empty, TaskLoader, Work
 
 IMAGES_AHEAD = 2  # for each worker
 Item = TypeVar("Item")
@@ -90,26 +89,26 @@ class CocoLoader:
     def _example(self, view: View, sample: _Sample | str) -> Example:
         if isinstance(sample, str):
             raise UserError(sample)
-        image, boxes, labels, packed = (part.to(self._device, non_blocking=True) for part in sample)
+        image, boxes, labels, packed = (part.to(self._device, non_blocking=True, copy=True) for part in sample)
         return Example(view.row, image, boxes, labels, unpack(packed, image.shape[2]))
 
 
-class _Load(Dataset):
-    """A dataset whose index is a task and whose item is its tensors, or one line if the image cannot be read."""
+class _Load(Work):
+    """The tensors of an image, or one line if it cannot be read."""
 
-    def __getitem__(self, task: _CocoTask) -> _Sample | str:
+    def result(self, task: _CocoTask, empty: Empty) -> _Sample | str:
         try:
             image = decode_as_stored(task.path.read_bytes())
             if (image.height, image.width) != task.sides_px:
                 height, width = task.sides_px
                 return f"{task.name} is {image.width} x {image.height} pixels, and the annotations say {width} x {height}; restore it"
-            return _sample(image, task.line, task.view)
+            return _sample(image, task.line, task.view, empty)
         except (BadImage, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             return f"{task.name} cannot be read ({reason}); restore it"
 
 
-def _sample(image: Image.Image, line: str | None, view: View) -> _Sample:
+def _sample(image: Image.Image, line: str | None, view: View, empty: Empty) -> _Sample:
     """A decoded image as image, boxes, labels and packed masks, resized and flipped as requested by `view`."""
     height, width = resized_px(image.height, image.width, view.min_side_px, view.max_side_px)
     boxes, labels, masks = np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty((0, height, width), np.uint8)
@@ -123,7 +122,9 @@ def _sample(image: Image.Image, line: str | None, view: View) -> _Sample:
         pixels, masks = pixels[:, ::-1], masks[:, :, ::-1]
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
     packed = np.packbits(masks, axis=2)  # an eighth of the shared memory
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(packed)
+    image_3HW = empty(3, height, width)
+    image_3HW.numpy()[:] = pixels.transpose(2, 0, 1)
+    return image_3HW, torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(packed)
 
 
 def _nearest(length: int, source: int) -> np.ndarray:

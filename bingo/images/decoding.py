@@ -15,7 +15,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from bingo.images.decode import BadImage, Header, decode_square, is_plain_baseline, read_header
 from bingo.images.decode_crops import CropsWanted, decode_crops, may_shrink
@@ -23,7 +22,7 @@ from bingo.images.draws import Crops, crop_boxes
 from bingo.images.images import FileImages
 from bingo.params import ImageParams
 from bingo.runtime.errors import UserError
-from bingo.runtime.task_loader import TaskLoader
+from bingo.runtime.task_loader import Empty, TaskLoader, Work
 
 IMAGES_PER_TASK = 32  # decoded by one worker at a time: a few megabytes of shared memory, about 0.1 s for photos of 500 x 375
 TASKS_AHEAD = 2  # for each worker
@@ -134,12 +133,12 @@ class FileDecoder:
         return (plan, places, tasks), tasks
 
 
-class _Decode(Dataset):
-    """A dataset whose index is a task."""
+class _Decode(Work):
+    """Decoding of some images."""
 
-    def __getitem__(self, task: _DecodeTask) -> _Result:
+    def result(self, task: _DecodeTask, empty: Empty) -> _Result:
         lines: list[str] = []
-        views = [_empty(image, int((task.kind_T == kind).sum())) for kind, image in enumerate(task.images)]
+        views = [empty((task.kind_T == kind).sum(), image.crop_px, image.crop_px, 3) for kind, image in enumerate(task.images)]
         files: list[tuple[int, bytes, Header]] = []
         for i in range(len(task.files)):
             with _unreadable_noted(task, i, lines):
@@ -161,10 +160,6 @@ class _Decode(Dataset):
                     decode_crops(content, header, wanted, task.files.gray_bits)
         together = torch.from_numpy(np.frombuffer(bytearray(b"".join(content for _, content in left)), np.uint8))
         return _Result(lines, views, together, [i for i, _ in left], [len(content) for _, content in left], boxes_T4)
-
-
-def _empty(image: ImageParams, views: int) -> Tensor:
-    return torch.empty((views, image.crop_px, image.crop_px, 3), dtype=torch.uint8)
 
 
 def _wanted(task: _DecodeTask, i: int, boxes_T4: np.ndarray, views: Sequence[Tensor]) -> list[CropsWanted]:

@@ -1,63 +1,146 @@
-"""A dataloader whose indices are tasks, given out pass by pass with persistent workers."""
+"""A dataloader whose indices are tasks, given out pass by pass with persistent workers.
 
+Workers write results into shared memory that is used again: a fresh page costs several times what it costs to write to it.
+"""
+
+import math
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, tee
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from bingo.runtime.workers import begin_worker, fork_server, worker_count
 
 Item = TypeVar("Item")
 
 
+class Empty(Protocol):
+    """Makes uint8 tensors of a shape, uninitialised."""
+
+    def __call__(self, *shape: int) -> Tensor: ...
+
+
+class Work(Dataset):
+    """What tasks are computed by, in subclasses; the module of a subclass is what workers are forked from."""
+
+    _slots: tuple["_Slot", ...] = ()
+
+    @abstractmethod
+    def result(self, task: Any, empty: Empty) -> Any:
+        """A task's result, whose large tensors `empty` makes: in a worker, memory that a later task uses again."""
+
+    def __getitem__(self, given: "_Given") -> Any:
+        if get_worker_info() is None:
+            return self.result(given.task, _empty)
+        slot = next((slot for slot in self._slots if slot.task_number < given.released), None)
+        if slot is None:
+            slot = _Slot()
+            self._slots += (slot,)
+        slot.begin(given.number)
+        return self.result(given.task, slot.empty)
+
+
 class TaskLoader:
     """Runs tasks in order, some ahead of their use, in `workers` processes (0: in this one, when needed; None: chosen for the machine).
 
-    `dataset[task]` is a task's result; its module is what workers are forked from. `pin`: results are in page-locked memory.
+    `pin`: results are in page-locked memory.
     """
 
-    def __init__(self, dataset: Dataset, workers: int | None, tasks_ahead: int, pin: bool):
+    def __init__(self, work: Work, workers: int | None, tasks_ahead: int, pin: bool):
         workers = worker_count() if workers is None else workers
-        self._feed = _Feed()
+        self._feed, self._pin, self._ahead = _Feed(), pin, workers * tasks_ahead
         self._loader = DataLoader(
-            dataset,
+            work,
             sampler=self._feed,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=tasks_ahead if workers else None,
             persistent_workers=workers > 0,
-            multiprocessing_context=fork_server(type(dataset).__module__) if workers else None,
+            multiprocessing_context=fork_server(type(work).__module__) if workers else None,
             worker_init_fn=begin_worker,
             pin_memory=pin,
             generator=torch.Generator(),  # its own, so that torch's global random state does not change
         )
 
-    def results(self, work: Iterable[tuple[Item, Sequence[Any]]]) -> Iterator[tuple[Item, list[Any]]]:
-        """One pass: yield each item of `work`, which comes with its tasks, together with their results. `work` is read ahead of use."""
-        ahead, here = tee(work)
-        self._feed.tasks = (task for _, tasks in ahead for task in tasks)
+    def results(self, items: Iterable[tuple[Item, Sequence[Any]]]) -> Iterator[tuple[Item, list[Any]]]:
+        """One pass: yield each of `items`, which come with their tasks, together with these tasks' results. They are read ahead of use.
+
+        Without `pin`, what was made by `empty` is overwritten once the next item, or another pass, is asked for.
+        """
+        ahead, here = tee(items)
+        self._feed.begin(task for _, tasks in ahead for task in tasks)
+        mapped = list[Any]()  # here, which costs pages too, as long as workers may use it again
         try:
-            results = iter(self._loader)
+            results = iter(self._loader)  # which drops what workers still had to do for an abandoned pass
             for item, tasks in here:
-                yield item, list(islice(results, len(tasks)))
+                found = []
+                for result in islice(results, len(tasks)):
+                    found.append(result)
+                    self._feed.released += self._pin
+                yield item, found
+                if not self._pin:
+                    self._feed.released += len(tasks)
+                    mapped = [*mapped, *found][-self._ahead - 2 * len(tasks) :]
         finally:
-            self._feed.tasks = iter(())  # otherwise an abandoned pass is a reference cycle, and the workers end seconds late
+            self._feed.begin(())  # otherwise an abandoned pass is a reference cycle, and the workers end seconds late
+
+
+class _Given(NamedTuple):
+    """A task as it is given out: its number, counted over all passes, and how many tasks' results are no longer in use by then."""
+
+    number: int
+    released: int
+    task: Any
 
 
 class _Feed(Sampler):
     """The tasks of the current pass."""
 
     def __init__(self) -> None:
-        self.tasks: Iterator[Any] = iter(())
+        self._tasks: Iterator[Any] = iter(())
+        self._given = self.released = 0
+
+    def begin(self, tasks: Iterable[Any]) -> None:
+        """Begin a pass, in which results of earlier ones are not in use."""
+        self._tasks, self.released = iter(tasks), self._given
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Any:
-        return next(self.tasks)
+    def __next__(self) -> _Given:
+        task = next(self._tasks)
+        self._given += 1
+        return _Given(self._given - 1, self.released, task)
+
+
+class _Slot:
+    """A worker's memory for the result of one task at a time, by shared memory without a name, which ends with the processes."""
+
+    def __init__(self) -> None:
+        self._parts = list[Tensor]()
+
+    def begin(self, task_number: int) -> None:
+        """Forget what the slot holds."""
+        self.task_number, self._used = task_number, 0
+
+    def empty(self, *shape: int) -> Tensor:
+        """As `Empty`: another part of the slot, made larger if necessary."""
+        length = math.prod(shape)
+        if self._used == len(self._parts):
+            self._parts.append(torch.empty(0, dtype=torch.uint8))
+        if len(self._parts[self._used]) < length:
+            self._parts[self._used] = _empty(length + length // 4).share_memory_()
+        self._used += 1
+        return self._parts[self._used - 1][:length].view(shape)
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8)
 
 
 def _as_it_is(result: Any) -> Any:
