@@ -3,9 +3,8 @@
 bingo bags show 5            one bag as a table and a picture: one row group and one chunk are read, not the index
 """
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -127,24 +126,25 @@ def gallery(
     folder = from_here("--out", out) if out else default
     if out:
         check_place("--out", folder)
-    meta = _gallery_meta(source)
+    index, listing = source.index, source.listing
+    meta = {
+        "title": f"{listing.dataset}: bags of {source.title}",
+        "figures": f"{index.train_rows:,} anchors" + (f", {len(listing.classes)} classes" if listing.classes else ""),
+        "method": index.method,
+        "fingerprint": index.fingerprint,
+        "listing": listing.fingerprint,
+        "files": source.root.resolve().as_uri() if source.artefacts.dataset.get("source") == "folder" else None,
+    }
     if not is_current(folder, meta):
-        unreadable = build_gallery(folder, _THUMBNAILS, source.index.table, source.listing, source.pictures, meta)
+        unreadable = build_gallery(folder, _THUMBNAILS, index.table, listing, source.pictures, meta)
         if unreadable:
             typer.echo(f"warning: {unreadable} images could not be read and are shown in grey; check dataset.root", err=True)
     typer.echo(f"gallery: {as_seen_from_here(folder / 'index.html')}")
 
 
-class PairsFormat(StrEnum):
-    """A format of `bingo bags export`."""
-
-    parquet = "parquet"
-    csv = "csv"
-
-
 @app.command()
 def export(
-    to: Annotated[PairsFormat, typer.Option(help="The format.")] = PairsFormat.parquet,
+    to: Annotated[Literal["parquet", "csv"], typer.Option(help="The format.")] = "parquet",
     features: Annotated[bool, typer.Option("--features", help="Add the teacher's features of each anchor (parquet only).")] = False,
     rev: Rev = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; by default bags.parquet or bags.csv.")] = None,
@@ -157,10 +157,10 @@ def export(
     from bingo.runtime.errors import UserError
     from bingo.runtime.progress import progress_bar
 
-    if features and to is PairsFormat.csv:
+    if features and to == "csv":
         raise UserError("--features: CSV holds no lists of numbers; give --to parquet, or leave --features out")
-    path = from_here("--out", out or Path(f"bags.{to.value}"))
-    check_output("--out", path, [f".{to.value}"], force)
+    path = from_here("--out", out or Path(f"bags.{to}"))
+    check_output("--out", path, [f".{to}"], force)
     source = BagSource(rev)
     stored = source.embeddings.features if features else None
     if features:
@@ -169,18 +169,6 @@ def export(
     with progress_bar("writing the bags", source.index.train_rows, "anchors") as bar:
         lines = write_pairs(path, source.index, source.listing, stored, bar.advance_to)
     typer.echo(f"written {as_seen_from_here(path)}: {lines:,} pairs of {source.index.train_rows:,} anchors, bags of {source.title}")
-
-
-def _gallery_meta(source: "BagSource") -> dict[str, Any]:
-    index, listing = source.index, source.listing
-    return {
-        "title": f"{listing.dataset}: bags of {source.title}",
-        "figures": f"{index.train_rows:,} anchors" + (f", {len(listing.classes)} classes" if listing.classes else ""),
-        "method": index.method,
-        "fingerprint": index.fingerprint,
-        "listing": listing.fingerprint,
-        "files": source.root.resolve().as_uri() if source.artefacts.dataset.get("source") == "folder" else None,
-    }
 
 
 def _band(sources: "tuple[BagSource, BagSource]", found: "BagDiff", row: int) -> "tuple[Tile, list[Tile], list[Tile]]":

@@ -3,21 +3,13 @@
 bingo embed ~/photos --out photos.parquet
 """
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from bingo import paths
 from bingo.pipeline.commands import as_seen_from_here, check_output, from_here
-
-
-class OnBadImage(StrEnum):
-    """What to do with an image that cannot be read."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 def main(
@@ -26,7 +18,7 @@ def main(
     student: Annotated[Path | None, typer.Option(help="File of a student or baseline; by default models/student.safetensors.")] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="Use the teacher instead of the student.")] = False,
     batch_images: Annotated[int, typer.Option(min=1, max=65536, help="Batch size.")] = 256,
-    on_bad_image: Annotated[OnBadImage, typer.Option(help="Unreadable images: stop and list them, or skip them.")] = OnBadImage.stop,
+    on_bad_image: Annotated[Literal["stop", "skip"], typer.Option(help="Unreadable images: stop and list them, or skip them.")] = "stop",
     follow_links: Annotated[bool, typer.Option("--follow-links", help="Follow links that lead out of FOLDER.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
@@ -47,8 +39,8 @@ def main(
         check_output("--out: list of paths", beside, [beside.suffix], force)
     file = paths.TEACHER if teacher else student or paths.STUDENT
     network = read_teacher(file) if teacher else read_student(file)
-    skip = on_bad_image is OnBadImage.skip
-    images, bad = embed_folder(network, file_fingerprint(file), folder, out, pick_device(), batch_images, skip, follow_links, typer.echo)
+    how = pick_device(), batch_images, on_bad_image == "skip", follow_links, typer.echo
+    images, bad = embed_folder(network, file_fingerprint(file), folder, out, *how)
     made = f"{images:,} x {network.backbone.feature_width} float32, by {as_seen_from_here(file)}"
     typer.echo(f"written {as_seen_from_here(out)}: {made}")
     if bad:

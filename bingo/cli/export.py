@@ -4,9 +4,8 @@ bingo export --to timm --out out/student.safetensors
 """
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,13 +17,6 @@ if TYPE_CHECKING:
     from bingo.export.stored import StoredNetwork
 
 
-class Head(StrEnum):
-    """What is added to the backbone: nothing, or the layer of linear_eval."""
-
-    none = "none"
-    linear = "linear"
-
-
 def main(
     to: Annotated[str, typer.Option(help="safetensors, timm, hub, torchvision, detectron2, onnx or torch.")],
     out: Annotated[Path, typer.Option(help="The file to write; its model card is written to OUT.md. With --to hub, the folder.")],
@@ -32,7 +24,7 @@ def main(
         Path | None,
         typer.Option(help="File of a student or baseline, e.g. models/best/student.safetensors; by default models/student.safetensors."),
     ] = None,
-    head: Annotated[Head, typer.Option(help="linear: classify with the layer that linear_eval has trained.")] = Head.none,
+    head: Annotated[Literal["none", "linear"], typer.Option(help="linear: classify with the layer that linear_eval has trained.")] = "none",
     int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: weights and activations of 8 bits.")] = False,
     calibration_images: Annotated[
         int | None, typer.Option(min=1, help="With --int8: train images that set the activations' ranges; by default 512.")
@@ -59,7 +51,7 @@ def main(
 
     target, out = find_target(to), from_here("--out", out)
     student = from_here("--student", student) if student else paths.STUDENT
-    linear = head is Head.linear
+    linear = head == "linear"
     given = {
         "--int8": (int8 or None, to == "onnx", "--to onnx"),
         "--calibration-images": (calibration_images, int8, "--int8"),
