@@ -174,14 +174,6 @@ def read_embeddings(store: Path | str | Mapping[str, bytes], listing: "Listing |
     made_from, wanted = embeddings.attrs.get("listing"), listing.fingerprint
     if made_from != wanted:
         raise UserError(f"{name}: was made from listing {made_from}, this run reads listing {wanted}; run: {_WAY_OUT}")
-    if (embeddings.rows, embeddings.train_rows) != (len(listing), listing.train_rows):
-        problem = f"holds {embeddings.rows} rows, {embeddings.train_rows} of them with keys"
-        expected = f"its listing has {len(listing)} rows, {listing.train_rows} of them for training"
-        raise UserError(f"{name}: {problem}, but {expected}; delete it and run: {_WAY_OUT}")
-    complete = all(key in embeddings.attrs for key in _MADE_FROM)
-    if not complete or embeddings_fingerprint(embeddings.attrs) != embeddings.fingerprint:
-        problem = f"its attributes do not give its fingerprint {embeddings.fingerprint!r}"
-        raise UserError(f"{name}: {problem}; delete it and run: {_WAY_OUT}")
     return embeddings
 
 

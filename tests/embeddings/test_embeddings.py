@@ -180,8 +180,6 @@ def test_another_listing_is_refused_by_both_names(store):
     other = FakeListing(fingerprint="cc33", rows=ROWS, train_rows=TRAIN_ROWS)
     with pytest.raises(UserError, match="from listing aa11, this run reads listing cc33; run: dvc repro extract"):
         read_embeddings(store, other)
-    with pytest.raises(UserError, match="holds 23 rows"):
-        read_embeddings(store, FakeListing(fingerprint="aa11", rows=ROWS + 1, train_rows=TRAIN_ROWS))
 
 
 def test_an_absent_store_is_refused(tmp_path):
