@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bingo.bags.neighbors import common_rows
 from bingo.evals.knn import nearest_train
 
 _NEIGHBORS, _LISTED, _MOST_QUERIES = 5, 10, 2000
@@ -25,7 +26,7 @@ def least_agreement(features_ND: np.ndarray, teacher_NE: np.ndarray, train_rows:
         return {}
     rows_Q = test_rows_Q[np.arange(queries) * len(test_rows_Q) // queries]
     network_QK, teacher_QK = (nearest_train(x[:train_rows], x[rows_Q], k)[0] for x in (features_ND, teacher_NE))
-    common_Q = (network_QK[:, :, None] == teacher_QK[:, None, :]).any(axis=2).sum(axis=1)
+    common_Q = common_rows(network_QK, teacher_QK)
     cosines = {name: _cosines(teacher_NE, rows_Q, found_QK) for name, found_QK in (("teacher", teacher_QK), ("network", network_QK))}
     lost_Q = cosines["teacher"].mean(axis=1) - cosines["network"].mean(axis=1)
     worst = [q for q in np.lexsort((rows_Q, -lost_Q, common_Q)) if common_Q[q] < k][:_LISTED]

@@ -14,12 +14,7 @@ from bingo.teachers.teacher import Teacher, untrained_backbone
 
 
 def teacher_quality(
-    embeddings: Embeddings,
-    listing: Listing,
-    images: Images,
-    teacher: Teacher,
-    seed: int,
-    device: torch.device,
+    embeddings: Embeddings, listing: Listing, images: Images, teacher: Teacher, seed: int, device: torch.device
 ) -> dict[str, float]:
     """Percent: `teacher_knn`, `random_knn` (the same architecture with initial weights), `chance` (always the most frequent class).
 
