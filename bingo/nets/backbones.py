@@ -303,18 +303,14 @@ def _scaled_resnet(arch: str, width: float, stem: str, rates: dict[str, float]) 
     changes |= _RESNET_INIT | rates
     if isinstance(plan.conv1, nn.Sequential):
         if plan.conv1[0].out_channels != plan.conv1[3].out_channels and changes["stem_width"] < _TIERED:
-            changes |= _without_tiers(arch, width, stem, 2 * _TIERED / plan.feature_info[0]["num_chs"])
+            if stem != "small":  # a small stem is a plain one, whose first layer is replaced anyway
+                least = 2 * _TIERED / plan.feature_info[0]["num_chs"]
+                raise UserError(f"width = {width}: the first layer of {arch} would have no channel; set width: {least:g}, or stem: small")
+            changes["stem_type"] = "deep"
         return timm.create_model(arch, num_classes=0, **changes)
     net: Any = timm.create_model(arch, num_classes=0, stem_type="deep", **changes)
     net.conv1 = _first_conv(stem_width, kernel=7, stride=2)
     return net
-
-
-def _without_tiers(arch: str, width: float, stem: str, least: float) -> dict[str, Any]:
-    """Handle a stem whose first tier would have no channel: use a plain one if it is replaced anyway, else raise UserError."""
-    if stem != "small":
-        raise UserError(f"width = {width}: the first layer of {arch} would have no channel; set width: {least:g}, or stem: small")
-    return {"stem_type": "deep"}
 
 
 def _times(channels: int, width: float) -> int:

@@ -5,7 +5,7 @@ of published files are (None: they hold no head, the feature is the key), and `p
 gave, or returns None if it is of another format.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,13 @@ def wrapper(state: Mapping[str, Tensor], module: str) -> str:
 def bare(content: Any) -> dict[str, Tensor]:
     """The content itself, if it is the state dict of a backbone alone under a library's names; otherwise {}."""
     return whole(content) if any(name in whole(content) for name in FIRST_WEIGHTS) else {}
+
+
+def renamed(name: str, replacements: Iterable[tuple[str, str]]) -> str:
+    """A tensor's name with parts of it replaced, one after the other."""
+    for old, new in replacements:
+        name = name.replace(old, new)
+    return name
 
 
 def depth_of(head: Mapping[str, Tensor]) -> int:

@@ -42,17 +42,16 @@ def student_weights(key: str, value: str, student: StudentParams, image: ImagePa
     own = {"name": "own", "factory": None, "pooling": None, "format": "moco", "source": library, "checkpoint": None, **network}
     asked = _Asked.model_construct(given=key, **own)
     try:
-        read, facts = _published(asked, image) if value in LIBRARIES else _from_file(asked, value, image)
+        if value in LIBRARIES:
+            read, _, published = from_library(asked, image)
+            facts = {"weights": published["weights"], "source_sha256": None}
+        else:
+            read, facts = _from_file(asked, value, image)
     except UserError as error:
         raise UserError([line if line.startswith(f"{key} = ") else f"{key}: {line}" for line in error.lines]) from None
     backbone = build_backbone(**network, seed_value=0, options=evaluated(student.options))
     load_strictly(backbone, read.state_dict(), f"{key} = {value}", lambda: "give weights of the same image size")
     return backbone, facts
-
-
-def _published(asked: _Asked, image: ImageParams) -> tuple[Backbone, dict[str, Any]]:
-    backbone, _, facts = from_library(asked, image)
-    return backbone, {"weights": facts["weights"], "source_sha256": None}
 
 
 def _from_file(asked: _Asked, path: str, image: ImageParams) -> tuple[Backbone, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bingo.teachers.contract import ANY_IMAGE, Parts, divide, whole
+from bingo.teachers.contract import ANY_IMAGE, Parts, divide, renamed, whole
 
 EXPECTED = "the state dict of a vision transformer with mask_token and pos_embed"
 KEY_WIDTH = None
@@ -22,10 +22,4 @@ def parts(content: Any) -> Parts | None:
     if "register_tokens" in state:
         position = state["pos_embed"]
         state = state | {"cls_token": state["cls_token"] + position[:, :1], "pos_embed": position[:, 1:]}
-    return divide({_timms(name): tensor for name, tensor in state.items()}, "", left_out=("mask_token",), options=ANY_IMAGE)
-
-
-def _timms(name: str) -> str:
-    for old, new in _RENAMED:
-        name = name.replace(old, new)
-    return name
+    return divide({renamed(name, _RENAMED): tensor for name, tensor in state.items()}, "", left_out=("mask_token",), options=ANY_IMAGE)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bingo.teachers.contract import ANY_IMAGE, Parts, divide, whole
+from bingo.teachers.contract import ANY_IMAGE, Parts, divide, renamed, whole
 
 EXPECTED = "the state dict of a vision transformer with storage_tokens and rope_embed.periods"
 KEY_WIDTH = None
@@ -29,22 +29,13 @@ def parts(content: Any) -> Parts | None:
     state = whole(content)
     if "storage_tokens" not in state or "rope_embed.periods" not in state:
         return None
-    renamed: dict[str, Tensor] = {}
+    timms: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(_BIAS):
-            renamed |= _query_and_value(name.removesuffix(_BIAS), tensor, state)
+            block = name.removesuffix(_BIAS)
+            query, _, value = (tensor * state.get(f"{block}{_MASK}", 1)).chunk(3)
+            timms |= {f"{block}.attn.q_bias": query, f"{block}.attn.v_bias": value}
         elif not name.endswith(_MASK):
-            renamed[_timms(name)] = tensor
+            timms[renamed(name, _RENAMED)] = tensor
     options = ANY_IMAGE | {"global_pool": "token"}
-    return divide(renamed, "", left_out=("mask_token", "local_cls_norm", "rope_embed"), options=options)
-
-
-def _query_and_value(block: str, bias: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    query, _, value = (bias * state.get(f"{block}{_MASK}", 1)).chunk(3)
-    return {f"{block}.attn.q_bias": query, f"{block}.attn.v_bias": value}
-
-
-def _timms(name: str) -> str:
-    for old, new in _RENAMED:
-        name = name.replace(old, new)
-    return name
+    return divide(timms, "", left_out=("mask_token", "local_cls_norm", "rope_embed"), options=options)

@@ -56,7 +56,9 @@ def read_checkpoint(path: Path | str, key: str = "teacher.checkpoint") -> tuple[
         with open(path, "rb") as file:
             sha256, start = hashlib.file_digest(file, "sha256").hexdigest(), _first_bytes(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: the file does not exist{_near_files(Path(path))}; {_WAY_OUT.format(key=key)}") from None
+        beside = Path(path).parent
+        near = near_matches(Path(path).name, [file.name for file in beside.iterdir()] if beside.is_dir() else [])
+        raise UserError(f"{path}: the file does not exist{near}; {_WAY_OUT.format(key=key)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); fix its permissions, or {_WAY_OUT.format(key=key)}") from None
     # By what it holds: a download keeps no suffix. A safetensors file begins with the length of the JSON that follows.
@@ -120,11 +122,6 @@ def _what_holds(path: Path, key: str) -> str:
         return f"no regular file; {_WAY_OUT.format(key=key)}"
     weights = sorted(str(file) for suffix in ("safetensors", "pth", "pt", "pth.tar", "bin", "ckpt") for file in path.glob(f"*.{suffix}"))
     return f"a folder; set {key} to {' or '.join(weights[:4])}" if weights else f"a folder without weights; {_WAY_OUT.format(key=key)}"
-
-
-def _near_files(path: Path) -> str:
-    beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    return near_matches(path.name, beside)
 
 
 class Nothing:

@@ -110,7 +110,8 @@ def from_library(params: TeacherParams, image: ImageParams) -> Made:
     else:
         state, library = _download(params, lambda: vision.get_model(name, weights=published, progress=False)), "torchvision"
         weights = str(published)
-    left_out = _load_trunk(backbone, state, f"{library}'s weights of {name}")
+    trunk, left_out = without_classifier(backbone, state)
+    load_strictly(backbone, trunk, f"{library}'s weights of {name}", lambda: "install the versions in requirements.lock")
     return backbone, None, {"pretrained": True, "weights": weights, "left_out": left_out, **_noted(params, options)}
 
 
@@ -140,7 +141,11 @@ def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     backbone, options = _with_grid(params, parts)
     trunk, masked = without_masking(parts.trunk, backbone)
     load_strictly(backbone, trunk, origin, lambda: _ways_out(params, content, _no_usual(params, backbone, parts.trunk)))
-    head = _head(params, parts, backbone, f"{path}: its projection head is not that of format {params.format}") if parts.layers else None
+    head = None
+    if parts.layers:
+        origin = f"{path}: its projection head is not that of format {params.format}"
+        head = layered_head(parts.layers, _head_widths(params, parts, backbone, origin))
+        load_strictly(head, parts.head, origin)
     _compare_normalisation(params, image, *parts.mean_std)
     _mention_stem(params)
     source = {"pretrained": True, "source_sha256": sha256, "format": params.format, "left_out": parts.left_out + masked}
@@ -157,8 +162,11 @@ def _parts(params: TeacherParams, content: Any) -> Parts:
         found = _beside(params, content)
     if found is None or (others and not found[0].sure):
         raise UserError(f"{params.checkpoint}: is not a checkpoint of format {params.format}: {_what_instead(params, content)}")
-    _mention(params, *found)
-    return found[0]
+    parts, taken = found
+    if taken:
+        left_out = f"; left out: {first_names(parts.left_out)}" if parts.left_out else ""
+        print(f"{params.key('checkpoint')} = {params.checkpoint}: read {taken}{left_out}", file=sys.stderr)
+    return parts
 
 
 def _unwrapped(name: str, content: Any) -> tuple[Parts, str] | None:
@@ -175,12 +183,6 @@ def _beside(params: TeacherParams, content: Any) -> tuple[Parts, str] | None:
         if parts is not None and not parts.unknown and place.rank != [UNKNOWN_RANK]:
             return replace(parts, left_out=sorted({*parts.left_out, *place.beside})), str(place)
     return None
-
-
-def _mention(params: TeacherParams, parts: Parts, taken: str) -> None:
-    if taken:
-        left_out = f"; left out: {first_names(parts.left_out)}" if parts.left_out else ""
-        print(f"{params.key('checkpoint')} = {params.checkpoint}: read {taken}{left_out}", file=sys.stderr)
 
 
 def _mention_stem(params: TeacherParams) -> None:
@@ -298,13 +300,6 @@ def _as_settings(params: TeacherParams, found: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}: {value}" for key, value in differing.items() if key)
 
 
-def _head(params: TeacherParams, parts: Parts, backbone: Backbone, origin: str) -> nn.Sequential:
-    """The head with the widths of the checkpoint's weights, loaded strictly."""
-    head = layered_head(parts.layers, _head_widths(params, parts, backbone, origin))
-    load_strictly(head, parts.head, origin)
-    return head
-
-
 def _head_widths(params: TeacherParams, parts: Parts, backbone: Backbone, origin: str) -> list[int]:
     """The widths of the head's features by the checkpoint's shapes. Raises UserError if these are of no such head."""
     linears = [f"{i}.weight" for i, kind in enumerate(parts.layers) if kind.startswith("linear")]
@@ -375,13 +370,6 @@ def _misfit(params: TeacherParams, backbone: Backbone, content: Any) -> UserErro
     except UserError as error:
         return error
     raise AssertionError("a state dict that fits is found")
-
-
-def _load_trunk(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> list[str]:
-    """Load all but the classifier, strictly, and return the names that were left out."""
-    trunk, left_out = without_classifier(backbone, state)
-    load_strictly(backbone, trunk, origin, lambda: "install the versions of timm and torchvision in requirements.lock")
-    return left_out
 
 
 def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, Tensor]:

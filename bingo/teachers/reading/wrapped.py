@@ -104,13 +104,10 @@ def fits(backbone: Backbone, state: Mapping[str, Tensor]) -> bool:
     own = backbone.state_dict()
     state, _ = without_classifier(backbone, state)
     needed = {name for name in own if not name.endswith(_COUNTER)}
-    return needed <= state.keys() <= own.keys() and all(_same_shape(name, own[name], state[name], backbone) for name in needed)
-
-
-def _same_shape(name: str, expected: Tensor, found: Tensor, backbone: Backbone) -> bool:
-    if name == "pos_embed" and grid_px(backbone, found) is not None:
-        return True
-    return expected.shape == found.shape
+    if not needed <= state.keys() <= own.keys():
+        return False
+    other = {name for name in needed if own[name].shape != state[name].shape}
+    return not other or (other == {"pos_embed"} and grid_px(backbone, state["pos_embed"]) is not None)
 
 
 def grid_px(backbone: Backbone, pos_embed: Tensor) -> int | None:
