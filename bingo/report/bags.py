@@ -111,14 +111,6 @@ def _share(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _share_of_chance(share: float) -> str:
-    return f"{100 * share:.2g} %"
-
-
-def _count(count: int) -> str:
-    return f"{count:,}"
-
-
 def _spread(spread: dict[str, float]) -> str:
     if spread["min"] == spread["max"]:
         return f"{spread['min']:,} for all"
@@ -134,6 +126,7 @@ def _clusters(sizes: dict[str, float]) -> str:
     return f"{extremes}; {sizes['singletons']:,} with one image, {sizes['unused']:,} unused"
 
 
+_count = "{:,}".format
 _LINES: list[tuple[str, str, Callable[[Any], str], str]] = [
     (
         "purity", "Purity", _share,
@@ -159,7 +152,7 @@ _LINES: list[tuple[str, str, Callable[[Any], str], str]] = [
         "Share of the nearest images by the keys of one random view that are among the nearest by another's, measured on up to 1,000"
         " anchors. Many times chance is good: then bags follow what the images show, and not how they were cropped.",
     ),
-    ("chance_share", "Chance", _share_of_chance, "What both shares would be if members were drawn at random."),
+    ("chance_share", "Chance", lambda share: f"{100 * share:.2g} %", "What both shares would be if members were drawn at random."),
     ("in_degree", "Bags that contain an image", _spread, "A long upper tail indicates hubs: few images that are close to very many."),
     ("orphan_share", "Orphans", _share, "Share of images that no bag lists."),
     ("near_duplicates", "Near-duplicates", _count, "Images so close to their nearest member that they are probably one image twice."),

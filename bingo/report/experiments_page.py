@@ -1,7 +1,6 @@
 """The page on experiments: the tables of `bingo.report.experiments_table`, and charts of accuracy against training cost."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -24,14 +23,6 @@ _FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "Student": lambda params: _network(params["student"]),
     "Epochs": lambda params: str(params["distill"]["epochs"]),
 }
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart and the sentence under it."""
-
-    svg: Markup
-    caption: str
 
 
 def build_page(
@@ -72,8 +63,8 @@ def _machine(record: Mapping[str, Any]) -> str:
     return f"{record.get('device', 'unknown device')}{f' × {processes}' if processes > 1 else ''}, {record.get('cores', '?')} cores"
 
 
-def _chart(found: Sequence[Variant], cost: str) -> Chart | None:
-    """Accuracy against a cost, over the variants that have both; None if there are fewer than two."""
+def _chart(found: Sequence[Variant], cost: str) -> tuple[Markup, str] | None:
+    """Accuracy against a cost, over the variants that have both, and the sentence under it; None if there are fewer than two."""
     measure = next((measure for measure in ACCURACIES if any(measure in variant.values for variant in found)), ACCURACIES[0])
     title = measure_label(measure)
     points = [point for variant in found if (point := _point(variant, cost, measure, _prefix(found)))]
@@ -86,7 +77,7 @@ def _chart(found: Sequence[Variant], cost: str) -> Chart | None:
         f"cost-{cost.replace('_', '-')}", points, _AXES[cost], f"{title}, percent", line, f"{title} by {_AXES[cost]}: {'; '.join(labels)}."
     )
     shapes = "Circles: with a teacher; squares: without." if len({point.kind for point in points}) > 1 else ""
-    return Chart(svg, f"Mean {title} against {_AXES[cost]}. Error bars: one standard deviation over the seeds. {shapes}".strip())
+    return svg, f"Mean {title} against {_AXES[cost]}. Error bars: one standard deviation over the seeds. {shapes}".strip()
 
 
 def _point(variant: Variant, cost: str, measure: str, prefix: str) -> Point | None:

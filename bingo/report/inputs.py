@@ -158,19 +158,11 @@ def read_curves(path: Path) -> Curves:
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        curves: Curves = {name: [] for name in reader.fieldnames or []}
-        for record in reader:
-            for name, column in curves.items():
-                column.append(_number(record[name], name, path))
-    return curves if curves.get("epoch") else {}
-
-
-def _number(text: str | None, name: str, path: Path) -> float:
+        records = list(csv.DictReader(file))
     try:
-        return float(text) if text else math.nan
-    except ValueError:
-        raise UserError(f"{path}: {name} = {text!r}, allowed are numbers; delete it and run: dvc repro") from None
+        return {name: [float(record[name] or math.nan) for record in records] for name in (records[0] if records else ())}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error}); delete it and run: dvc repro") from None
 
 
 def read_network_facts(path: Path, prefix: str = "") -> NetworkFacts | None:
@@ -184,14 +176,11 @@ def read_network_facts(path: Path, prefix: str = "") -> NetworkFacts | None:
         check_safetensors(path)
         with safe_open(path, framework="numpy") as file:
             metadata = json.loads((file.metadata() or {})["bingo"])
-            slices = [file.get_slice(name) for name in file.keys() if _is_parameter(name, prefix)]  # noqa: SIM118 (no mapping)
+            names = [name for name in file.keys() if name.startswith(prefix) and not name.endswith(_BUFFERS)]  # noqa: SIM118 (no mapping)
+            slices = [file.get_slice(name) for name in names]
             counts = [math.prod(part.get_shape()) for part in slices if "F" in part.get_dtype()]  # F32, F16, BF16
             if not isinstance(metadata, dict):
                 raise Damaged("its metadata are not a dict")
     except (Damaged, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not a BINGO network ({' '.join(str(error).split())}); delete it and run: dvc repro") from None
     return NetworkFacts(metadata, sum(counts))
-
-
-def _is_parameter(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) and not name.endswith(_BUFFERS)

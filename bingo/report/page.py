@@ -52,7 +52,7 @@ def build_page(a: Artefacts) -> str:
         "method": display_name(a.params.distill.method),
         "student_file": paths.STUDENT.as_posix(),
         "student_fingerprint": file_fingerprint(paths.STUDENT) if paths.STUDENT.exists() else "",
-        "title": _title(a),
+        "title": a.params.report.title or f"{_dataset_name(a)}: {_images(a)}",
         "with_teacher": report_results.needs_teacher(a),
         "dataset": _dataset(a),
         "headline": headline(a),
@@ -107,11 +107,6 @@ def _rounded(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
-
-
-def _title(a: Artefacts) -> str:
-    """`report.title`, or what the images are: "CIFAR-10: 50,000 train and 10,000 test images"."""
-    return a.params.report.title or f"{_dataset_name(a)}: {_images(a)}"
 
 
 def _dataset_name(a: Artefacts) -> str:
