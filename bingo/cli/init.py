@@ -6,7 +6,7 @@ bingo init ~/photos --teacher dinov2-s --minutes 30
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -43,10 +43,11 @@ def main(
 ) -> None:
     """Look at a folder of images, choose every setting for it, and write params.yaml."""
     from bingo.params import read_yaml, validate
+    from bingo.params.fields import LIBRARIES
     from bingo.params.networks import place_mistakes
     from bingo.pipeline.launch import expected_processes
     from bingo.pipeline.run import pick_device
-    from bingo.planning.first_params import fit, measure_pace, overlay
+    from bingo.planning.first_params import SMALL_PX, fit, measure_pace, overlay
     from bingo.planning.limits import check_limits, weights_mistakes
     from bingo.planning.look import look_at
     from bingo.planning.recipes import lay_over, read_recipe
@@ -66,10 +67,12 @@ def main(
         with progress_bar("measuring this machine"):
             pace = measure_pace(look, network, chosen, device, cores)
         plan = fit(look, chosen, network, pace, budget)
-        changes = read_recipe(FOLDER, _part(look)).overlay
+        changes = read_recipe(FOLDER, "parts/small-photographs" if look.short_px[1] <= SMALL_PX else "parts/photographs").overlay
         lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda", expected_processes()))
         changes["dataset"] |= {"source": look.source, "follow_links": follow_links}
-        _start_from(student_weights, network, changes)
+        start_from = student_weights if student_weights in (None, *LIBRARIES) else seen_from_workspace(student_weights)
+        changes["student"]["weights"] = start_from
+        changes["image"] |= _normalisation(student_weights, network)
         lay_over(params, changes)
         new = validate(params, f"{PARAMS} for {printable(folder)}")
         start = "--student-weights"
@@ -87,14 +90,6 @@ def main(
         else:
             write_params(changes, params)
             typer.echo(_next_line(is_new))
-
-
-def _start_from(student_weights: str | None, network: "Network | None", changes: dict[str, Any]) -> None:
-    """Set the weights that the student starts from, and the normalisation of images that they need."""
-    from bingo.params.fields import LIBRARIES
-
-    changes["student"]["weights"] = student_weights if student_weights in (None, *LIBRARIES) else seen_from_workspace(student_weights)
-    changes["image"] |= _normalisation(student_weights, network)
 
 
 def _next_line(is_new: bool) -> str:
@@ -205,12 +200,6 @@ def _normalisation(weights: str | None, network: "Network | None") -> dict[str, 
     former, cfg = own_metadata(from_here("--student-weights", Path(weights))), timm.get_pretrained_cfg(network.arch)
     found = former or (vars(cfg) if cfg else {})
     return {name: list(found[name]) for name in ("mean", "std") if name in found}
-
-
-def _part(look: "Look") -> str:
-    from bingo.planning.first_params import SMALL_PX
-
-    return "parts/small-photographs" if look.short_px[1] <= SMALL_PX else "parts/photographs"
 
 
 def _seen_lines(folder: str, look: "Look") -> list[str]:

@@ -15,7 +15,7 @@ from bingo.runtime.errors import USER_MISTAKE
 
 if TYPE_CHECKING:
     from bingo.params import TeacherParams
-    from bingo.planning.recipes import About, Recipe
+    from bingo.planning.recipes import Recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 FOLDER = Path("recipes")
@@ -70,16 +70,13 @@ def _summary(name: str) -> tuple[str, bool]:
         lines = error.lines
     if lines:
         return f"{'BROKEN':12} {'; '.join(lines)}", False
-    return f"{_figures(own_about(path)):12} {description(path)}", True
+    expected = own_about(path).expected
+    figures = " / ".join(f"{expected[measure]:.1f}" for measure in ("linear_top1", "linear_top5") if measure in expected)
+    return f"{figures:12} {description(path)}", True
 
 
 def _group(name: str) -> str:
     return next(start for start in GROUPS if name.startswith(start))
-
-
-def _figures(about: "About") -> str:
-    figures = [about.expected[measure] for measure in ("linear_top1", "linear_top5") if measure in about.expected]
-    return " / ".join(f"{percent:.1f}" for percent in figures)
 
 
 @app.command()

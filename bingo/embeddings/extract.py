@@ -56,7 +56,9 @@ def extract_embeddings(
     recipe = {"extract": extract.model_dump(mode="json"), "image": image_values(teacher.image), "seed": seed}
     attrs = {**attrs, "listing": listing.fingerprint, "recipe": recipe}
     store = _Unfinished(state)
-    store.open(lambda path: _create(path, teacher, listing, extract, attrs), embeddings_fingerprint(attrs))
+    widths = teacher.metadata["feature_width"], extract.views, teacher.metadata["key_width"]
+    size = len(listing), listing.train_rows, *widths, extract.chunk_rows
+    store.open(lambda path: create_embeddings(path, *size, attrs), embeddings_fingerprint(attrs))
     todo = store.missing_chunks()
     distributed.barrier()  # no process writes before all have looked
     begun = time.monotonic()
@@ -68,11 +70,6 @@ def extract_embeddings(
         store.publish(out)
     distributed.barrier()
     return _views(store.writer, todo, extract.views) / max(seconds, 1e-9)
-
-
-def _create(path: Path, teacher: Teacher, listing: Listing, extract: ExtractParams, attrs: Mapping[str, Any]) -> None:
-    widths = teacher.metadata["feature_width"], teacher.metadata["key_width"]
-    create_embeddings(path, len(listing), listing.train_rows, widths[0], extract.views, widths[1], extract.chunk_rows, attrs)
 
 
 def _views(writer: EmbeddingsWriter, chunks: Sequence[int], views: int) -> int:
@@ -163,7 +160,7 @@ class _Unfinished:
         self.path, self.done, self.owner = state / "embeddings.zarr", state / "done", state / "owner.json"
         self.taken = state / "taken"
 
-    def open(self, create: Callable[[Path], None], fingerprint: str) -> None:
+    def open(self, create: Callable[[Path], object], fingerprint: str) -> None:
         """Resume the store with this fingerprint, or let the first process create an empty one that replaces any other."""
         if distributed.rank() == 0 and not (self.owner.exists() and self.path.exists() and read_json(self.owner) == fingerprint):
             self.owner.unlink(missing_ok=True)  # removed first and written last: a store that is half made has no owner

@@ -51,8 +51,11 @@ class Targets:
     @torch.no_grad()
     def __call__(self, batch: Batch, view: int = 0) -> Tensor:
         """float32 (B, X) for one view of each anchor: keys are unit rows, features are not."""
+        if self.stored and self.target == "keys":
+            return batch.anchor_keys[view]
         if self.stored:
-            return batch.anchor_keys[view] if self.target == "keys" else _given(batch.anchor_features_BD)
+            assert batch.anchor_features_BD is not None, "a method that needs stored features is given them"
+            return batch.anchor_features_BD
         return self.live(batch.anchor_for_teacher(view))
 
     @torch.no_grad()
@@ -70,8 +73,3 @@ def check_stored_views(method: str, context: Context, views: int) -> None:
     if (stored := context.keys_TVP.shape[1]) < views:
         way_out = f"set extract.views to {views} or more"
         raise UserError(f"extract.views = {stored}: {method} with distill.keys = {context.keys} reads {views} of each image; {way_out}")
-
-
-def _given(features_BD: Tensor | None) -> Tensor:
-    assert features_BD is not None, "a method that needs stored features is given them"
-    return features_BD

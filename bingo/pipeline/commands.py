@@ -77,14 +77,11 @@ def check_place(option: str, path: Path) -> None:
     except OSError as error:
         raise UserError(f"{option} = {path}: cannot be written ({error.strerror}); give a name in a folder that can be") from None
     whole = path.resolve()
-    root = next((folder for folder in whole.parents if (folder / "params.yaml").exists() and (folder / "dvc.yaml").exists()), None)
-    if root and (out := next((out for out in declared_outputs(root) if _lies_in(whole.relative_to(root), out)), None)):
-        raise UserError(f"{option} = {path}: belongs to {out}, which a stage writes, and no other command replaces; give another name")
-
-
-def _lies_in(path: Path, out: str) -> bool:
-    pattern = re.sub(r"\$\{.*?\}", "*", out)
-    return any(fnmatch(str(place), pattern) for place in (path, *path.parents))
+    root = next((folder for folder in whole.parents if (folder / "params.yaml").exists() and (folder / "dvc.yaml").exists()), whole)
+    for out in declared_outputs(root):
+        inside, pattern = whole.relative_to(root), re.sub(r"\$\{.*?\}", "*", out)
+        if any(fnmatch(str(place), pattern) for place in (inside, *inside.parents)):
+            raise UserError(f"{option} = {path}: belongs to {out}, which a stage writes, and no other command replaces; give another name")
 
 
 def declared_outputs(root: Path, stage: str | None = None) -> list[str]:

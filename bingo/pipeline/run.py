@@ -115,34 +115,25 @@ def stage_run(name: str, item: str | None = None, raises_limits: bool = False, b
             ended = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
             record = {"stage": run.stage, "seconds": seconds, "ended": ended, **peak_memory(), **run.notes, **_surroundings(run.params)}
             _write_record(record)
-            made = ", ".join(_outputs(run))
+            listed = (re.sub(r"\$\{(item|key)\}", lambda _: run.item or "", path) for path in declared_outputs(Path(), name))
+            made = ", ".join(path for path in listed if Path(path).exists())
             done = f"nothing to do, as {run.idle}; empty outputs" if run.idle else f"wrote {made}" if made else "done"
             run.say(f"{run.stage}: {done} in {seconds:,.1f} s")
 
 
-def _outputs(run: Run) -> list[str]:
-    """The existing files among the outputs that dvc.yaml lists for a stage, or for its item."""
-    listed = declared_outputs(Path(), run.name)
-    return [path for path in (re.sub(r"\$\{(item|key)\}", lambda _: run.item or "", path) for path in listed) if Path(path).exists()]
-
-
 def _write_record(record: dict[str, Any]) -> None:
-    """Save the notes on a run. The stage's outputs are complete, so a lack of disk space here is only a warning."""
-    for folder in _record_folders():
+    """Save the notes on a run, in `.bingo/runs` and, for a DVC experiment, whose folder may be deleted after the run, also in
+    `.bingo/runs/EXPERIMENT` in the original repository (or in the folder BINGO_RUNS). The stage's outputs are complete, so a lack of disk
+    space here is only a warning."""
+    experiment = os.environ.get("DVC_EXP_NAME")
+    kept = Path(os.environ.get("BINGO_RUNS") or Path(os.environ.get("DVC_ROOT", ".")) / RUNS)
+    for folder in [RUNS, kept / experiment] if experiment else [RUNS]:
         try:
             write_json(folder / f"{record['stage']}.json", record)
         except OSError as error:
             if error.errno not in NO_ROOM and error.errno not in NO_RIGHT:
                 raise
             print_lines([f"{error.filename}: {error.strerror}; the outputs are complete, but this run is not recorded"], "warning")
-
-
-def _record_folders() -> list[Path]:
-    """Folders of a run's record: `.bingo/runs` and, for a DVC experiment, whose folder may be deleted after the run, also
-    `.bingo/runs/EXPERIMENT` in the original repository (or in the folder BINGO_RUNS)."""
-    experiment = os.environ.get("DVC_EXP_NAME")
-    kept = Path(os.environ.get("BINGO_RUNS") or Path(os.environ.get("DVC_ROOT", ".")) / RUNS)
-    return [RUNS, kept / experiment] if experiment else [RUNS]
 
 
 def _surroundings(params: Params) -> dict[str, Any]:

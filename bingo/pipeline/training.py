@@ -34,7 +34,7 @@ from bingo.training.batches import Batches, Stored
 from bingo.training.loop import Trainer, TrainingResult
 
 if TYPE_CHECKING:  # a training without them does not depend on them
-    from bingo.bags.index import BagIndex, Bags
+    from bingo.bags.index import BagIndex
     from bingo.embeddings.store import Embeddings
     from bingo.teachers.teacher import Teacher
 
@@ -74,7 +74,8 @@ def train_method(
         if teacher is not None:
             teacher = teacher.weights_for(resolve_precision(schedule.precision, device)).to(device).to(memory_format=torch.channels_last)
         method = setup.build(device, schedule.precision, stored, bags, teacher, inputs.start)
-        _check_bags(run, method, bags)
+        if bags is not None and method.needs.bags and (warning := bags.empty_warning()):
+            run.warn(warning)
         images = open_images(listing, paths.IMAGES, params.dataset)
         watched = listing, images, setup.image, params.seed, device, schedule.precision
         probe = Probe(*watched, inputs.embeddings)
@@ -99,19 +100,13 @@ def train_method(
             pictures = partial(bag_pictures, inputs.bags, listing, images) if inputs.bags is not None else None
             with logged(run, trainer, measure=lambda student: feature_spread(student, *watched), pictures=pictures):
                 result = trainer.run()
-            result.gflop_per_anchor = gflop_per_anchor
             if distributed.rank() == 0:
                 result.spread = feature_spread(method.student, *watched)
                 save(method, result)
                 write_curves(run, result.history)
-                write_json(report, {**(facts or {}), **_last_record(result)})
+                last = {f"last_{name}": value for name, value in result.history[-1].items() if name not in ("epoch", "lr")}
+                write_json(report, {**(facts or {}), **last, **result.spread, "gflop_per_anchor": gflop_per_anchor})
         _say_result(run, setup, result)
-
-
-def _check_bags(run: Run, method: Method, bags: "Bags | None") -> None:
-    """Raises UserError if a method draws from bags that are all empty, and warns if many are."""
-    if bags is not None and method.needs.bags and (warning := bags.empty_warning()):
-        run.warn(warning)
 
 
 def _check_parts(run: Run, setup: TrainingSetup, method: Method, groups: int) -> None:
@@ -174,9 +169,3 @@ def _say_result(run: Run, setup: TrainingSetup, result: TrainingResult) -> None:
 def write_curves(run: Run, history: list[dict[str, float]]) -> None:
     """One line per epoch as CSV for `dvc plots`; a missing figure is an empty field."""
     write_csv(paths.PLOTS / f"{run.stage}.csv", history, ["epoch", "loss"])
-
-
-def _last_record(result: TrainingResult) -> dict[str, float]:
-    """The last epoch's loss terms and probe figures, the spread of features and the cost per anchor, as metrics."""
-    last = {f"last_{name}": value for name, value in result.history[-1].items() if name not in ("epoch", "lr")}
-    return {**last, **result.spread, "gflop_per_anchor": result.gflop_per_anchor}

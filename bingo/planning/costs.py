@@ -56,7 +56,8 @@ def step_flops(method: Method, batch: Batch, progress: Progress) -> int:
     random state do not change. If several processes train, all must call it (ShuffleBN gathers).
     """
     with _unchanged(method) as loss_of, _counter() as counter:
-        torch.autograd.grad(loss_of(batch, progress), _trained(method), allow_unused=True)
+        trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        torch.autograd.grad(loss_of(batch, progress), trained, allow_unused=True)
     return counter.get_total_flops()
 
 
@@ -123,10 +124,6 @@ def cpu_flop_per_second() -> float:
 def gpu_hours(flops: float) -> float:
     """Hours on one GPU that sustains SUSTAINED_FLOP_PER_SECOND."""
     return flops / SUSTAINED_FLOP_PER_SECOND / 3600
-
-
-def _trained(method: Method) -> list[nn.Parameter]:
-    return [parameter for parameter in method.parameters() if parameter.requires_grad]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from bingo.images.loader import ViewLoader
 from bingo.methods.contract import Batch, Method
 from bingo.nets.backbones import Backbone, build_backbone, check_images
 from bingo.nets.heads import mlp_head
-from bingo.params import MethodSection, Params, ScheduleParams, image_values
+from bingo.params import Params, ScheduleParams, image_values
 from bingo.runtime.checkpoints import Checkpoints
 from bingo.teachers.reading.sources import make_teacher, published_key_width
 from bingo.teachers.teacher import Teacher
@@ -110,7 +110,8 @@ def _random_teacher(params: Params) -> tuple[Backbone, nn.Sequential | None, dic
 def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTraining:
     """Training of the student as in the stage `distill`; without `bank` with so few rows that negatives cost nothing."""
     setup = distillation(params)
-    rows = _rows(params, setup.section if bank else None)
+    negatives = getattr(setup.section, "negative_rows", 0) if bank else 0  # enough rows for them, so that their matrix product is counted
+    rows = max(_ROWS, 2 * min(params.bagging.k, 1024) + 2, min(negatives, _MOST_ROWS))
     return _dry(setup, _stored(params, teacher, rows, setup.reads_features), _bags(params, rows), teacher)
 
 
@@ -130,11 +131,6 @@ def _dry(setup: TrainingSetup, stored: Stored | None = None, bags: Bags | None =
     rows, seed = len(bags.members_TK) if bags else _ROWS, setup.params.seed
     pixels = np.random.default_rng(seed).integers(0, 256, (rows, _IMAGE_PX, _IMAGE_PX, 3), dtype=np.uint8)
     return DryTraining(setup.method, method, setup.schedule, setup.loader(MemoryImages(pixels), CPU, teacher), seed, bags, stored)
-
-
-def _rows(params: Params, section: MethodSection | None) -> int:
-    """Enough rows for the bags and, if there is one, for the bank of negatives, so that its matrix product is counted."""
-    return max(_ROWS, 2 * min(params.bagging.k, 1024) + 2, min(getattr(section, "negative_rows", 0), _MOST_ROWS))
 
 
 def _stored(params: Params, teacher: Teacher, rows: int, features: bool) -> Stored:

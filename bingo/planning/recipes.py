@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bingo.params import Params, mistake_lines, read_yaml
-from bingo.params.known import KnownTeacher, known_names, known_teacher
+from bingo.params.known import known_names, known_teacher
 from bingo.params.views import PLACES, laid_views, spelled_out
 from bingo.report.measures import measure_label
 from bingo.runtime.errors import UserError, near_matches, short
@@ -130,24 +130,20 @@ def read_recipe(folder: Path, name: str) -> Recipe:
         inherited |= {key: value for key in ("teacher", "images") if (value := getattr(about, key)) is not None}
         inherited["published"] |= about.published
         inherited["deviates"] += [line for line in about.deviates if line not in inherited["deviates"]]
-    if (known := _known(overlay)) is not None:
-        inherited["published"].setdefault("teacher.name", overlay["teacher"]["name"])
+    teacher = overlay["teacher"] if isinstance(overlay.get("teacher"), dict) else {}
+    if (name_of_teacher := teacher.get("name")) in known_names():
+        known = known_teacher(name_of_teacher)
+        inherited["published"].setdefault("teacher.name", name_of_teacher)
         if known.linear_top1 is not None:
             inherited.setdefault("teacher", TeacherFile(published_by=str(known.published_by), linear_top1=known.linear_top1))
     inherited["deviates"] = _standing(inherited["deviates"], dict(flattened(spelled_out(overlay))), inherited["published"])
-    if "teacher" in inherited and not (isinstance(overlay.get("teacher"), dict) and "checkpoint" in overlay["teacher"]):
+    if "teacher" in inherited and "checkpoint" not in teacher:
         raise UserError(
             f"{path}: about.teacher describes a checkpoint that the recipe does not set; set teacher.checkpoint, or remove about.teacher"
         )
     recipe = Recipe(name, description(path), overlay, own_about(path).model_copy(update=inherited))
     lay_over(overlay, _for_the_report(recipe))
     return recipe
-
-
-def _known(overlay: dict[str, Any]) -> KnownTeacher | None:
-    """The teacher that an overlay names, if it is a known one."""
-    name = overlay["teacher"].get("name") if isinstance(overlay.get("teacher"), dict) else None
-    return known_teacher(name) if name in known_names() else None
 
 
 def explained(line: str) -> list[str]:

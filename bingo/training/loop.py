@@ -35,8 +35,7 @@ from bingo.training.compiled import CompiledNetworks
 @dataclass
 class TrainingResult:
     """Results of a training in addition to the method's weights: one record per epoch, the best epoch if it was kept, the spread of
-    the network's features, the cost per anchor (GFLOP, forward and backward), and the times in this process: of all, of waiting for
-    data, of the probe.
+    the network's features, and the times in this process: of all, of waiting for data, of the probe.
 
     `best` is {"epoch": from 1 (0: the start), "probe": its figures, "weights": the student's state dict then, on the CPU}, on process 0;
     {} if none. `average` is the state dict of the student's moving average, likewise.
@@ -47,7 +46,6 @@ class TrainingResult:
     average: dict[str, Tensor] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     anchors: int = 0
-    gflop_per_anchor: float = 0.0
     seconds: float = 0.0
     wait_seconds: float = 0.0
     probe_seconds: float = 0.0
@@ -166,11 +164,9 @@ class Trainer(Resumable):
         return means
 
     def _terms(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        with counted_together(self.counting), self._grouped(), self._casts(), self.compiled.used():
+        grouped = grouped_batchnorm(self.groups, self.own_anchors, self.part, self.batches.parts)
+        with counted_together(self.counting), grouped, self._casts(), self.compiled.used():
             return self.network(batch, progress)
-
-    def _grouped(self) -> AbstractContextManager[None]:
-        return grouped_batchnorm(self.groups, self.own_anchors, self.part, self.batches.parts)
 
     def _casts(self) -> AbstractContextManager:
         """Casts of all weights together, but for gradients that other processes wait for while backward goes on; compiled networks have
@@ -224,12 +220,9 @@ class Trainer(Resumable):
             figures = self.probe(self.method.student)
             self.result.probe_seconds += time.monotonic() - begun
             if self.keep_best:
-                self._keep_if_best(epoch, figures)
+                name, value = next(iter(figures.items()))
+                if not self.best or value > self.best["probe"][name]:
+                    self.best = {"epoch": epoch, "probe": figures, "weights": on_host(self.method.student.state_dict())}
             self.log.measure(self.method.student)
         distributed.barrier()
         return figures
-
-    def _keep_if_best(self, epoch: int, figures: dict[str, float]) -> None:
-        name, value = next(iter(figures.items()))
-        if not self.best or value > self.best["probe"][name]:
-            self.best = {"epoch": epoch, "probe": figures, "weights": on_host(self.method.student.state_dict())}

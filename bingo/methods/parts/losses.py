@@ -89,14 +89,10 @@ def info_nce(
     numbers or (B,): float32 (). For the negatives n_j see `negative_logsumexp`; only the queries get a gradient, which is computed
     immediately and kept as (B, P). The sum over the negatives is computed once, however many keys there are."""
     weights, keys = zip(*weighted_keys, strict=True)
-    tensors = [weight for weight in weights if isinstance(weight, Tensor)]
-    shares_KB = torch.stack(tensors) / len(query_BP) if tensors else _shares(weights, query_BP)
+    tensors = [weight for weight in weights if isinstance(weight, Tensor)]  # what each key's terms count in the mean: (K, B) or (K, 1)
+    numbers = () if tensors else tuple(weight / len(query_BP) for weight in weights)
+    shares_KB = torch.stack(tensors) / len(query_BP) if tensors else channels(numbers, query_BP.device)[:, :, 0]
     return _InfoNce.apply(query_BP.float(), shares_KB, torch.stack(keys).float(), bank_JP, temperature, hidden_BJ, products)
-
-
-def _shares(weights: Sequence[float], query_BP: Tensor) -> Tensor:
-    """What each key's terms count in the mean over B, (K, 1)."""
-    return channels(tuple(weight / len(query_BP) for weight in weights), query_BP.device)[:, :, 0]
 
 
 class _InfoNce(torch.autograd.Function):
