@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models import ResNet as TorchvisionResNet
 from torchvision.models.detection import roi_heads
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
@@ -32,6 +33,7 @@ from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetw
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
+from bingo.images.uploads import channels
 from bingo.runtime.errors import UserError
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -87,7 +89,7 @@ def build_detector(
     outlets: tuple[Any, ...] = (backbone, rpn.head, regions.box_predictor, regions.mask_predictor)
     for module in outlets:
         module.register_forward_hook(_in_float32)  # boxes need more than bf16's 8 bits; losses too
-    return GeneralizedRCNN(backbone, rpn, regions, _AsTheyCome(0, 0, list(mean), list(std)))
+    return _Detector(backbone, rpn, regions, _AsTheyCome(0, 0, list(mean), list(std)))
 
 
 def keep_sampling(detector: GeneralizedRCNN, seeds_B: Sequence[int]) -> None:
@@ -176,6 +178,35 @@ def box_loss(deltas_R4: Tensor, wanted_R4: Tensor, regions: int) -> Tensor:
     return F.l1_loss(deltas_R4, wanted_R4, reduction="sum") / regions
 
 
+class NumbersOnDevice(TorchFunctionMode):
+    """Numbers of which torchvision makes a tensor at every call are filled in on the device, and lists of them are uploaded once: the
+    upload of each would wait for a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and isinstance(args[0], int | float):
+            return torch.full((), *args, **kwargs)
+        if func is torch.as_tensor and isinstance(args[0], list | tuple):
+            return channels(tuple(args[0]), kwargs["device"])[:, 0, 0].to(kwargs["dtype"])
+        if func is Tensor.to and args[0].dim() == 0 and args[0].device.type == "cpu" and isinstance(args[-1], Tensor) and len(args) == 2:
+            return args[1].new_full((), args[0].item())
+        return func(*args, **kwargs)
+
+
+class _Detector(GeneralizedRCNN):
+    """torchvision's, which reads the boxes of each image back from the device to check that none is empty: `training_targets` has none."""
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+        with NumbersOnDevice():
+            batch, targets = self.transform(images, targets)
+            features = self.backbone(batch.tensors)
+            if isinstance(features, Tensor):
+                features = OrderedDict({"0": features})
+            proposals, proposal_losses = self.rpn(batch, features, targets)
+            detections, region_losses = self.roi_heads(features, proposals, batch.image_sizes, targets)
+        return {**region_losses, **proposal_losses} if self.training else detections
+
+
 class _Proposals(RegionProposalNetwork):
     """torchvision's region proposals with detectron2's losses: plain L1, divided by the number of anchors to be sampled."""
 
@@ -183,8 +214,9 @@ class _Proposals(RegionProposalNetwork):
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Losses of objectness and boxes; all anchors of all images concatenated, with labels 1, 0 and -1 (neither)."""
-        positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
-        sampled, number = positive | negative, self.fg_bg_sampler.batch_size_per_image * len(labels)
+        positive, negative = map(torch.cat, self.fg_bg_sampler(labels))
+        sampled, positive = torch.where(positive | negative)[0], torch.where(positive)[0]
+        number = self.fg_bg_sampler.batch_size_per_image * len(labels)
         scores, truth = objectness.flatten()[sampled], torch.cat(labels)[sampled]
         score_loss = F.binary_cross_entropy_with_logits(scores, truth, reduction="sum") / number
         return score_loss, box_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], number)
@@ -222,9 +254,9 @@ class Regions(roi_heads.RoIHeads):
         maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         logits, deltas = self.box_predictor(maps)
         labels_R = torch.cat(labels)
-        front = labels_R > 0
+        front = torch.where(labels_R > 0)[0]
         own_deltas_R4 = deltas.unflatten(1, (-1, 4))[front, labels_R[front]]
-        kept = [of_image > 0 for of_image in labels]
+        kept = [torch.where(of_image > 0)[0] for of_image in labels]
         boxes = [of_image[keep] for of_image, keep in zip(proposals, kept, strict=True)]
         mask_maps = maps[front] if self.mask_head is None else self._mask_maps(features, boxes, image_shapes)
         mask_loss = roi_heads.maskrcnn_loss(
@@ -264,14 +296,10 @@ class _SeededSampler(BalancedPositiveNegativeSampler):
 
 
 class _AsTheyCome(GeneralizedRCNNTransform):
-    """Normalises and pads. Images are already resized, and detections are returned in the frame of the resized image, with masks not
-    pasted."""
+    """Normalises and pads: images are already resized."""
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
-
-    def postprocess(self, result: list, image_shapes: list, original_image_sizes: list) -> list:
-        return result
 
 
 def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:

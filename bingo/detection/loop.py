@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -123,6 +123,7 @@ class DetectorTrainer(Resumable):
         if params.sync_batchnorm and device.type == "cuda" and distributed.world() > 1:
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         self.detector = detector.to(device)
+        cast(Any, detector.rpn).anchor_generator.set_cell_anchors(torch.float32, device)
         self.images, self.rows_N, self.params, self.seed, self.device = images, targets.rows, params, seed, device
         *self.drop_steps, self.total_steps = schedule
         self.checkpoints, self.label = checkpoints, label

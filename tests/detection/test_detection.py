@@ -17,6 +17,7 @@ from faster_coco_eval import mask as rle
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.detection import roi_heads
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from bingo.detection import loop as detection
 from bingo.detection.coco import Instances, read_instances, run_lengths, training_targets
@@ -222,6 +223,20 @@ def test_under_bf16_boxes_and_losses_are_float32(found, head):
         losses = net(images, targets)
     assert seen == {"features": {torch.float32}, "proposals": {torch.float32}, "inside": {torch.bfloat16}}
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("head", ["fpn", "c4"])
+def test_losses_and_detections_are_those_of_torchvisions_own_forward(found, head):
+    images, targets = batch_of(found, [0, 3])
+    net = tiny(head).train()
+    keep_sampling(net, [5, 6])
+    ours, theirs = net(images, targets), GeneralizedRCNN.forward(net, images, targets)
+    assert [*ours.items()] == [*theirs.items()]
+    with torch.no_grad():
+        ours, theirs = net.eval()(images), GeneralizedRCNN.forward(net, images)
+    assert all(len(of_image["scores"]) > 0 for of_image in ours)
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in ("boxes", "labels", "scores"))
 
 
 def test_c4_sees_each_region_once_and_learns_masks_of_the_foreground(found, monkeypatch):

@@ -77,7 +77,7 @@ def place() -> str:
     frame = _getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith(("bingo.", "stages.")):
+        if module.startswith(("bingo.", "stages.")) and frame.f_code.co_name != "__torch_function__":  # which all calls pass through
             return f"{module.replace('.', '/')}.py:{frame.f_code.co_qualname.partition('.<locals>')[0]}"
         frame = frame.f_back
     return AUTOGRAD
