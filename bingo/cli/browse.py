@@ -71,13 +71,16 @@ def diff(
     """Compare the bags of two revisions: overlap, purity gained and lost, and the anchors that changed most."""
     from bingo.browse.diff import compare_bags
     from bingo.browse.sheets import side_by_side
-    from bingo.cli.browse_source import BagSource, check_comparable
+    from bingo.cli.browse_source import BagSource
     from bingo.cli.browse_tables import diff_text
+    from bingo.runtime.errors import UserError
 
     out = _checked(out, force)
     sources = BagSource(before), BagSource(after)
-    check_comparable(*sources)
-    listing = sources[0].listing
+    listing, other = (source.listing for source in sources)
+    if listing.fingerprint != other.fingerprint:  # their row numbers mean different images
+        sizes = f"listing {listing.fingerprint[:8]} ({len(listing)} rows) and listing {other.fingerprint[:8]} ({len(other)} rows)"
+        raise UserError(f"{before} and {after}: their bags are of {sizes}; only bags of one listing can be compared")
     found = compare_bags(sources[0].index.table, sources[1].index.table, listing.labels_N[: listing.train_rows])
     rows_R = found.most_changed(anchors)
     typer.echo(diff_text(sources, found, rows_R))
@@ -187,25 +190,40 @@ def _band(sources: "tuple[BagSource, BagSource]", found: "BagDiff", row: int) ->
 
 
 def _nearest(source: "BagSource", image: Path, k: int) -> "tuple[np.ndarray, np.ndarray]":
-    """Train rows and cosines nearest to an image file. Raises UserError if the features are not this teacher's."""
+    """Train rows and cosines nearest to an image file, which is processed as in extraction: packed to the stored size if the dataset is,
+    then cropped to the centre view. Raises UserError if the features are not this teacher's."""
     import tempfile
 
+    import numpy as np
+    import torch
+
     from bingo.bags.neighbors import top_k
-    from bingo.browse.find import image_feature
+    from bingo.images.decode import decode_square
+    from bingo.images.images import FileImages, Images, MemoryImages
+    from bingo.images.loader import center_views
+    from bingo.nets.precision import autocast
+    from bingo.params import seen_image
     from bingo.pipeline.run import pick_device
     from bingo.runtime.artefacts import file_fingerprint
     from bingo.runtime.errors import UserError
+    from bingo.teachers.teacher import load_teacher
 
-    files = source.artefacts
-    stored = source.embeddings
+    files, stored, device = source.artefacts, source.embeddings, pick_device()
+    recipe, stored_px, gray_bits = stored.attrs["recipe"], source.pictures.stored_px, source.listing.gray_bits
     with tempfile.TemporaryDirectory() as folder:
-        teacher = files.local(paths.TEACHER, Path(folder))
-        if (fingerprint := file_fingerprint(teacher)) != stored.attrs["teacher"]:
+        file = files.local(paths.TEACHER, Path(folder))
+        if (fingerprint := file_fingerprint(file)) != stored.attrs["teacher"]:
             problem = f"was made by teacher {stored.attrs['teacher']}, {files.title(paths.TEACHER)} is {fingerprint}"
             raise UserError(f"{stored.name}: {problem}; run: dvc repro extract")
-        stored_px, gray_bits = source.pictures.stored_px, source.listing.gray_bits
-        feature_D = image_feature(image, teacher, stored.attrs["recipe"], stored_px, pick_device(), gray_bits)
-    (rows_K,), (cosines_K,) = top_k(feature_D[None], stored.train_features, k)
+        teacher = load_teacher(file).to(device).to(memory_format=torch.channels_last)
+    image = image.resolve()  # the user's own links may lead anywhere
+    images: Images = FileImages(str(image.parent), [image.name], gray_bits=gray_bits)
+    if stored_px:
+        images = MemoryImages(np.stack([decode_square(image.read_bytes(), stored_px, stored_px, gray_bits=gray_bits)]))
+    view_13PP = next(iter(center_views(images, [0], seen_image(recipe["image"]), device, 1, workers=0)))
+    with torch.inference_mode(), autocast(recipe["extract"]["precision"], device):
+        feature_1D = teacher.features(view_13PP)
+    (rows_K,), (cosines_K,) = top_k(feature_1D.cpu().numpy(), stored.train_features, k)
     return rows_K[rows_K >= 0], cosines_K[rows_K >= 0]
 
 

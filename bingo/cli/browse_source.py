@@ -23,7 +23,6 @@ from bingo.cli.revisions import artefacts
 from bingo.embeddings.store import Embeddings, read_embeddings
 from bingo.params.places import images_folder
 from bingo.runtime.artefacts import read_json
-from bingo.runtime.errors import UserError
 from bingo.runtime.inside import path_inside
 
 PICTURE_PX = 160
@@ -157,34 +156,19 @@ class BagSource:
 
     def tile(self, row: int, caption: str | None = None) -> Tile:
         """The picture of an anchor, with its class below it or another caption."""
-        _, labels = self.listing.rows([row])
-        name = self.class_name(int(labels[0])) if self.listing.classes else ""
-        return self.tiles(np.array([row]), [caption or name], None)[0]
+        (path,), (label,) = self.listing.rows([row])
+        name = self.class_name(int(label)) if self.listing.classes else ""
+        return Tile(self.pictures.picture(row, path, PICTURE_PX), f"row {row}", caption or name)
 
     def member_tiles(self, members: np.ndarray, cosines: np.ndarray, anchor_label: int | None) -> list[Tile]:
-        """Pictures of a bag, with similarity and class below, framed by whether the class is `anchor_label`."""
-        _, labels = self.listing.rows(members)
-        names = (f"  {self.class_name(label)}" if self.listing.classes else "" for label in labels.tolist())
-        captions = [f"{cosine:.3f}{name}" for cosine, name in zip(cosines.tolist(), names, strict=True)]
-        return self.tiles(members, captions, anchor_label)
-
-    def tiles(self, rows: np.ndarray, captions: list[str], anchor_label: int | None) -> list[Tile]:
-        """Pictures of rows with a line below each; framed by whether their label is `anchor_label` (None: not framed)."""
-        listed_paths, labels = self.listing.rows(rows)
-        return [
-            Tile(self.pictures.picture(row, path, PICTURE_PX), f"row {row}", caption, same_label(label, anchor_label))
-            for row, path, label, caption in zip(rows.tolist(), listed_paths, labels.tolist(), captions, strict=True)
-        ]
+        """Pictures of a bag, with similarity and class below, framed by whether the class is `anchor_label` (None: not framed)."""
+        tiles, (listed_paths, labels) = [], self.listing.rows(members)
+        for row, cosine, path, label in zip(members.tolist(), cosines.tolist(), listed_paths, labels.tolist(), strict=True):
+            caption = f"{cosine:.3f}" + (f"  {self.class_name(label)}" if self.listing.classes else "")
+            tiles.append(Tile(self.pictures.picture(row, path, PICTURE_PX), f"row {row}", caption, same_label(label, anchor_label)))
+        return tiles
 
 
 def same_label(label: int, anchor_label: int | None) -> bool | None:
     """Whether two labels are the same; None if one is unknown."""
     return None if anchor_label is None or anchor_label < 0 or label < 0 else label == anchor_label
-
-
-def check_comparable(before: BagSource, after: BagSource) -> None:
-    """Raises UserError if two indexes belong to different listings, since their row numbers then mean different images."""
-    first, second = before.listing, after.listing
-    if first.fingerprint != second.fingerprint:
-        sizes = f"listing {first.fingerprint[:8]} ({len(first)} rows) and listing {second.fingerprint[:8]} ({len(second)} rows)"
-        raise UserError(f"{before.name} and {after.name}: their bags are of {sizes}; only bags of one listing can be compared")

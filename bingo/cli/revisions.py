@@ -107,17 +107,13 @@ class Revision:
         """Why a file cannot be read, in one line."""
         out = next((str(known) for known in _OUTPUTS if path == str(known) or path.startswith(f"{known}/")), path)
         if self._hash(path) or self._hash(out):
-            again = f"git worktree add ../again {self._commit}, and there: dvc repro bag"
+            again = f"git worktree add ../again {self._files.repo.get_rev()[:7]}, and there: dvc repro bag"
             return UserError(
                 f"{out} of {self.name}: its data are neither in the DVC cache nor on a remote; push them from where they were made"
                 f" (dvc push, dvc exp push), or recreate them: {again}"
             )
         way_out = "commit dvc.lock after dvc repro (git add dvc.lock, git commit), and name that commit"
         return UserError(f"{out} of {self.name}: this revision has no such file, as its dvc.lock does not list it; {way_out}")
-
-    @property
-    def _commit(self) -> str:
-        return self._files.repo.get_rev()[:7]
 
     def _hash(self, path: str) -> str | None:
         try:
