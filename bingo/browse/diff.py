@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bingo.bags.index import Bags
-from bingo.bags.metrics import purities
+from bingo.bags.metrics import purities, rounded
 from bingo.runtime.progress import progress_bar
 
 _BLOCK_ROWS = 8192
@@ -35,10 +35,10 @@ class BagDiff:
 
         `same_bags`, `disjoint_bags`, `gained_anchors` and `lost_anchors` are counts. Purity after = before + gained + lost.
         """
-        quantiles = {f"p{percent:02d}": _round(np.quantile(self.jaccard_T, percent / 100)) for percent in (5, 25, 50, 75, 95)}
+        quantiles = {f"p{percent:02d}": rounded(np.quantile(self.jaccard_T, percent / 100)) for percent in (5, 25, 50, 75, 95)}
         figures: dict[str, Any] = {
             "anchors": len(self.jaccard_T),
-            "jaccard": {"mean": _round(self.jaccard_T.mean()), **quantiles},
+            "jaccard": {"mean": rounded(self.jaccard_T.mean()), **quantiles},
             "same_bags": int((self.jaccard_T == 1).sum()),
             "disjoint_bags": int((self.jaccard_T == 0).sum()),
         }
@@ -46,12 +46,12 @@ class BagDiff:
         if known_T.any():
             gain_n = (self.purity_after_T - self.purity_before_T)[known_T]
             figures["purity"] = {
-                "before": _round(self.purity_before_T[known_T].mean()),
-                "after": _round(self.purity_after_T[known_T].mean()),
+                "before": rounded(self.purity_before_T[known_T].mean()),
+                "after": rounded(self.purity_after_T[known_T].mean()),
                 "gained_anchors": int((gain_n > 0).sum()),
                 "lost_anchors": int((gain_n < 0).sum()),
-                "gained": _round(gain_n[gain_n > 0].sum() / len(gain_n)),
-                "lost": _round(gain_n[gain_n < 0].sum() / len(gain_n)),
+                "gained": rounded(gain_n[gain_n > 0].sum() / len(gain_n)),
+                "lost": rounded(gain_n[gain_n < 0].sum() / len(gain_n)),
             }
         return figures
 
@@ -83,7 +83,3 @@ def _overlap(before: Bags, after: Bags) -> np.ndarray:
             inside_nK = other.cluster_T[members_nK] == other.cluster_T[block][:, None]
         both_T[block] = (inside_nK & (members_nK >= 0)).sum(axis=1)
     return both_T
-
-
-def _round(x: Any) -> float:
-    return round(float(x), 6)

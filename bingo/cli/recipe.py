@@ -47,7 +47,7 @@ def list_recipes(everything: Annotated[bool, typer.Option("--all", help="Include
 
     names, broken = recipe_names(FOLDER, parts=everything), False
     for start, heading in GROUPS.items():
-        members = [name for name in names if _group(name) == start]
+        members = [name for name in names if next(prefix for prefix in GROUPS if name.startswith(prefix)) == start]
         if members:
             typer.echo(f"{heading}:")
         for name in members:
@@ -73,10 +73,6 @@ def _summary(name: str) -> tuple[str, bool]:
     expected = own_about(path).expected
     figures = " / ".join(f"{expected[measure]:.1f}" for measure in ("linear_top1", "linear_top5") if measure in expected)
     return f"{figures:12} {description(path)}", True
-
-
-def _group(name: str) -> str:
-    return next(start for start in GROUPS if name.startswith(start))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """`bingo recipe check`: build everything that a run builds and try it on fabricated images, before any image is read; and the cost
 estimate of a run, which `show` prints too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from bingo.params.places import images_folder
 from bingo.pipeline.launch import expected_processes
 from bingo.planning.costs import SUSTAINED_FLOP_PER_SECOND, cpu_flop_per_second, gpu_hours
 from bingo.planning.dry_run import DryTraining, dry_baseline, dry_pretraining, dry_student, dry_teacher
-from bingo.planning.estimates import Estimate, estimate, step_memory
+from bingo.planning.estimates import estimate, step_memory
 from bingo.planning.limits import absent_weights, check_limits, image_mistakes, list_mistakes, search_mistakes, weights_mistakes
 from bingo.planning.recipes import About
 from bingo.runtime.errors import UserError
@@ -28,7 +28,7 @@ MEGA, GIGA, TERA = 1e6, 1e9, 1e12
 def check(params: Params, about: About, say: Callable[[str], None]) -> list[str]:
     """Say a line for each thing that was tried, and return one for each that is missing. Raises UserError for what is wrong, with the
     lines of what is missing behind it."""
-    missing = _missing(params, about)
+    missing = list(_missing(params, about))
     found, lines = _images_and_mistakes(params)
     if lines:
         raise UserError([*lines, *missing])
@@ -43,9 +43,12 @@ def check(params: Params, about: About, say: Callable[[str], None]) -> list[str]
     say(f"step: {student.name} on {student.anchors} anchors of fabricated images: {terms}")
     if counts is not None:
         with progress_bar("counting the cost of a step"):
-            lines = _cost_lines(params, counts, teacher, student)
+            lines, memory = _cost_lines(params, counts, teacher, student), step_memory(params, student, teacher, counts)
         for line in lines:
             say(line)
+        parts = ", ".join(f"{what} {in_bytes(size)}" for what, size in memory.items())
+        of_step = f"memory of a step of {params.distill.batch_anchors} anchors on one GPU, in float32"
+        say(f"{of_step}: {parts}; in all {in_bytes(sum(memory.values()))}")
     return missing
 
 
@@ -63,41 +66,27 @@ def _images_and_mistakes(params: Params) -> tuple[Counts | None, list[str]]:
     return found, lines + (image_mistakes(params, found) if found else [])
 
 
-def _missing(params: Params, about: About) -> list[str]:
-    """A line for each file, folder or package that the parameters name and that is not there."""
-    dataset, teacher = params.dataset, params.teacher
-    images = (
-        [_missing_images(params, about)] if dataset.source in FILE_SOURCES and not Path(images_folder(str(dataset.root))).is_dir() else []
-    )
-    checkpoint = [_missing_checkpoint(params, about)] if _names_file(params) and not Path(str(teacher.checkpoint)).is_file() else []
-    coco = _missing_coco(params) if params.transfer_coco.runs else []
-    return images + checkpoint + search_mistakes(params) + absent_weights(params) + coco + _missing_downstream(params)
-
-
-def _missing_coco(params: Params) -> list[str]:
-    """What of COCO is not there."""
-    coco = params.transfer_coco
-    parts = (coco.train_images, coco.train_annotations, coco.val_images, coco.val_annotations)
-    missing = [part for part in parts if not (Path(str(coco.root)) / part).exists()]
-    where = f"transfer_coco.root = {coco.root}: there is no {', no '.join(missing)}"
-    return [f"{where}; COCO 2017 is published by cocodataset.org, set transfer_coco.root to its folder"] if missing else []
-
-
-def _missing_images(params: Params, about: About) -> str:
-    line = f"dataset.root = {params.dataset.root}: the folder does not exist"
-    if about.images is None:
-        return f"{line}, so the costs are not known; set dataset.root to the folder of the images"
-    return f"{line}; {about.images.train:,} train and {about.images.test:,} test images are published by {about.images.published_by}"
-
-
-def _missing_downstream(params: Params) -> list[str]:
-    """Missing inputs of semi_eval and transfer_cifar, which run only after the student is trained; torchvision may still download CIFAR."""
-    sets = params.transfer.datasets.items()
-    folders = {f"transfer.datasets.{name}.root": item.root for name, item in sets if item.source in FILE_SOURCES}
-    absent = [
-        f"{key} = {root}: the folder does not exist" for key, root in folders.items() if root and not Path(images_folder(root)).is_dir()
-    ]
-    return list_mistakes(params) + absent
+def _missing(params: Params, about: About) -> Iterator[str]:
+    """A line for each file, folder or package that the parameters name and that is not there; torchvision may still download CIFAR."""
+    dataset, teacher, coco = params.dataset, params.teacher, params.transfer_coco
+    if dataset.source in FILE_SOURCES and not Path(images_folder(str(dataset.root))).is_dir():
+        way_out = ", so the costs are not known; set dataset.root to the folder of the images"
+        if (images := about.images) is not None:
+            way_out = f"; {images.train:,} train and {images.test:,} test images are published by {images.published_by}"
+        yield f"dataset.root = {dataset.root}: the folder does not exist{way_out}"
+    if _names_file(params) and not Path(str(teacher.checkpoint)).is_file():
+        way_out = "set teacher.checkpoint to it" if about.teacher is None else f"the {about.teacher.published_by} links it"
+        way_out = way_out if teacher.known is None else teacher.known.way_in()
+        yield f"teacher.checkpoint = {teacher.checkpoint}: the file does not exist; {way_out}"
+    yield from search_mistakes(params) + absent_weights(params)
+    parts = (coco.train_images, coco.train_annotations, coco.val_images, coco.val_annotations) if coco.runs else ()
+    if absent := [part for part in parts if not (Path(str(coco.root)) / part).exists()]:
+        where = f"transfer_coco.root = {coco.root}: there is no {', no '.join(absent)}"
+        yield f"{where}; COCO 2017 is published by cocodataset.org, set transfer_coco.root to its folder"
+    yield from list_mistakes(params)
+    for name, item in params.transfer.datasets.items():
+        if item.source in FILE_SOURCES and item.root and not Path(images_folder(item.root)).is_dir():
+            yield f"transfer.datasets.{name}.root = {item.root}: the folder does not exist"
 
 
 def _names_file(params: Params) -> bool:
@@ -123,24 +112,6 @@ def _teacher(params: Params, say: Callable[[str], None]) -> Teacher:
     return teacher
 
 
-def _missing_checkpoint(params: Params, about: About) -> str:
-    line = f"teacher.checkpoint = {params.teacher.checkpoint}: the file does not exist"
-    if params.teacher.known is not None:
-        return f"{line}; {params.teacher.known.way_in()}"
-    return f"{line}; set teacher.checkpoint to it" if about.teacher is None else f"{line}; the {about.teacher.published_by} links it"
-
-
-def _cost_lines(params: Params, counts: Counts, teacher: Teacher, student: DryTraining) -> list[str]:
-    memory = step_memory(params, student, teacher, counts)
-    parts = ", ".join(f"{what} {in_bytes(size)}" for what, size in memory.items())
-    batch = params.distill.batch_anchors
-    return [
-        images_line(params, counts),
-        *estimate_lines(whole_estimate(params, counts, teacher, student)),
-        f"memory of a step of {batch} anchors on one GPU, in float32: {parts}; in all {in_bytes(sum(memory.values()))}",
-    ]
-
-
 def _millions(network: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters"
 
@@ -151,7 +122,7 @@ def cost_lines(params: Params, about: About) -> list[str]:
     counts = known_counts(params, about)
     if counts is None:
         return [f"images: {params.dataset.root} does not exist, so the number of images and the costs are unknown"]
-    return [images_line(params, counts), *estimate_lines(whole_estimate(params, counts, teacher, dry_student(params, teacher)))]
+    return _cost_lines(params, counts, teacher, dry_student(params, teacher))
 
 
 def known_counts(params: Params, about: About) -> Counts | None:
@@ -163,40 +134,27 @@ def known_counts(params: Params, about: About) -> Counts | None:
     return found and found.drawn(params.dataset)
 
 
-def whole_estimate(params: Params, counts: Counts, teacher: Teacher, student: DryTraining) -> Estimate:
-    """Including the training of the baselines and, if it is pretrained, of the teacher."""
+def _cost_lines(params: Params, counts: Counts, teacher: Teacher, student: DryTraining) -> list[str]:
+    """Where the images are and how many, and the FLOPs, GPU time (on a machine without a GPU also CPU time) and disk space of a whole run:
+    with the training of the baselines and, if it is pretrained, of the teacher."""
     baselines = [dry_baseline(params, method) for method in params.baselines]
-    return estimate(params, counts, teacher, student, baselines, dry_pretraining(params) if params.teacher.source == "pretrain" else None)
-
-
-def images_line(params: Params, counts: Counts) -> str:
-    """Where the images are and how many there are."""
-    where = "" if params.dataset.root is None else f" in {params.dataset.root}"
-    return f"images: {params.dataset.source}{where}, {counts.train:,} to train on and {counts.test:,} to test on"
-
-
-def estimate_lines(estimate: Estimate) -> list[str]:
-    """FLOPs, GPU time (or CPU time on a machine without a GPU) and disk space, one line each."""
-    total = sum(estimate.stage_flops.values())
-    stages = ", ".join(f"{stage} {_time(flops)}" for stage, flops in estimate.stage_flops.items())
-    disk = ", ".join(f"{what} {in_bytes(size)}" for what, size in estimate.disk_bytes.items())
-    networks = f"{_giga(estimate.teacher_image_flops)} an image in the teacher, {_giga(estimate.student_image_flops)} in the student"
-    rate = f"{SUSTAINED_FLOP_PER_SECOND / TERA:g} TFLOP/s"
-    return [
-        f"FLOPs: {_giga(estimate.anchor_flops)} an anchor in a training step, {networks} (1 multiply-add = 2)",
-        f"time of one GPU, if it kept up {rate} and never waited for images (both assumed): {stages}; in all {_time(total)}",
-        *_cpu_line(total),
-        f"disk: {disk}; in all {in_bytes(sum(estimate.disk_bytes.values()))}",
+    pretraining = dry_pretraining(params) if params.teacher.source == "pretrain" else None
+    found = estimate(params, counts, teacher, student, baselines, pretraining)
+    total, where = sum(found.stage_flops.values()), "" if params.dataset.root is None else f" in {params.dataset.root}"
+    stages = ", ".join(f"{stage} {_time(flops)}" for stage, flops in found.stage_flops.items())
+    disk = ", ".join(f"{what} {in_bytes(size)}" for what, size in found.disk_bytes.items())
+    networks = f"{_giga(found.teacher_image_flops)} an image in the teacher, {_giga(found.student_image_flops)} in the student"
+    lines = [
+        f"images: {params.dataset.source}{where}, {counts.train:,} to train on and {counts.test:,} to test on",
+        f"FLOPs: {_giga(found.anchor_flops)} an anchor in a training step, {networks} (1 multiply-add = 2)",
+        f"time of one GPU, if it kept up {SUSTAINED_FLOP_PER_SECOND / TERA:g} TFLOP/s and never waited for images (both assumed): {stages};"
+        f" in all {_time(total)}",
+        f"disk: {disk}; in all {in_bytes(sum(found.disk_bytes.values()))}",
     ]
-
-
-def _cpu_line(flops: float) -> list[str]:
-    """Where this machine has no GPU, how long its CPU takes at least."""
-    if torch.cuda.is_available():
-        return []
-    rate = cpu_flop_per_second()
-    took = f"all of it takes {flops / rate / 3600:,.1f} h at least"
-    return [f"this machine has no GPU: at {_giga(rate)}/s, which its CPU reaches in a product of matrices, {took}"]
+    if not torch.cuda.is_available():
+        took = f"all of it takes {total / (rate := cpu_flop_per_second()) / 3600:,.1f} h at least"
+        lines.insert(3, f"this machine has no GPU: at {_giga(rate)}/s, which its CPU reaches in a product of matrices, {took}")
+    return lines
 
 
 def _giga(flops: float) -> str:
