@@ -59,7 +59,10 @@ def _trained(features: Rows, chosen_n: np.ndarray, clusters: int, iterations: in
     centroids_CD = sharing.in_turn(np.zeros((clusters, features.shape[1]), np.float32), add_first)
     if len(chosen_n) == clusters:
         return centroids_CD
-    index, last = _index(features.shape[1], float(iterations) * len(own_nD) * clusters * features.shape[1]), None
+    index: Any = faiss.IndexFlatIP(features.shape[1])
+    if gpus := gpus_for(float(iterations) * len(own_nD) * clusters * features.shape[1]):
+        index = faiss.index_cpu_to_gpu_multiple_py([faiss_resources(gpu)[0] for gpu in gpus], index, gpus=gpus)
+    last = None
     for _ in range(iterations):
         faiss.normalize_L2(centroids_CD)
         index.reset()
@@ -74,16 +77,6 @@ def _trained(features: Rows, chosen_n: np.ndarray, clusters: int, iterations: in
         last = sums[-1, -1]
     faiss.normalize_L2(centroids_CD)
     return centroids_CD
-
-
-def _index(width: int, products: float) -> Any:
-    """An index of faiss for centroids, on the GPUs if that many products are worth it."""
-    import faiss
-
-    index, gpus = faiss.IndexFlatIP(width), gpus_for(products)
-    if not gpus:
-        return index
-    return faiss.index_cpu_to_gpu_multiple_py([faiss_resources(gpu)[0] for gpu in gpus], index, gpus=gpus)
 
 
 def _chosen_rows(features: Rows, chosen_n: np.ndarray) -> np.ndarray:

@@ -46,19 +46,19 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = fl
         "in_degree": _spread(degrees_T),
         "hubs": [{"row": int(row), "count": int(degrees_T[row])} for row in np.argsort(-degrees_T, kind="stable")[:_HUBS]],
         "closest_pairs": _closest_pairs(bags),
-        "orphan_share": _round((degrees_T == 0).mean()),
+        "orphan_share": rounded((degrees_T == 0).mean()),
         "mutual_share": _mutual_share(bags.members_TK),
-        "chance_share": _round(min(1.0, listed_TK.shape[1] / max(1, len(listed_TK) - 1))),
+        "chance_share": rounded(min(1.0, listed_TK.shape[1] / max(1, len(listed_TK) - 1))),
         "similarity": _quantiles(bags.similarity_TK[listed_TK].astype(np.float32)),
         "bag_size": _spread(bags.bag_sizes_T),
         "empty_bags": int((counts_T == 0).sum()),
         "short_bags": int(((counts_T > 0) & (counts_T < listed_TK.shape[1])).sum()),
     }
     if not np.isinf(near_cosine):
-        metrics["near_duplicate_cosine"] = _round(near_cosine)
+        metrics["near_duplicate_cosine"] = rounded(near_cosine)
         metrics["near_duplicates"] = int((bags.similarity_TK[:, 0].astype(np.float32) > near_cosine).sum())
     if "recall" in bags.settings:
-        metrics["recall"] = _round(bags.settings["recall"])
+        metrics["recall"] = rounded(bags.settings["recall"])
         metrics |= {name: bags.settings[name] for name in ("lists", "probes") if name in bags.settings}
     if bags.cluster_start is not None:
         metrics["cluster_size"] = _cluster_sizes(np.diff(bags.cluster_start))
@@ -81,7 +81,7 @@ def _closest_pairs(bags: Bags) -> list[dict[str, Any]]:
         if member >= 0
     }
     nearest = sorted(found.items(), key=lambda pair: (pair[1], pair[0]))[:_PAIRS]
-    return [{"rows": list(rows), "cosine": _round(-distance)} for rows, distance in nearest]
+    return [{"rows": list(rows), "cosine": rounded(-distance)} for rows, distance in nearest]
 
 
 @progress_bar("bags by two views")
@@ -92,7 +92,7 @@ def view_overlap(keys_TP: Rows, other_keys_TP: Rows, k: int, seed: int, sharing:
     rows = np.sort(seeds.permutation(seed, "bags by two views", 0, len(keys_TP))[:_ANCHORS])
     views = {"one view": keys_TP, "another view": other_keys_TP}
     one, other = (sharing.nearest(name, keys[rows], keys, k, rows)[0] for name, keys in views.items())
-    return _round(int(common_rows(one, other).sum()) / (k * len(rows)))
+    return rounded(int(common_rows(one, other).sum()) / (k * len(rows)))
 
 
 def shares_in_words(metrics: dict[str, Any]) -> str:
@@ -133,7 +133,7 @@ def _whole_bag_purity(cluster_T: np.ndarray, labels_T: np.ndarray) -> float:
 def _mean_share(part_T: np.ndarray, whole_T: np.ndarray) -> float:
     """The mean of part / whole over the anchors whose whole is not empty."""
     counted = whole_T > 0
-    return _round((part_T[counted] / whole_T[counted]).mean()) if counted.any() else 0.0
+    return rounded((part_T[counted] / whole_T[counted]).mean()) if counted.any() else 0.0
 
 
 def _mutual_share(members_TK: np.ndarray) -> float:
@@ -141,16 +141,16 @@ def _mutual_share(members_TK: np.ndarray) -> float:
     for members_T in members_TK.T:  # a column at a time bounds the memory
         back_T = (members_TK[members_T] == rows_T1).any(axis=1) & (members_T >= 0)
         listed, mutual = listed + int((members_T >= 0).sum()), mutual + int(back_T.sum())
-    return _round(mutual / listed) if listed else 0.0
+    return rounded(mutual / listed) if listed else 0.0
 
 
 def _cluster_sizes(sizes_C: np.ndarray) -> dict[str, float]:
     return {
         "min": int(sizes_C.min()),
-        "median": _round(np.median(sizes_C)),
-        "mean": _round(sizes_C.mean()),
+        "median": rounded(np.median(sizes_C)),
+        "mean": rounded(sizes_C.mean()),
         "max": int(sizes_C.max()),
-        "max_over_mean": _round(sizes_C.max() / sizes_C.mean()),
+        "max_over_mean": rounded(sizes_C.max() / sizes_C.mean()),
         "singletons": int((sizes_C == 1).sum()),
         "unused": int((sizes_C == 0).sum()),
     }
@@ -158,7 +158,7 @@ def _cluster_sizes(sizes_C: np.ndarray) -> dict[str, float]:
 
 def _spread(counts: np.ndarray) -> dict[str, float]:
     median, p90, p99 = np.quantile(counts, [0.5, 0.9, 0.99])
-    return {"min": int(counts.min()), "median": _round(median), "p90": _round(p90), "p99": _round(p99), "max": int(counts.max())}
+    return {"min": int(counts.min()), "median": rounded(median), "p90": rounded(p90), "p99": rounded(p99), "max": int(counts.max())}
 
 
 def _quantiles(cosines: np.ndarray) -> dict[str, float]:
@@ -166,8 +166,9 @@ def _quantiles(cosines: np.ndarray) -> dict[str, float]:
         return {}
     percents = (1, 5, 25, 50, 75, 95, 99)
     found = np.quantile(cosines, (np.array(percents) / 100).astype(cosines.dtype))
-    return {f"p{percent:02d}": _round(x) for percent, x in zip(percents, found, strict=True)}
+    return {f"p{percent:02d}": rounded(x) for percent, x in zip(percents, found, strict=True)}
 
 
-def _round(x: Any) -> float:
+def rounded(x: Any) -> float:
+    """A number with 6 digits behind the point."""
     return round(float(x), 6)

@@ -26,20 +26,13 @@ def _listed(teachers: "dict[str, KnownTeacher]") -> str:
     from bingo.cli.browse_tables import table
 
     heads = ["name", "px", "key", "params (M)", "GFLOP", "linear", "k-NN", "on disk", "licence", "what it is"]
-    rows = [[name, *_row(known)] for name, known in teachers.items()]
+    rows = []
+    for name, known in teachers.items():
+        figures = ("" if figure is None else f"{figure:.1f}" for figure in (known.linear_top1, known.knn_top1))
+        costs = str(known.image.crop_px), str(known.key_width), f"{known.parameters_m:.1f}", f"{known.gflop:.2f}"
+        rows.append([name, *costs, *figures, "yes" if known.on_disk else "no", known.licence or "?", known.title])
     foot = "linear, k-NN: published top-1 on ImageNet in percent. One of them: bingo teachers NAME; to use it: teacher.name: NAME"
     return f"{table(heads, rows, 'lrrrrrr')}\n{foot}"
-
-
-def _row(known: "KnownTeacher") -> list[str]:
-    costs = f"{known.parameters_m:.1f}", f"{known.gflop:.2f}"
-    figures = _percent(known.linear_top1), _percent(known.knn_top1)
-    here = "yes" if known.on_disk else "no"
-    return [str(known.image.crop_px), str(known.key_width), *costs, *figures, here, known.licence or "?", known.title]
-
-
-def _percent(figure: float | None) -> str:
-    return "" if figure is None else f"{figure:.1f}"
 
 
 def _shown(name: str, known: "KnownTeacher") -> str:

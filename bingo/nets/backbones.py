@@ -340,11 +340,7 @@ def _torchvision(arch: str, width: float, rates: dict[str, float]) -> nn.Module:
     if width != 1:
         raise UserError(f"width = {width}: {arch} cannot be scaled; set width: 1.0, or use timm's ResNet by its plain name")
     net: Any = vision.get_model(name, weights=None)
-    return _without_classifier(net)
-
-
-def _without_classifier(net: Any) -> nn.Module:
-    """Replace the classifier's last layer (registered last in every network) by Identity, and switch randomness off."""
+    # the classifier's last layer is registered last in every network
     path, layer = [(path, m) for path, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     net.feature_width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     net.classifier_names = (path,)

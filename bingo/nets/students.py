@@ -70,18 +70,13 @@ def load_backbone(path: Path, network: NetworkParams | None = None) -> tuple[Bac
             f"{path}: holds a {metadata.get('kind', 'network of another kind')}, not a student; give another, or run: dvc repro distill"
         )
     with building(path):
-        return _built(path, state, metadata, network).eval(), metadata
-
-
-def _built(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any], network: NetworkParams | None) -> Backbone:
-    """The backbone described by the metadata, with the file's tensors; it must match `network` if that is given."""
-    shape = {name: metadata[name] for name in ("arch", "width", "stem")}
-    options = dict(metadata.get("options", {}))
-    if network is not None:
-        _compare(path, shape | options, network)
-    backbone = build_backbone(**shape, seed_value=0, options=evaluated(options))
-    load_strictly(backbone, state, str(path))
-    return backbone
+        shape = {name: metadata[name] for name in ("arch", "width", "stem")}
+        options = dict(metadata.get("options", {}))
+        if network is not None:
+            _compare(path, shape | options, network)
+        backbone = build_backbone(**shape, seed_value=0, options=evaluated(options))
+        load_strictly(backbone, state, str(path))
+    return backbone.eval(), metadata
 
 
 def _compare(path: Path, found: Mapping[str, Any], network: NetworkParams) -> None:

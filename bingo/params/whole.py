@@ -51,16 +51,11 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _names_are_of_networks(self) -> Self:
-        if lines := [*self._unknown_nets(), *self._unknown_relation()]:
-            raise ValueError("\n".join(lines))
-        return self
-
-    def _unknown_nets(self) -> list[str]:
         settings = {"ema": "distill.student_ema", "start": "student.weights", "supervised": "supervised"}
         made = {"ema": self.distill.student_ema, "start": self.student.weights, "supervised": self.supervised}
         allowed = ["student", *self.baselines, "untrained", *(name for name, setting in made.items() if setting)]
         named = {"linear_eval.crops": self.linear_eval.crops.nets, "semi_eval": self.semi_eval.nets, "transfer": self.transfer.nets}
-        return [
+        lines = [
             f"{section}.nets: {name!r} is not a network, allowed are {', '.join(allowed)}{near_matches(name, allowed)}"
             + (f"; to have it, set {settings[name]}" if name in settings else "")
             + ("; to train it, name it in `baselines`" if name in method_names() and not method_section(name).needs_teacher else "")
@@ -68,13 +63,13 @@ class Params(Section):
             for name in names
             if name not in allowed
         ]
-
-    def _unknown_relation(self) -> list[str]:
-        allowed = ["teacher", *(f"baselines/{name}" for name in self.baselines)]
-        if (relation := self.bagging.relation) in allowed:
-            return []
-        way_out = "; a student's relation needs it among `baselines`" if relation.startswith("baselines/") else ""
-        return [f"bagging.relation: {relation!r}, allowed are {', '.join(allowed)}{near_matches(relation, allowed)}{way_out}"]
+        relations = ["teacher", *(f"baselines/{name}" for name in self.baselines)]
+        if (relation := self.bagging.relation) not in relations:
+            way_out = "; a student's relation needs it among `baselines`" if relation.startswith("baselines/") else ""
+            lines.append(f"bagging.relation: {relation!r}, allowed are {', '.join(relations)}{near_matches(relation, relations)}{way_out}")
+        if lines:
+            raise ValueError("\n".join(lines))
+        return self
 
     @model_validator(mode="after")
     def _neighbours_are_seen_whole(self) -> Self:

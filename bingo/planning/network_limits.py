@@ -6,6 +6,7 @@ Large networks are built without numbers (torch's meta device), and nothing is r
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,18 +27,20 @@ def network_mistakes(params: Params, processes: int) -> list[str]:
     teacher: Teacher | None = None
     student: Backbone | None = None
     with _noted(lines, "teacher"):
-        teacher = _teacher(params)
+        build_teacher = partial(dry_teacher, params, checkpoint=False)
+        teacher = build_teacher() if params.teacher.source == "factory" else without_numbers(build_teacher)  # own code may read weights
     with _noted(lines, "student"):
         built = build_backbone(params.student.arch, params.student.width, params.student.stem, 0, params.student.options)
         check_images(built, params.student.arch, params.image.crop_px)
         student = built
     if student is None:
         return lines
-    running: Teacher | None = None
+    widths = {"feature_width": 128, "key_width": 128}  # of any teacher, where it cannot be built, so that the student's training is tried
+    running = teacher or Teacher(torch.nn.Identity(), None, {**widths, **image_values(params.teacher_image)})
     if teacher is not None and params.distill.keys == "live" and params.distill.batch_anchors // processes == 1:
         running = dry_teacher(params, checkpoint=False)  # it is run on the one image too
     trainings: list[tuple[str, Callable[[], DryTraining], int]] = [
-        ("distill", lambda: dry_student(params, running or teacher or _any_teacher(params), bank=False), params.distill.batch_anchors),
+        ("distill", lambda: dry_student(params, running, bank=False), params.distill.batch_anchors),
         *((f"baseline {name}", lambda name=name: dry_baseline(params, name), params.distill.batch_anchors) for name in params.baselines),
     ]
     if params.teacher.source == "pretrain" and teacher is not None:
@@ -57,18 +60,6 @@ def _noted(lines: list[str], network: str) -> Iterator[None]:
         yield
     except UserError as error:
         lines += [_OF_A_NETWORK.sub(rf"{network}.\1 = ", line) for line in error.lines]
-
-
-def _teacher(params: Params) -> Teacher:
-    """A stand-in for the teacher, on torch's meta device if possible."""
-    if params.teacher.source == "factory":  # the user's own code may read weights
-        return dry_teacher(params, checkpoint=False)
-    return without_numbers(lambda: dry_teacher(params, checkpoint=False))
-
-
-def _any_teacher(params: Params) -> Teacher:
-    """In place of a teacher that cannot be built, so that the student's training is tried nevertheless."""
-    return Teacher(torch.nn.Identity(), None, {"feature_width": 128, "key_width": 128, **image_values(params.teacher_image)})
 
 
 def _check_rows(training: DryTraining, name: str, batch_anchors: int, processes: int) -> None:

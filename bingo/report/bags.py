@@ -3,16 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from bingo.images.listing import Listing
 from bingo.report.inputs import Artefacts
 from bingo.report.pictures import Thumbnail, thumbnail
 from bingo.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from bingo.images.listing import Listing
 
 _MEMBERS_SHOWN, _HUBS_SHOWN, _PAIRS_SHOWN = 10, 8, 8
 
@@ -27,7 +25,7 @@ class Member:
     same_class: bool | None
 
 
-def gallery_rows(listing: "Listing", anchors: int) -> list[int]:
+def gallery_rows(listing: Listing, anchors: int) -> list[int]:
     """At most `anchors` train rows, evenly spread over the rows sorted by class, so that small and large classes appear."""
     order_T = np.argsort(listing.labels_N[: listing.train_rows], kind="stable")
     count = min(anchors, len(order_T))
@@ -95,7 +93,7 @@ def _members(a: Artefacts, row: int, nearest: Sequence[tuple[int, float]]) -> li
     return [Member(thumbnail(a.images, a.listing, near), cosine, same_class(a.listing, row, near)) for near, cosine in nearest]
 
 
-def same_class(listing: "Listing", row: int, other: int) -> bool | None:
+def same_class(listing: Listing, row: int, other: int) -> bool | None:
     """Whether two rows have the same class; None if a label is unknown."""
     label, other_label = listing.labels_N[row], listing.labels_N[other]
     return bool(label == other_label) if label >= 0 and other_label >= 0 else None

@@ -36,7 +36,9 @@ def summary(found: Sequence[Variant], against: str | None) -> Table:
     if reference:
         for measure, header in _ACCURACIES.items():
             columns[f"{header}, minus {against}"] = [_difference(variant, reference, measure) for variant in found]
-    columns |= {header: [_mean(variant, measure, form) for variant in found] for measure, header, form in _COSTS}
+    for measure, header, form in _COSTS:
+        means = (variant.spread(measure) for variant in found)
+        columns[header] = [ABSENT if known is None else format(known.mean, form) for known in means]
     shown = {header: cells for header, cells in columns.items() if set(cells) != {ABSENT}}
     return Table(list(shown), list(zip(*shown.values(), strict=True)))
 
@@ -70,11 +72,6 @@ def _accuracy(variant: Variant, measure: str) -> str:
     if known is None:
         return ABSENT
     return f"{known.mean:.1f}" + ("" if known.deviation is None else f" ± {known.deviation:.1f}")
-
-
-def _mean(variant: Variant, measure: str, form: str) -> str:
-    known = variant.spread(measure)
-    return ABSENT if known is None else format(known.mean, form)
 
 
 def _difference(variant: Variant, reference: Variant, measure: str) -> str:

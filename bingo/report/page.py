@@ -80,13 +80,9 @@ def build_page(a: Artefacts) -> str:
 def run_script(records: Iterable[Mapping[str, Any]]) -> str:
     """The text of run.js: the last run of each stage, in the order of the stages, without parameters."""
     kept = [{key: record[key] for key in _RUN_KEYS if record.get(key) is not None} for record in records]
-    kept.sort(key=lambda record: (_stage_number(record["stage"]), record["stage"]))
+    order = {stage: number for number, stage in enumerate(_STAGE_ORDER)}
+    kept.sort(key=lambda record: (order.get(record["stage"].partition("-")[0], len(order)), record["stage"]))
     return f"window.bingoRuns = {json.dumps(kept, indent=1)};\n"
-
-
-def _stage_number(stage: str) -> int:
-    family = stage.partition("-")[0]
-    return _STAGE_ORDER.index(family) if family in _STAGE_ORDER else len(_STAGE_ORDER)
 
 
 def _network(network: NetworkParams, facts: NetworkFacts | None) -> str:

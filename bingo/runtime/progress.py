@@ -69,13 +69,10 @@ class Bar:
         if self._total and moved:
             note += f", {_clock_time(max(0.0, (self._total - self._done) / rate))} left"
         note = f"{self.remark}, {note}" if self.remark else note
-        self._display.show(seconds, whole_seconds, self._done, note, self._count() if self._unit else "")
-
-    def _count(self) -> str:
-        """The progress as text: `40 % (512,000 of 1,281,167 images)`."""
-        if not self._total:
-            return f"{self._done:,} {self._unit}"
-        return f"{100 * self._done // self._total} % ({self._done:,} of {self._total:,} {self._unit})"
+        count = f"{self._done:,} {self._unit}" if self._unit else ""
+        if self._unit and self._total:
+            count = f"{100 * self._done // self._total} % ({self._done:,} of {self._total:,} {self._unit})"
+        self._display.show(seconds, whole_seconds, self._done, note, count)
 
     def close(self) -> None:
         """Stop showing progress, and clear the bar."""
@@ -118,23 +115,18 @@ class _Screen:
 
     def show(self, seconds: float, whole_seconds: float, done: int, note: str, count: str) -> None:
         if self._bar is None:
-            self._bar = _rich_bar(self._label, self._total)
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.add_task(self._label, total=self._total or None, note="")
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done, note=note)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _rich_bar(label: str, total: int) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.add_task(label, total=total or None, note="")
-    return bar
 
 
 def _number(rate: float) -> str:

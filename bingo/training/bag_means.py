@@ -50,15 +50,9 @@ def _others_in_cluster(means_TP: Tensor, bags: "Bags") -> Tensor:
     others_T = torch.from_numpy(bags.bag_sizes_T).to(means_TP.device)
     sum_CP = torch.zeros(len(bags.cluster_start) - 1, means_TP.shape[1], device=means_TP.device)
     sum_CP.index_add_(0, cluster_T, means_TP.float())
-    blocks = zip(means_TP.split(_rows(means_TP)), cluster_T.split(_rows(means_TP)), others_T.split(_rows(means_TP)), strict=True)
-    return torch.cat([_without_itself(*block, sum_CP) for block in blocks])
-
-
-def _rows(means_TP: Tensor) -> int:
-    return max(1, NUMBERS_AT_ONCE // means_TP.shape[1])
-
-
-def _without_itself(means_tP: Tensor, cluster_t: Tensor, others_t: Tensor, sum_CP: Tensor) -> Tensor:
-    own_tP = means_tP.float()
-    others_tP = (sum_CP[cluster_t] - own_tP) / others_t.clamp(min=1)[:, None]
-    return torch.where((others_t > 0)[:, None], others_tP, own_tP).half()
+    parts, rows = [], max(1, NUMBERS_AT_ONCE // means_TP.shape[1])
+    for means_tP, cluster_t, others_t in zip(means_TP.split(rows), cluster_T.split(rows), others_T.split(rows), strict=True):
+        own_tP = means_tP.float()
+        others_tP = (sum_CP[cluster_t] - own_tP) / others_t.clamp(min=1)[:, None]
+        parts.append(torch.where((others_t > 0)[:, None], others_tP, own_tP).half())
+    return torch.cat(parts)
