@@ -49,7 +49,8 @@ def main() -> None:
             elif params.method == "knn" and embeddings.views > 1:
                 views = embeddings.view_keys(0), embeddings.view_keys(1)
                 overlap["view_overlap"] = view_overlap(*views, params.k, run.params.seed, sharing)
-            test_rows = rows_near(embeddings.features[listing.train_rows :], trained, test_cosine, sharing)
+            by_lists = run.params.seed if params.method == "knn" and params.search == "ivf" else None
+            test_rows = rows_near(embeddings.features[listing.train_rows :], trained, test_cosine, sharing, by_lists)
             if bags is None:  # the first process does the rest
                 return
             metrics = bag_metrics(bags, labels_T if listing.labelled else None, near_cosine) | overlap

@@ -15,7 +15,7 @@ import numpy as np
 from bingo import seeds
 from bingo.bags.kmeans import each_cluster, sorted_by_cluster, train_centroids
 from bingo.bags.neighbors import FLOAT32_TOLERANCE, Found, best_of, cut, nothing_found, top_k
-from bingo.bags.rows import Rows, in_threads, inverse_norms, memory_budget, unit_rows
+from bingo.bags.rows import Rows, inverse_norms, memory_budget, unit_rows
 from bingo.bags.sharing import ALONE, Sharing
 from bingo.runtime.progress import Bar, progress_bar
 
@@ -71,6 +71,23 @@ def search_lists(features: Rows, k: int, ivf: InvertedFile, sharing: Sharing = A
     return found[0], found[1]
 
 
+def nearest_in_lists(queries_QD: np.ndarray, features: Rows, floor: float, ivf: InvertedFile) -> np.ndarray:
+    """The largest cosine of each query to the rows in the lists that it probes, float32 (Q,); `floor` where none is above it."""
+    lists = ivf.list_count(len(features))
+    centroids_CD, _ = train_centroids(features, lists, _ITERATIONS, ivf.seed, _TRAINED_ROWS_A_LIST)
+    list_rows_T, list_start = sorted_by_cluster(ALONE.nearest_centroid("lists", features, centroids_CD), lists)
+    queries = _ListQueries(
+        unit_rows(queries_QD), np.full((len(queries_QD), 1), -1, np.int32), np.full((len(queries_QD), 1), floor, np.float32)
+    )
+    probing, probing_start = _by_list(top_k(queries.unit_qD, centroids_CD, min(ivf.probes, lists), unit_queries=True)[0], lists)
+    with progress_bar("near-duplicates of test images", lists, "lists") as bar:
+        for number, rows_n, own_nD in each_cluster(features, list_rows_T, list_start):
+            asking_n = probing[probing_start[number] : probing_start[number + 1]]
+            queries.search(asking_n, np.full(len(asking_n), -1), rows_n, own_nD)
+            bar.advance_to(number + 1)
+    return queries.cosines_qK[:, 0]
+
+
 @dataclass(frozen=True)
 class _Lists:
     """The rows in the order of their lists, and where each list starts among them. A place is a position in this order."""
@@ -124,19 +141,19 @@ class _ListQueries:
     def search(self, asking_n: np.ndarray, self_n: np.ndarray, rows_n: np.ndarray, own_nD: Rows) -> None:
         """Merge what these queries find in one list, given by its rows and features, into their best neighbours; `self_n`: the place in
         the list that is the query itself (-1: none)."""
-        import faiss
-
         if not len(asking_n):
             return
         if not isinstance(own_nD, np.ndarray):  # larger than the memory
             self._search_all(asking_n, self_n, rows_n, own_nD)
             return
-        base_nD, threads = own_nD.astype(np.float32), faiss.omp_get_max_threads()
+        base_nD = own_nD.astype(np.float32)
         inverse_n = inverse_norms(base_nD)
         unit_nD = unit_rows(base_nD, inverse_N=inverse_n)
-        part_rows = max(1, min(_SCORED_NUMBERS // len(rows_n), -(-len(asking_n) // threads)))
+        part_rows = max(1, _SCORED_NUMBERS // len(rows_n))
 
-        def one_part(start: int) -> None:
+        for start in range(
+            0, len(asking_n), part_rows
+        ):  # not in threads: products use all cores, and the rest would wait for Python's lock
             asking_m, self_m = asking_n[start : start + part_rows], self_n[start : start + part_rows]
             query_p, place_p, crowded_m = self._near(asking_m, unit_nD)
             if crowded_m.any():
@@ -147,8 +164,6 @@ class _ListQueries:
                 cosines_p[some] = dots_p * inverse_n[place_p[some]]
             cosines_p[place_p == self_m[query_p]] = -np.inf
             self._merge(asking_m, query_p, rows_n[place_p], cosines_p)
-
-        in_threads(one_part, range(0, len(asking_n), part_rows), threads)
 
     def _near(self, asking_m: np.ndarray, unit_nD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pairs of a query (rising) and a place in the list that may be among its k nearest, but of no query with more than k + 256 of

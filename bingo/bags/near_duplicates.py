@@ -13,10 +13,11 @@ Shape letters: T train rows, Q test rows, D feature width.
 import numpy as np
 
 from bingo import seeds
+from bingo.bags.ivf import InvertedFile, nearest_in_lists
 from bingo.bags.rows import Rows
 from bingo.bags.sharing import ALONE, Sharing
 
-_SAMPLE_ROWS, _PLACE = 1000, 10
+_SAMPLE_ROWS, _PLACE, _PROBES = 1000, 10, 16
 
 
 def near_duplicate_cosine(features_TD: Rows, fraction: float, seed: int, sharing: Sharing = ALONE, name: str = "distances") -> float:
@@ -31,9 +32,18 @@ def near_duplicate_cosine(features_TD: Rows, fraction: float, seed: int, sharing
     return 1 - fraction * (1 - float(np.median(cosines[:, -1])))
 
 
-def rows_near(features_QD: np.ndarray, features_TD: Rows, cosine: float, sharing: Sharing = ALONE) -> np.ndarray:
-    """Those of the Q rows that have a near-duplicate among the T rows, a cosine above `cosine`: int64, rising."""
-    if not len(features_QD) or np.isinf(cosine):
+def rows_near(
+    features_QD: np.ndarray, features_TD: Rows, cosine: float, sharing: Sharing = ALONE, search_seed: int | None = None
+) -> np.ndarray:
+    """Those of the Q rows that have a near-duplicate among the T rows, a cosine above `cosine`: int64, rising.
+
+    With `search_seed` the first process alone searches, for each of the Q rows, the 16 nearest of sqrt(T) lists. A near-duplicate is rarely
+    in another list, and an exact search among a million rows takes longer than their bags by lists.
+    """
+    if not len(features_QD) or np.isinf(cosine) or (search_seed is not None and not sharing.first):
         return np.empty(0, np.int64)
+    if search_seed is not None:
+        lists = InvertedFile(round(len(features_TD) ** 0.5), _PROBES, search_seed)
+        return np.flatnonzero(nearest_in_lists(features_QD, features_TD, cosine, lists) > cosine)
     _, cosines = sharing.nearest("near", features_QD, features_TD, 1, floor_Q=np.full(len(features_QD), cosine, np.float32))
     return np.flatnonzero(cosines[:, 0] > cosine)

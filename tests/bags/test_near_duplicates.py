@@ -42,7 +42,9 @@ def test_copies_are_found_and_other_images_are_not(copies):
     random = np.random.default_rng(0)
     brighter = (TEST[::3] * 1.2 + random.normal(0, 0.1, TEST[::3].shape)).astype(np.float16)
     train = np.concatenate([np.repeat(TRAIN, copies, axis=0), brighter])
-    assert rows_near(TEST, train, near_duplicate_cosine(train, 0.1, 0)).tolist() == list(range(0, 300, 3))
+    limit = near_duplicate_cosine(train, 0.1, 0)
+    assert rows_near(TEST, train, limit).tolist() == list(range(0, 300, 3))
+    assert rows_near(TEST, train, limit, search_seed=0).tolist() == list(range(0, 300, 3))
 
 
 def test_rows_are_near_by_the_definition():
@@ -50,4 +52,6 @@ def test_rows_are_near_by_the_definition():
     for limit in np.quantile(cosines, [0.1, 0.5, 0.9]).tolist():
         surely, perhaps = (set(np.flatnonzero(cosines > limit + margin)) for margin in (1e-6, -1e-6))
         assert surely <= set(rows_near(TEST, TRAIN, limit)) <= perhaps
+        few = TRAIN[:250]  # whose 16 lists are all searched
+        assert rows_near(TEST, few, limit, search_seed=0).tolist() == rows_near(TEST, few, limit).tolist()
     assert rows_near(TEST[:0], TRAIN, 0.5).tolist() == []
