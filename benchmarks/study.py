@@ -59,7 +59,7 @@ def main() -> None:
 def check_used(given: argparse.Namespace) -> None:
     """Raises UserError for options that would do nothing."""
     lines = (
-        [f"--commit = {given.commit}: does nothing without --lanes; add that, or leave --commit out"]
+        [f"--commit = {given.commit}: has no effect without --lanes; add that, or leave --commit out"]
         if given.commit and not given.lanes
         else []
     )

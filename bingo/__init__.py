@@ -1,6 +1,6 @@
 """Distil a large self-supervised vision teacher into a small network through bags of similar images.
 
-The functions for Python (docs/api.md); each is imported, with what it needs, when it is first used.
+The Python API (docs/api.md); each function is imported, with its dependencies, when it is first used.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The functions of `from bingo import ...` that stand above all rooms: a run, its bags, its student, and features by either network.
+"""Functions of the Python API that combine several packages: running the pipeline, its bags, its student, and features by either network.
 
 Shape letters: N images, D feature width.
 """
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from bingo.images.images import FileImages, Images
     from bingo.teachers.teacher import Teacher
 
-_LAST_LINES = 8  # of what a run has printed, in its error
+_LAST_LINES = 8  # of a run's output, in its error message
 
 
 def run_pipeline(workspace: Path | str = ".", images: Path | str | None = None, **changes: Any) -> dict[str, Any]:
     """Set parameters, run every stage that is out of date (`dvc repro`), and return the figures of reports/results.json.
 
-    `images` is a folder of images to set everything up for, as `bingo init` does; `workspace` may then be an empty folder. `changes` are
-    sections of params.yaml with the values to change. What the stages print is printed as it comes.
+    If `images` is given, everything is first set up for this folder of images, as by `bingo init`; `workspace` may then be an empty
+    folder. `changes` are sections of params.yaml with the values to change. The output of the stages is printed as they run.
 
-    DVC runs in a process of its own: it changes the current folder, the environment and the loggers of the process that it is in, and a
-    cell that is stopped then ends its stages too. Raises UserError for wrong parameters, which are then not written, and if a stage fails.
+    DVC runs in a separate process, because it changes the current folder, the environment and the loggers of its process, and so that
+    stopping a notebook cell also ends its stages. Raises UserError for wrong parameters, which are then not written, and if a stage fails.
 
     >>> from bingo import run_pipeline
     >>> results = run_pipeline(distill={"epochs": 2}, bagging={"k": 3})  # doctest: +SKIP
@@ -45,7 +45,7 @@ def run_pipeline(workspace: Path | str = ".", images: Path | str | None = None, 
 
     root = Path(workspace).expanduser()
     if not root.is_dir():
-        raise UserError(f"workspace = {root}: is not a folder; give the one that holds params.yaml, or with `images` an empty one")
+        raise UserError(f"workspace = {root}: is not a folder; give the one that contains params.yaml, or with `images` an empty one")
     if images is not None:
         place = Path(images).expanduser()
         _run(root, "-m", "bingo.cli", "init", str(place) if place.is_absolute() else os.path.relpath(place, root))
@@ -60,7 +60,7 @@ def run_pipeline(workspace: Path | str = ".", images: Path | str | None = None, 
 
 
 def _run(root: Path, *arguments: str) -> None:
-    """Run Python in a workspace, printing its lines as they come. Raises UserError with the last ones if it fails."""
+    """Run Python in a workspace and print its output. Raises UserError with the last lines if it fails."""
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
     command, lines = [sys.executable, *arguments], []
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
@@ -76,10 +76,11 @@ def _run(root: Path, *arguments: str) -> None:
 
 
 def open_bags(rev: str | None = None) -> "BagSource":
-    """The bags of the current folder's run, or those of a Git revision or DVC experiment, read from the disk when they are asked for.
+    """The bags of the current workspace, or those of a Git revision or DVC experiment, read from the disk on access.
 
     `bags[row]` is the bag of a train row: its `path`, `members` (int32 (K,), nearest first) and their `similarity`; `len(bags)` is the
-    number of bags. A notebook shows both as pictures. `bags.index.table` holds all bags as arrays. Raises UserError if there are none.
+    number of bags. A notebook shows `bags` and `bags[row]` as pictures. `bags.index.table` has all bags as arrays. Raises UserError if
+    there are none.
 
     >>> from bingo import open_bags
     >>> bags = open_bags()
@@ -95,8 +96,8 @@ def open_bags(rev: str | None = None) -> "BagSource":
 
 
 def load_student(path: Path | str = paths.STUDENT) -> "StoredNetwork":
-    """The student or baseline in a file, on the CPU: `backbone` (a torch module in eval mode that maps normalised images (B, 3, P, P) to
-    features (B, D)), `metadata`, and `image`, which is how its images are cropped and normalised. Raises UserError for other files.
+    """Load a student or baseline, on the CPU: `backbone` (a torch module in eval mode that maps normalised images (B, 3, P, P) to
+    features (B, D)), `metadata`, and `image`, which describes how its images are cropped and normalised. Raises UserError for other files.
 
     >>> from bingo import load_student
     >>> student = load_student("models/student.safetensors")
@@ -109,12 +110,12 @@ def load_student(path: Path | str = paths.STUDENT) -> "StoredNetwork":
 
 
 def embed(network: "StoredNetwork | Teacher", images: "Images | Iterable[Path | str]", batch_images: int = 256) -> "np.ndarray":
-    """Features of images by a network of `load_student` or `load_teacher`, float32 (N, D), in their order; on the device of its weights.
+    """Features, float32 (N, D), of images by a network from `load_student` or `load_teacher`, computed on the device of its weights.
 
-    `images` are image files, in any iterable, or what `open_images` returns. Each image is resized, cropped to its centre and normalised
-    as the network's file says, like the images of a run; the output of the backbone is not normalised. `bingo embed` writes the same
-    features to a file. More than 256 files are decoded by other processes: a script then calls this below `if __name__ == "__main__":`.
-    Raises UserError that names all files that cannot be read, and for other arguments.
+    `images` are image files, in any iterable, or the result of `open_images`. Each image is resized, cropped to its centre and normalised
+    as recorded in the network's file; the features are not normalised. `bingo embed` writes the same features to a file. More than 256
+    files are decoded by worker processes, so a script must call this below `if __name__ == "__main__":`.
+    Raises UserError with the names of all files that cannot be read, and for wrong arguments.
 
     >>> from bingo import embed, load_params, load_student, open_images, read_listing
     >>> listing = read_listing("data/listing.parquet")
@@ -129,14 +130,14 @@ def embed(network: "StoredNetwork | Teacher", images: "Images | Iterable[Path | 
     if not isinstance(batch_images, Integral) or batch_images < 1:
         raise UserError(f"batch_images = {short(batch_images)}: allowed is a whole number from 1")
     if not hasattr(network, "backbone"):
-        raise UserError(f"network = {short(network)}: give what load_student or load_teacher returns")
+        raise UserError(f"network = {short(network)}: give the result of load_student or load_teacher")
     held = images if isinstance(images, (MemoryImages, FileImages)) else _files(images)
     device = next(network.backbone.parameters()).device
     return backbone_features(network.backbone, held, range(len(held)), seen_image(network.metadata), device, "fp32", batch_images)
 
 
 def _files(images: "Iterable[Path | str]") -> "FileImages":
-    """Image files anywhere, all of which can be decoded."""
+    """Image files in any folders, all of which can be decoded."""
     from bingo.datasets.filecheck import check_files, common_bits
     from bingo.datasets.folder import BAD_LINES
     from bingo.images.images import FileImages

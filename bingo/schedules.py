@@ -58,9 +58,9 @@ def step_lr(
 
 
 def make_optimizer(params: OptimizerParams, rates: "Mapping[nn.Module, float]", momentum: float, **options: bool) -> "Optimizer":
-    """timm's optimizer of these networks' trained parameters, each network with its own learning rate, `base_lr` of its groups.
+    """timm's optimizer for the trained parameters of these networks, each with its own learning rate, stored as `base_lr` of its groups.
 
-    `momentum` is that of sgd and lars; `options` (`nesterov`, `fused`) are for these two and for sgd.
+    `momentum` is for sgd and lars; `options`: `nesterov` is for these two, `fused` for sgd.
     """
     from timm.optim import create_optimizer_v2
 
@@ -77,7 +77,8 @@ def make_optimizer(params: OptimizerParams, rates: "Mapping[nn.Module, float]", 
 
 
 def _decay_groups(network: "nn.Module", params: OptimizerParams) -> list[dict[str, Any]]:
-    """The trained parameters: one group, or those without weight decay (of one dimension, or exempt by timm) and the others."""
+    """The trained parameters: one group, or a group without weight decay (parameters of one dimension, or exempt by timm) and the
+    others."""
     if params.decay_norms_and_biases:
         return [{"params": [parameter for parameter in network.parameters() if parameter.requires_grad]}]
     from timm.optim import param_groups_weight_decay

@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a function of (seed, purpose, epoch, row, view) only.
 
 Results therefore do not depend on the number of workers, the order of batches or a restart, and any view can be
-redrawn. Shape letters: B rows of a batch, J draws for one row, N rows of the listing.
+reproduced. Shape letters: B rows of a batch, J draws for one row, N rows of the listing.
 """
 
 import hashlib
@@ -51,10 +51,10 @@ def permutation(seed: int, purpose: str, epoch: int, n: int) -> np.ndarray:
 
 
 def distinct(seed: int, purpose: str, epoch: int, n: int, count: int) -> np.ndarray:
-    """`count` distinct numbers of 0..n-1 in increasing order, int64 (count,); all n if there are no more. The cost grows with
+    """`count` distinct numbers of 0..n-1 in ascending order, int64 (count,); all n if there are no more. The cost grows with
     `count`, not with n.
 
-    A seeded Feistel network permutes the numbers below a power of 2; the result is the first images that are below n.
+    A seeded Feistel network permutes the numbers below a power of 2; the result consists of the first values that are below n.
     """
     if count >= n:
         return np.arange(n)
@@ -72,8 +72,8 @@ def distinct(seed: int, purpose: str, epoch: int, n: int, count: int) -> np.ndar
 
 
 def _feistel(x: np.ndarray, round_R: np.ndarray, bits: int) -> np.ndarray:
-    """A permutation of the numbers with that many bits, with a round for each number of `round_R`, an even count; the halves, one of
-    which may be a bit longer, are swapped in each."""
+    """A permutation of the numbers with this many bits, with a round for each number of `round_R`, an even count; each round swaps the
+    halves, one of which may be a bit longer."""
     width, other = np.uint64(bits // 2), np.uint64(bits - bits // 2)
     left, right = x >> other, x & ((np.uint64(1) << other) - np.uint64(1))
     for number in round_R:

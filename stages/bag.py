@@ -1,7 +1,8 @@
 """bag: build bags from nearest neighbours, clusters or classes in the features of the teacher or of a baseline student: data/bags.zarr.
 
-Their statistics go to reports/bags.json. data/left_out.json lists the held-out test images that no evaluation judges, as the teacher shows
-near-duplicates of them among the train images. From 100,000 train images, several processes share the work, and a killed run resumes.
+Their statistics go to reports/bags.json. data/left_out.json lists the held-out test images that are left out of every evaluation because
+they have near-duplicates among the train images, by the teacher's features. With 100,000 train images or more, several processes share the
+work, and a killed run resumes.
 """
 
 from typing import TYPE_CHECKING
@@ -63,17 +64,17 @@ def main() -> None:
 
 
 def _leave_out(run: Run, listing: "Listing", rows: "np.ndarray", cosine: float) -> None:
-    """Write those of the test images `rows`, which have a near-duplicate among the train images (a cosine above `cosine` in the teacher's
-    features), that no evaluation judges: all, where the test images were held out of the train images, and otherwise none."""
+    """Write the test images that evaluations leave out: all `rows`, which have a near-duplicate among the train images (a cosine above
+    `cosine` in the teacher's features), if the test images were held out from the train images, otherwise none."""
     from bingo.images.listing import write_left_out
 
     left_out = [] if listing.held_out is None else rows.tolist()
     write_left_out(paths.LEFT_OUT, listing, left_out)
     if left_out:
         of = f"{len(left_out):,} of {len(listing) - listing.train_rows:,} held-out test images have near-duplicates among the train images"
-        run.say(f"bag: {of} (cosines above {cosine:.4g} by the teacher): no evaluation judges them")
+        run.say(f"bag: {of} (cosines above {cosine:.4g} by the teacher) and are left out of every evaluation")
     if left_out and len(left_out) == len(listing) - listing.train_rows:
-        run.warn("no test image is left to judge; lower bagging.near_duplicate_distance, or keep a test split of other images")
+        run.warn("no test image is left; lower bagging.near_duplicate_distance, or use a test split of other images")
 
 
 def _student_features(run: Run, listing: "Listing", sharing: "Sharing", device: "torch.device") -> "np.ndarray":
@@ -86,7 +87,7 @@ def _student_features(run: Run, listing: "Listing", sharing: "Sharing", device: 
     student, _ = load_backbone(paths.MODELS / f"{params.bagging.relation}.safetensors")
     images = open_images(listing, paths.IMAGES, params.dataset)
 
-    def features(rows: slice) -> tuple["np.ndarray"]:  # in whole batches, whose size decides the last bits
+    def features(rows: slice) -> tuple["np.ndarray"]:  # in whole batches, because the last bits depend on their size
         return (backbone_features(student, images, range(rows.start, rows.stop), params.image, device, *how),)
 
     (features_TD,) = sharing.of_rows("features", sharing.parts(listing.train_rows, how[1]), features, everywhere=True) or ()

@@ -1,7 +1,7 @@
 """distill: train the student from the teacher's keys and bags, by the method in distill.method.
 
-It writes models/student.safetensors and its head, curves, reports/distill.json; models/best, which with distill.keep_best also holds
-the student of the epoch that the probe measured best; and models/ema.safetensors, with distill.student_ema its moving average. A killed
+It writes models/student.safetensors and its head, curves, reports/distill.json; models/best, which with distill.keep_best contains
+the student of the best epoch by the probe; and models/ema.safetensors, which with distill.student_ema contains its moving average. A killed
 run resumes from its checkpoint.
 """
 

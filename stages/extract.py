@@ -1,7 +1,7 @@
 """extract: the teacher's pass over all images, features of centre views and keys of seeded random views: data/embeddings.zarr.
 
 It uses any number of GPUs, and a killed run resumes with the missing chunks. If there are labels, it prints the teacher's k-NN accuracy,
-that of the same network untrained, and chance: a teacher that is not better than these is broken.
+that of the same network untrained, and chance. A teacher that is not better than these is broken.
 """
 
 from bingo import paths
@@ -11,7 +11,7 @@ from bingo.pipeline.state import state_folder
 
 
 def main() -> None:
-    """Cache the teacher's embeddings."""
+    """Compute and store the teacher's embeddings."""
     with stage_run("extract") as run:
         run.launch()
         from bingo.embeddings.extract import extract_embeddings

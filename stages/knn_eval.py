@@ -1,8 +1,8 @@
 """knn_eval: nearest-neighbour accuracy of a network's features, and their agreement with the teacher's, for every k, from one search.
 
-python -m stages.knn_eval [NET]     writes reports/knn/NET.json, percent; NET.npz, the same of each test image (hits, and for agreement_K
+python -m stages.knn_eval [NET]     writes reports/knn/NET.json, percent; NET.npz, results for each test image (hits, and for agreement_K
                                     how many of the K); and reports/failures/NET.json, the test images whose neighbours differ most
-                                    from the teacher's; all empty if there was nothing to measure
+                                    from the teacher's; all empty if there is nothing to measure
 """
 
 from contextlib import nullcontext
@@ -34,7 +34,11 @@ def main(
         teacher = read_embeddings(paths.EMBEDDINGS, listing) if agreement_ks or (ks and "teacher" in names) else None
         opened = existing(names) if ks or agreement_ks else []
         if not opened:
-            run.idle = NOT_ASKED_FOR if ks or agreement_ks else listing.unjudged or "knn_eval asks for no k"
+            run.idle = (
+                NOT_ASKED_FOR
+                if ks or agreement_ks
+                else listing.unjudged or "knn_eval.k and knn_eval.agreement_k select nothing that can be measured"
+            )
         networks = Networks(run, opened, listing, teacher)
         with process_group(run) if networks.backbones else nullcontext() as device:  # stored features need no torch
             agreement = TeacherAgreement(teacher, listing, agreement_ks)
@@ -46,7 +50,7 @@ def main(
                     if teacher is not None and name != "teacher":
                         failures = least_agreement(features_ND, teacher.features_ND, listing.train_rows, listing.test_rows_N)
                 scores = neighbor_scores(hits)
-                if scores:  # without labels the teacher has none
+                if scores:  # without labels there are none for the teacher
                     run.say(f"knn_eval: {name}: {in_words(scores, '.1f')}")
                 write_json(paths.REPORTS / "knn" / f"{name}.json", scores)
                 write_arrays(paths.REPORTS / "knn" / f"{name}.npz", hits)

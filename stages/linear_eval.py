@@ -2,7 +2,7 @@
 
 python -m stages.linear_eval [NET]     writes reports/linear/NET.json: by protocol (cached, crops) percent, last and best epoch; and
                                        NET.npz: for `cached`, which test images are classified correctly after the last epoch;
-                                       and that layer to models/linear/NET.safetensors. All are empty if there was nothing to measure
+                                       and that layer to models/linear/NET.safetensors. All are empty if there is nothing to measure
 """
 
 from contextlib import nullcontext
@@ -82,7 +82,7 @@ def _scores(
 
 
 def _keep(name: str, layer: dict[str, "torch.Tensor"], listing: "Listing") -> None:
-    """Write the layer on stored features, with the classes' names and the fingerprints of the listing and of the network's file."""
+    """Write the layer on stored features, with the names of the classes and the fingerprints of the listing and of the network's file."""
     from bingo.nets.checkpoint import save_network
     from bingo.pipeline.judging.backbones import file_of
     from bingo.runtime.artefacts import file_fingerprint

@@ -1,7 +1,7 @@
 """report: one offline page, reports/index.html, with results, curves, bags and parameters, from all existing outputs.
 
-The few figures that `dvc metrics` and `dvc exp show` compare go to reports/results.json. Timings, which differ from run to run, go beside
-the page to reports/run.js, and `bingo export` lists its files in reports/exports.js; neither is an output of the stage.
+The figures that `dvc metrics` and `dvc exp show` compare go to reports/results.json. Timings, which differ from run to run, go to
+reports/run.js next to the page, and `bingo export` lists its files in reports/exports.js; neither is an output of the stage.
 """
 
 from bingo import paths

@@ -1,6 +1,6 @@
 """scan: make a listing of the dataset, data/listing.parquet, and pack small images into one array, data/images.zarr.
 
-With `dataset.pack_px` that folder holds photographs at a smaller size; a killed run resumes with those that are missing.
+With `dataset.pack_px`, that folder contains smaller copies of photographs. A killed run resumes.
 """
 
 import hashlib
@@ -72,7 +72,7 @@ def _packed(run: Run, listing: "Listing", found: "Found") -> Iterator[tuple["Fou
     positions = found if isinstance(found, Positions) else None
     files = FileImages(images_folder(str(dataset.root)), listing.paths, dataset.follow_links, listing.gray_bits, positions=positions)
     kept_for = {"listing": listing.fingerprint, "root": dataset.root, "code": code_fingerprint("scan")}
-    if dataset.check == "header":  # the listing then says nothing of the files' content
+    if dataset.check == "header":  # the listing then does not depend on the content of files
         large = positions.files if positions else listing.paths
         kept_for["files"] = hashlib.sha256(identity_of(files.root, large).tobytes()).hexdigest()
     with state_folder("scan", kept_for) as folder:
@@ -80,7 +80,7 @@ def _packed(run: Run, listing: "Listing", found: "Found") -> Iterator[tuple["Fou
 
 
 def _judge(run: Run, found: "Counts") -> None:
-    """Raises UserError with all limits that the parameters break, by themselves and on so many images."""
+    """Raise UserError with all limits that the parameters exceed, by themselves or with this number of images."""
     if lines := run.mistakes + image_mistakes(run.params, found) + list_mistakes(run.params) + weights_mistakes(run.params):
         raise UserError(lines)
 

@@ -39,7 +39,7 @@ def _judge(run: Run, name: str, device: "torch.device") -> None:
     run.say(f"semi_eval: {name}: {len(rows_L):,} of {listing.train_rows:,} labels")
     found = protocols(params, listing, open_images(listing, paths.IMAGES, params.dataset), rows_L, split)
     inputs = listing.fingerprint, listing.left_out_rows, rows_L.tolist()
-    sections = semi.model_copy(update={"splits": {}}), split.model_copy(update={"list_file": None})  # whatever its path
+    sections = semi.model_copy(update={"splits": {}}), split.model_copy(update={"list_file": None})  # its path does not matter
     facts = {"percent": split.percent, "labels": len(rows_L), "origin": "drawn" if split.list_file is None else "listed"}
     judge(run, name, nets, found, device, inputs, sections, paths.REPORTS / "semi" / f"{name}.json", facts)
 

@@ -1,7 +1,7 @@
 """teacher: train or convert the teacher to models/teacher.safetensors, a backbone with its projection head.
 
-Where teacher.source is `pretrain`, MoCo-v2 trains it on the images; a killed run resumes from its checkpoint. With teacher.key_width,
-the leading principal components of its keys end the head.
+If teacher.source is `pretrain`, MoCo-v2 trains it on the images; a killed run resumes from its checkpoint. With teacher.key_width, the
+head ends with a projection to the leading principal components of its keys.
 """
 
 from typing import TYPE_CHECKING
@@ -70,7 +70,7 @@ def _convert(run: Run) -> None:
 
 
 def _narrowed(run: Run, backbone: "Backbone", head: "nn.Sequential | None", image: "ImageParams") -> "nn.Sequential | None":
-    """The head that ends in the principal components of its keys, None without `teacher.key_width`."""
+    """The head that ends with the principal components of its keys; None without `teacher.key_width`."""
     params = run.params
     if params.teacher.key_width is None:
         return None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from bingo.nets.backbones import Backbone
 
-# Paths, whose content is in the files' hashes.
+# Paths do not matter, since the hashes of the files are part of the inputs.
 WHERE = ("runs", "root", "train_images", "train_annotations", "val_images", "val_annotations")
 
 

@@ -1,6 +1,6 @@
-"""weights: read weights from elsewhere for the student's network, those that it starts from (student.weights) and `supervised` ones.
+"""weights: read external weights for the student's network: its initial weights (student.weights) and supervised ones (supervised).
 
-They go to models/start.safetensors and models/supervised.safetensors, which hold the word none where none are asked for.
+They go to models/start.safetensors and models/supervised.safetensors, which contain the text `none` if they are not configured.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from bingo.pipeline.run import Run, stage_run
 
 
 def main() -> None:
-    """Convert weights from elsewhere, strictly."""
+    """Convert external weights, strictly."""
     with stage_run("weights") as run:
         if not run.params.student.weights and not run.params.supervised:
             run.idle = "student.weights and supervised are null"

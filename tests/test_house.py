@@ -108,4 +108,4 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     assert "heavy: set()" in done.stdout
     stages = {Path(file).stem for file in CODE if file.startswith("stages/")} - {"__init__"}
     others = ["bags", "recipe", "export", "embed", "experiments", "teachers"]
-    assert not [name for name in [*stages, *others] if f" {name} " not in done.stdout]
+    assert not [name for name in [*stages, *others] if f"│ {name} " not in done.stdout]

@@ -2,8 +2,7 @@
 
 Shape letters: T train rows, D feature width, K members listed, C clusters or classes; n rows of a block. Every builder takes features
 of any float type (T, D), not normalised, and compares them by cosine. BINGO (Xu et al. 2022) describes all three; the released code has
-only
-knn.
+only knn.
 
 Features may be in a store (bingo.runtime.chunks.StoredRows) and larger than the memory. If they and a normalised copy fit into half of the
 free memory they are read once; otherwise they are streamed, as described in `top_k` and `search_lists`, with bitwise equal bags.
@@ -38,8 +37,8 @@ _CHECKED_ROWS = 4096
 
 
 def build_bags(params: BaggingParams, features: Rows, labels_T: np.ndarray, seed: int, sharing: Sharing = ALONE) -> Bags | None:
-    """The bags that params.yaml asks for, on the first of the processes that share the work; None on the others. Raises UserError where a
-    number is larger than the train rows allow."""
+    """The bags described by params.yaml, on the first of the processes that share the work; None on the others. Raises UserError if a
+    number is larger than the number of train rows allows."""
     if params.method == "knn":
         approximate = {"exact": None, "ivf": InvertedFile(params.lists, params.probes, seed), "cuvs": GraphSearch(seed)}
         bags = build_knn(features, params.k, params.mutual, approximate[params.search], sharing)
@@ -56,10 +55,10 @@ def build_knn(
     features: Rows, k: int, mutual: bool = False, search: InvertedFile | GraphSearch | None = None, sharing: Sharing = ALONE
 ) -> Bags | None:
     """The k rows with the highest cosine to each row, excluding the row itself; `mutual`: only those of them that have the row among
-    their own k (which reads members alone).
+    their own k.
 
-    `search` (None: exact) finds most of them in less time; the setting `recall` then says how many, before `mutual`. Raises UserError
-    where k or the number of lists is too large.
+    `search` (None: exact) finds most of them in less time; the share that it finds, before `mutual`, is stored in the settings as
+    `recall`. Raises UserError if k or the number of lists is too large.
     """
     rows = len(features)
     _check_k(k, rows)
@@ -136,7 +135,7 @@ def build_label(labels_T: np.ndarray, features: Rows, k: int, sharing: Sharing =
 def _grouped(
     settings: dict, features: Rows, cluster_T: np.ndarray, clusters: int, k: int, centroids_CD: np.ndarray | None, sharing: Sharing
 ) -> Bags | None:
-    """Bags that are clusters: the rows of each cluster, and the k nearest of them to each row."""
+    """Bags that are clusters: the rows of each cluster, and the k of them that are nearest to each row."""
     cluster_rows_T, cluster_start = sorted_by_cluster(cluster_T, clusters)
 
     def members(places: slice) -> Found:
@@ -168,7 +167,7 @@ def _settings(method: str, k: int) -> dict:
 
 
 def _check_features(features: Rows) -> None:
-    """Raises UserError for features that no working teacher computes, before bags are built from them."""
+    """Raise UserError for features that no working teacher computes, before bags are built from them."""
     import faiss
 
     way_out = "the teacher is broken: check teacher.checkpoint and teacher.image.mean/std, then run: dvc repro extract"

@@ -9,8 +9,8 @@ Shape letters: T train rows, K members listed, C clusters (or classes), D featur
     cluster_start  int64 (C+1,)     kmeans, label: where each cluster starts in cluster_rows
     centroids      float32 (C, D)   kmeans: unit rows
 
-The bag of a row is its members under knn, and all other rows of its cluster under kmeans and label, where `members` are those
-of them that are nearest. This module needs only numpy and zarr, and a row is read from one chunk of each array.
+The bag of a row is its members under knn, and all other rows of its cluster under kmeans and label, where `members` are only the
+nearest of them. This module needs only numpy and zarr, and a row is read from one chunk of each array.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _ARRAYS = {"knn": _TABLE, "label": _TABLE | _CLUSTERS, "kmeans": _TABLE | _CLUST
 
 @dataclass(frozen=True)
 class Bags:
-    """A whole index in memory; the arrays are described above. `settings` records how it was made: method, k, metric, search, ..."""
+    """A whole index in memory; its arrays are described above. `settings` records how it was made: method, k, metric, search, ..."""
 
     settings: dict[str, Any]
     members_TK: np.ndarray
@@ -69,7 +69,8 @@ class Bags:
     def draw(self, rows_B: np.ndarray, u_B: np.ndarray) -> np.ndarray:
         """One member of each anchor's bag, int64 (B,), for `u_B` uniform in [0, 1); the anchor if its bag is empty.
 
-        The bag with equal probability, or the listed members in proportion to exp(cosine / draw_temperature) if the index has one.
+        All members of the bag have equal probability, or, if the index has a draw_temperature, the listed members have probabilities
+        proportional to exp(cosine / draw_temperature).
         """
         if self.settings.get("draw_temperature"):
             return self._draw_by_similarity(rows_B, u_B)
@@ -114,7 +115,7 @@ class Bags:
         return f"{problem}; these images are trained without similar images"
 
     def recall_warning(self) -> str | None:
-        """A warning if the search has missed more than a twentieth of the members."""
+        """A warning if the search has missed more than 5 % of the members."""
         recall = self.settings.get("recall", 1)
         if recall >= _LOW_RECALL:
             return None
@@ -125,14 +126,14 @@ class Bags:
 
 
 def _why_empty(settings: Mapping[str, Any]) -> str:
-    """The cause, depending on how an index was made, and how to fix it."""
+    """Why bags are empty, which depends on how the index was made, and how to fix it."""
     if settings["method"] == "kmeans":
         return f"images are alone in the {settings['clusters']} clusters; lower bagging.clusters"
     if settings["method"] == "label":
         return "images are alone in their classes; set bagging.method: knn"
     ways = [f"raise bagging.probes ({settings['probes']}) or lower bagging.lists ({settings['lists']})"] if "lists" in settings else []
     ways += [f"raise bagging.k ({settings['k']}) or set bagging.mutual: false"] if settings.get("mutual") else []
-    return f"no other image was found for an anchor; {', or '.join(ways) or 'run: dvc repro bag'}"
+    return f"no other image was found for the anchor; {', or '.join(ways) or 'run: dvc repro bag'}"
 
 
 class BagIndex:
@@ -220,7 +221,7 @@ def write_bags(path: Path | str, bags: Bags, listing: str, embeddings: str) -> N
 
 
 class OfListing(Protocol):
-    """The listing of an index, whole or read row by row."""
+    """The listing of an index, either complete or read row by row."""
 
     @property
     def fingerprint(self) -> str: ...

@@ -1,8 +1,8 @@
 """Approximate nearest neighbours for tens of millions of rows by an inverted file, i.e. lists of rows around K-means centroids.
 
 Every row is in the list of its nearest centroid, and its neighbours are searched in the lists of the `probes` centroids nearest to
-it. Within these the search is exact: with all lists probed the result equals that of `top_k`, except for ties that it leaves open. Its
-recall is measured against an exact search for a sample (Sivic and Zisserman 2003; Jégou et al. 2011 for descriptors).
+it. Within these the search is exact: with all lists probed the result equals that of `top_k`, except for ties that `top_k` resolves
+arbitrarily. The recall is measured on a sample with an exact search (Sivic and Zisserman 2003; Jégou et al. 2011 for descriptors).
 
 Shape letters: T train rows, D feature width, C lists, K members, P probes; q rows of a block, n of a choice.
 """
@@ -22,16 +22,16 @@ from bingo.runtime.progress import Bar, progress_bar
 _ITERATIONS = 10  # of K-means: the lists need not be optimal
 _TRAINED_ROWS_A_LIST = 64
 _RECALL_ROWS = 1000
-_PART_ROWS, _PARTS = 131072, 64  # queries of a part that is searched as a whole, or kept, at least; most parts
-_BLOCK_BYTES = 512 << 20  # of queries, with what they probe
-_SCORED_NUMBERS = 2**20  # scores, or numbers of rows, at once: 4 MiB, as caches are fast
-_CROWDED = 256  # rows of a list beyond k that may be nearer to a query than its k nearest so far; if there are more, any of those that tie
+_PART_ROWS, _PARTS = 131072, 64  # least number of queries in a part, which is searched or stored as a whole; largest number of parts
+_BLOCK_BYTES = 512 << 20  # of a block of queries and their probes
+_SCORED_NUMBERS = 2**20  # scores, or numbers of rows, at once: 4 MiB, to stay in a cache
+_CROWDED = 256  # most rows of a list, beyond k, that may be nearer to a query than its k nearest so far; among more, ties are arbitrary
 _PROBE_BYTES = 16  # of one probe of one row: list and cosine, then its place in the order by list
 
 
 @dataclass(frozen=True)
 class InvertedFile:
-    """The number of lists (None: 4 sqrt(T)) and how many of them are searched for each row (at most all)."""
+    """The number of lists (None: 4 sqrt(T)) and how many of them are searched for each row."""
 
     lists: int | None
     probes: int
@@ -42,7 +42,7 @@ class InvertedFile:
         return self.lists or min(rows, round(4 * math.sqrt(rows)))
 
     def cosines(self, rows: int) -> float:
-        """Number of cosines computed by a search among that many rows: training, both assignments, lists (assuming equal sizes), recall."""
+        """Number of cosines that a search among this many rows computes: training, assignments, lists (assuming equal sizes), recall."""
         lists = self.list_count(rows)
         trained = _ITERATIONS * min(rows, _TRAINED_ROWS_A_LIST * lists)
         return float((trained + 2 * rows) * lists + rows * rows * min(self.probes, lists) / lists + min(_RECALL_ROWS, rows) * rows)
@@ -50,11 +50,11 @@ class InvertedFile:
 
 def search_lists(features: Rows, k: int, ivf: InvertedFile, sharing: Sharing = ALONE) -> Found | None:
     """The k nearest rows to each row in the lists that it probes, excluding itself: (rows int32 (T, K), cosines float32 (T, K)), -1 and
-    -inf if these lists hold fewer. None on all but the first process.
+    -inf if these lists contain fewer rows. None on all but the first process.
 
-    Memory in addition to arguments and results: a block of normalised queries with the lists that they probe, of at most 512 MiB, and one
-    list. If features are in a store, blocks and groups of lists are as large as `memory_budget` allows, as the store is read once for each
-    of both.
+    Memory in addition to arguments and results: a block of normalised queries with the lists that they probe, at most 512 MiB, and one
+    list. If features are in a store, blocks and groups of lists are as large as `memory_budget` allows, because the store is read once for
+    each block and each group.
     """
     lists = ivf.list_count(len(features))
     centroids_CD, _ = train_centroids(features, lists, _ITERATIONS, ivf.seed, _TRAINED_ROWS_A_LIST, sharing)
@@ -113,7 +113,7 @@ class _Lists:
         return members_qK, cosines_qK
 
     def _search(self, block: slice, queries: "_ListQueries") -> None:
-        """Each query's own list first: what is found there leaves few of the other lists' rows."""
+        """Search each query's own list first: the neighbours found there exclude most rows of the other lists."""
         list_q = np.searchsorted(self.list_start, np.arange(block.start, block.stop), "right") - 1
         own_start = self.list_start[list_q[0] : list_q[-1] + 2]
         for number, rows_n, own_nD in each_cluster(self.features, self.list_rows_T, own_start):
@@ -166,8 +166,8 @@ class _ListQueries:
             self._merge(asking_m, query_p, rows_n[place_p], cosines_p)
 
     def _near(self, asking_m: np.ndarray, unit_nD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pairs of a query (rising) and a place in the list that may be among its k nearest, but of no query with more than k + 256 of
-        them, and which queries these are."""
+        """Pairs of a query (ascending) and a place in the list that may be among its k nearest, except for queries with more than k + 256
+        of them, which are returned separately."""
         k, scores_mn, least_m = (
             self.members_qK.shape[1],
             self.unit_qD[asking_m] @ unit_nD.T,
@@ -182,7 +182,7 @@ class _ListQueries:
         return query_p[kept_p], place_p[kept_p], crowded_m
 
     def _merge(self, asking_m: np.ndarray, query_p: np.ndarray, rows_p: np.ndarray, cosines_p: np.ndarray) -> None:
-        """Pairs of a query (rising) and a row, with their cosines, into the best."""
+        """Merge pairs of a query (ascending) and a row, with their cosines, into the best neighbours."""
         if not len(query_p):
             return
         pairs_m = np.bincount(query_p, minlength=len(asking_m))
@@ -192,7 +192,7 @@ class _ListQueries:
         self._keep_best(asking_m[pairs_m > 0], rows_qM, cosines_qM)
 
     def _search_all(self, asking_n: np.ndarray, self_n: np.ndarray, rows_n: np.ndarray, base_nD: Rows) -> None:
-        """The queries for which the list is too large, or has too many rows that are nearly the same."""
+        """Search for the queries for which the list is too large, or has too many nearly equal rows."""
         floor_n = self.cosines_qK[asking_n, -1]
         places_nK, cosines_nK = top_k(self.unit_qD[asking_n], base_nD, self.members_qK.shape[1], self_n, floor_Q=floor_n, unit_queries=True)
         self._keep_best(asking_n, np.where(places_nK >= 0, rows_n[places_nK], -1), cosines_nK)
@@ -204,9 +204,9 @@ class _ListQueries:
 
 
 def recall_of(cosines_TK: np.ndarray | None, features: Rows, k: int, seed: int, sharing: Sharing = ALONE) -> float:
-    """The share of the k nearest rows, searched exactly, that were found for up to 1,000 rows drawn from the seed: of those that were
-    found, the ones at least as near as the last exact one (cosines are the same bits in both searches). NaN on all but the first process,
-    which has the cosines."""
+    """The share of the k nearest rows by an exact search that were found, for up to 1,000 rows drawn with the seed. A row counts as found
+    if it is at least as near as the last exact one (both searches compute bitwise equal cosines). NaN on all but the first process, which
+    has the cosines."""
     rows_n = seeds.distinct(seed, "recall", 0, len(features), _RECALL_ROWS)
     _, exact_nK = sharing.nearest("recall", features[rows_n], features, k, rows_n)
     return math.nan if cosines_TK is None else float((cosines_TK[rows_n] >= exact_nK[:, -1:]).mean())

@@ -17,7 +17,7 @@ from bingo.bags.sharing import ALONE, Sharing
 from bingo.runtime.gpus import faiss_resources
 from bingo.runtime.progress import Bar, progress_bar
 
-_TRAINED_NUMBERS = 2**32  # K-means trains on at most 16 GiB of float32, whatever the machine's memory, as bags must not depend on it
+_TRAINED_NUMBERS = 2**32  # K-means trains on at most 16 GiB of float32, on any machine, because bags must not depend on its memory
 _FAISS_QUERIES = 4096  # searched at once by FAISS, whose last bits depend on their number
 _COLUMNS = 128
 
@@ -80,7 +80,7 @@ def _trained(features: Rows, chosen_n: np.ndarray, clusters: int, iterations: in
 
 
 def _chosen_rows(features: Rows, chosen_n: np.ndarray) -> np.ndarray:
-    """These rows, which rise, at length 1: float32 (n, D)."""
+    """The given rows, in ascending order, normalised: float32 (n, D)."""
     unit_nD = np.empty((len(chosen_n), features.shape[1]), np.float32)
     if not len(chosen_n):
         return unit_nD
@@ -91,7 +91,7 @@ def _chosen_rows(features: Rows, chosen_n: np.ndarray) -> np.ndarray:
 
 
 def _add(sums: np.ndarray, own_nD: np.ndarray, cluster_n: np.ndarray, cosines_n: np.ndarray) -> None:
-    """Add each row to the sum of its cluster, in the order of the rows, and its cosine to that of all."""
+    """Add each row to the sum of its cluster, in the order of the rows, and its cosine to the total."""
     import faiss
 
     order_n = np.argsort(cluster_n, kind="stable")
@@ -111,7 +111,7 @@ def _add(sums: np.ndarray, own_nD: np.ndarray, cluster_n: np.ndarray, cosines_n:
 
 
 def _means(sums_CD: np.ndarray, rows_C: np.ndarray, rows: int) -> np.ndarray:
-    """The means of the clusters. An empty one gets half of a larger one, which is drawn in proportion to its rows, as in FAISS."""
+    """The means of the clusters. As in FAISS, an empty cluster gets half of a larger one, drawn in proportion to its number of rows."""
     means_CD = sums_CD * np.where(rows_C > 0, np.float32(1) / np.maximum(rows_C, 1), np.float32(0))[:, None]
     rows_C, draws = rows_C.copy(), np.random.RandomState(1234)  # C++'s std::mt19937, which FAISS draws from
     up_D = np.where(np.arange(means_CD.shape[1]) % 2 == 0, 1 + 2**-10, 1 - 2**-10).astype(np.float32)

@@ -1,5 +1,5 @@
-"""Statistics of a bag index: purity, hubs, orphans, mutual neighbours, similarity, near-duplicates, cluster sizes; and how far bags depend
-on the view, which needs the keys of two.
+"""Statistics of a bag index: purity, hubs, orphans, mutual neighbours, similarity, near-duplicates, cluster sizes; and how much bags depend
+on the view, which needs the keys of two views.
 
 Shape letters: T train rows, K members listed, P key width, C clusters.
 """
@@ -17,7 +17,7 @@ from bingo.runtime.progress import progress_bar
 
 _HUBS = _PAIRS = 10
 _ANCHORS = 1000
-_SHARES = {  # as said in a log
+_SHARES = {  # for the log
     "purity": "{} of the members have their anchor's class",
     "mutual_share": "{} have the anchor in their own bag",
     "view_overlap": "{} are found by another view too",
@@ -29,15 +29,15 @@ _SHARES = {  # as said in a log
 
 @progress_bar("bag statistics")
 def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = float("inf")) -> dict[str, Any]:
-    """JSON-able metrics; shares are of 1, numbers rounded to 6 digits. `labels_T`: classes of the train rows, -1 unknown.
-    `near_cosine`: the cosine above which images are near-duplicates (see `bingo.bags.near_duplicates`); infinite: they are not counted.
+    """JSON-serialisable metrics; shares are from 0 to 1, numbers are rounded to 6 digits. `labels_T`: classes of the train rows, -1
+    unknown. `near_cosine`: the cosine above which images are near-duplicates (see `bingo.bags.near_duplicates`); infinite: not counted.
 
-    Of the listed members: `in_degree` (number of bags that contain a row), `hubs` (the rows in most bags), `closest_pairs` (the 10 pairs
+    For the listed members: `in_degree` (number of bags that contain a row), `hubs` (the rows in most bags), `closest_pairs` (the 10 pairs
     of an anchor and a member with the highest cosines), `orphan_share` (rows in no bag), `mutual_share` (members j of i such that i is a
     member of j), `chance_share` (what that is for members drawn at random, K / (T - 1)), `similarity` (cosines to the anchor),
     `near_duplicates` (rows whose nearest member is one), `empty_bags`, `short_bags` (neither empty nor full), `purity` (mean over bags of
-    the share of members with the anchor's label). Of whole bags: `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`. Of
-    an approximate search: `recall` and, by lists, `lists` and `probes`, as in the settings.
+    the share of members with the anchor's label). For whole bags: `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`. For
+    an approximate search: `recall` and, for ivf, `lists` and `probes`, as in the settings.
     """
     listed_TK = bags.members_TK >= 0
     counts_T = listed_TK.sum(axis=1)
@@ -70,7 +70,7 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = fl
 
 
 def _closest_pairs(bags: Bags) -> list[dict[str, Any]]:
-    """The pairs with the highest cosines, each once; of equal ones those of the smallest rows."""
+    """The pairs with the highest cosines, each once; ties go to the smallest rows."""
     rows = np.argsort(-bags.similarity_TK[:, 0], kind="stable")[
         : 2 * _PAIRS
     ]  # a pair is listed at most twice, and members come nearest first
@@ -86,8 +86,8 @@ def _closest_pairs(bags: Bags) -> list[dict[str, Any]]:
 
 @progress_bar("bags by two views")
 def view_overlap(keys_TP: Rows, other_keys_TP: Rows, k: int, seed: int, sharing: Sharing = ALONE) -> float:
-    """How far bags depend on the view from which they are made: the share of the k nearest rows by the keys of one stored view that are
-    among the k nearest by those of another, averaged over a seeded draw of at most 1,000 anchors. By chance: k / (T - 1).
+    """How much bags depend on the view from which they are made: the share of the k nearest rows by the keys of one stored view that are
+    also among the k nearest by those of another, averaged over a seeded sample of at most 1,000 anchors. By chance: k / (T - 1).
     """
     rows = np.sort(seeds.permutation(seed, "bags by two views", 0, len(keys_TP))[:_ANCHORS])
     views = {"one view": keys_TP, "another view": other_keys_TP}
@@ -96,7 +96,7 @@ def view_overlap(keys_TP: Rows, other_keys_TP: Rows, k: int, seed: int, sharing:
 
 
 def shares_in_words(metrics: dict[str, Any]) -> str:
-    """The shares among `bag_metrics`, for a log."""
+    """The shares in `bag_metrics`, as text for the log."""
     return ", ".join(words.format(f"{100 * metrics[key]:.3g} %") for key, words in _SHARES.items() if key in metrics)
 
 

@@ -1,11 +1,11 @@
-"""Near-duplicates: images so much closer to each other than images are elsewhere that they are probably one image, saved twice, resized,
-brightened or cropped a little.
+"""Near-duplicates: images so much closer to each other than usual that they are probably copies of one image, possibly resized, brightened
+or cropped a little.
 
-How close different images lie depends on the network: of ImageNet's EfficientNet-Lite0 the median cosine of CIFAR's images to their nearest
-is 0.74, of a small MoCo-v2 teacher of digits 0.96. So the limit is a fraction of the usual distance, 1 - cosine, of an image to its tenth
-nearest: the tenth, so that up to nine copies of most images do not make it small. Measured as fractions of that distance, different images
-are never nearer than 0.11 (digits), 0.23 (CIFAR-10) and 0.36 (COCO); a JPEG of quality 75 is at most 0.05, 0.05 and 0.08 from its original
-in each.
+How close different images are depends on the network: the median cosine of an image to its nearest neighbour is 0.74 for CIFAR-10 with
+ImageNet's EfficientNet-Lite0, and 0.96 for digits with a small MoCo-v2 teacher. So the limit is a fraction of the median distance, 1 -
+cosine, of an image to its tenth-nearest neighbour; the tenth, so that up to nine copies of most images do not make it small. In this unit,
+the distance between different images is at least 0.11 (digits), 0.23 (CIFAR-10) and 0.36 (COCO), and that of a JPEG of quality 75 to its
+original at most 0.05, 0.05 and 0.08.
 
 Shape letters: T train rows, Q test rows, D feature width.
 """
@@ -21,9 +21,9 @@ _SAMPLE_ROWS, _PLACE, _PROBES = 1000, 10, 16
 
 
 def near_duplicate_cosine(features_TD: Rows, fraction: float, seed: int, sharing: Sharing = ALONE, name: str = "distances") -> float:
-    """The cosine above which two images are near-duplicates: 1 - `fraction` times the median distance, 1 - cosine, of a row to its tenth
-    nearest (of fewer rows, to the farthest), over a seeded draw of at most 1,000 rows. Infinite if `fraction` is 0, or for a single row.
-    `name`: of this search among those that processes share."""
+    """The cosine above which two images are near-duplicates: 1 - `fraction` times the median distance, 1 - cosine, of a row to its
+    tenth-nearest row (with fewer rows, to the farthest), over a seeded sample of at most 1,000 rows. Infinite if `fraction` is 0, or for a
+    single row. `name` identifies this search among those that processes share."""
     place = min(_PLACE, len(features_TD) - 1)
     if fraction == 0 or place == 0:
         return float("inf")

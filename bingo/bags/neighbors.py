@@ -2,11 +2,11 @@
 
 FAISS resolves ties arbitrarily: the order, and at the cut the set, changes with the number of threads (facebookresearch/faiss issue 1201).
 A block of queries (`_Search.block`) is therefore searched in three steps, in each block of the base:
-  1. `candidates` of `_Cpu` or `_Gpus`: more rows than neighbours, by scores that are nearly the cosines;
-  2. `_rescore`: cosines of those that can enter, one dot product each, so that equal rows give equal numbers on any device; they are
-     merged with the best so far by (cosine, row), independently of the blocks;
-  3. `_attempt` again with more candidates or more exact scores, for queries for which a row that was not a candidate might still belong
-     to the best.
+  1. `candidates` of `_Cpu` or `_Gpus`: more rows than neighbours, by scores that approximate the cosines;
+  2. `_rescore`: cosines of the candidates that may be neighbours, one dot product each, so that equal rows give equal numbers on any
+     device; they are merged with the best so far by (cosine, row), independently of the blocks;
+  3. `_attempt` again with more candidates or more exact scores, for queries for which a row that was not a candidate might still be a
+     neighbour.
 
 Shape letters: Q queries, N rows of the base, D feature width, K neighbours, M candidates; q, n rows of a block.
 """
@@ -27,10 +27,10 @@ _MARGINS = (16, 256)
 # Both rows are rounded by up to 2^-11 of each number, so a score by up to 2^-10 of the sum of |a_i b_i| <= 1; the rest is for the sums.
 _FLOAT16_TOLERANCE, FLOAT32_TOLERANCE = 1.1e-3, 1e-5
 _GPU_MOST_CANDIDATES = 2048  # faiss's limit on GPUs
-_FAISS_LEAST_PRODUCTS = 1e8  # a small cluster is searched by numpy before FAISS's threads are awake
-_GPU_LEAST_PRODUCTS = 1e11  # less takes a second or two on the CPU; a training's probe, whose GPU is full, always stays below
+_FAISS_LEAST_PRODUCTS = 1e8  # numpy searches a small cluster before FAISS's threads have started
+_GPU_LEAST_PRODUCTS = 1e11  # less takes a second or two on the CPU; the probe of a training, whose GPU is full, is always below
 _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from the host
-_GRAPH_KEPT, _GRAPH_LEAST_KEPT = 4, 128  # rows that a walk keeps: CAGRA's itopk_size, at each wanted one and at least
+_GRAPH_KEPT, _GRAPH_LEAST_KEPT = 4, 128  # CAGRA's itopk_size: for each neighbour, and at least
 _THREADS_A_GPU = 2  # while one searches, the other computes its candidates' cosines
 _RESCORED_BYTES, _SCREENED_BYTES = 64 << 20, 64 << 20
 _RESCORED_ROWS = 256  # queries at once; the one with the most candidates sets the number
@@ -39,13 +39,13 @@ Found = tuple[np.ndarray, np.ndarray]
 
 
 class Blocks:
-    """A search of many queries in blocks: here of one process, in memory, whose workers take turns; `found` holds the result."""
+    """A search of many queries in blocks, by the workers of one process in turn; `found` has the result, in memory."""
 
     def __init__(self, queries: int, k: int, block_rows: int | None = None):
         self.found, self._block_rows = nothing_found(queries, k), block_rows
 
     def blocks(self, most_rows: int) -> list[slice]:
-        """All blocks, where `most_rows` queries at once suit device and memory."""
+        """All blocks, if device and memory allow `most_rows` queries at once."""
         return cut(slice(0, len(self.found[0])), self._block_rows or most_rows)
 
     def take(self, number: int, worker: int, workers: int) -> bool:
@@ -53,7 +53,7 @@ class Blocks:
         return number % workers == worker
 
     def keep(self, block: slice, found: tuple[np.ndarray, ...]) -> None:
-        """Store what was found for a block."""
+        """Store the results of a block."""
         self.found[0][block], self.found[1][block] = found
 
 
@@ -70,15 +70,15 @@ def top_k(
     """The k rows of the base with the highest cosine to each query, exactly: (rows int32 (Q, k), cosines float32 (Q, k)).
 
     `query_rows_Q` gives, for each query, the row of the base that is the query itself (-1: none); this row is excluded. Rows with a cosine
-    below `floor_Q` need not be found, which saves time. Ties go to the smaller row (of a
-    tie of more than 256 rows, any). If there are fewer rows than k, rows are padded with -1 and cosines with -inf. A row of zeros has
-    cosine 0 to everything. Features are of any float type and need no normalisation (`unit_queries`: the queries are already normalised by
-    `unit_rows`).
+    below `floor_Q` need not be found, which saves time. Ties go to the smaller row (in a tie of
+    more than 256 rows, to any of them). If there are fewer than k rows, rows are padded with -1 and cosines with -inf. A row of zeros has
+    cosine 0 to everything. Features may have any float type and need not be normalised (`unit_queries`: the queries are already normalised
+    by `unit_rows`).
 
     Memory in addition to arguments and results: a normalised copy of the base (float32; for GPUs float16, and blocks in float32), a
-    block of `block_rows` queries (None: as suits device and memory), 64 MiB for each core, and the base itself if it is in a store. If
-    that does not fit into `budget_bytes` (None: half of what is free), the base is cut into blocks that do, and read once for each block of
-    queries, which are then as many as fit. Raises ValueError if a feature is not finite.
+    block of `block_rows` queries (None: as many as suit device and memory), 64 MiB for each core, and the base itself if it is in a store.
+    If this does not fit into `budget_bytes` (None: half of the free memory), the base is divided into blocks that do, and is read once for
+    each block of queries, which are then as large as possible. Raises ValueError if a feature is not finite.
 
     >>> import numpy as np
     >>> from bingo import top_k
@@ -103,9 +103,9 @@ def search_blocks(
     unit_queries: bool = False,
     by_graph: bool = False,
 ) -> None:
-    """`top_k` of those blocks of queries that this process takes of the task, which keeps what is found; the base is prepared once.
+    """`top_k` for those blocks of queries of the task that this process takes; the task stores the results. The base is prepared once.
 
-    `by_graph`: most of the nearest, by cuVS; the base is held in memory, twice as float16, and on the GPU.
+    `by_graph`: approximate search by cuVS; the base is held in memory, twice as float16, and on the GPU.
     """
     import faiss
 
@@ -142,7 +142,7 @@ def cut(rows: slice, most_rows: int) -> list[slice]:
 
 
 def joined(parts: Sequence[Found]) -> Found:
-    """What was found for consecutive queries, as one."""
+    """Join the results for consecutive queries."""
     return parts[0] if len(parts) == 1 else (np.concatenate([rows for rows, _ in parts]), np.concatenate([cosines for _, cosines in parts]))
 
 
@@ -157,24 +157,24 @@ def best_of(rows_QM: np.ndarray, cosines_QM: np.ndarray, k: int) -> Found:
 
 
 def _ordered(bits: np.ndarray) -> np.ndarray:
-    """The bits of a float32 as an int32 that rises with it, and the bits of such an int32."""
+    """The bits of a float32 as an int32 with the same order, and the inverse."""
     return bits ^ (bits >> 31 & 0x7FFFFFFF)
 
 
 def common_rows(a_QK: np.ndarray, b_QK: np.ndarray) -> np.ndarray:
-    """How many rows each line of `a` shares with that of `b`, int32 (Q,); within one line of either, rows are distinct."""
+    """How many rows each line of `a` shares with the same line of `b`, int32 (Q,); the rows of a line must be distinct."""
     both = np.sort(np.concatenate([a_QK, b_QK], axis=1), axis=1)
     return (both[:, 1:] == both[:, :-1]).sum(axis=1, dtype=np.int32)
 
 
 def nothing_found(queries: int, k: int) -> Found:
-    """The padding of `top_k` alone."""
+    """A result of `top_k` that is only padding."""
     return np.full((queries, k), -1, np.int32), np.full((queries, k), -np.inf, np.float32)
 
 
 class _Attempt(NamedTuple):
-    """The dtype of the rows that are multiplied, by how much their scores may differ from the cosines, and how many candidates there are
-    beyond k and self."""
+    """The dtype of the rows that are multiplied, the largest difference of their scores from the cosines, and the number of candidates
+    in addition to k and the query itself."""
 
     dtype: type
     tolerance: float
@@ -182,8 +182,8 @@ class _Attempt(NamedTuple):
 
 
 class _Cpu:
-    """FAISS on this machine's cores. `attempts`: the first for all queries, each other one for those whose cut the one before left in
-    doubt; `query_rows`: queries of a block where memory allows; `workers`: blocks that are searched at once."""
+    """FAISS on the CPU. `attempts`: the first is for all queries, each further one for those that the previous one could not decide;
+    `query_rows`: queries in a block if memory allows; `workers`: blocks that are searched at once."""
 
     attempts = tuple(_Attempt(np.float32, FLOAT32_TOLERANCE, margin) for margin in _MARGINS)
     query_rows, workers = 16384, 1
@@ -202,7 +202,7 @@ class _Cpu:
 
 
 class _Gpus:
-    """FAISS on GPUs, like `_Cpu`, with rows in float16 as long as they decide; a GPU receives the base again with every block of
+    """FAISS on GPUs, like `_Cpu`, with rows in float16 as long as these suffice; a GPU receives the base again with every block of
     queries."""
 
     attempts = (*(_Attempt(np.float16, _FLOAT16_TOLERANCE, margin) for margin in _MARGINS), _Cpu.attempts[-1])
@@ -226,8 +226,8 @@ class _Gpus:
 
 
 class _Cagra:
-    """CAGRA of cuVS on one GPU, like `_Cpu`: a graph over all rows in float16, along which a search walks to nearer ones. It misses some,
-    so that there is one attempt."""
+    """CAGRA of cuVS on one GPU, like `_Cpu`: a search follows a graph over all rows in float16 to nearer ones. It is approximate, so there
+    is only one attempt."""
 
     attempts = (_Attempt(np.float16, _FLOAT16_TOLERANCE, _MARGINS[0]),)
     query_rows, workers = 131072, 1
@@ -257,14 +257,14 @@ def _device(k: int, products: float) -> _Cpu | _Gpus:
 
 
 def gpus_for(products: float) -> list[int]:
-    """The GPUs of `faiss_gpus` if that many products of two numbers are worth the copies to them, otherwise none."""
+    """The GPUs of `faiss_gpus` if the number of products of two numbers is worth copying the data to them, otherwise none."""
     return faiss_gpus() if products >= _GPU_LEAST_PRODUCTS else []
 
 
 class _Base:
-    """The rows to find, in memory if they and a copy at length 1 fit the budget, otherwise in blocks that take half of it: the other
-    half is for the queries (as found, float32, and a GPU's float16), of which `query_rows` may then be in memory. For GPUs the copy is
-    float16, and half of the budget is kept for blocks in float32."""
+    """The rows to find, in memory if they and a normalised copy fit the budget, otherwise in blocks that take half of it. The other
+    half is then for `query_rows` queries (as stored, in float32, and for a GPU in float16). For GPUs the copy is float16, and half of the
+    budget is kept for blocks in float32."""
 
     def __init__(self, rows: Rows, device: _Cpu | _Gpus | _Cagra, budget_bytes: int, threads: int):
         width, in_store = rows.shape[1], not isinstance(rows, np.ndarray)
@@ -278,7 +278,7 @@ class _Base:
         self._block_bytes, self._read_bytes = worker_bytes, width * in_store * rows.dtype.itemsize
 
     def blocks(self, dtype: type, threads: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first row, rows as given, rows at length 1 in this dtype) of each block."""
+        """(first row, rows as given, normalised rows in this dtype) of each block."""
         if self.unit_ND is not None and self.unit_ND.dtype == dtype:
             yield 0, self.rows[:], self.unit_ND
             return
@@ -291,7 +291,7 @@ class _Base:
 
 @dataclass(frozen=True)
 class _Queries:
-    """Queries at length 1, the row of the base that each is (-1: none), and the cosine below which it needs no neighbour."""
+    """Normalised queries, the row of the base that is each query itself (-1: none), and the cosine below which it needs no neighbour."""
 
     unit_qD: np.ndarray
     self_rows_q: np.ndarray
@@ -303,7 +303,7 @@ class _Queries:
 
 @dataclass(frozen=True)
 class _Search:
-    """The search of one block of queries; `threads` of its own."""
+    """The search of one block of queries, with its own `threads`."""
 
     base: _Base
     device: _Cpu | _Gpus | _Cagra
@@ -323,7 +323,7 @@ class _Search:
         return rows_qK, cosines_qK
 
     def _hopeful(self, queries: _Queries) -> slice | np.ndarray:
-        """The queries that have a row above their floor; all queries if finding out would cost more than the search."""
+        """The queries that have a row above their floor; all queries if checking would cost more than the search."""
         unit_ND = self.base.unit_ND
         if isinstance(self.device, _Gpus) or unit_ND is None or np.isneginf(queries.floor_q).all():
             return slice(None)
@@ -354,7 +354,7 @@ class _Search:
         device."""
         (rows_qK, cosines_qK), (scores_qM, places_qM) = best, found
         part_rows = max(1, min(_RESCORED_ROWS, _RESCORED_BYTES // (4 * places_qM.shape[1] * base_nD.shape[1])))
-        asked_q = np.argsort(-hopeful_q, kind="stable")[: np.count_nonzero(hopeful_q)]  # those with equally many are in one part
+        asked_q = np.argsort(-hopeful_q, kind="stable")[: np.count_nonzero(hopeful_q)]  # queries with similar numbers are in one part
 
         def one_part(start: int) -> None:
             part = asked_q[start : start + part_rows]

@@ -1,6 +1,6 @@
-"""Matrices of features, in memory or read block by block from a store: norms, normalised rows, and how much memory is free.
+"""Matrices of features, in memory or read block by block from a store: norms, normalised rows, and the free memory.
 
-Shape letters: N rows, D feature width, n rows of a block or of a choice.
+Shape letters: N rows, D feature width, n rows of a block or of a selection.
 """
 
 import os
@@ -21,7 +21,7 @@ _OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class Rows(Protocol):
-    """The interface that a search needs of a matrix (N, D) of any float type: a numpy array, or `bingo.runtime.chunks.StoredRows`."""
+    """The interface of a matrix (N, D) of any float type that a search needs: a numpy array, or `bingo.runtime.chunks.StoredRows`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -32,8 +32,8 @@ class Rows(Protocol):
 
 
 def memory_budget() -> int:
-    """Bytes that a stage may use: half of what is free on this machine or within the limits of its control group (containers,
-    SLURM), divided by the processes of a group, at least 256 MiB. Results do not depend on it, only how often a store is read."""
+    """Bytes that a stage may use: half of the free memory of this machine or of its control group (containers, SLURM), divided by the
+    number of processes on it, at least 256 MiB. It affects only how often a store is read, not results."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of a group, on this machine
     return max(_LEAST_BUDGET_BYTES, min([psutil.virtual_memory().available, *_cgroup_room()]) // 2 // processes)
 
@@ -87,7 +87,7 @@ def blocks(x: Rows, block_rows: int = _READ_ROWS, first: int = 0, end: int | Non
 
 
 def in_threads(work: Callable[[int], None], starts: Sequence[int], threads: int) -> None:
-    """`work` of every start; numpy computes without Python's lock."""
+    """Call `work` for every start, in threads, since numpy releases Python's lock."""
     if len(starts) == 1 or threads == 1:
         for start in starts:
             work(start)

@@ -1,11 +1,11 @@
-"""Who builds the bags: this process alone, or a group of processes that take blocks of rows from one another until none is left.
+"""How the building of bags is shared: one process does it alone, or the processes of a group take blocks of rows until none are left.
 
-What a block gives is a file in a folder that all processes see, so that no process holds the results of the others, a slow one delays
-the rest by one block at most, and a search that was interrupted goes on with the blocks that are missing. Cosines do not depend on blocks
-(see bingo.bags.neighbors), so the bags are those of one process. Two kinds of work are cut differently:
+The result of a block is a file in a folder that all processes see. So no process holds the results of the others, a slow process delays
+the others by one block at most, and an interrupted search resumes with the missing blocks. Cosines do not depend on blocks
+(see bingo.bags.neighbors), so the bags are those of one process. Two kinds of work are divided differently:
   queries of all rows   by queries: each process needs the whole base;
-  a few queries         by rows of the base, of which each process reads its blocks alone (`Sharing.nearest`).
-K-means keeps the rows that it trains on: each process holds a span of them, and sums go through the processes in turn (`in_turn`).
+  a few queries         by rows of the base: each process reads only its blocks (`Sharing.nearest`).
+For K-means, each process holds a span of the training rows, and sums pass through the processes in turn (`in_turn`).
 """
 
 import io
@@ -21,15 +21,15 @@ from bingo.bags.rows import Chosen, Rows
 from bingo.runtime.artefacts import write_bytes
 from bingo.runtime.errors import UserError
 
-_TAKEN = "taken"  # of files, each of which says that a process has taken a block
+_TAKEN = "taken"  # folder of files, one for each block that a process has taken
 _BLOCKS_A_PROCESS = 4  # a slow process delays the others by a quarter of its share
 _LEAST_BLOCKS, _MOST_QUERIES = 64, 131072  # of a search of all rows among all, which may take hours
 
 
 class Sharing:
-    """The processes of this run. Every one of them calls the same methods in the same order; `folder` (None: this process works alone, and
-    keeps nothing) is where blocks are kept, in which only the group writes. Results are None on all but the first process, unless they are
-    needed `everywhere`."""
+    """The processes of this run. All of them call the same methods in the same order. `folder` is where blocks are stored, to which only
+    the group writes (None: this process works alone, and stores nothing). Results are None on all but the first process, unless they are
+    documented as returned everywhere."""
 
     def __init__(self, folder: Path | None = None):
         self._folder, self._processes, self._rank = folder, 1, 0
@@ -54,13 +54,13 @@ class Sharing:
             distributed.barrier()
 
     def parts(self, rows: int, multiple: int = 1, least: int = 1, most_rows: int | None = None) -> list[slice]:
-        """`rows` rows in blocks of a multiple of `multiple` rows: at least four for each process where there are several, at least `least`,
-        and of `most_rows` at most."""
+        """Divide `rows` rows into blocks of a multiple of `multiple` rows and of at most `most_rows`: at least four for each process if
+        there are several, and at least `least`."""
         blocks = max(least, _BLOCKS_A_PROCESS * self._processes if self._processes > 1 else 1)
         return cut(slice(0, rows), min(most_rows or rows, multiple * -(-rows // (blocks * multiple))))
 
     def all_nearest(self, name: str, features: Rows, k: int, by_graph: bool = False) -> Found | None:
-        """`top_k` of all rows among all rows, each without itself; `by_graph`: see `search_blocks`."""
+        """`top_k` of all rows among all rows, excluding each row itself; `by_graph`: see `search_blocks`."""
         parts = self.parts(len(features), least=_LEAST_BLOCKS, most_rows=_MOST_QUERIES)
         return self._search(name, parts, features, features, k, np.arange(len(features)), by_graph=by_graph)
 
@@ -120,7 +120,7 @@ class Sharing:
     def of_rows(
         self, name: str, parts: list[slice], work: Callable[[slice], tuple[np.ndarray, ...]], everywhere: bool = False
     ) -> tuple[np.ndarray, ...] | None:
-        """The arrays that `work` gives for consecutive blocks of rows, one after the other; for all rows at once if nothing is kept."""
+        """The arrays that `work` returns for consecutive blocks of rows, concatenated; for all rows at once if nothing is stored."""
         if self._folder is None:
             return work(slice(0, parts[-1].stop))
         task = _BlockFiles(self._folder / name, parts)
@@ -128,8 +128,8 @@ class Sharing:
         return self._result(task, everywhere)
 
     def once(self, name: str, work: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-        """What `work` of all processes gives on the first, everywhere: a run that goes on after an interruption reads it, as on a GPU
-        it would not give the same again."""
+        """The result of `work` on the first process, returned everywhere. It is stored, and read by a resumed run, because on a GPU
+        `work` would not give the same result again."""
         if self._folder is None:
             return work()
         task = _BlockFiles(self._folder / name, [slice(0, 1)])
@@ -145,14 +145,14 @@ class Sharing:
         return task.result() if everywhere or self.first else None
 
     def span(self, rows: int, multiple: int) -> tuple[int, int]:
-        """The first row of this process's share of consecutive rows, and the one after its last. Shares begin at multiples of `multiple`;
-        the last is not shorter than that if there are so many rows."""
+        """The first row of this process's share of consecutive rows, and the row after its last. Shares begin at multiples of `multiple`;
+        the last is not shorter than that if there are enough rows."""
         blocks = max(1, rows // multiple)
         first, end = (multiple * (blocks * rank // self._processes) for rank in (self._rank, self._rank + 1))
         return first, rows if self._rank == self._processes - 1 else end
 
     def in_turn(self, x: np.ndarray, work: Callable[[np.ndarray], None]) -> np.ndarray:
-        """`x` of the first process after every process has worked on it in place, one after the other in their order; everywhere."""
+        """`x` of the first process after every process has worked on it in place, in their order; returned everywhere."""
         if self._processes == 1:
             work(x)
             return x
@@ -174,14 +174,14 @@ class _BlockFiles(Blocks):
         return self._folder / f"{block.start}-{block.stop}.npz"
 
     def missing(self) -> bool:
-        """Whether any block is not there."""
+        """Whether a block is missing."""
         return not all(self._file(block).exists() for block in self.parts)
 
     def blocks(self, most_rows: int) -> list[slice]:
         return self.parts
 
     def take(self, number: int, worker: int, workers: int) -> bool:
-        """Whether this process is the first of the group to take a block that is not there."""
+        """Whether this process is the first of the group to take a missing block."""
         if self._file(self.parts[number]).exists():
             return False
         try:
@@ -211,7 +211,7 @@ class _BlockFiles(Blocks):
             raise UserError(f"{self._file(block)}: is damaged ({error}); delete it and run: dvc repro bag") from None
 
     def result(self) -> tuple[np.ndarray, ...]:
-        """The arrays of all blocks, one after the other."""
+        """The arrays of all blocks, concatenated."""
         whole: tuple[np.ndarray, ...] = ()
         for block in self.parts:
             found = self.read(block)
@@ -222,7 +222,7 @@ class _BlockFiles(Blocks):
 
 
 def of_all(block: slice, rows_T: Sequence[int] | np.ndarray) -> str:
-    """What the label of a progress bar says of a block of rows; empty if these are all."""
+    """The description of a block of rows for a progress bar; empty if it has all rows."""
     return "" if block.stop - block.start == len(rows_T) else f" of {block.start:,} to {block.stop - 1:,}"
 
 

@@ -17,8 +17,8 @@ _BLOCK_ROWS = 8192
 
 @dataclass(frozen=True)
 class BagDiff:
-    """Of every anchor: `jaccard_T` float32, rows in both bags over rows in either (1 where both are empty), of whole bags (all
-    others of a cluster, not those that are listed alone); `purity_before_T`, `purity_after_T` float32 of the listed members.
+    """For every anchor: `jaccard_T` float32, the number of rows in both bags over the number in either (1 if both are empty), for whole
+    bags (all other rows of a cluster, not only the listed ones); `purity_before_T`, `purity_after_T` float32 of the listed members.
     """
 
     jaccard_T: np.ndarray
@@ -26,12 +26,12 @@ class BagDiff:
     purity_after_T: np.ndarray
 
     def most_changed(self, count: int) -> np.ndarray:
-        """The rows int64 (count,) with the least overlap and, of equal ones, the largest change of purity."""
+        """The rows int64 (count,) with the smallest overlap; ties are ordered by the change of purity, largest first."""
         gain_T = np.nan_to_num(self.purity_after_T - self.purity_before_T)  # 0 if either is unknown
         return np.lexsort((np.arange(len(self.jaccard_T)), -np.abs(gain_T), self.jaccard_T))[:count]
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able figures over all anchors; shares are of 1, numbers rounded to 6 digits.
+        """JSON-serialisable figures over all anchors; shares are from 0 to 1, numbers are rounded to 6 digits.
 
         `same_bags`, `disjoint_bags`, `gained_anchors` and `lost_anchors` are counts. Purity after = before + gained + lost.
         """

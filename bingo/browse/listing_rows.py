@@ -1,6 +1,6 @@
 """A listing that reads only the rows asked for, so that commands that show one bag start in well under a second.
 
-`read_listing` reads everything and checks everything; this reads the footer and single row groups, and checks what it reads.
+`read_listing` reads and checks everything; this reads the footer and single row groups, and checks these.
 """
 
 import json
@@ -76,7 +76,7 @@ class ListingRows:
         return paths, labels_R
 
     def row_of(self, path: str) -> int:
-        """The row of a path, or of the only path that differs from it just in case or Unicode form.
+        """The row of a path, or of the only path that differs from it only in case or Unicode form.
 
         Raises UserError if there is none, and suggests paths that contain the last part.
         """
@@ -97,7 +97,7 @@ class ListingRows:
         raise UserError(f"{path!r}: no such path in {self.name} ({len(self)} rows){near}")
 
     def _similar_rows(self, path: str) -> list[int]:
-        """The rows of paths that are equal to this one but for case and Unicode form."""
+        """The rows of paths that differ from this one only in case or Unicode form."""
         import pyarrow.compute as pc
 
         wanted, found = normalize("NFC", path).lower(), []

@@ -1,6 +1,6 @@
 """All pairs of an anchor and a member of its bag as a table, written to a file block by block: only paths and labels are held in memory.
 
-One line a pair, in the order of the anchors' rows and, for one anchor, of rank. Shape letters: K members listed, L lines, D feature width.
+One line per pair, in the order of the anchors' rows, then of rank. Shape letters: K members listed, L lines, D feature width.
 
     row, member                 int32           rows of the listing: the anchor's and the member's
     path, member_path           string          their paths in the listing
@@ -40,7 +40,7 @@ def write_pairs(
     advance_to: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Write all pairs of an index in the format of `path`'s suffix, atomically, and return their number. `advance_to` is called with the
-    number of anchors that are done. Raises UserError where an artefact is damaged."""
+    number of anchors that are done. Raises UserError if an artefact is damaged."""
     columns = _COLUMNS if features is None else _COLUMNS | {"features": pa.list_(pa.float32(), features.shape[1])}
     schema, lines = pa.schema(columns), 0
     with new_file(path) as partial, _WRITERS[path.suffix](partial, schema) as writer:

@@ -45,7 +45,8 @@ class Pictures:
         return self.stored_rows == 0
 
     def picture(self, row: int, path: str, side_px: int) -> Image.Image | None:
-        """The RGB image of a row: as stored, or decoded with its longer side at least `side_px` where it is; None if it cannot be read."""
+        """The RGB image of a row: as stored, or decoded with a longer side of at least `side_px` if the file has it; None if it cannot be
+        read."""
         try:
             if not self.are_files:
                 return self._stored(row)
@@ -85,7 +86,7 @@ def file_picture(path: Path) -> Image.Image:
 
 
 def fitted(picture: Image.Image, side_px: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The whole picture in its own shape, its longer side `side_px`, and where it is centred in a square of that side (left, top).
+    """The whole picture with its aspect ratio and a longer side of `side_px`, and its position (left, top) in a square of that side.
 
     Small pictures are enlarged without smoothing, so that pixels stay visible.
     """

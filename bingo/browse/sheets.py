@@ -61,7 +61,7 @@ def side_by_side(names: tuple[str, str], anchors: list[tuple[Tile, list[Tile], l
         for left, bag in zip(lefts, bags, strict=True):
             _draw_grid(sheet, draw, bag, left, top, columns)
         top += height + 2 * _GAP
-    legend = "frame: green with a tick, the anchor's class; red with a cross, another. Faded: in both bags."
+    legend = "Frame: green with a tick: the anchor's class; red with a cross: another class. Faded: in both bags."
     draw.text((_MARGIN, top), legend, _FAINT, _font(13))
     return sheet
 

@@ -1,5 +1,5 @@
-"""The command `bingo`, also as `python -m bingo.cli`: run by the code of the workspace that contains the current folder, if that has its
-own, since its stages run that code too."""
+"""The command `bingo`, also as `python -m bingo.cli`. If the workspace that contains the current folder has its own code, this runs it, as
+the stages do."""
 
 import os
 import sys

@@ -120,7 +120,7 @@ def gallery(
     rev: Rev = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the page; by default .bingo/gallery.")] = None,
 ) -> None:
-    """Write an offline page of all bags, to search, sort and click from bag to bag. It needs neither a server nor a network."""
+    """Write an offline page for searching, sorting and browsing all bags. It needs neither a server nor a network."""
     from bingo.browse.gallery.build import build_gallery, is_current
     from bingo.cli.browse_source import BagSource
 
@@ -153,7 +153,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The file to write; by default bags.parquet or bags.csv.")] = None,
     force: Force = False,
 ) -> None:
-    """Write all bags as a table for other programs, one line for each pair of an anchor and a member, nearest first."""
+    """Write all bags as a table for other programs, one row for each pair of an anchor and a member, nearest first."""
     from bingo.bags.index import read_bags
     from bingo.browse.pairs import write_pairs
     from bingo.cli.browse_source import BagSource
@@ -161,7 +161,7 @@ def export(
     from bingo.runtime.progress import progress_bar
 
     if features and to == "csv":
-        raise UserError("--features: CSV holds no lists of numbers; give --to parquet, or leave --features out")
+        raise UserError("--features: CSV cannot hold lists of numbers; give --to parquet, or leave --features out")
     path = from_here("--out", out or Path(f"bags.{to}"))
     check_output("--out", path, [f".{to}"], force)
     source = BagSource(rev)
@@ -239,7 +239,7 @@ def _file_name(stem: str, *sources: "BagSource") -> str:
 
 
 def _checked(out: Path | None, force: bool) -> Path | None:
-    """The place of the picture. Raises UserError if it cannot be written there."""
+    """The path of the picture. Raises UserError if it cannot be written there."""
     if out is not None:
         check_output("--out", out := from_here("--out", out), [".png"], force)
     return out

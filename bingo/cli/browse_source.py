@@ -1,4 +1,4 @@
-"""What the `bags` commands read from the workspace or a revision. Each artefact is opened when it is first needed."""
+"""The artefacts that the `bags` commands read from the workspace or a revision. Each is opened when it is first needed."""
 
 import io
 import operator
@@ -67,7 +67,7 @@ class BagSource:
         return self.index.train_rows
 
     def __getitem__(self, row: int) -> Bag:
-        """The bag of a train row. Raises UserError if it does not exist, TypeError for what is not an integer."""
+        """The bag of a train row. Raises UserError if the row does not exist, TypeError if it is not an integer."""
         row = operator.index(row)
         members, similarity = self.index.members(row), self.index.similarity(row)
         (path,), (label,) = self.listing.rows([row])
@@ -77,7 +77,7 @@ class BagSource:
         return map(self.__getitem__, range(len(self)))
 
     def _repr_html_(self) -> str:
-        """Their number, and a few of them as pictures."""
+        """The number of bags, and a few of them as pictures."""
         rows = np.linspace(0, len(self) - 1, min(len(self), _BAGS_IN_NOTEBOOK)).astype(int).tolist()
         return f"<p>{len(self):,} bags: {escape(self.title)}</p>" + "".join(self[row]._repr_html_() for row in rows)
 
@@ -103,15 +103,15 @@ class BagSource:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """What the stage `bag` found of the whole index (see `bingo.bags.metrics`). Raises UserError as `index` does, and if the file
-        is absent or damaged."""
+        """The statistics of the whole index, as computed by the stage `bag` (see `bingo.bags.metrics`). Raises UserError as `index` does,
+        and if the file is absent or damaged."""
         self.index  # noqa: B018 (of this listing)
         with TemporaryDirectory() as folder:
             return read_json(self.artefacts.local(paths.REPORTS / "bags.json", Path(folder)))
 
     @property
     def root(self) -> Path:
-        """The folder of the image files, or of the large files that hold them."""
+        """The folder of the image files or shards."""
         return Path(images_folder(str(self.artefacts.folder / (self.artefacts.dataset.get("root") or "."))))
 
     @cached_property
@@ -129,7 +129,7 @@ class BagSource:
 
     @property
     def title(self) -> str:
-        """What the bags were made from: name, method and its main parameter."""
+        """How the bags were made: name, method and its main parameter."""
         index = self.index
         clusters = f", {index.attrs['clusters']} clusters" if index.method == "kmeans" and "clusters" in index.attrs else ""
         lists = f", {index.attrs['probes']} of {index.attrs['lists']} lists" if "probes" in index.attrs else ""

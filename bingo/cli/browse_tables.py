@@ -45,7 +45,7 @@ def stats_text(source: BagSource, metrics: dict[str, Any]) -> str:
         [
             head,
             table(("figure", "value"), rows),
-            "chance share: what mutual share and view overlap are if members are drawn at random; good bags are many times above it",
+            "chance share: the value of mutual share and view overlap if members were drawn at random; good bags are many times above it",
             "",
             "hubs: the rows in most bags",
             table(("row", "bags", *_labels(source, "label"), "path"), lines, "rr"),

@@ -13,7 +13,7 @@ from bingo.pipeline.commands import as_seen_from_here, check_output, from_here
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images, at any depth.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images, also in its sub-folders.")],
     out: Annotated[Path, typer.Option(help="The file to write, float32: .npy (with the paths in a .txt file) or .parquet.")],
     student: Annotated[Path | None, typer.Option(help="File of a student or baseline; by default models/student.safetensors.")] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="Use the teacher instead of the student.")] = False,
@@ -33,7 +33,7 @@ def main(
     folder, out = from_here("FOLDER", folder), from_here("--out", out)
     student = student and from_here("--student", student)
     if teacher and student:
-        raise UserError(f"--student = {student}: --teacher embeds by {paths.TEACHER}; give one of the two")
+        raise UserError(f"--student = {student}: --teacher embeds with {paths.TEACHER}; give one of the two")
     check_output("--out", out, SUFFIXES, force)
     for beside in files_of(out)[1:]:
         check_output("--out: list of paths", beside, [beside.suffix], force)

@@ -1,7 +1,7 @@
-"""bingo experiments: compare the DVC experiments of one commit, and the run that it holds, in a page, and as Markdown on stdout.
+"""bingo experiments: compare the DVC experiments of one commit, and its own run, in a page, and as Markdown on stdout.
 
-What DVC shows (parameters, metrics) comes from `dvc exp show`; timings come from the records that stages keep of experiments in
-.bingo/runs/EXPERIMENT (bingo/pipeline/run.py).
+Parameters and metrics come from `dvc exp show`; timings come from the records of stages in .bingo/runs/EXPERIMENT
+(bingo/pipeline/run.py).
 """
 
 import json
@@ -29,8 +29,8 @@ def main(
     against: Annotated[str | None, typer.Option(help="Reference variant of the differences; by default method-moco.")] = None,
     rev: Annotated[str, typer.Option(help="The commit whose experiments are compared.")] = "HEAD",
 ) -> None:
-    """Compare DVC's experiments, `committed` (the run of the commit itself) and `workspace` (the run in this folder, if it is another
-    one) with the reference: write reports/experiments.html, and print its tables."""
+    """Compare DVC's experiments, `committed` (the run of the commit itself) and `workspace` (the run in this folder, if it differs) with
+    the reference: write reports/experiments.html, and print its tables."""
     from bingo.report.experiments import variants
     from bingo.report.experiments_page import build_page
     from bingo.report.experiments_table import by_seed, correlation_text, summary
@@ -60,14 +60,13 @@ def main(
 
 
 def _reference(names: Collection[str]) -> str | None:
-    """The variant AGAINST, or else the only variant in which it is applied to a base recipe (benchmarks/compare.py)."""
+    """The variant AGAINST, or otherwise the only variant in which it is applied to a base recipe (benchmarks/compare.py)."""
     found = [name for name in names if name.rpartition("+")[2] == AGAINST]
     return AGAINST if AGAINST in names else found[0] if len(found) == 1 else None
 
 
 def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
-    """The commit, and its experiments that have finished, the committed run and that of the workspace. Raises UserError if there is
-    none."""
+    """The commit, and its finished experiments, the committed run and that of the workspace. Raises UserError if there are none."""
     from bingo.report.experiments import Experiment
 
     entries = [entry for entry in reversed(_shown_by_dvc(revision)) if entry["rev"] != "workspace" or revision == "HEAD"]
@@ -84,7 +83,7 @@ def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
 
 
 def _standing(entries: list[dict[str, Any]]) -> "list[Experiment]":
-    """The run of the commit, and that of the workspace if it is another one: each with the parameters that dvc.lock has of its report."""
+    """The run of the commit, and that of the workspace if it differs, each with the parameters of its report in dvc.lock."""
     from bingo.report.experiments import Experiment
 
     found: list[Experiment] = []
@@ -97,7 +96,7 @@ def _standing(entries: list[dict[str, Any]]) -> "list[Experiment]":
 
 
 def _reported_params(revision: str) -> dict[str, Any]:
-    """All parameters of the run that made the report, which may not be those of params.yaml; empty where there is no such run."""
+    """All parameters of the run that made the report, which may differ from params.yaml; empty if there is no such run."""
     from ruamel.yaml import YAML
 
     if revision == "workspace":
@@ -121,9 +120,9 @@ def _shown_by_dvc(revision: str) -> list[dict[str, Any]]:
 
 
 def _elsewhere() -> str:
-    """The way out: the newest commit that has experiments, or how to make some."""
+    """How to fix the error: the newest commit that has experiments, or how to run some."""
     listed = subprocess.run(
         ["git", "for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps"], capture_output=True, text=True, check=False
     )
     commits = ["".join(Path(line).parts[2:4]) for line in listed.stdout.split() if len(Path(line).parts[2]) == 2]
-    return f"; the newest experiments are of --rev {commits[0][:7]}" if commits else "; run some: make compare"
+    return f"; the newest experiments are those of --rev {commits[0][:7]}" if commits else "; run some: make compare"

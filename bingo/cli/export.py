@@ -24,14 +24,14 @@ def main(
         Path | None,
         typer.Option(help="File of a student or baseline, e.g. models/best/student.safetensors; by default models/student.safetensors."),
     ] = None,
-    head: Annotated[Literal["none", "linear"], typer.Option(help="linear: classify with the layer that linear_eval has trained.")] = "none",
-    int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: weights and activations of 8 bits.")] = False,
+    head: Annotated[Literal["none", "linear"], typer.Option(help="linear: add the classifier that linear_eval has trained.")] = "none",
+    int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: quantise weights and activations to 8 bits.")] = False,
     calibration_images: Annotated[
-        int | None, typer.Option(min=1, help="With --int8: train images that set the activations' ranges; by default 512.")
+        int | None, typer.Option(min=1, help="With --int8: number of train images for calibrating activations; by default 512.")
     ] = None,
     test_images: Annotated[
         int | None,
-        typer.Option(min=1, help="With --int8 or --head linear: images, at most, on which the file is compared; by default 1000."),
+        typer.Option(min=1, help="With --int8 or --head linear: most images on which the file is compared; by default 1000."),
     ] = None,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="With --to hub: upload the folder with your token.")] = None,
     license_id: Annotated[str | None, typer.Option("--license", help="With --to hub: the licence in the card, e.g. apache-2.0.")] = None,
@@ -86,12 +86,13 @@ def main(
 
 
 def _check_options(to: str, can_classify: bool, given: Mapping[str, tuple[object, bool, str]]) -> None:
-    """Raises UserError for options that do not fit the target: of each its value (None: not given), whether it is used, and what with."""
+    """Raise UserError for options that have no effect with the target. For each: its value (None: not given), whether it is used, and the
+    option that it needs."""
     from bingo.runtime.errors import UserError
 
     lines = [] if can_classify else [f"--head = linear: --to {to} writes no classifier; export --to timm, hub, onnx or torch"]
     idle = {name: (value, wanted) for name, (value, used, wanted) in given.items() if value is not None and not used}
-    lines += [f"{name} = {value}: does nothing without {wanted}; add that, or leave {name} out" for name, (value, wanted) in idle.items()]
+    lines += [f"{name} = {value}: has no effect without {wanted}; add that, or leave {name} out" for name, (value, wanted) in idle.items()]
     if lines:
         raise UserError(lines)
 
@@ -109,10 +110,10 @@ def _check_out(to: str, out: Path, suffixes: Sequence[str], force: bool) -> Path
 
 
 def _sample(classified: "StoredNetwork", listing: str, calibration_images: int, test_images: int) -> "Sample":
-    """The workspace's images; `listing` is the fingerprint of that on which the classifier was trained."""
+    """The workspace's images; `listing` is the fingerprint of the listing on which the classifier was trained."""
     from bingo.export.measured import open_sample
 
     sample = open_sample(classified.image, classified.classifier, listing, calibration_images, test_images)
     if calibration_images > (most := sample.listing.train_rows):
-        typer.echo(f"note: --calibration-images = {calibration_images}: there are {most:,} train images, all are used", err=True)
+        typer.echo(f"note: --calibration-images = {calibration_images}: there are only {most:,} train images, which are all used", err=True)
     return sample

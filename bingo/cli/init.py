@@ -1,4 +1,4 @@
-"""bingo init: from a folder of images to a params.yaml that suits them, in one command; in an empty folder also to a workspace.
+"""bingo init: write a params.yaml that suits a folder of images; in an empty folder, also create a workspace.
 
 bingo init ~/photos --teacher dinov2-s --minutes 30
 """
@@ -31,13 +31,13 @@ def main(
             metavar="FOLDER", help="Images: train/CLASS and val/CLASS, CLASS alone, or a flat folder; tar shards; a saved dataset."
         ),
     ],
-    teacher: Annotated[str | None, typer.Option(help="One that `bingo teachers` lists, or its file.")] = None,
-    student: Annotated[str | None, typer.Option(help="A network of timm or torchvision/NAME; without it a ResNet-18.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="A name listed by `bingo teachers`, or the file of its weights.")] = None,
+    student: Annotated[str | None, typer.Option(help="A network of timm, or torchvision/NAME; by default a ResNet-18.")] = None,
     student_weights: Annotated[
-        str | None, typer.Option(help="What the student starts from: timm, torchvision or a file; without it random numbers.")
+        str | None, typer.Option(help="The student's initial weights: timm, torchvision or a file; by default random.")
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="The file of the teacher's weights.")] = None,
-    minutes: Annotated[float | None, typer.Option(min=1, help="What the whole run may take on this machine.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A file of the teacher's weights.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=1, help="Time limit for the whole run on this machine.")] = None,
     follow_links: Annotated[bool, typer.Option("--follow-links", help="Follow links that lead out of FOLDER.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be chosen, and write nothing.")] = False,
 ) -> None:
@@ -130,7 +130,7 @@ def _refuse_empty(arguments: dict[str, str | None]) -> None:
 
 
 def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_type: str) -> "ChosenTeacher":
-    """The teacher that was named, by its own name or by its file's; without one DINOv2, or for small images on a CPU a new one."""
+    """The teacher given by its name or by its file's name; by default DINOv2, or for small images on a CPU a teacher to be pretrained."""
     from bingo.params.known import known_names, known_teacher
     from bingo.planning.first_params import SMALL_PX, ChosenTeacher, Network
     from bingo.runtime.errors import UserError, near_matches
@@ -164,14 +164,14 @@ def _whose_file(file_name: str) -> str:
     found = [name for name, published_name in published.items() if published_name == file_name]
     if len(found) != 1:
         problem = f"several teachers have a file of this name ({', '.join(found)})" if found else "no known teacher has a file of this name"
-        way_out = "name the teacher whose weights it holds: --teacher NAME --checkpoint FILE, see: bingo teachers"
+        way_out = "give the name of the teacher whose weights it contains: --teacher NAME --checkpoint FILE, see: bingo teachers"
         raise UserError(f"{file_name}: {problem}; {way_out}")
     return found[0]
 
 
 def _student(arch: str | None, weights: str | None, look: "Look") -> "Network | None":
-    """The student that was named, or that is in the file of weights of an earlier run; one with other weights has their usual form. Raises
-    UserError for a network that does not exist."""
+    """The given student, or the one in a file of weights of an earlier run; with other weights, the network has its standard width and
+    stem. Raises UserError for a network that does not exist."""
     from bingo.nets.checkpoint import own_metadata
     from bingo.params.arch_names import arch_mistake, tag_mistake
     from bingo.planning.first_params import Network, stem_for
@@ -190,7 +190,7 @@ def _student(arch: str | None, weights: str | None, look: "Look") -> "Network | 
 
 
 def _normalisation(weights: str | None, network: "Network | None") -> dict[str, list[float]]:
-    """Mean and std that the student's weights were trained with, as their own file says, or as timm does of its network."""
+    """Mean and std with which the student's weights were trained, from their own file or from timm."""
     import timm
 
     from bingo.nets.checkpoint import own_metadata
@@ -203,7 +203,7 @@ def _normalisation(weights: str | None, network: "Network | None") -> dict[str, 
 
 
 def _seen_lines(folder: str, look: "Look") -> list[str]:
-    """What is in the folder."""
+    """Lines on the content of the folder."""
     names = printable(", ".join(look.classes[:3]))
     classes = f"{len(look.classes):,} class{'es'[: 2 * (len(look.classes) > 1)]} ({names}{', ...' if len(look.classes) > 3 else ''})"
     labels = classes if look.classes else "no labels"
@@ -215,49 +215,53 @@ def _seen_lines(folder: str, look: "Look") -> list[str]:
     lines.append(f"short side: median {median} px, from {least} to {most}, of {opened} images that were opened{gray}")
     if look.unreadable:
         shown = ", ".join(map(printable, look.unreadable[:3]))
-        lines.append(f"unreadable: {len(look.unreadable)} of {look.sampled} ({shown}); such files are left out, and counted")
+        lines.append(f"unreadable: {len(look.unreadable)} of {look.sampled} ({shown}); such files are left out and counted")
     return lines
 
 
 def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights: str | None) -> list[str]:
-    """What was chosen and why."""
+    """Lines on what was chosen and why."""
     from bingo.params.known import known_names, known_teacher
     from bingo.planning.first_params import PRETRAINED, SMALL_PX, split_counts
 
     student, (train, held_out) = plan.student, split_counts(look)
     lines = []
     if not held_out:
-        lines.append(f"test images: none, as {train} images are too few to hold a part out")
+        lines.append(f"test images: none, because {train} images are too few to hold some out")
     elif not look.test:
-        lines.append(f"test images: {held_out:,} of the train images are held out, as there is no test split")
+        lines.append(f"test images: {held_out:,} of the train images are held out, because there is no test split")
     if plan.train_images < train:
-        lines.append(f"train images: {plan.train_images:,} of {train:,} are drawn, to keep the time; all: dataset.train_images: null")
+        lines.append(
+            f"train images: {plan.train_images:,} of {train:,} are drawn, to stay within the time; for all, set dataset.train_images: null"
+        )
     if teacher.name is None:
         network = f"{PRETRAINED.arch} x {PRETRAINED.width:g}"
-        lines.append(f"teacher: {network}, trained here by MoCo-v2 on these images; published ones: bingo teachers")
+        lines.append(f"teacher: {network}, pretrained with MoCo-v2 on these images; for published teachers, see: bingo teachers")
     else:
         known = known_teacher(teacher.name)
         held = teacher.checkpoint or known.place or f"{known.address}, downloaded once"
         licence = known.licence or "licence not known"
         lines.append(f"teacher: {teacher.name} at {plan.teacher_px} px ({known.title}; {licence}); weights: {held}")
         if not (teacher.checkpoint or known.on_disk) and (others := [name for name in known_names() if known_teacher(name).on_disk]):
-            lines.append(f"without a network: --teacher with one whose weights are on this disk, {' or '.join(others)}")
-    kept = "kept in memory" if look.short_px[1] <= SMALL_PX else "decoded at each use"
+            lines.append(f"without network access, give --teacher with weights that are on this disk: {' or '.join(others)}")
+    kept = "kept in memory" if look.short_px[1] <= SMALL_PX else "decoded on every access"
     start = f", starting from {printable(weights)}" if weights else ""
     lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px{start}; images are {kept}")
     lines.append(f"training: BINGO, {plan.epochs} epochs, {plan.views} stored view{'s'[: plan.views > 1]} of each image")
     if held_out and not look.classes:
-        lines.append("figures: agreement with the teacher on the test images, as there are no labels")
+        lines.append("evaluation: agreement with the teacher on the test images, because there are no labels")
     return lines
 
 
 def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, smaller: str) -> list[str]:
-    """The time of the run on this machine; where it is too long, `smaller` is what could be named."""
+    """Lines on the time of the run on this machine; `smaller` is what to choose if it is too long."""
     of_teacher, of_student, evaluations = (seconds / 60 for seconds in plan.seconds)
     machine = f"{cores} CPU cores" if device_type == "cpu" else "one GPU"
     starts = plan.minutes - sum(plan.seconds) / 60
     parts = f"teacher {of_teacher:.1f}, student {of_student:.1f}, evaluations {evaluations:.1f}, starting the stages {starts:.1f}"
-    lines = [f"time: about {plan.minutes:.{int(plan.minutes < 10)}f} min on {machine} with nothing else to do, by a short trial ({parts})"]
+    lines = [
+        f"time: about {plan.minutes:.{int(plan.minutes < 10)}f} min on {machine} if otherwise idle, estimated by a short trial ({parts})"
+    ]
     if round(plan.minutes, int(plan.minutes < 10)) > budget:
-        lines.append(f"warning: more than {budget:g} min, though this is the cheapest choice; give more --minutes, or name {smaller}")
+        lines.append(f"warning: more than {budget:g} min, although this is the cheapest choice; raise --minutes, or choose {smaller}")
     return lines

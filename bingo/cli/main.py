@@ -1,5 +1,5 @@
-"""The command `bingo`: one subcommand for each stage, and tools for the results of a run. Nothing heavy is imported before a command needs
-it."""
+"""The command `bingo`: one subcommand for each stage, and tools for the results of a run. Large libraries are imported only by the commands
+that need them."""
 
 import importlib
 import sys
@@ -13,8 +13,8 @@ from bingo.cli.shipped import HOME
 from bingo.pipeline.commands import app_of, run_command
 
 STAGES = (
-    "scan", "teacher", "extract", "bag", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar", "transfer_coco",
-    "report",
+    "scan", "teacher", "extract", "bag", "weights", "distill", "baseline", "linear_eval", "knn_eval", "semi_eval", "transfer_cifar",
+    "transfer_coco", "report",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ app.add_typer(recipe.app, name="recipe", help="List, show, check and apply recip
 
 
 def main() -> None:
-    """Run the command by this code."""
+    """Run the command with this code."""
     run_command(app)
 
 

@@ -90,7 +90,7 @@ def show(name: Name) -> None:
     typer.echo(recipe_path(FOLDER, name).read_text())
     typer.echo("It sets:")
     for key, value in flattened(spelled_out(recipe.overlay)):
-        if not value and key in ("report.title", "report.published"):  # another recipe's are taken away; this one sets none
+        if not value and key in ("report.title", "report.published"):  # the values of another recipe are removed; this one sets none
             continue
         typer.echo(f"  {key}: {as_text(value)}")
     typer.echo()
@@ -113,8 +113,8 @@ def _about_lines(recipe: "Recipe", teacher: "TeacherParams") -> list[str]:
 
 @app.command()
 def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the images; sets dataset.root.")] = None) -> None:
-    """Apply a recipe to params.yaml: print each change, validate the result, then write it. Comments are kept. A recipe `method-...` takes
-    the place of another one: what that has set goes back to the committed values."""
+    """Apply a recipe to params.yaml: print each change, validate the result, then write it. Comments are kept. A recipe `method-...`
+    replaces another one, whose settings are first reset to the committed values."""
     from bingo.params import read_yaml, validate
     from bingo.planning.recipes import as_text, lay_over, read_recipe, replaced
     from bingo.runtime.errors import UserError
@@ -137,7 +137,7 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the
 
 
 def _committed() -> dict[str, Any]:
-    """params.yaml as it was committed; empty where git does not have it, or has what cannot be read."""
+    """The committed params.yaml; empty if git does not have it, or if it cannot be read."""
     from ruamel.yaml import YAML
 
     if not shutil.which("git"):
@@ -158,7 +158,8 @@ def seen_from_workspace(root: str) -> str:
 
 
 def write_params(overlay: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Lay `overlay` over the file params.yaml, which then holds `expected`; its remarks stay. Raises UserError if it is read-only."""
+    """Lay `overlay` over the file params.yaml, which then contains `expected`; its comments are kept. Raises UserError if it is
+    read-only."""
     from bingo.runtime.artefacts import write_bytes
     from bingo.runtime.errors import UserError
 
@@ -182,12 +183,14 @@ def _rewritten(overlay: dict[str, Any], expected: dict[str, Any]) -> str:
             return text
     except Exception:  # a comment behind a list, as other tools leave it, makes the library write what it cannot read
         pass
-    typer.echo("warning: params.yaml: comments are lost: one behind a value would break the file; see: git diff params.yaml", err=True)
+    typer.echo(
+        "warning: params.yaml: comments are lost, because one after a value would break the file; see: git diff params.yaml", err=True
+    )
     return _dumped(expected)
 
 
 def _keep_lists_on_one_line(section: Any) -> None:
-    """New lists as [a, b], which is how the others stand in the file."""
+    """Write new lists as [a, b], like the others in the file."""
     from ruamel.yaml.comments import CommentedSeq
 
     for key, value in section.items():
@@ -207,7 +210,7 @@ def _dumped(document: Any) -> str:
 
 
 def _folded(line: "re.Match[str]") -> str:
-    """A section on one line, in several of at most 140 columns, as the shipped ones are."""
+    """A one-line section, folded to lines of at most 140 columns, like those in the shipped file."""
     return line[0] if len(line[0]) <= 140 else re.sub(r"(.{80,138},) (?=\w+: )", rf"\1\n{line[1]}    ", line[0])
 
 
@@ -216,7 +219,7 @@ def _yaml() -> Any:
     from ruamel.yaml import YAML
 
     yaml = YAML()
-    yaml.width = 4096  # no line breaks of its own
+    yaml.width = 4096  # no additional line breaks
     yaml.preserve_quotes = True
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))  # not an empty field
     return yaml
@@ -224,8 +227,8 @@ def _yaml() -> Any:
 
 @app.command()
 def check(name: Annotated[str | None, typer.Argument(help="A recipe to apply first; by default params.yaml as it is.")] = None) -> None:
-    """Dry run: build the networks, read the teacher's checkpoint if it exists, train one step on fabricated images, and report the costs
-    and what is missing. Exit code 0: nothing is missing; 2: something is missing or wrong."""
+    """Dry run: build the networks, read the teacher's checkpoint if it exists, train one step on synthetic images, and report the costs
+    and anything missing. Exit code 0: nothing is missing; 2: something is missing or wrong."""
     from bingo.cli import recipe_check
     from bingo.params import read_yaml, validate
     from bingo.planning.recipes import About, lay_over, read_recipe

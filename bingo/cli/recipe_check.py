@@ -1,5 +1,5 @@
-"""`bingo recipe check`: build everything that a run builds and try it on fabricated images, before any image is read; and the cost
-estimate of a run, which `show` prints too."""
+"""`bingo recipe check`: build all networks of a run and try them on synthetic images, before any image is read; and the cost estimate of a
+run, which `show` also prints."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ def check(params: Params, about: About, say: Callable[[str], None]) -> list[str]
     say(f"student: {network.arch} x {network.width:g} at {params.image.crop_px} px, {_millions(student.method.student)}")
     with progress_bar("a step"):
         terms = ", ".join(f"{name} {value:.4g}" for name, value in student.step().items())
-    say(f"step: {student.name} on {student.anchors} anchors of fabricated images: {terms}")
+    say(f"step: {student.name} on {student.anchors} anchors of synthetic images: {terms}")
     if counts is not None:
         with progress_bar("counting the cost of a step"):
             lines, memory = _cost_lines(params, counts, teacher, student), step_memory(params, student, teacher, counts)
@@ -53,7 +53,7 @@ def check(params: Params, about: About, say: Callable[[str], None]) -> list[str]
 
 
 def _images_and_mistakes(params: Params) -> tuple[Counts | None, list[str]]:
-    """How many images are there, and a line for each limit that the parameters break, by themselves and on these."""
+    """The number of images, and a line for each limit that the parameters exceed, by themselves or with these images."""
     lines = [line for line in weights_mistakes(params) if line not in absent_weights(params)]
     try:
         check_limits(params, expected_processes())
@@ -90,7 +90,7 @@ def _missing(params: Params, about: About) -> Iterator[str]:
 
 
 def _names_file(params: Params) -> bool:
-    """Whether the teacher is one of a file."""
+    """Whether the teacher is read from a file."""
     return params.teacher.checkpoint is not None and params.teacher.source not in ("pretrain", "random")
 
 
@@ -117,7 +117,7 @@ def _millions(network: nn.Module) -> str:
 
 
 def cost_lines(params: Params, about: About) -> list[str]:
-    """The estimate, counted on fabricated data with a randomly initialised teacher."""
+    """The estimate, counted on synthetic data with a randomly initialised teacher."""
     teacher = dry_teacher(params, checkpoint=False)
     counts = known_counts(params, about)
     if counts is None:
@@ -126,7 +126,7 @@ def cost_lines(params: Params, about: About) -> list[str]:
 
 
 def known_counts(params: Params, about: About) -> Counts | None:
-    """Number of images in the dataset: as given in the recipe, or else as found; None if neither is known."""
+    """Number of images in the dataset: as given in the recipe, or otherwise as found; None if neither is known."""
     if about.images is not None and params.dataset.source in FILE_SOURCES:
         train, test = params.dataset.train_images, params.dataset.test_images
         return Counts(train or about.images.train, test or about.images.test)

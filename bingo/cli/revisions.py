@@ -109,11 +109,11 @@ class Revision:
         if self._hash(path) or self._hash(out):
             again = f"git worktree add ../again {self._files.repo.get_rev()[:7]}, and there: dvc repro bag"
             return UserError(
-                f"{out} of {self.name}: its data are neither in the DVC cache nor on a remote; push them from where they were made"
+                f"{out} of {self.name}: its data are neither in the DVC cache nor on a remote; push them from the machine that made them"
                 f" (dvc push, dvc exp push), or recreate them: {again}"
             )
-        way_out = "commit dvc.lock after dvc repro (git add dvc.lock, git commit), and name that commit"
-        return UserError(f"{out} of {self.name}: this revision has no such file, as its dvc.lock does not list it; {way_out}")
+        way_out = "commit dvc.lock after dvc repro (git add dvc.lock, git commit), and give that commit"
+        return UserError(f"{out} of {self.name}: this revision has no such file, because its dvc.lock does not list it; {way_out}")
 
     def _hash(self, path: str) -> str | None:
         try:
@@ -156,8 +156,8 @@ def _files_of(revision: Revision) -> Any:
     from dvc.api import DVCFileSystem
 
     class Files(DVCFileSystem):  # type: ignore[misc]
-        """zarr treats a file that cannot be read as one that was never written; this distinguishes the two. Relative paths are those of the
-        folder in which this was opened, wherever the process goes."""
+        """zarr treats a file that cannot be read as one that was never written; this distinguishes the two. Relative paths refer to the
+        folder that was current when this was opened."""
 
         @cached_property
         def place(self) -> str:

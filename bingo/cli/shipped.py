@@ -1,7 +1,7 @@
-"""A workspace in an empty folder: a copy of the package and of the files that a clone has beside it, as far as a run needs them.
+"""A workspace in an empty folder: a copy of the package and of the other files of a clone that a run needs.
 
-They lie in the clone, or in an installed package in bingo/_workspace (setup.py). The copied code is what DVC hashes and the stages run,
-so that the dependencies of dvc.yaml are the same relative paths as in a clone, and their outputs the same in DVC's cache.
+They are taken from the clone, or from bingo/_workspace in an installed package (setup.py). DVC hashes the copied code and stages run it,
+so the dependencies in dvc.yaml have the same relative paths as in a clone, and a workspace shares results in DVC's cache with clones.
 """
 
 import shutil
@@ -24,8 +24,8 @@ _NO_GIT = "[core]\n", "[core]\n    no_scm = true\n"
 
 @contextmanager
 def workspace_here(images: Path, keep: bool) -> Iterator[bool]:
-    """Make the current folder a workspace unless it is one, and yield whether it was made; it is removed again after an error, or if it is
-    not to be kept. Raises UserError if there is anything in the folder but hidden files and the one that holds the folder `images`."""
+    """Make the current folder a workspace unless it is one, and yield whether it is new; a new one is removed again after an error, or
+    without `keep`. Raises UserError if the folder contains anything except hidden files and the folder with `images`."""
     if Path("params.yaml").exists():
         yield False
         return
@@ -47,7 +47,7 @@ def workspace_here(images: Path, keep: bool) -> Iterator[bool]:
 
 
 def in_git() -> bool:
-    """Whether the current folder is in a repository of Git, whose program may be missing."""
+    """Whether the current folder is in a Git repository; false if git is not installed."""
     return any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
 
 
@@ -66,5 +66,5 @@ def _refuse_full(images: Path, made: list[str]) -> None:
     ]  # fmt: skip
     if others:
         shown = printable(", ".join(others[:3])) + (", ..." if len(others) > 3 else "")
-        way_out = "change into the folder that holds params.yaml, or into an empty one, which bingo init makes a workspace"
+        way_out = "change into the folder of params.yaml, or into an empty folder, in which bingo init creates a workspace"
         raise UserError(f"params.yaml: does not exist here, and the folder is not empty ({shown}); {way_out}")

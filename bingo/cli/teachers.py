@@ -1,4 +1,4 @@
-"""bingo teachers: the teachers that `teacher.name` may name, one file of data each in bingo/teachers/known/."""
+"""bingo teachers: the teachers that can be selected by `teacher.name`, each described by a file in bingo/teachers/known/."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from bingo.params.known import KnownTeacher
 
 
-def main(name: Annotated[str | None, typer.Argument(help="All that is known of one teacher.")] = None) -> None:
-    """List the teachers that are known by name, or print one: what it is, its weights and their licence, what it sees, what it costs."""
+def main(name: Annotated[str | None, typer.Argument(help="A teacher to describe.")] = None) -> None:
+    """List the teachers that can be selected by name, or describe one: network, weights, licence, image size and normalisation, cost."""
     from bingo.params.known import known_names, known_teacher
 
     if name is None:
@@ -41,12 +41,12 @@ def _shown(name: str, known: "KnownTeacher") -> str:
     rows = {
         "licence": known.licence or "not known",
         "weights": known.address,
-        "file": known.place or f"{network.source} downloads it; without a network: {known.way_in()}",
-        "network": f"{network.arch} x {network.width:g}, {known.parameters_m:.1f} M parameters, {known.gflop:.2f} GFLOP an image",
+        "file": known.place or f"{network.source} downloads it; without network access: {known.way_in()}",
+        "network": f"{network.arch} x {network.width:g}, {known.parameters_m:.1f} M parameters, {known.gflop:.2f} GFLOP per image",
         "feature, key": f"{known.feature_width}, {known.key_width} numbers" + (f" (pooling {network.pooling})" if network.pooling else ""),
-        "sees": f"short side to {image.resize_px} px ({image.interpolation}), {image.crop_px} px from the middle",
+        "sees": f"short side resized to {image.resize_px} px ({image.interpolation}), central {image.crop_px} px",
         "mean, std": f"{image.mean}, {image.std}",
-        "ImageNet top-1": f"{', '.join(figures)} ({known.published_by})" if figures else "no figure in this project's sources",
+        "ImageNet top-1": f"{', '.join(figures)} ({known.published_by})" if figures else "not known",
         "to use it": f"dvc exp run -S teacher.name={name}",
     }
     width = max(map(len, rows))

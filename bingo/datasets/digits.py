@@ -24,7 +24,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_test_digit(labels_D: np.ndarray, seed: int) -> np.ndarray:
-    """The test digits, bool (D,): a fifth of each class, drawn by seed. All placements of a digit are in the same split."""
+    """Which digits are for testing, bool (D,): a fifth of each class, drawn by seed. All placements of a digit are in the same split."""
     is_test_D = np.zeros(len(labels_D), bool)
     order_D = seeds.permutation(seed, "digits/split", 0, len(labels_D))
     for label in np.unique(labels_D):
@@ -36,8 +36,8 @@ def is_test_digit(labels_D: np.ndarray, seed: int) -> np.ndarray:
 def draw_digits(digits_D88: np.ndarray, digits_N: np.ndarray, placements_N: np.ndarray, dataset: DatasetParams, seed: int) -> np.ndarray:
     """Digit `digits_N[n]` in placement `placements_N[n]` on a black canvas: uint8 (N, S, S, 3), S = store_px.
 
-    The side is a fraction `placement_scale` of the canvas, the centre anywhere that keeps the upright square inside, the angle
-    within `placement_degrees`; all are uniform and drawn by (digit, placement).
+    The side is a share in `placement_scale` of the canvas, the centre any point for which the upright square is inside, and the angle
+    within `placement_degrees`; all are uniform and depend on (digit, placement).
     """
     assert dataset.store_px is not None
     canvas_px = dataset.store_px

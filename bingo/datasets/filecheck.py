@@ -24,14 +24,14 @@ from bingo.runtime.progress import Bar, progress_bar
 from bingo.runtime.workers import worker_pool
 
 CHUNK_FILES, _CHUNKS_AHEAD = 64, 64
-HEADER_BYTES = 65536  # hold the header of most files
+HEADER_BYTES = 65536  # enough for the header of most files
 
 
 @dataclass(frozen=True, eq=False)
 class Checks:
-    """The results for N files: what is in each; `largest_N` int32, the largest value of a 16-bit greyscale image, -1 for any other;
+    """The results for N files: their contents; `largest_N` int32, the largest value of a 16-bit greyscale image, -1 for any other;
     `deep_colours_N` bool, whether it has 16 bits per colour channel; `reasons`, by row, why a file is not a readable image;
-    `not_read`, rows whose reason is the machine's, which may be another the next time."""
+    `not_read`, rows that could not be read for a reason of the machine's, which may not recur."""
 
     contents: Contents
     largest_N: np.ndarray
@@ -86,8 +86,8 @@ def check_files(
     """Check N files; with `store_px` also their pixels as squares, uint8 (N, S, S, 3), black where unreadable.
 
     `decode`: read, hash and decode each file; otherwise only its size and header (and what `store_px` needs), without a hash.
-    `gray_bits` is as in `bingo.images.decode.to_rgb`. What is `known` of files that have not changed is not found out again, except for
-    pixels and for parts of large files.
+    `gray_bits` is as in `bingo.images.decode.to_rgb`. Results that are `known` for unchanged files are reused, except pixels and parts of
+    large files.
     """
     images_NSS3 = None if store_px is None else np.zeros((len(files), store_px, store_px, 3), np.uint8)
     sha256_N = np.zeros((len(files), 32), np.uint8) if decode else None
@@ -117,7 +117,7 @@ def check_files(
 def _check_rows(
     pool: Executor, files: FileImages, rows_n: np.ndarray, checks: Checks, images_NSS3: np.ndarray | None, gray_bits: int | None, bar: Bar
 ) -> None:
-    """Check some of the files, whose chunks are handed to the workers a few at a time."""
+    """Check some of the files; chunks are handed to the workers a few at a time."""
     store_px = None if images_NSS3 is None else images_NSS3.shape[1]
     chunks = [rows_n[start : start + CHUNK_FILES].tolist() for start in range(0, len(rows_n), CHUNK_FILES)]
     work = partial(_check_chunk, checks.contents.sha256_N is not None, store_px, gray_bits)
@@ -150,7 +150,7 @@ def common_bits(files: FileImages, checks: Checks, images_NSS3: np.ndarray | Non
 
 
 class _CheckedFile(NamedTuple):
-    """What a worker finds of one file."""
+    """A worker's result for one file."""
 
     size_bytes: int
     sha256: bytes

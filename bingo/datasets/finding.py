@@ -1,4 +1,4 @@
-"""Find the images of a dataset that consists of files: of a folder, of tar shards, or of a saved dataset."""
+"""Find the images of a dataset that consists of files: a folder, tar shards, or a saved dataset."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class Found:
 
 
 def find(source: str, root: str, follow_links: bool, columns: tuple[str | None, str | None], say: Say, name: str = "dataset.root") -> Found:
-    """The images of a source that consists of files; `columns` are those of image and label of a saved dataset. `say` is called with a line
-    for everything that is assumed or passed over; in messages the root is called `name`.
+    """The images of a source that consists of files; `columns` are the image and label columns of a saved dataset. `say` is called with a
+    line for everything that is assumed or skipped; messages call the root `name`.
 
-    Raises UserError for everything that is wrong with the layout; no image is read.
+    Raises UserError for all errors in the layout; no image is read.
     """
     if source == "folder":
         train, test = find_splits(Path(root), follow_links, say, name)
-        return Found(train, test, lambda paths: FileImages(root, paths, follow_links=True))  # links were judged by `find_splits`
+        return Found(train, test, lambda paths: FileImages(root, paths, follow_links=True))  # links were checked by `find_splits`
     if source == "webdataset":
         from bingo.datasets.shards import read_shards
 
@@ -50,7 +50,7 @@ def find(source: str, root: str, follow_links: bool, columns: tuple[str | None, 
 
 
 def source_of(root: str) -> str:
-    """Which source a folder or a pattern is: by what is in it, where no image is there beside it."""
+    """The source of a folder or a pattern: shards or a saved dataset if it contains such files and no images, otherwise a folder."""
     if not Path(root).is_dir():
         return "webdataset" if root.endswith((".tar", "}")) or set(root) & set("{*?") else "folder"
     sources = {"webdataset": (".tar",), "huggingface": (".arrow", ".parquet")}

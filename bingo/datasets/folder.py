@@ -23,8 +23,8 @@ _DATASET = "folder"
 
 
 def find_files(dataset: DatasetParams, say: Say) -> Found:
-    """The images of `dataset.root`; `say` is given a line for each thing that is assumed or passed over. Raises UserError for every
-    mistake in the layout."""
+    """The images of `dataset.root`; `say` is called with a line for everything that is assumed or skipped. Raises UserError for all errors
+    in the layout."""
     columns = (dataset.image_column, dataset.label_column) if dataset.source == "huggingface" else (None, None)
     return find(dataset.source, str(dataset.root), dataset.follow_links, columns, say)
 
@@ -32,11 +32,11 @@ def find_files(dataset: DatasetParams, say: Say) -> Found:
 def scan_files(
     dataset: DatasetParams, seed: int, say: Say, judge: Callable[[Counts], None], known: KnownFiles | None = None
 ) -> tuple[Listing, np.ndarray | Positions | None]:
-    """Listing and, with store_px, images of `dataset.root`, or the positions of those that are parts of large files; `say` is given a line
-    for each thing that is assumed or passed over, `judge` how many images there are, before any is read. What is `known` of files is not
-    found out again.
+    """Listing and, with store_px, images of `dataset.root`, or the positions of images that are parts of large files. `say` is called with
+    a line for everything that is assumed or skipped, and `judge` with the numbers of images before any is read. Results that are `known`
+    for unchanged files are reused.
 
-    Raises UserError for every mistake in the layout or the files.
+    Raises UserError for all errors in the layout or the files.
     """
     found = find_files(dataset, say)
     train, test = found.train, found.test
@@ -102,7 +102,8 @@ def _say_of_rows(paths: Paths, sha256_N: np.ndarray | None, labels_N: np.ndarray
 
 
 def _without_held_out(dataset: DatasetParams, found: Found, seed: int, known: KnownFiles | None) -> tuple[Split, Split]:
-    """The train split without the rows that are held out, and these as the test split; where unreadable images are skipped, it has none."""
+    """The train split without the rows that are held out, and the latter as the test split, without unreadable images if these are
+    skipped."""
     train = found.train
     rows = readable_rows(train.labels_N, dataset.test_images or 0, seed, "hold-out", _readable(dataset, found, known, train.paths, set()))
     is_test_N = np.zeros(len(train.paths), bool)
@@ -111,7 +112,7 @@ def _without_held_out(dataset: DatasetParams, found: Found, seed: int, known: Kn
 
 
 def _readable(dataset: DatasetParams, found: Found, known: KnownFiles | None, paths: Paths, passed_over: set[str]) -> Readable:
-    """Which of the rows of `paths` can be read; the paths of others are added to `passed_over`."""
+    """Which of the rows of `paths` can be read; the paths of unreadable images are added to `passed_over`."""
 
     def readable(rows: np.ndarray) -> np.ndarray:
         if dataset.on_bad_image == "stop":  # the whole scan, where one is not
@@ -129,7 +130,8 @@ def _part_of(split: Split, chosen_N: np.ndarray) -> Split:
 
 
 def _copies_of_train(checks: Checks, train_rows: int) -> np.ndarray:
-    """Whether a row from `train_rows` on is, byte for byte, the file of a row before, bool (N,); without hashes none is known to be."""
+    """Whether the file of a row from `train_rows` on is a byte-for-byte copy of that of an earlier row, bool (N,); all false without
+    hashes."""
     copies_N = np.zeros(len(checks), bool)
     if checks.contents.sha256_N is not None:
         copies_N[train_rows:] = _row_of_train(checks.contents.sha256_N, train_rows) >= 0
@@ -137,7 +139,8 @@ def _copies_of_train(checks: Checks, train_rows: int) -> np.ndarray:
 
 
 def _row_of_train(sha256_N: np.ndarray, train_rows: int) -> np.ndarray:
-    """Of each row from `train_rows` on, the last row before `train_rows` with the same hash, int64 (Q,); -1: there is none, or no hash."""
+    """For each row from `train_rows` on, the last row before `train_rows` with the same hash, int64 (Q,); -1 if there is none or no
+    hash."""
     train_T = column_of_bytes(sha256_N[:train_rows][::-1])
     place_Q = pc.index_in(column_of_bytes(sha256_N[train_rows:]), train_T).fill_null(-1).to_numpy()
     return np.where((place_Q >= 0) & sha256_N[train_rows:].any(axis=1), train_rows - 1 - place_Q, -1)
@@ -152,7 +155,7 @@ def _choose(
     seed: int,
     passed_over: set[str],
 ) -> tuple[Paths, np.ndarray]:
-    """Paths and labels of a split after drawing a seeded subset; unreadable images, where they are skipped, are added to `passed_over`."""
+    """Paths and labels of a split after drawing a seeded subset; unreadable images, if they are skipped, are added to `passed_over`."""
     number = {class_name: label for label, class_name in enumerate(classes)}
     labels_N = np.array([*(number[name] for name in split.classes), -1])[split.labels_N]
     rows = draw_subset(dataset, name, labels_N, seed, readable(split.paths, passed_over))
@@ -163,8 +166,8 @@ def _choose(
 
 
 def _judge_bad(dataset: DatasetParams, paths: Paths, checks: Checks, some_train: bool, way_out: str) -> None:
-    """Raises UserError with a line for each unreadable file, unless such files are to be skipped and train images are left; if only those
-    are not, with `way_out`."""
+    """Raise UserError with a line for each unreadable file, unless these are to be skipped and train images are left; if no train images
+    are left, with `way_out`."""
     bad = [(paths[row], row, reason) for row, reason in sorted(checks.reasons.items())]
     if not bad:
         return

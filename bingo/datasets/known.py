@@ -1,7 +1,7 @@
-"""What earlier scans have found of files that have not changed since: a killed scan goes on, and one of an unchanged folder reads no file.
+"""Results of earlier scans for unchanged files, so that a killed scan resumes, and the scan of an unchanged folder reads no files.
 
-A file has not changed if path, size, both times of change in nanoseconds and inode are what they were, as for Git. Outputs do not depend on
-this: what is not known, or damaged, is read. Shape letter: N files.
+As in Git, a file counts as unchanged if its path, size, both times of change in nanoseconds and inode are the same. Outputs do not depend
+on this: files without a known, undamaged result are read. Shape letter: N files.
 """
 
 import os
@@ -20,7 +20,7 @@ from bingo.runtime.artefacts import fingerprint, write_bytes
 from bingo.runtime.checksums import Damaged, seal, unseal
 from bingo.runtime.workers import worker_pool
 
-SAVED_FILES = 65536  # results are saved each time this number of files has been checked
+SAVED_FILES = 65536  # results are saved each time this many files have been checked
 ALONE_UP_TO_FILES = 2**18  # a process looks at these many files in a second
 _SETTLED_NS = 2 * 10**9  # a file that was changed just before may change again within the clock's resolution
 _PATH, _IDENTITY = "path", "identity"
@@ -33,7 +33,7 @@ _SCHEMA = pa.schema(
 
 
 class KnownFiles:
-    """The results for files, kept in `folder`. `made_by`: what identifies the code that checks; results of other code are forgotten."""
+    """The results for files, kept in `folder`. `made_by` identifies the code that checks them; results of other code are discarded."""
 
     def __init__(self, folder: Path, made_by: str):
         self._folder, self._made_by = folder, made_by
@@ -49,7 +49,7 @@ class KnownFiles:
         return self._tables[place]
 
     def find(self, place: str, paths: Sequence[str], identity_N4: np.ndarray) -> tuple[np.ndarray, pa.Table]:
-        """Which of N files have not changed, bool (N,), and the rows known of those. `place`: what identifies folder and kind of check."""
+        """Which of N files have not changed, bool (N,), and their results. `place` identifies the folder and the kind of check."""
         known = self.read(place)
         if not len(known):
             return np.zeros(len(paths), bool), known
@@ -62,7 +62,7 @@ class KnownFiles:
         return same_N, found
 
     def add(self, place: str, paths: Sequence[str], identity_N4: np.ndarray, columns: dict[str, pa.Array], begun_ns: int) -> None:
-        """Save what was found of some files, whose identity was taken after `begun_ns` and before they were read."""
+        """Save the results for some files, whose identities were read after `begun_ns` and before their contents."""
         settled_N = pa.array(identity_N4[:, 2] < begun_ns - _SETTLED_NS)
         identity = column_of_bytes(identity_N4.view(np.uint8))
         table = pa.table({_PATH: path_column(paths), _IDENTITY: identity, **columns}, schema=_SCHEMA).filter(settled_N)
@@ -71,7 +71,7 @@ class KnownFiles:
         self._write(place, table)
 
     def keep(self) -> None:
-        """Keep what this scan has asked for, in one part of each place, and forget the rest."""
+        """Keep the results that this scan has asked for, merged into one part for each place, and discard the rest."""
         for place, tables in self._used.items():
             old = list(self._folder.glob(f"{fingerprint(place)}-*"))
             if self._new.get(place) or len(old) > 1:
@@ -104,18 +104,18 @@ def identities(known: pa.Table) -> np.ndarray:
 
 
 def column_of_bytes(x_n32: np.ndarray) -> pa.Array:
-    """uint8 (n, 32) as a column of 32 bytes a row."""
+    """uint8 (n, 32) as a column of 32 bytes per row."""
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(x_n32), [None, pa.py_buffer(np.ascontiguousarray(x_n32))])
 
 
 def fixed_bytes(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of 32 bytes a row as uint8 (N, 32)."""
+    """A column of 32 bytes per row as uint8 (N, 32)."""
     parts = [np.frombuffer(part.buffers()[1], np.uint8).reshape(-1, 32)[part.offset :][: len(part)] for part in column.chunks if len(part)]
     return np.concatenate([np.empty((0, 32), np.uint8), *parts])
 
 
 def identity_of(root: str, paths: Sequence[str]) -> np.ndarray:
-    """Size, time of change of content and of inode in ns, and inode of each file, int64 (N, 4); -1 of one that cannot be found."""
+    """Size, times of change of content and of inode in ns, and inode of each file, int64 (N, 4); -1 if it cannot be found."""
     if len(paths) <= ALONE_UP_TO_FILES:
         return _identity_of(root, paths)
     column = Paths(pa.chunked_array([path_column(paths)]))

@@ -1,9 +1,9 @@
 """Find images under a root: train/CLASS/* with val|test/CLASS/*, or only CLASS/*, or images without class folders.
 
-Splits go by the usual names in any case (Train, training, valid, val2017, test_images, ...); what looks like splits under other names
-is refused, unless it lies in train/, where folders are classes. The order is that of the sorted names and
-nothing else: not of the disk, of times or of workers. Files may lie deeper than the class folder. Hidden files, folders that systems
-leave behind and files without a suffix that is read are passed over, and counted. Links out of the root are followed only on request.
+Splits are recognised by their common names in any case (Train, training, valid, val2017, test_images, ...). Folders under other names that
+look like splits are refused, except in train/, where folders are classes. The order depends only on the sorted names, and not on the
+disk, on times or on workers. Files may be nested deeper than the class folder. Hidden files, folders left behind by operating systems
+and files with other suffixes are skipped and counted. Links out of the root are followed only on request.
 """
 
 import os
@@ -30,7 +30,7 @@ from bingo.runtime.progress import progress_bar
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__")
 _NAMES = 8192  # entries of a folder that are held as objects of Python at once
 _MOST_LINES, _MOST_NAMES, _MOST_SUFFIXES = 20, 3, 8
-_USUAL = {"train": ("train",), "test": ("val", "test")}  # which of several folders with the same role is used
+_USUAL = {"train": ("train",), "test": ("val", "test")}  # preferred if several folders have the same role
 Say = Callable[[str], None]
 
 
@@ -44,7 +44,7 @@ class Split:
 
 
 def _split(by_class: Mapping[str, Sequence[str]]) -> Split:
-    """The images of each class in order; one class without a name: no classes."""
+    """The images of each class in order; a single class without a name means no classes."""
     ordered, classes = sorted(by_class), sorted(name for name in by_class if name)
     paths = joined_paths(by_class[name] for name in ordered)
     images_C = np.array([len(by_class[name]) for name in ordered], np.int64)
@@ -55,7 +55,7 @@ _NO_SPLIT = _split({})
 
 
 def count_splits(train: Split, test: Split) -> Counts:
-    """How many images the two splits have."""
+    """The numbers of images of the two splits."""
     labelled = bool(train.classes) and bool(test.classes or not test.paths)
     return Counts(len(train.paths), len(test.paths), labelled)
 
@@ -85,7 +85,7 @@ def find_splits(
     members: Members | None = None,
 ) -> tuple[Split, Split]:
     """The train and the test split under a root, by its layout, or of `members` of large files, as if they were files under it. `say` is
-    called with a line for everything that is assumed or skipped; in messages the root is called `name`, a parameter or an argument.
+    called with a line for everything that is assumed or skipped; messages call the root `name`, a parameter or an argument.
 
     Raises UserError if it is not clear which images are for training.
     """
@@ -129,7 +129,7 @@ def _or_none(test_name: str | None) -> str:
 
 
 def _folder_of(walker: "_Walker", role: str, folders: list[str]) -> str | None:
-    """The folder with a role: the one with the usual name, or the only one. Raises UserError if that is ambiguous."""
+    """The folder with a role: the one with the preferred name, or the only one. Raises UserError if this is ambiguous."""
     if len(found := _with_role(role, folders)) > 1:
         names = ", ".join(f"{printable(folder)}/" for folder in found)
         raise UserError(f"{walker.shown}: {names} may each be the {role} split; rename one to {_USUAL[role][0]}/, and move the others out")
@@ -137,14 +137,14 @@ def _folder_of(walker: "_Walker", role: str, folders: list[str]) -> str | None:
 
 
 def _with_role(role: str, names: Iterable[str]) -> list[str]:
-    """The names of a split with a role: the usual one alone, if it is among them."""
+    """The names of splits with a role; only the preferred name if it is among them."""
     found = [name for name in names if role_of(name) == role]
     return next(([usual] for usual in _USUAL[role] if usual in found), found)
 
 
 def _placed_splits(walker: "_Walker", members: Members, say: Say) -> tuple[Split, Split]:
-    """The train and the test split of images whose splits and classes are data, where any name of a class is allowed. Raises UserError if
-    it is not clear which are for training."""
+    """The train and the test split of images whose splits and classes are given as data, so that classes may have any names. Raises
+    UserError if it is not clear which images are for training."""
     by_split: dict[str, dict[str, list[str]]] = {}
     for path, (split, of_class) in zip(members.paths, members.placed or [], strict=True):
         by_split.setdefault(split, {}).setdefault(of_class, []).append(path)
@@ -171,7 +171,7 @@ def _placed_splits(walker: "_Walker", members: Members, say: Say) -> tuple[Split
 
 
 def _refuse_class_named_train(walker: "_Walker", train_name: str, test_name: str | None, folders: list[str]) -> None:
-    """Raises UserError for CLASS/* where a class has the name of the train split."""
+    """Raise UserError for CLASS/* if a class has the name of the train split."""
     beside = [folder for folder in folders if folder != train_name]
     probe = walker.again()
     if test_name is None and probe.entries(train_name)[0] and (other := next((x for x in beside if probe.entries(x)[0]), None)):
@@ -180,7 +180,7 @@ def _refuse_class_named_train(walker: "_Walker", train_name: str, test_name: str
 
 
 def _with_classes_of_train(walker: "_Walker", train: Split, test: Split, test_name: str, say: Say) -> Split:
-    """The test split by the names that train has for its classes. Raises UserError if it has others."""
+    """The test split with the class names of the train split. Raises UserError if it has other classes."""
     if not train.classes or not test.paths:
         return test
     if not test.classes:
@@ -205,7 +205,7 @@ def _say_of_missing(where: str, of_train: list[str], of_test: list[str], say: Sa
 
 
 def _unique_folded(names: list[str]) -> dict[str, str]:
-    """All names that are unique when case is ignored, by their casefolded form."""
+    """All names that are unique if case is ignored, by their casefolded form."""
     counts = Counter(folded(name) for name in names)
     return {folded(name): name for name in names if counts[folded(name)] == 1}
 
@@ -246,7 +246,7 @@ def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
 
 
 def _say_of_classes(walker: "_Walker", where: str, classes: list[str], folders: list[str], say: Say) -> None:
-    """What of the class folders may not be as it was meant."""
+    """Report class folders that may not be as intended."""
     inner_of = {folder: walker.inner[folder] for folder in folders}
     if nested := [f"{folder}/{inner[0]}" for folder, inner in inner_of.items() if len(inner) > 1 or any(map(role_of, inner))]:
         say(f"{where} has classes with sub-folders ({_some(nested)}), whose images belong to the class above them")
@@ -254,7 +254,7 @@ def _say_of_classes(walker: "_Walker", where: str, classes: list[str], folders: 
 
 
 def _say_of_names(where: str, classes: list[str], say: Say) -> None:
-    """What of the names of classes may not be as it was meant."""
+    """Report names of classes that may not be as intended."""
     if len(classes) == 1:
         say(f"{where} has one class alone, {printable(classes[0])}: evaluations by labels say nothing")
     if similar := sorted(set(classes) - set(_unique_folded(classes).values())):
@@ -265,7 +265,7 @@ def _last(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-_Tree = dict[str, dict[str, str]]  # of each folder, the kind, file or folder, of each name in it
+_Tree = dict[str, dict[str, str]]  # for each folder, whether each name in it is a file or a folder
 
 
 def _tree_of(members: Members | None, shown: str) -> "_Tree | None":
@@ -306,7 +306,7 @@ class _Walker:
         self.real_root, self.shown = os.path.realpath(root), f"{name} = {root}"
         self.passed: Counter[str] = Counter()  # by suffix or reason
         self.passed_folders: list[str] = []
-        self.inner: dict[str, list[str]] = {}  # of folders that were walked, the names of the sub-folders that hold images
+        self.inner: dict[str, list[str]] = {}  # for each walked folder, the names of the sub-folders with images
         self.split_words: dict[tuple[str, ...], dict[str, str]] = {}  # by the other words of its name, the first folder of each role
         self.top: tuple[Paths, list[str]] = (
             joined_paths([]),
@@ -315,7 +315,7 @@ class _Walker:
         self.top_links: list[str] = []
 
     def again(self) -> "_Walker":
-        """One that has listed nothing yet."""
+        """A walker with the same settings that has listed nothing yet."""
         return _Walker(self.root, self.name, self.follow_links, self.splits, self.tree)
 
     def images(self, folder: str) -> Paths:
@@ -325,7 +325,7 @@ class _Walker:
         return joined_paths(found).in_order() if len(found) > 1 else found[0]
 
     def _collect(self, folder: str, above: tuple[str, ...], found: list[Paths]) -> int:
-        """Add the images of each folder, and return how many they are."""
+        """Add the images of each folder, and return their number."""
         real = os.path.realpath(self.root / folder) if self.tree is None else folder
         if real in above:
             raise UserError(f"{self.shown}: {folder} is a link that leads in a circle; delete it")
@@ -351,7 +351,7 @@ class _Walker:
             self.split_words.setdefault(() if usual else tuple(rest), {}).setdefault(role, folder)
 
     def refuse_hidden_splits(self, folders: list[str]) -> None:
-        """Raises UserError if `folders`, about to be taken for classes, are splits of other names, or hold some in another depth."""
+        """Raise UserError if `folders`, which would be classes, are splits with other names, or contain splits at another depth."""
         above, level = "", folders
         while not (found := look_like_splits({folder: self.inner[folder] for folder in level})) and len(level) == 1:
             above = level[0]
@@ -368,7 +368,7 @@ class _Walker:
             raise UserError(f"{self.shown}: {names} {looks}, and would be classes; {way_out}{root}")
 
     def refuse_mixed(self, folder: str, folders: list[str]) -> None:
-        """Raises UserError if a folder has both a train and a test split in it, or two folders that are named like them."""
+        """Raise UserError if a folder contains both a train and a test split, or two folders with names like theirs."""
         roles = {role_of(_last(inner)): _last(inner) for inner in folders}
         self._refuse_twins(folders)
         if "train" in roles and "test" in roles:
@@ -377,7 +377,7 @@ class _Walker:
             raise UserError(f"{self.shown}: {problem}; {way_out}")
 
     def _refuse_twins(self, folders: list[str]) -> None:
-        """Raises UserError if two folders' names differ in the word for their split alone, numbers apart: seg_train and seg_test."""
+        """Raise UserError if the names of two folders differ only in the word for a split, ignoring numbers: seg_train and seg_test."""
         by_rest: dict[tuple[str, ...], dict[str, str]] = {}
         for inner in folders:
             role, rest = split_word(_last(inner))
@@ -466,7 +466,7 @@ class _Walker:
         return ", ".join(parts)
 
     def refuse_outside(self, links: list[str]) -> None:
-        """Raises UserError if a link leads out of the root."""
+        """Raise UserError if a link leads out of the root."""
         for path in links:
             target = os.path.realpath(self.root / path)
             if not target.startswith(self.real_root + os.sep):

@@ -1,4 +1,4 @@
-"""Images inside large files under the names that a folder of them would have: what shards and saved datasets have in common."""
+"""Images inside large files, with the paths that they would have in a folder: common code of shards and saved datasets."""
 
 import re
 from collections import Counter
@@ -18,8 +18,8 @@ _MOST_LINES = 20
 
 @dataclass(frozen=True)
 class Members:
-    """N images: their `paths` as a folder would have them, SPLIT/CLASS/NAME or less, and where they lie; `passed` counts by suffix what
-    lies beside them. `placed`: the split and the class of each, empty if unknown, as data give them; None: they are the paths' folders."""
+    """N images: their `paths` as in a folder, SPLIT/CLASS/NAME or less, and their positions; `passed` counts other members by suffix.
+    `placed`: split and class of each image, empty if unknown, as given by the data; None: they are given by the paths' folders."""
 
     paths: list[str]
     positions: Positions
@@ -28,7 +28,7 @@ class Members:
 
 
 def refuse(shown: str, problems: list[str]) -> None:
-    """Raises UserError with a line for each problem, up to 20; `shown` is the dataset as messages name it."""
+    """Raise UserError with a line for each problem, at most 20; `shown` is the name of the dataset in messages."""
     lines = [f"{shown}: {problem}" for problem in problems[:_MOST_LINES]]
     if len(problems) > _MOST_LINES:
         lines.append(f"{shown}: and {len(problems) - _MOST_LINES:,} more")
@@ -37,10 +37,10 @@ def refuse(shown: str, problems: list[str]) -> None:
 
 
 def class_names(labels: Iterable[int | str], names: list[str] | None, shown: str) -> dict[int | str, str]:
-    """The name of each label: its name in `names`; without these, the name that a label is, or integers, padded with zeros so that their
-    order is that of the numbers. Labels less than zero are unknown, and have none.
+    """The name of each label: its name in `names`; without `names`, the label itself, where integers are padded with zeros so that they
+    sort by number. Negative labels are unknown and have no name.
 
-    Raises UserError where an integer has no name, or two labels have the same.
+    Raises UserError if an integer has no name, or two labels have the same name.
     """
     known = sorted({label for label in labels if not (isinstance(label, int) and label < 0)}, key=lambda label: (str(type(label)), label))
     numbers = [label for label in known if isinstance(label, int)]
@@ -54,14 +54,14 @@ def class_names(labels: Iterable[int | str], names: list[str] | None, shown: str
 
 
 def placed_path(split: str, of_class: str, name: str) -> str:
-    """The path that an image has in a folder of them; the class's name is made one that a folder can have."""
+    """The path that an image would have in a folder; the name of the class is changed to one that a folder can have."""
     return "/".join(filter(None, (split, re.sub(r"^\.|[/\0]", "_", of_class), name)))
 
 
 def refuse_twins(shown: str, paths: list[str], holders: list[str], way_out: str) -> None:
-    """Raises UserError with a line for each path that is there more than once, and the names of the files that hold it."""
+    """Raise UserError with a line for each path that occurs more than once, with the names of the files that contain it."""
     if pc.count_distinct(pa.array(paths, pa.string())).as_py() == len(paths):
-        return  # without an object for each of millions
+        return  # without creating an object for each of millions of paths
     rows: dict[str, int] = {}
     problems = []
     for row, path in enumerate(paths):

@@ -1,7 +1,7 @@
-"""Keep each photograph once more at a smaller size, one behind the other in few large files, from which every later stage reads it.
+"""Store a smaller copy of each photograph in a few large files, which every later stage reads instead of the originals.
 
 The bytes of these files depend neither on the number of workers nor on interruptions.
-No torch. Shape letters: N images, n those of one file.
+No torch. Shape letters: N images, n images of one file.
 """
 
 import shutil
@@ -32,9 +32,9 @@ Packed = bytes | str  # an image's bytes, or the reason why it cannot be read
 
 
 def packed(file_bytes: bytes, pack_px: int, gray_bits: int | None = None) -> bytes:
-    """The upright image in a file as a JPEG file whose short side has `pack_px`; of an image that is no larger, its own bytes.
+    """The upright image in a file as a JPEG file with a short side of `pack_px`; the original bytes if the image is not larger.
 
-    Resized by Keys' cubic filter, antialiased. `gray_bits` is as in `bingo.images.decode.to_rgb`. Raises BadImage.
+    It is resized with Keys' cubic filter, antialiased. `gray_bits` is as in `bingo.images.decode.to_rgb`. Raises BadImage.
     """
     header = read_header(file_bytes)
     short, long = sorted((header.height, header.width))
@@ -47,10 +47,11 @@ def packed(file_bytes: bytes, pack_px: int, gray_bits: int | None = None) -> byt
 
 
 def pack_images(files: FileImages, pack_px: int, folder: Path, say: Callable[[str], None]) -> Positions:
-    """Pack N images into files in `folder`, where those of a killed run are: their positions, with names relative to `folder`.
+    """Pack N images into files in `folder`, which may already have those of a killed run; return their positions, with names relative to
+    `folder`.
 
-    `say` is given a line on the disk space that is needed. Raises UserError if there is less, or with a line for each image that cannot
-    be read.
+    `say` is called with a line on the disk space that is needed. Raises UserError if there is less, or with a line for each image that
+    cannot be read.
     """
     (folder / "pack").mkdir(parents=True, exist_ok=True)
     parts = {
@@ -84,8 +85,8 @@ def _pack(pack_px: int, files: FileImages, row: int) -> Packed:
 
 
 def _write(path: Path, rows_n: range, chunks: Iterable[list[Packed]], advance: Callable[[int], None]) -> list[tuple[int, str]]:
-    """Write a file of the pack and, once it is on the disk, the lengths of its images beside it; without these it is not complete. The rows
-    and reasons of images that cannot be read, of which there may be none."""
+    """Write a file of the pack and, once it is on the disk, the lengths of its images to a second file, which marks it as complete. Return
+    the rows of images that cannot be read, with reasons."""
     lengths, reasons, rows = list[int](), list[tuple[int, str]](), iter(rows_n)
     with new_file(path) as unfinished, unfinished.open("wb") as file:
         for chunk in chunks:
@@ -108,7 +109,7 @@ def _lengths(path: Path) -> np.ndarray | None:
 
 
 def _positions(number: int, lengths_n: np.ndarray | None) -> np.ndarray:
-    """Rows of `Positions` of images that lie one behind the other in a file, int64 (n, 3)."""
+    """Rows of `Positions` for images stored consecutively in a file, int64 (n, 3)."""
     assert lengths_n is not None
     return np.stack([np.full_like(lengths_n, number), np.cumsum(lengths_n) - lengths_n, lengths_n], axis=1)
 
@@ -120,7 +121,7 @@ def _unreadable(files: FileImages, pack_px: int, bad: list[tuple[int, str]]) -> 
 
 
 def _check_space(files: FileImages, pack_px: int, folder: Path, rows_s: list[int], images: int, say: Callable[[str], None]) -> None:
-    """Raises UserError if `images` images of the sampled rows' mean size do not fit on the disk."""
+    """Raise UserError if `images` images of the sampled rows' mean size do not fit on the disk."""
     sample = [image for image in _pack_chunk(pack_px, files.part(rows_s)) if isinstance(image, bytes)]
     if not sample:
         return

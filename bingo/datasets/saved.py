@@ -1,6 +1,6 @@
-"""Datasets of Hugging Face's library `datasets`, saved by `save_to_disk` or in its cache: Arrow files that hold images' files as they are.
+"""Datasets of Hugging Face's library `datasets`, saved by `save_to_disk` or in its cache: Arrow files that contain unchanged image files.
 
-The library is not needed. The features that it describes in each file say which column is the image and which the class.
+The library is not needed. Its description of the features in each file shows which column has the image and which the class.
 """
 
 import json
@@ -20,7 +20,7 @@ from bingo.runtime.errors import UserError, printable, short
 from bingo.runtime.inside import path_inside
 from bingo.runtime.progress import progress_bar
 
-Columns = tuple[str | None, str | None]  # of the image and of the label; None: the only one
+Columns = tuple[str | None, str | None]  # of image and label; None: the only one of its type
 _OF_CACHE = re.compile(r".*?-([\w.]+?)(?:-\d{5}-of-\d{5})?\.arrow")  # NAME-SPLIT-00000-of-00002.arrow
 _SAVE = 'save it once by Python: from datasets import load_dataset; load_dataset("parquet", data_dir="{}").save_to_disk("NEW FOLDER")'
 _NO_DATASET = "names no files as save_to_disk writes them; save the dataset again with save_to_disk"
@@ -40,10 +40,10 @@ class _File:
 
 
 def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: Any) -> Members:
-    """The images of a saved dataset, under names as in a folder: SPLIT/CLASS/NAME, where NAME is that of the image's own file or its row.
+    """The images of a saved dataset, with paths as in a folder: SPLIT/CLASS/NAME, where NAME is that of the image's file or its row.
 
-    `say` is given a line on the columns that are read. Raises UserError for a folder without such a dataset, columns that leave open which
-    is meant, and files that are damaged, compressed or hold no images.
+    `say` is called with a line on the columns that are read. Raises UserError for a folder without such a dataset, if it is not clear which
+    column is meant, and for files that are damaged, compressed or without images.
     """
     shown = f"{name} = {root}"
     if not Path(root).is_dir():
@@ -78,7 +78,7 @@ def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: 
 
 
 def _splits(root: Path, shown: str) -> dict[str, list[str]]:
-    """The Arrow files of each split, relative to the root, in order; a dataset without splits has the one ""."""
+    """The Arrow files of each split, relative to the root, in order; a dataset without splits has the single split ""."""
     whole, single = root / "dataset_dict.json", root / "state.json"
     if whole.is_file():
         names = _listed(whole, "splits", shown)
@@ -123,7 +123,7 @@ def _listed(path: Path, key: str, shown: str) -> list[Any]:
 
 
 def _features(path: Path, shown: str, file: str) -> dict[str, Any]:
-    """What the library wrote of each column into an Arrow file."""
+    """The library's description of each column in an Arrow file."""
     try:
         with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as reader:
             metadata = reader.schema.metadata or {}
@@ -133,7 +133,7 @@ def _features(path: Path, shown: str, file: str) -> dict[str, Any]:
 
 
 def _columns(features: dict[str, Any], asked: Columns, shown: str, say: Any) -> tuple[str, str | None]:
-    """The names of the columns of the image and of the label, None without labels; chosen by their types where none is asked for."""
+    """The names of the image and label columns (None without labels); chosen by their types if none is configured."""
     chosen: list[str | None] = []
     for what, kind, name in zip(("image", "label"), ("Image", "ClassLabel"), asked, strict=True):
         key = f"dataset.{what}_column"
@@ -152,7 +152,7 @@ def _columns(features: dict[str, Any], asked: Columns, shown: str, say: Any) -> 
 
 
 def _read(path: Path, image: str, label: str | None) -> _File:
-    """The rows of an Arrow file; no image is read. Raises ValueError and pyarrow's errors for what holds no images' bytes."""
+    """The rows of an Arrow file; no image is read. Raises ValueError and pyarrow's errors for files without the bytes of images."""
     with pa.memory_map(str(path)) as mapped:
         content = mapped.read_buffer()
         names: list[str | None] = []
@@ -182,8 +182,8 @@ def _places(column: pa.Array, content: pa.Buffer) -> np.ndarray:
 
 
 def _placed(shown: str, found: list[tuple[str, _File]], names: list[str] | None, column: str | None) -> list[tuple[str, str]]:
-    """The split and the class of each image, empty without a label. Raises UserError for other labels, and for splits where some rows have
-    none."""
+    """The split and the class of each image, empty without a label. Raises UserError for labels of other types, and for splits in which
+    some rows have no label."""
     labels = (label for _, rows in found for label in rows.labels if label is not None)
     if (other := next((label for label in labels if not isinstance(label, int | str) or isinstance(label, bool)), None)) is not None:
         raise UserError(
@@ -201,8 +201,8 @@ def _placed(shown: str, found: list[tuple[str, _File]], names: list[str] | None,
 
 
 def _paths(placed: list[tuple[str, str]], names: list[str | None]) -> list[str]:
-    """The path of each image in a folder of them: its split, its class, and its own file's name; or, if two in a folder have the same or
-    one has none, its number in the split."""
+    """The path of each image as in a folder: its split, its class, and its file name; or, if two in a folder have the same name or one has
+    none, its number in the split."""
     own = [placed_path(*place, Path(name or "").name) for place, name in zip(placed, names, strict=True)]
     if all(path.lower().endswith(SUFFIXES) for path in own) and len(set(own)) == len(own):
         return own
@@ -216,5 +216,5 @@ def _paths(placed: list[tuple[str, str]], names: list[str | None]) -> list[str]:
 
 
 def _split(split: str) -> str:
-    """The folder of a split: `validation`, beside a test split that has no labels, is the one that is used, as a folder's val/ is."""
+    """The folder of a split. `validation` is used if the test split has no labels, like val/ in a folder."""
     return "val" if role_of(split) == "test" and split_folder(split) == "val" else split

@@ -1,7 +1,7 @@
-"""Tar shards, as WebDataset writes them: which images they hold, under which labels, and where each lies. Only headers and labels are read.
+"""Tar shards as written by WebDataset: their images, labels and positions. Only headers and labels are read.
 
 A member KEY.EXT with the suffix of an image is an image. Its label is in KEY.cls, or in KEY.json under "label"; otherwise its folder in the
-shard is its class. Its split is in its own path, in the name of its shard or in that of a folder of shards (imagenet-train-000000.tar).
+shard is its class. Its split is given by its path, or by the name of its shard or of a folder of shards (imagenet-train-000000.tar).
 """
 
 import json
@@ -29,7 +29,7 @@ from bingo.runtime.inside import leads_out, path_inside
 from bingo.runtime.progress import progress_bar
 from bingo.runtime.workers import worker_pool
 
-CLASS_NAMES = "classes.txt"  # beside the shards: the names of classes 0, 1, ..., one a line
+CLASS_NAMES = "classes.txt"  # next to the shards: the names of classes 0, 1, ..., one per line
 _MOST_SHARDS = 1_000_000
 _MOST_LABEL_BYTES = 2**20
 _BYTES_OF_AN_IMAGE = 50_000  # about, to choose between threads and processes
@@ -41,8 +41,8 @@ _COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 @dataclass
 class _Shard:
-    """What a shard holds: its size, its images with offset and length of each, labels by key, suffixes of the rest, and lines on what is
-    wrong."""
+    """The content of a shard: its size, its images with offset and length, labels by key, suffixes of other members, and lines on
+    problems."""
 
     bytes: int = 0
     names: list[str] = field(default_factory=list)
@@ -53,7 +53,8 @@ class _Shard:
     unclear: dict[str, str] = field(default_factory=dict)  # by the key of a file without a label, its name
 
     def label(self, image: str) -> int | str | None:
-        """The label of an image, None if the shard holds none: by its name up to its last dot, or up to its first, as in WebDataset."""
+        """The label of an image, None if the shard has none. Its key is its name up to the last dot, or up to the first, as in
+        WebDataset."""
         label = self.labels.get(image.rpartition(".")[0])
         return self.labels.get(_key(image)) if label is None else label
 
@@ -64,10 +65,10 @@ def _key(name: str) -> str:
 
 
 def read_shards(root: str, follow_links: bool, name: str) -> Members:
-    """The images of the shards that a pattern with braces or wildcards names, or that lie in a folder; `name` is the root's in messages.
+    """The images of the shards given by a pattern with braces or wildcards, or by their folder; messages call the root `name`.
 
-    Raises UserError with a line for each shard that is absent, compressed, cut off or without images, each member that is a link, not a
-    file or outside, each path that is there twice, and each image without a label among those that have one.
+    Raises UserError with a line for each shard that is absent, compressed, truncated or without images, each member that is a link, not a
+    file or outside, each duplicate path, and each image without a label if others have labels.
     """
     shown, folder = f"{name} = {root}", images_folder(root)
     if not Path(folder).is_dir():
@@ -107,7 +108,7 @@ def _named(root: str, shown: str) -> list[str]:
 
 def expand_braces(pattern: str) -> list[str]:
     """All names of a pattern, as bash expands it: {000..146} are numbers, of equal width if one begins with 0, {a,b} choices, which may
-    hold braces. Raises ValueError for other braces, and for more than a million names."""
+    contain braces. Raises ValueError for other braces, and for more than a million names."""
     depth, cuts = 0, list[int]()
     for place, letter in enumerate(pattern):
         depth += (letter == "{") - (letter == "}")
@@ -140,7 +141,7 @@ def _numbers(text: str) -> list[str]:
 
 
 def _twice(folder: str, files: list[str], found: dict[Path, os.stat_result]) -> list[str]:
-    """A line for each file that is named again, or another name of which is."""
+    """A line for each file that is given more than once, possibly under different names."""
     first: dict[tuple[int, int], str] = {}
     lines = []
     for file, status in ((file, found[path]) for file in files if (path := Path(folder, file)) in found):
@@ -151,7 +152,7 @@ def _twice(folder: str, files: list[str], found: dict[Path, os.stat_result]) -> 
 
 
 def _read(folder: str, follow_links: bool, name: str) -> _Shard:
-    """The content of a shard, with what is wrong with it in its `problems`."""
+    """The content of a shard, with errors in its `problems`."""
     shard, way_out = _Shard(), "restore it, or name the shards that are there"
     try:
         with path_inside(folder, name, follow_links).open("rb", buffering=0) as file:
@@ -173,21 +174,21 @@ def _read(folder: str, follow_links: bool, name: str) -> _Shard:
 
 
 def _members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Each member in turn; none is kept."""
+    """Iterate over the members without keeping them."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]
         yield member
 
 
 def _ends(descriptor: int, offset: int, file_bytes: int) -> bool:
-    """Whether the file's members end in a block of zeros, with nothing but zeros behind it: tarfile takes damage, and the end of the
-    first of several archives in one file, for the end."""
+    """Whether the members end with a block of zeros that only zeros follow, because tarfile also treats damage, and the end of the first of
+    several archives in one file, as the end."""
     blocks = (os.pread(descriptor, 2**20, place) for place in range(offset, file_bytes, 2**20))
     return file_bytes - offset >= _BLOCK and not any(block.strip(b"\0") for block in blocks)
 
 
 def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
-    """Add a member to what its shard holds."""
+    """Add a member to the content of its shard."""
     name = PurePosixPath(member.name).as_posix()
     is_image, kind = name.lower().endswith(SUFFIXES), PurePosixPath(name).suffix.lower()
     if member.isdir():
@@ -218,7 +219,7 @@ def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
 
 
 def _unclear(shard: _Shard) -> Iterator[str]:
-    """A line for each file that should hold the label of an image that has no other."""
+    """A line for each file that should contain the label of an image without another label."""
     for image in shard.names if shard.unclear else []:
         name = next((shard.unclear[key] for key in (image.rpartition(".")[0], _key(image)) if key in shard.unclear), None)
         if name is not None and shard.label(image) is None:
@@ -243,7 +244,7 @@ def _label(content: bytes, kind: str) -> int | str | None:
 
 
 def _paths(shown: str, folder: str, files: list[str], shards: list[_Shard]) -> tuple[list[str], list[tuple[str, str]] | None]:
-    """The path of each image in a folder of them: its split, its class, its name; and, if there are labels, the first two alone."""
+    """The path of each image as in a folder: its split, its class, its name; and, if there are labels, split and class separately."""
     splits = [next(filter(None, map(split_folder, reversed(Path(file).with_suffix("").parts))), "") for file in files]  # nearest first
     if any(splits):
         bare = [file for file, split in zip(files, splits, strict=True) if not split]
@@ -265,7 +266,7 @@ def _paths(shown: str, folder: str, files: list[str], shards: list[_Shard]) -> t
         first, _, rest = inside.partition("/")
         paths.append(placed_path(role, of_class, rest if rest and first == of_class else inside))
         place = role, of_class or (first if rest else "")
-        places.append(same.setdefault(place, place))  # millions of images have few
+        places.append(same.setdefault(place, place))  # millions of images share few places
     return paths, places if labelled else None
 
 
@@ -277,8 +278,8 @@ def _names(shown: str, file: Path) -> list[str] | None:
 
 
 def _placed(split: str, by_folders: bool, shard: _Shard, names: Mapping[int | str, str]) -> Iterator[tuple[str, str, str]]:
-    """Of each image of a shard its split, its label's name and its own name below its split; each may be empty but the last. A folder in a
-    shard of a named split is a split only if all are (`by_folders`): otherwise it may be a class with such a name."""
+    """For each image of a shard, its split, the name of its label, and its own name below its split; the first two may be empty. If the
+    shard's name gives a split, folders in it are splits only if all are (`by_folders`), since a class may have such a name."""
     for name in shard.names:
         first, _, rest = name.partition("/")
         role, inside = (first, rest) if rest and (by_folders or not split) and role_of(first) else (split, name)

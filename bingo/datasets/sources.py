@@ -29,13 +29,13 @@ def scan(
     judge: Callable[[Counts], None] | None = None,
     known: KnownFiles | None = None,
 ) -> tuple[Listing, np.ndarray | Positions | None]:
-    """The listing and the images, uint8 (N, S, S, 3) with S = store_px; where files are decoded at use, their positions in shards or in a
-    saved dataset, or None for those of a folder.
+    """The listing and the images, uint8 (N, S, S, 3) with S = store_px. If files are decoded on access, their positions in shards or in a
+    saved dataset, or None for a folder, instead of the images.
 
-    Train rows first, each split in the order of its names. `say` is given a line for each thing of files that is assumed or passed
-    over. `judge` is given how many images were found, before any is drawn or read, and raises UserError where they do not suffice;
-    without it: where fewer were found than `dataset` asks for. What is `known` of files is not found out again.
-    Raises UserError for everything that is wrong with the data.
+    Train rows come first, each split in the order of its paths. `say` is called with a line for everything that is assumed or skipped.
+    `judge` is called with the numbers of images found, before any is drawn or read, and raises UserError if they do not suffice; by
+    default, if fewer were found than `dataset` asks for. Results that are `known` for unchanged files are reused. Raises UserError for all
+    errors in the data.
     """
     judge = judge or partial(check_subset, dataset)
     if dataset.source == "digits":
@@ -52,9 +52,10 @@ def scan(
 
 
 def count_images(dataset: DatasetParams, seed: int) -> Counts | None:
-    """How many images `scan` will find, before `train_images` and `test_images` leave any out; None where the folder of files is not there.
+    """The numbers of images that `scan` will find, before `train_images` and `test_images` leave any out; None if the folder of files does
+    not exist.
 
-    Raises UserError as `scan` does for the layout of files.
+    Raises UserError as `scan` does for errors in the layout of files.
     """
     if dataset.source == "digits":
         return _count_digits(dataset, seed)

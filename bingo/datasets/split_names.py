@@ -1,5 +1,5 @@
-"""Which folders are a train or a test split: by a word in their names, or, under names of any language (learn and exam, tr and te, fold0
-and fold1), by what is in them, which is the same classes."""
+"""Which folders are train or test splits: by a word in their names, or, with other names (learn and exam, tr and te, fold0 and fold1),
+because they contain the same classes."""
 
 import re
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ _WORDS = {
 }
 _ROLES = {role: re.compile(rf"(?:{_AFFIX}[ _.-]?)?(?:{words})(?:[ _.-]?{_AFFIX})?") for role, words in _WORDS.items()}
 _PLAIN_WORDS = {word: role for role, words in _WORDS.items() for word in words.split("|")}
-_MOST_SPLITS = 10  # as of a ten-fold cross-validation; more folders with the same sub-folders are classes
-# How images were taken, which is the same for every class: cam0, session-2, left, 2021-05-03.
+_MOST_SPLITS = 10  # as in ten-fold cross-validation; more folders with the same sub-folders are classes
+# Names for how images were taken, which may be the same for every class: cam0, session-2, left, 2021-05-03.
 _TAKES = re.compile(
     r"(?:\d{4}[-_.]?\d\d[-_.]?\d\d|(?:cam(?:era)?|session|seq(?:uence)?|video|clip|day|night|run|take|part|batch|shot|view|angle|scene|"
     r"sensor|visit|frames?|left|right|front|back|top|side|images?|imgs?|photos?|originals?|raw|rgb|gray|grey|depth|aug(?:mented)?|jpe?g|png)"
@@ -24,7 +24,7 @@ _TAKES = re.compile(
 
 
 def role_of(folder: str) -> str | None:
-    """`train` or `test` where a folder's name is one that splits have, whatever its case; otherwise None."""
+    """`train` or `test` if a folder's name is a common name of such a split, in any case; otherwise None."""
     return next((role for role, pattern in _ROLES.items() if pattern.fullmatch(folded(folder))), None)
 
 
@@ -40,7 +40,7 @@ def _words(name: str) -> list[str]:
 
 
 def split_folder(name: str) -> str:
-    """The folder, train, val or test, of images under a name with the word of one split (imagenet-train, validation-00); empty without."""
+    """The folder, train, val or test, for a name that contains the word of one split (imagenet-train, validation-00); otherwise empty."""
     role = split_word(name)[0]
     return "val" if role == "test" and not {"test", "testing", "tst"} & set(_words(name)) else role or ""
 
@@ -48,8 +48,8 @@ def split_folder(name: str) -> str:
 def look_like_splits(inner: Mapping[str, list[str]]) -> list[str]:
     """Among sibling folders, given the names of their sub-folders, those that are probably splits and not classes; usually none.
 
-    Two folders look so if they share two names of sub-folders or more, and over half of those of the one that has fewer. Names of how
-    images were taken do not count. They must be at least half of all the folders, and at most as many as splits are.
+    Two folders look like splits if they share at least two names of sub-folders, and over half of those of the folder that has fewer. Names
+    for how images were taken do not count. Such folders must be at least half of all folders, and at most ten.
     """
     names = {folder: {folded(name) for name in own} for folder, own in inner.items() if len(own) > 1}
     if len(names) > _MOST_SPLITS:

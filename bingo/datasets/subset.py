@@ -1,4 +1,4 @@
-"""Draw a seeded subset of a split, balanced over its classes."""
+"""Draw a seeded, class-balanced subset of a split."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,34 +10,34 @@ from bingo.params import DatasetParams
 from bingo.params.data import FILE_SOURCES
 from bingo.runtime.errors import UserError
 
-Readable = Callable[[np.ndarray], np.ndarray]  # of rows (n,), which of their files can be read, bool (n,)
+Readable = Callable[[np.ndarray], np.ndarray]  # rows (n,) to whether their files can be read, bool (n,)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many images a dataset has, and whether all of them have labels."""
+    """The numbers of images of a dataset, and whether all of them have labels."""
 
     train: int
     test: int
     labelled: bool = True
 
     def with_test(self, dataset: DatasetParams) -> "Counts":
-        """With the test images that are held out of the train images where files have no test split, if any of these are left."""
+        """The numbers after test images are held out from the train images, if files have no test split and train images are left."""
         if dataset.source not in FILE_SOURCES or self.test or not dataset.test_images or dataset.test_images >= self.train:
             return self
         return replace(self, train=self.train - dataset.test_images, test=dataset.test_images)
 
     def drawn(self, dataset: DatasetParams) -> "Counts":
-        """Those of them that `dataset` asks for, or all where there are fewer."""
+        """The numbers that `dataset` asks for, or all if there are fewer."""
         found = self.with_test(dataset)
         train, test = dataset.train_images or found.train, dataset.test_images or found.test
         return replace(found, train=min(found.train, train), test=min(found.test, test))
 
 
 def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: int, readable: Readable | None = None) -> np.ndarray:
-    """Rows of one split kept by `dataset.train_images` or `test_images`: int64, in increasing order, balanced over the classes.
+    """Rows of one split selected by `dataset.train_images` or `test_images`: int64, ascending, class-balanced.
 
-    Every class contributes the same number of rows, or all it has; the rows are drawn by seed, with `readable` as by `readable_rows`.
+    Every class contributes the same number of rows, or all it has. The rows are drawn by seed; with `readable`, by `readable_rows`.
     """
     count = dataset.train_images if split == "train" else dataset.test_images
     if count is None:
@@ -46,7 +46,7 @@ def draw_subset(dataset: DatasetParams, split: str, labels_N: np.ndarray, seed: 
 
 
 def readable_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str, readable: Readable) -> np.ndarray:
-    """As `balanced_rows`, drawn among the rows for which `readable` gives True; it is asked about rows (n,) at a time, about none twice."""
+    """As `balanced_rows`, drawn among the rows for which `readable` is true; it is called with rows (n,), with no row twice."""
     allowed_N, asked_N = np.ones(len(labels_N), bool), np.zeros(len(labels_N), bool)
     while True:
         rows = balanced_rows(labels_N, count, seed, purpose, allowed_N)
@@ -71,16 +71,16 @@ def subset_mistakes(dataset: DatasetParams, found: Counts) -> list[str]:
 
 
 def check_subset(dataset: DatasetParams, found: Counts) -> None:
-    """Raises UserError if more images are asked for than were found."""
+    """Raise UserError if more images are requested than were found."""
     if lines := subset_mistakes(dataset, found):
         raise UserError(lines)
 
 
 def balanced_rows(labels_N: np.ndarray, count: int, seed: int, purpose: str, allowed_N: np.ndarray | None = None) -> np.ndarray:
-    """`count` of the rows of `labels_N`, drawn by seed and balanced over the classes: int64, in increasing order.
+    """`count` of the rows of `labels_N`, drawn by seed and balanced over the classes: int64, ascending.
 
-    Every class contributes the same number (one more for some if the count is not divisible), or all it has. A smaller draw with the same
-    seed and purpose is a subset of a larger one. Rows that are not `allowed_N` are passed over, for the next of their class.
+    Every class contributes the same number (one more for some if the count is not divisible), or all it has. A smaller sample with the same
+    seed and purpose is a subset of a larger one. Rows that are not `allowed_N` are skipped for the next row of their class.
     """
     order_N = seeds.permutation(seed, purpose, 0, len(labels_N))
     drawn_n = order_N if allowed_N is None else order_N[allowed_N[order_N]]

@@ -98,9 +98,8 @@ class Instances:
     """The content of one instances_*.json, without unused fields (names, licences, URLs).
 
     `fingerprint` identifies the file. `category_ids` are in increasing order: label c stands for `category_ids[c - 1]`. Every annotation
-    has image_id,
-    category_id, bbox, area, iscrowd and segmentation, the last None if it covers no pixel; `remarks` counts what was derived or left
-    out for that.
+    has image_id, category_id, bbox, area, iscrowd and segmentation, the last None if it covers no pixel; `remarks` counts what was
+    derived or left out.
     """
 
     images: CocoImages
@@ -135,11 +134,11 @@ def read_pair(params: CocoParams, follow_links: bool, say: Callable[[str], None]
 def read_instances(annotations: Path, folder: Path, parameter: str, follow_links: bool = False) -> Instances:
     """Read a file of COCO instances, whose images are in `folder`.
 
-    Derived where they are missing or null: iscrowd (0), bbox (around the segmentation), area (of the segmentation, or of the box). Left
-    out: annotations of images that are not listed, and those with neither box nor segmentation. Names of images are found in any
-    case and Unicode form, and if they begin with folders above `folder`. Raises UserError in one line, which calls the file `parameter`,
-    if it cannot be read, is not in COCO's format, contradicts itself, or lists images that do not exist or (unless `follow_links`) are
-    links out of the folder.
+    If missing or null, these are derived: iscrowd (0), bbox (around the segmentation), area (of the segmentation, or of the box).
+    Annotations of images that are not listed, and those with neither box nor segmentation, are left out. Names of images are found in any
+    case and Unicode form, and also if they begin with folders above `folder`. Raises UserError in one line, which calls the file
+    `parameter`, if it cannot be read, is not in COCO's format, contradicts itself, or lists images that do not exist or (unless
+    `follow_links`) are links out of the folder.
     """
     try:
         raw = annotations.read_bytes()
@@ -258,7 +257,7 @@ def _contradictions(found: Instances) -> Iterator[str]:
     ids = [image["id"] for image in found.images.entries]
     known = set(ids)
     if len(known) < len(ids):
-        yield f"image id {next(a for a, b in pairwise(ids) if a == b)} is there twice"
+        yield f"image id {next(a for a, b in pairwise(ids) if a == b)} occurs twice"
     if outside := next((image for image in found.images.entries if leads_out(image["file_name"])), None):
         yield f"image id {outside['id']} has the file name {outside['file_name']!a}, which leads out of its folder"
     categories, sides = set(found.category_ids), {image["id"]: [image["height"], image["width"]] for image in found.images.entries}

@@ -1,15 +1,14 @@
 """Mask R-CNN on a trained ResNet, built from torchvision's parts with detectron2's settings.
 
 Heads (`SETTINGS`): `fpn`, a feature pyramid over the four stages (detectron2's mask_rcnn_R_50_FPN configs with RESNETS.NORM and
-FPN.NORM SyncBN; ROI_BOX_HEAD.NORM concerns convolutions, and this box head has none), and `c4`, regions of the third stage's map
-through the network's own fourth stage and one more BatchNorm (MoCo's coco_R_50_C4_2x, Res5ROIHeadsExtraNorm; basic blocks stay basic
-blocks). Nothing is frozen, gradients are not clipped, and boxes are trained with plain L1 (SMOOTH_L1_BETA 0; torchvision's heads use
+FPN.NORM SyncBN; ROI_BOX_HEAD.NORM concerns convolutions, and this box head has none), and `c4`, which passes regions of the third stage's
+map through the network's own fourth stage and an additional BatchNorm (MoCo's coco_R_50_C4_2x, Res5ROIHeadsExtraNorm; basic blocks remain
+basic blocks). Nothing is frozen, gradients are not clipped, and boxes are trained with plain L1 (SMOOTH_L1_BETA 0; torchvision's heads use
 smooth L1 with 1/9).
 
-Differences from detectron2 that remain: RoIAlign does not shift by half a pixel (`aligned`; detectron2's Detectron1-Comparisons finds no
-difference
-in AP); anchors are rounded to whole pixels; masks are learned from bitmaps at the resized image's resolution and not from polygons; new
-layers have torchvision's initial weights; BatchNorm's statistics are not recomputed before the test (PRECISE_BN).
+Remaining differences from detectron2: RoIAlign does not shift by half a pixel (`aligned`; detectron2's Detectron1-Comparisons finds no
+difference in AP); anchors are rounded to whole pixels; masks are learned from bitmaps at the resized image's resolution and not from
+polygons; new layers have torchvision's initial weights; BatchNorm's statistics are not recomputed before the test (PRECISE_BN).
 """
 
 from collections import OrderedDict
@@ -44,9 +43,8 @@ _BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """Settings that differ between the two heads, and those that tests and benchmarks reduce. Top-k are proposals of an image (of a level,
-    before
-    non-maximum suppression), in training and test; `sampled_anchors` and `sampled_regions` are of an image in training.
+    """Settings that differ between the two heads, and those that tests and benchmarks reduce. Top-k are numbers of proposals per image
+    (before non-maximum suppression, per level), in training and test; `sampled_anchors` and `sampled_regions` are per image in training.
     """
 
     anchor_px: tuple[tuple[int, ...], ...]
@@ -107,7 +105,7 @@ def student_inside(detector: nn.Module) -> dict[str, Tensor]:
 
 
 def check_student(student: nn.Module) -> None:
-    """Raises UserError for a network that is not a ResNet of timm or torchvision, or has a stem for small images."""
+    """Raise UserError for a network that is not a ResNet of timm or torchvision, or has a stem for small images."""
     if not isinstance(student, TimmResNet | TorchvisionResNet):
         kind = type(student).__name__
         way_out = "set student.arch: resnet18, student.stem: imagenet, or another ResNet"
@@ -223,7 +221,7 @@ class _Proposals(RegionProposalNetwork):
 
 
 class _MapPredictor(FastRCNNPredictor):
-    """Classes and boxes from a region's map (R, C, 7, 7), by its mean."""
+    """Classes and boxes from the mean of a region's map (R, C, 7, 7)."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x.mean(dim=(2, 3)))
@@ -279,7 +277,7 @@ class Regions(roi_heads.RoIHeads):
 class _SeededSampler(BalancedPositiveNegativeSampler):
     """torchvision's sampler with a separate seed for each image, so that a step does not depend on earlier draws.
 
-    Nor does it depend on which process an image is in; torchvision's draws from the global generator.
+    It also does not depend on which process an image is in; torchvision's sampler draws from the global generator.
     """
 
     seeds_B: list[int]

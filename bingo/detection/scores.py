@@ -70,7 +70,7 @@ def coco_scores(found: Instances, detections: list[dict[str, Any]]) -> Scores:
     """{"box": .., "mask": ..}, each with the MEASURES in percent; None if no instance is of that size (small, medium, large).
 
     Crowds are marked as such: detections in them count neither for nor against. An instance without a box inside the image does not
-    count for boxes, one whose segmentation covers no pixel not for masks.
+    count for boxes, and an instance whose segmentation covers no pixel does not count for masks.
     """
     # Renumbered: an instance whose id is 0 would count as not matched.
     truth = [annotation | {"id": number} for number, annotation in enumerate(found.annotations, 1)]

@@ -1,7 +1,7 @@
 """The teacher's pass: pooled features of all centre views and keys of random views of the train rows, computed once, in chunks of rows.
 
-A chunk is computed by the process that takes it first, in batches of its own rows, so the result depends neither on the number of
-processes and their speed nor on interruptions: a chunk that is on the disk is not computed again. Host memory holds two chunks, whatever
+A chunk is computed by the process that takes it first, in batches of its own rows, so the result depends neither on the number and
+speed of processes nor on interruptions: a chunk that is on the disk is not computed again. Host memory holds two chunks, regardless of
 the length of the listing: one is written by a thread while the next is computed. Shape letters: n rows of a chunk, t train rows of a chunk,
 D feature width, V views, P key width.
 """
@@ -32,7 +32,7 @@ from bingo.runtime.progress import Bar, progress_bar
 from bingo.teachers.teacher import Teacher
 
 LEAST_SPREAD = 1e-3  # 5e-4 for float16 numbers that differ only by rounding
-PURPOSE = "extract"  # for bingo.seeds, with epoch 0 and seed row = row: the view of a stored key can be redrawn
+PURPOSE = "extract"  # for bingo.seeds, with epoch 0 and seed row = row, so that the view of a stored key can be reproduced
 
 
 def extract_embeddings(
@@ -50,8 +50,8 @@ def extract_embeddings(
 
     `state` is a folder for the unfinished store and the list of done chunks, kept between calls; `attrs` holds the fingerprint
     `teacher` and further attributes of the store. Returns images per second over all processes, counting every view that passes
-    through the teacher as one image. Raises UserError if a feature or key is not finite (with its row), or all features or
-    all keys are as good as equal.
+    through the teacher as one image. Raises UserError if a feature or key is not finite (with its row), or if all features or
+    all keys are nearly equal.
     """
     recipe = {"extract": extract.model_dump(mode="json"), "image": image_values(teacher.image), "seed": seed}
     attrs = {**attrs, "listing": listing.fingerprint, "recipe": recipe}
@@ -78,15 +78,15 @@ def _views(writer: EmbeddingsWriter, chunks: Sequence[int], views: int) -> int:
 
 
 class _Pass:
-    """Computes chunks on one device, while a thread writes the previous one."""
+    """Computes chunks on one device, while a thread writes the previous chunk."""
 
     def __init__(self, teacher: Teacher, images: Images, extract: ExtractParams, seed: int, device: torch.device):
         self.teacher, self.images, self.extract, self.device = teacher, images, extract, device
         self.loader = ViewLoader(images, teacher.image, extract.augment, seed, device)
 
     def run(self, store: "_Unfinished", chunks: Sequence[int]) -> None:
-        """Compute and write those of these chunks that no other process takes first. Both streams of views run over all of them and read
-        ahead, for which the next chunk is taken before its turn, so that prefetching never stops."""
+        """Compute and write those of these chunks that no other process takes first. Both streams of views run over all of them and
+        prefetch: the next chunk is taken early, so that prefetching never stops."""
         writer, views = store.writer, self.extract.views
         writing: Future | None = None
         with progress_bar("extract", _views(writer, chunks, views), "images") as bar, ThreadPoolExecutor(1) as thread:
@@ -99,7 +99,7 @@ class _Pass:
                 features_nD = self._features(writer.rows(chunk), centers, bar)
                 keys_tVP = self._keys(writer.train_rows(chunk), randoms, bar)
                 if writing is not None:
-                    writing.result()  # so that no more than two chunks are held
+                    writing.result()  # so that at most two chunks are held
                 writing = thread.submit(store.write, chunk, features_nD, keys_tVP)
             if writing is not None:
                 writing.result()
@@ -118,7 +118,7 @@ class _Pass:
         return [np.arange(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 
     def _requests(self, rows: range) -> Iterator[Request]:
-        """All views of some rows at a time, at most `batch_images` in total (if V is no larger), so that each file is decoded once."""
+        """All views of a few rows at a time, at most `batch_images` in total (unless V is larger), so that each file is decoded once."""
         views = self.extract.views
         step = max(1, self.extract.batch_images // max(1, views))
         for start in range(rows.start, rows.stop, step):
@@ -151,8 +151,8 @@ class _Pass:
 
 
 class _Unfinished:
-    """The store being written, and the lists of its chunks on the disk: a file for each complete one in `done`, and for each that a process
-    of this run has taken in `taken`."""
+    """The store being written, and the lists of its chunks on the disk: a file in `done` for each complete chunk, and a file in `taken`
+    for each chunk that a process of this run has taken."""
 
     writer: EmbeddingsWriter
 
@@ -161,9 +161,9 @@ class _Unfinished:
         self.taken = state / "taken"
 
     def open(self, create: Callable[[Path], object], fingerprint: str) -> None:
-        """Resume the store with this fingerprint, or let the first process create an empty one that replaces any other."""
+        """Resume the store with this fingerprint, or let the first process create an empty store that replaces any other."""
         if distributed.rank() == 0 and not (self.owner.exists() and self.path.exists() and read_json(self.owner) == fingerprint):
-            self.owner.unlink(missing_ok=True)  # removed first and written last: a store that is half made has no owner
+            self.owner.unlink(missing_ok=True)  # removed first and written last, so that an incomplete store has no owner
             shutil.rmtree(self.done, ignore_errors=True)
             self.done.mkdir(parents=True)
             create(self.path)
@@ -187,7 +187,7 @@ class _Unfinished:
         return True
 
     def write(self, chunk: int, features_nD: np.ndarray, keys_tVP: np.ndarray) -> None:
-        """Write a chunk and, once its files are on the disk, put it on the list. Raises UserError if a number is not finite.
+        """Write a chunk and, once its files are on the disk, add it to the list. Raises UserError if a number is not finite.
 
         Its file in `done` holds the `_moments` of its features and of its keys.
         """
@@ -202,13 +202,13 @@ class _Unfinished:
     def publish(self, out: Path) -> None:
         """Check the store and move it to `out` in one rename; `state` keeps it until the caller removes it.
 
-        Raises UserError if a chunk is missing, or all features or all keys are as good as equal.
+        Raises UserError if a chunk is missing, or if all features or all keys are nearly equal.
         """
         if not self.missing_chunks():
             for kind, images, spread in self._spreads():
                 if images > 1 and spread < LEAST_SPREAD:
                     line = f"{out}: the teacher gives all {images} images the same {kind} (they differ by {spread:.1g} of their length)"
-                    raise UserError(f"{line}, allowed are different ones; check teacher.checkpoint, teacher.image.mean/std, and the images")
+                    raise UserError(f"{line}, but they must differ; check teacher.checkpoint, teacher.image.mean/std, and the images")
         self.writer.finish(out)
 
     def _spreads(self) -> Iterator[tuple[str, int, float]]:

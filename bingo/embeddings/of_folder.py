@@ -1,7 +1,7 @@
 """Features of all images in a user's folder, by a stored network, from centre views as described in its file.
 
-Each image is resized and cropped from its file (`image.resize_px`, `image.crop_px`), smaller ones are enlarged, as in the pipeline. If
-the pipeline packs images to `dataset.store_px` first, results differ only by rounding, unless store_px is below resize_px.
+Each image is resized and cropped from its file (`image.resize_px`, `image.crop_px`); smaller images are enlarged, as in the pipeline. If
+the pipeline first resizes images to `dataset.store_px`, results differ only by rounding, unless store_px is below resize_px.
 Shape letters: B images of a batch, D feature width.
 """
 
@@ -39,10 +39,9 @@ def embed_folder(
 ) -> tuple[int, list[str]]:
     """Write the features, float32, of all images under `root` to `out`, sorted by path; `fingerprint` identifies the network.
 
-    Every file is decoded once in advance, so that bad ones are known before the work starts; `say` is called with a line on what is
-    skipped.
-    Returns the number of images in the file, and those left out. Raises UserError for an empty folder, images that cannot be read (unless
-    `skip_bad`), links out of it (unless `follow_links`), and names that `out` cannot hold.
+    Every file is decoded once in advance, so that unreadable files are known before the work starts; `say` is called with a line on
+    skipped files. Returns the number of images in the file, and those left out. Raises UserError for an empty folder, images that cannot
+    be read (unless `skip_bad`), links out of it (unless `follow_links`), and names that `out` cannot hold.
     """
     found = find_images(root, "FOLDER", follow_links, say)
     paths, bad, gray_bits = _readable(root, found, skip_bad)

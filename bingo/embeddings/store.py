@@ -3,7 +3,7 @@
 Shape letters: N rows of the listing, T train rows (the first ones), V stored views, P key width, D feature width.
 
     features  float16 (N, D)      output of the backbone, not normalised; read by bags and probes
-    keys      float16 (T, V, P)   rows of unit length; key v of row t belongs to view v that the recipe draws for row t; V may be 0
+    keys      float16 (T, V, P)   rows of unit length; key v of row t belongs to the v-th view that the recipe draws for row t; V may be 0
 
 Both have chunks of the same number of rows. A chunk is a file, written once by one process.
 """
@@ -30,7 +30,7 @@ _MADE_FROM = ("listing", "teacher", "recipe")
 
 
 class EmbeddingsWriter:
-    """A store that is being written, chunk by chunk, by one or several processes."""
+    """A store that is written chunk by chunk, by one or several processes."""
 
     def __init__(self, path: Path, group: zarr.Group):
         self.path = path
@@ -46,7 +46,7 @@ class EmbeddingsWriter:
         return range(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self._features.shape[0]))
 
     def train_rows(self, chunk: int) -> range:
-        """Those rows of a chunk that have keys: a prefix of `rows(chunk)`, possibly empty."""
+        """The rows of a chunk that have keys: a prefix of `rows(chunk)`, possibly empty."""
         rows, (train_rows, views, _) = self.rows(chunk), self._keys.shape
         return range(rows.start, max(rows.start, min(rows.stop, train_rows if views else 0)))
 
@@ -69,7 +69,7 @@ class EmbeddingsWriter:
     def finish(self, target: Path) -> None:
         """Check that all chunks exist and move the store to `target` in one rename, without leftovers of killed processes.
 
-        The store also stays where it was (as hard links if both are on one disk); the caller removes it once `target` is safe.
+        The store also remains at its path (as hard links if both are on one disk); the caller removes it once `target` is safe.
         """
         missing = [chunk for chunk in range(self.chunks) if not self.chunk_is_complete(chunk)]
         if missing:
@@ -89,9 +89,9 @@ def create_embeddings(
     chunk_rows: int,
     attrs: Mapping[str, Any],
 ) -> EmbeddingsWriter:
-    """Create an empty store at `path`, replacing whatever is there; one process calls this, the others wait.
+    """Create an empty store at `path`, replacing anything there; one process calls this, the others wait.
 
-    `attrs` holds the fingerprints `listing` and `teacher`, the dict `recipe`, and further attributes, all JSON-able.
+    `attrs` holds the fingerprints `listing` and `teacher`, the dict `recipe`, and further attributes, all JSON-serialisable.
     """
     chunk_rows = min(chunk_rows, rows)  # a chunk is stored in full size: a small store is not padded to a large chunk
     attributes = {**attrs, "fingerprint": embeddings_fingerprint(attrs)}
@@ -103,7 +103,7 @@ def create_embeddings(
 
 
 def open_for_writing(path: Path) -> EmbeddingsWriter:
-    """A store that `create_embeddings` made: for the other processes, and to go on after an interruption. Raises UserError if it
+    """Open a store that `create_embeddings` made, in the other processes or to resume after an interruption. Raises UserError if it
     is absent or its metadata are damaged.
     """
     return EmbeddingsWriter(Path(path), open_group(path, str(path), _WAY_OUT, "r+"))
@@ -160,7 +160,7 @@ class Embeddings:
 
 def read_embeddings(store: Path | str | Mapping[str, bytes], listing: "Listing | ListingRows", name: str = "") -> Embeddings:
     """The teacher's outputs: `features_ND` of all images, `train_features_TD`, and `keys_TVP` of the train images, of unit length, all
-    float16. Only metadata are read before one of them is used. `store` is a folder, or a mapping as fsspec gives it, called `name`.
+    float16. Only metadata are read until one of them is used. `store` is a folder, or a mapping from fsspec, called `name` in messages.
 
     Raises UserError if there is none, its metadata are damaged, or it was made from another listing.
 

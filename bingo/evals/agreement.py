@@ -1,4 +1,4 @@
-"""Agreement with the teacher, which needs no labels: how many of the teacher's neighbours of an image are a network's neighbours too.
+"""Agreement with the teacher, which needs no labels: how many of an image's neighbours are the same for the teacher and a network.
 
 Shape letters: Q test images, T train images, K neighbours.
 """
@@ -21,7 +21,8 @@ AGREEMENT = "agreement_"
 
 
 def usable_ks(params: KnnEvalParams, listing: Listing, say: Callable[[str], None]) -> tuple[list[int], list[int]]:
-    """Those of knn_eval.k and knn_eval.agreement_k for which there are enough images and labels; the others are reported with `say`."""
+    """The values of knn_eval.k and knn_eval.agreement_k for which there are enough images and labels; the others are reported with
+    `say`."""
     train = listing.train_rows
     if not len(listing.test_rows_N):
         return [], []
@@ -38,7 +39,7 @@ def usable_ks(params: KnnEvalParams, listing: Listing, say: Callable[[str], None
 def neighbor_hits(
     features_ND: np.ndarray, listing: Listing, ks: Sequence[int], temperature: float, agreement: "TeacherAgreement", is_teacher: bool
 ) -> dict[str, np.ndarray]:
-    """Of each test image `voted_hits` for each of `ks` and, of another network than the teacher, `common_rows` by `agreement_K`, from
+    """For each test image, `voted_hits` for each of `ks` and, for networks other than the teacher, `common_rows` by `agreement_K`, from
     one search; each (Q,)."""
     train, test_N, labels_N = listing.train_rows, listing.test_rows_N, listing.labels_N
     found = nearest_train(features_ND[:train], features_ND[test_N], max([*ks, *agreement.ks]))
@@ -47,15 +48,15 @@ def neighbor_hits(
 
 
 def neighbor_scores(hits: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The mean of each of `neighbor_hits` in percent; of `agreement_K`, percent of K."""
+    """The mean of each of `neighbor_hits` in percent; for `agreement_K`, percent of K."""
     possible = {name: int(name.removeprefix(AGREEMENT)) if name.startswith(AGREEMENT) else 1 for name in hits}
     return {name: round(100 * int(hits_Q.sum()) / (possible[name] * len(hits_Q)), 6) for name, hits_Q in hits.items()}
 
 
 class TeacherAgreement:
-    """The agreement of networks with the teacher, whose neighbours are searched once, when the first network asks for them.
+    """The agreement of networks with the teacher, whose neighbours are searched once, on first use.
 
-    Without `ks` no teacher is needed.
+    Without `ks`, no teacher is needed.
     """
 
     def __init__(self, teacher: "Embeddings | None", listing: Listing, ks: Sequence[int]):
@@ -74,7 +75,7 @@ class TeacherAgreement:
 
 def neighbor_agreement(rows_QK: np.ndarray, teacher_rows_QK: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
     """`agreement_K` for each k of `ks`: of the k train images nearest to a test image in the teacher's features, the percentage that is
-    among the k nearest in the network's features too, averaged over the test images.
+    also among the k nearest in the network's features, averaged over the test images.
 
     Both arguments are the rows of a `top_k`, nearest first, of the same queries and the same base, with at least max(ks) columns and
     no padding (-1). A random order of T train images would reach 100 k / T on average.

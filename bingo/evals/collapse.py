@@ -1,6 +1,6 @@
 """Detect a collapsed network: one whose features are nearly equal for all images, or vary in hardly more than one direction.
 
-Both measures use the centre views of a seeded draw of train images, and normalised features. Shape letters: N images, D feature width.
+Both measures use the centre views of a seeded sample of train images, and normalised features. Shape letters: N images, D feature width.
 """
 
 import numpy as np
@@ -21,8 +21,8 @@ LEAST_STD, LEAST_RANK = 0.03, 1.5  # below: collapsed. A feature_std of 0.03 is 
 def feature_spread(
     backbone: nn.Module, listing: Listing, images: Images, image: ImageParams, seed: int, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """`spread` over at most 1,000 train images; the state of the backbone does not change. Raises UserError if a feature is not finite:
-    weights can be too large for it before a loss is."""
+    """`spread` over at most 1,000 train images; the state of the backbone does not change. Raises UserError if a feature is not finite,
+    which can happen before the loss is not finite."""
     rows = np.sort(seeds.permutation(seed, "spread", 0, listing.train_rows)[:IMAGES])
     features_ND = backbone_features(backbone, images, rows, image, device, precision, BATCH_IMAGES)
     if not np.isfinite(features_ND).all():
@@ -50,4 +50,4 @@ def collapse_warning(figures: dict[str, float]) -> str | None:
     if figures["feature_std"] >= LEAST_STD and figures["effective_rank"] >= LEAST_RANK:
         return None
     shown = ", ".join(f"{name} {value:g}" for name, value in figures.items())
-    return f"the network has collapsed, its features hardly differ ({shown}): lower lr or weight_decay, and look at the loss and the bags"
+    return f"the network has collapsed, its features hardly differ ({shown}): lower lr or weight_decay, and check the loss and the bags"

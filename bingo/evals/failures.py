@@ -14,12 +14,13 @@ _NEIGHBORS, _LISTED, _MOST_QUERIES = 5, 10, 2000
 
 
 def least_agreement(features_ND: np.ndarray, teacher_NE: np.ndarray, train_rows: int, test_rows_Q: np.ndarray) -> dict[str, Any]:
-    """The images of `test_rows_Q` with the fewest of the teacher's 5 nearest train images among the network's 5 nearest; of equally many
-    those first whose neighbours the teacher finds least similar, compared with its own.
+    """The images of `test_rows_Q` with the fewest of the teacher's 5 nearest train images among the network's 5 nearest. Ties are ordered
+    by how much less similar the network's neighbours are than the teacher's, in the teacher's features.
 
-    JSON-able: `k` (5, or the train rows if they are fewer), `queries` (the images compared: at most 2,000, evenly spread over
-    `test_rows_Q`) and `images`, at most 10, only such with fewer than k in common: each {"row", "common": of k, "teacher" and "network":
-    their k nearest rows, nearest first, each as [row, cosine to the image in the teacher's features]}. {} without train or test rows.
+    JSON-serialisable: `k` (5, or the number of train rows if smaller), `queries` (the number of images compared: at most 2,000, evenly
+    spread over `test_rows_Q`) and `images`, at most 10, only those with fewer than k in common: each {"row", "common": of k, "teacher" and
+    "network": their k nearest rows, nearest first, each as [row, cosine to the image in the teacher's features]}. {} without train or test
+    rows.
     """
     k, queries = min(_NEIGHBORS, train_rows), min(_MOST_QUERIES, len(test_rows_Q))
     if not k or not queries:
@@ -43,7 +44,7 @@ def least_agreement(features_ND: np.ndarray, teacher_NE: np.ndarray, train_rows:
 
 
 def _cosines(features_NE: np.ndarray, rows_Q: np.ndarray, found_QK: np.ndarray) -> np.ndarray:
-    """The cosine of each row to those found for it, float32 (Q, K); 0 to a row of zeros."""
+    """The cosine of each row to the rows found for it, float32 (Q, K); 0 to a row of zeros."""
     query_QE = _unit(features_NE[rows_Q])
     return np.stack([np.einsum("qe,qe->q", query_QE, _unit(features_NE[found_Q])) for found_Q in found_QK.T], axis=1)
 

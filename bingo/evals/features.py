@@ -13,7 +13,7 @@ from bingo.nets.precision import autocast
 from bingo.params import ImageParams
 from bingo.runtime.progress import progress_bar
 
-FEW_FILES = 256  # are decoded sooner than worker processes start
+FEW_FILES = 256  # so few are decoded before worker processes would have started
 
 
 @contextmanager

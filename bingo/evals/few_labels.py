@@ -1,4 +1,4 @@
-"""Select the train images that keep their labels in training with few labels: SimCLR's published lists, or a seeded, balanced draw."""
+"""Select the labelled train images for training with few labels: SimCLR's published lists, or a seeded, class-balanced sample."""
 
 import re
 from collections import defaultdict
@@ -20,7 +20,7 @@ _COLUMN = re.compile(r"[,;\t ]\s*")  # what ends the first column of a table
 
 
 def labelled_rows(listing: Listing, split: SplitParams, name: str, seed: int) -> np.ndarray:
-    """The train rows, int64, rising, that keep their labels in `semi_eval.splits.NAME`. Raises UserError without labelled test images."""
+    """The labelled train rows of `semi_eval.splits.NAME`, int64, ascending. Raises UserError without labelled test images."""
     if not listing.can_judge:
         way_out = "sort the images into classes" if not listing.labelled else "add test images, or set dataset.test_images"
         raise UserError(f"semi_eval: {listing.unjudged}; {way_out}, or empty semi_eval.splits")
@@ -40,10 +40,9 @@ def protocols(params: Params, listing: Listing, images: Images, rows_L: np.ndarr
 
 
 def drawn_rows(listing: Listing, percent: float, seed: int) -> np.ndarray:
-    """A seeded draw of `percent` of the train rows, int64, in increasing order: balanced over the classes, at least one of each non-empty
-    class.
+    """A seeded sample of `percent` of the train rows, int64, ascending: class-balanced, with at least one row of each non-empty class.
 
-    A smaller share is a subset of a larger one. SimCLR's lists are balanced too: 12.8 and 128 images per class on average.
+    A smaller share is a subset of a larger one. SimCLR's lists are also balanced: 12.8 and 128 images per class on average.
     """
     labels_T = listing.labels_N[: listing.train_rows]
     count = max(len(np.unique(labels_T)), round(listing.train_rows * percent / 100))
@@ -51,13 +50,13 @@ def drawn_rows(listing: Listing, percent: float, seed: int) -> np.ndarray:
 
 
 def listed_rows(listing: Listing, list_file: Path | str, name: str) -> np.ndarray:
-    """The train rows given by a list, int64, in increasing order: a text in UTF-8, one image per line, by file name or by the end of its
-    path.
+    """The train rows given by a list, int64, ascending. A list is a text in UTF-8, with one image per line, given by its file name or by
+    the end of its path.
 
     SimCLR's imagenet_subsets/1percent.txt and 10percent.txt have lines such as n01440764_10183.JPEG. If no image has the whole line as its
-    name, the line is read as the row of a table, whose first column is the name. Empty lines and those that begin with # are skipped; an
-    image listed twice counts once. Raises UserError, which calls the parameter `name`, where the file cannot be read or is empty, or names
-    images that the train split does not have, or that several of its paths end in.
+    name, the line is read as a row of a table whose first column is the name. Empty lines and lines that begin with # are skipped; an
+    image listed twice counts once. Raises UserError, which calls the parameter `name`, if the file cannot be read or is empty, or lists
+    images that are not in the train split or match several of its paths.
     """
     shown = f"{name} = {list_file}"
     lines = _lines(list_file, shown)
@@ -77,8 +76,8 @@ def listed_rows(listing: Listing, list_file: Path | str, name: str) -> np.ndarra
         way_out = "give file names or ends of paths, one per line, and set dataset.train_images: null if it is the list of this dataset"
         raise UserError(f"{shown}: {_count(unknown, len(lines))} are not in the train split; {way_out}")
     if ambiguous := [line for line, rows in zip(lines, found, strict=True) if len(rows) > 1]:
-        way_out = "write their paths from the class folder on"
-        raise UserError(f"{shown}: {_count(ambiguous, len(lines))} stand for several train images; {way_out}")
+        way_out = "give their paths, starting with the class folder"
+        raise UserError(f"{shown}: {_count(ambiguous, len(lines))} match several train images; {way_out}")
     return np.unique(found)
 
 

@@ -2,7 +2,7 @@
 
 Every train image is seen once an epoch, as a random crop; test images as centre views, after every epoch. SGD with momentum 0.9
 or another optimizer, cross-entropy in float32, separate learning rates for the backbone and the layer, with drops or a cosine. Random
-choices depend only on (seed, purpose, epoch, row): a run resumed from its checkpoint gives the same result as an uninterrupted one, on
+choices depend only on (seed, purpose, epoch, row): a run resumed from its checkpoint gives the same result as an uninterrupted run, on
 the CPU bit by bit. Several processes share each batch and give the result of one process up to rounding: gradients are averaged over all
 images, and if BatchNorm is trained (GPUs only) its statistics are those of the whole batch. Shape letters: B rows of a batch, N rows, C
 classes.
@@ -40,7 +40,7 @@ _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task: `labels_N` belong to the rows of `images`; the augmentation of the crops, and the size of views."""
+    """A classification task: images, their labels `labels_N`, the augmentation of the crops, and the size of views."""
 
     images: Images
     labels_N: np.ndarray
@@ -62,7 +62,7 @@ class Protocol:
 
 
 def random_crops(crop_scale: Range, flip_p: float) -> AugmentParams:
-    """A weak augmentation: only a random crop of this share of the area, and a flip."""
+    """A weak augmentation: only a random crop with this share of the area, and a flip."""
     return AugmentParams(
         crop_scale=crop_scale,
         crop_ratio=[3 / 4, 4 / 3],
@@ -77,7 +77,7 @@ def random_crops(crop_scale: Range, flip_p: float) -> AugmentParams:
 
 
 def task_of(listing: Listing, images: Images, image: ImageParams, crops: CropsParams, train_rows_N: np.ndarray | None = None) -> Task:
-    """The labelled images of a listing: its train rows, or these of them, in crops of this family, and its test rows."""
+    """The task of a listing's labelled images: its train rows, or the given ones, with crops of this family, and its test rows."""
     learned = np.arange(listing.train_rows) if train_rows_N is None else train_rows_N
     return Task(
         images, listing.labels_N, learned, listing.test_rows_N, len(listing.classes), image, random_crops(crops.crop_scale, crops.flip_p)
@@ -109,8 +109,8 @@ class Classifier(nn.Module):
 class ClassifierTrainer(Resumable):
     """Trains a copy of `backbone` with a new layer by a protocol; `backbone` does not change.
 
-    The global batch is at most `tune.batch_images`; the last one of an epoch is smaller or, if the backbone is trained,
-    left out, because a handful of images would determine BatchNorm's statistics. `label` names the run in the progress bar and in errors.
+    The global batch has at most `tune.batch_images` images. The last batch of an epoch is smaller or, if the backbone is trained,
+    left out, because a few images would determine BatchNorm's statistics. `label` names the run in the progress bar and in errors.
     """
 
     def __init__(
@@ -146,9 +146,9 @@ class ClassifierTrainer(Resumable):
         self._test_features_ND: Tensor | None = None
 
     def run(self) -> dict[str, float | int]:
-        """Train to the end, from the last checkpoint if there is one: `last_and_best` of top-1 and top-5, percent.
+        """Train to the end, from the last checkpoint if there is one; return `last_and_best` of top-1 and top-5, percent.
 
-        Raises UserError if the loss or an output is not finite, Interrupted after SIGTERM or SIGINT, with a checkpoint.
+        Raises UserError if the loss or an output is not finite. On SIGTERM or SIGINT, saves a checkpoint and raises Interrupted.
         """
         self._resume()
         total = self.tune.epochs * self.steps_per_epoch
@@ -174,7 +174,7 @@ class ClassifierTrainer(Resumable):
         order_N = train_rows_N[seeds.permutation(self.seed, self.purpose, epoch, len(train_rows_N))]
         batches = [order_N[start : start + self.batch_images] for start in range(0, len(order_N), self.batch_images)]
         batches = batches[first : self.steps_per_epoch]
-        # A process for which no row is left uses the first one, which then does not count (_train_step).
+        # A process without rows in the last batch uses the first row, with weight 0 (_train_step).
         shares = [np.array_split(rows_B, distributed.world())[distributed.rank()] for rows_B in batches]
         rows = [share_B if len(share_B) else rows_B[:1] for share_B, rows_B in zip(shares, batches, strict=True)]
         requests = [Request(rows_B, rows_B, self.purpose, epoch, 0) for rows_B in rows]

@@ -1,4 +1,4 @@
-"""k-nearest-neighbour accuracy of features: exact search by cosine, all k and both votes from one search.
+"""k-nearest-neighbour accuracy of features: an exact search by cosine, used for all k and both kinds of votes.
 
 Shape letters: Q queries, K neighbours, C classes; q queries of a block.
 """
@@ -45,8 +45,8 @@ def nearest_train(train_features_TD: np.ndarray, test_features_QD: np.ndarray, k
 def voted_hits(
     found: Found, train_labels_T: np.ndarray, test_labels_Q: np.ndarray, ks: Sequence[int], temperature: float
 ) -> dict[str, np.ndarray]:
-    """Whether each test image is classified correctly, bool (Q,): `knn_K` by one vote each, `knn_K_weighted` by votes of
-    exp(cosine / temperature), for each k.
+    """Whether each test image is classified correctly, bool (Q,), for each k: `knn_K` with equal votes, `knn_K_weighted` with votes of
+    weight exp(cosine / temperature).
 
     `found` is what `nearest_train` gives; labels are classes from 0, none unknown. Of classes with equally many votes the one with the
     nearest member wins (Wu et al. 2018, arXiv:1805.01978, section 3.4).
@@ -64,7 +64,7 @@ def voted_hits(
 
 
 def _winners(labels_QK: np.ndarray, weight_QK: np.ndarray, classes: int, block_rows: int = 4096) -> np.ndarray:
-    """The class with the largest sum of weights for each query; of equal ones that with the nearest neighbour."""
+    """The class with the largest sum of weights for each query; in a tie, the one with the nearest neighbour."""
     winners_Q = np.empty(len(labels_QK), np.int64)
     for start in range(0, len(labels_QK), block_rows):
         labels_qK, weight_qK = labels_QK[start : start + block_rows], weight_QK[start : start + block_rows]

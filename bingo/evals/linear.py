@@ -1,7 +1,7 @@
-"""Linear evaluation of a frozen network: on stored features of centre views, and on random crops as released.
+"""Linear evaluation of a frozen network: on stored features of centre views, and on random crops as in the released code.
 
-Both train a linear layer by SGD with momentum 0.9 and a learning rate from `bingo.schedules`, test it after every epoch, and
-report the last and the best epoch. The papers report the best one, which is chosen on the test set. Shape letters: N rows,
+Both train a linear layer with SGD with momentum 0.9 and a learning rate from `bingo.schedules`, test it after every epoch, and
+report the last and the best epoch. The papers report the best epoch, which is chosen on the test set. Shape letters: N rows,
 B rows of a batch, D feature width, C classes.
 """
 
@@ -42,10 +42,10 @@ def linear_on_features(
     seed: int,
     device: torch.device,
 ) -> tuple[dict[str, float | int], np.ndarray, dict[str, Tensor]]:
-    """Train on `train_X` (N, D) and test on `test_X`, both of any float dtype, standardised with the train mean and deviation.
+    """Train on `train_X` (N, D) and test on `test_X`, both of any float dtype, standardised with the mean and deviation of the train rows.
 
-    Everything is on the device as float32. Returns top1_last, top5_last, top1_best, top5_best (percent; top 5 of fewer
-    than 5 classes means all of them) and best_epoch, counted from 1; whether each test row is classified correctly after the last
+    All data are on the device as float32. Returns top1_last, top5_last, top1_best, top5_best (percent; with fewer than 5 classes, top 5
+    means all of them) and best_epoch, counted from 1; whether each test row is classified correctly after the last
     epoch, bool; and the layer after the last epoch, see `_folded`. Raises UserError if a label is not in 0..classes-1 or an output is not
     finite.
     """
@@ -82,9 +82,9 @@ def linear_on_crops(
 
     In every epoch each train image is seen once as a random crop; the pooled features of the frozen backbone, in evaluation mode, go
     to the linear layer, raw or, with `params.standardise`, as computed by `Standardised`. Tested on centre views. A cosine schedule is
-    updated at every step and ends at `params.final_lr` (released: once per epoch, ends at 0.01). Returns the scores of
-    `linear_on_features` and raises what that does; it is `finetune.ClassifierTrainer` with a frozen backbone, so it resumes from its
-    checkpoint, and several processes share each batch. It runs in `logged` of it.
+    updated at every step and ends at `params.final_lr` (released: once per epoch, ends at 0.01). Returns the same scores and raises the
+    same errors as `linear_on_features`. It uses `finetune.ClassifierTrainer` with a frozen backbone, within its `logged`, so it resumes
+    from its checkpoint, and several processes share each batch.
     """
     from bingo.evals.features import backbone_features
     from bingo.evals.finetune import ClassifierTrainer, Protocol  # timm, which is not needed for stored features
@@ -100,8 +100,8 @@ def linear_on_crops(
 
 
 class Standardised(nn.Module):
-    """A backbone whose features are normalised to length 1 and then standardised per dimension with the mean and the variance, plus
-    1e-5, of `centre_features_TD`, normalised likewise (UMBCvision's eval_linear.py: Normalize, FullBatchNorm): float32 (B, D)."""
+    """A backbone whose features are normalised to unit length and then standardised per dimension with the mean and the variance, plus
+    1e-5, of `centre_features_TD`, which are also normalised (UMBCvision's eval_linear.py: Normalize, FullBatchNorm): float32 (B, D)."""
 
     def __init__(self, backbone: "Backbone", centre_features_TD: Tensor):
         super().__init__()
@@ -132,7 +132,7 @@ class _LinearTrainer:
 
     @torch.inference_mode()
     def test(self, features_ND: Tensor, labels_N: Tensor) -> tuple[float, float]:
-        """Percent of rows whose label has the largest output, and is among the min(5, classes) largest."""
+        """Percent of rows whose label has the largest output, and whose label is among the min(5, classes) largest."""
         right, right_among_5, broken = right_of(self.layer(features_ND), labels_N).tolist()
         if broken:
             problem = f"{_LABEL}: outputs are nan or inf after {self.done_steps} steps with lr = {self.params.lr}"
@@ -147,7 +147,7 @@ class _LinearTrainer:
 
 @contextmanager
 def _one_thread_if_small(device: torch.device, layer: nn.Linear, batch_images: int) -> Iterator[None]:
-    """Use one CPU thread if a step is too small to share: handing it to others costs more, 5 times as much on a busy machine."""
+    """Use one CPU thread if a step is too small to divide among threads, which takes longer, on a busy machine 5 times as long."""
     threads = torch.get_num_threads()
     if device.type == "cpu" and layer.weight.numel() * batch_images < 2**24:
         torch.set_num_threads(1)
@@ -165,7 +165,7 @@ def _standardiser(train_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _folded(layer: nn.Linear, mean_D: Tensor, scale_D: Tensor) -> dict[str, Tensor]:
-    """`weight` (C, D) and `bias` (C,), float32, with which the layer takes features that are not standardised:
+    """`weight` (C, D) and `bias` (C,), float32, of an equivalent layer for features that are not standardised:
     W (x - mean) scale + b = (W scale) x + (b - (W scale) mean)."""
     weight_CD = layer.weight.detach().double() * scale_D.double()
     return {"weight": weight_CD.float(), "bias": (layer.bias.detach().double() - weight_CD @ mean_D.double()).float()}

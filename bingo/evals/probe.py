@@ -1,5 +1,5 @@
-"""A quick measure of a network during training, on a part of the test images and a part of the train images: k-NN accuracy, or without
-labels the agreement with the teacher.
+"""A quick measure of a network during training, on some of the test and train images: k-NN accuracy, or, without labels, agreement with
+the teacher.
 
 Shape letters: Q queries, K neighbours.
 """
@@ -26,8 +26,8 @@ BANK_IMAGES, QUERY_IMAGES, NEIGHBORS, TEMPERATURE, BATCH_IMAGES = 5000, 1000, 10
 
 
 def probe_rows(listing: Listing, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A seeded draw of at most 5,000 train rows and 1,000 test rows, each sorted; without a test split, both are train rows, and none is
-    in both."""
+    """A seeded sample of at most 5,000 train rows and 1,000 test rows, each sorted; without a test split, both are disjoint sets of train
+    rows."""
     bank = seeds.permutation(seed, "probe bank", 0, listing.train_rows)
     test_rows = len(listing) - listing.train_rows
     if test_rows == 0:
@@ -38,12 +38,11 @@ def probe_rows(listing: Listing, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Probe:
-    """Call it with a backbone, on `device`: {"knn_10": percent} of a listing with labels, {"agreement_10": percent} of one without, if the
-    teacher's `embeddings` are given; `measures` is false where it could measure neither. It changes neither the backbone's mode nor its
-    buffers.
+    """Measures a backbone on `device` when called: {"knn_10": percent} if the listing has labels, otherwise {"agreement_10": percent} if
+    the teacher's `embeddings` are given; `measures` is false if neither can be measured. The backbone's mode and buffers do not change.
 
-    knn_10 has one vote for each of the 10 nearest (of fewer train images, all). agreement_10 is `neighbor_agreement` among the train rows
-    of `probe_rows`, of which there must be more than 10: with T of them, chance is 1000 / T.
+    knn_10 is by equal votes of the 10 nearest train images (or of all, if there are fewer). agreement_10 is `neighbor_agreement` among the
+    T train rows of `probe_rows`, of which there must be more than 10; by chance it is 1000 / T.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What all classifiers trained on labels share: the initial layer, checks of the labels, and scores of the outputs.
+"""Functions for all classifiers trained on labels: the initial layer, checks of the labels, and scores of the outputs.
 
 Shape letters: B rows of a batch, C classes, D feature width, N rows.
 """
@@ -15,8 +15,8 @@ from bingo.runtime.errors import UserError
 
 
 def linear_layer(width: int, classes: int, init_std: float | None, seed: int, purpose: str, device: torch.device) -> nn.Linear:
-    """A linear layer with normal weights of standard deviation `init_std` and bias 0, or torch's default if that is None; the same on every
-    device."""
+    """A linear layer with normal weights of standard deviation `init_std` and bias 0, or with torch's default if it is None; the same on
+    every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.torch_seed(seed, purpose))
         layer = nn.Linear(width, classes)
@@ -27,10 +27,10 @@ def linear_layer(width: int, classes: int, init_std: float | None, seed: int, pu
 
 
 def check_labels(label: str, train_N: np.ndarray, test_N: np.ndarray, classes: int) -> None:
-    """Raises UserError, which begins with `label`, where a split is empty or a label is not in 0..classes-1."""
+    """Raise UserError, which begins with `label`, if a split is empty or a label is not in 0..classes-1."""
     for split, labels_N in (("train", train_N), ("test", test_N)):
         if len(labels_N) == 0:
-            raise UserError(f"{label}: no {split} images; it needs a labelled train and test split, see the root of its images")
+            raise UserError(f"{label}: no {split} images; labelled train and test splits are needed, check the root of its images")
         wrong_N = labels_N[(labels_N < 0) | (labels_N >= classes)]
         if len(wrong_N):
             line = f"{label}: {len(wrong_N)} {split} images have labels such as {wrong_N[0]}"
@@ -61,7 +61,7 @@ def percent(count: float, rows: int) -> float:
 
 
 def last_and_best(scores: Sequence[tuple[float, float]]) -> dict[str, float | int]:
-    """Top-1 and top-5 of the last epoch and of the one with the best top-1 (the first of several), counted from 1.
+    """Top-1 and top-5 of the last epoch and of the epoch with the best top-1 (in a tie the first), counted from 1.
 
     The best epoch is what the papers report; it is chosen on the test set.
     """

@@ -18,8 +18,8 @@ def teacher_quality(
 ) -> dict[str, float]:
     """Percent: `teacher_knn`, `random_knn` (the same architecture with initial weights), `chance` (always the most frequent class).
 
-    All three on the same at most 5,000 train rows and 1,000 test rows (without a test split: a part of the train rows that is
-    left out of the others), with one vote for each of 10 neighbours. Raises UserError if a label is unknown.
+    All three are measured on the same at most 5,000 train rows and 1,000 test rows (without a test split: train rows that are not among
+    the former), with equal votes of 10 neighbours. Raises UserError if a label is unknown.
     """
     bank_rows, query_rows = probe_rows(listing, seed)
     labels = listing.labels_N[bank_rows], listing.labels_N[query_rows]

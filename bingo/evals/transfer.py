@@ -1,4 +1,4 @@
-"""What transfer_cifar judges by: another dataset's images, and the tasks that its protocols make of them."""
+"""The inputs of transfer_cifar: the images of another dataset, and the tasks for its protocols."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from bingo.runtime.errors import UserError
 
 
 def scanned(params: Params, name: str, say: Callable[[str], None]) -> tuple[Listing, Images]:
-    """The listing and images of `transfer.datasets.NAME`. The first process goes first, since it may have to download them."""
+    """The listing and images of `transfer.datasets.NAME`. The first process reads them first, since it may have to download them."""
     dataset, own = params.transfer_set(name), f"transfer.datasets.{name}."
     if distributed.rank() > 0:
         distributed.barrier()
@@ -35,7 +35,7 @@ def scanned(params: Params, name: str, say: Callable[[str], None]) -> tuple[List
 
 
 def protocols(params: Params, listing: Listing, images: Images) -> dict[str, Protocol]:
-    """Those of `transfer.protocols`. Raises UserError if the student's architecture does not accept images of a protocol's size."""
+    """The protocols in `transfer.protocols`. Raises UserError if the student's architecture does not accept images of a protocol's size."""
     transfer, found = params.transfer, dict[str, Protocol]()
     seen = BicubicImageParams(**params.image.model_dump()) if transfer.interpolation == "bicubic" else params.image
     for protocol in transfer.protocols:
@@ -50,7 +50,7 @@ def protocols(params: Params, listing: Listing, images: Images) -> dict[str, Pro
 
 
 def _image(image: ImageParams, images: Images, resized_px: int | None) -> ImageParams:
-    """Views of `resized_px`, or of the native size: that of images in memory, which are used whole; for files, that of params image."""
+    """Views of `resized_px`, or of the native size: for images in memory, their whole size; for files, that of the section `image`."""
     if isinstance(images, MemoryImages):
         side_px = resized_px or images.side_px
         return image.model_copy(update={"crop_px": side_px, "resize_px": side_px})

@@ -18,8 +18,8 @@ class NotReadBack(Exception):
 
 
 class ReadBack(NamedTuple):
-    """The library that read a file (name and version), and the network in it: normalised images (B, 3, H, W) to pooled features (B, D), or
-    to logits (B, C) of a network with a classifier."""
+    """The library that read a file (name and version), and the network in it, which maps normalised images (B, 3, H, W) to pooled features
+    (B, D), or with a classifier to logits (B, C)."""
 
     library: str
     outputs: Callable[[Tensor], Tensor]
@@ -34,8 +34,8 @@ class Loading(NamedTuple):
 
 
 class Target(Protocol):
-    """The module of a target. `SUFFIXES` are the file name extensions that it accepts, the usual one first; empty if it writes a folder.
-    `CLASSIFIES`: it writes networks with a classifier too."""
+    """The module of a target. `SUFFIXES` are the file name extensions that it accepts, the default first; empty if it writes a folder.
+    `CLASSIFIES`: whether it can also write networks with a classifier."""
 
     SUFFIXES: tuple[str, ...]
     CLASSIFIES: bool
@@ -45,10 +45,10 @@ class Target(Protocol):
         support."""
 
     def read_back(self, network: StoredNetwork, path: Path) -> ReadBack:
-        """Load a file of `write` with the library itself. Raises NotReadBack if it cannot be imported."""
+        """Load a file that `write` wrote with the library itself. Raises NotReadBack if the library cannot be imported."""
 
     def loading(self, network: StoredNetwork, file_name: str) -> Loading:
-        """For the model card: how to load the file."""
+        """How to load the file, for the model card."""
 
 
 def quoted(text: str) -> str:

@@ -1,4 +1,5 @@
-"""reports/exports.js: the exports of this workspace, to which reports/index.html links. Like run.js it is not an output of a stage."""
+"""reports/exports.js lists the exports of this workspace, to which reports/index.html links. Like run.js, it is not an output of a
+stage."""
 
 import json
 import os
@@ -14,7 +15,7 @@ _BEFORE, _AFTER = "window.bingoExports = ", ";\n"
 
 
 def add_link(out: Path, card: Path, target: str, student: Path, measured: ExportFigures) -> None:
-    """Name an export and its model card to the report, in place of those at the same address; files that no longer exist are dropped."""
+    """Add an export and its model card to the list, replacing an entry for the same file; files that no longer exist are removed."""
     made = {
         "file": _address(out), "card": _address(card), "name": out.name, "target": target, "student": student.as_posix(),
         "network": file_fingerprint(student), "figures": [[name, after] for name, _, after in measured.rows],
@@ -29,7 +30,7 @@ def _address(file: Path) -> str:
 
 
 def _links() -> list[dict[str, Any]]:
-    """What the file holds; nothing if it is absent or was edited to something else."""
+    """The entries of the file; empty if it is absent or was changed."""
     try:
         found = json.loads(paths.EXPORTS.read_text().removeprefix(_BEFORE).removesuffix(_AFTER))
         return [link for link in found if isinstance(link, dict) and {"file", "path"} <= link.keys()]

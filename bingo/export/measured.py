@@ -1,6 +1,6 @@
-"""What an exported file gives on images of the workspace, beside the network that it was made from, and what it costs on this machine.
+"""Comparison of an exported file with its network on images of the workspace, and its cost on this machine.
 
-Shape letters: B images of a batch, Q images that are judged, D feature width, C classes.
+Shape letters: B images of a batch, Q images for the comparison, D feature width, C classes.
 """
 
 import json
@@ -27,15 +27,15 @@ from bingo.params import ImageParams, load_params
 from bingo.runtime.errors import UserError, reason_of
 from bingo.runtime.progress import progress_bar
 
-BATCHES = (1, 32)  # images at once, of which latency and memory are measured
+BATCHES = (1, 32)  # batch sizes for which latency and memory are measured
 _BATCH_IMAGES = 32
 _NEIGHBORS = 10
 _FEW_IMAGES = 512  # decoded by this process before workers would have started
 
 
 class ExportFigures(NamedTuple):
-    """Rows of what is measured: name, figure of the float32 network, figure of the file (empty: not measured); and on which machine,
-    empty if only bytes were counted."""
+    """Rows of measurements: name, figure of the float32 network, figure of the file (empty: not measured); and the machine, empty if only
+    bytes were counted."""
 
     rows: list[tuple[str, str, str]]
     machine: str
@@ -43,8 +43,8 @@ class ExportFigures(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """Images of the workspace on which an export is calibrated and judged. `layer` classifies the network's features, if one is known
-    whose classes are the listing's."""
+    """Images of the workspace on which an export is calibrated and compared. `layer` classifies the network's features, if there is a layer
+    with the listing's classes."""
 
     listing: Listing
     images: Images
@@ -55,12 +55,12 @@ class Sample:
     layer: nn.Linear | None
 
     def calibration_batches(self) -> Iterator[Tensor]:
-        """Centre views of train images drawn by seed, or of all if there are no more: float32 (B, 3, P, P)."""
+        """Centre views of train images drawn by seed, or of all if there are fewer: float32 (B, 3, P, P)."""
         return self._views(seeds.distinct(self.seed, "calibration", 0, self.listing.train_rows, self.calibration_images))
 
     def compare(self, module: nn.Module, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, np.ndarray, str]:
-        """What both give on judged test images drawn by seed, or on train images if there are none: float32 (Q, X), (Q, X); their rows,
-        int64 (Q,); and what they are, in words."""
+        """The outputs of both on evaluated test images drawn by seed, or on train images if there are none: float32 (Q, X), (Q, X); the
+        rows, int64 (Q,); and a description of the images."""
         split = "test" if len(self.listing.test_rows_N) else "train"
         rows_N = self.listing.test_rows_N if split == "test" else np.arange(self.listing.train_rows)
         rows_Q, before, after = rows_N[seeds.distinct(self.seed, "export", 0, len(rows_N), self.test_images)], [], []
@@ -77,7 +77,7 @@ class Sample:
 
 
 def open_sample(image: ImageParams, layer: nn.Linear | None, layer_listing: str, calibration_images: int, test_images: int) -> Sample:
-    """The workspace's images as a network sees them, judged by `layer` if that was trained on this listing. Raises UserError if listing
+    """The workspace's images as a network sees them, classified by `layer` if it was trained on this listing. Raises UserError if listing
     or images are missing or damaged."""
     listing, params = read_judged_listing(paths.LISTING, paths.LEFT_OUT), load_params()
     known = layer if layer_listing == listing.fingerprint and listing.can_judge else None
@@ -86,7 +86,7 @@ def open_sample(image: ImageParams, layer: nn.Linear | None, layer_listing: str,
 
 
 def measure(network: StoredNetwork, read: ReadBack | None, file: Path, floating: Path | None, sample: Sample | None) -> ExportFigures:
-    """Bytes; latency and peak memory of a file that is a program; with a sample, accuracy or agreement. `floating`: the float32 file of
+    """Bytes; for a file that is a program, latency and peak memory; with a sample, accuracy or agreement. `floating`: the float32 file from
     which an INT8 `file` was made."""
     rows = [("bytes", f"{floating.stat().st_size:,}" if floating else "", f"{_bytes(file):,}")]
     if read is None:
@@ -103,7 +103,7 @@ def measure(network: StoredNetwork, read: ReadBack | None, file: Path, floating:
 
 
 def _judged(network: StoredNetwork, outputs: Callable[[Tensor], Tensor], sample: Sample) -> list[tuple[str, str, str]]:
-    """Accuracy if a layer is known, and for features how near they are to those of the network."""
+    """Accuracy if there is a layer, and for features their similarity to those of the network."""
     *both, rows_Q, images = sample.compare(network.module, outputs)
     found = []
     if sample.layer is not None:
@@ -120,8 +120,8 @@ def _judged(network: StoredNetwork, outputs: Callable[[Tensor], Tensor], sample:
 
 
 def agreement(features_QD: Tensor, others_QD: Tensor) -> tuple[float, float]:
-    """Mean cosine of two networks' features of the same images, and percent of the 10 nearest other images (by cosine; all, if there are
-    fewer) that both find."""
+    """Mean cosine between two networks' features of the same images, and the percentage of the 10 nearest other images (by cosine; or of
+    all, if there are fewer) that both find."""
     units = [torch.nn.functional.normalize(x_QD.double()) for x_QD in (features_QD, others_QD)]
     cosine, k = (units[0] * units[1]).sum(1).mean().item(), min(_NEIGHBORS, len(features_QD) - 1)
     if k < 1:
@@ -131,7 +131,7 @@ def agreement(features_QD: Tensor, others_QD: Tensor) -> tuple[float, float]:
 
 
 def cost(program: Path, batch_images: int, crop_px: int) -> dict[str, float]:
-    """`latency` in ms and `peak memory` in MB of 2^20 bytes of a process that runs the program and nothing else: `bingo.export.speed`."""
+    """`latency` in ms and `peak memory` in MB of 2^20 bytes of a process that runs only the program, by `bingo.export.speed`."""
     command = [sys.executable, "-m", "bingo.export.speed", str(program), str(batch_images), str(crop_px)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,7 +1,7 @@
 """The model card of exported weights: architecture, training, accuracies, licences to check, and how to load the file.
 
-It contains no time or path, and a machine only beside what was measured on it: otherwise the same network in the same workspace gives the
-same bytes.
+It contains no time or path, and names a machine only for measurements, so that apart from these, the same network in the same workspace
+gives the same bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ COMPARED = {  # networks beside this one
     "untrained": "the same network untrained",
 }
 _HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}  # by the listing's name
-_UNKNOWN = "not known: this workspace no longer holds it"
+_UNKNOWN = "not known: it is no longer in this workspace"
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a network was made, as far as the workspace knows; None or empty if it no longer holds exactly what the network was made from.
+    """How a network was made; parts are None or empty if the workspace no longer contains exactly the inputs of the network.
 
     `teacher` is the metadata of the teacher's file, `bags` the attributes of the bag index, `scores` are rows of a measure's name
     and each network's percent, this network's under `net`.
@@ -128,7 +128,7 @@ def model_card(
 
 
 def _network_rows(network: StoredNetwork) -> list[tuple[str, str]]:
-    stems = {"imagenet": "imagenet (the usual one)", "small": "small (stride 1; in ResNets without max pooling)"}
+    stems = {"imagenet": "imagenet (standard)", "small": "small (stride 1; in ResNets without max pooling)"}
     parameters = sum(parameter.numel() for parameter in network.backbone.parameters())
     return [
         ("architecture", network.arch),
@@ -141,8 +141,8 @@ def _network_rows(network: StoredNetwork) -> list[tuple[str, str]]:
 
 def _images(network: StoredNetwork) -> str:
     image = network.image
-    resized = f"short side to {image.resize_px} pixels ({image.interpolation}, antialiased)"
-    resize = f"{resized}, then {image.crop_px} x {image.crop_px} from the centre"
+    resized = f"short side resized to {image.resize_px} pixels ({image.interpolation}, antialiased)"
+    resize = f"{resized}, then a centre crop of {image.crop_px} x {image.crop_px}"
     return (
         f"RGB, {resize}, divided by 255, then normalised per channel with mean {_list(image.mean)} and standard deviation "
         f"{_list(image.std)}. The network takes float32 (batch, 3, {image.crop_px}, {image.crop_px})."
@@ -160,7 +160,12 @@ def _training_rows(network: StoredNetwork, provenance: Provenance) -> list[tuple
     if best := dict(metadata.get("best", {})):
         epoch = best.pop("epoch")
         probe = ", ".join(f"{measure_label(key)}: {percent:.1f} %" for key, percent in best.items())
-        rows.append(("weights of epoch", f"{epoch}, the best by the probe while training ({probe}; optimistic, as it chose the epoch)"))
+        rows.append(
+            (
+                "weights of epoch",
+                f"{epoch}, the best by the probe during training ({probe}; optimistic, because the epoch was chosen by it)",
+            )
+        )
     if options := metadata.get("options"):
         rows.append(("its network while it was trained", _params(options)))
     rows += [(f"parameters: {section}", _params(values)) for section, values in sorted(params.items())]
@@ -222,10 +227,12 @@ def _deployed(measured: ExportFigures) -> str:
     rows = "\n".join(f"| {' | '.join(row)} |" for row in measured.rows)
     note = f"\n\nMeasured on {measured.machine}." if measured.machine else ""
     if any("latency" in name for name, *_ in measured.rows):
-        note += " Latency is the median of repeated runs, memory the peak of a process with the library and this file alone."
+        note += " Latency is the median of repeated runs; memory is the peak of a process that contains only the library and this file."
     latencies = [(name.partition(",")[0].removeprefix("latency at "), *both) for name, *both in measured.rows if name.startswith("latency")]
     if slower := [batch for batch, before, after in latencies if before and float(after) > float(before)]:
-        note += f" This file is slower than the float32 network there at {' and '.join(slower)}; measure it where it is to run."
+        note += (
+            f" This file is slower there than the float32 network at {' and '.join(slower)}; measure it on the machine where it will run."
+        )
     return f"| | float32 network | this file |\n| --- | ---: | ---: |\n{rows}{note}"
 
 
@@ -235,11 +242,11 @@ def _licence(network: StoredNetwork, provenance: Provenance) -> str:
         teacher = provenance.teacher
         origin += " and the teacher's weights" + (f" ({teacher['source']}: {teacher['arch']})" if teacher else "")
     if start := network.metadata.get("start"):
-        origin += f" and the weights that this training started from ({start['weights']})"
+        origin += f" and the initial weights of this training ({start['weights']})"
     return (
-        f"BINGO's code is Apache-2.0, which says nothing of these weights. They come from {origin} "
-        "and may inherit their terms. Before you pass them on, check: what the dataset's licence says of models trained on it, and of "
-        "commercial use; what the licence of the teacher's weights says of networks derived from them; whether people in the images agreed."
+        f"BINGO's code is licensed under Apache-2.0, which does not apply to these weights. They are derived from {origin} "
+        "and may inherit their terms. Before you distribute them, check the dataset's licence for models trained on it and for "
+        "commercial use, the licence of the teacher's weights for derived networks, and the consent of people in the images."
     )
 
 

@@ -1,4 +1,4 @@
-"""What this workspace still has of a stored network's inputs: data, teacher, bags and figures, for the model card."""
+"""The inputs of a stored network that are still in this workspace (data, teacher, bags and figures), for the model card."""
 
 import hashlib
 from collections.abc import Callable
@@ -18,8 +18,8 @@ _REPORTS = {"linear_eval": paths.REPORTS / "linear", "knn_eval": paths.REPORTS /
 
 
 def provenance(file: Path, network: StoredNetwork, note: Callable[[str], None]) -> Provenance:
-    """What this workspace still has of the network's inputs; each part only if its fingerprint matches the network's. `note` is
-    called with a line on what is left out."""
+    """The network's inputs that are still in this workspace; each only if its fingerprint matches the network's. `note` is called with a
+    line on parts that are left out."""
     listing = ListingRows(paths.LISTING, str(paths.LISTING)) if paths.LISTING.exists() else None
     if listing is not None and listing.fingerprint != network.metadata.get("listing"):
         listing = None

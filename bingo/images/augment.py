@@ -15,7 +15,7 @@ from bingo.images.draws import Colours, Crops, crop_boxes
 from bingo.images.uploads import channels, upload, upload_together
 from bingo.params import AugmentParams, ImageParams, Interpolation
 
-_FAR = 1e6  # times its distance from a box is where a pixel outside of it is put, so that it has no weight
+_FAR = 1e6  # factor by which the distance of a pixel outside of its box is multiplied, so that it has no weight
 
 
 def random_views(
@@ -31,7 +31,7 @@ def random_views(
 
 
 def cropped_views(crops_BPP3: Tensor, colours: Colours, augment: AugmentParams, image: ImageParams) -> Tensor:
-    """The same from crops that a decoding worker has already cropped, resized and flipped: uint8 (B, P, P, 3)."""
+    """The same as `random_views`, from views that a decoding worker has already cropped, resized and flipped: uint8 (B, P, P, 3)."""
     recolouring = Recolouring(colours, augment, image.crop_px)
     order_B, *numbers = upload_together([recolouring.order_B, *recolouring.numbers], crops_BPP3.device)
     return recolouring(to_unit(crops_BPP3.index_select(0, order_B) if recolouring.sorts else crops_BPP3), numbers, image)
@@ -68,8 +68,8 @@ def crop_lines(boxes_B4: np.ndarray, flip_B: np.ndarray, out_px: int) -> np.ndar
 
 
 def _lines(start_L: np.ndarray, length_L: np.ndarray, flip_L: np.ndarray, out_px: int) -> np.ndarray:
-    """Parts of lines, pixels start..start+length-1, that become `out_px` pixels: float32 (6, L) with the start, the last pixel's centre
-    counted from it, the pixels for one output pixel, the stretching of the filter, and begin and direction of the output."""
+    """Parts of lines, pixels start..start+length-1, to be resized to `out_px` pixels: float32 (6, L) with the start, the centre of the last
+    pixel relative to it, the number of pixels per output pixel, the stretching of the filter, and start and direction of the output."""
     length_L = length_L.astype(np.float32)
     scale_L = length_L / np.float32(out_px)
     rows = [start_L, length_L - 0.5, scale_L, np.maximum(scale_L, 1), out_px * flip_L, 1 - 2 * flip_L.astype(np.float32)]

@@ -1,8 +1,8 @@
 """The colours of a batch of views on the device: rotation, colour jitter, greyscale, blur, and the normalisation that ends a view.
 
-Every operation equals torchvision's function of the same name on one float image in [0, 1]. What differs from view to view is a tensor of
-numbers, so that each operation is one call for all views that have it. Shape letters: B views, P side of a view in pixels, R some of the
-views, O colour operations in use, K distances in pixels that a blur reaches, and one more.
+Every operation equals torchvision's function of the same name on one float image in [0, 1]. Parameters that differ between views are
+tensors, so that each operation is one call for all views that have it. Shape letters: B views, P side of a view in pixels, R some of the
+views, O colour operations in use, K - 1 distance in pixels that a blur reaches.
 """
 
 from functools import cache
@@ -23,11 +23,11 @@ BLUR_SIGMAS = 3  # the blur kernel reaches this many times the largest sigma
 
 
 class Recolouring:
-    """The colours of B views of `side_px`: what the device is to know, `numbers`, uploaded by the caller, and what it does with them.
+    """The colours of B views of `side_px`: their parameters `numbers`, which the caller uploads to the device, and their application.
 
-    Views come in the order `order_B`, which is another one than theirs if it `sorts` them: by the place of the shift of hue among their
-    operations, late ones first. One shift then serves all; the n-th operation before it is of the first of them, the n-th after it of the
-    last. An operation that no view has costs nothing.
+    Views must be passed in the order `order_B`, which differs from their own if `sorts` is true: sorted by the position of the shift of hue
+    among their operations, late ones first. Then one shift of hue serves all views; the n-th operation before it applies to the first
+    views, the n-th after it to the last ones. An operation that no view has costs nothing.
     """
 
     def __init__(self, colours: Colours, augment: AugmentParams, side_px: int):
@@ -93,8 +93,8 @@ class Recolouring:
 
 
 def _blend_shares(operation_RO: np.ndarray, factor_RO: np.ndarray, column_R: np.ndarray) -> np.ndarray:
-    """What one blend of each view keeps of the image, takes of something grey (`_to_gray_by_red`), and whether that is the image's mean:
-    (3, R)."""
+    """For one blend of each view, the share of the image, the share of a grey (`_to_gray_by_red`), and whether that grey is the image's
+    mean: (3, R)."""
     operation_R, factor_R = (np.take_along_axis(x_RO, column_R[:, None], axis=1)[:, 0] for x_RO in (operation_RO, factor_RO))
     keep_R = np.where((operation_R >= 0) & (operation_R < HUE), factor_R, 1.0)
     rest_R = np.where(operation_R == BRIGHTNESS, 0.0, _GRAY_WEIGHTS[0] * (1 - keep_R))
@@ -122,8 +122,8 @@ def _to_gray_by_red(x_B3PP: Tensor) -> Tensor:
 def shift_hue(x_R3PP: Tensor, turns_R1: Tensor) -> None:
     """In place: hue shifted by `turns_R1` of the colour circle, value and chroma kept; images in [0, 1].
 
-    Hexagonal hue as in torchvision's _rgb2hsv, in turns; back by channel = value - chroma * clamp(2 - 6 d, 0, 1), which is HSV to RGB
-    without its six cases: d is the distance on the circle from the hue in whose middle the channel is least, cyan, magenta and yellow.
+    Hue is hexagonal as in torchvision's _rgb2hsv, in turns. The conversion back to RGB, channel = value - chroma * clamp(2 - 6 d, 0, 1),
+    avoids the usual six cases: d is the distance on the circle from the hue at which the channel is smallest (cyan, magenta and yellow).
     """
     device = x_R3PP.device
     value_R1PP = x_R3PP.amax(dim=1, keepdim=True)
@@ -158,8 +158,8 @@ def blur(x_R3PP: Tensor, kernel_RK: Tensor) -> Tensor:
 
 
 def blur_kernels(sigma_R: np.ndarray, largest_sigma: float, side_px: int) -> np.ndarray:
-    """Gaussian weights, for each standard deviation in pixels, at distances 0, 1, .. BLUR_SIGMAS * largest_sigma and a 0 for all that is
-    farther: float32 (R, K)."""
+    """Gaussian weights for each standard deviation in pixels, at distances 0, 1, .. BLUR_SIGMAS * largest_sigma, and a 0 for larger
+    distances: float32 (R, K)."""
     reach = min(int(np.ceil(BLUR_SIGMAS * largest_sigma)), side_px - 1)
     distance_K = torch.arange(reach + 1, dtype=torch.float32)
     half_RK = torch.exp(-0.5 * (distance_K / torch.tensor(sigma_R, dtype=torch.float32)[:, None]) ** 2)
@@ -168,8 +168,8 @@ def blur_kernels(sigma_R: np.ndarray, largest_sigma: float, side_px: int) -> np.
 
 @cache
 def _band(reach: int, block: int, device: torch.device) -> Tensor:
-    """Convolution of `block` pixels with a symmetric kernel as places in `blur_kernels`, int64 (block + 2 * reach, block), kept on the
-    device."""
+    """The band matrix that convolves `block` pixels with a symmetric kernel, as indices into `blur_kernels`, int64 (block + 2 * reach,
+    block), kept on the device."""
     source_S1 = torch.arange(block + 2 * reach)[:, None] - reach
     return (source_S1 - torch.arange(block)).abs().clamp(max=reach + 1).to(device)
 

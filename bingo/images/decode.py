@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, features
 
 from bingo.params import Interpolation
 
-_SUFFIXES = {  # of each format the usual ones first
+_SUFFIXES = {  # by format, most common first
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
     "GIF": (".gif",),
@@ -28,7 +28,7 @@ _SUFFIXES = {  # of each format the usual ones first
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 }
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # may be missing in this build of Pillow
-# Whatever the suffix. Others are rare or decoded in pure Python, and EPS files are programs that would be run.
+# Formats that are read, regardless of the suffix. Others are rare or decoded in pure Python, and EPS files are programs that would be run.
 FORMATS = tuple(name for name in _SUFFIXES if name not in _OPTIONAL or features.check(_OPTIONAL[name]))
 SUFFIXES = tuple(
     sorted((suffix for name in FORMATS for suffix in _SUFFIXES[name]), key=(".jpg", ".jpeg", ".png").__contains__, reverse=True)
@@ -47,7 +47,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _JPEG = ("JPEG", "MPO")
-_WITHOUT_LENGTH = (0x01, *range(0xD0, 0xDA), 0xFF)  # markers of a JPEG file that stand alone, and bytes that fill
+_WITHOUT_LENGTH = (0x01, *range(0xD0, 0xDA), 0xFF)  # markers of a JPEG file without a length, and fill bytes
 _TURNED = (5, 6, 7, 8)  # height and width are swapped
 
 # An image of this many pixels is an error here, where Pillow would only warn; its other warnings name no file.
@@ -97,12 +97,12 @@ def _largest(image: Image.Image) -> int | None:
     values_HW = np.asarray(image)
     least, largest = int(values_HW.min()), int(values_HW.max())
     if least < 0 or largest > 65535:
-        raise BadImage("its pixels are not of 8 or 16 bits")
+        raise BadImage("its pixels do not have 8 or 16 bits")
     return largest
 
 
 def bits_of(largest: int) -> int:
-    """The fewest of GRAY_BITS that hold a value."""
+    """The smallest of GRAY_BITS that can hold a value."""
     return next(bits for bits in GRAY_BITS if largest < 2**bits)
 
 
@@ -123,14 +123,14 @@ def _upright_jpeg(file_bytes: bytes) -> Header | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(file_bytes)
-    except (ValueError, KeyError):  # the second: a subsampling that simplejpeg has no name for
+    except (ValueError, KeyError):  # KeyError: a subsampling that simplejpeg does not know
         return None
     plain = colours in ("RGB", "YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
     return Header(height, width, True) if plain else None
 
 
 def _before_the_only_scan(file_bytes: bytes) -> bytes:
-    """A JPEG file up to its pixels, if these are sequential, of 8 bits and in one scan of all components; nothing for any other file."""
+    """A JPEG file up to its pixels, if these are sequential, have 8 bits and are in one scan of all components; empty for other files."""
     place, components = 2 if file_bytes.startswith(b"\xff\xd8") else len(file_bytes), 0
     while len(segment := file_bytes[place : place + 10]) == 10 and segment[0] == 0xFF and segment[1] not in _WITHOUT_LENGTH:
         if segment[1] in (0xC0, 0xC1) and segment[4] == 8:  # sequential; 0xC2 is progressive
@@ -142,7 +142,7 @@ def _before_the_only_scan(file_bytes: bytes) -> bytes:
 
 
 def is_plain_baseline(file_bytes: bytes) -> bool:
-    """Whether a JPEG file, not cut off, holds one sequential scan of 8-bit YCbCr or greyscale: what every decoder reads the same way."""
+    """Whether a JPEG file is complete and has one sequential scan of 8-bit YCbCr or greyscale, which all decoders read in the same way."""
     if not _before_the_only_scan(file_bytes) or not file_bytes.endswith(b"\xff\xd9"):
         return False
     try:
@@ -203,8 +203,8 @@ def decode_square(
 def to_rgb(image: Image.Image, gray_bits: int | None = None) -> Image.Image:
     """An image of any mode as RGB. Alpha is dropped, as in torchvision's loader. Raises BadImage.
 
-    Of 16-bit grey values, the lowest `gray_bits` contain the picture, of which the upper 8 are kept; larger values are white. None: the
-    smallest of GRAY_BITS that holds the image's largest value. A dataset uses one number for all images, so that they stay comparable.
+    For 16-bit grey values, the picture is in the lowest `gray_bits`, of which the upper 8 are kept; larger values are white. None: the
+    smallest of GRAY_BITS that holds the image's largest value. A dataset uses one number for all images, so that they remain comparable.
     """
     if image.mode == "F":
         raise BadImage("its pixels are floating-point numbers of unknown range")
@@ -219,12 +219,12 @@ def to_rgb(image: Image.Image, gray_bits: int | None = None) -> Image.Image:
 
 @contextmanager
 def _opened(file_bytes: bytes) -> Iterator[Image.Image]:
-    """Open the image in a file, to be decoded in the body; any error in it is raised as BadImage."""
+    """Context manager that opens the image in a file, to be decoded in the body; any error is raised as BadImage."""
     with _reasons(), Image.open(io.BytesIO(file_bytes), formats=FORMATS) as image:
         if image.format in _JPEG and (scans := file_bytes.count(b"\xff\xda")) > MOST_SCANS:
             raise BadImage(f"it has {scans} scans, allowed are {MOST_SCANS}")
         if image.format == "PPM" and file_bytes[1:2] in b"123" and image.width * image.height > MOST_PLAIN_PIXELS:
-            raise BadImage(f"it has {image.width} x {image.height} pixels in plain text, which take too long to read")
+            raise BadImage(f"it has {image.width} x {image.height} pixels in plain text, which would take too long to read")
         yield image
 
 
@@ -239,7 +239,7 @@ def _orientation(image: Image.Image) -> int:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Convert any error that Pillow raises for a damaged file (they have no common class) to BadImage with one line."""
+    """Context manager that converts any error that Pillow raises for a damaged file (they have no common class) to BadImage."""
     try:
         yield
     except (BadImage, MemoryError):  # the second is caused by the machine, not by the file

@@ -1,7 +1,7 @@
-"""Random crops of one image file, uint8, as cut by a decoding worker for training. The file is decoded once for all crops.
+"""Random crops of one image file, uint8, made by a decoding worker for training. The file is decoded once for all crops.
 
-JPEG files are decoded by simplejpeg, which gives the same pixels as Pillow in four fifths of the time, and crops are resized by PyTorch
-on bytes, which equals Pillow's antialiased filter (within 2 of 255 levels) in half of the time.
+JPEG files are decoded by simplejpeg, which gives the same pixels as Pillow in four fifths of the time. Crops are resized by PyTorch
+on bytes, which agrees with Pillow's antialiased filter within 2 of 255 levels and takes half of the time.
 Shape letters: V views of the image, P side of a view in pixels.
 """
 
@@ -22,7 +22,7 @@ from bingo.params import Interpolation
 
 @dataclass(frozen=True)
 class CropsWanted:
-    """V crops of one size of an image: boxes (top, left, height, width; int64), which are flipped, bool (V,), and uint8
+    """V crops of one size of an image: boxes (top, left, height, width; int64), whether each is flipped, bool (V,), and uint8
     `out_VPP3`, to which they are written."""
 
     boxes_V4: np.ndarray

@@ -1,7 +1,7 @@
 """Worker processes that decode image files ahead of use. Each image of a plan is decoded once for all its views.
 
 A worker receives paths and random numbers, keeps no state, and returns uint8 crops, so views do not depend on the number of workers.
-Where a GPU decodes JPEG files it returns those that nvJPEG reads as they are, and crops of the others.
+If a GPU decodes JPEG files, a worker returns those that nvJPEG can read undecoded, and crops of the others.
 Processes are used instead of threads, because decoding in Python would hold the GIL that the training thread needs.
 Shape letters: T views of a plan, t views of one size in a task, V views of one image, P side of a view in pixels.
 """
@@ -97,7 +97,7 @@ class Decoded:
 
 
 class FileDecoder:
-    """Decodes plans in order, some tasks ahead, in `workers` processes (0: in this one, at use)."""
+    """Decodes plans in order, some tasks ahead, in `workers` processes (0: in this process, when needed)."""
 
     def __init__(self, images: FileImages, workers: int | None, pin: bool):
         self._images = images
@@ -106,8 +106,8 @@ class FileDecoder:
     def batches(self, plans: Iterable[AnyPlan]) -> Iterator[tuple[AnyPlan, list[Decoded], list[np.ndarray]]]:
         """Each plan with its tasks in the order of images and, for each size, the position of each view of that size, int64.
 
-        Of `task.on(device)`, `torch.cat` of the crops of a kind, indexed with its positions, are the plan's views of that kind in order.
-        Raises UserError naming path and row of unreadable images.
+        The crops of a kind in all `task.on(device)`, joined by `torch.cat` and indexed with its positions, are the plan's views of that
+        kind in order. Raises UserError naming path and row of unreadable images.
         """
         for (plan, places, tasks), results in self._loader.results(map(self._work, plans)):
             for result in results:

@@ -42,7 +42,7 @@ class Crops:
 
 
 def join_crops(parts: Sequence[Crops]) -> Crops:
-    """Several batches as one."""
+    """Join several batches into one."""
     return Crops(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Crops)))
 
 
@@ -66,7 +66,7 @@ class Colours:
 
 
 def join_colours(parts: Sequence[Colours]) -> Colours:
-    """Several batches with one augmentation as one."""
+    """Join several batches with the same augmentation into one."""
     return Colours(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Colours)))
 
 

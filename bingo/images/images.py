@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bingo.params import DatasetParams
 
 CHUNK_ROWS = 8192
-PIXELS_PX = 16  # side of the centre square of an image that is a file, where raw pixels are compared with networks
+PIXELS_PX = 16  # side to which the centre square of an image file is resized when raw pixels are compared with networks
 _WAY_OUT = "dvc repro scan"
 
 
@@ -46,7 +46,7 @@ class MemoryImages:
         return self.images_NSS3.shape[1]
 
     def on_device(self, device: "torch.device") -> "torch.Tensor":
-        """The images as a uint8 tensor (N, S, S, 3) on `device`: copied there once; on the CPU the same memory.
+        """The images as a uint8 tensor (N, S, S, 3) on `device`, to which they are copied once; on the CPU it shares their memory.
 
         Raises UserError if they do not fit on a GPU.
         """
@@ -56,17 +56,17 @@ class MemoryImages:
             try:
                 self._on_device[device] = torch.from_numpy(self.images_NSS3).to(device)
             except torch.cuda.OutOfMemoryError:
-                need = f"{len(self)} images need {self.images_NSS3.nbytes / 2**30:.1f} GiB of the GPU, more than is free"
+                need = f"{len(self)} images need {self.images_NSS3.nbytes / 2**30:.1f} GiB of GPU memory, more than is free"
                 way_out = "lower dataset.store_px, or set it to null: files are then decoded on access"
                 raise UserError(f"dataset.store_px = {self.side_px}: {need}; {way_out}") from None
         return self._on_device[device]
 
 
 class FileImages:
-    """N image files, decoded on every access by the loader's workers: in the folder `root` under their `paths`, or, with `positions`, parts
-    of large files in it; `follow_links`: links may lead out of it.
+    """N image files, decoded on every access by the loader's workers: `paths` in the folder `root`, or, with `positions`, parts of large
+    files in it; `follow_links`: links may lead out of it.
 
-    `gray_bits` is as in a Listing; `jpeg_decoder` (cpu or gpu) is what decodes JPEG files for random views.
+    `gray_bits` is as in a Listing; `jpeg_decoder` (cpu or gpu) decodes JPEG files for random views.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class FileImages:
         return FileImages(self.root, paths, self.follow_links, self.gray_bits, self.jpeg_decoder, positions)
 
     def read(self, row: int) -> bytes:
-        """The bytes of a row's file. Raises OSError, whose strerror says why in one line."""
+        """The bytes of a row's file. Raises OSError, whose strerror is the reason in one line."""
         if self.positions is not None:
             return self.positions.read(self.root, row, self.follow_links)
         return path_inside(self.root, self.paths[row], self.follow_links).read_bytes()
@@ -113,8 +113,8 @@ Images = MemoryImages | FileImages
 
 def write_images(path: Path | str, listing: Listing, images: np.ndarray | Positions | None, pack: Path | None = None) -> None:
     """Write the zarr group of a listing's images: their pixels, uint8 (N, S, S, 3), or the positions of files that are decoded on access;
-    None for files of a folder, of which the group holds nothing. The files of positions `in_store`, which lie in the folder `pack`, are
-    linked into it, or copied where that is another disk."""
+    None for the files of a folder, for which the group is empty. The files of positions `in_store`, which are in the folder `pack`, are
+    linked into it, or copied if it is on another disk."""
     images_NSS3 = images if isinstance(images, np.ndarray) else np.zeros((0, 0, 0, 3), np.uint8)
     chunk_rows = min(CHUNK_ROWS, max(1, len(images_NSS3)))  # a chunk is stored in full size
     with new_directory(path) as folder:
@@ -140,8 +140,8 @@ def write_images(path: Path | str, listing: Listing, images: np.ndarray | Positi
 
 
 def open_images(listing: Listing, images_zarr: Path | str, dataset: "DatasetParams | None") -> Images:
-    """The images of `listing`: in memory if `images_zarr` holds them, otherwise the files in `dataset.root`, or at the positions that it
-    holds. `dataset` is that section of the parameters.
+    """Open the images of `listing`: in memory if `images_zarr` contains them, otherwise as the files in `dataset.root`, or at the positions
+    stored in `images_zarr`. `dataset` is that section of the parameters.
 
     Raises UserError if the store is absent, damaged or another listing's, and if files are needed but there is no `root`.
 

@@ -1,7 +1,7 @@
-"""The listing of all images and their order. Its row number is the only key of every later artefact.
+"""The listing of all images and their order. Every later artefact refers to images by row number.
 
-Train rows come first, so an array over the train rows is a prefix. Stored as parquet; equal listings have equal bytes.
-The metadata hold a sha256 of every column of every row group and of the metadata, so that damage is found in whatever is read.
+Train rows come first, so an array over the train rows is a prefix. The listing is stored as Parquet; equal listings have equal bytes.
+The metadata contain a sha256 of every column of every row group and of the metadata, so that damage to any part that is read is detected.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from bingo.runtime.artefacts import canonical_json, fingerprint, read_json, writ
 from bingo.runtime.errors import UserError
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
-_HELD_OUT = "held_out"  # in the metadata where test images were drawn
+_HELD_OUT = "held_out"  # in the metadata if test images were held out
 _KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "gray_bits", "group_rows", "columns", "checksum")
-PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # what damaged files make pyarrow raise
-_PLAIN = r"^[ !#-\[\]-~]*$"  # what JSON in ASCII does not escape
-_GROUP_ROWS = 65536  # what `listing_rows` reads for one row
+PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # errors that pyarrow raises for damaged files
+_PLAIN = r"^[ !#-\[\]-~]*$"  # strings in which JSON in ASCII escapes nothing
+_GROUP_ROWS = 65536  # rows that `listing_rows` reads to get one
 
 
 class Paths(Sequence[str]):
-    """Strings that stay in a column of Arrow: millions of Python's take several times the memory. Equal to a list of the same strings."""
+    """Strings in an Arrow column, since millions of Python strings take several times the memory. Equal to a list of the same strings."""
 
     def __init__(self, column: pa.ChunkedArray):
         self.column = column
@@ -50,11 +50,11 @@ class Paths(Sequence[str]):
         return self.column[int(rows)].as_py()
 
     def take(self, rows_n: np.ndarray) -> "Paths":
-        """Those of some rows."""
+        """The paths of some rows."""
         return self if np.array_equal(rows_n, np.arange(len(self))) else Paths(self.column.take(pa.array(rows_n, pa.int64())))
 
     def in_order(self) -> "Paths":
-        """Sorted by their parts: the content of a folder comes before its neighbour `folder-2`."""
+        """The paths sorted by their parts, so that the content of `folder` comes before that of `folder-2`."""
         return Paths(self.column.take(pc.sort_indices(pc.replace_substring(self.column, "/", "\0"))))
 
     def __iter__(self) -> Iterator[str]:
@@ -68,12 +68,12 @@ class Paths(Sequence[str]):
 
 
 def path_column(paths: Sequence[str]) -> pa.Array:
-    """The paths as one array of Arrow."""
+    """The paths as one Arrow array."""
     return paths.column.combine_chunks() if isinstance(paths, Paths) else pa.array(paths, pa.string())
 
 
 def joined_paths(parts: Iterable[Sequence[str]]) -> Paths:
-    """The paths of all parts, one after the other."""
+    """The paths of all parts, concatenated."""
     return Paths(pa.chunked_array([pa.concat_arrays([pa.array([], pa.string()), *map(path_column, parts)])]))
 
 
@@ -88,9 +88,10 @@ class Listing:
     """N images in order: relative posix paths (or names such as digit/0012/p3), labels int64 (N,) with -1 where unknown.
 
     Rows 0..train_rows-1 are the train split, the others the test split. `skipped` names unreadable images that were left out.
-    `gray_bits`: how many of the 16 bits of grey images hold the picture, in all images of the dataset; None if there are none.
-    `held_out`: how many of the train images were drawn for the test split, copies of train images included, which are then left out of
-    the listing; None if the dataset has a test split. `left_out_rows`: test rows that are not judged, see `read_judged_listing`.
+    `gray_bits`: the number of bits of 16-bit grey images that contain the picture, the same for all images of the dataset; None if there
+    are none. `held_out`: the number of train images that were held out as the test split, including copies of train images, which are then
+    left out of the listing; None if the dataset has a test split. `left_out_rows`: test rows that are not evaluated, see
+    `read_judged_listing`.
     """
 
     dataset: str
@@ -114,19 +115,19 @@ class Listing:
 
     @property
     def can_judge(self) -> bool:
-        """Whether there are test images to judge and every row has a label, as evaluations need."""
+        """Whether there are test images to evaluate and every row has a label, as evaluations by labels need."""
         return not self.unjudged
 
     @property
     def unjudged(self) -> str:
-        """Why no evaluation by labels is possible; empty if one is."""
+        """Why evaluation by labels is impossible; empty if it is possible."""
         if not len(self.test_rows_N):
             return "all test images are near-duplicates of train images" if self.left_out_rows else "there are no test images"
         return "" if self.labelled else "the images have no labels"
 
     @property
     def test_rows_N(self) -> np.ndarray:
-        """The test rows that are judged, int64, rising."""
+        """The test rows that are evaluated, int64, ascending."""
         return np.setdiff1d(np.arange(self.train_rows, len(self)), self.left_out_rows)
 
     def split(self, row: int) -> str:
@@ -143,15 +144,15 @@ class Contents:
     sha256_N: np.ndarray | None
 
     def part(self, rows_n: np.ndarray) -> "Contents":
-        """Those of some images."""
+        """The contents of some images."""
         return Contents(self.sizes_N[rows_n], None if self.sha256_N is None else self.sha256_N[rows_n])
 
 
 def listing_fingerprint(header: dict, paths: Sequence[str], contents: Contents, labels_N: np.ndarray, train_rows: int) -> str:
     """32 hex digits over `header` (dataset, classes, stored size) and the ordered rows: path, bytes, content, label, split.
 
-    Times, owners and locations are not included: the same images in another folder have the same fingerprint. Hashed is the JSON of
-    [path, size_bytes, sha256, label, split], a line for each row.
+    Times, owners and locations are not included, so the same images in another folder have the same fingerprint. It is the hash of a JSON
+    line [path, size_bytes, sha256, label, split] for each row.
     """
     hasher = hashlib.sha256(canonical_json(header).encode())
     for split, start, end in (("train", 0, train_rows), ("test", train_rows, len(paths))):
@@ -187,7 +188,7 @@ def _hex(hashes_n: np.ndarray) -> pa.Array:
 def memory_listing(
     name: str, paths: list[str], labels_N: np.ndarray, train_rows: int, classes: list[str], images_NSS3: np.ndarray
 ) -> Listing:
-    """The listing of images without files: a row's content is its stored pixels."""
+    """The listing of images without files, where the content of a row is its stored pixels."""
     hashes = [np.frombuffer(hashlib.sha256(image.tobytes()).digest(), np.uint8) for image in images_NSS3]
     contents = Contents(np.full(len(hashes), images_NSS3[:1].nbytes), np.array(hashes, np.uint8).reshape(-1, 32))
     header = {"dataset": name, "classes": classes, "store_px": images_NSS3.shape[1]}
@@ -196,7 +197,7 @@ def memory_listing(
 
 
 def write_listing(path: Path | str, listing: Listing) -> None:
-    """Write the listing as parquet with columns row, path, label, split; everything else is in the schema's metadata."""
+    """Write the listing as Parquet with columns row, path, label, split; everything else is in the schema's metadata."""
     n = len(listing)
     splits = pa.concat_arrays([pa.repeat("train", listing.train_rows), pa.repeat("test", n - listing.train_rows)])
     columns = [pa.array(np.arange(n)), path_column(listing.paths), pa.array(listing.labels_N), splits]
@@ -250,8 +251,8 @@ def metadata_of(schema: pa.Schema) -> dict[str, str]:
 
 
 def read_listing(path: Path | str) -> Listing:
-    """All images of a run and their order: `paths`, `labels_N` (int64, -1 where unknown), `classes`, and `train_rows`, the number of train
-    images, which come first. Raises UserError if the file is absent, damaged or no listing.
+    """Read all images of a run in their order: `paths`, `labels_N` (int64, -1 where unknown), `classes`, and `train_rows`, the number of
+    train images, which come first. Raises UserError if the file is absent, damaged or not a listing.
 
     >>> from bingo import read_listing
     >>> listing = read_listing("data/listing.parquet")
@@ -293,14 +294,14 @@ def _from_table(path: Path | str, table: pa.Table, metadata: dict[str, str]) -> 
 
 
 def write_left_out(path: Path | str, listing: Listing, rows: Iterable[int]) -> None:
-    """Write which test rows of a listing no evaluation judges."""
+    """Write the test rows of a listing that are left out of every evaluation."""
     content = {"listing": listing.fingerprint, "rows": [int(row) for row in rows]}
     write_json(path, {**content, "checksum": fingerprint(content)})
 
 
 def read_judged_listing(path: Path | str, left_out: Path | str) -> Listing:
-    """`read_listing`; if its test images were held out, without those in the file `left_out` among the rows that are judged. Raises
-    UserError as that does, and if the file is then absent, damaged or of another listing."""
+    """`read_listing`, with the rows in the file `left_out` marked as not evaluated if test images were held out. Raises UserError as
+    `read_listing` does, and if that file is then absent, damaged or of another listing."""
     listing = read_listing(path)
     if listing.held_out is None:
         return listing

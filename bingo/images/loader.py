@@ -1,7 +1,7 @@
 """Batches of views on the device, for training (random views by seed row) and for features (centre views in row order).
 
-The same key gives the same pixels for every caller, number of workers and batch, so that a stored teacher view can be redrawn.
-The exception is a JPEG file far larger than its crops: it is decoded at a reduced size that suits all views requested
+The same seed row, purpose, epoch and view give the same pixels for every caller, number of workers and batch, so that a view of the teacher
+can be reproduced. The exception is a JPEG file far larger than its crops: it is decoded at a reduced size that suits all views requested
 together (bingo/images/decode.py), so a view requested alone may differ by about 1/100 of a pixel's standard deviation.
 
 Shape letters: B views of a request, T views of a plan (all its requests), P side of a view in pixels.
@@ -35,8 +35,8 @@ Item = TypeVar("Item")
 class Request:
     """B random views: of images `image_rows_B` (int64), their randomness a function of (purpose, epoch, seed row, view).
 
-    The seed row is the image's own row, unless another image is to be seen with the same crop and colours. `augment`: another
-    augmentation than the loader's. `for_teacher`: rendered as set by the loader's `teacher_image`. `crop_px`: another side in pixels.
+    The seed row is the image's own row, unless two images are to have the same crop and colours. `augment`: replaces the loader's
+    augmentation. `for_teacher`: rendered as set by the loader's `teacher_image`. `crop_px`: replaces the side in pixels.
     """
 
     image_rows_B: np.ndarray
@@ -84,7 +84,7 @@ class ViewLoader:
         return (views for _, views in self.items_with_views((None, plan) for plan in plans))
 
     def items_with_views(self, items: Iterable[tuple[Item, list[Request]]]) -> Iterator[tuple[Item, list[Tensor]]]:
-        """Like `views`, for plans that each come with an item, which is returned with the views."""
+        """Like `views`, for pairs of an item and a plan; the item is returned with the views."""
         source = self._from_memory(items) if self._decoder is None else self._from_files(self._decoder, items)
         while True:
             asked = time.perf_counter()
@@ -112,8 +112,8 @@ class ViewLoader:
             yield item, [views_B3PP for views in together for views_B3PP in views]
 
     def _memory_views(self, requests: list[Request], family: AugmentParams, image: ImageParams) -> Sequence[Tensor]:
-        """Views of consecutive requests with one augmentation and size, computed together: on a GPU the cost of a small batch is in the
-        calls, not the pixels."""
+        """Views of consecutive requests with one augmentation and size, computed together, because on a GPU a small batch costs mainly its
+        calls."""
         assert isinstance(self._images, MemoryImages)
         rows_T = np.concatenate([request.image_rows_B for request in requests])
         crops, colours = zip(*(self._draw(request) for request in requests), strict=True)
@@ -192,7 +192,7 @@ Found = tuple[AnyPlan, list[Decoded], list[np.ndarray]]
 
 @cache
 def _copying_stream(device: torch.device) -> torch.cuda.Stream:
-    """A GPU's stream for copies, made once: torch keeps the memory that a stream has freed for that stream alone."""
+    """A GPU's stream for copies, created once, because torch keeps memory that a stream has freed only for that stream."""
     return torch.cuda.Stream(device)
 
 

@@ -1,4 +1,4 @@
-"""JPEG files decoded by a GPU: torchvision's decode_jpeg, which uses NVIDIA's nvJPEG, and crops of their pixels there.
+"""JPEG files decoded on a GPU by torchvision's decode_jpeg, which uses NVIDIA's nvJPEG, and crops of their pixels.
 
 nvJPEG repeats subsampled chroma where libjpeg interpolates it: `python -m benchmarks.gpu loader` reports the difference in levels of 255
 (mean 6.0 as decoded and 1.1 at 224 px, on its files). Shape letters: V views of the image, P side of a view in pixels.
@@ -25,12 +25,12 @@ def decode_on(device: torch.device, files: Sequence[Tensor]) -> Sequence[Tensor 
             return decode_jpeg(list(files), ImageReadMode.RGB, device)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # of all, where one fails
+        except RuntimeError:  # raised for all files if one fails
             return [None] if len(files) == 1 else [image for file in files for image in decode_on(device, [file])]
 
 
 def crops_of_pixels(image_3HW: Tensor, wanted: Sequence[CropsWanted]) -> None:
-    """Write crops of an image, all on one device. On the CPU the same crops are made from bytes: within 2 of 255 levels of these."""
+    """Write crops of an image, all on one device. They agree within 2 of 255 levels with those that the CPU makes from bytes."""
     for crops in wanted:
         out_VPP3, crop_px = crops.out_VPP3, crops.out_VPP3.shape[1]
         boxes = [image_3HW[None, :, top : top + high, left : left + wide] for top, left, high, wide in crops.boxes_V4.tolist()]

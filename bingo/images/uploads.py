@@ -1,4 +1,4 @@
-"""Host arrays on the device, without waiting for a GPU."""
+"""Copies of host arrays to the device, without waiting for a GPU."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -15,7 +15,8 @@ def upload(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 def upload_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Several arrays by one copy, in their dtypes and shapes: a copy to a GPU costs the host as much as drawing a few hundred numbers."""
+    """Several arrays in one copy, with their dtypes and shapes, because a copy to a GPU costs the host as much as drawing a few hundred
+    numbers."""
     if device.type != "cuda":
         return [upload(array, device) for array in arrays]
     words = [-(-array.nbytes // 8) for array in arrays]  # numbers of 8 bytes begin at a multiple of 8

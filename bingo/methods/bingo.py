@@ -3,11 +3,11 @@
 Terms of one anchor a with its drawn bag member p; s are the student's queries, k the keys, l is InfoNCE against common negatives:
   paper          w0 l(s_a, k_a) + w1 l(s_p, k_a)
   symmetric      (w0 l(s_a, k_a) + w1 l(s_a, k_p) + w0 l(s_p, k_p) + w1 l(s_p, k_a)) / 2
-  symmetric_mix  the same four and m l(s_m, k_a) + (1 - m) l(s_m, k_p), s_m of the CutMix image, m the share of a
-                 in it; over 3 (main_moco.py:371-387). A step has one box for each BatchNorm group, as released for each GPU
-  expected       w0 l(s_a, k_a) + w1 l(s_a, m_a), m_a the mean key of the bag: nearly the mean of l(s_a, k_p) over the bag, whose part in
-                 the positive's logit is linear in the key; no member is drawn or seen. With `anchor_views: 2` the mean of it over two views
-                 of the anchor, each with its own key
+  symmetric_mix  the same four terms and m l(s_m, k_a) + (1 - m) l(s_m, k_p), divided by 3, where s_m is the query of the CutMix image
+                 and m the share of a in it (main_moco.py:371-387). One box is drawn for each BatchNorm group (released: for each GPU)
+  expected       w0 l(s_a, k_a) + w1 l(s_a, m_a), m_a the mean key of the bag: nearly the mean of l(s_a, k_p) over the bag, since the
+                 positive's logit is linear in the key; no member is drawn. With `anchor_views: 2`, the mean over two views of the anchor,
+                 each with its own key
 with (w0, w1) = (1, 0) before `inter_warmup_epochs`, `pair_weights` after. Keys are the stored ones, a live teacher's, or those of a
 moving average of the student (ablation rows without the teacher's parameters).
 """
@@ -35,7 +35,7 @@ from bingo.runtime.errors import UserError
 
 
 class Bingo(Method):
-    """See the head of this file. Negatives: rows of the stored bank or a queue (bingo/methods/negatives.py)."""
+    """BINGO, as described at the top of this file. Negatives are rows of the stored bank or of a queue (bingo/methods/negatives.py)."""
 
     gradients_come_together = True
 
@@ -44,7 +44,7 @@ class Bingo(Method):
         _check(params, context)
         self.params, self.context = params, context
         self.related = params.relation == "bags"
-        self.both = self.related and params.terms in ("symmetric", "symmetric_mix")  # whether members have keys of their own
+        self.both = self.related and params.terms in ("symmetric", "symmetric_mix")  # whether the members' own keys are used
         self.student = context.student
         key_width = params.key_width if context.keys == "momentum" else context.keys_TVP.shape[2]  # type: ignore[union-attr]
         self.head = mlp_head([context.feature_width, params.head_hidden, key_width], seeds.torch_seed(context.seed, "student head"))
@@ -116,7 +116,7 @@ class Bingo(Method):
         return terms
 
     def _query(self, images_BCHW: Tensor) -> Tensor:
-        """Unit rows (B, P) of one kind of view, by a separate forward pass, so that BatchNorm's statistics are of one kind, as released."""
+        """Unit rows (B, P) of one kind of view, in a separate forward pass with its own BatchNorm statistics, as in the released code."""
         with autocast(self.context.precision, self.context.device):
             return unit(self.head(self.student(images_BCHW)))
 
@@ -136,7 +136,7 @@ class Bingo(Method):
         return keys[0], keys[1] if self.both else None
 
     def _encode(self, images_BCHW: Tensor, draw: int) -> Tensor:
-        """Keys of images by the live teacher or the moving average; `draw` numbers the shuffle among processes."""
+        """Keys of images by the live teacher or the moving average; `draw` is the number of the shuffle among processes."""
         with autocast(self.context.precision, self.context.device):
             if self.context.keys == "momentum":
                 return unit(shuffled(self.key_encoder, images_BCHW, self.context.seed, draw))
@@ -147,7 +147,7 @@ class Bingo(Method):
 
 
 def _check(params: BingoParams, context: Context) -> None:
-    """Raises UserError for settings that contradict each other."""
+    """Raise UserError for settings that contradict each other."""
     expected = params.terms == "expected" and params.relation == "bags"
     if expected and context.keys == "momentum":
         way_out = "set distill.keys to stored, or methods.bingo.terms to symmetric"

@@ -2,8 +2,7 @@
 
 t, s: unit outputs of teacher and student. With two queues (train_student.py) Q_t holds the teacher's outputs and Q_s those of a
 moving average of the student, for the same images at the same positions; with one (train_student_one_queue.py, CompReSSA) a linear layer
-maps
-the student to the teacher's width and Q_s is Q_t. loss = KL(softmax(t . Q_t / temperature) || softmax(s . Q_s / temperature)).
+maps the student to the teacher's width and Q_s is Q_t. loss = KL(softmax(t . Q_t / temperature) || softmax(s . Q_s / temperature)).
 The image itself is not in the queues when its similarities are taken.
 """
 
@@ -21,7 +20,7 @@ from bingo.params.methods import CompressParams
 
 
 class Compress(Method):
-    """See the head of this file. Two queues compare backbones, so that there is no head."""
+    """CompRess, as described at the top of this file. With two queues, backbones are compared, so there is no head."""
 
     def __init__(self, params: CompressParams, context: Context):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The interface of a distillation method: it declares what a batch must hold, owns its networks and state, and returns its loss terms.
+"""The interface of a distillation method: it declares what a batch must contain, owns its networks and state, and returns its loss terms.
 
 Shape letters: B anchors of this process with their companions, T train rows, V stored views, P key width, D feature width, K bag size,
 J negatives.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
 
 @dataclass(frozen=True)
 class SmallCrops:
-    """`count` further random crops of each anchor: `crop_px` pixels, of a fraction of the image's area in `crop_scale`."""
+    """`count` additional random crops of each anchor, with a side of `crop_px` pixels and a share of the image's area in `crop_scale`."""
 
     count: int
     crop_px: int
@@ -35,12 +35,12 @@ class SmallCrops:
 class Needs:
     """What a method needs in a batch.
 
-    `anchor_views`, `member_views`: views of the anchor and of one drawn member of its bag. Of the anchor's views the first
-    `same_views` are those that stored keys were made from (two of them are different views), and the last `weak_views` have neither
-    colour jitter nor blur. `stored_keys`: the teacher's stored keys of both, `stored_features`: its stored features of the anchors.
-    `live_anchor_views`, `live_member_views`: the numbers of the views that a live teacher sees.
+    `anchor_views`, `member_views`: numbers of views of the anchor and of one drawn member of its bag. The first `same_views` of the
+    anchor's views are those from which stored keys were computed (if there are two, they differ), and the last `weak_views` have neither
+    colour jitter nor blur. `stored_keys`: the teacher's stored keys of both; `stored_features`: its stored features of the anchors.
+    `live_anchor_views`, `live_member_views`: the indices of the views that a live teacher sees.
     `small_crops`: of the anchors, for student and live teacher.
-    `bag_means`: the mean key of each anchor's bag, over members and stored views, where no member is drawn.
+    `bag_means`: the mean key of each anchor's bag, over members and stored views, instead of a drawn member.
     `companions`: the number of listed members of each anchor's bag that are added to the batch as further anchors, after the anchors.
     """
 
@@ -62,20 +62,20 @@ class Needs:
 
     @property
     def bags(self) -> bool:
-        """Whether bags are read at all."""
+        """Whether bags are needed."""
         return self.members or self.bag_means or self.companions > 0
 
 
 @dataclass
 class Batch:
     """One process's share of a step: rows (B,) int64, views (B, 3, H, W) float32, unit keys (B, P) and features (B, D) float32.
-    `bag_means_BP` are means of keys, which are not of unit length.
+    `bag_means_BP` are means of keys, not of unit length.
 
     `anchor_keys` has one entry, or `Needs.same_views` entries if that is more: then key i is the key of view i. `host_rows_B`
     are the anchor's rows on the host, for random draws: reading them back from a GPU would wait for its work. `live_anchor_views`
-    and `live_member_views` hold the views named in `Needs`, by their numbers, if the teacher sees images of another size or normalisation
-    than the student; otherwise they are empty. `small_crops` (C * B, 3, P, P) are the first crop of every anchor, then the second, and so
-    on; `live_small_crops` the same with the normalisation of such a teacher.
+    and `live_member_views` hold the views that `Needs` lists, by their indices, if the teacher's image size or normalisation differs from
+    the student's; otherwise they are empty. `small_crops` (C * B, 3, P, P) are the first crop of every anchor, then the second, and so
+    on; `live_small_crops` are the same crops with the teacher's normalisation if it differs.
     """
 
     anchor_rows_B: Tensor
@@ -115,8 +115,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method is built from. `student` is the backbone; `keys_TVP` and `features_TD` float16 on the device; absent parts are
-    None. `keys` says where the teacher's outputs come from: stored, live, or momentum (from no teacher)."""
+    """The inputs for building a method. `student` is the backbone; `keys_TVP` and `features_TD` are float16 on the device; absent parts are
+    None. `keys` is the source of the teacher's outputs: stored, live, or momentum (no teacher)."""
 
     student: "Backbone"
     feature_width: int
@@ -133,8 +133,8 @@ class Context:
 class Method(nn.Module):
     """A method. `forward` has no effect on keys, queues or moving averages; these are updated only in `after_step`.
 
-    `gradients_come_together`: they are computed in `forward`, and backward has them all at once. `frozen`: networks of a live teacher.
-    `pushed`: what the last `forward` has for queues, each with its keys (B, P) and rows (B,).
+    `gradients_come_together`: gradients are computed in `forward`, and backward returns them all at once. `frozen`: networks of a live
+    teacher. `pushed`: the queues to be updated after the last `forward`, each with its new keys (B, P) and rows (B,).
     """
 
     gradients_come_together = False
@@ -152,7 +152,7 @@ class Method(nn.Module):
         raise AssertionError(f"{type(self).__name__} has no forward")
 
     def after_step(self) -> None:
-        """Update queues and moving averages, after the optimizer step that used the last `forward`."""
+        """Update queues and moving averages, after the optimizer step of the last `forward`."""
         for queue, keys_BP, rows_B in self.pushed:
             queue.push(keys_BP, rows_B)
         for part in self.children():
@@ -164,5 +164,5 @@ def build_method(name: str, section: MethodSection, context: Context) -> Method:
     """The method `name` from bingo/methods/NAME.py, with its section of params.yaml."""
     method: Method = importlib.import_module(f"bingo.methods.{name}").build(section, context)
     if (teacher := context.teacher) is not None:
-        method.frozen = [teacher.backbone] if teacher.head is None else [teacher.backbone, teacher.head]  # a list: not a part of the method
+        method.frozen = [teacher.backbone] if teacher.head is None else [teacher.backbone, teacher.head]  # a list, so not submodules
     return method

@@ -2,9 +2,9 @@
 
 s = head(student(x)), t the teacher's output for the same view, both (N, X) over a BatchNorm group, whose N images are anchors and
 `companions` of their nearest neighbours. loss = -(mean_i cos(s_i, t_i) + mean_j cos(s_:j, t_:j)) / (teacher_temperature x
-student_temperature), where s_:j is the j-th output of all images, and the mean is over the groups too: the released losses.py divides
-the unit vectors by a temperature each before it multiplies them, on each GPU by itself. Published: 64 anchors on 4 GPUs, 15 of their 31
-neighbours each.
+student_temperature), where s_:j is the j-th output for all images; the loss is the mean over the groups. The released losses.py divides
+each of the two unit vectors by its temperature before it multiplies them, on each GPU separately. Published: 64 anchors on 4 GPUs, 15 of
+their 31 neighbours each.
 """
 
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from bingo.params.methods import CossParams
 
 
 class Coss(Method):
-    """See the head of this file."""
+    """CoSS, as described at the top of this file."""
 
     def __init__(self, params: CossParams, context: Context):
         super().__init__()

@@ -2,7 +2,8 @@
 
 q, k: outputs of the student and of its moving average, T: the teacher's, all unit; x1, x2: two views of the anchor.
 loss = InfoNCE(q(x1), k(x2); queue) + regression_weight * mean(|q(x1) - T(x1)|^2 + |q(x2) - T(x2)|^2). The released code sums the squares
-over the 32 anchors of a GPU, so its weight is 32. There the teacher's BatchNorm uses batch statistics (`teacher_batchnorm: batch`).
+over the 32 anchors of a GPU, which corresponds to a weight of 32; its teacher's BatchNorm uses batch statistics (`teacher_batchnorm:
+batch`).
 """
 
 import torch
@@ -19,7 +20,7 @@ from bingo.params.methods import DiscoParams
 
 
 class Disco(Method):
-    """See the head of this file."""
+    """DisCo, as described at the top of this file."""
 
     def __init__(self, params: DiscoParams, context: Context):
         super().__init__()

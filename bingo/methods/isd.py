@@ -1,8 +1,8 @@
 """ISD (Tejankar et al. 2021; UMBCvision/ISD train_isd.py): the student learns its moving average's similarities to other images.
 
 q = predictor(encoder(x1)), k = the moving average's encoder(x2), both unit; Q: keys of earlier steps.
-loss = KL(softmax(k . Q / key_temperature) || softmax(q . Q / student_temperature)); the image itself is not among the Q. With `weak_keys`
-x2 has neither colour jitter nor blur (ISD-plus), and `projection_width` adds a projector after both encoders.
+loss = KL(softmax(k . Q / key_temperature) || softmax(q . Q / student_temperature)); the image itself is not in Q. With `weak_keys`,
+x2 has neither colour jitter nor blur (ISD-plus); `projection_width` adds a projector after both encoders.
 """
 
 import torch
@@ -18,7 +18,7 @@ from bingo.params.methods import IsdParams
 
 
 class Isd(Method):
-    """See the head of this file. The saved head is the projector, if there is one, and the predictor."""
+    """ISD, as described at the top of this file. The saved head is the projector, if there is one, and the predictor."""
 
     def __init__(self, params: IsdParams, context: Context):
         super().__init__()

@@ -13,8 +13,8 @@ from bingo.params.methods import MocoParams
 
 
 class Moco(Method):
-    """loss = InfoNCE(q(view 1), k(view 2); queue). Keys enter the queue after the step; the key encoder is updated after the step,
-    which is MoCo's own order (there at the start of the next forward)."""
+    """loss = InfoNCE(q(view 1), k(view 2); queue). Keys enter the queue after the step, and then the key encoder is updated, which is
+    equivalent to MoCo's update at the start of the next forward pass."""
 
     needs = Needs(anchor_views=2)
 

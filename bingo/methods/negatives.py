@@ -1,8 +1,8 @@
-"""The negatives shared by all queries of a step: rows of the whole stored bank, or a queue of the last keys.
+"""The negatives shared by all queries of a step: rows of the whole stored bank, or a queue of the most recent keys.
 
-The teacher does not change, so a queue of its keys is only a random subset of the bank; and since the rows of a bank are known, those that
-an
-anchor should not be pushed away from can be excluded. Shape letters: B anchors, P key width, J negatives, M rows that are not negatives.
+The teacher does not change, so a queue of its keys is only a random subset of the bank; and since the rows of a bank are known, those from
+which an anchor should not be pushed away can be excluded. Shape letters: B anchors, P key width, J negatives, M rows that are not
+negatives.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from bingo.runtime.errors import UserError
 
 class Negatives(nn.Module):
     """`rows` negatives of the kind `bank` or `queue`. With a bank, an anchor and its drawn member are never among its own negatives;
-    `mask_bag` excludes the anchor's whole bag, with a queue too. Raises UserError for a bank without stored views."""
+    `mask_bag` excludes the anchor's whole bag, also with a queue. Raises UserError for a bank without stored views."""
 
     def __init__(self, kind: str, rows: int, key_width: int, mask_bag: bool, context: Context):
         super().__init__()
@@ -67,8 +67,7 @@ class Negatives(nn.Module):
         """Distinct rows of the bank with one stored view each, in the bank's precision, the same on every process: `rows` of them, or all.
 
         They are stored in a buffer that the next draw overwrites: allocating memory of that size would cost as much as filling it. They
-        are in
-        the order of rows, which makes reading the bank twice as fast.
+        are in the order of rows, which makes reading the bank twice as fast.
         """
         bank_TVP = self.context.keys_TVP
         assert bank_TVP is not None
@@ -102,7 +101,7 @@ def hidden_negatives(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
 
 
 def hidden_places(bank_rows_J: Tensor, excluded_BM: Tensor) -> Tensor:
-    """`hidden_negatives` for a bank of rising rows: each of the M rows is looked up in it instead of compared with J."""
+    """`hidden_negatives` for a bank with rows in ascending order: each of the M rows is looked up instead of compared with all J."""
     nowhere, place_BM = len(bank_rows_J), torch.searchsorted(bank_rows_J, excluded_BM)
     absent_BM = bank_rows_J[place_BM.clamp(max=nowhere - 1)] != excluded_BM
     hidden_BJ = torch.zeros(len(excluded_BM), nowhere + 1, dtype=torch.bool, device=bank_rows_J.device)

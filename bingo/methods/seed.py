@@ -5,7 +5,7 @@ a_s = [z_s . z_t; z_s . Q] / student_temperature, a_t = [1; z_t . Q] / teacher_t
 softmax(a_s) under softmax(a_t). The teacher is in eval mode, as published.
 
 With `small_crops` (seed/small_patch_builder.py), the same loss of several small crops of each image is added, as a mean over all of them.
-They pass through the networks by themselves and have a queue of their own, which takes the key of the first crop of each image.
+They pass through the networks separately and have their own queue, which takes the key of the first crop of each image.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ from bingo.runtime.errors import UserError
 
 
 class Seed(Method):
-    """See the head of this file. The anchor's own row of the bank is excluded: its similarity is the first in the row."""
+    """SEED, as described at the top of this file. The anchor's own row of the bank is excluded, since its similarity is the first entry."""
 
     def __init__(self, params: SeedParams, context: Context):
         super().__init__()
@@ -55,7 +55,7 @@ class Seed(Method):
         return {"loss": loss + small, "common_view": loss, "small_crops": small}
 
     def _loss(self, images_BCHW: Tensor, key_BP: Tensor, bank_JP: Tensor, hidden_BJ: Tensor | None) -> Tensor:
-        """The mean over images that the student and, as `key_BP`, the teacher have seen; `hidden_BJ` as `Negatives` gives it."""
+        """The mean loss over images, from the student's outputs and the teacher's `key_BP`; `hidden_BJ` is from `Negatives`."""
         with autocast(self.precision, self.device):
             query_BP = unit(self.head(self.student(images_BCHW)))
         bank_JP = bank_JP.float()  # once for both

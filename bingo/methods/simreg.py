@@ -17,7 +17,7 @@ from bingo.params.methods import SimregParams
 
 
 class SimReg(Method):
-    """See the head of this file."""
+    """SimReg, as described at the top of this file."""
 
     def __init__(self, params: SimregParams, context: Context):
         super().__init__()

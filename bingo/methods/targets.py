@@ -1,7 +1,7 @@
-"""The teacher's outputs that a student is compared with view by view: its keys, or its features, stored or live.
+"""The teacher's outputs with which a student is compared view by view: keys or features, stored or live.
 
-Stored keys belong to views that are drawn again for the student; stored features to the centre view (so do those of the cached
-teachers of CompRess and SimReg), and the student's view is then another one. Live, the teacher sees the student's view.
+Stored keys belong to views that are redrawn for the student. Stored features belong to the centre view (like those of the cached
+teachers of CompRess and SimReg), while the student sees a random view. A live teacher sees the student's view.
 Shape letters: B anchors, X width of keys or features.
 """
 
@@ -60,7 +60,7 @@ class Targets:
 
     @torch.no_grad()
     def live(self, images_BCHW: Tensor) -> Tensor:
-        """The live teacher's outputs for any images, as it sees them: float32 (B, X)."""
+        """The live teacher's outputs for any images of its size and normalisation: float32 (B, X)."""
         teacher = self.context.teacher
         assert teacher is not None
         with autocast(self.context.precision, self.context.device):
@@ -68,7 +68,7 @@ class Targets:
 
 
 def check_stored_views(method: str, context: Context, views: int) -> None:
-    """Raises UserError if the store has fewer than `views` views of each image."""
+    """Raise UserError if the store has fewer than `views` views of each image."""
     assert context.keys_TVP is not None
     if (stored := context.keys_TVP.shape[1]) < views:
         way_out = f"set extract.views to {views} or more"

@@ -1,7 +1,7 @@
 """A loss that is a sum of terms, with the activations of only one term in memory: each term's gradient is computed immediately.
 
-`sum_of_terms` runs backward while the loss is computed: a term's forward, its backward into the parameters' gradients, the
-next term. Autograd then sees a single node whose inputs are the parameters; its backward passes on the sums, times the gradient of
+`sum_of_terms` runs backward while the loss is computed: a term's forward pass, its backward pass to the parameters, then the next term.
+Autograd then sees a single node whose inputs are the parameters; its backward returns the summed gradients, times the gradient of
 the loss. It is meant for terms with separate forward passes, such as one view's query against keys and negatives without gradient.
 """
 
@@ -59,8 +59,8 @@ class _TermByTerm(torch.autograd.Function):
 
 
 def _laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient with the strides of its parameter, as an accumulated one has and DistributedDataParallel's buckets: they differ by the
-    strides of dimensions of size 1, as in convolutions of 1 x 1, where it needs no copy."""
+    """The gradient with the strides of its parameter, like accumulated gradients and the buckets of DistributedDataParallel. Strides differ
+    only for dimensions of size 1, as in 1 x 1 convolutions, so no copy is needed."""
     if gradient.stride() == parameter.stride():
         return gradient
     strides = zip(parameter.shape, gradient.stride(), parameter.stride(), strict=True)

@@ -1,7 +1,7 @@
 """Build backbones by name: modules of timm or torchvision without the classifier, at any width, optionally with a stem for small images.
 
-The returned module is the library's, so its state dict has the library's keys and can be
-loaded by the library. Shape letters: B images of a batch, D feature width.
+The returned module is the library's, so its state dict has the library's keys and the library can load it.
+Shape letters: B images of a batch, D feature width.
 """
 
 import copy
@@ -31,7 +31,7 @@ from bingo.runtime.errors import UserError, reason_of
 
 _RANDOM_UNITS = (nn.Dropout, nn.Dropout2d, torchvision.ops.StochasticDepth)
 RATES = ("drop_path_rate", "drop_rate")  # timm's names
-# Residual branches are not initialised to zero, as in torchvision and therefore in all released code; timm would do so.
+# As in torchvision, and therefore in all released code, residual branches are not initialised to zero, as timm does by default.
 _RESNET_INIT: dict[str, Any] = {"zero_init_last": False}
 _TWO_HEADED = ("googlenet", "inception_v3")
 _OPTIONS = ("num_heads", "global_pool", "dynamic_img_size", "img_size", "pooling")
@@ -45,8 +45,8 @@ Built = TypeVar("Built")
 class Backbone(nn.Module):
     """The type of `build_backbone`'s result, for annotations; at run time it is the library's module with two additional attributes.
 
-    `forward(x)` maps float (B, 3, H, W) to pooled features (B, D), and `feature_width` is D. `classifier_names` are the prefixes of
-    the classifier's parameters, which is left out here, in the library's files.
+    `forward(x)` maps float (B, 3, H, W) to pooled features (B, D), and `feature_width` is D. `classifier_names` are the prefixes, in
+    the library's files, of the parameters of the classifier, which is left out here.
     """
 
     feature_width: int
@@ -57,14 +57,13 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
     """The network `arch` with seeded initial weights and no classifier; torch's global generator does not change.
 
     `arch` is a timm name, torchvision/NAME or FILE.py:FUNCTION of bingo/nets/own.
-    `width` multiplies all channels of a plain ResNet of timm (2.0 of resnet50 is
-    SwAV's R50x2: Caron et al. 2020, src/resnet50.py, `widen`). `stem` is `imagenet` (the usual one) or `small`: a
-    first convolution with stride 1, which in ResNets is 3x3 and not followed by max pooling. A timm vision transformer accepts images of
-    any whole number of patches: its position embedding is resampled. `options` are settings that published weights need beyond
-    the library's defaults: arguments of timm's model (`num_heads`, `global_pool`, `img_size` of the position embedding), `pooling` of a
-    vision transformer (`token`: class token, `patches`: mean of the patches, `both`: concatenated, 2 D values), and `padding: same` for
-    TensorFlow's padding of strided layers; and settings for training: `drop_rate`, `drop_path_rate` (timm's; 0 by default, whatever the
-    library's default) and `batchnorm_momentum`.
+    `width` multiplies all channels of a plain ResNet of timm (resnet50 with width 2.0 is SwAV's R50x2: Caron et al. 2020, src/resnet50.py,
+    `widen`). `stem` is `imagenet` (the standard stem) or `small`: a first convolution with stride 1, which in ResNets is 3x3 and not
+    followed by max pooling. A timm vision transformer accepts images of any whole number of patches: its position embedding is resampled.
+    `options` are settings that differ from the library's defaults, as some published weights require: arguments of timm's model
+    (`num_heads`, `global_pool`, `img_size` of the position embedding), `pooling` of a vision transformer (`token`: class token, `patches`:
+    mean of the patches, `both`: concatenated, 2 D values), and `padding: same` for TensorFlow's padding of strided layers; and settings for
+    training: `drop_rate`, `drop_path_rate` (timm's; 0 by default, whatever the library's default) and `batchnorm_momentum`.
 
     Raises UserError for an unknown name, and for a width, stem or option that the network does not support.
     """
@@ -96,25 +95,25 @@ def build_backbone(arch: str, width: float, stem: str, seed_value: int, options:
 
 
 def without_numbers(build: Callable[[], Built]) -> Built:
-    """What `build` returns on torch's meta device, which takes no memory; with numbers if it cannot be built there (RegNets of timm 1.0.28
-    with torch 2.11, networks that read a number of a tensor)."""
+    """The result of `build` on torch's meta device, which takes no memory, or on the CPU if it cannot be built there (RegNets of timm
+    1.0.28 with torch 2.11, networks that read a number of a tensor)."""
     with suppress(NotImplementedError, RuntimeError, TypeError, ValueError), torch.device("meta"):
         return build()
     return build()
 
 
 def made_by_factory(arch: str) -> tuple[Any, ...]:
-    """What the function FILE.py:FUNCTION in bingo/nets/own returns: a module and its feature width, and for a teacher mean, std and image
-    size. Raises UserError if it cannot be called, or returns something else."""
+    """The result of the function FILE.py:FUNCTION in bingo/nets/own: a module and its feature width, and for a teacher mean, std and image
+    size. Raises UserError if the call fails, or returns something else."""
     file, function = arch.rsplit(":", 1)
     try:
         spec: Any = importlib.util.spec_from_file_location(f"bingo.nets.own.{Path(file).stem}", OWN / file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         made = getattr(module, function)()
-    except Exception as error:  # the user's own code raises anything
+    except Exception as error:  # the user's own code may raise anything
         reason = reason_of(f"{type(error).__name__}: {error}")
-        raise UserError(f"factory = {arch}: the call in bingo/nets/own/{file} fails ({reason}); mend the file") from None
+        raise UserError(f"factory = {arch}: the call in bingo/nets/own/{file} fails ({reason}); correct the file") from None
     if not (isinstance(made, tuple) and len(made) in (2, 5) and isinstance(made[0], nn.Module) and isinstance(made[1], int)):
         raise UserError(f"factory = {arch}: returns {type(made).__name__}, not a module and its width; see bingo/nets/own/example.py")
     return made
@@ -132,7 +131,7 @@ def _own(arch: str, width: float, rates: dict[str, float]) -> nn.Module:
 
 
 def is_transformer(arch: str) -> bool:
-    """Whether this is a timm vision transformer that accepts images of any number of patches, and the arguments among `options`."""
+    """Whether this is a timm vision transformer that accepts images of any number of patches and the arguments in `options`."""
     return timm.is_model(arch) and timm.model_entrypoint(arch).__module__ in _TRANSFORMERS
 
 
@@ -192,7 +191,7 @@ def sizes_near(backbone: Backbone, crop_px: int) -> list[int]:
 
 
 def takes(backbone: Backbone, crop_px: int) -> bool:
-    """Whether the network makes a pooled feature of an image of `crop_px`."""
+    """Whether the network computes a pooled feature from an image of `crop_px`."""
     try:
         return _output_shape(backbone, crop_px) == (1, backbone.feature_width)
     except (RuntimeError, AssertionError, ValueError):
@@ -232,7 +231,7 @@ def _drops_branches(net: nn.Module) -> bool:
 
 
 def _drops_features(net: nn.Module) -> bool:
-    """Whether a forward pass draws random numbers for anything but branches: some networks use the rate only in the classifier, which is
+    """Whether a forward pass draws random numbers other than for branches: some networks use the rate only in the classifier, which is
     left out."""
     copied: Any = copy.deepcopy(net).train()
     for module in copied.modules():
@@ -267,7 +266,7 @@ def _set_momentum(net: nn.Module, arch: str, momentum: float) -> None:
 
 
 def _set_pooling(built: nn.Module, arch: str, pooling: str) -> None:
-    """Let a vision transformer pool its tokens so. Raises UserError where it has no class token."""
+    """Set how a vision transformer pools its tokens. Raises UserError if it has no class token."""
     net: Any = built
     if pooling != "patches" and getattr(net, "cls_token", None) is None:
         raise UserError(f"pooling = {pooling}: {arch} has no class token; set pooling: patches, or null")
@@ -276,8 +275,8 @@ def _set_pooling(built: nn.Module, arch: str, pooling: str) -> None:
 
 
 def _pooled_tokens(net: Any, pooling: str, tokens_BLD: Tensor, pre_logits: bool = True) -> Tensor:
-    """In place of `forward_head`: the class token, the mean of the patches, or both, (B, D) or (B, 2 D), each normalised where the network
-    does so after pooling."""
+    """A replacement of `forward_head`: the class token, the mean of the patches, or both, (B, D) or (B, 2 D), each normalised if the
+    network normalises after pooling."""
     parts = {"token": tokens_BLD[:, 0], "patches": tokens_BLD[:, net.num_prefix_tokens :].mean(dim=1)}
     return torch.cat([net.fc_norm(part_BD) for name, part_BD in parts.items() if pooling in (name, "both")], dim=1)
 
@@ -364,7 +363,7 @@ def _pad_as_tensorflow(net: nn.Module) -> None:
 
 
 def _make_stem_small(built: nn.Module, arch: str) -> None:
-    """Change the stem in place; a ResNet's deep stem becomes a single layer. Raises UserError for families with another kind of stem."""
+    """Change the stem in place; a ResNet's deep stem becomes a single layer. Raises UserError for families with other kinds of stems."""
     net: Any = built
     first: Any = getattr(built, "conv1", None)
     if isinstance(built, ResNet | vision.ResNet):

@@ -17,18 +17,18 @@ from bingo.runtime.artefacts import canonical_json, write_bytes
 from bingo.runtime.checksums import Damaged, check_safetensors, seal_safetensors
 from bingo.runtime.errors import UserError, out_of_memory, reason_of
 
-_ENTRY = "bingo"  # safetensors writes several entries in an order that changes from run to run, so only one is used
+_ENTRY = "bingo"  # only one entry is used, because safetensors writes several in an order that changes from run to run
 
 
 def save_network(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors (on any device, of any layout) and JSON-able `metadata` atomically."""
+    """Write tensors (on any device, with any layout) and JSON-serialisable `metadata` atomically."""
     # Copies: safetensors refuses tensors that share memory or are channels_last.
     tensors = on_host(dict(sorted(state.items())))
     write_bytes(path, seal_safetensors(safetensors.torch.save(tensors, metadata={_ENTRY: canonical_json(dict(metadata))})))
 
 
 def on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU, by one read of each dtype and device: on a GPU each read waits for all work before it."""
+    """Contiguous copies on the CPU, by one read for each dtype and device, because on a GPU each read waits for all previous work."""
     copies = dict.fromkeys(state, torch.empty(0))
     for kind in {(tensor.dtype, tensor.device) for tensor in state.values()}:
         tensors = {name: tensor.detach() for name, tensor in state.items() if (tensor.dtype, tensor.device) == kind}
@@ -40,7 +40,7 @@ def on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the metadata of a file that `save_network` wrote.
 
-    Raises UserError for a file that is absent or damaged, or that BINGO did not write.
+    Raises UserError if the file is absent or damaged, or if BINGO did not write it.
     """
     try:
         check_safetensors(path)
@@ -54,14 +54,14 @@ def load_network(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({reason}); run the stage that writes it: dvc repro") from None
     except (Damaged, SafetensorError, KeyError, ValueError, RecursionError) as error:
         if Path(path).stat().st_size == len(NO_WEIGHTS) and Path(path).read_bytes() == NO_WEIGHTS:
-            raise UserError(f"{path}: holds no weights, as the parameters ask for none there; give another file") from None
+            raise UserError(f"{path}: contains no weights, because the parameters do not ask for any there; give another file") from None
         line = f"{path}: is damaged, or BINGO did not write it ({' '.join(str(error).split())})"
         raise UserError(f"{line}; give another, or delete it and run: dvc repro") from None
     return state, metadata
 
 
 def own_metadata(path: Path | str) -> dict[str, Any] | None:
-    """The metadata of a file that `save_network` wrote; None of any other file."""
+    """The metadata of a file that `save_network` wrote; None for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[_ENTRY])
@@ -72,7 +72,7 @@ def own_metadata(path: Path | str) -> dict[str, Any] | None:
 
 @contextmanager
 def building(path: Path | str) -> Iterator[None]:
-    """For building a network from the metadata of its file: any error in the body becomes a UserError that names the file."""
+    """Context manager for building a network from the metadata of its file: any error becomes a UserError that names the file."""
     try:
         yield
     except UserError:
@@ -85,7 +85,7 @@ def building(path: Path | str) -> Iterator[None]:
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """64 hex digits that identify tensors by name, dtype, shape and bytes, independently of their order and file."""
+    """64 hex digits that identify tensors by name, dtype, shape and bytes, regardless of their order and file."""
     hasher = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -98,8 +98,7 @@ OWN_FILE = "give a file that BINGO wrote with this version of timm and torchvisi
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str, way_out: Callable[[], str] = lambda: OWN_FILE) -> None:
     """Load tensors with exactly the module's names and shapes. Otherwise raises UserError, which begins with `origin`, lists the
-    differences
-    and ends in `way_out`.
+    differences and ends with `way_out`.
 
     A missing `num_batches_tracked` counts as 0, as in PyTorch: old files lack it and no result depends on it.
     """
@@ -128,17 +127,17 @@ def check_fits(
 
 
 def _check_numbers(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
-    """Raises UserError for tensors that torch would convert silently, and for nan or inf."""
+    """Raise UserError for tensors that torch would convert silently, and for nan or inf."""
     kinds = [name for name, tensor in expected.items() if tensor.is_floating_point() != state[name].is_floating_point()]
     kinds += [name for name, tensor in state.items() if tensor.layout != torch.strided or tensor.is_meta]
     if kinds:
         raise UserError(f"{origin}: {first_names(kinds)} are not plain floating-point numbers; give the original file")
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise UserError(f"{origin}: {first_names(broken)} hold nan or inf; the training diverged, give another file")
+        raise UserError(f"{origin}: {first_names(broken)} contain nan or inf; the training diverged, give another file")
 
 
 def first_names(names: Iterable[object], most: int = 4) -> str:
-    """The first few of many names, and how many more there are."""
+    """The first few of many names, and the number of further names."""
     named = [str(name) for name in names]
     return ", ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")

@@ -30,8 +30,8 @@ def mlp_head(widths: Sequence[int], seed_value: int) -> nn.Sequential:
 
 
 def layered_head(layers: Sequence[str], widths: Sequence[int], seed_value: int = 0) -> nn.Sequential:
-    """A Sequential of layers of these kinds (the keys of `_LAYERS`); `widths`: the input of the first linear layer, and the outputs of all.
-    The weights are torch's default, seeded; torch's global generator does not change.
+    """A Sequential of layers of these kinds (keys of `_LAYERS`); `widths`: the input width of the first linear layer and the output widths
+    of all. The weights are torch's default, seeded; torch's global generator does not change.
     """
     width, behind = widths[0], iter(widths[1:])
     parts = []
@@ -51,7 +51,7 @@ def describe_head(head: nn.Sequential) -> list[int] | dict[str, Any]:
 
 
 def described_head(description: list[int] | dict[str, Any]) -> nn.Sequential:
-    """A head with this description, with weights that are about to be loaded."""
+    """A head with this description, into which weights will be loaded."""
     if isinstance(description, list):
         return mlp_head(description, seed_value=0)
     return layered_head(description["layers"], description["widths"])
@@ -86,7 +86,7 @@ class _Normalised(torch.autograd.Function):
 
 
 class Unit(nn.Module):
-    """`unit` as a layer of a head, of operations that every exporter knows."""
+    """`unit` as a layer of a head, using only operations that every exporter supports."""
 
     def forward(self, rows_BP: Tensor) -> Tensor:
         return F.normalize(rows_BP.float(), dim=1, eps=_EPSILON)

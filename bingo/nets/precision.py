@@ -1,6 +1,6 @@
 """bf16 if it is requested, or with `auto` if the hardware supports it; losses are computed in float32 outside of this context.
 
-What a GPU computes in float32 it may multiply as TF32 (10 bits of mantissa), unless the precision is `fp32`.
+A GPU may use TF32 (10 bits of mantissa) for float32 products, unless the precision is `fp32`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from bingo.runtime.errors import UserError
 
-HALF_SIMILARITIES = ("cuda",)  # a CPU gains nothing by them
-_CAST_LAYERS = (nn.Linear, nn.Conv2d)  # no subclass: one may compute with its weight before autocast casts the result
+HALF_SIMILARITIES = ("cuda",)  # not faster on a CPU
+_CAST_LAYERS = (nn.Linear, nn.Conv2d)  # not their subclasses, which may compute with the weight before autocast casts the result
 
 
 @cache
 def hardware_has_bf16(device_type: str) -> bool:
-    """Whether this device multiplies bf16 in hardware (CUDA: compute capability 8 on; CPU: AVX512-BF16 or AMX)."""
+    """Whether this device multiplies bf16 in hardware (CUDA: compute capability 8 or higher; CPU: AVX512-BF16 or AMX)."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability()[0] >= 8
     return bool(torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -38,8 +38,8 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The autocast context for a network's forward pass on this device. On a GPU it also allows or forbids TF32 from now on, since the
-    backward pass comes after the context."""
+    """The autocast context for a network's forward pass on this device. On a GPU it also allows or forbids TF32, also after the context,
+    since the backward pass comes later."""
     dtype = resolve_precision(precision, device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
@@ -47,23 +47,23 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def dtype_of_similarities(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of products of unit rows with many keys: float16 where autocast is on on a GPU, float32 elsewhere."""
+    """The dtype of products of unit rows with many keys: float16 on a GPU with autocast enabled, otherwise float32."""
     half = device.type in HALF_SIMILARITIES and resolve_precision(precision, device) != torch.float32
     return torch.float16 if half else torch.float32
 
 
 @contextmanager
 def casts_kept(network: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
-    """In the body, bf16 copies of weights made by one `autocast` are reused by the next; everything outside of `autocast` stays in
-    float32. Those of linear and convolutional layers are made, and their gradients cast back, by one operation for all layers, so that
-    backward has all gradients of these weights at its end."""
+    """Context manager in which bf16 copies of weights made by one `autocast` are reused by the next; everything outside of `autocast`
+    stays in float32. The copies for linear and convolutional layers are made, and their gradients cast back, by one operation for all
+    layers, so the gradients of these weights are complete only at the end of the backward pass."""
     dtype = resolve_precision(precision, device)
     layers = [layer for layer in network.modules() if type(layer) in _CAST_LAYERS and dtype != torch.float32]
     named = [(layer, name, weight) for layer in layers for name, weight in layer.named_parameters()]
     try:
         if named:
             for (layer, name, _), cast in zip(named, _Cast.apply(dtype, *(weight for *_, weight in named)), strict=True):
-                layer.__dict__[name] = cast  # found before the parameter, which stays where it is for everything else
+                layer.__dict__[name] = cast  # found before the parameter, which is not moved
         with autocast(precision, device), torch.autocast(device.type, enabled=False):
             yield
     finally:
@@ -72,7 +72,8 @@ def casts_kept(network: nn.Module, precision: str, device: torch.device) -> Iter
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors in another dtype, and their gradients back in their own, which is the same for all; a tensor without gradient gets none."""
+    """Cast tensors to another dtype, and their gradients back to the original one, which is the same for all. Tensors that do not require
+    a gradient get none."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ def save_backbone(path: Path, weights: Mapping[str, Tensor], network: NetworkPar
 def save_best(folder: Path, best: Mapping[str, Any], network: NetworkParams, image: ImageParams, made_from: dict) -> None:
     """Replace `folder` by one with `best` of a TrainingResult: student.safetensors, and epoch.json with the epoch and the probe's figures.
 
-    Without a best epoch there is only epoch.json, with {"epoch": null}: DVC warns of an output that is an empty folder.
+    Without a best epoch there is only epoch.json, with {"epoch": null}, because DVC warns about an empty output folder.
     """
     with new_directory(folder) as partial:
         found = {"epoch": best["epoch"], **best["probe"]} if best else {"epoch": None}
@@ -42,7 +42,7 @@ def save_best(folder: Path, best: Mapping[str, Any], network: NetworkParams, ima
 
 
 def save_average(path: Path, weights: Mapping[str, Tensor], network: NetworkParams, image: ImageParams, made_from: dict) -> None:
-    """Write the student's moving average to `path`; without one, the word none."""
+    """Write the student's moving average to `path`, or the text `none` if there is no moving average."""
     if weights:
         save_backbone(path, weights, network, image, {**made_from, "average": True})
     else:
@@ -50,8 +50,8 @@ def save_average(path: Path, weights: Mapping[str, Tensor], network: NetworkPara
 
 
 def load_start(network: StudentParams) -> tuple[Backbone | None, dict[str, Any]]:
-    """The backbone with the weights that the student starts from, and what its file says of them; (None, {}) where it starts from random
-    numbers. Raises what `load_backbone` does."""
+    """The backbone with the student's initial weights, and the metadata of its file; (None, {}) if they are random. Raises the errors of
+    `load_backbone`."""
     if network.weights is None:
         return None, {}
     backbone, metadata = load_backbone(START, network)
@@ -59,10 +59,10 @@ def load_start(network: StudentParams) -> tuple[Backbone | None, dict[str, Any]]
 
 
 def load_backbone(path: Path, network: NetworkParams | None = None) -> tuple[Backbone, dict[str, Any]]:
-    """The backbone in a student's file, in eval mode, and the file's metadata. It is deterministic in train mode too: dropout and
+    """The backbone in a student's file, in eval mode, and the file's metadata. It is also deterministic in train mode: dropout and
     stochastic depth were used only for its own training.
 
-    Raises UserError if the file is not a student's or, with `network` given, if it has another architecture.
+    Raises UserError if the file is not a student's or, if `network` is given, if it has a different architecture.
     """
     state, metadata = load_network(path)
     if metadata.get("kind") != "student":
@@ -80,7 +80,7 @@ def load_backbone(path: Path, network: NetworkParams | None = None) -> tuple[Bac
 
 
 def _compare(path: Path, found: Mapping[str, Any], network: NetworkParams) -> None:
-    """Raises UserError if the file's network is not `network`: by its architecture, or by the rates of dropout and stochastic depth."""
+    """Raise UserError if the file's network differs from `network` in its architecture, or in the rates of dropout and stochastic depth."""
     defaults: dict[str, Any] = dict.fromkeys(STUDENT_OPTIONS, 0.0) | {"batchnorm_momentum": "null"}
     asked = defaults | {name: getattr(network, name) for name in ("arch", "width", "stem")} | network.options
     found = defaults | dict(found)
@@ -90,5 +90,5 @@ def _compare(path: Path, found: Mapping[str, Any], network: NetworkParams) -> No
 
 
 def evaluated(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a student that matter once it is trained: all except drop rates."""
+    """The options of a student that matter after training: all except drop rates."""
     return {name: value for name, value in options.items() if name == "batchnorm_momentum"}

@@ -53,13 +53,13 @@ def arch_mistake(arch: str, give: str = "set arch:") -> str | None:
 
 
 def tag_mistake(arch: str, give: str) -> str | None:
-    """The error in NAME.TAG of timm where no weights are loaded, with a way to fix it (`give` NAME), or None if there is no tag."""
+    """The error in an `arch` with a timm tag if no weights are loaded, with a way to fix it (`give` NAME), or None without a tag."""
     plain, dot, _ = arch.partition(".")
     return f"the tag names weights that are not loaded here; {give} {plain}" if dot and plain in arch_names() else None
 
 
 def own_mistake(factory: str) -> str | None:
-    """What is wrong with a network of the user's own, FILE.py:FUNCTION in the folder OWN, or None; the file is parsed, not run."""
+    """The error in the name of the user's own network, FILE.py:FUNCTION in the folder OWN, or None; the file is parsed, not run."""
     file, _, function = factory.partition(":")
     if not re.fullmatch(r"\w+\.py", file) or not (OWN / file).is_file():
         names = sorted(path.name for path in OWN.glob("*.py") if path.stem != "__init__")
@@ -67,7 +67,7 @@ def own_mistake(factory: str) -> str | None:
     try:
         parsed = ast.parse((OWN / file).read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
-        return f"bingo/nets/own/{file} is not valid Python ({error}); mend it"
+        return f"bingo/nets/own/{file} is not valid Python ({error}); correct it"
     functions = [node.name for node in parsed.body if isinstance(node, ast.FunctionDef)]
     if function not in functions:
         return f"bingo/nets/own/{file} has no such function{near_matches(function, functions)}; set one of {', '.join(functions) or 'none'}"

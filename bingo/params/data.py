@@ -24,12 +24,12 @@ FILE_SOURCES = ("folder", "webdataset", "huggingface")
 
 
 class DatasetParams(Section):
-    """The images. `train_images` and `test_images` draw a seeded, class-balanced subset (null: all); for files without a test
-    split, `test_images` images are held out from the train images.
+    """The images. `train_images` and `test_images` select a seeded, class-balanced subset (null: all); without a test split,
+    `test_images` images are held out from the train images.
 
-    `pack_px`: photographs with a longer short side are kept once more, resized to it, and read from there.
-    `follow_links`: links in a folder of images may lead out of it. `image_column`, `label_column`: of a dataset that Hugging Face's
-    library `datasets` saved (null: the only column of that type).
+    `pack_px`: photographs with a longer short side are resized to it and stored once more; these copies are read instead.
+    `follow_links`: follow links in a folder of images that lead out of it. `image_column`, `label_column`: columns of a dataset saved by
+    Hugging Face's library `datasets` (null: the only column of that type).
     """
 
     source: Literal["digits", "folder", "webdataset", "huggingface", "cifar10", "cifar100"]
@@ -91,23 +91,23 @@ class BicubicImageParams(ImageParams):
 
 
 def seen_image(values: Mapping[str, Any]) -> ImageParams:
-    """The section whose keys stand among `values`: with bicubic resizing where these have such an `interpolation`, otherwise bilinear.
+    """The image section with the keys in `values`; resizing is bicubic if `interpolation` is, otherwise bilinear.
 
-    Raises KeyError where one is missing, and pydantic's ValidationError.
+    Raises KeyError if a key is missing, and pydantic's ValidationError.
     """
     bicubic = values.get("interpolation") == "bicubic"
     return (BicubicImageParams if bicubic else ImageParams)(**{key: values[key] for key in ImageParams.model_fields})
 
 
 def image_values(image: ImageParams) -> dict[str, Any]:
-    """The other way round: what `seen_image` reads; bilinear resizing is not named, so that older files stay as they were."""
+    """The inverse of `seen_image`. Bilinear interpolation is left out, so that files from before it was a setting do not change."""
     return image.model_dump() | ({"interpolation": image.interpolation} if image.interpolation != "bilinear" else {})
 
 
 class ExtractParams(Section):
-    """The teacher's pass: the feature of the centre view of each image and keys of `views` random views of each train image (0: none,
-    for live or momentum keys, or features as targets), written in files of `chunk_rows` rows: the unit of work of a process, and the most
-    that is lost when it is killed. `augment`: as in teacher.pretrain."""
+    """The teacher's pass: it stores the feature of the centre view of each image and the keys of `views` random views of each train image
+    (0: none, for live or momentum keys, or features as targets), in files of `chunk_rows` rows. A file is the unit of work of a process,
+    and the most that is lost when it is killed. `augment`: as in teacher.pretrain."""
 
     views: Whole
     batch_images: Count
@@ -119,14 +119,14 @@ class ExtractParams(Section):
 class BaggingParams(Section):
     """Building of bags: `k` members (for kmeans and label: the number of listed members, nearest first).
 
-    `relation` selects the network whose features define similarity: the teacher, or a student trained
-    as a baseline (the paper's ablation). `mutual` keeps a member of a knn bag only if the anchor is in the member's bag too.
-    `search` of knn: exact, by an inverted file of `lists` lists (null: 4 * sqrt(train rows)), of which `probes` are searched, or by a
-    graph of cuVS on a GPU.
-    `draw_temperature`: members are drawn with probability proportional to exp(cosine / t), among those listed; null: with equal
+    `relation` selects the network whose features define similarity: the teacher, or a student trained as a baseline (an ablation of
+    the paper). `mutual` keeps a member of a knn bag only if the anchor is also in the member's bag.
+    `search` for knn: exact; `ivf`, an inverted file of `lists` lists (null: 4 * sqrt(train rows)), of which `probes` are searched; or
+    `cuvs`, a graph on a GPU.
+    `draw_temperature` t: members are drawn with probability proportional to exp(cosine / t), among those listed; null: with equal
     probability. `near_duplicate_distance`: images are near-duplicates if their distance, 1 - cosine, is less than this fraction of the
-    median distance of an image to its tenth nearest. They are counted, and where test images were held out of the train images, those with
-    a near-duplicate among these are left out of every evaluation, by the teacher's features; 0: none are.
+    median distance of an image to its tenth-nearest neighbour, in the teacher's features. They are counted; test images that were held out
+    from the train images are left out of every evaluation if they have a near-duplicate among the train images. 0: none are left out.
     """
 
     method: Literal["knn", "kmeans", "label"]

@@ -27,8 +27,8 @@ from bingo.runtime.errors import near_matches
 
 
 class LinearLayerParams(LrSchedule):
-    """Training of a linear layer. Its weights start from a normal distribution with standard deviation `init_std` and its bias from 0;
-    null: both from torch's own uniform distribution (of CompRess, SimReg and ISD)."""
+    """Training of a linear layer. Its weights are initialised from a normal distribution with standard deviation `init_std` and its bias
+    with 0; null: both with torch's default (as in CompRess, SimReg and ISD)."""
 
     init_std: Positive | None
 
@@ -49,7 +49,7 @@ class CropsParams(Section):
 
 
 class CropProbeParams(CachedProbeParams, CropsParams):
-    """The released protocol: a linear layer on features of random crops from the frozen backbone, for the networks in `nets`.
+    """The protocol of the released code: a linear layer on the frozen backbone's features of random crops, for the networks in `nets`.
 
     `standardise`: normalise features to unit length and standardise them with the statistics of the train images' centre views, as
     CompRess, SimReg and ISD do. `final_lr`: the learning rate at the end of a cosine.
@@ -69,13 +69,13 @@ class CropProbeParams(CachedProbeParams, CropsParams):
 
 
 class FeatureParams(Section):
-    """How an evaluation computes features: `batch_images` centre views at once."""
+    """How an evaluation computes features: from `batch_images` centre views at a time."""
 
     precision: Precision
     batch_images: Count
 
     def view(self, image: ImageParams) -> ImageParams:
-        """The centre view that is evaluated, where the network sees `image`."""
+        """The centre view to evaluate, for a network whose images are described by `image`."""
         return image
 
 
@@ -87,10 +87,10 @@ class LinearEvalParams(FeatureParams):
 
 
 class KnnEvalParams(FeatureParams):
-    """Nearest-neighbour evaluation for each `k`, plain votes and votes weighted by exp(cosine / temperature), and for each of `agreement_k`
-    the share of the teacher's nearest train images that a network finds too, which needs no labels ([]: not measured). A network's centre
-    views, but not the teacher's, may be cut otherwise than the `image` section has it: `resize_px` (null: as there), `interpolation`
-    (CoSS: bicubic, 235 px).
+    """Nearest-neighbour evaluation for each `k`, with equal votes and with votes weighted by exp(cosine / temperature). For each of
+    `agreement_k`, also the share of the teacher's nearest train images that a network finds, which needs no labels ([]: not measured).
+    `resize_px` (null: as in section image) and `interpolation` set the centre views of networks other than the teacher (CoSS: bicubic,
+    235 px).
     """
 
     k: Annotated[list[Count], Field(min_length=1)]
@@ -105,7 +105,7 @@ class KnnEvalParams(FeatureParams):
 
 
 class TuneParams(LinearLayerParams, OptimizerParams):
-    """Training of a classifier on labels, with momentum 0.9 of sgd and lars; `batch_images` is the global batch size."""
+    """Training of a classifier on labels; the momentum of sgd and lars is 0.9, and `batch_images` is the global batch size."""
 
     batch_images: Count
     nesterov: bool
@@ -118,13 +118,13 @@ class TuneParams(LinearLayerParams, OptimizerParams):
 
 
 class CropTuneParams(TuneParams):
-    """How `CropProbeParams` train their linear layer."""
+    """Training of the linear layer of `CropProbeParams`."""
 
     final_lr: NotNegative
 
 
 class SplitParams(Section):
-    """A share of the train labels: `list_file` lists the images (SimCLR's lists); null: a seeded, class-balanced draw."""
+    """A share of the train labels: `list_file` lists the images (SimCLR's lists); null: a seeded, class-balanced sample."""
 
     percent: Annotated[float, Field(gt=0, le=100)]
     list_file: FilePath | None
@@ -180,8 +180,8 @@ class TransferParams(CropsParams):
 
 
 class CocoParams(Section):
-    """Mask R-CNN on COCO with the student as backbone. `runs` are named HEAD-SCHEDULE; each schedule lists the steps at which the
-    learning rate is divided by 10, and as its last entry the end of training. The four paths are relative to `root`.
+    """Mask R-CNN on COCO with the student as backbone. `runs` are named HEAD-SCHEDULE. Each schedule lists the steps at which the
+    learning rate is divided by 10; its last entry is the end of training. The four paths are relative to `root`.
     """
 
     runs: list[str]

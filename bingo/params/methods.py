@@ -11,9 +11,9 @@ from bingo.params.fields import Count, NotNegative, Positive, Rows, Section, Sha
 
 
 class MethodSection(Section):
-    """A method's own section. `display_name`: as its paper writes it; `compares_views`: the student is compared with a moving average of
-    itself on another view, whatever distill.keys is; `compares_images`: a term of the loss is computed over the images of a BatchNorm
-    group, and is not a mean of one image's terms."""
+    """The section of a method. `display_name`: its name as written in its paper; `compares_views`: the student is compared with a moving
+    average of itself on another view, regardless of distill.keys; `compares_images`: a term of the loss depends on all images of a
+    BatchNorm group, and is not a mean over images."""
 
     display_name: ClassVar[str]
     needs_teacher: ClassVar[bool] = True
@@ -22,17 +22,18 @@ class MethodSection(Section):
 
     @property
     def reads_features(self) -> bool:
-        """Whether stored training compares with the teacher's features (of centre views) and not with its keys."""
+        """Whether training with stored outputs uses the teacher's features (of centre views) instead of its keys."""
         return getattr(self, "target", "keys") == "features"
 
     def momentum_keys(self, keys: str) -> bool:
-        """Whether the student is compared with a moving average of itself on another view, where `distill.keys` is `keys`."""
+        """Whether the student is compared with a moving average of itself on another view if `distill.keys` is `keys`."""
         return self.compares_views
 
 
 class BingoParams(MethodSection):
-    """BINGO: `terms` `paper` are intra and inter against the anchor's key, `symmetric` also against the member's own key, `symmetric_mix`
-    also the CutMix pair, `expected` the anchor against its key and its bag's mean key; `pair_weights` are (1, 0) in the warmup."""
+    """BINGO. `terms`: `paper` compares anchor and member with the anchor's key, `symmetric` also with the member's key, `symmetric_mix`
+    also compares a CutMix of both; `expected` compares the anchor with its key and its bag's mean key. `pair_weights` are (1, 0) in the
+    warmup."""
 
     display_name: ClassVar[str] = "BINGO"
 
@@ -64,9 +65,9 @@ class BingoParams(MethodSection):
 
 
 class CompressParams(MethodSection):
-    """CompRess (Abbasi Koohpayegani et al. 2020). With `queues: 2`, the student is compared with a moving average of itself, of momentum
-    `key_momentum`, without a head; with 1, student and teacher are both compared with the teacher's queue, and the student gets a linear
-    layer to the teacher's width. `target`: keys of the stored view, which the student sees too, or features of the centre view."""
+    """CompRess (Abbasi Koohpayegani et al. 2020). With `queues: 2`, the student has no head and is compared with a queue of its moving
+    average (momentum `key_momentum`). With 1, student and teacher are both compared with the teacher's queue, and a linear layer maps the
+    student to the teacher's width. `target`: keys of the stored view, which the student also sees, or features of the centre view."""
 
     display_name: ClassVar[str] = "CompRess"
 
@@ -80,8 +81,8 @@ class CompressParams(MethodSection):
 class CossParams(MethodSection):
     """CoSS (Singh and Wang 2024): the student's outputs match the teacher's image by image and feature by feature.
 
-    Each anchor adds `companions` of its bag's listed members to the batch. Both temperatures divide both terms, as released: they only
-    scale the gradients.
+    For each anchor, `companions` members of its bag are added to the batch. Both temperatures divide both terms, as in the released code,
+    so they only scale the gradients.
     """
 
     display_name: ClassVar[str] = "CoSS"
@@ -96,8 +97,8 @@ class CossParams(MethodSection):
 
 class DiscoParams(MethodSection):
     """DisCo (Gao et al. 2022): MoCo-v2's loss and, with weight `regression_weight`, the squared distances to the teacher's keys of the
-    same views. The released code sums over a GPU's 32 anchors, which is a weight of 32 on the mean. `teacher_batchnorm`: of a live
-    teacher; stored keys are those of eval mode."""
+    same views. The released code sums over a GPU's 32 anchors, which corresponds to a weight of 32 on the mean. `teacher_batchnorm`: mode
+    of a live teacher; stored keys are computed in eval mode."""
 
     display_name: ClassVar[str] = "DisCo"
     compares_views: ClassVar[bool] = True
@@ -112,7 +113,7 @@ class DiscoParams(MethodSection):
 
 class MomentumParams(MethodSection):
     """A method without a teacher: the student is compared with keys of its moving average (`key_momentum`), the last `queue_rows` of which
-    are kept; `head_hidden` is the width inside its head."""
+    are kept; `head_hidden` is the width of the hidden layer of its head."""
 
     compares_views: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
@@ -125,7 +126,7 @@ class MomentumParams(MethodSection):
 class IsdParams(MomentumParams):
     """ISD (Tejankar et al. 2021), self-distillation without a teacher. `weak_keys`: the key's view has the crop, rotation and flip of
     distill.augment but no colour jitter and no blur (ISD-plus). `projection_width`: width of a projector before the predictor, which
-    the moving average has too; null: none, the features are compared."""
+    the moving average also has; null: no projector, the features are compared."""
 
     display_name: ClassVar[str] = "ISD"
 
@@ -148,8 +149,8 @@ class SeedParams(MethodSection):
     """SEED (Fang et al. 2021): temperatures of the student's and the teacher's similarities, the bank with which both are compared,
     and the student's head (published: as wide as the features; 2048 gives 2.3 points more).
 
-    With live keys, student and teacher can be compared on `small_crops` further crops of each image too, of `small_crop_px` pixels and
-    a fraction of the image's area in `small_crop_scale`, with a queue of their own (published with SwAV's teachers: 6 crops of 96 px).
+    With live keys, student and teacher can also be compared on `small_crops` additional crops of each image, of `small_crop_px` pixels
+    and a share of the image's area in `small_crop_scale`, with their own queue (published with SwAV's teachers: 6 crops of 96 px).
     """
 
     display_name: ClassVar[str] = "SEED"
@@ -166,7 +167,7 @@ class SeedParams(MethodSection):
 
 class SimregParams(MethodSection):
     """SimReg (Navaneet et al. 2021): regression of the teacher's unit features, or of its keys, through a head of `head_layers`
-    linear layers (4, or 2 without BatchNorm and ReLU; `head_hidden` wide inside), which is discarded afterwards."""
+    linear layers (4 of width `head_hidden`, or 2 without BatchNorm and ReLU), which is discarded afterwards."""
 
     display_name: ClassVar[str] = "SimReg"
 
@@ -188,7 +189,7 @@ class MethodsParams(Section):
     coss: CossParams
 
     def section(self, method: str) -> MethodSection:
-        """The section of the method `name`."""
+        """The section of a method."""
         found = getattr(self, method)
         assert isinstance(found, MethodSection)
         return found

@@ -43,7 +43,7 @@ class NetworkParams(Section):
 
 
 class OwnNetworkParams(NetworkParams):
-    """A backbone that may be one of the user's own: `factory` is FILE.py:FUNCTION in bingo/nets/own and sets arch, width and stem."""
+    """A backbone that may be the user's own network: `factory` is FILE.py:FUNCTION in bingo/nets/own and sets arch, width and stem."""
 
     factory: str | None
 
@@ -63,8 +63,8 @@ class OwnNetworkParams(NetworkParams):
 
 
 class StudentParams(OwnNetworkParams):
-    """The student's backbone; `weights`, those that it starts from: null, seeded random ones; `timm` or `torchvision`, the library's
-    published ones (timm: the default, or those of the tag in `arch`); or a file of them. And settings for its training:
+    """The student's backbone. `weights`: its initial weights, which are random (null), the library's published ones (`timm` or
+    `torchvision`; timm: the default, or those of the tag in `arch`), or those in a file. Settings for its training:
     `drop_path_rate`, the rate of stochastic depth (drop-connect in EfficientNet) in the last block, increasing linearly along the
     network; `drop_rate`, dropout of the pooled feature; `batchnorm_momentum`, the momentum of the running statistics (null: the
     library's default, usually 0.1).
@@ -77,7 +77,7 @@ class StudentParams(OwnNetworkParams):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of these settings that are not the default, for `build_backbone`."""
+        """The training settings that are set, for `build_backbone`."""
         return {name: value for name in STUDENT_OPTIONS if (value := getattr(self, name))}
 
 
@@ -85,7 +85,7 @@ STUDENT_OPTIONS = ("drop_path_rate", "drop_rate", "batchnorm_momentum")
 
 
 class TeacherImageParams(Section):
-    """The teacher's own `image`."""
+    """Size and normalisation of the teacher's images."""
 
     crop_px: Count | None
     resize_px: Count | None
@@ -95,10 +95,10 @@ class TeacherImageParams(Section):
 
 
 class TeacherParams(OwnNetworkParams):
-    """The source of the teacher: a known one by `name`, which sets source, arch, width, stem and format and takes precedence over these
-    keys, or `own`, as these keys say. `checkpoint` is a file for the source `checkpoint` (and optionally for timm and torchvision),
-    `format` the code that wrote it. `pooling` sets the feature of a vision transformer; null: as its weights were published. `key_width`:
-    the principal components of the keys of train images that are kept as keys; null: the keys as they are.
+    """The source of the teacher. `name` is either a known teacher, which replaces source, arch, width, stem and format, or `own`, a teacher
+    described by these keys. `checkpoint` is a file for the source `checkpoint` (and optionally for timm and torchvision), and `format` the
+    code that wrote it. `pooling` sets the feature of a vision transformer; null: as published. `key_width`: the number of principal
+    components, fitted on train images, to which keys are reduced; null: not reduced.
     """
 
     name: str
@@ -133,17 +133,17 @@ class TeacherParams(OwnNetworkParams):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What of these `build_backbone` takes."""
+        """Further options for `build_backbone`."""
         return {"pooling": self.pooling} if self.pooling else {}
 
     @property
     def known(self) -> KnownTeacher | None:
-        """What is known of a teacher that is named."""
+        """The description of the teacher that `name` selects, or None."""
         return None if self.name == OWN else known_teacher(self.name)
 
     def image_for(self, image: ImageParams) -> ImageParams:
-        """What the teacher sees: `image` (the student's) but where its own section says otherwise. Raises ValueError where its crop is
-        larger than what it is cut from."""
+        """The teacher's image settings: those of `image` (the student's) where its own section has null. Raises ValueError if the crop is
+        larger than the resized image."""
         usual = {**image.model_dump(), "interpolation": image.interpolation}
         return seen_image(completed(usual, self.image.model_dump()))
 
@@ -155,7 +155,7 @@ class TeacherParams(OwnNetworkParams):
 
 
 def place_mistakes(key: str, value: str | None, student: StudentParams) -> Iterator[str]:
-    """What is wrong with asking for weights of the student's network by `key`, whatever a file of them holds."""
+    """Errors in `value`, which `key` gives as weights of the student's network, as far as they can be found without reading a file."""
     library = "torchvision" if student.arch.startswith("torchvision/") else "timm"
     if value in LIBRARIES and student.factory:
         yield f"{key} = {value}: {student.arch} is a network of your own; set {key} to a file of its weights, or to null"

@@ -10,8 +10,8 @@ _LONGEST_NAME = 255  # bytes, of usual file systems; more make os.stat raise
 
 
 def located(path: str) -> str:
-    """A path in params.yaml, ready to be opened: `~` is expanded, and what a copy of the workspace lacks is found in the original
-    repository.
+    """A path in params.yaml, ready to be opened: `~` is expanded, and a path that a copy of the workspace lacks is taken from the
+    original repository.
 
     Raises ValueError for an empty path, and as `expanded` does.
     """
@@ -42,8 +42,8 @@ def expanded(path: str) -> str:
 
 
 def images_folder(root: str) -> str:
-    """The folder that paths of images, or of the large files that hold them, are relative to: `root`, or, where that is a file or a pattern
-    of files with braces or wildcards, the folder before the first of these."""
+    """The folder that paths of images and shards are relative to: `root`, or, if `root` is a file or a pattern with braces or wildcards,
+    the folder that contains it."""
     before = re.split(r"[{}*?[]", root, maxsplit=1)[0]
     if Path(root).is_dir() or (before == root and not Path(root).is_file()):
         return root

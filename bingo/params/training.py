@@ -61,9 +61,9 @@ _OFF = PLAIN_SGD | {"accumulate_steps": 1, "student_ema": 0.0}
 
 
 class OptimizerParams(Section):
-    """timm's optimizer of this name. `betas`: of adamw, lamb and lion; null: the optimizer's own. `weight_decay` is on all weights or,
-    without `decay_norms_and_biases`, neither on those of one dimension nor on those that timm exempts, such as position embeddings.
-    Gradients whose norm, of all together, exceeds `clip_grad_norm` are scaled down to it."""
+    """An optimizer of timm. `betas`: for adamw, lamb and lion; null: the optimizer's own. `weight_decay` applies to all weights or,
+    without `decay_norms_and_biases`, neither to those of one dimension nor to those that timm exempts, such as position embeddings.
+    If the norm of all gradients together exceeds `clip_grad_norm`, they are scaled down to it."""
 
     optimizer: Literal["sgd", "adamw", "lamb", "lars", "lion"]
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] | None
@@ -80,9 +80,9 @@ class OptimizerParams(Section):
 
 class ScheduleParams(LrSchedule, OptimizerParams):
     """The learning rate rises to `lr` over `lr_warmup_epochs`; `batch_anchors` is the global batch size. BatchNorm's
-    statistics are computed in each of `batchnorm_groups` equal groups (1: over all images of a process; null: see `groups_for`). A step
+    statistics are computed in each of `batchnorm_groups` equal groups (1: over all images of a process; null: see `groups_for`). A batch
     passes through the networks in `accumulate_steps` equal parts, whose gradients are added before the weights change.
-    `sgd_momentum` is that of sgd and lars."""
+    `sgd_momentum` is the momentum of sgd and lars."""
 
     batch_anchors: Count
     accumulate_steps: Annotated[int, Field(ge=1, le=_MOST_GROUPS)]
@@ -120,8 +120,8 @@ class ScheduleParams(LrSchedule, OptimizerParams):
 
     def groups_for(self, momentum_keys: bool, processes: int) -> int:
         """The number of groups of the global batch that BatchNorm normalises separately: `batchnorm_groups`, or if that is null, one for
-        each part, unless a momentum encoder trains in one process. In that case ShuffleBN needs groups: the largest number of equal ones
-        with at least 32 images, a GPU's share in the released code."""
+        each part. If a method with a momentum encoder trains in one process, ShuffleBN needs groups: then it is the largest number of equal
+        groups with at least 32 images, a GPU's share in the released code."""
         if self.batchnorm_groups is not None:
             return self.batchnorm_groups
         images = self.batch_anchors // self.accumulate_steps
@@ -137,8 +137,8 @@ class PretrainParams(ScheduleParams):
 
 
 class DistillParams(ScheduleParams):
-    """Training of the student: the method, the source of the teacher's keys, the views that the student sees, whether the epoch that the
-    probe measures best is kept too, and the share that a moving average of the student keeps of itself in a step (0: there is none)."""
+    """Training of the student: the method, the source of the teacher's keys, the views that the student sees, whether the best epoch by
+    the probe is also kept, and the decay of a moving average of the student (0: no moving average)."""
 
     method: Annotated[str, one_of(method_names)]
     keys: Literal["stored", "live", "momentum"]
@@ -147,7 +147,7 @@ class DistillParams(ScheduleParams):
     augment: AugmentParams
 
     def recorded(self) -> dict[str, Any]:
-        """The settings for a student's file; what is off is left out, so that files from before it existed do not change."""
+        """The settings for a student's file; options that are off are left out, so that files from before they existed do not change."""
         return {key: value for key, value in self.model_dump().items() if _OFF.get(key, ...) != value}
 
     @model_validator(mode="after")

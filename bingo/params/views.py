@@ -1,4 +1,4 @@
-"""Views by name: `augment` names a set of numbers in views.yaml, and may set single ones itself.
+"""Views by name: `augment` names a set of numbers in views.yaml, some of which it may change.
 
 augment: photographs
 augment: {name: photographs, flip_p: 0.0}
@@ -28,8 +28,8 @@ def named_views() -> dict[str, dict[str, Any]]:
 
 
 def numbers_of(augment: Any) -> Any:
-    """The mapping that `augment` stands for: the named set's numbers, but for those that it has itself. Raises ValueError for an unknown
-    name alone, and for numbers without a name, but for all of them."""
+    """The numbers of the set that `augment` names, with those that it changes. Raises ValueError for an unknown name, and for some but not
+    all numbers without a name."""
     sets = named_views()
     names = ", ".join(sets)
     if isinstance(augment, str):
@@ -47,14 +47,14 @@ def numbers_of(augment: Any) -> Any:
 
 
 def laid_views(old: Any, new: Any) -> Any:
-    """The section `augment` where `new` is laid over `old`: numbers without a name replace single ones, anything else replaces all."""
+    """The section `augment` after `new` is laid over `old`: numbers without a name replace the same numbers, anything else replaces all."""
     if not isinstance(new, dict) or "name" in new:
         return new
     return ({"name": old} if isinstance(old, str) else old if isinstance(old, dict) else {}) | new
 
 
 def spelled_out(document: dict[str, Any]) -> dict[str, Any]:
-    """params.yaml, or a part of it, with numbers in place of the names of views; what `numbers_of` refuses stays as it is."""
+    """params.yaml, or a part of it, with numbers in place of the names of views; wrong values of `augment` are left as they are."""
     document = deepcopy(document)
     for place in PLACES:
         *sections, key = place.split(".")
@@ -68,11 +68,11 @@ def spelled_out(document: dict[str, Any]) -> dict[str, Any]:
 
 
 class AugmentParams(Section):
-    """Augmentation of random views (MoCo-v2's: crop, colour jitter, greyscale, blur, flip; here also a rotation by at most
-    `rotate_degrees`): a name, or a name and numbers that differ from its own, or all numbers.
+    """Augmentation of random views (as in MoCo-v2: crop, colour jitter, greyscale, blur, flip; also a rotation by at most
+    `rotate_degrees`): a name, a name and the numbers to change, or all numbers.
 
-    `crop_scale` is a fraction of the image's area, `crop_ratio` width over height, `jitter` the strengths of brightness,
-    contrast, saturation and hue as in torchvision's ColorJitter, `blur_sigma_px` the standard deviation of the blur.
+    `crop_scale` is a share of the image's area, `crop_ratio` is width over height, `jitter` has the strengths of brightness,
+    contrast, saturation and hue as in torchvision's ColorJitter, and `blur_sigma_px` is the standard deviation of the blur.
     """
 
     name: Annotated[str, one_of(named_views)] | None = None

@@ -1,4 +1,4 @@
-"""`Params`, all of params.yaml: its sections, checks of names that refer from one section to another, and the reading of the file."""
+"""`Params`, all of params.yaml: its sections, checks across sections, and reading of the file."""
 
 from pathlib import Path
 from typing import Self
@@ -20,7 +20,7 @@ _OF_FILES_ALONE = ("pack_px", "image_column", "label_column")  # of `dataset` al
 
 
 class ReportParams(Section):
-    """The HTML report: title (null: the dataset's name and numbers), the number of bags in the gallery, and published figures to print
+    """The HTML report: its title (null: the dataset's name and number of images), the number of bags shown, and published figures to print
     next to the measured ones."""
 
     title: str | None
@@ -105,7 +105,7 @@ class Params(Section):
 
     @property
     def teacher_image(self) -> ImageParams:
-        """What the teacher sees: its own sizes and normalisation where it has some, otherwise the student's."""
+        """The teacher's image settings: its own where it has some, otherwise the student's."""
         return self.teacher.image_for(self.image)
 
     @field_validator("baselines")

@@ -20,7 +20,7 @@ def read_yaml(path: Path | str) -> Any:
 
 @lru_cache(512)
 def _parsed(text: str) -> Any:
-    """What a text holds: parsing takes a hundred times as long as copying the result."""
+    """The content of a YAML text, cached because parsing takes a hundred times as long as copying the result."""
     from ruamel.yaml import YAML
 
     return YAML(typ="safe", pure=True).load(text)

@@ -1,4 +1,4 @@
-"""What every command line does: find the workspace from any of its folders, and report a wrong option in one line.
+"""Common code of all command lines: find the workspace from any of its folders, and report a wrong option in one line.
 
 No output depends on this file.
 """
@@ -19,12 +19,12 @@ from bingo.pipeline.process import mistakes_as_lines
 from bingo.runtime.errors import INTERRUPTED, USER_MISTAKE, UserError
 
 _UsageError: Any = typer.BadParameter.__base__  # which typer does not export
-_stands = Path()  # where the user stands, if not in the workspace's own folder
+_stands = Path()  # the user's current folder, if it is not that of the workspace
 _BEFORE_ALLOWED = re.compile(r"^(Value error, )?(Input should be |.* is not )", re.DOTALL)
 
 
 def enter_workspace() -> None:
-    """Change to the nearest parent folder that holds params.yaml and dvc.yaml, unless params.yaml is here."""
+    """Change to the nearest parent folder that contains params.yaml and dvc.yaml, unless params.yaml is in the current folder."""
     global _stands
     here = Path.cwd()
     if not (here / "params.yaml").exists():
@@ -44,14 +44,14 @@ def from_here(option: str, path: Path) -> Path:
 
 
 def as_seen_from_here(path: Path) -> str:
-    """A path for the user to read: from where the user stands, if it lies in the workspace and the user in one of its folders."""
+    """A path to print: relative to the user's current folder, if both are in the workspace."""
     whole = Path.cwd() / path
     return os.path.relpath(whole, _stands) if _stands != Path() and whole.is_relative_to(Path.cwd()) else str(path)
 
 
 def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) -> None:
-    """Raises UserError for an output with another suffix, in a folder that does not exist, or that exists already, unless `force` is
-    set."""
+    """Raise UserError for an output with another suffix, in a folder that does not exist, or, unless `force` is set, that already
+    exists."""
     if path.suffix not in suffixes:
         raise UserError(f"{option} = {path}: allowed are names that end in {', '.join(suffixes)}")
     if _exists(option, path, force) and (path.is_symlink() or path.is_dir()):
@@ -59,13 +59,13 @@ def check_output(option: str, path: Path, suffixes: Sequence[str], force: bool) 
 
 
 def check_folder(option: str, path: Path, files: Sequence[str], force: bool) -> None:
-    """`check_output` of a folder with `files`: a folder that holds anything else is not replaced."""
+    """`check_output` for a folder with `files`: a folder that contains anything else is not replaced."""
     if _exists(option, path, force) and (path.is_symlink() or not path.is_dir() or {file.name for file in path.iterdir()} - set(files)):
         raise UserError(f"{option} = {path}: is not a folder of this kind, so --force does not replace it; give another name")
 
 
 def check_place(option: str, path: Path) -> None:
-    """Raises UserError if nothing can be written at a path, or if it is, or lies in, an output of a stage."""
+    """Raise UserError if a path cannot be written, or if it is, or is inside, an output of a stage."""
     try:
         nearest = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
         if not nearest.is_dir():
@@ -75,13 +75,13 @@ def check_place(option: str, path: Path) -> None:
         trial.touch()
         trial.unlink()
     except OSError as error:
-        raise UserError(f"{option} = {path}: cannot be written ({error.strerror}); give a name in a folder that can be") from None
+        raise UserError(f"{option} = {path}: cannot be written ({error.strerror}); give a name in a writable folder") from None
     whole = path.resolve()
     root = next((folder for folder in whole.parents if (folder / "params.yaml").exists() and (folder / "dvc.yaml").exists()), whole)
     for out in declared_outputs(root):
         inside, pattern = whole.relative_to(root), re.sub(r"\$\{.*?\}", "*", out)
         if any(fnmatch(str(place), pattern) for place in (inside, *inside.parents)):
-            raise UserError(f"{option} = {path}: belongs to {out}, which a stage writes, and no other command replaces; give another name")
+            raise UserError(f"{option} = {path}: belongs to {out}, which only a stage may replace; give another name")
 
 
 def declared_outputs(root: Path, stage: str | None = None) -> list[str]:
@@ -93,7 +93,7 @@ def declared_outputs(root: Path, stage: str | None = None) -> list[str]:
 
 
 def _exists(option: str, path: Path, force: bool) -> bool:
-    """Whether there is something to be replaced. Raises UserError if it may not be, or if there can be no such path."""
+    """Whether the path exists and will be replaced. Raises UserError if it may not be replaced, or if there can be no such path."""
     check_place(option, path)
     if (found := path.is_symlink() or path.exists()) and not force:
         raise UserError(f"{option} = {path}: exists already; give another name, or --force to replace it")

@@ -1,4 +1,4 @@
-"""One or several processes, as set by the environment. The topology is not a parameter or part of a command, so it changes no hash.
+"""One or several processes, as set by the environment. The topology is neither a parameter nor part of a command, so it changes no hash.
 
 BINGO_PROCESSES: processes on each machine (default: one for each GPU). BINGO_LAUNCH: further arguments of torchrun, for example
 "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=host:29400" (default: one machine). BINGO_LAUNCH_PREFIX: a command that runs its
@@ -18,7 +18,7 @@ from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, UserError
 
 
 def launch(stage: str, *arguments: str) -> None:
-    """Become torchrun if several processes are requested; return if this process is to do the work."""
+    """Replace this process by torchrun if several processes are requested; return if this process is to do the work."""
     if "LOCAL_RANK" in os.environ:
         return
     prefix, extra = _words("BINGO_LAUNCH_PREFIX", "a command"), _words("BINGO_LAUNCH", "arguments of torchrun")
@@ -30,7 +30,7 @@ def launch(stage: str, *arguments: str) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    meeting = f"--rdzv-id={'-'.join([stage, *arguments])}"  # a machine that is still at another stage does not join
+    meeting = f"--rdzv-id={'-'.join([stage, *arguments])}"  # so that a machine that is still at another stage does not join
     torchrun = [meeting, *(extra or ["--standalone"]), f"--nproc-per-node={processes}", "-m", f"stages.{stage}", *arguments]
     command = [*prefix, sys.executable, "-m", "bingo.pipeline.launch", *torchrun]
     try:
@@ -83,7 +83,7 @@ def run_torchrun(arguments: list[str]) -> int:
     # Each round of a group gets its own store. The launcher's, which would be shared, still holds the addresses of the previous round,
     # and a restarted process may try to connect to one of them for half an hour (pytorch/pytorch issue 135712).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    logging.disable(logging.ERROR)  # the launcher's own reports: they are given below, in one line
+    logging.disable(logging.ERROR)  # the launcher's own reports, which are summarised below in one line
     given = os.environ.get("BINGO_LAUNCH", "")
     try:
         _check(arguments)
@@ -111,14 +111,14 @@ def run_torchrun(arguments: list[str]) -> int:
 
 
 def _in_preparation(error: Exception) -> bool:
-    """Whether torchrun raised this while it processed its arguments, such as an invalid address, log folder or backend;
-    what it raises once it starts and watches processes has another reason."""
+    """Whether torchrun raised this while it processed its arguments, for example because of an invalid address, log folder or backend;
+    errors that it raises while it starts and monitors processes have other reasons."""
     names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
     return "_invoke_run" not in names or "reify" in names  # the agent's loop; in it, the making of log folders
 
 
 def _check(arguments: list[str]) -> None:
-    """Raises ValueError with torchrun's message for invalid arguments: otherwise it would print its whole usage, or a traceback."""
+    """Raise ValueError with torchrun's message for invalid arguments, for which torchrun would print its whole usage, or a traceback."""
     from torch.distributed import run
 
     def refuse(message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""A training with the loggers that BINGO_LOGGERS names, and the bags that they show. No stage's output depends on this file."""
+"""Loggers of a training, as listed in BINGO_LOGGERS, and the bags that they show. No stage's output depends on this file."""
 
 import os
 import time
@@ -34,10 +34,10 @@ def logged(
     measure: Callable[[Any], Mapping[str, float]] | None = None,
     pictures: Callable[[], "Mapping[str, Image]"] | None = None,
 ) -> Iterator[None]:
-    """In the body, `trainer` reports to the loggers on the first process, as EXPERIMENT/NAME (`name`: by default the stage's).
+    """Context manager in which `trainer` reports to the loggers on the first process, as EXPERIMENT/NAME (`name`: by default the stage's).
 
-    EXPERIMENT is DVC's name of it, or `workspace`. Name and id are kept with the checkpoints, so that a training that resumes goes on in
-    the same run. `measure` and `pictures`: see `TrainingLog`.
+    EXPERIMENT is DVC's name of the experiment, or `workspace`. Name and id are stored with the checkpoints, so that a training that resumes
+    continues the same run. `measure` and `pictures`: see `TrainingLog`.
     """
     names = wanted_loggers()
     if not names or not is_first():

@@ -1,4 +1,4 @@
-"""One process of a command: mistakes as one line each, exit codes, and an end with the process that started it.
+"""One process of a command: errors in one line each, exit codes, and termination with the process that started it.
 
 No stage's output depends on this file.
 """
@@ -17,15 +17,15 @@ from pathlib import Path
 from bingo.runtime.artefacts import NotWritten
 from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, GroupLost, Interrupted, UserError, out_of_memory, printable
 
-# How long a process of a group waits before it prints an error: meanwhile the launcher, who sees the first one fail, ends the others. One
-# that has lost the others waits on while the launcher still has to act, which takes long on a busy machine.
+# How long a process of a group waits before it prints an error. In this time the launcher, which sees the first process fail, ends the
+# others. A process that has lost the others waits longer, until the launcher has acted, which takes long on a busy machine.
 OTHERS_WAIT_SECONDS, LOST_WAIT_SECONDS = 2, 5
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def is_first() -> bool:
-    """Whether this is the first process of its group, or the only one: it alone prints and writes."""
+    """Whether this is the first process of its group, or the only one; only the first prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -54,7 +54,7 @@ def mistakes_as_lines() -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
     except GroupLost as error:
         time.sleep(LOST_WAIT_SECONDS)
-        while any(map(_has_ended, error.peers)):  # the launcher sees that too, and ends this process
+        while any(map(_has_ended, error.peers)):  # the launcher also sees this, and ends this process
             time.sleep(LOST_WAIT_SECONDS)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}; start again to resume", file=sys.stderr, flush=True)
@@ -75,10 +75,10 @@ def _has_ended(process: int) -> bool:
 
 
 def _with_the_way_in(line: str) -> str:
-    """A line that reports a missing artefact; if this folder is not in a workspace, the line says so."""
+    """A line that reports a missing artefact, with a hint if the current folder is not in a workspace."""
     if Path("params.yaml").exists() or not re.match(r"(data|models|reports)/\S+: .*does not exist", line):
         return line
-    return f"{line}, but first change into the project's folder: {Path.cwd()} is not in a folder with params.yaml"
+    return f"{line}, but first change into the workspace: {Path.cwd()} is not in a folder with params.yaml"
 
 
 def _let_the_first_speak() -> None:
@@ -93,7 +93,7 @@ def print_lines(lines: Sequence[str], word: str = "error") -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends: a killed `dvc` must not leave a training behind."""
+    """Ask Linux to end this process when its parent ends, so that a killed `dvc` does not leave a training behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if _is_orphan():  # the parent was killed before this line

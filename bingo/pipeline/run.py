@@ -1,4 +1,4 @@
-"""What every stage does before and after its work: load parameters, report errors in one line each, record the run.
+"""Common code of all stages before and after their work: load parameters, report errors in one line each, record the run.
 
 Nothing here can change a stage's output, so no stage depends on this file.
 """
@@ -40,9 +40,9 @@ PACKAGES = ("torch", "torchvision", "timm", "zarr", "numpy", "faiss-gpu", "faiss
 
 @dataclass
 class Run:
-    """One run of one stage, or of one of its items: its parameters, what is worth noting of it (never part of an output), and the lines of
-    limits that its parameters break, where the stage adds others before it raises them. `idle`: why there was nothing to do, so that
-    the outputs are empty."""
+    """One run of a stage, or of one of its items: its parameters, notes on the run (never part of an output), and the lines on limits that
+    its parameters exceed, to which a stage may add others before it raises them. `idle`: why there was nothing to do, so that the outputs
+    are empty."""
 
     name: str
     params: Params
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def stage(self) -> str:
-        """The stage's name, with its item's behind it: linear_eval-student."""
+        """The name of the stage, followed by that of its item: linear_eval-student."""
         return f"{self.name}-{self.item}" if self.item else self.name
 
     def say(self, line: str) -> None:
@@ -67,7 +67,7 @@ class Run:
             print(f"warning: {self.stage}: {line}", file=sys.stderr, flush=True)
 
     def chosen(self, key: str, allowed: Collection[str]) -> list[str]:
-        """The run's item, or without one all that `key` of params.yaml allows. Raises UserError if that has no such item, or none."""
+        """The run's item, or without one all items that `key` of params.yaml allows. Raises UserError if there is no such item, or none."""
         if not allowed:
             raise UserError(f"{key} is empty: there is nothing to do; add an entry (params.yaml and `bingo recipe list` show how)")
         if self.item is not None and self.item not in allowed:
@@ -79,27 +79,28 @@ class Run:
         return self.chosen("net", ["student", "ema", *self.params.baselines, "untrained", "start", "supervised", "teacher", "pixels"])
 
     def launch(self) -> None:
-        """Become the launcher where several processes are wanted; it runs this stage in each of them."""
+        """Become the launcher if several processes are wanted; it runs this stage in each of them."""
         launch(self.name, *([self.item] if self.item else []))
 
 
 def in_words(figures: Mapping[str, float | None], form: str = "g") -> str:
-    """Figures for the lines that a stage prints, by name and value: `orphan_share` is "orphan share", `knn_10` "k-NN, k = 10"."""
+    """Figures as text for the lines that a stage prints: `orphan_share` becomes "orphan share", `knn_10` becomes "k-NN, k = 10"."""
     labels = {key: measure_label(key) if key.startswith(("knn_", "agreement_")) else key.replace("_", " ") for key in figures}
     return "; ".join(f"{labels[key]}: {'none' if value is None else format(value, form)}" for key, value in figures.items())
 
 
 @contextmanager
 def stage_run(name: str, item: str | None = None, raises_limits: bool = False, builds_networks: bool = True) -> Iterator[Run]:
-    """Load the parameters, do the work in the body, write the run's records. User errors are printed in one line, with exit code 2.
+    """Context manager that loads the parameters and, after the work in the body, writes the run's records. User errors are printed in one
+    line, with exit code 2.
 
-    `item`: what a command's argument names, or DVC's STAGE@ITEM, which dvc.yaml hands over. `raises_limits`: the body raises what
-    `mistakes` of the run holds, with what it finds itself. `builds_networks`: the parameters' networks are tried too, which takes torch.
+    `item`: given by a command's argument, or by DVC's STAGE@ITEM, which dvc.yaml passes on. `raises_limits`: the body raises the run's
+    `mistakes`, together with its own. `builds_networks`: the networks are also checked, which needs torch.
     """
     die_with_parent()
     with mistakes_as_lines():
         run = Run(name, load_params(), item.rpartition("@")[2] if item else None)
-        if "RANK" not in os.environ:  # the launcher has done it
+        if "RANK" not in os.environ:  # otherwise the launcher has done it
             wanted_loggers()
             try:
                 check_limits(run.params, expected_processes(), Path(os.environ.get("DVC_ROOT", ".")) / LIMITS, builds_networks)
@@ -158,7 +159,7 @@ def _surroundings(params: Params) -> dict[str, Any]:
 def pick_device() -> "torch.device":
     """The device of this process: BINGO_DEVICE (cpu, cuda or auto), and with several processes the GPU of its local rank.
 
-    For the CPU, freed memory is kept from now on. Raises UserError if there is a GPU that torch cannot use, unless the CPU is asked for.
+    For the CPU, freed memory is kept from now on. Raises UserError if there is a GPU that torch cannot use, unless the CPU is requested.
     """
     import torch
 
@@ -175,7 +176,7 @@ def pick_device() -> "torch.device":
 
 
 def _torch_has_a_gpu() -> bool:
-    """Whether torch can use a GPU. Raises UserError if it cannot use the one that is here: of its driver, torch only warns."""
+    """Whether torch can use a GPU. Raises UserError if there is a GPU that torch cannot use; about its driver, torch only warns."""
     import torch
 
     with warnings.catch_warnings(record=True) as said:
@@ -191,13 +192,13 @@ def _torch_has_a_gpu() -> bool:
 def make_deterministic(device: "torch.device") -> bool:
     """Let torch use deterministic algorithms, and return whether it does: always on a CPU, on a GPU unless BINGO_DETERMINISTIC is 0.
 
-    New memory is not filled, which torch does by default in this mode: no operation here reads what none has written. Raises UserError for
-    another value."""
+    New memory is not filled, as torch does by default in this mode, because no operation here reads uninitialised memory. Raises UserError
+    for another value."""
     import torch
 
     wanted = os.environ.get("BINGO_DETERMINISTIC", "1")
     if wanted not in ("0", "1"):
-        raise UserError(f"BINGO_DETERMINISTIC = {wanted}: allowed are 1 and 0; unset it, or set it to 1, for results that repeat")
+        raise UserError(f"BINGO_DETERMINISTIC = {wanted}: allowed are 1 and 0; unset it, or set it to 1, for reproducible results")
     deterministic = wanted == "1" or device.type == "cpu"
     torch.use_deterministic_algorithms(deterministic, warn_only=device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -209,8 +210,8 @@ def make_deterministic(device: "torch.device") -> bool:
 
 @contextmanager
 def process_group(run: Run, gloo: bool = False) -> Iterator["torch.device"]:
-    """Choose the device, make arithmetic repeatable, and join the launcher's process group if there is one; `gloo`: which exchanges what is
-    in the host's memory, with GPUs too."""
+    """Context manager that chooses the device, makes arithmetic reproducible, and joins the launcher's process group if there is one;
+    `gloo`: use a group that exchanges data in the host's memory, also with GPUs."""
     import torch
 
     from bingo.runtime import distributed
@@ -230,10 +231,10 @@ def process_group(run: Run, gloo: bool = False) -> Iterator["torch.device"]:
 
 
 def code_fingerprint(stage: str, method: str = "") -> str:
-    """A fingerprint of the source files that dvc.yaml lists for a stage, so that checkpoints of other code are not resumed."""
+    """A fingerprint of the source files that dvc.yaml lists for a stage, so that checkpoints of other code are not used."""
     stages = read_yaml("dvc.yaml")["stages"]
     chosen = {"distill.method": method, "item": method, "teacher.name": read_yaml("params.yaml")["teacher"]["name"]}
-    written = stages[stage].get("do", stages[stage]).get("deps", [])  # a pipeline of one's own may list none
+    written = stages[stage].get("do", stages[stage]).get("deps", [])  # a user's own pipeline may list none
     deps = [Path(re.sub(r"\$\{(.+?)\}", lambda key: chosen.get(key[1], key[0]), dep)) for dep in written]
     listed = [path for path in deps if path.parts[0] in ("bingo", "stages")]
     files = {str(file) for path in listed for file in (path.rglob("*.py") if path.is_dir() else [path])}

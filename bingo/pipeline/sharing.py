@@ -1,4 +1,4 @@
-"""Whether the stage `bag` works alone or in a group, and where it keeps what a long search has found."""
+"""Whether the stage `bag` runs in one process or in a group, and where it stores the results of a long search."""
 
 import os
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from bingo.pipeline.state import state_folder
 from bingo.planning.limits import search_mistakes
 from bingo.runtime.errors import UserError
 
-_LONG_ROWS = 100_000  # fewer are searched on a GPU in the seconds that processes need to start and connect
+_LONG_ROWS = 100_000  # a GPU searches fewer rows in the time that processes need to start and connect
 
 
 def launch_if_long(run: Run, train_rows: int) -> None:
-    """Become the launcher where several processes are wanted and the search is long enough to gain from them. Raises UserError if the
-    parameters ask for a search whose package is not installed."""
+    """Become the launcher if several processes are wanted and the search is long enough to gain from them. Raises UserError if the
+    parameters select a search whose package is not installed."""
     if lines := search_mistakes(run.params):
         raise UserError(lines)
     if train_rows >= _LONG_ROWS:
@@ -25,8 +25,8 @@ def launch_if_long(run: Run, train_rows: int) -> None:
 
 @contextmanager
 def sharing_of(run: Run, train_rows: int, *inputs: str) -> Iterator[tuple[Any, Any]]:
-    """(bingo.bags.sharing.Sharing, torch.device for the features of a student): the processes of the launcher's group, or this one alone,
-    which keeps nothing and imports no torch if it has only a short search to do. `inputs`: fingerprints of what the bags are made from."""
+    """(bingo.bags.sharing.Sharing, torch.device for the features of a student) for the processes of the launcher's group, or for this
+    process alone, which stores nothing and does not import torch for a short search. `inputs`: fingerprints of the inputs of the bags."""
     from bingo.bags.sharing import ALONE, Sharing
     from bingo.runtime.artefacts import file_fingerprint
     from bingo.runtime.gpus import gpu_unused_by_faiss, wanted_device

@@ -4,11 +4,11 @@ DVC moves outputs into its cache after the stage has ended. If it is killed befo
 stage again. A stage run by DVC therefore keeps its folder, marked by finished.json, which holds the stage's entry in dvc.lock at that
 time, and the next stage to start (`sweep`) removes it once the entry has changed. No output depends on this file.
 
-    state     what is there             who moves it, when                                                   to
+    state     on the disk               transition by, when                                                  to
     absent    no folder                 `_begin`, when the stage starts                                      running
-    stopped   a folder, nobody's lock   `_begin`, when the stage starts again                                running
-    running   a folder, locked          an error or a kill, which lets go of the lock                        stopped
-                                        `_end`, without DVC, or where committed.json names this very state   absent
+    stopped   a folder, not locked      `_begin`, when the stage starts again                                running
+    running   a folder, locked          an error or a kill, which releases the lock                          stopped
+                                        `_end`, without DVC, or if committed.json names this very state      absent
                                         `_end`, under DVC                                                    finished
     finished  finished.json             `_begin`, when the stage starts again: DVC has not committed         running
                                         `sweep`, when dvc.lock has another entry: notes it in committed.json absent
@@ -36,12 +36,12 @@ _FINISHED, _COMMITTED = "finished.json", "committed.json"
 
 @contextmanager
 def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
-    """The locked folder of an unfinished stage, named after a hash of everything its output depends on; a second copy of the stage must
-    wait.
+    """Context manager with the locked folder of an unfinished stage, named after a hash of everything its output depends on; a second copy
+    of the stage must wait.
 
-    `stage`: STAGE-ITEM where dvc.yaml has items, as what `sweep` notes of a commit is noted once for each name.
-    It is in the original repository even if DVC runs an experiment elsewhere, so that a second run finds the checkpoint.
-    It goes when the work is done: at once, or where DVC started the stage, when its outputs are in DVC's hands (`sweep`).
+    `stage`: STAGE-ITEM if dvc.yaml has items, because `sweep` records a commit once for each name.
+    The folder is in the original repository even if DVC runs an experiment elsewhere, so that a second run finds the checkpoint.
+    It is removed when the work is done: at once, or, if DVC started the stage, when DVC has recorded its outputs (`sweep`).
     """
     folder = state_root() / stage / fingerprint(values)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def state_folder(stage: str, values: dict[str, Any]) -> Iterator[Path]:
 
 
 def _begin(folder: Path, stage: str, lock: IO[str]) -> None:
-    """Absent, stopped or finished -> running. Ends the process if another one holds the lock."""
+    """Absent, stopped or finished -> running. Exits if another process holds the lock."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -66,7 +66,7 @@ def _begin(folder: Path, stage: str, lock: IO[str]) -> None:
 
 
 def _end(folder: Path) -> None:
-    """Running -> absent or finished: the stage's outputs are whole."""
+    """Running -> absent or finished: the stage's outputs are complete."""
     committed, stage = folder.parent / _COMMITTED, os.environ.get("DVC_STAGE")
     entry = _entry(stage) if stage else None
     known = committed.exists() and read_json(committed) == {"state": folder.name, "entry": entry}
@@ -77,7 +77,7 @@ def _end(folder: Path) -> None:
 
 
 def sweep() -> None:
-    """Finished -> absent, for all stages whose outputs DVC has committed; and what an interrupted removal left goes."""
+    """Finished -> absent, for all stages whose outputs DVC has committed; also remove the remains of an interrupted removal."""
     for leftover in state_root().glob("*/.*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     for mark in state_root().glob(f"*/*/{_FINISHED}"):
@@ -95,7 +95,7 @@ def sweep() -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a state atomically: a checkpoint without its weights would be considered damaged."""
+    """Delete a state atomically, because a checkpoint without its weights would be considered damaged."""
     leftover = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(leftover, ignore_errors=True)
     with suppress(OSError):
@@ -113,5 +113,5 @@ def _entry(stage: str) -> str | None:
 
 
 def state_root() -> Path:
-    """The folder of all states, one for the repository and its experiments."""
+    """The folder of all states, shared by the repository and its experiments."""
     return Path(os.environ.get("BINGO_STATE_DIR") or Path(os.environ.get("DVC_ROOT", ".")) / ".bingo/state")

@@ -1,4 +1,4 @@
-"""What the three trainings share (teacher, student, baselines): build the method, train it from its checkpoint, write what it has shown."""
+"""Common code of the three trainings (teacher, student, baselines): build the method, train it from its checkpoint, write the results."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # a training without them does not depend on them
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Inputs of a training: the listing and its images; for distillation also the teacher's outputs and bags, for live keys the teacher;
-    the network with the weights that the student starts from, if these are not random."""
+    """Inputs of a training: the listing and its images; for distillation also the teacher's outputs and bags; for live keys the teacher;
+    and the network with the student's initial weights, if these are not random."""
 
     listing: Listing
     embeddings: "Embeddings | None" = None
@@ -59,9 +59,9 @@ def train_method(
     report: Path,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train what `setup` describes on `inputs`, resuming from the last checkpoint of exactly this training.
+    """Run the training that `setup` describes on `inputs`, resuming from the last checkpoint of exactly this training.
 
-    `save` writes the network; curves, and to `report` the last figures with `facts`, are written here. The checkpoint is deleted only
+    `save` writes the network; this function writes the curves, and to `report` the last figures and `facts`. The checkpoint is deleted only
     after all outputs are in place.
     """
     params, schedule, listing = run.params, setup.schedule, inputs.listing
@@ -110,7 +110,7 @@ def train_method(
 
 
 def _check_parts(run: Run, setup: TrainingSetup, method: Method, groups: int) -> None:
-    """Warns if a batch in parts is normalised otherwise than the whole one."""
+    """Warn if a batch in parts is normalised differently from the whole batch."""
     schedule, differs = setup.schedule, list[str]()
     if schedule.accumulate_steps == 1 or not counting_layers(method):
         return
@@ -120,17 +120,19 @@ def _check_parts(run: Run, setup: TrainingSetup, method: Method, groups: int) ->
     if setup.section.momentum_keys(setup.keys):
         differs.append("the moving average's keys are shuffled within a part")
     if differs:
-        run.warn(f"{setup.place}.accumulate_steps = {schedule.accumulate_steps}: {'; '.join(differs)}; the loss is not the whole batch's")
+        run.warn(
+            f"{setup.place}.accumulate_steps = {schedule.accumulate_steps}: {'; '.join(differs)}; the loss is not that of the whole batch"
+        )
 
 
 def _stored(run: Run, setup: TrainingSetup, embeddings: "Embeddings", device: torch.device) -> Stored:
-    """The teacher's stored outputs on the device. Raises UserError if the stored views cannot be redrawn."""
+    """The teacher's stored outputs on the device. Raises UserError if the stored views cannot be reproduced."""
     recipe = embeddings.attrs["recipe"]
     if recipe["seed"] != run.params.seed:
         line = f"{paths.EMBEDDINGS}: was made with seed {recipe['seed']}, params.yaml has {run.params.seed}"
         raise UserError(f"{line}; run: dvc repro extract")
     features_TD = torch.from_numpy(embeddings.train_features_TD).to(device) if setup.reads_features else None
-    augment = AugmentParams.model_validate(recipe["extract"]["augment"] | {"name": None})  # the numbers count, whatever their name was
+    augment = AugmentParams.model_validate(recipe["extract"]["augment"] | {"name": None})  # only the numbers matter, not their name
     return Stored(torch.from_numpy(embeddings.keys_TVP).to(device), augment, features_TD)
 
 
@@ -141,7 +143,7 @@ def _gflop_per_anchor(method: Method, batches: Batches) -> float:
 
 
 def _identity(run: Run, setup: TrainingSetup, inputs: TrainingInputs) -> dict[str, Any]:
-    """Everything that determines the result of a training; only checkpoints with the same values are resumed."""
+    """Everything that determines the result of a training; only checkpoints with the same values are used."""
     sections = (setup.image, setup.network, setup.schedule, setup.section)
     artefacts = (inputs.listing, inputs.embeddings, inputs.bags)
     of_the_student = ("method", "keys", "keep_best", "student_ema")  # of section distill, but not of every training

@@ -2,8 +2,8 @@
 
   FLOPs   torch.utils.flop_counter sees each operation: matrix products and convolutions are counted (1 multiply-add = 2), which are
           nearly all; normalisations, activations and the augmentation are not.
-  bytes   autograd passes each tensor saved for backward to `_Meter`, and keeps a `_Kept` in its place. A storage counts
-          from its first `_Kept` until the last one is deleted; the result is the peak.
+  bytes   autograd passes each tensor saved for the backward pass to `_Meter`, and keeps a `_Kept` in its place. A storage counts
+          from its first `_Kept` until its last one is deleted; the result is the peak.
 
 Shape letter: B images of a batch.
 """
@@ -62,8 +62,8 @@ def step_flops(method: Method, batch: Batch, progress: Progress) -> int:
 
 
 def saved_bytes(method: Method, batch: Batch, progress: Progress) -> int:
-    """The most bytes that a forward of `method` on `batch` keeps for backward at a time: each storage once, no parameters, no
-    buffers. Nothing changes."""
+    """The largest number of bytes that a forward pass of `method` on `batch` keeps for the backward pass: each storage is counted once,
+    without parameters and buffers. The method does not change."""
     own = {tensor.untyped_storage().data_ptr() for tensor in method.state_dict().values()}
     meter = _Meter(own)
     with _unchanged(method) as loss_of, torch.autograd.graph.saved_tensors_hooks(meter.keep, lambda kept: kept.tensor):
@@ -73,7 +73,7 @@ def saved_bytes(method: Method, batch: Batch, progress: Progress) -> int:
 
 @dataclass(eq=False)
 class _Kept:
-    """What autograd keeps in place of a saved tensor."""
+    """The object that autograd keeps in place of a saved tensor."""
 
     tensor: Tensor
 
@@ -111,7 +111,7 @@ def forward_flops(network: nn.Module, images_BCHW: Tensor) -> int:
 
 
 def cpu_flop_per_second() -> float:
-    """FLOP/s of this machine's CPU in a product of two float32 matrices, the best of three: more than a network reaches on it."""
+    """FLOP/s of this machine's CPU for a product of two float32 matrices, the best of three: an upper bound for networks."""
     x_NN = torch.ones(1024, 1024)
     seconds = []
     for _ in range(3):

@@ -1,6 +1,6 @@
-"""Build a training as in a run, but on fabricated images, keys, features and bags, to check that it works and what it costs.
+"""Build a training as in a run, but with synthetic images, keys, features and bags, to check that it works and to measure its cost.
 
-It runs on the CPU in float32, whatever the parameters. Shape letters: T fabricated train rows, V stored views, P key width,
+It runs on the CPU in float32, regardless of the parameters. Shape letters: T synthetic train rows, V stored views, P key width,
 D feature width, K bag size.
 """
 
@@ -32,12 +32,12 @@ from bingo.training.narrow_keys import narrowing_head
 CPU = torch.device("cpu")
 _ROWS = 64
 _MOST_ROWS = 65536
-_IMAGE_PX = 8  # of the fabricated images, which are enlarged to views of image.crop_px
+_IMAGE_PX = 8  # side of the synthetic images, which are enlarged to views of image.crop_px
 
 
 @dataclass(frozen=True)
 class DryTraining:
-    """A method on fabricated data, its training setup, and the images of one step."""
+    """A method on synthetic data, its training setup, and the images of one step."""
 
     name: str
     method: Method
@@ -53,7 +53,7 @@ class DryTraining:
         return 1 if self.method.needs.companions else 2
 
     def batch(self, anchors: int) -> Batch:
-        """One batch of that many anchors."""
+        """One batch of `anchors` anchors."""
         return next(self._batches(anchors).epoch(0, 0))
 
     def _batches(self, anchors: int) -> Batches:
@@ -87,13 +87,13 @@ def dry_teacher(params: Params, checkpoint: bool) -> Teacher:
     made = _random_teacher(params) if not checkpoint and params.teacher.source != "factory" else None
     backbone, head, metadata = made or make_teacher(params.teacher, params.teacher_image, params.seed)
     key_width, assumed = params.teacher.key_width, made is not None and params.teacher.source == "checkpoint"
-    if key_width and not (assumed and key_width >= metadata["key_width"]):  # the file may have another head than those that are published
+    if key_width and not (assumed and key_width >= metadata["key_width"]):  # the head in the file may differ from the published ones
         head, metadata = narrowing_head(head, metadata["feature_width"], key_width), metadata | {"key_width": key_width}
     return Teacher(backbone, head, metadata)
 
 
 def _random_teacher(params: Params) -> tuple[Backbone, nn.Sequential | None, dict[str, Any]]:
-    """Its backbone, head and metadata, as `make_teacher` gives them of other sources."""
+    """Backbone, head and metadata of a random teacher, as `make_teacher` returns them for other sources."""
     teacher = params.teacher
     backbone = build_backbone(teacher.arch, teacher.width, teacher.stem, seeds.torch_seed(params.seed, "random teacher"), teacher.options)
     check_images(backbone, teacher.arch, params.teacher_image.crop_px, "teacher.image.crop_px")
@@ -108,7 +108,7 @@ def _random_teacher(params: Params) -> tuple[Backbone, nn.Sequential | None, dic
 
 
 def dry_student(params: Params, teacher: Teacher, bank: bool = True) -> DryTraining:
-    """Training of the student as in the stage `distill`; without `bank` with so few rows that negatives cost nothing."""
+    """Training of the student as in the stage `distill`; without `bank`, with so few rows that negatives cost nothing."""
     setup = distillation(params)
     negatives = getattr(setup.section, "negative_rows", 0) if bank else 0  # enough rows for them, so that their matrix product is counted
     rows = max(_ROWS, 2 * min(params.bagging.k, 1024) + 2, min(negatives, _MOST_ROWS))
@@ -126,7 +126,7 @@ def dry_pretraining(params: Params) -> DryTraining:
 
 
 def _dry(setup: TrainingSetup, stored: Stored | None = None, bags: Bags | None = None, teacher: Teacher | None = None) -> DryTraining:
-    """The method of a training, and a loader of fabricated images: as many as there are bags."""
+    """The method of a training, and a loader of synthetic images, as many as there are bags."""
     method = setup.build(CPU, "fp32", stored, bags, teacher).to(memory_format=torch.channels_last)
     rows, seed = len(bags.members_TK) if bags else _ROWS, setup.params.seed
     pixels = np.random.default_rng(seed).integers(0, 256, (rows, _IMAGE_PX, _IMAGE_PX, 3), dtype=np.uint8)
@@ -134,7 +134,7 @@ def _dry(setup: TrainingSetup, stored: Stored | None = None, bags: Bags | None =
 
 
 def _stored(params: Params, teacher: Teacher, rows: int, features: bool) -> Stored:
-    """Random unit keys, of which a few are repeated (they cost as much as different ones), and random features if they are used."""
+    """Random unit keys, a few of which are repeated (which costs as much as different ones), and random features if they are used."""
     generator = torch.Generator().manual_seed(params.seed)
 
     def units(width: int) -> torch.Tensor:
@@ -146,7 +146,7 @@ def _stored(params: Params, teacher: Teacher, rows: int, features: bool) -> Stor
 
 
 def _bags(params: Params, rows: int) -> Bags:
-    """Bags of the next rows, whatever `bagging.method`: the cost of a step is the same."""
+    """Bags of the next rows, for any `bagging.method`, since the cost of a step is the same."""
     members_TK = (np.arange(rows)[:, None] + 1 + np.arange(min(params.bagging.k, 1024))).astype(np.int32) % rows
     similarity_TK = np.ones(members_TK.shape, np.float16)
     return Bags({"method": "knn", "draw_temperature": params.bagging.draw_temperature}, members_TK, similarity_TK)

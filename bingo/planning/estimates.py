@@ -23,7 +23,7 @@ _PACKED = 0.48  # bytes of a packed photograph, times dataset.pack_px squared: m
 
 @dataclass(frozen=True)
 class Estimate:
-    """FLOPs of one anchor of the student's training and of one image of teacher and student, of each stage, and bytes of each output."""
+    """FLOPs per anchor of the student's training, per image of teacher and student, and of each stage; bytes of each output."""
 
     anchor_flops: float
     teacher_image_flops: int
@@ -70,7 +70,7 @@ def step_memory(params: Params, training: DryTraining, teacher: Teacher, counts:
     fewer, more = (saved_bytes(training.method, training.batch(anchors), progress) for anchors in (training.anchors, training.anchors + 1))
     trained = sum(parameter.numel() for parameter in training.method.parameters() if parameter.requires_grad)
     moments = 2 if training.schedule.optimizer in ("adamw", "lamb") else 1
-    state = _bytes(training.method) + (1 + moments) * _FLOAT * trained  # gradients and what the optimizer averages
+    state = _bytes(training.method) + (1 + moments) * _FLOAT * trained  # gradients and the optimizer's moments
     if params.distill.student_ema:
         state += _bytes(training.method.student)
     if params.distill.keys == "live":
@@ -90,10 +90,10 @@ def _training(training: DryTraining, counts: Counts) -> float:
 
 
 def _bag_flops(params: Params, train: int, feature_width: int) -> float:
-    """For knn all pairs of train rows, or those of the inverted file; for kmeans rows times centroids in each iteration, then
+    """For knn, all pairs of train rows, or those that the inverted file compares; for kmeans, rows times centroids in each iteration, then
     pairs within clusters."""
     pairs = 2 * train**2 * feature_width
-    if params.bagging.search != "exact":  # cuVS builds its graph from an inverted file too
+    if params.bagging.search != "exact":  # cuVS also builds its graph from an inverted file
         return 2 * InvertedFile(params.bagging.lists, params.bagging.probes, params.seed).cosines(train) * feature_width
     if params.bagging.method == "kmeans":
         return pairs * params.bagging.clusters / train * params.bagging.iterations + pairs / params.bagging.clusters

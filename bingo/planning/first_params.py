@@ -1,7 +1,7 @@
-"""What `bingo init` chooses for a folder: parameters that suit the images, in a time that this machine can keep.
+"""The parameters that `bingo init` chooses: those that suit the images and the time, on this machine.
 
-The time of a run is a sum of few terms, in floating-point operations of the networks and in images that are decoded; how many of either
-this machine does in a second is measured (`measure_pace`). The choice is the first of `_candidates` that fits, with as many epochs as fit.
+The time of a run is estimated from the floating-point operations of the networks and the number of decoded images, with this machine's
+measured rates of both (`measure_pace`). The choice is the first of `_candidates` that fits, with as many epochs as fit.
 
 Letters: T train images, V stored views of each, E epochs.
 """
@@ -24,25 +24,25 @@ from bingo.runtime.errors import UserError
 
 SMALL_PX = 64  # images up to this are kept in memory at their own size, and the student's stem keeps its resolution
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
-FEWEST_TRAIN_IMAGES = 500  # the number of images is not cut further to keep the time
+FEWEST_TRAIN_IMAGES = 500  # the number of images is not reduced further to stay within the time
 FEWEST_PX = 8  # of a crop: smaller images are enlarged
 MOST_DECODED_BY_SCAN, MOST_SEARCHED_EXACTLY = 200_000, 200_000
 PRETRAIN_EPOCHS = 3  # of the teacher, for each of the student
 _CROPS_PX = (224, 192, 160, 128, 96, 64)
-_LEAST_TEACHER_PX = 112  # a whole number of patches of 14 and of 16 px; for small images, which have no more to show
+_LEAST_TEACHER_PX = 112  # a whole number of patches of 14 and of 16 px; for small images
 _WIDTHS = (1.0, 0.5, 0.25)
 _SMALL_STEMS = ("resnet", "efficientnet", "tf_efficientnet", "mobilenetv3")
-_ANCHOR_PASSES = 6.6  # forwards that a step of BINGO costs for each anchor: two views, forward and backward, and its heads
+_ANCHOR_PASSES = 6.6  # cost of a step of BINGO per anchor, in forward passes: two views, forward and backward, and heads
 _PRETRAIN_PASSES = 4.2
-_NETWORKS, _PASSES = 2, 2  # evaluated: the student and the same untrained; by linear_eval and knn_eval
-_FIXED_SECONDS = 70.0  # of all stages' starts
+_NETWORKS, _PASSES = 2, 2  # evaluated networks: the student and the untrained network; by linear_eval and knn_eval
+_FIXED_SECONDS = 70.0  # for starting all stages
 _TRIAL_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What this machine does in a second: FLOP of the teacher's forward pass and of the student's, FLOP of training (forward and
-    backward), decoded images. Narrow networks and depthwise convolutions reach far fewer FLOP than others.
+    """Rates of this machine, per second: FLOP of the teacher's and of the student's forward pass, FLOP of training (forward and
+    backward), decoded images. Narrow networks and depthwise convolutions reach far fewer FLOP/s than others.
     """
 
     teacher_flops: float
@@ -53,7 +53,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Network:
-    """A network as the sections teacher and student name it."""
+    """A network as described in the sections teacher and student."""
 
     arch: str
     width: float
@@ -65,8 +65,8 @@ PRETRAINED = Network("resnet10t", 0.25, "small")
 
 @dataclass(frozen=True)
 class ChosenTeacher:
-    """The teacher of a run: a known one's name, network, file (None: where its data say), own crop, GFLOP of an image and millions of
-    parameters; or without a name the network that is pretrained here.
+    """The teacher of a run: name, network, file (None: the default), crop, GFLOP per image and millions of parameters of a known teacher;
+    or, without a name, the network to be pretrained.
     """
 
     name: str | None
@@ -79,7 +79,7 @@ class ChosenTeacher:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen, and the seconds that it will take: of the teacher (its training and its pass), the student, the evaluations."""
+    """The choice, and the seconds that it will take: for the teacher (its training and its pass), the student, and the evaluations."""
 
     student: Network
     crop_px: int
@@ -91,18 +91,18 @@ class Plan:
 
     @property
     def minutes(self) -> float:
-        """The whole run."""
+        """Minutes of the whole run."""
         return (sum(self.seconds) + _FIXED_SECONDS) / 60
 
 
 def stem_for(arch: str, look: Look) -> str:
-    """The stem that suits the images: a small one keeps the resolution of small images, in the networks that have one."""
+    """The stem that suits the images: for small images a small stem, if the network has one, which keeps their resolution."""
     return "small" if look.short_px[1] <= SMALL_PX and arch.startswith(_SMALL_STEMS) else "imagenet"
 
 
 def split_counts(look: Look) -> tuple[int, int]:
-    """Numbers of train and test images. Without a test split, a fifth of up to 1,000 images or a tenth of more, at most 5,000, is held out;
-    of fewer than 10 images none."""
+    """Numbers of train and test images. Without a test split, a fifth of the images is held out, or a tenth if there are more than 1,000,
+    at most 5,000; with fewer than 10 images, none."""
     if look.test or look.train < 10:
         return look.train, look.test
     held_out = min(5000, look.train // (5 if look.train <= 1000 else 10))
@@ -110,8 +110,8 @@ def split_counts(look: Look) -> tuple[int, int]:
 
 
 def crops_for(look: Look, student: Network | None) -> list[int]:
-    """Sides in pixels of the crops that suit the images and that the student takes, largest first; where it takes none of these, the
-    nearest that it takes. Raises UserError for a student that cannot be built or takes no image.
+    """Sides in pixels of the crops that suit the images and that the student accepts, largest first; if it accepts none of these, the
+    nearest that it accepts. Raises UserError for a student that cannot be built or accepts no image.
     """
     median_px = max(FEWEST_PX, look.short_px[1])
     sides = [median_px] if median_px <= SMALL_PX else [px for px in _CROPS_PX if px <= median_px]
@@ -128,10 +128,10 @@ def crops_for(look: Look, student: Network | None) -> list[int]:
 
 
 def fit(look: Look, teacher: ChosenTeacher, student: Network | None, pace: Pace, minutes: float) -> Plan:
-    """The plan that makes most of the time: all images and the full student, if it is smaller than the teacher, before more epochs, views
-    or pixels.
+    """The plan that makes the best use of the time: all images and the full student, if it is smaller than the teacher, are preferred to
+    more epochs, views or pixels.
 
-    Where nothing fits, the cheapest one, whose `minutes` say so.
+    If nothing fits, the cheapest plan, whose `minutes` exceed the time.
     """
     plan = None
     for candidate in _candidates(look, teacher, student):
@@ -146,7 +146,7 @@ def fit(look: Look, teacher: ChosenTeacher, student: Network | None, pace: Pace,
 
 
 def _candidates(look: Look, teacher: ChosenTeacher, student: Network | None) -> Iterator[Plan]:
-    """Plans of the fewest epochs, the preferred first."""
+    """Plans with the fewest epochs, in order of preference."""
     train, _ = split_counts(look)
     sides, stem = crops_for(look, student), stem_for("resnet18", look)
     students = [Network("resnet18", width, stem) for width in _WIDTHS]
@@ -165,7 +165,7 @@ def _candidates(look: Look, teacher: ChosenTeacher, student: Network | None) -> 
 
 
 def timed(plan: Plan, look: Look, teacher: ChosenTeacher, pace: Pace) -> Plan:
-    """A plan with the seconds that it takes at this pace."""
+    """The plan with the seconds that it takes at this pace."""
     T, V, E, test = plan.train_images, plan.views, plan.epochs, split_counts(look)[1]
     decoding = 0.0 if look.short_px[1] <= SMALL_PX else 1 / pace.images
     student_flops = network_flops(plan.student, plan.crop_px)
@@ -192,7 +192,7 @@ def network_flops(network: Network, crop_px: int) -> int:
 
 
 def measure_pace(look: Look, student: Network | None, teacher: ChosenTeacher, device: torch.device, cores: int) -> Pace:
-    """Run the networks on random images, the teacher forward, the student forward and then also backward, each for some 1.5 seconds."""
+    """Time the networks on random images: the teacher forward, and the student forward, then forward and backward, each for about 1.5 s."""
     network, sides = student or Network("resnet18", 0.5, stem_for("resnet18", look)), crops_for(look, student)
     crop_px = min(sides, key=lambda px: abs(px - 128))
     if teacher.name is None:
@@ -221,7 +221,7 @@ def _flops_in_a_second(network: Network, crop_px: int, batch: int, device: torch
 
 
 def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call, the mean over as many as take some 1.5 seconds; the first, which is slower, does not count."""
+    """Mean seconds of one call, over about 1.5 seconds; the first call, which is slower, does not count."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -238,7 +238,7 @@ def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
 
 
 def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: bool, processes: int = 1) -> dict[str, Any]:
-    """What is laid over params.yaml, beside the part `photographs` or `small-photographs`, where `processes` train together."""
+    """The overlay for params.yaml, in addition to the part `photographs` or `small-photographs`, if `processes` train together."""
     train, held_out = plan.train_images, 0 if look.test else split_counts(look)[1]
     small, batch = look.short_px[1] <= SMALL_PX, batch_anchors(train, processes)
     lr, store_px = round(0.06 * batch / 64, 4), look.short_px[1] if small else None
@@ -272,7 +272,7 @@ def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: b
 
 
 def batch_anchors(train: int, processes: int = 1) -> int:
-    """The largest power of two that leaves three steps in an epoch and is at most 64, or 256 from 20,000 images on; lowered to what
-    `processes` can share equally, at least one image each."""
+    """The largest power of two that gives at least three steps per epoch and is at most 64, or 256 from 20,000 images on; lowered to a
+    number that `processes` can share equally, at least one image each."""
     batch = 2 ** int(math.log2(max(2, min(64 if train < 20_000 else 256, train // 3))))
     return max(1, batch // processes) * processes

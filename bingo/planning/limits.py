@@ -1,8 +1,8 @@
 """Constraints between sections of params.yaml: which teachers, students, methods, batches and images can be combined.
 
-Every stage checks all of them before any work and reports all errors together. Those that need no network are here, one function
-in `_RULES` for each, and take no time. Those of networks (network_limits.py) are tried on the networks
-once: parameters that pass are remembered, so that a stage without torch need not import it.
+Every stage checks all of them before any work and reports all errors together. Constraints that need no network are here, one function
+in `_RULES` for each, and take no time. Constraints of networks (network_limits.py) are checked once on the networks themselves;
+parameters that pass are remembered, so that a stage that does not use torch need not import it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -43,9 +43,9 @@ _MOST_REMEMBERED = 200
 
 
 def check_limits(params: Params, processes: int, memory: Path | None = None, networks: bool = True) -> None:
-    """Raises UserError with a line for each constraint that `params` violate when `processes` train together.
+    """Raise UserError with a line for each constraint that `params` violate when `processes` train together.
 
-    `memory` is a JSON file of parameters whose `networks` have passed, if these are to be tried; None: always try them.
+    `memory` is a JSON file of parameters whose `networks` have passed, if these are to be checked; None: always check them.
     """
     lines = rule_mistakes(params, processes)
     passed = _remembered(memory)
@@ -68,7 +68,7 @@ def rule_mistakes(params: Params, processes: int) -> list[str]:
 
 
 def _remembered(memory: Path | None) -> list[str]:
-    """Fingerprints of parameters that have passed; none if the file is absent or damaged, since trying again takes only seconds."""
+    """Fingerprints of parameters that have passed; none if the file is absent or damaged, since checking again takes only seconds."""
     if memory is None or not memory.is_file():
         return []
     try:
@@ -87,7 +87,7 @@ def _remember(memory: Path, passed: list[str]) -> None:
 
 
 def image_mistakes(params: Params, found: "Counts") -> list[str]:
-    """A line for each thing that `found`, the images of the dataset, would let fail, now or only after the teacher's pass."""
+    """A line for each error that would occur with `found`, the images of the dataset, now or only after the teacher's pass."""
     from bingo.datasets.subset import subset_mistakes  # NumPy
 
     lines = subset_mistakes(params.dataset, found) + batch_mistakes(params, found.drawn(params.dataset).train)
@@ -97,7 +97,7 @@ def image_mistakes(params: Params, found: "Counts") -> list[str]:
 
 
 def list_mistakes(params: Params) -> list[str]:
-    """A line for each list of labels that is not there."""
+    """A line for each missing list of labelled images."""
     lists = {f"semi_eval.splits.{name}.list_file": split.list_file for name, split in params.semi_eval.splits.items()}
     return [
         f"{key} = {path}: the file does not exist; give the path of the list, or null to draw the labels"
@@ -107,19 +107,19 @@ def list_mistakes(params: Params) -> list[str]:
 
 
 def search_mistakes(params: Params) -> list[str]:
-    """A line if the search for neighbours is one whose package is not there."""
+    """A line if the package for the search for neighbours is missing."""
     if params.bagging.search != "cuvs" or all(find_spec(name) for name in ("cuvs", "pylibraft")):
         return []
     return ["bagging.search = cuvs: cuVS is not installed; pip install cuvs-cu12 or cuvs-cu13, as the driver's CUDA, or set it to ivf"]
 
 
 def asked_weights(params: Params, start: str = "student.weights") -> dict[str, str | None]:
-    """What asks for weights of the student's network from elsewhere, by the key in params.yaml; `start` is printed for the first."""
+    """The settings that give external weights for the student's network, by key in params.yaml; `start` replaces the first in messages."""
     return {start: params.student.weights, "supervised": params.supervised}
 
 
 def absent_weights(params: Params, start: str = "student.weights") -> list[str]:
-    """A line for each file of weights of the student's network that is not there."""
+    """A line for each missing file of weights of the student's network."""
     files = {key: value for key, value in asked_weights(params, start).items() if value and value not in LIBRARIES}
     return [
         f"{key} = {value}: the file does not exist; give the path of the weights, or {' or '.join(LIBRARIES)}, or null"
@@ -129,7 +129,7 @@ def absent_weights(params: Params, start: str = "student.weights") -> list[str]:
 
 
 def weights_mistakes(params: Params, start: str = "student.weights") -> list[str]:
-    """A line for each file of weights of the student's network that is not there or does not fit; reads them."""
+    """A line for each file of weights of the student's network that is missing or does not fit; reads the files."""
     lines = absent_weights(params, start)
     for key, value in asked_weights(params, start).items():
         if value and value not in LIBRARIES and Path(value).exists():
@@ -173,7 +173,7 @@ def batch_mistakes(params: Params, train_rows: int) -> list[str]:
 
 
 def _trainings(params: Params) -> list[_Training]:
-    """For each training the name of its section, its schedule, and the methods by the names of their sections."""
+    """For each training, the name of its section, its schedule, and its methods by the names of their sections."""
     sections = [(f"methods.{name}", params.methods.section(name)) for name in dict.fromkeys([params.distill.method, *params.baselines])]
     found: list[_Training] = [("distill", params.distill, sections)]
     if params.teacher.source == "pretrain":
@@ -213,7 +213,7 @@ def _sharers(schedule: ScheduleParams, processes: int) -> str:
 
 
 def _parts_have_groups(params: Params, _: int) -> Iterator[str]:
-    """A loss over the images of a group is that of the whole batch only if the groups are asked for, and parts do not cut them."""
+    """A loss over the images of a group is that of the whole batch only if groups are configured, and parts do not divide them."""
     for name, schedule, sections in _trainings(params):
         for section_name, section in sections:
             if section.compares_images and (parts := schedule.accumulate_steps) > 1 and schedule.batchnorm_groups is None:

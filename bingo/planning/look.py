@@ -1,4 +1,4 @@
-"""What a folder of images, or of files that hold images, holds, as far as its listing and a sample of its files say."""
+"""A summary of a folder of images, shards or a saved dataset, from its listing and a sample of its images."""
 
 import time
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ FEWEST_IMAGES = 3  # to train on: an anchor, its neighbour and a negative
 
 @dataclass(frozen=True)
 class Look:
-    """Number of readable images and labels of each split, and what was seen in a sample of `sampled` files, by which the
-    numbers are estimated where it is not all files.
+    """Numbers of readable images and labels of each split, and statistics of a sample of `sampled` files, from which the numbers are
+    estimated unless the sample has all files.
 
-    `short_px`: least, median and largest short side of the readable ones; `gray`: how many have three equal channels; `unreadable`: their
-    paths; `decode_seconds`: for one image on one core, at the smallest size that a view of 224 px may be cut from; `remarks`: what the
-    layout's reader assumes or passes over; `source`: which one the folder is.
+    `short_px`: smallest, median and largest short side of the readable images; `gray`: how many have three equal channels; `unreadable`:
+    paths of unreadable images; `decode_seconds`: for one image on one core, at the smallest size from which a view of 224 px may be cut;
+    `remarks`: what was assumed or skipped in reading the layout; `source`: the source that the folder is.
     """
 
     train: int
@@ -40,8 +40,8 @@ class Look:
 def look_at(root: str, follow_links: bool) -> Look:
     """Look at a folder of images, of shards or of a saved dataset, or at a pattern of shards.
 
-    Raises UserError for a layout that leaves open what is trained on, where most files are unreadable, and for fewer than three
-    readable train images or a test split without a readable one.
+    Raises UserError if it is not clear from the layout which images are for training, if most files are unreadable, and for fewer than
+    three readable train images or a test split without readable images.
     """
     remarks: list[str] = []
     source = source_of(root)
@@ -79,13 +79,13 @@ def _sample(paths: Sequence[str]) -> list[str]:
 
 
 def _readable(paths: Sequence[str], unreadable: list[str]) -> int:
-    """How many images of a split can be read, if the files that were not opened are like those that were."""
+    """Estimate how many images of a split can be read, from the files that were opened."""
     sample = _sample(paths)
     return len(paths) * len(set(sample).difference(unreadable)) // max(1, len(sample))
 
 
 def _look_at_one(file_bytes: bytes) -> tuple[int, bool, float]:
-    """Short side in pixels, whether it is grey, and the seconds of decoding. Raises BadImage."""
+    """Short side in pixels, whether the image is grey, and the seconds of decoding. Raises BadImage."""
     begun = time.perf_counter()
     header = read_header(file_bytes)
     image, _ = decode_rgb(file_bytes, lambda height, width: min(height, width) / (DRAFT_MARGIN * 224))

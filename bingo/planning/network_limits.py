@@ -1,6 +1,6 @@
 """Constraints of the networks, checked by building and running them: widths, stems, image sizes, method parameters, batches of 1.
 
-Large networks are built without numbers (torch's meta device), and nothing is read or downloaded.
+Large networks are built on torch's meta device, without memory for their weights, and nothing is read or downloaded.
 """
 
 import re
@@ -38,7 +38,7 @@ def network_mistakes(params: Params, processes: int) -> list[str]:
     widths = {"feature_width": 128, "key_width": 128}  # of any teacher, where it cannot be built, so that the student's training is tried
     running = teacher or Teacher(torch.nn.Identity(), None, {**widths, **image_values(params.teacher_image)})
     if teacher is not None and params.distill.keys == "live" and params.distill.batch_anchors // processes == 1:
-        running = dry_teacher(params, checkpoint=False)  # it is run on the one image too
+        running = dry_teacher(params, checkpoint=False)  # it also runs on the test image
     trainings: list[tuple[str, Callable[[], DryTraining], int]] = [
         ("distill", lambda: dry_student(params, running, bank=False), params.distill.batch_anchors),
         *((f"baseline {name}", lambda name=name: dry_baseline(params, name), params.distill.batch_anchors) for name in params.baselines),
@@ -63,7 +63,7 @@ def _noted(lines: list[str], network: str) -> Iterator[None]:
 
 
 def _check_rows(training: DryTraining, name: str, batch_anchors: int, processes: int) -> None:
-    """Raises UserError if a process has one image in a batch, and the training has a BatchNorm that needs two."""
+    """Raise UserError if a process has one image in a batch, and the training has a BatchNorm that needs two."""
     parts = processes * training.schedule.accumulate_steps
     if batch_anchors // parts != 1 or training.method.needs.companions:
         return

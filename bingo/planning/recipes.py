@@ -2,11 +2,11 @@
 
 The first line is a comment that describes the recipe. In addition to sections of params.yaml a file may contain
 
-    includes: [names]    recipes that are laid over before this one, in this order (`parts/NAME`: pieces that recipes share)
-    about:               what to expect and what is needed, see `About`; no parameter
+    includes: [names]    recipes that are applied before this one, in this order (`parts/NAME`: parts that recipes share)
+    about:               metadata (expected figures, required files), see `About`; not a parameter
 
 Expected figures become `report.title` and `report.published`, so that the report prints them next to the measured ones. A recipe without
-such figures removes those of another, since they do not belong to its settings, unless it only adds evaluations.
+such figures removes those of another recipe, since they do not belong to its settings, unless it only adds evaluations.
 """
 
 import json
@@ -56,9 +56,9 @@ class About(_Strict):
     """Metadata of a recipe.
 
     expected: published accuracies in percent by measure; source: where they are from. These two are a recipe's own; the others are
-    inherited from what it includes: `teacher` (of a known one from its own file), `images`; `published`, the settings that were published,
-    by their dotted keys; and `deviates`, what differs from them and why. A line of the last that begins with keys or sections of
-    params.yaml and a colon speaks of these, and is left out of a recipe that sets all of them as published.
+    inherited from included recipes: `teacher` (for a known teacher from its own file), `images`; `published`, the published settings
+    by their dotted keys; and `deviates`, lines on what differs from them and why. A line that begins with keys or sections of
+    params.yaml and a colon is about these, and is left out of a recipe that sets all of them as published.
     """
 
     expected: dict[Literal["linear_top1", "linear_top5", "knn_1", "knn_10_weighted", "knn_20"], Percent] = {}
@@ -77,7 +77,7 @@ class About(_Strict):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe with all that it includes. `overlay` maps sections of params.yaml to their overrides."""
+    """One recipe merged with those that it includes. `overlay` maps sections of params.yaml to their overrides."""
 
     name: str
     description: str
@@ -86,7 +86,7 @@ class Recipe:
 
 
 def recipe_names(folder: Path, parts: bool = False) -> list[str]:
-    """Names of all recipes; with `parts` also the parts that they share, as parts/NAME. Raises UserError if there is no folder."""
+    """Names of all recipes; with `parts`, also the parts that they share, as parts/NAME. Raises UserError if the folder does not exist."""
     if not folder.is_dir():
         raise UserError(f"{folder}: this folder does not exist; run from the repository's top level")
     pieces = [f"{PARTS}/{path.stem}" for path in (folder / PARTS).glob("*.yaml")] if parts else []
@@ -189,7 +189,7 @@ def _in_order(folder: Path, name: str, above: tuple[str, ...]) -> Iterator[Path]
         raise UserError(f"{path}: circular includes ({' -> '.join((*above, name))}); remove one of them")
     names = _content(path).get("includes") or []
     if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
-        raise UserError(f"{path}: includes = {short(names)}: allowed is a list of recipes' names")
+        raise UserError(f"{path}: includes = {short(names)}: allowed is a list of names of recipes")
     for included in names:
         if included not in (known := recipe_names(folder, parts=True)):
             raise UserError(f"{path}: includes {included}, which does not exist{near_matches(included, known)}")
@@ -205,8 +205,8 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def replaced(folder: Path, name: str, document: dict[str, Any], committed: dict[str, Any]) -> dict[str, Any]:
-    """The overlay that takes back what other recipes of the group `method-` have set in `document`, if `name` is one too: one is used
-    instead of another. Values of the method in force that are such a recipe's become those of `committed`."""
+    """The overlay that undoes the settings of other recipes of the group `method-` in `document`, if `name` also belongs to it, since such
+    recipes replace one another. Values of the current method that were set by such a recipe become those of `committed`."""
     now, before, overlay = dict(flattened(document)), dict(flattened(committed)), dict[str, Any]()
     for other in recipe_names(folder) if name.startswith(REPLACING) else ():
         theirs = dict(flattened(read_recipe(folder, other).overlay)) if other.startswith(REPLACING) else {}
@@ -236,7 +236,7 @@ def lay_over(document: dict[str, Any], overlay: dict[str, Any], prefix: str = ""
 
 
 def flattened(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value with its dotted key; sections with the user's keys stay whole."""
+    """Every value with its dotted key; sections with the user's keys are not divided."""
     for key, value in section.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value and name not in _WHOLE:

@@ -34,7 +34,7 @@ def gallery_rows(listing: Listing, anchors: int) -> list[int]:
 
 
 def gallery(a: Artefacts) -> list[tuple[Thumbnail, list[Member], int]]:
-    """`report.gallery_anchors` anchors, each with the members shown of its bag, and how many more the index lists; empty without images or
+    """`report.gallery_anchors` anchors, each with the members that are shown and the number of further members; empty without images or
     bags."""
     if a.images is None or a.bags is None:
         return []
@@ -62,9 +62,9 @@ def closest_pairs(a: Artefacts) -> list[tuple[tuple[Thumbnail, Thumbnail], float
 
 def failures(a: Artefacts) -> list[tuple[Thumbnail, list[Member], list[Member], set[int]]]:
     """The test images of reports/failures/student.json, with their nearest train images by the teacher and by the student (cosines are the
-    teacher's) and the rows that both find; those with the fewest common ones first; empty without images or teacher.
+    teacher's) and the rows that both find; images with the fewest common rows come first. Empty without images or teacher.
 
-    Raises UserError if the file holds something else.
+    Raises UserError if the content of the file is wrong.
     """
     if a.images is None:
         return []
@@ -143,22 +143,22 @@ _LINES: list[tuple[str, str, Callable[[Any], str], str]] = [
     ("similarity", "Cosine to the anchor", _quantiles, "Similarity of the two images in the teacher's features; 1 is the same direction."),
     (
         "mutual_share", "Mutual members", _share,
-        "Share of the members whose own bag also lists the anchor. About a half or more is usual; near chance, bags say nothing.",
+        "Share of the members whose own bag also contains the anchor. A half or more is usual; near chance, bags carry no information.",
     ),
     (
-        "view_overlap", "Members by another view", _share,
-        "Share of the nearest images by the keys of one random view that are among the nearest by another's, measured on up to 1,000"
-        " anchors. Many times chance is good: then bags follow what the images show, and not how they were cropped.",
+        "view_overlap", "Overlap of two views", _share,
+        "Share of the nearest images by the keys of one random view that are also among the nearest by those of another, measured on up to"
+        " 1,000 anchors. Many times chance is good: bags then depend on what the images show, and not on how they were cropped.",
     ),
-    ("chance_share", "Chance", lambda share: f"{100 * share:.2g} %", "What both shares would be if members were drawn at random."),
+    ("chance_share", "Chance", lambda share: f"{100 * share:.2g} %", "Expected value of both shares if members were drawn at random."),
     ("in_degree", "Bags that contain an image", _spread, "A long upper tail indicates hubs: few images that are close to very many."),
-    ("orphan_share", "Orphans", _share, "Share of images that no bag lists."),
-    ("near_duplicates", "Near-duplicates", _count, "Images so close to their nearest member that they are probably one image twice."),
+    ("orphan_share", "Orphans", _share, "Share of images that are in no bag."),
+    ("near_duplicates", "Near-duplicates", _count, "Images so close to their nearest member that they are probably copies of one image."),
     (
         "test_near_duplicates", "Test images near train images", _count,
-        "Test images with such a near-duplicate among the train images, by the teacher.",
+        "Test images with a near-duplicate among the train images, by the teacher's features.",
     ),
-    ("empty_bags", "Empty bags", _count, "Anchors without any member; such an anchor is used as its own member."),
-    ("short_bags", "Short bags", _count, "Bags that list fewer members than bagging.k, but at least one."),
+    ("empty_bags", "Empty bags", _count, "Anchors without members; such an anchor is used as its own member."),
+    ("short_bags", "Short bags", _count, "Bags with fewer members than bagging.k, but at least one."),
     ("cluster_size", "Cluster size", _clusters, "Number of images in a cluster; large clusters give imprecise bags."),
 ]  # fmt: skip

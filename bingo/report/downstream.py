@@ -17,12 +17,12 @@ _FEW_LABELS = {"finetune": "fine-tuned", "linear": "linear only"}
 _FEW_LABELS_LEAD = (
     "Training on a share of the labels. Fine-tuned: the whole network is trained, with separate learning rates for "
     "backbone and linear layer. Linear only:"
-    " the backbone is frozen, a linear layer learns on random crops. The published rows mix the two, so compare like with like."
+    " the backbone is frozen, and a linear layer is trained on random crops. Compare each only with published rows of the same kind."
 )
 _TRANSFER = {"linear_resized": "linear, enlarged", "linear_native": "linear", "finetune": "fine-tuned"}
 _TRANSFER_LEAD = (
-    "The student on another set of images than it was distilled on. Linear: a layer on the frozen student, on random crops, enlarged as in"
-    " the papers or at the images' own size. Fine-tuned: the whole network learns, at their own size."
+    "The student on images other than those it was distilled on. Linear: a linear layer on the frozen student is trained on random crops,"
+    " enlarged as in the papers or at the images' own size. Fine-tuned: the whole network is trained, at the images' own size."
 )
 MEASURES = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
 
@@ -48,7 +48,7 @@ def sections(a: Artefacts) -> Iterator[DownstreamSection]:
 
 @cache
 def _published(part: str) -> Any:
-    """A part of recipes/published/figures.yaml, which holds what others report."""
+    """A part of recipes/published/figures.yaml, which contains figures published by others."""
     return read_yaml(Path(__file__).parents[2] / "recipes/published/figures.yaml")[part]
 
 
@@ -78,7 +78,8 @@ def _column(result: Mapping[str, Any], protocol: str) -> dict[str, dict]:
 def _beside(
     a: Artefacts, section_id: str, title: str, lead: str, groups: Sequence[tuple[str, int]], headers: Sequence[str], columns: list[dict]
 ) -> DownstreamSection:
-    """A table with a row for each network and these columns, in groups of so many, beside the published table of the same title."""
+    """A table with a row for each network and these columns, in groups of the given sizes, beside the published table with the same
+    title."""
     measured = {net for column in columns for net in column}
     nets = [net for net in ("student", *sorted(measured - {"student", "untrained"}), "untrained") if net in measured]
     rows = [Row(net, network_label(a, net), network_role(a, net), [_cell(column.get(net)) for column in columns]) for net in nets]

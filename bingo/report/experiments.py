@@ -1,4 +1,4 @@
-"""Comparison of experiments: runs of a variant with several seeds, their means, and differences to a reference paired by seed.
+"""Comparison of experiments: runs of a variant with several seeds, their means, and differences from a reference, paired by seed.
 
 A variant is the name of an experiment without its seed: `method-bingo` for `method-bingo-s2`. Every figure is stored by seed,
 {measure: {seed: value}}, so that differences are taken between runs of the same seed, which share split, teacher and bags.
@@ -18,7 +18,7 @@ from scipy.stats import t as student_t
 
 from bingo.params import Params, method_names, method_section
 
-LEVEL, LEAST_RUNS = 0.95, 5  # fewer runs say nothing about a correlation
+LEVEL, LEAST_RUNS = 0.95, 5  # a correlation of fewer runs means nothing
 _DRAWS = 10_000
 ACCURACIES = ("linear", "knn_10", "agreement_10")  # by which variants are compared, the preferred one first
 _RESULTS, _DISTILL = "reports/results.json", "reports/distill.json"
@@ -76,7 +76,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """Spearman's rank correlation, from -1 to 1, with the bounds of its 95 % bootstrap interval, and of how many runs."""
+    """Spearman's rank correlation, from -1 to 1, with the bounds of its 95 % bootstrap interval and the number of runs."""
 
     value: float
     bounds: tuple[float, float]
@@ -84,7 +84,7 @@ class RankCorrelation:
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """Mean and sample standard deviation; None of nothing."""
+    """Mean and sample standard deviation; None without values."""
     known = list(values)
     return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None) if known else None
 
@@ -105,10 +105,10 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> RankCorrelation | None:
-    """Spearman's rank correlation of two measures, a pair for each run, with its percentile bootstrap: runs are drawn with
-    replacement 10,000 times, by a fixed seed; draws in which a measure has one value throughout have no correlation and do not count.
+    """Spearman's rank correlation of two measures, one pair for each run, with a percentile bootstrap interval: runs are drawn with
+    replacement 10,000 times, with a fixed seed; draws in which a measure is constant have no correlation and do not count.
 
-    None of fewer than 5 runs, or if a measure is the same for all.
+    None for fewer than 5 runs, or if a measure is the same for all.
     """
     if len(pairs) < LEAST_RUNS or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
         return None
@@ -149,9 +149,8 @@ def _with_teacher(experiment: Experiment) -> bool:
 
 
 def record_of(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The record of the training that produced the student: the experiment's own, or that of another one with the same parameters,
-    whose student DVC took from its cache. Empty if there is none, or where the training was interrupted, so that its time is
-    not the whole one."""
+    """The record of the training that produced the student: the experiment's own, or that of another experiment with the same parameters,
+    whose student DVC took from its cache. Empty if there is none, or if the training was interrupted, so that its time is incomplete."""
     method, params = experiment.params["distill"]["method"], _as_run(experiment.params)
 
     def is_of(record: Mapping[str, Any]) -> bool:
@@ -165,7 +164,7 @@ def record_of(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> M
 
 
 def _as_run(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Parameters as a run notes them, with what names in them stand for; as they are where this version does not allow them."""
+    """Parameters as a run records them, with names replaced by what they stand for; unchanged if this version does not allow them."""
     try:
         return Params.model_validate(params).model_dump()
     except ValidationError:
@@ -180,11 +179,11 @@ def _within(part: Any, whole: Any) -> bool:
 
 
 def measures(experiment: Experiment, record: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of one run that are known.
+    """The known figures of one run.
 
     linear, knn_10: the student's top-1, percent; agreement_10: its agreement with the teacher, percent;
     teacher_linear, teacher_knn_10: its teacher's; of_teacher: linear as percent of the teacher's;
-    gflop_per_anchor; gflop_per_image: that times the epochs, so what training cost for each train image;
+    gflop_per_anchor; gflop_per_image: gflop_per_anchor times the epochs, the cost of training for each train image;
     anchors_per_second, peak_memory_mb, peak_gpu_memory_mb, minutes: of the distill stage's run.
     """
     results, distill = experiment.metrics.get(_RESULTS, {}), experiment.metrics.get(_DISTILL, {})

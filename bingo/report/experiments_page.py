@@ -89,14 +89,14 @@ def _point(variant: Variant, cost: str, measure: str, prefix: str) -> Point | No
 
 
 def _label(variant: Variant, prefix: str) -> str:
-    """A variant's name without the common prefix; for recipes method-NAME, the method's name as in its paper and what follows."""
+    """A variant's name without the common prefix; for recipes method-NAME, the method's name as in its paper and the rest of the name."""
     name = variant.name.removeprefix(prefix)
     method, hyphen, rest = name.removeprefix("method-").partition("-")
     return f"{display_name(method)}{hyphen}{rest}" if method == variant.method else name
 
 
 def _prefix(found: Sequence[Variant]) -> str:
-    """The common prefix of all names, which carries no information on a chart: a base with its plus, then the first word with its
+    """The common prefix of all names, which carries no information on a chart: a base with its plus sign, then the first word with its
     hyphen."""
     bases = {variant.name.rpartition("+")[0] for variant in found}
     base = f"{bases.pop()}+" if len(bases) == 1 and all("+" in variant.name for variant in found) else ""

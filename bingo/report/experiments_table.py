@@ -19,7 +19,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """As Markdown, with numbers aligned right."""
+        """The table as Markdown, with numbers aligned right."""
         lines = [self.headers, ["---", *("---:" for _ in self.headers[1:])], *self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -82,7 +82,7 @@ def _difference(variant: Variant, reference: Variant, measure: str) -> str:
 
 
 def correlation_text(found: Sequence[Variant]) -> str:
-    """How well the agreement with the teacher, which needs no labels, orders the runs as linear accuracy does; empty of too few runs."""
+    """The rank correlation of agreement with the teacher, which needs no labels, and linear accuracy; empty for too few runs."""
     runs = [[variant.values.get(measure, {}) for measure in ("agreement_10", "linear")] for variant in found]
     known = rank_correlation([(xs[seed], ys[seed]) for xs, ys in runs for seed in xs.keys() & ys.keys()])
     if known is None:
@@ -99,6 +99,6 @@ def difference_text(found: Difference, seeds: int) -> str:
 
 
 def _signed(points: float) -> str:
-    """With its sign (a minus sign, not a hyphen); without a sign if it rounds to 0.0."""
+    """The number with its sign (a minus sign, not a hyphen); without a sign if it rounds to 0.0."""
     text = f"{points:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")

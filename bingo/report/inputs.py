@@ -27,7 +27,7 @@ from bingo.runtime.checksums import Damaged, check_safetensors
 from bingo.runtime.errors import UserError
 
 Curves = dict[str, list[float]]
-_OUTCOME = re.compile(r"cached|knn_\d+(_weighted)?|agreement_[1-9]\d*")  # what evaluations keep of each test image
+_OUTCOME = re.compile(r"cached|knn_\d+(_weighted)?|agreement_[1-9]\d*")  # what evaluations store for each test image
 _BUFFERS = ("running_mean", "running_var")  # BatchNorm's statistics are stored with the weights, but are not parameters
 
 
@@ -48,7 +48,7 @@ class Artefacts:
     best_epoch}}} with the protocols cached and crops, `bag_metrics` is what `bag_metrics.bag_metrics` returns.
     `failures` is what `failures.least_agreement` returns for the student.
     `semi` and `transfer` are by name what reports/semi and reports/transfer hold, each {nets: {net: {protocol: {top1_last, ..}}}, ..}.
-    `origins` names the weights from elsewhere of the networks `start` and `supervised`, where there are any.
+    `origins` names the sources of the weights of the networks `start` and `supervised`, if these exist.
     `outcomes` is {net: {measure: percent of each test image, float64 (Q,)}} with the measures linear, knn_K, knn_K_weighted, agreement_K.
     `coco` is {run: {kind: {measure: percent}}} with the kinds box and mask.
     """
@@ -74,7 +74,7 @@ class Artefacts:
 
 
 def read_artefacts(params: Params, nets: Sequence[str]) -> Artefacts:
-    """What the workspace holds of a run; `nets` are the networks that evaluations may have judged."""
+    """The artefacts of the workspace's run; `nets` are the networks that may have been evaluated."""
     listing = read_judged_listing(paths.LISTING, paths.LEFT_OUT)
     terms = {name: read_optional_json(paths.REPORTS / f"{name}.json") for name in ("teacher", "distill")}
     terms |= {f"baseline-{method}": read_optional_json(paths.REPORTS / f"baselines/{method}.json") for method in params.baselines}
@@ -101,14 +101,14 @@ def read_artefacts(params: Params, nets: Sequence[str]) -> Artefacts:
 
 
 def _origins() -> dict[str, str]:
-    """The weights from elsewhere, by network; none of those that were not asked for."""
+    """The sources of the weights of `start` and `supervised`, by network; only for those that are configured."""
     files = {net: path for net, path in {"start": paths.START, "supervised": paths.SUPERVISED}.items() if path.exists()}
     facts = {net: read_network_facts(path) for net, path in files.items() if path.stat().st_size > len(paths.NO_WEIGHTS)}
     return {net: found.metadata["weights"] for net, found in facts.items() if found is not None}
 
 
 def _outcomes(net: str) -> dict[str, np.ndarray]:
-    """Percent of each test image, of what reports/linear/NET.npz and reports/knn/NET.npz hold."""
+    """The results for each test image in reports/linear/NET.npz and reports/knn/NET.npz, in percent."""
     linear, neighbors = (read_outcomes(paths.REPORTS / folder / f"{net}.npz") for folder in ("linear", "knn"))
     found = {"linear": linear["cached"]} if "cached" in linear else {}
     possible = {name: int(name.removeprefix("agreement_")) if name.startswith("agreement_") else 1 for name in neighbors}
@@ -116,7 +116,7 @@ def _outcomes(net: str) -> dict[str, np.ndarray]:
 
 
 def read_outcomes(path: Path) -> dict[str, np.ndarray]:
-    """The numbers of each test image in a file that an evaluation wrote; {} if there is no file. Raises UserError if it is damaged."""
+    """The results for each test image in a file that an evaluation wrote; {} if there is no file. Raises UserError if it is damaged."""
     if not path.exists():
         return {}
     try:

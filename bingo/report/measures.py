@@ -7,7 +7,7 @@ _AGREEMENT = "agreement_"
 
 
 def neighbor_order(key: str) -> tuple[bool, bool, int]:
-    """By this sort what reports/knn holds: `knn_K` by k, `knn_K_weighted` by k, `agreement_K` by k."""
+    """Sort key for the measures in reports/knn: `knn_K` by k, `knn_K_weighted` by k, `agreement_K` by k."""
     weighted = key.endswith("_weighted")
     return key.startswith(_AGREEMENT), weighted, int(key.removesuffix("_weighted").rpartition("_")[2])
 

@@ -109,7 +109,7 @@ def _dataset_name(a: Artefacts) -> str:
     """The name of a published dataset, or of the folder."""
     dataset = a.params.dataset
     given = dataset.root or "."
-    root = Path(given if dataset.source == "folder" else images_folder(given))  # a folder's name even where it is gone by now
+    root = Path(given if dataset.source == "folder" else images_folder(given))  # a folder's name even if it no longer exists
     return _DATASETS.get(dataset.source) or (root.resolve() if root.name in ("", "..") else root).name or dataset.source
 
 
@@ -175,8 +175,8 @@ def _ends(series: Mapping[str, tuple[list[float], list[float]]]) -> str:
 
 
 def _probes(a: Artefacts) -> str:
-    """The k-NN accuracy of the student and its baselines during training; empty if fewer than two were measured. The agreement with the
-    teacher is measured of the student alone."""
+    """The k-NN accuracy of the student and its baselines during training; empty if fewer than two were measured. Agreement with the
+    teacher is measured only for the student."""
     series = {
         _training_title(a, name): (curves["epoch"], curves["knn_10"])
         for name, curves in a.curves.items()

@@ -46,7 +46,7 @@ class Thumbnail:
 
 
 def thumbnail(images: Images, listing: "Listing", row: int) -> Thumbnail:
-    """The whole image of a row in its own shape, at most 96 pixels wide and high, as a JPEG, or as a PNG up to 48 pixels; without a
+    """The whole image of a row with its aspect ratio, at most 96 pixels wide and high, as JPEG, or up to 48 pixels as PNG; without a
     picture if its file can no longer be read."""
     label = int(listing.labels_N[row])
     name = listing.classes[label] if label >= 0 else ""

@@ -15,6 +15,6 @@ def render(template: str, **context: Any) -> Markup:
 
 
 def render_page(template: str, **context: Any) -> str:
-    """A whole page: `render` with the looks of report.css as `style`, and a line's end."""
+    """A whole page: `render` with report.css as `style`, and a final newline."""
     style = Markup(files("bingo.report").joinpath("report.css").read_text(encoding="utf-8"))
     return render(template, style=style, **context) + "\n"

@@ -21,7 +21,7 @@ _HEADLINES = (
     ("agreement", "agreement_10", measure_label("agreement_10")),
 )
 _ROLES = {"teacher": "ceiling", "untrained": "floor", "pixels": "no network"}
-_OTHERS = ("teacher", "student", "ema", "start", "supervised", "untrained", "pixels")  # that are no baselines
+_OTHERS = ("teacher", "student", "ema", "start", "supervised", "untrained", "pixels")  # networks that are not baselines
 _FAMILY_COLORS = {"student": 0, "ema": 0, "teacher": 1, "start": 3, "untrained": 3, "pixels": 3}  # of plots.SERIES; the baselines' is 2
 _SKIPPED_SHOWN = 10
 _BAG_FIGURES = ("purity", "mutual_share", "view_overlap", "chance_share", "near_duplicates", "orphan_share", "recall")
@@ -75,8 +75,8 @@ def network_label(a: Artefacts, net: str) -> str:
 
 
 def columns(a: Artefacts) -> list[Column]:
-    """The measures that at least one network has; of k-NN the two usual ones, or else every one that was measured; top-5 only where there
-    are more than five classes."""
+    """The measures that at least one network has. For k-NN these are the two usual ones, or otherwise all that were measured; top-5 is
+    included only with more than five classes."""
     keys = dict.fromkeys(key for scores in a.knn.values() for key in scores)
     knn_keys, agreements = ([key for key in keys if key.startswith(group)] for group in ("knn_", "agreement_"))
     usual = [key for key in _USUAL_KNN if key in knn_keys]
@@ -97,15 +97,15 @@ def column_groups(found: Sequence[Column]) -> list[tuple[str, int]]:
 
 
 def rows(a: Artefacts, found: Sequence[Column]) -> list[Row]:
-    """Teacher, student, its moving average, baselines, the supervised student, the one before distillation, the untrained one, raw pixels:
-    those that were measured, in this order."""
+    """The networks that were measured, in this order: teacher, student, its moving average, baselines, the network with supervised
+    weights, the student before distillation, the untrained network, raw pixels."""
     return [
         Row(net, network_label(a, net), network_role(a, net), [_cell(a, net, column) for column in found]) for net in _nets(a)
     ]  # fmt: skip
 
 
 def network_role(a: Artefacts, net: str) -> str:
-    """What a network is beside the student, or the name of the weights that it has from elsewhere."""
+    """The role of a network, or the source of its weights."""
     if net in a.origins:
         return a.origins[net]
     if net == "pixels" and a.params.dataset.store_px is None:
@@ -114,7 +114,8 @@ def network_role(a: Artefacts, net: str) -> str:
 
 
 def chance(a: Artefacts, column: Column) -> float:
-    """What chance would reach, percent, by one measure: one guessed class (or five) of equally many images, neighbours in any order."""
+    """The expected value of a measure by chance, in percent: for guessing one class (or five) of equal size, or for neighbours in random
+    order."""
     if column.group == "agreement":
         return min(100.0, 100 * int(column.key.removeprefix("agreement_")) / max(1, a.listing.train_rows))
     classes = max(1, len(a.listing.classes))
@@ -122,8 +123,8 @@ def chance(a: Artefacts, column: Column) -> float:
 
 
 def bars(a: Artefacts) -> tuple[Markup, str] | None:
-    """The bar chart next to the table, of the headline's measure, and of k-NN if the headline is another; and its caption. None without
-    scores."""
+    """The bar chart next to the table and its caption: bars of the headline's measure, and of k-NN if that is a different one. None
+    without scores."""
     found = headline_columns(a)
     measures = [column for column in found if column.key != "knn_20_weighted"][:2] or found[:1]
     if not measures:
@@ -144,12 +145,12 @@ def headline_figures(a: Artefacts) -> dict[str, float]:
 
 
 def warnings(a: Artefacts) -> list[str]:
-    """Warnings about figures that do not mean what a reader would expect, shown in red."""
+    """Warnings about figures that may be misunderstood, shown in red."""
     found = []
     teacher = a.params.teacher
     converted = a.teacher.metadata if a.teacher else {}
     if teacher.source == "random" or False in (converted.get("pretrained"), a.terms.get("teacher", {}).get("pretrained")):
-        found.append("The teacher has random weights (no trained weights were loaded), so this page says nothing about distillation.")
+        found.append("The teacher has random weights (no trained weights were loaded), so the figures say nothing about distillation.")
     if a.listing.skipped:
         names, more = a.listing.skipped[:_SKIPPED_SHOWN], len(a.listing.skipped) - _SKIPPED_SHOWN
         rest = f" and {more:,} more" if more > 0 else ""
@@ -166,46 +167,46 @@ def caveats(a: Artefacts) -> list[str]:
     if test_images:
         share = min(1.0, max(0.0, headline_figures(a).get("student", 50.0) / 100))
         found.append(
-            f"One run with seed {a.params.seed}. With {test_images:,} test images, chance alone moves the student's figure by"
+            f"This is one run with seed {a.params.seed}. With {test_images:,} test images, sampling alone changes the student's figure by"
             f" ±{196 * math.sqrt(share * (1 - share) / test_images):.1f} points (95 %) or more."
-            " Intervals of differences are narrower, as all networks see the same images; they say nothing of other seeds."
+            " Intervals of differences are narrower, since all networks see the same images; they do not include the variation over seeds."
         )
     if any(column.key == "top1_best" for column in columns(a)):
-        found.append("The best epoch was chosen on the test split, so that column is optimistic; the others are the last epoch's.")
+        found.append("The best epoch was chosen on the test split, so its column is optimistic; the other columns are for the last epoch.")
     if dataset.source == "digits" and dataset.placements > 1:
         found.append(f"Each digit was drawn at {dataset.placements} positions, so the test images are not independent of each other.")
     parts = {"train": dataset.train_images, "test": None if a.listing.held_out else dataset.test_images}
     if drawn := " and ".join(f"{count:,} {split} images" for split, count in parts.items() if count):
-        found.append(f"With this seed {drawn} were drawn from the dataset's; published figures use all images.")
+        found.append(f"{drawn} were drawn with this seed; published figures use all images of the dataset.")
     found += _of_test_images(a)
     if leaking := _leaking_trainings(a):
         found.append(
-            f"BatchNorm over the whole batch of a process ({', '.join(leaking)}: 1 group): where one process trained, the moving average's "
-            "keys leak: a query and its key are normalised with the same images, by which the network can find its key."
+            f"BatchNorm is over the whole batch of a process ({', '.join(leaking)}: 1 group). If one process trained, a query and its key "
+            "are normalised with the same images, so the network can identify its key by their statistics."
         )
     if a.params.bagging.method == "label":
-        found.append("The bags were made from labels: an upper bound for bags, not an unsupervised result.")
+        found.append("The bags were made from labels, so this is an upper bound and not an unsupervised result.")
     return found
 
 
 def _of_test_images(a: Artefacts) -> list[str]:
-    """How the test images were held out and how many of them are not judged, or, in a test split of the dataset's own, how many have
+    """How the test images were held out and how many of them are not evaluated, or, for a test split of the dataset, how many have
     near-duplicates."""
     near, drawn = a.bag_metrics.get("test_near_duplicates", 0), a.listing.held_out
     if drawn is None:
-        said = f"Of the test images {near:,} have a near-duplicate among the train images by the teacher: figures on them are too high."
+        said = f"{near:,} of the test images have near-duplicates among the train images by the teacher, so the figures are too high."
         return [said] if near else []
     balanced = ", balanced over the classes," if a.listing.labelled else ""
-    said = f"The images have no test split: {drawn:,} of the train images were drawn by seed {a.params.seed}{balanced} and held out."
+    said = f"The images have no test split; {drawn:,} of the train images were drawn with seed {a.params.seed}{balanced} and held out."
     reasons = {"byte-for-byte copies of train images": drawn - (len(a.listing) - a.listing.train_rows)}
-    reasons["near-duplicates of train images by the teacher"] = len(a.listing.left_out_rows)
+    reasons["near-duplicates of train images by the teacher's features"] = len(a.listing.left_out_rows)
     left_out = " and ".join(f"{count:,} are {reason}" for reason, count in reasons.items() if count)
-    return [f"{said} Of these {left_out}, which no figure includes." if left_out else said]
+    return [f"{said} Of these {left_out}; no figure includes them." if left_out else said]
 
 
 def _leaking_trainings(a: Artefacts) -> list[str]:
-    """Parameters that leave BatchNorm ungrouped although a momentum encoder is trained: for the teacher, and for the student or a
-    baseline."""
+    """Parameters that leave BatchNorm ungrouped although a method with a momentum encoder is trained: for the teacher, and for the student
+    or a baseline."""
     pretrain, distill, methods = a.params.teacher.pretrain, a.params.distill, a.params.methods
     baselines = [methods.section(name).momentum_keys("momentum") for name in a.params.baselines]
     student = methods.section(distill.method).momentum_keys(distill.keys) or any(baselines)
@@ -253,7 +254,7 @@ def _short_label(net: str, method: str) -> str:
 
 
 def compared_figures(a: Artefacts) -> dict[str, dict[str, float]]:
-    """The few figures by which experiments are compared: {measure: {network: percent}}, and shares of the bags."""
+    """The figures by which experiments are compared: {measure: {network: percent}}, and shares for the bags."""
     figures = {"knn_10": {net: scores["knn_10"] for net, scores in a.knn.items() if "knn_10" in scores}}
     figures["linear"] = {net: scores["top1_last"] for net, scores in a.linear.get("cached", {}).items()}
     figures["linear_crops"] = {net: scores["top1_last"] for net, scores in a.linear.get("crops", {}).items()}

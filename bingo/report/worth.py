@@ -1,4 +1,5 @@
-"""The report's first sentence: whether distillation was worth it, by what the student and other networks make of the same test images.
+"""The report's first sentence: whether distillation was worth it, judged by the results of the student and other networks on the same test
+images.
 
 Shape letter: Q test images.
 """
@@ -35,8 +36,8 @@ def paired_interval(ours_Q: np.ndarray, theirs_Q: np.ndarray) -> tuple[float, tu
     """Mean difference in points of two networks' percent of the same images, and the bounds of its 95 % interval over such images.
 
     The interval is that of Agresti and Min (2005, Statistics in Medicine 24:729) for matched proportions: the usual one with half an
-    image added to each of four outcomes (right or wrong by either network), so that few images or equal networks are not certain.
-    Of shares between right and wrong, such as agreement, it is wider than need be.
+    image added to each of the four outcomes (right or wrong for either network), so that its width is not 0 for few images or equal
+    networks. For values between right and wrong, such as agreement, it is wider than necessary.
     """
     differences_Q = (ours_Q - theirs_Q) / 100
     images = len(differences_Q) + 2
@@ -63,7 +64,7 @@ def comparisons(a: Artefacts) -> list[Comparison]:
 
 
 def headline(a: Artefacts) -> str:
-    """Whether distillation was worth it, in one sentence; empty where nothing was measured."""
+    """Whether distillation was worth it, in one sentence; empty if nothing was measured."""
     if not headline_columns(a):
         return ""
     column, figures, compared = headline_columns(a)[0], headline_figures(a), comparisons(a)
@@ -117,11 +118,11 @@ def _named(a: Artefacts, net: str) -> str:
 
 
 def _kept(a: Artefacts, column: Column, figures: dict[str, float]) -> str:
-    """How much of its teacher the student keeps, beside chance; empty if the teacher was not used, or has no figure."""
+    """How much of its teacher's accuracy the student keeps, with the chance level; empty if the teacher was not used, or has no figure."""
     teacher = figures.get("teacher")
     if not teacher or not needs_teacher(a):
         return ""
     share = 100 * figures["student"] / teacher
     if share >= 99.95:
-        return "; it is as accurate as its teacher or more"
+        return "; it is at least as accurate as its teacher"
     return f"; it keeps {share:.0f} % of its teacher's accuracy ({teacher:.1f} %; chance: {chance(a, column):.1f} %)"

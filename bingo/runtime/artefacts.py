@@ -21,7 +21,7 @@ def canonical_json(value: Any) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """32 hex digits that identify a JSON-able value (sha256, shortened)."""
+    """32 hex digits that identify a JSON-serialisable value (sha256, shortened)."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
 
 
@@ -40,8 +40,8 @@ class NotWritten(OSError):
 
 @contextmanager
 def errors_named(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Raise an OSError of the body as NotWritten if it names `partial`, `path` or a folder above it, or no file: most writers do not say
-    where they failed."""
+    """Context manager that raises an OSError as NotWritten if it names `partial`, `path` or a parent folder, or no file, since most writers
+    do not report which file failed."""
     try:
         yield
     except OSError as error:
@@ -95,7 +95,7 @@ def write_arrays(path: Path | str, arrays: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path | str, records: Sequence[Mapping[str, Any]], first_columns: Sequence[str]) -> None:
-    """Write a CSV file with a line for each record atomically. `first_columns` come first; missing values are empty fields."""
+    """Write a CSV file with a row for each record atomically. `first_columns` come first; missing values are empty fields."""
     columns = list(dict.fromkeys([*first_columns, *(name for record in records for name in record)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -136,7 +136,7 @@ def new_directory(path: Path | str) -> Iterator[Path]:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """Make `target` a hard link to a file, or a copy where that is not possible: on another disk, or on one without hard links."""
+    """Make `target` a hard link to a file, or a copy if that is not possible: on another disk, or on one without hard links."""
     try:
         os.link(source, target)
     except OSError:

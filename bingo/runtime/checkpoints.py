@@ -1,6 +1,6 @@
 """Checkpoints of an unfinished training, written atomically, one file per process; the previous one is kept until the next is complete.
 
-A file is the output of torch.save, preceded by its sha256: zip archives have checksums too, but torch does not verify them.
+A file is the output of torch.save, preceded by its sha256, because torch does not verify the checksums of zip archives.
 """
 
 import io
@@ -50,7 +50,7 @@ class Checkpoints:
 
     @contextmanager
     def stop_requests(self) -> Iterator[None]:
-        """In the body, SIGTERM and SIGINT do not end the process: they set `stopping`, and the next `save_if_due` saves and stops."""
+        """Context manager in which SIGTERM and SIGINT do not end the process but set `stopping`; the next `save_if_due` saves and stops."""
         numbers = (signal.SIGTERM, signal.SIGINT)
         previous = {number: signal.signal(number, lambda *_: setattr(self, "stopping", True)) for number in numbers}
         try:
@@ -95,8 +95,8 @@ class Checkpoints:
         return (self.folder / "latest.json").exists()
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
-        """This process's state at the last complete checkpoint, or None. If the number of processes has changed, all use the first
-        one's."""
+        """This process's state at the last complete checkpoint, or None. If the number of processes has changed, all use that of the first
+        process."""
         if not self.exists():
             return None
         latest = read_json(self.folder / "latest.json")
@@ -119,7 +119,7 @@ class Checkpoints:
 class Resumable:
     """A training that resumes from its last checkpoint: `parts` are its modules and optimizers, `values` names of its own attributes.
 
-    It ends with a UserError at a loss that is not finite, which no checkpoint contains; `label` names it in messages.
+    It raises UserError if a loss is not finite; no checkpoint is saved after such a loss. `label` is its name in messages.
     """
 
     checkpoints: Checkpoints
@@ -133,7 +133,7 @@ class Resumable:
     log = TrainingLog()
 
     def way_out(self, step: int) -> str:
-        """What to do about a loss that is not finite at this step."""
+        """How to fix a loss that is not finite at this step."""
         raise AssertionError(f"{type(self).__name__} has no way out")
 
     def _watch_loss(self, loss: Tensor) -> None:
@@ -143,14 +143,14 @@ class Resumable:
             self._refuse_what_is_not_finite()
 
     def _refuse_what_is_not_finite(self) -> None:
-        """Raises UserError if a loss was not finite since the last call. Waits for the device."""
+        """Raise UserError if a loss was not finite since the last call. Waits for the device."""
         found = self.watch.first(self.step)
         self.log.flush()
         if found is not None:
             raise UserError(f"{self.label}: the loss is {found[1]} at step {found[0]}; {self.way_out(found[0])}")
 
     def _log_step(self, values: Mapping[str, Tensor]) -> None:
-        """Keep scalars of this step for the loggers, and the norm of all gradients before anything changes them. Nothing waits."""
+        """Keep scalars of this step for the loggers, and the norm of all gradients before clipping. Does not wait for the device."""
         if self.log.due(self.step):
             groups = self.optimizer.param_groups
             gradients = [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
@@ -158,7 +158,8 @@ class Resumable:
             self.log.keep(self.step + 1, groups[0]["lr"], seen | {"grad_norm": nn.utils.get_total_norm(gradients, foreach=True)})
 
     def _checkpoint_if_due(self) -> None:
-        """Several processes agree on it only when the loss is read too, because agreeing waits for the device."""
+        """Save a checkpoint if it is due. Several processes agree on it only when the loss is also read, because that waits for the
+        device."""
         if distributed.world() == 1 or self.watch.due(self.step):
             self.checkpoints.save_if_due(self._state, self.step, self.device, self.label)
 

@@ -1,4 +1,4 @@
-"""Checksums inside files (safetensors, or any bytes), so that a flipped byte is found when a file is read.
+"""Checksums inside files (safetensors, or any bytes), so that a changed byte is detected when a file is read.
 
 For stores of arrays see bingo/runtime/chunks.py, for listings bingo/images/listing.py. Does not import torch: a report reads only headers.
 """
@@ -34,7 +34,7 @@ def seal_safetensors(content: bytes) -> bytes:
 
 
 def check_safetensors(path: Path | str) -> None:
-    """Raises Damaged if a file is not as `seal_safetensors` made it, OSError if it cannot be read."""
+    """Raise Damaged if a file is not as `seal_safetensors` made it, OSError if it cannot be read."""
     with open(path, "rb") as file:
         header = _read_header(file)
         try:
@@ -72,7 +72,7 @@ def seal(content: bytes) -> bytes:
 
 
 def unseal(sealed: bytes) -> memoryview:
-    """The bytes that `seal` was given. Raises Damaged."""
+    """The bytes passed to `seal`. Raises Damaged."""
     view = memoryview(sealed)
     if hashlib.sha256(view[32:]).digest() != view[:32]:
         raise Damaged("its bytes do not fit their checksum")

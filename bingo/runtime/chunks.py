@@ -1,7 +1,7 @@
 """Arrays of rows in zarr v3: unsharded, uncompressed, one file per chunk, each with a CRC-32C.
 
 zarr returns the fill value for a missing chunk, without an error. The fill value is therefore one that no row contains (NaN, or -2 for
-integers), and reading such a row fails. A damaged file fails its CRC. Metadata have no CRC, so the group's attributes hold digests:
+integers), and reading a row with it fails. A damaged file fails its CRC. Metadata have no CRC, so the group's attributes hold digests:
 `checksums` of each array's zarr.json, and `checksum` of the attributes themselves.
 """
 
@@ -20,13 +20,13 @@ from bingo.runtime.errors import UserError, reason_of
 
 INTEGER_FILL = -2
 _CRC_BYTES = 4
-_CHECKED_ROWS = 8192  # rows that are checked for the fill value at once: limits the temporary array
-# what zarr raises on damaged files
+_CHECKED_ROWS = 8192  # rows that are checked for the fill value at once, to limit the temporary array
+# errors that zarr raises for damaged files
 _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, OverflowError)
 
 
 def new_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: Any, chunk_rows: int) -> zarr.Array:
-    """Create array `name` in chunks of `chunk_rows` rows; a chunk must have a single writer, since two writers of one file would lose
+    """Create array `name` in chunks of `chunk_rows` rows. A chunk must have a single writer, since two writers of one file would lose
     rows."""
     fill = np.nan if np.issubdtype(dtype, np.floating) else INTEGER_FILL
     chunks = (chunk_rows, *(max(1, width) for width in shape[1:]))
@@ -56,7 +56,7 @@ def _digest(store: Any, array: str) -> str:
 
 
 def _check_metadata(store: Any, attributes: dict[str, Any]) -> None:
-    """Raises ValueError or KeyError if the metadata have changed since `seal`."""
+    """Raise ValueError or KeyError if the metadata have changed since `seal`."""
     checksum = attributes.pop("checksum", None)
     if checksum is None or checksum != fingerprint(attributes):
         raise ValueError("the attributes do not fit their checksum")
@@ -74,8 +74,8 @@ def chunk_is_written(path: Path, array: zarr.Array, chunk: int) -> bool:
 def open_group(store: Any, name: str, way_out: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
     """The group in `store` (a folder, or a mapping from keys to bytes), called `name` in messages, its metadata checked.
 
-    What is read later comes from the same place, whatever the current folder then is. Raises UserError, ending in the command `way_out`,
-    if it does not exist or its metadata are damaged.
+    Later reads do not depend on the current folder. Raises UserError, which ends with the command `way_out`, if the group does not exist or
+    its metadata are damaged.
     """
     store = Path(store).absolute() if isinstance(store, (str, Path)) else store
     try:
@@ -101,7 +101,7 @@ def open_array(group: zarr.Group, name: str, store_name: str, dtype: Any, ndim: 
 
 
 def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: str) -> np.ndarray:
-    """`array[rows]`, read only from the chunks that hold these rows. Raises UserError if one of those is damaged or missing."""
+    """`array[rows]`, read only from the chunks with these rows. Raises UserError if one of them is damaged or missing."""
     label = f"{store_name}: array {array.name.strip('/')}"
     try:
         x = np.asarray(array[rows])
@@ -119,11 +119,11 @@ def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: st
 
 
 class StoredRows:
-    """The first rows of an array of floats (N, D) in a store, read on access: the whole array may be larger than the memory. Of an array
-    (N, V, D), the vectors `view` of each row.
+    """The first rows of an array of floats (N, D) in a store, read on access, since the whole array may be larger than the memory. For an
+    array (N, V, D), the vectors `view` of each row.
 
-    Indexed as a numpy array is: by a slice, or by row numbers int (n,), for which each chunk that holds one is read once. Reading
-    raises UserError where a chunk is damaged or missing.
+    It is indexed like a numpy array: by a slice, or by row numbers int (n,), for which each chunk with some of these rows is read once.
+    Reading raises UserError if a chunk is damaged or missing.
     """
 
     def __init__(self, array: zarr.Array, rows: int, store_name: str, way_out: str, view: int | None = None):
@@ -149,7 +149,7 @@ class StoredRows:
 
 
 def forget_other_reads() -> None:
-    """After a failed read: zarr leaves reads of other chunks unfinished, about which asyncio and Python would print messages at exit."""
+    """Clean up after a failed read: zarr leaves reads of other chunks unfinished, for which asyncio and Python print messages at exit."""
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 

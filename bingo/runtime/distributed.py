@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bingo.runtime.errors import FAILED, GroupLost, Interrupted, UserError, first_sentence, out_of_memory, printable, reason_of
 
-# For another process in a collective operation, while it measures, writes or computes its last chunk: NCCL's ten minutes are too few.
+# How long to wait for another process that measures, writes or computes its last chunk: NCCL's ten minutes are too short.
 _WAIT = timedelta(hours=6)
 _POLL_SECONDS, _END_SECONDS = 1.0, 10.0
 _Rows = TypeVar("_Rows", np.ndarray, Tensor)
@@ -30,7 +30,7 @@ def rank() -> int:
 
 
 def world() -> int:
-    """The number of processes, 1 where no group was started."""
+    """The number of processes, 1 if no group was started."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -47,10 +47,11 @@ def barrier() -> None:
 
 @contextmanager
 def group(device: torch.device) -> Iterator[None]:
-    """Join the group that the launcher's environment describes (WORLD_SIZE, RANK, MASTER_ADDR), if there is one.
+    """Context manager that joins the group described by the launcher's environment (WORLD_SIZE, RANK, MASTER_ADDR), if there is one.
 
-    Raises GroupLost if the body failed because another process is gone. A process that fails by itself keeps its connections open
-    until it ends, so that the others notice only after it has reported the reason. Those that then still wait for it end with its line.
+    Raises GroupLost if the body failed because another process is gone. A process that fails itself keeps its connections open
+    until it ends, so that the others notice only after it has reported the reason. Processes that still wait for it then end and print its
+    line.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -78,7 +79,7 @@ def group(device: torch.device) -> Iterator[None]:
 
 
 def _peers() -> frozenset[int]:
-    """The ids of the processes that this one's torchrun has started; none without it, or where the system does not list them."""
+    """The ids of the processes that this process's torchrun has started; none without torchrun, or if the system does not list them."""
     found: list[str] = []
     with suppress(OSError):
         for file in Path(f"/proc/{os.getppid()}/task").glob("*/children") if "TORCHELASTIC_RUN_ID" in os.environ else []:
@@ -92,10 +93,10 @@ def _is_loss(error: BaseException) -> bool:
 
 
 class _Failures:
-    """A context in which the first process that fails gives the others its line, in the group's store.
+    """A context in which the first process that fails passes its line to the others, through the group's store.
 
-    Gloo notices that a process has ended. In NCCL the others would wait until the time is over, and no signal that Python handles reaches
-    them there: a thread looks at the store, and ends the process.
+    Gloo notices that a process has ended. In NCCL, the others would wait until the timeout, and cannot be reached by signals that Python
+    handles; therefore a thread checks the store, and ends the process.
     """
 
     def __init__(self, store: dist.Store, process: str):
@@ -119,7 +120,9 @@ class _Failures:
         line = out_of_memory(error) or line
         with suppress(dist.DistError):
             self._store.compare_set(self._key, "", f"{_machine()} {self._process} failed: {printable(line)}")
-        if rank() == 0 and os.environ.get("LOCAL_WORLD_SIZE") != str(world()):  # the store ends with it; on one machine the launcher acts
+        if rank() == 0 and os.environ.get("LOCAL_WORLD_SIZE") != str(
+            world()
+        ):  # process 0 holds the store; on one machine the launcher acts
             self._left.wait(2 * _POLL_SECONDS)
 
     def _pass_on(self, error: Exception) -> None:
@@ -128,7 +131,7 @@ class _Failures:
                 raise GroupLost(found[1]) from error
 
     def _first(self) -> list[str]:
-        """The machine of the process that failed first, and its line; or nothing. Raises DistError if the process with the store ended."""
+        """The machine of the process that failed first, and its line; or None. Raises DistError if the process with the store has ended."""
         return self._store.get(self._key).decode().split(" ", 1) if self._store.check([self._key]) else []
 
     def _watch(self) -> None:
@@ -142,12 +145,12 @@ class _Failures:
 
 
 def _machine() -> str:
-    """This machine's number among torchrun's; without torchrun each process is on a machine of its own."""
+    """The number of this machine in torchrun; without torchrun, each process counts as a machine."""
     return os.environ.get("GROUP_RANK", f"of-{rank()}")
 
 
 def gather(x_BD: Tensor) -> Tensor:
-    """Rows of all processes in rank order, (world * B, D), without gradient; every process must hold the same number of rows."""
+    """Rows of all processes in rank order, (world * B, D), without gradient; every process must have the same number of rows."""
     if world() == 1:
         return x_BD
     x_BD = x_BD.contiguous()  # first: empty_like keeps strides
@@ -157,12 +160,12 @@ def gather(x_BD: Tensor) -> Tensor:
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean over processes of a tensor that each of them holds."""
+    """The mean of a tensor over processes."""
     return total(x) / world() if world() > 1 else x
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over processes of a tensor that each of them holds."""
+    """The sum of a tensor over processes."""
     if world() == 1:
         return x
     x = x.clone()
@@ -171,8 +174,8 @@ def total(x: Tensor) -> Tensor:
 
 
 def in_turn(x: Tensor, work: Callable[[], None]) -> None:
-    """`work` on the processes one after the other in rank order, each of which receives in `x` what the one before has left there; then
-    `x` of the last one is everyone's."""
+    """Run `work` on the processes one after the other in rank order. Each receives in `x` the result of the previous process; at the end,
+    all have `x` of the last process."""
     if rank() > 0:
         dist.recv(x, rank() - 1)
     work()
@@ -200,7 +203,7 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """The module with its gradients averaged over processes; each process keeps its own buffers, including BatchNorm's statistics."""
     if world() == 1:
         return module
-    # The argument that leaves buffers alone changed its name in torch 2.15.
+    # The name of the argument that excludes buffers changed in torch 2.15.
     known = inspect.signature(DistributedDataParallel).parameters
     own_buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     parallel = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **own_buffers)
@@ -218,7 +221,7 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def gather_objects(objects: list[Any]) -> list[Any]:
-    """The lists of all processes as one, in rank order; they travel pickled between the processes of this run."""
+    """The lists of all processes, concatenated in rank order; they are pickled to be sent between the processes of this run."""
     if world() == 1:
         return objects
     parts: list[Any] = [None] * world()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 75  # exit codes; 75: stopped with a checkpoint, or in use by another run: start again
+FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 75  # exit codes; 75: stopped with a checkpoint, or in use by another run; to be started again
 _MOST_CHARACTERS, _MOST_SHOWN, _MOST_REASON = 1000, 80, 160
 _NO_MEMORY = re.compile("out of memory|allocate memory|bad_alloc")  # of CUDA's and of the CPU's allocator in torch, and of FAISS
 _REPR = reprlib.Repr()  # for values of any kind: bounded in depth, width and length, since an alias in YAML may expand to billions
@@ -22,27 +22,27 @@ class UserError(Exception):
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """One line if the error means that the machine or a GPU is out of memory, for which torch has several classes; else None."""
+    """One line if the error means that the machine or a GPU is out of memory, for which torch has several classes; otherwise None."""
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
         return None
     reason = reason_of(text or "no details given")
-    return f"out of memory ({reason}); lower the batch, image.crop_px, dataset.store_px, extract.views or bagging.k, or take more memory"
+    return f"out of memory ({reason}); lower the batch, image.crop_px, dataset.store_px, extract.views or bagging.k, or use more memory"
 
 
 def reason_of(error: object) -> str:
-    """What an error of a library says, in one line of at most about 160 characters that ends with a whole word; or else its type."""
+    """The message of a library's error, in one line of at most about 160 characters that ends with a whole word; or, if empty, its type."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _MOST_REASON else re.sub(r" \S{1,80}$", "", text[:_MOST_REASON]) + " ..."
 
 
 def first_sentence(message: str) -> str:
-    """What a library says, without the location in its source that precedes it, and without its advice."""
+    """A library's message without the source location that precedes it, and without its advice."""
     return reason_of(re.sub(r"^\[.*?\]\s*", "", message).partition(". ")[0])
 
 
 class Interrupted(Exception):
-    """A signal requested a stop, and a checkpoint was written: the same command resumes from it."""
+    """A signal requested a stop, and a checkpoint was written, from which the same command resumes."""
 
 
 class GroupLost(Exception):
@@ -55,7 +55,7 @@ class GroupLost(Exception):
 
 
 def _shortened(line: str) -> str:
-    """The line, or its beginning and its end (which says how to fix the error) if it is long: user input may have any length."""
+    """The line, or, if it is long, its beginning and its end (which says how to fix the error), since user input may have any length."""
     half = _MOST_CHARACTERS // 2
     if len(line) <= _MOST_CHARACTERS:
         return line

@@ -11,8 +11,8 @@ from bingo.runtime import distributed
 class LossWatch:
     """Records losses on the device; the host reads them when `due` says so, and finds the first that is not finite.
 
-    On a GPU that is every 16th step, so that the host may run ahead of it; on the CPU, where reading costs nothing, every step. Steps
-    taken meanwhile damage the weights, so the caller reads the record before saving them.
+    On a GPU this is every 16th step, so that the host may run ahead; on the CPU, where reading costs nothing, every step. Since further
+    steps damage the weights, the caller must read the record before saving them.
     """
 
     def __init__(self, device: torch.device):

@@ -1,4 +1,4 @@
-"""Which GPUs this process may use, as its environment says, and what FAISS keeps on them. Does not import torch."""
+"""The GPUs that this process may use according to its environment, and FAISS's resources on them. Does not import torch."""
 
 import os
 import re
@@ -21,9 +21,9 @@ def wanted_device() -> str:
 
 
 def unusable_gpu(library: str, reason: str = "") -> str | None:
-    """The line to say if a GPU is here of which `library` sees nothing, or None: without it the work could take weeks, unnoticed.
+    """A message if this machine has a GPU that `library` does not find, otherwise None; without it, the work could take weeks unnoticed.
 
-    A GPU is here if `reason` says why the library rejects it, or if this process can open its device file (a job of a cluster may see the
+    There is a GPU if `reason` says why the library rejects it, or if this process can open its device file (a cluster job may see the
     files of GPUs that are not its own), unless CUDA_VISIBLE_DEVICES hides it.
     """
     if not re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")):
@@ -53,7 +53,7 @@ def faiss_gpus() -> list[int]:
 
 
 def gpu_unused_by_faiss() -> str | None:
-    """What to warn of if FAISS works on the CPU although there is a GPU that it is built for and allowed to use; else None."""
+    """A warning if FAISS runs on the CPU although there is a GPU that it is built for and allowed to use; otherwise None."""
     import faiss
 
     wants = wanted_device() != "cpu" and hasattr(faiss, "StandardGpuResources")
@@ -62,7 +62,7 @@ def gpu_unused_by_faiss() -> str | None:
 
 @cache
 def faiss_resources(gpu: int) -> tuple[Any, Lock]:
-    """FAISS's streams and 1.5 GB of scratch memory on a GPU, made once, and the lock for them: they serve one thread at a time."""
+    """FAISS's streams and 1.5 GB of scratch memory on a GPU, created once, and a lock for them, since only one thread may use them."""
     import faiss
 
     return faiss.StandardGpuResources(), Lock()

@@ -1,4 +1,4 @@
-"""Paths that must not leave a folder (listings and annotations may come from elsewhere), and comparison of names as people read them."""
+"""Paths that must not leave a folder (listings and annotations may come from others), and comparison of names as people read them."""
 
 import errno
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,7 @@ class Outside(OSError):
 
 
 def leads_out(path: str) -> bool:
-    """Whether a relative path names something outside of its folder: it is absolute, or goes up by `..`."""
+    """Whether a path leads out of its folder because it is absolute, or because of `..`."""
     return path.startswith("/") or (".." in path and ".." in PurePosixPath(path).parts)
 
 
@@ -32,5 +32,5 @@ def path_inside(root: str, path: str, follow_links: bool = False) -> Path:
 
 
 def folded(name: str) -> str:
-    """A name without case and Unicode form: equal for names that people read as the same."""
+    """A name normalised in case and Unicode form, so that names that people read as the same are equal."""
     return normalize("NFC", normalize("NFC", name).casefold())

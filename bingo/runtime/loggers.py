@@ -1,7 +1,7 @@
-"""Loggers: where a training shows its figures while it runs. BINGO_LOGGERS names them; no output of a stage depends on them.
+"""Loggers show the metrics of a training while it runs. BINGO_LOGGERS lists them; no output of a stage depends on them.
 
-`TrainingLog` collects figures and hands them to one adapter for each logger: its `figures` takes them by name with the number of steps
-done, its `picture` an image, its `close` whether the training ended as it should. Without loggers nothing is measured for them.
+`TrainingLog` collects metrics and passes them to one adapter for each logger: `figures` takes them by name with the number of steps
+done, `picture` takes an image, and `close` whether the training was completed. Without loggers, nothing is measured for them.
 """
 
 import json
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VARIABLE, PROJECT = "BINGO_LOGGERS", "bingo"
-EVERY_STEPS = 16  # as LossWatch waits for a GPU
+EVERY_STEPS = 16  # the interval at which LossWatch waits for a GPU
 
 Figures = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What loggers know of a training. `id` stays when it resumes; `name` is EXPERIMENT/STAGE; `params` have dotted keys; in `folder` they
-    write their files, in `root` those of all runs."""
+    """The description of a training for loggers. `id` does not change when it resumes; `name` is EXPERIMENT/STAGE; `params` have dotted
+    keys; loggers write their files to `folder`, and files shared by all runs to `root`."""
 
     id: str
     name: str
@@ -45,7 +45,7 @@ class LoggedRun:
 
 
 class JsonLines:
-    """log.jsonl: one object a line; pictures as PNG files beside it. What a killed run wrote after its checkpoint is removed."""
+    """log.jsonl with one object per line, and pictures as PNG files. Lines that a killed run wrote after its checkpoint are removed."""
 
     def __init__(self, run: LoggedRun, step: int):
         self.folder, self.file = run.folder, run.folder / "log.jsonl"
@@ -66,14 +66,14 @@ class JsonLines:
 
 
 def _step(line: bytes) -> float:
-    """The step of a line; inf of one that is not whole."""
+    """The step of a line; inf if the line is incomplete."""
     with suppress(ValueError):
         return json.loads(line)["step"]
     return math.inf
 
 
 class TensorBoard:
-    """Event files. What a killed run wrote after its checkpoint is hidden (`purge_step`)."""
+    """Event files. Events that a killed run wrote after its checkpoint are hidden (`purge_step`)."""
 
     def __init__(self, run: LoggedRun, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -97,8 +97,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, whose own variables count (WANDB_PROJECT, WANDB_MODE=offline); steps that a resumed run repeats have the
-    same figures."""
+    """A run of Weights & Biases, which its own variables configure (WANDB_PROJECT, WANDB_MODE=offline); steps that a resumed run repeats
+    have the same figures."""
 
     def __init__(self, run: LoggedRun, step: int):
         import wandb
@@ -129,7 +129,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow, where MLFLOW_TRACKING_URI says or else in mlflow.db; steps that a resumed run repeats have the same figures."""
+    """A run of MLflow at MLFLOW_TRACKING_URI, by default in mlflow.db; steps that a resumed run repeats have the same figures."""
 
     def __init__(self, run: LoggedRun, step: int):
         from mlflow import MlflowClient
@@ -145,7 +145,7 @@ class MLflow:
         runs = self.client.search_runs([experiment], f"tags.bingo = '{run.id}'")
         self.id = (runs[0] if runs else self.client.create_run(experiment, run_name=run.name, tags={"bingo": run.id})).info.run_id
         params = [] if runs else [Param(name, str(value)[:500]) for name, value in run.params.items()]
-        for first in range(0, len(params), 100):  # a server takes no more at once
+        for first in range(0, len(params), 100):  # the most that a server accepts at once
             self.client.log_batch(self.id, params=params[first : first + 100])
         self.client.update_run(self.id, "RUNNING")
 
@@ -163,7 +163,7 @@ class MLflow:
         self.client.set_terminated(self.id, "FINISHED" if whole else "KILLED")
 
 
-# By the name in BINGO_LOGGERS: the adapter, the package that it needs, and what to do if it cannot be opened.
+# By name in BINGO_LOGGERS: the adapter, the package that it needs, and what to do if it cannot be opened.
 _LOGGERS: dict[str, tuple[Callable[[LoggedRun, int], Any], str | None, str]] = {
     "jsonl": (JsonLines, None, "make its folder writable"),
     "tensorboard": (TensorBoard, "tensorboard", "reinstall it: pip install -U tensorboard"),
@@ -187,10 +187,10 @@ def wanted_loggers() -> list[str]:
 
 
 class TrainingLog:
-    """The figures of one training on their way to its loggers, on the first process; false if there are none.
+    """Passes the metrics of one training to its loggers, on the first process; false if there are no loggers.
 
-    `measure` gives figures of a network that only loggers show, `pictures` images by name, which are shown once, at the start. A logger
-    that fails later is given up with a warning: the training goes on.
+    `measure` computes metrics of the network that only loggers show; `pictures` are images by name, which are shown once, at the start. A
+    logger that fails later is switched off with a warning, and the training continues.
     """
 
     def __init__(
@@ -207,9 +207,9 @@ class TrainingLog:
         self._measured: Figures = {}
 
     def begin(self, step: int, total: int, rows_per_step: int, unit: str, wait_seconds: Callable[[], float] | None = None) -> None:
-        """The training starts or resumes at `step` of `total`: all loggers are opened, unless it has ended already.
+        """Open all loggers for a training that starts or resumes at `step` of `total`, unless it has already ended.
 
-        `wait_seconds` is how long it has waited for data so far. Raises UserError if a logger cannot be opened.
+        `wait_seconds` is the time spent waiting for data so far. Raises UserError if a logger cannot be opened.
         """
         if self and step < total:
             self._begun, self._rows, self._unit, self._wait_seconds = step, rows_per_step, unit, wait_seconds
@@ -220,14 +220,14 @@ class TrainingLog:
         self._since = step, time.monotonic(), self._wait_seconds() if self._wait_seconds else 0.0
 
     def due(self, step: int) -> bool:
-        """Whether the figures of the step that follows `step` others are kept: of every 16th, and of the first."""
+        """Whether the metrics of the step after `step` others are kept: those of every 16th step, and of the first."""
         return bool(self) and (step % EVERY_STEPS == 0 or step == self._begun)
 
     def __bool__(self) -> bool:
         return self._loggers is None or bool(self._loggers)
 
     def keep(self, step: int, lr: float, values: "Mapping[str, Tensor]") -> None:
-        """Keep scalars of this step, on their device, until `flush`. Nothing waits for the device."""
+        """Keep scalars of this step, on their device, until `flush`. Does not wait for the device."""
         first, begun, waited = self._since
         self._restart_clock(step)
         seconds = max(self._since[1] - begun, 1e-9)
@@ -237,7 +237,7 @@ class TrainingLog:
         self._kept = step, figures, values
 
     def flush(self) -> None:
-        """Hand over what is kept. Called where the training has just waited for the device, so that these values are there."""
+        """Pass on the kept scalars. Called when the training has just waited for the device, so that reading them does not wait."""
         if self._kept is not None:
             import torch
 
@@ -251,7 +251,7 @@ class TrainingLog:
             self._measured = self._measure(network)
 
     def summary(self, step: int, part: str, figures: Figures) -> None:
-        """Hand over the figures of an epoch, or another part. What comes at its end does not count for the speed of the next steps."""
+        """Pass on the metrics of an epoch, or of another interval. Work at its end does not count for the speed of the next steps."""
         if self:
             self._show(step, part, {**figures, **self._measured})
             self._measured = {}
@@ -265,14 +265,14 @@ class TrainingLog:
         try:
             self._run.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            problem = f"{VARIABLE} = {','.join(self._names)}: a file lies where the folder {self._run.folder} is to be made"
+            problem = f"{VARIABLE} = {','.join(self._names)}: there is a file in place of the folder {self._run.folder}"
             raise UserError(f"{problem}; move it elsewhere, or unset {VARIABLE}") from None
         self._loggers = {}
         for name in self._names:
             adapter, _, way_out = _LOGGERS[name]
             try:
                 self._loggers[name] = adapter(self._run, self._begun)
-            except Exception as error:  # each library has errors of its own
+            except Exception as error:  # each library raises different errors
                 raise UserError(f"{VARIABLE} = {name}: cannot be opened ({reason_of(error)}); {way_out}, or leave {name} out") from error
         if self._pictures is not None and not self._begun:
             for title, image in self._pictures().items():
@@ -283,9 +283,9 @@ class TrainingLog:
             try:
                 getattr(logger, what)(*values)
             except Exception as error:  # of a server that is gone, or a full disk
-                self._warn(f"{VARIABLE}: {name} has failed ({reason_of(error)}) and gets no more figures; the training goes on")
+                self._warn(f"{VARIABLE}: {name} has failed ({reason_of(error)}) and is switched off; the training continues")
                 del self._loggers[name]  # type: ignore[union-attr]
 
     def close(self, whole: bool) -> None:
-        """End the run in all loggers; `whole`: the training has ended as it should."""
+        """End the run in all loggers; `whole`: whether the training was completed."""
         self._send("close", whole)

@@ -1,4 +1,4 @@
-"""Host memory for work on the CPU: memory freed by one step is reused by the next, and how much was used."""
+"""Host memory: reuse of memory that is freed after each step on the CPU, and peak usage."""
 
 import ctypes
 import resource
@@ -12,13 +12,13 @@ LARGEST_KEPT_BYTES = (2**28, 2**25)  # the second if an older glibc refuses the 
 def keep_freed_memory(kept_bytes: int = KEPT_BYTES) -> None:
     """Let glibc keep freed blocks of up to 256 MiB, `kept_bytes` in total, for reuse; does nothing with other C libraries.
 
-    By default it returns them at once, and a step that allocates them again pays for every page: on two cores a sixth of the time
-    of a step of ResNet-18 at 224 px with batch size 8.
+    By default it returns them at once, and a step that allocates them again has to fault in every page: on two cores this takes a sixth of
+    the time of a step of ResNet-18 at 224 px with batch size 8.
     """
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    # The second limit alone would be harmful: it stops the first from adapting.
+    # Setting only the second limit would be harmful, because it stops the first from adapting.
     if mallopt is not None and any(mallopt(M_MMAP_THRESHOLD, largest) for largest in LARGEST_KEPT_BYTES):
         mallopt(M_TRIM_THRESHOLD, kept_bytes)
 

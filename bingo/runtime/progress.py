@@ -1,7 +1,7 @@
 """Progress of long work, on the standard error of the first process: a bar on a terminal, occasional lines in a file or a pipe.
 
-Work of up to two seconds shows nothing. The first line comes after two seconds (five if no unit is done yet), the next ones every
-30 seconds or 5 % of the whole time, whichever is longer, but every five minutes at least.
+Work of up to two seconds shows nothing. The first line is printed after two seconds (five if no unit is done yet), the next ones every
+30 seconds or 5 % of the whole time, whichever is longer, but at least every five minutes.
 """
 
 import os
@@ -20,8 +20,8 @@ clock = time.monotonic  # tests replace it
 
 
 class Bar:
-    """The handle that a loop updates, possibly from several threads. `total` is 0 if the number of units is unknown; `remark` is what
-    else the loop has to say, until it changes."""
+    """The handle that a loop updates, possibly from several threads. `total` is 0 if the number of units is unknown; `remark` is additional
+    text to show."""
 
     remark = ""
 
@@ -33,7 +33,7 @@ class Bar:
         self._display: Any = None
         if os.environ.get("RANK", "0") == "0" and _shown.acquire(blocking=False):
             self._display = _Screen(label, total) if sys.stderr.isatty() else _Log(label)
-            with suppress(RuntimeError):  # no thread available: then lines are printed only when the progress is updated
+            with suppress(RuntimeError):  # without a thread, lines are printed only when the progress is updated
                 threading.Thread(target=self._watch, daemon=True).start()
 
     def resume_at(self, done: int) -> None:
@@ -139,7 +139,7 @@ def _clock_time(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(label: str, total: int = 0, unit: str = "") -> Iterator[Bar]:
-    """Show the progress of the body: `total` units, 0 if unknown; without a `unit`, only the time elapsed."""
+    """Context manager that shows the progress of its body: `total` units, 0 if unknown; without a `unit`, only the elapsed time."""
     bar = Bar(label, total, unit)
     try:
         yield bar

@@ -1,4 +1,4 @@
-"""Worker processes: their number, how they start, and that they end with their owner, even if that is killed."""
+"""Worker processes: their number, how they start, and how they end with their owner, even if it is killed."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from bingo.runtime.memory import keep_freed_memory
 
 MOST_WORKERS = 32
 THREADS_UP_TO_FILES = 4096  # processes scale further than threads, but take about a second to start
-KEPT_BYTES = 2**26  # by each worker: some large images
+KEPT_BYTES = 2**26  # in each worker, enough for a few large images
 
 
 def worker_count() -> int:
@@ -49,7 +49,7 @@ def worker_pool(files: int) -> Iterator[Executor]:
 def begin_worker(*_: object) -> None:
     """Called in a new worker: lets it keep freed memory, and starts a thread that ends it when its owner dies.
 
-    A worker is a child of the fork server, not of its owner, and each keeps the other alive: otherwise they would stay forever.
+    A worker is a child of the fork server, not of its owner, and the two keep each other alive; otherwise they would never end.
     """
     keep_freed_memory(KEPT_BYTES)
     if (owner := multiprocessing.parent_process()) is not None:

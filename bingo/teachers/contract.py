@@ -1,8 +1,8 @@
 """The parts of a foreign checkpoint: the weights of the backbone and of the projection head, and what is left out.
 
-Each file in bingo/teachers/formats has `EXPECTED`, what such a checkpoint looks like (for an error line), `KEY_WIDTH`, how wide the keys
-of published files are (None: they hold no head, the feature is the key), and `parts`, which finds the parts in what `read_checkpoint`
-gave, or returns None if it is of another format.
+Each file in bingo/teachers/formats has `EXPECTED`, a description of such checkpoints for error messages, `KEY_WIDTH`, the width of the keys
+of published files (None: they contain no head, and the feature is the key), and `parts`, which finds the parts in the result of
+`read_checkpoint`, or returns None if it has a different format.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,9 +23,9 @@ class Parts:
     """A checkpoint's parts. `trunk` has the names of timm and torchvision, `head` those of a Sequential of `layers`
     (bingo.nets.heads; none: the checkpoint has no head).
 
-    `left_out` names modules of the file that the teacher does not have, `unknown` what such a checkpoint never holds. `options` are
-    what the network has beyond timm's default (bingo.nets.backbones). `mean_std` is the normalisation that it was trained with. `sure` is
-    False where the names are a library's own, so that other formats fit as well.
+    `left_out` names modules of the file that the teacher does not have, `unknown` names that do not belong in such a checkpoint. `options`
+    are the network's options that differ from timm's defaults (bingo.nets.backbones). `mean_std` is the normalisation that it was trained
+    with. `sure` is False if the names are a library's own, so that other formats may fit as well.
     """
 
     trunk: dict[str, Tensor]
@@ -63,7 +63,7 @@ def whole(content: Any) -> dict[str, Tensor]:
 
 
 def entry(content: Any, name: str) -> dict[str, Tensor]:
-    """The state dict under this name of a checkpoint; {} if there is none."""
+    """The state dict in a checkpoint's entry with this name; {} if there is none."""
     return whole(content.get(name)) if isinstance(content, dict) else {}
 
 
@@ -73,12 +73,12 @@ def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def wrapper(state: Mapping[str, Tensor], module: str) -> str:
-    """`module.`, if DDP has put that before the names of this module; otherwise nothing."""
+    """`module.` if DDP has put it before the names of this module, otherwise the empty string."""
     return "module." if under(state, f"module.{module}.") else ""
 
 
 def bare(content: Any) -> dict[str, Tensor]:
-    """The content itself, if it is the state dict of a backbone alone under a library's names; otherwise {}."""
+    """The content itself, if it is the state dict of only a backbone with a library's names; otherwise {}."""
     return whole(content) if any(name in whole(content) for name in FIRST_WEIGHTS) else {}
 
 

@@ -21,7 +21,7 @@ from bingo.runtime.errors import UserError
 class Teacher(nn.Module):
     """A backbone with its projection head (or none: then the unit feature is the key); parameters never change.
 
-    It stays in eval mode whatever `train` is called with. After `batch_statistics(True)` its BatchNorm layers normalise by the
+    It stays in eval mode, whatever is passed to `train`. After `batch_statistics(True)`, its BatchNorm layers normalise by the
     statistics of the batch, as in the released code (main_moco.py never calls `.eval()` on it). There the running statistics
     drift; here they are constant, so a key depends only on its batch and a restart needs no state of the teacher.
     """
@@ -37,7 +37,7 @@ class Teacher(nn.Module):
 
     @property
     def image(self) -> ImageParams:
-        """What it sees: the sizes and the normalisation that its file has."""
+        """Size and normalisation of its images, as recorded in its file."""
         return seen_image(self.metadata)
 
     def _batch_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -56,8 +56,8 @@ class Teacher(nn.Module):
         self.train()
 
     def weights_for(self, dtype: torch.dtype) -> Self:
-        """Keep the weights of convolutions and linear layers in `dtype`, as `autocast` would cast them in each pass: the same
-        outputs bit by bit for half the memory, but from now on only within that context."""
+        """Keep the weights of convolutions and linear layers in `dtype`, as `autocast` would cast them in each pass: outputs are the same
+        bit by bit and take half the memory, but from now on the teacher works only within that context."""
         for layer in self.modules():
             if type(layer) in (nn.Conv2d, nn.Linear):  # modules derived from them may use their weights in forward
                 layer.to(dtype)
@@ -75,7 +75,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and keys from one pass, as returned by `features` and `keys`."""
+        """Features and keys from a single pass, as returned by `features` and `keys`."""
         pooled = self.backbone(x)
         return pooled.float(), unit(pooled if self.head is None else self.head(pooled))
 
@@ -110,10 +110,10 @@ def save_teacher(path: Path | str, backbone: nn.Module, head: nn.Module | None, 
 
 
 def load_teacher(path: Path | str) -> Teacher:
-    """The frozen teacher in a file that `save_teacher` wrote, on the CPU. Its `features` and `keys` map normalised images (B, 3, P, P),
-    float32, to features (B, D) and to keys (B, P) of unit length.
+    """Load the frozen teacher from a file that `save_teacher` wrote, on the CPU. Its `features` and `keys` map normalised images (B, 3, P,
+    P), float32, to features (B, D) and to keys (B, P) of unit length.
 
-    Raises UserError for a file that is not a teacher's, and if the installed timm or torchvision builds another network.
+    Raises UserError for a file that is not a teacher's, and if the installed timm or torchvision builds a different network.
 
     >>> import torch
     >>> from bingo import load_teacher

@@ -1,6 +1,6 @@
-"""Weights for the student's network from elsewhere: those that it starts from, and supervised ones to compare it with.
+"""External weights for the student's network: its initial weights, and supervised weights to compare it with.
 
-They are read as a teacher's are (bingo/teachers/reading), from a library or from a file of any program, but only the backbone is kept.
+They are read like a teacher's (bingo/teachers/reading), from a library or from a file of any program, but only the backbone is kept.
 """
 
 import sys
@@ -21,21 +21,21 @@ _NETWORK = ("arch", "width", "stem")
 
 
 class _Asked(TeacherParams):
-    """The student's network as a teacher's source, of which nothing else is read; `given` is the key of its weights."""
+    """The student's network in the form of a teacher's source; `given` is the key of its weights."""
 
     given: str
 
     def key(self, name: str) -> str:
-        """The key that a message names; empty for what a student has not."""
+        """The key to name in a message; empty for settings that a student does not have."""
         return {"checkpoint": self.given, "format": "", "source": ""}.get(name, name if name.startswith("image.") else f"student.{name}")
 
 
 def student_weights(key: str, value: str, student: StudentParams, image: ImageParams) -> tuple[Backbone, dict[str, Any]]:
-    """The student's network with the weights that `key` of params.yaml (`student.weights` or `supervised`) asks for, and their origin:
-    `weights`, timm's or torchvision's name of them or the file's name, and `source_sha256` of a file.
+    """The student's network with the weights that `key` of params.yaml (`student.weights` or `supervised`) selects, and their origin:
+    `weights`, their name in timm or torchvision or the file's name, and `source_sha256` for a file.
 
-    Raises UserError, which names `key`, if they cannot be had, if any weight of the network is missing or of another shape, and for
-    published weights that were trained with another mean and std than `image` has (of a file, that is a line on stderr).
+    Raises UserError, which names `key`, if the weights cannot be obtained, if a weight of the network is missing or has a different shape,
+    and for published weights that were trained with a mean and std other than those of `image` (for a file, this is a line on stderr).
     """
     library = "torchvision" if student.arch.startswith("torchvision/") else "timm"
     network = {name: getattr(student, name) for name in _NETWORK}
@@ -55,7 +55,7 @@ def student_weights(key: str, value: str, student: StudentParams, image: ImagePa
 
 
 def _from_file(asked: _Asked, path: str, image: ImageParams) -> tuple[Backbone, dict[str, Any]]:
-    """The backbone in a file, by the published format that it is of, or else by the names of timm or torchvision, wherever these are."""
+    """The backbone in a file, read by its published format, or otherwise by the names of timm or torchvision at any place in the file."""
     content, sha256 = read_checkpoint(path, asked.given)
     facts = {"weights": Path(path).name, "source_sha256": sha256}
     asked = asked.model_copy(update={"checkpoint": path})
@@ -71,8 +71,8 @@ def _from_file(asked: _Asked, path: str, image: ImageParams) -> tuple[Backbone, 
 
 
 def _compare(asked: _Asked, image: ImageParams, written: Mapping[str, Any]) -> None:
-    """Raises UserError if a file of this project is of another network than is asked for, which shapes alone may not show; another mean
-    and std are a line on stderr."""
+    """Raise UserError if a file of this project contains a different network, which shapes alone may not show. For a different mean and
+    std, print a line on stderr."""
     other = [name for name in _NETWORK if name in written and written[name] != getattr(asked, name)]
     if other:
         found = ", ".join(f"student.{name} = {getattr(asked, name)}, this network has {written[name]}" for name in other)

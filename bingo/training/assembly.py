@@ -1,7 +1,7 @@
-"""Assembly of a training, for the stages that run it and for the dry run that tries its parameters.
+"""Assembly of a training, for the stages that run it and for the dry run that checks its parameters.
 
-`distillation`, `baseline` and `pretraining` are the three trainings that params.yaml describes: a method on a network, by a schedule.
-`TrainingSetup.build` turns such a description into a method with a new student; this is the only place that makes a `Context` for a run.
+`distillation`, `baseline` and `pretraining` are the three trainings that params.yaml describes: a method, a network and a schedule.
+`TrainingSetup.build` turns such a description into a method with a new student; only this module creates a `Context` for a run.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # a method without bags or teacher does not depend on them
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """The description of one training in params.yaml. `place`: the section of its schedule, for messages; `image`: what the network
-    sees; `keys`: see `Context`; `keep_best`, `student_ema`: see `Trainer`."""
+    """The description of one training in params.yaml. `place`: the section of its schedule, for messages; `image`: size and normalisation
+    of the network's images; `keys`: see `Context`; `keep_best`, `student_ema`: see `Trainer`."""
 
     params: Params
     method: str
@@ -40,7 +40,7 @@ class TrainingSetup:
 
     @property
     def reads_features(self) -> bool:
-        """Whether it compares with the teacher's stored features."""
+        """Whether the student is compared with the teacher's stored features."""
         return self.keys == "stored" and self.section.reads_features
 
     def build(
@@ -52,7 +52,7 @@ class TrainingSetup:
         teacher: "Teacher | None" = None,
         start: Backbone | None = None,
     ) -> Method:
-        """The method with a new student, which has the weights of `start` if that is given.
+        """The method with a new student, with the weights of `start` if that is given.
 
         Raises UserError if the student cannot be built, or does not accept images of image.crop_px.
         """
@@ -76,7 +76,7 @@ class TrainingSetup:
         return build_method(self.method, self.section, context)
 
     def loader(self, images: Images, device: torch.device, teacher: "Teacher | None" = None) -> ViewLoader:
-        """Random views of `images` with the training's augmentation; for live keys also those of a teacher that sees another size."""
+        """Random views of `images` with the training's augmentation; for live keys also the views of a teacher with a different size."""
         other = teacher.image if teacher is not None and self.keys == "live" and teacher.image != self.image else None
         return ViewLoader(images, self.image, self.schedule.augment, self.params.seed, device, teacher_image=other)
 

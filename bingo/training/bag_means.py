@@ -1,4 +1,4 @@
-"""The mean key of each image's bag: what the keys of its members are on average, so that a loss that is linear in the key needs no draw.
+"""The mean key of each image's bag, over its members, so that no member need be drawn for a loss that is linear in the key.
 
 Shape letters: T train rows, t rows of a block, V stored views, K members listed, P key width, C clusters.
 """
@@ -17,9 +17,9 @@ NUMBERS_AT_ONCE = 2**24  # 64 MiB in float32
 
 @torch.no_grad()
 def bag_means(keys_TVP: Tensor, bags: "Bags") -> Tensor:
-    """The mean of the keys that `Bags.draw` and a random stored view give each anchor: float16 (T, P), not of unit length.
+    """The expectation of the key of a drawn member (`Bags.draw`) in a random stored view: float16 (T, P), not of unit length.
 
-    An empty bag gives the mean of the anchor's own keys, as drawing does.
+    For an empty bag, it is the mean of the anchor's own keys, since drawing gives the anchor.
     """
     rows = max(1, NUMBERS_AT_ONCE // keys_TVP[0].numel())
     means_TP = torch.cat([keys_tVP.float().mean(dim=1).half() for keys_tVP in keys_TVP.split(rows)])
@@ -44,7 +44,7 @@ def _drawn(bags: "Bags") -> tuple[np.ndarray, np.ndarray]:
 
 
 def _others_in_cluster(means_TP: Tensor, bags: "Bags") -> Tensor:
-    """The mean over all other rows of each row's cluster; of a row that is alone, its own."""
+    """The mean over all other rows of each row's cluster; for a row that is alone, its own key."""
     assert bags.cluster_start is not None
     cluster_T = torch.from_numpy(np.asarray(bags.cluster_T, np.int64)).to(means_TP.device)
     others_T = torch.from_numpy(bags.bag_sizes_T).to(means_TP.device)

@@ -30,7 +30,7 @@ STORED_VIEWS = "extract"  # the purpose under which the teacher's pass draws its
 @dataclass(frozen=True)
 class Stored:
     """The teacher's stored outputs on the device: keys (T, V, P) and features (T, D) in float16, and the augmentation of the
-    views that the keys were made from."""
+    views from which the keys were computed."""
 
     keys_TVP: Tensor
     augment: AugmentParams
@@ -39,7 +39,7 @@ class Stored:
 
 @dataclass
 class BatchPlan:
-    """One step of this process: rows, drawn members, and the stored views whose keys each row gets."""
+    """One step of this process: rows, drawn members, and the stored views whose keys are used for each row."""
 
     rows_B: np.ndarray
     member_rows_B: np.ndarray | None
@@ -53,7 +53,7 @@ def weak_family(augment: AugmentParams) -> AugmentParams:
 
 
 class Batches:
-    """The batches for a method with these needs; each comes in `parts`, one after the other."""
+    """The batches for a method with these needs; each batch is divided into `parts`."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Batches:
         self.steps_per_epoch = steps_in_epoch(train_rows, batch_anchors)
 
     def epoch(self, epoch: int, first: int) -> Iterator[Batch]:
-        """The parts of this process's share of each global batch of an epoch, from step `first` on."""
+        """The parts of this process's share of each global batch of an epoch, starting at step `first`."""
         for plan, views in self.loader.items_with_views((plan, plan.requests) for plan in self._plans(epoch, first)):
             yield self.make(plan, views)
 
@@ -85,8 +85,7 @@ class Batches:
 
     def plan(self, epoch: int, rows_B: np.ndarray) -> BatchPlan:
         """The plan of one step. A companion's draws depend on its anchor's row and its position among the companions, so that a row that
-        occurs
-        twice is seen in two views."""
+        occurs twice is seen in two views."""
         needs, seed_rows_B, place_B = self.needs, rows_B, np.zeros(len(rows_B), np.int64)
         if needs.companions:
             place_B = np.repeat(np.arange(1 + needs.companions), len(rows_B))
@@ -127,7 +126,7 @@ class Batches:
         return self.bags.draw_listed(rows_B, u_BK, self.needs.companions).T.ravel()
 
     def _stored_views(self, epoch: int, seed_rows_B: np.ndarray, place_B: np.ndarray) -> np.ndarray:
-        """Numbers of stored views, int64 (S, B): one drawn for each row and, if two same views are needed, another one."""
+        """Indices of stored views, int64 (S, B): one drawn for each row and, if two same views are needed, a second, different one."""
         views = self.stored.keys_TVP.shape[1] if self.stored is not None else 1
         u_B2 = seeds.uniforms(self.seed, "stored view", epoch, seed_rows_B, place_B, draws=2)
         first_B = (u_B2[:, 0] * views).astype(np.int64)
@@ -136,7 +135,7 @@ class Batches:
         return np.stack([first_B, (first_B + 1 + (u_B2[:, 1] * (views - 1)).astype(np.int64)) % views])
 
     def _places_of_keys(self, plan: BatchPlan) -> np.ndarray:
-        """Where the needed keys of anchors, then of members, are among all stored ones, int64."""
+        """The positions of the keys of anchors, then of members, among all stored keys, int64."""
         if not self.needs.stored_keys:
             return np.empty(0, np.int64)
         assert self.stored is not None, "a method that needs stored keys is given them"

@@ -1,7 +1,7 @@
 """The networks of a step, forward and backward, compiled by torch.compile: fewer kernels, and fewer passes over activations.
 
-Compiled are networks alone. What a step draws or takes from the host (views, CutMix, negatives, queues), its losses, the optimizer and the
-moving average stay as they are; so do evaluations and probes, which see other batches. A part that torch cannot compile runs as it is.
+Only networks are compiled, not the parts of a step that draw random numbers or use the host (views, CutMix, negatives, queues), nor losses,
+the optimizer, the moving average, evaluations and probes. A part that torch cannot compile runs uncompiled.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,8 @@ from bingo.runtime.errors import UserError, reason_of
 
 
 class CompiledNetworks:
-    """`networks` with compiled versions of their `forward`, made at the first call; `mode` is torch.compile's, None: none is compiled.
+    """`networks` with compiled versions of their `forward`, compiled at the first call; `mode` is that of torch.compile (None: not
+    compiled).
 
     With `reduce-overhead` and `max-autotune`, a GPU replays each of them as a CUDA graph, whose results are overwritten in the next step.
     Raises UserError if torch.compile does not work on this machine; `used` does if it cannot compile one of the networks.
@@ -27,12 +28,12 @@ class CompiledNetworks:
             self.forwards = [(network, _compiled(network.forward, mode)) for network in networks if [*network.parameters()]]
 
     def __bool__(self) -> bool:
-        """Whether there is one."""
+        """Whether any network is compiled."""
         return bool(self.forwards)
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """In the body, one step, calls of the networks run the compiled versions."""
+        """Context manager for one step, in which calls of the networks run the compiled versions."""
         if not self.forwards:
             yield
             return
@@ -55,5 +56,5 @@ def _compiled(function: object, mode: str) -> object:
 def _check(mode: str, device: torch.device) -> None:
     try:
         _compiled(lambda x: x + 1, mode)(torch.zeros(3, device=device))  # type: ignore[operator]
-    except Exception as error:  # a missing C++ compiler, an old GPU, a broken cache: each has an error of its own
+    except Exception as error:  # a missing C++ compiler, an old GPU and a broken cache raise different errors
         raise UserError(f"compile = {mode}: torch.compile does not work on this machine ({reason_of(error)}); set compile: null") from error

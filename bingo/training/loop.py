@@ -37,8 +37,8 @@ class TrainingResult:
     """Results of a training in addition to the method's weights: one record per epoch, the best epoch if it was kept, the spread of
     the network's features, and the times in this process: of all, of waiting for data, of the probe.
 
-    `best` is {"epoch": from 1 (0: the start), "probe": its figures, "weights": the student's state dict then, on the CPU}, on process 0;
-    {} if none. `average` is the state dict of the student's moving average, likewise.
+    `best` is {"epoch": from 1 (0: before training), "probe": its figures, "weights": the student's state dict at that epoch, on the CPU} on
+    process 0; {} if none was kept. `average` is the state dict of the student's moving average, likewise.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -52,14 +52,14 @@ class TrainingResult:
 
 
 class Trainer(Resumable):
-    """Trains one method on one process group. `probe` measures the student as {name: percent}; it runs on process 0. With `measure_start`
-    also before the first step, as epoch 0.
+    """Trains one method on one process group. `probe` measures the student as {name: percent} on process 0; with `measure_start`, also
+    before the first step, as epoch 0.
 
-    `batchnorm_groups` of the global batch have separate BatchNorm statistics; None: as `schedule` says without a momentum encoder.
-    `keep_best`: keep the student's weights of the epoch with the highest first figure of the probe, the earliest of equal ones. They are
+    `batchnorm_groups` of the global batch have separate BatchNorm statistics; None: as set in `schedule`, without a momentum encoder.
+    `keep_best`: keep the student's weights of the epoch with the highest first figure of the probe, the earliest in a tie. They are
     part of the checkpoint, so a resumed run keeps them. A step has as many parts as `batches` has; their gradients are added.
-    `student_ema`: the share that a moving average of the student, with its BatchNorm statistics, keeps of itself in a step, less at first:
-    1 - t^(-2/3) in step t, by timm; 0: none.
+    `student_ema`: decay of a moving average of the student, including its BatchNorm statistics; lower at first: 1 - t^(-2/3) in step t, as
+    in timm; 0: no moving average.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Trainer(Resumable):
             self.parts = {**self.parts, "average": self.average}
 
     def run(self) -> TrainingResult:
-        """Train to the end, from the last checkpoint if there is one. Raises Interrupted after SIGTERM or SIGINT, with a checkpoint."""
+        """Train to the end, from the last checkpoint if there is one. On SIGTERM or SIGINT, saves a checkpoint and raises Interrupted."""
         self._resume()
         total, anchors = self.schedule.epochs * self.steps_per_epoch, self.schedule.batch_anchors
         self.log.begin(self.step, total, anchors, "anchors", lambda: self.batches.loader.wait_seconds)
@@ -151,7 +151,7 @@ class Trainer(Resumable):
         self.part = 0 if last else self.part + 1
 
     def _joined(self, terms: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
-        """The terms' means over the parts so far; after the last part, the method has the keys that all of them have for queues."""
+        """The terms' means over the parts so far; after the last part, the method's `pushed` has the keys of all parts."""
         means = {name: value.detach() / self.batches.parts for name, value in terms.items()}
         pushed = [(queue, keys_BP.clone(), rows_B) for queue, keys_BP, rows_B in self.method.pushed]  # CUDA graphs may overwrite keys
         if self.part:
@@ -169,8 +169,8 @@ class Trainer(Resumable):
             return self.network(batch, progress)
 
     def _casts(self) -> AbstractContextManager:
-        """Casts of all weights together, but for gradients that other processes wait for while backward goes on; compiled networks have
-        their own."""
+        """Cast all weights together, except if other processes wait for gradients during the backward pass; compiled networks do their own
+        casts."""
         if self.compiled or (distributed.world() > 1 and not self.method.gradients_come_together):
             return nullcontext()
         return casts_kept(self.method, self.schedule.precision, self.device)
@@ -183,7 +183,7 @@ class Trainer(Resumable):
 
     def way_out(self, step: int) -> str:
         if step == 0:
-            return "no step was taken yet, so look at the method's temperature, image.std and augment"
+            return "no step was taken yet, so check the method's temperature, image.std and augment"
         return f"lower lr (now {self.schedule.lr})"
 
     def _check_weights(self) -> None:
@@ -213,7 +213,7 @@ class Trainer(Resumable):
         self.log.summary(self.step, "epoch", record)
 
     def _probed(self, epoch: int) -> dict[str, float]:
-        """The probe's figures after so many epochs, on process 0, for which the others wait; there the best weights are kept."""
+        """The probe's figures after this many epochs, on process 0, which also keeps the best weights; the others wait."""
         figures = dict[str, float]()
         if self.probe is not None and distributed.rank() == 0:
             begun = time.monotonic()

@@ -1,9 +1,10 @@
-"""Narrower keys of a teacher: its principal components, as a last linear layer of its head.
+"""Reduction of a teacher's keys to their principal components, by a linear layer at the end of its head.
 
-A key of a backbone without a head is as wide as its features, 1,280 to 8,192, which costs contrastive losses and the store as much. The
-layer is fitted on the unit keys of centre views of train images: x -> W (x - mean), W the leading eigenvectors of their covariance, each
-with its largest component positive, divided by the roots of the eigenvalues if the keys are whitened. As a part of the teacher's file
-it is in its fingerprint, and stored and live keys have the same one. Shape letters: n images of a batch, D key width before, P after.
+A key of a backbone without a head is as wide as its features, often 1,280 or more, and the costs of contrastive losses and of the store are
+proportional to its width. The layer is fitted on the unit keys of centre views of train images: x -> W (x - mean), where W has the leading
+eigenvectors of their covariance, each with its largest component positive, divided by the square roots of the eigenvalues if the keys are
+whitened. The layer is part of the teacher's file and its fingerprint, so it applies to both stored and live keys. Shape letters: n images
+of a batch, D key width before, P after.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,13 +24,13 @@ from bingo.runtime.progress import progress_bar
 
 FITTED_IMAGES = 32768  # drawn from the train images, if there are more: 4 for each dimension of the widest key
 BATCH_IMAGES = 256
-LEAST_VARIANCE = 1e-6  # of whitened components, as a fraction of the largest
+LEAST_VARIANCE = 1e-6  # of components that are whitened, as a fraction of the largest
 
 
 def narrowing_head(head: nn.Sequential | None, width: int, key_width: int) -> nn.Sequential:
-    """`head` followed by unit length and a linear layer to `key_width`, whose weights are not fitted. `width`: of the features.
+    """`head` followed by normalisation and a linear layer to `key_width`, whose weights are not fitted yet. `width`: that of the features.
 
-    Raises UserError if the keys are not wider than that.
+    Raises UserError if the keys are not wider than `key_width`.
     """
     whole = width if head is None else head_widths(head)[-1]
     if key_width >= whole:
@@ -43,9 +44,9 @@ def narrowed(
     backbone: Backbone, head: nn.Sequential | None, params: TeacherParams, image: ImageParams, images: Images, train_rows: int,
     seed: int, device: torch.device,
 ) -> nn.Sequential:  # fmt: skip
-    """The fitted `narrowing_head` of a teacher with `params.key_width`; `image` is what it sees. Networks are moved to `device`.
+    """The fitted `narrowing_head` of a teacher with `params.key_width`; `image` describes its images. Networks are moved to `device`.
 
-    Raises UserError as `narrowing_head`, and if there are fewer train images than components.
+    Raises UserError as `narrowing_head` does, and if there are fewer train images than components.
     """
     assert params.key_width is not None
     wanted = narrowing_head(head, backbone.feature_width, params.key_width)
@@ -67,7 +68,7 @@ def _outputs(network: nn.Module, images: Images, rows: np.ndarray, image: ImageP
 
 
 def principal_components(batches: Iterable[Tensor], components: int, whiten: bool) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and leading components (P, D) of rows that come in batches, float64 on the CPU."""
+    """Mean (D,) and leading components (P, D) of rows given in batches, float64 on the CPU."""
     count, sum_D, square_DD = 0, torch.zeros(()).double(), torch.zeros(()).double()
     for x_nD in batches:
         count += len(x_nD)

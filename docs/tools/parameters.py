@@ -25,58 +25,61 @@ VIEWS = """
 
 {}
 
-`augment: photographs` names a set of numbers; `augment: {{name: photographs, flip_p: 0.0}}` replaces single ones, and a section with all of
-them needs no name. The sets and their sources are in `bingo/params/views.yaml`; a change there reruns the stages that have an `augment`.
+`augment: photographs` selects a set of numbers by its name; `augment: {{name: photographs, flip_p: 0.0}}` changes some of them, and a
+section with all numbers needs no name. The sets and their sources are in `bingo/params/views.yaml`; a change there reruns the stages that
+have an `augment`.
 """
-# Of keys of which params.yaml says nothing, by the name of the key, or by its last part and the section's.
+# Remarks on keys without one in params.yaml, by the name of the key, or by the last part of the section's name and that of the key.
 SAID = {
-    "seed": "of every random choice",
-    "placement_scale": "digits: least and largest side of a digit, as a share of the canvas",
+    "seed": "seed of every random choice",
+    "placement_scale": "digits: smallest and largest side of a digit, as a share of the canvas",
     "placement_degrees": "digits: largest rotation",
     "crop_px": "side of a view",
-    "resize_px": "short side of the centre view before it is cropped; null: as in section image",
-    "image.resize_px": "short side of the centre view before it is cropped",
-    "mean": "of each channel (red, green, blue), pixels being from 0 to 1",
-    "std": "likewise",
-    "interpolation": "of the centre view's resizing",
-    "key_whiten": "true: each of the components has variance 1",
+    "resize_px": "short side to which an image is resized before the centre view is cropped; null: as in section image",
+    "image.resize_px": "short side to which an image is resized before the centre view is cropped",
+    "mean": "mean of each channel (red, green, blue), for pixels from 0 to 1",
+    "std": "standard deviation of each channel",
+    "interpolation": "interpolation for resizing the centre view",
+    "key_whiten": "true: the components are scaled to equal variance",
     "epochs": "passes over the train images",
     "drop_epochs": "epochs, counted from 0, at whose start lr is multiplied by drop_factor; []: constant; null: a cosine",
     "drop_factor": "see drop_epochs",
-    "hold_epochs": "first epochs of a cosine in which lr stays as it is",
-    "batch_anchors": "images in a step, of all GPUs together",
+    "hold_epochs": "epochs with constant lr before a cosine",
+    "batch_anchors": "images per step, on all GPUs together",
     "accumulate_steps": "as in teacher.pretrain",
     "batchnorm_groups": "as in teacher.pretrain",
-    "lr": "learning rate, at its highest",
-    "lr_warmup_epochs": "epochs in which lr rises from 0",
-    "lr_warmup_steps": "steps in which lr rises from a thousandth",
+    "lr": "largest learning rate",
+    "lr_warmup_epochs": "epochs in which the learning rate rises from 0 to lr",
+    "lr_warmup_steps": "steps in which the learning rate rises from a thousandth of lr",
     "optimizer": "as in teacher.pretrain",
     "betas": "as in teacher.pretrain",
     "decay_norms_and_biases": "as in teacher.pretrain",
     "clip_grad_norm": "as in teacher.pretrain",
-    "sgd_momentum": "of SGD and LARS",
-    "weight_decay": "on all weights",
-    "transfer_coco.sgd_momentum": "of SGD",
-    "transfer_coco.weight_decay": "of SGD, on all weights but those of normalisations",
-    "queue_rows": "keys in the queue",
-    "key_momentum": "share that the moving average keeps of itself in a step",
-    "head_hidden": "width of the layer inside the projection head",
+    "sgd_momentum": "momentum of SGD and LARS",
+    "weight_decay": "weight decay, on all weights unless decay_norms_and_biases is false",
+    "cached.weight_decay": "weight decay",
+    "crops.weight_decay": "weight decay",
+    "transfer_coco.sgd_momentum": "momentum of SGD",
+    "transfer_coco.weight_decay": "weight decay, on all weights except those of normalisation layers",
+    "queue_rows": "number of keys in the queue",
+    "key_momentum": "momentum of the moving average of the student",
+    "head_hidden": "width of the hidden layer of the projection head",
     "temperature": "divides cosines before the softmax",
     "key_width": "width of the keys",
     "views": "random views of each train image whose keys are stored; 0: none",
-    "batch_images": "images computed together",
-    "finetune.batch_images": "images in a step, of all GPUs together",
-    "linear.batch_images": "images in a step, of all GPUs together",
-    "chunk_rows": "images in a file of the store: the most that is computed again after a kill",
+    "batch_images": "images per batch",
+    "finetune.batch_images": "images per step, on all GPUs together",
+    "linear.batch_images": "images per step, on all GPUs together",
+    "chunk_rows": "images in a file of the store, and the most that are computed again after a kill",
     "precision": "fp32 | bf16 | auto: bf16 if the hardware supports it",
     "compile": "as in teacher.pretrain; null: not compiled",
     "augment": "the random views, as in teacher.pretrain",
-    "k": "members of a bag",
+    "k": "number of members of a bag",
     "knn_eval.k": "numbers of neighbours that vote",
     "agreement_k": "numbers of neighbours that are compared with the teacher's; []: none",
     "clusters": "kmeans: number of clusters",
-    "iterations": "kmeans: rounds",
-    "lists": "ivf: number of lists; null: 4 times the root of the number of train images",
+    "iterations": "kmeans: number of iterations",
+    "lists": "ivf: number of lists; null: 4 times the square root of the number of train images",
     "probes": "ivf: lists that are searched for each image",
     "arch": "as in teacher",
     "width": "as in teacher",
@@ -84,42 +87,42 @@ SAID = {
     "factory": "as in teacher",
     "probe_every_epochs": "as in teacher.pretrain",
     "init_std": "standard deviation of the layer's initial weights; null: torch's default",
-    "crop_scale": "least and largest share of the image's area in a train crop",
+    "crop_scale": "smallest and largest share of the image's area in a train crop",
     "flip_p": "probability of a flip",
     "nets": "student, ema, names of baselines, untrained, start, or supervised",
     "final_lr": "learning rate at the end of a cosine",
     "train_images": "folder of the train images",
-    "train_annotations": "file of their instances",
+    "train_annotations": "file of their annotations",
     "val_images": "folder of the validation images",
-    "val_annotations": "file of their instances",
+    "val_annotations": "file of their annotations",
     "max_side_px": "largest long side",
-    "test_min_side_px": "short side in the test",
+    "test_min_side_px": "short side in evaluation",
     "nesterov": "Nesterov's momentum",
-    "protocols": "which are measured: a linear layer on enlarged images, one at their own size, the whole network fine-tuned",
+    "protocols": "a linear layer on enlarged images, a linear layer on images of their own size, fine-tuning of the whole network",
     "trunk_lr": "learning rate of the backbone",
     "head_lr": "learning rate of the linear layer",
-    "gallery_anchors": "bags shown",
-    "published": "figures of others, as NAME: TEXT, printed next to the measured ones",
-    "queue_push": "keys that enter the queue after a step",
+    "gallery_anchors": "number of bags shown",
+    "published": "published figures, as NAME: TEXT, printed next to the measured ones",
+    "queue_push": "whose keys enter the queue after a step",
     "cutmix_alpha": "symmetric_mix: the anchor's share of the area is drawn from Beta(alpha, alpha)",
-    "queues": "2: the student has a queue of its own | 1: the teacher's for both",
-    "target": "output of the teacher that is compared",
-    "companions": "listed members of each anchor's bag that join the batch",
+    "queues": "2: the student has its own queue | 1: both use the teacher's",
+    "target": "output of the teacher with which the student is compared",
+    "companions": "number of members of each anchor's bag that are added to the batch",
     "teacher_temperature": "divides the teacher's cosines",
     "student_temperature": "divides the student's cosines",
     "coss.teacher_temperature": "divides the loss",
-    "coss.student_temperature": "divides the loss too",
+    "coss.student_temperature": "also divides the loss",
     "key_temperature": "divides the moving average's cosines",
-    "regression_weight": "of the distances to the teacher's keys",
+    "regression_weight": "weight of the squared distances to the teacher's keys",
     "teacher_batchnorm": "for live keys: eval | batch (statistics of the batch, as released)",
     "weak_keys": "true: the key's view has neither colour jitter nor blur",
-    "projection_width": "width of a projector before the predictor; null: none",
-    "negatives": "bank: drawn from all stored keys | queue: the last keys",
+    "projection_width": "width of a projector before the predictor; null: no projector",
+    "negatives": "bank: drawn from all stored keys | queue: the most recent keys",
     "negative_rows": "largest number of negatives",
-    "small_crops": "further small crops of each image, for live keys; 0: none",
-    "small_crop_px": "their side",
-    "small_crop_scale": "least and largest share of the image's area in them",
-    "head_layers": "linear layers of the head",
+    "small_crops": "number of additional small crops of each image, for live keys; 0: none",
+    "small_crop_px": "side of a small crop",
+    "small_crop_scale": "smallest and largest share of the image's area in a small crop",
+    "head_layers": "number of linear layers of the head",
 }
 Remarks = dict[str, str]
 TINY, HUGE = 1e-9, 1e7  # bounds of the schema beyond any sensible value
@@ -189,7 +192,7 @@ def _views() -> Iterator[str]:
 
 
 def allowed(field: Any, defs: Any) -> str:
-    """What a field's JSON schema allows, in words."""
+    """The values that a field's JSON schema allows, in words."""
     field = defs[field["$ref"].rpartition("/")[2]] if "$ref" in field else field
     if "anyOf" in field:
         return " or ".join(allowed(choice, defs) for choice in field["anyOf"])
@@ -205,7 +208,7 @@ def allowed(field: Any, defs: Any) -> str:
 
 
 def _bounds(field: Any) -> str:
-    """Limits in words, but for those that only keep a slip of the keyboard from becoming an endless run."""
+    """Limits in words, except those that only guard against typing errors."""
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum", field.get("exclusiveMaximum"))
     texts = [f"above {low:g}" if "exclusiveMinimum" in field else f"from {low:g}"] if low is not None else []
     texts = ["above 0"] if low == TINY else texts

@@ -264,8 +264,8 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
         (["photos", "--out", "e.npy", "--student", "unknown.safetensors"], "arch = resnet19: timm "),
         (["photos", "--out", "e.npy", "--student", "typed.safetensors"], "typed.safetensors: its tensors and metadata do not"),
         (["photos", "--out", "e.npy", "--student", "blind.safetensors"], "blind.safetensors: its tensors and metadata do not"),
-        (["photos", "--out", "e.npy", "--student", "nan.safetensors"], "nan.safetensors: bn1.bias hold nan or inf"),
-        (["photos", "--out", "e.npy", "--student", "x", "--teacher"], "--student = x: --teacher embeds by models/teacher"),
+        (["photos", "--out", "e.npy", "--student", "nan.safetensors"], "nan.safetensors: bn1.bias contain nan or inf"),
+        (["photos", "--out", "e.npy", "--student", "x", "--teacher"], "--student = x: --teacher embeds with models/teacher"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(here, arguments, says):

@@ -48,7 +48,7 @@ def test_an_output_of_a_stage_is_no_place_for_another_command(workspace, tmp_pat
         (elsewhere, workspace / output),
     ):
         monkeypatch.chdir(here)
-        with pytest.raises(UserError, match="which a stage writes"):
+        with pytest.raises(UserError, match="which only a stage may replace"):
             check_output("--out", Path(path), [Path(path).suffix], force=True)
     if there:
         assert (workspace / output).read_bytes() == b"of the stage"
@@ -81,7 +81,7 @@ def test_every_output_of_the_pipeline_is_known(workspace):
 def test_no_command_replaces_an_output_of_a_stage(workspace, arguments):
     done = bingo(*arguments)
     assert (done.exit_code, done.stdout) == (2, "")
-    assert "which a stage writes, and no other command replaces" in done.stderr
+    assert "which only a stage may replace" in done.stderr
 
 
 UNWRITABLE = {
@@ -150,4 +150,4 @@ def test_a_file_that_stands_for_no_weights_is_not_called_damaged(workspace, file
         bingo("embed", ".", "--student", file, "--out", "x.npy"),
     ):
         assert (done.exit_code, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"error: {file}: holds no weights")
+        assert done.stderr.startswith(f"error: {file}: contains no weights")

@@ -341,7 +341,7 @@ def test_exif_orientation_is_ignored(tmp_path):
         (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "annotations.0.bbox.2 is not in COCO's format"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotations.0.bbox is not in COCO's format"),
         (lambda c: c["annotations"][0].update(category_id=4), "annotations.0 is of category id 4, which is not among the categories"),
-        (lambda c: c["images"].append(c["images"][0]), "image id 1000 is there twice"),
+        (lambda c: c["images"].append(c["images"][0]), "image id 1000 occurs twice"),
         (
             lambda c: c["annotations"][0].update(segmentation={"counts": [5], "size": [108, 81]}),
             "annotations.0 has run lengths that do not fit image id 1000",

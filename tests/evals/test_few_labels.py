@@ -67,7 +67,7 @@ def test_a_path_distinguishes_images_with_the_same_file_name(tmp_path):
     path.write_text("b/1.png\r\n2.png\r\n")
     assert listed_rows(listing, path, "list").tolist() == [1, 3]
     path.write_text("1.png\n2.png\n")
-    with pytest.raises(UserError, match=r"^list = .*: 1 of 2 images \(1.png\) stand for several train images; write their paths from"):
+    with pytest.raises(UserError, match=r"^list = .*: 1 of 2 images \(1.png\) match several train images; give their paths, starting with"):
         listed_rows(listing, path, "list")
 
 
@@ -123,7 +123,7 @@ def test_each_way_out_of_a_refusal_helps(tmp_path):
         (listing, b"", "give one file name per line", listing, first.encode()),
         (accents, "\u00e9t\u00e9.png".encode("latin-1"), "save it as plain text in UTF-8", accents, "\u00e9t\u00e9.png".encode()),
         (fewer, late.encode(), "set dataset.train_images: null", listing, late.encode()),
-        (twins, b"1.png", "write their paths from the class folder on", twins, b"b/1.png"),
+        (twins, b"1.png", "give their paths, starting with the class folder", twins, b"b/1.png"),
     ]:
         path.unlink(missing_ok=True)
         if wrong is not None:

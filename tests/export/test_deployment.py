@@ -203,7 +203,7 @@ def test_int8_is_calibrated_compared_and_described(workspace):
     import onnx
 
     done = bingo("export", "--to", "onnx", "--int8", "--calibration-images", 1000, "--out", "out/net.onnx")
-    assert (done.exit_code, done.stderr) == (0, "note: --calibration-images = 1000: there are 60 train images, all are used\n")
+    assert (done.exit_code, done.stderr) == (0, "note: --calibration-images = 1000: there are only 60 train images, which are all used\n")
     assert sorted(path.name for path in Path("out").iterdir()) == ["net.onnx", "net.onnx.md"]
     graph = onnx.load("out/net.onnx").graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -274,12 +274,12 @@ def test_without_labels_the_features_are_compared(workspace):
         ),
         (["--to", "safetensors", "--head", "linear"], "--to safetensors writes no classifier; export --to timm, hub, onnx or torch"),
         (["--to", "torch", "--head", "linaer"], "--head = linaer"),
-        (["--to", "torch", "--int8"], "--int8 = True: does nothing without --to onnx"),
-        (["--to", "timm", "--license", "mit"], "--license = mit: does nothing without --to hub"),
-        (["--to", "onnx", "--calibration-images", "9"], "--calibration-images = 9: does nothing without --int8"),
-        (["--to", "torch", "--test-images", "9"], "--test-images = 9: does nothing without --int8 or --head linear"),
+        (["--to", "torch", "--int8"], "--int8 = True: has no effect without --to onnx"),
+        (["--to", "timm", "--license", "mit"], "--license = mit: has no effect without --to hub"),
+        (["--to", "onnx", "--calibration-images", "9"], "--calibration-images = 9: has no effect without --int8"),
+        (["--to", "torch", "--test-images", "9"], "--test-images = 9: has no effect without --int8 or --head linear"),
         (["--to", "onnx", "--int8", "--calibration-images", "0"], "--calibration-images = 0: allowed is "),
-        (["--to", "torch", "--push", "me/net"], "--push = me/net: does nothing without --to hub"),
+        (["--to", "torch", "--push", "me/net"], "--push = me/net: has no effect without --to hub"),
         (["--to", "hub", "--push", "net"], "--push = net: allowed is OWNER/NAME"),
         (["--to", "hub", "--push", "me/a net"], "--push = me/a net: allowed is OWNER/NAME"),
         (["--to", "hub", "--push", "me/net"], "no token of the Hugging Face Hub was found; run: hf auth login, or set HF_TOKEN"),

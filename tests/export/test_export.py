@@ -381,7 +381,7 @@ def test_the_command_writes_the_file_and_its_card(workspace):
     for expected in (
         "| architecture | resnet10t |",
         f"| parameters | {parameters:,} |",
-        "short side to 36 pixels (bilinear, antialiased), then 32 x 32 from the centre",
+        "short side resized to 36 pixels (bilinear, antialiased), then a centre crop of 32 x 32",
         "with mean [0.5, 0.4, 0.3] and standard deviation [0.25, 0.2, 0.2]",
         "| method | BINGO |",
         "| parameters: distill | augment.crop_scale [0.2, 1], keys stored, lr 0.06 |",
@@ -426,7 +426,7 @@ def test_what_the_workspace_no_longer_holds_is_not_claimed(workspace):
     save_network("other.safetensors", student.backbone.state_dict(), {**student.metadata, "listing": "x", "embeddings": "y", "bags": "z"})
     assert bingo_export("--to", "safetensors", "--student", "other.safetensors", "--out", "o.safetensors")[0] == 0
     card = Path("o.safetensors.md").read_text()
-    assert card.count("not known: this workspace no longer holds it") == 3
+    assert card.count("not known: it is no longer in this workspace") == 3
     assert "Not measured in this workspace." in card
     assert "toys" not in card
 

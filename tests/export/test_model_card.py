@@ -51,7 +51,7 @@ def test_every_section_is_there_once_and_in_order(card):
     assert text.startswith("# resnet10t, trained by BINGO\n\n`net.safetensors` is a backbone without a classifier, exported to timm. ")
     assert "64 pooled features. Not read back: why.\n" in text
     assert "```python\nimport timm\n```" in text
-    assert "short side to 256 pixels (bilinear, antialiased), then 224 x 224 from the centre" in text
+    assert "short side resized to 256 pixels (bilinear, antialiased), then a centre crop of 224 x 224" in text
     assert "mean [0.485, 0.456, 0.406] and standard deviation [0.229, 0.224, 0.225]" in text
     assert text == card(KNOWN), "no time in it"
     assert text.endswith(".\n")
@@ -97,8 +97,8 @@ def test_the_source_of_the_teacher_is_named(card, facts, says):
 @pytest.mark.parametrize(
     ("latencies", "says"),
     [
-        ([("8", "7.9"), ("90", "100.5")], "slower than the float32 network there at batch 32;"),
-        ([("8", "9"), ("90", "1e+02")], "slower than the float32 network there at batch 1 and batch 32;"),
+        ([("8", "7.9"), ("90", "100.5")], "slower there than the float32 network at batch 32;"),
+        ([("8", "9"), ("90", "1e+02")], "slower there than the float32 network at batch 1 and batch 32;"),
         ([("8", "8"), ("9", "8.99")], None),
         ([("", "8"), ("", "9")], None),  # of a float32 file alone
     ],
@@ -113,9 +113,9 @@ def test_a_file_that_was_measured_slower_is_called_so(backbone, latencies, says)
 def test_what_is_not_known_is_not_claimed(card):
     text = card(Provenance())
     found = rows(text, "Training")
-    assert {found[name] for name in ("data", "teacher", "bags")} == {"not known: this workspace no longer holds it"}
+    assert {found[name] for name in ("data", "teacher", "bags")} == {"not known: it is no longer in this workspace"}
     assert "Not measured in this workspace." in text
-    assert "They come from the images and the teacher's weights and may inherit their terms." in text
+    assert "They are derived from the images and the teacher's weights and may inherit their terms." in text
 
 
 @pytest.mark.parametrize("metadata", [{"method": "moco", "listing": "11aa", "epochs": 3}, {"method": "moco", "embeddings": "22bb"}])
@@ -124,7 +124,7 @@ def test_a_method_without_teacher_has_none_on_the_card(card, metadata):
     found = rows(text, "Training")
     assert found["teacher"] == "none: MoCo-v2 needs none"
     assert "bags" not in found
-    assert "They come from the images (folder) and may inherit their terms." in text
+    assert "They are derived from the images (folder) and may inherit their terms." in text
 
 
 def test_a_method_that_this_bingo_does_not_know_is_taken_to_have_had_a_teacher(card):

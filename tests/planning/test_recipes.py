@@ -750,8 +750,8 @@ def test_check_reads_the_checkpoint_and_the_images_that_are_there(clone):
     assert result.exit_code == 0, result.output
     assert "features 2048, keys 128; read from data/teachers/moco_v2_800ep_pretrain.pth.tar" in result.stdout
     assert "256 to train on and 1 to test on" in result.stdout
-    assert "FLOPs: 48.43 GFLOP an anchor in a training step, 8.183 GFLOP an image in the teacher, 3.627" in result.stdout
-    assert "step: bingo on 2 anchors of fabricated images: loss " in result.stdout
+    assert "FLOPs: 48.43 GFLOP per anchor in a training step, 8.183 GFLOP per image in the teacher, 3.627" in result.stdout
+    assert "step: bingo on 2 anchors of synthetic images: loss " in result.stdout
 
     path.write_bytes(b"no checkpoint")
     result = call("check", "imagenet-r18-bingo-r50-800ep")

@@ -392,7 +392,7 @@ def test_wrong_choices_are_one_line(shown, monkeypatch):
     subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     subprocess.run(["git", "update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/a-s0", commit], check=True)
-    with pytest.raises(UserError, match=f"the newest experiments are of --rev {commit[:7]}"):
+    with pytest.raises(UserError, match=f"the newest experiments are those of --rev {commit[:7]}"):
         experiments.main([], None, "HEAD")
 
 

@@ -364,7 +364,7 @@ def test_an_approximate_search_reports_its_recall(workspace):
 
 def test_bags_that_are_all_empty_end_bag_and_distill(workspace):
     workspace.edit({"bagging.search": "ivf", "bagging.lists": 400, "bagging.probes": 1})
-    refused(workspace, "bag", "all 400 bags are empty: no other image was found for an anchor; raise bagging.probes (1)")
+    refused(workspace, "bag", "all 400 bags are empty: no other image was found for the anchor; raise bagging.probes (1)")
     listing = read_listing(workspace.root / "data/listing.parquet")
     embeddings = read_embeddings(workspace.root / "data/embeddings.zarr", listing)
     nothing = Bags({"method": "knn", "k": 1}, np.full((400, 1), -1, np.int32), np.full((400, 1), -np.inf, np.float16))
@@ -529,7 +529,7 @@ def test_images_without_labels_go_through_to_a_report(own_images):
     assert "probe" not in json.loads((own_images.root / ".bingo/runs/baseline-moco.json").read_text())
     page = (own_images.root / "reports/index.html").read_text()
     assert f"the student finds {scores['student']['agreement_10']:.1f} % of the 10 train images" in page
-    assert f"25 of the train images were drawn by seed 0 and held out. Of these {len(twins)} are near-duplicates" in page
+    assert f"25 of the train images were drawn with seed 0 and held out. Of these {len(twins)} are near-duplicates" in page
     bags = json.loads((own_images.root / "reports/bags.json").read_text())
     assert bags["near_duplicates"] == sum(digits[:85].count(digit) == 2 for digit in digits[:85])
     assert bags["chance_share"] < bags["view_overlap"] < 1

@@ -189,7 +189,7 @@ def test_simclr_was_trained_on_images_between_0_and_1(tmp_path, capsys):
     assert teacher.metadata["left_out"] == ["fc"]
     assert capsys.readouterr().err == ""
     teacher_of(tmp_path, "simclr", content)
-    assert "expect [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]; right if teacher.checkpoint was trained otherwise" in capsys.readouterr().err
+    assert "expect [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]; ignore this if teacher.checkpoint was trained differently" in capsys.readouterr().err
 
 
 def test_networks_with_selective_kernels_are_refused_by_their_names(tmp_path):
@@ -326,7 +326,7 @@ def test_a_missing_weight_is_named(tmp_path, name):
     own = next(key for key in weights_of(name, small(name)) if key.endswith("layer2.0.conv1.weight"))
     line = refusal(tmp_path, name, changed(name, lambda state: state.pop(own)), arch="resnet18")
     assert "its backbone does not fit resnet18: missing layer2.0.conv1.weight; " in line
-    assert "give a whole file in teacher.checkpoint" in line
+    assert "give a complete file in teacher.checkpoint" in line
 
 
 @pytest.mark.parametrize("name", published.WITH_A_HEAD)

@@ -306,7 +306,7 @@ def test_without_a_network_the_line_says_what_to_set(monkeypatch):
 
     monkeypatch.setattr(vision, "get_model", when_pretrained(vision.get_model, unreachable))
     line = refusal(teacher_params(source="torchvision", arch="torchvision/resnet18"))
-    assert "no pretrained weights could be had (Name or service not known second line)" in line
+    assert "no pretrained weights could be obtained (Name or service not known second line)" in line
     assert line.endswith("set teacher.checkpoint to a local file of them")
 
 
@@ -320,7 +320,7 @@ def test_published_weights_need_their_own_shape_normalisation_and_library(tmp_pa
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pt")
     local = vit.model_copy(update={"checkpoint": str(tmp_path / "vit.pt")})
     assert "teacher.image.crop_px = 20: test_vit does not accept this size" in refusal(local)
-    assert "right if teacher.checkpoint was trained otherwise" in capsys.readouterr().err
+    assert "ignore this if teacher.checkpoint was trained differently" in capsys.readouterr().err
 
 
 def test_a_vision_transformer_takes_any_number_of_its_patches(tmp_path, capsys):
@@ -335,7 +335,7 @@ def test_a_vision_transformer_takes_any_number_of_its_patches(tmp_path, capsys):
         with torch.no_grad():
             torch.testing.assert_close(teacher.features(x), net(x))
     assert (teacher.metadata["options"], teacher.metadata["feature_width"]) == ({"dynamic_img_size": True}, 64)
-    assert "right if teacher.checkpoint was trained otherwise" in capsys.readouterr().err
+    assert "ignore this if teacher.checkpoint was trained differently" in capsys.readouterr().err
 
 
 def test_a_random_teacher_follows_its_seed_and_says_so():

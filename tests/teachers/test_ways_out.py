@@ -93,7 +93,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
     "a whole module": (saved(Net), "save its state_dict alone", state_alone),
     "tensors larger than the file": (saved({"conv1.weight": spread}), "a file of torch.save", whole),
     "no weights by name": (saved({"weights": [1], "epoch": 3}), "save the network's state_dict() with torch.save", whole),
-    "a weight that is missing": (saved(lambda: {k: t for k, t in weights().items() if k != "bn1.weight"}), "give a whole file", whole),
+    "a weight that is missing": (saved(lambda: {k: t for k, t in weights().items() if k != "bn1.weight"}), "give a complete file", whole),
     "numbers that are none": (saved(lambda: weights() | {"bn1.weight": torch.full((8,), float("nan"))}), "give another file", whole),
     "whole numbers": (saved(lambda: weights() | {"bn1.weight": torch.ones(8, dtype=torch.int32)}), "give the original file", whole),
     "of a library that a pickle names": (saved(lambda: {"net": weights(), "made": Path("x")}), "save its state_dict alone", whole),
@@ -116,7 +116,7 @@ def test_a_file_is_read_once_what_its_message_says_is_done(tmp_path, kind):
 def test_a_head_of_another_format_and_a_normalisation_of_other_weights(tmp_path, monkeypatch):
     torch.save({"state_dict": {name: tensor for name, tensor in moco(str).items() if ".fc.0." not in name}}, tmp_path / "net.pt")
     params = params_of(tmp_path / "net.pt", source="checkpoint", format="moco")
-    with pytest.raises(UserError, match=r"teacher\.checkpoint to a whole file"):
+    with pytest.raises(UserError, match=r"teacher\.checkpoint to a complete file"):
         make_teacher(params, IMAGE, 0)
     torch.save({"state_dict": moco(str)}, tmp_path / "net.pt")
     make_teacher(params, IMAGE, 0)

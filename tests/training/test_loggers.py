@@ -259,7 +259,7 @@ def test_a_file_in_the_place_of_a_logs_folder_is_one_line(tmp_path, place):
     (logs / place).parent.mkdir(parents=True, exist_ok=True)
     (logs / place).touch()
     log = loggers.TrainingLog(["jsonl"], loggers.LoggedRun("an id", "workspace/x", {}, logs))
-    with pytest.raises(UserError, match=r"^BINGO_LOGGERS = jsonl: a file lies where .*; move it elsewhere"):
+    with pytest.raises(UserError, match=r"^BINGO_LOGGERS = jsonl: there is a file in place of .*; move it elsewhere"):
         log.begin(0, 1, 1, "anchors")
 
 

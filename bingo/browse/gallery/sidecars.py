@@ -1,10 +1,10 @@
-"""The gallery's data as scripts that call one function of the page: a page opened from a file may load scripts, not fetch.
+"""The gallery's data as scripts that call one function of the page, because a page opened from a file may load scripts but not fetch data.
 
 Numbers are little-endian bytes in base64, names are JSON in ASCII, so no name can end a string or a script.
 
     data/meta.js             the whole index: title, classes, sizes of the blocks, layout of the thumbnails
-    data/columns.js          one number for each row: label, purity, similarity, in-degree, cluster; and of a sample, its anchors and the
-                             rows with thumbnails, both rising
+    data/columns.js          one number for each row: label, purity, similarity, in-degree, cluster; and for a sample, its anchors and the
+                             rows with thumbnails, both ascending
     data/bags-NNNNNN.js      members int32 (n, K), then similarities int16 (n, K), of one block of rows
     data/paths-NNNNNN.js     paths of one block of rows
 """

@@ -1,7 +1,7 @@
-"""Thumbnails in sheets of 8 x 8 tiles, made once and kept, so that a page opens few files: of all train rows, or of a sample of many.
+"""Thumbnails of all train rows, or of a sample if there are many, in sheets of 8 x 8 tiles, so that a page opens few files.
 
-Photos keep their shape in square tiles of WebP, transparent beside them, whose side is a multiple of 16, so that no tile bleeds into the
-next; small stored images become PNG as they are. Shape letters: T train rows, K members listed, S rows with a thumbnail.
+Photos keep their aspect ratio in square, partly transparent WebP tiles, whose side is a multiple of 16, so that no tile bleeds into the
+next; small stored images become PNG unchanged. Shape letters: T train rows, K members listed, S rows with a thumbnail.
 """
 
 import io
@@ -29,7 +29,7 @@ _NO_IMAGE = "#8c959f"
 
 @dataclass(frozen=True)
 class SpriteFormat:
-    """Side of a tile in pixels, tiles of a line and of a sheet, and the suffix of the files."""
+    """Side of a tile in pixels, numbers of tiles per line and per sheet, and the suffix of the files."""
 
     px: int
     suffix: str
@@ -38,15 +38,14 @@ class SpriteFormat:
 
 
 def sprite_format(pictures: Pictures) -> SpriteFormat:
-    """How thumbnails of these pictures are kept."""
+    """The format of the thumbnails of these pictures."""
     if not pictures.are_files and pictures.stored_px <= _LARGEST_PNG_PX:
         return SpriteFormat(pictures.stored_px, "png")
     return SpriteFormat(_PHOTO_PX, "webp")
 
 
 def sampled_anchors(members_TK: np.ndarray, pictures: Pictures) -> np.ndarray | None:
-    """The anchors, evenly spread over the rows, int64, that have thumbnails together with their members where not all rows can; None: all
-    have."""
+    """The anchors, int64, evenly spread over the rows, that have thumbnails, as do their members; None if all rows have."""
     rows, most = len(members_TK), _MOST_FILES if pictures.are_files else _MOST_STORED
     count = max(1, most // (1 + members_TK.shape[1]))
     return np.arange(count) * rows // count if rows > most else None

@@ -55,7 +55,7 @@ def negative_logsumexp(
 
 
 def _weighted(p_jB: Tensor, sum_B: Tensor, rows_jP: Tensor) -> Tensor:
-    """The sum of a block's unit rows by their weights, float32 (B, P); in float16 with weights scaled to a sum of 2^15."""
+    """The weighted sum of a block's unit rows, float32 (B, P); in float16, the weights are scaled to a sum of 2^15."""
     if rows_jP.dtype == torch.float32:
         return p_jB.T @ rows_jP
     scale_B = sum_B.clamp(min=1) / 2**15
@@ -64,7 +64,7 @@ def _weighted(p_jB: Tensor, sum_B: Tensor, rows_jP: Tensor) -> Tensor:
 
 
 def _largest(logits_jB: Tensor) -> Tensor:
-    """The largest of each column, on a CPU in two steps: torch reduces a few long columns there one number at a time."""
+    """The largest value of each column; on a CPU in two steps, because torch reduces a few long columns one number at a time there."""
     if logits_jB.device.type != "cpu" or len(logits_jB) % 64:
         return logits_jB.amax(dim=0)
     return logits_jB.unflatten(0, (64, -1)).amax(dim=0).amax(dim=0)
@@ -86,8 +86,8 @@ def info_nce(
     products: torch.dtype = torch.float32,
 ) -> Tensor:
     """The mean over queries of w * -log(exp(q.k/t) / (exp(q.k/t) + sum_j exp(q.n_j/t))), summed over the keys k (B, P) with weights w,
-    numbers or (B,): float32 (). For the negatives n_j see `negative_logsumexp`; only the queries get a gradient, which is computed
-    immediately and kept as (B, P). The sum over the negatives is computed once, however many keys there are."""
+    numbers or (B,): float32 (). For the negatives n_j see `negative_logsumexp`. Only the queries get a gradient, which is computed
+    immediately and kept as (B, P). The sum over the negatives is computed once for all keys."""
     weights, keys = zip(*weighted_keys, strict=True)
     tensors = [weight for weight in weights if isinstance(weight, Tensor)]  # what each key's terms count in the mean: (K, B) or (K, 1)
     numbers = () if tensors else tuple(weight / len(query_BP) for weight in weights)
@@ -96,7 +96,7 @@ def info_nce(
 
 
 class _InfoNce(torch.autograd.Function):
-    """With d = log sum_j exp(q.n_j/t) - q.k/t a term is softplus(d), and its derivative by d sigmoid(d)."""
+    """With d = log sum_j exp(q.n_j/t) - q.k/t, a term is softplus(d), and its derivative with respect to d is sigmoid(d)."""
 
     @staticmethod
     def forward(
@@ -124,7 +124,8 @@ class _InfoNce(torch.autograd.Function):
 
 
 def soft_cross_entropy(logits_BJ: Tensor, target_logits_BJ: Tensor, hidden_BJ: Tensor | None = None) -> Tensor:
-    """-sum_j p_j log softmax(logits)_j with p = softmax(target_logits), for each row (B,), over what is not hidden ((B, J) or (1, J))."""
+    """-sum_j p_j log softmax(logits)_j with p = softmax(target_logits), for each row (B,), over the j that are not hidden ((B, J) or (1,
+    J))."""
     if hidden_BJ is not None:
         target_logits_BJ = target_logits_BJ.masked_fill(hidden_BJ, float("-inf"))
     p_BJ = target_logits_BJ.softmax(dim=1)
@@ -135,6 +136,6 @@ def soft_cross_entropy(logits_BJ: Tensor, target_logits_BJ: Tensor, hidden_BJ: T
 
 
 def kl_divergence(logits_BJ: Tensor, target_logits_BJ: Tensor, hidden_BJ: Tensor | None = None) -> Tensor:
-    """KL(softmax(target_logits) || softmax(logits)) for each row (B,), over what is not hidden."""
+    """KL(softmax(target_logits) || softmax(logits)) for each row (B,), over the columns that are not hidden."""
     entropy_B = soft_cross_entropy(target_logits_BJ, target_logits_BJ, hidden_BJ)
     return soft_cross_entropy(logits_BJ, target_logits_BJ, hidden_BJ) - entropy_B

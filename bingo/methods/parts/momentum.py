@@ -1,4 +1,4 @@
-"""What methods with a momentum encoder share: the queue of its keys, the moving average itself, ShuffleBN.
+"""Parts of methods with a momentum encoder: the queue of its keys, the moving average itself, ShuffleBN.
 
 Shape letters: B anchors, P key width, Q queue rows.
 """
@@ -37,7 +37,7 @@ class Queue(nn.Module):
         self._place = 0  # `pointer` on the host, so that slots need not be computed on the device
 
     def empty(self) -> Tensor:
-        """(1, Q) bool: places without a key; all false before the first push, when there are only random vectors."""
+        """(1, Q) bool: slots without a key; all false before the first push, when there are only random vectors."""
         empty_Q = self.rows_Q < 0
         return (empty_Q & ~empty_Q.all())[None]
 
@@ -60,7 +60,7 @@ class Queue(nn.Module):
 
 
 class MomentumCopy(nn.Module):
-    """A moving average of a network's parameters (MoCo: buffers are not averaged; its BatchNorm uses batch statistics)."""
+    """A moving average of a network's parameters. As in MoCo, buffers are not averaged, and its BatchNorm uses batch statistics."""
 
     def __init__(self, network: nn.Module, momentum: float):
         super().__init__()

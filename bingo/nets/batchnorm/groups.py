@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from bingo.runtime import distributed
 from bingo.runtime.errors import UserError, reason_of
 
-_GROUPS = ContextVar("groups", default=(1, 0, 1))  # groups, and which part of how many this batch is of the process's share
+_GROUPS = ContextVar("groups", default=(1, 0, 1))  # number of groups, index of this batch among the parts of the process, number of parts
 
 
 def own_groups(batchnorm_groups: int, key: str = "batchnorm_groups", parts: int = 1) -> int:
@@ -50,18 +50,17 @@ def group_numbers() -> np.ndarray:
 
 
 def rows_by_group(x_NX: Tensor, anchors: int) -> Tensor:
-    """The rows of each group, (G, N / G, X): those of its anchors and those behind the anchors, as `grouped_batchnorm` has them."""
+    """The rows of each group, (G, N / G, X): those of its anchors and the rows that follow the anchors, as in `grouped_batchnorm`."""
     return x_NX.unflatten(0, (-1, groups(), anchors // groups())).transpose(0, 1).flatten(1, 2)
 
 
 @contextmanager
 def grouped_batchnorm(groups: int, anchors: int, part: int = 0, parts: int = 1) -> Iterator[None]:
-    """In the body, BatchNorm with batch statistics normalises each of `groups` equal consecutive parts of the `anchors` of a batch by
-    itself. The batch is number `part` of the `parts` of this process's share.
+    """Context manager in which BatchNorm with batch statistics normalises each of `groups` equal consecutive parts of the `anchors` of a
+    batch separately. The batch is number `part` of the `parts` of this process's share.
 
     Rows after the anchors, such as companions, come in blocks of the same number of rows, and row i of a block is in the group of anchor
-    i. An
-    input whose rows do not divide into such blocks is not a batch of images but weights being standardised, and is not grouped. The
+    i. An input whose rows do not divide into such blocks is not a batch of images but weights being standardised, and is not grouped. The
     running statistics are updated with the mean over groups. With 1 group nothing changes; layers and their names never change.
     """
     token = _GROUPS.set((groups, part, parts))
@@ -74,8 +73,8 @@ def grouped_batchnorm(groups: int, anchors: int, part: int = 0, parts: int = 1) 
 
 @contextmanager
 def counted_together(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """In the body these BatchNorm layers (`counting_layers`) count their batches on the host; then all their counters on the device move by
-    one operation, instead of one for each layer and pass."""
+    """Context manager in which these BatchNorm layers (`counting_layers`) count their batches on the host. At the end, all their counters
+    on the device are updated by one operation, instead of one for each layer and pass."""
     counters: Any = [layer._buffers["num_batches_tracked"] for layer in layers]
     counts_N = np.zeros(len(layers), np.int64)
     for layer, count in zip(layers, torch.from_numpy(counts_N), strict=True):
@@ -90,7 +89,7 @@ def counted_together(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def counting_layers(network: nn.Module) -> list[nn.Module]:
-    """The BatchNorm layers that count batches, and do not use the count themselves (as those with momentum None do)."""
+    """The BatchNorm layers that count batches but do not use the count themselves (unlike those with momentum None)."""
     norms = (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     return [layer for layer in norms if layer.num_batches_tracked is not None and layer.momentum is not None]
 
@@ -116,7 +115,7 @@ class _GroupingMode(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """As `torch.nn.functional.batch_norm`, with the same argument names."""
+        """A replacement of `torch.nn.functional.batch_norm`, with the same argument names."""
         if not training or len(input) % self.anchors:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         blocks = len(input) // self.anchors
@@ -131,7 +130,8 @@ class _GroupingMode(TorchFunctionMode):
 
 
 def _in_place(input: Tensor, groups: int) -> bool:
-    """Whether kernels can read the input where it lies: it is an eager, plain GPU tensor in channels_last memory, not one value a group."""
+    """Whether kernels can read the input without a copy: it is an eager, plain GPU tensor in channels_last memory, with more than one value
+    per group."""
     plain = type(input) is Tensor and input.is_cuda and input.dtype in (torch.float32, torch.bfloat16, torch.float16)
     dense = plain and not torch.compiler.is_compiling() and input.movedim(1, -1).is_contiguous()
     return dense and input.numel() > groups * input.shape[1]
@@ -139,21 +139,21 @@ def _in_place(input: Tensor, groups: int) -> bool:
 
 @cache
 def _kernels() -> Any:
-    """The function that calls the kernels; or None, after a line on stderr, where Triton does not work."""
+    """The function that calls the kernels, or None, after a line on stderr, if Triton does not work."""
     try:
         from bingo.nets.batchnorm.kernels import GroupedBatchNorm
 
         GroupedBatchNorm.apply(torch.zeros(4, 16, device="cuda"), None, None, None, None, 0.0, 1.0, 1, 2)
-    except Exception as error:  # it is not installed, a missing C compiler, an old GPU, a broken cache: each has an error of its own
+    except Exception as error:  # a missing package or C compiler, an old GPU and a broken cache raise different errors
         if distributed.rank() == 0:
-            line = f"batchnorm_groups: copied to be normalised, since Triton does not work here ({reason_of(error)}); expect longer steps"
+            line = f"batchnorm_groups: activations are copied, since Triton does not work here ({reason_of(error)}); expect longer steps"
             print(line, file=sys.stderr, flush=True)
         return None
     return GroupedBatchNorm.apply
 
 
 def _one_by_one(input: Tensor, blocks: int, groups: int, means_GC: Any, vars_GC: Any, *others: Any) -> Tensor:
-    """A call for each group, on views of the input; `others` is weight, bias, momentum, eps."""
+    """One call for each group, on views of the input; `others` is weight, bias, momentum, eps."""
     weight, bias, momentum, eps = others
     pieces = input.chunk(blocks * groups)
     parts = pieces if blocks == 1 else [torch.cat(pieces[group::groups]) for group in range(groups)]
@@ -162,7 +162,7 @@ def _one_by_one(input: Tensor, blocks: int, groups: int, means_GC: Any, vars_GC:
 
 
 def _side_by_side(input: Tensor, blocks: int, groups: int, means_GC: Any, vars_GC: Any, *others: Any) -> Tensor:
-    """One call, with the groups' channels beside each other: two copies of a channels_last input, and as few kernels as without groups."""
+    """One call, with the groups as additional channels: two copies of a channels_last input, and as few kernels as without groups."""
     weight, bias, momentum, eps = others
     x_XGC = input.movedim(1, -1).unflatten(0, (blocks, groups, -1)).movedim(1, -2)  # X: blocks, images of a group, height and width
     means, variances = (None if of_groups[0] is None else of_groups.view(-1) for of_groups in (means_GC, vars_GC))

@@ -1,11 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""BatchNorm with statistics of each group as Triton kernels, which read a channels_last batch where it lies, without copies.
+"""BatchNorm with separate statistics for each group as Triton kernels, which read a channels_last batch without copies.
 
-Letters: G groups; C channels; M consecutive rows of C values, a group's part of a block (`grouped_batchnorm`). `count` chunks of at most
-`chunk` rows make up a group; P is the next power of 2. A program has W channels: of a chunk, R rows at a time, or of all chunks. Which
-values are summed in which order depends on shapes alone, so results repeat. Sums are float32, of differences from the mean of a chunk's
-first rows, merged as Chan et al. do: a mean far above the deviation costs no digits. `of_4GC`: mean, slope, shift, and of x 1 / standard
-deviation, of a gradient its factor, as `_linear` has them. Kernels have no annotations: an argument is a tensor, a number or None.
+Letters: G groups; C channels; M consecutive rows of C values, a group's part of a block (`grouped_batchnorm`). A group consists of `count`
+chunks of at most `chunk` rows; P is the next power of 2. A program handles W channels of a chunk, R rows at a time, or of all chunks. The
+order of summation depends only on shapes, so results are reproducible. Sums are float32, of differences from the mean of a chunk's
+first rows, merged as by Chan et al., so that no digits are lost if the mean is far above the deviation. `of_4GC`: mean, slope, shift, and
+for x 1 / standard deviation, for a gradient its factor, as used by `_linear`. Kernels have no annotations: an argument is a tensor, a
+number or None.
 """
 
 from functools import cache
@@ -24,7 +25,7 @@ _OPTIONS = {"enable_fp_fusion": True}  # the default differs between versions of
 
 @triton.jit
 def _place(M, C, G, chunk, count, R: constexpr, W: constexpr):
-    """This program's group, its channels (W,), its number of rows, where the first row starts, its offsets (R, W) from there."""
+    """This program's group, its channels (W,), its number of rows, the start of its first row, and its offsets (R, W) from there."""
     group, part, parts = tl.program_id(0) // count, tl.program_id(0) % count, tl.cdiv(M, chunk)
     channels, first = tl.program_id(1) * W + tl.arange(0, W), part % parts * chunk
     start = ((part // parts * G + group).to(tl.int64) * M + first) * C
@@ -33,7 +34,7 @@ def _place(M, C, G, chunk, count, R: constexpr, W: constexpr):
 
 @triton.jit
 def _sums(x, dy, of_4GC, parts_2PC, M, C, G, chunk, count, R: constexpr, W: constexpr):
-    """Of each chunk's channels: without dy mean and sum of squared deviations, with it the sums of dy and of dy * (x - mean)."""
+    """For each chunk and channel: without dy, mean and sum of squared deviations; with dy, the sums of dy and of dy * (x - mean)."""
     group, channels, rows, start, offset = _place(M, C, G, chunk, count, R, W)
     there, lane = channels < C, tl.arange(0, R)[:, None]
     if dy is None:
@@ -59,7 +60,7 @@ def _sums(x, dy, of_4GC, parts_2PC, M, C, G, chunk, count, R: constexpr, W: cons
 def _statistics(
     parts_2PC, of_4GC, running_mean, running_var, weight, bias, momentum, eps, M, C, G, chunk, count, P: constexpr, W: constexpr
 ):
-    """What normalises each group, from `_sums`; running statistics move by the mean over groups."""
+    """Mean, slope and shift of each group, from `_sums`; running statistics are updated with the mean over groups."""
     channels, part, parts = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, P)[:, None], tl.cdiv(M, chunk)
     there, total = channels < C, count // parts * M
     mask, rows = (part < count) & there[None, :], tl.where(part < count, tl.minimum(chunk, M - part % parts * chunk), 0).to(tl.float32)
@@ -73,7 +74,7 @@ def _statistics(
         offset = (group * count + part) * C + channels[None, :]
         means, squares = tl.load(parts_2PC + offset, mask, 0), tl.load(parts_2PC + G * count * C + offset, mask, 0)
         mean = tl.sum(means * (rows / total), 0)
-        mean += tl.sum((means - mean[None, :]) * (rows / total), 0)  # what rounding lost
+        mean += tl.sum((means - mean[None, :]) * (rows / total), 0)  # correct the rounding error
         square = tl.sum(squares + rows * (means - mean[None, :]) * (means - mean[None, :]), 0)
         rstd = 1 / tl.sqrt_rn(square / total + eps)
         place = of_4GC + group * C + channels
@@ -90,8 +91,8 @@ def _statistics(
 
 @triton.jit
 def _gradients(parts_2PC, of_4GC, gradient_4GC, dweight, dbias, M, C, G, chunk, count, P: constexpr, W: constexpr):
-    """Gradients of weight and bias, and dx = rstd * weight * (dy - mean of dy - normalised x * mean of dy * normalised x) as `_linear` has
-    it."""
+    """Gradients of weight and bias, and the coefficients for `_linear` of dx = rstd * weight * (dy - mean of dy - normalised x * mean of
+    dy * normalised x)."""
     channels, part = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, P)[:, None]
     there, total = channels < C, count // tl.cdiv(M, chunk) * M
     weight, bias = tl.zeros((W,), tl.float32), tl.zeros((W,), tl.float32)
@@ -113,7 +114,7 @@ def _gradients(parts_2PC, of_4GC, gradient_4GC, dweight, dbias, M, C, G, chunk, 
 
 @triton.jit
 def _linear(x, dy, out, of_4GC, M, C, G, chunk, count, R: constexpr, W: constexpr):
-    """out = (x - mean) * slope + shift, and, where dy is given, + dy * factor."""
+    """out = (x - mean) * slope + shift and, if dy is given, + dy * factor."""
     group, channels, rows, start, offset = _place(M, C, G, chunk, count, R, W)
     there, lane, place = channels < C, tl.arange(0, R)[:, None], of_4GC + group * C + channels
     mean, slope, shift = tl.load(place, there, 0), tl.load(place + G * C, there, 0), tl.load(place + 2 * G * C, there, 0)
@@ -127,9 +128,9 @@ def _linear(x, dy, out, of_4GC, M, C, G, chunk, count, R: constexpr, W: constexp
 
 
 class GroupedBatchNorm(torch.autograd.Function):
-    """BatchNorm of each of `groups` parts of every one of `blocks` blocks of x (N, C, ...), which is dense in channels_last memory, with
-    the statistics of the group's parts in all blocks. The running statistics (both or neither), which move by the mean over groups, and
-    weight and bias (or None) are (C,). Returns x's dtype and layout."""
+    """BatchNorm of x (N, C, ...), which is dense in channels_last memory and consists of `blocks` blocks, each divided into `groups` parts.
+    The statistics of a group are those of its parts in all blocks. Running statistics (both or neither), which are updated with the mean
+    over groups, and weight and bias (or None) are (C,). The result has x's dtype and layout."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:

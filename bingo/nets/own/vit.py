@@ -1,4 +1,4 @@
-"""ViT-Ti for small images: timm's vit_tiny_patch16_224 with patches of 4 pixels, 16 of them in digits of 16 px, 64 in images of 32 px."""
+"""ViT-Ti for small images: timm's vit_tiny_patch16_224 with patches of 4 pixels: 16 patches for digits of 16 px, 64 for images of 32 px."""
 
 import timm
 from torch import nn

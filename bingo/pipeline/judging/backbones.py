@@ -1,6 +1,6 @@
-"""The networks that are evaluated, each from its own file: the student, its moving average, its baselines, the same network untrained,
-with the weights that the student started from, and with supervised ones; and, as features of all rows, also the teacher and raw pixels.
-The evaluation of one network does not depend on another."""
+"""The networks that are evaluated, each from its own file: the student, its moving average, its baselines, and the same network untrained,
+with the student's initial weights, and with supervised weights. As features of all rows, also the teacher and raw pixels. The evaluation of
+one network does not depend on another."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from bingo.images.listing import Listing
     from bingo.nets.backbones import Backbone
 
-NOT_ASKED_FOR = "this network was not asked for"
-STORED = ("teacher", "pixels")  # no network is run for their features
+NOT_ASKED_FOR = "this network is not configured"
+STORED = ("teacher", "pixels")  # their features need no forward pass
 _FILES = {"student": paths.STUDENT, "ema": paths.EMA, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
 
 
 def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
-    """The networks `nets` on the CPU, in evaluation mode, all loaded before any work, so that a missing one is reported first."""
+    """The networks `nets` on the CPU, in evaluation mode, all loaded before any work, so that a missing network is reported first."""
     from bingo.nets.backbones import build_backbone
     from bingo.nets.students import evaluated, load_backbone
 
@@ -44,8 +44,8 @@ def backbones(run: Run, nets: Sequence[str]) -> "dict[str, Backbone]":
 
 
 def state_of(run: Run, item: str, nets: Sequence[str], inputs: Sequence[Any], *decide: Section | str) -> AbstractContextManager[Path]:
-    """The `state_folder` of an evaluation of `nets`, named by everything that determines the result: seed, views, architecture, files of
-    the networks, `inputs` (JSON-able) and the parameters `decide`. Only checkpoints with the same values are resumed."""
+    """The `state_folder` of an evaluation of `nets`, named after everything that determines the result: seed, views, architecture, files of
+    the networks, `inputs` (JSON-serialisable) and the parameters `decide`. Only checkpoints with the same values are used."""
     sections = (run.params.image, run.params.student, *decide)
     values = {
         "params": [run.params.seed, *(section.model_dump() if isinstance(section, Section) else section for section in sections)],
@@ -56,12 +56,12 @@ def state_of(run: Run, item: str, nets: Sequence[str], inputs: Sequence[Any], *d
 
 
 def file_of(name: str) -> Path:
-    """The file of a network that is run; of others there is none."""
+    """The file of a network; None if its features are stored or it is untrained."""
     return _FILES.get(name, paths.BASELINES / f"{name}.safetensors")
 
 
 def existing(names: Sequence[str]) -> list[str]:
-    """`names` without those that were not asked for, so that the stages `distill` and `weights` have made no network of them."""
+    """`names` without those that are not configured, for which the stages `distill` and `weights` have written no network."""
     files = {name: file_of(name) for name in names if name in ("ema", "start", "supervised")}
     absent = [name for name, file in files.items() if not file.exists() or file.stat().st_size <= len(paths.NO_WEIGHTS)]
     return [name for name in names if name not in absent]
@@ -70,7 +70,7 @@ def existing(names: Sequence[str]) -> list[str]:
 class Networks:
     """Networks by name, opened before any work, so that a missing or damaged file is reported first.
 
-    `teacher` holds the teacher's features, if it is one of them. `backbones` are the networks that are run, on the CPU. Raises UserError
+    `teacher` holds the teacher's features, if it is among them. `backbones` are the networks to run, on the CPU. Raises UserError
     for a file that is missing or damaged, or belongs to another listing.
     """
 
@@ -81,7 +81,7 @@ class Networks:
         self.images = open_images(listing, paths.IMAGES, run.params.dataset) if set(names) - {"teacher"} else None
 
     def features(self, name: str, params: FeatureParams, device: "torch.device | None") -> np.ndarray | None:
-        """Features (N, width) of every row, float32; None of a network that is not among `names`. Stored ones need no device."""
+        """Features (N, width) of every row, float32; None for a network that is not among `names`. Stored features need no device."""
         if name not in self.names:
             return None
         if self._teacher is not None and name == "teacher":
@@ -97,7 +97,7 @@ class Networks:
 
 
 def _pixels(images: Images) -> np.ndarray:
-    """The pixels of every row, float32 (N, 3 S S): all that are held in memory, of a file the centre square at S = `PIXELS_PX`."""
+    """The pixels of every row, float32 (N, 3 S S): of whole images in memory, or of the files' centre squares at S = `PIXELS_PX`."""
     if isinstance(images, MemoryImages):
         return images.images_NSS3.reshape(len(images), -1).astype(np.float32)
     import torch

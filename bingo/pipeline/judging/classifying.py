@@ -1,4 +1,4 @@
-"""What semi_eval and transfer_cifar share: evaluation of several networks with several protocols, resumed from checkpoints after a kill."""
+"""Common code of semi_eval and transfer_cifar: evaluate several networks with several protocols, resuming from checkpoints after a kill."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,9 +28,9 @@ def judge(
     report: Path,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write `facts` and {nets: {net: {protocol: scores}}} to `report`. `inputs` and `sections` decide the scores, beside the networks.
+    """Write `facts` and {nets: {net: {protocol: scores}}} to `report`. Besides the networks, `inputs` and `sections` determine the scores.
 
-    What a killed run has finished is read from its checkpoints; what it has begun is resumed.
+    Finished evaluations of a killed run are read from its checkpoints, unfinished ones are resumed.
     """
     with state_of(run, item, list(nets), inputs, *sections) as folder:
         scores = {

@@ -11,8 +11,8 @@ KEY_WIDTH = 8192
 def parts(content: Any) -> Parts | None:
     """The backbone with its projector, or (resnet50.pth) the backbone alone.
 
-    The projector is linear layers without bias, with BatchNorm and ReLU between them. The loss standardises its output by `bn`, a
-    BatchNorm without weights, and compares nothing else; so a key, 8,192 wide as published, is the output of `bn`.
+    The projector consists of linear layers without bias, with BatchNorm and ReLU between them. The loss compares only its output
+    standardised by `bn`, a BatchNorm without weights; so the output of `bn` is the key, of width 8,192 as published.
     """
     if state := bare(content):
         return divide(state, "", sure=False)

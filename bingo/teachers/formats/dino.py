@@ -11,8 +11,8 @@ KEY_WIDTH = 256
 def parts(content: Any) -> Parts | None:
     """The teacher network of a full checkpoint, with its head; or a backbone alone, whose unit feature is the key.
 
-    The key is what the head normalises to unit length: the output of its MLP (256 wide in the published files), before the last layer
-    to the prototypes. That layer and the student are left out. The MLP has three linear layers with GELU between them, that of the
+    The key is the output of the head's MLP (width 256 in the published files), which the head normalises to unit length before the last
+    layer to the prototypes. That layer and the student are left out. The MLP has three linear layers with GELU between them, that of the
     published ResNet-50 two and a BatchNorm (issue 189 of facebookresearch/dino). The feature of a transformer is its class token.
     DINO's ViT-S and ViT-B are timm's of patch size 16 and 8 (vit_small_patch16_224, ...).
     """

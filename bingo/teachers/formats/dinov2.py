@@ -12,9 +12,9 @@ _RENAMED = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."), ("register_to
 def parts(content: Any) -> Parts | None:
     """The backbone, whose unit feature (its class token) is the key; the mask token is left out.
 
-    arch is timm's vit_small_patch14_dinov2, ..., with registers vit_small_patch14_reg4_dinov2, .... timm adds no position to the
-    class token of those with registers, so the file's is added here once. Position embeddings are resampled by timm where image.crop_px
-    is not 518: bicubic with antialiasing, which the code of DINOv2 itself has for the networks with registers alone.
+    arch is timm's vit_small_patch14_dinov2, ..., with registers vit_small_patch14_reg4_dinov2, .... With registers, timm adds no position
+    to the class token, so the file's is added to it here. timm resamples position embeddings if image.crop_px is not 518: bicubic with
+    antialiasing, which DINOv2's own code uses only for the networks with registers.
     """
     state = whole(content)
     if "mask_token" not in state or "pos_embed" not in state or "decoder_pos_embed" in state:  # the last is MAE's

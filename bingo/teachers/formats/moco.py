@@ -14,8 +14,8 @@ _OTHERS = ("module.encoder_k", "module.queue", "module.queue_ptr")
 def parts(content: Any) -> Parts | None:
     """encoder_q and its head `fc`: v1's one layer, or v2's two with ReLU between them; encoder_k and the queue are left out.
 
-    The released BINGO code takes encoder_q too (main_moco.py:303-310). The ResNet-50, 101 and 152 that SEED and DisCo trained as
-    their teachers have this format.
+    The released BINGO code also uses encoder_q (main_moco.py:303-310). The ResNet-50, 101 and 152 that SEED and DisCo trained as
+    teachers have this format.
     """
     state = entry(content, "state_dict")
     if not under(state, _QUERY) or under(state, "module.teacher_encoder_q."):

@@ -15,8 +15,8 @@ _SMALL_WIDTH = 384
 def parts(content: Any) -> Parts | None:
     """base_encoder with its projector; momentum_encoder and predictor are left out.
 
-    The projector is `fc` of two layers in a ResNet, `head` of three in a vision transformer; it ends in a BatchNorm without weights,
-    so a key is what that gives. The feature of a transformer is its class token; its fixed sine-cosine position embedding is an
+    The projector is `fc` with two layers in a ResNet and `head` with three in a vision transformer; it ends in a BatchNorm without
+    weights, whose output is the key. The feature of a transformer is its class token; its fixed sine-cosine position embedding is an
     ordinary `pos_embed` of the file. vits.py gives ViT-S twelve heads where timm's and DINO's have six.
     """
     state = entry(content, "state_dict")

@@ -25,9 +25,9 @@ _STEM = {"net.0.0.": "conv1.", "net.0.1.0.": "bn1."}
 def parts(content: Any) -> Parts | None:
     """v1: a ResNet-50 (1x, 2x, 4x: `width`) without a head, whose unit feature is the key; v2: a ResNet with its contrastive head.
 
-    v2's head is three linear layers without bias, each before a BatchNorm, with ReLU between. Classifiers are left out. Images were
-    never normalised: image.mean is 0 and image.std 1. timm has no networks like v2's with selective kernels (sk1), which are
-    refused because of their names.
+    v2's head has three linear layers without bias, each followed by a BatchNorm, with ReLU between. Classifiers are left out. Images were
+    not normalised: image.mean is 0 and image.std 1. timm has no networks like v2's with selective kernels (sk1), which are
+    recognised by their names and refused.
     """
     if state := bare(entry(content, "state_dict")):
         return divide(state, "", left_out=("fc",), mean_std=_NOT_NORMALISED, sure=False)
@@ -41,7 +41,7 @@ def parts(content: Any) -> Parts | None:
 
 
 def _torchvision(name: str) -> str:
-    """torchvision's name of one of v2's tensors; another name stays as it is."""
+    """torchvision's name of one of v2's tensors; other names are not changed."""
     if match := _BLOCK.match(name):
         stage, block, rest = match.groups()
         renamed = _replaced(rest, _IN_BLOCK)

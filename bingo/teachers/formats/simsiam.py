@@ -10,9 +10,9 @@ _ENCODER = "module.encoder."
 
 
 def parts(content: Any) -> Parts | None:
-    """encoder with its projector `fc`: three linear layers, each before a BatchNorm, the last of which has no weights.
+    """encoder with its projector `fc`: three linear layers, each followed by a BatchNorm, the last of which has no weights.
 
-    A key is what that gives, the target of SimSiam's loss. The predictor is left out.
+    The key is the output of the last BatchNorm, the target of SimSiam's loss. The predictor is left out.
     """
     state = entry(content, "state_dict")
     if not under(state, _ENCODER):

@@ -12,8 +12,8 @@ def parts(content: Any) -> Parts | None:
     """The network and its projection head: Linear, BatchNorm (RN50w5 has none), ReLU, Linear. The prototypes are left out.
 
     The published files (swav_800ep_pretrain.pth.tar, swav_RN50w2_400ep_pretrain.pth.tar) are the state dict itself, checkpoints of
-    your own training hold it under `state_dict`. resnet50w2, w4 and w5 multiply all channels: arch resnet50, width 2.0, 4.0, 5.0. The
-    first convolution pads by 1 (a layer of its own) and by 2, which is torchvision's 3. The code normalises by a std of 0.228 in
+    your own training contain it under `state_dict`. resnet50w2, w4 and w5 multiply all channels: arch resnet50, width 2.0, 4.0, 5.0. The
+    first convolution pads by 1 (in a separate layer) and by 2, together torchvision's 3. The code normalises by a std of 0.228 in
     red where ImageNet's is 0.229, which the released BINGO code uses as well.
     """
     state = entry(content, "state_dict") or whole(content)

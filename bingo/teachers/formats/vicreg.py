@@ -11,9 +11,9 @@ KEY_WIDTH = 8192
 def parts(content: Any) -> Parts | None:
     """The backbone with its expander `projector`, or (resnet50.pth, resnet50x2.pth, resnet200x2.pth) the backbone alone.
 
-    The expander is linear layers with BatchNorm and ReLU between them, the last without bias; a key is its output, 8,192 wide as
-    published. resnet50x2 and resnet200x2 multiply all channels by two: arch resnet50 and resnet200, width 2.0. The first
-    convolution pads by 1 (a layer of its own) and by 2, which is torchvision's 3.
+    The expander consists of linear layers with BatchNorm and ReLU between them, the last without bias; its output, of width 8,192 as
+    published, is the key. resnet50x2 and resnet200x2 multiply all channels by two: arch resnet50 and resnet200, width 2.0. The first
+    convolution pads by 1 (in a separate layer) and by 2, together torchvision's 3.
     """
     if state := bare(content):
         return divide(state, "", sure=False)

@@ -1,1 +1,1 @@
-"""Reading of checkpoints of any code: their content, wrappers taken off, and the networks made from them."""
+"""Reading of checkpoints of any program: their content without wrappers, and the networks built from them."""

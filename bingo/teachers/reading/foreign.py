@@ -17,7 +17,7 @@ from torch import Tensor
 from bingo.nets.checkpoint import first_names
 from bingo.runtime.errors import UserError, near_matches, out_of_memory, reason_of
 
-_GLOBAL = re.compile(r"GLOBAL (\S+)")  # how torch's weights-only reader names what it refuses
+_GLOBAL = re.compile(r"GLOBAL (\S+)")  # in the message of torch's weights-only reader, before the name that it refuses
 # What public training programs pickle in addition to the weights: DINO's options; NumPy's learning rates in the optimizers of DINO and
 # SwAV; a
 # function in that of Barlow Twins and VICReg. Only these names are skipped, and nothing is imported or run.
@@ -27,10 +27,10 @@ _BESIDE_WEIGHTS = (
     *(f"numpy.{name}" for name in ("dtype", "ndarray")),
     "__main__.exclude_bias_and_norm",
 )
-_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before PyTorch 1.6
-_SPARE_BYTES = 64 << 20  # some files hold small tensors in this form
+_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of torch.save's files before PyTorch 1.6
+_SPARE_BYTES = 64 << 20  # some files contain small tensors in this form
 _WAY_OUT = "set {key} to a file of torch.save or safetensors"
-# What a file is instead, by its first bytes, and how to fix it.
+# Other kinds of files, by their first bytes, and how to fix the error.
 _BEGINNINGS = (
     (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch that with: git lfs pull"),
     (rb"\s*<", "a web page", "download the file itself, for example by the page's link to the raw file"),
@@ -39,7 +39,7 @@ _BEGINNINGS = (
     (rb"\x93NUMPY", "a NumPy array", "save a dict of tensors by name with torch.save"),
     (rb"\{", "a text of JSON", "set {key} to the file of weights itself"),
 )
-# Modules that wrap a network when it is compiled, sharded or checkpointed; no network has a part of such a name.
+# Modules that wrap a network when it is compiled, sharded or checkpointed; no network has a part with such a name.
 _WRAPPING = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _MOST_DEEP = 4  # levels of dicts around the weights
 
@@ -47,8 +47,9 @@ _MOST_DEEP = 4  # levels of dicts around the weights
 def read_checkpoint(path: Path | str, key: str = "teacher.checkpoint") -> tuple[Any, str]:
     """The content of a file of `torch.save` or safetensors, on the CPU, and the sha256 of its bytes (64 hex digits).
 
-    Objects that public training programs are known to save in addition to the weights become empty `Nothing`s. Raises UserError if the
-    file is absent, damaged, neither of the two, or contains any other pickled code, whose name it reports; `key` of params.yaml names it.
+    Objects that public training programs are known to save in addition to the weights are replaced by empty `Nothing`s. Raises UserError
+    if the file is absent, damaged, of neither kind, or contains any other pickled code, whose name it reports. `key` is the parameter that
+    gives the file, for messages.
     """
     if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"{path}: is {_what_holds(Path(path), key)}")
@@ -61,7 +62,7 @@ def read_checkpoint(path: Path | str, key: str = "teacher.checkpoint") -> tuple[
         raise UserError(f"{path}: the file does not exist{near}; {_WAY_OUT.format(key=key)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); fix its permissions, or {_WAY_OUT.format(key=key)}") from None
-    # By what it holds: a download keeps no suffix. A safetensors file begins with the length of the JSON that follows.
+    # Recognised by content, since downloads may have no suffix. A safetensors file begins with the length of the JSON that follows.
     read = _safetensors if start[8:9] == b"{" or Path(path).suffix == ".safetensors" else _torch_file
     return read(path, key), sha256
 
@@ -75,7 +76,7 @@ def states_in(content: Any) -> list[tuple[tuple[str, ...], dict[str, Tensor]]]:
 
 
 def dicts_in(content: Any) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """`content` and the dicts in it, whose keys are strings, the outer ones first, with the keys that lead to each."""
+    """`content` and the dicts in it whose keys are strings, outermost first, with the keys that lead to each."""
     found: list[tuple[tuple[str, ...], dict[str, Any]]] = []
     waiting: list[tuple[tuple[str, ...], Any]] = [((), content)]
     for keys, value in waiting:
@@ -86,7 +87,7 @@ def dicts_in(content: Any) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
 
 
 def without_wrapping(content: Any, levels: int = _MOST_DEEP) -> Any:
-    """The content with names as they are without torch.compile and FSDP, which put `_orig_mod.` and the like into them."""
+    """The content with the names that it has without torch.compile and FSDP, which insert `_orig_mod.` and the like."""
     if not isinstance(content, dict) or levels < 0:
         return content
     names = {key: _WRAPPING.sub("", key) if isinstance(key, str) else key for key in content}
@@ -94,7 +95,7 @@ def without_wrapping(content: Any, levels: int = _MOST_DEEP) -> Any:
 
 
 def shared_prefix(state: Mapping[str, Tensor]) -> str:
-    """The modules that all names begin with, such as `module.encoder.`, or nothing."""
+    """The modules with which all names begin, such as `module.encoder.`, or the empty string."""
     modules = [name.split(".")[:-1] for name in state]
     first, last = min(modules), max(modules)
     same = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
@@ -117,7 +118,7 @@ def _first_bytes(path: Path | str) -> bytes:
 
 
 def _what_holds(path: Path, key: str) -> str:
-    """What lies at a path that is not a regular file, and the way out: of a folder, a file of weights in it."""
+    """What a path is if it is not a regular file, and how to fix it; for a folder, by giving a file of weights in it."""
     if not path.is_dir():
         return f"no regular file; {_WAY_OUT.format(key=key)}"
     weights = sorted(str(file) for suffix in ("safetensors", "pth", "pt", "pth.tar", "bin", "ckpt") for file in path.glob(f"*.{suffix}"))
@@ -125,7 +126,7 @@ def _what_holds(path: Path, key: str) -> str:
 
 
 class Nothing:
-    """A placeholder for an unwanted object in a checkpoint; it accepts any arguments and keeps none."""
+    """A placeholder for an unwanted object in a checkpoint; it accepts any arguments and ignores them."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         return super().__new__(cls)
@@ -146,7 +147,7 @@ class _TooLarge(Exception):
 
 
 def _check_sizes(content: Any, file_bytes: int) -> None:
-    """Raises UserError for tensors with more numbers than the file has bytes: a few bytes may claim any shape, with strides of 0."""
+    """Raise UserError for tensors with more numbers than the file has bytes: a few bytes may declare any shape, with strides of 0."""
     waiting, seen = [("", content)], set()
     while waiting:
         name, value = waiting.pop()
@@ -166,7 +167,7 @@ def _torch_file(path: Path | str, key: str) -> Any:
         raise UserError(f"{line}; {way_out} (DeepMind's BYOL: by convert.py of ajtejankar/byol-convert)")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([(Nothing, name) for name in _BESIDE_WEIGHTS]):
-            warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read is refused below
+            warnings.simplefilter("ignore")  # about pickle protocols: files that cannot be read are refused below
             # Files from before PyTorch 1.6, as MoCo's are, are no zip archives and cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         _check_sizes(content, Path(path).stat().st_size)

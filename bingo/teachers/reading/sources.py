@@ -1,7 +1,7 @@
-"""Where a teacher comes from: one function for each source, all strict, none run when a teacher is only read.
+"""Sources of teachers: one strict function for each. None of them is used when an existing teacher is read.
 
-Each gives a backbone, a projection head or None, and what the teacher's file says of its origin. `left_out` names what the
-file held beyond the teacher; anything that was not foreseen there is refused. Published formats are in bingo/teachers/formats.
+Each returns a backbone, a projection head or None, and the metadata on its origin. `left_out` names the parts of the
+file that do not belong to the teacher; unexpected parts are an error. Published formats are in bingo/teachers/formats.
 """
 
 import importlib
@@ -50,8 +50,8 @@ _STATES = ("state_dict", "model")  # where most published checkpoints keep their
 
 
 def make_teacher(params: TeacherParams, image: ImageParams, seed: int) -> Made:
-    """The backbone, head (or None) and metadata for `save_teacher`, from any source but `pretrain`. `image` is what the teacher sees.
-    Raises UserError."""
+    """The backbone, head (or None) and metadata for `save_teacher`, from any source except `pretrain`. `image` describes the teacher's
+    images. Raises UserError."""
     makers: dict[str, Callable[[], Made]] = {
         "timm": lambda: from_library(params, image),
         "torchvision": lambda: from_library(params, image),
@@ -69,8 +69,8 @@ def make_teacher(params: TeacherParams, image: ImageParams, seed: int) -> Made:
 
 
 def from_factory(params: TeacherParams, seed: int) -> Made:
-    """The network that the user's own function makes, with the weights that it has there. The file's fingerprint is part of the teacher,
-    so that an edit of the file reruns what reads the teacher."""
+    """The network that the user's own function returns, with its weights. The file's fingerprint is part of the teacher, so that editing
+    the file reruns the stages that read the teacher."""
     backbone = build_backbone(params.arch, params.width, params.stem, seeds.torch_seed(seed, "random teacher"), params.options)
     return backbone, None, {"pretrained": True, "source_sha256": file_fingerprint(OWN / params.arch.rsplit(":", 1)[0])}
 
@@ -85,17 +85,17 @@ def _factory_image(params: TeacherParams, image: ImageParams) -> ImageParams:
 
 
 def untrained(params: TeacherParams, seed: int) -> Made:
-    """Seeded initial weights without a head: a control, and a way to try the pipeline out."""
+    """Seeded initial weights without a head: a control, and a way to try out the pipeline."""
     backbone = build_backbone(params.arch, params.width, params.stem, seeds.torch_seed(seed, "random teacher"), params.options)
     return backbone, None, {"pretrained": False, **_noted(params, {})}
 
 
 def from_library(params: TeacherParams, image: ImageParams) -> Made:
-    """timm's or torchvision's pretrained weights, as `teacher.arch` is named, or the local file `teacher.checkpoint` under the library's
+    """timm's or torchvision's pretrained weights of `teacher.arch`, or those in the local file `teacher.checkpoint` under the library's
     names; the classifier is left out.
 
-    Raises UserError if the weights cannot be downloaded, do not fit, or were trained with another mean and std than `image`
-    has (for a local file, whose training is not known, that is a line on stderr).
+    Raises UserError if the weights cannot be downloaded, do not fit, or were trained with a mean and std other than those of `image`
+    (for a local file, whose training is not known, this is a line on stderr).
     """
     options = ANY_IMAGE if is_transformer(params.arch) else {}
     backbone, name = _empty(params, options), params.arch.removeprefix("torchvision/")
@@ -116,7 +116,7 @@ def from_library(params: TeacherParams, image: ImageParams) -> Made:
 
 
 def from_names(params: TeacherParams, image: ImageParams) -> Made:
-    """The weights in `teacher.checkpoint` under the network's own names, whatever mean and std they were trained with."""
+    """The weights in `teacher.checkpoint` under the network's own names, without a check of mean and std."""
     options = ANY_IMAGE if is_transformer(params.arch) else {}
     return _from_own_file(params, image, _empty(params, options), options)
 
@@ -124,9 +124,9 @@ def from_names(params: TeacherParams, image: ImageParams) -> Made:
 def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
     """The backbone and the projection head, if there is one, of a checkpoint of the published format `teacher.format`.
 
-    Wrappers around the format's own names are taken off, with a line on stderr. Raises UserError if it is of another format (and
-    says of which), for names that such a file does not have, and for weights that do not fit `teacher.arch`. Another mean and std
-    than `image` has are a line on stderr.
+    Wrappers around the format's own names are removed, with a line on stderr. Raises UserError if the checkpoint has a different format
+    (and names it), for names that do not belong in such a file, and for weights that do not fit `teacher.arch`. A mean and std that
+    differ from those of `image` are reported on stderr.
     """
     path = str(params.checkpoint)
     content, sha256 = _content(params)
@@ -153,7 +153,7 @@ def from_checkpoint(params: TeacherParams, image: ImageParams) -> Made:
 
 
 def _parts(params: TeacherParams, content: Any) -> Parts:
-    """The parts of a checkpoint of `teacher.format`, which may have wrappers around it. Raises UserError if it is of another format."""
+    """The parts of a checkpoint of `teacher.format`, possibly with wrappers. Raises UserError if it has a different format."""
     if (parts := _format(params.format).parts(content)) is not None:
         return parts
     found = _unwrapped(params.format, content)
@@ -170,7 +170,7 @@ def _parts(params: TeacherParams, content: Any) -> Parts:
 
 
 def _unwrapped(name: str, content: Any) -> tuple[Parts, str] | None:
-    """The parts of a checkpoint of this format within wrappers around it, all of it known, and what was taken off."""
+    """The parts of a checkpoint of this format after removing wrappers, if all its names are known, and a description of the wrappers."""
     reads = ((_format(name).parts(variant), taken) for variant, taken in variants(content))
     return next(((parts, taken) for parts, taken in reads if parts is not None and not parts.unknown), None)
 
@@ -186,7 +186,7 @@ def _beside(params: TeacherParams, content: Any) -> tuple[Parts, str] | None:
 
 
 def _mention_stem(params: TeacherParams) -> None:
-    """Of networks whose stem differs in its stride alone, no file says which stem it was trained with."""
+    """Report on stderr if the stems differ only in their stride, so that the file does not show with which stem it was trained."""
     if params.stem == "small":
         line = f"{params.key('stem')} = small: fits the file, which does not say with which stem it was trained"
         print(f"{line}; published networks have {params.key('stem')}: imagenet", file=sys.stderr)
@@ -209,7 +209,7 @@ def _of_its_grid(
 
 
 def published_key_width(format_name: str) -> int | None:
-    """How wide the keys of a format's published files are; None where these hold no head, so that the feature is the key."""
+    """The width of the keys of a format's published files; None if these contain no head, so that the feature is the key."""
     return _format(format_name).KEY_WIDTH
 
 
@@ -218,7 +218,7 @@ def _format(name: str) -> Any:
 
 
 def _readers(content: Any) -> dict[str, Parts]:
-    """The formats that read a checkpoint, as it is or without wrappers, and what they find."""
+    """The formats that can read a checkpoint, with or without wrappers, and the parts that they find."""
     found = {name: parts for name in format_names() if (parts := _format(name).parts(content)) is not None}
     if not any(parts.sure for parts in found.values()):
         found = {name: within[0] for name in format_names() if (within := _unwrapped(name, content))} | found
@@ -226,7 +226,7 @@ def _readers(content: Any) -> dict[str, Parts]:
 
 
 def _what_instead(params: TeacherParams, content: Any) -> str:
-    """What was expected and what was found, and which parameters the file would suit."""
+    """What was expected and what was found, and parameters that would fit the file."""
     inside = [content[name] for name in _STATES if isinstance(content, dict) and content.get(name)]
     line = f"expected {_format(params.format).EXPECTED}, found {summary(inside[0] if inside else content)}"
     otherwise = f"set {params.key('checkpoint')} to a file of one of the formats {', '.join(format_names())}"
@@ -234,10 +234,10 @@ def _what_instead(params: TeacherParams, content: Any) -> str:
 
 
 def _ways_out(params: TeacherParams, content: Any, otherwise: str = "") -> str:
-    """The settings with which a checkpoint is read, where there are any: each was tried, so that none leads to the next refusal."""
+    """Settings with which the checkpoint can be read, if there are any. Each was tried, so that none leads to another error."""
     found = dict.fromkeys(_as_settings(params, settings) for settings in readings(params, content))
     settings = ", or ".join(filter(None, found))
-    return f"set {settings}" if settings else otherwise or f"give a whole file in {params.key('checkpoint')}"
+    return f"set {settings}" if settings else otherwise or f"give a complete file in {params.key('checkpoint')}"
 
 
 def _or_format(params: TeacherParams, way_out: str) -> str:
@@ -245,8 +245,8 @@ def _or_format(params: TeacherParams, way_out: str) -> str:
 
 
 def readings(params: TeacherParams, content: Any) -> Iterator[dict[str, Any]]:
-    """Source, format, arch, width and stem that read a checkpoint: of the published format that it is of, or else of a library and of
-    formats without names of their own."""
+    """Source, format, arch, width and stem that read a checkpoint: its published format, or otherwise a library and formats that use a
+    library's names."""
     read_by = _readers(content)
     sure = any(parts.sure for parts in read_by.values())  # even if it fits no network: a library would find another part of the file
     networks = {name: _network_of(params, parts) for name, parts in sorted(read_by.items()) if parts.sure == sure}
@@ -263,7 +263,7 @@ def readings(params: TeacherParams, content: Any) -> Iterator[dict[str, Any]]:
 
 
 def _network_of(params: TeacherParams, parts: Parts) -> dict[str, Any] | None:
-    """arch, width and stem with which these parts load: those asked for, or of a usual network; None where none do."""
+    """arch, width and stem with which these parts load: the configured ones, or those of a common network; None if there are none."""
     asked = {name: getattr(params, name) for name in ("arch", "width", "stem")}
     for network in filter(None, (asked, settings_that_fit(parts.trunk))):
         own = params.model_copy(update=network)
@@ -279,7 +279,7 @@ def _network_of(params: TeacherParams, parts: Parts) -> dict[str, Any] | None:
 
 
 def _of_a_library(params: TeacherParams, content: Any) -> Iterator[dict[str, Any]]:
-    """Source, arch, width and stem under which a library's own names fit the weights, wherever they are."""
+    """Source, arch, width and stem for which a library's names fit the weights, at any place in the checkpoint."""
     asked = {name: getattr(params, name) for name in ("arch", "width", "stem")}
     with suppress(UserError):
         network = asked if find(content, _empty(params, {})) else settings_in(content)
@@ -288,11 +288,11 @@ def _of_a_library(params: TeacherParams, content: Any) -> Iterator[dict[str, Any
 
 
 def _no_usual(params: TeacherParams, backbone: Backbone, state: Mapping[str, Tensor]) -> str:
-    """The way out where no usual network has these weights: what is beyond the network may be left out, what it lacks must be had."""
+    """How to fix the error if no common network has these weights: extra weights can be left out, but missing ones are needed."""
     if backbone.state_dict().keys() <= state.keys():
-        return "if these are no part of the network, save its state_dict() without them"
-    line = f"no usual network has just these weights: give a whole file in {params.key('checkpoint')}"
-    return f"{line}, or set {params.key('arch')}, width and stem to what was trained"
+        return "if these are not part of the network, save its state_dict() without them"
+    line = f"no common network has exactly these weights: give a complete file in {params.key('checkpoint')}"
+    return f"{line}, or set {params.key('arch')}, width and stem to those of the trained network"
 
 
 def _as_settings(params: TeacherParams, found: Mapping[str, Any]) -> str:
@@ -301,36 +301,37 @@ def _as_settings(params: TeacherParams, found: Mapping[str, Any]) -> str:
 
 
 def _head_widths(params: TeacherParams, parts: Parts, backbone: Backbone, origin: str) -> list[int]:
-    """The widths of the head's features by the checkpoint's shapes. Raises UserError if these are of no such head."""
+    """The widths of the head's layers, from the shapes in the checkpoint. Raises UserError if they do not fit such a head."""
     linears = [f"{i}.weight" for i, kind in enumerate(parts.layers) if kind.startswith("linear")]
     shapes = [tuple(parts.head[name].shape) if name in parts.head else () for name in linears]
-    widths = [shape[0] if len(shape) == 2 else 1 for shape in shapes]  # where it is 1, loading names what is wrong
-    with torch.device("meta"):  # shapes that do not fit one another may be of any size
+    widths = [shape[0] if len(shape) == 2 else 1 for shape in shapes]  # after a 1, loading reports the error
+    with torch.device("meta"):  # shapes that do not fit together may have any size
         empty = layered_head(parts.layers, [backbone.feature_width, *widths]).state_dict()
-        check_fits(empty, parts.head, origin, lambda: _or_format(params, f"set {params.key('checkpoint')} to a whole file"))
+        check_fits(empty, parts.head, origin, lambda: _or_format(params, f"set {params.key('checkpoint')} to a complete file"))
     return [backbone.feature_width, *widths]
 
 
 def _empty(params: TeacherParams, options: Mapping[str, Any]) -> Backbone:
-    """The network that weights are about to be loaded into."""
+    """The network into which weights will be loaded."""
     return build_backbone(params.arch, params.width, params.stem, 0, {**options, **params.options})
 
 
 def _noted(params: TeacherParams, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What metadata say of the backbone's options: nothing where there are none, so that such files stay as they were."""
+    """The metadata on the backbone's options; empty without options, so that files from before options existed do not change."""
     return {"options": {**options, **params.options}} if options or params.options else {}
 
 
 def _content(params: TeacherParams) -> tuple[Any, str]:
-    """What `teacher.checkpoint` holds, as `read_checkpoint` gives it. Raises UserError, with the address of a known teacher's weights."""
+    """The content of `teacher.checkpoint`, as returned by `read_checkpoint`. Raises UserError, with the address of a known teacher's
+    weights."""
     if params.known is not None and not Path(str(params.checkpoint)).exists():
         raise UserError(f"{params.key('checkpoint')} = {params.checkpoint}: the file does not exist; {params.known.way_in()}")
     return read_checkpoint(str(params.checkpoint), params.key("checkpoint"))
 
 
 def _from_own_file(params: TeacherParams, image: ImageParams, backbone: Backbone, options: Mapping[str, Any]) -> Made:
-    """The weights of `backbone` wherever they are in `teacher.checkpoint`, and the names of what is stored next to them; those of a
-    known teacher may have the names of the code that wrote them."""
+    """The weights of `backbone` at any place in `teacher.checkpoint`, and the names of the parts stored next to them. Weights of a known
+    teacher may have the names of the code that wrote them."""
     path = str(params.checkpoint)
     content, sha256 = _content(params)
     try:
@@ -356,7 +357,7 @@ def _from_own_file(params: TeacherParams, image: ImageParams, backbone: Backbone
 
 
 def _misfit(params: TeacherParams, backbone: Backbone, content: Any) -> UserError:
-    """What differs from the network in the most similar place of a checkpoint, and what the file suits instead."""
+    """The differences from the network at the most similar place in a checkpoint, and which network would fit the file."""
     path, own = str(params.checkpoint), backbone.state_dict()
     states = [place.state for place in places(content, next(iter(own)))] + [state for _, state in states_in(content)]
     if not states:
@@ -374,12 +375,12 @@ def _misfit(params: TeacherParams, backbone: Backbone, content: Any) -> UserErro
 
 def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, Tensor]:
     """The state dict of a pretrained network with its classifier, loaded strictly by the library itself."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says of each attempt is summed up below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its messages on each attempt are summarised below
     try:
         return get().state_dict()
     except Exception as error:  # the libraries' network clients raise errors of many kinds
         reason = reason_of(error)
-        line = f"{params.key('arch')} = {params.arch}: no pretrained weights could be had ({reason})"
+        line = f"{params.key('arch')} = {params.arch}: no pretrained weights could be obtained ({reason})"
         if "No pretrained weights exist" in reason or "Invalid pretrained tag" in reason:
             near = near_matches(params.arch, timm.list_pretrained())
             raise UserError(f"{line}; set {params.key('arch')} to one of timm.list_pretrained(){near}") from None
@@ -388,11 +389,11 @@ def _download(params: TeacherParams, get: Callable[[], nn.Module]) -> dict[str, 
 
 
 def _compare_normalisation(params: TeacherParams, image: ImageParams, mean: Any, std: Any) -> None:
-    if np.allclose([*image.mean, *image.std], [*mean, *std], rtol=0, atol=2e-3):  # SwAV's 0.228 for 0.229 is of no consequence
+    if np.allclose([*image.mean, *image.std], [*mean, *std], rtol=0, atol=2e-3):  # SwAV's 0.228 instead of 0.229 does not matter
         return
     expected = f"the published weights of {params.arch} expect {list(mean)}, {list(std)}"
     mean_key, std_key = params.key("image.mean"), params.key("image.std")
     line = f"{mean_key} = {image.mean}, {std_key} = {image.std}: {expected}"
     if not params.checkpoint:
         raise UserError(f"{line}; set {mean_key} and {std_key} to these")
-    print(f"{line}; right if {params.key('checkpoint')} was trained otherwise", file=sys.stderr)
+    print(f"{line}; ignore this if {params.key('checkpoint')} was trained differently", file=sys.stderr)

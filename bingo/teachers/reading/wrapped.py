@@ -1,6 +1,6 @@
-"""Finding a network in a checkpoint, whatever wraps it: entries around the dict of its weights, and modules around their names.
+"""Finding a network in a checkpoint within any wrappers: entries around the dict of its weights, and modules before their names.
 
-That a place holds the network is seen by its names and shapes, which must all fit; only then is a wrapper taken off.
+A place is recognised as the network if all names and shapes fit; only then is a wrapper removed.
 """
 
 import re
@@ -15,7 +15,7 @@ from bingo.nets.backbones import Backbone, build_backbone, without_numbers
 from bingo.runtime.errors import UserError
 from bingo.teachers.reading.foreign import dicts_in, shared_prefix, states_in, without_wrapping
 
-# Of several networks that fit, the one whose wrappers come first here; what is not here comes behind, equal among itself.
+# If several networks fit, the one whose wrapper comes first here is preferred; all others come after these, with equal rank.
 _PREFERRED = (
     "teacher", "module", "state_dict", "model", "model_state_dict", "net", "network", "backbone", "encoder", "trunk", "base_encoder",
     "encoder_q", "online_encoder", "online_network", "online",
@@ -23,7 +23,7 @@ _PREFERRED = (
 UNKNOWN_RANK = len(_PREFERRED)
 _COUNTER = "num_batches_tracked"
 _OF_MASKING = re.compile(r"(?:mask_token|masked_embed|decoder\w*)(?:\.|$)")
-# By a name that each network of a family has: what is tried where a file does not fit.
+# Networks to try if a file does not fit, by a name that every network of a family has.
 _FAMILIES = {
     "layer1.0.conv1.weight": (
         "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet10t", "resnet14t", "resnet26", "resnet18d", "resnet50d",
@@ -58,7 +58,7 @@ class Place:
 
     @property
     def rank(self) -> list[int]:
-        """Low where it is more likely to be the network that is wanted."""
+        """Lower if it is more likely to be the wanted network."""
         words = [*self.keys, *self.prefix.split(".")[:-1]]
         return sorted((_PREFERRED.index(word) if word in _PREFERRED else UNKNOWN_RANK for word in words), reverse=True)
 
@@ -68,7 +68,7 @@ class Place:
 
 
 def places(content: Any, anchor: str) -> list[Place]:
-    """Every dict of weights in a checkpoint that has the name `anchor` behind some prefix, with what follows that prefix."""
+    """Every dict of weights in a checkpoint that has the name `anchor` after some prefix, with the names that follow that prefix."""
     found = []
     for keys, state in states_in(without_wrapping(content)):
         for prefix in [name.removesuffix(anchor) for name in state if name == anchor or name.endswith(f".{anchor}")]:
@@ -79,14 +79,14 @@ def places(content: Any, anchor: str) -> list[Place]:
 
 
 def _module(name: str, prefix: str) -> str:
-    """The outermost module of a name that does not lie under `prefix`."""
+    """The outermost module of a name that does not begin with `prefix`."""
     parts, known = name.split("."), prefix.split(".")
     same = next((i for i, (one, other) in enumerate(zip(parts, known, strict=False)) if one != other), 0)
     return ".".join(parts[: same + 1])
 
 
 def without_classifier(backbone: Backbone, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights but those of the classifier and of masked pretraining, and the names of these."""
+    """The weights without those of the classifier and of masked pretraining, and the names of the latter two."""
     own, classifier = backbone.state_dict(), tuple(f"{prefix}." for prefix in backbone.classifier_names)
     kept, left_out = without_masking(state, backbone)
     left_out += [name for name in kept if name not in own and name.startswith(classifier)]
@@ -94,13 +94,13 @@ def without_classifier(backbone: Backbone, state: Mapping[str, Tensor]) -> tuple
 
 
 def without_masking(state: Mapping[str, Tensor], backbone: Backbone) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights but those that only images with masked patches need (of MAE, SimMIM, iBOT), and the names of these."""
+    """The weights without those needed only for images with masked patches (of MAE, SimMIM, iBOT), and the names of these."""
     left_out = sorted(name for name in state.keys() - backbone.state_dict().keys() if _OF_MASKING.match(name))
     return {name: tensor for name, tensor in state.items() if name not in left_out}, left_out
 
 
 def fits(backbone: Backbone, state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the weights of the network, ignoring classifier and counters; a position embedding may have another grid."""
+    """Whether these are the weights of the network, ignoring classifier and counters; a position embedding may have a different grid."""
     own = backbone.state_dict()
     state, _ = without_classifier(backbone, state)
     needed = {name for name in own if not name.endswith(_COUNTER)}
@@ -111,7 +111,7 @@ def fits(backbone: Backbone, state: Mapping[str, Tensor]) -> bool:
 
 
 def grid_px(backbone: Backbone, pos_embed: Tensor) -> int | None:
-    """The image's side in pixels for which a vision transformer has this position embedding (1, tokens, width), where it can have it."""
+    """The image's side in pixels for which a vision transformer has this position embedding (1, tokens, width), if there is one."""
     own: Any = backbone
     if not getattr(own, "dynamic_img_size", False) or pos_embed.ndim != 3 or pos_embed.shape[2] != own.pos_embed.shape[2]:
         return None
@@ -122,9 +122,9 @@ def grid_px(backbone: Backbone, pos_embed: Tensor) -> int | None:
 
 
 def find(content: Any, backbone: Backbone) -> tuple[Place, list[Place]] | None:
-    """The place of the network in a checkpoint, and others that fit as well; None if no place fits.
+    """The place of the network in a checkpoint, and others that also fit; None if no place fits.
 
-    Raises UserError if nothing says which of several is wanted.
+    Raises UserError if several fit and none is preferred.
     """
     anchor = next(iter(backbone.state_dict()))
     fitting = sorted((place for place in places(content, anchor) if fits(backbone, place.state)), key=lambda place: place.rank)
@@ -137,9 +137,9 @@ def find(content: Any, backbone: Backbone) -> tuple[Place, list[Place]] | None:
 
 
 def variants(content: Any) -> Iterator[tuple[Any, str]]:
-    """What formats may find in a checkpoint: itself, then without wrappers around it; each with what was taken off, in words.
+    """The forms in which formats may recognise a checkpoint: unchanged, then without wrappers; each with a description of what was removed.
 
-    `module.` is put before all names where it is missing, as training on several GPUs does, since formats are described with it.
+    `module.` is put before all names if it is missing, as by training on several GPUs, since formats are described with it.
     """
     yield content, ""
     plain = without_wrapping(content)
@@ -156,13 +156,13 @@ def variants(content: Any) -> Iterator[tuple[Any, str]]:
 
 
 def settings_in(content: Any) -> dict[str, Any] | None:
-    """arch, width and stem of a usual network whose weights are anywhere in a checkpoint, or None."""
+    """arch, width and stem of a common network whose weights are at any place in a checkpoint, or None."""
     states = (place.state for anchor in _ANCHORS for place in places(content, anchor))
     return next((found for state in states if (found := settings_that_fit(state))), None)
 
 
 def settings_that_fit(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """arch, width and stem of a usual network whose weights these are, or None."""
+    """arch, width and stem of a common network that has these weights, or None."""
     family = next((names for anchor, names in _FAMILIES.items() if anchor in state), ())
     for arch in family:
         for width, stem in _width_and_stem(state) if arch.startswith("re") else [(1.0, "imagenet")]:
@@ -174,7 +174,7 @@ def settings_that_fit(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 @cache
 def _empty(arch: str, width: float, stem: str) -> Backbone | None:
-    """The network without numbers, or None if there is no such network."""
+    """The network on the meta device, or None if there is no such network."""
     try:
         return without_numbers(lambda: build_backbone(arch, width, stem, 0))
     except UserError:
@@ -182,7 +182,7 @@ def _empty(arch: str, width: float, stem: str) -> Backbone | None:
 
 
 def _width_and_stem(state: Mapping[str, Tensor]) -> list[tuple[float, str]]:
-    """The widths and stems that a ResNet's first layers may have: 64 channels are width 1."""
+    """The widths and stems that a ResNet may have, judging by its first layers: 64 channels are width 1."""
     block, first = state["layer1.0.conv1.weight"], state.get("conv1.weight")
     widths = dict.fromkeys((block.shape[1] / 64, block.shape[0] / 64, 1.0))
     stem = "small" if first is not None and first.shape[-1:] == (3,) else "imagenet"
