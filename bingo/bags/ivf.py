@@ -120,14 +120,19 @@ class _Lists:
             places_n = np.arange(max(own_start[number], block.start), min(own_start[number + 1], block.stop))
             queries.search(places_n - block.start, places_n - own_start[number], rows_n, own_nD)
         probed_qP = top_k(queries.unit_qD, self.centroids_CD, self.probes, unit_queries=True)[0]
-        probing = np.argsort(probed_qP, axis=None, kind="stable")  # the queries sorted by the lists that they probe: int64 (q * P,)
-        probing //= probed_qP.shape[1]
-        probing_start = np.concatenate([[0], np.bincount(probed_qP.ravel(), minlength=len(self.centroids_CD)).cumsum()])
+        probing, probing_start = _by_list(probed_qP, len(self.centroids_CD))
         for number, rows_n, own_nD in each_cluster(self.features, self.list_rows_T, self.list_start):
             asking_n = probing[probing_start[number] : probing_start[number + 1]]
             asking_n = asking_n[list_q[asking_n] != number]
             queries.search(asking_n, np.full(len(asking_n), -1), rows_n, own_nD)
             self.bar.advance_to(block.start + (number + 1) * len(list_q) // len(self.centroids_CD))
+
+
+def _by_list(probed_qP: np.ndarray, lists: int) -> tuple[np.ndarray, np.ndarray]:
+    """The queries sorted by the lists that they probe, int64 (q * P,), and the start of each list among them (C+1,)."""
+    probing = np.argsort(probed_qP, axis=None, kind="stable")
+    probing //= probed_qP.shape[1]
+    return probing, np.concatenate([[0], np.bincount(probed_qP.ravel(), minlength=lists).cumsum()])
 
 
 @dataclass(frozen=True)
