@@ -79,9 +79,7 @@ def nearest_in_lists(queries_QD: np.ndarray, features: Rows, floor: float, ivf: 
     queries = _ListQueries(
         unit_rows(queries_QD), np.full((len(queries_QD), 1), -1, np.int32), np.full((len(queries_QD), 1), floor, np.float32)
     )
-    probed_QP = top_k(queries.unit_qD, centroids_CD, min(ivf.probes, lists), unit_queries=True)[0]
-    probing, probing_start = sorted_by_cluster(probed_QP.ravel(), lists)
-    probing //= probed_QP.shape[1]
+    probing, probing_start = _by_list(top_k(queries.unit_qD, centroids_CD, min(ivf.probes, lists), unit_queries=True)[0], lists)
     with progress_bar("near-duplicates of test images", lists, "lists") as bar:
         for number, rows_n, own_nD in each_cluster(features, list_rows_T, list_start):
             asking_n = probing[probing_start[number] : probing_start[number + 1]]
