@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -83,14 +84,14 @@ class Decoded:
         from bingo.images.nvjpeg import crops_of_pixels, decode_on  # here, as releases of torchvision after 0.29 are to have no decoder
 
         files = self.result.files.split(self.result.lengths_U)
+        wanted = _wanted(self.task, self.result.boxes_T4, views)
         for i, file, image_3HW in zip(self.result.left_U, files, decode_on(device, files), strict=True):
-            wanted = _wanted(self.task, i, self.result.boxes_T4, views)
             if image_3HW is not None:
-                crops_of_pixels(image_3HW, wanted)
+                crops_of_pixels(image_3HW, wanted[i])
                 continue
             with _unreadable_noted(self.task, i, lines):
                 content = file.numpy().tobytes()
-                decode_crops(content, read_header(content), wanted, self.task.files.gray_bits)
+                decode_crops(content, read_header(content), wanted[i], self.task.files.gray_bits)
         if lines:
             raise UserError(lines)
         return views
@@ -145,6 +146,7 @@ class _Decode(Work):
                 content = task.files.read(i)
                 files.append((i, content, read_header(content)))
         boxes_T4 = _boxes(task, {i: header for i, _, header in files})
+        wanted = [] if task.crops is None else _wanted(task, boxes_T4, views)
         left: list[tuple[int, bytes]] = []
         for i, content, header in files:
             with _unreadable_noted(task, i, lines):
@@ -153,26 +155,24 @@ class _Decode(Work):
                     square_PP3 = decode_square(content, image.resize_px, image.crop_px, image.interpolation, task.files.gray_bits)
                     views[0][task.starts[i] : task.starts[i + 1]] = torch.from_numpy(square_PP3.copy())
                     continue
-                wanted = _wanted(task, i, boxes_T4, views)
-                if task.files.jpeg_decoder == "gpu" and header.plain_jpeg and may_shrink(wanted) < 2 and is_plain_baseline(content):
+                if task.files.jpeg_decoder == "gpu" and header.plain_jpeg and may_shrink(wanted[i]) < 2 and is_plain_baseline(content):
                     left.append((i, content))
                 else:
-                    decode_crops(content, header, wanted, task.files.gray_bits)
+                    decode_crops(content, header, wanted[i], task.files.gray_bits)
         together = torch.from_numpy(np.frombuffer(bytearray(b"".join(content for _, content in left)), np.uint8))
         return _Result(lines, views, together, [i for i, _ in left], [len(content) for _, content in left], boxes_T4)
 
 
-def _wanted(task: _DecodeTask, i: int, boxes_T4: np.ndarray, views: Sequence[Tensor]) -> list[CropsWanted]:
-    """The crops of the task's i-th image, of each kind that it has."""
+def _wanted(task: _DecodeTask, boxes_T4: np.ndarray, views: Sequence[Tensor]) -> list[list[CropsWanted]]:
+    """For each of the task's images, the crops of each kind that it has."""
     assert task.crops is not None
-    start, end, flip_T = task.starts[i], task.starts[i + 1], task.crops.flip_B
-    wanted = []
+    wanted = [list[CropsWanted]() for _ in task.starts[1:]]
     for kind, image in enumerate(task.images):
-        before = int((task.kind_T[:start] == kind).sum())
-        rows_V = start + np.flatnonzero(task.kind_T[start:end] == kind)
-        if len(rows_V):
-            out_VPP3 = views[kind][before : before + len(rows_V)]
-            wanted.append(CropsWanted(boxes_T4[rows_V], flip_T[rows_V], out_VPP3, image.interpolation))
+        rows_t = np.flatnonzero(task.kind_T == kind)
+        boxes_t4, flip_t = boxes_T4[rows_t], task.crops.flip_B[rows_t]
+        for i, (start, end) in enumerate(pairwise(np.searchsorted(rows_t, task.starts).tolist())):
+            if start < end:
+                wanted[i].append(CropsWanted(boxes_t4[start:end], flip_t[start:end], views[kind][start:end], image.interpolation))
     return wanted
 
 
