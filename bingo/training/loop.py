@@ -5,6 +5,7 @@ Every random choice is a function of (seed, purpose, epoch, row), so a run that 
 ends with the same bytes as an uninterrupted one.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from bingo import seeds
 from bingo.methods.contract import Batch, Method, Progress
-from bingo.methods.parts.momentum import MomentumCopy
+from bingo.methods.parts.momentum import MomentumCopy, average_into
 from bingo.nets.batchnorm.groups import counted_together, counting_layers, grouped_batchnorm, own_groups
 from bingo.nets.checkpoint import on_host
 from bingo.nets.precision import casts_kept
@@ -92,7 +92,7 @@ class Trainer(Resumable):
         self.sums: dict[str, Tensor] = {}
         self.step, self.history, self.best, self.result = 0, list[dict[str, float]](), dict[str, Any](), TrainingResult()
         self.parts, self.values = {"method": self.method, "optimizer": self.optimizer}, ("step", "sums", "history", "best")
-        self.average = ModelEmaV3(method.student, student_ema, use_warmup=True) if student_ema else None
+        self.student_ema, self.average = student_ema, copy.deepcopy(method.student) if student_ema else None
         if self.average is not None:
             self.parts = {**self.parts, "average": self.average}
 
@@ -109,7 +109,7 @@ class Trainer(Resumable):
             while self.step < total:
                 self._epoch(bar)
         self.result.history, self.result.best = self.history, self.best
-        self.result.average = on_host(self.average.module.state_dict()) if self.average is not None else {}
+        self.result.average = on_host(self.average.state_dict()) if self.average is not None else {}
         self.result.seconds, self.result.wait_seconds = time.monotonic() - begun, self.batches.loader.wait_seconds
         return self.result
 
@@ -145,7 +145,7 @@ class Trainer(Resumable):
             update(self.optimizer, self.schedule)
             self.method.after_step()
             if self.average is not None:
-                self.average.update(self.method.student, self.step + 1)
+                average_into(self.average, self.method.student, min(self.student_ema, 1 - (self.step + 1) ** (-2 / 3)))
             for name, value in terms.items():
                 self.sums[name] = self.sums[name].add_(value.detach()) if name in self.sums else value.detach().double()
         self.part = 0 if last else self.part + 1

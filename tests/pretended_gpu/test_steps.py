@@ -1,13 +1,29 @@
 """A step of every method on the pretended GPU: the CPU's numbers, no wait, and no more launches than it has now."""
 
+import copy
 import json
 
 import pytest
 import torch
 
+from bingo.methods.parts.momentum import average_into
 from bingo.params import method_names
 from bingo.runtime.loggers import LoggedRun, TrainingLog
-from tests.pretended_gpu.steps import CASES, OPTIMIZERS, PARTS, Case, launches_by_part, on_cpu, on_gpu, steps, trainer
+from tests.pretended_gpu.device import pretended_gpu
+from tests.pretended_gpu.steps import (
+    CASES,
+    OPTIMIZERS,
+    PARTS,
+    Case,
+    deterministic,
+    launches_by_part,
+    on_cpu,
+    on_gpu,
+    small_teacher,
+    steps,
+    trainer,
+)
+from tests.pretended_gpu.streams import GPU
 
 # Launches of one step, at most; `python -m tests.pretended_gpu` prints them by part. Lower a number that has become too high;
 # one may rise only for a reason that stands in the commit.
@@ -84,6 +100,26 @@ def test_neither_an_optimizer_nor_clipping_nor_a_step_in_parts_waits(tmp_path, c
     assert outcome.sums == wanted.sums
     assert not [name for name, value in wanted.state.items() if not torch.equal(outcome.state[name], value)]
     assert record.faults.keys() <= ({"by_tensor"} if case.schedule.get("optimizer") in ("lamb", "lars") else set())
+
+
+def test_an_average_of_the_student_is_the_cpus_in_two_launches(tmp_path):
+    def run(device):
+        made = trainer(tmp_path / device, MOCO, torch.device(device), student_ema=0.3)
+        steps(made, 2)
+        return {name: value.cpu() for name, value in made.average.state_dict().items()}
+
+    with deterministic():
+        wanted = run("cpu")
+        with pretended_gpu() as record:
+            found = run("cuda")
+            network = small_teacher(GPU, "fp32").backbone
+            average = copy.deepcopy(network)
+            record.clear()
+            average_into(average, network, 0.3)
+            assert record.launches == {"_foreach_lerp_": 1, "_foreach_copy_": 1}
+            assert not record.faults
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
 
 def test_the_views_of_a_step_take_at_most_100_launches(tmp_path):

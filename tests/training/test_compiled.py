@@ -39,7 +39,7 @@ def traced(function, mode, dynamic):
 def outcome(folder: Path, case: Case, mode: str | None, groups: int = 1) -> Outcome:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    run = trainer(folder, case, CPU, compiled=mode)
+    run = trainer(folder, case, CPU, compiled=mode, student_ema=0.3)
     run.groups = groups
     steps(run, 2)
     if mode is not None:
@@ -47,7 +47,9 @@ def outcome(folder: Path, case: Case, mode: str | None, groups: int = 1) -> Outc
         assert not torch._dynamo.utils.counters["graph_break"]
         assert all("forward" not in network.__dict__ for network, _ in run.compiled.forwards)
         assert {id(network) for network, _ in run.compiled.forwards} >= {id(run.method.student), *map(id, run.method.frozen)}
-    return outcome_of(run)
+    found = outcome_of(run)
+    found.state |= {f"average.{name}": value for name, value in run.average.state_dict().items()}
+    return found
 
 
 @pytest.mark.slow
@@ -109,6 +111,26 @@ def test_kernels_of_inductor_give_the_eager_ones_numbers_to_rounding(tmp_path):
     assert found.sums == pytest.approx(wanted.sums, rel=1e-4)
     for name, value in wanted.state.items():
         torch.testing.assert_close(found.state[name], value, rtol=1e-3, atol=1e-4, msg=lambda message, name=name: f"{name}: {message}")
+
+
+def test_batches_of_several_shapes_are_each_compiled_once(monkeypatch):
+    """As those of small crops, and of a teacher's larger images."""
+    seen = []
+
+    def counted(graph, inputs):
+        seen.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(compiled.torch, "compile", lambda function, mode, dynamic: COMPILE(function, backend=counted, dynamic=dynamic))
+    torch._dynamo.reset()
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    networks, batches = CompiledNetworks([network], "default", CPU), [torch.randn(b, 3, p, p) for b, p in ((2, 8), (6, 5), (3, 9))]
+    wanted, own = [network(x) for x in batches], len(seen)
+    for _ in range(3):
+        with networks.used():
+            for x, y in zip(batches, wanted, strict=True):
+                torch.testing.assert_close(network(x), y)
+    assert len(seen) == own + len(batches)
 
 
 def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch):

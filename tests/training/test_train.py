@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from bingo.bags.builders import build_knn
@@ -178,7 +179,10 @@ def test_the_average_is_that_of_the_weights_and_statistics_after_each_step(tmp_p
             expected[name] = share * before + (1 - share) * value.double() if value.is_floating_point() else value.clone()
 
     monkeypatch.setattr(run, "_train_step", watched)
+    timms, after = ModelEmaV3(run.method.student, 0.7, use_warmup=True), run.method.after_step
+    monkeypatch.setattr(run.method, "after_step", lambda: (after(), timms.update(run.method.student, run.step + 1)))
     found = run.run().average
+    assert all(torch.equal(found[name], value) for name, value in timms.module.state_dict().items())
     assert found.keys() == expected.keys() == run.method.student.state_dict().keys()
     for name, value in found.items():
         torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6)

@@ -78,6 +78,16 @@ class MomentumCopy(nn.Module):
         torch._foreach_lerp_(own, [parameter.detach() for parameter in self._averaged[0].parameters()], 1 - self.momentum)
 
 
+@torch.no_grad()
+def average_into(average: nn.Module, network: nn.Module, momentum: float) -> None:
+    """average = momentum * average + (1 - momentum) * network, of parameters and buffers; integers, such as counters, are copied."""
+    pairs = [*zip(average.state_dict().values(), network.state_dict().values(), strict=True)]
+    floats, integers = ([pair for pair in pairs if pair[0].is_floating_point() == kind] for kind in (True, False))
+    torch._foreach_lerp_([own for own, _ in floats], [new for _, new in floats], 1 - momentum)
+    if integers:
+        torch._foreach_copy_([own for own, _ in integers], [new for _, new in integers])
+
+
 def shuffled(encode: Callable[[Tensor], Tensor], images_BCHW: Tensor, seed: int, step: int) -> Tensor:
     """`encode` with the images shuffled among the BatchNorm groups of all processes, so that a query and its key are normalised
     with different images (MoCo's ShuffleBN).
