@@ -72,7 +72,7 @@ def search_lists(features: Rows, k: int, ivf: InvertedFile, sharing: Sharing = A
 
 
 def nearest_in_lists(queries_QD: np.ndarray, features: Rows, floor: float, ivf: InvertedFile) -> np.ndarray:
-    """The largest cosine of each query to the rows in the lists that it probes, float32 (Q,); `floor` where none is above it."""
+    """The largest cosine of each query to the rows in the lists that it probes, float32 (Q,); `floor` if none is larger."""
     lists = ivf.list_count(len(features))
     centroids_CD, _ = train_centroids(features, lists, _ITERATIONS, ivf.seed, _TRAINED_ROWS_A_LIST)
     list_rows_T, list_start = sorted_by_cluster(ALONE.nearest_centroid("lists", features, centroids_CD), lists)
