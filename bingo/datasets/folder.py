@@ -44,7 +44,7 @@ def scan_files(
     classes, held_out = train.classes or test.classes, not test.paths and dataset.test_images is not None
     if held_out:
         train, test = _without_held_out(dataset, found, seed, known)
-        say(f"dataset.root = {dataset.root}: has no test split: {len(test.paths):,} images are held out of the train images")
+        say(f"dataset.root = {dataset.root}: has no test split: {len(test.paths):,} images are held out from the train images")
     passed_over: set[str] = set()
     readable = partial(_readable, dataset, found, known)
     chosen = [_choose(dataset, readable, name, split, classes, seed, passed_over) for name, split in (("train", train), ("test", test))]
@@ -55,19 +55,17 @@ def scan_files(
     gray_bits = common_bits(files, checks, images_NSS3)
     if gray_bits is not None:
         gray = int((checks.largest_N >= 0).sum())
-        say(
-            f"{gray:,} images are grey with 16 bits: {gray_bits} of them hold the picture, as the largest value is {checks.largest_N.max()}"
-        )
+        say(f"{gray:,} images are 16-bit greyscale: {gray_bits} bits hold the picture, as the largest value is {checks.largest_N.max()}")
     if len(deep := np.flatnonzero(checks.deep_colours_N)):
-        said = f"{len(deep):,} images have 16 bits a colour ({printable(paths[deep[0]])}), of which the upper 8 are read"
-        say(f"warning: {said}: where values fill fewer than 16 bits they come out dark; write them with 8 bits a colour")
+        said = f"{len(deep):,} images have 16 bits per colour ({printable(paths[deep[0]])}), of which only the upper 8 are read"
+        say(f"warning: {said}: images whose values use fewer than 16 bits are dark; save them with 8 bits per colour")
     is_train_N, keep_N = np.arange(len(paths)) < len(chosen[0][0]), checks.readable_N
     if held_out and (copies := int((again_N := _copies_of_train(checks, len(chosen[0][0]))).sum())):
-        say(f"{copies:,} of the images held out are byte-for-byte copies of train images, and are left out")
+        say(f"{copies:,} of the held-out images are byte-for-byte copies of train images and are left out")
         keep_N &= ~again_N
     keep = np.flatnonzero(keep_N)
     few = f"lower dataset.test_images ({dataset.test_images}; {len(keep)} can be read), or set it to null"
-    way_out = few if held_out and len(keep) else "name another folder in dataset.root"
+    way_out = few if held_out and len(keep) else "set dataset.root to another folder"
     _judge_bad(dataset, paths, checks, bool((keep_N & is_train_N).any()), way_out)
     if images_NSS3 is not None and len(keep) < len(paths):
         for row, old_row in enumerate(keep.tolist()):  # in place: there may not be enough memory for two copies
@@ -96,7 +94,7 @@ def _say_of_rows(paths: Paths, sha256_N: np.ndarray | None, labels_N: np.ndarray
         if shared := int((of_train_Q >= 0).sum()):
             row = int((of_train_Q >= 0).argmax())
             pair = " and ".join(printable(paths[row]) for row in (of_train_Q[row], train_rows + row))
-            say(f"warning: {shared} test images are train images too, byte for byte ({pair}): figures on them are too high")
+            say(f"warning: {shared} test images are byte-for-byte copies of train images ({pair}), so figures are too high")
     if absent := [classes[label] for label in np.flatnonzero(np.bincount(labels_N[:train_rows].clip(0), minlength=len(classes)) == 0)]:
         say(f"warning: no train image of {len(absent)} of {len(classes)} classes is left ({printable(absent[0])}, ...)")
 

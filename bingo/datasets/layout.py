@@ -71,7 +71,7 @@ def find_images(root: Path, name: str, follow_links: bool, say: Say) -> Paths:
     walker = _Walker(root, name, follow_links)
     paths = walker.images("")
     if not paths:
-        raise UserError(f"{name} = {root}: holds no images; recognised are {', '.join(SUFFIXES)}{walker.seen_instead()}")
+        raise UserError(f"{name} = {root}: contains no images; recognised are {', '.join(SUFFIXES)}{walker.seen_instead()}")
     walker.report(say)
     return paths
 
@@ -121,7 +121,7 @@ def find_splits(
 def _refuse_no_folder(root: Path, name: str, content: str) -> None:
     if not root.is_dir():
         problem = "is a file" if root.exists() else "the folder does not exist"
-        raise UserError(f"{name} = {root}: {problem}; name the folder that holds {content}")
+        raise UserError(f"{name} = {root}: {problem}; give the folder that contains {content}")
 
 
 def _or_none(test_name: str | None) -> str:
@@ -159,7 +159,7 @@ def _placed_splits(walker: "_Walker", members: Members, say: Say) -> tuple[Split
     train, test = (_split({name: joined_paths([of_class]).in_order() for name, of_class in by_class.items()}) for by_class in found)
     walker.passed["images of other splits"] += sum(len(paths) for by_class in by_split.values() for paths in by_class.values())
     if train.classes and test.paths and not test.classes:
-        say(f"{walker.shown}: the images of the split {printable(tests[0])} have no labels, which train images have, and are passed over")
+        say(f"{walker.shown}: the images of the split {printable(tests[0])} have no labels, although train images have, and are skipped")
         return train, _NO_SPLIT
     _say_of_names(walker.shown, train.classes, say)
     if train.classes and (unknown := sorted(set(test.classes) - set(train.classes))):
@@ -192,7 +192,7 @@ def _with_classes_of_train(walker: "_Walker", train: Split, test: Split, test_na
         raise UserError(f"{walker.shown}: {test_name}/ has classes that train/ lacks: {_some(unknown)}; {way_out}")
     if renamed:
         pairs = [f"{old} is {new}" for old, new in renamed.items()]
-        say(f"{walker.shown}: class names of {test_name}/ differ from those of train/ in case alone: {_some(pairs)}")
+        say(f"{walker.shown}: class names of {test_name}/ differ from those of train/ only in case: {_some(pairs)}")
     _say_of_missing(f"{walker.shown}: {test_name}/", train.classes, [renamed.get(name, name) for name in test.classes], say)
     names = np.array([renamed.get(name, name) for name in test.classes], object)
     classes, places = np.unique(names, return_inverse=True)
@@ -232,14 +232,14 @@ def _find_split(walker: "_Walker", split: str, say: Say) -> Split:
     if here:
         return _split({"": here})
     if not any(by_folder.values()):
-        raise UserError(f"{where} holds no images; recognised are {', '.join(SUFFIXES)}{walker.seen_instead()}")
+        raise UserError(f"{where} contains no images; recognised are {', '.join(SUFFIXES)}{walker.seen_instead()}")
     if empty := [folder for folder, paths in by_folder.items() if not paths]:
         lines = [f"{where} has the class folder {_last(x)} without images{walker.seen_in(x)}; fill it, or delete it" for x in empty]
         raise UserError(lines[:_MOST_LINES])
     by_class: dict[str, Paths] = {}
     for folder, paths in by_folder.items():
         if by_class.setdefault(normalize("NFC", _last(folder)), paths) is not paths:
-            raise UserError(f"{where} has two folders {_last(folder)!a} that differ in their Unicode form alone; merge them into one")
+            raise UserError(f"{where} has two folders {_last(folder)!a} that differ only in their Unicode form; merge them into one")
     classes = sorted(by_class)
     _say_of_classes(walker, where, classes, list(by_folder), say)
     return _split(by_class)
@@ -256,9 +256,9 @@ def _say_of_classes(walker: "_Walker", where: str, classes: list[str], folders: 
 def _say_of_names(where: str, classes: list[str], say: Say) -> None:
     """Report names of classes that may not be as intended."""
     if len(classes) == 1:
-        say(f"{where} has one class alone, {printable(classes[0])}: evaluations by labels say nothing")
+        say(f"{where} has only one class, {printable(classes[0])}: evaluations by labels are meaningless")
     if similar := sorted(set(classes) - set(_unique_folded(classes).values())):
-        say(f"{where} has classes whose names differ in case alone: {_some(similar)}; they stay apart")
+        say(f"{where} has classes whose names differ only in case: {_some(similar)}; they are kept separate")
 
 
 def _last(path: str) -> str:
@@ -441,7 +441,7 @@ class _Walker:
     def report(self, say: Say) -> None:
         """Report in one line what was skipped, if anything."""
         if self.passed.total() or self.passed_folders:
-            say(f"{self.shown}: passed over: {self._counted()}")
+            say(f"{self.shown}: skipped: {self._counted()}")
 
     def seen_instead(self) -> str:
         """The content of a folder without images, for a message."""
@@ -449,7 +449,7 @@ class _Walker:
         hint = "".join(
             f"; with dataset.source: {source}, {suffix} files are read" for suffix, source in sources.items() if self.passed[suffix]
         )
-        return f" (passed over: {self._counted()}){hint}" if self.passed.total() or self.passed_folders else ""
+        return f" (skipped: {self._counted()}){hint}" if self.passed.total() or self.passed_folders else ""
 
     def seen_in(self, folder: str) -> str:
         """The content of one folder without images, for a message."""

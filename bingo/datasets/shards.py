@@ -134,7 +134,7 @@ def expand_braces(pattern: str) -> list[str]:
 def _numbers(text: str) -> list[str]:
     match = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", text)
     if match is None or int(match[1]) > int(match[2]) or int(match[2]) - int(match[1]) >= _MOST_SHARDS:
-        raise ValueError(f"{{{text}}}: allowed in braces are rising numbers, {{000000..000146}}, and lists, {{train,val}}")
+        raise ValueError(f"{{{text}}}: allowed in braces are ascending numbers, {{000000..000146}}, and lists, {{train,val}}")
     padded = any(number.startswith("0") and len(number) > 1 for number in match.groups())
     width = max(map(len, match.groups())) if padded else 0
     return [f"{number:0{width}d}" for number in range(int(match[1]), int(match[2]) + 1)]

@@ -29,7 +29,7 @@ IMAGE = {"crop_px": 16, "resize_px": 20, "mean": [0.5, 0.4, 0.3], "std": [0.25, 
 TINY = ("resnet10t", 0.125, "small")
 STUDENT = {"kind": "student", "arch": TINY[0], "width": TINY[1], "stem": TINY[2], **IMAGE, "method": "bingo"}
 NAMES = ["a/1.png", "a/10.png", "a/2.png", "a b/é.PNG", "b/x/deep.bmp", "top.png"]
-PASSED = "FOLDER = photos: passed over: 1 hidden, 1 .txt\n"
+PASSED = "FOLDER = photos: skipped: 1 hidden, 1 .txt\n"
 READERS = {
     ".npy": lambda path: (np.load(path), path.with_suffix(".txt").read_text().splitlines()),
     ".parquet": lambda path: (np.array(pq.read_table(path)["embedding"].to_pylist(), np.float32), pq.read_table(path)["path"].to_pylist()),
@@ -243,7 +243,7 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["none", "--out", "e.npy"], "FOLDER = none: the folder does not exist; name the folder that holds images"),
+        (["none", "--out", "e.npy"], "FOLDER = none: the folder does not exist; give the folder that contains images"),
         (["photos/top.png", "--out", "e.npy"], "FOLDER = photos/top.png: is a file"),
         (["empty", "--out", "e.npy"], "FOLDER = empty: holds no images; recognised are .jpg, .jpeg, .png"),
         (["leads-out", "--out", "e.npy"], "FOLDER = leads-out: x.png is a link out of it, to "),

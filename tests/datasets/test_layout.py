@@ -248,16 +248,16 @@ def test_a_folder_of_files_that_are_not_read_says_so(tmp_path):
     make(tmp_path, "train/cat/1.png")
     (tmp_path / "train/dog").mkdir()
     (tmp_path / "train/dog/2.heic").write_bytes(b"x")
-    assert lines_of(folder(tmp_path))[0].endswith("dog without images (passed over: 1 .heic); fill it, or delete it")
+    assert lines_of(folder(tmp_path))[0].endswith("dog without images (skipped: 1 .heic); fill it, or delete it")
     shutil.rmtree(tmp_path / "train/cat")
-    assert "(passed over: 1 .heic)" in lines_of(folder(tmp_path))[0]
+    assert "(skipped: 1 .heic)" in lines_of(folder(tmp_path))[0]
 
 
 def test_one_class_and_folders_in_classes_are_named(tmp_path):
     make(tmp_path, "images/cat/1.png", "images/dog/2.png")
     listing, lines = said(tmp_path)
     assert listing.classes == ["images"]
-    assert "one class alone, images" in lines
+    assert "only one class, images" in lines
     assert "images/cat" in lines
     make(tmp_path, "other/only/1.png")
     listing, lines = said(tmp_path)
@@ -290,9 +290,9 @@ def test_class_names_that_differ_in_case_or_form_alone(tmp_path):
         "val/dog/6.png": 1,
     }
     assert "dog is Dog" in lines
-    assert "differ in case alone: A, a" in lines
+    assert "differ only in case: A, a" in lines
     make(tmp_path, f"train/{nfc}/8.png")
-    assert "Unicode form alone" in lines_of(folder(tmp_path))[0]
+    assert "differ only in their Unicode form" in lines_of(folder(tmp_path))[0]
 
 
 def test_a_test_class_of_either_case_is_refused_if_train_has_both(tmp_path):
@@ -305,9 +305,9 @@ def test_images_of_both_splits_are_counted(tmp_path):
     shutil.copy(tmp_path / "train/cat/2.png", tmp_path / "val/cat/9.png")
     shutil.copy(tmp_path / "train/dog/3.png", tmp_path / "val/cat/8.png")
     listing, lines = said(tmp_path)
-    assert "2 test images are train images too, byte for byte (train/dog/3.png and val/cat/8.png)" in lines
+    assert "2 test images are byte-for-byte copies of train images (train/dog/3.png and val/cat/8.png)" in lines
     assert len(listing) == 7
-    assert "byte for byte" not in said(tmp_path, check="header")[1]
+    assert "byte-for-byte" not in said(tmp_path, check="header")[1]
 
 
 def test_a_class_that_loses_all_its_images_is_named(tmp_path):
@@ -398,7 +398,7 @@ def test_bad_links_are_found_though_links_are_followed(linked):
     lines = lines_of(folder(links, follow_links=True))
     assert [line.split(": ")[1].split(" ")[0] for line in lines[:-1]] == ["train/cat/gone.png", "train/cat/self.png"]
     listing, printed = said(links, follow_links=True, on_bad_image="skip")
-    assert "1 test images are train images too" in printed
+    assert "1 test images are byte-for-byte copies of train images" in printed
     assert listing.paths[-2:] == ["val/cat/twin.png", "val/dog/5.png"]
     (links / "train/cat/round").symlink_to(links / "train")
     assert "leads in a circle" in lines_of(folder(links, follow_links=True))[0]

@@ -444,7 +444,7 @@ def test_a_dataset_of_deep_greys_is_scaled_by_the_bits_that_its_largest_value_ne
     lines: list[str] = []
     listing, images = scan(folder(tmp_path, store_px=16), 0, lines.append)
     assert listing.gray_bits == bits
-    assert f"2 images are grey with 16 bits: {bits} of them" in lines[0]
+    assert f"2 images are 16-bit greyscale: {bits} bits hold the picture" in lines[0]
     for row, values in ((0, ramp(largest)), (1, dim)):
         np.testing.assert_array_equal(images[row], np.repeat((values.astype(int) * 2**8 // 2**bits).astype(np.uint8)[..., None], 3, axis=2))
     for check in ("decode", "header"):
@@ -500,7 +500,7 @@ def test_colours_of_16_bits_come_with_a_warning(tmp_path, channels, changes):
     assert not lines
     (tmp_path / "b.png").write_bytes(deep_colours(channels))
     scan(folder(tmp_path, **changes), 0, lines.append)
-    assert lines[0].startswith("warning: 1 images have 16 bits a colour (b.png)")
+    assert lines[0].startswith("warning: 1 images have 16 bits per colour (b.png)")
 
 
 def test_deep_greys_of_16_bits_have_the_fingerprint_that_they_always_had(tmp_path):
