@@ -5,9 +5,10 @@
 
 In --folder are made, for each number N, N train and N/25 test JPEGs of 32 px in --classes classes, all different, and a clone of the last
 commit, with networks so small that what is measured is the pipeline. `distill` trains for --train-seconds and is asked to stop; its
-student is not judged, an untrained network is. Pages are opened by Chromium; seconds are
-those to its load event. What was measured stays in --results, a JSON line each, and is not measured again. CPU seconds and memory
-(proportional set sizes) are those of all processes together, sampled; files and bytes are those that were written and remained.
+student is not judged, an untrained network is. Pages are opened in a Chromium that runs already: seconds are those from navigation to the
+load event, CPU seconds those of the page's process. What was measured stays in --results, a JSON line each, and is not measured again.
+Other CPU seconds and memory (proportional set sizes) are those of all processes together, sampled; files and bytes are those that were
+written and remained.
 """
 
 import argparse
@@ -153,7 +154,7 @@ def cloned(root: Path, classes: int) -> Path:
 
     clone = root / "clone"
     if not clone.exists():
-        run(["git", "clone", "-q", str(ROOT), str(clone)], root)
+        run(["git", "clone", "-q", "--no-local", str(ROOT), str(clone)], root)  # packed: of many loose objects DVC would make a pack
     run(["git", "fetch", "-q", str(ROOT), "HEAD"], clone)
     run(["git", "reset", "-q", "--hard", "FETCH_HEAD"], clone)
     params = read_yaml(clone / "params.yaml")
@@ -180,7 +181,8 @@ def measure_step(clone: Path, step: str, images: int, tests: int, train_seconds:
     seen = _anchors(clone, images) if step == "distill" else images + tests if step in EACH_IMAGE else 0
     one = Measured(step, images, *found, len(new), sum(file.st_size for file in new) / 2**20, seen, os.getloadavg()[1], time.strftime("%F"))
     if step.endswith("opens"):
-        return replace(one, seconds=float((clone.parent / "log").read_text().splitlines()[-1]))
+        seconds, cpu_seconds = map(float, (clone.parent / "log").read_text().splitlines()[-1].split())
+        return replace(one, seconds=seconds, cpu_seconds=cpu_seconds)
     if step.startswith("dvc exp"):
         record = max((clone / ".bingo/runs").glob("*/bag.json"), key=lambda path: path.stat().st_mtime)
         return replace(one, outside_seconds=one.seconds - json.loads(record.read_text())["seconds"])

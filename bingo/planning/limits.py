@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 Rule = Callable[[Params, int], Iterable[str]]
 _Training = tuple[str, ScheduleParams, list[tuple[str, MethodSection]]]
-_READ = {
+_READ = {  # but no bags: networks take any
     "seed",
     "image",
     "teacher",
     "extract",
-    "bagging",
     "student",
     "distill",
     "methods",

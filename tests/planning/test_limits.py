@@ -228,9 +228,23 @@ def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path,
     assert len(tried) == 1
     assert answer({"student.width": 0.3}, memory=memory) == answer({"student.width": 0.3}, memory=memory) != []
     assert len(tried) == 3  # what has failed is tried again
+    assert answer({"bagging.k": 7, "bagging.method": "kmeans"}, memory=memory) == []
+    assert len(tried) == 3
+    assert answer({"methods.coss.companions": 8, "distill.method": "coss", "bagging.k": 7}, memory=memory) != []  # though no network is why
     memory.write_text("[1, {")
     assert answer({}, memory=memory) == []
     assert len(json.loads(memory.read_text())) == 1
+
+
+@pytest.mark.parametrize("wrong", [{}, {"distill.batch_anchors": 1}, {"student.width": 0.3}])
+def test_networks_take_any_bags(wrong):
+    """So that what has passed need not be tried again with other bags."""
+    found = [
+        network_limits.network_mistakes(validate(raw({"distill.method": "simreg"} | wrong | bags), "p"), 1)
+        for bags in ({}, {"bagging.k": 900, "bagging.draw_temperature": 0.5}, {"bagging.method": "label", "bagging.k": 1})
+    ]
+    assert found == [found[0]] * 3
+    assert bool(found[0]) == bool(wrong)
 
 
 def test_what_needs_no_network_needs_no_torch():
