@@ -651,7 +651,7 @@ def test_show_prints_the_file_what_it_sets_and_what_it_costs(clone):
     assert "deviates: distill.precision: " in text
     # ResNet-18 three times but for the images' gradient in its first convolution (7 x 7, 112 x 112 places), and a head of four layers
     by_hand = 3 * 3.627122688 - 2 * 64 * 3 * 49 * 112**2 / 1e9 + 6 * (3 * 512 * 1024 + 1024 * 2048) / 1e9
-    assert f"FLOPs: {by_hand:.4g} GFLOP an anchor" in text
+    assert f"FLOPs: {by_hand:.4g} GFLOP per anchor" in text
     assert f"embeddings {1331167 * 2048 * 2 / 1e9:.1f} GB" in text
 
 

@@ -123,7 +123,7 @@ def test_a_stem_that_no_shape_shows_is_known_of_a_former_student(tmp_path):
 SPOILT = {
     "a weight is missing": (lambda state: state.pop("layer2.0.conv1.weight"), "missing layer2.0.conv1.weight"),
     "a weight of another shape": (lambda state: state.update({"layer2.0.conv1.weight": torch.zeros(3)}), "layer2.0.conv1.weight (3,) for"),
-    "not a number": (lambda state: state.update({"bn1.bias": torch.full((64,), float("nan"))}), "bn1.bias hold nan"),
+    "not a number": (lambda state: state.update({"bn1.bias": torch.full((64,), float("nan"))}), "bn1.bias contain nan"),
     "no weights": (lambda state: (state.clear(), state.update({"step": 3})), "no weights by name"),
     "of half the width": (
         lambda state: state.update(build_backbone("resnet18", 0.5, "imagenet", 0).state_dict()),
