@@ -135,25 +135,25 @@ def known_counts(params: Params, about: About) -> Counts | None:
 
 
 def _cost_lines(params: Params, counts: Counts, teacher: Teacher, student: DryTraining) -> list[str]:
-    """Where the images are and how many, and the FLOPs, GPU time (on a machine without a GPU also CPU time) and disk space of a whole run:
-    with the training of the baselines and, if it is pretrained, of the teacher."""
+    """Location and numbers of the images, and the FLOPs, GPU time (without a GPU also CPU time) and disk space of a whole run, including the
+    training of the baselines and, if it is pretrained, of the teacher."""
     baselines = [dry_baseline(params, method) for method in params.baselines]
     pretraining = dry_pretraining(params) if params.teacher.source == "pretrain" else None
     found = estimate(params, counts, teacher, student, baselines, pretraining)
     total, where = sum(found.stage_flops.values()), "" if params.dataset.root is None else f" in {params.dataset.root}"
     stages = ", ".join(f"{stage} {_time(flops)}" for stage, flops in found.stage_flops.items())
     disk = ", ".join(f"{what} {in_bytes(size)}" for what, size in found.disk_bytes.items())
-    networks = f"{_giga(found.teacher_image_flops)} an image in the teacher, {_giga(found.student_image_flops)} in the student"
+    networks = f"{_giga(found.teacher_image_flops)} per image in the teacher, {_giga(found.student_image_flops)} in the student"
     lines = [
         f"images: {params.dataset.source}{where}, {counts.train:,} to train on and {counts.test:,} to test on",
-        f"FLOPs: {_giga(found.anchor_flops)} an anchor in a training step, {networks} (1 multiply-add = 2)",
-        f"time of one GPU, if it kept up {SUSTAINED_FLOP_PER_SECOND / TERA:g} TFLOP/s and never waited for images (both assumed): {stages};"
-        f" in all {_time(total)}",
-        f"disk: {disk}; in all {in_bytes(sum(found.disk_bytes.values()))}",
+        f"FLOPs: {_giga(found.anchor_flops)} per anchor in a training step, {networks} (1 multiply-add = 2)",
+        f"time on one GPU, assuming that it sustains {SUSTAINED_FLOP_PER_SECOND / TERA:g} TFLOP/s and never waits for images: {stages};"
+        f" in total {_time(total)}",
+        f"disk: {disk}; in total {in_bytes(sum(found.disk_bytes.values()))}",
     ]
     if not torch.cuda.is_available():
         took = f"all of it takes {total / (rate := cpu_flop_per_second()) / 3600:,.1f} h at least"
-        lines.insert(3, f"this machine has no GPU: at {_giga(rate)}/s, which its CPU reaches in a product of matrices, {took}")
+        lines.insert(3, f"this machine has no GPU: at {_giga(rate)}/s, which its CPU reaches for a product of matrices, {took}")
     return lines
 
 
