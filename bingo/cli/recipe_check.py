@@ -135,8 +135,8 @@ def known_counts(params: Params, about: About) -> Counts | None:
 
 
 def _cost_lines(params: Params, counts: Counts, teacher: Teacher, student: DryTraining) -> list[str]:
-    """Location and numbers of the images, and the FLOPs, GPU time (without a GPU also CPU time) and disk space of a whole run, including the
-    training of the baselines and, if it is pretrained, of the teacher."""
+    """Location and numbers of the images, and the FLOPs, GPU time (without a GPU also CPU time) and disk space of a whole run, including
+    the training of the baselines and, if it is pretrained, of the teacher."""
     baselines = [dry_baseline(params, method) for method in params.baselines]
     pretraining = dry_pretraining(params) if params.teacher.source == "pretrain" else None
     found = estimate(params, counts, teacher, student, baselines, pretraining)
