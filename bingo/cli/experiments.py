@@ -76,7 +76,8 @@ def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
     complete = [run for run in runs if run["name"] and (run["data"] or {}).get("metrics", {}).get("reports/results.json", {}).get("data")]
     standing = _standing(entries)
     if not complete and not standing:
-        raise UserError(f"--rev = {revision}: commit {commit[:7]} has no finished experiment{_elsewhere()}")
+        way_out = "see those of other commits: dvc exp list --all-commits, or run some: make compare"
+        raise UserError(f"--rev = {revision}: commit {commit[:7]} has no finished experiment; {way_out}")
     return commit, standing + [
         Experiment(run["name"], run["data"]["params"]["params.yaml"]["data"], _figures(run["data"]["metrics"])) for run in complete
     ]
@@ -117,12 +118,3 @@ def _shown_by_dvc(revision: str) -> list[dict[str, Any]]:
     if done.returncode:
         raise UserError(f"--rev = {revision}: DVC says: {' '.join(done.stderr.split())}")
     return json.loads(done.stdout)
-
-
-def _elsewhere() -> str:
-    """How to fix the error: the newest commit that has experiments, or how to run some."""
-    listed = subprocess.run(
-        ["git", "for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps"], capture_output=True, text=True, check=False
-    )
-    commits = ["".join(Path(line).parts[2:4]) for line in listed.stdout.split() if len(Path(line).parts[2]) == 2]
-    return f"; the newest experiments are those of --rev {commits[0][:7]}" if commits else "; run some: make compare"
