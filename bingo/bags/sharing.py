@@ -18,7 +18,7 @@ import numpy as np
 
 from bingo.bags.neighbors import Blocks, Found, best_of, cut, search_blocks, top_k
 from bingo.bags.rows import Chosen, Rows
-from bingo.runtime.artefacts import write_bytes
+from bingo.runtime.artefacts import taken_first, write_bytes
 from bingo.runtime.errors import UserError
 
 _TAKEN = "taken"  # folder of files, one for each block that a process has taken
@@ -182,13 +182,8 @@ class _BlockFiles(Blocks):
 
     def take(self, number: int, worker: int, workers: int) -> bool:
         """Whether this process is the first of the group to take a missing block."""
-        if self._file(self.parts[number]).exists():
-            return False
-        try:
-            (self._folder.parent / _TAKEN / f"{self._folder.name}-{self.parts[number].start}").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
+        block, marks = self.parts[number], self._folder.parent / _TAKEN
+        return not self._file(block).exists() and taken_first(marks / f"{self._folder.name}-{block.start}")
 
     def keep(self, block: slice, found: tuple[np.ndarray, ...]) -> None:
         """Write the arrays of a block, each with a CRC."""

@@ -26,7 +26,7 @@ from bingo.images.loader import Request, ViewLoader, center_batches
 from bingo.nets.precision import autocast
 from bingo.params import ExtractParams, image_values
 from bingo.runtime import distributed
-from bingo.runtime.artefacts import read_json, write_bytes, write_json
+from bingo.runtime.artefacts import read_json, taken_first, write_bytes, write_json
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import Bar, progress_bar
 from bingo.teachers.teacher import Teacher
@@ -107,7 +107,7 @@ class _Pass:
     def _taken(self, store: "_Unfinished", chunks: Sequence[int], bar: Bar) -> Iterator[int]:
         """The chunks of this process, taken one by one; the others count as done."""
         for chunk in chunks:
-            if store.take(chunk):
+            if taken_first(store.taken / str(chunk)):
                 yield chunk
             else:
                 bar.advance(_views(store.writer, [chunk], self.extract.views))
@@ -177,14 +177,6 @@ class _Unfinished:
     def missing_chunks(self) -> list[int]:
         """The chunks that are not done, in order."""
         return [c for c in range(self.writer.chunks) if not ((self.done / str(c)).exists() and self.writer.chunk_is_complete(c))]
-
-    def take(self, chunk: int) -> bool:
-        """Whether this process is the first of the group to take a chunk."""
-        try:
-            (self.taken / str(chunk)).touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
 
     def write(self, chunk: int, features_nD: np.ndarray, keys_tVP: np.ndarray) -> None:
         """Write a chunk and, once its files are on the disk, add it to the list. Raises UserError if a number is not finite.

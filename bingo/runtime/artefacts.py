@@ -135,6 +135,15 @@ def new_directory(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def taken_first(mark: Path) -> bool:
+    """Make an empty file, and return whether no process of a group has made it before: the one that does the work which it stands for."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def link_or_copy(source: str, target: str) -> None:
     """Make `target` a hard link to a file, or a copy if that is not possible: on another disk, or on one without hard links."""
     try:

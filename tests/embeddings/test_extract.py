@@ -272,8 +272,8 @@ def test_a_process_takes_chunks_as_it_comes_to_them_though_files_are_read_ahead(
     monkeypatch.setattr(task_loader, "worker_count", lambda: 1)
     for row, image in enumerate(pixels()):
         Image.fromarray(image).save(tmp_path / f"{row}.png")
-    taken, ahead, take, write = [], [], extract._Unfinished.take, extract._Unfinished.write
-    monkeypatch.setattr(extract._Unfinished, "take", lambda store, chunk: taken.append(chunk) or take(store, chunk))
+    taken, ahead, take, write = [], [], extract.taken_first, extract._Unfinished.write
+    monkeypatch.setattr(extract, "taken_first", lambda mark: taken.append(int(mark.name)) or take(mark))
     monkeypatch.setattr(extract._Unfinished, "write", lambda store, chunk, *x: ahead.append(len(taken) - chunk) or write(store, chunk, *x))
     params = MANY_CHUNKS.model_copy(update={"views": views})
     run(tmp_path, images=FileImages(str(tmp_path), listing().paths), params=params)
