@@ -67,7 +67,7 @@ def _trained(features: Rows, chosen_n: np.ndarray, clusters: int, iterations: in
         faiss.normalize_L2(centroids_CD)
         index.reset()
         index.add(centroids_CD)
-        cosines_n, cluster_n = (x[:, 0] for x in index.search(own_nD, 1))
+        cosines_n, cluster_n = (x[:, 0] for x in (index.search(own_nD, 1) if gpus else _nearest(index, own_nD)))
         sums = np.zeros((clusters + 1, features.shape[1] + 1), np.float32)  # the last column: rows; the last number: the sum of all cosines
         sums = sharing.in_turn(sums, partial(_add, own_nD=own_nD, cluster_n=cluster_n, cosines_n=cosines_n))
         centroids_CD = _means(sums[:-1, :-1], sums[:-1, -1], len(chosen_n))
@@ -77,6 +77,26 @@ def _trained(features: Rows, chosen_n: np.ndarray, clusters: int, iterations: in
         last = sums[-1, -1]
     faiss.normalize_L2(centroids_CD)
     return centroids_CD
+
+
+def _nearest(index: Any, own_nD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`index.search(own_nD, 1)` on the CPU, as one thread computes it: the last bits of a product depend on the number of threads that
+    share it, so each thread has blocks of its own."""
+    import faiss
+
+    cosines_n1, cluster_n1 = np.empty((len(own_nD), 1), np.float32), np.empty((len(own_nD), 1), np.int64)
+    threads = faiss.omp_get_max_threads()
+
+    def one_block(start: int) -> None:
+        block = slice(start, start + _FAISS_QUERIES)
+        faiss.omp_set_num_threads(1)  # of this thread of Python alone
+        try:
+            cosines_n1[block], cluster_n1[block] = index.search(own_nD[block], 1)
+        finally:
+            faiss.omp_set_num_threads(threads)
+
+    in_threads(one_block, range(0, len(own_nD), _FAISS_QUERIES), threads)
+    return cosines_n1, cluster_n1
 
 
 def _chosen_rows(features: Rows, chosen_n: np.ndarray) -> np.ndarray:

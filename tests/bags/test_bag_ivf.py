@@ -102,6 +102,19 @@ def test_a_store_larger_than_the_memory_gives_the_same_bits(features, tmp_path, 
             np.testing.assert_array_equal(found, bits)
 
 
+def test_centroids_do_not_depend_on_the_number_of_threads():
+    rows = np.random.default_rng(0).normal(size=(20_000, 64)).astype(np.float16)  # several blocks
+    threads, found = faiss.omp_get_max_threads(), []
+    try:
+        for count in (1, 2, 3):
+            faiss.omp_set_num_threads(count)
+            found.append(train_centroids(rows, 300, 4, 0)[0].tobytes())
+            assert faiss.omp_get_max_threads() == count
+    finally:
+        faiss.omp_set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
 def test_any_number_of_threads_gives_the_same_bits(features):
     threads, found = faiss.omp_get_max_threads(), []
     try:
