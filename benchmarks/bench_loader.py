@@ -9,9 +9,11 @@ Tables, each of variants that take turns; printed are medians and, in brackets, 
             else: the limit), this project's workers (uint8 crops, one and three for each decoded image, one also from a tar shard of the
             same files), the whole loader (coloured, normalised, on the device), on a GPU also with nvJPEG, and torchvision's transforms
             on each image in the workers. The goal is 85 % of a bare decode. CPU: of this process, which is all with --workers 0.
-  stores    where the files' bytes are: a folder, tar shards, and packs of photographs at each --pack-px (dataset.pack_px); images per CPU
-            second of one process (other work on the machine counts only through its caches): bare decode by simplejpeg, and crops, one
-            and three for each decoded image. The goal is 1,000 images/s with three crops each from the pack.
+  stores    where the files' bytes are: a folder, tar shards, and packs of photographs at each --pack-px (dataset.pack_px); microseconds
+            of CPU time an image, and the images/s of one core that they allow (other work on the machine counts only through its
+            caches): bare decode by simplejpeg, which is the limit; crops in this process, one and three for each decoded image; and three
+            from a worker, with the time that both processes take to hand them over. The goal is 1,000 images/s with three crops each
+            from the pack.
   pixels    how far the pixels of the device's decoder (nvJPEG; on the CPU torchvision's libjpeg) are from simplejpeg's, in levels of 255
   colours   uint8 crops on the device to coloured, normalised views: this project's, kornia's (if it is installed: it is not a dependency
             of this project) and torchvision's image by image
@@ -22,6 +24,7 @@ The first batches of each turn are not timed: workers start in them.
 import argparse
 import importlib.util
 import os
+import statistics
 import tarfile
 import tempfile
 import time
@@ -30,6 +33,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import simplejpeg
 import torch
 from PIL import Image
@@ -178,24 +182,34 @@ def stores_table(options: argparse.Namespace) -> None:
         images = photographs(Path(options.folder), options.images) if options.folder else made(Path(folder), options.images)
         stores = {"folder": images, "shard": packed(images, Path(folder, "shard.tar"))}
         stores |= {f"pack, {px} px": packed_images(images, px, Path(folder, str(px))) for px in options.pack_px}
-        variants: dict[str, Callable[[FileImages], object]] = {
-            "bare decode": lambda store: [simplejpeg.decode_jpeg(store.read(row), "RGB") for row in range(len(store))],
-            "1 view": lambda store: decoded_here(store, 1),
-            "3 views": lambda store: decoded_here(store, 3),
+        alone, handing = ({name: FileDecoder(store, workers, pin=False) for name, store in stores.items()} for workers in (0, 1))
+        variants: dict[str, Callable[[str], object]] = {
+            "bare decode": lambda name: [simplejpeg.decode_jpeg(stores[name].read(row), "RGB") for row in range(len(images))],
+            "1 view": lambda name: decoded(alone[name], len(images), 1),
+            "3 views": lambda name: decoded(alone[name], len(images), 3),
+            "3 views from a worker": lambda name: decoded(handing[name], len(images), 3),
         }
-        rates: dict[tuple[str, str], list[float]] = {}
+        microseconds: dict[tuple[str, str], list[float]] = {}
         for turn in range(-1, options.repeats):
-            for name, store in stores.items():
+            for name in stores:
                 for what, act in variants.items():
-                    begun = time.process_time()
-                    act(store)
+                    begun = cpu_seconds_of_all()
+                    act(name)
                     if turn >= 0:
-                        rates.setdefault((name, what), []).append(len(images) / (time.process_time() - begun))
+                        microseconds.setdefault((name, what), []).append(1e6 * (cpu_seconds_of_all() - begun) / len(images))
         kilobytes = {name: sum(len(store.read(row)) for row in range(len(store))) / len(store) / 1e3 for name, store in stores.items()}
-    print(f"stores: {len(images)} JPEG files, {CASE.crop_px} px, images per CPU second of one process, decode and crops only")
-    print(f"    {'':<26}{'kB':>6}" + "".join(f"{what:>30}" for what in variants))
+    print(f"stores: {len(images)} JPEG files, {CASE.crop_px} px, CPU microseconds an image, and images/s of one core, without colours")
+    print(f"    {'':<14}{'kB':>6}" + "".join(f"{what:>38}" for what in variants))
     for name in stores:
-        print(f"    {name:<26}{kilobytes[name]:>6.0f}" + "".join(f"{spread(rates[name, what], 0):>30}" for what in variants))
+        figures = [microseconds[name, what] for what in variants]
+        cells = [f"{spread(values, 0)}, {1e6 / statistics.median(values):,.0f}/s" for values in figures]
+        print(f"    {name:<14}{kilobytes[name]:>6.0f}" + "".join(f"{cell:>38}" for cell in cells))
+
+
+def cpu_seconds_of_all() -> float:
+    """User and system time of this process and of those that it has started."""
+    own = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in [own, *own.children(recursive=True)])
 
 
 def packed_images(images: FileImages, pack_px: int, folder: Path) -> FileImages:
@@ -204,12 +218,12 @@ def packed_images(images: FileImages, pack_px: int, folder: Path) -> FileImages:
     return FileImages(str(folder), images.paths, True, images.gray_bits, positions=positions)
 
 
-def decoded_here(images: FileImages, views: int) -> None:
-    """Random crops of all images, each decoded once, in this process."""
-    rows_N = np.repeat(np.arange(len(images)), views)
-    view_N = np.tile(np.arange(views), len(images))
+def decoded(decoder: FileDecoder, images: int, views: int) -> None:
+    """Random crops of all images, each decoded once."""
+    rows_N = np.repeat(np.arange(images), views)
+    view_N = np.tile(np.arange(views), images)
     plan = DecodePlan(rows_N, draw_views(CASE.augment, 0, "anchor", 0, rows_N, view_N)[0], [IMAGE])
-    for _ in FileDecoder(images, 0, pin=False).batches([plan]):
+    for _ in decoder.batches([plan]):
         pass
 
 

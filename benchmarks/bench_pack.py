@@ -6,6 +6,9 @@ Printed for each --pack-px: kB an image; the difference of views from those of t
 over all pixels, of centre views and of random ones (whose boxes are also rounded to other whole pixels); the cosine of features of centre
 views with the originals'; how many of the 10 nearest train images of a test image stay, among those of other classes; and k-NN accuracy
 (k = 1, 5). As a measure of what is little, the last line has the originals with bicubic instead of bilinear resizing.
+Crops: of 8 small crops of each train image, 4 are to find which image the other 4 are of, by the nearest of all images' features; in
+percent, by the same crops of the originals and of the pack, several times with other crops: mean and standard deviation, also of the pack's
+difference from the originals.
 """
 
 import argparse
@@ -22,6 +25,8 @@ from bingo.bags.neighbors import top_k
 from bingo.datasets.finding import find
 from bingo.evals.features import backbone_features
 from bingo.evals.knn import knn_accuracies
+from bingo.images.augment import to_unit
+from bingo.images.colours import normalize
 from bingo.images.decoding import DecodePlan, FileDecoder
 from bingo.images.draws import draw_views
 from bingo.images.images import FileImages
@@ -30,13 +35,16 @@ from bingo.teachers.teacher import Teacher, load_teacher
 
 VIEWS = 3
 NEIGHBOURS = 10
+CROPS, CROP_SCALE, TURNS = 8, [0.05, 0.2], 4  # of an image; share of its area; times
 
 
-def views_of(images: FileImages, image: ImageParams, views: int) -> np.ndarray:
-    """Random views of all images, without colours, or centre views if `views` is 0: int16 (N * max(1, V), P, P, 3)."""
+def views_of(images: FileImages, image: ImageParams, views: int, scale: list[float] | None = None, turn: int = 0) -> np.ndarray:
+    """Random views of all images, without colours, or centre views if `views` is 0: int16 (N * max(1, V), P, P, 3). `scale`: shares of the
+    image's area."""
     rows_T = np.repeat(np.arange(len(images)), max(1, views))
     view_T = np.tile(np.arange(max(1, views)), len(images))
-    crops = draw_views(CASES["large"].augment, 0, "anchor", 0, rows_T, view_T)[0] if views else None
+    augment = CASES["large"].augment.model_copy(update={"crop_scale": scale} if scale else {})
+    crops = draw_views(augment, 0, "anchor", turn, rows_T, view_T)[0] if views else None
     ((_, tasks, (places_T,)),) = FileDecoder(images, 0, pin=False).batches([DecodePlan(rows_T, crops, [image])])
     return torch.cat([task.on(torch.device("cpu"))[0] for task in tasks])[torch.from_numpy(places_T)].numpy().astype(np.int16)
 
@@ -45,6 +53,24 @@ def levels(found: np.ndarray, original: np.ndarray) -> str:
     """Mean and 99th percentile of the absolute difference."""
     difference = np.abs(found - original)
     return f"{difference.mean():.2f} / {np.percentile(difference, 99):.0f}"
+
+
+def crops_found(teacher: Teacher, images: FileImages, image: ImageParams) -> np.ndarray:
+    """In how many percent the nearest crop is of the same image, for each turn."""
+    accuracies = []
+    for turn in range(TURNS):
+        crops_TPP3 = torch.from_numpy(views_of(images, image, CROPS, CROP_SCALE, turn).astype(np.uint8))
+        x_TD = torch.cat([teacher.features(normalize(to_unit(crops_BPP3), image)) for crops_BPP3 in crops_TPP3.split(32)])
+        x_NCD = x_TD.numpy().reshape(len(images), CROPS, -1)
+        known, asked = (x_ND.reshape(-1, x_ND.shape[2]) for x_ND in np.split(x_NCD, 2, axis=1))
+        labels_T = np.repeat(np.arange(len(images)), CROPS // 2)
+        accuracies.append(knn_accuracies(known, labels_T, asked, labels_T, [1], 0.07)["knn_1"])
+    return np.array(accuracies)
+
+
+def mean(values: np.ndarray) -> str:
+    """Mean and standard deviation."""
+    return f"{values.mean():+.2f} ({values.std(ddof=1):.2f})"
 
 
 class Judge:
@@ -81,18 +107,22 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)
     found, teacher = find("folder", options.folder, True, (None, None), print), load_teacher(options.teacher)
-    names = found.train.class_names + found.test.class_names
-    labels_N = np.unique(np.array(names), return_inverse=True)[1]
-    images, judge = found.files(found.train.paths + found.test.paths), Judge(teacher, len(found.train.paths), labels_N)
+    names = [split.classes[label] for split in (found.train, found.test) for label in split.labels_N]
+    labels_N = np.unique(names, return_inverse=True)[1]
+    images, judge = found.files([*found.train.paths, *found.test.paths]), Judge(teacher, len(found.train.paths), labels_N)
     image = ImageParams(**{key: getattr(teacher.image, key) for key in ImageParams.model_fields})
     centre, random = views_of(images, image, 0), views_of(images, image, VIEWS)
+    train_rows = range(len(found.train.paths))
+    crops = crops_found(teacher, images.part(train_rows), image)
     print(f"{len(found.train.paths)} train and {len(found.test.paths)} test images, views of {image.crop_px} of {image.resize_px} px")
-    print(f"    originals: {kilobytes(images):.0f} kB; {judge.line(images, image)}")
+    print(f"    originals: {kilobytes(images):.0f} kB; {judge.line(images, image)}; crops {mean(crops)} %", flush=True)
     for pack_px in options.pack_px:
         with tempfile.TemporaryDirectory() as folder:
             packed = packed_images(images, pack_px, Path(folder))
             pixels = f"centre {levels(views_of(packed, image, 0), centre)}, random {levels(views_of(packed, image, VIEWS), random)}"
-            print(f"    pack, {pack_px} px: {kilobytes(packed):.0f} kB; {pixels}; {judge.line(packed, image)}", flush=True)
+            now = crops_found(teacher, packed.part(train_rows), image)
+            found_again = f"crops {mean(now)} %, difference {mean(now - crops)}"
+            print(f"    pack, {pack_px} px: {kilobytes(packed):.0f} kB; {pixels}; {judge.line(packed, image)}; {found_again}", flush=True)
     bicubic = BicubicImageParams(**image.model_dump())
     print(f"    originals, bicubic: centre {levels(views_of(images, bicubic, 0), centre)}; {judge.line(images, bicubic)}")
 
