@@ -7,6 +7,7 @@ and files with other suffixes are skipped and counted. Links out of the root are
 """
 
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -145,9 +146,10 @@ def _with_role(role: str, names: Iterable[str]) -> list[str]:
 def _placed_splits(walker: "_Walker", members: Members, say: Say) -> tuple[Split, Split]:
     """The train and the test split of images whose splits and classes are given as data, so that classes may have any names. Raises
     UserError if it is not clear which images are for training."""
-    by_split: dict[str, dict[str, list[str]]] = {}
-    for path, (split, of_class) in zip(members.paths, members.placed or [], strict=True):
-        by_split.setdefault(split, {}).setdefault(of_class, []).append(path)
+    by_split: dict[str, dict[str, array[int]]] = {}
+    paths = joined_paths([members.paths])
+    for row, (split, of_class) in enumerate(members.placed or []):
+        by_split.setdefault(split, {}).setdefault(of_class, array("q")).append(row)
     trains, tests = (_with_role(role, by_split) for role in ("train", "test"))
     if not trains and not tests and len(by_split) == 1:
         trains = list(by_split)
@@ -156,8 +158,8 @@ def _placed_splits(walker: "_Walker", members: Members, say: Say) -> tuple[Split
         problem = f"which images are for training is not clear from the names of its splits ({names})"
         raise UserError(f"{walker.shown}: {problem}; name them train and test")
     found = [by_split.pop(names[0]) if names else {} for names in (trains, tests)]
-    train, test = (_split({name: joined_paths([of_class]).in_order() for name, of_class in by_class.items()}) for by_class in found)
-    walker.passed["images of other splits"] += sum(len(paths) for by_class in by_split.values() for paths in by_class.values())
+    train, test = (_split({name: paths.take(np.array(rows)).in_order() for name, rows in by_class.items()}) for by_class in found)
+    walker.passed["images of other splits"] += sum(len(rows) for by_class in by_split.values() for rows in by_class.values())
     if train.classes and test.paths and not test.classes:
         say(f"{walker.shown}: the images of the split {printable(tests[0])} have no labels, although train images have, and are skipped")
         return train, _NO_SPLIT
@@ -272,7 +274,7 @@ def _tree_of(members: Members | None, shown: str) -> "_Tree | None":
     return None if members is None else _tree(shown, members.paths if members.placed is None else [])
 
 
-def _tree(shown: str, paths: list[str]) -> _Tree:
+def _tree(shown: str, paths: Iterable[str]) -> _Tree:
     tree: _Tree = {"": {}}
     for path in paths:
         name, kind = path, "file"

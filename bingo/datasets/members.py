@@ -2,14 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from unicodedata import normalize
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
+from bingo.images.listing import Paths
 from bingo.images.positions import Positions
 from bingo.runtime.errors import UserError, printable
 
@@ -21,7 +21,7 @@ class Members:
     """N images: their `paths` as in a folder, SPLIT/CLASS/NAME or less, and their positions; `passed` counts other members by suffix.
     `placed`: split and class of each image, empty if unknown, as given by the data; None: they are given by the paths' folders."""
 
-    paths: list[str]
+    paths: Sequence[str]
     positions: Positions
     passed: Counter[str] = field(default_factory=Counter)
     placed: list[tuple[str, str]] | None = None
@@ -58,15 +58,16 @@ def placed_path(split: str, of_class: str, name: str) -> str:
     return "/".join(filter(None, (split, re.sub(r"^\.|[/\0]", "_", of_class), name)))
 
 
-def refuse_twins(shown: str, paths: list[str], holders: list[str], way_out: str) -> None:
+def refuse_twins(shown: str, paths: Paths, positions: Positions, way_out: str) -> None:
     """Raise UserError with a line for each path that occurs more than once, with the names of the files that contain it."""
-    if pc.count_distinct(pa.array(paths, pa.string())).as_py() == len(paths):
+    if pc.count_distinct(paths.column).as_py() == len(paths):
         return  # without creating an object for each of millions of paths
     rows: dict[str, int] = {}
     problems = []
     for row, path in enumerate(paths):
         if (first := rows.setdefault(path, row)) != row:
-            problems.append(f"{printable(path)} is in {holders[first]} and in {holders[row]}; {way_out}")
+            holders = [positions.files[file] for file in positions.positions_N3[[first, row], 0]]
+            problems.append(f"{printable(path)} is in {' and in '.join(holders)}; {way_out}")
     refuse(shown, problems)
 
 

@@ -23,6 +23,7 @@ from bingo.datasets.layout import SYSTEM_FOLDERS
 from bingo.datasets.members import Members, class_names, placed_path, positions_of, refuse, refuse_twins
 from bingo.datasets.split_names import role_of, split_folder
 from bingo.images.decode import SUFFIXES
+from bingo.images.listing import Paths, joined_paths, path_column
 from bingo.params.places import images_folder
 from bingo.runtime.errors import UserError, printable
 from bingo.runtime.inside import leads_out, path_inside
@@ -58,6 +59,28 @@ class _Shard:
         label = self.labels.get(image.rpartition(".")[0])
         return self.labels.get(_key(image)) if label is None else label
 
+    def columns(self) -> "_Columns":
+        """What is kept of the shard once it is read: millions of strings take several times the memory of columns."""
+        labels = [*dict.fromkeys(self.labels.values()), None]
+        number = {label: place for place, label in enumerate(labels)}
+        label_n = np.fromiter((number[self.label(name)] for name in self.names), np.int32, len(self.names))
+        places_n2 = np.array(self.places, np.int64).reshape(-1, 2)
+        return _Columns(self.bytes, joined_paths([self.names]), places_n2, labels, label_n, self.passed, self.problems)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What a shard holds, in columns: its size, the names of its n images, offset and length of each, int64 (n, 2), its labels, and for
+    each image the place of its label, int32 (n,), which is that of None without one; suffixes of the rest, and lines on what is wrong."""
+
+    bytes: int
+    names: Paths
+    places_n2: np.ndarray
+    labels: list[int | str | None]
+    label_n: np.ndarray
+    passed: Counter[str]
+    problems: list[str]
+
 
 def _key(name: str) -> str:
     folder, _, last = name.rpartition("/")
@@ -85,11 +108,10 @@ def read_shards(root: str, follow_links: bool, name: str) -> Members:
         _twice(folder, files, found) + [f"{file}: {line}" for file, shard in zip(files, shards, strict=True) for line in shard.problems],
     )
     paths, placed = _paths(shown, folder, files, shards)
-    holders = [file for file, shard in zip(files, shards, strict=True) for _ in shard.names]
-    refuse_twins(shown, paths, holders, "give each image a key of its own")
-    places = [np.array(shard.places, np.int64).reshape(-1, 2) for shard in shards]
+    positions = positions_of(files, [shard.bytes for shard in shards], [shard.places_n2 for shard in shards])
+    refuse_twins(shown, paths, positions, "give each image a key of its own")
     passed = sum((shard.passed for shard in shards), Counter[str]())
-    return Members(paths, positions_of(files, [shard.bytes for shard in shards], places), passed, placed)
+    return Members(paths, positions, passed, placed)
 
 
 def _named(root: str, shown: str) -> list[str]:
@@ -151,7 +173,7 @@ def _twice(folder: str, files: list[str], found: dict[Path, os.stat_result]) -> 
     return lines
 
 
-def _read(folder: str, follow_links: bool, name: str) -> _Shard:
+def _read(folder: str, follow_links: bool, name: str) -> _Columns:
     """The content of a shard, with errors in its `problems`."""
     shard, way_out = _Shard(), "restore it, or name the shards that are there"
     try:
@@ -159,7 +181,7 @@ def _read(folder: str, follow_links: bool, name: str) -> _Shard:
             shard.bytes, start, way_out = os.fstat(file.fileno()).st_size, os.pread(file.fileno(), 6, 0), "fetch it again"
             if tool := next((tool for magic, tool in _COMPRESSED.items() if start.startswith(magic)), None):
                 shard.problems.append(f"is compressed, so that members have no positions; decompress it: {tool} {printable(name)}")
-                return shard
+                return shard.columns()
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in _members_of(tar):
                     _note(shard, member, file.fileno())
@@ -170,7 +192,7 @@ def _read(folder: str, follow_links: bool, name: str) -> _Shard:
         shard.problems.append(f"cannot be read ({getattr(error, 'strerror', None) or error or type(error).__name__}); {way_out}")
     if not shard.names and not shard.problems:
         shard.problems.append("holds no images; leave it out")
-    return shard
+    return shard.columns()
 
 
 def _members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -202,6 +224,8 @@ def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
         shard.problems.append(f"{to}; {_PACK_AGAIN} with tar --dereference --hard-dereference")
     elif is_image and (not member.isreg() or member.issparse()):
         shard.problems.append(f"{printable(name)} is not a regular file; {_PACK_AGAIN} without it")
+    elif is_image and name != name.encode(errors="replace").decode():
+        shard.problems.append(f"{printable(name)} is not a UTF-8 name; {_PACK_AGAIN} with another")
     elif is_image:
         shard.names.append(name)
         shard.places.extend((member.offset_data, member.size))
@@ -243,13 +267,14 @@ def _label(content: bytes, kind: str) -> int | str | None:
     raise ValueError
 
 
-def _paths(shown: str, folder: str, files: list[str], shards: list[_Shard]) -> tuple[list[str], list[tuple[str, str]] | None]:
+def _paths(shown: str, folder: str, files: list[str], shards: list[_Columns]) -> tuple[Paths, list[tuple[str, str]] | None]:
     """The path of each image as in a folder: its split, its class, its name; and, if there are labels, split and class separately."""
     splits = [next(filter(None, map(split_folder, reversed(Path(file).with_suffix("").parts))), "") for file in files]  # nearest first
     if any(splits):
         bare = [file for file, split in zip(files, splits, strict=True) if not split]
         refuse(shown, [f"{file}: has no split in its name, which others have; put train or val into it" for file in bare])
-    names = class_names({label for shard in shards for label in shard.labels.values()}, _names(shown, Path(folder, CLASS_NAMES)), shown)
+    labels = {label for shard in shards for label in shard.labels if label is not None}
+    names = class_names(labels, _names(shown, Path(folder, CLASS_NAMES)), shown)
     of_split = (name for split, shard in zip(splits, shards, strict=True) if split for name in shard.names)
     by_folders = all("/" in name and role_of(name.partition("/")[0]) for name in of_split)
     placed_in = [partial(_placed, split, by_folders, shard, names) for split, shard in zip(splits, shards, strict=True)]  # again each time
@@ -261,13 +286,16 @@ def _paths(shown: str, folder: str, files: list[str], shards: list[_Shard]) -> t
         if role in labelled and not of_class
     ]
     refuse(shown, lines)
-    paths, places, same = [], [], dict[tuple[str, str], tuple[str, str]]()
-    for role, of_class, inside in (image for placed in placed_in for image in placed()):
-        first, _, rest = inside.partition("/")
-        paths.append(placed_path(role, of_class, rest if rest and first == of_class else inside))
-        place = role, of_class or (first if rest else "")
-        places.append(same.setdefault(place, place))  # millions of images share few places
-    return paths, places if labelled else None
+    parts, places, same = [], [], dict[tuple[str, str], tuple[str, str]]()
+    for placed in placed_in:
+        paths = []
+        for role, of_class, inside in placed():
+            first, _, rest = inside.partition("/")
+            paths.append(placed_path(role, of_class, rest if rest and first == of_class else inside))
+            place = role, of_class or (first if rest else "")
+            places.append(same.setdefault(place, place))  # millions of images share few places
+        parts.append(path_column(paths))
+    return joined_paths(parts), places if labelled else None
 
 
 def _names(shown: str, file: Path) -> list[str] | None:
@@ -277,11 +305,11 @@ def _names(shown: str, file: Path) -> list[str] | None:
         raise UserError(f"{shown}: {CLASS_NAMES} is not in UTF-8; write the names of classes 0, 1, ... in UTF-8, one a line") from None
 
 
-def _placed(split: str, by_folders: bool, shard: _Shard, names: Mapping[int | str, str]) -> Iterator[tuple[str, str, str]]:
+def _placed(split: str, by_folders: bool, shard: _Columns, names: Mapping[int | str, str]) -> Iterator[tuple[str, str, str]]:
     """For each image of a shard, its split, the name of its label, and its own name below its split; the first two may be empty. If the
     shard's name gives a split, folders in it are splits only if all are (`by_folders`), since a class may have such a name."""
-    for name in shard.names:
+    class_of = ["" if label is None else names.get(label, "") for label in shard.labels]
+    for name, label in zip(shard.names, shard.label_n.tolist(), strict=True):
         first, _, rest = name.partition("/")
         role, inside = (first, rest) if rest and (by_folders or not split) and role_of(first) else (split, name)
-        label = shard.label(name)
-        yield role, names.get(label, "") if label is not None else "", inside
+        yield role, class_of[label], inside

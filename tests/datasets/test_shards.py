@@ -187,6 +187,13 @@ def test_the_order_and_the_names_of_shards_change_no_row(pets, tmp_path_factory)
         assert same(shards(root), shards(there / "one"), there)
 
 
+def test_a_name_that_is_not_in_utf_8_is_refused(pets, tmp_path):
+    photo = (pets / "train/cat/b.jpg").read_bytes()
+    pack(tmp_path / "train-0.tar", {"a.jpg": photo, "caf\udce9.jpg": photo, "na\udcefve.txt": b"", "caf\u00e9.jpg": photo})
+    (line,) = lines_of(shards(tmp_path))
+    assert "train-0.tar: caf\\udce9.jpg " in line
+
+
 def test_everything_wrong_with_shards_is_reported_at_once(pets, tmp_path_factory):
     there = tmp_path_factory.mktemp("shards")
     photo = (pets / "train/cat/b.jpg").read_bytes()
