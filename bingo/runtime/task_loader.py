@@ -70,10 +70,11 @@ class TaskLoader:
     def results(self, items: Iterable[tuple[Item, Sequence[Any]]]) -> Iterator[tuple[Item, list[Any]]]:
         """One pass: yield each of `items`, which come with their tasks, together with these tasks' results. They are read ahead of use.
 
-        Without `pin`, what was made by `empty` is overwritten once the next item, or another pass, is asked for.
+        Without `pin`, what was made by `empty` is overwritten once the next item, or another pass, is asked for. The first item of another
+        pass ends this one: asking it for more raises RuntimeError, and closing it has no effect.
         """
         ahead, here = tee(items)
-        self._feed.begin(task for _, tasks in ahead for task in tasks)
+        own = self._feed.begin(task for _, tasks in ahead for task in tasks)
         mapped = list[Any]()  # here, which costs pages too, as long as workers may use it again
         try:
             results = iter(self._loader)  # which drops what workers still had to do for an abandoned pass
@@ -83,11 +84,14 @@ class TaskLoader:
                     found.append(result)
                     self._feed.released += self._pin
                 yield item, found
+                if self._feed.tasks is not own:
+                    raise RuntimeError("this pass has ended, because another one of the same loader has begun")
                 if not self._pin:
                     self._feed.released += len(tasks)
                     mapped = [*mapped, *found][-self._ahead - 2 * len(tasks) :]
         finally:
-            self._feed.begin(())  # otherwise an abandoned pass is a reference cycle, and the workers end seconds late
+            if self._feed.tasks is own:
+                self._feed.begin(())  # otherwise an abandoned pass is a reference cycle, and the workers end seconds late
 
 
 class _Given(NamedTuple):
@@ -102,18 +106,19 @@ class _Feed(Sampler):
     """The tasks of the current pass."""
 
     def __init__(self) -> None:
-        self._tasks: Iterator[Any] = iter(())
+        self.tasks: Iterator[Any] = iter(())
         self._given = self.released = 0
 
-    def begin(self, tasks: Iterable[Any]) -> None:
-        """Begin a pass, in which results of earlier ones are not in use."""
-        self._tasks, self.released = iter(tasks), self._given
+    def begin(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """Begin a pass, in which results of earlier ones are not in use, and return its tasks."""
+        self.tasks, self.released = iter(tasks), self._given
+        return self.tasks
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> _Given:
-        task = next(self._tasks)
+        task = next(self.tasks)
         self._given += 1
         return _Given(self._given - 1, self.released, task)
 

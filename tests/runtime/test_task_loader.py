@@ -4,6 +4,7 @@ import os
 import random
 from pathlib import Path
 
+import pytest
 import torch
 
 from bingo.runtime.task_loader import Empty, TaskLoader, Work
@@ -51,3 +52,18 @@ def test_without_workers_every_result_has_its_own_memory():
     for (_, [(parts, pid, _)]), task in zip(kept, tasks, strict=True):
         check(parts, task)
         assert pid == os.getpid()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_that_another_one_replaced_neither_takes_its_results_nor_ends_it(workers: int):
+    """The first pass is asked for more, which closes it, while the second is running."""
+    loader = TaskLoader(Filled(), workers, AHEAD, pin=False)
+    first, second = (loader.results((number, [(number, [3])]) for number in range(start, start + 9)) for start in (0, 100))
+    next(first)
+    numbers = [next(second)[0]]
+    with pytest.raises(RuntimeError, match="another one"):
+        next(first)
+    for number, [(parts, _, _)] in second:
+        check(parts, (number, [3]))
+        numbers.append(number)
+    assert numbers == list(range(100, 109))
