@@ -111,7 +111,8 @@ def _refuse_uncommitted() -> None:
     except FileNotFoundError:
         state, reason = "", "git is not installed"
     if reason:
-        problem, way_out = f"its values could not be restored ({reason})", "make git status work here, with params.yaml committed"
+        problem = f"its values could not be restored ({reason})"
+        way_out = "make git status work here, with params.yaml committed" if in_git() else "git init, git add params.yaml, git commit"
     elif state in ("??", "!!"):
         problem, way_out = "is not under git, so its values could not be restored", "git add --force params.yaml, and commit it"
     elif state:

@@ -54,6 +54,7 @@ def list_recipes(everything: Annotated[bool, typer.Option("--all", help="Include
             text, whole = _summary(name)
             typer.echo(f"  {name:52} {text}")
             broken |= not whole
+    typer.echo("One of them: bingo recipe show NAME; to apply it to params.yaml: bingo recipe use NAME")
     if broken:
         raise SystemExit(USER_MISTAKE)
 
@@ -132,7 +133,7 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the
     write_params(overlay, params)
     for key, old, new in changes:
         typer.echo(f"{key}: {as_text(old)} -> {as_text(new)}")
-    undo = "undo: git checkout params.yaml; " if in_git() else ""
+    undo = "git checkout params.yaml restores the committed values; " if in_git() else ""
     typer.echo(f"params.yaml: {len(changes)} changes; {undo}next: dvc repro")
 
 

@@ -141,18 +141,18 @@ def _cost_lines(params: Params, counts: Counts, teacher: Teacher, student: DryTr
     pretraining = dry_pretraining(params) if params.teacher.source == "pretrain" else None
     found = estimate(params, counts, teacher, student, baselines, pretraining)
     total, where = sum(found.stage_flops.values()), "" if params.dataset.root is None else f" in {params.dataset.root}"
-    stages = ", ".join(f"{stage} {_time(flops)}" for stage, flops in found.stage_flops.items())
+    stages = ", ".join(f"{stage} {_time(gpu_hours(flops))}" for stage, flops in found.stage_flops.items())
     disk = ", ".join(f"{what} {in_bytes(size)}" for what, size in found.disk_bytes.items())
     networks = f"{_giga(found.teacher_image_flops)} per image in the teacher, {_giga(found.student_image_flops)} in the student"
     lines = [
         f"images: {params.dataset.source}{where}, {counts.train:,} to train on and {counts.test:,} to test on",
         f"FLOPs: {_giga(found.anchor_flops)} per anchor in a training step, {networks} (1 multiply-add = 2)",
         f"time on one GPU, assuming that it sustains {SUSTAINED_FLOP_PER_SECOND / TERA:g} TFLOP/s and never waits for images: {stages};"
-        f" in total {_time(total)}",
+        f" in total {_time(gpu_hours(total))}",
         f"disk: {disk}; in total {in_bytes(sum(found.disk_bytes.values()))}",
     ]
     if not torch.cuda.is_available():
-        took = f"all of it takes {total / (rate := cpu_flop_per_second()) / 3600:,.1f} h at least"
+        took = f"all of it takes at least {_time(total / (rate := cpu_flop_per_second()) / 3600)}"
         lines.insert(3, f"this machine has no GPU: at {_giga(rate)}/s, which its CPU reaches for a product of matrices, {took}")
     return lines
 
@@ -161,11 +161,11 @@ def _giga(flops: float) -> str:
     return f"{flops / GIGA:.4g} GFLOP"
 
 
-def _time(flops: float) -> str:
-    seconds = 3600 * gpu_hours(flops)
+def _time(hours: float) -> str:
+    seconds = 3600 * hours
     if seconds < 1:
         return "under 1 s"
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
 
 
 def in_bytes(count: int) -> str:

@@ -31,7 +31,10 @@ def _listed(teachers: "dict[str, KnownTeacher]") -> str:
         figures = ("" if figure is None else f"{figure:.1f}" for figure in (known.linear_top1, known.knn_top1))
         costs = str(known.image.crop_px), str(known.key_width), f"{known.parameters_m:.1f}", f"{known.gflop:.2f}"
         rows.append([name, *costs, *figures, "yes" if known.on_disk else "no", known.licence or "?", known.title])
-    foot = "linear, k-NN: published top-1 on ImageNet in percent. One of them: bingo teachers NAME; to use it: teacher.name: NAME"
+    foot = (
+        "key: width of the keys that are stored. linear, k-NN: published top-1 on ImageNet in percent. "
+        "One of them: bingo teachers NAME; to use it: teacher.name: NAME"
+    )
     return f"{table(heads, rows, 'lrrrrrr')}\n{foot}"
 
 

@@ -88,7 +88,7 @@ class Recipe:
 def recipe_names(folder: Path, parts: bool = False) -> list[str]:
     """Names of all recipes; with `parts`, also the parts that they share, as parts/NAME. Raises UserError if the folder does not exist."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: this folder does not exist; run from the repository's top level")
+        raise UserError(f"{folder}: this folder does not exist; change into a clone, or into a workspace that bingo init has created")
     pieces = [f"{PARTS}/{path.stem}" for path in (folder / PARTS).glob("*.yaml")] if parts else []
     return sorted((path.stem for path in folder.glob("*.yaml")), key=_by_number) + sorted(pieces, key=_by_number)
 

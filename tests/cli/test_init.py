@@ -151,7 +151,9 @@ def test_parameters_that_could_not_be_restored_are_kept(workspace, monkeypatch, 
         if state == "untracked":
             subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "b"], check=True)
     before = params.read_text()
-    assert "params.yaml" in init("images", mistake=True)
+    message = init("images", mistake=True)
+    assert "params.yaml" in message
+    assert ("git init" in message) == (state == "no repository")
     assert params.read_text() == before
     init("images", "--dry-run")
 
