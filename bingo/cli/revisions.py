@@ -143,7 +143,9 @@ _OUTPUTS = (paths.BAGS, paths.IMAGES, paths.EMBEDDINGS)  # folders: a message na
 
 
 def artefacts(name: str | None) -> Workspace | Revision:
-    """The workspace (None or its name) or a revision."""
+    """The workspace (None or its name) or a revision. Raises UserError if the name is empty, which Git and DVC take for HEAD."""
+    if name is not None and not name.strip():
+        raise UserError("a revision is empty: give a Git revision, a DVC experiment, or: workspace")
     return Workspace() if name in (None, WORKSPACE) else Revision(name)
 
 

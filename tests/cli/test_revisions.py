@@ -119,6 +119,8 @@ def test_gallery_of_a_revision(repository):
 
 
 def test_revisions_that_there_are_not(repository):
+    assert "is empty" in mistake("show", 5, "--rev", "")
+    assert "is empty" in mistake("diff", " ", "v1")
     line = mistake("show", 5, "--rev", "nowhere")
     assert line.startswith("error: nowhere: is neither a Git revision nor a DVC experiment of this repository; see `git log")
     line = mistake("show", 5, "--rev", "v0")
