@@ -290,10 +290,11 @@ def _tree(shown: str, paths: Iterable[str]) -> _Tree:
 def _entry(entry: os.DirEntry) -> tuple[str, str, bool]:
     is_link = entry.is_symlink()
     try:
-        is_folder = entry.is_dir()
+        is_folder, is_file = entry.is_dir(), entry.is_file()
     except OSError:  # a link to itself
-        is_folder = False
-    return entry.name, "folder" if is_folder else "file" if is_link or entry.is_file() else "other", is_link
+        is_folder = is_file = False
+    of_nothing = is_link and not Path(entry.path).exists()  # is reported with the files that cannot be read
+    return entry.name, "folder" if is_folder else "file" if is_file or of_nothing else "other", is_link
 
 
 class _Walker:

@@ -177,7 +177,10 @@ def _read(folder: str, follow_links: bool, name: str) -> _Columns:
     """The content of a shard, with errors in its `problems`."""
     shard, way_out = _Shard(), "restore it, or name the shards that are there"
     try:
-        with path_inside(folder, name, follow_links).open("rb", buffering=0) as file:
+        if (path := path_inside(folder, name, follow_links)).exists() and not path.is_file():  # opening a pipe would wait for a writer
+            shard.problems.append("is not a regular file; leave it out")
+            return shard.columns()
+        with path.open("rb", buffering=0) as file:
             shard.bytes, start, way_out = os.fstat(file.fileno()).st_size, os.pread(file.fileno(), 6, 0), "fetch it again"
             if tool := next((tool for magic, tool in _COMPRESSED.items() if start.startswith(magic)), None):
                 shard.problems.append(f"is compressed, so that members have no positions; decompress it: {tool} {printable(name)}")

@@ -1,6 +1,7 @@
 """Paths that must not leave a folder (listings and annotations may come from others), and comparison of names as people read them."""
 
 import errno
+import os
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
@@ -26,7 +27,8 @@ def path_inside(root: str, path: str, follow_links: bool = False) -> Path:
     place = Path(root)
     for part in path.split("/"):  # only of the path: the root itself may be a link, and resolving all of it takes longer
         place /= part
-        if place.is_symlink() and not Path(root, path).resolve().is_relative_to(Path(root).resolve()):
+        # realpath, because Path.resolve raises RuntimeError for a link to itself, which cannot be opened anyway
+        if place.is_symlink() and not Path(os.path.realpath(Path(root, path))).is_relative_to(os.path.realpath(root)):
             raise Outside(" through a link; dataset.follow_links: true allows that")
     return place
 

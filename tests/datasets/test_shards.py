@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -309,6 +310,20 @@ def test_a_shard_that_is_a_link_is_read_where_links_are_followed(pets, tmp_path_
     (line,) = lines_of(shards(there))
     assert "dataset.follow_links: true" in line
     assert len(written(shards(there, follow_links=True), there)[1]) == 5
+
+
+def test_what_is_not_a_file_is_refused_without_being_opened(pets, tmp_path_factory):
+    """A pipe, which would wait for a writer, a folder, and links to itself and to a pipe, as shards and as images."""
+    there = tmp_path_factory.mktemp("shards")
+    (there / "folder.tar").mkdir()
+    os.mkfifo(there / "pipe.tar")
+    (there / "itself.tar").symlink_to("itself.tar")
+    for name, follow_links in [("folder", False), ("pipe", False), ("itself", False), ("itself", True)]:
+        (line,) = lines_of(shards(f"{there}/{name}*", follow_links=follow_links))
+        assert f": {name}.tar: " in line
+    (pets / "train/cat/z.jpg").symlink_to(there / "pipe.tar")
+    (line,) = lines_of(folder(pets, follow_links=True))
+    assert "train/cat/z.jpg is not a regular file" in line
 
 
 @pytest.mark.parametrize(
