@@ -245,7 +245,7 @@ def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
     [
         (["none", "--out", "e.npy"], "FOLDER = none: the folder does not exist; give the folder that contains images"),
         (["photos/top.png", "--out", "e.npy"], "FOLDER = photos/top.png: is a file"),
-        (["empty", "--out", "e.npy"], "FOLDER = empty: holds no images; recognised are .jpg, .jpeg, .png"),
+        (["empty", "--out", "e.npy"], "FOLDER = empty: contains no images; recognised are .jpg, .jpeg, .png"),
         (["leads-out", "--out", "e.npy"], "FOLDER = leads-out: x.png is a link out of it, to "),
         (["bytes", "--out", "e.npy"], "FOLDER = bytes: '\\udcff.png' is not a UTF-8 name; rename it"),
         (["photos", "--out", "e.csv"], "--out = e.csv: allowed are names that end in .npy, .parquet"),

@@ -244,9 +244,9 @@ def test_a_subset_of_a_folder_is_drawn_before_files_are_read(pets):
 
 def test_a_missing_or_empty_root(tmp_path):
     assert "the folder does not exist" in lines_of(folder(tmp_path / "absent"))[0]
-    assert "holds no images; recognised are .jpg" in lines_of(folder(tmp_path))[0]
+    assert "contains no images; recognised are .jpg" in lines_of(folder(tmp_path))[0]
     (tmp_path / "train/cat").mkdir(parents=True)
-    assert "train/ holds no images" in lines_of(folder(tmp_path))[0]
+    assert "train/ contains no images" in lines_of(folder(tmp_path))[0]
 
 
 def test_an_empty_class_folder_is_named(pets):

@@ -442,7 +442,7 @@ def own_images(tmp_path, stages) -> Workspace:
 def test_a_missing_or_empty_folder(own_images):
     refused(own_images, "scan", "dataset.root = images: the folder does not exist")
     (own_images.root / "images/train").mkdir(parents=True)
-    refused(own_images, "scan", "dataset.root = images: train/ holds no images; recognised are .jpg")
+    refused(own_images, "scan", "dataset.root = images: train/ contains no images; recognised are .jpg")
 
 
 @pytest.mark.slow
