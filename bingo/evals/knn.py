@@ -45,22 +45,26 @@ def nearest_train(train_features_TD: np.ndarray, test_features_QD: np.ndarray, k
 def voted_hits(
     found: Found, train_labels_T: np.ndarray, test_labels_Q: np.ndarray, ks: Sequence[int], temperature: float
 ) -> dict[str, np.ndarray]:
-    """Whether each test image is classified correctly, bool (Q,), for each k: `knn_K` with equal votes, `knn_K_weighted` with votes of
-    weight exp(cosine / temperature).
+    """Whether each test image is classified correctly, bool (Q,), for each k: `knn_K` with equal votes, `knn_K_weighted` with weighted
+    ones. `found` is what `nearest_train` gives; see `votes`."""
+    hits = dict[str, np.ndarray]()
+    for k, (plain_Q, weighted_Q) in votes(train_labels_T, *found, ks, temperature).items():
+        hits |= {f"knn_{k}": plain_Q == test_labels_Q, f"knn_{k}_weighted": weighted_Q == test_labels_Q}
+    return hits
 
-    `found` is what `nearest_train` gives; labels are classes from 0, none unknown. Of classes with equally many votes the one with the
-    nearest member wins (Wu et al. 2018, arXiv:1805.01978, section 3.4).
+
+def votes(labels_N: np.ndarray, rows_QK: np.ndarray, cosines_QK: np.ndarray, ks: Sequence[int], temperature: float) -> dict[int, Found]:
+    """For each k of `ks`, the classes int64 (Q,) that the first k neighbours of a `top_k` vote for: (with equal votes, with votes of
+    weight exp(cosine / temperature)).
+
+    `labels_N` are the classes of the base from 0, none unknown. Of classes with equally many votes the one with the nearest member wins
+    (Wu et al. 2018, arXiv:1805.01978, section 3.4).
     """
-    rows_QK, cosines_QK = found
-    classes, labels_QK = int(train_labels_T.max()) + 1, np.where(rows_QK >= 0, train_labels_T[rows_QK], 0)
+    classes, labels_QK = int(labels_N.max()) + 1, np.where(rows_QK >= 0, labels_N[rows_QK], 0)
     plain_QK = (rows_QK >= 0).astype(np.float64)
     # relative to the nearest neighbour: the winner is the same and no exponential overflows; exp(-inf) = 0 for padding
     weight_QK = np.exp((cosines_QK.astype(np.float64) - cosines_QK[:, :1]) / temperature)
-    hits = {}
-    for k in ks:
-        for name, votes_QK in ((f"knn_{k}", plain_QK), (f"knn_{k}_weighted", weight_QK)):
-            hits[name] = _winners(labels_QK[:, :k], votes_QK[:, :k], classes) == test_labels_Q
-    return hits
+    return {k: (_winners(labels_QK[:, :k], plain_QK[:, :k], classes), _winners(labels_QK[:, :k], weight_QK[:, :k], classes)) for k in ks}
 
 
 def _winners(labels_QK: np.ndarray, weight_QK: np.ndarray, classes: int, block_rows: int = 4096) -> np.ndarray:
