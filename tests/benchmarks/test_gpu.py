@@ -106,6 +106,7 @@ def test_parts_stand_in_their_order_whichever_was_measured_first(here):
     assert text.index("## loader") < text.index("## memory")
 
 
+@pytest.mark.slow
 def test_a_command_is_ended_with_its_processes_when_its_part_has_had_its_time(here):
     child = f"import subprocess, sys; print('begun', flush=True); subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(99)'])"
     names = commands(here, hangs=child)

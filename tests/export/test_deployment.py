@@ -35,6 +35,7 @@ from bingo.runtime.artefacts import file_fingerprint
 from bingo.runtime.errors import UserError
 from tests.export.test_export import IMAGE, TINY, backbone_of, close, images, network, written
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 HOSTILE = ("a\nb", "</script><b>|", "Ünïcode 猫 \u202e", "", 'quote"\\')
 # Those that the documentation names, with widths and images that are small.

@@ -57,6 +57,7 @@ def way(request, monkeypatch) -> str:
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("companions", [0, 2])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_each_group_is_treated_as_on_a_process_of_its_own(name, companions, way):
@@ -82,6 +83,7 @@ def test_each_group_is_treated_as_on_a_process_of_its_own(name, companions, way)
         torch.testing.assert_close(buffer.double(), torch.stack(parts).double().mean(dim=0), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_gpus_kernels_when_interpreted_on_the_cpu():
     """Their numbers; a process of its own, because Triton chooses its interpreter when it is imported."""
     pytest.importorskip("triton")
@@ -91,6 +93,7 @@ def test_a_gpus_kernels_when_interpreted_on_the_cpu():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_a_gpus_kernels_compile_without_one(tmp_path, monkeypatch):
     """To PTX; the interpreter allows what the compiler does not."""
     pytest.importorskip("triton")

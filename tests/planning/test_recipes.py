@@ -538,6 +538,7 @@ BREAKING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", BREAKING)
 @pytest.mark.parametrize("recipe", ["imagenet-r18-bingo-r50-200ep", "downstream-digits"])
 def test_use_survives_remarks_at_any_place(clone, place, recipe):
@@ -616,6 +617,7 @@ def test_an_unknown_recipe_is_one_line_and_changes_nothing(clone):
     assert Path("params.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_list_groups_recipes_and_shows_their_figures(clone):
     text = call("list").stdout
     assert [name for name in NAMES if name.startswith("parts/") and name in text] == []

@@ -203,6 +203,7 @@ def artefacts(**changes) -> Artefacts:
     return dataclasses.replace(base, **changes)
 
 
+@pytest.mark.slow
 def test_every_figure_is_in_its_row(page):
     by_label = {"teacher": "Teacherceiling", "student": "Student by BINGO", "moco": "Student by MoCo-v2, no teacher"}
     by_label |= {"untrained": "Student, untrainedfloor", "pixels": "Raw pixelsno network"}
@@ -294,6 +295,7 @@ def test_runs_are_in_the_order_of_the_stages():
     assert re.findall(r'"stage": "([^"]+)"', script) == ["scan", "teacher", "baseline-moco", "knn_eval", "export"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("percents", "epoch"), [([nan, 70.0, 80.0], 3), ([80.0, nan, 80.0], 1), ([nan, nan, nan], None), ([], None)])
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_best_epoch_by_the_probe_is_named_and_where_it_is_kept(percents, epoch, kept):
@@ -597,6 +599,7 @@ PAPERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", method_names())
 def test_every_method_is_named_as_its_paper_writes_it(method):
     scores = {net: {"knn_10": 50.0} for net in ("student", "moco", "isd")}

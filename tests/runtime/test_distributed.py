@@ -48,6 +48,7 @@ def fails_and_keeps_its_connections(rank: int, port: int, folder: Path, failing:
 MISTAKE = UserError(["distill.lr = 9: too high", "another"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failing", "error", "torchrun", "line"),
     [

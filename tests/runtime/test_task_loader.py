@@ -27,6 +27,7 @@ def check(parts: list[torch.Tensor], task: tuple[int, list[int]]) -> None:
     assert all(bool((part == number).all()) for part in parts)
 
 
+@pytest.mark.slow
 def test_results_are_whole_until_the_next_item_however_large_they_and_the_items_are():
     """Items of 0 to 9 tasks, parts of 0 to 50,000 bytes, a pass that is given up: many more results than there is memory for."""
     draw, loader, slots, pids = random.Random(0), TaskLoader(Filled(), WORKERS, AHEAD, pin=False), 0, set[int]()

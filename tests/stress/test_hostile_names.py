@@ -62,6 +62,7 @@ def workspace(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["report.html", ".bingo/gallery/index.html"])
 def test_names_are_text_in_a_browser(workspace, tmp_path, page):
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom"]

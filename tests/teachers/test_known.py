@@ -152,6 +152,7 @@ def test_a_file_is_read_under_timms_names_and_under_those_of_the_code_that_wrote
         assert (teacher.image.crop_px, teacher.metadata["interpolation"]) == (224, "bicubic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])  # the second pools before its last norm
 def test_pooling_is_the_class_token_the_mean_of_the_patches_or_both(tmp_path, arch):
     options = {"source": "random", "arch": arch, "width": 1.0, "stem": "imagenet"}

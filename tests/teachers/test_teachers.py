@@ -77,6 +77,7 @@ def moco_content(query: nn.Module, rows: int = 32) -> dict:
     return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.03}]}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "version"), [("resnet18", 1), ("resnet18", 2), ("torchvision/resnet18", 2)])
 def test_a_moco_checkpoint_gives_the_keys_of_its_query_encoder(tmp_path, arch, version):
     encoder = moco_encoder(arch.removeprefix("torchvision/"), version)

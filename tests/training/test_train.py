@@ -129,6 +129,7 @@ def uninterrupted(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method_name", "stop_step"),
     [*itertools.product(["bingo", "moco"], [1, 4, 6]), *((name, 6) for name in method_names() if name not in ("bingo", "moco"))],
@@ -151,6 +152,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name
 ADAMW = {"optimizer": "adamw", "decay_norms_and_biases": False, "clip_grad_norm": 0.1}
 
 
+@pytest.mark.slow
 def test_optimizer_parts_and_average_resume_with_their_state(tmp_path, monkeypatch):
     schedule = ADAMW | {"accumulate_steps": 2, "optimizer": "adamw"}
     settings = {"method_name": "moco", "network": "batchnorm", "groups": 4, "lr": 0.01, "schedule": schedule, "student_ema": 0.9}
@@ -218,6 +220,7 @@ def two_steps(folder: Path, parts: int, monkeypatch, **settings) -> tuple[dict, 
 WITHOUT_A_MOVING_AVERAGE = ["bingo", "seed", "simreg", "coss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -251,6 +254,7 @@ class ScriptedProbe:
         return {"knn_10": self.percents[len(self.seen) - 1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("percents", "best"), [([10, 30, 30, 20], 2), ([0, 0, 0, 0], 1), ([1, 2, 3, 4], 4)])
 def test_the_best_epoch_by_the_probe_is_kept_through_an_interruption(tmp_path, percents, best, monkeypatch):
     """Epochs have 4 steps and all are probed; the run that is stopped in epoch 3 resumes with the percentages of epochs 3 and 4."""
