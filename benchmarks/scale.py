@@ -272,9 +272,10 @@ def draw(known: Sequence[Measured], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
     for axis, (kind, label) in zip(axes, {"cpu_seconds": "CPU seconds", "peak_mb": "peak memory, MB"}.items(), strict=True):
-        for number, step in enumerate(step for step in [*STAGE_COMMANDS, *COMMANDS] if step != "distill" or kind != "cpu_seconds"):
+        for number, step in enumerate([*STAGE_COMMANDS, *COMMANDS]):
             points = sorted((one.images, getattr(one, kind)) for one in known if one.step == step)
-            axis.plot(*zip(*points, strict=True), marker="os^D"[number // 10], label=step) if points else None
+            if points and (step, kind) != ("distill", "cpu_seconds"):
+                axis.plot(*zip(*points, strict=True), color=f"C{number % 10}", marker="os^D"[number // 10], label=step)
         sizes = sorted({one.images for one in known})
         axis.plot(
             sizes, [sizes_n / sizes[-1] * max(getattr(one, kind) for one in known) for sizes_n in sizes], "--", color="grey", label="N"
