@@ -8,7 +8,7 @@ files copy.
 import os
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses too
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses too, whatever the user has set: the last bits depend on it
 
 import shutil
 from collections.abc import Iterator
