@@ -68,6 +68,7 @@ def test_of_very_many_numbers_a_few_are_drawn_without_looking_at_the_others():
     assert abs(drawn.mean() / 10**15 - 0.5) < 0.05  # 5 standard deviations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "count"), [(5, 2), (20, 5), (130, 65)])
 def test_every_number_and_every_pair_is_drawn_as_often(n, count):
     """4,000 draws: chi-square of numbers and of pairs; a draw's numbers are not independent, which only makes the first one smaller."""

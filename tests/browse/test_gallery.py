@@ -214,6 +214,7 @@ def focused(page):
     return page.value("Number(document.activeElement.dataset.row)")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_shows_bags_and_clicking_goes_from_bag_to_bag(page, truth):
     listing, index, _ = truth

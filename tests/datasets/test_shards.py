@@ -64,6 +64,7 @@ def relative(root: Path, part: str) -> dict[str, Path]:
     return {path.relative_to(root / part).as_posix(): path for path in sorted((root / part).rglob("*"), reverse=True) if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_shards_of_each_split_are_the_folder_that_was_packed(pets, tmp_path_factory, form):
     """Split over shards of each split; by a pattern, by a wildcard and by their folder; in memory too; held-out images and subsets."""

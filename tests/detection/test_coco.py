@@ -304,6 +304,7 @@ def test_packed_masks_come_back():
     assert (unpack(torch.from_numpy(np.packbits(masks, axis=2)), 13).numpy() == masks).all()
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
     make_split(tmp_path, "train", 4, 0, empty=(2,))
     found = read(tmp_path)

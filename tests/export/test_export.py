@@ -254,6 +254,7 @@ def test_without_the_packages_of_onnx_one_line_says_what_to_install(tmp_path, mo
 # ---- what every target promises
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", sorted(set(target_names()) - {"onnx"}))
 def test_equal_networks_have_equal_bytes(target, tmp_path):
     files = []

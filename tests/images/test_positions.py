@@ -53,6 +53,7 @@ def listing(folder: FileImages) -> Listing:
     return Listing("folder", folder.paths, np.full(len(folder), -1), len(folder), [], [], "0123")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_store", [False, True])
 def test_parts_of_large_files_are_what_files_are(folder, tmp_path, in_store):
     """Stored and read back, beside the images or in the store itself: bytes, checks, views, thumbnails and display."""

@@ -177,6 +177,7 @@ TAKES = {  # which of the rates act in one small network of each family
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", TAKES)
 def test_a_network_draws_what_it_was_asked_to_and_refuses_what_it_would_ignore(arch):
     px = 224 if arch.startswith("efficientvit") else 64

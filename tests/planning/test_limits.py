@@ -119,6 +119,7 @@ def test_what_a_refusal_advises_is_accepted(changes):
     assert answer(changes | settings, processes=2) == [], settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -236,6 +237,7 @@ def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path,
     assert len(json.loads(memory.read_text())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{}, {"distill.batch_anchors": 1}, {"student.width": 0.3}])
 def test_networks_take_any_bags(wrong):
     """So that what has passed need not be tried again with other bags."""

@@ -474,6 +474,7 @@ def after(document: dict, name: str, committed: dict | None = None) -> dict:
     return document
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", METHODS)
 def test_a_method_replaces_another_one(first, monkeypatch):
     """Whatever the other has set, with the images' own budget; and where it was committed, all that makes a method what it is."""
@@ -558,6 +559,7 @@ def test_use_survives_remarks_at_any_place(clone, place, recipe):
     assert len(result.stderr.splitlines()) <= 1
 
 
+@pytest.mark.slow
 def test_use_keeps_all_remarks_of_the_shipped_layout_however_often(clone):
     remarks = [line for line in Path("params.yaml").read_text().splitlines() if line.lstrip().startswith("#")]
     for name in ("imagenet-r18-bingo-r50-200ep", "downstream-digits", "coco-fpn", "method-moco", "imagenet-mobv3-moco"):
@@ -646,6 +648,7 @@ def test_show_lists_what_a_recipe_sets_and_the_hours_of_what_is_here(clone, monk
     assert " 0.0 " not in line  # a short run is given in minutes or seconds
 
 
+@pytest.mark.slow
 def test_show_prints_the_file_what_it_sets_and_what_it_costs(clone):
     text = call("show", "imagenet-r18-simreg-swav-r50").stdout
     assert (FOLDER / "imagenet-r18-simreg-swav-r50.yaml").read_text() in text
@@ -686,6 +689,7 @@ def test_the_page_has_every_row_with_the_published_value_beside_ours():
     assert "sgd_momentum" not in isd
 
 
+@pytest.mark.slow
 def test_check_of_the_shipped_parameters_finds_all_there(clone):
     result = call("check")
     assert result.exit_code == 0, result.stdout
@@ -762,6 +766,7 @@ def test_check_reads_the_checkpoint_and_the_images_that_are_there(clone):
     assert "moco_v2_800ep_pretrain.pth.tar: is not a checkpoint" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "expected"),
     [
@@ -830,6 +835,7 @@ def test_few_labels_and_transfer_as_published():
     assert not recipe("downstream-imagenet-cifar").about.deviates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("committed", [b"<<<<<<< HEAD\nseed: 0\n", b"- 1\n", b"seed: !own 1\n", b"seed: \xff\n", b"words\n"])
 def test_a_committed_file_that_cannot_be_read_takes_nothing_back(clone, committed):
     good = Path("params.yaml").read_bytes()
@@ -853,6 +859,7 @@ def test_what_is_named_by_the_user_is_replaced_whole(clone):
     assert (params.student.arch, params.distill.epochs) == ("resnet18", 200)
 
 
+@pytest.mark.slow
 def test_check_names_missing_lists_and_transfer_sets(clone):
     call("use", "downstream-imagenet-semi")
     params = YAML(typ="safe", pure=True).load(Path("params.yaml").read_text())
@@ -897,6 +904,7 @@ def test_where_a_teacher_has_no_head_its_feature_is_the_key(recipe_name, key_wid
     assert teacher.keys(torch.zeros(1, 3, 32, 32)).shape == (1, key_width)
 
 
+@pytest.mark.slow
 def test_figures_and_title_of_a_recipe_go_with_the_next_one_but_stay_under_evaluations():
     row = read_recipe(FOLDER, "imagenet-r18-bingo-r50-800ep")
     for name in recipe_names(FOLDER):

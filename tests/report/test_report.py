@@ -275,6 +275,7 @@ def test_timings_lie_beside_the_page(workspace, built):
     assert b"900" not in built.partition(b'id="timings"')[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("measure", "label"), [("knn_10", "k-NN accuracy, percent"), ("agreement_10", "Agreement with the teacher, k = 10, percent")]
 )
@@ -367,6 +368,7 @@ def test_without_labels_the_page_says_so(tmp_path, pixels):
     assert not [attrs for attrs in page.all("li") if attrs.get("class", "").endswith(("same", "other"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -151,6 +151,7 @@ def test_work_of_unknown_length_shows_how_much_and_how_long(monkeypatch):
     assert clock.lines == [(40.0, "finding: 60,000 files, 1,500 files/s")]
 
 
+@pytest.mark.slow
 def test_a_line_comes_though_no_unit_is_done(monkeypatch):
     clock = Clock(monkeypatch)
     monkeypatch.setattr(progress, "_POLL_SECONDS", 0.01)
