@@ -14,12 +14,10 @@ import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from bingo.images.decode import DRAFT_MARGIN, PILLOW_FILTERS, Header, decode_rgb
 from bingo.params import Interpolation
-
-# What torch.nn.functional.interpolate calls where it is asked for antialiasing; it cannot be given memory for the result.
-_RESIZE = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa, "bicubic": torch.ops.aten._upsample_bicubic2d_aa}
 
 
 @dataclass(frozen=True)
@@ -64,15 +62,12 @@ def _crops_of_pixels(image_HW3: np.ndarray, wanted: Sequence[CropsWanted]) -> No
 
 
 def _write_crops(image_3HW: Tensor, crops: CropsWanted) -> None:
-    views_V3PP, resize = crops.out_VPP3.permute(0, 3, 1, 2), _RESIZE[crops.interpolation]
-    sides_px, flip_V = views_V3PP.shape[2:], crops.flip_V.tolist()
+    flip_V, out_VPP3, interpolation, crop_px = crops.flip_V, crops.out_VPP3, crops.interpolation, crops.out_VPP3.shape[1]
     for v, (top, left, height, width) in enumerate(crops.boxes_V4.tolist()):
         crop_13HW = image_3HW[None, :, top : top + height, left : left + width]
         crop_13HW = crop_13HW.contiguous(memory_format=torch.channels_last)  # otherwise the result is planar, which takes twice as long
-        if flip_V[v]:
-            views_V3PP[v] = resize(crop_13HW, sides_px, False)[0].flip(2)
-        else:
-            resize.out(crop_13HW, sides_px, False, out=views_V3PP[v : v + 1])
+        view_PP3 = interpolate(crop_13HW, (crop_px, crop_px), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
+        out_VPP3[v] = view_PP3.flip(1) if flip_V[v] else view_PP3
 
 
 def _crops_of_shrunk(image: Image.Image, factor: int, wanted: Sequence[CropsWanted]) -> None:
