@@ -153,7 +153,7 @@ def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_typ
     if read and not Path(located(read)).is_file():
         raise UserError(f"--teacher = {name}: its weights are not in {read}; {known.way_in('give it as --checkpoint')}")
     network = Network(known.teacher.arch.partition(".")[0], known.teacher.width, known.teacher.stem)
-    return ChosenTeacher(name, network, file, known.image.crop_px, known.gflop, known.parameters_m)
+    return ChosenTeacher(name, network, file, known.image.crop_px, known.gflop, known.parameters_m, known.key_width)
 
 
 def _whose_file(file_name: str) -> str:
@@ -248,7 +248,7 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights:
     kept = "kept in memory" if look.short_px[1] <= SMALL_PX else "decoded on every access"
     start = f", starting from {printable(weights)}" if weights else ""
     lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px{start}; images are {kept}")
-    lines.append(f"training: BINGO, {plan.epochs} epochs, {plan.views} stored view{'s'[: plan.views > 1]} of each image")
+    lines.append(f"training: BINGO's expected terms, {plan.epochs} epochs, {plan.views} stored view{'s'[: plan.views > 1]} of each image")
     if held_out and not look.classes:
         lines.append("evaluation: agreement with the teacher on the test images, because there are no labels")
     return lines

@@ -178,7 +178,7 @@ def _rewritten(overlay: dict[str, Any], expected: dict[str, Any]) -> str:
     try:
         document = _yaml().load(PARAMS.read_text())
         lay_over(document, overlay)
-        _keep_lists_on_one_line(document)
+        _keep_on_one_line(document)
         text = _dumped(document)
         if YAML(typ="safe", pure=True).load(text) == expected:
             return text
@@ -190,16 +190,16 @@ def _rewritten(overlay: dict[str, Any], expected: dict[str, Any]) -> str:
     return _dumped(expected)
 
 
-def _keep_lists_on_one_line(section: Any) -> None:
-    """Write new lists as [a, b], like the others in the file."""
-    from ruamel.yaml.comments import CommentedSeq
+def _keep_on_one_line(section: Any) -> None:
+    """Write new lists as [a, b] and new mappings without sections of their own as {a: 1}, like the others in the file."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
     for key, value in section.items():
-        if isinstance(value, dict):
-            _keep_lists_on_one_line(value)
-        elif isinstance(value, list) and not isinstance(value, CommentedSeq):
-            section[key] = CommentedSeq(value)
+        if type(value) is list or (type(value) is dict and not any(isinstance(inner, dict) for inner in value.values())):
+            section[key] = CommentedSeq(value) if isinstance(value, list) else CommentedMap(value)
             section[key].fa.set_flow_style()
+        elif isinstance(value, dict):
+            _keep_on_one_line(value)
 
 
 def _dumped(document: Any) -> str:

@@ -23,7 +23,7 @@ from bingo.planning.look import Look
 from bingo.runtime.errors import UserError
 
 SMALL_PX = 64  # images up to this are kept in memory at their own size, and the student's stem keeps its resolution
-FEWEST_EPOCHS, MOST_EPOCHS = 10, 100
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 200
 FEWEST_TRAIN_IMAGES = 500  # the number of images is not reduced further to stay within the time
 FEWEST_PX = 8  # of a crop: smaller images are enlarged
 MOST_DECODED_BY_SCAN, MOST_SEARCHED_EXACTLY = 200_000, 200_000
@@ -32,7 +32,8 @@ _CROPS_PX = (224, 192, 160, 128, 96, 64)
 _LEAST_TEACHER_PX = 112  # a whole number of patches of 14 and of 16 px; for small images
 _WIDTHS = (1.0, 0.5, 0.25)
 _SMALL_STEMS = ("resnet", "efficientnet", "tf_efficientnet", "mobilenetv3")
-_ANCHOR_PASSES = 6.6  # cost of a step of BINGO per anchor, in forward passes: two views, forward and backward, and heads
+_ANCHOR_PASSES = 3.3  # cost of a step per anchor, in forward passes: one view, forward and backward, and heads
+_KEY_WIDTH = 128  # of a wider teacher: these principal components lose nothing and cost less (benchmarks/results/study.md)
 _PRETRAIN_PASSES = 4.2
 _NETWORKS, _PASSES = 2, 2  # evaluated networks: the student and the untrained network; by linear_eval and knn_eval
 _FIXED_SECONDS = 70.0  # for starting all stages
@@ -65,8 +66,8 @@ PRETRAINED = Network("resnet10t", 0.25, "small")
 
 @dataclass(frozen=True)
 class ChosenTeacher:
-    """The teacher of a run: name, network, file (None: the default), crop, GFLOP per image and millions of parameters of a known teacher;
-    or, without a name, the network to be pretrained.
+    """The teacher of a run: name, network, file (None: the default), crop, GFLOP per image, millions of parameters and key width of a
+    known teacher; or, without a name, the network to be pretrained.
     """
 
     name: str | None
@@ -75,6 +76,7 @@ class ChosenTeacher:
     crop_px: int = 224
     gflop: float = 0.0
     parameters_m: float = math.inf
+    key_width: int = _KEY_WIDTH
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def timed(plan: Plan, look: Look, teacher: ChosenTeacher, pace: Pace) -> Plan:
     of_teacher = (T * (1 + V) + test) * (teacher_flops / pace.teacher_flops + decoding)
     if teacher.name is None:
         of_teacher += PRETRAIN_EPOCHS * E * T * (_PRETRAIN_PASSES * teacher_flops / pace.training_flops + 2 * decoding)
-    of_student = E * T * (_ANCHOR_PASSES * student_flops / pace.training_flops + 2 * decoding)
+    of_student = E * T * (_ANCHOR_PASSES * student_flops / pace.training_flops + decoding)
     evaluations = _NETWORKS * _PASSES * (T + test) * (student_flops / pace.inference_flops + decoding)
     return replace(plan, seconds=(of_teacher, of_student, evaluations))
 
@@ -244,7 +246,8 @@ def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: b
     lr, store_px = round(0.06 * batch / 64, 4), look.short_px[1] if small else None
     resize_px = plan.crop_px if small else round(plan.crop_px * 256 / 224)
     network = {"arch": plan.student.arch, "width": plan.student.width, "stem": plan.student.stem}
-    named = {"name": teacher.name, "checkpoint": teacher.checkpoint, "image": {"crop_px": plan.teacher_px}}
+    key_width = _KEY_WIDTH if min(teacher.key_width, train - 1) > _KEY_WIDTH else None
+    named = {"name": teacher.name, "checkpoint": teacher.checkpoint, "key_width": key_width, "image": {"crop_px": plan.teacher_px}}
     pretrained = {
         "name": "own",
         "source": "pretrain",

@@ -33,7 +33,10 @@ from bingo.runtime.errors import UserError
 
 PHOTOS = Look(900, 100, (), 200, (300, 500, 4000), 3, (), 0.01, (), "folder")
 SLOW = Pace(teacher_flops=8e10, inference_flops=1e11, training_flops=5e10, images=200.0)
-OWN, DINO = ChosenTeacher(None), ChosenTeacher("dinov2-s", Network("vit_small_patch14_dinov2", 1.0, "imagenet"), None, 224, 12.25)
+OWN, DINO = (
+    ChosenTeacher(None),
+    ChosenTeacher("dinov2-s", Network("vit_small_patch14_dinov2", 1.0, "imagenet"), None, 224, 12.25, key_width=384),
+)
 
 
 @cache
@@ -89,7 +92,7 @@ def test_the_time_is_the_sum_of_its_terms():
     assert flops == pytest.approx(2 * 1.814e9 * (128 / 224) ** 2, rel=0.01)  # of ResNet-18's published multiply-adds
     passes = 900 * 3 + 100
     assert plan.seconds[0] == pytest.approx(passes * (12.25e9 / 8e10 + 1 / 200))
-    assert plan.seconds[1] == pytest.approx(20 * 900 * (6.6 * flops / 5e10 + 2 / 200))
+    assert plan.seconds[1] == pytest.approx(20 * 900 * (3.3 * flops / 5e10 + 1 / 200))
     assert plan.seconds[2] == pytest.approx(4 * 1000 * (flops / 1e11 + 1 / 200))
     half = timed(replace(plan, teacher_px=112), PHOTOS, DINO, SLOW)
     assert half.seconds[0] == pytest.approx(passes * (12.25e9 / 4 / 8e10 + 1 / 200))
@@ -109,7 +112,7 @@ def test_more_time_never_makes_less_of_a_run_and_what_fits_fits(look, teacher):
         assert plan.minutes <= minutes or plan == plans[0]
     assert [plan.train_images for plan in plans] == sorted(plan.train_images for plan in plans)
     assert [plan.student.width for plan in plans] == sorted(plan.student.width for plan in plans)
-    assert (plans[-1].train_images, plans[-1].views, plans[-1].epochs) == (split_counts(look)[0], 4, 100)
+    assert (plans[-1].train_images, plans[-1].views, plans[-1].epochs) == (split_counts(look)[0], 4, 200)
 
 
 @pytest.mark.parametrize(("teacher_m", "width"), [(22.0, 1.0), (11.2, 1.0), (11.1, 0.5), (3.4, 0.5), (2.7, 0.25), (0.1, 0.25)])
@@ -132,6 +135,28 @@ def test_what_is_chosen_breaks_no_limit(train, test, median_px):
         assert rule_mistakes(params, 1) + batch_mistakes(params, plan.train_images) == []
         assert params.image.crop_px <= max(median_px, 8)
         assert params.dataset.test_images == (split_counts(look)[1] or None if not test else None)
+
+
+@pytest.mark.parametrize(("median_px", "views"), [(32, "small_photographs"), (500, "photographs")])
+def test_the_training_is_that_of_the_lean_recipes(median_px, views):
+    """Compared with ImageNet's row of the same teacher, which sets these values by itself."""
+    look = replace(PHOTOS, train=20_000, short_px=(median_px,) * 3)
+    document, lean = deepcopy(shipped()), deepcopy(shipped())
+    lay_over(lean, read_recipe(Path("recipes"), "lean-r18-dinov2-s").overlay)
+    part = "small-photographs" if median_px <= 64 else "photographs"
+    lay_over(document, read_recipe(Path("recipes"), f"parts/{part}").overlay)
+    lay_over(document, overlay(look, fit(look, DINO, None, SLOW, 60), DINO, "photos", on_gpu=False))
+    for key in ("terms", "view_coupling", "anchor_views", "relation", "pair_weights"):
+        assert document["methods"]["bingo"][key] == lean["methods"]["bingo"][key], key
+    assert document["teacher"]["key_width"] == lean["teacher"]["key_width"] == 128
+    for stage in ("extract", "distill"):
+        assert document[stage]["augment"] == lean[stage]["augment"] | {"name": views}
+
+
+@pytest.mark.parametrize(("train", "of_teacher", "expected"), [(20_000, 384, 128), (20_000, 128, None), (129, 384, None), (130, 384, 128)])
+def test_keys_are_narrowed_where_there_are_as_many_components(train, of_teacher, expected):
+    look, teacher = replace(PHOTOS, train=train), replace(DINO, key_width=of_teacher)
+    assert overlay(look, fit(look, teacher, None, SLOW, 60), teacher, "photos", on_gpu=False)["teacher"]["key_width"] == expected
 
 
 @pytest.mark.slow
