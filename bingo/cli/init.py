@@ -225,16 +225,17 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights:
     from bingo.params.known import known_names, known_teacher
     from bingo.planning.first_params import PRETRAINED, SMALL_PX, split_counts
 
-    student, (train, held_out) = plan.student, split_counts(look)
+    student, (train, test) = plan.student, split_counts(look)
     lines = []
-    if not held_out:
+    if not test:
         lines.append(f"test images: none, because {train} images are too few to hold some out")
     elif not look.test:
-        lines.append(f"test images: {held_out:,} of the train images are held out, because there is no test split")
-    if plan.train_images < train:
-        lines.append(
-            f"train images: {plan.train_images:,} of {train:,} are drawn, to stay within the time; for all, set dataset.train_images: null"
-        )
+        lines.append(f"test images: {plan.test_images:,} of the train images are held out, because there is no test split")
+    drawn = [("train", plan.train_images, train), ("test", plan.test_images, test)] if look.test else [("train", plan.train_images, train)]
+    for split, count, of in drawn:
+        if count < of:
+            way_out = f"for all, set dataset.{split}_images: null"
+            lines.append(f"{split} images: {count:,} of {of:,} are drawn, to stay within the time; {way_out}")
     if teacher.name is None:
         network = f"{PRETRAINED.arch} x {PRETRAINED.width:g}"
         lines.append(f"teacher: {network}, pretrained with MoCo-v2 on these images; for published teachers, see: bingo teachers")
@@ -249,7 +250,7 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights:
     start = f", starting from {printable(weights)}" if weights else ""
     lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px{start}; images are {kept}")
     lines.append(f"training: BINGO's expected terms, {plan.epochs} epochs, {plan.views} stored view{'s'[: plan.views > 1]} of each image")
-    if held_out and not look.classes:
+    if test and not look.classes:
         lines.append("evaluation: agreement with the teacher on the test images, because there are no labels")
     return lines
 

@@ -24,7 +24,7 @@ from bingo.runtime.errors import UserError
 
 SMALL_PX = 64  # images up to this are kept in memory at their own size, and the student's stem keeps its resolution
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 200
-FEWEST_TRAIN_IMAGES = 500  # the number of images is not reduced further to stay within the time
+FEWEST_TRAIN_IMAGES, FEWEST_TEST_IMAGES = 500, 1000  # the numbers of images are not reduced further to stay within the time
 FEWEST_PX = 8  # of a crop: smaller images are enlarged
 MOST_DECODED_BY_SCAN, MOST_SEARCHED_EXACTLY = 200_000, 200_000
 PRETRAIN_EPOCHS = 3  # of the teacher, for each of the student
@@ -88,6 +88,7 @@ class Plan:
     teacher_px: int
     views: int
     train_images: int
+    test_images: int
     epochs: int
     seconds: tuple[float, float, float]
 
@@ -149,7 +150,7 @@ def fit(look: Look, teacher: ChosenTeacher, student: Network | None, pace: Pace,
 
 def _candidates(look: Look, teacher: ChosenTeacher, student: Network | None) -> Iterator[Plan]:
     """Plans with the fewest epochs, in order of preference."""
-    train, _ = split_counts(look)
+    train, test = split_counts(look)
     sides, stem = crops_for(look, student), stem_for("resnet18", look)
     students = [Network("resnet18", width, stem) for width in _WIDTHS]
     students = [one for one in students if parameters_m(one) < teacher.parameters_m] or students[-1:]
@@ -160,15 +161,16 @@ def _candidates(look: Look, teacher: ChosenTeacher, student: Network | None) -> 
     teachers_px = [teacher.crop_px, *([_LEAST_TEACHER_PX] if stem == "small" and teacher.crop_px > _LEAST_TEACHER_PX else [])]
     while True:
         for network, crop_px, teacher_px, views in product(students, sides, teachers_px, (4, 2, 1)):
-            yield Plan(network, crop_px, teacher_px, views, train, FEWEST_EPOCHS, (0.0, 0.0, 0.0))
+            yield Plan(network, crop_px, teacher_px, views, train, test, FEWEST_EPOCHS, (0.0, 0.0, 0.0))
         if train <= FEWEST_TRAIN_IMAGES:
             return
         train = max(FEWEST_TRAIN_IMAGES, train // 2)
+        test = min(test, max(FEWEST_TEST_IMAGES, train // 5))
 
 
 def timed(plan: Plan, look: Look, teacher: ChosenTeacher, pace: Pace) -> Plan:
     """The plan with the seconds that it takes at this pace."""
-    T, V, E, test = plan.train_images, plan.views, plan.epochs, split_counts(look)[1]
+    T, V, E, test = plan.train_images, plan.views, plan.epochs, plan.test_images
     decoding = 0.0 if look.short_px[1] <= SMALL_PX else 1 / pace.images
     student_flops = network_flops(plan.student, plan.crop_px)
     teacher_flops = 1e9 * teacher.gflop * (plan.teacher_px / teacher.crop_px) ** 2 or network_flops(PRETRAINED, plan.crop_px)
@@ -241,7 +243,7 @@ def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
 
 def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: bool, processes: int = 1) -> dict[str, Any]:
     """The overlay for params.yaml, in addition to the part `photographs` or `small-photographs`, if `processes` train together."""
-    train, held_out = plan.train_images, 0 if look.test else split_counts(look)[1]
+    train, test, (all_train, all_test) = plan.train_images, plan.test_images, split_counts(look)
     small, batch = look.short_px[1] <= SMALL_PX, batch_anchors(train, processes)
     lr, store_px = round(0.06 * batch / 64, 4), look.short_px[1] if small else None
     resize_px = plan.crop_px if small else round(plan.crop_px * 256 / 224)
@@ -260,8 +262,8 @@ def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: b
         "dataset": {
             "root": root,
             "store_px": store_px,
-            "train_images": train if train < split_counts(look)[0] else None,
-            "test_images": held_out or None,
+            "train_images": train if train < all_train else None,
+            "test_images": test if test and (test < all_test or not look.test) else None,
             "check": "decode" if look.train + look.test <= MOST_DECODED_BY_SCAN else "header",
         },
         "image": {"crop_px": plan.crop_px, "resize_px": resize_px},

@@ -87,7 +87,7 @@ def test_a_part_is_held_out_where_there_is_no_test_split(train, test, expected):
 
 def test_the_time_is_the_sum_of_its_terms():
     student = Network("resnet18", 1.0, "imagenet")
-    plan = timed(Plan(student, 128, 224, 2, 900, 20, (0, 0, 0)), PHOTOS, DINO, SLOW)
+    plan = timed(Plan(student, 128, 224, 2, 900, 100, 20, (0, 0, 0)), PHOTOS, DINO, SLOW)
     flops = network_flops(student, 128)
     assert flops == pytest.approx(2 * 1.814e9 * (128 / 224) ** 2, rel=0.01)  # of ResNet-18's published multiply-adds
     passes = 900 * 3 + 100
@@ -134,7 +134,10 @@ def test_what_is_chosen_breaks_no_limit(train, test, median_px):
         params = validate(document, "params.yaml")
         assert rule_mistakes(params, 1) + batch_mistakes(params, plan.train_images) == []
         assert params.image.crop_px <= max(median_px, 8)
-        assert params.dataset.test_images == (split_counts(look)[1] or None if not test else None)
+        tests = params.dataset.test_images if params.dataset.test_images is not None else test
+        assert tests == (
+            min(split_counts(look)[1], max(1000, plan.train_images // 5)) if params.dataset.train_images else split_counts(look)[1]
+        )
 
 
 @pytest.mark.parametrize(("median_px", "views"), [(32, "small_photographs"), (500, "photographs")])
