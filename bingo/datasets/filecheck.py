@@ -4,10 +4,9 @@ No torch. Shape letters: N files, S side of a stored image in pixels.
 """
 
 import hashlib
-import os
 import time
 from collections import deque
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -16,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bingo.datasets.known import SAVED_FILES, KnownFiles, column_of_bytes, fixed_bytes, identity_of
+from bingo.datasets.known import SAVED_FILES, KnownFiles, Place, column_of_bytes, fixed_bytes, identity_of
 from bingo.images.decode import BadImage, bits_of, check_header, check_pixels, decode_square, has_deep_colours, largest_gray
 from bingo.images.images import FileImages
-from bingo.images.listing import Contents
+from bingo.images.listing import Contents, joined_paths
 from bingo.runtime.progress import Bar, progress_bar
 from bingo.runtime.workers import worker_pool
 
@@ -96,21 +95,20 @@ def check_files(
     left, known = np.arange(len(files)), known if store_px is None and files.positions is None else None
     with progress_bar("checking the images", len(files), "images") as bar:
         if known is not None:
-            place, begun_ns = f"{os.path.realpath(files.root)} {decode}", time.time_ns()
-            with ThreadPoolExecutor(1) as beside:
-                beside.submit(known.read, place)
-                identity_N4 = identity_of(files.root, files.paths)
-            same_N, found = known.find(place, files.paths, identity_N4)
+            place, paths = Place(files.root, decode), joined_paths([files.paths])
+            same_N, found = known.find(place, paths)
             checks.put(np.flatnonzero(same_N), found)
             bar.resume_at(int(same_N.sum()))
             left = np.flatnonzero(~same_N)
+            begun_ns, identity_n4 = time.time_ns(), identity_of(files.root, paths.take(left))
         with worker_pool(len(left)) as pool:
-            for rows_n in (left[start : start + SAVED_FILES] for start in range(0, len(left), SAVED_FILES)):
+            for start in range(0, len(left), SAVED_FILES):
+                rows_n = left[start : start + SAVED_FILES]
                 _check_rows(pool, files, rows_n, checks, images_NSS3, gray_bits, bar)
                 if known is not None:
-                    rows_n = rows_n[~np.isin(rows_n, list(checks.not_read))]
-                    paths = [files.paths[row] for row in rows_n.tolist()]
-                    known.add(place, paths, identity_N4[rows_n], checks.part(rows_n), begun_ns)
+                    read_n = start + np.flatnonzero(~np.isin(rows_n, list(checks.not_read)))
+                    rows_n = left[read_n]
+                    known.add(place, paths.take(rows_n), identity_n4[read_n], checks.part(rows_n), begun_ns)
     return checks, images_NSS3
 
 

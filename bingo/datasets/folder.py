@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from bingo.datasets.filecheck import Checks, check_files, common_bits
 from bingo.datasets.finding import Found, find
-from bingo.datasets.known import KnownFiles, column_of_bytes
+from bingo.datasets.known import KnownFiles, Place, column_of_bytes
 from bingo.datasets.layout import Say, Split, count_splits
 from bingo.datasets.subset import Counts, Readable, draw_subset, readable_rows
 from bingo.images.listing import Listing, Paths, joined_paths, listing_fingerprint
@@ -38,6 +39,8 @@ def scan_files(
 
     Raises UserError for all errors in the layout or the files.
     """
+    if known is not None and dataset.source == "folder" and dataset.store_px is None:
+        known.begin(Place(str(dataset.root), dataset.check == "decode"))
     found = find_files(dataset, say)
     train, test = found.train, found.test
     judge(count_splits(train, test))
@@ -139,9 +142,10 @@ def _copies_of_train(checks: Checks, train_rows: int) -> np.ndarray:
 def _row_of_train(sha256_N: np.ndarray, train_rows: int) -> np.ndarray:
     """For each row from `train_rows` on, the last row before `train_rows` with the same hash, int64 (Q,); -1 if there is none or no
     hash."""
-    train_T = column_of_bytes(sha256_N[:train_rows][::-1])
-    place_Q = pc.index_in(column_of_bytes(sha256_N[train_rows:]), train_T).fill_null(-1).to_numpy()
-    return np.where((place_Q >= 0) & sha256_N[train_rows:].any(axis=1), train_rows - 1 - place_Q, -1)
+    train_T, test_Q = column_of_bytes(sha256_N[:train_rows]), column_of_bytes(sha256_N[train_rows:])
+    shared = np.flatnonzero(pc.is_in(train_T, test_Q))[::-1]  # few
+    place_Q = pc.index_in(test_Q, train_T.take(pa.array(shared))).fill_null(-1).to_numpy()
+    return np.where((place_Q >= 0) & sha256_N[train_rows:].any(axis=1), np.append(shared, -1)[place_Q], -1)
 
 
 def _choose(

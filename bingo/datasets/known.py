@@ -1,15 +1,17 @@
 """Results of earlier scans for unchanged files, so that a killed scan resumes, and the scan of an unchanged folder reads no files.
 
 As in Git, a file counts as unchanged if its path, size, both times of change in nanoseconds and inode are the same. Outputs do not depend
-on this: files without a known, undamaged result are read. Shape letter: N files.
+on this: files without a known, undamaged result are read. Shape letters: N files, K of which results are known.
 """
 
 import os
 import time
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,36 +34,55 @@ _SCHEMA = pa.schema(
 )  # fmt: skip
 
 
+class Place(NamedTuple):
+    """A folder, and whether its files are decoded or only their headers are read."""
+
+    root: str
+    decode: bool
+
+    @property
+    def name(self) -> str:
+        """A name that later scans of the folder give it too."""
+        return fingerprint([os.path.realpath(self.root), self.decode])
+
+
 class KnownFiles:
     """The results for files, kept in `folder`. `made_by` identifies the code that checks them; results of other code are discarded."""
 
     def __init__(self, folder: Path, made_by: str):
         self._folder, self._made_by = folder, made_by
-        self._tables: dict[str, pa.Table] = {}  # by place: all that is known
-        self._used: dict[str, list[pa.Table]] = {}  # and what this scan has asked for
-        self._new: dict[str, int] = {}
+        self._beside = ThreadPoolExecutor(1)
+        self._known: dict[Place, Future[tuple[pa.Table, np.ndarray]]] = {}
+        self._used: dict[Place, list[pa.Table]] = {}  # what this scan has asked for
+        self._new: dict[Place, int] = {}
 
-    def read(self, place: str) -> pa.Table:
-        """All that is known of the files of a place, read once."""
-        if place not in self._tables:
-            parts = [self._read(path) for path in sorted(self._folder.glob(f"{self._name(place)}-*"), reverse=True)]
-            self._tables[place] = pa.concat_tables([_SCHEMA.empty_table(), *(part for part in parts if part is not None)])
-        return self._tables[place]
+    def begin(self, place: Place) -> None:
+        """Begin, in a thread, to read what is known of the files of a place, and to look which of them have changed."""
+        if place not in self._known:
+            self._known[place] = self._beside.submit(self._look, place)
 
-    def find(self, place: str, paths: Sequence[str], identity_N4: np.ndarray) -> tuple[np.ndarray, pa.Table]:
-        """Which of N files have not changed, bool (N,), and their results. `place` identifies the folder and the kind of check."""
-        known = self.read(place)
+    def find(self, place: Place, paths: Sequence[str]) -> tuple[np.ndarray, pa.Table]:
+        """Which of N files have not changed, bool (N,), and their results."""
+        self.begin(place)
+        known, same_K = self._known[place].result()
         if not len(known):
             return np.zeros(len(paths), bool), known
         names = pa.chunked_array([path_column(paths)])
         in_order = len(known) == len(names) and known[_PATH].equals(names)
         place_N = np.arange(len(names)) if in_order else pc.index_in(names, known[_PATH].combine_chunks()).fill_null(-1).to_numpy()
-        same_N = (identities(known)[place_N] == identity_N4).all(axis=1) & (place_N >= 0) & (identity_N4[:, 0] >= 0)
+        same_N = same_K[place_N] & (place_N >= 0)
         found = known if in_order and same_N.all() else known.take(pa.array(place_N[same_N]))
         self._used.setdefault(place, []).append(found)
         return same_N, found
 
-    def add(self, place: str, paths: Sequence[str], identity_N4: np.ndarray, columns: dict[str, pa.Array], begun_ns: int) -> None:
+    def _look(self, place: Place) -> tuple[pa.Table, np.ndarray]:
+        """What is known of K files, the newest first, and which of them have not changed, bool (K,)."""
+        parts = [self._read(path) for path in sorted(self._folder.glob(f"{place.name}-{self._made_by}-*"), reverse=True)]
+        known = pa.concat_tables([_SCHEMA.empty_table(), *(part for part in parts if part is not None)])
+        identity_K4 = identity_of(place.root, Paths(known[_PATH]))
+        return known, (fixed_bytes(known[_IDENTITY]).view(np.int64) == identity_K4).all(axis=1) & (identity_K4[:, 0] >= 0)
+
+    def add(self, place: Place, paths: Sequence[str], identity_N4: np.ndarray, columns: dict[str, pa.Array], begun_ns: int) -> None:
         """Save the results for some files, whose identities were read after `begun_ns` and before their contents."""
         settled_N = pa.array(identity_N4[:, 2] < begun_ns - _SETTLED_NS)
         identity = column_of_bytes(identity_N4.view(np.uint8))
@@ -73,14 +94,11 @@ class KnownFiles:
     def keep(self) -> None:
         """Keep the results that this scan has asked for, merged into one part for each place, and discard the rest."""
         for place, tables in self._used.items():
-            old = list(self._folder.glob(f"{fingerprint(place)}-*"))
+            old = list(self._folder.glob(f"{place.name}-*"))
             if self._new.get(place) or len(old) > 1:
                 kept = self._write(place, pa.concat_tables(tables))
                 for path in old:
                     path.unlink(missing_ok=True) if path != kept else None
-
-    def _name(self, place: str) -> str:
-        return f"{fingerprint(place)}-{self._made_by}"
 
     def _read(self, path: Path) -> pa.Table | None:
         try:
@@ -89,18 +107,13 @@ class KnownFiles:
         except (OSError, Damaged, pa.ArrowException):
             return None
 
-    def _write(self, place: str, table: pa.Table) -> Path:
+    def _write(self, place: Place, table: pa.Table) -> Path:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        path = self._folder / f"{self._name(place)}-{time.time_ns():020d}"
+        path = self._folder / f"{place.name}-{self._made_by}-{time.time_ns():020d}"
         write_bytes(path, seal(sink.getvalue()))
         return path
-
-
-def identities(known: pa.Table) -> np.ndarray:
-    """The column of identities, int64 (N, 4)."""
-    return fixed_bytes(known[_IDENTITY]).view(np.int64)
 
 
 def column_of_bytes(x_n32: np.ndarray) -> pa.Array:
@@ -125,11 +138,18 @@ def identity_of(root: str, paths: Sequence[str]) -> np.ndarray:
 
 
 def _identity_of(root: str, paths: Sequence[str]) -> np.ndarray:
+    try:
+        folder = os.open(root, getattr(os, "O_PATH", os.O_RDONLY))  # paths from an open folder are found faster
+    except OSError:
+        return np.full((len(paths), 4), -1)
     numbers = array("q")
-    for path in paths:
-        try:
-            found = os.stat(f"{root}/{path}")  # noqa: PTH116 (millions of times)
-            numbers.extend((found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
-        except OSError:
-            numbers.extend((-1, -1, -1, -1))
+    try:
+        for path in paths:
+            try:
+                found = os.stat(path, dir_fd=folder)
+                numbers.extend((found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+            except OSError:
+                numbers.extend((-1, -1, -1, -1))
+    finally:
+        os.close(folder)
     return np.frombuffer(numbers, np.int64).reshape(-1, 4)

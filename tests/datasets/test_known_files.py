@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from bingo.datasets import filecheck, known
-from bingo.datasets.known import KnownFiles, identity_of
+from bingo.datasets.known import KnownFiles, Place, identity_of
 from bingo.datasets.sources import scan
 from bingo.images.images import FileImages
 from bingo.images.listing import joined_paths, write_listing
@@ -174,3 +175,26 @@ def test_processes_find_the_identities_that_one_finds(photos, monkeypatch):
     for asked in (paths, joined_paths([["before.jpg"], paths])[1:]):
         np.testing.assert_array_equal(identity_of(str(photos), asked), np.insert(wanted, 3, -1, axis=0))
     np.testing.assert_array_equal(identity_of(str(photos), files[:2]), wanted[:2])
+    assert (identity_of(str(photos / "absent"), files) == -1).all()
+
+
+def test_a_file_that_was_and_is_absent_does_not_count_as_unchanged(photos, read, tmp_path):
+    place, paths = Place(str(photos), True), ["train/a/420.jpg", "train/absent.jpg"]
+    columns = filecheck.check_files(FileImages(str(photos), paths), True, None)[0].part(np.arange(2))
+    KnownFiles(tmp_path / "state", "this").add(place, paths, identity_of(str(photos), paths), columns, time.time_ns())
+    same_N, found = KnownFiles(tmp_path / "state", "this").find(place, paths)
+    assert same_N.tolist() == [True, False]
+    assert found["path"].to_pylist() == paths[:1]
+
+
+def test_a_scan_of_some_files_serves_one_of_all(photos, read, tmp_path):
+    scanned(photos, None)
+    every = set(read)
+    read.clear()
+    scanned(photos, tmp_path / "state", train_images=12)
+    first = set(read)
+    shutil.copy(photos / "train/a/420.jpg", photos / "train/a/added.jpg")
+    read.clear()
+    found = scanned(photos, tmp_path / "state")
+    assert sorted(read) == sorted({*every, "train/a/added.jpg"} - first)
+    assert found == scanned(photos, None)

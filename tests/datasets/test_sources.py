@@ -18,6 +18,7 @@ from torchvision.transforms import functional as tv
 
 from bingo.datasets import filecheck
 from bingo.datasets.digits import draw_digits, read_digits
+from bingo.datasets.folder import _row_of_train
 from bingo.datasets.sources import scan
 from bingo.datasets.subset import draw_subset
 from bingo.images.decode import BadImage, decode_rgb, decode_square
@@ -550,6 +551,16 @@ def test_copies_of_train_images_are_not_held_out(tmp_path):
     digests = [(tmp_path / path).read_bytes() for path in listing.paths]
     assert (listing.train_rows, listing.held_out) == (3, 3)
     assert not {*digests[:3]} & {*digests[3:]}
+
+
+@pytest.mark.parametrize("train_rows", [0, 1, 30, 40])
+def test_copies_are_those_that_a_loop_finds(train_rows):
+    """Among few contents, each several times on both sides; zeros stand for a file that could not be read."""
+    sha256_N = np.random.default_rng(0).integers(0, 2, (40, 32), np.uint8) * (np.arange(32) < 4)
+    wanted = [
+        max((row for row in range(train_rows) if sha.any() and (sha256_N[row] == sha).all()), default=-1) for sha in sha256_N[train_rows:]
+    ]
+    np.testing.assert_array_equal(_row_of_train(sha256_N.astype(np.uint8), train_rows), wanted)
 
 
 @pytest.mark.parametrize("check", ["decode", "header"])
