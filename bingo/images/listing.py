@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
@@ -155,15 +156,21 @@ def listing_fingerprint(header: dict, paths: Sequence[str], contents: Contents, 
     line [path, size_bytes, sha256, label, split] for each row.
     """
     hasher = hashlib.sha256(canonical_json(header).encode())
-    for split, start, end in (("train", 0, train_rows), ("test", train_rows, len(paths))):
-        for first in range(start, end, _GROUP_ROWS):
-            rows = slice(first, min(first + _GROUP_ROWS, end))
-            sizes, labels = (pc.cast(pa.array(x[rows]), pa.string()) for x in (contents.sizes_N, labels_N))
-            hashes = pa.scalar("null") if contents.sha256_N is None else _quoted(_hex(contents.sha256_N[rows]))
-            columns = [_json_strings(path_column(paths[rows])), sizes, hashes, labels, pa.scalar(f'"{split}"]\n')]
-            lines = pc.binary_join_element_wise(pa.scalar("["), pc.binary_join_element_wise(*columns, ", "), "")
-            offsets = np.frombuffer(lines.buffers()[1], np.int32)
-            hasher.update(memoryview(lines.buffers()[2])[offsets[lines.offset] : offsets[lines.offset + len(lines)]])
+    splits = (("train", 0, train_rows), ("test", train_rows, len(paths)))
+    groups = [(split, slice(row, min(row + _GROUP_ROWS, end))) for split, first, end in splits for row in range(first, end, _GROUP_ROWS)]
+
+    def lines_of(group: tuple[str, slice]) -> memoryview:
+        split, rows = group
+        sizes, labels = (pc.cast(pa.array(x[rows]), pa.string()) for x in (contents.sizes_N, labels_N))
+        hashes = pa.scalar("null") if contents.sha256_N is None else _quoted(_hex(contents.sha256_N[rows]))
+        columns = [_json_strings(path_column(paths[rows])), sizes, hashes, labels, pa.scalar(f'"{split}"]\n')]
+        lines = pc.binary_join_element_wise(pa.scalar("["), pc.binary_join_element_wise(*columns, ", "), "")
+        offsets = np.frombuffer(lines.buffers()[1], np.int32)
+        return memoryview(lines.buffers()[2])[offsets[lines.offset] : offsets[lines.offset + len(lines)]]
+
+    with ThreadPoolExecutor(2) as pool:  # Arrow and hashlib release Python's lock
+        for lines in pool.map(lines_of, groups):
+            hasher.update(lines)
     return hasher.hexdigest()[:32]
 
 
