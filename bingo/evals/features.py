@@ -39,10 +39,14 @@ def backbone_features(
 ) -> np.ndarray:
     """Features of the images `rows_N` in that order, float32 (N, D). The backbone is moved to `device`; its mode does not change.
     Up to FEW_FILES files are decoded in this process."""
-    backbone, parts = backbone.to(device).to(memory_format=torch.channels_last), []
+    backbone, features, done = backbone.to(device).to(memory_format=torch.channels_last), torch.empty(0), 0
     watched = progress_bar("features", len(rows_N), "images")
     with watched as bar, evaluation_mode(backbone), torch.inference_mode(), autocast(precision, device):
         for views_B in center_views(images, rows_N, image, device, batch_images, 0 if len(rows_N) <= FEW_FILES else None):
-            parts.append(backbone(views_B).float().cpu())
-            bar.advance(len(views_B))
-    return torch.cat(parts).numpy()
+            found_BD = backbone(views_B)
+            if not done:  # as a whole, as joining the batches would need the memory twice
+                features = torch.empty(len(rows_N), found_BD.shape[1])
+            features[done : done + len(found_BD)] = found_BD
+            done += len(found_BD)
+            bar.advance(len(found_BD))
+    return features.numpy()

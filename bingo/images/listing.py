@@ -279,7 +279,10 @@ def read_listing(path: Path | str) -> Listing:
             raise ValueError("its rows do not fit their checksums")
     except PARQUET_DAMAGE as error:
         raise _damaged(path, str(error)) from None
-    return _from_table(path, table, metadata)
+    listing = _from_table(path, table, metadata)
+    del table
+    pa.default_memory_pool().release_unused()  # as much as the listing holds
+    return listing
 
 
 def _from_table(path: Path | str, table: pa.Table, metadata: dict[str, str]) -> Listing:

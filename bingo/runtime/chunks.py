@@ -20,7 +20,7 @@ from bingo.runtime.errors import UserError, reason_of
 
 INTEGER_FILL = -2
 _CRC_BYTES = 4
-_CHECKED_ROWS = 8192  # rows that are checked for the fill value at once, to limit the temporary array
+_READ_BYTES = 2**23  # read and checked at once, to limit the temporary arrays
 # errors that zarr raises for damaged files
 _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, OverflowError)
 
@@ -102,18 +102,24 @@ def open_array(group: zarr.Group, name: str, store_name: str, dtype: Any, ndim: 
 
 def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: str) -> np.ndarray:
     """`array[rows]`, read only from the chunks with these rows. Raises UserError if one of them is damaged or missing."""
+    if not isinstance(rows, slice):
+        return read_rows(array, slice(rows, rows + 1), store_name, way_out)[0]
     label = f"{store_name}: array {array.name.strip('/')}"
-    try:
-        x = np.asarray(array[rows])
-    except _DAMAGE as error:
-        forget_other_reads()
-        raise UserError(f"{label} has a damaged chunk ({_line(error)}); delete the store and run: {way_out}") from None
-    first_row = rows.indices(array.shape[0])[0] if isinstance(rows, slice) else rows
-    for start in range(0, len(x) if isinstance(rows, slice) else 1, _CHECKED_ROWS):
-        part = x[start : start + _CHECKED_ROWS] if isinstance(rows, slice) else x[None]
-        unwritten = (np.isnan(part) if part.dtype.kind == "f" else part == INTEGER_FILL).reshape(len(part), -1).any(axis=1)
+    first, end, _ = rows.indices(array.shape[0])
+    x = np.empty((max(0, end - first), *array.shape[1:]), array.dtype)
+    chunk_rows = array.chunks[0]
+    block_rows = chunk_rows * max(1, _READ_BYTES // (chunk_rows * max(1, x[:1].nbytes)))
+    for start in range(first // block_rows * block_rows, end, block_rows):
+        begin = max(start, first)
+        part = x[begin - first : start + block_rows - first]
+        try:
+            part[:] = array[begin : begin + len(part)]
+        except _DAMAGE as error:
+            forget_other_reads()
+            raise UserError(f"{label} has a damaged chunk ({_line(error)}); delete the store and run: {way_out}") from None
+        unwritten = (np.isnan(part) if part.dtype.kind == "f" else part == INTEGER_FILL).any(axis=tuple(range(1, part.ndim)))
         if unwritten.any():
-            row = first_row + start + int(unwritten.argmax())
+            row = begin + int(unwritten.argmax())
             raise UserError(f"{label} has no value at row {row}: chunk {row // array.chunks[0]} is missing; run: {way_out}")
     return x
 

@@ -22,25 +22,32 @@ def bag_means(keys_TVP: Tensor, bags: "Bags") -> Tensor:
     For an empty bag, it is the mean of the anchor's own keys, since drawing gives the anchor.
     """
     rows = max(1, NUMBERS_AT_ONCE // keys_TVP[0].numel())
-    means_TP = torch.cat([keys_tVP.float().mean(dim=1).half() for keys_tVP in keys_TVP.split(rows)])
+    means_TP = keys_TVP[:, 0]
+    if keys_TVP.shape[1] > 1:
+        means_TP = torch.empty_like(means_TP, memory_format=torch.contiguous_format)
+        for mean_tP, keys_tVP in zip(means_TP.split(rows), keys_TVP.split(rows), strict=True):
+            mean_tP[:] = keys_tVP.float().mean(dim=1)
     if bags.cluster_T is not None and not bags.settings.get("draw_temperature"):
         return _others_in_cluster(means_TP, bags)
-    members_TK, weights_TK = (torch.from_numpy(x_TK).to(keys_TVP.device) for x_TK in _drawn(bags))
-    rows = max(1, rows * keys_TVP.shape[1] // members_TK.shape[1])
-    blocks = zip(members_TK.split(rows), weights_TK.split(rows), strict=True)
-    return torch.cat([torch.einsum("tk,tkp->tp", weights_tK, means_TP[members_tK].float()).half() for members_tK, weights_tK in blocks])
+    bag_means_TP, rows = torch.empty_like(means_TP), max(1, rows * keys_TVP.shape[1] // bags.members_TK.shape[1])
+    for first in range(0, len(means_TP), rows):
+        members_tK, weights_tK = (torch.from_numpy(x_tK).to(keys_TVP.device) for x_tK in _drawn(bags, first, first + rows))
+        bag_means_TP[first : first + rows] = torch.einsum("tk,tkp->tp", weights_tK, means_TP[members_tK].float())
+    return bag_means_TP
 
 
-def _drawn(bags: "Bags") -> tuple[np.ndarray, np.ndarray]:
-    """The rows that can be drawn for each anchor, int64 (T, K), and their probabilities, float32 (T, K), 0 for padding."""
-    members_TK, listed_TK = bags.members_TK.astype(np.int64), bags.members_TK >= 0
-    weights_TK = listed_TK.astype(np.float64)
+def _drawn(bags: "Bags", first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that can be drawn for the anchors from `first` to before `end`, int64 (t, K), and their probabilities, float32 (t, K), 0 for
+    padding."""
+    members_tK = bags.members_TK[first:end].astype(np.int64)
+    listed_tK = members_tK >= 0
+    weights_tK = listed_tK.astype(np.float64)
     if temperature := bags.settings.get("draw_temperature"):
-        similarity_TK = np.where(listed_TK, bags.similarity_TK, -np.inf).astype(np.float64)
-        weights_TK = np.exp((similarity_TK - similarity_TK.max(axis=1, keepdims=True, initial=-1)) / temperature)
-    empty_T = ~listed_TK.any(axis=1)
-    members_TK[empty_T], weights_TK[empty_T] = np.flatnonzero(empty_T)[:, None], 1
-    return np.maximum(members_TK, 0), (weights_TK / weights_TK.sum(axis=1, keepdims=True)).astype(np.float32)
+        similarity_tK = np.where(listed_tK, bags.similarity_TK[first:end], -np.inf).astype(np.float64)
+        weights_tK = np.exp((similarity_tK - similarity_tK.max(axis=1, keepdims=True, initial=-1)) / temperature)
+    empty_t = ~listed_tK.any(axis=1)
+    members_tK[empty_t], weights_tK[empty_t] = first + np.flatnonzero(empty_t)[:, None], 1
+    return np.maximum(members_tK, 0), (weights_tK / weights_tK.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _others_in_cluster(means_TP: Tensor, bags: "Bags") -> Tensor:
@@ -50,9 +57,10 @@ def _others_in_cluster(means_TP: Tensor, bags: "Bags") -> Tensor:
     others_T = torch.from_numpy(bags.bag_sizes_T).to(means_TP.device)
     sum_CP = torch.zeros(len(bags.cluster_start) - 1, means_TP.shape[1], device=means_TP.device)
     sum_CP.index_add_(0, cluster_T, means_TP.float())
-    parts, rows = [], max(1, NUMBERS_AT_ONCE // means_TP.shape[1])
-    for means_tP, cluster_t, others_t in zip(means_TP.split(rows), cluster_T.split(rows), others_T.split(rows), strict=True):
+    bag_means_TP, rows = torch.empty_like(means_TP), max(1, NUMBERS_AT_ONCE // means_TP.shape[1])
+    blocks = (x.split(rows) for x in (bag_means_TP, means_TP, cluster_T, others_T))
+    for bag_mean_tP, means_tP, cluster_t, others_t in zip(*blocks, strict=True):
         own_tP = means_tP.float()
         others_tP = (sum_CP[cluster_t] - own_tP) / others_t.clamp(min=1)[:, None]
-        parts.append(torch.where((others_t > 0)[:, None], others_tP, own_tP).half())
-    return torch.cat(parts)
+        bag_mean_tP[:] = torch.where((others_t > 0)[:, None], others_tP, own_tP)
+    return bag_means_TP
