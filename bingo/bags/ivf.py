@@ -15,7 +15,7 @@ import numpy as np
 from bingo import seeds
 from bingo.bags.kmeans import each_cluster, sorted_by_cluster, train_centroids
 from bingo.bags.neighbors import FLOAT32_TOLERANCE, Found, best_of, cut, nothing_found, top_k
-from bingo.bags.rows import Rows, inverse_norms, memory_budget, unit_rows
+from bingo.bags.rows import Rows, in_single_threads, inverse_norms, memory_budget, unit_rows
 from bingo.bags.sharing import ALONE, Sharing
 from bingo.runtime.progress import Bar, progress_bar
 
@@ -52,40 +52,34 @@ def search_lists(features: Rows, k: int, ivf: InvertedFile, sharing: Sharing = A
     """The k nearest rows to each row in the lists that it probes, excluding itself: (rows int32 (T, K), cosines float32 (T, K)), -1 and
     -inf if these lists contain fewer rows. None on all but the first process.
 
-    Memory in addition to arguments and results: a block of normalised queries with the lists that they probe, at most 512 MiB, and one
-    list. If features are in a store, blocks and groups of lists are as large as `memory_budget` allows, because the store is read once for
-    each block and each group.
+    Memory in addition to arguments and results: a block of normalised queries with the lists that they probe, at most 512 MiB, and for
+    each thread one list. If features are in a store, blocks and groups of lists are as large as `memory_budget` allows, because the store
+    is read once for each block and each group.
     """
-    lists = ivf.list_count(len(features))
-    centroids_CD, _ = train_centroids(features, lists, _ITERATIONS, ivf.seed, _TRAINED_ROWS_A_LIST, sharing)
-    list_rows_T, list_start = sorted_by_cluster(sharing.nearest_centroid("lists", features, centroids_CD), lists)
     parts = sharing.parts(len(features), most_rows=max(_PART_ROWS, len(features) // _PARTS))
+    lists = _Lists.of(features, ivf, sharing)
     with progress_bar("neighbours", len(features), "images") as bar:
-        search = _Lists(features, k, min(ivf.probes, lists), centroids_CD, list_rows_T, list_start, bar)
-        found = sharing.of_rows("members", parts, search.nearest)
+        found = sharing.of_rows("members", parts, lambda places: lists.nearest(places, k, bar))
     if found is None:
         return None
     for x_TK in found:
         for x_T in x_TK.T:  # a column at a time bounds the memory
-            x_T[list_rows_T] = x_T.copy()
+            x_T[lists.rows_T] = x_T.copy()
     return found[0], found[1]
 
 
 def nearest_in_lists(queries_QD: np.ndarray, features: Rows, floor: float, ivf: InvertedFile) -> np.ndarray:
     """The largest cosine of each query to the rows in the lists that it probes, float32 (Q,); `floor` if none is larger."""
-    lists = ivf.list_count(len(features))
-    centroids_CD, _ = train_centroids(features, lists, _ITERATIONS, ivf.seed, _TRAINED_ROWS_A_LIST)
-    list_rows_T, list_start = sorted_by_cluster(ALONE.nearest_centroid("lists", features, centroids_CD), lists)
-    queries = _ListQueries(
-        unit_rows(queries_QD), np.full((len(queries_QD), 1), -1, np.int32), np.full((len(queries_QD), 1), floor, np.float32)
-    )
-    probing, probing_start = _by_list(top_k(queries.unit_qD, centroids_CD, min(ivf.probes, lists), unit_queries=True)[0], lists)
-    with progress_bar("near-duplicates of test images", lists, "lists") as bar:
-        for number, rows_n, own_nD in each_cluster(features, list_rows_T, list_start):
-            asking_n = probing[probing_start[number] : probing_start[number + 1]]
-            queries.search(asking_n, np.full(len(asking_n), -1), rows_n, own_nD)
-            bar.advance_to(number + 1)
-    return queries.cosines_qK[:, 0]
+    lists = _Lists.of(features, ivf)
+    best_Q = np.full(len(queries_QD), floor, np.float32)
+    with progress_bar("near-duplicates of test images", len(best_Q), "images") as bar:
+
+        def one_part(part: slice) -> None:
+            queries = _Queries(unit_rows(queries_QD[part]), np.full((part.stop - part.start, 1), -1, np.int32), best_Q[part, None])
+            lists.search(queries, np.full(len(queries.unit_qD), -1), bar)
+
+        in_single_threads(one_part, lists.shares(slice(0, len(best_Q))))
+    return best_Q
 
 
 @dataclass(frozen=True)
@@ -93,57 +87,91 @@ class _Lists:
     """The rows in the order of their lists, and where each list starts among them. A place is a position in this order."""
 
     features: Rows
-    k: int
+    inverse_T: np.ndarray
     probes: int
     centroids_CD: np.ndarray
-    list_rows_T: np.ndarray
-    list_start: np.ndarray
-    bar: Bar
+    rows_T: np.ndarray
+    start: np.ndarray
 
-    def nearest(self, places: slice) -> Found:
-        """The nearest of the rows at these places, in as many blocks as memory allows."""
-        members_qK, cosines_qK = nothing_found(places.stop - places.start, self.k)
+    @classmethod
+    def of(cls, features: Rows, ivf: InvertedFile, sharing: Sharing = ALONE) -> "_Lists":
+        """The lists of these rows."""
+        lists = ivf.list_count(len(features))
+        centroids_CD, _ = train_centroids(features, lists, _ITERATIONS, ivf.seed, _TRAINED_ROWS_A_LIST, sharing)
+        rows_T, start = sorted_by_cluster(sharing.nearest_centroid("lists", features, centroids_CD), lists)
+        return cls(features, inverse_norms(features), min(ivf.probes, lists), centroids_CD, rows_T, start)
+
+    def shares(self, rows: slice) -> list[slice]:
+        """The rows divided among threads; of a store, which each would read, among one."""
+        import faiss
+
+        threads = faiss.omp_get_max_threads() if isinstance(self.features, np.ndarray) else 1
+        return cut(rows, max(1, -(-(rows.stop - rows.start) // threads)))
+
+    def nearest(self, places: slice, k: int, bar: Bar) -> Found:
+        """The k nearest of the rows at these places, in as many blocks as memory allows."""
+        members_qK, cosines_qK = nothing_found(places.stop - places.start, k)
         row_bytes = _PROBE_BYTES * self.probes + self.features.shape[1] * (self.features.dtype.itemsize + 4)
         budget_bytes = memory_budget() // 2
         if isinstance(self.features, np.ndarray):
             budget_bytes = min(budget_bytes, _BLOCK_BYTES)
+
+        def one_part(part: slice) -> None:
+            own, rows_m = slice(part.start - places.start, part.stop - places.start), self.rows_T[part]
+            queries = _Queries(unit_rows(self.features[rows_m], inverse_N=self.inverse_T[rows_m]), members_qK[own], cosines_qK[own])
+            list_q = np.searchsorted(self.start, np.arange(part.start, part.stop), "right") - 1
+            # each query's own list first: the neighbours found there exclude most rows of the other lists
+            own_start = self.start[list_q[0] : list_q[-1] + 2]
+            for number, rows_n, own_nD in each_cluster(self.features, self.rows_T, own_start):
+                places_n = np.arange(max(own_start[number], part.start), min(own_start[number + 1], part.stop))
+                queries.search(places_n - part.start, places_n - own_start[number], rows_n, own_nD, self.inverse_T[rows_n])
+            self.search(queries, list_q, bar)
+
         for block in cut(places, max(1, budget_bytes // row_bytes)):
-            own = slice(block.start - places.start, block.stop - places.start)
-            self._search(block, _ListQueries(unit_rows(self.features[self.list_rows_T[block]]), members_qK[own], cosines_qK[own]))
+            bar.advance_to(block.start)
+            in_single_threads(one_part, self.shares(block))
         return members_qK, cosines_qK
 
-    def _search(self, block: slice, queries: "_ListQueries") -> None:
-        """Search each query's own list first: the neighbours found there exclude most rows of the other lists."""
-        list_q = np.searchsorted(self.list_start, np.arange(block.start, block.stop), "right") - 1
-        own_start = self.list_start[list_q[0] : list_q[-1] + 2]
-        for number, rows_n, own_nD in each_cluster(self.features, self.list_rows_T, own_start):
-            places_n = np.arange(max(own_start[number], block.start), min(own_start[number + 1], block.stop))
-            queries.search(places_n - block.start, places_n - own_start[number], rows_n, own_nD)
-        probed_qP = top_k(queries.unit_qD, self.centroids_CD, self.probes, unit_queries=True)[0]
-        probing, probing_start = _by_list(probed_qP, len(self.centroids_CD))
-        for number, rows_n, own_nD in each_cluster(self.features, self.list_rows_T, self.list_start):
+    def search(self, queries: "_Queries", list_q: np.ndarray, bar: Bar) -> None:
+        """Search the lists that each query probes, except for `list_q`, which has been searched for it."""
+        probing, probing_start = self.probing(queries.unit_qD)
+        begun = 0
+        for number, rows_n, own_nD in each_cluster(self.features, self.rows_T, self.start):
             asking_n = probing[probing_start[number] : probing_start[number + 1]]
             asking_n = asking_n[list_q[asking_n] != number]
-            queries.search(asking_n, np.full(len(asking_n), -1), rows_n, own_nD)
-            self.bar.advance_to(block.start + (number + 1) * len(list_q) // len(self.centroids_CD))
+            queries.search(asking_n, np.full(len(asking_n), -1), rows_n, own_nD, self.inverse_T[rows_n])
+            done = (number + 1) * len(list_q) // len(self.centroids_CD)
+            bar.advance(done - begun)
+            begun = done
 
-
-def _by_list(probed_qP: np.ndarray, lists: int) -> tuple[np.ndarray, np.ndarray]:
-    """The queries sorted by the lists that they probe, int64 (q * P,), and the start of each list among them (C+1,)."""
-    probing = np.argsort(probed_qP, axis=None, kind="stable")
-    probing //= probed_qP.shape[1]
-    return probing, np.concatenate([[0], np.bincount(probed_qP.ravel(), minlength=lists).cumsum()])
+    def probing(self, unit_qD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The queries sorted by the lists that they probe, int64 (q * P,), and the start of each list among them (C+1,)."""
+        lists = len(self.centroids_CD)
+        probed_qP = np.empty((len(unit_qD), self.probes), np.min_scalar_type(lists))  # numpy sorts 16 bits by their digits
+        for part in cut(slice(0, len(unit_qD)), max(1, _SCORED_NUMBERS // lists)):
+            scores_mC = unit_qD[part] @ self.centroids_CD.T
+            least_m = np.partition(scores_mC, -self.probes, axis=1)[:, -self.probes] - 2 * FLOAT32_TOLERANCE
+            near_mC = scores_mC >= least_m[:, None]
+            unsure_m = np.count_nonzero(near_mC, axis=1) > self.probes  # rounding may decide
+            near_mC[unsure_m, self.probes :], near_mC[unsure_m, : self.probes] = False, True
+            probed_qP[part] = (np.flatnonzero(near_mC) % lists).reshape(-1, self.probes)
+            if unsure_m.any():
+                unsure_mD = unit_qD[part][unsure_m]
+                probed_qP[part][unsure_m] = top_k(unsure_mD, self.centroids_CD, self.probes, unit_queries=True)[0]
+        probing = np.argsort(probed_qP, axis=None, kind="stable")
+        probing //= self.probes
+        return probing, np.concatenate([[0], np.bincount(probed_qP.ravel(), minlength=lists).cumsum()])
 
 
 @dataclass(frozen=True)
-class _ListQueries:
-    """A block of queries, and the best neighbours found so far."""
+class _Queries:
+    """Normalised queries, and their best neighbours so far."""
 
     unit_qD: np.ndarray
     members_qK: np.ndarray
     cosines_qK: np.ndarray
 
-    def search(self, asking_n: np.ndarray, self_n: np.ndarray, rows_n: np.ndarray, own_nD: Rows) -> None:
+    def search(self, asking_n: np.ndarray, self_n: np.ndarray, rows_n: np.ndarray, own_nD: Rows, inverse_n: np.ndarray) -> None:
         """Merge what these queries find in one list, given by its rows and features, into their best neighbours; `self_n`: the place in
         the list that is the query itself (-1: none)."""
         if not len(asking_n):
@@ -152,14 +180,9 @@ class _ListQueries:
             self._search_all(asking_n, self_n, rows_n, own_nD)
             return
         base_nD = own_nD.astype(np.float32)
-        inverse_n = inverse_norms(base_nD)
-        unit_nD = unit_rows(base_nD, inverse_N=inverse_n)
-        part_rows = max(1, _SCORED_NUMBERS // len(rows_n))
-
-        for start in range(
-            0, len(asking_n), part_rows
-        ):  # not in threads: products use all cores, and the rest would wait for Python's lock
-            asking_m, self_m = asking_n[start : start + part_rows], self_n[start : start + part_rows]
+        unit_nD = base_nD * inverse_n[:, None]
+        for part in cut(slice(0, len(asking_n)), max(1, _SCORED_NUMBERS // len(rows_n))):
+            asking_m, self_m = asking_n[part], self_n[part]
             query_p, place_p, crowded_m = self._near(asking_m, unit_nD)
             if crowded_m.any():
                 self._search_all(asking_m[crowded_m], self_m[crowded_m], rows_n, base_nD)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from bingo import seeds
-from bingo.bags.neighbors import gpus_for
-from bingo.bags.rows import Chosen, Rows, blocks, in_threads, memory_budget, unit_rows
+from bingo.bags.neighbors import cut, gpus_for
+from bingo.bags.rows import Chosen, Rows, blocks, in_single_threads, in_threads, memory_budget, unit_rows
 from bingo.bags.sharing import ALONE, Sharing
 from bingo.runtime.gpus import faiss_resources
 from bingo.runtime.progress import Bar, progress_bar
@@ -82,20 +82,12 @@ def _trained(features: Rows, chosen_n: np.ndarray, clusters: int, iterations: in
 def _nearest(index: Any, own_nD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`index.search(own_nD, 1)` on the CPU, as one thread computes it: the last bits of a product depend on the number of threads that
     share it, so each thread has blocks of its own."""
-    import faiss
-
     cosines_n1, cluster_n1 = np.empty((len(own_nD), 1), np.float32), np.empty((len(own_nD), 1), np.int64)
-    threads = faiss.omp_get_max_threads()
 
-    def one_block(start: int) -> None:
-        block = slice(start, start + _FAISS_QUERIES)
-        faiss.omp_set_num_threads(1)  # of this thread of Python alone
-        try:
-            cosines_n1[block], cluster_n1[block] = index.search(own_nD[block], 1)
-        finally:
-            faiss.omp_set_num_threads(threads)
+    def one_block(block: slice) -> None:
+        cosines_n1[block], cluster_n1[block] = index.search(own_nD[block], 1)
 
-    in_threads(one_block, range(0, len(own_nD), _FAISS_QUERIES), threads)
+    in_single_threads(one_block, cut(slice(0, len(own_nD)), _FAISS_QUERIES))
     return cosines_n1, cluster_n1
 
 

@@ -345,7 +345,10 @@ class _Search:
             scores_qM, places_qM = self.device.candidates(queries.unit_qD, unit_nD, wanted, worker)
             if wanted < len(base_nD):
                 passed_over_q = np.maximum(passed_over_q, scores_qM[:, -1])
-            hopeful_q = (scores_qM >= least_q()[:, None]).sum(axis=1)
+            enter_q = least_q()
+            if self.k < wanted:  # of these k + 1 rows one may be the query itself
+                enter_q = np.maximum(enter_q, scores_qM[:, self.k] - 2 * attempt.tolerance)
+            hopeful_q = (scores_qM >= enter_q[:, None]).sum(axis=1)
             self._rescore((rows_qK, cosines_qK), queries, base_nD, first_row, (scores_qM, places_qM), hopeful_q)
         return rows_qK, cosines_qK, passed_over_q > least_q()
 

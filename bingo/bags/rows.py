@@ -96,6 +96,17 @@ def in_threads(work: Callable[[int], None], starts: Sequence[int], threads: int)
             list(pool.map(work, starts))
 
 
+def in_single_threads(work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    """Call `work` for every item, each in a thread that computes all its products alone. Threads that share a product keep the cores busy
+    until the next one, and its last bits depend on their number."""
+    import faiss
+    from threadpoolctl import threadpool_limits
+
+    threads = max(1, min(len(items), faiss.omp_get_max_threads()))
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(work, items))
+
+
 def inverse_norms(x: Rows, threads: int = 1) -> np.ndarray:
     """1 / length of each row, float32 (N,), and 0 for a row of zeros. Raises ValueError if a number is not finite."""
     inverse_N = np.empty(len(x), np.float32)

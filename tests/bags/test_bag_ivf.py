@@ -11,7 +11,7 @@ from bingo.bags import ivf as bag_ivf
 from bingo.bags import kmeans as bag_clusters
 from bingo.bags import neighbors
 from bingo.bags.builders import build_knn
-from bingo.bags.ivf import InvertedFile, search_lists
+from bingo.bags.ivf import InvertedFile, nearest_in_lists, search_lists
 from bingo.bags.kmeans import train_centroids
 from bingo.bags.metrics import bag_metrics
 from bingo.bags.neighbors import top_k
@@ -116,15 +116,29 @@ def test_centroids_do_not_depend_on_the_number_of_threads():
     assert found[0] == found[1] == found[2]
 
 
+def test_probes_are_the_nearest_lists_and_of_equally_near_ones_the_first(monkeypatch):
+    random = np.random.default_rng(0)  # 16 different vectors, whose products are exact
+    centroids, queries = (random.choice([-0.5, 0.5], (rows, 4)).astype(np.float32) for rows in (40, 100))
+    nearest = [sorted(range(40), key=lambda number, query=query: (-(query @ centroids[number]), number))[:7] for query in queries]
+    monkeypatch.setattr(bag_ivf, "_SCORED_NUMBERS", 500)
+    asking, start = bag_ivf._Lists(queries, np.ones(100), 7, centroids, np.arange(100), np.arange(41)).probing(queries)
+    for number in range(40):
+        assert asking[start[number] : start[number + 1]].tolist() == [row for row in range(100) if number in nearest[row]]
+
+
 def test_any_number_of_threads_gives_the_same_bits(features):
-    threads, found = faiss.omp_get_max_threads(), []
+    threads, found, nearest = faiss.omp_get_max_threads(), [], []
     try:
-        for count in (1, 2):
+        for count in (1, 2, 3):
             faiss.omp_set_num_threads(count)
             found.append(search_lists(features, 5, InvertedFile(None, 8, 0)))
+            nearest.append(nearest_in_lists(features[:50], features[50:], 0.9, InvertedFile(None, 2, 0)).tobytes())
+            assert faiss.omp_get_max_threads() == count
     finally:
         faiss.omp_set_num_threads(threads)
-    np.testing.assert_array_equal(found[0], found[1])
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+    assert len(set(nearest)) == 1
 
 
 def test_recall_is_its_definition(features, monkeypatch):
