@@ -13,7 +13,7 @@ from bingo import paths
 from bingo.pipeline.commands import as_seen_from_here, check_folder, check_output, from_here
 
 if TYPE_CHECKING:
-    from bingo.export.measured import Sample
+    from bingo.export.measured import ExportFigures, Sample
     from bingo.export.stored import StoredNetwork
 
 
@@ -43,7 +43,6 @@ def main(
     from bingo.export.model_card import hub_header, model_card
     from bingo.export.provenance import provenance
     from bingo.export.run import export_network
-    from bingo.export.stored import layers_of, read_student, with_classifier
     from bingo.export.to_hub import check_push
     from bingo.export.to_hub import push as upload
     from bingo.runtime.artefacts import write_bytes
@@ -63,14 +62,7 @@ def main(
     if push is not None:
         check_push(push)
     card = _check_out(to, out, target.SUFFIXES, force)
-    network, listing = read_student(student), ""
-    classified = network
-    if linear or (int8 and layers_of(student)):
-        classified, listing = with_classifier(network, student)
-    sample = None
-    if int8 or (linear and (test_images or paths.LISTING.exists())):
-        sample = _sample(classified, listing, (calibration_images or 512) if int8 else 0, test_images or 1000)
-    network = classified if linear else network
+    network, sample = _network_and_sample(student, linear, int8, calibration_images, test_images)
     with progress_bar(f"export to {to}"):
         check, measured = export_network(network, target, out, sample, int8)
     loading = target.loading(network, out.name)
@@ -78,9 +70,7 @@ def main(
     header = hub_header(network, made_from, license_id or "unknown") if to == "hub" else ""
     write_bytes(card, (header + model_card(network, to, out.name, loading, check, made_from, measured)).encode())
     add_link(out, card, to, student, measured)
-    changed = [f"{name}: {f'{before} -> ' if before else ''}{after}" for name, before, after in measured.rows]
-    remarks = [f"note: {loading.remark}"] if loading.remark else []
-    typer.echo("\n".join([f"written {as_seen_from_here(out)}; {check}", *changed, *remarks, f"model card: {as_seen_from_here(card)}"]))
+    typer.echo("\n".join(_written_lines(out, card, check, measured, loading.remark)))
     if push is not None:
         typer.echo(f"uploaded to {upload(out, push)}")
 
@@ -109,6 +99,22 @@ def _check_out(to: str, out: Path, suffixes: Sequence[str], force: bool) -> Path
     return card
 
 
+def _network_and_sample(
+    student: Path, linear: bool, int8: bool, calibration_images: int | None, test_images: int | None
+) -> "tuple[StoredNetwork, Sample | None]":
+    """The network to export, with its classifier if `linear`; and the images for calibration and comparison, if the export uses any."""
+    from bingo.export.stored import layers_of, read_student, with_classifier
+
+    network, listing = read_student(student), ""
+    classified = network
+    if linear or (int8 and layers_of(student)):
+        classified, listing = with_classifier(network, student)
+    sample = None
+    if int8 or (linear and (test_images or paths.LISTING.exists())):
+        sample = _sample(classified, listing, (calibration_images or 512) if int8 else 0, test_images or 1000)
+    return classified if linear else network, sample
+
+
 def _sample(classified: "StoredNetwork", listing: str, calibration_images: int, test_images: int) -> "Sample":
     """The workspace's images; `listing` is the fingerprint of the listing on which the classifier was trained."""
     from bingo.export.measured import open_sample
@@ -117,3 +123,10 @@ def _sample(classified: "StoredNetwork", listing: str, calibration_images: int, 
     if calibration_images > (most := sample.listing.train_rows):
         typer.echo(f"note: --calibration-images = {calibration_images}: there are only {most:,} train images, which are all used", err=True)
     return sample
+
+
+def _written_lines(out: Path, card: Path, check: str, measured: "ExportFigures", remark: str) -> list[str]:
+    """Lines on the written files, what the export changed, and what to observe when loading it."""
+    changed = [f"{name}: {f'{before} -> ' if before else ''}{after}" for name, before, after in measured.rows]
+    remarks = [f"note: {remark}"] if remark else []
+    return [f"written {as_seen_from_here(out)}; {check}", *changed, *remarks, f"model card: {as_seen_from_here(card)}"]

@@ -6,7 +6,7 @@ bingo init ~/photos --teacher dinov2-s --minutes 30
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,15 +43,10 @@ def main(
 ) -> None:
     """Look at a folder of images, choose every setting for it, and write params.yaml."""
     from bingo.params import read_yaml, validate
-    from bingo.params.fields import LIBRARIES
-    from bingo.params.networks import place_mistakes
-    from bingo.pipeline.launch import expected_processes
     from bingo.pipeline.run import pick_device
-    from bingo.planning.first_params import SMALL_PX, fit, measure_pace, overlay
-    from bingo.planning.limits import check_limits, weights_mistakes
+    from bingo.planning.first_params import fit, measure_pace
     from bingo.planning.look import look_at
-    from bingo.planning.recipes import lay_over, read_recipe
-    from bingo.runtime.errors import UserError
+    from bingo.planning.recipes import lay_over
     from bingo.runtime.progress import progress_bar
 
     _refuse_empty({"FOLDER": folder, "--teacher": teacher, "--student": student, "--student-weights": student_weights})
@@ -67,29 +62,55 @@ def main(
         with progress_bar("measuring this machine"):
             pace = measure_pace(look, network, chosen, device, cores)
         plan = fit(look, chosen, network, pace, budget)
-        changes = read_recipe(FOLDER, "parts/small-photographs" if look.short_px[1] <= SMALL_PX else "parts/photographs").overlay
-        lay_over(changes, overlay(look, plan, chosen, seen_from_workspace(folder), device.type == "cuda", expected_processes()))
-        changes["dataset"] |= {"source": look.source, "follow_links": follow_links}
-        start_from = student_weights if student_weights in (None, *LIBRARIES) else seen_from_workspace(student_weights)
-        changes["student"]["weights"] = start_from
+        changes = _changes(folder, look, plan, chosen, device.type == "cuda")
+        changes["dataset"]["follow_links"] = follow_links
+        changes["student"]["weights"] = _start(student_weights)
         changes["image"] |= _normalisation(student_weights, network)
         lay_over(params, changes)
-        new = validate(params, f"{PARAMS} for {printable(folder)}")
-        start = "--student-weights"
-        if lines := [*place_mistakes(start, new.student.weights, new.student), *weights_mistakes(new, start)]:
-            raise UserError(lines)
-        check_limits(new, expected_processes())
-        for line in [
+        _check_params(params, folder)
+        if not dry_run:
+            write_params(changes, params)
+        smaller = "a smaller teacher" if network is None else "a smaller teacher or student"
+        lines = [
             *_seen_lines(folder, look),
             *_choice_lines(look, plan, chosen, student_weights),
-            *_cost_lines(plan, budget, device.type, cores, "a smaller teacher" if network is None else "a smaller teacher or student"),
-        ]:
-            typer.echo(line)
-        if dry_run:
-            typer.echo("nothing is written: --dry-run")
-        else:
-            write_params(changes, params)
-            typer.echo(_next_line(is_new))
+            *_cost_lines(plan, budget, device.type, cores, smaller),
+            "nothing is written: --dry-run" if dry_run else _next_line(is_new),
+        ]
+        typer.echo("\n".join(lines))
+
+
+def _changes(folder: str, look: "Look", plan: "Plan", teacher: "ChosenTeacher", on_gpu: bool) -> dict[str, Any]:
+    """The parameters to change: those of the recipe for images of this size, and those that the plan sets."""
+    from bingo.pipeline.launch import expected_processes
+    from bingo.planning.first_params import SMALL_PX, overlay
+    from bingo.planning.recipes import lay_over, read_recipe
+
+    changes = read_recipe(FOLDER, "parts/small-photographs" if look.short_px[1] <= SMALL_PX else "parts/photographs").overlay
+    lay_over(changes, overlay(look, plan, teacher, seen_from_workspace(folder), on_gpu, expected_processes()))
+    changes["dataset"]["source"] = look.source
+    return changes
+
+
+def _start(weights: str | None) -> str | None:
+    """`student.weights` for --student-weights: None, a library, or a file as seen from the workspace."""
+    from bingo.params.fields import LIBRARIES
+
+    return weights if weights in (None, *LIBRARIES) else seen_from_workspace(weights)
+
+
+def _check_params(params: dict[str, Any], folder: str) -> None:
+    """Raises UserError if the new parameters are invalid, or need more than this machine has."""
+    from bingo.params import validate
+    from bingo.params.networks import place_mistakes
+    from bingo.pipeline.launch import expected_processes
+    from bingo.planning.limits import check_limits, weights_mistakes
+    from bingo.runtime.errors import UserError
+
+    new, start = validate(params, f"{PARAMS} for {printable(folder)}"), "--student-weights"
+    if mistakes := [*place_mistakes(start, new.student.weights, new.student), *weights_mistakes(new, start)]:
+        raise UserError(mistakes)
+    check_limits(new, expected_processes())
 
 
 def _next_line(is_new: bool) -> str:
