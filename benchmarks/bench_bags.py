@@ -4,13 +4,12 @@
     python -m benchmarks.bench_bags --device cuda --rows 10000 100000 1000000 1281167 --flop 1e16
     python -m benchmarks.bench_bags --device cuda --rows 1281167 --flop 1e16 --searches exact
 
-Features are a mixture of Gaussians, made block by block into a zarr store; every measurement reads a prefix of it in a separate
-process, including reading and normalising. The limit is 2 N^2 D operations (K-means: 2 N C D an assignment, and the pairs inside clusters)
-at
-the rate of a matrix product of the same width, measured before each table (float32; half precision on a GPU). A search of more than
---flop operations has fewer queries; its time is a + b Q, taken at two numbers of queries and given for Q = N. Such times are marked *,
-and times extrapolated from the fitted exponents are marked ~. Smallest and largest of three repeats are in brackets,
-if these are short. The peer is FAISS's own IndexFlatIP, with its float32 rows in memory when the clock starts.
+Features are a mixture of Gaussians, written block by block to a zarr store. Each measurement runs in a separate process and includes
+reading and normalising the first N rows. The limit is 2 N^2 D operations (K-means: 2 N C D for each assignment, plus the pairs within
+clusters) at the rate of a matrix product of the same width, measured before each table (float32; half precision on a GPU). A search of more
+than --flop operations uses fewer queries Q: its time a + b Q is fitted to two values of Q and given for Q = N. Such times are marked *, and
+times extrapolated with the fitted exponents are marked ~. Smallest and largest of up to three repeats are in brackets. FAISS's own
+IndexFlatIP is measured for comparison, with its float32 rows already in memory.
 """
 
 import argparse
@@ -42,7 +41,7 @@ MATRIX_ROWS = {"cpu": 4096, "cuda": 65536}
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of repeats, and the most memory of the process in MB of 10^6 bytes."""
+    """Seconds of each repeat, and the peak memory of the process in MB of 10^6 bytes."""
 
     seconds: list[float]
     peak_mb: float
@@ -54,7 +53,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Grown:
-    """One row of the table: seconds for all N queries, and whether these were scaled from fewer."""
+    """One row of the table: seconds for all N queries, and whether they were scaled from fewer queries."""
 
     rows: int
     seconds: float
@@ -64,12 +63,12 @@ class Grown:
 
 
 def main() -> None:
-    """Measure, and print as it goes."""
+    """Measure, and print each result as soon as it is known."""
     options = parse()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not in_own_process(gpus_of_faiss)[0]:
-        raise SystemExit("--device cuda: FAISS sees no GPU here, or is built without (faiss-cpu); install faiss-gpu, or give --device cpu")
+        raise SystemExit("--device cuda: FAISS sees no GPU, or has no GPU support (faiss-cpu); install faiss-gpu, or give --device cpu")
     sizes = sorted(options.rows)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         store = Path(folder) / "features.zarr"
@@ -101,37 +100,37 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clusters", type=int, default=256)
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--flop", type=float, default=4e12, help="operations of one measurement at most")
-    parser.add_argument("--budget-mb", type=float, default=256, help="memory of the streamed search")
+    parser.add_argument("--flop", type=float, default=4e12, help="most operations of one measurement")
+    parser.add_argument("--budget-mb", type=float, default=256, help="memory for the streamed search")
     parser.add_argument("--ivf-rows", type=int, default=1_000_000, help="0: no approximate search")
     parser.add_argument("--ivf-width", type=int, default=128)
-    parser.add_argument("--graph", action="store_true", help="also an HNSW graph: minutes to build")
-    parser.add_argument("--folder", type=Path, help="where the temporary store is made")
+    parser.add_argument("--graph", action="store_true", help="also measure an HNSW graph, which takes minutes to build")
+    parser.add_argument("--folder", type=Path, help="folder for the temporary store")
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 
 
 def in_own_process(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What `work` returns, and the most memory that its process held, in MB."""
+    """The result of `work`, and the peak memory of its process in MB."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(with_peak, work, *arguments).result()
 
 
 def gpus_of_faiss() -> int:
-    """How many GPUs FAISS sees."""
+    """The number of GPUs that FAISS sees."""
     import faiss
 
     return faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
 
 
 def with_peak(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """`work`, then this process's peak."""
+    """The result of `work`, and this process's peak memory in MB."""
     result = work(*arguments)
     return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def make_features(store: Path, rows: int, width: int) -> None:
-    """Rows of CENTRES classes that differ in INNER_WIDTH directions within a class, and by noise."""
+    """Write rows of CENTRES classes; images of a class differ in INNER_WIDTH directions and by noise."""
     import zarr
 
     from bingo.runtime.chunks import new_array
@@ -149,7 +148,7 @@ def make_features(store: Path, rows: int, width: int) -> None:
 
 
 def stored(store: Path, rows: int) -> Any:
-    """The first rows of a store, not read yet."""
+    """The first rows of a store, to be read later."""
     import zarr
 
     from bingo.runtime.chunks import StoredRows
@@ -158,7 +157,7 @@ def stored(store: Path, rows: int) -> Any:
 
 
 def matrix_rate(width: int, device: str) -> float:
-    """Operations per second of a matrix product (MATRIX_ROWS, width) x (width, MATRIX_ROWS), the best of five: a limit."""
+    """Operations per second of the matrix product (MATRIX_ROWS, width) x (width, MATRIX_ROWS), the best of five: the limit."""
     import torch
 
     dtype = torch.float16 if device == "cuda" else torch.float32
@@ -178,14 +177,14 @@ def matrix_rate(width: int, device: str) -> float:
 
 
 def measured_rate(options: argparse.Namespace) -> float:
-    """`matrix_rate` in a process of its own, printed."""
+    """`matrix_rate`, measured in a separate process and printed."""
     rate, _ = in_own_process(matrix_rate, options.width, options.device)
     print(f"\nmatrix product, {'half precision' if options.device == 'cuda' else 'float32'}: {rate / 1e9:,.0f} GFLOP/s")
     return rate
 
 
 def repeated(work: Callable[[], Any]) -> list[float]:
-    """Seconds of up to three calls, as long as these are short together."""
+    """Seconds of up to three calls, fewer if they take long."""
     seconds: list[float] = []
     while len(seconds) < 3 and (not seconds or sum(seconds) + seconds[-1] < REPEATED_SECONDS):
         begun = time.perf_counter()
@@ -195,7 +194,7 @@ def repeated(work: Callable[[], Any]) -> list[float]:
 
 
 def search_exactly(store: Path, rows: int, queries: int, options: argparse.Namespace, budget_bytes: int | None = None) -> list[float]:
-    """The product's search of the first rows in all, reading included."""
+    """Seconds of this project's search of the first rows among all rows, including reading."""
     import faiss  # noqa: F401 (before the clock starts)
 
     from bingo.bags.neighbors import top_k
@@ -213,7 +212,7 @@ def search_exactly(store: Path, rows: int, queries: int, options: argparse.Names
 
 
 def search_flat(store: Path, rows: int, queries: int, options: argparse.Namespace) -> list[float]:
-    """FAISS's own exact index of unit rows, on the first GPU in half precision where the device is one."""
+    """Seconds of FAISS's own exact index of unit rows, in half precision on the first GPU with --device cuda."""
     import faiss
 
     from bingo.bags.rows import blocks, unit_rows
@@ -230,7 +229,7 @@ def search_flat(store: Path, rows: int, queries: int, options: argparse.Namespac
 
 
 def grow(name: str, search: Callable[..., list[float]], store: Path, sizes: list[int], options: argparse.Namespace) -> list[Grown]:
-    """One search over all sizes, printed."""
+    """Measure one search at each number of rows, and print the table."""
     rate = measured_rate(options)
     print(f"{name}: N, queries, seconds for all N, GFLOP/s, share of the limit, peak MB")
     grown = []
@@ -255,18 +254,18 @@ def grow(name: str, search: Callable[..., list[float]], store: Path, sizes: list
 
 
 def timed(work: Callable[..., list[float]], *arguments: Any) -> Timed:
-    """`work` in a process of its own."""
+    """`work`, measured in a separate process."""
     seconds, peak_mb = in_own_process(work, *arguments)
     return Timed(seconds, peak_mb)
 
 
 def spread_of(timed: Timed) -> str:
-    """The smallest and the largest of the repeats."""
+    """The smallest and the largest repeat, as text."""
     return f"[{min(timed.seconds):.1f} .. {max(timed.seconds):.1f}]" if len(timed.seconds) > 1 else ""
 
 
 def exponent(grown: list[Grown]) -> float:
-    """The slope of log seconds over log rows, by least squares, of the sizes that take over a second, if there are two."""
+    """The slope of log seconds over log rows by least squares, using only times over a second if there are at least two."""
     long = [point for point in grown if point.seconds > 1]
     grown = long if len(long) > 1 else grown
     if len(grown) < 2:
@@ -275,7 +274,7 @@ def exponent(grown: list[Grown]) -> float:
 
 
 def streamed(store: Path, sizes: list[int], options: argparse.Namespace) -> None:
-    """The same search with all in memory and from the store in a small budget, at the size nearest to 10^5 rows."""
+    """The same search with all rows in memory and streamed from the store with a small budget, at the number of rows nearest to 10^5."""
     rows = min(sizes, key=lambda size: abs(math.log(size / 1e5)))
     queries = min(rows, max(2 * FEW_QUERIES, int(options.flop / (2 * rows * options.width))))
     print(f"\n{queries:,} queries of {rows:,} rows, in memory and streamed")
@@ -285,7 +284,7 @@ def streamed(store: Path, sizes: list[int], options: argparse.Namespace) -> None
 
 
 def kmeans_bags(store: Path, rows: int, options: argparse.Namespace) -> tuple[list[float], float]:
-    """The product's K-means bags; seconds and operations, of training, assignment and neighbours within clusters."""
+    """Seconds and operations of this project's K-means bags: training, assignment, and neighbours within clusters."""
     import faiss  # noqa: F401 (before the clock starts)
 
     from bingo.bags.builders import build_kmeans
@@ -302,7 +301,7 @@ def kmeans_bags(store: Path, rows: int, options: argparse.Namespace) -> tuple[li
 
 
 def grow_kmeans(store: Path, sizes: list[int], options: argparse.Namespace) -> list[Grown]:
-    """K-means bags over those sizes that end soon."""
+    """K-means bags at each number of rows that does not take too long."""
     rate = measured_rate(options)
     print(f"K-means bags, {options.clusters} clusters, {options.iterations} iterations: N, seconds, share of the limit, peak MB")
     grown = []
@@ -314,26 +313,26 @@ def grow_kmeans(store: Path, sizes: list[int], options: argparse.Namespace) -> l
         found = Timed(seconds, peak_mb)
         grown.append(Grown(rows, found.median, spread_of(found), False, peak_mb))
         print(f"{rows:>9,} {found.median:>10,.1f} s {spread_of(found):18} {flops / rate / found.median:>6.0%} {peak_mb:>8,.0f}", flush=True)
-    print(f"exponent in N: {exponent(grown):.2f} (expected 1; more where the pairs within clusters count)", flush=True)
+    print(f"exponent in N: {exponent(grown):.2f} (expected 1; more if the pairs within clusters dominate)", flush=True)
     return grown
 
 
 def extrapolate(exact: list[Grown], clustered: list[Grown], options: argparse.Namespace, rate: float) -> None:
-    """Seconds and memory at ImageNet's size: the largest measured size, and the fitted exponent from there."""
+    """Print seconds and memory for ImageNet's size, extrapolated from the largest measured number of rows with the fitted exponent."""
     last = exact[-1]
     width_factor = IMAGENET_WIDTH / options.width
     seconds = last.seconds * (IMAGENET_ROWS / last.rows) ** exponent(exact) * width_factor
     limit = 2 * IMAGENET_ROWS**2 * IMAGENET_WIDTH / rate
     held_gb = IMAGENET_ROWS * IMAGENET_WIDTH * (2 + (2 if options.device == "cuda" else 4)) / 1e9
     print(f"\n{IMAGENET_ROWS:,} x {IMAGENET_WIDTH}, extrapolated from the exponents above:")
-    print(f"    exact ~{seconds:,.0f} s = {seconds / 3600:.2f} h; limit {limit:,.0f} s; {held_gb:.1f} GB held, or streamed in what is free")
+    print(f"    exact ~{seconds:,.0f} s = {seconds / 3600:.2f} h; limit {limit:,.0f} s; {held_gb:.1f} GB in memory, or streamed")
     if clustered:
         grown = clustered[-1].seconds * (IMAGENET_ROWS / clustered[-1].rows) ** exponent(clustered) * width_factor
         print(f"    K-means ~{grown:,.0f} s ({options.clusters} clusters, {options.iterations} iterations)")
 
 
 def approximate(store: Path, options: argparse.Namespace) -> None:
-    """Approximate indexes at --ivf-rows, with the share of the exact bags that they find."""
+    """Approximate indexes on --ivf-rows rows, and the share of the exact bags that they find."""
     in_own_process(make_features, store, options.ivf_rows, options.ivf_width)
     lines, peak_mb = in_own_process(approximate_lines, store, options)
     print(f"\napproximate search of {options.ivf_rows:,} x {options.ivf_width}, peak {peak_mb:,.0f} MB")
@@ -341,7 +340,7 @@ def approximate(store: Path, options: argparse.Namespace) -> None:
 
 
 def approximate_lines(store: Path, options: argparse.Namespace) -> list[str]:
-    """Build and search inverted lists, and a graph if asked for; recall on a sample of queries, whose bags are searched exactly."""
+    """Build and search inverted lists, and with --graph an HNSW graph; recall is measured on a sample of queries with exact bags."""
     import faiss
 
     from bingo.bags.neighbors import top_k
@@ -378,12 +377,12 @@ def approximate_lines(store: Path, options: argparse.Namespace) -> list[str]:
 
 
 def recall(found_QM: np.ndarray, exact_QK: np.ndarray) -> float:
-    """The mean share of exact members that are among those found; one more is found, as the row itself mostly is."""
+    """The mean share of exact members among those found; one more row is found, because the row itself is usually among them."""
     return float((exact_QK[:, :, None] == found_QM[:, None, :]).any(axis=2).mean())
 
 
 def plot(path: Path, curves: dict[str, list[Grown]], sizes: list[int], limits: list[float], options: argparse.Namespace) -> None:
-    """Seconds over N, both logarithmic; hollow points are scaled from fewer queries."""
+    """Plot seconds over N on logarithmic axes; hollow points are scaled from fewer queries."""
     import matplotlib
 
     matplotlib.use("Agg")

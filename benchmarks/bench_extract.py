@@ -3,9 +3,9 @@
     python -m benchmarks.bench_extract                  two cases from images in memory, about two minutes on 2 cores
     python -m benchmarks.bench_extract --case large --files --images 4096 --views 8 --batch-images 256    for a GPU
 
-Both are measured in the same run, in turns, on batches of the same sizes; medians are printed, with the smallest and the largest
-repeat in brackets. The goal is a ratio of 90 %. Then the peak memory of extraction from MEMORY_ROWS small
-files in chunks of MEMORY_CHUNK_ROWS, each in a separate process: it must not grow.
+Both are measured in the same run, in turns, on batches of the same size. Medians are printed, with the smallest and the largest repeat in
+brackets. The goal is a ratio of 90 %. Then the peak memory of extraction from MEMORY_ROWS small files in chunks of MEMORY_CHUNK_ROWS is
+measured, each in a separate process; it must not grow with the number of files.
 """
 
 import argparse
@@ -42,7 +42,7 @@ MEMORY_ROWS, MEMORY_CHUNK_ROWS = (1024, 4096, 16384), 512
 
 @dataclass(frozen=True)
 class ExtractCase:
-    """A teacher, the size of its images, and how much work is enough on 2 cores."""
+    """A teacher, the size of its images, and an amount of work that suits 2 cores."""
 
     arch: str
     width: float
@@ -56,7 +56,7 @@ class ExtractCase:
 
 
 def augment(blur_p: float, gray_p: float, jitter: list[float], flip_p: float) -> AugmentParams:
-    """MoCo-v2's family, with what the data set allows."""
+    """MoCo-v2's augmentation, with probabilities that suit the dataset."""
     return AugmentParams(
         crop_scale=[0.2, 1.0], crop_ratio=[3 / 4, 4 / 3], rotate_degrees=0, jitter=jitter, jitter_p=0.8, gray_p=gray_p, blur_p=blur_p,
         blur_sigma_px=[0.1, 2.0], flip_p=flip_p,
@@ -70,11 +70,11 @@ CASES = {
 
 
 def main() -> None:
-    """Run the cases that were asked for and print one line each."""
+    """Run the requested cases and print one line for each."""
     options = parse()
     device = torch.device(options.device)
     if device.type == "cpu":
-        keep_freed_memory()  # as every stage does
+        keep_freed_memory()  # as in every stage
     for name in CASES if options.case == "all" else [options.case]:
         case = CASES[name]
         images = options.images or case.images
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def peak_mb(rows: int) -> float:
-    """The most memory that this process held after an extraction from so many files, in MB of 10^6 bytes."""
+    """This process's peak memory after an extraction from `rows` files, in MB of 10^6 bytes."""
     keep_freed_memory()
     case = CASES["small"]
     params = ExtractParams(views=1, batch_images=256, chunk_rows=MEMORY_CHUNK_ROWS, precision="auto", augment=case.augment)
@@ -119,20 +119,20 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--files", action="store_true", help="decode JPEG files at use instead of reading an array in memory")
-    parser.add_argument("--jpeg-decoder", choices=["cpu", "gpu"], default="cpu", help="of the random views of files")
+    parser.add_argument("--files", action="store_true", help="decode JPEG files on every access instead of reading an array in memory")
+    parser.add_argument("--jpeg-decoder", choices=["cpu", "gpu"], default="cpu", help="decoder for the random views of files")
     parser.add_argument("--images", type=int, help="train images (default: enough for 2 cores)")
     parser.add_argument("--views", type=int, help="stored views of each image")
     parser.add_argument("--batch-images", type=int)
     parser.add_argument("--chunk-rows", type=int, default=8192)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-memory", action="store_true", help="leave out the memory of the host")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure host memory")
     return parser.parse_args()
 
 
 def make_images(folder: Path, case: ExtractCase, images: int, files: bool) -> Images:
-    """Smooth noise, so that a JPEG of it costs about what a photo does."""
+    """Smooth noise, so that decoding a JPEG costs about as much as for a photograph."""
     rng = np.random.default_rng(0)
     if not files:
         return MemoryImages(rng.integers(0, 256, (images, case.store_px, case.store_px, 3), dtype=np.uint8))
@@ -145,7 +145,7 @@ def make_images(folder: Path, case: ExtractCase, images: int, files: bool) -> Im
 def measure(
     case: ExtractCase, images: Images, params: ExtractParams, folder: Path, device: torch.device, repeats: int
 ) -> list[tuple[str, list[float], str]]:
-    """Rates of extraction and forward, taken in turns after one untimed round, and their ratio in percent."""
+    """Rates of extraction and of the forward pass, measured in turns after one untimed round, and their ratio in percent."""
     rows = len(images)
     teacher = make_teacher(case).to(device).to(memory_format=torch.channels_last)
     total = rows * (1 + params.views)
@@ -166,11 +166,11 @@ def measure(
 
 
 def extract(teacher: Teacher, case: ExtractCase, images: Images, params: ExtractParams, folder: Path, device: torch.device) -> None:
-    """One extraction of all images as train rows."""
+    """Extract all images once, as train rows."""
     rows = len(images)
     listing = Listing("made", [f"{row}.jpg" for row in range(rows)], np.zeros(rows, np.int64), rows, ["one"], [], "benchmark")
     state, out = folder / "state", folder / "embeddings.zarr"
-    shutil.rmtree(state, ignore_errors=True)  # or what is done is not done again
+    shutil.rmtree(state, ignore_errors=True)  # otherwise finished chunks would be skipped
     extract_embeddings(teacher, listing, images, params, 0, state, out, device, {"teacher": "benchmark"})
 
 
@@ -184,7 +184,7 @@ def make_teacher(case: ExtractCase) -> Teacher:
 
 @torch.inference_mode()
 def bare_forward(teacher: Teacher, crop_px: int, rows: int, params: ExtractParams, device: torch.device) -> None:
-    """The forwards of one extraction, on random numbers that lie on the device."""
+    """The forward passes of one extraction, on random numbers already on the device."""
     views_B = torch.randn(params.batch_images, 3, crop_px, crop_px, device=device).to(memory_format=torch.channels_last)
     with autocast(params.precision, device):
         for images, network in ((rows, teacher.features), (rows * params.views, teacher.keys)):
@@ -193,7 +193,7 @@ def bare_forward(teacher: Teacher, crop_px: int, rows: int, params: ExtractParam
 
 
 def seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """Wall time of one call, what it left on the GPU included."""
+    """Wall time of one call, including work that it left on the GPU."""
     begun = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -1,13 +1,13 @@
 """Host time per anchor when training from memory, compared with the time that the goal allows.
 
     python -m benchmarks.bench_host                      the CIFAR-10 recipe's teacher and student: about 20 seconds on one core
-    python -m benchmarks.bench_host --rows 1281167       as many train rows as ImageNet has
+    python -m benchmarks.bench_host --rows 1281167       with as many train rows as ImageNet
 
-A GPU computes while the host prepares the next step, so the host costs nothing as long as it is the faster of the two. Its work is done
-here in full, but on images of 1 pixel, where it is nearly all that a step takes: plans, draws, crop boxes, CutMix boxes, the draw of
-negatives, and the augmentation's calls of torch, each of some microseconds (on a GPU a launch takes 4 to 8). Counted is this process's
-CPU time. For the whole step, including networks and optimizer, the number of calls is reported.
-The goals are 200 epochs of 50,000 images in 10 minutes (teacher) and in 5 (student), on one GPU.
+A GPU computes while the host prepares the next step, so the host costs nothing as long as it is faster than the GPU. The host's work is
+done here in full, but on images of 1 pixel, where it takes nearly all of a step: plans, draws, crop boxes, CutMix boxes, the draw of
+negatives, and torch calls of the augmentation, each of some microseconds (on a GPU a launch takes 4 to 8). CPU time of this process is
+measured. For the whole step, including networks and optimizer, the number of calls is reported. The goals are 200 epochs of 50,000 images
+in 10 minutes (teacher) and in 5 (student), on one GPU.
 """
 
 import argparse
@@ -49,7 +49,7 @@ LAUNCH_NOTHING = {
 
 @dataclass
 class Calls(TorchDispatchMode):
-    """Counts operations that compute; those that only look at a tensor in another way launch nothing."""
+    """Counts operations that compute; views of a tensor launch nothing and are not counted."""
 
     count: int = 0
 
@@ -63,7 +63,7 @@ class Calls(TorchDispatchMode):
 
 @dataclass
 class HostTraining:
-    """One of the recipe's two trainings, and how many minutes its 200 epochs may take."""
+    """One of the recipe's two trainings, and the minutes that its 200 epochs may take."""
 
     name: str
     method: str
@@ -77,13 +77,13 @@ class HostTraining:
 
     @property
     def budget_us(self) -> float:
-        """Microseconds that the goal leaves for an anchor."""
+        """Microseconds per anchor that the goal allows."""
         return self.minutes * 60e6 / GOAL_EPOCHS / GOAL_ROWS
 
     def trainer(
         self, side_px: int, batch_anchors: int, arch: str, rows: int, device: torch.device = CPU, changes: dict[str, Any] | None = None
     ) -> Trainer:
-        """A Trainer on random images, keys and bags, with `changes` of the schedule; by default in fp32 and without BatchNorm groups."""
+        """A Trainer on random images, keys and bags, with `changes` to the schedule; by default in fp32 and without BatchNorm groups."""
         followed = {"precision": "fp32", "batchnorm_groups": 1} if changes is None else changes
         schedule = self.schedule.model_copy(update={"batch_anchors": batch_anchors, **followed})
         rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ class HostTraining:
 
 
 def host_work(training: HostTraining, batch_anchors: int) -> dict[str, Callable[[], Any]]:
-    """What the host does in a step, each part as a function."""
+    """The parts of the host's work in a step, each as a function."""
     trainer = training.trainer(1, batch_anchors, "resnet18", training.rows)
     made = itertools.chain.from_iterable(trainer.batches.epoch(epoch, 0) for epoch in itertools.count())
     steps = itertools.count()
@@ -118,7 +118,7 @@ def host_work(training: HostTraining, batch_anchors: int) -> dict[str, Callable[
 
 
 def microseconds(work: Callable[[], Any], repeats: int) -> float:
-    """The least CPU time of one call: what else runs on the machine only adds to it."""
+    """The smallest CPU time of one call, because other work on the machine only adds to it."""
     taken = []
     for turn in range(-2, repeats):
         begun = time.process_time()
@@ -129,7 +129,7 @@ def microseconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def calls_in_a_step(training: HostTraining) -> int:
-    """Operations of a whole step: augmentation, forward, backward, optimizer, queues and moving averages."""
+    """Number of operations in a whole step: augmentation, forward, backward, optimizer, queues and moving averages."""
     trainer = training.trainer(32, 4, training.arch, 64)
     trainer.watch.every_steps, trainer.step = 1000, 1
     batches = trainer.batches.epoch(0, 1)
@@ -140,7 +140,7 @@ def calls_in_a_step(training: HostTraining) -> int:
 
 
 def trainings(recipe: str, rows: int, folder: Path) -> list[HostTraining]:
-    """The recipe's teacher and student; `folder` is for checkpoints, of which none is written."""
+    """The recipe's teacher and student; `folder` would hold checkpoints, but none is written."""
     document = read_yaml(ROOT / "params.yaml")
     lay_over(document, read_recipe(ROOT / "recipes", recipe).overlay)
     params = validate(document, recipe)
@@ -153,11 +153,11 @@ def trainings(recipe: str, rows: int, folder: Path) -> list[HostTraining]:
 
 
 def main() -> None:
-    """Print one table."""
+    """Print the table."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="cifar10")
     parser.add_argument("--rows", type=int, default=GOAL_ROWS, help="train images")
-    parser.add_argument("--batches", type=int, nargs="+", help="anchors of a step; default: the recipe's, and 4096")
+    parser.add_argument("--batches", type=int, nargs="+", help="anchors per step (default: the recipe's, and 4096)")
     parser.add_argument("--repeats", type=int, default=40)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -173,7 +173,7 @@ def as_text(training: HostTraining, batch_anchors: int, calls: int, repeats: int
     parts = {name: microseconds(work, repeats) / batch_anchors for name, work in host_work(training, batch_anchors).items()}
     return (
         f"{training.name} ({training.method}, {training.arch}), batch {batch_anchors}, {training.rows} rows: {sum(parts.values()):.2f} us "
-        f"an anchor ({', '.join(f'{name} {us:.2f}' for name, us in parts.items())}) of {training.budget_us:.0f}; "
+        f"per anchor ({', '.join(f'{name} {us:.2f}' for name, us in parts.items())}) of {training.budget_us:.0f}; "
         f"a step: {calls} calls in {training.budget_us * batch_anchors / 1000:.1f} ms"
     )
 

@@ -1,24 +1,24 @@
-"""Speed of the dataloader relative to plain decoding, cost of its colour operations compared with libraries, and its share of a step.
+"""Speed of the dataloader compared with plain decoding, cost of its colour operations compared with libraries, its share of a step.
 
     python -m benchmarks.bench_loader                              3 minutes on 2 cores
     python -m benchmarks.bench_loader --device cuda --images 8192 --batch-images 256
     python -m benchmarks.bench_loader --folder ~/imagenet/val      photographs instead of synthetic images
 
-Tables, each of variants that take turns; printed are medians and, in brackets, the smallest and the largest of the repeats.
-  files     JPEG files to views, with as many workers: bare decode by Pillow and by simplejpeg (each file read and decoded to RGB, nothing
-            else: the limit), this project's workers (uint8 crops, one and three for each decoded image, one also from a tar shard of the
+The variants of each table take turns. Medians are printed, with the smallest and the largest repeat in brackets.
+  files     from JPEG files to views, with the same number of workers: bare decode by Pillow and by simplejpeg (each file is read and
+            decoded to RGB: the limit), this project's workers (uint8 crops, one and three per decoded image, also from a tar shard of the
             same files), the whole loader (coloured, normalised, on the device), on a GPU also with nvJPEG, and torchvision's transforms
-            on each image in the workers. The goal is 85 % of a bare decode. CPU: of this process, which is all with --workers 0.
-  stores    where the files' bytes are: a folder, tar shards, and packs of photographs at each --pack-px (dataset.pack_px); microseconds
-            of CPU time an image, and the images/s of one core that they allow (other work on the machine counts only through its
-            caches): bare decode by simplejpeg, which is the limit; crops in this process, one and three for each decoded image; and three
-            from a worker, with the time that both processes take to hand them over. The goal is 1,000 images/s with three crops each
+            on each image in the workers. The goal is 85 % of a bare decode. CPU time is that of this process (all of it with --workers 0).
+  stores    the same images in a folder, in tar shards, and in packs of photographs at each --pack-px (dataset.pack_px): microseconds
+            of CPU time per image, and the resulting images/s of one core (other work on the machine matters only through its use of
+            caches): bare decode by simplejpeg, which is the limit; one and three crops per decoded image in this process; and three
+            from a worker, including the time in which both processes pass them on. The goal is 1,000 images/s with three crops each
             from the pack.
-  pixels    how far the pixels of the device's decoder (nvJPEG; on the CPU torchvision's libjpeg) are from simplejpeg's, in levels of 255
-  colours   uint8 crops on the device to coloured, normalised views: this project's, kornia's (if it is installed: it is not a dependency
-            of this project) and torchvision's image by image
+  pixels    difference of the device's decoder (nvJPEG; on the CPU torchvision's libjpeg) from simplejpeg, in levels of 255
+  colours   from uint8 crops on the device to coloured, normalised views: this project, kornia (if installed; it is not a dependency of
+            this project) and torchvision on each image
   memory    images in memory: the views of a step compared with the student's forward and backward on them, 32 px. The goal is 10 %.
-The first batches of each turn are not timed: workers start in them.
+The first batches of each turn are not timed, because workers are starting.
 """
 
 import argparse
@@ -64,7 +64,7 @@ Batches = Callable[[], Iterable[object]]
 
 
 class DecodedFiles(Dataset):
-    """What `read` makes of each file."""
+    """The result of `read` for each file."""
 
     def __init__(self, paths: list[Path], read: Callable[[Path], Tensor]):
         self.paths, self.read = paths, read
@@ -77,20 +77,20 @@ class DecodedFiles(Dataset):
 
 
 def by_pillow(path: Path) -> Tensor:
-    """Decode and forget."""
+    """Decode a file, and discard the pixels."""
     with Image.open(path) as image:
         image.convert("RGB")
     return torch.empty(0)
 
 
 def by_simplejpeg(path: Path) -> Tensor:
-    """Decode and forget."""
+    """Decode a file, and discard the pixels."""
     simplejpeg.decode_jpeg(path.read_bytes(), "RGB")
     return torch.empty(0)
 
 
 class ByTorchvision:
-    """The family of views as the released code writes it (main_moco.py): transforms of one image."""
+    """The same augmentation as in the released code (main_moco.py): transforms of one image."""
 
     def __init__(self, augment: AugmentParams):
         blur = transforms.GaussianBlur(23, (augment.blur_sigma_px[0], augment.blur_sigma_px[1]))
@@ -112,7 +112,7 @@ class ByTorchvision:
 
 
 def by_kornia(augment: AugmentParams, device: torch.device) -> nn.Module:
-    """The same family of colours as kornia's module on batches."""
+    """The same colour augmentation as a kornia module for batches."""
     import kornia.augmentation as K
 
     return nn.Sequential(
@@ -133,7 +133,7 @@ def plain_batches(paths: list[Path], read: Callable[[Path], Tensor], options: ar
 
 
 def packed(images: FileImages, shard: Path) -> FileImages:
-    """The same images from a tar shard, which is written."""
+    """Write a tar shard of the images, and open it."""
     with tarfile.open(shard, "w") as tar:
         for path in dict.fromkeys(images.paths):
             tar.add(Path(images.root, path), path)
@@ -176,7 +176,7 @@ def file_variants(images: FileImages, shard: FileImages, paths: list[Path], opti
 
 
 def stores_table(options: argparse.Namespace) -> None:
-    """Print the table of stores."""
+    """Print the table `stores`."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         images = photographs(Path(options.folder), options.images) if options.folder else made(Path(folder), options.images)
@@ -198,7 +198,7 @@ def stores_table(options: argparse.Namespace) -> None:
                     if turn >= 0:
                         microseconds.setdefault((name, what), []).append(1e6 * (cpu_seconds_of_all() - begun) / len(images))
         kilobytes = {name: sum(len(store.read(row)) for row in range(len(store))) / len(store) / 1e3 for name, store in stores.items()}
-    print(f"stores: {len(images)} JPEG files, {CASE.crop_px} px, CPU microseconds an image, and images/s of one core, without colours")
+    print(f"stores: {len(images)} JPEG files, {CASE.crop_px} px, CPU microseconds per image, images/s of one core, without colours")
     print(f"    {'':<14}{'kB':>6}" + "".join(f"{what:>38}" for what in variants))
     for name in stores:
         figures = [microseconds[name, what] for what in variants]
@@ -207,19 +207,19 @@ def stores_table(options: argparse.Namespace) -> None:
 
 
 def cpu_seconds_of_all() -> float:
-    """User and system time of this process and of those that it has started."""
+    """User and system time of this process and of its children."""
     own = psutil.Process()
     return sum(sum(process.cpu_times()[:2]) for process in [own, *own.children(recursive=True)])
 
 
 def packed_images(images: FileImages, pack_px: int, folder: Path) -> FileImages:
-    """The same images with this short side, in few large files."""
+    """The same images, packed with this short side into a few large files."""
     positions = pack_images(images, pack_px, folder, lambda line: None)
     return FileImages(str(folder), images.paths, True, images.gray_bits, positions=positions)
 
 
 def decoded(decoder: FileDecoder, images: int, views: int) -> None:
-    """Random crops of all images, each decoded once."""
+    """Cut `views` random crops from all images; each image is decoded once."""
     rows_N = np.repeat(np.arange(images), views)
     view_N = np.tile(np.arange(views), images)
     plan = DecodePlan(rows_N, draw_views(CASE.augment, 0, "anchor", 0, rows_N, view_N)[0], [IMAGE])
@@ -228,7 +228,7 @@ def decoded(decoder: FileDecoder, images: int, views: int) -> None:
 
 
 def images_per_second(batches: Iterable[object], batch: int, device: torch.device) -> float:
-    """The rate after the first batches."""
+    """The rate, without the first batches."""
     begun, timed = 0.0, -UNTIMED_BATCHES
     for _ in batches:
         timed += 1
@@ -244,13 +244,13 @@ def cpu_seconds() -> float:
 
 
 def settle(device: torch.device) -> None:
-    """Wait for what a GPU has still to do."""
+    """Wait for the GPU to finish."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def files_table(options: argparse.Namespace) -> None:
-    """Print the first table."""
+    """Print the table `files`."""
     batch, device = options.batch_images, torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         images = photographs(Path(options.folder), options.images) if options.folder else made(Path(folder), options.images)
@@ -272,7 +272,7 @@ def files_table(options: argparse.Namespace) -> None:
 
 
 def pixels_table(options: argparse.Namespace) -> None:
-    """Print the differences of up to 64 files, as they are and enlarged or reduced to 224 px."""
+    """Print the table `pixels`: differences for up to 64 files, at their own size and resized to 224 px."""
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         images = photographs(Path(options.folder), 64) if options.folder else made(Path(folder), min(64, options.images))
@@ -296,22 +296,22 @@ def reduced(image_3HW: Tensor) -> Tensor:
 
 
 def made(folder: Path, count: int) -> FileImages:
-    """Images of smooth noise."""
+    """Files of smooth noise."""
     images = make_images(folder, CASE, count, files=True)
     assert isinstance(images, FileImages)
     return images
 
 
 def photographs(folder: Path, count: int) -> FileImages:
-    """JPEG files at any depth of a folder, each as often as it takes to have `count`."""
+    """JPEG files at any depth of a folder, repeated until there are `count`."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not names:
-        raise SystemExit(f"--folder {folder}: holds no .jpg or .jpeg file")
+        raise SystemExit(f"--folder {folder}: contains no .jpg or .jpeg file")
     return FileImages(str(folder), [names[row % len(names)] for row in range(count)])
 
 
 def colours_table(options: argparse.Namespace) -> None:
-    """Print the second table."""
+    """Print the table `colours`."""
     batch, device = options.batch_images, torch.device(options.device)
     generator = torch.Generator().manual_seed(0)
     crops_BPP3 = torch.randint(0, 256, (batch, CASE.crop_px, CASE.crop_px, 3), dtype=torch.uint8, generator=generator).to(device)
@@ -333,11 +333,11 @@ def colours_table(options: argparse.Namespace) -> None:
 
 
 def memory_table(options: argparse.Namespace) -> None:
-    """Print the third table."""
+    """Print the table `memory`."""
     device = torch.device(options.device)
     case = SMALL if device.type == "cpu" else StepCase(32, "small", 256, "resnet50", 1.0, device, 0, "auto")
     image = ImageParams(crop_px=32, resize_px=32, mean=MEAN, std=STD)
-    augment = CASE.augment.model_copy(update={"blur_p": 0.0})  # as the released code at 32 px
+    augment = CASE.augment.model_copy(update={"blur_p": 0.0})  # as in the released code at 32 px
     images = MemoryImages(np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8))
     loader, rows_B = ViewLoader(images, image, augment, 0, device), np.arange(case.batch_anchors)
     requests = [Request(rows_B, rows_B, "anchor", 0, view) for view in range(3)]
@@ -363,11 +363,11 @@ def in_turns(variants: dict[str, Callable[[], object]], repeats: int, device: to
 
 
 def main() -> None:
-    """Measure and print the tables that were asked for."""
+    """Measure and print the requested tables."""
     options = parse()
     if options.images < (UNTIMED_BATCHES + 1) * options.batch_images:
         least = (UNTIMED_BATCHES + 1) * options.batch_images
-        raise SystemExit(f"--images {options.images}: allowed from {least} on at --batch-images {options.batch_images}")
+        raise SystemExit(f"--images {options.images}: at least {least} with --batch-images {options.batch_images}")
     for name in options.tables:
         tables = {"files": files_table, "stores": stores_table, "pixels": pixels_table, "colours": colours_table, "memory": memory_table}
         tables[name](options)
@@ -379,7 +379,7 @@ def parse() -> argparse.Namespace:
     tables = ["files", "stores", "pixels", "colours", "memory"]
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--folder", help="photographs, instead of made images")
+    parser.add_argument("--folder", help="photographs instead of synthetic images")
     parser.add_argument("--pack-px", nargs="+", type=int, default=[256, 288, 320, 384])
     parser.add_argument("--images", type=int, default=768)
     parser.add_argument("--batch-images", type=int, default=32)

@@ -1,14 +1,14 @@
-"""What packed photographs (dataset.pack_px) change: pixels of views, and features of a teacher, compared with the originals.
+"""Effect of packing photographs (dataset.pack_px) on the pixels of views and on a teacher's features.
 
     python -m benchmarks.bench_pack FOLDER models/teacher.safetensors      FOLDER: train/CLASS/*.jpg and val/CLASS/*.jpg
 
-Printed for each --pack-px: kB an image; the difference of views from those of the originals, in levels of 255, mean and 99th percentile
-over all pixels, of centre views and of random ones (whose boxes are also rounded to other whole pixels); the cosine of features of centre
-views with the originals'; how many of the 10 nearest train images of a test image stay, among those of other classes; and k-NN accuracy
-(k = 1, 5). As a measure of what is little, the last line has the originals with bicubic instead of bilinear resizing.
-Crops: of 8 small crops of each train image, 4 are to find which image the other 4 are of, by the nearest of all images' features; in
-percent, by the same crops of the originals and of the pack, several times with other crops: mean and standard deviation, also of the pack's
-difference from the originals.
+Printed for each --pack-px: kB per image; the difference of views from those of the originals in levels of 255, mean and 99th percentile
+over all pixels, for centre views and for random views (whose boxes are also rounded to other whole pixels); the cosine between features of
+centre views and those of the originals; how many of the 10 nearest train images of other classes stay the same, for each test image; and
+k-NN accuracy (k = 1, 5). For comparison, the last line gives the originals with bicubic instead of bilinear resizing. Crops: 4 of 8 small
+crops of each train image must be matched to their image by their nearest feature among the other 4 of all images; in percent, with the same
+crops from the originals and from the pack, repeated with other crops: mean and standard deviation, also of the difference between pack and
+originals.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from bingo.teachers.teacher import Teacher, load_teacher
 
 VIEWS = 3
 NEIGHBOURS = 10
-CROPS, CROP_SCALE, TURNS = 8, [0.05, 0.2], 4  # of an image; share of its area; times
+CROPS, CROP_SCALE, TURNS = 8, [0.05, 0.2], 4  # crops per image; share of the image's area; repeats
 
 
 def views_of(images: FileImages, image: ImageParams, views: int, scale: list[float] | None = None, turn: int = 0) -> np.ndarray:
@@ -56,7 +56,7 @@ def levels(found: np.ndarray, original: np.ndarray) -> str:
 
 
 def crops_found(teacher: Teacher, images: FileImages, image: ImageParams) -> np.ndarray:
-    """In how many percent the nearest crop is of the same image, for each turn."""
+    """Percentage of crops whose nearest crop is from the same image, for each repeat."""
     accuracies = []
     for turn in range(TURNS):
         crops_TPP3 = torch.from_numpy(views_of(images, image, CROPS, CROP_SCALE, turn).astype(np.uint8))
@@ -74,14 +74,14 @@ def mean(values: np.ndarray) -> str:
 
 
 class Judge:
-    """Features of the teacher on one set of images, compared with those of the originals."""
+    """Features of the teacher on one set of images, compared with features of the originals."""
 
     def __init__(self, teacher: Teacher, train_rows: int, labels_N: np.ndarray):
         self.teacher, self.train_rows, self.labels_N = teacher, train_rows, labels_N
         self.original_ND: np.ndarray | None = None
 
     def line(self, images: FileImages, image: ImageParams) -> str:
-        """Cosine, neighbours kept, and k-NN accuracy; the first call is for the originals."""
+        """Cosine, kept neighbours and k-NN accuracy as one line; the first call is for the originals."""
         x_ND = backbone_features(self.teacher.backbone, images, np.arange(len(images)), image, torch.device("cpu"), "fp32", 32)
         x_ND /= np.linalg.norm(x_ND, axis=1, keepdims=True)
         self.original_ND = x_ND if self.original_ND is None else self.original_ND
@@ -93,7 +93,7 @@ class Judge:
         return f"cosine {cosines_N.mean():.4f} (least {cosines_N.min():.4f}), {kept:.2f} of {NEIGHBOURS} neighbours, k-NN {accuracies}"
 
     def others(self, x_ND: np.ndarray) -> list[set[int]]:
-        """The nearest train images of each test image among those of other classes."""
+        """For each test image, the nearest train images of other classes."""
         train_labels_T, test_labels_Q = self.labels_N[: self.train_rows], self.labels_N[self.train_rows :]
         k = min(self.train_rows, NEIGHBOURS + int(np.bincount(train_labels_T).max()))
         rows_QK = top_k(x_ND[self.train_rows :], x_ND[: self.train_rows], k)[0]
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def kilobytes(images: FileImages) -> float:
-    """Mean length of a file."""
+    """Mean size of a file in kB."""
     return sum(len(images.read(row)) for row in range(len(images))) / len(images) / 1e3
 
 

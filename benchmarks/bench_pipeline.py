@@ -1,13 +1,13 @@
-"""Overhead of the pipeline: nothing to do, a changed parameter, hashing of a large store, start of every command.
+"""Overhead of the pipeline: nothing to do, a changed parameter, hashing of a large store, the start of every command.
 
     python -m benchmarks.bench_pipeline                     about 6 minutes on 2 cores, 11 GB of disk
     python -m benchmarks.bench_pipeline --store-gb 0.2      a check
 
-The last commit is cloned into a temporary folder, with a cache of its own, and recipe digits-short run there once, not timed. Then, as
-medians of --repeats with the smallest and the largest: `dvc repro` with nothing to do, compared with a repository of as many
-stages that only copy a file; `dvc exp run -S bagging.k=K` less the seconds that its stages' records say; `dvc add` of a folder of
-chunks, compared with md5 of the same bytes by one thread; and `--help` of every command, compared with Python that does nothing.
-Goals: 1.5 s for nothing to do, 0.5 s for a `--help`.
+The last commit is cloned into a temporary folder with its own cache, and recipe digits-short is run there once, untimed. Then the following
+are measured; medians of --repeats are printed with the smallest and the largest: `dvc repro` with nothing to do, compared with a repository
+of as many stages that only copy a file; `dvc exp run -S bagging.k=K`, minus the seconds in the records of its stages; `dvc add` of a folder
+of chunks, compared with md5 of the same bytes in one thread; and `--help` of every command, compared with a Python process that does
+nothing. Goals: 1.5 s for nothing to do, 0.5 s for `--help`.
 """
 
 import argparse
@@ -34,12 +34,12 @@ READ_BYTES = 1 << 20
 
 
 def main() -> None:
-    """Measure, and print as it goes."""
+    """Measure, and print each result as soon as it is known."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--store-gb", type=float, default=5.0, help="bytes to hash, in 10^9")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the temporary folder is made (default: the system's)")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder (default: the system's)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         root = Path(folder)
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def run(command: Sequence[str], folder: Path) -> str:
-    """What a command prints. It is ended by SystemExit with its words where it fails."""
+    """The output of a command. Raises SystemExit with the output if the command fails."""
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": binaries, "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(folder / ".dvc/site")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -71,7 +71,7 @@ def seconds_of(command: Sequence[str], folder: Path) -> float:
 
 
 def in_turns(commands: dict[str, Sequence[str]], folder: Path, repeats: int) -> dict[str, list[float]]:
-    """Wall seconds of each command, taken in turns, after one round that is not timed."""
+    """Wall seconds of each command, measured in turns after one untimed round."""
     for command in commands.values():
         run(command, folder)
     found: dict[str, list[float]] = {name: [] for name in commands}
@@ -82,12 +82,12 @@ def in_turns(commands: dict[str, Sequence[str]], folder: Path, repeats: int) -> 
 
 
 def say(label: str, seconds: Sequence[float], note: str = "") -> None:
-    """One line: median, smallest and largest."""
+    """Print one line: median, smallest and largest."""
     print(f"{label:44}{statistics.median(seconds):>9.2f} s [{min(seconds):.2f} .. {max(seconds):.2f}]  {note}".rstrip(), flush=True)
 
 
 def commands(repeats: int) -> None:
-    """`--help` of every command that `bingo` has."""
+    """Time `--help` of every `bingo` command."""
     import typer
 
     from bingo.cli.main import app
@@ -105,7 +105,7 @@ def commands(repeats: int) -> None:
 
 
 def hashing(folder: Path, gigabytes: float, repeats: int) -> None:
-    """`dvc add` of a folder of chunks, first and again, in a repository of its own with this one's settings."""
+    """Time `dvc add` of a folder of chunks, first and again, in a new repository with this one's DVC settings."""
     new_repository(folder)
     store = folder / "store"
     store.mkdir()
@@ -122,7 +122,7 @@ def hashing(folder: Path, gigabytes: float, repeats: int) -> None:
 
 
 def bare_md5(store: Path) -> float:
-    """Seconds to read every file of a folder and take its md5."""
+    """Seconds to read every file of a folder and compute its md5."""
     begun = time.perf_counter()
     for path in sorted(store.iterdir()):
         digest = hashlib.md5(usedforsecurity=False)
@@ -142,7 +142,7 @@ def new_repository(folder: Path) -> None:
 
 
 def cloned(root: Path) -> Path:
-    """A clone of the last commit with recipe digits-short run."""
+    """A clone of the last commit in which recipe digits-short has been run."""
     clone = root / "clone"
     run(["git", "clone", "-q", str(ROOT), str(clone)], root)
     run([*BINGO, "recipe", "use", RECIPE], clone)
@@ -156,12 +156,12 @@ def cloned(root: Path) -> Path:
 
 
 def identity() -> list[str]:
-    """Git's options for a commit that nobody else sees."""
+    """Git options that set an identity for commits in temporary repositories."""
     return ["-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost"]
 
 
 def nothing_to_do(clone: Path, copies: Path, repeats: int) -> None:
-    """`dvc repro` with nothing to do, compared with a repository of as many stages that copy one file each."""
+    """Time `dvc repro` with nothing to do, compared with a repository of as many stages that copy one file each."""
     stages = len(run([*DVC, "stage", "list", "--name-only"], clone).split())
     new_repository(copies)
     (copies / "params.yaml").write_text("".join(f"p{stage}: 1\n" for stage in range(stages)))
@@ -191,7 +191,7 @@ def nothing_to_do(clone: Path, copies: Path, repeats: int) -> None:
 
 
 def changed_parameter(clone: Path, repeats: int) -> None:
-    """`dvc exp run -S bagging.k=K` less what its stages did: DVC, Git, and Python's start of each stage."""
+    """Time `dvc exp run -S bagging.k=K` without the work of its stages: DVC, Git, and the start of Python in each stage."""
     outside, whole, stages = [], [], 0
     for k in range(10, 10 + min(3, repeats)):
         name = f"k{k}"

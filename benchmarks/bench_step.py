@@ -4,13 +4,13 @@
     python -m benchmarks.bench_step --teacher resnet152 --case small     32 px, batch 64
     python -m benchmarks.bench_step --device cuda --repeats 7       batch 256
 
-Timed are this project's own Trainer, Batches and method, from the plan of a batch to the optimizer's step, beside
+This project's Trainer, Batches and method are timed, from the plan of a batch to the optimizer's step, and compared with
   peer          three student forwards, two of a live teacher in train mode, three logits (B, 2, 1 + 65536), all in float32
   student alone the same student and head on as many views: forward and backward in this project's precision, no loss, no optimizer
-Views are random numbers on the device for all variants: for the dataloader see benchmarks/bench_loader.py. Weights, keys and bags
-are random too. The variants take turns, each in a process of its own; printed are medians and, in brackets, the smallest and the
-largest of the repeats, a ratio being that of one turn. Peak memory: what torch's tensors took, and on the CPU what the process grew by,
-with the compiled kernels, their work space and what malloc keeps between blocks.
+Views are random numbers on the device for all variants (benchmarks/bench_loader.py measures the dataloader). Weights, keys and bags are
+random too. The variants take turns, each in a separate process. Medians are printed, with the smallest and the largest repeat in brackets;
+each ratio is of one turn. Peak memory is that of torch's tensors, and on the CPU the growth of the process, including compiled kernels,
+their work space, and memory that malloc keeps.
 """
 
 import argparse
@@ -89,7 +89,7 @@ class StepCase:
 
 
 class ReadyViews:
-    """Stands in for the loader: views that lie on the device already, always the same."""
+    """Replaces the loader: always the same views, already on the device."""
 
     wait_seconds = 0.0
     teacher_image = None
@@ -98,13 +98,13 @@ class ReadyViews:
         self.case, self.augment, self.ready = case, params.distill.augment, case.views(4, case.batch_anchors)
 
     def items_with_views(self, items) -> Iterator[tuple[object, list[Tensor]]]:
-        """As the loader: each item with a tensor for each request."""
+        """As the loader's: each item with a tensor for each request."""
         for item, requests in items:
             yield item, self.ready[: len(requests)]
 
 
 def product_step(case: StepCase, variant: str, folder: Path) -> Step:
-    """One step of this project's Trainer, the making of its batch included."""
+    """One step of this project's Trainer, including the preparation of its batch."""
     params = load_params(Path(__file__).parents[1] / "params.yaml")
     changes, keys = VARIANTS[variant]
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
@@ -137,7 +137,8 @@ def product_step(case: StepCase, variant: str, folder: Path) -> Step:
 
 
 class Peer:
-    """A plain implementation of the released step: see `released_loss`. One process, so there is nothing to shuffle."""
+    """A plain implementation of the released step: see `released_loss`. Batches are not shuffled between GPUs, because there is one
+    process."""
 
     def __init__(self, case: StepCase):
         student = case.student()
@@ -179,7 +180,7 @@ def released_loss(
 ) -> Tensor:
     """The released code's loss (main_moco.py:371-387) with its logits (B, 2, 1 + Q) in float32.
 
-    `queries` are those of anchor, member and mixed view, in which the anchor has this `share`; a scalar comes back.
+    `queries` are of the anchor, the member and the mixed view, in which the anchor has this `share`. Returns a scalar.
     """
 
     def term(query_BP: Tensor, keys: list[Tensor], weight_of: tuple[float | Tensor, float | Tensor]) -> Tensor:
@@ -196,7 +197,7 @@ def released_loss(
 
 
 def bare_step(case: StepCase, views: int) -> Step:
-    """Forward and backward of the student and its head on so many views."""
+    """Forward and backward pass of the student and its head on `views` views."""
     student = case.student()
     network = nn.Sequential(student, mlp_head([student.feature_width, HEAD_HIDDEN, KEY_WIDTH], 0))
     network = network.to(case.device).to(memory_format=torch.channels_last).train()
@@ -212,7 +213,7 @@ def bare_step(case: StepCase, views: int) -> Step:
 
 
 def make_step(case: StepCase, name: str, folder: Path) -> Step:
-    """The step of this name: the peer's, one of VARIANTS, or the student alone on so many views."""
+    """The step with this name: the peer's, one of VARIANTS, or the student alone on some number of views."""
     if name == "peer":
         return Peer(case).step
     if name.startswith("student alone"):
@@ -221,10 +222,10 @@ def make_step(case: StepCase, name: str, folder: Path) -> Step:
 
 
 def main() -> None:
-    """Measure what was asked for and print one table."""
+    """Measure the requested variants and print the table."""
     options = parse()
     if options.device == "cpu":
-        keep_freed_memory()  # as every stage does
+        keep_freed_memory()  # as in every stage
     case, names = case_of(options), [name.replace("_", " ") for name in options.variants]
     if options.turns_of:
         return take_turns(case, options.turns_of, options.steps, options.cpu_seconds)
@@ -232,7 +233,7 @@ def main() -> None:
         return print(peak_mebibytes(case, options.memory_of, options.tensors))
     bare = {name: f"student alone, {VIEWS[name]} views" for name in names}
     order = [*dict.fromkeys([*names, *bare.values()])] + ([] if options.no_peer else ["peer"])
-    # First of all: a process's peak starts from that of the process which started it, which is small as yet.
+    # This comes first, because the peak of a new process starts from the memory of its parent, which is still small.
     memory = {} if options.no_memory else {name: memory_elsewhere(name, case.device) for name in order}
     seconds = measure_elsewhere(order, options.repeats)
     clock = "CPU seconds" if options.cpu_seconds else "wall seconds"
@@ -245,7 +246,7 @@ def main() -> None:
 
 
 def print_table(case: StepCase, seconds: dict[str, list[float]], memory: dict[str, list[float]], bare: dict[str, str]) -> None:
-    """One line a variant: anchors per second, times the peer's speed, percent of the student alone, peak memory."""
+    """Print a line for each variant: anchors per second, speed relative to the peer, percent of the student alone, peak memory."""
     kinds = ["tensors", "process"] if case.device.type == "cpu" else ["tensors"]
     heads = "".join(f"{f'{kind} MiB':>14}{'of peer':>9}" for kind in kinds) if memory else ""
     print(f"    {'':<24}{'anchors/s':>24}{'x the peer':>26}{'% of student alone':>28}{heads}")
@@ -261,23 +262,23 @@ def print_table(case: StepCase, seconds: dict[str, list[float]], memory: dict[st
 
 
 def ratios(slow: list[float], fast: list[float]) -> list[float]:
-    """How many times as fast, turn by turn."""
+    """Speed ratio of each turn."""
     return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Median and, in brackets, the least and the most."""
+    """Median and, in brackets, the smallest and the largest."""
     return f"{statistics.median(values):,.{digits}f} [{min(values):,.{digits}f} .. {max(values):,.{digits}f}]"
 
 
 def measure(steps: dict[str, Step], device: torch.device, repeats: int, count: int, cpu_seconds: bool) -> dict[str, list[float]]:
-    """Seconds of one step, `repeats` times for each, in turns; the two first rounds are not counted."""
+    """Seconds of one step, `repeats` times for each variant, in turns; the first two rounds are not counted."""
     taken = [{name: seconds_of(step, device, count, cpu_seconds) for name, step in steps.items()} for _ in range(2 + repeats)]
     return {name: [turn[name] for turn in taken[2:]] for name in steps}
 
 
 def seconds_of(step: Step, device: torch.device, count: int, cpu_seconds: bool) -> float:
-    """Seconds of one step of so many."""
+    """Mean seconds of one step out of `count`."""
     clock = time.process_time if cpu_seconds else time.perf_counter
     begun = clock()
     for _ in range(count):
@@ -288,7 +289,7 @@ def seconds_of(step: Step, device: torch.device, count: int, cpu_seconds: bool) 
 
 
 def measure_elsewhere(names: list[str], repeats: int) -> dict[str, list[float]]:
-    """As `measure`, each variant in a process of its own, as a training is: `take_turns` there."""
+    """As `measure`, with each variant in a separate process, as in a real training (see `take_turns`)."""
     command = [sys.executable, "-m", "benchmarks.bench_step", *sys.argv[1:], "--turns-of"]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as ends:
@@ -306,7 +307,7 @@ def measure_elsewhere(names: list[str], repeats: int) -> dict[str, list[float]]:
 
 
 def take_turns(case: StepCase, name: str, count: int, cpu_seconds: bool) -> None:
-    """Whenever a line comes in, take one step that is not counted, then `count` that are; what a GPU's memory holds between is let go."""
+    """For each line of input, run one uncounted step and then `count` timed ones; GPU memory is freed in between."""
     with tempfile.TemporaryDirectory() as folder:
         step = make_step(case, name, Path(folder))
         for _ in sys.stdin:
@@ -317,14 +318,14 @@ def take_turns(case: StepCase, name: str, count: int, cpu_seconds: bool) -> None
 
 
 def memory_elsewhere(name: str, device: torch.device) -> list[float]:
-    """Peak memory of one variant alone, in MiB, measured by processes of its own: of tensors and, on the CPU, of the process."""
+    """Peak memory of one variant alone in MiB, measured in separate processes: of tensors and, on the CPU, of the process."""
     command = [sys.executable, "-m", "benchmarks.bench_step", *sys.argv[1:], "--memory-of", name]
     kinds = (["--tensors"], []) if device.type == "cpu" else (["--tensors"],)
     return [float(run([*command, *more], check=True, stdout=PIPE, text=True).stdout) for more in kinds]
 
 
 def peak_mebibytes(case: StepCase, name: str, tensors: bool) -> float:
-    """What two steps of this variant hold at most, weights, bank or queue included: torch's tensors, or on the CPU the process."""
+    """Peak memory of two steps of this variant, including weights, bank or queue: of torch's tensors, or on the CPU of the process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counting = tensors and case.device.type == "cpu"
     counter = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if counting else nullcontext()
@@ -352,19 +353,17 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=["large", "small"], default="large", help="224 px, or 32 px with a stem for small images")
     parser.add_argument("--teacher", default="resnet50", help="a timm name")
-    parser.add_argument("--width", type=float, default=1.0, help="of the teacher: 2 for R50x2")
+    parser.add_argument("--width", type=float, default=1.0, help="width of the teacher; 2 for R50x2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-anchors", type=int, help="default: 8 on the CPU, 256 on a GPU, 64 for the small case")
-    parser.add_argument("--train-rows", type=int, default=131072, help="of which the negatives are drawn (ImageNet: 1281167)")
+    parser.add_argument("--train-rows", type=int, default=131072, help="from which negatives are drawn (ImageNet: 1281167)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--variants", nargs="+", choices=[name.replace(" ", "_") for name in VARIANTS], default=list(VARIANTS))
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument(
-        "--cpu-seconds", action="store_true", help="count this process's CPU time: for a machine that others use (1 thread)"
-    )
+    parser.add_argument("--cpu-seconds", action="store_true", help="measure CPU time with 1 thread, for a machine that is shared")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps of one turn (a GPU wants some 10)")
+    parser.add_argument("--steps", type=int, default=2, help="steps per turn; use about 10 on a GPU")
     parser.add_argument("--turns-of", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--tensors", action="store_true", help=argparse.SUPPRESS)

@@ -1,12 +1,12 @@
-"""A sweep: recipes x seeds as DVC experiments, one command that can be interrupted and started again (`make compare`).
+"""A sweep of recipes and seeds as DVC experiments, which can be interrupted and resumed (`make compare`).
 
 python -m benchmarks.compare --variants method-bingo method-moco --seeds 0 1 2        then: bingo experiments
 
 A variant is a recipe applied to params.yaml; its experiment is named VARIANT-sSEED. With `--base RECIPE` (whose images are in `--root`)
-each variant is combined with that recipe, and named BASE+VARIANT-sSEED. Every experiment is run by `dvc exp run` in a
-clone of the last commit that shares the DVC cache, so that nobody's edits reach a sweep that is under way, and nothing that goes
-wrong there touches the workspace. All variants of a seed run in one clone, one after the other: the first computes listing,
-teacher and embeddings, the others take them from DVC's run cache; no two jobs ever compute the same. `--jobs` is over seeds.
+each variant is combined with that recipe and named BASE+VARIANT-sSEED. Every experiment is run by `dvc exp run` in a clone of the last
+commit that shares the DVC cache. Edits in the workspace therefore do not affect a running sweep, and a failing experiment does not affect
+the workspace. All variants of a seed run in one clone, one after the other: the first computes listing, teacher and embeddings, and the
+others take them from DVC's run cache. `--jobs` distributes seeds, so no two jobs compute the same.
 """
 
 import fcntl
@@ -29,14 +29,14 @@ from bingo.pipeline.process import die_with_parent, mistakes_as_lines
 from bingo.runtime.errors import UserError
 
 FOLDER = Path(".bingo/compare")
-COMMON = {"baselines": [], "linear_eval": {"crops": {"nets": []}}}  # what a comparison does not need, unless a variant asks for it
-OUTSIDE = {"BINGO_RUNS": ".bingo/runs", "BINGO_STATE_DIR": ".bingo/state"}  # what outlives a clone: records and checkpoints
+COMMON = {"baselines": [], "linear_eval": {"crops": {"nets": []}}}  # skipped in a comparison unless a variant asks for it
+OUTSIDE = {"BINGO_RUNS": ".bingo/runs", "BINGO_STATE_DIR": ".bingo/state"}  # kept when a clone is deleted: records and checkpoints
 LINES_SHOWN, POLL_SECONDS, GRACE_SECONDS = 8, 0.2, 60
 
 
 @dataclass(frozen=True)
 class QueuedRun:
-    """One run: a recipe with a seed, and what that changes in params.yaml as `dvc exp run -S` takes it."""
+    """A recipe with a seed, and its changes to params.yaml in the form that `dvc exp run -S` takes."""
 
     variant: str
     seed: int
@@ -59,7 +59,7 @@ class Lane:
     fresh: bool = False
 
     def start(self, experiment: QueuedRun, commit: str, home: Path) -> None:
-        """Begin an experiment, in a new clone unless the last one ended well; records and checkpoints go to `home`."""
+        """Start an experiment, in a new clone unless the last one succeeded; records and checkpoints go to `home`."""
         if not self.fresh:
             _clone(self.folder, commit)
         _git("checkout", "--quiet", "--force", "--detach", commit, folder=self.folder)
@@ -74,7 +74,7 @@ class Lane:
         self.running, self.begun = experiment, time.monotonic()
 
     def finish(self, commit: str) -> int:
-        """Bring home the experiment that has ended; its exit code. A clone in which something failed is not used again (`fresh`)."""
+        """Wait for the experiment, fetch it, and return its exit code. After a failure the clone is not used again (`fresh`)."""
         assert self.running is not None
         assert self.process is not None
         code, name = self.process.wait(), self.running.name
@@ -83,7 +83,7 @@ class Lane:
         return code
 
     def close(self) -> None:
-        """End what runs, and delete the clone."""
+        """End the running experiment, and delete the clone."""
         end([self.process] if self.process else [])
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -91,15 +91,15 @@ class Lane:
 def main() -> None:
     """The command line."""
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--variants", nargs="+", required=True, metavar="RECIPE", help="recipes, as `bingo recipe list` prints them")
+    parser.add_argument("--variants", nargs="+", required=True, metavar="RECIPE", help="recipes; see `bingo recipe list`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--base", metavar="RECIPE", help="a recipe with which every variant is combined: other images, another scale")
-    parser.add_argument("--root", help="where the images of --base are: sets dataset.root")
-    parser.add_argument("--jobs", type=count, default=1, help="seeds at a time; leave it at 1 on one GPU")
+    parser.add_argument("--base", metavar="RECIPE", help="a recipe to combine with every variant, for other images")
+    parser.add_argument("--root", help="folder of the images of --base; sets dataset.root")
+    parser.add_argument("--jobs", type=count, default=1, help="number of seeds run at a time; keep 1 on one GPU")
     given = parser.parse_args()
     with mistakes_as_lines():
         if part := next((name for name in [*given.variants, given.base or ""] if "/" in name), None):
-            raise UserError(f"recipe = {part}: is a part of recipes, after which no experiment can be named; see: bingo recipe list")
+            raise UserError(f"recipe = {part}: is a part of recipes, which cannot be a variant or a base; see: bingo recipe list")
         commit = clean_commit()
         experiments = [
             QueuedRun(f"{given.base}+{variant}" if given.base else variant, seed, overrides(variant, seed, given.base, given.root))
@@ -114,8 +114,8 @@ def main() -> None:
 def overrides(
     variant: str, seed: int, base: str | None = None, root: str | None = None, settings: Sequence[dict[str, Any]] = ()
 ) -> tuple[str, ...]:
-    """What a base, a recipe, further `settings` and a seed change in params.yaml, each as `dotted.key=value`; what only a report shows is
-    left out. Raises UserError if the result is not allowed."""
+    """The changes that a base, a recipe, further `settings` and a seed make to params.yaml, each as `dotted.key=value`, without changes
+    that affect only the report. Raises UserError if the result is not allowed."""
     from bingo.params.views import PLACES, numbers_of
 
     _, changes = laid_over(variant, seed, base, root, settings)
@@ -130,7 +130,7 @@ def laid_over(
 ) -> tuple[dict[str, Any], list[tuple[str, Any, Any]]]:
     """params.yaml of a run, and its changes in order: key, old and new value.
 
-    The folder of the images is made absolute, as runs are elsewhere. Raises UserError if the result is not allowed.
+    The folder of the images is made absolute, because runs are in other folders. Raises UserError if the result is not allowed.
     """
     from bingo.params import read_yaml, validate
     from bingo.planning.recipes import lay_over, read_recipe
@@ -152,9 +152,9 @@ def laid_over(
 
 
 def written(value: Any) -> str:
-    """A value as `-S` takes it (Hydra's grammar), so that it is read back with its type: text is always quoted.
+    """A value in Hydra's grammar for `-S`, so that its type is kept: text is always quoted.
 
-    Only backslashes before a quote or at the end need another one.
+    Only backslashes before a quote or at the end need to be escaped.
     """
     if isinstance(value, str):
         return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), value) + "'"
@@ -166,19 +166,20 @@ def written(value: Any) -> str:
 
 
 class Sweep:
-    """Runs the experiments that the commit does not have yet, and reports each."""
+    """Runs the experiments that the commit does not have yet, and reports each of them."""
 
     def __init__(self, experiments: Sequence[QueuedRun], commit: str, jobs: int):
         self.commit, self.home = commit, Path.cwd()
         self.cached = [experiment for experiment in experiments if _exists(commit, experiment.name)]
         self.todo = [experiment for experiment in experiments if experiment not in self.cached]
         self.all, self.done, self.failed = len(experiments), len(self.cached), 0
-        self.seconds: dict[bool, list[float]] = {True: [], False: []}  # of a seed's first experiment, and of the later ones
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}  # of a seed's first experiment (True), and of later ones
         self.firsts = {experiment.seed: experiment for experiment in reversed(self.todo)}
         self.lanes = [Lane(FOLDER.resolve() / f"clone-{number}") for number in range(min(jobs, len(self.firsts)))]
 
     def run(self) -> int:
-        """Run all; the number of failed ones. An interrupt ends what runs, with a checkpoint, and leaves nothing behind."""
+        """Run all, and return the number of failures. An interrupt ends running experiments, which save a checkpoint, and deletes all
+        clones."""
         print(
             f"{self.all} experiments at {self.commit[:7]}, {len(self.cached)} of them cached; what they print: {FOLDER}/*.log", flush=True
         )
@@ -201,7 +202,7 @@ class Sweep:
         return self.failed
 
     def _attend(self, lane: Lane) -> None:
-        """Take in what has ended, and start what comes next: the rest of the lane's seed, or another seed."""
+        """Finish the lane's experiment if it has ended, and start the next one: of the same seed, or of another."""
         if lane.process and lane.process.poll() is not None:
             self._finish(lane)
         if lane.running:
@@ -214,7 +215,7 @@ class Sweep:
             lane.start(lane.todo.pop(0), self.commit, self.home)
 
     def _finish(self, lane: Lane) -> None:
-        """Bring the experiment home, or show the end of its log."""
+        """Fetch the experiment, or print the end of its log."""
         experiment, seconds = lane.running, time.monotonic() - lane.begun
         assert experiment is not None
         code = lane.finish(self.commit)
@@ -229,7 +230,8 @@ class Sweep:
             print("".join(f"    {line}\n" for line in last_lines(log_of(experiment))), end="", flush=True)
 
     def _left(self) -> str:
-        """What remains, from the mean times so far: a seed's first experiment computes what the others take from the cache."""
+        """The remaining time, from the mean times so far; a seed's first experiment computes results that the others take from the
+        cache."""
         rest = [*self.todo, *(experiment for lane in self.lanes for experiment in lane.todo)]
         under_way = [(lane.running, time.monotonic() - lane.begun) for lane in self.lanes if lane.running]
         if not rest and not under_way:
@@ -241,8 +243,8 @@ class Sweep:
 
 
 def clean_commit(besides: str = "") -> str:
-    """The commit that a sweep is of. Raises UserError if tracked files but `besides` differ from it: an experiment would not be what it
-    is called."""
+    """The commit to sweep over. Raises UserError if tracked files except `besides` differ from it, because experiments would then not be
+    what their names say."""
     try:
         commit = _git("rev-parse", "--verify", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *([f":(exclude){besides}"] if besides else []))
@@ -256,7 +258,7 @@ def clean_commit(besides: str = "") -> str:
 
 @contextmanager
 def only_one() -> Iterator[TextIO]:
-    """Hold the lock of this repository's sweeps. Raises UserError if another holds it."""
+    """Hold the lock for sweeps of this repository. Raises UserError if another process holds it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:
         try:
@@ -289,7 +291,7 @@ def _reference(commit: str, name: str) -> str:
 
 
 def _bring_home(folder: Path, commit: str, name: str) -> bool:
-    """Fetch an experiment from a clone; whether it was there."""
+    """Fetch an experiment from a clone; returns whether it was there."""
     reference = _reference(commit, name)
     try:
         _git("fetch", "--quiet", str(folder), f"+{reference}:{reference}")
@@ -299,20 +301,20 @@ def _bring_home(folder: Path, commit: str, name: str) -> bool:
 
 
 def _before_start() -> None:
-    """In the child: it ends with this process, and on SIGINT even where the shell started this one with SIGINT ignored (`&`)."""
+    """In the child: end with the parent, and accept SIGINT even if the shell started the parent with SIGINT ignored (`&`)."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(processes: Sequence[subprocess.Popen]) -> None:
-    """End process groups: as Ctrl-C does, so that trainings write a checkpoint; what is still there after a minute is killed."""
+    """End process groups as Ctrl-C does, so that trainings save a checkpoint; kill them after a minute."""
     try:
         for process in processes:
             _signal(process, signal.SIGINT)
         end = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < end and any(process.poll() is None for process in processes):
             time.sleep(POLL_SECONDS)
-    finally:  # a second Ctrl-C comes here at once
+    finally:  # a second Ctrl-C jumps here
         for process in processes:
             _signal(process, signal.SIGKILL)
             process.wait()

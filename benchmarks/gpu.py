@@ -1,12 +1,13 @@
-"""What a first GPU is to show, in parts of at most 8 minutes, the most worth knowing first; results go to one Markdown file.
+"""Measurements for a first run on a GPU, in parts of at most 8 minutes, the most important first; results go to one Markdown file.
 
     python -m benchmarks.gpu                    all parts, 45 minutes at most
-    python -m benchmarks.gpu tests step         two of them
-    python -m benchmarks.gpu --rehearse         every part in small on the CPU: shows that it runs, and measures nothing
+    python -m benchmarks.gpu tests step         only these parts
+    python -m benchmarks.gpu --rehearse         a small version of every part on the CPU, to check that it works
 
-Each part is a few commands in processes of their own. Each command's output is written to the file as soon as it ends; what the file has
-is not run again, so an interrupted run goes on where it was ended, on the same device with the same versions. A command that failed, or
-whose part ran out of time, is repeated by the next run. A part for which a package is missing is left out, with a line that names it.
+Each part consists of a few commands, which run in separate processes. The output of each command is written to the file as soon as it ends.
+Commands already in the file are not repeated, so an interrupted run can be resumed on the same device with the same versions. A command
+that failed or ran out of time is repeated by the next run. A part that needs a missing package is skipped with a line that names the
+package.
 """
 
 import argparse
@@ -40,8 +41,8 @@ _DONE = re.compile(r"\d{4}-\d{2}-\d{2}, \d+ s\n")
 
 @dataclass(frozen=True)
 class Part:
-    """Commands (module and arguments) on a GPU, and in small on the CPU; the packages that they import besides torch, torchvision, timm,
-    typer, pydantic, pyarrow, pillow, psutil, and what these bring along."""
+    """Commands (module and arguments) for a GPU, and small versions for the CPU; and the packages that they import besides torch,
+    torchvision, timm, typer, pydantic, pyarrow, pillow, psutil, and the dependencies of these."""
 
     name: str
     commands: tuple[str, ...]
@@ -124,14 +125,14 @@ class Results:
         if text and (found is None or found[1] != machine):
             here = f"was measured on {found[1] if found else 'an unknown machine'}; here is {machine}"
             raise UserError(f"--out = {path}: {here}; give another file, or delete this one")
-        self._write()  # that it cannot be is not to be found out after the first command
+        self._write()  # fails now rather than after the first command
 
     def has(self, part: str, command: str) -> bool:
-        """Whether the command ended well."""
+        """Whether the command has succeeded."""
         return bool(_DONE.match(self.sections.get((part, command), "")))
 
     def add(self, part: str, command: str, how: str, output: str) -> None:
-        """Write the file with this section, in place of an earlier one."""
+        """Write the file with this section; an earlier section for the command is replaced."""
         self.sections[part, command] = f"{time.strftime('%Y-%m-%d')}, {how}\n\n```\n{output.replace('```', '` ` `').rstrip()}\n```\n\n"
         self._write()
 
@@ -162,19 +163,19 @@ def machine(rehearse: bool) -> str:
 
 
 def missing(needs: Sequence[str]) -> list[str]:
-    """Those packages of `needs` that are not installed."""
+    """The packages of `needs` that are not installed."""
 
     def is_there(name: str) -> bool:
         try:
             return importlib.util.find_spec(name) is not None
-        except ModuleNotFoundError:  # of what stands before a dot
+        except ModuleNotFoundError:  # the package before the dot is not installed
             return False
 
     return [name for name in needs if not is_there(name)]
 
 
 def run(command: str, seconds: float) -> tuple[int | None, str]:
-    """Exit code (None: ended when its time was over) and output of `python -m COMMAND`, of whose processes none is left."""
+    """Run `python -m COMMAND` and return its exit code (None: out of time) and output. All its processes have ended afterwards."""
     python = [sys.executable, "-u", "-m", *command.split()]
     pipe = subprocess.PIPE
     process = subprocess.Popen(python, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0)
@@ -190,7 +191,7 @@ def run(command: str, seconds: float) -> tuple[int | None, str]:
 
 
 def measure(part: Part, commands: Sequence[str], results: Results, seconds: float) -> bool:
-    """Run what the file does not have yet of a part. Whether it has all of it now."""
+    """Run the commands of a part that are not in the file yet. Returns whether all of them are now."""
     if absent := missing(part.needs):
         print(f"{part.name}: left out: {', '.join(absent)} not installed", flush=True)
         return False
@@ -204,19 +205,19 @@ def measure(part: Part, commands: Sequence[str], results: Results, seconds: floa
         code, output = run(command, max(1.0, end - begun))
         print(output, end="", flush=True)
         took = f"{time.monotonic() - begun:.0f} s"
-        how = took if code == 0 else f"ended unfinished after {took}" if code is None else f"failed with exit code {code} after {took}"
+        how = took if code == 0 else f"stopped unfinished after {took}" if code is None else f"failed with exit code {code} after {took}"
         results.add(part.name, command, how, output)
         print(f"{part.name}: {how}", flush=True)
     return all(results.has(part.name, command) for command in commands)
 
 
 def main() -> None:
-    """Run the parts that were asked for; exit code 1 if something is left to do."""
+    """Run the requested parts; the exit code is 1 if something remains to be done."""
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with mistakes_as_lines():
         if not options.rehearse and not torch.cuda.is_available():
-            raise UserError("torch sees no GPU here; --rehearse runs every part in small on the CPU")
+            raise UserError("torch sees no GPU here; --rehearse runs a small version of every part on the CPU")
         if options.rehearse:
             os.environ |= {"BINGO_TEST_DEVICE": "cpu", "BINGO_DEVICE": "cpu"}
         results = Results(options.out or (RESULTS if not options.rehearse else Path("gpu-rehearsed.md")), machine(options.rehearse))
@@ -229,9 +230,9 @@ def main() -> None:
 
 
 def part_name(name: str) -> str:
-    """One of NAMES. argparse's own `choices` would refuse that there is none."""
+    """Check that `name` is one of NAMES. With argparse's own `choices`, an empty list would be refused."""
     if name not in NAMES:
-        raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from {', '.join(NAMES)})")  # as `Parser` knows it
+        raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from {', '.join(NAMES)})")  # the form that `Parser` recognises
     return name
 
 
@@ -241,7 +242,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", type=part_name, metavar="PART", help=f"{', '.join(NAMES)} (default: all)")
     parser.add_argument("--out", type=Path, help=f"the Markdown file (default: {RESULTS.relative_to(ROOT)})")
     parser.add_argument("--rehearse", action="store_true", help="in small, on the CPU")
-    parser.add_argument("--part-seconds", type=float, default=PART_SECONDS, help="after which a part's commands are ended")
+    parser.add_argument("--part-seconds", type=float, default=PART_SECONDS, help="time limit of a part")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
-"""Milliseconds of BatchNorm with batch statistics, forward and backward, of large bf16 layers: as one group, and as 16, in each way.
+"""Milliseconds of BatchNorm with batch statistics for large bf16 layers, forward and backward: in one group, and in 16 by each method.
 
-python -m benchmarks.gpu_batchnorm                       on a GPU, with the kernels of each way
+python -m benchmarks.gpu_batchnorm                       on a GPU, also prints the kernels of each method
 python -m benchmarks.gpu_batchnorm --shapes 8,16,4,4     on a CPU; Triton's kernels need a GPU
 """
 
@@ -26,7 +26,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def measure(shape: list[int], device: torch.device) -> None:
-    """Print a layer's milliseconds in each way, and the kernels of each."""
+    """Print a layer's milliseconds with each method, and its kernels."""
     x = torch.randn(shape, device=device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
     dy, mean, var = torch.randn_like(x), torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
     scale = torch.ones(shape[1], device=device, requires_grad=True)
@@ -40,13 +40,13 @@ def measure(shape: list[int], device: torch.device) -> None:
 
         seconds_of(step, REPEATS, device)
         seconds = seconds_of(step, REPEATS, device) / REPEATS
-        least = 8 * x.numel() * x.element_size() / 1e9  # x read twice, y written; x and dy read twice, dx written
-        print(f"{shape}, {name}: {1000 * seconds:.3f} ms, {least / seconds:,.0f} GB/s of what has to be moved")
+        least = 8 * x.numel() * x.element_size() / 1e9  # x is read twice and y written; x and dy are read twice and dx written
+        print(f"{shape}, {name}: {1000 * seconds:.3f} ms, {least / seconds:,.0f} GB/s of the bytes that must be moved")
         print(profiled(step, REPEATS, device), flush=True)
 
 
 def main() -> None:
-    """Measure and print what was asked for."""
+    """Measure and print the requested shapes."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["512,256,32,32", "512,2048,4,4"], help="N,C,H,W")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

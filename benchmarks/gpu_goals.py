@@ -1,12 +1,12 @@
-"""Whether this GPU reaches the goals for CIFAR-10: each stage is run in a folder of its own, and 200 epochs are reckoned from a few.
+"""Whether this GPU reaches the goals for CIFAR-10: all stages run in a new folder, and 200 epochs are extrapolated from a few.
 
     python -m benchmarks.gpu_goals --root data/cifar10           on the GPU: about 3 minutes on one that reaches the goals
-    python -m benchmarks.gpu_goals                               with 60,000 images of noise in CIFAR-10's place: speeds are the same
-    python -m benchmarks.gpu_goals --recipe digits-short --cpu   a check of this command without goals, half a minute
+    python -m benchmarks.gpu_goals                               with 60,000 images of noise instead of CIFAR-10, at the same speed
+    python -m benchmarks.gpu_goals --recipe digits-short --cpu   a test of this command without goals, half a minute
 
-Goals (one H200): pretraining ResNet-50 for 200 epochs in 10 minutes, BINGO's ResNet-18 in 5, the pipeline from scan to report in 20.
-An epoch's time comes from the run's own record: its anchors per second, after `--epochs` epochs and with the first steps' warming up in
-it. The time of a stage outside of its training (start, one probe, outputs) is added unchanged. The evaluations run whole.
+Goals (one H200): pretraining ResNet-50 for 200 epochs in 10 minutes, BINGO's ResNet-18 in 5, and the pipeline from scan to report in 20.
+The time of an epoch comes from the record of the run: its anchors per second after `--epochs` epochs, including the warm-up of the first
+steps. The time of a stage outside its training (start, one probe, outputs) is added unchanged. The evaluations run in full.
 """
 
 import argparse
@@ -37,13 +37,13 @@ GOALS_MINUTES = {"teacher": 10, "distill": 5, "pipeline": 20}
 
 
 def workspace(folder: Path, recipe: str, epochs: int, root: str | None) -> dict[str, int]:
-    """A folder that the stages run in, with few epochs; how many the recipe has, for each training."""
+    """Create a folder for the stages, with few epochs; returns the recipe's number of epochs for each training."""
     document = read_yaml(ROOT / "params.yaml")
     lay_over(document, read_recipe(ROOT / "recipes", recipe).overlay)
     whole = {"teacher": document["teacher"]["pretrain"]["epochs"], "distill": document["distill"]["epochs"]}
     few = {"epochs": epochs, "lr_warmup_epochs": 0}
     changes: dict[str, Any] = {"teacher": {"pretrain": few}, "distill": few, "baselines": []}
-    changes["methods"] = {"bingo": {"inter_warmup_epochs": 0}}  # few epochs may be fewer; a step costs the same before and after it
+    changes["methods"] = {"bingo": {"inter_warmup_epochs": 0}}  # --epochs may be less; a step costs the same after it
     if root:
         changes["dataset"] = {"root": str(Path(root).absolute())}
     elif document["dataset"]["source"] == "cifar10":
@@ -51,7 +51,7 @@ def workspace(folder: Path, recipe: str, epochs: int, root: str | None) -> dict[
     lay_over(document, changes)
     validate(document, f"recipe {recipe}")
     if (source := document["teacher"]["source"]) != "pretrain":
-        raise UserError(f"--recipe = {recipe}: its teacher.source is {source}; allowed are recipes with pretrain, as a goal is of that")
+        raise UserError(f"--recipe = {recipe}: its teacher.source is {source}; allowed is pretrain, because a goal is for pretraining")
     for name in ("bingo", "stages"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "dvc.yaml", folder)
@@ -61,7 +61,7 @@ def workspace(folder: Path, recipe: str, epochs: int, root: str | None) -> dict[
 
 
 def make_noise(root: Path) -> str:
-    """A folder of images with CIFAR-10's splits, classes and side, each image of other noise."""
+    """Write a folder of images with CIFAR-10's splits, classes and image size; each image contains different noise."""
     random = np.random.default_rng(0)
     for split, images in (("train", 50_000), ("test", 10_000)):
         for label in range(10):
@@ -73,7 +73,7 @@ def make_noise(root: Path) -> str:
 
 
 def run_stage(folder: Path, stage: str, device: str) -> tuple[float, dict[str, Any]]:
-    """Run a stage; its seconds from start to end, and its record."""
+    """Run a stage; returns its seconds from start to end, and its record."""
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=os.environ | {"BINGO_DEVICE": device}, check=False)
     if done.returncode:
@@ -82,7 +82,7 @@ def run_stage(folder: Path, stage: str, device: str) -> tuple[float, dict[str, A
 
 
 def measure(folder: Path, recipe: str, epochs: int, root: str | None, device: str) -> dict[str, float]:
-    """Run the stages and report each; minutes with all epochs of the recipe, of each training and of the whole."""
+    """Run and report the stages; returns minutes for all epochs of the recipe, of each training and of the whole pipeline."""
     whole = workspace(folder, recipe, epochs, root)
     minutes = {"pipeline": 0.0}
     for stage in STAGES:
@@ -93,7 +93,7 @@ def measure(folder: Path, recipe: str, epochs: int, root: str | None, device: st
             anchors = train_rows // schedule["batch_anchors"] * schedule["batch_anchors"]
             seconds += (whole[stage] - epochs) * anchors / record["anchors_per_second"]
             minutes[stage] = seconds / 60
-            print(f"{stage}: {record['anchors_per_second']:,.0f} anchors/s, {whole[stage]} epochs reckoned from {epochs}", flush=True)
+            print(f"{stage}: {record['anchors_per_second']:,.0f} anchors/s, {whole[stage]} epochs extrapolated from {epochs}", flush=True)
         minutes["pipeline"] += seconds / 60
         print(f"{stage}: {seconds / 60:.1f} minutes on {record.get('device', device)}", flush=True)
     return minutes
@@ -104,14 +104,14 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="cifar10")
     parser.add_argument("--root", help="where CIFAR-10 is (default: noise)")
-    parser.add_argument("--epochs", type=int, default=5, help="of each training that are run")
-    parser.add_argument("--cpu", action="store_true", help="only to see whether this command works")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs to run of each training")
+    parser.add_argument("--cpu", action="store_true", help="only test whether this command works")
     options = parser.parse_args()
     with mistakes_as_lines(), tempfile.TemporaryDirectory() as name:
         import torch
 
         if not options.cpu and not torch.cuda.is_available():
-            raise UserError("the goals are for a GPU and torch sees none here; --cpu runs the stages without goals")
+            raise UserError("the goals are for a GPU, but torch sees none; --cpu runs the stages without goals")
         minutes = measure(Path(name), options.recipe, options.epochs, options.root, "cpu" if options.cpu else "cuda")
         for part, goal in ({} if options.cpu else GOALS_MINUTES).items():
             print(f"{part}: {minutes[part]:.1f} minutes, goal {goal}: {'reached' if minutes[part] <= goal else 'missed'}")

@@ -1,11 +1,11 @@
-"""Where a training step's time goes: the largest kernels, launches, the GPU's busy share, and anchors per second of variants of the step.
+"""Where the time of a training step goes: the largest kernels, launches, the GPU's utilisation, and anchors per second of variants.
 
     python -m benchmarks.gpu_profile                                  the CIFAR-10 recipe's teacher and student on a GPU
     python -m benchmarks.gpu_profile --trainings student --variants eager reduce-overhead
 
-Images, keys and bags are random, of CIFAR-10's number and side. Each variant differs in one thing from `eager`, the step as the recipe runs
-it. The first steps, in which networks are compiled and algorithms chosen, are not counted; their seconds are printed. Profiled is `eager`.
-On a CPU, operations stand in for kernels.
+Images, keys and bags are random, in CIFAR-10's number and size. Each variant differs in one setting from `eager`, the step of the recipe.
+The first steps, in which networks are compiled and algorithms chosen, are not counted; their time is printed. Only `eager` is profiled. On
+a CPU, operations are profiled instead of kernels.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from bingo.pipeline.run import make_deterministic
 from bingo.training.loop import Trainer
 
 LARGEST, WARM_UP = 15, 5
-# Changes of the schedule; `deterministic` is BINGO_DETERMINISTIC.
+# Changes to the schedule; `deterministic` is BINGO_DETERMINISTIC.
 VARIANTS: dict[str, dict[str, Any]] = {
     "eager": {},
     "one-group": {"batchnorm_groups": 1},
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def stepper(trainer: Trainer) -> Callable[[], None]:
-    """A function that takes the next step, its views and batch included."""
+    """A function that runs the next step, including its views and batch."""
     trainer.method.train()
     made = itertools.chain.from_iterable(trainer.batches.epoch(epoch, 0) for epoch in itertools.count())
 
@@ -52,7 +52,7 @@ def stepper(trainer: Trainer) -> Callable[[], None]:
 
 
 def seconds_of(step: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Wall seconds of so many steps, to the end of the device's work."""
+    """Wall seconds of `steps` steps, until the device has finished."""
     begun = time.perf_counter()
     for _ in range(steps):
         step()
@@ -62,7 +62,7 @@ def seconds_of(step: Callable[[], None], steps: int, device: torch.device) -> fl
 
 
 def profiled(step: Callable[[], None], steps: int, device: torch.device) -> str:
-    """The largest kernels with their share of the steps' time, launches of a step, and the share in which a kernel runs."""
+    """The largest kernels with their share of the time, launches per step, and the share of the time in which a kernel runs."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
         seconds = seconds_of(step, steps, device)
@@ -80,7 +80,7 @@ def profiled(step: Callable[[], None], steps: int, device: torch.device) -> str:
 
 
 def measure(training: HostTraining, variant: str, options: argparse.Namespace) -> None:
-    """Print a variant's speed and, of `eager`, its profile."""
+    """Print a variant's speed and, for `eager`, its profile."""
     changes, device = dict(VARIANTS[variant]), torch.device(options.device)
     os.environ["BINGO_DETERMINISTIC"] = changes.pop("deterministic", "1")
     make_deterministic(device)
@@ -90,7 +90,7 @@ def measure(training: HostTraining, variant: str, options: argparse.Namespace) -
     first = seconds_of(step, WARM_UP, device)
     seconds = seconds_of(step, options.steps, device) / options.steps
     print(
-        f"{training.name}, {variant}: {batch_anchors / seconds:,.0f} anchors/s, {1000 * seconds:.1f} ms a step of {batch_anchors}, "
+        f"{training.name}, {variant}: {batch_anchors / seconds:,.0f} anchors/s, {1000 * seconds:.1f} ms per step of {batch_anchors}, "
         f"{trainer.groups} BatchNorm groups, {trainer.schedule.precision}; first {WARM_UP} steps {first:.0f} s",
         flush=True,
     )
@@ -99,7 +99,7 @@ def measure(training: HostTraining, variant: str, options: argparse.Namespace) -
 
 
 def main() -> None:
-    """Measure and print what was asked for."""
+    """Measure and print the requested variants."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="cifar10")
     parser.add_argument("--trainings", nargs="+", choices=["teacher", "student"], default=["teacher", "student"])

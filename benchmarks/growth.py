@@ -1,12 +1,12 @@
-"""How the speed of a step of distillation grows with what it depends on, one thing at a time: a table for each, and one picture.
+"""How the speed of a distillation step depends on its settings, one at a time: a table for each, and one picture.
 
     python -m benchmarks.growth --plot benchmarks/plots/growth.svg       some minutes on 2 cores
     python -m benchmarks.growth --device cuda --batch-anchors 256 --steps 10 --plot growth-gpu.svg
 
-The middle is ResNet-18 at 32 px with stored keys (bench_step's small case). Expected, and drawn as a dashed line: anchors per second do not
-change with the batch, the images, the stored views and the bag's size; the time of a step grows with the negatives by a constant for
-each; decoded images per second grow with the workers as long as there are cores. Printed are medians and, in brackets, the smallest
-and the largest of the repeats, whose points take turns.
+The starting point is ResNet-18 at 32 px with stored keys (the small case of bench_step). The expected curves are drawn as dashed lines:
+anchors per second do not change with the batch, the images, the stored views or the bag size; the time of a step grows linearly with the
+negatives; decoded images per second grow in proportion to the workers as long as there are cores. The points of a curve are measured in
+turns; medians are printed, with the smallest and the largest repeat in brackets.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from bingo.images.draws import draw_views
 from bingo.runtime.memory import keep_freed_memory
 
 MIDDLE = StepCase(32, "small", 32, "resnet50", 1.0, torch.device("cpu"), 65536, "auto", negatives=8192)
-AXES: dict[str, tuple[str, list[int]]] = {  # the field of a case, and its values
+AXES: dict[str, tuple[str, list[int]]] = {  # the field of StepCase, and its values
     "batch": ("batch_anchors", [8, 16, 32, 64, 128]),
     "train images N": ("train_rows", [16384, 65536, 262144, 1048576]),
     "stored views V": ("stored_views", [1, 2, 4, 8, 16]),
@@ -48,7 +48,7 @@ def step_points(middle: StepCase, field: str, values: list[int], options: argpar
 
 
 def worker_points(workers: list[int], repeats: int) -> Points:
-    """Images decoded and cropped per second by so many workers."""
+    """Images decoded and cropped per second by each number of workers."""
     cpu, batch = torch.device("cpu"), 32
     with tempfile.TemporaryDirectory() as folder:
         images = made(Path(folder), 1024)
@@ -66,7 +66,7 @@ def worker_points(workers: list[int], repeats: int) -> Points:
 
 
 def expected(axis: str, points: Points) -> Callable[[float], float]:
-    """What the first point promises for the others: as many, or in proportion; of negatives the first and the last: a constant for each."""
+    """The curve expected from the first point: constant, or proportional; for negatives a line through the first and the last point."""
     first, last = ((value, statistics.median(rates)) for value, rates in (points[0], points[-1]))
     if axis == "workers":
         return lambda value: first[1] * value / first[0]
@@ -77,15 +77,15 @@ def expected(axis: str, points: Points) -> Callable[[float], float]:
 
 
 def print_axis(axis: str, points: Points) -> None:
-    """One line a point: value, rate, and the rate as a share of what was expected."""
+    """Print a line for each point: value, rate, and the rate relative to the expected one."""
     line = expected(axis, points)
     print(f"{axis}: {'images' if axis == 'workers' else 'anchors'}/s")
     for value, rates in points:
-        print(f"    {value:>9,}{spread(rates):>34}{statistics.median(rates) / line(value):>8.2f} of what is expected")
+        print(f"    {value:>9,}{spread(rates):>34}{statistics.median(rates) / line(value):>8.2f} of the expected rate")
 
 
 def draw(curves: dict[str, Points], path: Path) -> None:
-    """One small plot for each axis, with what was expected as a dashed line."""
+    """One small plot for each axis, with the expected curve as a dashed line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,7 +112,7 @@ def main() -> None:
     """Measure, print, and draw."""
     options = parse()
     if options.device == "cpu":
-        keep_freed_memory()  # as every stage does
+        keep_freed_memory()  # as in every stage
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
     middle = replace(MIDDLE, device=torch.device(options.device), batch_anchors=options.batch_anchors)
@@ -134,10 +134,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-anchors", type=int, default=MIDDLE.batch_anchors)
     parser.add_argument("--workers", type=int, nargs="+", default=[w for w in (1, 2, 4, 8, 16, 32) if w <= (os.cpu_count() or 1)])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="steps of one turn (a GPU wants some 10)")
-    parser.add_argument(
-        "--cpu-seconds", action="store_true", help="count this process's CPU time: for a machine that others use (1 thread)"
-    )
+    parser.add_argument("--steps", type=int, default=1, help="steps per turn; use about 10 on a GPU")
+    parser.add_argument("--cpu-seconds", action="store_true", help="measure CPU time with 1 thread, for a machine that is shared")
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The command line of the measuring scripts."""
+"""Command line of the benchmarks."""
 
 import argparse
 import re
@@ -13,17 +13,17 @@ _KINDS = {"int": "a whole number", "count": "a whole number from 1", "float": "a
 
 
 def count(text: str) -> int:
-    """The type of an argument that is a whole number from 1."""
+    """Type of an argument that is a whole number from 1."""
     if (number := int(text)) < 1:
         raise ValueError
     return number
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, with errors in one line: name = value: what is allowed."""
+    """argparse's parser, with errors in one line: name = value, and what is allowed."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and exit with the code of a user error."""
+        """Print the error in one line and exit with the code of a user error."""
         if found := _INVALID.fullmatch(message) or _NO_CHOICE.fullmatch(message):
             message = f"{found['name']} = {found['value']}: allowed is {_KINDS.get(found['allowed'], found['allowed'])}"
         print(f"error: {message}; see: {self.prog} --help", file=sys.stderr, flush=True)

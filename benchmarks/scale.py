@@ -3,12 +3,12 @@
     python -m benchmarks.scale --folder /tmp/scale                        10^4 and 10^5 images: half an hour on 2 cores
     python -m benchmarks.scale --folder /tmp/scale --images 1281167       hours, and 16 GB of disk
 
-In --folder are made, for each number N, N train and N/25 test JPEGs of 32 px in --classes classes, all different, and a clone of the last
-commit, with networks so small that what is measured is the pipeline. `distill` trains for --train-seconds and is asked to stop; its
-student is not judged, an untrained network is. Pages are opened in a Chromium that runs already: seconds are those from navigation to the
-load event, CPU seconds those of the page's process. What was measured stays in --results, a JSON line each, and is not measured again.
-Other CPU seconds and memory (proportional set sizes) are those of all processes together, sampled; files and bytes are those that were
-written and remained.
+For each number N, --folder receives N train and N/25 test JPEGs of 32 px in --classes classes, all different, and a clone of the last
+commit. The networks are tiny, so that the measurements show the pipeline and not the networks. `distill` trains for --train-seconds and is
+then stopped; instead of its student, an untrained network is evaluated. Pages are opened in a running Chromium: seconds are from navigation
+to the load event, and CPU seconds are those of the page's process. Measurements are kept in --results, one JSON line each, and not
+repeated. All other CPU seconds and memory (proportional set sizes) are sampled over all processes together; files and bytes are those
+written and kept.
 """
 
 import argparse
@@ -69,8 +69,8 @@ EACH_IMAGE = ("scan", "extract", "bag", "distill", "linear_eval untrained", "lin
 
 @dataclass(frozen=True)
 class Measured:
-    """What one step took at one number of train images: seconds of the clock, CPU seconds, the most memory, files and bytes that it wrote,
-    and how many images it went through (anchors of `distill`); `outside_seconds`: of an experiment, those outside its stages."""
+    """Cost of one step with one number of train images: wall seconds, CPU seconds, peak memory, files and bytes written, and number of
+    images processed (anchors of `distill`). `outside_seconds`: for an experiment, the seconds outside its stages."""
 
     step: str
     images: int
@@ -88,12 +88,12 @@ class Measured:
 def main() -> None:
     """Make the images, measure, and write the table and the plot."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for images and clones")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for images and clones")
     parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--train-seconds", type=float, default=120)
     parser.add_argument("--steps", nargs="+", choices=[*STAGE_COMMANDS, *COMMANDS], default=[*STAGE_COMMANDS, *COMMANDS])
-    parser.add_argument("--again", action="store_true", help="measure the steps again, and put aside what is known")
+    parser.add_argument("--again", action="store_true", help="measure the steps again, ignoring earlier results")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/scale.jsonl"))
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def make_images(root: Path, images: int, classes: int) -> None:
-    """train/CLASS/*.jpg and val/CLASS/*.jpg, `images` and a 25th of them; what an ended run has made is kept."""
+    """Write train/CLASS/*.jpg and val/CLASS/*.jpg, `images` and a 25th of them; files from an interrupted run are kept."""
     if (root / "complete").exists():
         return
     with ProcessPoolExecutor() as pool:
@@ -132,7 +132,7 @@ def test_images(images: int, classes: int) -> int:
 
 
 def _write_block(folder: Path, split: str, count: int, classes: int, start: int) -> None:
-    """A block of images: half the colours of their class, half noise of their own."""
+    """Write a block of images: half of each colour is that of the class, half is noise."""
     numbers_n = np.arange(start, min(start + FOLDER_IMAGES, count))
     colours_C = seeds.uniforms(0, "scale/class", 0, np.arange(classes), draws=12)
     noise_n = seeds.uniforms(0, f"scale/{split}", 0, numbers_n, draws=3 * NOISE_PX**2)
@@ -146,7 +146,8 @@ def _write_block(folder: Path, split: str, count: int, classes: int, start: int)
 
 
 def cloned(root: Path, classes: int) -> Path:
-    """A clone of the last commit beside the images, with `PARAMS` laid over its own; an older clone is brought to the last commit."""
+    """A clone of the last commit beside the images, with `PARAMS` applied to its params.yaml; an older clone is updated to the last
+    commit."""
     from ruamel.yaml import YAML
 
     from bingo.params import read_yaml
@@ -154,7 +155,7 @@ def cloned(root: Path, classes: int) -> Path:
 
     clone = root / "clone"
     if not clone.exists():
-        run(["git", "clone", "-q", "--no-local", str(ROOT), str(clone)], root)  # packed: of many loose objects DVC would make a pack
+        run(["git", "clone", "-q", "--no-local", str(ROOT), str(clone)], root)  # packed, because DVC would pack many loose objects
     run(["git", "fetch", "-q", str(ROOT), "HEAD"], clone)
     run(["git", "reset", "-q", "--hard", "FETCH_HEAD"], clone)
     params = read_yaml(clone / "params.yaml")
@@ -168,12 +169,12 @@ def cloned(root: Path, classes: int) -> Path:
 
 
 def run(command: Sequence[str], folder: Path) -> None:
-    """Run a command that must succeed."""
+    """Run a command, which must succeed."""
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 def measure_step(clone: Path, step: str, images: int, tests: int, train_seconds: float) -> Measured:
-    """Run one step, and measure all its processes."""
+    """Run one step, and measure it with all its processes."""
     command = COMMANDS.get(step) or [PYTHON, "-m", *STAGE_COMMANDS[step].split()]
     begun = time.time()
     found = watched(command, clone, clone / ".bingo/state/distill" if step == "distill" else None, train_seconds)
@@ -196,13 +197,13 @@ def _files(clone: Path) -> Iterator[Path]:
 
 
 def _anchors(clone: Path, images: int) -> int:
-    """How many anchors the training has seen: those until it was stopped, or its epoch."""
+    """The number of anchors that the training has seen until it was stopped, or in its epoch."""
     found = [json.loads(path.read_text()) for path in (clone / ".bingo/state/distill").glob("*/checkpoints/latest.json")]
     return found[0]["step"] * 64 if found else images
 
 
 def watched(command: Sequence[str], folder: Path, state: Path | None, train_seconds: float) -> tuple[float, float, float]:
-    """Seconds, CPU seconds and peak memory (MB of 2^20 bytes) of a command and its processes; asked to stop `train_seconds` after
+    """Seconds, CPU seconds and peak memory (MB of 2^20 bytes) of a command with its processes, which is stopped `train_seconds` after
     `state` appears."""
     environment = os.environ | {"PATH": f"{Path(PYTHON).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
     environment |= {"DVC_SITE_CACHE_DIR": str(folder / ".dvc/site")}
@@ -228,7 +229,7 @@ def watched(command: Sequence[str], folder: Path, state: Path | None, train_seco
 
 
 def _sample(leader: int, cpu: dict[int, float]) -> float:
-    """The proportional memory of all processes of a session, in MB; what each has used of the CPU goes to `cpu`."""
+    """The proportional memory of all processes of a session, in MB; the CPU time of each process is written to `cpu`."""
     total_kb, tick = 0, os.sysconf("SC_CLK_TCK")
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -236,13 +237,14 @@ def _sample(leader: int, cpu: dict[int, float]) -> float:
             if int(fields[3]) == leader:
                 cpu[int(stat.parent.name)] = (int(fields[11]) + int(fields[12])) / tick
                 total_kb += int((stat.parent / "smaps_rollup").read_text().split("Pss:")[1].split()[0])
-        except (OSError, IndexError):  # it has ended
+        except (OSError, IndexError):  # the process has ended
             continue
     return total_kb / 1024
 
 
 def table(known: Sequence[Measured]) -> str:
-    """A line for each step and number of images in Markdown, and with how many images' power the CPU seconds and the memory grow."""
+    """A line for each step and number of images in Markdown, with the powers of the number of images by which CPU seconds and memory
+    grow."""
     lines = ["| step | images | s | CPU s | images/s | peak MB | files | MB written | CPU grows as | memory as |", f"|---|{'--:|' * 9}"]
     for step in (step for step in [*STAGE_COMMANDS, *COMMANDS] if any(one.step == step for one in known)):
         before: Measured | None = None
@@ -257,14 +259,14 @@ def table(known: Sequence[Measured]) -> str:
 
 
 def _power(one: Measured, before: Measured | None, kind: str) -> str:
-    """p where what is measured grows as N^p between two numbers of images; empty for the first, and for training, which is stopped."""
+    """p if the figure grows as N^p between two numbers of images; empty for the first number, and for training, which is stopped."""
     if before is None or (one.step == "distill" and kind == "cpu_seconds"):
         return ""
     return f"N^{math.log(getattr(one, kind) / getattr(before, kind)) / math.log(one.images / before.images):.2f}"
 
 
 def draw(known: Sequence[Measured], path: Path) -> None:
-    """CPU seconds and peak memory by the number of images, a line for each step, and what is in proportion dashed."""
+    """Plot CPU seconds and peak memory over the number of images, a line for each step; dashed lines show proportional growth."""
     import matplotlib
 
     matplotlib.use("Agg")

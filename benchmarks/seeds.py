@@ -1,6 +1,6 @@
-"""The default run (or any params.yaml) for several seeds, as DVC experiments, and their mean and standard deviation.
+"""The default run (or any params.yaml) with several seeds, as DVC experiments, and the mean and standard deviation of its figures.
 
-python benchmarks/seeds.py --seeds 0 1 2        # about 2.5 minutes a seed on 2 cores; what DVC has cached is not run again
+python benchmarks/seeds.py --seeds 0 1 2        # about 2.5 minutes per seed on 2 cores; cached results are reused
 """
 
 import json

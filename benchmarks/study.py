@@ -1,12 +1,12 @@
-"""A study: every method tuned by one rule, then compared over seeds at equal anchors and at equal FLOPs.
+"""A study: every method is tuned by the same rule, then compared over seeds at equal anchors and at equal FLOPs.
 
-    python -m benchmarks.study --root FOLDER        FOLDER/train/CLASS/*, FOLDER/test/CLASS/*; started again, it goes on
-    python -m benchmarks.study --root FOLDER --lanes 8 --out FILE      eight runs at a time, without DVC; what FILE lacks, to FILE
-    python -m benchmarks.study --print              the tables of what has been run
+    python -m benchmarks.study --root FOLDER        FOLDER/train/CLASS/*, FOLDER/test/CLASS/*; can be resumed
+    python -m benchmarks.study --root FOLDER --lanes 8 --out FILE      eight runs at a time, without DVC; results go to FILE
+    python -m benchmarks.study --print              the tables of the finished runs
 
-The plan is a YAML file (benchmarks/study.yaml explains its keys). Each run is one line of JSON that is added to a file in
-benchmarks/results with the name of the plan, and what that file has is not run again: the next run is a function of the plan and that file.
-Runs are DVC experiments in a clone of the last commit, one at a time, as `benchmarks.compare` does them.
+The plan is a YAML file (benchmarks/study.yaml explains its keys). Each run adds a line of JSON to a file in benchmarks/results that is
+named after the plan, and runs in that file are not repeated: the next run is a function of the plan and the file. Runs are DVC experiments
+in a clone of the last commit, one at a time, as in `benchmarks.compare`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from bingo.pipeline.process import mistakes_as_lines
 from bingo.runtime.artefacts import fingerprint
 from bingo.runtime.errors import UserError
 
-DIVERGED = "lower lr"  # what a training says whose loss or weights are not finite
+DIVERGED = "lower lr"  # printed by a training whose loss or weights are not finite
 RESULTS = Path("benchmarks/results")
 
 
@@ -37,10 +37,10 @@ def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--plan", type=Path, default=Path("benchmarks/study.yaml"))
     parser.add_argument("--root", help="folder of the images: train/CLASS/* and test/CLASS/*; not for digits")
-    parser.add_argument("--print", action="store_true", help="print the tables of what has been run")
-    parser.add_argument("--out", type=Path, help="file of the results (default: in benchmarks/results, named as the plan)")
-    parser.add_argument("--lanes", type=count, help="runs at a time, without DVC, on one machine with one GPU or none")
-    parser.add_argument("--commit", help="with --lanes, where git is not at hand: the commit that the runs are of")
+    parser.add_argument("--print", action="store_true", help="print the tables of the finished runs")
+    parser.add_argument("--out", type=Path, help="file of the results (default: in benchmarks/results, named after the plan)")
+    parser.add_argument("--lanes", type=count, help="number of runs at a time, without DVC, on one machine with at most one GPU")
+    parser.add_argument("--commit", help="with --lanes and without git: the commit of the code")
     given = parser.parse_args()
     with mistakes_as_lines():
         check_used(given)
@@ -50,33 +50,33 @@ def main() -> None:
             return
         study = Study(plan, results, given.root, given.commit or clean_commit(str(results)))
         study.check()
-        for number in (signal.SIGTERM, signal.SIGINT):  # also where the shell started this with SIGINT ignored (`&`)
+        for number in (signal.SIGTERM, signal.SIGINT):  # even if the shell started this with SIGINT ignored (`&`)
             signal.signal(number, signal.default_int_handler)
         with only_one():
             study.run_in_lanes(given.lanes) if given.lanes else study.run()
 
 
 def check_used(given: argparse.Namespace) -> None:
-    """Raises UserError for options that would do nothing."""
+    """Raises UserError for options that have no effect."""
     lines = (
         [f"--commit = {given.commit}: has no effect without --lanes; add that, or leave --commit out"]
         if given.commit and not given.lanes
         else []
     )
     if given.print and given.lanes:
-        lines.append(f"--lanes = {given.lanes}: does nothing with --print, which runs nothing; leave one of the two out")
+        lines.append(f"--lanes = {given.lanes}: has no effect with --print, which runs nothing; leave one of the two out")
     if lines:
         raise UserError(lines)
 
 
 class Study:
-    """Runs what a plan lacks, and adds each run to the results."""
+    """Runs the missing runs of a plan, and adds each to the results."""
 
     def __init__(self, plan: StudyPlan, results: Path, root: str | None, commit: str):
         self.plan, self.results, self.root, self.commit = plan, results, root, commit
 
     def check(self) -> None:
-        """Raises UserError if a run would not be allowed, or its result could not be written."""
+        """Raises UserError if a run is not allowed, or if its result cannot be written."""
         check_place("--out", self.results)
         wishes = Wishes(self.plan, read_results(self.results))
         wishes.next()
@@ -86,7 +86,7 @@ class Study:
             self.queued(Wanted("anchors", recipe, 0, self.plan.fixed(recipe, "anchors")))
 
     def run(self) -> None:
-        """Run all. An interrupt ends what runs, with a checkpoint."""
+        """Run everything. An interrupt ends the current run, which saves a checkpoint."""
         lane = Lane(FOLDER.resolve() / "clone-0")
         try:
             while wanted := Wishes(self.plan, read_results(self.results)).next():
@@ -96,7 +96,7 @@ class Study:
             lane.close()
 
     def run_in_lanes(self, lanes: int) -> None:
-        """Run all, some at a time and without DVC. What an interrupt ends begins again the next time."""
+        """Run everything, several runs at a time and without DVC. Interrupted runs start from the beginning next time."""
 
         def ready(under_way: Collection[Wanted]) -> Iterator[LaneRun]:
             for wanted in Wishes(self.plan, read_results(self.results)).ready(under_way):
@@ -108,21 +108,21 @@ class Study:
                 raise UserError([f"{name}: failed; {log} ends:", *last_lines(log)])
             self.add(run.wanted, name, None if seconds is None else place_of(run, folder), round(seconds or 0.0, 1))
 
-        folder = FOLDER.resolve() / "lanes" / fingerprint([self.commit])[:12]  # what runs share is of this code
+        folder = FOLDER.resolve() / "lanes" / fingerprint([self.commit])[:12]  # only runs of the same code share results
         run_in_lanes(lanes, folder, ready, take)
 
     def laid(self, wanted: Wanted) -> tuple[str, int, str | None, str | None, list[dict[str, Any]]]:
-        """What is laid over params.yaml for a run: its recipe, seed, base, folder of images, and settings."""
+        """The changes to params.yaml for a run: its recipe, seed, base, folder of images, and settings."""
         root = str(Path(self.root) / "train") if self.root and wanted.part == "tuning" else self.root
         settings = [nested(key, value) for key, value in wanted.settings.items()]
         return self.plan.recipe_of(wanted.recipe), wanted.seed, self.plan.base, root, settings
 
     def queued(self, wanted: Wanted) -> QueuedRun:
-        """The run as DVC takes it."""
+        """The run in the form that DVC takes."""
         return QueuedRun(wanted.name, wanted.seed, overrides(*self.laid(wanted)))
 
     def take(self, lane: Lane, wanted: Wanted) -> None:
-        """Wait for a run and add it to the results. Raises UserError if it failed for another reason than a learning rate."""
+        """Wait for a run and add it to the results. Raises UserError if it failed for another reason than the learning rate."""
         experiment = lane.running
         assert experiment is not None
         code = lane.finish(self.commit)
@@ -133,7 +133,7 @@ class Study:
         self.add(wanted, experiment.name, lane.folder if lane.fresh else None, seconds)
 
     def add(self, wanted: Wanted, name: str, folder: Path | None, seconds: float) -> None:
-        """Add a run in a folder to the results; None is of one that diverged."""
+        """Add the run in `folder` to the results; None for a run that diverged."""
         line = {"part": wanted.part, "recipe": wanted.recipe, "seed": wanted.seed, "settings": wanted.settings, "commit": self.commit}
         line |= (figures(folder) if folder else {"linear": None}) | {"seconds": seconds}
         self.results.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ class Study:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """What a run has found, percent by measure and network, and what it cost."""
+    """Results of a run, in percent by measure and network, and its cost."""
     from bingo.images.listing import read_listing
 
     results, params = json.loads((folder / "reports/results.json").read_text()), read_yaml(str(folder / "params.yaml"))

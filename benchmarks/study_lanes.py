@@ -1,7 +1,8 @@
-"""A study's runs several at a time and without DVC, for a machine that is lent for an hour: each lane is a process with a folder.
+"""Several runs of a study at a time and without DVC, for a machine that is available for a short time: each lane is a process with a
+folder.
 
-What runs share is made once, by the first lane that needs it, and linked into the folders of the others. A lane runs the
-stages one after the other in its own process, so that torch is imported and the GPU is opened once.
+Shared results are computed once, by the first lane that needs them, and linked into the folders of the others. A lane runs the stages one
+after the other in its own process, so that torch is imported and the GPU is opened only once.
 """
 
 import fcntl
@@ -27,15 +28,15 @@ from bingo.runtime.errors import UserError, reason_of
 from bingo.runtime.workers import begin_worker
 
 ROOT = Path(__file__).parents[1]
-BESIDE = ("teacher", "untrained", "pixels", "start", "supervised")  # networks that training does not change
+BESIDE = ("teacher", "untrained", "pixels", "start", "supervised")  # other networks, which training does not change
 EVALUATIONS = ("linear_eval", "knn_eval")
 PREPARED = [("scan",), ("teacher",), ("extract",), ("bag",), ("weights",), *((stage, net) for stage in EVALUATIONS for net in BESIDE)]
-SECTIONS = ("seed", "image", "dataset", "teacher", "extract", "bagging", "student", *EVALUATIONS)  # of params.yaml, which these stages read
+SECTIONS = ("seed", "image", "dataset", "teacher", "extract", "bagging", "student", *EVALUATIONS)  # what these stages read
 
 
 @dataclass(frozen=True)
 class LaneRun:
-    """A run as a lane takes it: params.yaml and the splits of few labels."""
+    """A run for a lane: its params.yaml and its splits for few labels."""
 
     wanted: Wanted
     document: dict[str, Any]
@@ -48,8 +49,8 @@ class LaneRun:
 def run_in_lanes(
     lanes: int, folder: Path, ready: Callable[[Collection[Wanted]], Iterator[LaneRun]], take: Callable[[LaneRun, float | None], None]
 ) -> None:
-    """Run what `ready(under way)` yields, `lanes` at a time; `take(run, seconds)` has each as soon as it has ended, with None for one in
-    which a stage ended with a mistake. `folder` is deleted when all have ended well."""
+    """Run everything that `ready(under way)` yields, `lanes` at a time. `take(run, seconds)` is called when a run ends, with None if a
+    stage reported a user error. `folder` is deleted when all runs have succeeded."""
     under_way: dict[Future[float | None], LaneRun] = {}
     failed: dict[str, Wanted] = {}
     context = get_context("spawn")
@@ -67,9 +68,9 @@ def run_in_lanes(
                 try:
                     take(run, ended.result())
                 except BrokenProcessPool:
-                    problem = "a lane was killed, as the system does where memory runs out"
+                    problem = "a lane was killed, probably because memory ran out"
                     raise UserError(f"{problem}; lower --lanes (now {lanes}), and start again: finished runs are kept") from None
-                except Exception as error:  # the others go on
+                except Exception as error:  # the others continue
                     failed[f"{run.wanted.name}-s{run.wanted.seed}: {reason_of(error)}; {log_of_run(run, folder)}"] = run.wanted
                 shutil.rmtree(place_of(run, folder), ignore_errors=True)
     if failed:
@@ -79,7 +80,7 @@ def run_in_lanes(
 
 @contextmanager
 def _ended_with(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """Ends the lanes' stages, as an interrupt does, if the body is interrupted."""
+    """End the lanes' stages as an interrupt does, if the body is interrupted."""
     try:
         yield
     except BaseException:
@@ -91,7 +92,7 @@ def _ended_with(pool: ProcessPoolExecutor) -> Iterator[None]:
 
 @contextmanager
 def _for_the_owner_alone(number: int) -> Iterator[None]:
-    """Processes that begin in the body never take this signal, which a terminal sends to all: the pool's owner ends its lanes."""
+    """Processes started in the body ignore this signal, which a terminal sends to all: the owner of the pool ends its lanes."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
@@ -105,12 +106,12 @@ def place_of(run: LaneRun, folder: Path) -> Path:
 
 
 def log_of_run(run: LaneRun, folder: Path) -> Path:
-    """What the stages of a run print."""
+    """The output of a run's stages."""
     return place_of(run, folder).with_suffix(".log")
 
 
 def _begin_lane(lanes_begun: Any) -> None:
-    """In a new lane: one core of those that the pool may use, so that its loaders work in the same process."""
+    """In a new lane: use one of the pool's cores, so that loaders work in the same process."""
     begin_worker()
     os.environ["OMP_NUM_THREADS"] = "1"
     cores = sorted(os.sched_getaffinity(0))
@@ -120,13 +121,14 @@ def _begin_lane(lanes_begun: Any) -> None:
 
 
 def run_stages(run: LaneRun, folder: Path) -> float | None:
-    """Run the stages of a run in its folder; the seconds of those that it does not share, None if a stage ended with a mistake."""
+    """Run the stages of a run in its folder. Returns the seconds of stages that it does not share, or None if a stage reported a user
+    error."""
     place = place_of(run, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(log_of_run(run, folder), "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    shutil.rmtree(place, ignore_errors=True)  # of a study that was ended
+    shutil.rmtree(place, ignore_errors=True)  # left by an interrupted study
     shutil.copytree(_prepared(run, folder), place, symlinks=True, copy_function=os.link)
     begun = time.monotonic()
     judged = [(stage, "student") for stage in EVALUATIONS]
@@ -136,7 +138,7 @@ def run_stages(run: LaneRun, folder: Path) -> float | None:
 
 
 def _prepared(run: LaneRun, folder: Path) -> Path:
-    """The folder in which the stages up to the bags have been run."""
+    """The folder in which the stages up to `bag` have been run."""
     place = folder / f"prepared-{fingerprint([run.document[section] for section in SECTIONS])[:16]}"
     place.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{place.name}.lock", "w") as lock:
@@ -151,7 +153,7 @@ def _prepared(run: LaneRun, folder: Path) -> Path:
 
 @contextmanager
 def _inside(place: Path, document: dict[str, Any]) -> Iterator[None]:
-    """In a workspace with these parameters. Files that other folders link to are replaced, never written into."""
+    """Enter a workspace with these parameters. Files linked from other folders are replaced, never written to."""
     for name in ("bingo", "stages", "recipes", "dvc.yaml"):
         if not (place / name).exists():
             (place / name).symlink_to(ROOT / name)

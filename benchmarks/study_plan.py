@@ -1,8 +1,8 @@
-"""The plan of a study, and which of its runs are missing: a function of the plan and of the results so far.
+"""The plan of a study, and its missing runs, which are a function of the plan and of the results so far.
 
-Tuning is a climb over learning rate and temperature, which starts from the best of `first_lr`: the neighbours of the best run on both axes
-are tried, and those of a neighbour that only noise may have put behind it, until none is missing. So the best values have worse ones on
-either side. A training whose loss is not finite is a run without accuracy.
+Tuning climbs over learning rate and temperature, starting from the best of `first_lr`. The neighbours of the best run on both axes are
+tried, and also the neighbours of any run that may be worse only by noise, until none is missing. The best values thus have worse ones on
+either side. A training with a loss that is not finite is a run without accuracy.
 """
 
 import json
@@ -47,7 +47,7 @@ class Tables(_StudySection):
 
 
 class StudyVariant(_StudySection):
-    """A recipe with settings of its own; `like` is the recipe or variant whose tuned values it has, null if it is tuned itself."""
+    """A recipe with further settings. `like` is the recipe or variant from which it takes tuned values, null if it is tuned itself."""
 
     recipe: str
     like: str | None = None
@@ -55,7 +55,7 @@ class StudyVariant(_StudySection):
 
 
 class StudyPlan(_StudySection):
-    """See the head of benchmarks/study.yaml. `base` is null for the images of params.yaml."""
+    """See the comments in benchmarks/study.yaml. `base` is null for the images of params.yaml."""
 
     base: str | None
     reference: str
@@ -71,44 +71,44 @@ class StudyPlan(_StudySection):
 
     @property
     def screened(self) -> list[str]:
-        """The variants of no round, which are run once, at the tuned values of another."""
+        """Variants that are in no round; they are run once, at the tuned values of another recipe."""
         return [name for name in self.variants if name not in self.recipes]
 
     def tuned_as(self, name: str) -> str:
-        """The recipe or variant whose tuned values a recipe or variant has: its own, mostly."""
+        """The recipe or variant that provides the tuned values: usually itself."""
         return (self.variants[name].like if name in self.variants else None) or name
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
         if self.reference not in self.rounds[0]:
-            raise ValueError(f"reference = {self.reference}: is not in the first of the rounds")
+            raise ValueError(f"reference = {self.reference}: is not in the first round")
         order = set(self.recipes)
         if len(order) < len(self.recipes):
             raise ValueError("rounds: a recipe is in two of them")
         for name, variant in self.variants.items():
             if variant.like is None and name not in order:
-                raise ValueError(f"variants = {name}: in none of the rounds, and without `like`")
+                raise ValueError(f"variants = {name}: is in no round, and has no `like`")
             if variant.like and variant.like not in order:
-                raise ValueError(f"variants.{name}.like = {variant.like}: is in none of the rounds")
+                raise ValueError(f"variants.{name}.like = {variant.like}: is in no round")
         return self
 
     def recipe_of(self, name: str) -> str:
-        """The recipe of a variant; a recipe itself."""
+        """The recipe of a variant; a recipe is returned unchanged."""
         return self.variants[name].recipe if name in self.variants else name
 
     def own_epochs(self, name: str) -> bool:
-        """Whether a variant has a number of epochs of its own: it is in the table of FLOPs alone, with those that it has."""
+        """Whether a variant sets its own number of epochs: it is then only in the table of equal FLOPs."""
         return name in self.variants and EPOCHS in dict(flattened(self.variants[name].settings))
 
     def fixed(self, name: str, part: "Part") -> dict[str, Any]:
-        """What is set for all runs of a recipe or variant in a part of the study, by dotted keys."""
+        """The settings of all runs of a recipe or variant in a part of the study, by dotted keys."""
         own = self.variants[name].settings if name in self.variants else {}
         return dict(flattened((self.tuning if part == "tuning" else self.tables).settings)) | dict(flattened(own))
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run of the plan: `settings` are the dotted keys of params.yaml that the plan sets, and nothing of base and recipe."""
+    """A run of the plan; `settings` are the dotted keys of params.yaml that the plan sets, without those of base and recipe."""
 
     part: Part
     recipe: str
@@ -123,12 +123,12 @@ class Wanted:
         return "+".join([self.part, self.recipe, *(f"{key.rpartition('.')[2]}={value:g}" for key, value in tuned.items())])
 
     def is_in(self, line: Mapping[str, Any]) -> bool:
-        """Whether a line of the results is of this run."""
+        """Whether a line of the results belongs to this run."""
         return all(line[key] == getattr(self, key) for key in ("part", "recipe", "seed", "settings"))
 
 
 def read_plan(path: Path) -> StudyPlan:
-    """The plan in a file. Raises UserError if it is not one."""
+    """Read a plan. Raises UserError if the file is not a plan."""
     import yaml
     from pydantic import ValidationError
 
@@ -142,7 +142,8 @@ def read_plan(path: Path) -> StudyPlan:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of the results, none of a missing file. Raises UserError for one that is not a run in JSON, or cannot be read."""
+    """The lines of the results; empty if the file does not exist. Raises UserError if a line is not a run in JSON, or the file cannot be
+    read."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for line in lines:
@@ -156,7 +157,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 class Wishes:
-    """The runs that a plan lacks, in order, given the results so far."""
+    """The missing runs of a plan in order, given the results so far."""
 
     def __init__(self, plan: StudyPlan, lines: Sequence[Mapping[str, Any]]):
         self.plan, self.lines = plan, lines
@@ -165,7 +166,7 @@ class Wishes:
         self.starts = {recipe: {key: _number(self.documents[recipe], key) for key in keys[recipe]} for recipe in plan.recipes}
 
     def next(self) -> Wanted | None:
-        """What is run next."""
+        """The next run."""
         return next(self._all(), None)
 
     def _all(self) -> Iterator[Wanted]:
@@ -175,7 +176,7 @@ class Wishes:
             yield from self._judged(recipes)
 
     def _judged(self, recipes: Iterable[str]) -> Iterator[Wanted]:
-        """The missing runs of tuned recipes: variants of the tuning, then those of the tables."""
+        """The missing runs of tuned recipes: first variants on the images of tuning, then the runs for the tables."""
         screens = [self.screen(name) for name in self.plan.screened if self.plan.tuned_as(name) in recipes]
         yield from (wanted for wanted in screens if wanted and not self.line_of(wanted))
         for seed in self.plan.tables.seeds:
@@ -183,7 +184,8 @@ class Wishes:
                 yield from self._compared(recipe, seed)
 
     def ready(self, under_way: Collection[Wanted]) -> Iterator[Wanted]:
-        """The missing runs beside those under way, in order: a climb's next step after its last, a table after its climb."""
+        """The missing runs that can start beside those under way, in order; a climb's next step waits for its last, and a table for its
+        climb."""
         for recipes in self.plan.rounds:
             climbing = {recipe for recipe in recipes if any(self._untuned(recipe))}
             for recipe in climbing:
@@ -193,11 +195,11 @@ class Wishes:
             yield from (wanted for wanted in self._judged(tuned) if wanted not in under_way)
 
     def line_of(self, wanted: Wanted) -> Mapping[str, Any] | None:
-        """The line of a run, if it has been run."""
+        """The result of a run, if it has been run."""
         return next((line for line in self.lines if wanted.is_in(line)), None)
 
     def _untuned(self, recipe: str) -> Iterator[Wanted]:
-        """The next runs of the climb: first all of `first_lr`, then the missing neighbours of the best, and of neighbours as good as it."""
+        """The next runs of the climb: first all of `first_lr`, then the missing neighbours of the best run and of runs that are as good."""
         if self.plan.tuned_as(recipe) != recipe:
             return
         first = [self.at(recipe, lr, 1.0) for lr in self.plan.tuning.first_lr]
@@ -215,14 +217,14 @@ class Wishes:
         yield from (one for one in wanted if not self.line_of(one))
 
     def _neighbours(self, recipe: str, place: tuple[float, float]) -> list[tuple[float, float]]:
-        """The places one step from a place of the climb: two, or four if there is more to tune than the learning rate."""
+        """Places one step away in the climb: two, or four if more than the learning rate is tuned."""
         lr, factor = place
         return [(next_lr(lr, up), factor) for up in (True, False)] + (
             [(lr, factor * by) for by in (2.0, 0.5)] if self.starts[recipe] else []
         )
 
     def _allowed(self, recipe: str, lr: float, factor: float) -> bool:
-        """Whether params.yaml may have these values: a share, for one, is at most 1."""
+        """Whether params.yaml allows these values; a share, for example, is at most 1."""
         document = deepcopy(self.documents[recipe])
         for key, value in self.tuned(recipe, lr, factor).items():
             lay_over(document, nested(key, value))
@@ -233,11 +235,11 @@ class Wishes:
         return True
 
     def at(self, recipe: str, lr: float, factor: float) -> Wanted:
-        """The run of the tuning at a place of the climb."""
+        """The tuning run at a place of the climb."""
         return Wanted("tuning", recipe, self.plan.tuning.seed, self.plan.fixed(recipe, "tuning") | self.tuned(recipe, lr, factor))
 
     def screen(self, variant: str) -> Wanted | None:
-        """The run of a variant on the images of the tuning, at the best values of another; None if that is not tuned."""
+        """The run of a variant on the images of tuning, at the best values of another recipe; None if that is not tuned."""
         other = self.plan.tuned_as(variant)
         if (best := self.best(other)) is None:
             return None
@@ -245,30 +247,30 @@ class Wishes:
         return Wanted("tuning", variant, self.plan.tuning.seed, settings)
 
     def tuned(self, recipe: str, lr: float, factor: float) -> dict[str, float]:
-        """The tuned settings at a place of the climb: a learning rate, and a factor of the other values."""
+        """The tuned settings at a place of the climb: a learning rate, and a factor for the other values."""
         return {LR: float(lr), **{key: float(f"{value * factor:.4g}") for key, value in self.starts[recipe].items()}}
 
     def tuning(self, recipe: str) -> list[Mapping[str, Any]]:
-        """The lines of a recipe's tuning."""
+        """Results of a recipe's tuning."""
         fixed = self.plan.fixed(recipe, "tuning")
         lines = [line for line in self.lines if (line["part"], line["recipe"]) == ("tuning", recipe)]
         return [line for line in lines if all(line["settings"].get(key) == value for key, value in fixed.items())]
 
     def place(self, line: Mapping[str, Any]) -> tuple[float, float]:
-        """Learning rate and factor of a line of the tuning."""
+        """Learning rate and factor of a result of tuning."""
         factors = [line["settings"][key] / value for key, value in self.starts[line["recipe"]].items()]
         return line["settings"][LR], 2.0 ** round(math.log2(factors[0])) if factors else 1.0
 
     def best(self, recipe: str) -> Mapping[str, Any] | None:
-        """The best line of a recipe's tuning, None if it has none with an accuracy."""
+        """The best result of a recipe's tuning, or None if none has an accuracy."""
         return max((line for line in self.tuning(recipe) if line["linear"]), key=lambda line: line["linear"]["student"], default=None)
 
     def _compared(self, recipe: str, seed: int) -> Iterator[Wanted]:
-        """The runs of the tables that are missing: at equal anchors, and at equal FLOPs where these are others."""
+        """The missing runs for the tables: at equal anchors, and at equal FLOPs if these differ."""
         yield from (wanted for part in ("anchors", "flops") if (wanted := self.compared(part, recipe, seed)) and not self.line_of(wanted))
 
     def compared(self, part: Part, recipe: str, seed: int) -> Wanted | None:
-        """A run of the tables; None if the recipe is not tuned, its cost is not known, or the run at equal anchors has equal FLOPs."""
+        """A run for the tables; None if the recipe is not tuned, its cost is not known, or the run at equal anchors has equal FLOPs."""
         tuned = self.plan.tuned_as(recipe)
         if (best := self.best(tuned)) is None:
             return None
@@ -284,12 +286,12 @@ class Wishes:
         return Wanted(part, recipe, seed, settings)
 
     def _cost(self, recipe: str) -> float | None:
-        """GFLOP for each anchor, None of what has not been run."""
+        """GFLOP per anchor; None if it has not been run."""
         return next((line["gflop_per_anchor"] for line in self.lines if line["recipe"] == recipe and line["linear"]), None)
 
 
 def document_of(plan: StudyPlan, recipe: str) -> dict[str, Any]:
-    """params.yaml with base and recipe, and with the settings of a variant."""
+    """params.yaml with base and recipe, and the settings of a variant."""
     document = read_yaml("params.yaml")
     for name in filter(None, (plan.base, plan.recipe_of(recipe))):
         lay_over(document, read_recipe(Path("recipes"), name).overlay)
@@ -299,21 +301,22 @@ def document_of(plan: StudyPlan, recipe: str) -> dict[str, Any]:
 
 
 def _number(document: dict[str, Any], key: str) -> float:
-    """A value that can be multiplied. Raises UserError if it is not such a number, or the learning rate, which is tuned itself."""
+    """A value to be multiplied. Raises UserError if it is not a number other than 0, or if it is the learning rate, which is always
+    tuned."""
     value = dict(flattened(document)).get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value or key == LR:
-        allowed = f"allowed are keys of params.yaml, other than {LR}, whose values are numbers other than 0"
+        allowed = f"allowed are keys of params.yaml, except {LR}, with values that are numbers other than 0"
         raise UserError(f"rounds: {key} = {short(value)}: {allowed}")
     return float(value)
 
 
 def next_lr(lr: float, up: bool) -> float:
-    """The next learning rate with one digit: ..., 0.06, 0.2, 0.6, 2, ..."""
+    """The next learning rate in the series 0.06, 0.2, 0.6, 2, ... of one-digit numbers."""
     return float(f"{lr * 10 ** (0.5 if up else -0.5):.1g}")
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """{"a": {"b": value}} of "a.b"."""
+    """{"a": {"b": value}} for the key "a.b"."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

@@ -12,12 +12,12 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def print_tables(wishes: Wishes) -> None:
-    """Print those of tuning, of equal anchors and of equal FLOPs."""
+    """Print the tables of tuning, of equal anchors and of equal FLOPs."""
     plan = wishes.plan
-    print(f"Tuning, seed {plan.tuning.seed}: the best values, and the linear accuracy of all that were tried\n")
+    print(f"Tuning, seed {plan.tuning.seed}: the best values, and the linear accuracy of all runs\n")
     print_table(["recipe", "lr", "other values", "linear", "k-NN, k = 10", "lr × factor of the other values: linear"], _tuning(wishes))
     if rows := list(_screened(wishes)):
-        print("\nVariants, each run once as in the tuning, at the tuned values of another: its linear accuracy and the difference\n")
+        print("\nVariants, each run once on the images of tuning, at the tuned values of another recipe: linear accuracy and difference\n")
         print_table(["variant", "of", "linear", "k-NN, k = 10", "GFLOP/anchor", "difference"], rows)
     parts: dict[Part, str] = {"anchors": "anchors", "flops": f"FLOPs, those of {plan.reference}"}
     for part, words in parts.items():
@@ -27,12 +27,12 @@ def print_tables(wishes: Wishes) -> None:
         header = ["recipe", "seeds", *MEASURES.values(), "GFLOP/anchor", "PFLOP", f"linear − {plan.reference}"]
         print_table(header, rows)
     if found := list(_correlations(wishes)):
-        print("\nStudents' agreement with the teacher, k = 10, against linear accuracy: Spearman's rank correlation, 95 % interval\n")
+        print("\nStudents' agreement with the teacher, k = 10, and linear accuracy: Spearman's rank correlation, 95 % interval\n")
         print("\n".join(f"- {line}" for line in found))
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """One table."""
+    """Print one table."""
     for cells in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(cells)} |")
 
@@ -57,7 +57,7 @@ def _screened(wishes: Wishes) -> Iterator[list[str]]:
 
 
 def _correlations(wishes: Wishes) -> Iterator[str]:
-    """How well agreement orders the students as linear accuracy does; runs on other numbers of images are not mixed."""
+    """How well agreement orders the students as linear accuracy does; runs with different numbers of images are not mixed."""
     for part in get_args(Part):
         lines = [line for line in wishes.lines if line["part"] == part and line["linear"]]
         pairs = [(line["agreement_10"]["student"], line["linear"]["student"]) for line in lines if "agreement_10" in line]
@@ -67,8 +67,8 @@ def _correlations(wishes: Wishes) -> Iterator[str]:
 
 
 def _compared(wishes: Wishes, part: Part) -> Iterator[list[str]]:
-    """A row for each recipe, the most accurate first, then teacher and floors. At equal FLOPs a run of the first part counts where its
-    FLOPs are equal anyway."""
+    """A row for each recipe, the most accurate first, then the teacher, an untrained network and raw pixels. At equal FLOPs, a run at equal
+    anchors counts if its FLOPs are equal anyway."""
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for recipe in (recipe for recipe in wishes.plan.recipes if part == "flops" or not wishes.plan.own_epochs(recipe)):
         for seed in wishes.plan.tables.seeds:
@@ -88,12 +88,12 @@ def _compared(wishes: Wishes, part: Part) -> Iterator[list[str]]:
 
 
 def by_seed(lines: Mapping[int, Mapping[str, Any]], measure: str, net: str) -> dict[int, float]:
-    """The figures of a network by seed, where they are known."""
+    """Figures of a network by seed; seeds without a figure are left out."""
     return {seed: line[measure][net] for seed, line in lines.items() if net in (line.get(measure) or {})}
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float], same: bool) -> str:
-    """In points, with the interval in brackets if there are two seeds."""
+    """The difference in points, with its interval in brackets if there are at least two seeds."""
     found = None if same else paired_difference(ours, theirs)
     if found is None:
         return ""
