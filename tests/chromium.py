@@ -88,19 +88,19 @@ class Browser:
         return answer["result"].get("value")
 
     def wait(self, expression: str, seconds: float = 20) -> None:
-        """Until an expression is true."""
+        """Wait until an expression is true."""
         end = time.monotonic() + seconds
         while not self.value(f"!!({expression})"):
-            assert time.monotonic() < end, f"never true: {expression}"
+            assert time.monotonic() < end, f"still false: {expression}"
             time.sleep(0.03)
 
     def cpu_seconds(self) -> float:
-        """The CPU time of the page's process, in which another page of files may have been before."""
+        """The CPU time of the page's process, which may have shown another page before."""
         metrics = self.call("Performance.getMetrics")["metrics"]
         return next(metric["value"] for metric in metrics if metric["name"] == "ProcessTime")
 
     def press(self, key: str) -> None:
-        """One key, as a person presses it."""
+        """Press one key."""
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
         common = {"key": key, "code": key, "windowsVirtualKeyCode": _KEYS[key]}
         self.call("Input.dispatchKeyEvent", type="keyDown", **common, **({"text": text} if text else {}))
@@ -110,7 +110,7 @@ class Browser:
         self.call("Input.insertText", text=text)
 
     def click(self, selector: str) -> None:
-        """The left mouse button in the middle of the first element of a selector."""
+        """Click the centre of the first element that matches a selector."""
         middle = "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2];"
         element = f"document.querySelector({json.dumps(selector)})"
         box = self.value(f"(e => {{ e.scrollIntoView({{block: 'nearest'}}); {middle} }})({element})")
@@ -131,8 +131,8 @@ class Browser:
 
 
 def main() -> None:
-    """`python -m tests.chromium PAGE`: the seconds from navigation to the load event of a page, as it measures them, in a Chromium that has
-    an empty page open, and the CPU seconds of the page's process meanwhile."""
+    """`python -m tests.chromium PAGE`: in a Chromium with an empty page open, print the seconds from navigation to the page's load event,
+    and the CPU seconds of the page's process."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         (empty := Path(folder, "empty.html")).write_text("<!doctype html><title>Empty</title>")
         browser = Browser(Path(folder))

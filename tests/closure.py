@@ -1,4 +1,4 @@
-"""Which files of the project a file imports, at any depth of any function: read from the syntax tree."""
+"""The project files that a file imports, directly or in nested functions, found in its syntax tree."""
 
 import ast
 from collections.abc import Collection
@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 
 @cache
 def imported_files(path: str) -> frozenset[str]:
-    """Project files named in the imports of one file, by statement or by import_module("NAME"); imports under `if TYPE_CHECKING:` do not
-    run and do not count. A name that is known only at run time, import_module(f"PACKAGE.{name}"), counts in `imported_patterns` alone."""
+    """Project files that one file imports, by statement or by import_module("NAME"). Imports under `if TYPE_CHECKING:` do not run and are
+    ignored. Names that are known only at run time, as in import_module(f"PACKAGE.{name}"), are left to `imported_patterns`."""
     found = set()
     for node in _running(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
@@ -27,7 +27,7 @@ def imported_files(path: str) -> frozenset[str]:
 
 
 def imported_patterns(path: str) -> set[str]:
-    """What one file imports by a name that is known only at run time, as globs of project files: bingo/export/to_*.py."""
+    """Imports of one file by names that are known only at run time, as globs of project files: bingo/export/to_*.py."""
     arguments = (_by_name(node) for node in _running(ast.parse((ROOT / path).read_text())))
     parts = [argument.values for argument in arguments if isinstance(argument, ast.JoinedStr)]
     return {
@@ -36,8 +36,8 @@ def imported_patterns(path: str) -> set[str]:
 
 
 def closure(path: str, but: Collection[str] = ()) -> set[str]:
-    """All project files that running `path` may import, itself included, but for `but` and what only these import; package markers without
-    code are left out."""
+    """All project files that running `path` may import, including itself, except `but` and files that only those import; empty package
+    files are left out."""
     todo, done = [path], set()
     while todo:
         file = todo.pop()
@@ -48,7 +48,7 @@ def closure(path: str, but: Collection[str] = ()) -> set[str]:
 
 
 def _by_name(node: ast.AST) -> ast.AST | None:
-    """What is imported where `node` is a call of importlib.import_module."""
+    """The argument of the call if `node` is a call of importlib.import_module."""
     return node.args[0] if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") else None
 
 

@@ -1,4 +1,4 @@
-"""A made-up COCO on the disk: rectangles and triangles in the colour of their category, category ids with gaps, a crowd, an empty image."""
+"""A synthetic COCO dataset: rectangles and triangles in the colour of their category, category ids with gaps, a crowd, an empty image."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,8 @@ COLORS = {3: (220, 40, 40), 7: (40, 220, 40), 90: (60, 60, 230)}
 
 
 def make_split(root: Path, name: str, images: int, seed: int, empty: tuple[int, ...] = ()) -> dict:
-    """Write ROOT/NAME/*.png and ROOT/annotations/instances_NAME.json with two instances in each image, none in those of `empty`."""
+    """Write ROOT/NAME/*.png and ROOT/annotations/instances_NAME.json with two instances in each image, or none in images listed in
+    `empty`."""
     random = np.random.default_rng(seed)
     content: dict = {"info": {}, "images": [], "annotations": [], "categories": [{"id": c, "name": f"c{c}"} for c in CATEGORIES]}
     (root / name).mkdir(parents=True)
@@ -19,7 +20,7 @@ def make_split(root: Path, name: str, images: int, seed: int, empty: tuple[int, 
     for number in range(images):
         height, width = (72, 96) if number % 2 else (108, 81)
         picture = Image.fromarray(random.integers(0, 60, (height, width, 3), dtype=np.uint8))
-        image_id = 1000 - 7 * number  # ids neither from 0 nor rising
+        image_id = 1000 - 7 * number  # ids that neither start at 0 nor increase
         for half in range(0 if number in empty else 2):
             category = int(random.choice(CATEGORIES))
             add_instance(content, picture, image_id, category, half, random)
@@ -39,7 +40,7 @@ def add_instance(content: dict, picture: Image.Image, image_id: int, category: i
     area = (x1 - x0) * (y1 - y0) / (2 if category == 7 else 1)
     content["annotations"].append(
         {
-            "id": len(content["annotations"]),  # from 0, which evaluators misread
+            "id": len(content["annotations"]),  # starts at 0, which some evaluators misread
             "image_id": image_id,
             "category_id": category,
             "bbox": [x0, y0, x1 - x0, y1 - y0],

@@ -18,7 +18,7 @@ class Done(NamedTuple):
 
     @property
     def output(self) -> str:
-        """Both."""
+        """Standard output and standard error together."""
         return self.stdout + self.stderr
 
 

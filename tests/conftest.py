@@ -1,14 +1,14 @@
-"""What all tests share.
+"""Fixtures shared by all tests.
 
-One thread, because the tests' networks are so small that handing work to a second one costs more than it gains, far more on a busy
-machine; one server of stages, because starting it takes as long as running five stages; and the finished short pipeline, which several
-files copy.
+Tests use one thread, because their networks are so small that a second one costs more than it saves, especially on a busy machine. They
+share one server of stages, because starting it takes as long as running five stages, and the finished short pipeline, which several files
+copy.
 """
 
 import os
 import sys
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses too, whatever the user has set: the last bits depend on it
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, also for subprocesses: the last bits depend on it
 
 import shutil
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ from bingo.runtime import progress
 if sys.platform == "linux" and not torch.cuda.is_available():
     from tests.pretended_gpu import engine
 
-    engine.ready()  # before the first backward pass of whatever test comes first
+    engine.ready()  # before the first backward pass of any test
 
-# Fixtures that run a pipeline, a sweep or stages in processes of their own: what waits for one is slow, whatever it does itself.
+# Fixtures that run a pipeline, a sweep or stages as processes: every test that uses one is slow.
 LONG_FIXTURES = {"stages", "reference", "made", "runs", "repository", "two_processes"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that `make test-fast` leaves out, in addition to those that are marked explicitly."""
     for item in items:
@@ -38,13 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_progress(monkeypatch) -> None:
-    """A command that a test runs in its own process writes what it has to say and no progress, however busy the machine is."""
+    """No progress is written by commands that run in the test's process, however busy the machine is."""
     monkeypatch.setattr(progress, "_SILENT_SECONDS", float("inf"))
 
 
 @pytest.fixture(autouse=True)
 def _threads_as_before() -> Iterator[None]:
-    """A test that left torch with two threads would make all after it several times slower on a busy machine."""
+    """No test may change the number of threads: with two, all later tests would be several times slower on a busy machine."""
     threads = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == threads
@@ -59,7 +59,7 @@ def stages(tmp_path_factory) -> Iterator[Stages]:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory, stages) -> Workspace:
-    """The finished pipeline; nobody writes to it."""
+    """The finished pipeline; no test may write to it."""
     workspace = new_workspace(tmp_path_factory.mktemp("reference") / "bingo", stages, SHORT)
     for stage in STAGES:
         workspace.done(stage)

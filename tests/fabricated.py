@@ -1,4 +1,4 @@
-"""A small workspace as the first stages leave it, made in no time: listing, images, embeddings and bags in clusters."""
+"""A small workspace like that of the first stages, written in milliseconds: listing, images, embeddings and bags in clusters."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ PARAMS = "dataset:\n  root: null\n"
 
 
 def images_of(labels_N: np.ndarray, side_px: int, seed: int = 0) -> np.ndarray:
-    """Noise in one colour a class, uint8 (N, S, S, 3)."""
+    """Noise in one colour for each class, uint8 (N, S, S, 3)."""
     random = np.random.default_rng(seed)
     colors = random.integers(60, 255, (int(labels_N.max()) + 1, 3))
     noise = random.random((len(labels_N), side_px, side_px, 1))
@@ -36,8 +36,8 @@ def make_workspace(
     labelled: bool = True,
     name: str = "class/image",
 ) -> Listing:
-    """Write data/listing.parquet, images.zarr, embeddings.zarr, bags.zarr and params.yaml under `root`; features lie near one
-    direction for each class, and a fifth of them are placed at a wrong one.
+    """Write data/listing.parquet, images.zarr, embeddings.zarr, bags.zarr and params.yaml under `root`. Features are near one direction for
+    each class; a fifth of them are near the direction of another class.
     """
     random = np.random.default_rng(seed + 1)
     classes = ["ant", "bee", "cat"] if classes is None else classes

@@ -1,8 +1,8 @@
-"""What `python -m bingo.pipeline.launch` does, with forks of this process as torchrun's processes: 0.5 s instead of 5 s each.
+"""`python -m bingo.pipeline.launch` with forks of this process instead of new processes: 0.5 s instead of 5 s each.
 
-python -m forking_launcher TORCHRUN'S ARGUMENTS. Each process writes its id to `rank-N.pid`. FAIL_ON_RANK: the process of that rank
-finds a mistake of the user's at the end of its first epoch, or when it keeps its first block of bags. SLOW_RANK: that of that rank
-takes half a second for each.
+python -m forking_launcher TORCHRUN'S ARGUMENTS. Each process writes its id to `rank-N.pid`. FAIL_ON_RANK: the process of this rank raises a
+UserError at the end of its first epoch, or when it stores its first block of bags. SLOW_RANK: the process of this rank takes half a second
+longer for each.
 """
 
 import os
@@ -21,7 +21,7 @@ from bingo.training import loop as train
 
 
 def stage(module: str, *arguments: str) -> None:
-    """Be one process of the group."""
+    """Run a stage as one process of the group."""
     rank = os.environ["RANK"]
     Path(f"rank-{rank}.pid").write_text(str(os.getpid()))
     if os.environ.get("FAIL_ON_RANK") == rank:
@@ -38,12 +38,12 @@ def stage(module: str, *arguments: str) -> None:
 
 
 def fail(*_: Any) -> None:
-    """Stand in for the end of an epoch."""
+    """Replaces the end of an epoch."""
     raise UserError(f"a mistake that process {os.environ['RANK']} found")
 
 
 def main() -> int:
-    """Have torchrun fork its processes."""
+    """Let torchrun fork its processes."""
     as_given = run.config_from_args
 
     def with_forks(args: Any) -> Any:

@@ -1,15 +1,15 @@
-"""JPEG files of one photograph in all the ways that matter to decoders."""
+"""One photograph as JPEG files of every kind that decoders treat differently."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-BASELINE = 6  # the first ones are baseline files, upright, of YCbCr or grey
+BASELINE = 6  # the first files are baseline JPEGs, upright, in YCbCr or grey
 
 
 def photographs(folder: Path) -> list[str]:
-    """Write the files; their names."""
+    """Write the files, and return their names."""
     photo = Image.fromarray(np.random.default_rng(3).integers(0, 256, (12, 15, 3), np.uint8)).resize((75, 60))
     exif, turned = Image.Exif(), Image.Exif()
     exif[0x0112], turned[0x0112] = 1, 6

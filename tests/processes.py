@@ -1,4 +1,4 @@
-"""Which processes a process has started, from /proc; and processes that are ready quickly."""
+"""The processes that a process has started, from /proc; and processes that start quickly."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from tests.stage_server import LIBRARIES
 
 
 def start_two(work: Callable[..., None], *arguments: object) -> None:
-    """`start` of two."""
+    """`start` with two processes."""
     start(2, work, *arguments)
 
 
 def start(count: int, work: Callable[..., None], *arguments: object) -> None:
-    """`work(rank, *arguments)` in `count` processes, and the errors of torch.multiprocessing.spawn.
+    """Run `work(rank, *arguments)` in `count` processes; errors are those of torch.multiprocessing.spawn.
 
-    They are forks of a process that has imported the large libraries once, instead of importing them in each.
+    The processes are forks of one that has imported the large libraries.
     """
     from torch.multiprocessing import start_processes
 
@@ -24,7 +24,7 @@ def start(count: int, work: Callable[..., None], *arguments: object) -> None:
 
 
 def session(leader: int) -> list[int]:
-    """Ids of the running processes in the session of `leader`, itself included; processes that began another session do not count."""
+    """Ids of the running processes in the session of `leader`, including itself; processes in other sessions are not included."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

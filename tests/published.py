@@ -1,7 +1,7 @@
-"""Networks and checkpoints in the layouts of published code, written down from that code and not from this project's.
+"""Networks and checkpoints in the layouts of published code, written from that code and not from this project's.
 
-A function for each format gives the checkpoint of a backbone (`trunk`, of feature width `width`) and the module that maps features
-to keys, up to their length. Other weights than the teacher's have the right names, and are empty if nothing depends on them.
+For each format, a function returns the checkpoint of a backbone (`trunk`, of feature width `width`) and the module that maps features to
+keys before normalisation. Weights other than the teacher's have the right names, and are empty if nothing depends on them.
 """
 
 import torch
@@ -13,7 +13,7 @@ Published = tuple[dict, nn.Module]
 
 
 def lively(net: nn.Module, seed: int = 0) -> nn.Module:
-    """The network in eval mode with running statistics and biases that matter."""
+    """The network in eval mode, with running statistics and biases that change its output."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in net.state_dict().items():
         if name.endswith(("running_mean", "bias")):
@@ -28,7 +28,7 @@ def under(prefix: str, *nets: nn.Module) -> dict[str, Tensor]:
 
 
 def empty(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same names and shapes elsewhere, without the bytes."""
+    """The same names with a prefix and the same shapes, without storage."""
     return {f"{prefix}{name}": torch.zeros(()).expand(tensor.shape) for name, tensor in state.items()}
 
 
@@ -39,8 +39,8 @@ def has_batchnorm(net: nn.Module) -> bool:
 class WideResNet(ResNet):
     """torchvision's ResNet-50 (or 18) with every channel count multiplied and no classifier.
 
-    `split_padding`: as in SwAV's src/resnet50.py and VICReg's resnet.py, a layer of its own pads the image by 1 before the first
-    convolution pads by 2.
+    `split_padding`: as in SwAV's src/resnet50.py and VICReg's resnet.py, a separate layer pads the image by 1 before the first convolution,
+    which pads by 2.
     """
 
     def __init__(self, widen: float, split_padding: bool = False, blocks: tuple[int, ...] = (3, 4, 6, 3)):
@@ -120,7 +120,7 @@ def moco(trunk: nn.Module, width: int) -> Published:
 
 
 def moco_v3(trunk: nn.Module, width: int) -> Published:
-    """moco/builder.py: `fc` of two layers behind a ResNet, `head` of three behind a vision transformer."""
+    """moco/builder.py: `fc` with two layers after a ResNet, `head` with three after a vision transformer."""
     name, hidden = ("head", 2) if isinstance(trunk, Vit) else ("fc", 1)
     layers: list[nn.Module] = []
     for i in range(hidden):
@@ -132,14 +132,14 @@ def moco_v3(trunk: nn.Module, width: int) -> Published:
 
 
 def swav(trunk: nn.Module, width: int) -> Published:
-    """src/resnet50.py: projection_head and prototypes are modules beside the layers of the network."""
+    """src/resnet50.py: projection_head and prototypes are modules of the network itself."""
     head = lively(nn.Sequential(nn.Linear(width, 48), nn.BatchNorm1d(48), nn.ReLU(inplace=True), nn.Linear(48, 128)))
     prototypes = {"module.prototypes.weight": torch.zeros(30, 128)}
     return under("module.", trunk) | under("module.projection_head.", head) | prototypes, head
 
 
 def dino(trunk: nn.Module, width: int) -> Published:
-    """main_dino.py: utils.MultiCropWrapper of the network and a DINOHead, the student under DDP; the teacher too if it has BatchNorm."""
+    """main_dino.py: utils.MultiCropWrapper of the network and a DINOHead; the student in DDP, and the teacher too if it has BatchNorm."""
     mlp = nn.Sequential(nn.Linear(width, 40), nn.GELU(), nn.Linear(40, 40), nn.GELU(), nn.Linear(40, 24))
     last = {"head.last_layer.weight_g": torch.ones(50, 1), "head.last_layer.weight_v": torch.zeros(50, 24)}
     state = under("backbone.", trunk) | under("head.mlp.", lively(mlp)) | last
@@ -185,7 +185,7 @@ def seed(trunk: nn.Module, width: int) -> Published:
 
 
 def disco(trunk: nn.Module, width: int, name: str = "fc") -> Published:
-    """DisCo/moco/builder_kq_mse_largeembedding_2048.py: the head is `classifier` behind an EfficientNet."""
+    """DisCo/moco/builder_kq_mse_largeembedding_2048.py: the head is called `classifier` after an EfficientNet."""
     head = lively(nn.Sequential(nn.Linear(width, 56), nn.ReLU(), nn.Linear(56, 128)))
     student = under("", trunk) | under(f"{name}.", head)
     state = {f"module.encoder_q.{name}": tensor for name, tensor in student.items()} | empty("module.encoder_k.", student)
@@ -205,7 +205,7 @@ def byol(trunk: nn.Module, width: int) -> Published:
 
 
 def pad_as_tensorflow(net: nn.Module) -> nn.Module:
-    """resnet.py of ajtejankar/byol-convert, `pad_same`: layers without padding, their inputs padded with zeros."""
+    """resnet.py of ajtejankar/byol-convert, `pad_same`: layers do not pad; their inputs are padded with zeros."""
 
     def pad(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         kernel, stride = (size if isinstance(size, int) else size[0] for size in (layer.kernel_size, layer.stride))

@@ -1,7 +1,7 @@
-"""Runs `python -m recorder LOG MODULE ARGUMENTS`: a stage, and each parameter that it reads is a line of LOG, KEY<tab>FILE.
+"""Runs `python -m recorder LOG MODULE ARGUMENTS`: runs a stage, and writes a line KEY<tab>FILE to LOG for each parameter that it reads.
 
-A key is read where its value is: a section or a mapping alone is only the way to one. What copies a section, dumps it or compares it
-reads all of it but what it leaves out. FILE is the file of the code that reads, relative to the folder, or CHECK if that called it.
+A key counts as read when its value is read; accessing a section or a mapping only leads to one. Code that copies, dumps or compares a
+section reads all of it, except keys that it excludes. FILE is the file that reads, relative to the folder, or CHECK if that called it.
 """
 
 import os
@@ -13,16 +13,16 @@ from typing import Any
 
 from bingo import params
 
-CHECK = "bingo/planning/limits.py"  # refuses to start, and calls what builds networks to find out; what that reads decides no output
+CHECK = "bingo/planning/limits.py"  # decides whether a stage starts; it calls code that builds networks, and its reads affect no output
 _log, *_arguments = sys.argv[1:]
 _keys: dict[int, str] = {}  # dotted keys of the sections of params.yaml, by identity
-_sections: list[Any] = []  # kept, so that no other object gets their identity
+_sections: list[Any] = []  # kept alive, so that identities are not reused
 _seen: set[tuple[str, str]] = set()
 _quiet = False
 
 
 class _Mapping(dict):
-    """A mapping in params.yaml: which names there are decides nothing, what one of them holds is read."""
+    """A mapping in params.yaml: listing its names does not count as reading, but reading a value does."""
 
     def __init__(self, values: dict[str, Any], key: str):
         super().__init__(values)

@@ -1,7 +1,7 @@
 """Runs `python -m MODULE ARGUMENTS` in forks of a process that has imported the large libraries: 0.5 s instead of 5 s each.
 
-python stage_server.py SOCKET: one JSON line a connection, {module, arguments, folder, environment, out, err}; answered by the
-process's id and, when it has ended, by its exit status as subprocess has it. Nothing of the project itself is imported here.
+python stage_server.py SOCKET: each connection sends one JSON line, {module, arguments, folder, environment, out, err}, and receives the id
+of the process and, when it has ended, its exit status as in subprocess. Nothing of the project itself is imported here.
 """
 
 import atexit
@@ -39,11 +39,11 @@ LIBRARIES = [
 
 
 def serve(address: str) -> None:
-    """Answer until the process that started this one closes its end of standard input, which ends it (see Stages)."""
+    """Serve until the process that started this one closes standard input (see Stages)."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the guardians are not waited for
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the guardians
         print("ready", flush=True)
         while True:
             connection, _ = listener.accept()
@@ -64,7 +64,7 @@ def serve(address: str) -> None:
 
 
 def end_with(work: Callable[..., None], request: dict[str, Any]) -> NoReturn:
-    """Do some work and end as Python would, but without tearing down the imported libraries, which would copy them and take long."""
+    """Do some work and exit as Python would, but without unloading the imported libraries, which would copy their memory and take long."""
     status: Any = 0
     try:
         work(**request)
@@ -81,7 +81,7 @@ def end_with(work: Callable[..., None], request: dict[str, Any]) -> NoReturn:
 
 
 def become(module: str, arguments: list[str], folder: str, environment: dict[str, str], out: str, err: str) -> None:
-    """Do here what `python -m module` would do as a new process in `folder`."""
+    """Behave as a new process `python -m module` in `folder`."""
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -101,5 +101,5 @@ if __name__ == "__main__":
         warnings.simplefilter("ignore")
         for library in LIBRARIES:
             __import__(library)
-    gc.freeze()  # or each fork copies all of it
+    gc.freeze()  # otherwise each fork would copy all of it
     serve(sys.argv[1])

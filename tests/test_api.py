@@ -29,7 +29,7 @@ from tests.command import bingo as command
 from tests.fabricated import make_workspace
 
 
-def test_they_are_those_of_the_page_and_importing_the_package_imports_nothing_heavy():
+def test_the_functions_are_those_of_the_docs_and_importing_the_package_imports_nothing_heavy():
     assert sorted(bingo.__all__) == sorted(api.ORDER)
     assert len(api.ORDER) == 10
     code = "import bingo, sys; print({'numpy', 'torch', 'pydantic', 'typer'} & set(sys.modules), set(bingo.__all__) <= set(dir(bingo)))"
@@ -40,7 +40,7 @@ def test_they_are_those_of_the_page_and_importing_the_package_imports_nothing_he
 
 
 @pytest.mark.parametrize("name", api.ORDER)
-def test_its_examples_give_what_they_say(name, reference, monkeypatch):
+def test_the_examples_of_the_docs_return_what_they_show(name, reference, monkeypatch):
     monkeypatch.chdir(reference.root)
     function = getattr(bingo, name)
     assert function.__name__ == name
@@ -50,7 +50,7 @@ def test_its_examples_give_what_they_say(name, reference, monkeypatch):
 
 
 def pictures(html: str) -> list[Image.Image]:
-    """The pictures in a page, which needs nothing from elsewhere."""
+    """The pictures in a page; the page must not refer to other files."""
     sources = re.findall(r'src="([^"]*)"', html)
     assert not [source for source in sources if not source.startswith("data:image/png;base64,")]
     return [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB") for source in sources]
@@ -77,7 +77,7 @@ def test_bags_show_as_pictures_and_hold_the_index(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("files", [False, True])
-def test_what_was_opened_is_read_from_its_place_wherever_the_process_goes(tmp_path, tmp_path_factory, monkeypatch, files):
+def test_opened_files_are_read_after_the_process_changes_its_folder(tmp_path, tmp_path_factory, monkeypatch, files):
     """Pixels in the store, or files in a folder that is relative to the workspace."""
     listing = make_workspace(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -110,7 +110,7 @@ def test_what_was_opened_is_read_from_its_place_wherever_the_process_goes(tmp_pa
         assert read(bags, images, embeddings[1]) == before
 
 
-def test_bags_that_there_are_not(tmp_path, monkeypatch):
+def test_missing_bags_are_a_mistake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"data/listing.parquet"):
         bingo.open_bags()
@@ -118,7 +118,7 @@ def test_bags_that_there_are_not(tmp_path, monkeypatch):
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """Files of several kinds, in the order in which `bingo embed` sorts them; the current folder holds a student and a teacher."""
+    """Image files of several kinds, in the order of `bingo embed`; the current folder contains a student and a teacher."""
     random = np.random.default_rng(0)
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -137,7 +137,7 @@ def photos(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("teacher", [False, True])
-def test_embed_gives_what_the_command_writes(photos, tmp_path, teacher):
+def test_embed_returns_what_the_command_writes(photos, tmp_path, teacher):
     network = bingo.load_teacher("models/teacher.safetensors") if teacher else bingo.load_student()
     assert command("embed", photos[0].parent, "--out", tmp_path / "x.parquet", *["--teacher"] * teacher).exit_code == 0
     written_ND = np.stack(pq.read_table(tmp_path / "x.parquet")["embedding"].to_numpy())
@@ -172,14 +172,14 @@ def test_embed_needs_a_network(photos, network):
 
 
 @pytest.mark.parametrize("kind", [tuple, iter, dict.fromkeys, lambda files: (str(file) for file in files), np.array])
-def test_embed_takes_files_in_any_iterable(photos, kind):
+def test_embed_accepts_any_iterable_of_files(photos, kind):
     student = bingo.load_student()
     np.testing.assert_array_equal(bingo.embed(student, kind([str(file) for file in photos])), bingo.embed(student, photos))
 
 
 @pytest.fixture
 def one_stage(workspace, monkeypatch):
-    """A finished run of which DVC knows the stage `bag` alone; the current folder is another one."""
+    """A finished run whose dvc.yaml has only the stage `bag`; the current folder is another one."""
     root = workspace.root
     text = json.dumps({"stages": {"bag": read_yaml(ROOT / "dvc.yaml")["stages"]["bag"]}})
     (root / "dvc.yaml").write_text(text)

@@ -1,4 +1,4 @@
-"""The house: a folder is a layer, imports run downwards only, no folders import each other in a circle, methods and formats stand alone."""
+"""Structure of the code: folders are layers, imports run downwards only and never in circles; methods and formats are independent."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ from closure import ROOT, closure, imported_files, imported_patterns
 
 from bingo.params import format_names, method_names
 
-# From the ground up: what a file imports is on its own layer or below.
+# From the lowest layer to the highest; a file may import from its own layer and from lower ones.
 LAYERS = [
     ("bingo/runtime/", "bingo/paths.py"),
     ("bingo/params/", "bingo/seeds.py", "bingo/schedules.py"),
@@ -33,7 +33,7 @@ def layer(file: str) -> int:
 
 
 def room(file: str) -> str:
-    """The folder of a file, bingo/NAME or stages; of a file that lies in bingo/ itself, the file."""
+    """The folder of a file, bingo/NAME or stages; for a file directly in bingo/, the file."""
     parts = Path(file).parts
     return parts[0] if parts[0] == "stages" else "/".join(parts[:2])
 
@@ -44,13 +44,13 @@ def found_by_name(file: str) -> set[str]:
 
 @pytest.mark.parametrize("file", [file for file in CODE if Path(file).name != "__init__.py"])
 def test_imports_run_downwards(file):
-    """Also those by name, whether it stands in the code or is put together at run time."""
+    """Includes imports by name, whether the name is in the code or formed at run time."""
     for other in imported_files(file) | found_by_name(file):
         if not other.endswith("__init__.py"):
             assert layer(other) <= layer(file), f"{file} imports {other}, which is above it"
 
 
-def test_no_rooms_import_each_other_in_a_circle():
+def test_no_folders_import_each_other_in_a_circle():
     arrows: dict[str, set[str]] = {}
     for file in CODE:
         arrows.setdefault(room(file), set()).update({room(other) for other in imported_files(file)} - {room(file)})
@@ -71,7 +71,7 @@ def test_stages_import_neither_each_other_nor_the_command_line():
 
 @pytest.mark.parametrize("file", [file for file in CODE if file.startswith("stages/")])
 def test_a_stage_reads_calls_and_writes(file):
-    """What is computed lies in the room that owns it, so a stage has at most 50 lines of code, docstrings and imports apart."""
+    """Stages leave computing to the code in bingo/, so a stage has at most 50 lines of code, not counting docstrings and imports."""
     text = (ROOT / file).read_text()
     aside = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom) or _is_text(node)]
     numbers = {number for node in aside for number in range(node.lineno, node.end_lineno + 1)}
@@ -94,7 +94,7 @@ def test_formats_do_not_import_each_other():
         assert not closure(f"bingo/teachers/formats/{name}.py") & others
 
 
-def test_no_file_but_distributed_asks_torch_for_the_group():
+def test_only_distributed_asks_torch_for_the_process_group():
     asking = [file for file in CODE if re.search(r"\b(dist|distributed)\.is_initialized", (ROOT / file).read_text())]
     assert asking == ["bingo/runtime/distributed.py"]
 

@@ -1,4 +1,4 @@
-"""One meaning for each name: no class of the product, its stages and its benchmarks has the name of another."""
+"""Each name has one meaning: no two classes of the package, the stages and the benchmarks have the same name."""
 
 import ast
 from collections import defaultdict
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def classes_by_name(*folders: str) -> dict[str, list[str]]:
-    """Where each name of a class is defined, at whatever depth."""
+    """The places where each class name is defined, at any depth."""
     places: dict[str, list[str]] = defaultdict(list)
     for path in (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -17,7 +17,7 @@ def classes_by_name(*folders: str) -> dict[str, list[str]]:
     return places
 
 
-def test_every_class_has_a_name_of_its_own():
+def test_no_two_classes_have_the_same_name():
     places = classes_by_name("bingo", "stages", "benchmarks")
     assert len(places) > 50
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}

@@ -1,4 +1,4 @@
-"""The notebook runs as it stands, in a kernel of its own, on a finished workspace; what it prints and draws is what the run gave."""
+"""The notebook runs unchanged, in a separate kernel, on a finished workspace, and shows the results of that run."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ NOTEBOOK = ROOT / "notebooks/bags-and-student.ipynb"
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory, reference):
-    """The notebook after its run, from a folder in a copy of the finished pipeline."""
+    """The notebook after running in a folder of a copy of the finished pipeline."""
     root = tmp_path_factory.mktemp("notebook") / "bingo"
     shutil.copytree(reference.root, root, symlinks=True)
     (root / "notebooks").mkdir()
@@ -30,13 +30,13 @@ def executed(tmp_path_factory, reference):
 
 
 def printed(notebook) -> str:
-    """What its cells wrote to standard output; there is nothing on standard error."""
+    """The standard output of its cells; standard error must be empty."""
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
-def test_its_figures_are_those_of_the_stages(executed, reference):
+def test_the_notebooks_figures_are_those_of_the_stages(executed, reference):
     listing = read_listing(reference.root / "data/listing.parquet")
     members_TK = read_bags(reference.root / "data/bags.zarr", listing).table.members_TK
     purity = np.mean(listing.labels_N[members_TK] == listing.labels_N[: len(members_TK), None])
@@ -46,7 +46,7 @@ def test_its_figures_are_those_of_the_stages(executed, reference):
     assert f"student {student:.1f}%, teacher {teacher:.1f}%" in text
 
 
-def test_each_drawing_cell_draws(executed):
+def test_each_plotting_cell_shows_its_pictures(executed):
     cells = [[output.get("data", {}) for output in cell.outputs] for cell in executed.cells if cell.cell_type == "code"]
     pictures = [sum("image/png" in data or data.get("text/html", "").count("data:image/png") for data in cell) for cell in cells]
     assert pictures == [0, 3, 1, 0, 1, 0, 3]  # bags, the least pure one, the embedding, neighbours

@@ -17,7 +17,7 @@ PHOTOS = {"source": "folder", "root": "photos", "store_px": None, "train_images"
 
 
 def changed(key: str, value) -> dict:
-    """The shipped parameters with one dotted key set, or removed where the value is Ellipsis."""
+    """The shipped parameters with one dotted key changed, or removed if the value is Ellipsis."""
     raw = read_yaml(PARAMS)
     *parents, last = key.split(".")
     section = raw
@@ -141,14 +141,14 @@ def test_a_float_as_dvc_writes_it_is_a_float(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "", "\x00"])
-def test_a_file_that_is_no_mapping_is_one_line(tmp_path, text):
+def test_a_file_that_is_not_a_mapping_is_an_error_in_one_line(tmp_path, text):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
         load_params(tmp_path / "params.yaml")
     assert len(caught.value.lines) == 1
 
 
-def test_every_method_has_its_file_its_section_and_its_values_in_the_shipped_file():
+def test_every_method_has_a_file_a_section_and_values_in_the_shipped_parameters():
     sources = (PARAMS.parent / "bingo/methods").glob("*.py")
     files = {path.stem for path in sources if "\nbuild = " in path.read_text()}
     assert set(method_names()) == files == set(read_yaml(PARAMS)["methods"])
@@ -166,7 +166,7 @@ def test_mypy_refuses_a_parameter_that_params_yaml_does_not_have(tmp_path):
     assert refused == {number for number, known in enumerate(keys.values(), 3) if not known}, said
 
 
-def test_a_mistake_is_told_before_any_heavy_import(tmp_path):
+def test_a_mistake_is_reported_before_any_heavy_import(tmp_path):
     (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("arch: resnet10t", "arch: resnt10t"))
     code = "import sys, stages.distill as d\ntry:\n d.main()\nfinally:\n print('torch' in sys.modules, 'timm' in sys.modules)"
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""dvc.yaml is correct: dependencies are what a stage imports, by files and by folders, and every stage has a description."""
+"""dvc.yaml is correct: a stage depends on the files and folders that it imports, and every stage has a description."""
 
 import os
 import shutil
@@ -19,8 +19,8 @@ from bingo.planning.recipes import lay_over, read_recipe
 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 
-# Files whose change cannot alter an output: launching, records of a run, checkpoints, validation, progress bars. What only they import
-# cannot either.
+# Files whose change cannot affect an output: launching, records of a run, checkpoints, validation, progress bars; nor can files that
+# only these import.
 INFRASTRUCTURE = {
     "bingo/paths.py",
     *(
@@ -28,9 +28,9 @@ INFRASTRUCTURE = {
         for folder in ("runtime", "params", "pipeline", "planning")
         for path in ROOT.glob(f"bingo/{folder}/*.py")
     ),
-} - {f"bingo/pipeline/{name}.py" for name in ("training", "backbones", "classifying")}  # these decide what is trained and judged
-# A network's k-NN accuracy beside the work: printed by `extract`, a column of the curves in training. An edit of these must never cost
-# a teacher pass or a training, and none of them can reach a network or an embedding.
+} - {f"bingo/pipeline/{name}.py" for name in ("training", "backbones", "classifying")}  # these affect training and evaluation
+# k-NN accuracy of a network for information: printed by `extract`, and a column of the training curves. An edit of these must never
+# cause a teacher pass or a training, because they cannot affect a network or an embedding.
 WATCHING = {
     *(f"bingo/evals/{name}.py" for name in ("agreement", "knn", "probe", "features", "collapse", "teacher_check")),
     *("bingo/bags/neighbors.py", "bingo/bags/rows.py"),
@@ -43,7 +43,7 @@ def definition(stage: str) -> dict:
 
 
 def module(stage: str) -> str:
-    """What a stage runs: stages/NAME.py; for the items of `baselines`, those of stage NAME_baseline too."""
+    """The module of a stage, stages/NAME.py; a stage NAME_baseline, for the items of `baselines`, has the same module."""
     return stage.removesuffix("_baseline")
 
 
@@ -54,7 +54,7 @@ def code_deps(stage: str, method: str) -> list[str]:
 
 
 def files_in(dep: str) -> set[str]:
-    """The source files that a dependency stands for."""
+    """The source files covered by a dependency."""
     return {dep} if dep.endswith(".py") else {str(path.relative_to(ROOT)) for path in (ROOT / dep).rglob("*.py") if path.stem != "__init__"}
 
 
@@ -64,9 +64,9 @@ def dep_files(stage: str, method: str) -> set[str]:
 
 def expected_deps(stage: str, method: str) -> set[str]:
     roots = {f"stages/{module(stage)}.py"}
-    if stage in ("teacher", "distill", "baseline"):  # a method is found by its name, which no import shows
+    if stage in ("teacher", "distill", "baseline"):  # methods are imported by name, which the syntax tree does not show
         roots |= {f"bingo/methods/{method}.py"}
-    if stage in ("teacher", "weights"):  # so is a format, which a name in `teacher.name` may stand for
+    if stage in ("teacher", "weights"):  # formats, too: `teacher.name` may stand for one
         roots |= {f"bingo/teachers/formats/{name}.py" for name in format_names()}
         roots |= {str(path.relative_to(ROOT)) for path in ROOT.glob("bingo/nets/own/*.py") if path.stem != "__init__"}
     return set().union(*(closure(root, INFRASTRUCTURE) for root in roots)) - (WATCHING if stage in WATCHED else set())
@@ -77,26 +77,27 @@ def methods_of(stage: str) -> list[str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_a_stage_imports_lies_in_its_deps_and_every_dep_holds_something_of_it(stage):
+def test_the_deps_of_a_stage_cover_its_imports_and_nothing_else(stage):
     imported = set().union(*(expected_deps(stage, method) for method in methods_of(stage)))
     for method in methods_of(stage):
         missing = expected_deps(stage, method) - dep_files(stage, method)
-        assert not missing, f"{stage} ({method}): dvc.yaml must list {sorted(missing)}, or a folder that holds them"
+        assert not missing, f"{stage} ({method}): dvc.yaml must list {sorted(missing)}, or a folder that contains them"
         needless = [dep for dep in code_deps(stage, method) if not files_in(dep) & imported]
-        assert not needless, f"{stage} ({method}): dvc.yaml lists {needless}, of which nothing is imported"
+        assert not needless, f"{stage} ({method}): dvc.yaml lists {needless}, but imports nothing from it"
 
 
-def test_the_teacher_and_its_pass_depend_on_what_they_import_and_nothing_else():
-    """A folder that holds more costs a short stage a needless run. These two may take days, so there no folder does, but for the loop's."""
+def test_teacher_and_extract_depend_on_exactly_the_files_they_import():
+    """A folder with other files in it causes a needless rerun. Teacher and extract may take days, so they list no folder except that of the
+    loop."""
     for stage in ("teacher", "extract"):
         assert dep_files(stage, "moco") - files_in("bingo/training") == expected_deps(stage, "moco") - files_in("bingo/training")
 
 
-def test_no_edit_of_a_method_of_training_or_of_an_evaluation_reruns_the_teachers_pass():
+def test_no_edit_of_a_method_the_training_or_an_evaluation_reruns_extract():
     above = tuple(f"bingo/{folder}/" for folder in ("methods", "training", "evals", "detection", "report", "bags"))
     assert not [file for file in dep_files("extract", "moco") if file.startswith(above)]
-    # Nor the teacher, but for the one method and the loop by which it may be pretrained here. Where it is not, this stage takes seconds
-    # and writes the same bytes, so that DVC runs nothing after it.
+    # Nor does it rerun the teacher, except for MoCo and the loop, with which it may be pretrained. Without pretraining, the stage takes
+    # seconds and writes the same bytes, so that DVC reruns nothing after it.
     method = {f"bingo/methods/{name}.py" for name in ("contract", "moco", "parts/losses", "parts/momentum")}
     pretraining = files_in("bingo/training") | method
     assert {file for file in dep_files("teacher", "moco") if file.startswith(above)} == pretraining
@@ -110,9 +111,9 @@ def test_no_edit_of_an_evaluation_reruns_a_training(stage):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries of DVC
-def test_dvc_runs_again_what_an_edit_concerns_and_nothing_else(tmp_path, monkeypatch):
-    """As DVC itself sees it: every stage is recorded as done, a line is added to one file, and `dvc status` names the stages to run."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from libraries of DVC
+def test_dvc_reruns_exactly_the_stages_that_an_edit_concerns(tmp_path, monkeypatch):
+    """Checked with DVC itself: every stage is recorded as done, a line is added to one file, and `dvc status` lists the stages to rerun."""
     stages = {}
     for name, stage in STAGES.items():
         code = {"cmd": "true", "deps": [dep for dep in definition(name)["deps"] if dep.startswith(("bingo/", "stages/"))]}
@@ -147,7 +148,7 @@ def test_dvc_runs_again_what_an_edit_concerns_and_nothing_else(tmp_path, monkeyp
             "bingo/teachers/formats/dino.py": {
                 "teacher",
                 "weights",
-            },  # of all names, since the file of a name says which format it stands for
+            },  # of all names, because the file of a name says which format it stands for
             "bingo/teachers/formats/added.py": {"teacher", "weights"},
             "bingo/teachers/known/added.yaml": {"weights"},
             "bingo/teachers/known/own.yaml": {"teacher", "weights"},
@@ -168,8 +169,8 @@ def write_yaml(path: Path, content: dict) -> None:
         YAML(typ="safe", pure=True).dump(content, file)
 
 
-def test_a_folder_stands_for_its_files_in_a_stages_fingerprint(tmp_path, monkeypatch):
-    """A checkpoint of other code is not gone on from, wherever in a folder that dvc.yaml lists the edit was."""
+def test_the_fingerprint_of_a_stage_covers_all_files_of_its_folders(tmp_path, monkeypatch):
+    """Training does not resume from a checkpoint of other code, wherever in a folder listed in dvc.yaml the edit was."""
     shutil.copytree(ROOT / "bingo", tmp_path / "bingo", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "params.yaml"):
@@ -187,7 +188,7 @@ def test_a_folder_stands_for_its_files_in_a_stages_fingerprint(tmp_path, monkeyp
         path.write_text(text)
 
 
-def test_what_draws_views_by_name_depends_on_their_numbers():
+def test_stages_that_draw_views_by_name_depend_on_the_file_of_their_numbers():
     def reads_views(stage: str) -> bool:
         keys = [str(param) for param in definition(stage)["params"]]
         return any(f"{place}.".startswith(f"{key}.") for key in keys for place in PLACES)
@@ -196,11 +197,11 @@ def test_what_draws_views_by_name_depends_on_their_numbers():
     assert listing == {stage for stage in STAGES if reads_views(stage)} == set(WATCHED)
 
 
-def test_dvc_yaml_names_code_on_at_most_130_lines():
+def test_dvc_yaml_lists_code_in_at_most_130_lines():
     assert sum(len(code_deps(stage, "moco")) for stage in STAGES) <= 130
 
 
-def test_the_teacher_depends_on_the_file_of_its_name_alone():
+def test_the_teacher_depends_only_on_the_file_of_its_own_name():
     assert [dep for dep in definition("teacher")["deps"] if "known" in dep] == ["bingo/teachers/known/${teacher.name}.yaml"]
     assert read_yaml(ROOT / "params.yaml")["teacher"]["name"] == OWN
     assert (ROOT / f"bingo/teachers/known/{OWN}.yaml").is_file()
@@ -223,7 +224,7 @@ def test_no_parameter_has_a_name_that_dvc_ignores():
     assert not {"size", "nfiles"} & set(names(read_yaml(ROOT / "params.yaml")))
 
 
-def test_coco_depends_on_every_key_of_its_section_but_the_list_of_runs():
+def test_coco_depends_on_every_key_of_its_section_except_the_list_of_runs():
     listed = {param.removeprefix("transfer_coco.") for param in STAGES["transfer_coco"]["do"]["params"] if "transfer_coco" in param}
     assert listed == set(read_yaml(ROOT / "params.yaml")["transfer_coco"]) - {"runs"}
 
@@ -237,8 +238,8 @@ def test_an_item_of_a_section_depends_on_every_key_beside_the_items(stage, secti
 
 
 @pytest.mark.slow
-def test_a_stage_of_items_is_in_the_dag_only_where_something_is_named(tmp_path):
-    """As DVC itself reads dvc.yaml, with the shipped parameters and with a recipe that names some."""
+def test_a_stage_with_items_is_in_the_dag_only_if_the_parameters_name_some(tmp_path):
+    """Read by DVC itself, with the shipped parameters and with a recipe that names items."""
     found = []
     for name in ("shipped", "downstream-digits"):
         folder = tmp_path / name
@@ -262,8 +263,8 @@ HOSTILE = "a$(touch pwned)`touch pwned`;touch pwned\ntouch pwned\n'\"&"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "section"), [("semi_eval", "semi_eval.splits"), ("transfer_coco", "transfer_coco.runs")])
-def test_a_name_in_the_parameters_reaches_no_shell(tmp_path, stage, section):
-    """DVC runs the command of a name before BINGO sees it; what the stage then says is the one line of a wrong parameter."""
+def test_no_name_in_the_parameters_is_run_by_a_shell(tmp_path, stage, section):
+    """DVC runs the command with a name before BINGO sees it; the stage then reports one line about a wrong parameter."""
     params = read_yaml(ROOT / "params.yaml")
     first, last = section.split(".")
     params[first][last] = {HOSTILE: {"percent": 1.0}} if isinstance(params[first][last], dict) else [HOSTILE]
@@ -283,6 +284,6 @@ def test_a_name_in_the_parameters_reaches_no_shell(tmp_path, stage, section):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_baseline_depends_on_every_key_of_distill_but_those_of_the_student_alone():
+def test_a_baseline_depends_on_every_key_of_distill_except_those_of_the_student_alone():
     listed = {param.removeprefix("distill.") for param in STAGES["baseline"]["do"]["params"] if param.startswith("distill.")}
     assert listed == set(read_yaml(ROOT / "params.yaml")["distill"]) - {"method", "keys", "keep_best", "student_ema"}

@@ -1,5 +1,5 @@
-"""Learning rates and optimizers: the shipped sequences exactly, published ones from explicit formulas, torch's schedulers, and that every
-training follows them."""
+"""Learning rates and optimizers: the shipped sequences exactly, published ones by explicit formulas, torch's schedulers; and every training
+follows them."""
 
 import math
 import re
@@ -39,7 +39,7 @@ def by_epoch(base_lr: float, schedule: LrSchedule, steps_per_epoch: int = 3) -> 
     return [learning_rate(epoch * steps_per_epoch, steps_per_epoch, base_lr, schedule) for epoch in range(schedule.epochs)]
 
 
-# Written down before schedules could drop or hold: {step: rate} of sections that must go on as they were, to the bit.
+# Recorded before schedules had drops or holds: {step: rate} of sections that must stay bitwise the same.
 SHIPPED = [
     (
         PARAMS.teacher.pretrain.model_copy(update={"lr_warmup_epochs": 1, "epochs": 36}),
@@ -65,7 +65,7 @@ SHIPPED = [
 
 
 @pytest.mark.parametrize(("schedule", "run", "rates"), SHIPPED)
-def test_the_shipped_rates_are_as_they_were_to_the_bit(schedule, run, rates):
+def test_the_shipped_rates_are_bitwise_unchanged(schedule, run, rates):
     base_lr, steps_per_epoch = run
     assert {step: learning_rate(step, steps_per_epoch, base_lr, schedule) for step in rates} == rates
 
@@ -100,7 +100,7 @@ def test_disco_halves_the_rate_of_its_linear_layer_eleven_times():
         assert rates[epoch] == rate
 
 
-def test_coss_holds_the_rate_of_5_of_25_epochs_while_its_cosine_goes_on():
+def test_coss_holds_the_rate_for_5_of_25_epochs_while_its_cosine_continues():
     rates = by_epoch(0.03, cosine(25, hold_epochs=5))
     assert rates[:5] == [0.03] * 5
     assert rates[5] == pytest.approx(0.02713525, abs=1e-8)  # 0.015 (1 + cos 36 degrees), and cos 36 degrees = 0.80901699
@@ -109,7 +109,7 @@ def test_coss_holds_the_rate_of_5_of_25_epochs_while_its_cosine_goes_on():
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 7])
-def test_they_are_what_torch_schedulers_give(steps_per_epoch):
+def test_the_rates_are_those_of_torch_schedulers(steps_per_epoch):
     epochs, falls = 12, [3, 4, 10]
     fall_steps = [epoch * steps_per_epoch for epoch in falls]
     for schedule, build in (
@@ -135,7 +135,7 @@ def test_a_warm_up_comes_before_a_hold_and_before_drops():
 
 @pytest.fixture
 def used():
-    """The rates of each optimizer step, one list a parameter group."""
+    """The rates of each optimizer step, one list for each parameter group."""
     rates: list[list[float]] = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups]))
     yield rates
@@ -149,7 +149,7 @@ def test_a_training_follows_its_schedule(tmp_path, used):
     training = trainer(tmp_path, lr=0.1)
     training.schedule = training.schedule.model_copy(update=FALLS)
     history = training.run().history
-    # 4 steps an epoch, of which the first are a warm-up: 1/5 to 4/5 of 0.1
+    # 4 steps per epoch; the first are a warm-up from 1/5 to 4/5 of 0.1
     assert [rate for (rate,) in used] == pytest.approx([0.02, 0.04, 0.06, 0.08, *[0.05] * 4, *[0.025] * 4])
     assert [record["lr"] for record in history] == pytest.approx([0.08, 0.05, 0.025])
 
@@ -158,7 +158,7 @@ def test_evaluations_follow_their_schedules(tmp_path, used):
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((10, 3)).astype(np.float32), np.arange(10) % 2
     cached = CachedProbeParams(batch_images=4, lr=0.8, weight_decay=0.0, init_std=0.01, **FALLS)
-    linear_on_features(X, y, X, y, 2, cached, 0, CPU)  # 3 steps an epoch
+    linear_on_features(X, y, X, y, 2, cached, 0, CPU)  # 3 steps per epoch
     assert used == [[0.8]] * 3 + [[0.4]] * 3 + [[0.2]] * 3
     used.clear()
     what = task()  # 27 train images
@@ -182,8 +182,8 @@ def test_evaluations_follow_their_schedules(tmp_path, used):
     assert used == [[0.8, 0.1]] * 3 + [[0.4, 0.05]] * 3 + [[0.2, 0.025]] * 3
 
 
-def test_a_cosine_to_a_last_rate_is_torchs():
-    """BINGO's linear layer: 120 epochs from 30 to 0.01, here at every step of an epoch of one step."""
+def test_a_cosine_to_a_last_rate_is_that_of_torch():
+    """BINGO's linear layer: 120 epochs from 30 to 0.01, here at every step, with one step per epoch."""
     crops = load_params().linear_eval.crops.model_copy(update={"epochs": 120, "drop_epochs": None, "lr": 30.0, "final_lr": 0.01})
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=30.0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 120, eta_min=0.01)
@@ -203,7 +203,7 @@ def optimizer_params(**changes) -> OptimizerParams:
 
 
 def plain_step(optimizer: str, p, g, decay: float, state: dict, step: int):
-    """The step of one parameter by the papers' formulas; `state` holds its averages."""
+    """The step of one parameter by the papers' formulas; `state` contains its averages."""
     m, v = state.get("m", torch.zeros_like(p)), state.get("v", torch.zeros_like(p))
     if optimizer in ("sgd", "lars"):
         g = g + decay * p
@@ -229,8 +229,8 @@ RATE, ROWS_OF_X = 0.05, torch.linspace(-1, 1, 30).double().view(6, 5)
 @pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("all_decay", [True, False])
 @pytest.mark.parametrize("optimizer", get_args(OptimizerParams.model_fields["optimizer"].annotation))
-def test_three_steps_of_each_optimizer_are_its_papers(optimizer, all_decay, clip):
-    """With the norm of all gradients clipped, and weight decay on all weights or on the matrices alone."""
+def test_three_steps_of_each_optimizer_follow_its_paper(optimizer, all_decay, clip):
+    """With the norm of all gradients clipped, and weight decay on all weights or only on matrices."""
     params = optimizer_params(optimizer=optimizer, decay_norms_and_biases=all_decay, clip_grad_norm=clip)
     network, expected = small_network(), list(small_network().parameters())
     found, states = make_optimizer(params, {network: RATE}, 0.9), [{} for _ in expected]
@@ -242,7 +242,7 @@ def test_three_steps_of_each_optimizer_are_its_papers(optimizer, all_decay, clip
         update(found, params)
         norm = torch.cat([g.flatten() for g in gradients]).norm()
         gradients = [g * min(1.0, clip / (norm + 1e-6)) if clip else g for g in gradients]
-        if optimizer == "lamb":  # timm's clips the norm to 1 itself
+        if optimizer == "lamb":  # timm's LAMB clips the norm to 1 itself
             norm = torch.cat([g.flatten() for g in gradients]).norm()
             gradients = [g / max(1.0, norm) for g in gradients]
         decays = [0.1 if all_decay or p.ndim > 1 else 0.0 for p in expected]
@@ -252,7 +252,7 @@ def test_three_steps_of_each_optimizer_are_its_papers(optimizer, all_decay, clip
             torch.testing.assert_close(ours.detach(), plain.detach(), rtol=1e-6, atol=1e-9)
 
 
-def test_a_vision_transformers_tokens_positions_norms_and_biases_can_go_without_decay():
+def test_tokens_positions_norms_and_biases_can_be_exempt_from_decay():
     network = nn.ModuleDict({"student": timm.create_model("test_vit", num_classes=0)})
     groups = make_optimizer(optimizer_params(optimizer="adamw", decay_norms_and_biases=False), {network: 1.0}, 0.9).param_groups
     names = {parameter: name for name, parameter in network.named_parameters()}

@@ -1,4 +1,4 @@
-"""Counter-based randomness: a function of seed, purpose, epoch, row and view alone, uniform and uncorrelated."""
+"""Counter-based randomness: a function of seed, purpose, epoch, row and view only, uniform and uncorrelated."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from bingo import seeds
 
 
 def splitmix(state: int) -> int:
-    """SplitMix64's output function in Python's own integers."""
+    """SplitMix64's output function with Python integers."""
     mask = 2**64 - 1
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
@@ -22,7 +22,7 @@ def test_a_draw_is_the_published_mixer_of_its_seed_row():
     assert seeds.uniforms(3, "order", 5, [11], 2, 4)[0].tolist() == expected
 
 
-def test_rows_do_not_depend_on_their_company():
+def test_draws_of_a_row_do_not_depend_on_the_other_rows():
     everything = seeds.uniforms(0, "view", 1, np.arange(100), np.arange(100) % 3, 5)
     some = seeds.uniforms(0, "view", 1, [40, 7], [40 % 3, 7 % 3], 5)
     assert np.array_equal(some, everything[[40, 7]])
@@ -43,7 +43,7 @@ def test_draws_are_uniform_and_uncorrelated_between_neighbouring_rows():
         assert abs(np.corrcoef(u[:, 0], other[:, 0])[0, 1]) < 0.03
 
 
-def test_a_permutation_holds_every_row_once_and_changes_with_the_epoch():
+def test_a_permutation_contains_every_row_once_and_changes_with_the_epoch():
     first, second = seeds.permutation(0, "order", 0, 1000), seeds.permutation(0, "order", 1, 1000)
     assert sorted(first) == list(range(1000))
     assert not np.array_equal(first, second)
@@ -62,7 +62,7 @@ def test_distinct_numbers_are_distinct_and_in_order():
     assert not np.array_equal(seeds.distinct(2, "a", 9, 5000, 70), seeds.distinct(2, "a", 10, 5000, 70))
 
 
-def test_of_very_many_numbers_a_few_are_drawn_without_looking_at_the_others():
+def test_a_few_of_very_many_numbers_are_drawn_without_enumerating_them():
     drawn = seeds.distinct(0, "negatives", 0, 10**15, 1000)
     assert len(np.unique(drawn)) == 1000
     assert abs(drawn.mean() / 10**15 - 0.5) < 0.05  # 5 standard deviations
@@ -70,8 +70,9 @@ def test_of_very_many_numbers_a_few_are_drawn_without_looking_at_the_others():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "count"), [(5, 2), (20, 5), (130, 65)])
-def test_every_number_and_every_pair_is_drawn_as_often(n, count):
-    """4,000 draws: chi-square of numbers and of pairs; a draw's numbers are not independent, which only makes the first one smaller."""
+def test_every_number_and_every_pair_is_drawn_equally_often(n, count):
+    """Chi-square over 4,000 draws, of numbers and of pairs. The numbers of a draw are not independent, which only makes the first
+    smaller."""
     draws = 4000
     counts_NN = np.zeros((n, n))
     for epoch in range(draws):

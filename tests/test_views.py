@@ -47,12 +47,12 @@ def test_each_name_stands_for_the_numbers_of_its_source():
 
 
 def expected(recipe: str) -> tuple[tuple, tuple, tuple]:
-    """Numbers of teacher.pretrain, extract and distill, by what the papers did."""
+    """The values for teacher.pretrain, extract and distill, from the papers."""
     if recipe.startswith("cifar10") and recipe != "cifar10-coss":
         return (SETS["small_photographs"],) * 3
     if recipe == "ablation-views-centre":
         return DIGITS, SETS["centre"], DIGITS
-    if recipe.startswith("lean-"):  # crops of at least half, as in the study on photographs
+    if recipe.startswith("lean-"):  # crops of at least half of the image, as in the study on photographs
         drawn = ([0.5, 1.0], *MOCO_2[1:])
         return DIGITS, drawn, drawn
     if not recipe.startswith(("imagenet-", "foundation-")):
@@ -95,7 +95,7 @@ def test_a_mapping_replaces_single_numbers_and_all_of_them_need_no_name():
         ({"name": "weak", "crop_scale": [0.5, 0.2]}, "distill.augment", ["crop_scale", "smaller number first"]),
     ],
 )
-def test_a_mistake_is_one_line_with_key_value_and_what_is_allowed(augment, key, said):
+def test_a_mistake_is_one_line_with_key_value_and_allowed_values(augment, key, said):
     with pytest.raises(UserError) as caught:
         read(augment)
     (line,) = caught.value.lines
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_line_with_key_value_and_what_is_allowed(augment, key, 
     assert all(words in line for words in said), line
 
 
-def test_mistakes_in_name_and_number_come_at_once():
+def test_mistakes_in_name_and_number_are_reported_together():
     with pytest.raises(UserError) as caught:
         read({"name": "strong", "flip_p": 2.0})
     assert [line.split(" ")[1] for line in caught.value.lines] == ["distill.augment.name", "distill.augment.flip_p"]
@@ -126,7 +126,7 @@ def laid(document: dict, overlay: dict) -> dict:
         ({"name": "digits", "flip_p": 0.5}, {"gray_p": 0.1}, {"name": "digits", "flip_p": 0.5, "gray_p": 0.1}),
     ],
 )
-def test_a_name_laid_over_views_leaves_nothing_of_them_and_numbers_alone_leave_the_rest(place, before, over, after):
+def test_a_name_replaces_views_entirely_and_numbers_keep_the_rest(place, before, over, after):
     def nested(value) -> dict:
         for key in reversed(place.split(".")):
             value = {key: value}
@@ -140,11 +140,11 @@ def test_a_name_laid_over_views_leaves_nothing_of_them_and_numbers_alone_leave_t
     [
         (["distill.augment=weak"], 0.5),
         (["distill.augment={name: weak, flip_p: 0.1}"], 0.1),
-        (["+distill.augment.flip_p=0"], None),  # DVC's own advice after `distill.augment.flip_p=0`, which it refuses; the name is lost
+        (["+distill.augment.flip_p=0"], None),  # DVC's own advice after it refuses `distill.augment.flip_p=0`; the name is lost
     ],
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries of DVC
-def test_what_dvc_sets_is_read_or_refused_in_one_line(tmp_path, options, flips):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from libraries of DVC
+def test_values_set_by_dvc_are_read_or_refused_in_one_line(tmp_path, options, flips):
     from dvc.utils.hydra import apply_overrides
 
     path = tmp_path / "params.yaml"

@@ -1,4 +1,4 @@
-"""Workspaces for tests of the stages: a folder with params.yaml, dvc.yaml and the code, and its stages run as processes in it."""
+"""Workspaces for tests of the stages: a folder with params.yaml, dvc.yaml and the code, in which stages run as processes."""
 
 import json
 import os
@@ -21,12 +21,12 @@ from bingo.params import read_yaml
 from tests.processes import session
 
 ROOT = Path(__file__).parent.parent
-# What bingo/runtime/progress.py writes of work that lasts over two seconds: whether there is any depends on how busy the machine is.
+# Written by bingo/runtime/progress.py for work of over two seconds, so it depends on how busy the machine is.
 PROGRESS = re.compile(r"^(?!error|warning)[^\n]*: [^\n]*(?:/s|/s, \d+:\d\d:\d\d left|\d+:\d\d:\d\d so far)\n", re.MULTILINE)
 PATIENCE_SECONDS = 120  # the machine may be busy
-# In the order in which each finds its inputs.
+# In the order in which each stage finds its inputs.
 STAGES = ("scan", "teacher", "extract", "bag", "weights", "distill", "baseline moco", "linear_eval", "knn_eval", "report")
-# 36 steps of each training and 16 chunks, so that there is something to kill.
+# 36 steps per training and 16 chunks, so that runs can be killed midway.
 SHORT = {
     "dataset.train_images": 400,
     "dataset.test_images": 100,
@@ -44,7 +44,7 @@ INHERITED = ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """A stage's environment: one thread on the CPU, no terminal, and `variables`; nothing of BINGO's from outside."""
+    """A stage's environment: one thread on the CPU, no terminal, `variables`, and no variables of BINGO from outside."""
     kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "BINGO_DEVICE": "cpu", "DVC_NO_ANALYTICS": "1", **variables}
@@ -52,7 +52,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Done:
-    """A stage that has ended: exit status (negative: the signal that ended it) and what it printed, but for progress."""
+    """A stage that has ended: its exit status (negative: the signal that ended it), and what it printed, without progress."""
 
     status: int
     out: str
@@ -72,7 +72,7 @@ class Running:
         return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
     def session(self) -> list[int]:
-        """The running processes in this one's session, itself included."""
+        """The running processes in this one's session, including itself."""
         return session(self.pid)
 
     def send(self, number: int) -> None:
@@ -88,7 +88,7 @@ class Running:
         return Done(status, self._out.read_text(), PROGRESS.sub("", self._err.read_text()))
 
     def kill(self) -> Done:
-        """SIGKILL unless it has ended, and wait for its end."""
+        """Send SIGKILL unless the process has ended, and wait for its end."""
         if not self.ended():
             self.send(signal.SIGKILL)
         return self.wait()
@@ -106,7 +106,7 @@ class Stages:
         assert self.server.stdout.readline() == "ready\n"
 
     def start(self, stage: str, folder: Path, **variables: str) -> Running:
-        """Start `python -m stages.STAGE` in a folder; a stage's arguments follow its name."""
+        """Start `python -m stages.STAGE` in a folder; arguments of the stage follow its name."""
         return self.start_module(f"stages.{stage}", folder, **variables)
 
     def start_module(self, command: str, folder: Path, **variables: str) -> Running:
@@ -128,7 +128,7 @@ class Stages:
 
 @contextmanager
 def stage_server(folder: Path) -> Iterator[Stages]:
-    """A server with its socket and the stages' output in `folder`."""
+    """A server whose socket and outputs of stages are in `folder`."""
     stages = Stages(folder)
     try:
         yield stages
@@ -137,7 +137,7 @@ def stage_server(folder: Path) -> Iterator[Stages]:
 
 
 class Workspace:
-    """A folder as a clone of the repository is one for the stages; the code in it is the repository's own."""
+    """A folder that looks like a clone of the repository to the stages; its code is the repository's own."""
 
     def __init__(self, root: Path, stages: Stages):
         self.root, self.stages = root, stages
@@ -160,7 +160,7 @@ class Workspace:
         return self.stages.start(stage, self.root, **variables)
 
     def run(self, stage: str, **variables: str) -> Done:
-        """Run a stage to its end, whatever that is."""
+        """Run a stage to its end, whether it succeeds or not."""
         return self.start(stage, **variables).wait()
 
     def done(self, stage: str, **variables: str) -> Done:
@@ -171,7 +171,7 @@ class Workspace:
         return done
 
     def files(self, *outputs: str) -> dict[str, bytes]:
-        """The bytes of every file of some outputs (all of dvc.yaml), by path."""
+        """The bytes of every file of some outputs (default: all in dvc.yaml), by path."""
         found = {}
         for output in outputs or self.outputs():
             path = self.root / output
@@ -182,12 +182,12 @@ class Workspace:
         return found
 
     def existing_files(self, *outputs: str) -> dict[str, bytes]:
-        """`files` of those outputs that exist."""
+        """`files` of the outputs that exist."""
         existing = [output for output in outputs or self.outputs() if (self.root / output).exists()]
         return self.files(*existing) if existing else {}
 
     def outputs(self, *stages: str) -> list[str]:
-        """The outputs that dvc.yaml gives for some stages (all), once for each item where there are several."""
+        """The outputs of some stages in dvc.yaml (default: all); for stages with items, those of each item."""
         found = []
         for name, stage in read_yaml(ROOT / "dvc.yaml")["stages"].items():
             definition = stage.get("do", stage)
@@ -198,7 +198,7 @@ class Workspace:
         return found
 
     def _items(self, stage: dict[str, Any]) -> list[str]:
-        """Of a stage with `foreach` the items or keys, which dvc.yaml or the parameters name; one, of no name, for any other."""
+        """The items or keys of a stage with `foreach`, from dvc.yaml or the parameters; one item without a name for other stages."""
         if isinstance(stage.get("foreach"), dict):
             return list(stage["foreach"])
         value: Any = read_yaml(self.root / "params.yaml")
@@ -208,13 +208,13 @@ class Workspace:
 
 
 def new_workspace(root: Path, stages: Stages, changes: dict[str, Any]) -> Workspace:
-    """A workspace with the shipped parameters, recipe digits-short and `changes` laid over them."""
+    """A workspace with the shipped parameters, changed by recipe digits-short and then by `changes`."""
     root.mkdir()
     for name in ("bingo", "stages"):
         (root / name).symlink_to(ROOT / name)
     (root / "recipes").mkdir()
     (root / "recipes/published").symlink_to(ROOT / "recipes/published")
-    for name in ("params.yaml", "dvc.yaml", ".dvcignore"):  # the last: bytecode that a parallel test writes changes no dependency
+    for name in ("params.yaml", "dvc.yaml", ".dvcignore"):  # .dvcignore: bytecode written by a parallel test must not change a dependency
         (root / name).write_text((ROOT / name).read_text())
     workspace = Workspace(root, stages)
     workspace.edit(dict(_flat(read_yaml(ROOT / "recipes/digits-short.yaml"))) | changes)
@@ -229,13 +229,13 @@ def remove(workspace: Workspace, *outputs: str) -> None:
 
 
 def saved_step(workspace: Workspace, stage: str) -> int:
-    """The step of the newest checkpoint, -1 without one."""
+    """The step of the newest checkpoint, or -1 if there is none."""
     steps = [json.loads(path.read_text())["step"] for path in (workspace.root / f".bingo/state/{stage}").glob("*/checkpoints/latest.json")]
     return max(steps, default=-1)
 
 
 def assert_as_reference(workspace: Workspace, reference: Workspace, stage: str) -> None:
-    """A stage's outputs are the reference's, and no state of any stage is left."""
+    """A stage's outputs equal those of the reference, and no stage has left any state."""
     outputs = workspace.outputs(stage)
     assert workspace.files(*outputs) == reference.files(*outputs)
     assert not list((workspace.root / ".bingo/state").glob("*/*/*")), "a finished stage leaves no state behind"
@@ -250,7 +250,7 @@ def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def until(condition: Callable[[], bool], ended: Callable[[], bool] = lambda: False) -> None:
-    """Wait until `condition` is true, which must happen before `ended` is."""
+    """Wait until `condition` is true, which must happen before `ended` becomes true."""
     end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert not ended(), "ended too early"

@@ -1,4 +1,4 @@
-"""Bags by an inverted file: brute force within the probed lists, the exact search where all are probed, the same bits everywhere."""
+"""Bags by an inverted file: brute force within the probed lists, the exact search if all are probed, always the same bits."""
 
 import faiss
 import numpy as np
@@ -30,7 +30,7 @@ def features():
 
 
 def by_loops(features, k, lists, probes, seed):
-    """The definition in float64: (members, cosines) of the k nearest rows of the lists whose centroids are nearest to each row."""
+    """The definition in float64: members and cosines of the k nearest rows in the lists whose centroids are nearest to each row."""
     unit = features.astype(np.float64) / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     centroids, _ = train_centroids(features, lists, 10, seed, 64)
     dots = unit @ centroids.astype(np.float64).T
@@ -57,7 +57,7 @@ def test_members_are_the_nearest_within_the_probed_lists(features, lists, probes
 
 
 @pytest.mark.parametrize(("lists", "k"), [(1, 5), (23, 1), (23, 35), (23, 200), (600, 5)])
-def test_all_lists_give_the_bits_of_the_exact_search(features, lists, k):
+def test_probing_all_lists_gives_the_bits_of_the_exact_search(features, lists, k):
     exact, found = build_knn(features, k, mutual=True), build_knn(features, k, True, InvertedFile(lists, 10**9, 0))
     np.testing.assert_array_equal(found.members_TK, exact.members_TK)
     np.testing.assert_array_equal(found.similarity_TK, exact.similarity_TK)
@@ -66,7 +66,7 @@ def test_all_lists_give_the_bits_of_the_exact_search(features, lists, k):
 
 @pytest.mark.parametrize(("crowded", "scored"), [(0, 2**20), (3, 500), (256, 700), (256, 1)])
 def test_lists_are_searched_in_parts_of_any_number_of_queries(features, monkeypatch, crowded, scored):
-    """Queries with many rows near their k nearest go another way, which most of the copies do here."""
+    """Queries with many rows near their k nearest are handled differently; here most of the copies are."""
     wanted = search_lists(features, 5, InvertedFile(30, 4, 3))
     monkeypatch.setattr(bag_ivf, "_CROWDED", crowded)
     monkeypatch.setattr(bag_ivf, "_SCORED_NUMBERS", scored)
@@ -91,7 +91,7 @@ def test_parts_that_are_missing_are_searched_again(features, tmp_path, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("lists", [5, 60])
 def test_a_store_larger_than_the_memory_gives_the_same_bits(features, tmp_path, monkeypatch, lists):
-    """In blocks of queries and groups of lists; of five lists some are larger than the budget."""
+    """In blocks of queries and groups of lists; some of the five lists are larger than the budget."""
     array = new_array(zarr.create_group(tmp_path / "store", zarr_format=3), "features", features.shape, np.float16, 48)
     array[:] = features
     wanted = search_lists(features, 5, InvertedFile(lists, 4, 0))
@@ -103,7 +103,7 @@ def test_a_store_larger_than_the_memory_gives_the_same_bits(features, tmp_path, 
 
 
 def test_centroids_do_not_depend_on_the_number_of_threads():
-    random = np.random.default_rng(0)  # several blocks of rows with cosines near 1, so that last bits decide which centroid is nearest
+    random = np.random.default_rng(0)  # blocks of cosines near 1, so that last bits decide which centroid is nearest
     rows = (20 + random.normal(size=(20_000, 12)) @ random.normal(size=(12, 128)) / 5).astype(np.float16)
     threads, found = faiss.omp_get_max_threads(), []
     try:
@@ -156,8 +156,8 @@ def test_recall_is_its_definition(features, monkeypatch):
     assert not {"recall", "lists", "probes"} & set(bag_metrics(build_knn(features, 5), None))
 
 
-def test_recall_is_whole_if_ties_are_left_open():
-    """Of 400 equal rows any 5 are the nearest: nothing is missed where all lists are searched."""
+def test_recall_is_1_if_only_ties_are_broken_differently():
+    """Any 5 of 400 equal rows are the nearest, so nothing is missed if all lists are searched."""
     rng = np.random.default_rng(0)
     features = np.concatenate([np.repeat(rng.standard_normal((2, 8)), 400, axis=0), rng.standard_normal((50, 8))]).astype(np.float32)
     assert build_knn(features, 5, False, InvertedFile(8, 8, 0)).settings["recall"] == 1

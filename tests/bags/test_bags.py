@@ -1,4 +1,4 @@
-"""Bag indexes: built against brute force, drawn uniformly, read one chunk at a time, refused when damaged or foreign."""
+"""Bag indexes: built against brute force, drawn uniformly, read one chunk at a time, refused if damaged or from another listing."""
 
 import json
 import os
@@ -30,7 +30,7 @@ LISTING = SimpleNamespace(fingerprint="aa11", train_rows=400)
 def digits():
     """Features with 30 copies of one image and 5 pairs, and labels."""
     images, labels = load_digits(return_X_y=True)
-    features = (images[:400] + np.random.default_rng(0).random((400, 64))).astype(np.float16)  # ties are duplicates alone
+    features = (images[:400] + np.random.default_rng(0).random((400, 64))).astype(np.float16)  # only duplicates are tied
     labels = labels[:400].copy()
     features[7:300:10], labels[7:300:10] = features[7], labels[7]
     features[390:395], labels[390:395] = features[395:400], labels[395:400]
@@ -48,19 +48,19 @@ def built(digits):
 
 
 def cosine_matrix(features):
-    """Cosines float64; equal rows have equal columns, as each is a sum in one order."""
+    """Cosines float64; equal rows have equal columns, because each column is one sum in the same order."""
     x = features.astype(np.float64)
     norms = np.sqrt((x * x).sum(axis=1))
     return np.stack([(x * row).sum(axis=1) / norms / norm for row, norm in zip(x, norms, strict=True)])
 
 
 def nearest(cosines, anchor, allowed, k):
-    """The k rows of `allowed` with the highest cosine, the smaller row among equals, the anchor left out."""
+    """The k rows of `allowed` with the highest cosine, without the anchor; among equals the smaller row."""
     return sorted((row for row in allowed if row != anchor), key=lambda row: (-cosines[anchor, row], row))[:k]
 
 
 def assert_nearest(found, cosines, anchor, allowed, k):
-    """`found` is `nearest`, then -1; rows may be exchanged only if cosines differ by less than the precision of float32."""
+    """`found` is `nearest`, padded with -1; rows may be exchanged only if their cosines differ by less than float32's precision."""
     wanted = nearest(cosines, anchor, allowed, k)
     assert found[len(wanted) :].tolist() == [-1] * (k - len(wanted))
     assert len(set(found[: len(wanted)].tolist())) == len(wanted)
@@ -69,7 +69,7 @@ def assert_nearest(found, cosines, anchor, allowed, k):
 
 
 @pytest.mark.parametrize("k", [1, 5, 31, 399])
-def test_knn_bags_are_the_definition_with_exact_duplicates(digits, k):
+def test_knn_bags_follow_the_definition_with_exact_duplicates(digits, k):
     features, _ = digits
     bags, cosines = build_knn(features, k), cosine_matrix(features)
     for row in range(400):
@@ -80,7 +80,7 @@ def test_knn_bags_are_the_definition_with_exact_duplicates(digits, k):
 
 
 @pytest.mark.parametrize("method", ["kmeans", "label"])
-def test_members_are_the_nearest_of_the_own_cluster(digits, built, method):
+def test_members_are_the_nearest_rows_of_the_anchors_cluster(digits, built, method):
     features, labels = digits
     bags, cosines = built[method], cosine_matrix(features)
     if method == "label":
@@ -92,7 +92,7 @@ def test_members_are_the_nearest_of_the_own_cluster(digits, built, method):
 
 
 @pytest.mark.parametrize("method", ["kmeans", "label"])
-def test_cluster_lists_hold_every_row_once_in_order(built, method):
+def test_cluster_lists_contain_every_row_once_in_order(built, method):
     bags = built[method]
     assert sorted(bags.cluster_rows_T) == list(range(400))
     assert (bags.cluster_start[0], bags.cluster_start[-1]) == (0, 400)
@@ -114,7 +114,7 @@ def test_kmeans_assigns_to_the_largest_dot_product_with_unit_centroids(digits, b
 
 
 def test_kmeans_trains_on_all_rows_and_converges(digits):
-    """At convergence each spherical centroid is the normalised mean of all its rows: no sample would give that."""
+    """At convergence each spherical centroid is the normalised mean of all its rows, which it would not be for a sample of rows."""
     features, _ = digits
     bags = build_kmeans(features, 4, 60, 5, seed=0)
     unit = features.astype(np.float64) / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
@@ -134,7 +134,7 @@ def test_kmeans_with_as_many_clusters_as_rows_leaves_singletons_empty():
 @pytest.mark.slow
 @pytest.mark.parametrize("budget_bytes", [20_000, 10**9])
 def test_bags_of_a_store_larger_than_the_memory_are_the_same_bytes(digits, tmp_path, monkeypatch, budget_bytes):
-    """By blocks and their best merged, K-means and its assignment included; one class is larger than the smaller budget."""
+    """With blocks whose best rows are merged; also K-means and its assignment. One class is larger than the smaller budget."""
     features, labels = digits
     array = new_array(zarr.create_group(tmp_path / "store", zarr_format=3), "features", features.shape, np.float16, 48)
     array[:] = features
@@ -165,7 +165,7 @@ def test_kmeans_of_more_rows_than_it_trains_on_draws_them_from_the_seed(digits, 
 
 
 def whole_bag(bags, row):
-    """The definition of a bag: the listed members under knn, all others of the cluster otherwise."""
+    """The definition of a bag: the listed members for knn, otherwise all others of the cluster."""
     if bags.cluster_T is None:
         return [int(member) for member in bags.members_TK[row] if member >= 0]
     return [other for other in range(len(bags.members_TK)) if other != row and bags.cluster_T[other] == bags.cluster_T[row]]
@@ -190,7 +190,7 @@ def test_draws_are_uniform_over_the_bag(built, method):
 
 
 @pytest.mark.parametrize("method", ["knn", "kmeans", "label"])
-def test_equal_steps_of_u_give_every_member_equally_often(built, method):
+def test_equal_steps_of_u_draw_every_member_equally_often(built, method):
     bags = built[method]
     for row in range(400):
         bag = whole_bag(bags, row)
@@ -201,14 +201,14 @@ def test_equal_steps_of_u_give_every_member_equally_often(built, method):
     np.testing.assert_array_equal(bags.draw(np.arange(0), np.zeros(0)), [])
 
 
-def test_short_knn_bags_draw_what_they_list():
+def test_short_knn_bags_draw_only_listed_members():
     members = np.array([[1, 2], [2, -1], [-1, -1]], np.int32)
     bags = Bags({"method": "knn"}, members, np.where(members < 0, -np.inf, 0.5).astype(np.float16))
     np.testing.assert_array_equal(bags.draw(np.array([0, 0, 1, 1, 2]), np.array([0.1, 0.9, 0.1, 0.9, 0.5])), [1, 2, 2, 2, 2])
 
 
 @pytest.mark.parametrize("method", ["knn", "kmeans", "label"])
-def test_written_and_read_back(built, tmp_path, method):
+def test_an_index_is_read_as_it_was_written(built, tmp_path, method):
     bags = built[method]
     for name in ("bags.zarr", "again.zarr"):
         write_bags(tmp_path / name, bags, "aa11", "ee55")
@@ -332,7 +332,7 @@ def test_mistakes_are_one_line(digits):
 
 
 @pytest.mark.parametrize("method", ["knn", "kmeans", "label"])
-def test_metrics_are_their_definition(digits, built, method):
+def test_metrics_follow_their_definitions(digits, built, method):
     bags, labels = built[method], np.where(np.arange(400) % 11 == 0, -1, digits[1])
     found = bag_metrics(bags, labels, 0.9999)
     listed = [[int(member) for member in row if member >= 0] for row in bags.members_TK]
@@ -370,7 +370,7 @@ def test_metrics_are_their_definition(digits, built, method):
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
-def test_overlap_of_bags_by_two_views_is_its_definition(digits, k, tmp_path):
+def test_overlap_of_bags_by_two_views_follows_its_definition(digits, k, tmp_path):
     other = digits[0] + np.random.default_rng(1).normal(0, 2, (400, 64))
     sets = [[set(nearest(cosines, row, range(400), k)) for row in range(400)] for cosines in map(cosine_matrix, (digits[0], other))]
     expected = np.mean([len(a & b) / k for a, b in zip(*sets, strict=True)])
@@ -379,7 +379,7 @@ def test_overlap_of_bags_by_two_views_is_its_definition(digits, k, tmp_path):
     array[:] = np.stack([np.zeros((400, 64)), digits[0], other], axis=1)
     keys = [StoredRows(array, 400, "keys", "", view) for view in (1, 2)]
     assert keys[0].shape == (400, 64)
-    assert view_overlap(*keys, k, 0) == pytest.approx(expected, abs=0.01)  # near-ties: float32 against float64
+    assert view_overlap(*keys, k, 0) == pytest.approx(expected, abs=0.01)  # near-ties: float32 and float64 differ
     assert view_overlap(keys[0], keys[0], k, 0) == 1
     random = np.random.default_rng(2).standard_normal((400, 64))
     assert view_overlap(keys[0], random, k, 0) == pytest.approx(k / 399, abs=0.02)
@@ -403,7 +403,7 @@ def test_label_bags_are_pure(digits, built):
 
 
 def all_empty(digits, kind: str, helped: bool) -> Bags:
-    """Bags that are all empty, and the same after following the message."""
+    """Bags that are all empty, and bags of the same rows after following the advice in the message."""
     features = digits[0][:40]
     if kind == "kmeans":
         return build_kmeans(features[::3], 7 if helped else 14, 5, 3, seed=0)

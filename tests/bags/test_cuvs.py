@@ -1,4 +1,4 @@
-"""`bagging.search: cuvs` with a stand-in for cuVS that searches exactly, or leaves rows out: it has not run on a GPU."""
+"""`bagging.search: cuvs` with a replacement for cuVS that searches exactly or misses rows; not tested with cuVS on a GPU."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -42,7 +42,8 @@ class SearchParams:
 
 
 class FakeCagra:
-    """cuvs.neighbors.cagra: `dropped`, of the nearest others of each query so many are never found; `found`: at most so many are."""
+    """cuvs.neighbors.cagra. `dropped`: number of nearest other rows of each query that are never found; `found`: most rows found per
+    query."""
 
     IndexParams, SearchParams = IndexParams, SearchParams
 
@@ -50,7 +51,7 @@ class FakeCagra:
         self.dropped, self.found, self.builds, self.queries = dropped, found, 0, 0
 
     def build(self, index_params: IndexParams, dataset: np.ndarray, resources: Any = None) -> np.ndarray:
-        """The index: the rows."""
+        """The index is the rows themselves."""
         assert isinstance(index_params, IndexParams)
         assert (dataset.dtype, dataset.flags.c_contiguous) == (np.float16, True)
         self.builds += 1
@@ -67,11 +68,11 @@ class FakeCagra:
         resources: Any = None,
         filter: Any = None,
     ) -> tuple[FakeDeviceArray, FakeDeviceArray]:
-        """(squared distances float32, rows uint32), nearest first; what is not found is the largest number in each."""
-        assert isinstance(queries, FakeDeviceArray), "queries have to be on the GPU"
+        """(squared distances float32, rows uint32), nearest first; missing neighbours are the largest number in each."""
+        assert isinstance(queries, FakeDeviceArray), "queries must be on the GPU"
         assert k <= search_params.itopk_size
         rows_QD = queries.copy_to_host()
-        assert rows_QD.dtype == np.float16, "as the rows of the index"
+        assert rows_QD.dtype == np.float16, "the same as the rows of the index"
         self.queries += len(rows_QD)
         squares_QN = ((rows_QD.astype(np.float32)[:, None] - index) ** 2).sum(axis=2)
         places_QN = np.argsort(squares_QN, axis=1, kind="stable")
@@ -87,7 +88,7 @@ class FakeCagra:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, cagra: FakeCagra) -> FakeCagra:
-    """Python finds the stand-in as cuvs and pylibraft."""
+    """Make Python import the replacement as cuvs and pylibraft."""
     content = {"cuvs": {}, "cuvs.neighbors": {"cagra": cagra}, "pylibraft": {}, "pylibraft.common": {"device_ndarray": FakeDeviceArray}}
     for name, attributes in content.items():
         module = ModuleType(name)
@@ -99,11 +100,11 @@ def installed(monkeypatch: pytest.MonkeyPatch, cagra: FakeCagra) -> FakeCagra:
 
 @pytest.fixture(scope="module")
 def features() -> np.ndarray:
-    """300 digits, without two that are equally far from a third."""
+    """300 digits, without pairs that are equally far from a third one."""
     return (load_digits(return_X_y=True)[0][:300] + np.random.default_rng(0).random((300, 64))).astype(np.float16)
 
 
-def test_a_graph_that_finds_all_gives_the_bytes_of_the_exact_search(features, monkeypatch, tmp_path):
+def test_a_graph_that_finds_all_rows_gives_the_bytes_of_the_exact_search(features, monkeypatch, tmp_path):
     cagra = installed(monkeypatch, FakeCagra())
     exact = build_knn(features, 5, mutual=True)
     for sharing in (Sharing(), Sharing(tmp_path)):
@@ -118,26 +119,26 @@ def test_a_graph_that_finds_all_gives_the_bytes_of_the_exact_search(features, mo
 
 
 @pytest.mark.parametrize(("dropped", "recall"), [(1, 4 / 5), (2, 3 / 5), (5, 0)])
-def test_what_a_graph_misses_is_reported(features, monkeypatch, dropped, recall):
-    """Without the nearest others of each row, the last of the five it should have are found."""
+def test_rows_that_a_graph_misses_are_reported(features, monkeypatch, dropped, recall):
+    """Without its nearest others, each row still gets the rest of its five neighbours."""
     installed(monkeypatch, FakeCagra(dropped))
     exact, found = build_knn(features, 5 + dropped), build_knn(features, 5, False, GraphSearch(0))
-    assert (found.members_TK != exact.members_TK[:, dropped:]).mean() < 2e-3, "but for those that float16 cannot distinguish"
+    assert (found.members_TK != exact.members_TK[:, dropped:]).mean() < 2e-3, "except rows that float16 cannot distinguish"
     assert found.settings["recall"] == pytest.approx(recall, abs=2e-3)
     assert f"recall {found.settings['recall']:.6g}: " in (found.recall_warning() or "")
 
 
-def test_fewer_than_wanted_are_padding_and_none_is_listed_twice(features, monkeypatch):
+def test_missing_neighbours_are_padding_and_none_is_listed_twice(features, monkeypatch):
     installed(monkeypatch, FakeCagra(found=4))
     found = build_knn(features, 5, False, GraphSearch(0))
     np.testing.assert_array_equal(found.members_TK[:, :3], build_knn(features, 3).members_TK)
     assert (found.members_TK[:, 3:] == -1).all()
     assert np.isneginf(found.similarity_TK[:, 3:]).all()
-    few = build_knn(features[:4], 3, False, GraphSearch(0))  # fewer rows than candidates are wanted
+    few = build_knn(features[:4], 3, False, GraphSearch(0))  # fewer rows than the candidates requested
     assert (np.sort(few.members_TK, axis=1) == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]).all()
 
 
-def test_the_parameter_chooses_it_and_is_refused_where_cuvs_is_not_installed(features, monkeypatch):
+def test_the_parameter_selects_cuvs_and_is_refused_if_it_is_not_installed(features, monkeypatch):
     params = load_params()
     params = params.model_copy(update={"bagging": params.bagging.model_copy(update={"search": "cuvs", "k": 4})})
     (line,) = search_mistakes(params)

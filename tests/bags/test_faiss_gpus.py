@@ -1,4 +1,4 @@
-"""The search on GPUs, which a stand-in for FAISS's GPU functions records: whose they are, what is kept there, and that it is exact."""
+"""The search on GPUs, with recorded replacements for FAISS's GPU functions: which GPUs are used, what they hold, and exactness."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ BAGS = {
 
 @pytest.fixture(autouse=True)
 def any_search(monkeypatch):
-    """Searches of any size go to the GPUs, in blocks of which each GPU gets some."""
+    """Searches of any number of rows use the GPUs, in blocks of which each GPU gets some."""
     monkeypatch.setattr(neighbors, "_GPU_LEAST_PRODUCTS", 0)
     monkeypatch.setattr(neighbors._Gpus, "query_rows", 100)
     monkeypatch.delenv("BINGO_DEVICE", raising=False)
@@ -27,7 +27,7 @@ def any_search(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_process_makes_one_set_of_resources_for_each_gpu(count):
+def test_a_process_creates_one_set_of_resources_for_each_gpu(count):
     with fake_faiss_gpus(count) as calls:
         for build in BAGS.values():
             build()
@@ -38,7 +38,7 @@ def test_a_process_makes_one_set_of_resources_for_each_gpu(count):
 
 
 @pytest.mark.parametrize("kind", BAGS)
-def test_nothing_is_done_on_a_gpu_if_the_cpu_is_asked_for(kind, monkeypatch):
+def test_no_gpu_is_used_if_the_cpu_is_requested(kind, monkeypatch):
     monkeypatch.setenv("BINGO_DEVICE", "cpu")
     with fake_faiss_gpus(2) as calls:
         BAGS[kind]()
@@ -47,7 +47,7 @@ def test_nothing_is_done_on_a_gpu_if_the_cpu_is_asked_for(kind, monkeypatch):
 
 @pytest.mark.parametrize(("rank", "own"), [("0", {0}), ("1", {1}), ("2", set())])
 @pytest.mark.parametrize("kind", BAGS)
-def test_in_a_group_a_process_uses_its_own_gpu_alone(kind, rank, own, monkeypatch):
+def test_in_a_group_a_process_uses_only_its_own_gpu(kind, rank, own, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", rank)
     with fake_faiss_gpus(2) as calls:
         BAGS[kind]()
@@ -73,7 +73,7 @@ def test_a_probe_of_a_network_of_any_width_leaves_the_gpu_to_the_training(width,
 )
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_near_duplicates_are_found_exactly_from_float16(width, active, centres, copies, noise, blocks):
-    """Every neighbour's cosine is, up to float32's error, the one at its place in float64; float16 alone would lose up to 5e-5."""
+    """The cosine of every neighbour equals the one at its place in float64, up to float32's error; float16 alone would lose up to 5e-5."""
     rng = np.random.default_rng(0)
     centres_CD = np.zeros((centres, width))
     for centre_D in centres_CD:
@@ -102,4 +102,4 @@ def test_the_tolerance_is_above_what_float16_loses(width, share):
     scores = np.vecdot(a.astype(np.float16).astype(np.float32), b.astype(np.float16).astype(np.float32))
     lost = np.abs(scores - np.vecdot(a, b)).max()
     assert lost < neighbors._Gpus.attempts[0].tolerance
-    assert width > 3 or lost > 2e-4  # what was allowed for it once
+    assert width > 3 or lost > 2e-4  # an earlier tolerance

@@ -7,7 +7,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from bingo.bags.near_duplicates import near_duplicate_cosine, rows_near
 
-DIGITS = (load_digits().data + 8).astype(np.float16)  # on grey: cosines near 1, as of a network's outputs
+DIGITS = (load_digits().data + 8).astype(np.float16)  # on grey, so that cosines are near 1 as for outputs of a network
 TRAIN, TEST = DIGITS[:700], DIGITS[700:1000]
 
 
@@ -24,7 +24,7 @@ def test_the_limit_is_a_fraction_of_the_usual_distance_to_the_tenth_nearest(frac
     assert near_duplicate_cosine(TRAIN[:rows], fraction, 0) == pytest.approx(1 - fraction * usual, abs=1e-6)
 
 
-def test_of_many_rows_a_thousand_are_looked_at_by_seed():
+def test_of_many_rows_a_thousand_are_drawn_by_seed():
     found = [near_duplicate_cosine(DIGITS, 0.1, seed) for seed in (0, 0, 1)]
     usual = np.median(1 - cosines_to_nearest(DIGITS, DIGITS, 11))
     assert found[0] == found[1] != found[2]
@@ -32,7 +32,7 @@ def test_of_many_rows_a_thousand_are_looked_at_by_seed():
 
 
 @pytest.mark.parametrize("rows", [TRAIN[:1], TRAIN])
-def test_without_a_fraction_or_another_row_there_are_none(rows):
+def test_there_are_none_without_a_fraction_or_a_second_row(rows):
     cosine = near_duplicate_cosine(rows, 0.0 if len(rows) > 1 else 0.1, 0)
     assert rows_near(rows, rows, cosine).tolist() == []
 
@@ -52,6 +52,6 @@ def test_rows_are_near_by_the_definition():
     for limit in np.quantile(cosines, [0.1, 0.5, 0.9]).tolist():
         surely, perhaps = (set(np.flatnonzero(cosines > limit + margin)) for margin in (1e-6, -1e-6))
         assert surely <= set(rows_near(TEST, TRAIN, limit)) <= perhaps
-        few = TRAIN[:250]  # whose 16 lists are all searched
+        few = TRAIN[:250]  # its 16 lists are all searched
         assert rows_near(TEST, few, limit, search_seed=0).tolist() == rows_near(TEST, few, limit).tolist()
     assert rows_near(TEST[:0], TRAIN, 0.5).tolist() == []

@@ -20,7 +20,7 @@ from tests.pretended_gpu.fake_faiss import fake_faiss_gpus
 
 
 def brute_force(queries, base, k, self_rows=None):
-    """The definition: sort all rows by (cosine, row). Rows that are equal get equal cosines, so ties are exact."""
+    """The definition: sort all rows by (cosine, row). Equal rows get equal cosines, so ties are exact."""
     rows_out, cosines_out = [], []
     for q, query in enumerate(queries.astype(np.float64)):
         scored = []
@@ -35,7 +35,7 @@ def brute_force(queries, base, k, self_rows=None):
 
 
 def assert_same(found, wanted):
-    """Rows may be exchanged only if their cosines differ by less than the precision of float32, but not equal rows."""
+    """Rows may be exchanged only if their cosines differ by less than the precision of float32; equal rows may not."""
     (rows, cosines), (wanted_rows, wanted_cosines) = found, wanted
     np.testing.assert_allclose(cosines, wanted_cosines, atol=1e-6)
     for q, j in zip(*np.nonzero(rows != wanted_rows), strict=True):
@@ -57,7 +57,7 @@ def with_duplicates():
 
 @pytest.fixture(params=["numpy", "faiss"], autouse=True)
 def search(request, monkeypatch):
-    """Every test by both ways to find candidates: numpy's for small searches, FAISS's."""
+    """Runs every test with both searches for candidates: numpy's for small searches, and FAISS's."""
     if request.param == "faiss":
         monkeypatch.setattr(neighbors, "_FAISS_LEAST_PRODUCTS", 0)
     else:
@@ -75,7 +75,7 @@ def test_all_against_all_is_the_definition(dtype, k):
 
 
 @pytest.mark.parametrize("k", [1, 5, 29, 33])
-def test_self_is_left_out_by_its_row_among_thirty_copies(k):
+def test_the_row_itself_is_left_out_among_thirty_copies(k):
     x = with_duplicates()
     rows, cosines = top_k(x, x, k, np.arange(len(x)))
     assert not (rows == np.arange(len(x))[:, None]).any()
@@ -89,7 +89,7 @@ def test_other_queries_and_blocks():
         assert_same(top_k(queries, base, 7, block_rows=block_rows), wanted)
 
 
-def test_a_tie_of_more_rows_than_the_first_margin_goes_to_the_smallest_rows():
+def test_in_a_tie_of_more_rows_than_the_margin_the_smallest_rows_win():
     x = data(600)
     x[100:300] = x[100]
     rows, _ = top_k(x[100:103], x, 4, np.array([100, 101, 102]))
@@ -104,7 +104,7 @@ def test_padding_if_the_base_is_small():
     np.testing.assert_array_equal(rows, brute_force(x, x, 5, np.arange(3))[0])
 
 
-def test_one_and_two_threads_and_any_blocks_agree_with_duplicates():
+def test_threads_and_blocks_do_not_change_the_result_with_duplicates():
     rng = np.random.default_rng(3)
     x = rng.standard_normal((4000, 64)).astype(np.float16)
     copies = rng.choice(4000, 800, replace=False)
@@ -124,8 +124,8 @@ def test_one_and_two_threads_and_any_blocks_agree_with_duplicates():
 
 
 @pytest.mark.parametrize("budget_bytes", [6_000, 10**9])
-def test_what_reaches_the_floor_is_found_as_without_one(budget_bytes):
-    """A floor at a cosine that is there, one above all, and none."""
+def test_rows_above_the_floor_are_found_as_without_a_floor(budget_bytes):
+    """The floor is an existing cosine, one above all cosines, or none."""
     base, queries = with_duplicates(), data(60, seed=1)
     queries[:10] = base[3:13]
     rows, cosines = top_k(queries, base, 6, np.where(np.arange(60) < 10, np.arange(60) + 3, -1))
@@ -151,7 +151,7 @@ def test_gpus_share_the_blocks_and_float16_search_gives_the_same_answer(monkeypa
 
 
 def stored(folder, x, chunk_rows=16):
-    """The rows in a store, and 3 more that are not asked for."""
+    """The rows in a store, followed by 3 rows that are not used."""
     array = new_array(zarr.create_group(folder, zarr_format=3), "features", (len(x) + 3, x.shape[1]), x.dtype, chunk_rows)
     array[:] = np.concatenate([x, x[:3]])
     return StoredRows(array, len(x), "the store", "dvc repro extract")
@@ -160,7 +160,7 @@ def stored(folder, x, chunk_rows=16):
 @pytest.mark.parametrize("budget_bytes", [pytest.param(6_000, marks=pytest.mark.slow), 40_000, 10**9])
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_blocks_from_a_store_in_any_memory_give_the_same_bits(tmp_path, monkeypatch, budget_bytes, gpus):
-    """With ties across blocks, and one of more rows than the first margin; the smallest budget is 11 blocks."""
+    """With ties across blocks, one of them of more rows than the margin; the smallest budget makes 11 blocks."""
     x = np.concatenate([with_duplicates(), data(60, seed=2)])
     x[160:200:2] = x[5]
     x[np.arange(3, 210, 7)] = x[3]
@@ -177,8 +177,8 @@ def test_blocks_from_a_store_in_any_memory_give_the_same_bits(tmp_path, monkeypa
             np.testing.assert_array_equal(found[1], wanted[1])
 
 
-def test_a_streamed_search_holds_no_more_than_its_budget(tmp_path, monkeypatch):
-    """The largest blocks that are asked for and multiplied: half of the budget for the base, half for the queries."""
+def test_a_streamed_search_stays_within_its_budget(tmp_path, monkeypatch):
+    """Checks the largest blocks read and multiplied: half of the budget is for the base, half for the queries."""
     features, seen = stored(tmp_path, data(300)), []
     whole_search = neighbors._Cpu.candidates
 
@@ -189,7 +189,7 @@ def test_a_streamed_search_holds_no_more_than_its_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbors._Cpu, "candidates", candidates)
     top_k(features, features, 4, budget_bytes=20_000)
     query_rows, base_rows = np.max(seen, axis=0)
-    assert base_rows * 24 * (2 + 4) <= 10_000 < (base_rows + 1) * 24 * (2 + 4)  # float16 as stored, float32 at length 1
+    assert base_rows * 24 * (2 + 4) <= 10_000 < (base_rows + 1) * 24 * (2 + 4)  # float16 as stored, and float32 when normalised
     assert query_rows * 24 * (2 + 4) <= 10_000
     assert isinstance(held(features, 300 * 24 * 6), np.ndarray)
     assert held(features, 300 * 24 * 6 - 1) is features
@@ -207,7 +207,7 @@ def test_stored_rows_are_a_matrix(tmp_path):
         top_k(x[:3], features, 2)
 
 
-def test_the_memory_to_plan_with_is_what_control_groups_leave(tmp_path, monkeypatch):
+def test_the_memory_budget_respects_control_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(rows_module, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(rows_module, "_CGROUPS", tmp_path)
     monkeypatch.setattr(rows_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000_000))
@@ -225,7 +225,7 @@ def test_the_memory_to_plan_with_is_what_control_groups_leave(tmp_path, monkeypa
         (folder / "memory.stat").write_text("anon 200000000\ninactive_file 100000000\ntotal_inactive_file 100000000\n")
     assert memory_budget() == 300_000_000  # the job's: 800 - 300 + 100 MB of page cache, half of it
     (job / "memory.max").write_text("max\n")
-    assert memory_budget() == 900_000_000  # version 1's
+    assert memory_budget() == 900_000_000  # control groups version 1
     (old / "memory.limit_in_bytes").write_text("300000001\n")
     assert memory_budget() == 256 << 20
 
@@ -243,7 +243,7 @@ def test_norms_zero_rows_and_numbers_that_are_not_finite():
             top_k(x[:2], x, 3)
 
 
-def test_votes_are_their_definition():
+def test_votes_follow_their_definition():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 40)
     rows, cosines = top_k(data(60, seed=1), data(40), 12)
@@ -255,7 +255,7 @@ def test_votes_are_their_definition():
 
 
 def by_loops(labels, rows, weights):
-    """The class with most weight; among equals the one that is met first, walking from the nearest neighbour."""
+    """The class with the largest weight; among equals the one of the nearer neighbour."""
     total = defaultdict(float)
     for row, weight in zip(rows, weights, strict=True):
         if row >= 0:
@@ -272,7 +272,7 @@ def test_ties_of_plain_votes_go_to_the_nearest_and_small_temperatures_do_not_ove
 
 
 @pytest.mark.parametrize("k", [1, 4, 9])
-def test_the_best_are_those_of_a_sort_by_cosine_then_row(k):
+def test_the_best_rows_are_those_of_a_sort_by_cosine_then_row(k):
     rng = np.random.default_rng(k)
     rows_QM = rng.permuted(np.tile(np.array([*range(8), 2**31 - 1], np.int32), (500, 1)), axis=1)
     cosines_QM = rng.choice(np.float32([-1, -0.5, -1e-30, 0, 1e-30, 0.25, np.float32(0.1), 1, -np.inf]), (500, 9))

@@ -1,4 +1,4 @@
-"""Bags by 2 and 3 processes have the bytes of one; blocks are taken, kept and read again; K-means is FAISS's."""
+"""2 and 3 processes build the same bytes as one; blocks are claimed, stored and read again; K-means equals FAISS's."""
 
 import os
 import socket
@@ -44,13 +44,13 @@ def digits(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def all_of(bags: Bags) -> dict[str, np.ndarray]:
-    """Every array of an index, with its recall."""
+    """Every array of an index, and its recall."""
     arrays = {"members": bags.members_TK, "similarity": bags.similarity_TK, "centroids": bags.centroids_CD, "cluster": bags.cluster_T}
     return {name: x for name, x in arrays.items() if x is not None} | {"recall": np.array(bags.settings.get("recall", 1))}
 
 
 def searched(features: Rows, who: Sharing) -> dict[str, np.ndarray]:
-    """Of the searches of a few queries, of which 20 are nearly rows, what every process gets."""
+    """The result of searches with a few queries for every process; 20 queries are nearly equal to rows."""
     others, _ = digits(700)
     queries = np.concatenate([others[600:], others[20:40] + np.float16(0.01)])
     cosine = near_duplicate_cosine(features, 0.3, 0, who)
@@ -59,7 +59,7 @@ def searched(features: Rows, who: Sharing) -> dict[str, np.ndarray]:
 
 
 def builds(rank: int, port: int, processes: int, folder: Path, slow: int) -> None:
-    """One process of a group: every kind of bags of 600 rows in a store, then bags of three rows."""
+    """One process of a group: every kind of bags for 600 rows in a store, then bags of three rows."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(processes)}
     x, labels = digits(600)
@@ -70,7 +70,7 @@ def builds(rank: int, port: int, processes: int, folder: Path, slow: int) -> Non
     def slowly(task: sharing._BlockFiles, block: slice, found: tuple) -> None:
         end = time.monotonic() + 60
         while rank == slow and task._folder == folder / "exact/members" and time.monotonic() < end:
-            if len(list(task._folder.glob("*.npz"))) == len(task.parts) - 1:  # all but this one
+            if len(list(task._folder.glob("*.npz"))) == len(task.parts) - 1:  # all except this one
                 break
             time.sleep(0.01)
         kept.append(str(task._folder.relative_to(folder)))
@@ -112,10 +112,10 @@ def test_a_group_builds_the_bags_of_one_process(tmp_path, processes, slow):
     blocks = [len(list((tmp_path / "exact/members").iterdir())), sum(len(names) for names in kept)]
     assert blocks == [60, len(list(tmp_path.glob("*/*/*.npz")))], "each block once"
     if slow >= 0:
-        assert kept[slow].count("exact/members") == 1, "the other process has taken what a slow one has not"
+        assert kept[slow].count("exact/members") == 1, "the other process has done the blocks that a slow one has not"
 
 
-def test_blocks_that_are_there_are_read_again_and_the_others_are_searched(tmp_path, monkeypatch):
+def test_stored_blocks_are_read_and_missing_ones_are_searched(tmp_path, monkeypatch):
     x, _ = digits(300)
     whole = build_knn(x, 5)
     assert build_knn(x, 5, sharing=Sharing(tmp_path)).members_TK.tobytes() == whole.members_TK.tobytes()
@@ -134,8 +134,8 @@ def test_blocks_that_are_there_are_read_again_and_the_others_are_searched(tmp_pa
         build_knn(x, 5, sharing=Sharing(tmp_path))
 
 
-def test_lists_go_on_from_the_centroids_they_were_begun_with(tmp_path):
-    """Other centroids, as a GPU would give at the next start, would have other lists."""
+def test_resumed_lists_use_the_centroids_of_the_first_run(tmp_path):
+    """Other centroids, which a GPU might compute after a restart, would give other lists."""
     x, _ = digits(300)
     search = InvertedFile(20, 2, 0)
     whole = build_knn(x, 5, False, search, Sharing(tmp_path))
@@ -148,7 +148,7 @@ def test_lists_go_on_from_the_centroids_they_were_begun_with(tmp_path):
 
 @pytest.mark.parametrize(("rows", "clusters", "iterations"), [(600, 7, 40), (600, 150, 5), (600, 600, 3), (15, 4, 9), (600, 300, 6)])
 def test_kmeans_has_the_bits_of_faiss(rows, clusters, iterations):
-    """Which are those of this test's version of it. Copies leave clusters empty, which are then split."""
+    """The bits of the FAISS version installed here. Copies leave clusters empty, which are then split."""
     x, _ = digits(rows)
     x = np.repeat(x[:100], 6, axis=0) if clusters == 300 else x
     kmeans = faiss.Kmeans(
@@ -169,7 +169,7 @@ def faiss_seed() -> int:
 
 @pytest.mark.parametrize("rows", [1, 7, 4096, 4100, 4096 * 5, 4096 * 5 + 3, 123456])
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_spans_cover_the_rows_and_no_search_by_faiss_is_cut_differently(rows, processes):
+def test_spans_cover_the_rows_and_do_not_change_how_faiss_splits_a_search(rows, processes):
     spans = []
     for rank in range(processes):
         who = Sharing()

@@ -1,4 +1,4 @@
-"""A sweep, with a stand-in for DVC that is quick: what is run and in which order, what is not run again, failures, and interrupts."""
+"""Sweeps with a quick replacement for DVC: which experiments are run and in which order, repeated runs, failures, and interrupts."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 from benchmarks import compare
 
 ROOT = Path(__file__).parents[2]
-# Does what `dvc exp run` leaves behind. Experiments named in FAILS fail, those in SLOW start a child and take a minute.
+# Leaves behind what `dvc exp run` does. Experiments named in FAILS fail; those in SLOW start a child and take a minute.
 STAND_IN = """
 import json, os, subprocess, sys
 from pathlib import Path
@@ -45,7 +45,7 @@ EVERYTHING = ("--variants", "method-bingo", "method-moco", "--seeds", "0", "1")
 
 
 class Repository:
-    """A repository with params.yaml and recipes, and sweeps of it."""
+    """A repository with params.yaml and recipes, in which sweeps can be run."""
 
     def __init__(self, folder: Path):
         self.home, self.journal, binaries = folder / "home", folder / "journal", folder / "bin"
@@ -77,7 +77,7 @@ class Repository:
         command = [sys.executable, "-m", "benchmarks.compare", *arguments]
         return subprocess.Popen(
             command, cwd=self.home, env=self.environment | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell would ignore SIGINT
         )  # fmt: skip
 
     def sweep(self, *arguments: str, **variables: str) -> tuple[int, str, str]:
@@ -86,7 +86,7 @@ class Repository:
         return process.returncode, out, err
 
     def ran(self) -> list[list]:
-        """What the stand-in was asked to run since the last call."""
+        """The commands that the replacement was asked to run since the last call."""
         import json
 
         lines = self.journal.read_text().splitlines() if self.journal.exists() else []
@@ -94,7 +94,7 @@ class Repository:
         return [json.loads(line) for line in lines]
 
     def wait_for(self, experiments: int) -> list[list]:
-        """Until so many experiments have begun."""
+        """Wait until a number of experiments have started."""
         end = time.monotonic() + 60
         while not self.journal.exists() or len(self.journal.read_text().splitlines()) < experiments:
             assert time.monotonic() < end
@@ -158,7 +158,7 @@ def test_two_jobs_never_share_a_seed_and_see_no_edits(repository):
     assert not any(run[6] for run in runs), "the commit is that of the start"
 
 
-def test_a_failure_is_shown_and_the_others_go_on(repository):
+def test_a_failure_is_reported_and_the_others_continue(repository):
     status, out, _ = repository.sweep(*EVERYTHING, FAILS="method-bingo-s0")
     assert status == 1
     shown = out[out.index("method-bingo-s0: FAILED, exit code 255") :].splitlines()
@@ -170,7 +170,7 @@ def test_a_failure_is_shown_and_the_others_go_on(repository):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupt_leaves_nothing_running_and_a_second_start_goes_on(repository, number):
+def test_an_interrupt_leaves_nothing_running_and_a_second_start_resumes(repository, number):
     process = repository.start(*EVERYTHING, "--jobs", "2", SLOW="method-moco-s0 method-bingo-s1")
     runs = repository.wait_for(3)
     process.send_signal(number)
@@ -180,7 +180,7 @@ def test_an_interrupt_leaves_nothing_running_and_a_second_start_goes_on(reposito
         assert "interrupted after 1 of 4; the same command goes on from there" in out
     end = time.monotonic() + 20
     while any(alive(run[5]) for run in runs):
-        assert time.monotonic() < end, "a job is left"
+        assert time.monotonic() < end, "a job is still running"
         time.sleep(0.05)
     assert repository.sweep(*EVERYTHING)[0] == 0
     assert [run[1] for run in repository.ran()] == ["method-moco-s0", "method-bingo-s1", "method-moco-s1"]
@@ -223,13 +223,13 @@ def test_clock(seconds, text):
     assert compare.clock(seconds) == text
 
 
-def test_a_base_is_below_the_variants_and_in_their_names(tmp_path, monkeypatch):
+def test_a_base_is_applied_before_the_variants_and_in_their_names(tmp_path, monkeypatch):
     repository = Repository(tmp_path)
     monkeypatch.chdir(repository.home)
     Path("images").mkdir()
     changes = compare.overrides("method-simreg", 4, "cifar10-cpu-smoke", "images")
     said = dict(change.split("=", 1) for change in changes)
-    assert said["dataset.root"] == f"'{repository.home / 'images'}'"  # experiments run elsewhere
+    assert said["dataset.root"] == f"'{repository.home / 'images'}'"  # experiments run in other folders
     assert f"dataset.root='{repository.home / 'data/cifar10'}'" in compare.overrides("method-simreg", 4, "cifar10")
     assert (said["teacher.pretrain.epochs"], said["distill.method"], said["seed"]) == ("30", "'simreg'", "4")
     assert (said["distill.epochs"], said["distill.lr"]) == ("10", "0.2")  # the base's, the variant's

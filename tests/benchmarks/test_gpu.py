@@ -1,4 +1,4 @@
-"""The measurements for a GPU: each part runs in small on the CPU with the packages that it names, and a run goes on where one was ended."""
+"""GPU measurements: the small version of each part runs on the CPU with the packages that it names, and runs can be resumed."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ import pytest
 from benchmarks import gpu
 from bingo.runtime.errors import UserError
 
-# This project's packages that an image with torch, torchvision, timm, typer, pydantic, pyarrow, pillow and psutil may lack.
+# This project's dependencies that may be missing from an image with torch, torchvision, timm, typer, pydantic, pyarrow, pillow and psutil.
 OTHERS = "dvc dvc_data zarr numcodecs faiss ruamel simplejpeg sklearn scipy matplotlib jinja2 faster_coco_eval onnx pytest kornia"
 BROUGHT = {"zarr": ["numcodecs"], "ruamel.yaml": ["ruamel"]}
 BLOCKER = """
@@ -21,7 +21,7 @@ PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name.partiti
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", gpu.PARTS, ids=lambda part: part.name)
-def test_each_part_runs_in_small_with_the_packages_that_it_names(tmp_path, monkeypatch, part):
+def test_each_part_runs_on_the_cpu_with_the_packages_that_it_names(tmp_path, monkeypatch, part):
     present = {name for need in part.needs for name in [need, *BROUGHT.get(need, [])]}
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
     for name, value in {"PYTHONPATH": str(tmp_path), "ABSENT": " ".join(set(OTHERS.split()) - present)}.items():
@@ -33,7 +33,7 @@ def test_each_part_runs_in_small_with_the_packages_that_it_names(tmp_path, monke
 
 
 def commands(tmp_path, **sources: str) -> tuple[str, ...]:
-    """Modules of these names and sources."""
+    """Importable modules with these names and sources."""
     for name, source in sources.items():
         (tmp_path / f"{name}.py").write_text(source)
     return tuple(sources)
@@ -48,7 +48,7 @@ def here(tmp_path, monkeypatch):
 COUNT = "open({!r}, 'a').write('x'); print('ratio 3.2')"
 
 
-def test_what_the_file_has_is_not_measured_again(here):
+def test_commands_in_the_file_are_not_measured_again(here):
     names = commands(here, first=COUNT.format(str(here / "runs")), second="import sys; print('half'); sys.exit(3)")
     part = gpu.Part("step", names, (), ())
     assert not gpu.measure(part, names, gpu.Results(here / "gpu.md", "H100"), 60)
@@ -87,7 +87,7 @@ def test_any_output_and_own_notes_stay_in_the_file(here):
     assert path.read_text().startswith(before)
 
 
-def test_a_part_of_no_known_name_is_refused_with_those_there_are(monkeypatch, capsys):
+def test_an_unknown_part_is_refused_with_the_known_names(monkeypatch, capsys):
     for arguments in (["steps"], ["step", "KNN"], [""]):
         monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
         with pytest.raises(SystemExit, match="2"):
@@ -98,7 +98,7 @@ def test_a_part_of_no_known_name_is_refused_with_those_there_are(monkeypatch, ca
         assert gpu.parse().parts == parts
 
 
-def test_parts_stand_in_their_order_whichever_was_measured_first(here):
+def test_parts_are_written_in_their_order_whichever_was_measured_first(here):
     names = commands(here, first="print(1)")
     for name in ("memory", "loader"):
         assert gpu.measure(gpu.Part(name, names, (), ()), names, gpu.Results(here / "gpu.md", "H100"), 60)
@@ -107,7 +107,7 @@ def test_parts_stand_in_their_order_whichever_was_measured_first(here):
 
 
 @pytest.mark.slow
-def test_a_command_is_ended_with_its_processes_when_its_part_has_had_its_time(here):
+def test_a_command_is_ended_with_its_processes_when_its_part_runs_out_of_time(here):
     child = f"import subprocess, sys; print('begun', flush=True); subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(99)'])"
     names = commands(here, hangs=child)
     assert not gpu.measure(gpu.Part("step", names, (), ()), names, gpu.Results(here / "gpu.md", "H100"), 3)
@@ -117,7 +117,7 @@ def test_a_command_is_ended_with_its_processes_when_its_part_has_had_its_time(he
     assert not gpu.Results(here / "gpu.md", "H100").has("step", "hangs")
 
 
-def test_a_part_that_lacks_a_package_is_left_out_and_says_which(here, capsys):
+def test_a_part_with_a_missing_package_is_skipped_and_names_it(here, capsys):
     part = gpu.Part("step", ("never",), (), ("zarr", "nowhere", "nor.here"))
     assert not gpu.measure(part, part.commands, gpu.Results(here / "gpu.md", "H100"), 60)
     assert capsys.readouterr().out == "step: left out: nowhere, nor.here not installed\n"

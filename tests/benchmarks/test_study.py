@@ -1,4 +1,4 @@
-"""A study: what its plan asks for next, on accuracies that are known; and its runs, with a stand-in for DVC that is quick."""
+"""A study: the next runs of a plan, for given accuracies; and running them with a quick replacement for DVC."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def plan(tmp_path, monkeypatch) -> StudyPlan:
 
 
 def run_all(plan: StudyPlan, accuracy) -> list[dict]:
-    """Every run of a plan, as lines of its results; `accuracy` of a run is None where it diverges."""
+    """Run all of a plan, and return the lines of its results; `accuracy` returns None for a run that diverges."""
     lines: list[dict] = []
     while wanted := Wishes(plan, lines).next():
         linear = accuracy(wanted)
@@ -78,7 +78,7 @@ def run_all(plan: StudyPlan, accuracy) -> list[dict]:
 )
 @pytest.mark.slow
 def test_a_climb_ends_where_both_neighbours_on_both_axes_are_worse(plan, lr, factor, tried):
-    """Accuracies fall with the distance from the best in both logarithms; rates above 100 diverge."""
+    """Accuracies fall with the distance from the best in both logarithms; learning rates above 100 diverge."""
 
     def accuracy(wanted: Wanted) -> float | None:
         rate, temperature = wanted.settings["distill.lr"], wanted.settings.get("methods.bingo.temperature", 0.2 * factor)
@@ -96,7 +96,7 @@ def test_a_climb_ends_where_both_neighbours_on_both_axes_are_worse(plan, lr, fac
 
 @pytest.mark.slow
 def test_a_climb_is_not_ended_by_noise(plan):
-    """A dip at half the temperature, smaller than `noise_points`, ends a climb by the best alone at the first temperature."""
+    """Half the temperature is slightly worse, by less than `noise_points`; a climb from the best run alone would stop before it."""
 
     def accuracy(wanted: Wanted) -> float:
         rate, temperature = wanted.settings["distill.lr"], wanted.settings.get("methods.bingo.temperature", 0.2)
@@ -114,7 +114,7 @@ def test_a_climb_is_not_ended_by_noise(plan):
 def test_a_value_that_params_yaml_does_not_allow_is_not_tried(plan):
     lines = run_all(plan, lambda wanted: 10.0 + wanted.settings.get("methods.disco.key_momentum", 0))
     momenta = {line["settings"].get("methods.disco.key_momentum") for line in lines if line["recipe"] == "method-disco"}
-    assert momenta == {0.99, 0.495}, "not twice 0.99"
+    assert momenta == {0.99, 0.495}, "twice 0.99 is not tried"
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_a_variant_is_tuned_itself_or_has_the_values_of_another_and_in_no_round_
     plan = study_plan.read_plan(tmp_path / "plan.yaml")
     lines = run_all(plan, accuracy)
     for count in range(len(lines)):
-        study_tables.print_tables(Wishes(plan, lines[:count]))  # of a study that is under way
+        study_tables.print_tables(Wishes(plan, lines[:count]))  # of an unfinished study
     tuned = [line["recipe"] for line in lines if line["part"] == "tuning"]
     assert (set(tuned), tuned.count("once")) == ({"method-bingo", "wide", "once"}, 1)
     [row] = study_tables._screened(Wishes(plan, lines))
@@ -179,12 +179,12 @@ def test_a_variant_is_tuned_itself_or_has_the_values_of_another_and_in_no_round_
     assert compared == {"method-bingo": [None, 0.2, 0.2], "wide": [20, 0.6, 0.4], "longer": [20, 0.6, 0.4], "narrow": [2, 0.2, 0.2]}
     assert {line["settings"]["distill.epochs"] for line in lines if line["recipe"] == "longer"} == {13}
     tables = {part: [row[0] for row in study_tables._compared(Wishes(plan, lines), part)] for part in ("anchors", "flops")}
-    assert ("longer" in tables["anchors"], "longer" in tables["flops"]) == (False, True), "its anchors are not equal"
+    assert ("longer" in tables["anchors"], "longer" in tables["flops"]) == (False, True), "it has a different number of anchors"
     assert all(line["settings"].get("bagging.k") == 20 for line in lines if line["recipe"] == "wide")
 
 
 @pytest.mark.parametrize("name", ["study", "study-digits"])
-def test_the_plans_of_this_repository_are_of_allowed_settings(name, monkeypatch):
+def test_the_plans_of_this_repository_have_allowed_settings(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = study_plan.read_plan(Path(f"benchmarks/{name}.yaml"))
     wishes = Wishes(plan, study_plan.read_results(study.RESULTS / f"{name}.jsonl"))
@@ -241,7 +241,7 @@ elif given[0] != "config":
 
 @pytest.fixture
 def repository(tmp_path) -> Repository:
-    """With a plan of two rounds of one recipe each, and images."""
+    """A repository with images, and a plan of two rounds with one recipe each."""
     repository = Repository(tmp_path)
     (tmp_path / "bin/dvc").write_text(f"#!{sys.executable}\n{STAND_IN}")
     (repository.home / "benchmarks/results").mkdir(parents=True)
@@ -260,7 +260,7 @@ def start(repository: Repository, *arguments: str, **variables: str) -> subproce
     )  # fmt: skip
 
 
-def test_a_study_is_interrupted_and_goes_on_to_the_same_results(repository):
+def test_an_interrupted_study_resumes_to_the_same_results(repository):
     first = "tuning+method-bingo+lr=0.06-s9"
     process = start(repository, "--root", "images", SLOW="tuning+method-bingo+lr=0.2-s9")
     repository.wait_for(2)
@@ -297,7 +297,7 @@ def test_a_study_is_interrupted_and_goes_on_to_the_same_results(repository):
     assert repository.ran() == []
 
 
-def test_a_failure_of_another_kind_stops_the_study_and_is_no_result(repository):
+def test_a_failure_that_is_not_divergence_stops_the_study_without_a_result(repository):
     process = start(repository, "--root", "images", FAILS="tuning+method-bingo+lr=0.2-s9")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -319,7 +319,7 @@ IN_LANES = {
 
 
 @pytest.mark.slow
-def test_lanes_give_what_the_stages_give_by_themselves(tmp_path, monkeypatch, stages):
+def test_lanes_have_the_results_of_the_stages(tmp_path, monkeypatch, stages):
     (tmp_path / "plan.yaml").write_text(json.dumps(IN_LANES))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(study, "FOLDER", tmp_path)
@@ -329,7 +329,7 @@ def test_lanes_give_what_the_stages_give_by_themselves(tmp_path, monkeypatch, st
     place = place_of(
         LaneRun(interrupted, study.laid_over(*alone.laid(interrupted))[0]), tmp_path.resolve() / "lanes" / fingerprint(["a commit"])[:12]
     )
-    (place / "models").mkdir(parents=True)  # an earlier study's, which was killed
+    (place / "models").mkdir(parents=True)  # left by an earlier study, which was killed
     alone.run_in_lanes(2)
     assert not (tmp_path / "lanes" / fingerprint(["a commit"])[:12]).exists()
     lines = study_plan.read_results(out)
@@ -397,7 +397,7 @@ def test_mistakes_in_the_arguments_are_one_line_before_anything_runs(repository,
     assert words in err
 
 
-def test_results_go_to_a_folder_that_is_not_there_yet(repository, monkeypatch):
+def test_the_folder_of_the_results_is_created(repository, monkeypatch):
     monkeypatch.chdir(repository.home)
     wanted = Wanted("tuning", "method-bingo", 9, {})
     study.Study(study_plan.read_plan(Path("plan.yaml")), Path("new/folder/results.jsonl"), None, "a commit").add(wanted, "x", None, 1.0)

@@ -57,14 +57,14 @@ def truth(workspace):
 
 
 def arguments(path):
-    """What a sidecar calls its function with."""
+    """The arguments with which a sidecar calls its function."""
     return json.loads("[" + re.fullmatch(r"bingo\.\w+\((.*)\);\n", path.read_text(encoding="ascii"))[1] + "]")
 
 
 # ---- files
 
 
-def test_sidecars_hold_the_index(workspace, truth):
+def test_sidecars_contain_the_index(workspace, truth):
     listing, index, figures = truth
     data = workspace / ".bingo/gallery/data"
     meta, columns = arguments(data / "meta.js")[0], arguments(data / "columns.js")[0]
@@ -98,7 +98,7 @@ def test_thumbnails_are_the_stored_images(workspace):
             assert np.array_equal(np.asarray(sheet.crop((left, top, left + 12, top + 12))), images[row])
 
 
-def test_a_gallery_is_made_again_only_when_something_changed_and_thumbnails_are_kept(workspace):
+def test_a_gallery_is_rewritten_only_after_a_change_and_thumbnails_are_kept(workspace):
     folder = workspace / ".bingo/gallery"
     sprite = next((workspace / ".bingo/thumbnails").rglob("*.png"))
     made, before = folder.stat().st_ino, sprite.stat().st_mtime_ns
@@ -110,7 +110,7 @@ def test_a_gallery_is_made_again_only_when_something_changed_and_thumbnails_are_
     assert sprite.stat().st_mtime_ns == before
 
 
-def test_nothing_but_a_gallery_is_replaced(workspace):
+def test_only_a_gallery_is_replaced(workspace):
     (workspace / "photos").mkdir(exist_ok=True)
     (workspace / "photos/holiday.jpg").write_bytes(b"dear")
     assert "--out = photos: contains files that do not belong to a gallery" in mistake("gallery", "--out", "photos")
@@ -118,7 +118,7 @@ def test_nothing_but_a_gallery_is_replaced(workspace):
     assert "--out = params.yaml: is a file; give a folder" in mistake("gallery", "--out", "params.yaml")
 
 
-def test_images_that_cannot_be_read_are_grey_and_tried_again(tmp_path, monkeypatch):
+def test_unreadable_images_are_grey_and_retried(tmp_path, monkeypatch):
     listing = make_workspace(tmp_path, train_rows=70)
     monkeypatch.chdir(tmp_path)
     write_images("data/images.zarr", listing, None)
@@ -141,7 +141,7 @@ def test_images_that_cannot_be_read_are_grey_and_tried_again(tmp_path, monkeypat
     ("size_px", "shown_px"), [((300, 200), (96, 64)), ((60, 120), (48, 96)), ((50, 50), (96, 96)), ((400, 2), (96, 1))]
 )
 def test_thumbnails_keep_the_shape_of_a_photograph(tmp_path, size_px, shown_px):
-    """One red image: in its tile, red pixels have its shape and are centred, and the others are transparent."""
+    """For a red image, the red pixels in its tile have its shape and are centred, and the others are transparent."""
     Image.new("RGB", size_px, (220, 20, 20)).save(tmp_path / "photo.png")
     listing = Listing("toys", ["photo.png"], np.array([-1]), 1, [], [], "0" * 32)
     write_listing(tmp_path / "listing.parquet", listing)
@@ -157,10 +157,10 @@ def test_thumbnails_keep_the_shape_of_a_photograph(tmp_path, size_px, shown_px):
     assert (width, height) == shown_px
     assert shown.sum() == width * height
     assert (left, top) == ((96 - width) // 2, (96 - height) // 2)
-    assert np.quantile(np.abs(pixels[shown][:, :3] - (220, 20, 20)), 0.95) < 12, "all but the rim beside the empty tiles"
+    assert np.quantile(np.abs(pixels[shown][:, :3] - (220, 20, 20)), 0.95) < 12, "all except the border next to empty tiles"
 
 
-def test_no_code_of_the_page_makes_html_of_names_or_reaches_out():
+def test_the_page_neither_turns_names_into_html_nor_uses_the_network():
     static = Path(sidecars.__file__).parent / "static"
     text = "".join(file.read_text() for file in static.iterdir())
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "fetch(", "XMLHttpRequest", "http:", "https:"):
@@ -179,7 +179,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, workspace):
-    """The gallery, opened as a file; afterwards nothing may have gone wrong in it."""
+    """The gallery, opened as a file; after the test, the page must have no errors."""
     browser.errors.clear()
     browser.open((workspace / ".bingo/gallery/index.html").as_uri())
     browser.wait("document.querySelectorAll('#members button').length > 0")
@@ -204,7 +204,7 @@ def choose(page, name, value):
 
 
 def search(page, words):
-    page.press("Escape")  # out of the field, where a slash would be typed
+    page.press("Escape")  # leave the field, where a slash would be typed
     page.press("/")
     page.type(words)
     page.press("Enter")
@@ -216,7 +216,7 @@ def focused(page):
 
 @pytest.mark.slow
 @needs_browser
-def test_the_page_shows_bags_and_clicking_goes_from_bag_to_bag(page, truth):
+def test_the_page_shows_bags_and_clicking_opens_other_bags(page, truth):
     listing, index, _ = truth
     assert rows(page, "anchors") == list(range(60))
     assert rows(page, "members") == index.members(0).tolist()
@@ -248,7 +248,7 @@ def test_search_by_row_path_and_class(page, truth):
     wanted = [row for row in range(ROWS) if "it's \"_013" in listing.paths[row]]
     assert rows(page, "anchors") == wanted
     assert text(page, "count") == f"{len(wanted)} of {ROWS}"
-    search(page, "onerror")  # part of a class
+    search(page, "onerror")  # part of the name of a class
     page.wait("document.getElementById('count').textContent.startsWith('50 of')")
     assert rows(page, "anchors") == list(range(0, ROWS, 3))
     search(page, "150")
@@ -303,14 +303,14 @@ def test_everything_can_be_reached_from_the_keyboard(page, truth):
     page.wait("document.getElementById('page').textContent === 'page 2 of 3'")
     assert focused(page) == 60
     reachable = set()
-    for _ in range(20):  # the tab key passes every control, and one tile of each list
+    for _ in range(20):  # enough for all controls and one tile of each list
         page.press("Tab")
         reachable.add(page.value("document.activeElement.id || document.activeElement.closest('ul')?.id || ''"))
     assert {"search", "class", "sort", "reset", "previous", "next", "anchors", "members"} <= reachable
 
 
 @needs_browser
-def test_names_are_text_and_everything_has_a_name(page):
+def test_names_are_shown_as_text_and_all_controls_have_names(page):
     assert page.value("document.querySelectorAll('main img, main script, b').length") == 0
     assert NASTY[0] in text(page, "bag-figures")
     assert page.value("[...document.querySelectorAll('#class option')].map(o => o.textContent)") == ["all", *NASTY]
@@ -353,7 +353,7 @@ def test_contrast_in_light_and_dark(page, dark):
 
 
 @needs_browser
-def test_a_narrow_window_has_no_sideways_scrolling(page):
+def test_a_narrow_window_does_not_scroll_horizontally(page):
     page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=False)
     page.wait("innerWidth === 360")
     assert page.value("document.documentElement.scrollWidth") <= 360
@@ -361,7 +361,7 @@ def test_a_narrow_window_has_no_sideways_scrolling(page):
 
 
 @needs_browser
-def test_images_without_labels_are_named_by_their_files_and_nothing_is_said_of_classes(browser, tmp_path, monkeypatch):
+def test_without_labels_images_are_named_by_file_and_classes_are_not_mentioned(browser, tmp_path, monkeypatch):
     make_workspace(tmp_path, train_rows=20, labelled=False, name="holiday/photo")
     monkeypatch.chdir(tmp_path)
     bingo_bags("gallery")
@@ -376,7 +376,7 @@ def test_images_without_labels_are_named_by_their_files_and_nothing_is_said_of_c
 
 
 @needs_browser
-def test_of_many_images_a_sample_is_shown_and_the_others_by_their_files(browser, tmp_path, monkeypatch):
+def test_of_many_images_a_sample_is_shown_and_the_others_are_files(browser, tmp_path, monkeypatch):
     listing = make_workspace(tmp_path, train_rows=100, k=3, name="class #1/it's")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sprites, "_MOST_FILES", 40)
@@ -388,7 +388,7 @@ def test_of_many_images_a_sample_is_shown_and_the_others_by_their_files(browser,
         Image.fromarray(pixels).save(tmp_path / "the photos" / path)
     assert bingo_bags("gallery")[::2] == (0, "")
     index = read_bags("data/bags.zarr", listing)
-    anchors = list(range(0, 100, 10))  # 40 thumbnails, of an anchor and its three members each
+    anchors = list(range(0, 100, 10))  # 40 thumbnails: of the anchors and their three members each
     wanted = sorted({*anchors, *(member for row in anchors for member in index.members(row).tolist())})
     columns = arguments(tmp_path / ".bingo/gallery/data/columns.js")[0]
     assert [np.frombuffer(base64.b64decode(columns[name][1]), "<i4").tolist() for name in ("sample", "thumbnails")] == [anchors, wanted]

@@ -1,4 +1,4 @@
-"""bingo bags export: every pair of an anchor and a member as a line of a table, as the stored arrays have them."""
+"""bingo bags export: every pair of an anchor and a member is a line of a table and matches the stored arrays."""
 
 import csv
 
@@ -18,7 +18,7 @@ COLUMNS = ["row", "path", "label", "member", "member_path", "member_label", "ran
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """1,100 anchors, more than a chunk, in blocks of at most 70 lines, with short and empty bags, and names that CSV must quote."""
+    """1,100 anchors, more than a chunk, in blocks of at most 70 lines, with short and empty bags and names that CSV must quote."""
     listing = make_workspace(tmp_path, train_rows=1100, classes=["ant", 'a "b", c', "cat"], name="new\nline, 1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pairs, "_LINES", 70)
@@ -87,7 +87,7 @@ def test_images_without_labels_have_none(tmp_path, monkeypatch):
     assert {line["label"] for line in lines} == {None}
 
 
-def test_bags_that_are_all_empty_make_a_table_without_lines(workspace):
+def test_empty_bags_give_a_table_without_lines(workspace):
     nothing = Bags({"method": "knn"}, np.full((1100, 4), -1, np.int32), np.full((1100, 4), -np.inf, np.float16))
     write_bags("data/bags.zarr", nothing, read_listing("data/listing.parquet").fingerprint, "e")
     assert written() == []
@@ -104,7 +104,7 @@ def test_a_mistake_writes_nothing(workspace, arguments):
     assert sorted(workspace.iterdir()) == before
 
 
-def test_a_file_that_exists_is_replaced_only_if_asked(workspace):
+def test_an_existing_file_is_replaced_only_with_force(workspace):
     (workspace / "bags.parquet").write_bytes(b"mine")
     assert bingo("bags", "export").exit_code == 2
     assert (workspace / "bags.parquet").read_bytes() == b"mine"

@@ -1,4 +1,4 @@
-"""`bingo bags`: show, stats, diff, find, from the command line as people type it; values against plain loops over the index."""
+"""`bingo bags`: show, stats, diff and find from the command line; values are compared with plain loops over the index."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def bingo_bags(*arguments):
 
 
 def mistake(*arguments):
-    """The one line that a wrong command prints."""
+    """The line printed for a user error."""
     code, out, err = bingo_bags(*arguments)
     assert code == 2
     assert out == ""
@@ -75,7 +75,7 @@ def test_show_takes_a_path_and_a_place_for_the_picture(workspace):
     assert (workspace / "here/sheet.png").read_bytes() == (workspace / ".bingo/sheets/bag-7.png").read_bytes()
 
 
-def test_show_of_a_cluster_says_how_many_can_be_drawn(tmp_path, monkeypatch):
+def test_show_of_a_cluster_gives_the_number_of_members_that_can_be_drawn(tmp_path, monkeypatch):
     make_workspace(tmp_path, method="kmeans")
     monkeypatch.chdir(tmp_path)
     index = read_bags("data/bags.zarr", read_listing("data/listing.parquet"))
@@ -84,7 +84,7 @@ def test_show_of_a_cluster_says_how_many_can_be_drawn(tmp_path, monkeypatch):
     assert f"(kmeans, cluster {index.cluster(3)}: {others} other rows, the nearest {min(4, others)} listed)" in line
 
 
-def test_names_cannot_steer_the_terminal(tmp_path, monkeypatch):
+def test_names_cannot_control_the_terminal(tmp_path, monkeypatch):
     make_workspace(tmp_path, classes=["\x1b]0;owned\x07", "[red]b[/red]\nc", "plain"], name="a\x1b[31mb")
     monkeypatch.chdir(tmp_path)
     for command in (["show", 1], ["stats"]):
@@ -175,7 +175,7 @@ def test_damaged_files(workspace):
 
 
 @pytest.mark.parametrize("command", [("show", 5), ("diff", "workspace", "workspace"), ("find", "class/image_0005.png")])
-def test_a_picture_replaces_a_file_on_request_alone(workspace, command):
+def test_a_picture_replaces_a_file_only_on_request(workspace, command):
     Path("own.png").write_bytes(b"mine")
     assert "exists already" in mistake(*command, "--out", "own.png")
     assert "allowed are names that end in .png" in mistake(*command, "--out", "params.yaml", "--force")
@@ -221,7 +221,7 @@ def test_stats_are_the_metrics_of_the_index(tmp_path, monkeypatch, method):
     ]
 
 
-def test_stats_of_an_earlier_revision_have_fewer_figures_and_without_any_are_a_mistake(workspace):
+def test_stats_of_an_old_revision_have_fewer_figures_and_none_are_a_mistake(workspace):
     whole = read_json("reports/bags.json")
     write_json("reports/bags.json", {name: whole[name] for name in ("hubs", "in_degree", "mutual_share")})
     assert bingo_bags("stats")[0] == 0
@@ -284,7 +284,7 @@ def test_two_empty_bags_are_the_same_bag():
     assert compare_bags(none, none, np.zeros(2, np.int64)).jaccard_T.tolist() == [1, 1]
 
 
-def test_diff_of_the_workspace_with_itself(workspace):
+def test_diff_of_the_workspace_and_itself(workspace):
     code, out, _ = bingo_bags("diff", "workspace", "workspace", "--anchors", 3)
     assert code == 0
     assert "same bags      60" in out
@@ -339,7 +339,7 @@ def test_find_gives_the_train_rows_nearest_to_a_file(taught, monkeypatch):
     monkeypatch.setenv("BINGO_DEVICE", "cpu")
     images, features = taught
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    for row in (17, 64):  # one of the dataset, one of the test rows: that is not among its own neighbours
+    for row in (17, 64):  # one row of the listing's train images, and a test row, which is not among its own neighbours
         Image.fromarray(images[row]).save("outside.png")
         code, out, _ = bingo_bags("find", "outside.png", "--k", 6)
         assert code == 0
@@ -389,11 +389,11 @@ def test_listing_rows_over_several_row_groups(tmp_path, monkeypatch):
         rows.rows([3, 70])
 
 
-# ---- what is read and imported
+# ---- files read and packages imported
 
 
 @pytest.mark.slow
-def test_one_row_touches_one_chunk_and_loads_nothing_heavy(workspace):
+def test_one_row_reads_one_chunk_and_imports_nothing_heavy(workspace):
     """Chunks of other rows may be missing, and neither torch nor scikit-learn nor DVC is imported."""
     table = build_knn(np.random.default_rng(0).standard_normal((3000, 4)).astype(np.float32), 4)
     listing = make_workspace(workspace, train_rows=3000)

@@ -38,7 +38,7 @@ READERS = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A workspace with a student and a teacher, and a folder of images, 20 pixels high and wider."""
+    """A workspace with a student and a teacher, and a folder with images that are 20 pixels high and wider than that."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BINGO_DEVICE", "cpu")
     save_network("models/student.safetensors", network(1).state_dict(), STUDENT)
@@ -59,7 +59,7 @@ def here(tmp_path, monkeypatch):
 
 @cache
 def network(seed: int):
-    """Its batch normalisation has statistics of its own, so that a network left in train mode would show."""
+    """A network whose BatchNorm has statistics of its own, so that a network left in train mode would be noticed."""
     backbone = build_backbone(*TINY, seed_value=seed).eval()
     for name, tensor in backbone.state_dict().items():
         if name.endswith("running_var"):
@@ -88,7 +88,7 @@ def sorted_names() -> list[str]:
     return sorted(NAMES, key=lambda name: name.split("/"))
 
 
-# ---- what is written
+# ---- the files
 
 
 @pytest.mark.parametrize("suffix", READERS)
@@ -104,7 +104,7 @@ def test_rows_are_the_features_of_the_images_in_the_order_of_their_paths(suffix,
     assert sorted(path.name for path in out.parent.iterdir()) == (["e.npy", "e.txt"] if suffix == ".npy" else [f"e{suffix}"])
 
 
-def test_attributes_say_by_what_network_and_from_what_pixels(here):
+def test_attributes_name_the_network_and_the_preprocessing(here):
     bingo_embed("photos", "--out", "e.parquet")
     expected = {"kind": "student", "arch": "resnet10t", "width": 0.125, "stem": "small", **IMAGE}
     expected |= {"network": file_fingerprint("models/student.safetensors"), "precision": "fp32"}
@@ -112,21 +112,21 @@ def test_attributes_say_by_what_network_and_from_what_pixels(here):
     assert pq.read_schema("e.parquet").field("embedding").type.list_size == 64
 
 
-def test_the_teacher_embeds_by_its_backbone(here):
+def test_the_teacher_embeds_with_its_backbone(here):
     code, said, _ = bingo_embed("photos", "--out", "t.npy", "--teacher")
     assert (code, said) == (0, f"{PASSED}written t.npy: 6 x 64 float32, by models/teacher.safetensors\n")
     np.testing.assert_allclose(np.load("t.npy"), by_hand(network(2), here / "photos", sorted_names()), atol=1e-5)
 
 
-def test_another_student_is_taken_by_name(here):
+def test_another_student_is_selected_by_its_file(here):
     save_network("other.safetensors", network(3).state_dict(), STUDENT)
     assert bingo_embed("photos", "--out", "o.npy", "--student", "other.safetensors")[0] == 0
     np.testing.assert_allclose(np.load("o.npy"), by_hand(network(3), here / "photos", sorted_names()), atol=1e-5)
 
 
 @pytest.mark.slow
-def test_batches_workers_and_blocks_change_nothing(here, monkeypatch):
-    """Beyond the last bits, which a convolution's batch decides."""
+def test_batches_workers_and_blocks_do_not_change_features(here, monkeypatch):
+    """Except the last bits, which depend on the batch in convolutions."""
     net = read_student(Path("models/student.safetensors"))
 
     def embedded(name: str, batch_images: int) -> np.ndarray:
@@ -168,7 +168,7 @@ def test_a_second_run_has_the_same_bytes(suffix, here):
 
 
 @pytest.mark.parametrize("suffix", READERS)
-def test_a_failure_half_way_leaves_what_was_there(suffix, tmp_path, monkeypatch):
+def test_a_failure_halfway_leaves_the_existing_file(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr("bingo.embeddings.files.BLOCK_ROWS", 2)
     rows = np.zeros((4, 3), np.float32)
 
@@ -185,7 +185,7 @@ def test_a_failure_half_way_leaves_what_was_there(suffix, tmp_path, monkeypatch)
     assert np.array_equal(READERS[suffix](tmp_path / f"e{suffix}")[0], rows + 7)
 
 
-# ---- images of all kinds
+# ---- images of several kinds
 
 
 def test_small_grey_and_transparent_images_are_embedded(here):
@@ -198,7 +198,7 @@ def test_small_grey_and_transparent_images_are_embedded(here):
     assert np.isfinite(features).all()
 
 
-def test_unreadable_images_are_left_out_when_asked_for(here):
+def test_unreadable_images_are_left_out_on_request(here):
     (here / "photos/a/3.png").write_bytes(b"no png")
     code, said, err = bingo_embed("photos", "--out", "e.parquet", "--on-bad-image", "skip")
     assert (code, err) == (0, "")
@@ -208,7 +208,7 @@ def test_unreadable_images_are_left_out_when_asked_for(here):
     assert READERS[".parquet"](here / "e.parquet")[1] == sorted_names()
 
 
-def test_unreadable_images_are_named_otherwise(here):
+def test_unreadable_images_are_an_error_by_default(here):
     (here / "photos/a/3.png").write_bytes(b"no png")
     code, out, err = bingo_embed("photos", "--out", "e.npy")
     assert (code, out) == (2, PASSED)
@@ -220,7 +220,7 @@ def test_unreadable_images_are_named_otherwise(here):
     assert not Path("e.npy").exists()
 
 
-def test_a_folder_of_unreadable_images_alone_is_refused_even_then(here):
+def test_a_folder_of_only_unreadable_images_is_always_refused(here):
     (here / "bad").mkdir()
     (here / "bad/a.jpg").write_bytes(b"")
     code, _, err = bingo_embed("bad", "--out", "e.npy", "--on-bad-image", "skip")
@@ -228,7 +228,7 @@ def test_a_folder_of_unreadable_images_alone_is_refused_even_then(here):
     assert err.splitlines()[-1] == "error: FOLDER = bad: 1 of 1 images are unreadable; repair or delete them"
 
 
-def test_a_name_with_a_line_break_is_for_formats_that_hold_it(here):
+def test_a_name_with_a_line_break_is_refused_by_formats_that_cannot_hold_it(here):
     (here / "photos/top.png").rename(here / "photos/to\np.png")
     code, _, err = bingo_embed("photos", "--out", "e.npy")
     assert code == 2

@@ -1,4 +1,4 @@
-"""bingo init in a workspace of its own, with a machine of known pace."""
+"""bingo init in a temporary workspace, with a given speed of the machine."""
 
 import shutil
 import subprocess
@@ -38,13 +38,13 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 
 def init(*arguments: str, mistake: bool = False) -> str:
-    """What the command prints, or the lines of its mistake, with which the program ends with exit code 2."""
+    """The output of the command, or the lines of its user error."""
     done = CliRunner().invoke(app, ["init", *arguments])
     assert isinstance(done.exception, UserError) if mistake else done.exit_code == 0, done.output
     return "\n".join(done.exception.lines) if isinstance(done.exception, UserError) else done.output
 
 
-def test_it_writes_parameters_for_the_folder_and_keeps_remarks(workspace):
+def test_it_writes_parameters_for_the_folder_and_keeps_comments(workspace):
     shipped = (workspace / "params.yaml").read_text()
     init("images", "--minutes", "20", "--dry-run")
     assert (workspace / "params.yaml").read_text() == shipped
@@ -71,7 +71,7 @@ def test_a_teacher_by_name_and_a_student(workspace):
 
 
 @pytest.mark.slow
-def test_a_file_is_known_by_its_published_name_or_needs_the_teachers_name(workspace):
+def test_a_file_is_recognised_by_its_published_name_or_needs_the_teachers_name(workspace):
     (workspace / "moco_v2_800ep_pretrain.pth.tar").write_bytes(b"")
     (workspace / "mine.pth").write_bytes(b"")
     init("images", "--teacher", "moco_v2_800ep_pretrain.pth.tar", "--dry-run")
@@ -81,7 +81,7 @@ def test_a_file_is_known_by_its_published_name_or_needs_the_teachers_name(worksp
     assert (written["name"], written["checkpoint"]) == ("moco-v2-r50-800", "mine.pth")
 
 
-def test_a_former_student_is_started_from_as_it_is(workspace):
+def test_weights_of_an_earlier_student_set_its_network_and_normalisation(workspace):
     shipped = validate(read_yaml(workspace / "params.yaml"), "params.yaml")
     network = shipped.student.model_copy(update={"arch": "resnet14t", "width": 0.25})
     image = shipped.image.model_copy(update={"mean": [0.4, 0.5, 0.6]})
@@ -93,7 +93,7 @@ def test_a_former_student_is_started_from_as_it_is(workspace):
     assert params.image.mean == [0.4, 0.5, 0.6]
 
 
-def test_published_weights_are_of_a_network_of_the_usual_form(workspace):
+def test_published_weights_set_the_standard_stem_and_normalisation(workspace):
     init("images", "--student", "tf_efficientnet_lite0.in1k", "--student-weights", "timm")
     params = load_params(workspace / "params.yaml")
     assert (params.student.stem, params.student.weights, params.image.mean) == ("imagenet", "timm", [0.5, 0.5, 0.5])
@@ -122,7 +122,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("arguments", MISTAKES, ids=str)
-def test_mistakes_write_nothing_and_name_what_was_given(workspace, arguments):
+def test_mistakes_write_nothing_and_name_the_option_and_its_value(workspace, arguments):
     (workspace / "linked").mkdir()
     (workspace / "linked/0.png").symlink_to(workspace / "images/a/0.png")
     for split in ("train", "val"):
@@ -158,7 +158,7 @@ def test_parameters_that_could_not_be_restored_are_kept(workspace, monkeypatch, 
     init("images", "--dry-run")
 
 
-def test_names_with_anything_in_them_are_written_and_shown_in_one_line(workspace):
+def test_names_with_any_characters_are_written_and_shown_in_one_line(workspace):
     folder = 'na me\'s "q": #${seed}\n\N{GRINNING FACE}'
     (workspace / "images").rename(workspace / folder)
     (workspace / folder / "a").rename(workspace / folder / "a\nb")
@@ -169,7 +169,7 @@ def test_names_with_anything_in_them_are_written_and_shown_in_one_line(workspace
 
 @pytest.fixture
 def empty(workspace, monkeypatch) -> Path:
-    """A folder with a hidden file and a folder of images, beside no workspace."""
+    """A folder with a hidden file and a folder of images, not in a workspace."""
     folder = workspace / "images/new"
     shutil.copytree(workspace / "images/a", folder / "photos/cat")
     shutil.copytree(workspace / "images/b", folder / "photos/dog")
@@ -194,13 +194,13 @@ def test_an_empty_folder_becomes_a_workspace(empty, workspace, git):
     deps = {dep for stage in read_yaml(ROOT / "dvc.yaml")["stages"].values() for dep in stage.get("do", stage)["deps"]}
     assert not [dep for dep in deps if dep.startswith(("bingo/", "stages/", "recipes/")) and "$" not in dep and not (empty / dep).exists()]
     assert ("no_scm" in said, "no_scm" in (empty / ".dvc/config").read_text()) == (not git, not git)
-    assert "params.yaml" in init("photos", mistake=True), "now it is one, whose values must be restorable"
+    assert "params.yaml" in init("photos", mistake=True), "now it is a workspace, and its values must be restorable"
 
 
 @pytest.mark.parametrize(
     "arguments", [["photos", "--dry-run"], ["nothing"], ["photos", "--teacher", "dinov9"], ["photos", "--student", "resnet8"]]
 )
-def test_what_is_not_written_leaves_the_folder_empty(empty, arguments):
+def test_a_dry_run_and_mistakes_leave_the_folder_empty(empty, arguments):
     init(*arguments, mistake="--dry-run" not in arguments)
     assert names(empty) == {"photos", ".venv"}
 

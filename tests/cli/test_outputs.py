@@ -1,4 +1,4 @@
-"""Where commands write: never over an output of a stage, and in one line before any work where nothing can be written."""
+"""Files written by commands: they never replace an output of a stage, and a place that is not writable is an error before any work."""
 
 import os
 from pathlib import Path
@@ -33,8 +33,8 @@ OUTPUTS = [
 
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("there", [False, True])
-def test_an_output_of_a_stage_is_no_place_for_another_command(workspace, tmp_path_factory, monkeypatch, output, there):
-    """By a relative and an absolute path, by a link to its folder, and from elsewhere; whether it exists or not."""
+def test_no_command_may_write_to_an_output_of_a_stage(workspace, tmp_path_factory, monkeypatch, output, there):
+    """By relative and absolute paths, by a link to its folder, and from another folder; whether the output exists or not."""
     if there:
         write_bytes(workspace / "x" / output.replace("../", ""), b"")
         write_bytes(workspace / output, b"of the stage")
@@ -57,7 +57,7 @@ def test_an_output_of_a_stage_is_no_place_for_another_command(workspace, tmp_pat
 @pytest.mark.parametrize(
     "path", ["data/mine.parquet", "models/mine.safetensors", "reports/mine.html", "listing.parquet", "out/data/listing.parquet"]
 )
-def test_other_places_in_a_workspace_are_free(workspace, path):
+def test_other_places_in_a_workspace_are_allowed(workspace, path):
     check_output("--out", Path(path), [Path(path).suffix], force=False)
     assert sorted(found.name for found in workspace.iterdir()) == ["dvc.yaml", "params.yaml"]
 
@@ -98,7 +98,7 @@ UNWRITABLE = {
         ("bags", "show", "5", "--out", ".png"), ("bags", "export", "--out", ".parquet"),
     ],
 )  # fmt: skip
-def test_where_nothing_can_be_written_is_one_line_before_any_work(workspace, place, command):
+def test_a_place_that_is_not_writable_is_an_error_in_one_line_before_any_work(workspace, place, command):
     Path("file").touch()
     Path("nowhere").symlink_to("/gone/from/here")
     Path("loop").symlink_to("loop")
@@ -109,7 +109,7 @@ def test_where_nothing_can_be_written_is_one_line_before_any_work(workspace, pla
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_the_right_to_write(workspace):
+def test_a_folder_without_write_permission(workspace):
     Path("locked").mkdir(0o555)
     with pytest.raises(UserError, match="cannot be written"):
         check_place("--out", Path("locked/x.npy"))
@@ -122,7 +122,7 @@ def test_a_folder_without_the_right_to_write(workspace):
 )
 @pytest.mark.parametrize("place", ["nowhere/x", "file/x", "/proc/x/y", "nowhere/below/x"])
 def test_a_stage_that_cannot_write_its_output_names_the_place(workspace, capsys, write, place):
-    """As where data/ is a link to a disk that is not there."""
+    """For example, if data/ is a link to a disk that is not mounted."""
     Path("file").touch()
     Path("nowhere").symlink_to("/gone/from/here")
     with pytest.raises(NotWritten) as error:
@@ -135,7 +135,7 @@ def test_a_stage_that_cannot_write_its_output_names_the_place(workspace, capsys,
     assert said.startswith(f"error: {error.value.filename}: ")
 
 
-def test_errors_of_what_is_read_while_writing_keep_their_own_kind(workspace):
+def test_errors_of_reading_inside_a_write_keep_their_kind(workspace):
     with pytest.raises(FileNotFoundError) as error, new_file("out") as partial:
         partial.write_bytes(Path("absent").read_bytes())
     assert not isinstance(error.value, NotWritten)
@@ -143,7 +143,7 @@ def test_errors_of_what_is_read_while_writing_keep_their_own_kind(workspace):
 
 
 @pytest.mark.parametrize("file", ["models/start.safetensors", "models/supervised.safetensors", "models/linear/student.safetensors", "own"])
-def test_a_file_that_stands_for_no_weights_is_not_called_damaged(workspace, file):
+def test_a_file_that_says_no_weights_is_not_called_damaged(workspace, file):
     write_bytes(file, NO_WEIGHTS)
     for done in (
         bingo("export", "--to", "timm", "--student", file, "--out", "x.safetensors"),

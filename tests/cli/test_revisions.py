@@ -1,4 +1,4 @@
-"""Bags of a Git revision or a DVC experiment: from the cache, from the remote, and in one line where neither has them."""
+"""Bags of a Git revision or a DVC experiment: from the cache or from the remote, with an error in one line if neither has them."""
 
 import hashlib
 import os
@@ -33,14 +33,15 @@ def run(*command):
 
 
 def fingerprint_of_the_workspace(root):
-    """All files but Git's, DVC's and those that the commands write."""
+    """All files except those of Git and DVC and those that the commands write."""
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and not {".git", ".dvc", ".bingo"} & set(path.parts)]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}, run("git", "status", "--porcelain")
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """v0: a pipeline that has not run; v1: bags of k 4; experiment k6: bags of k 6; workspace: other images. A remote has all."""
+    """v0: a pipeline that has not run; v1: bags with k = 4; experiment k6: bags with k = 6; the workspace: other images. A remote has
+    everything."""
     root, patch = tmp_path_factory.mktemp("repository"), pytest.MonkeyPatch()
     for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):
         patch.setenv(name, str(tmp_path_factory.mktemp("dvc")))
@@ -84,7 +85,7 @@ def test_reading_a_revision_leaves_the_workspace_alone(repository):
     assert fingerprint_of_the_workspace(repository) == before
 
 
-def test_a_revision_gives_what_its_workspace_gave(repository, tmp_path, monkeypatch):
+def test_a_revision_gives_the_output_of_its_workspace(repository, tmp_path, monkeypatch):
     bingo_bags("show", 5, "--rev", "k6", "--out", tmp_path / "revision.png")
     make_workspace(tmp_path, k=6)
     listing = read_listing(tmp_path / "data/listing.parquet")
@@ -97,7 +98,7 @@ def test_a_revision_gives_what_its_workspace_gave(repository, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_revision_that_was_opened_is_read_wherever_the_process_goes(repository, tmp_path, monkeypatch, inside):
+def test_an_opened_revision_is_read_after_the_process_changes_its_folder(repository, tmp_path, monkeypatch, inside):
     bags = [BagSource("k6") for _ in range(2)]
     before = bags[0][5].picture().tobytes(), bags[0].index.members(9).tolist(), bags[0].metrics
     monkeypatch.chdir(repository / "data" if inside else tmp_path)
@@ -108,7 +109,7 @@ def test_diff_of_two_revisions(repository):
     code, out, _ = bingo_bags("diff", "v1", "k6")
     assert code == 0
     assert out.startswith("before: v1 (knn, k 4)\nafter: k6 (knn, k 6)\n")
-    assert "mean 0.6667" in out  # of six neighbours four are the same
+    assert "mean 0.6667" in out  # four of six neighbours are the same
     assert "only bags of one listing can be compared" in mistake("diff", "v1", "workspace")
 
 
@@ -118,19 +119,19 @@ def test_gallery_of_a_revision(repository):
     assert read_json(".bingo/gallery@v1/made_from.json")
 
 
-def test_revisions_that_there_are_not(repository):
+def test_revisions_that_cannot_be_read(repository):
     assert "is empty" in mistake("show", 5, "--rev", "")
     assert "is empty" in mistake("diff", " ", "v1")
     line = mistake("show", 5, "--rev", "nowhere")
     assert line.startswith("error: nowhere: is neither a Git revision nor a DVC experiment of this repository; see `git log")
     line = mistake("show", 5, "--rev", "v0")
     assert line.startswith("error: data/listing.parquet of v0: this revision has no such file")
-    assert "commit dvc.lock" in line  # which is what v1 has, and it is read
+    assert "commit dvc.lock" in line  # as v1 has, which can be read
     assert bingo_bags("show", 5, "--rev", "v1")[0] == 0
     assert "commit dvc.lock" in mistake("diff", "v0", "v1")
 
 
-def test_from_the_remote_and_from_nowhere(repository, tmp_path, monkeypatch):
+def test_data_missing_in_the_cache_come_from_the_remote_or_are_a_mistake(repository, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))  # as in a fresh clone
     shutil.rmtree(".dvc/cache")
     assert bingo_bags("show", 5, "--rev", "k6")[0] == 0
@@ -143,8 +144,8 @@ def test_from_the_remote_and_from_nowhere(repository, tmp_path, monkeypatch):
         assert "dvc repro bag" in line
 
 
-def test_a_chunk_that_is_nowhere_is_not_mistaken_for_an_empty_one(repository):
-    """zarr answers a file that cannot be read with its fill value."""
+def test_a_missing_chunk_is_not_mistaken_for_an_empty_one(repository):
+    """zarr returns its fill value for a file that cannot be read."""
     run("dvc", "commit", "-fq")
     run("git", "add", "-A")
     run("git", "commit", "-qm", "other images")

@@ -1,5 +1,5 @@
-"""params.yaml and dvc.yaml under the tools that rewrite them: DVC's own overrides (`dvc exp run -S`), its commands on stages, and
-`bingo recipe use`."""
+"""params.yaml and dvc.yaml after other tools have rewritten them: DVC's overrides (`dvc exp run -S`), its commands on stages, and `bingo
+recipe use`."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def as_override(value) -> str:
 
 
 def override(key: str, value: str) -> str:
-    """A setting in the grammar of `-S`, in which a key that begins with a digit stands within braces (the schedules 1x and 2x)."""
+    """A setting in the grammar of `-S`, in which a key that begins with a digit is enclosed in braces (the schedules 1x and 2x)."""
     section, _, last = key.rpartition(".")
     return f"{section}={{{last}: {value}}}" if last[0].isdigit() else f"{key}={value}"
 
@@ -85,7 +85,7 @@ def scalars_and_lists() -> dict:
 
 
 @pytest.mark.slow
-def test_every_key_goes_through_every_form_and_back(rewritten):
+def test_every_key_survives_every_form_and_back(rewritten):
     keys = scalars_and_lists()
     for form in FORMS:
         apply_overrides(rewritten, [override(key, form) for key in keys])
@@ -101,7 +101,7 @@ def named_by_override(kind: type) -> list[str]:
 
 
 def kind_of_place(key: str) -> tuple[int, bool, bool, bool]:
-    """What decides how a list is written back: its depth, whether it is empty, whether its section ends with it or is on one line."""
+    """Properties that decide how a list is written back: its depth, whether it is empty, whether it ends its section or is on one line."""
     section = key.rpartition(".")[0]
     on_one_line = f"{section.rpartition('.')[2]}: {{" in PARAMS.read_text()
     return key.count("."), not SHIPPED[key], key == [other for other in SHIPPED if other.startswith(section)][-1], on_one_line
@@ -109,7 +109,7 @@ def kind_of_place(key: str) -> tuple[int, bool, bool, bool]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", {kind_of_place(key): key for key in named_by_override(list)}.values())
-def test_one_list_alone_goes_through_the_forms_that_broke_it(rewritten, key):
+def test_a_single_list_survives_the_forms_that_once_broke_it(rewritten, key):
     for form in ("[a,b]", "[]", "null", "[[a],[]]", "[]"):
         apply_overrides(rewritten, [override(key, form)])
         assert leaves(read_yaml(rewritten)) == SHIPPED | {key: in_form(form)}
@@ -117,7 +117,7 @@ def test_one_list_alone_goes_through_the_forms_that_broke_it(rewritten, key):
 
 
 @pytest.mark.parametrize("key", named_by_override(dict))
-def test_a_section_of_the_users_own_words_is_filled_and_emptied(rewritten, key):
+def test_a_section_with_the_users_own_keys_is_filled_and_emptied(rewritten, key):
     for override, expected in [
         (f"++{key}={{a: {{b: [1, 2]}}}}", {f"{key}.a.b": [1, 2]}),
         (f"{key}.a.b=[]", {f"{key}.a.b": []}),
@@ -129,8 +129,8 @@ def test_a_section_of_the_users_own_words_is_filled_and_emptied(rewritten, key):
     assert remarks(rewritten.read_text()) == remarks(PARAMS.read_text())
 
 
-def test_remarks_stand_at_the_head_of_sections_and_name_their_keys():
-    """The only layout of remarks that survives: nothing behind a value, no empty line, none between keys."""
+def test_comments_are_at_the_head_of_sections_and_name_their_keys():
+    """The only layout of comments that survives rewriting: none behind a value, no empty lines, none between keys."""
     lines = PARAMS.read_text().splitlines()
     for number, line in enumerate(lines):
         assert line.strip(), f"line {number + 1} is empty: a rewrite keeps it as part of a list, and breaks there"
@@ -169,7 +169,7 @@ def test_one_setting_changes_in_a_section_on_one_line_or_in_a_block(rewritten, s
     load_params(rewritten)
 
 
-def test_a_long_remark_behind_a_section_stays(rewritten, monkeypatch):
+def test_a_long_comment_behind_a_section_is_kept(rewritten, monkeypatch):
     remark = "  # tried before: " + ", ".join(f"k{i}: {{views: {i}}}" for i in range(12))
     rewritten.write_text(re.sub(r"^(extract: .*)$", rf"\1{remark}", rewritten.read_text(), flags=re.MULTILINE))
     before = rewritten.read_text().splitlines()
@@ -182,8 +182,8 @@ def test_a_long_remark_behind_a_section_stays(rewritten, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["method-seed", "downstream-digits", "coco-fpn", "imagenet-r18-seed-r50w2", "keys-stored"])
-def test_a_recipe_and_the_way_back_leave_the_file_as_it_was(rewritten, monkeypatch, name):
-    """Sections on one line stay there, up to 140 columns, and only lines of changed values change."""
+def test_applying_and_undoing_a_recipe_leaves_the_file_unchanged(rewritten, monkeypatch, name):
+    """Sections on one line of up to 140 columns stay there, and only lines with changed values change."""
     monkeypatch.chdir(rewritten.parent)
     shipped, changed, text = read_yaml(PARAMS), read_yaml(PARAMS), PARAMS.read_text()
     overlay = read_recipe(ROOT / "recipes", name).overlay
@@ -197,7 +197,7 @@ def test_a_recipe_and_the_way_back_leave_the_file_as_it_was(rewritten, monkeypat
 
 
 def resolved_stages() -> dict[str, tuple]:
-    """Of each stage of the repository here, as DVC reads it, what it runs, reads and writes."""
+    """The commands, inputs and outputs of each stage of the repository here, as DVC reads them."""
     with Repo(".") as repo:
         return {
             stage.addressing: (
@@ -211,14 +211,14 @@ def resolved_stages() -> dict[str, tuple]:
 
 
 def in_any_order(value):
-    """Lists sorted, as DVC writes those of deps, params and outs."""
+    """Sorted lists, because DVC sorts deps, params and outs when writing."""
     if isinstance(value, dict):
         return {key: in_any_order(item) for key, item in value.items()}
     return sorted(map(in_any_order, value), key=str) if isinstance(value, list) else value
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # of pygtrie, which DVC uses
+@pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # from pygtrie, which DVC uses
 def test_dvcs_own_commands_on_stages_lose_nothing_of_dvc_yaml(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("params.yaml", "dvc.yaml"):
@@ -227,7 +227,7 @@ def test_dvcs_own_commands_on_stages_lose_nothing_of_dvc_yaml(tmp_path, monkeypa
     with Repo.init(".", no_scm=True) as repo:
         resolved, frozen = resolved_stages(), []
         assert {name.partition("@")[0] for name in resolved} >= {"scan", "teacher", "extract", "bag", "distill", "linear_eval", "report"}
-        for name in resolved.keys() & stages["stages"].keys():  # DVC finds no stage of a foreach by its name to freeze it
+        for name in resolved.keys() & stages["stages"].keys():  # DVC cannot find a stage with foreach by its name to freeze it
             try:
                 repo.freeze(name)
                 assert in_any_order(read_yaml(file)["stages"][name]) == stages["stages"][name] | {"frozen": True}

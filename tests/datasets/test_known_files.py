@@ -1,4 +1,4 @@
-"""What scans remember of files: nothing that changed is taken for unchanged, a killed scan goes on, and no output depends on it."""
+"""Results of files that scans remember: changed files are always noticed, a killed scan resumes, and outputs do not depend on them."""
 
 import errno
 import os
@@ -22,7 +22,8 @@ from tests.photographs import photographs
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Photographs in two classes, among them a grey one of 16 bits, a copy of a train image in the test split, and a file that is none."""
+    """Photographs in two classes, among them a grey one with 16 bits, a copy of a train image in the test split, and a file that is not an
+    image."""
     for place in ("train/a", "train/b", "val/a"):
         (tmp_path / "photos" / place).mkdir(parents=True)
         photographs(tmp_path / "photos" / place)
@@ -33,7 +34,7 @@ def photos(tmp_path) -> Path:
 
 @pytest.fixture
 def read(monkeypatch) -> list[str]:
-    """The paths that scans read; files count as settled at once."""
+    """The paths that scans read; files count as unchanged from the moment they are written."""
     paths, check = [], filecheck._check
 
     def noting(files, row, *arguments):
@@ -46,7 +47,7 @@ def read(monkeypatch) -> list[str]:
 
 
 def scanned(photos: Path, state: Path | None, made_by: str = "this", **changes):
-    """Bytes of the listing, and what the scan said."""
+    """The bytes of the listing, and the lines of the scan."""
     remembered, said = KnownFiles(state, made_by) if state else None, []
     listing, _ = scan(folder(photos, on_bad_image="skip", **changes), 0, said.append, known=remembered)
     write_listing(photos.parent / "listing.parquet", listing)
@@ -77,11 +78,11 @@ def test_every_way_to_change_a_file_is_noticed(photos, read, tmp_path):
 
     content = bytearray(before["420.jpg"][0])
     content[-20] ^= 1
-    files["420.jpg"].write_bytes(content)  # in place, of the same size, with the old time
+    files["420.jpg"].write_bytes(content)  # in place, with the same length and the old time
     restore_times("420.jpg")
     shutil.copy(files["444.jpg"], tmp_path / "other.jpg")
     os.utime(tmp_path / "other.jpg", ns=(before["422.jpg"][1].st_atime_ns, before["422.jpg"][1].st_mtime_ns))
-    (tmp_path / "other.jpg").rename(files["422.jpg"])  # another file under the name
+    (tmp_path / "other.jpg").rename(files["422.jpg"])  # another file with the same name
     files["444.jpg"].touch()
     files["grey.jpg"].unlink()
     files["exif.jpg"].rename(photos / "train/a/renamed.jpg")
@@ -92,7 +93,7 @@ def test_every_way_to_change_a_file_is_noticed(photos, read, tmp_path):
     assert found == scanned(photos, None)
 
 
-def test_a_scan_that_was_ended_goes_on(photos, read, tmp_path, monkeypatch):
+def test_an_interrupted_scan_resumes(photos, read, tmp_path, monkeypatch):
     monkeypatch.setattr(filecheck, "SAVED_FILES", 8)
     wanted = scanned(photos, None)
     every = sorted(read)
@@ -114,7 +115,7 @@ def test_a_scan_that_was_ended_goes_on(photos, read, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut off", "of other code"])
-def test_what_is_damaged_or_of_other_code_is_found_out_again(photos, read, tmp_path, damage):
+def test_results_that_are_damaged_or_of_other_code_are_recomputed(photos, read, tmp_path, damage):
     wanted = scanned(photos, tmp_path / "state", made_by="other" if damage == "of other code" else "this")
     (part,) = (tmp_path / "state").iterdir()
     content = bytearray(part.read_bytes())
@@ -127,7 +128,7 @@ def test_what_is_damaged_or_of_other_code_is_found_out_again(photos, read, tmp_p
     assert len(list((tmp_path / "state").iterdir())) == 1
 
 
-def test_a_file_that_was_just_written_is_read_again(photos, read, tmp_path, monkeypatch):
+def test_a_recently_written_file_is_read_again(photos, read, tmp_path, monkeypatch):
     monkeypatch.setattr(known, "_SETTLED_NS", 2 * 10**9)
     scanned(photos, tmp_path / "state")
     every = sorted(read)
@@ -136,8 +137,8 @@ def test_a_file_that_was_just_written_is_read_again(photos, read, tmp_path, monk
     assert sorted(read) == every
 
 
-def test_results_stay_with_their_files_whatever_was_changed_before(photos, read, tmp_path):
-    """A file that was read again is remembered behind the others."""
+def test_results_stay_with_their_files_after_other_files_change(photos, read, tmp_path):
+    """The result of a file that was read again is stored after the others."""
     for name in ("train/a/420.jpg", "train/b/deep.png", "val/a/444.jpg"):
         (photos / name).touch()
         wanted = scanned(photos, None)
@@ -148,7 +149,7 @@ def test_results_stay_with_their_files_whatever_was_changed_before(photos, read,
     assert not read
 
 
-def test_what_the_machine_could_not_read_is_read_the_next_time(photos, read, tmp_path, monkeypatch):
+def test_files_with_errors_of_the_disk_are_read_the_next_time(photos, read, tmp_path, monkeypatch):
     wanted, whole = scanned(photos, None), FileImages.read
 
     def failing(files, row):
@@ -164,8 +165,8 @@ def test_what_the_machine_could_not_read_is_read_the_next_time(photos, read, tmp
     assert read == ["train/b/deep.png"]
 
 
-def test_processes_find_the_identities_that_one_finds(photos, monkeypatch):
-    """Of files in several blocks, one of which is absent; from a list and from a part of a column."""
+def test_processes_find_the_same_identities_as_one(photos, monkeypatch):
+    """Files in several blocks, of which one file does not exist; given as a list and as a part of a column."""
     files = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.*"))
     paths = [*files[:3], "train/absent.jpg", *files[3:]]
     wanted = np.array([(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in (Path(photos, file).stat() for file in files)])

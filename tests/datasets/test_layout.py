@@ -1,4 +1,4 @@
-"""What a scan assumes of a folder, and what it passes over: said in a line, or refused where train and test images would be mixed."""
+"""Assumptions of a scan about a folder, and ignored files: reported in a line, or refused if train and test images might be mixed."""
 
 import shutil
 import tracemalloc
@@ -18,7 +18,7 @@ from tests.datasets.test_sources import folder, lines_of, save
 
 
 def make(root: Path, *names: str) -> Path:
-    """Different images under these names."""
+    """Write different images with these names."""
     for seed, name in enumerate(names):
         save(root / name, seed)
     return root
@@ -47,7 +47,7 @@ SPLITS = [
 
 
 @pytest.mark.parametrize(("train", "test"), SPLITS)
-def test_splits_go_by_their_usual_names_and_are_named(tmp_path, train, test):
+def test_splits_with_usual_names_are_found_and_reported(tmp_path, train, test):
     make(tmp_path, f"{train}/cat/1.png", f"{train}/dog/2.png", f"{test}/cat/3.png", f"{test}/dog/4.png")
     listing, lines = said(tmp_path)
     assert listing.paths == [f"{train}/cat/1.png", f"{train}/dog/2.png", f"{test}/cat/3.png", f"{test}/dog/4.png"]
@@ -61,7 +61,7 @@ def test_other_words_are_not_splits(name):
     assert role_of(name) is None
 
 
-def test_the_usual_layout_needs_no_word(tmp_path):
+def test_the_usual_layout_is_not_reported(tmp_path):
     make(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/dog/4.png")
     assert said(tmp_path)[1] == ""
 
@@ -72,19 +72,19 @@ def test_the_usual_layout_needs_no_word(tmp_path):
         ("cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"),  # splits below the classes
         ("ILSVRC/train/cat/1.png", "ILSVRC/val/cat/2.png"),  # a folder too high
         ("train/a/Train/cat/1.png", "train/a/Valid/cat/2.png", "train/b/1.png"),
-        ("train2014/cat/1.png", "train2017/cat/2.png", "val/cat/3.png"),  # which of two
+        ("train2014/cat/1.png", "train2017/cat/2.png", "val/cat/3.png"),  # it is unclear which of the two is meant
         ("train/cat/1.png", "val2014/cat/2.png", "val2017/cat/3.png"),
-        ("car/1.png", "train/2.png", "bus/3.png"),  # a class of that name
+        ("car/1.png", "train/2.png", "bus/3.png"),  # a class with the name of a split
         ("cat/1.png", "dog/2.png", "holdout/3.png"),
         ("Test/cat/1.png",),
     ],
 )
-def test_what_may_mix_train_and_test_is_refused(tmp_path, names):
+def test_layouts_that_may_mix_train_and_test_are_refused(tmp_path, names):
     (line,) = lines_of(folder(make(tmp_path, *names)))
     assert line.startswith(f"dataset.root = {tmp_path}: ")
 
 
-def test_the_ways_out_of_a_mixture_help(tmp_path):
+def test_the_advice_for_a_mixed_layout_helps(tmp_path):
     make(tmp_path, "ILSVRC/train/cat/1.png", "ILSVRC/val/cat/2.png")
     assert f"set dataset.root to {tmp_path}/ILSVRC," in lines_of(folder(tmp_path))[0]
     assert said(tmp_path / "ILSVRC")[0].train_rows == 1
@@ -110,7 +110,7 @@ TWINS = [
 
 @pytest.mark.parametrize(("train", "test"), TWINS)
 @pytest.mark.parametrize("above", ["", "train/"])
-def test_folders_that_differ_in_the_word_for_their_split_are_not_classes(tmp_path, train, test, above):
+def test_folders_that_differ_only_in_a_word_for_a_split_are_not_classes(tmp_path, train, test, above):
     make(tmp_path, f"{above}{train}/cat/1.png", f"{above}{train}/dog/2.png", f"{above}{test}/cat/3.png", f"{above}{test}/dog/4.png")
     assert len(lines_of(folder(tmp_path))) == 1
     (tmp_path / above / train).rename(tmp_path / above / "now")
@@ -133,7 +133,7 @@ def test_classes_with_such_words_in_their_names_stay_classes(tmp_path, classes):
         assert said(tmp_path)[0].classes == sorted(classes)
 
 
-def test_a_split_within_a_split_of_the_same_name_is_moved_up(tmp_path):
+def test_a_split_inside_a_split_of_the_same_name_is_refused_until_moved_up(tmp_path):
     make(tmp_path, "train/seg_train/cat/1.png", "train/seg_train/dog/2.png", "val/cat/3.png")
     assert "move its content up into train/" in lines_of(folder(tmp_path))[0]
     for name in ("cat", "dog"):
@@ -142,7 +142,7 @@ def test_a_split_within_a_split_of_the_same_name_is_moved_up(tmp_path):
     assert said(tmp_path)[0].classes == ["cat", "dog"]
 
 
-HIDDEN = {  # under names of any language: the images' folders, and where the splits lie
+HIDDEN = {  # names in any language: the images' folders, and the places of the splits
     "learn and exam": ["{}learn/cat", "{}learn/dog", "{}exam/cat", "{}exam/dog"],
     "tr and te": ["{}tr/0", "{}tr/1", "{}tr/2", "{}te/0", "{}te/1"],
     "another language": ["{}entrenamiento/gato", "{}entrenamiento/perro", "{}prueba/Gato", "{}prueba/perro"],
@@ -165,7 +165,7 @@ HIDDEN = {  # under names of any language: the images' folders, and where the sp
 
 @pytest.mark.parametrize("above", ["", "data/raw/"])
 @pytest.mark.parametrize("kind", HIDDEN)
-def test_splits_of_unknown_names_are_refused_and_both_ways_out_help(tmp_path, kind, above):
+def test_splits_with_unknown_names_are_refused_and_both_solutions_help(tmp_path, kind, above):
     places = [place.format(above) for place in HIDDEN[kind]]
     make(tmp_path / "in", *(f"{place}/{number}.png" for number, place in enumerate(places)))
     (line,) = lines_of(folder(tmp_path / "in"))
@@ -183,7 +183,7 @@ def test_splits_of_unknown_names_are_refused_and_both_ways_out_help(tmp_path, ki
             target = "train" if split == splits[0][0] else "val"
             shutil.copytree(tmp_path / "in" / place, tmp_path / "splits" / target / name, dirs_exist_ok=True)
     if "dog/owl" in kind:
-        assert "has classes that train/ lacks: owl" in lines_of(folder(tmp_path / "splits"))[0]  # of something else, and true
+        assert "has classes that train/ lacks: owl" in lines_of(folder(tmp_path / "splits"))[0]  # about something else, and true
     else:
         assert said(tmp_path / "splits")[0].classes == sorted({name for split, name in splits if split == splits[0][0]})
 
@@ -218,7 +218,7 @@ def test_files_next_to_the_splits_are_reported(tmp_path):
     assert "no image of 1 of the 2 classes: dog" in lines
 
 
-def test_litter_is_passed_over_and_counted(tmp_path):
+def test_system_folders_and_other_files_are_ignored_and_counted(tmp_path):
     make(tmp_path, "train/cat/1.png", "train/dog/2.png", "__MACOSX/train/cat/3.png", "train/cat/@eaDir/4.png", "lost+found/5.png")
     make(tmp_path, "train/.ipynb_checkpoints/6.png", "train/cat/._1.png")
     for name in ("train/cat/Thumbs.db", "train/cat/x.heic", "train/dog/y.HEIC", "train/notes.txt", "train/dog/README"):
@@ -232,7 +232,7 @@ def test_litter_is_passed_over_and_counted(tmp_path):
     assert " other suffixes" in lines
 
 
-def test_names_that_cannot_be_printed_are_counted_all_the_same(tmp_path):
+def test_names_that_cannot_be_printed_are_counted_too(tmp_path):
     make(tmp_path, "a/1.png", "b/2.png")
     (tmp_path / "a" / "x.\udcff\n").write_bytes(b"x")
     (tmp_path / "\x1b[2J").mkdir()
@@ -244,7 +244,7 @@ def test_names_that_cannot_be_printed_are_counted_all_the_same(tmp_path):
     assert lines.encode()
 
 
-def test_a_folder_of_files_that_are_not_read_says_so(tmp_path):
+def test_a_folder_without_readable_kinds_of_files_is_reported(tmp_path):
     make(tmp_path, "train/cat/1.png")
     (tmp_path / "train/dog").mkdir()
     (tmp_path / "train/dog/2.heic").write_bytes(b"x")
@@ -266,7 +266,7 @@ def test_one_class_and_folders_in_classes_are_named(tmp_path):
     assert "other/only" not in lines
 
 
-def test_class_names_that_differ_in_case_or_form_alone(tmp_path):
+def test_class_names_that_differ_only_in_case_or_unicode_form(tmp_path):
     nfc, nfd = "caf\u00e9", normalize("NFD", "caf\u00e9")
     make(
         tmp_path,
@@ -320,7 +320,7 @@ FORMATS = {".jfif": "JPEG", ".jpe": "JPEG", ".apng": "PNG", ".pbm": "PPM", ".pnm
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_what_pillow_reads_is_read(tmp_path, suffix):
+def test_all_formats_that_pillow_reads_are_read(tmp_path, suffix):
     feature = {"AVIF": "avif", "JPEG2000": "jpg_2000"}.get(FORMATS[suffix])
     assert (suffix in SUFFIXES) == (feature is None or features.check(feature))
     if suffix in SUFFIXES:
@@ -349,7 +349,7 @@ def test_postscript_stays_unread(tmp_path):
 
 @pytest.fixture
 def linked(tmp_path) -> tuple[Path, Path]:
-    """The same images as files, and as a tree of links to files and folders elsewhere, under other names."""
+    """The same images as files, and as a tree of links to files and folders outside, with other names."""
     files = make(tmp_path / "files", "train/cat/1.png", "train/cat/2.png", "train/dog/3.png", "val/cat/4.png", "val/dog/5.png")
     links, store = tmp_path / "links", tmp_path / "store"
     shutil.copytree(files / "train/dog", store / "dog")
@@ -373,7 +373,7 @@ def test_links_out_of_the_root_are_followed_on_request(linked, changes):
         np.testing.assert_array_equal(images, again)
 
 
-def test_followed_links_are_decoded_at_use(linked):
+def test_followed_links_are_decoded_on_access(linked):
     import torch
 
     from bingo.images.images import FileImages
@@ -405,8 +405,8 @@ def test_bad_links_are_found_though_links_are_followed(linked):
 
 
 @pytest.mark.parametrize("names_at_once", [1, 2, 65536])
-def test_the_order_is_that_of_the_parts_of_paths_however_many_names_are_held(tmp_path, monkeypatch, names_at_once):
-    """A part that begins as another sorts after it, whatever character follows; links and names of other alphabets are among them."""
+def test_the_order_is_that_of_the_parts_of_paths_for_any_block_of_names(tmp_path, monkeypatch, names_at_once):
+    """A part that begins with another one sorts after it, whatever character follows; includes links and names in other alphabets."""
     monkeypatch.setattr("bingo.datasets.layout._NAMES", names_at_once)
     names = ["a/b/1", "a/b-c/1", "a/b", "a/b c", "a/é", "a/Z", "a b/2", "a-b/1", "ä/\U0001f600", "ä/\uffee"]
     make(tmp_path, *(f"train/{name}.png" for name in names), "val/a/1.png")
@@ -418,7 +418,7 @@ def test_the_order_is_that_of_the_parts_of_paths_however_many_names_are_held(tmp
 
 
 def test_memory_for_a_folder_is_that_of_columns(tmp_path, monkeypatch):
-    """Of 20,000 images, links to one: fewer bytes a row than a string of Python has."""
+    """For 20,000 images (links to one file): fewer bytes per row than a Python string needs."""
     save(tmp_path / "one.png", 0)
     for row in range(20_000):
         path = tmp_path / f"train/class-{row % 2}/some photograph {row:06d}.png"

@@ -1,4 +1,4 @@
-"""Photographs kept once more at a smaller size: their pixels, the same bytes after an interruption, and reading without the originals."""
+"""Smaller copies of photographs: their pixels, the same bytes after an interruption, and reading without the originals."""
 
 import io
 import shutil
@@ -30,7 +30,7 @@ CPU, PARAMS, PX = torch.device("cpu"), load_params(Path(__file__).parents[2] / "
 
 
 def silent(line: str) -> None:
-    """Forget a line."""
+    """Ignore a line."""
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ SMOOTH = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np
 
 @pytest.mark.parametrize("px", [40, 149])
 def test_an_image_is_resized_to_the_short_side_and_upright(px):
-    """However it is stored: as Pillow resizes the upright image and writes it as JPEG."""
+    """However the image is stored: the result equals Pillow's resizing of the upright image, saved as JPEG."""
     turned = Image.Exif()
     turned[0x0112] = 6
     expected = SMOOTH.resize((round(px * 210 / 150), px), Image.Resampling.BICUBIC)
@@ -82,7 +82,7 @@ def test_an_image_no_larger_or_too_long_for_jpeg_keeps_its_own_bytes(side):
 
 
 def test_the_bytes_are_the_same_after_an_interruption_and_with_any_number_of_workers(files, tmp_path, monkeypatch):
-    """What is packed is not read again: its originals are gone the second time."""
+    """Packed images are not read again: the originals are missing the second time."""
     monkeypatch.setattr(packing, "PART_IMAGES", 5)
     monkeypatch.setattr(packing, "CHUNK_FILES", 2)
     whole = pack_images(files, PX, tmp_path / "whole", silent)
@@ -106,7 +106,7 @@ def test_the_bytes_are_the_same_after_an_interruption_and_with_any_number_of_wor
         assert (tmp_path / "state" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_members_of_a_large_file_are_packed_as_files_are(files, tmp_path):
+def test_members_of_a_large_file_are_packed_like_files(files, tmp_path):
     contents = [files.read(row) for row in range(len(files))]
     (tmp_path / "all.bin").write_bytes(b"".join(contents))
     lengths_N = np.array(list(map(len, contents)))
@@ -118,7 +118,7 @@ def test_members_of_a_large_file_are_packed_as_files_are(files, tmp_path):
 
 
 def test_the_stage_packs_and_later_stages_need_no_originals(tmp_path, stages):
-    """The listing is another one, as the pixels are others; the pack goes into the store, and nothing of it stays in the state folder."""
+    """The listing differs, because the pixels do; the pack is moved into the store, and nothing of it is left in the state folder."""
     own = {"source": "folder", "root": "images", "store_px": None, "pack_px": 16, "train_images": None, "test_images": None}
     changes = {f"dataset.{key}": value for key, value in own.items()} | {"teacher.pretrain.batch_anchors": 8, "distill.batch_anchors": 8}
     workspace = new_workspace(tmp_path / "bingo", stages, changes | {"knn_eval.k": [1], "knn_eval.agreement_k": []})
@@ -141,8 +141,9 @@ def test_the_stage_packs_and_later_stages_need_no_originals(tmp_path, stages):
     workspace.done("teacher")
 
 
-def test_a_killed_pack_of_unhashed_files_begins_again_if_one_has_changed(tmp_path, monkeypatch):
-    """With `check: header` the listing says nothing of a file's content: another photograph of the same size is noticed all the same."""
+def test_a_killed_pack_of_unhashed_files_restarts_if_one_has_changed(tmp_path, monkeypatch):
+    """With `check: header` the listing does not depend on file contents; another photograph of the same dimensions is noticed
+    nevertheless."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage, "code_fingerprint", lambda name: "")
     monkeypatch.setattr(packing, "PART_IMAGES", 2)
@@ -170,7 +171,7 @@ def test_a_killed_pack_of_unhashed_files_begins_again_if_one_has_changed(tmp_pat
     assert levels == [10, 200, 30, 40]
 
 
-def test_a_part_that_is_cut_off_is_packed_again(files, tmp_path):
+def test_a_truncated_part_is_packed_again(files, tmp_path):
     whole = pack_images(files, PX, tmp_path, silent)
     file = tmp_path / whole.files[0]
     content = file.read_bytes()
@@ -179,7 +180,7 @@ def test_a_part_that_is_cut_off_is_packed_again(files, tmp_path):
     assert file.read_bytes() == content
 
 
-def test_space_is_asked_for_before_the_work(files, tmp_path, monkeypatch):
+def test_free_space_is_checked_before_the_work(files, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match=r"^dataset.pack_px = 32"):
         pack_images(files, PX, tmp_path, silent)
@@ -187,7 +188,7 @@ def test_space_is_asked_for_before_the_work(files, tmp_path, monkeypatch):
 
 
 def test_views_come_from_the_pack_when_the_originals_are_gone(files, tmp_path):
-    """Centre views and random views are those of the packed bytes as files; a store whose file is cut off or missing is refused."""
+    """Centre views and random views equal those of the packed bytes as files; a store with a truncated or missing file is refused."""
     listing = Listing("folder", files.paths, np.full(len(files), -1), len(files), [], [], "0123")
     store, state, rows = tmp_path / "images.zarr", tmp_path / "state", np.arange(len(files))
     small = tmp_path / "small"

@@ -1,5 +1,5 @@
-"""Datasets of Hugging Face's library: the same listing and the same views as a folder of the same images, by files that are made here
-as the library makes them, and by the library itself where it is installed."""
+"""Datasets of Hugging Face's library: the same listing and the same views as a folder of the same images, from files written here in the
+library's format, and by the library itself if it is installed."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def features_of(names: list[str] | None) -> dict[str, Any]:
 
 
 def write_arrow(path: Path, features: dict[str, Any], columns: dict[str, pa.Array], rows_a_batch: int = 2, **options) -> None:
-    """A stream of record batches with the features in its schema's metadata, as the library's ArrowWriter writes it."""
+    """A stream of record batches with the features in the metadata of its schema, as written by the library's ArrowWriter."""
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([(name, column.type) for name, column in columns.items()], metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def files_of(root: Path, part: str) -> tuple[list[Path], list[str]]:
 
 
 def save_split(where: Path, files: list[Path], classes: list[str], names: list[str], **options) -> None:
-    """A split as save_to_disk leaves it, in two files."""
+    """A split in two files, as written by save_to_disk."""
     half = len(files) // 2
     for number, part in enumerate((slice(half), slice(half, None))):
         columns = {"image": images_of(files[part]), "label": pa.array([names.index(name) for name in classes[part]], pa.int64())}
@@ -63,14 +63,15 @@ def save_split(where: Path, files: list[Path], classes: list[str], names: list[s
 
 @pytest.fixture
 def flat_pets(pets) -> Path:
-    """The pets without a deeper folder, which a saved dataset does not have."""
+    """The pets without a deeper folder, which a saved dataset cannot have."""
     (pets / "train/cat/deep/er/c.png").rename(pets / "train/cat/c.png")
     shutil.rmtree(pets / "train/cat/deep")
     return pets
 
 
-def test_a_saved_dataset_is_the_folder_of_its_images(flat_pets, tmp_path_factory):
-    """With splits, of which validation is used beside a test split without labels; classes in an order of their own; one split alone."""
+def test_a_saved_dataset_equals_the_folder_of_its_images(flat_pets, tmp_path_factory):
+    """With splits, where validation is used because the test split has no labels; with classes in an unsorted order; with a single
+    split."""
     there = tmp_path_factory.mktemp("saved")
     for split, part in (("train", "train"), ("validation", "val")):
         save_split(there / split, *files_of(flat_pets, part), ["dog", "cat"])
@@ -85,7 +86,7 @@ def test_a_saved_dataset_is_the_folder_of_its_images(flat_pets, tmp_path_factory
 
 
 def test_a_cached_dataset_is_read_by_the_names_of_its_files(flat_pets, tmp_path_factory):
-    """Below the folder of its configuration; what `map` has cached beside it is none of it. Images without names get numbers."""
+    """In the folder of its configuration; files that `map` has cached there are ignored. Images without names are numbered."""
     there = tmp_path_factory.mktemp("cache")
     leaf, wanted = there / "default/0.0.0/c0ffee", tmp_path_factory.mktemp("wanted")
     for split, part in (("train", "train"), ("validation", "val")):
@@ -139,7 +140,7 @@ def test_columns_are_found_by_their_type_or_named(flat_pets, tmp_path):
         ("two datasets", "holds 2 datasets"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_by_position_is_refused_with_a_way_out(flat_pets, tmp_path, damage, reason):
+def test_files_that_cannot_be_read_by_position_are_refused_with_a_way_out(flat_pets, tmp_path, damage, reason):
     files, classes = files_of(flat_pets, "train")
     there = tmp_path / "saved"
     save_split(there, files, classes, ["cat", "dog"], **({"compression": "zstd"} if damage == "compressed" else {}))
@@ -177,9 +178,9 @@ def test_rows_without_an_image_are_unreadable_files(flat_pets, tmp_path):
     assert (listing.paths, listing.skipped) == (["0.jpg"], ["1.jpg", "2.jpg", "3.jpg"])
 
 
-def test_what_the_library_saves_and_caches_is_read(flat_pets, tmp_path_factory):
-    """A folder of images, by its own reader: saved, saved as one split, and the cache of a copy of it as parquet."""
-    pytest.importorskip("datasets.load", reason="needs Hugging Face's library datasets")  # not this folder, which has the same name
+def test_files_saved_and_cached_by_the_library_are_read(flat_pets, tmp_path_factory):
+    """A folder of images loaded by the library: saved, saved as one split, and cached as a parquet copy."""
+    pytest.importorskip("datasets.load", reason="needs Hugging Face's library datasets")  # not this folder of the same name
     import datasets
 
     there = tmp_path_factory.mktemp("library")
@@ -193,7 +194,7 @@ def test_what_the_library_saves_and_caches_is_read(flat_pets, tmp_path_factory):
     assert "load_dataset" in lines_of(saved(there / "parquet"))[0]
     datasets.load_dataset("parquet", data_dir=str(there / "parquet"), cache_dir=str(there / "cache"))
     assert same(saved(there / "cache"), folder(flat_pets), there)
-    assert "save_to_disk" in lines_of(saved(there / "images"))[0]  # the cache of a folder holds paths
+    assert "save_to_disk" in lines_of(saved(there / "images"))[0]  # the cache of a folder contains paths
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_descriptions_that_the_library_did_not_write_are_refused(flat_pets, tmp_
     assert line.startswith(f"dataset.root = {there}: ")
 
 
-def test_splits_that_number_their_classes_otherwise_are_refused(flat_pets, tmp_path_factory):
+def test_splits_that_number_their_classes_differently_are_refused(flat_pets, tmp_path_factory):
     there = tmp_path_factory.mktemp("saved")
     save_split(there / "train", *files_of(flat_pets, "train"), ["dog", "cat"])
     save_split(there / "test", *files_of(flat_pets, "val"), ["cat", "dog"])
@@ -225,8 +226,8 @@ def test_splits_that_number_their_classes_otherwise_are_refused(flat_pets, tmp_p
     ]  # fmt: skip
 
 
-def test_transfer_takes_shards_and_saved_datasets(flat_pets, tmp_path_factory):
-    """As the folder of the same images; a column cannot be named there."""
+def test_transfer_accepts_shards_and_saved_datasets(flat_pets, tmp_path_factory):
+    """Like the folder of the same images; its columns cannot be named."""
     there = tmp_path_factory.mktemp("sets")
     for split, part in (("train", "train"), ("validation", "val")):
         save_split(there / "saved" / split, *files_of(flat_pets, part), ["cat", "dog"])
@@ -259,7 +260,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("kind", OTHER)
-def test_a_column_that_holds_no_labels_is_one_line(flat_pets, tmp_path, kind):
+def test_a_column_without_labels_is_an_error_in_one_line(flat_pets, tmp_path, kind):
     files, _ = files_of(flat_pets, "val")
     columns = {"image": images_of(files), "kind": pa.array(OTHER[kind])}
     write_arrow(tmp_path / "data.arrow", features_of(None) | {"kind": {"_type": "Value"}}, columns)
@@ -267,7 +268,7 @@ def test_a_column_that_holds_no_labels_is_one_line(flat_pets, tmp_path, kind):
     assert "are neither integers nor names; set dataset.label_column to another column" in line
 
 
-NO_FOLDERS = {  # names of classes that folders could not have, or that mean something else there
+NO_FOLDERS = {  # names of classes that cannot be names of folders, or that mean something else there
     "of systems": ["__MACOSX", "@eaDir", "lost+found", "cat"],
     "hidden": [".x", ".git", "..", "."],
     "splits": ["train", "test", "val", "car"],
@@ -278,7 +279,7 @@ NO_FOLDERS = {  # names of classes that folders could not have, or that mean som
 
 @pytest.mark.parametrize("kind", NO_FOLDERS)
 def test_any_name_of_a_class_is_a_class(flat_pets, tmp_path, kind):
-    """Each class has one train and one test image, which come in the order of the classes' names."""
+    """Each class has one train and one test image, listed in the order of the names of classes."""
     names = NO_FOLDERS[kind]
     files = [save(tmp_path / f"{number}.jpg", number) for number in range(2 * len(names))]
     for part, of_split in (("train", files[: len(names)]), ("test", files[len(names) :])):
@@ -309,8 +310,8 @@ UNKNOWN = {"null": None, "-1": -1, "-100": -100}
 
 @pytest.mark.parametrize("unknown", UNKNOWN)
 def test_rows_without_labels(flat_pets, tmp_path, unknown):
-    """Where no row of a split has one they are images without labels, of a test split beside train images with labels passed over; where
-    some have, it is refused."""
+    """If no row of a split has a label, its images have none; a test split without labels is ignored if train images have labels. A split
+    in which only some rows have labels is refused."""
     files = files_of(flat_pets, "train")[0]
 
     def write(split: str, labels: list[int | None]) -> None:
@@ -336,7 +337,7 @@ def test_rows_without_labels(flat_pets, tmp_path, unknown):
 
 
 @pytest.mark.parametrize(("splits", "train_rows"), [(["full"], 2), (["unlabeled", "train"], 2), (["a", "b"], None), (["test"], None)])
-def test_splits_of_other_names(flat_pets, tmp_path, splits, train_rows):
+def test_splits_with_other_names(flat_pets, tmp_path, splits, train_rows):
     files, classes = files_of(flat_pets, "val")
     labels = pa.array([["cat", "dog"].index(name) for name in classes], pa.int64())
     for split in splits:

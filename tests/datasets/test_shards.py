@@ -1,4 +1,4 @@
-"""Tar shards: the same listing and the same views as a folder of the same images, and every way in which shards can be wrong."""
+"""Tar shards: the same listing and the same views as a folder of the same images, and every mistake in shards."""
 
 import gzip
 import io
@@ -60,14 +60,14 @@ def same(one: DatasetParams, other: DatasetParams, tmp_path: Path) -> bool:
 
 
 def relative(root: Path, part: str) -> dict[str, Path]:
-    """The files under a part of a folder, by their paths below it, in reverse order: that of members says nothing."""
+    """The files in a folder, by their relative paths in reverse order, because the order of members must not matter."""
     return {path.relative_to(root / part).as_posix(): path for path in sorted((root / part).rglob("*"), reverse=True) if path.is_file()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_shards_of_each_split_are_the_folder_that_was_packed(pets, tmp_path_factory, form):
-    """Split over shards of each split; by a pattern, by a wildcard and by their folder; in memory too; held-out images and subsets."""
+def test_shards_of_each_split_equal_the_folder_that_was_packed(pets, tmp_path_factory, form):
+    """Several shards for each split, given by a pattern, a wildcard and their folder; also in memory, with held-out images and subsets."""
     there = tmp_path_factory.mktemp("shards")
     members = list(relative(pets, "train").items())
     for number in range(2):
@@ -79,13 +79,14 @@ def test_shards_of_each_split_are_the_folder_that_was_packed(pets, tmp_path_fact
     for changes in ({"store_px": 12}, {"train_images": 3, "check": "header"}):
         assert same(shards(there, **changes), folder(pets, **changes), there)
     held_out = {"test_images": 2}
-    assert same(shards(f"{there}/pets-train-*.tar", **held_out), folder(pets, **held_out), there) is False  # the folder has its own
+    assert same(shards(f"{there}/pets-train-*.tar", **held_out), folder(pets, **held_out), there) is False  # its test split
     alone, _ = scan(shards(f"{there}/pets-train-*.tar", **held_out), 0)
     assert (alone.train_rows, len(alone), alone.held_out) == (3, 5, 2)
 
 
 def test_long_names_and_splits_and_hidden_files_within_a_shard(pets, tmp_path_factory):
-    """Names of 300 bytes by GNU's and by PAX's headers; what `tar c .` writes, with folders and with a shard's name that says nothing."""
+    """Names of 300 bytes with GNU and PAX headers; archives made by `tar c .`, which contain folders, in a shard without a meaningful
+    name."""
     there = tmp_path_factory.mktemp("shards")
     long = save(pets / "train/dog" / "/".join(["a" * 90] * 3) / "caf\u00e9.jpg", 9)
     assert len(str(long.relative_to(pets))) > 280
@@ -100,7 +101,7 @@ def test_long_names_and_splits_and_hidden_files_within_a_shard(pets, tmp_path_fa
 
 @pytest.mark.parametrize("how", ["cls", "json", "names", "text"])
 def test_labels_beside_the_images_are_class_folders(pets, tmp_path, tmp_path_factory, how):
-    """Integers are padded, so that class 10 stands behind class 9; names come from classes.txt or from the label itself."""
+    """Integers are padded, so that class 10 comes after class 9; names come from classes.txt or from the label itself."""
     there, wanted = tmp_path_factory.mktemp("shards"), tmp_path_factory.mktemp("folder")
     names = [f"kind{number}" for number in range(11)]
     members: dict[str, Path | bytes] = {}
@@ -133,7 +134,7 @@ ODD = [b"{", b"\xff\xfe", b"[1, 2]", b'{"label": [1, 2]}', b'{"label": true}', b
 
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("beside", ["a label", "no image"])
-def test_files_that_hold_no_label_are_judged_only_where_an_image_needs_it(pets, tmp_path_factory, odd, beside):
+def test_files_without_a_label_matter_only_if_an_image_needs_it(pets, tmp_path_factory, odd, beside):
     there, photo = tmp_path_factory.mktemp("shards"), (pets / "train/cat/b.jpg").read_bytes()
     members = {"a.jpg": photo, "a.cls": b"cat", "b.jpg": photo, "b.json": b'{"label": "dog"}'}
     members |= {"a.json": odd, "b.cls": b"\xff"} if beside == "a label" else {"info.json": odd, "x/meta.cls": b"\n"}
@@ -163,8 +164,8 @@ def test_any_name_of_a_label_is_a_class(tmp_path_factory, names, how):
     assert [names[int(Path(path).stem[-1])] for path in listing.paths] == sorted(names) * 2
 
 
-def test_a_folder_in_a_shard_of_a_split_is_a_class_whatever_its_name(tmp_path_factory):
-    """Unless all are named like splits, as where a whole dataset was packed."""
+def test_a_folder_in_a_shard_of_a_split_is_a_class_with_any_name(tmp_path_factory):
+    """Except if all folders are named like splits, as in a shard of a whole dataset."""
     there = tmp_path_factory.mktemp("shards")
     for part in ("train", "val"):
         names = [f"{name}/{part}.jpg" for name in ("car", "train", "bus")]
@@ -175,8 +176,8 @@ def test_a_folder_in_a_shard_of_a_split_is_a_class_whatever_its_name(tmp_path_fa
         assert (listing.classes, listing.train_rows, len(listing)) == (["bus", "car", "train"], 3, 6)
 
 
-def test_the_order_and_the_names_of_shards_change_no_row(pets, tmp_path_factory):
-    """The same images, cut into other shards of other names, in another order."""
+def test_the_order_and_the_names_of_shards_do_not_change_rows(pets, tmp_path_factory):
+    """The same images in another order, in other shards with other names."""
     there = tmp_path_factory.mktemp("shards")
     members = [*relative(pets, "train").items()]
     for number in range(2):
@@ -226,7 +227,7 @@ def test_everything_wrong_with_shards_is_reported_at_once(pets, tmp_path_factory
     (there / "train-6.tar").hardlink_to(there / "train-0.tar")
     lines = lines_of(shards(f"{there}/train-{{0..7}}.tar"))
     of = {number: [line for line in lines if f": train-{number}.tar: " in line] for number in range(8)}
-    assert sum(map(len, of.values())) == len(lines) - 1  # the last counts the others
+    assert sum(map(len, of.values())) == len(lines) - 1  # the last line counts the remaining mistakes
     assert [any(word in line for line in of[0]) for word in ("../out.jpg", "/absolute.jpg", "b.cls", "c.json")] == [True] * 4
     assert [any(f"{word}.jpg is " in line for line in of[0]) for word in ("soft", "hard", "pipe")] == [True] * 3
     assert {number: len(of[number]) for number in range(1, 6)} == {1: 1, 2: 1, 3: 1, 4: 1, 5: 1}
@@ -240,7 +241,7 @@ def test_everything_wrong_with_shards_is_reported_at_once(pets, tmp_path_factory
     "cut", ["at a member", "in a header", "in a header's name", "end alone", "damaged header", "two archives", "two, far apart"]
 )
 def test_a_shard_that_ends_early_is_refused(pets, tmp_path_factory, cut):
-    """tarfile takes most of these for the end of the archive."""
+    """tarfile mistakes most of these for the end of the archive."""
     there = tmp_path_factory.mktemp("shards")
     photo = (pets / "train/cat/b.jpg").read_bytes()
     whole = pack(there / "0.tar", {"a.jpg": photo, f"{'b' * 200}.jpg": photo, "c.jpg": photo}).read_bytes()
@@ -264,7 +265,7 @@ def test_zeros_behind_the_end_of_a_shard_are_padding(pets, tmp_path_factory):
     there = tmp_path_factory.mktemp("shards")
     shard = pack(there / "0.tar", dict.fromkeys(("a.jpg", "b.jpg"), pets / "train/cat/b.jpg"))
     with shard.open("ab") as file:
-        file.truncate(shard.stat().st_size + 3 * 2**20)  # as tar -b 8192 writes it
+        file.truncate(shard.stat().st_size + 3 * 2**20)  # as written by tar -b 8192
     assert scan(shards(there), 0)[0].paths == ["a.jpg", "b.jpg"]
 
 
@@ -305,7 +306,7 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(pets, tmp_path_factor
     assert (listing.skipped, len(images)) == (["train/cat/c.jpg"], len(listing))
 
 
-def test_a_shard_that_is_a_link_is_read_where_links_are_followed(pets, tmp_path_factory):
+def test_a_shard_that_is_a_link_is_read_if_links_are_followed(pets, tmp_path_factory):
     there, elsewhere = tmp_path_factory.mktemp("shards"), tmp_path_factory.mktemp("elsewhere")
     (there / "train.tar").symlink_to(pack(elsewhere / "0.tar", relative(pets, "train")))
     (line,) = lines_of(shards(there))
@@ -313,8 +314,8 @@ def test_a_shard_that_is_a_link_is_read_where_links_are_followed(pets, tmp_path_
     assert len(written(shards(there, follow_links=True), there)[1]) == 5
 
 
-def test_what_is_not_a_file_is_refused_without_being_opened(pets, tmp_path_factory):
-    """A pipe, which would wait for a writer, a folder, and links to itself and to a pipe, as shards and as images."""
+def test_special_files_are_refused_without_being_opened(pets, tmp_path_factory):
+    """A pipe, which would wait for a writer; a folder; and links to themselves and to a pipe; as shards and as images."""
     there = tmp_path_factory.mktemp("shards")
     (there / "folder.tar").mkdir()
     os.mkfifo(there / "pipe.tar")
@@ -330,7 +331,7 @@ def test_what_is_not_a_file_is_refused_without_being_opened(pets, tmp_path_facto
 @pytest.mark.parametrize(
     "pattern", ["a-{000000..000012}.tar", "{train-{0..3},val}-x.tar", "{a,b}{1..2}", "none", "{08..11}", "{a,{b,c}d}e", "x{1..1}"]
 )
-def test_braces_are_those_of_bash(pattern):
+def test_braces_expand_as_in_bash(pattern):
     printed = subprocess.run(["bash", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True, check=True).stdout
     assert expand_braces(pattern) == printed.split()
 
@@ -341,7 +342,7 @@ def test_other_braces_are_refused(pattern, tmp_path):
     assert "allowed" in line
 
 
-def test_init_finds_out_what_a_folder_holds(pets, tmp_path_factory):
+def test_init_recognises_what_a_folder_contains(pets, tmp_path_factory):
     there = tmp_path_factory.mktemp("shards")
     for part in ("train", "val"):
         pack(there / "sub" / f"{part}.tar", relative(pets, part))

@@ -1,4 +1,4 @@
-"""Scans: what becomes a row, in which order, with which label; and every way in which a folder of images can be wrong."""
+"""Scans: which files become rows, in which order, with which label; and every mistake in a folder of images."""
 
 import io
 import os
@@ -50,7 +50,7 @@ def folder(root: Path | str, **changes) -> DatasetParams:
 
 
 def photo(seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """A smooth random image: noise would not survive JPEG."""
+    """A smooth random image, because noise would not survive JPEG compression."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -94,7 +94,7 @@ def test_digits_are_split_by_digit_and_stratified():
     np.testing.assert_allclose(shares, 0.2, atol=0.004)
 
 
-def test_digits_depend_on_the_seed_alone():
+def test_digits_depend_only_on_the_seed():
     few = DIGITS.model_copy(update={"train_images": 50, "test_images": 20})
     (one, images), (again, images_again), (other, _) = scan(few, 0), scan(few, 0), scan(few, 1)
     assert one.fingerprint == again.fingerprint != other.fingerprint
@@ -105,7 +105,8 @@ def test_digits_depend_on_the_seed_alone():
 
 
 def test_a_digit_is_drawn_in_its_square():
-    """An undistorted placement at full scale is the digit resized to the canvas; a smaller one has its ink, by area, inside."""
+    """An undistorted placement at full scale equals the digit resized to the canvas; a smaller one has its ink, scaled by area, inside the
+    square."""
     digits, _ = read_digits()
     still = DIGITS.model_copy(update={"placement_scale": [1.0, 1.0], "placement_degrees": 0.0, "store_px": 8})
     np.testing.assert_array_equal(draw_digits(digits, np.array([3, 4]), np.array([0, 1]), still, 0)[..., 0], digits[3:5])
@@ -164,7 +165,7 @@ def test_class_folders_alone_are_all_train(pets):
     assert (len(listing), listing.train_rows, listing.classes) == (5, 5, ["cat", "dog"])
 
 
-def test_a_flat_folder_is_train_without_labels(pets):
+def test_a_flat_folder_is_a_train_split_without_labels(pets):
     listing, _ = scan(folder(pets / "train/dog"), 0)
     assert (listing.paths, listing.train_rows, listing.classes) == (["10.webp", "2.jpeg"], 2, [])
     assert listing.labels_N.tolist() == [-1, -1]
@@ -182,7 +183,7 @@ def test_an_unlabelled_train_split_may_have_a_labelled_test_split(pets):
 
 
 @pytest.mark.parametrize("check", ["decode", "header"])
-def test_fingerprint_follows_content_label_and_order_and_not_time_or_place(pets, tmp_path_factory, check):
+def test_the_fingerprint_depends_on_content_label_and_order_but_not_time_or_place(pets, tmp_path_factory, check):
     def fingerprint() -> str:
         return scan(folder(pets, check=check), 0)[0].fingerprint
 
@@ -201,7 +202,7 @@ def test_fingerprint_follows_content_label_and_order_and_not_time_or_place(pets,
     assert len(seen) == 4
 
 
-def test_a_changed_byte_changes_the_fingerprint_of_decode_and_not_of_header(pets):
+def test_a_changed_byte_changes_the_fingerprint_with_check_decode_and_not_header(pets):
     path = pets / "val/dog/w.bmp"
     before = {check: scan(folder(pets, check=check), 0)[0].fingerprint for check in ("decode", "header")}
     content = bytearray(path.read_bytes())
@@ -222,7 +223,7 @@ def test_packed_images_are_resized_and_cropped_as_torchvision_does(pets):
     assert listing.fingerprint != scan(folder(pets), 0)[0].fingerprint
 
 
-def test_processes_and_threads_agree(pets, monkeypatch):
+def test_processes_and_threads_give_the_same_listing(pets, monkeypatch):
     by_threads, images = scan(folder(pets, store_px=16), 0)
     monkeypatch.setattr(workers, "THREADS_UP_TO_FILES", 0)
     monkeypatch.setattr(filecheck, "CHUNK_FILES", 2)
@@ -240,7 +241,7 @@ def test_a_subset_of_a_folder_is_drawn_before_files_are_read(pets):
         assert listing.skipped in ([], ["val/cat/v.jpg"])  # only files that are drawn are read
 
 
-# --- what can be wrong
+# --- mistakes
 
 
 def test_a_missing_or_empty_root(tmp_path):
@@ -260,7 +261,7 @@ def test_images_next_to_class_folders(pets):
     assert "holds images (train/stray.png) beside class folders" in lines_of(folder(pets))[0]
 
 
-def test_a_test_split_that_does_not_fit(pets):
+def test_a_test_split_that_does_not_match_train(pets):
     save(pets / "val/emu/x.png")
     assert "has classes that train/ lacks: emu" in lines_of(folder(pets))[0]
     for name in ("cat", "dog", "emu"):
@@ -286,7 +287,7 @@ def test_links_out_of_the_root_are_refused_and_links_within_are_followed(pets, t
 
 
 def bomb() -> bytes:
-    """A small PNG that says it is 30,000 x 30,000 pixels."""
+    """A small PNG whose header claims 30,000 x 30,000 pixels."""
     sink = io.BytesIO()
     Image.new("L", (1, 1)).save(sink, "PNG")
     content = bytearray(sink.getvalue())
@@ -381,7 +382,7 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same():
 
 
 class FakeCifar:
-    """Stands in for torchvision's class: 20 train and 10 test images."""
+    """Replaces torchvision's class, with 20 train and 10 test images."""
 
     filename = "cifar-10-python.tar.gz"
     classes = ("a", "b")
@@ -453,7 +454,7 @@ def test_a_dataset_of_deep_greys_is_scaled_by_the_bits_that_its_largest_value_ne
     assert scan(folder(tmp_path, store_px=16, test_images=None), 0)[0].fingerprint == listing.fingerprint
 
 
-def test_deep_greys_are_decoded_at_use_as_they_are_stored(tmp_path):
+def test_deep_greys_are_decoded_on_access_as_they_are_stored(tmp_path):
     import torch
 
     from bingo.images.draws import draw_views
@@ -483,7 +484,8 @@ def test_deep_greys_are_decoded_at_use_as_they_are_stored(tmp_path):
 
 
 def deep_colours(channels: int) -> bytes:
-    """A PNG of 8 x 8 pixels with 16 bits a channel (2: grey and alpha, 3: RGB, 4: RGBA), whose values fill 12 bits; Pillow writes none."""
+    """A PNG of 8 x 8 pixels with 16 bits per channel (2: grey and alpha, 3: RGB, 4: RGBA) and values of 12 bits, which Pillow cannot
+    write."""
     kind = {2: 4, 3: 2, 4: 6}[channels]
     rows = (b"\0" + b"\x0f\xff" * 8 * channels) * 8
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -504,7 +506,7 @@ def test_colours_of_16_bits_come_with_a_warning(tmp_path, channels, changes):
     assert lines[0].startswith("warning: 1 images have 16 bits per colour (b.png)")
 
 
-def test_deep_greys_of_16_bits_have_the_fingerprint_that_they_always_had(tmp_path):
+def test_the_fingerprint_of_deep_greys_of_16_bits_is_unchanged(tmp_path):
     deep_file(tmp_path / "a.png", ramp(65535))
     of_16 = scan(folder(tmp_path), 0)[0]
     deep_file(tmp_path / "b.png", ramp(4095))
@@ -531,7 +533,7 @@ def test_without_a_test_split_one_is_held_out_of_train_balanced_over_the_classes
     listing, images = scan(folder(tmp_path, test_images=8, store_px=16), 3, said.append)
     assert sorted(listing.paths) == [path for path in sorted(whole.paths) if path in listing.paths]
     test_rows = range(listing.train_rows, len(listing))
-    assert np.bincount(listing.labels_N[listing.train_rows :]).tolist() in ([4, 4], [3, 4])  # one less where the copy was drawn
+    assert np.bincount(listing.labels_N[listing.train_rows :]).tolist() in ([4, 4], [3, 4])  # one less of the class of the copy
     assert len(said) == 1 + (len(test_rows) < 8)
     again, images_again = scan(folder(tmp_path, test_images=8, store_px=16), 3)
     assert (again.paths, again.fingerprint) == (listing.paths, listing.fingerprint)
@@ -546,7 +548,7 @@ def test_without_a_test_split_one_is_held_out_of_train_balanced_over_the_classes
 
 def test_copies_of_train_images_are_not_held_out(tmp_path):
     for i in range(6):
-        save(tmp_path / f"{i}.png", seed=i // 2)  # three images, twice each
+        save(tmp_path / f"{i}.png", seed=i // 2)  # three images, two copies of each
     listing, _ = scan(folder(tmp_path, test_images=3), 0)
     digests = [(tmp_path / path).read_bytes() for path in listing.paths]
     assert (listing.train_rows, listing.held_out) == (3, 3)
@@ -591,7 +593,7 @@ def test_images_are_held_out_among_those_that_can_be_read(tmp_path, check, store
 
 
 def test_a_subset_is_drawn_among_the_images_that_can_be_read(tmp_path):
-    for number in range(40):  # of classes of 12 and 28 images; 8 and 19 can be read
+    for number in range(40):  # classes of 12 and 28 images, of which 8 and 19 can be read
         path = save(tmp_path / f"train/{'ant' if number < 12 else 'bee'}/{number:02}.png", seed=number)
         save(tmp_path / f"val/{'ant' if number < 12 else 'bee'}/{number:02}.png", seed=number + 40)
         if number % 3 == 1:
@@ -619,8 +621,8 @@ def test_no_more_can_be_held_out_than_there_are(tmp_path):
         scan(folder(tmp_path, test_images=3), 0)
 
 
-def test_another_decoder_of_files_makes_another_listing(tmp_path):
-    """So that all that has seen random views of them runs again; of images in memory the scan has decoded all."""
+def test_another_jpeg_decoder_makes_another_listing_of_files(tmp_path):
+    """Everything that has seen random views of files must then run again; images in memory were all decoded by the scan."""
     save(tmp_path / "a.jpg")
     by_cpu, by_gpu = (scan(folder(tmp_path, jpeg_decoder=decoder), 0)[0] for decoder in ("cpu", "gpu"))
     assert by_cpu.fingerprint != by_gpu.fingerprint

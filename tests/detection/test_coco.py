@@ -1,4 +1,4 @@
-"""COCO's files and pictures: what becomes a target and what does not, consistent resizing and flips, and one line for every bad file."""
+"""COCO annotations and images: which instances become targets, consistent resizing and flips, and one line for every bad file."""
 
 import json
 import tarfile
@@ -36,7 +36,7 @@ def examples(found: Instances, views: list[View], workers: int = 0) -> list:
     return list(CocoLoader(found.images, training_targets(found).lines, CPU, workers).examples(views))
 
 
-# What is learned.
+# Targets of training.
 
 
 def test_rows_are_images_in_the_order_of_their_ids_and_labels_close_the_gaps(tmp_path):
@@ -58,9 +58,9 @@ def test_crowds_and_empty_instances_are_left_out_and_counted(tmp_path):
     content = make_split(tmp_path, "train", 5, 0, empty=(4,))
     first, second = content["images"][:2]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != second["id"]]
-    content["annotations"].append(crowd(second, 7, 10))  # nothing but a crowd
+    content["annotations"].append(crowd(second, 7, 10))  # contains only a crowd
     usual = next(a for a in content["annotations"] if a["image_id"] == first["id"])
-    for box in ([5, 5, 0, 9], [5, 5, 9, 0], [first["width"], 0, 9, 9], [-20, 0, 20, 9]):  # no width, no height, beside the image
+    for box in ([5, 5, 0, 9], [5, 5, 9, 0], [first["width"], 0, 9, 9], [-20, 0, 20, 9]):  # no width, no height, outside the image
         content["annotations"].append(usual | {"bbox": box})
     content["annotations"].append(usual | {"segmentation": [[1.0, 1.0, 2.0, 2.0]]})
     sides = [first["height"], first["width"]]
@@ -110,7 +110,7 @@ def mask_of(annotation: dict, height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("empty", ["absent", "null"])
-def test_what_an_exporter_left_out_is_derived_and_counted(tmp_path, empty):
+def test_fields_that_an_exporter_left_out_are_derived_and_counted(tmp_path, empty):
     content = make_split(tmp_path, "train", 4, 0)
     write(tmp_path, "train", content)
     whole = read(tmp_path)
@@ -178,7 +178,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_segmentation_that_covers_pixels_stays(tmp_path, name):
+def test_a_segmentation_that_covers_pixels_is_kept(tmp_path, name):
     content = make_split(tmp_path, "train", 1, 0)
     content["annotations"][0]["segmentation"] = SHAPES[name]
     write(tmp_path, "train", content)
@@ -211,7 +211,7 @@ def test_annotations_of_images_that_are_not_listed_are_left_out(tmp_path):
         ("deep/0.png", "Deep/0.png"),
     ],
 )
-def test_images_are_found_under_names_of_another_form(tmp_path, on_disk, named):
+def test_images_are_found_by_names_in_another_unicode_form(tmp_path, on_disk, named):
     content = make_split(tmp_path, "train", 2, 0)
     (tmp_path / "train" / on_disk).parent.mkdir(exist_ok=True)
     (tmp_path / "train/0.png").rename(tmp_path / "train" / on_disk)
@@ -223,7 +223,7 @@ def test_images_are_found_under_names_of_another_form(tmp_path, on_disk, named):
     assert len(examples(found, [View(1, 96, 128)])) == 1
 
 
-def test_a_name_that_two_files_have_but_for_its_case_is_not_guessed(tmp_path):
+def test_a_name_that_matches_two_files_except_in_case_is_refused(tmp_path):
     content = make_split(tmp_path, "train", 2, 0)
     for name in ("a.PNG", "A.png"):
         (tmp_path / "train" / name).write_bytes((tmp_path / "train/0.png").read_bytes())
@@ -232,7 +232,7 @@ def test_a_name_that_two_files_have_but_for_its_case_is_not_guessed(tmp_path):
     assert "do not exist" in line_of(tmp_path)
 
 
-def test_a_byte_order_mark_is_passed_over(tmp_path):
+def test_a_byte_order_mark_is_ignored(tmp_path):
     write(tmp_path, "train", make_split(tmp_path, "train", 1, 0))
     path = tmp_path / "annotations/instances_train.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
@@ -252,7 +252,7 @@ def test_links_out_of_the_folder_are_followed_on_request(tmp_path):
         read_instances(tmp_path / "annotations/instances_train.json", tmp_path / "train", "the key", follow_links=True)
 
 
-def test_instances_of_no_use_for_a_measure_are_not_looked_for(tmp_path):
+def test_instances_without_a_box_or_mask_do_not_lower_its_measure(tmp_path):
     from faster_coco_eval import mask as rle
 
     content = make_split(tmp_path, "train", 3, 0)
@@ -272,7 +272,7 @@ def test_instances_of_no_use_for_a_measure_are_not_looked_for(tmp_path):
     assert coco_scores(found, masks)["mask"]["AP"] == 100.0
 
 
-# Pictures.
+# Images.
 
 
 @pytest.mark.parametrize(
@@ -295,17 +295,17 @@ def test_image_boxes_and_masks_are_resized_and_flipped_consistently(tmp_path):
         for box, mask in zip(example.boxes_I4, example.masks_IHW, strict=True):
             ys, xs = torch.nonzero(mask, as_tuple=True)
             around = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
-            assert (around - box).abs().max() <= 3  # a polygon's edge runs through pixels, which are then enlarged
-            assert example.image_3HW[:, mask.bool()].float().mean(1).max() > 150, "the mask lies on the drawn colour"
+            assert (around - box).abs().max() <= 3  # a polygon's edge crosses pixels, which are then enlarged
+            assert example.image_3HW[:, mask.bool()].float().mean(1).max() > 150, "the mask covers the drawn colour"
 
 
-def test_packed_masks_come_back():
+def test_packed_masks_are_unpacked_unchanged():
     masks = np.random.default_rng(0).integers(0, 2, (3, 5, 13), dtype=np.uint8)
     assert (unpack(torch.from_numpy(np.packbits(masks, axis=2)), 13).numpy() == masks).all()
 
 
 @pytest.mark.slow
-def test_workers_change_nothing(tmp_path):
+def test_workers_do_not_change_examples(tmp_path):
     make_split(tmp_path, "train", 4, 0, empty=(2,))
     found = read(tmp_path)
     views = [View(row, side, 200, row == 1) for row in (3, 0, 1, 2) for side in (64, 96)]
@@ -329,7 +329,7 @@ def test_exif_orientation_is_ignored(tmp_path):
     assert torch.equal(plain.image_3HW, turned.image_3HW)
 
 
-# Bad files, each one line.
+# Bad files, one line for each.
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_exif_orientation_is_ignored(tmp_path):
         ),
     ],
 )
-def test_a_file_that_is_not_cocos(tmp_path, change, wanted):
+def test_a_file_that_is_not_in_cocos_format(tmp_path, change, wanted):
     content = make_split(tmp_path, "train", 2, 0)
     change(content)
     write(tmp_path, "train", content)
@@ -388,7 +388,7 @@ def test_a_file_that_is_not_a_json_object(tmp_path, text, wanted):
     assert wanted in line_of(tmp_path)
 
 
-def test_pictures_that_cannot_be_used_are_named(tmp_path):
+def test_unusable_images_are_named(tmp_path):
     make_split(tmp_path, "train", 2, 0)
     found = read(tmp_path)
     Image.new("RGB", (30, 20)).save(found.images.path(0))

@@ -1,4 +1,4 @@
-"""Mask R-CNN on the student: its weights are inside, steps are what they should be, killed equals whole, two processes share a batch."""
+"""Mask R-CNN on the student: it contains the student's weights, its steps are correct, and it can be killed and run by two processes."""
 
 import hashlib
 import math
@@ -71,7 +71,7 @@ def trainer(found: Instances, folder: Path, steps: int = 6, head: str = "fpn", *
 
 
 def batch_of(found: Instances, rows: list[int]) -> tuple[list, list]:
-    """Images and targets of some rows, as a step sees them."""
+    """Images and targets of some rows, as in a training step."""
     targets = training_targets(found)
     views = [detection.View(row, 64, 160) for row in rows]
     examples = list(detection.CocoLoader(found.images, targets.lines, CPU, 0).examples(views))
@@ -91,7 +91,7 @@ def test_the_detector_starts_from_the_students_file(tmp_path, head, arch, width)
     trained = build_backbone(arch, width, "imagenet", 5)
     with torch.no_grad():
         for buffer in trained.buffers():
-            buffer += 1 if buffer.dtype == torch.int64 else 0.5  # statistics that are not the initial ones
+            buffer += 1 if buffer.dtype == torch.int64 else 0.5  # statistics that differ from the initial ones
     save_student(tmp_path / "s.safetensors", tmp_path / "h.safetensors", trained, nn.Identity(), network, PARAMS.image, {})
     student, _ = load_backbone(tmp_path / "s.safetensors", network)
     detector = build_detector(student, head, 3, MEAN, STD, 0, TINY[head])
@@ -103,7 +103,7 @@ def test_the_detector_starts_from_the_students_file(tmp_path, head, arch, width)
         assert torch.equal(inside[place], tensor), name
 
 
-def test_the_checksum_is_of_names_kinds_shapes_and_bytes():
+def test_the_checksum_covers_names_dtypes_shapes_and_bytes():
     state = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor(3)}
     wanted = hashlib.sha256(b"a torch.int64 []\n" + struct.pack("<q", 3) + b"b torch.float32 [2, 3]\n" + struct.pack("<6f", *range(6)))
     assert weights_sha256(state) == wanted.hexdigest()
@@ -161,7 +161,7 @@ def test_the_settings_are_detectron2s(head):
         ("resnet18", "small", "student.stem = small: its feature maps are too large for the images of COCO; set student.stem: imagenet"),
     ],
 )
-def test_a_student_that_cannot_be_the_backbone_of_a_detector(arch, stem, wanted):
+def test_a_student_that_cannot_be_a_detectors_backbone_is_refused(arch, stem, wanted):
     with pytest.raises(UserError, match=wanted):
         build_detector(build_backbone(arch, 1.0, stem, 0), "fpn", 3, MEAN, STD, 0, FPN)
 
@@ -177,7 +177,7 @@ def test_new_layers_are_seeded_and_the_global_generator_is_left_alone():
 
 
 def sampled(net, images, targets, keys, monkeypatch) -> dict[str, list[torch.Tensor]]:
-    """Losses, and the regions of each image that a step sampled."""
+    """Losses, and the regions that a step has sampled in each image."""
     seen: dict = {}
     choose = net.roi_heads.select_training_samples
 
@@ -190,17 +190,17 @@ def sampled(net, images, targets, keys, monkeypatch) -> dict[str, list[torch.Ten
     keep_sampling(net, keys)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.eval()  # or images would depend on each other through the statistics
+            module.eval()  # in train mode, images would depend on each other through the statistics
     net(images, targets)
     monkeypatch.undo()
     return seen
 
 
-def test_what_is_sampled_in_an_image_depends_on_its_key_alone(found, monkeypatch):
+def test_regions_sampled_in_an_image_depend_only_on_its_key(found, monkeypatch):
     images, targets = batch_of(found, [1, 3])
     net = tiny().train()
     both = sampled(net, images, targets, [11, 12], monkeypatch)["regions"]
-    torch.rand(5)  # the global generator moves on
+    torch.rand(5)  # changes the state of the global generator
     again = sampled(net, images, targets, [11, 12], monkeypatch)["regions"]
     alone = sampled(net, images[1:], targets[1:], [12], monkeypatch)["regions"]
     other = sampled(net, images, targets, [11, 13], monkeypatch)["regions"]
@@ -263,7 +263,7 @@ def test_c4_sees_each_region_once_and_learns_masks_of_the_foreground(found, monk
 
 
 def regions_by_torchvision(found: Instances, train: bool) -> tuple[list, list]:
-    """What our region heads of the pyramid give for some features and proposals, and what torchvision's own give."""
+    """The outputs of our region heads of the pyramid for some features and proposals, and those of torchvision's heads."""
     images, targets = batch_of(found, [0, 1])
     net = tiny().train(train)
     for module in net.modules():
@@ -287,7 +287,7 @@ def test_the_pyramids_heads_detect_as_torchvisions_own(found):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_pyramids_losses_are_torchvisions_but_boxes_are_learned_by_plain_l1(found, monkeypatch):
+def test_the_pyramids_losses_are_torchvisions_except_plain_l1_for_boxes(found, monkeypatch):
     bends = []
     smooth = roi_heads.F.smooth_l1_loss
 
@@ -303,7 +303,7 @@ def test_the_pyramids_losses_are_torchvisions_but_boxes_are_learned_by_plain_l1(
 
 
 def test_the_proposals_losses_are_detectron2s():
-    """Sums over the sampled anchors, divided by the 256 (here 32) that each image was to have, though it has fewer."""
+    """Sums over the sampled anchors, divided by the 256 (here 32) anchors requested for each image, even if it has fewer."""
     net = tiny()
     keep_sampling(net, [1, 2])
     labels = [torch.tensor([1.0, 0.0, -1.0, 0.0]), torch.tensor([0.0, -1.0, 1.0, 1.0])]
@@ -316,7 +316,7 @@ def test_the_proposals_losses_are_detectron2s():
     assert box_loss.item() == pytest.approx(sum(offsets) / 64, rel=1e-5)
 
 
-# Steps.
+# Training steps.
 
 
 def test_the_learning_rate_warms_up_and_drops():
@@ -350,7 +350,7 @@ def test_processes_share_the_batches_of_one_process(found, monkeypatch):
         assert one.views == first.views + second.views
         assert one.sampling_B == first.sampling_B + second.sampling_B
         aspects = [found.images.entries[view.row]["width"] / found.images.entries[view.row]["height"] for view in one.views]
-        assert aspects == sorted(aspects), "images of one shape lie side by side"
+        assert aspects == sorted(aspects), "images of the same shape are together"
 
 
 def test_an_epoch_shows_each_image_once_with_drawn_sides_and_flips(found, monkeypatch):
@@ -366,7 +366,7 @@ def test_an_epoch_shows_each_image_once_with_drawn_sides_and_flips(found, monkey
     assert not any(view.flip for plan in plans_of(found, 0, 1, monkeypatch, flip_p=0.0) for view in plan.views)
 
 
-def test_a_plan_from_the_middle_is_the_rest_of_the_plan(found, monkeypatch):
+def test_a_resumed_plan_is_the_rest_of_the_plan(found, monkeypatch):
     plans = plans_of(found, 0, 1, monkeypatch)
     rows = training_targets(found).rows
     for first in (1, 2, 3, 7):
@@ -434,7 +434,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(found, tmp_path):
 @pytest.mark.parametrize(
     ("batch", "world", "wanted"), [(6, 1, "only 5 images with usable instances"), (3, 2, "2 processes cannot share it")]
 )
-def test_a_batch_that_cannot_be_made(found, monkeypatch, batch, world, wanted):
+def test_an_impossible_batch_is_refused(found, monkeypatch, batch, world, wanted):
     monkeypatch.setattr(distributed, "world", lambda: world)
     with pytest.raises(UserError, match=f"transfer_coco.batch_images = {batch}: .*{wanted}"):
         detection.steps_per_epoch(5, batch)
@@ -478,7 +478,7 @@ def test_two_processes_average_the_gradients_of_their_halves(tmp_path):
         sum(net([e.image_3HW.float() / 255 for e in examples], targets).values()).backward()
         for name, parameter in net.named_parameters():
             gradients[name] = gradients.get(name, 0) + parameter.grad / 2
-        if half.start == 0:  # all processes end with the first one's statistics
+        if half.start == 0:  # all processes end with the statistics of the first one
             assert all(torch.equal(first["state"][name], buffer) for name, buffer in net.named_buffers())
     rate = step_lr(0, COCO.lr, [1], warmup_steps=COCO.lr_warmup_steps)
     norms = {id(p) for p in sgd(run.detector, run.params).param_groups[1]["params"]}
@@ -488,7 +488,7 @@ def test_two_processes_average_the_gradients_of_their_halves(tmp_path):
         assert torch.allclose(first["state"][name], wanted, atol=1e-7), name
     with_state = tiny()
     with_state.load_state_dict(first["state"])
-    assert detect(with_state, found, run.params, CPU, "test", 0) == first["detections"], "the processes' shares are one process's images"
+    assert detect(with_state, found, run.params, CPU, "test", 0) == first["detections"], "the shares of the processes are the images of one"
 
 
 # Scores.
@@ -509,7 +509,7 @@ def figures(found: Instances, detections: list[dict]) -> dict[str, float | None]
     return {f"{kind} {measure}": value for kind, of_kind in scores.items() for measure, value in of_kind.items()}
 
 
-def test_perfect_detections_score_100_and_sizes_that_are_not_there_score_nothing(found):
+def test_perfect_detections_score_100_and_absent_sizes_have_no_score(found):
     scored = figures(found, perfect(found))
     areas = [a["area"] for a in found.annotations]
     assert min(areas) < 32**2 < max(areas) < 96**2
@@ -519,7 +519,7 @@ def test_perfect_detections_score_100_and_sizes_that_are_not_there_score_nothing
 
 @pytest.mark.parametrize(("share", "thresholds"), [(0.52, 1), (0.77, 6), (0.97, 10), (0.4, 0)])
 def test_boxes_that_overlap_by_a_share_score_the_thresholds_below_it(found, share, thresholds):
-    """The left `share` of every box: intersection over union is `share`, and COCO's ten thresholds are 0.5, 0.55 .. 0.95."""
+    """The left part of every box: its intersection over union is `share`, and COCO's ten thresholds are 0.5, 0.55 .. 0.95."""
     narrowed = [one | {"bbox": [*one["bbox"][:2], one["bbox"][2] * share, one["bbox"][3]]} for one in perfect(found)]
     scored = figures(found, narrowed)
     assert scored["box AP"] == 10.0 * thresholds
@@ -535,7 +535,7 @@ def test_no_detections_and_wrong_categories_score_0(found):
     assert figures(found, wrong)["box AP"] < 5
 
 
-def test_detections_in_a_crowd_count_neither_way(tmp_path):
+def test_detections_in_a_crowd_are_ignored(tmp_path):
     content = make_split(tmp_path, "train", 2, 0)
     image = content["images"][0]
     free = {a["category_id"] for a in content["annotations"] if a["image_id"] == image["id"]}
@@ -554,7 +554,7 @@ def test_detections_in_a_crowd_count_neither_way(tmp_path):
 
 
 class Oracle(nn.Module):
-    """Detects, in the frame that it is shown, the box in the middle with a mask that is full: one for each image."""
+    """Detects a box in the middle with a full mask, one for each image, in the frame of the resized image."""
 
     def forward(self, images):
         self.seen = [tuple(image.shape) for image in images]
@@ -577,7 +577,7 @@ def test_detections_are_in_the_frame_and_the_categories_of_the_file(found):
 
 
 def test_on_a_gpu_roi_align_stays_compiled(monkeypatch):
-    """torchvision takes its slow implementation where determinism is asked for; the wish is back afterwards."""
+    """torchvision uses its slow implementation if determinism is requested; the setting is restored afterwards."""
     torch.use_deterministic_algorithms(True)
     try:
         with detection.compiled_roi_align(torch.device("cuda")):

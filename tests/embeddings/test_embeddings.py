@@ -1,4 +1,4 @@
-"""The embeddings store: what is written is read, and nothing damaged, missing, foreign or out of range is."""
+"""The embeddings store: written values are read back, and damaged, missing, foreign or out-of-range values are refused."""
 
 import re
 from pathlib import Path
@@ -61,15 +61,15 @@ def test_what_is_written_is_read(store):
     assert (embeddings.rows, embeddings.train_rows, embeddings.feature_width) == (ROWS, TRAIN_ROWS, WIDTH)
     assert (embeddings.views, embeddings.key_width) == (VIEWS, KEY_WIDTH)
     assert embeddings.attrs["recipe"] == ATTRS["recipe"]
-    assert embeddings.features_ND is embeddings.features_ND  # kept
+    assert embeddings.features_ND is embeddings.features_ND  # kept in memory
 
 
-def test_train_features_are_read_alone(store):
+def test_train_features_are_read_without_test_features(store):
     features, _ = arrays()
     whole = read_embeddings(store, LISTING)
     assert np.shares_memory(whole.features_ND, whole.train_features_TD)
     np.testing.assert_array_equal(whole.train_features_TD, features[:TRAIN_ROWS].astype(np.float16))
-    (store / "features/c/5/0").unlink()  # test rows alone
+    (store / "features/c/5/0").unlink()  # test rows only
     np.testing.assert_array_equal(read_embeddings(store, LISTING).train_features_TD, features[:TRAIN_ROWS].astype(np.float16))
 
 
@@ -176,7 +176,7 @@ def test_damaged_metadata_are_refused(store, file, content):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_another_listing_is_refused_by_both_names(store):
+def test_another_listing_is_refused_with_both_names(store):
     other = FakeListing(fingerprint="cc33", rows=ROWS, train_rows=TRAIN_ROWS)
     with pytest.raises(UserError, match="from listing aa11, this run reads listing cc33; run: dvc repro extract"):
         read_embeddings(store, other)

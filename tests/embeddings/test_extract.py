@@ -1,4 +1,4 @@
-"""The teacher pass: values of a plain loop, resumed and shared stores with the same bytes, useless features refused."""
+"""The teacher pass: the values of a plain loop, the same bytes when resumed or shared, and refusal of useless features."""
 
 import errno
 import os
@@ -49,7 +49,7 @@ def listing(rows: int = ROWS, train_rows: int = TRAIN_ROWS) -> Listing:
 
 
 def pixels(rows: int = ROWS) -> np.ndarray:
-    """Noise, brighter for odd rows."""
+    """Noise, brighter in odd rows."""
     noise = np.random.default_rng(0).integers(0, 200, (rows, 12, 12, 3))
     return (noise + 55 * (np.arange(rows) % 2)[:, None, None, None]).astype(np.uint8)
 
@@ -61,7 +61,7 @@ def small_teacher() -> Teacher:
 
 
 def run(folder: Path, teacher=None, images=None, params=EXTRACT, seed=0) -> Path:
-    """Extract into `folder`/out, with the state beside it."""
+    """Extract into `folder`/out, with the state in the same folder."""
     images = MemoryImages(pixels()) if images is None else images
     teacher = small_teacher() if teacher is None else teacher
     rows = listing(len(images), min(TRAIN_ROWS, len(images)))
@@ -76,7 +76,7 @@ def content(store: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The store of an uninterrupted pass of one process."""
+    """The store of an uninterrupted pass by one process."""
     return run(tmp_path_factory.mktemp("whole"))
 
 
@@ -129,7 +129,7 @@ def test_keys_of_a_wide_head_with_batchnorm_are_stored(tmp_path):
     np.testing.assert_allclose(np.linalg.norm(embeddings.keys_TVP.astype(np.float64), axis=2), 1, atol=1e-3)
 
 
-def test_without_views_the_features_alone_are_stored_and_a_killed_pass_goes_on(whole, tmp_path, monkeypatch):
+def test_without_views_only_features_are_stored_and_a_killed_pass_resumes(whole, tmp_path, monkeypatch):
     params, seen, write = EXTRACT.model_copy(update={"views": 0}), [], stores.EmbeddingsWriter.write_chunk
 
     def killed(self, chunk, *arrays):
@@ -163,14 +163,14 @@ def test_no_view_is_made_that_the_teacher_does_not_see(tmp_path, monkeypatch, ba
 
 
 def counting_teacher() -> tuple[Teacher, list[int]]:
-    """A teacher, and how many images each of its forwards saw."""
+    """A teacher, and the number of images in each of its forward passes."""
     teacher, seen = small_teacher(), []
     teacher.backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     return teacher, seen
 
 
 @pytest.mark.parametrize("damage", ["none", "unfinished file", "not on the list"])
-def test_an_interrupted_pass_is_gone_on_from_and_ends_with_the_same_bytes(whole, tmp_path, monkeypatch, damage):
+def test_an_interrupted_pass_resumes_and_ends_with_the_same_bytes(whole, tmp_path, monkeypatch, damage):
     write, state = stores.EmbeddingsWriter.write_chunk, tmp_path / "state"
 
     def fail_at_chunk_1(writer, chunk, *arrays):
@@ -184,7 +184,7 @@ def test_an_interrupted_pass_is_gone_on_from_and_ends_with_the_same_bytes(whole,
             run(tmp_path)
     assert [path.name for path in (state / "done").iterdir()] == ["0"]
     assert not (tmp_path / "out").exists()
-    if damage == "unfinished file":  # what zarr leaves behind when it is killed
+    if damage == "unfinished file":  # left behind by zarr when it is killed
         folder = state / "embeddings.zarr/features/c/1"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "0.abc.partial").write_bytes(b"half")
@@ -196,7 +196,7 @@ def test_an_interrupted_pass_is_gone_on_from_and_ends_with_the_same_bytes(whole,
     assert content(tmp_path / "out") == content(whole)
 
 
-def test_the_state_of_another_recipe_is_not_gone_on_from_and_a_finished_one_is_taken_whole(whole, tmp_path, monkeypatch):
+def test_the_state_of_other_settings_is_not_used_and_a_finished_one_is_used_whole(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(extract._Unfinished, "publish", lambda *_: None)
         run(tmp_path, seed=1)
@@ -223,8 +223,8 @@ def test_state_on_another_disk(whole, tmp_path, monkeypatch):
 
 
 def join_and_run(rank: int, folder: Path) -> None:
-    """One of two processes. Twice whole, the second time with many chunks and a slow process; then again, where the process that takes
-    chunk 3 kills itself before it writes that."""
+    """One of two processes. It extracts twice completely, the second time with many chunks and a slow process; then again, and the process
+    that gets chunk 3 kills itself before writing it."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     run(folder / "whole")
@@ -248,8 +248,8 @@ def join_and_run(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_bytes_of_one_and_one_goes_on_after_a_kill(whole, tmp_path):
-    # Whichever is noticed first: the killed process, or the other one, which waits for it in vain.
+def test_two_processes_give_the_bytes_of_one_and_one_continues_after_a_kill(whole, tmp_path):
+    # The error names the killed process or the one that waits for it in vain, whichever is noticed first.
     with pytest.raises((torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)):
         start_two(join_and_run, tmp_path)
     assert content(tmp_path / "whole/out") == content(whole)
@@ -257,7 +257,7 @@ def test_two_processes_give_the_bytes_of_one_and_one_goes_on_after_a_kill(whole,
     shares = [{file.name.rpartition("-")[2] for file in tmp_path.glob(f"by-{rank}-*")} for rank in (0, 1)]
     assert shares[0] | shares[1] == {str(chunk) for chunk in range(ROWS)}
     assert not shares[0] & shares[1]
-    assert len(shares[0]) > len(shares[1]) > 0, "the fast process takes more"
+    assert len(shares[0]) > len(shares[1]) > 0, "the fast process does more"
     done = {path.name for path in (tmp_path / "killed/state/done").iterdir()}
     assert done
     assert "3" not in done
@@ -267,8 +267,8 @@ def test_two_processes_give_the_bytes_of_one_and_one_goes_on_after_a_kill(whole,
 
 
 @pytest.mark.parametrize("views", [0, 3])
-def test_a_process_takes_chunks_as_it_comes_to_them_though_files_are_read_ahead(tmp_path, monkeypatch, views):
-    """With a worker that reads two tasks ahead, a batch of centre views each: of the many chunks of test rows none is taken early."""
+def test_a_process_claims_chunks_late_although_files_are_read_ahead(tmp_path, monkeypatch, views):
+    """With a worker that reads two tasks ahead, each a batch of centre views: none of the many chunks of test rows is claimed early."""
     monkeypatch.setattr(task_loader, "worker_count", lambda: 1)
     for row, image in enumerate(pixels()):
         Image.fromarray(image).save(tmp_path / f"{row}.png")
@@ -282,7 +282,7 @@ def test_a_process_takes_chunks_as_it_comes_to_them_though_files_are_read_ahead(
 
 
 class Pooled(nn.Module):
-    """Mean colours, or whatever `change` makes of them."""
+    """Mean colours, after `change`."""
 
     def __init__(self, change):
         super().__init__()
@@ -318,7 +318,7 @@ def test_constant_features_are_refused_but_a_constant_chunk_is_not(tmp_path):
     run(tmp_path / "chunk", plain_teacher(torch.clone), MemoryImages(images))
 
 
-def test_what_differs_by_rounding_alone_is_refused_and_keys_are_looked_at_too(tmp_path):
+def test_features_or_keys_that_differ_only_by_rounding_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"gives all 29 images the same feature \(they differ by .* of their length\)"):
         run(tmp_path / "rounding", plain_teacher(lambda x: 1 + 1e-4 * x))
     with pytest.raises(UserError, match="gives all 29 images the same feature"):
@@ -328,7 +328,7 @@ def test_what_differs_by_rounding_alone_is_refused_and_keys_are_looked_at_too(tm
     metadata = {"feature_width": 3, "key_width": 3, **IMAGE.model_dump()}
     with pytest.raises(UserError, match="gives all 21 images the same key"):
         run(tmp_path / "keys", Teacher(Pooled(torch.clone), constant, metadata))
-    unequal = torch.tensor([1.0, -1.0, 0.5])  # or all keys point the same way
+    unequal = torch.tensor([1.0, -1.0, 0.5])  # otherwise all keys would point the same way
     run(tmp_path / "near", plain_teacher(lambda x: 1 + 2e-2 * x * unequal))
 
 

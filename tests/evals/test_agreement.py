@@ -28,7 +28,7 @@ def features():
 
 
 @pytest.mark.parametrize("k", KS)
-def test_it_is_the_mean_share_of_common_neighbours(features, k):
+def test_agreement_is_the_mean_share_of_common_neighbours(features, k):
     sets = []
     for rows in features:
         search = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(rows[:600].astype(np.float64))
@@ -43,7 +43,7 @@ def test_it_is_the_mean_share_of_common_neighbours(features, k):
     assert found[f"agreement_{k}"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_test_images_that_are_left_out_are_not_judged(features):
+def test_left_out_test_images_are_not_evaluated(features):
     teacher, network = features
     labels, left_out = load_digits().target[:900].astype(np.int64), (600, 607, 899)
     whole = replace(LISTING, labels_N=labels, classes=list("0123456789"), left_out_rows=left_out)

@@ -1,4 +1,4 @@
-"""Collapse: the figures against closed forms, and which networks are warned of."""
+"""Collapse: the figures against closed forms, and warnings about the right networks."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_the_rank_is_the_exponential_of_an_entropy():
     [
         (np.ones((9, 4)), 0),
         (np.zeros((9, 4)), 0),
-        (np.arange(8)[:, None] % 2 * 2 - np.ones((8, 4)), 1),  # two opposite points: spread, along one line
+        (np.arange(8)[:, None] % 2 * 2 - np.ones((8, 4)), 1),  # two opposite points: spread out, but on one line
         (np.ones((1, 4)), 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""The images whose neighbours differ most from the teacher's: against neighbours by a full sort, one image at a time."""
+"""Images with neighbours that differ most from the teacher's, compared with a full sort for one image at a time."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from bingo.evals.failures import least_agreement
 
 
 def by_hand(features_ND, teacher_ND, train_rows, test_rows):
-    """[(row, common, teacher's rows, network's rows, the teacher's cosines to each)], in the order that is asked for."""
+    """[(row, common, teacher's rows, network's rows, the teacher's cosines to each)], in the documented order."""
 
     def cosine(x, a, b):
         return float(x[a] @ x[b] / (np.linalg.norm(x[a]) * np.linalg.norm(x[b])))
@@ -22,7 +22,7 @@ def by_hand(features_ND, teacher_ND, train_rows, test_rows):
 
 
 @pytest.mark.parametrize(("train_rows", "rows"), [(40, 70), (3, 9), (200, 203)])
-def test_they_are_those_with_the_fewest_common_neighbours_and_then_the_least_similar(train_rows, rows):
+def test_failures_have_the_fewest_common_neighbours_and_then_the_least_similar(train_rows, rows):
     rng = np.random.default_rng(train_rows)
     teacher_ND = rng.standard_normal((rows, 4)) * rng.uniform(0.1, 9, (rows, 1))
     features_ND = teacher_ND[:, :2] + rng.standard_normal((rows, 2))
@@ -35,7 +35,7 @@ def test_they_are_those_with_the_fewest_common_neighbours_and_then_the_least_sim
         assert np.allclose([[cosine for _, cosine in image[name]] for name in ("teacher", "network")], cosines, atol=1e-4)
 
 
-def test_only_the_test_rows_are_compared_and_no_image_that_agrees_is_listed():
+def test_only_test_rows_are_compared_and_images_that_agree_are_not_listed():
     x_ND = np.random.default_rng(0).standard_normal((30, 3)).astype(np.float16)
     assert least_agreement(x_ND, x_ND, 20, np.arange(20, 30))["images"] == []
     other_ND = x_ND.copy()
@@ -46,7 +46,7 @@ def test_only_the_test_rows_are_compared_and_no_image_that_agrees_is_listed():
     assert least_agreement(x_ND, x_ND, 20, np.array([], int)) == {}
 
 
-def test_of_many_test_images_2000_are_compared_evenly_spread():
+def test_of_many_test_images_2000_evenly_spread_ones_are_compared():
     rng = np.random.default_rng(0)
     teacher_ND, features_ND = rng.standard_normal((4050, 3)), rng.standard_normal((4050, 3))
     found = least_agreement(features_ND, teacher_ND, 50, np.arange(50, 4050))

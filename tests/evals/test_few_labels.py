@@ -1,4 +1,4 @@
-"""Which images keep their label: counts by brute force, SimCLR's lists by file name, and one line for a list of other images."""
+"""The images that keep their label: counts by brute force, SimCLR's lists by file name, and an error for a list of other images."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ SIZES = {"n01440764": 40, "n01443537": 9, "n01484850": 2, "n01491361": 149}
 
 
 def imagenet(sizes=SIZES) -> Listing:
-    """A listing as a scan of ImageNet's folders gives it; a test image has a train image's file name."""
+    """A listing like that of ImageNet's folders; one test image has the file name of a train image."""
     paths = [f"train/{name}/{name}_{10000 + i}.JPEG" for name, size in sizes.items() for i in range(size)]
     labels = [label for label, size in enumerate(sizes.values()) for _ in range(size)]
     test = [f"val/{name}/{name}_10000.JPEG" for name in sizes]
@@ -28,7 +28,7 @@ def test_a_draw_is_balanced_over_the_classes(percent):
     assert 0 <= rows[0] <= rows[-1] < listing.train_rows
     left, wanted = dict(enumerate(SIZES.values())), Counter()
     count = max(4, round(200 * percent / 100))
-    while sum(wanted.values()) < count:  # one more of each class that has one, as long as there is one to give to each
+    while sum(wanted.values()) < count:  # one more from each class that has any left, while enough remain for all of these classes
         open_classes = [label for label, size in left.items() if size]
         if count - sum(wanted.values()) < len(open_classes):
             break
@@ -97,7 +97,7 @@ OTHER_NAMES = [
 
 
 @pytest.mark.parametrize("line", OTHER_NAMES)
-def test_a_name_is_the_whole_end_of_a_path(tmp_path, line):
+def test_a_name_matches_whole_parts_at_the_end_of_a_path(tmp_path, line):
     (tmp_path / "list.txt").write_text(line)
     with pytest.raises(UserError, match="not in the train split"):
         listed_rows(imagenet(), tmp_path / "list.txt", "list")
@@ -112,7 +112,7 @@ def test_a_name_with_a_space_or_comma_is_not_a_table(tmp_path):
     assert listed_rows(listing, tmp_path / "list.txt", "list").tolist() == [0, 1]
 
 
-def test_each_way_out_of_a_refusal_helps(tmp_path):
+def test_the_advice_in_each_error_helps(tmp_path):
     listing, path = imagenet(), tmp_path / "list.txt"
     fewer = Listing("folder", listing.paths[:9], listing.labels_N[:9], 9, listing.classes, [], "")  # dataset.train_images: 9
     twins = Listing("folder", ["a/1.png", "b/1.png"], np.array([0, 1]), 2, ["a", "b"], [], "")

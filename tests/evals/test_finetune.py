@@ -1,5 +1,5 @@
-"""A classifier trained on labels: every step computed explicitly, a frozen backbone unchanged, equal results after kills and on several
-processes."""
+"""A classifier trained on labels: every step computed explicitly, a frozen backbone unchanged, and equal results after kills and with
+several processes."""
 
 import copy
 import os
@@ -36,7 +36,7 @@ ROWS, TEST, CLASSES, SEED = 27, 21, 3, 5  # whole batches of 8, and a tail of 3
 
 
 class Tiny(nn.Module):
-    """Two convolutions; with BatchNorm between them or not."""
+    """Two convolutions, optionally with BatchNorm between them."""
 
     feature_width = 4
 
@@ -51,7 +51,7 @@ class Tiny(nn.Module):
 
 
 def task(rows: int = ROWS) -> Task:
-    """Noise in a colour for each class; the train rows are not in order and leave some rows out."""
+    """Noise in a colour for each class; the train rows are unordered and do not include all rows."""
     rng = np.random.default_rng(0)
     labels = np.arange(rows + TEST + 5) % CLASSES
     colours = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]])
@@ -99,7 +99,7 @@ def test_fine_tuning_equals_plain_sgd(tmp_path, nesterov, drop_epochs):
 
 
 class Means(nn.Module):
-    """The mean of each channel: of images of one colour the same in every crop. With a parameter, as networks have."""
+    """The mean of each channel, which is the same in every crop of a uniform image. It has a parameter, as networks do."""
 
     feature_width = 3
 
@@ -120,7 +120,7 @@ def test_a_frozen_network_ends_at_the_minimum_that_scikit_learn_finds(tmp_path):
     tune = TUNE.model_copy(update={"epochs": 400, "batch_images": 40, "drop_epochs": []})
     run = ClassifierTrainer(Means(), Protocol(what, tune, 0.5, None), "fp32", SEED, CPU, Checkpoints(tmp_path, 1e9), "test")
     scores = run.run()
-    # weight decay is on the bias too: a constant feature, and no intercept
+    # weight decay includes the bias: a constant feature instead of an intercept
     features = np.c_[(colours / 255 - IMAGE.mean) / IMAGE.std, np.ones(60)]
     reference = LogisticRegression(C=1 / (TUNE.weight_decay * 40), fit_intercept=False, tol=1e-10, max_iter=10000)
     reference.fit(features[:40], labels[:40])
@@ -223,8 +223,8 @@ def test_drops_of_the_learning_rate():
     assert [step_lr(epoch, 3.0, [], 0.5) for epoch in (0, 199)] == [3.0, 3.0]
 
 
-# Several processes. The batch of 7 is shared as 4 and 3; the frozen tail of 27 = 3 x 7 + 6, and that of 22 = 3 x 7 + 1, for which
-# the second process has nothing.
+# Several processes. A batch of 7 is shared as 4 and 3. When frozen, 27 = 3 x 7 + 6, and 22 = 3 x 7 + 1, of which the second process has
+# no share.
 SHARED = TUNE.model_copy(update={"batch_images": 7})
 
 
@@ -244,7 +244,7 @@ _CASES = [("frozen", True, None, 27), ("tail", True, None, 22), ("whole", False,
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tmp_path):
+def test_two_processes_train_the_same_weights_as_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -260,7 +260,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "efficientnet_b0"])
-def test_on_several_gpus_batchnorm_is_over_the_whole_batch(tmp_path, monkeypatch, arch):
+def test_on_several_gpus_batchnorm_uses_the_whole_batch(tmp_path, monkeypatch, arch):
     run = trainer(tmp_path, build_backbone(arch, 1.0, "small", 0))
     before = copy.deepcopy(run.classifier.state_dict())
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in run.classifier.modules())

@@ -1,4 +1,4 @@
-"""Linear evaluation: the accuracy of an independent solver, one explicit step, the released protocol, an unchanged backbone."""
+"""Linear evaluation: accuracy of an independent solver, one explicit step, the released protocol, and an unchanged backbone."""
 
 import contextlib
 
@@ -45,7 +45,7 @@ def digits(seed: int = 0):
 
 
 def coloured_squares(rows: int = 160):
-    """Noise with a mean colour for each of 4 classes; 3/4 of the rows train, the others test."""
+    """Noise with a mean colour for each of 4 classes; 3/4 of the rows are for training, the others for testing."""
     rng = np.random.default_rng(0)
     labels = np.arange(rows) % 4
     colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [150, 150, 60]])
@@ -76,7 +76,7 @@ def test_does_not_depend_on_scale_or_offset_of_features_and_is_repeatable():
     train_X, train_y, test_X, test_y = digits()
     params = CACHED.model_copy(update={"epochs": 5})
     score = linear_on_features(train_X, train_y, test_X, test_y, 10, params, 0, CPU)[0]
-    torch.rand(1)  # torch's global generator plays no part
+    torch.rand(1)  # changes the state of torch's global generator, which is not used
     assert score == linear_on_features(train_X, train_y, test_X, test_y, 10, params, 0, CPU)[0]
     assert score == linear_on_features(train_X * 2**-10, train_y, test_X * 2**-10, test_y, 10, params, 0, CPU)[0]
     moved = linear_on_features(train_X + 32, train_y, test_X + 32, test_y, 10, params, 0, CPU)[0]
@@ -84,16 +84,16 @@ def test_does_not_depend_on_scale_or_offset_of_features_and_is_repeatable():
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])
-def test_the_kept_layer_takes_features_as_they_are(offset):
+def test_the_saved_layer_is_applied_to_plain_features(offset):
     train_X, train_y, test_X, test_y = digits()
     moved, params = train_X + np.float32(offset), CACHED.model_copy(update={"epochs": 2})
     _, hits, layer = linear_on_features(moved, train_y, test_X + np.float32(offset), test_y, 10, params, 0, CPU)
     weight_CD, bias_C = layer["weight"].numpy(), layer["bias"].numpy()
     np.testing.assert_array_equal(((test_X + offset) @ weight_CD.T + bias_C).argmax(1) == test_y, hits)
-    assert not weight_CD[:, train_X.std(0) == 0].any(), "a constant dimension plays no part"
+    assert not weight_CD[:, train_X.std(0) == 0].any(), "a constant dimension is not used"
 
 
-def test_read_only_float16_features_are_taken_and_left_alone():
+def test_read_only_float16_features_are_accepted_and_unchanged():
     train_X, train_y, test_X, test_y = digits()
     half = train_X.astype(np.float16)
     half.flags.writeable = False
@@ -122,7 +122,7 @@ def test_one_step_equals_softmax_regression():
     assert score["best_epoch"] == 1
 
 
-def test_initial_layer_is_as_published():
+def test_the_initial_layer_is_as_published():
     layer = linear_layer(512, 1000, 0.01, 0, FROZEN, CPU)
     assert layer.weight.std().item() == pytest.approx(0.01, rel=0.01)
     assert not layer.bias.any()
@@ -134,8 +134,8 @@ def test_initial_layer_is_as_published():
         assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
-def test_both_protocols_and_fine_tuning_start_as_init_std_says(tmp_path):
-    """Before the first step of a rate that moves nothing: the accuracy is that of the layer's first weights."""
+def test_both_protocols_and_fine_tuning_start_with_init_std(tmp_path):
+    """With a rate so small that nothing changes, the accuracy after the first step is that of the initial layer."""
     X, y, test_X, test_y = digits()
     images, labels, train_rows, test_rows = coloured_squares()
     backbone = build_backbone("resnet18", 0.125, "small", 0)
@@ -158,7 +158,7 @@ def test_both_protocols_and_fine_tuning_start_as_init_std_says(tmp_path):
         assert got == pytest.approx(100 * float((outputs.argmax(1).numpy() == labels[test_rows]).mean()), abs=0.1)
 
 
-def test_threads_are_as_before():
+def test_the_number_of_threads_is_restored():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -192,7 +192,7 @@ def test_crops_learn_and_leave_the_backbone_untouched(tmp_path):
     assert set(score) == {"top1_last", "top5_last", "top1_best", "top5_best", "best_epoch"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
     assert set(seen_modes) == {(False, False)}
-    assert len(seen_modes) == 3 + 3 * 8  # 40 test images once, 120 train images at each of 3 epochs
+    assert len(seen_modes) == 3 + 3 * 8  # 40 test images once, and 120 train images in each of 3 epochs
     assert all(module.training for module in backbone.modules())
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
@@ -209,9 +209,9 @@ def test_the_cosine_ends_at_final_lr(tmp_path):
     assert trainers[0].optimizer.param_groups[0]["lr"] == pytest.approx(want)
 
 
-def test_standardised_features_are_umbcs(tmp_path):
-    """eval_linear.py, computed explicitly: unit length, minus the mean, divided by sqrt(variance + 1e-5), of the train images' centre
-    views."""
+def test_standardised_features_are_those_of_umbc(tmp_path):
+    """eval_linear.py, computed explicitly: centre views scaled to unit length, minus the mean, divided by sqrt(variance + 1e-5) of the
+    train images."""
     images, labels, train_rows, test_rows = coloured_squares()
     backbone = build_backbone("resnet18", 0.125, "small", 0)
     rows = (IMAGE, CPU, "fp32", 16)
@@ -231,7 +231,7 @@ def test_standardised_features_are_umbcs(tmp_path):
     assert plain != score
 
 
-def test_crops_are_new_at_every_epoch_and_repeatable(tmp_path):
+def test_crops_differ_between_epochs_and_are_repeatable(tmp_path):
     images, labels, train_rows, test_rows = coloured_squares(32)
     inputs: list[torch.Tensor] = []
 
@@ -262,7 +262,7 @@ def test_features_are_a_forward_of_centre_views(training):
     backbone = build_backbone("resnet18", 0.125, "small", 0).train(training)
     features = backbone_features(backbone, images, rows[::-1], IMAGE, CPU, "fp32", batch_images=3)
     assert backbone.training == training
-    # 14 px are not resized: the centre view is the 12 px in the middle.
+    # Images of 14 px are not resized: the centre view is the middle 12 px.
     pixels = torch.from_numpy(images.images_NSS3[rows[::-1]]).permute(0, 3, 1, 2)[:, :, 1:13, 1:13].float() / 255
     mean, std = torch.tensor(IMAGE.mean)[:, None, None], torch.tensor(IMAGE.std)[:, None, None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The probe of a training against scikit-learn, with labels and without, with test images and without."""
+"""The probe of a training against scikit-learn, with and without labels, and with and without test images."""
 
 from types import SimpleNamespace
 
@@ -40,7 +40,7 @@ def ten_nearest(bank: np.ndarray, query: np.ndarray) -> list[set]:
 
 
 @pytest.mark.parametrize("train_rows", [600, 800])
-def test_without_labels_it_is_the_agreement_with_the_teacher(train_rows):
+def test_without_labels_the_probe_is_the_agreement_with_the_teacher(train_rows):
     watching = probe(train_rows, 800, labelled=False)
     bank, query = watching.bank_rows, watching.query_rows
     assert len(bank) == (600 if train_rows == 600 else 640)
@@ -52,7 +52,7 @@ def test_without_labels_it_is_the_agreement_with_the_teacher(train_rows):
     assert watching(nn.Flatten()) == {"agreement_10": pytest.approx(expected, abs=1e-4)}
 
 
-def test_with_labels_it_is_k_nn_accuracy():
+def test_with_labels_the_probe_is_k_nn_accuracy():
     watching = probe(600, 800, labelled=True)
     reference = KNeighborsClassifier(10, metric="cosine", algorithm="brute").fit(
         pixel_features(watching.bank_rows), DIGITS.target[watching.bank_rows]
@@ -61,7 +61,7 @@ def test_with_labels_it_is_k_nn_accuracy():
     assert watching(nn.Flatten()) == {"knn_10": pytest.approx(expected, abs=1.0)}  # ties of votes are resolved differently
 
 
-def test_a_teacher_that_is_the_network_is_agreed_with_and_a_random_one_by_chance():
+def test_a_network_agrees_with_itself_and_with_random_features_by_chance():
     watching = probe(600, 800, labelled=False)
     watching.embeddings = SimpleNamespace(features=pixel_features(np.arange(800)))
     assert watching(nn.Flatten()) == {"agreement_10": 100.0}
@@ -73,15 +73,15 @@ def test_a_teacher_that_is_the_network_is_agreed_with_and_a_random_one_by_chance
 @pytest.mark.parametrize(
     ("train_rows", "rows", "labelled", "teacher", "measures"),
     [
-        (600, 800, False, False, False),  # nothing to compare with: the teacher itself, and baselines
+        (600, 800, False, False, False),  # no teacher to compare with: the teacher itself, and baselines
         (600, 800, True, False, True),
         (4, 4, True, True, False),  # a fifth of them is less than an image
-        (10, 20, False, True, False),  # any order has the ten nearest of ten
+        (10, 20, False, True, False),  # in any order, the ten nearest of ten are the same
         (11, 12, False, True, True),
         (3, 20, True, False, True),
     ],
 )
-def test_what_can_be_measured(train_rows, rows, labelled, teacher, measures):
+def test_when_a_probe_is_possible(train_rows, rows, labelled, teacher, measures):
     watching = probe(train_rows, rows, labelled, teacher)
     assert watching.measures == measures
     if measures:

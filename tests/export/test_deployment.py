@@ -1,4 +1,4 @@
-"""Files that are deployed: a folder for the Hub, programs of torch and ONNX, INT8, and networks that classify."""
+"""Files for deployment: a folder for the Hub, programs of torch and ONNX, INT8, and networks with a classifier."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ from tests.export.test_export import IMAGE, TINY, backbone_of, close, images, ne
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 HOSTILE = ("a\nb", "</script><b>|", "Ünïcode 猫 \u202e", "", 'quote"\\')
-# Those that the documentation names, with widths and images that are small.
+# The networks named in the documentation, with small widths and images.
 FAMILIES = [
     ("resnet26d", 0.125, "imagenet"),
     ("efficientnet_b0", 1.0, "imagenet"),
@@ -92,7 +92,7 @@ def test_timms_transform_is_the_students_centre_view(image, tmp_path):
 
 
 @pytest.mark.parametrize("resize_px", [29, 36, 64, 255, 256, 511])
-def test_timm_rounds_the_share_of_the_crop_to_the_same_size(resize_px):
+def test_timm_rounds_the_crop_ratio_to_the_same_size(resize_px):
     for crop_px in range(20, resize_px + 1):
         share = to_hub._crop_pct(ImageParams(**(IMAGE | {"crop_px": crop_px, "resize_px": resize_px})))
         assert int(np.floor(crop_px / share)) == resize_px
@@ -107,13 +107,13 @@ def test_timm_rounds_the_share_of_the_crop_to_the_same_size(resize_px):
         (("torchvision/resnet18", 1.0, "small"), "stem small"),
     ],
 )
-def test_what_timm_cannot_build_from_arguments_is_refused_before_anything_is_written(shape, says, tmp_path):
+def test_networks_that_timm_cannot_build_are_refused_before_writing(shape, says, tmp_path):
     with pytest.raises(UserError, match=f"--to = hub: the network has {says}.*; export --to onnx or safetensors"):
         export_network(network(*shape), find_target("hub"), tmp_path / "hub")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_header_is_what_the_hub_reads(tmp_path):
+def test_the_header_can_be_read_by_the_hub(tmp_path):
     net = network("resnet18", 1.0, "imagenet", start={"weights": "resnet18.a1_in1k", "source_sha256": None})
     teacher = {"source": "timm", "weights": "vit_small_patch14_dinov2.lvd142m", "arch": "vit_small_patch14_dinov2"}
     rows = [("k-NN, k = 10", {"student": 91.25, "teacher": 95.0}), ("agreement with the teacher, k = 10", {"student": 40.0})]
@@ -138,7 +138,7 @@ def test_programs_classify_any_number_of_images(shape, target, tmp_path, monkeyp
         pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     net = classifying(shape)
     path = written(net, target, tmp_path)
-    assert b"site-packages" not in path.read_bytes(), "no path of the machine that wrote it"
+    assert b"site-packages" not in path.read_bytes(), "the file contains no path of this machine"
     monkeypatch.chdir(tmp_path)
     names: dict = {"images": images().numpy()}
     exec(find_target(target).loading(net, path.name).text, names)
@@ -159,7 +159,7 @@ def test_programs_classify_any_number_of_images(shape, target, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("shape", [TINY, ("vit_tiny_patch16_224", 1.0, "imagenet")])
-def test_timms_file_classifies_by_the_lines_of_its_card(shape, tmp_path, monkeypatch):
+def test_timms_file_classifies_with_the_code_in_its_card(shape, tmp_path, monkeypatch):
     net = classifying(shape)
     path = written(net, "timm", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -176,7 +176,7 @@ def test_timms_file_classifies_by_the_lines_of_its_card(shape, tmp_path, monkeyp
 
 @pytest.fixture(scope="module")
 def with_images(tmp_path_factory) -> Path:
-    """Listing, images, parameters, a student, and the layer that linear_eval keeps: here of class means, so that it is often right."""
+    """Listing, images, parameters, a student, and a layer as saved by linear_eval, here with class means so that it is often right."""
     root = tmp_path_factory.mktemp("made")
     listing = make_workspace(root, train_rows=60, test_rows=24)
     shutil.copy(ROOT / "params.yaml", root / "params.yaml")
@@ -233,7 +233,7 @@ def test_int8_is_calibrated_compared_and_described(workspace):
     assert again.stderr == ""
     assert Path("again.onnx").read_bytes() == Path("out/net.onnx").read_bytes()
     bingo("export", "--to", "onnx", "--int8", "--calibration-images", 2, "--out", "again.onnx", "--force")
-    assert Path("again.onnx").read_bytes() != Path("out/net.onnx").read_bytes(), "other images give other ranges"
+    assert Path("again.onnx").read_bytes() != Path("out/net.onnx").read_bytes(), "other images change the ranges"
 
 
 def test_a_classifier_has_the_accuracy_of_its_layer_and_the_report_links_to_it(workspace):
@@ -321,7 +321,7 @@ def test_a_damaged_layer_is_not_used(workspace):
 
 
 class Hub:
-    """In place of huggingface_hub.HfApi."""
+    """Replaces huggingface_hub.HfApi."""
 
     calls: list[tuple] = []
     error: Exception | None = None
@@ -347,7 +347,7 @@ def hub(workspace, monkeypatch):
     return Hub
 
 
-def test_the_folder_is_uploaded_only_when_asked(hub, monkeypatch):
+def test_the_folder_is_uploaded_only_on_request(hub, monkeypatch):
     files = ["README.md", "config.json", "model.safetensors"]
     assert bingo("export", "--to", "hub", "--out", "hub", "--license", "mit").exit_code == 0
     assert sorted(path.name for path in Path("hub").iterdir()) == files
@@ -366,7 +366,7 @@ def test_the_folder_is_uploaded_only_when_asked(hub, monkeypatch):
 # ---- figures
 
 
-def test_agreement_is_that_of_its_definition():
+def test_agreement_follows_its_definition():
     generator = np.random.default_rng(0)
     first = generator.standard_normal((30, 6)).astype(np.float32)
     second = first + 0.3 * generator.standard_normal((30, 6)).astype(np.float32)
@@ -385,7 +385,7 @@ def test_agreement_is_that_of_its_definition():
 
 
 @pytest.mark.parametrize("target", ["torch", "onnx"])
-def test_costs_are_measured_in_a_process_of_their_own(target, tmp_path):
+def test_costs_are_measured_in_a_separate_process(target, tmp_path):
     if target == "onnx":
         pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     net = network(*TINY)

@@ -1,4 +1,4 @@
-"""`bingo export`: every format against the library that reads it, or against a network rebuilt from that library's description."""
+"""`bingo export`: every format is read by its library, or compared with a network rebuilt from the library's description."""
 
 import hashlib
 import io
@@ -43,7 +43,7 @@ TINY = ("resnet10t", 0.125, "small")
 
 @cache
 def backbone_of(arch: str, width: float, stem: str) -> Backbone:
-    """Built once; its batch normalisation has statistics of its own, as a trained network's has."""
+    """Built once; its BatchNorm has statistics of its own, like a trained network's."""
     backbone = build_backbone(arch, width, stem, seed_value=1).eval()
     generator = torch.Generator().manual_seed(2)
     for name, tensor in backbone.state_dict().items():
@@ -67,7 +67,7 @@ def images(count: int = 2, px: int = 32) -> torch.Tensor:
 def written(net: StoredNetwork, target: str, folder: Path) -> Path:
     path = folder / "".join(["net", *find_target(target).SUFFIXES[:1]])
     export_network(net, find_target(target), path)
-    assert [file.name for file in folder.iterdir()] == [path.name], "nothing else is left there"
+    assert [file.name for file in folder.iterdir()] == [path.name], "no other file is left"
     return path
 
 
@@ -75,7 +75,7 @@ def close(outputs, expected) -> bool:
     return (outputs - expected).abs().max().item() <= 1e-5 * max(1.0, expected.abs().max().item())
 
 
-# ---- what a user does with the files
+# ---- reading the files as users do
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def close(outputs, expected) -> bool:
         ("timm", ("resnet18", 0.125, "imagenet")),
         ("timm", ("resnet26d", 0.125, "imagenet")),
         ("timm", ("efficientnet_b0", 1.0, "small")),
-        ("timm", ("vit_tiny_patch16_224", 1.0, "imagenet")),  # at another size than its name says
+        ("timm", ("vit_tiny_patch16_224", 1.0, "imagenet")),  # with images of another side than its name says
         ("torchvision", ("resnet18", 1.0, "small")),
         ("torchvision", ("efficientnet_b0", 1.0, "small")),
         ("torchvision", ("torchvision/mobilenet_v3_small", 1.0, "small")),
@@ -94,14 +94,14 @@ def close(outputs, expected) -> bool:
         ("safetensors", ("torchvision/mobilenet_v3_small", 1.0, "small")),
     ],
 )
-def test_the_lines_of_the_card_give_the_network_without_bingo(target, shape, tmp_path, monkeypatch):
+def test_the_code_in_the_card_loads_the_network_without_bingo(target, shape, tmp_path, monkeypatch):
     net = network(*shape)
     written(net, target, tmp_path)
     monkeypatch.chdir(tmp_path)
     loading = find_target(target).loading(net, next(tmp_path.iterdir()).name)
     assert "bingo" not in loading.text
     names: dict = {}
-    exec(loading.text, names)  # what a user would paste
+    exec(loading.text, names)  # as pasted by a user
     with torch.no_grad():
         assert close(names["net"](images()), net.backbone(images()))
     assert bool(loading.remark) == (shape[1:] != (1.0, "imagenet"))
@@ -118,7 +118,7 @@ def test_timm_reads_the_file_by_name_and_for_fine_tuning(tmp_path):
         assert torch.equal(tuned.forward_head(tuned.forward_features(images()), pre_logits=True), net.backbone(images()))
 
 
-def test_torchvision_reads_its_own_names(tmp_path):
+def test_torchvision_loads_its_own_names(tmp_path):
     net = network("resnet18", 1.0, "imagenet")
     state = torch.load(written(net, "torchvision", tmp_path), weights_only=True)
     theirs = torchvision.models.resnet18()
@@ -129,7 +129,7 @@ def test_torchvision_reads_its_own_names(tmp_path):
         assert close(theirs.eval()(images()), net.backbone(images()))
 
 
-def test_safetensors_is_a_student_again(tmp_path):
+def test_safetensors_can_be_read_as_a_student(tmp_path):
     net = network(*TINY, epochs=3)
     again = read_student(written(net, "safetensors", tmp_path))
     assert again.metadata == net.metadata
@@ -137,7 +137,7 @@ def test_safetensors_is_a_student_again(tmp_path):
     assert all(torch.equal(tensor, net.backbone.state_dict()[name]) for name, tensor in again.backbone.state_dict().items())
 
 
-def test_a_torchvision_network_that_went_to_timm_is_a_student_of_timms(tmp_path):
+def test_a_torchvision_network_exported_to_timm_is_a_student_of_timm(tmp_path):
     net = network("torchvision/resnet18", 1.0, "small")
     again = read_student(written(net, "timm", tmp_path))
     assert again.arch == "resnet18"
@@ -149,7 +149,7 @@ def test_a_torchvision_network_that_went_to_timm_is_a_student_of_timms(tmp_path)
 
 
 class NormedConv(nn.Conv2d):
-    """detectron2's Conv2d: the normalisation is a child called norm."""
+    """detectron2's Conv2d; its normalisation is a child called norm."""
 
     def __init__(self, inside: int, outside: int, kernel: int, stride: int):
         super().__init__(inside, outside, kernel, stride, padding=kernel // 2, bias=False)
@@ -160,7 +160,7 @@ class NormedConv(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """A basic block where `bottleneck` is None, otherwise a bottleneck with its stride in the 3x3 convolution (STRIDE_IN_1X1 False)."""
+    """A basic block if `bottleneck` is None, otherwise a bottleneck with its stride in the 3x3 convolution (STRIDE_IN_1X1 False)."""
 
     def __init__(self, inside: int, outside: int, bottleneck: int | None, stride: int):
         super().__init__()
@@ -182,7 +182,7 @@ class Block(nn.Module):
 
 
 class Detectron2ResNet(nn.Module):
-    """build_resnet_backbone: from MODEL.RESNETS of a configuration."""
+    """build_resnet_backbone, from MODEL.RESNETS of a configuration."""
 
     def __init__(self, cfg: dict):
         super().__init__()
@@ -211,7 +211,7 @@ class Detectron2ResNet(nn.Module):
 def test_detectron2_gives_the_same_features(shape, tmp_path):
     net = network(*shape)
     path = written(net, "detectron2", tmp_path)
-    content = pickle.loads(path.read_bytes(), encoding="latin1")  # as detectron2's checkpointer does
+    content = pickle.loads(path.read_bytes(), encoding="latin1")  # as in detectron2's checkpointer
     assert set(content) == {"model", "__author__", "matching_heuristics"}
     assert content["matching_heuristics"] is True
     assert all(type(array) is np.ndarray and array.flags.writeable for array in content["model"].values())
@@ -219,10 +219,10 @@ def test_detectron2_gives_the_same_features(shape, tmp_path):
     theirs = Detectron2ResNet(cfg["MODEL"]["RESNETS"]).eval()
     loaded = theirs.load_state_dict({name: torch.from_numpy(array) for name, array in content["model"].items()}, strict=False)
     assert not loaded.unexpected_keys
-    assert all(name.endswith("num_batches_tracked") for name in loaded.missing_keys), "detectron2's frozen normalisation counts no batches"
+    assert all(name.endswith("num_batches_tracked") for name in loaded.missing_keys), "frozen normalisation does not count batches"
     with torch.no_grad():
         assert close(theirs(images()).mean(dim=(2, 3)), net.backbone(images()))
-    # detectron2 subtracts and divides in 0..255
+    # detectron2 subtracts the mean and divides in 0..255
     np.testing.assert_allclose(np.array(cfg["MODEL"]["PIXEL_MEAN"]) / 255, IMAGE["mean"], atol=1e-6)
     np.testing.assert_allclose(np.array(cfg["MODEL"]["PIXEL_STD"]) / 255, IMAGE["std"], atol=1e-6)
     assert cfg["INPUT"]["FORMAT"] == "RGB"
@@ -235,7 +235,7 @@ def test_detectron2s_own_resnet_gives_the_same_features(tmp_path):
     assert check.startswith("read back with detectron2")
 
 
-def test_arrays_for_detectron2_use_no_module_of_a_single_numpy_version(tmp_path):
+def test_arrays_for_detectron2_can_be_read_by_all_numpy_versions(tmp_path):
     content = written(network("resnet18", 1.0, "imagenet"), "detectron2", tmp_path).read_bytes()
     assert b"_reconstruct" not in content
     assert b"numpy._core" not in content
@@ -245,13 +245,13 @@ def test_arrays_for_detectron2_use_no_module_of_a_single_numpy_version(tmp_path)
 # ---- onnx
 
 
-def test_without_the_packages_of_onnx_one_line_says_what_to_install(tmp_path, monkeypatch):
+def test_without_the_packages_of_onnx_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("bingo.export.to_onnx.find_spec", lambda name: None)
     with pytest.raises(UserError, match="onnx and onnxscript not installed; run: pip install onnx onnxscript onnxruntime"):
         export_network(network(*TINY), find_target("onnx"), tmp_path / "net.onnx")
 
 
-# ---- what every target promises
+# ---- properties of every target
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def test_equal_networks_have_equal_bytes(target, tmp_path):
         ("detectron2", ("resnet18", 0.125, "imagenet"), "width 0.125, detectron2 builds ResNet-18 only at 1.0"),
     ],
 )
-def test_what_a_library_cannot_build_is_refused_in_one_line(target, shape, says, tmp_path):
+def test_networks_that_a_library_cannot_build_are_refused_in_one_line(target, shape, says, tmp_path):
     with pytest.raises(UserError, match=says) as caught:
         written(network(*shape), target, tmp_path)
     (line,) = caught.value.lines
@@ -292,7 +292,7 @@ def test_what_a_library_cannot_build_is_refused_in_one_line(target, shape, says,
     assert not list(tmp_path.iterdir())
 
 
-def test_networks_with_other_layers_are_not_twins():
+def test_networks_with_other_layers_do_not_match():
     with pytest.raises(UserError, match="resnet26d has other layers than resnet10t, the network's arch; export --to timm"):
         twin(network(*TINY), "resnet26d")
 
@@ -302,14 +302,14 @@ def test_a_file_that_gives_other_outputs_is_not_kept(tmp_path):
     net = replace(net, backbone=deepcopy(net.backbone))
     for module in net.backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.eps = 1e-2  # as networks of equal shape differ between libraries, which no tensor shows
+            module.eps = 1e-2  # networks of different libraries may differ like this, which no tensor shows
     (tmp_path / "net.pth").write_bytes(b"before")
     with pytest.raises(UserError, match=r"net.pth: torchvision .* gives outputs that differ by .*, allowed is 1e-05; nothing was written"):
         export_network(net, find_target("torchvision"), tmp_path / "net.pth")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
 
 
-def test_the_difference_is_a_share_of_the_largest_output():
+def test_the_difference_is_relative_to_the_largest_output():
     net = network(*TINY)
     assert largest_difference(net, net.backbone) == 0
     assert largest_difference(net, lambda x: 1.5 * net.backbone(x)) == pytest.approx(0.5)
@@ -322,7 +322,7 @@ def test_the_difference_is_a_share_of_the_largest_output():
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """Listing, teacher, embeddings, bags, a student and a baseline that name one another by fingerprints, and reports."""
+    """Listing, teacher, embeddings, bags, a student and a baseline that refer to one another by fingerprints, and reports."""
     monkeypatch.chdir(tmp_path)
     labels = np.arange(12) % 2
     pixels = np.random.default_rng(0).integers(0, 255, (12, 8, 8, 3)).astype(np.uint8)
@@ -402,7 +402,7 @@ def test_the_command_writes_the_file_and_its_card(workspace):
     assert Path("out/net.safetensors.md").read_text() == card
 
 
-def test_the_lines_in_the_card_run(workspace, monkeypatch):
+def test_the_code_in_the_card_runs(workspace, monkeypatch):
     bingo_export("--to", "timm", "--out", "out/net.safetensors")
     code = Path("out/net.safetensors.md").read_text().partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir("out")
@@ -422,7 +422,7 @@ def test_a_baselines_card_has_its_own_figures_and_no_teacher(workspace):
     assert "91.25" not in card
 
 
-def test_what_the_workspace_no_longer_holds_is_not_claimed(workspace):
+def test_the_card_claims_nothing_about_inputs_missing_from_the_workspace(workspace):
     student = read_student(Path("models/student.safetensors"))
     save_network("other.safetensors", student.backbone.state_dict(), {**student.metadata, "listing": "x", "embeddings": "y", "bags": "z"})
     assert bingo_export("--to", "safetensors", "--student", "other.safetensors", "--out", "o.safetensors")[0] == 0

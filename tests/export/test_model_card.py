@@ -1,4 +1,4 @@
-"""The model card: what it says of a network, of what is known of its making and what is not. The command's card is in test_export.py."""
+"""The text of the model card, with complete and with missing information. Cards of the command are tested in test_export.py."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def backbone():
 
 @pytest.fixture
 def card(backbone):
-    """The card for metadata (MADE by default) and a provenance."""
+    """The card for metadata (default: MADE) and a provenance."""
 
     def written(provenance: Provenance, **metadata) -> str:
         network = StoredNetwork(backbone, {**SHAPE, **IMAGE, **(metadata or MADE)}, ImageParams(**IMAGE))
@@ -45,7 +45,7 @@ def rows(card: str, section: str) -> dict[str, str]:
     }
 
 
-def test_every_section_is_there_once_and_in_order(card):
+def test_every_section_occurs_once_and_in_order(card):
     text = card(KNOWN)
     assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == SECTIONS
     assert text.startswith("# resnet10t, trained by BINGO\n\n`net.safetensors` is a backbone without a classifier, exported to timm. ")
@@ -53,11 +53,11 @@ def test_every_section_is_there_once_and_in_order(card):
     assert "```python\nimport timm\n```" in text
     assert "short side resized to 256 pixels (bilinear, antialiased), then a centre crop of 224 x 224" in text
     assert "mean [0.485, 0.456, 0.406] and standard deviation [0.229, 0.224, 0.225]" in text
-    assert text == card(KNOWN), "no time in it"
+    assert text == card(KNOWN), "the card contains no time"
     assert text.endswith(".\n")
 
 
-def test_the_training_is_described_as_far_as_it_is_known(card):
+def test_known_settings_of_the_training_are_described(card):
     text = card(
         KNOWN, **MADE, revision="v1-3-gabc", params={"distill": {"lr": 0.06, "augment": {"crop_scale": [0.2, 1.0]}}, "bingo": {"t": 0.2}}
     )
@@ -100,17 +100,17 @@ def test_the_source_of_the_teacher_is_named(card, facts, says):
         ([("8", "7.9"), ("90", "100.5")], "slower there than the float32 network at batch 32;"),
         ([("8", "9"), ("90", "1e+02")], "slower there than the float32 network at batch 1 and batch 32;"),
         ([("8", "8"), ("9", "8.99")], None),
-        ([("", "8"), ("", "9")], None),  # of a float32 file alone
+        ([("", "8"), ("", "9")], None),  # only a float32 file was measured
     ],
 )
-def test_a_file_that_was_measured_slower_is_called_so(backbone, latencies, says):
+def test_a_file_that_was_measured_to_be_slower_is_called_slower(backbone, latencies, says):
     measured = [(f"latency at batch {batch}, ms", *both) for batch, both in zip((1, 32), latencies, strict=True)]
     network = StoredNetwork(backbone, {**SHAPE, **IMAGE, **MADE}, ImageParams(**IMAGE))
     card = model_card(network, "onnx", "net.onnx", Loading("python", ""), "read", KNOWN, ExportFigures(measured, "a machine"))
     assert says in card if says else "slower" not in card
 
 
-def test_what_is_not_known_is_not_claimed(card):
+def test_unknown_facts_are_not_claimed(card):
     text = card(Provenance())
     found = rows(text, "Training")
     assert {found[name] for name in ("data", "teacher", "bags")} == {"not known: it is no longer in this workspace"}
@@ -119,7 +119,7 @@ def test_what_is_not_known_is_not_claimed(card):
 
 
 @pytest.mark.parametrize("metadata", [{"method": "moco", "listing": "11aa", "epochs": 3}, {"method": "moco", "embeddings": "22bb"}])
-def test_a_method_without_teacher_has_none_on_the_card(card, metadata):
+def test_the_card_of_a_method_without_teacher_names_none(card, metadata):
     text = card(KNOWN, **metadata)
     found = rows(text, "Training")
     assert found["teacher"] == "none: MoCo-v2 needs none"
@@ -127,13 +127,13 @@ def test_a_method_without_teacher_has_none_on_the_card(card, metadata):
     assert "They are derived from the images (folder) and may inherit their terms." in text
 
 
-def test_a_method_that_this_bingo_does_not_know_is_taken_to_have_had_a_teacher(card):
+def test_an_unknown_method_is_assumed_to_have_a_teacher(card):
     found = rows(card(KNOWN, method="of 2031", embeddings="22bb"), "Training")
     assert found["method"] == "of 2031"
     assert found["teacher"].startswith("resnet50")
 
 
-def test_no_name_breaks_the_table(card):
+def test_special_characters_in_names_do_not_break_the_table(card):
     found = card(Provenance(dataset="a|b\nc", train_images=1))
     assert "| data | a\\|b c, 1 training images |" in found
 
@@ -155,14 +155,14 @@ def test_figures_are_rows_of_measures_and_columns_of_networks(card):
     ]
 
 
-def test_measures_are_in_the_order_of_k_after_plain_votes_the_weighted_and_the_agreement():
+def test_measures_are_in_the_order_of_k_then_plain_weighted_agreement():
     keys = ["agreement_10", "agreement_1", "knn_200", "knn_20_weighted", "knn_5"]
     names = [name for name, _ in score_rows({}, {"student": dict.fromkeys(keys, 1.0), "teacher": {"knn_20": 4.0}})]
     agreement = [f"agreement with the teacher, k = {k}" for k in (1, 10)]
     assert names[-6:] == ["k-NN, k = 5", "k-NN, k = 20", "k-NN, k = 200", "k-NN, k = 20, weighted votes", *agreement]
 
 
-def test_a_stranger_has_no_figures_of_the_student(card):
+def test_another_network_does_not_get_the_students_figures(card):
     text = card(Provenance(net="", scores=score_rows({}, {"student": {"knn_10": 60.0}})))
     assert "Not measured in this workspace." in text
     assert "60.00" not in text

@@ -1,7 +1,7 @@
-"""What the pretended GPU cannot show: a real one's numbers beside the CPU's, waits that CUDA reports, NCCL, FAISS's GPU code, nvJPEG.
+"""What the simulated GPU cannot test: a real GPU's numbers compared with the CPU's, waits reported by CUDA, NCCL, FAISS's GPU code, nvJPEG.
 
-python -m benchmarks.gpu tests                        with every deviation, in the file of results
-BINGO_TEST_DEVICE=cpu python -m pytest tests/gpu      a rehearsal: the CPU in the GPU's place
+python -m benchmarks.gpu tests                        writes every deviation to the file of results
+BINGO_TEST_DEVICE=cpu python -m pytest tests/gpu      a rehearsal on the CPU
 """
 
 import os
@@ -23,29 +23,29 @@ from tests.pretended_gpu.steps import CASES, CPU, Case, Outcome, deterministic, 
 
 DEVICE = torch.device(os.environ.get("BINGO_TEST_DEVICE", "cuda"))
 REAL = DEVICE.type == "cuda"
-# At least six times what the order of sums changes: two steps on the CPU with and without oneDNN give losses that differ by up to 1.4e-4 of
-# themselves and updates that differ by up to 0.008 of their length; in bf16 1.2e-3 and 0.033. CompRess and CoSS have losses that are small
-# differences of large numbers, ISD has a temperature of 0.02: bf16 changes their losses by up to 0.6 of themselves on the CPU too, and by
-# another amount with each number of threads. In bf16 their updates alone are compared.
+# At least six times the effect of the order of sums: for two steps on the CPU with and without oneDNN, losses differ by up to 1.4e-4
+# (relative) and updates by up to 0.008 of their length; in bf16 by 1.2e-3 and 0.033. Losses of CompRess and CoSS are small differences
+# of large numbers, and ISD has a temperature of 0.02: in bf16 their losses change by up to 0.6 (relative) on the CPU too, and by a
+# different amount for each number of threads. Only their updates are therefore compared in bf16.
 LOSS_BOUND, UPDATE_BOUND = {"fp32": 2e-3, "bf16": 2e-2}, {"fp32": 0.05, "bf16": 0.3}
 UNCERTAIN_IN_BF16, UNCERTAIN_BOUND = ("compress", "coss", "isd"), 0.6
 pytestmark = pytest.mark.skipif(REAL and not torch.cuda.is_available(), reason="torch sees no GPU here")
 
 
 def loss_deviations(got: Outcome, want: Outcome) -> dict[str, float]:
-    """The losses' differences, as fractions of what they should be."""
+    """The relative differences of the losses."""
     return {name: abs(got.sums[name] - value) / max(abs(value), 1e-6) for name, value in want.sums.items()}
 
 
 def update_deviation(start: dict[str, torch.Tensor], got: Outcome, want: Outcome) -> float:
-    """The length of the difference of all weights over that of their update."""
+    """The length of the difference of all weights, relative to that of their update."""
     names = [name for name, value in start.items() if value.is_floating_point()]
     apart, update = (torch.cat([(want.state[name] - other[name]).double().flatten() for name in names]) for other in (got.state, start))
     return float(apart.norm() / update.norm())
 
 
 def two_steps(folder: Path, case: Case, device: torch.device) -> Outcome:
-    """As a stage takes them. On a GPU the second may not wait for it."""
+    """Two training steps as in a stage. On a GPU the second must not wait for it."""
     with deterministic():
         run = trainer(folder, case, device)
         try:
@@ -58,7 +58,7 @@ def two_steps(folder: Path, case: Case, device: torch.device) -> Outcome:
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("case", CASES if REAL else CASES[::9], ids=lambda case: case.name)
-def test_a_step_gives_the_cpus_numbers_without_waiting(tmp_path, case):
+def test_a_step_agrees_with_the_cpu_and_does_not_wait(tmp_path, case):
     start = {name: value.clone() for name, value in trainer(tmp_path, case, CPU).method.state_dict().items()}
     want, got = (two_steps(tmp_path / device.type, case, device) for device in (CPU, DEVICE))
     losses, update = loss_deviations(got, want), update_deviation(start, got, want)
@@ -71,7 +71,7 @@ def test_a_step_gives_the_cpus_numbers_without_waiting(tmp_path, case):
 
 
 def test_one_wrong_sign_is_beyond_the_bounds(tmp_path):
-    """Of one of the 20 convolutions' updates."""
+    """With the sign of one of the 20 convolutions' updates changed."""
     case = CASES[0]
     start = {name: value.clone() for name, value in trainer(tmp_path, case, CPU).method.state_dict().items()}
     want, got = (two_steps(tmp_path, case, CPU) for _ in range(2))
@@ -87,8 +87,8 @@ SHAPES = [((512, 256, 32, 32), 1), ((96, 130, 7, 5), 3), ((512, 2048, 1, 1), 1),
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("shape", "blocks"), SHAPES)
-def test_grouped_batchnorm_is_that_of_each_group_in_float64(shape, blocks, dtype):
-    """Its kernels; the second call may not wait for the GPU. The input's mean is 30 times its deviation."""
+def test_grouped_batchnorm_equals_batchnorm_of_each_group_in_float64(shape, blocks, dtype):
+    """With its own kernels; the second call must not wait for the GPU. The mean of the input is 30 times its standard deviation."""
     groups, torch_random = 4, torch.Generator(DEVICE).manual_seed(0)
     x, dy = (torch.randn(shape, generator=torch_random, device=DEVICE) for _ in range(2))
     x, dy = ((part.to(dtype).contiguous(memory_format=torch.channels_last)) for part in (x + 30, dy))
@@ -137,7 +137,7 @@ def share_of_two(rank: int, folder: str, kind: str, answers) -> None:
 
 @pytest.mark.skipif(REAL and torch.cuda.device_count() < 2, reason="torch sees one GPU")
 def test_two_processes_agree_with_two_on_the_cpu(tmp_path):
-    """By NCCL, and by gloo."""
+    """With NCCL, and with gloo."""
     context, found = get_context("spawn"), []
     for kind in ("cpu", DEVICE.type):
         answers = context.Queue()
@@ -153,11 +153,11 @@ def test_two_processes_agree_with_two_on_the_cpu(tmp_path):
 
 
 def test_neighbours_are_exact():
-    """Sparse near-duplicates, of which half precision cannot tell the best, beside all cosines in float64."""
+    """For sparse near-duplicates, among which half precision cannot find the best; compared with all cosines in float64."""
     rows, width, k = (40_000, 128, 10) if REAL else (600, 32, 5)
     if REAL:
         if not hasattr(faiss, "StandardGpuResources"):
-            pytest.skip("FAISS is built without GPUs")
+            pytest.skip("FAISS was built without GPU support")
         assert faiss.get_num_gpus() > 0
         assert float(rows) ** 2 * width > neighbors._GPU_LEAST_PRODUCTS
     random = np.random.default_rng(0)
@@ -175,9 +175,9 @@ def test_neighbours_are_exact():
         np.testing.assert_allclose(cosines_QK[start : start + 2000], best_qK, rtol=0, atol=1e-6)
 
 
-def test_nvjpeg_decodes_the_cpus_pixels_but_for_interpolated_colours(tmp_path):
-    """Of the files that are given to it: none is refused. It repeats subsampled colours, as libjpeg does with its fast upsampling, where
-    libjpeg otherwise interpolates them; that deviation, on the noise of this photograph the largest possible, is printed."""
+def test_nvjpeg_decodes_the_cpus_pixels_except_interpolated_colours(tmp_path):
+    """It accepts all files that are given to it. It repeats subsampled colours, like libjpeg with fast upsampling, whereas libjpeg
+    interpolates them by default; this deviation, the largest possible for the noise in this photograph, is printed."""
     paths = photographs(tmp_path)[:BASELINE]
     files = [torch.frombuffer(bytearray((tmp_path / path).read_bytes()), dtype=torch.uint8) for path in paths]
     for path, got, usual in zip(paths, decode_on(DEVICE, files), decode_on(CPU, files), strict=True):

@@ -1,4 +1,4 @@
-"""Batched views against torchvision, one image at a time: equal for given parameters, equally distributed for random ones."""
+"""Batched views against torchvision, one image at a time: equal for given parameters, and equally distributed for random ones."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_crop_equals_resized_crop(side_px, out_px, interpolation):
     got = au.crop_and_resize(images, torch.from_numpy(au.crop_lines(boxes, flips, out_px)), out_px, interpolation)
     for b, (box, flip) in enumerate(zip(boxes.tolist(), flips, strict=True)):
         want = tv.resized_crop(au.to_unit(images[b : b + 1]), *box, [out_px, out_px], tv.InterpolationMode(interpolation), antialias=True)
-        want = want.clamp(0, 1)  # as Pillow does with its bytes
+        want = want.clamp(0, 1)  # as Pillow does with bytes
         torch.testing.assert_close(got[b : b + 1], tv.hflip(want) if flip else want, atol=2e-6, rtol=0)
 
 
@@ -157,7 +157,7 @@ def two_sample_ks(a: np.ndarray, b: np.ndarray) -> float:
     ("height", "width"), [(50, 75), (120, 20), *(pytest.param(*sides, marks=pytest.mark.slow) for sides in [(60, 60), (30, 120)])]
 )
 def test_crop_boxes_are_distributed_as_torchvisions(height, width):
-    """Area, ratio and place of 6,000 boxes against 6,000 of torchvision: 0.036 is the 0.1 % point of Kolmogorov and Smirnov."""
+    """Area, ratio and place of 6,000 boxes compared with 6,000 of torchvision; 0.036 is the 0.1 % point of the Kolmogorov-Smirnov test."""
     crops, _ = draw_views(PLAIN, 0, "test", 0, np.arange(ROWS), 0)
     ours = crop_boxes(crops, height, width)
     blank = torch.empty(3, height, width)
@@ -185,7 +185,7 @@ def test_a_box_that_never_fits_is_the_largest_in_the_middle():
 
 
 def test_drawn_colours_have_the_stated_distribution():
-    """Shares within 4 standard errors; factors fill their ranges evenly; all 24 orders about as often."""
+    """Shares within 4 standard errors; factors evenly distributed over their ranges; all 24 orders about equally often."""
     crops, drawn = draw_views(MOCO2, 0, "test", 0, np.arange(ROWS), 0)
     jittered = drawn.operation_BO[:, 0] >= 0
     for share, p in ((jittered, 0.8), (drawn.gray_B, 0.2), (drawn.sigma_B > 0, 0.5), (crops.flip_B, 0.5)):

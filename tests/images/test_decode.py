@@ -1,4 +1,4 @@
-"""What a JPEG file says of itself, read without Pillow, is what Pillow says: of sound files, and of damaged ones."""
+"""Headers of JPEG files are read without Pillow as Pillow reads them, for intact and for damaged files."""
 
 import io
 import random
@@ -26,7 +26,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def with_xmp(content: bytes) -> bytes:
-    """An orientation of 6, as some programs note it, which Pillow reads from 11.2 on."""
+    """An orientation of 6 as some programs store it, which Pillow reads since 11.2."""
     xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>'
     return content[:2] + b"\xff\xe1" + (2 + len(xmp)).to_bytes(2, "big") + xmp + content[2:]
 
@@ -47,7 +47,7 @@ def described(content: bytes) -> Header | str:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_header_is_pillows(monkeypatch, name):
+def test_a_header_is_read_as_by_pillow(monkeypatch, name):
     draw, contents = random.Random(name), [FILES[name]]
     for _ in range(300):
         content = bytearray(FILES[name])
@@ -67,7 +67,7 @@ ORIENTED = ("JPEG", "PNG", "WEBP", "TIFF")
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format_name", ORIENTED)
 def test_an_image_is_turned_once(format_name, orientation):
-    """A red corner at the top left of what is stored ends where EXIF's table says: row 0 and column 0 are there at the top and the left."""
+    """A red corner at the top left of the stored image ends up where EXIF's table says: as row 0 at the top and column 0 at the left."""
     stored = Image.new("RGB", (64, 48))
     stored.paste((255, 0, 0), (0, 0, 24, 16))
     file = io.BytesIO()
@@ -102,7 +102,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_headers_are_pillows_to_read(monkeypatch, name):
+def test_unusual_headers_are_left_to_pillow(monkeypatch, name):
     ours = described(ODD[name])
     monkeypatch.setattr(decode, "_upright_jpeg", lambda content: None)
     assert ours == described(ODD[name])
@@ -114,7 +114,7 @@ def test_pillow_is_used_only_if_necessary(monkeypatch):
         assert read_header(FILES[name]).plain_jpeg
 
 
-def test_too_many_pixels_or_scans_are_pillows_to_refuse(monkeypatch):
+def test_too_many_pixels_or_scans_are_refused_by_pillow(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 80 - 1)
     assert "decompression bomb" in described(FILES["plain"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
@@ -124,8 +124,8 @@ def test_too_many_pixels_or_scans_are_pillows_to_refuse(monkeypatch):
     assert described(FILES["progressive"]).startswith("it has ")
 
 
-def test_too_little_memory_is_not_the_files_fault(monkeypatch):
-    """Or `dataset.on_bad_image: skip` would leave out a good image."""
+def test_lack_of_memory_is_not_reported_as_a_bad_file(monkeypatch):
+    """Otherwise `dataset.on_bad_image: skip` would leave out a good image."""
 
     def full(*_, **__):
         raise MemoryError

@@ -1,4 +1,4 @@
-"""The listing's file: whole again after reading, equal bytes for equal content, refused where it is damaged."""
+"""The listing's file: unchanged after reading, equal bytes for equal content, refused if it is damaged."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ def test_labelled_and_split():
     assert [LISTING.split(row) for row in range(3)] == ["train", "train", "test"]
 
 
-def test_held_out_images_are_counted_and_those_left_out_are_not_judged(tmp_path):
+def test_held_out_images_are_counted_and_left_out_ones_are_not_evaluated(tmp_path):
     path, left_out = tmp_path / "listing.parquet", tmp_path / "left_out.json"
     write_listing(path, LISTING)
     own_split = path.read_bytes()
@@ -154,7 +154,7 @@ def test_fingerprint_changes_with_every_part_of_a_row():
     assert len({fingerprint(), *others}) == len(others) + 1
 
 
-def test_paths_of_a_listing_are_a_sequence(tmp_path, monkeypatch):
+def test_the_paths_of_a_listing_are_a_sequence(tmp_path, monkeypatch):
     monkeypatch.setattr("bingo.images.listing._GROUP_ROWS", 4)
     names = [f"train/é {row}.jpg" for row in range(10)]
     write_listing(tmp_path / "listing.parquet", replace(LISTING, paths=names, labels_N=np.zeros(10, np.int64), train_rows=7))
@@ -173,14 +173,14 @@ INSIDE = ["a", "..a/b", "a..", "a/..b/c", "a/...", "./a", "a/b..c", "a\n/..b", "
 
 
 @pytest.mark.parametrize("path", [*OUTSIDE, *INSIDE, "a\n/../b", "a\n.."])
-def test_paths_that_lead_out_are_those_of_the_rule_for_one(path):
+def test_paths_that_leave_the_root_are_found_by_the_rule_for_one_path(path):
     wanted = leads_out(path)
     assert wanted or path not in OUTSIDE
     assert first_outside(pa.chunked_array([["in/side.jpg"], [path]])) == (path if wanted else None)
 
 
-def test_reading_a_listing_makes_no_object_for_each_row(tmp_path):
-    """Python's and NumPy's memory for one row: the label twice, and whether it is a train row. A string would be some 70 bytes more."""
+def test_reading_a_listing_creates_no_object_per_row(tmp_path):
+    """Memory of Python and NumPy per row: twice the label, and whether it is a train row. A string would be some 70 bytes more."""
     rows = 200_000
     numbers = pa.array(np.arange(rows)).cast(pa.string())
     names = pc.binary_join_element_wise(pa.scalar("train/class/some photograph "), numbers, pa.scalar(".jpg"), "")
@@ -210,7 +210,7 @@ def test_the_fingerprint_is_that_of_a_line_of_json_for_each_row(monkeypatch, has
     assert found == hasher.hexdigest()[:32]
 
 
-def test_images_are_read_back_and_another_listings_are_refused(tmp_path):
+def test_images_are_read_back_and_images_of_another_listing_are_refused(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 5, 5, 3), dtype=np.uint8)
     images[1] = 0  # a black image is stored like any other
     write_images(tmp_path / "images.zarr", LISTING, images)

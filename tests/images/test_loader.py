@@ -1,4 +1,4 @@
-"""The loader: equal pixels for equal keys, whatever the workers, the batches and the other views; files as the memory path."""
+"""The loader: equal pixels for equal keys with any workers, batches and other views; files give the same views as memory."""
 
 import re
 import sys
@@ -44,7 +44,7 @@ def memory() -> MemoryImages:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> FileImages:
-    """70 files of several sizes and formats: more than one task."""
+    """70 files with several dimensions and formats, more than one task."""
     root, rng, paths = tmp_path_factory.mktemp("images"), np.random.default_rng(1), []
     for i in range(70):
         noise = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
@@ -58,8 +58,8 @@ def views(images, plans, workers=0) -> list[list[torch.Tensor]]:
     return list(ViewLoader(images, IMAGE, AUGMENT, 0, CPU, workers).views(plans))
 
 
-def test_requests_that_are_computed_together_give_the_views_of_each_alone(memory):
-    """Two of one family, one of another, one more of the first: bit for bit."""
+def test_requests_computed_together_give_the_views_of_each_alone(memory):
+    """Two requests of one family, one of another, and one more of the first; bitwise equal."""
     weak = AUGMENT.model_copy(update={"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0})
     rows = np.array([3, 0, 5, 3])
     plan = [Request(rows, rows, "anchor", 1, 0), Request(rows[:3], rows[:3], "member", 1, 1)]
@@ -84,8 +84,8 @@ def test_memory_views_are_the_augment_path(memory):
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
-def test_a_view_depends_on_its_key_alone(kind, request: pytest.FixtureRequest):
-    """Not on the batch, its order, the other requests of the plan, or the plans before."""
+def test_a_view_depends_only_on_its_key(kind, request: pytest.FixtureRequest):
+    """It does not depend on the batch, its order, other requests of the plan, or earlier plans."""
     images = request.getfixturevalue(kind)
     whole = views(images, [[_request([4, 7, 9, 30])]])[0][0]
     shuffled = views(images, [[_request([1, 2])], [_request([9, 4], view=3), _request([30, 9, 4, 7, 9])]])[1][1]
@@ -96,8 +96,8 @@ def test_a_view_depends_on_its_key_alone(kind, request: pytest.FixtureRequest):
     torch.testing.assert_close(by_array[1], whole[0], rtol=0, atol=1e-6)
 
 
-def test_workers_change_nothing(files):
-    """Two passes through the same workers, tasks of a plan spread over them, against none."""
+def test_workers_do_not_change_views(files):
+    """Two passes with the same workers, with the tasks of a plan spread over them, compared with no workers."""
     rng = np.random.default_rng(2)
     plans = [[_request(rng.integers(0, 70, 48), view=v) for v in (0, 1)] for _ in range(4)]
     alone, loader = views(files, plans), ViewLoader(files, IMAGE, AUGMENT, 0, CPU, workers=2)
@@ -106,7 +106,7 @@ def test_workers_change_nothing(files):
         for got, want in zip(loader.views(iter(plans)), alone, strict=True):
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0)
-    next(loader.views(plans))  # a pass that is given up
+    next(loader.views(plans))  # an unfinished pass
     torch.testing.assert_close(next(loader.views(plans))[1], alone[0][1], rtol=0, atol=0)
     assert torch.equal(state, torch.random.get_rng_state())
     assert loader.wait_seconds > 0
@@ -130,12 +130,12 @@ def test_file_views_are_the_drawn_crops(files, augment, image_kind):
     want = cropped_views(torch.from_numpy(np.stack(wanted)), colours, augment, IMAGE)
     error_B = (got - want).abs().flatten(1)
     assert error_B.mean(dim=1).max() < 0.1
-    if augment is UNCOLOURED:  # without hue, which blows up a level of difference between nearly grey pixels
-        assert (error_B.amax(dim=1) < 2.01 / 255 / 0.22).sum() > 60  # the others are JPEG files that were decoded smaller
+    if augment is UNCOLOURED:  # without hue, which magnifies a difference of one level between nearly grey pixels
+        assert (error_B.amax(dim=1) < 2.01 / 255 / 0.22).sum() > 60  # the others are JPEG files that were decoded at a smaller scale
 
 
-def test_views_of_a_jpeg_are_those_of_its_pixels(tmp_path):
-    """Colour, grey, turned by EXIF, and one with a hole that Pillow bears: as a lossless file of what Pillow decodes."""
+def test_views_of_a_jpeg_equal_views_of_its_pixels(tmp_path):
+    """Colour, grey, rotated by EXIF, and with a gap that Pillow tolerates; compared with a lossless file of Pillow's pixels."""
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 15, 3), np.uint8)).resize((75, 60))
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -168,8 +168,8 @@ def photographs(tmp_path) -> FileImages:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_gpu_decodes_plain_jpeg_files_and_leaves_all_others_as_they_are(photographs, monkeypatch, workers):
-    """Each file once for all its views, in whatever order they are asked for; by libjpeg in place of nvJPEG, which is as on the CPU."""
+def test_a_gpu_decodes_plain_jpeg_files_and_the_cpu_all_others(photographs, monkeypatch, workers):
+    """Each file is decoded once for all its views, in any order of requests; libjpeg on the CPU replaces nvJPEG."""
     given: list[int] = []
     monkeypatch.setattr(nvjpeg, "decode_jpeg", lambda files, *how: given.extend(map(len, files)) or decode_jpeg(files, *how))
     rows = np.arange(len(photographs))
@@ -184,7 +184,7 @@ def test_a_gpu_decodes_plain_jpeg_files_and_leaves_all_others_as_they_are(photog
 
 
 def by_gpu(images: FileImages, plan: list[Request], workers: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """A plan's views as with dataset.jpeg_decoder: gpu, but on the CPU, and as without."""
+    """A plan's views with the decoding of dataset.jpeg_decoder: gpu, run on the CPU, and without it."""
     crops_alone = UNCOLOURED.model_copy(update={"crop_scale": [0.7, 1.0]})
     (want,) = ViewLoader(images, IMAGE, crops_alone, 0, CPU, 0).views([plan])
     loader = ViewLoader(images, IMAGE, crops_alone, 0, CPU, workers)
@@ -194,7 +194,7 @@ def by_gpu(images: FileImages, plan: list[Request], workers: int = 0) -> tuple[l
 
 
 def refusing(refused: bytes):
-    """A decoder that fails at one file, and with it at all that come along."""
+    """A decoder that fails for one file, and thus for all files decoded together with it."""
 
     def decode(files: list[torch.Tensor], mode: object, device: torch.device) -> list[torch.Tensor]:
         if any(file.numpy().tobytes() == refused for file in files):
@@ -204,7 +204,7 @@ def refusing(refused: bytes):
     return decode
 
 
-def test_of_files_together_the_one_that_fails_on_the_gpu_is_decoded_on_the_cpu(photographs, monkeypatch):
+def test_a_file_that_fails_on_the_gpu_is_decoded_on_the_cpu(photographs, monkeypatch):
     refused = Path(photographs.root, photographs.paths[3]).read_bytes()
     monkeypatch.setattr(nvjpeg, "decode_jpeg", refusing(refused))
     (got,), (want,) = by_gpu(photographs, [_request(range(14))])
@@ -212,7 +212,7 @@ def test_of_files_together_the_one_that_fails_on_the_gpu_is_decoded_on_the_cpu(p
     assert not any(torch.equal(got[row], want[row]) for row in (0, 1, 2, 4, 5))
 
 
-def test_a_file_that_neither_can_decode_is_named_with_its_row(photographs, monkeypatch):
+def test_a_file_that_neither_device_can_decode_is_named_with_its_row(photographs, monkeypatch):
     refused = Path(photographs.root, photographs.paths[3]).read_bytes()
     decode = decoding.decode_crops
 
@@ -229,7 +229,7 @@ def test_a_file_that_neither_can_decode_is_named_with_its_row(photographs, monke
     assert "grey.jpg (row 3) can no longer be read (it is broken)" in line
 
 
-def test_on_a_cpu_the_gpus_decoder_is_refused_for_files_alone(photographs, memory):
+def test_on_a_cpu_the_gpus_decoder_is_refused_only_for_files(photographs, memory):
     photographs.jpeg_decoder = "gpu"
     (line,) = lines_of(lambda: ViewLoader(photographs, IMAGE, AUGMENT, 0, CPU))
     assert line.startswith("dataset.jpeg_decoder = gpu: ")
@@ -242,8 +242,8 @@ FOR_TEACHER = BicubicImageParams(crop_px=20, resize_px=22, mean=[0.4, 0.5, 0.6],
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_view_for_the_teacher_is_the_students_at_the_teachers_size_and_normalisation(kind, workers, request):
-    """Bit for bit what a loader of either alone gives, in whatever order they are asked for."""
+def test_a_teachers_view_is_the_students_with_the_teachers_size_and_normalisation(kind, workers, request):
+    """Bitwise equal to the views of a loader for only one of them, in any order of requests."""
     if kind == "memory" and workers:
         pytest.skip("nothing is decoded")
     images = request.getfixturevalue(kind)
@@ -258,7 +258,7 @@ def test_a_view_for_the_teacher_is_the_students_at_the_teachers_size_and_normali
     assert first.shape == (3, 3, 20, 20)
 
 
-def test_both_see_the_same_box_of_the_image_by_torchvisions_definition(memory):
+def test_teacher_and_student_see_the_same_box_by_torchvisions_definition(memory):
     rows = np.array([4, 9])
     plan = [_request(rows), replace(_request(rows), for_teacher=True)]
     ((student, teacher),) = ViewLoader(memory, IMAGE, UNCOLOURED, 0, CPU, 0, FOR_TEACHER).views([plan])
@@ -272,7 +272,7 @@ def test_both_see_the_same_box_of_the_image_by_torchvisions_definition(memory):
             torch.testing.assert_close(got, tv.normalize(view, seen.mean, seen.std), rtol=0, atol=2e-4)
 
 
-def test_for_teacher_and_student_an_image_is_decoded_once_and_large_enough_for_both(tmp_path, monkeypatch):
+def test_an_image_is_decoded_once_and_large_enough_for_teacher_and_student(tmp_path, monkeypatch):
     """A JPEG file of 400 px would be decoded at a quarter for views of 16 px; for the teacher's of 180 px it is not."""
     Image.fromarray(np.random.default_rng(2).integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(tmp_path / "a.jpg")
     decoded, factors = [], []
@@ -292,7 +292,7 @@ def test_for_teacher_and_student_an_image_is_decoded_once_and_large_enough_for_b
 
 
 def test_memory_and_file_views_nearly_agree(memory, tmp_path):
-    """The same squares from memory (floats throughout) and from lossless files (crops rounded to 8 bits)."""
+    """The same squares from memory (in floats) and from lossless files (crops rounded to 8 bits)."""
     for i, image in enumerate(memory.images_NSS3):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     files = FileImages(str(tmp_path), [f"{i}.png" for i in range(50)])
@@ -314,14 +314,14 @@ def test_center_views_come_in_row_order(files, workers, image_kind):
         assert (view - want).abs().max() < (0.5 if files.paths[row].endswith("jpg") else 1.01 / 255 / 0.22)
 
 
-def test_center_views_of_memory(memory):
+def test_center_views_from_memory(memory):
     got = torch.cat(list(center_views(memory, range(50), IMAGE, CPU, 16)))
     x = torch.from_numpy(memory.images_NSS3).permute(0, 3, 1, 2).float() / 255
     torch.testing.assert_close(got, tv.normalize(x[:, :, 2:18, 2:18], IMAGE.mean, IMAGE.std), atol=1e-5, rtol=0)
 
 
 def lines_of(act) -> list[str]:
-    """The lines of the UserError that `act` raises; keeps no traceback, which would keep the workers."""
+    """The lines of the UserError raised by `act`. Its traceback is not kept, because it would keep the workers."""
     try:
         act()
     except UserError as error:
@@ -341,8 +341,8 @@ def test_a_file_that_became_unreadable_is_named_with_its_row(files, tmp_path, wo
         list(center_views(broken, [1], IMAGE, CPU, 4, 0))
 
 
-def test_what_a_file_of_which_scan_read_the_header_alone_is_answered_with_helps(tmp_path):
-    """A truncated photograph has a header like any other: with `check: header` another scan would list it again."""
+def test_the_advice_for_a_bad_file_after_a_scan_of_headers_helps(tmp_path):
+    """A truncated photograph has a valid header: with `check: header`, another scan would list it again."""
     (tmp_path / "train/cat").mkdir(parents=True)
     noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
     for name in ("a", "b", "c"):
@@ -379,7 +379,7 @@ def test_a_file_that_became_a_link_out_of_the_root_is_not_read(tmp_path):
         assert f"{paths[row]} (row {row}) can no longer be read (it leads out of the dataset's folder" in line
 
 
-def test_worker_count_is_this_process_share(monkeypatch):
+def test_the_worker_count_is_this_processs_share(monkeypatch):
     monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert workers.worker_count() == 15
@@ -390,7 +390,7 @@ def test_worker_count_is_this_process_share(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="pretends a GPU")
-def test_a_gpu_has_one_stream_for_copies_in_all_passes(files, monkeypatch):
+def test_a_gpu_uses_one_stream_for_copies_in_all_passes(files, monkeypatch):
     from tests.pretended_gpu import device
 
     made: list[object] = []

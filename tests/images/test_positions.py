@@ -1,4 +1,4 @@
-"""Images that are parts of large files: the same bytes as files of their own, in the loader, for the report and for display."""
+"""Images that are parts of large files: the same bytes as separate files in the loader, the report and the display."""
 
 import os
 import pickle
@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> FileImages:
 
 
 def packed(folder: FileImages, root: Path, in_store: bool = False) -> Positions:
-    """The same files, behind one another in two large ones, in an order of their own."""
+    """The same files, concatenated into two large ones in another order."""
     names, rows_N3 = ["some/0.bin", "some/1.bin"], np.zeros((len(folder), 3), np.int64)
     (root / "some").mkdir(parents=True)
     for number, name in enumerate(names):
@@ -55,8 +55,8 @@ def listing(folder: FileImages) -> Listing:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("in_store", [False, True])
-def test_parts_of_large_files_are_what_files_are(folder, tmp_path, in_store):
-    """Stored and read back, beside the images or in the store itself: bytes, checks, views, thumbnails and display."""
+def test_parts_of_large_files_equal_separate_files(folder, tmp_path, in_store):
+    """Stored and read back, from next to the images or from the store itself: bytes, checks, views, thumbnails and display."""
     store, listed = tmp_path / "images.zarr", listing(folder)
     write_images(store, listed, packed(folder, tmp_path / "large", in_store))
     if in_store:
@@ -84,15 +84,15 @@ def test_parts_of_large_files_are_what_files_are(folder, tmp_path, in_store):
         assert shown.picture(row, path, 48).tobytes() == of_folder.picture(row, path, 48).tobytes()
 
 
-def test_a_part_takes_along_its_files_alone(folder, tmp_path):
+def test_a_subset_keeps_only_its_own_files(folder, tmp_path):
     images = FileImages(str(tmp_path), folder.paths, positions=packed(folder, tmp_path))
     part = pickle.loads(pickle.dumps(images.part([5, 1, 5])))
     assert [part.read(row) for row in range(3)] == [folder.read(row) for row in (5, 1, 5)]
     assert (part.paths, part.positions.files) == ([folder.paths[row] for row in (5, 1, 5)], ["some/1.bin"])
 
 
-def test_a_large_file_that_is_gone_changed_or_outside_is_refused_for_each_row(folder, tmp_path):
-    """With the reason, and the rows of the other file are read; as many are open at once as the limit allows."""
+def test_a_large_file_that_is_missing_changed_or_outside_is_refused_for_each_row(folder, tmp_path):
+    """With the reason; rows of the other file can still be read. The limit of open files is respected."""
     whole = packed(folder, tmp_path)
     (tmp_path / "out.bin").symlink_to("/etc/hostname")
     for number, (name, reason) in enumerate(

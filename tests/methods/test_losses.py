@@ -1,4 +1,4 @@
-"""The losses against loops written from the papers, one logit at a time in Python's own floats."""
+"""The losses against loops written from the papers, one logit at a time in Python floats."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ WIDTH, KEY, ROWS, VIEWS, BATCH, PX = 5, 4, 30, 3, 6, 6
 
 
 class Student(nn.Module):
-    """Pooled pixels through one layer: no BatchNorm, so that a row's output is its own."""
+    """Pooled pixels and one layer, without BatchNorm, so that each output depends only on its own image."""
 
     feature_width = WIDTH
 
@@ -55,7 +55,7 @@ class FrozenTeacher(nn.Module):
 
 
 def loop_info_nce(query, key, negatives, temperature):
-    """-log of the positive's share."""
+    """-log of the positive's probability."""
     dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))  # noqa: E731
     positive = math.exp(dot(query, key) / temperature)
     return -math.log(positive / (positive + sum(math.exp(dot(query, row) / temperature) for row in negatives)))
@@ -97,7 +97,7 @@ def queries(method, images):
 
 
 def bank_negatives(context, method, batch, index, step, mask_bag=True):
-    """The bank row by row: each row once, in the view drawn for it, without the anchor, its member and (masked) its bag."""
+    """The bank row by row: each row in the view drawn for it, without the anchor, its member and (if masked) its bag."""
     anchor, member = int(batch.anchor_rows_B[index]), int(batch.member_rows_B[index])
     left_out = {anchor, member} | (set(context.bags.members_TK[anchor].tolist()) if mask_bag else set())
     negatives = []
@@ -115,7 +115,7 @@ def test_bingo_is_the_sum_of_its_terms(context, terms, epoch, mask_bag):
     method = bingo.build(bingo_params(terms=terms, mask_bag=mask_bag), context)
     batch, progress = batch_of(context, views=1), Progress(epoch, 7)
     w0, w1 = (1.0, 0.0) if epoch == 0 else (0.7, 0.3)
-    uniform = seeds.uniforms(0, "cutmix", 7, [0], draws=3)  # one box for the process, which is one group
+    uniform = seeds.uniforms(0, "cutmix", 7, [0], draws=3)  # one box for the process, which has one group
     mixed, share = cutmix(batch.anchor_views[0], batch.member_views[0], uniform.repeat(BATCH, axis=0), 2.0)
     s_a, s_p, s_m = (queries(method, images) for images in (batch.anchor_views[0], batch.member_views[0], mixed))
     k_a, k_p = batch.anchor_keys[0].tolist(), batch.member_keys_BP.tolist()
@@ -136,13 +136,13 @@ def test_bingo_is_the_sum_of_its_terms(context, terms, epoch, mask_bag):
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_the_expected_terms_pull_to_the_mean_key_of_the_bag(context, epoch):
+def test_the_expected_terms_pull_towards_the_mean_key_of_the_bag(context, epoch):
     method = bingo.build(bingo_params(terms="expected"), context)
     assert (method.needs.member_views, method.needs.bag_means, method.needs.members, method.needs.bags) == (0, True, False, True)
     batch, (w0, w1) = batch_of(context, views=1), (1.0, 0.0) if epoch == 0 else (0.7, 0.3)
     batch.bag_means_BP = bag_means(context.keys_TVP, Bags({}, context.bags.members_TK, None))[batch.anchor_rows_B].float()
     s_a, total = queries(method, batch.anchor_views[0]), 0.0
-    member_rows_B, batch.member_rows_B = batch.member_rows_B, None  # none is drawn
+    member_rows_B, batch.member_rows_B = batch.member_rows_B, None  # no member is drawn
     for i, row in enumerate(batch.anchor_rows_B.tolist()):
         batch.member_rows_B = member_rows_B
         n = bank_negatives(context, method, batch, i, 7)
@@ -179,7 +179,7 @@ def test_two_views_of_the_anchor_are_for_expected_terms_and_stored_keys(context)
             bingo.build(bingo_params(anchor_views=2, **params), replace(context, keys=keys))
 
 
-def test_without_relation_it_is_the_intra_term_alone(context):
+def test_without_relation_only_the_intra_term_is_left(context):
     method = bingo.build(bingo_params(relation="none", mask_bag=False, negatives="queue", negative_rows=12), context)
     assert not method.needs.members
     batch = batch_of(context, views=1)
@@ -206,7 +206,7 @@ def test_live_keys_are_the_teachers_of_other_views(context):
             / 2
         )
     assert method(batch, Progress(1, 0))["loss"].item() == pytest.approx(total / BATCH, rel=2e-5)
-    assert method(batch, Progress(1, 0))["loss"].item() == pytest.approx(total / BATCH, rel=2e-5), "forward must not move the queue"
+    assert method(batch, Progress(1, 0))["loss"].item() == pytest.approx(total / BATCH, rel=2e-5), "forward must not change the queue"
     method.after_step()
     assert torch.allclose(method.negatives.queue.keys_QP[:BATCH], torch.tensor(k_a), atol=1e-6)
     assert method.negatives.queue.rows_Q[:BATCH].tolist() == batch.anchor_rows_B.tolist()
@@ -225,7 +225,7 @@ def test_a_momentum_copy_moves_by_its_momentum(context):
     assert all(torch.allclose(after, 0.9 * old + 0.1 * now, atol=1e-6) for old, after, now in moved)
 
 
-def test_moco_is_its_definition_and_moves_afterwards(context):
+def test_moco_follows_its_definition_and_then_updates_its_queue(context):
     params = MocoParams(temperature=0.1, queue_rows=10, key_momentum=0.9, head_hidden=8, key_width=KEY)
     method = moco.build(params, context)
     batch = batch_of(context)
@@ -238,7 +238,7 @@ def test_moco_is_its_definition_and_moves_afterwards(context):
     assert torch.allclose(method.queue.keys_QP[:BATCH], torch.tensor(key), atol=1e-6)
 
 
-def test_a_query_equal_to_key_and_negatives_has_the_loss_log_of_their_number():
+def test_the_loss_of_a_query_equal_to_all_keys_is_the_log_of_their_number():
     query = nn.functional.normalize(torch.randn(3, KEY), dim=1)
     bank = query[:1].expand(7, KEY)
     assert info_nce(query[:1], [(1.0, query[:1])], bank, 0.2).item() == pytest.approx(math.log(8), rel=1e-5)
@@ -273,7 +273,7 @@ def test_a_queue_is_a_ring_that_wraps_anywhere():
     assert queue.keys_QP[:, 0].tolist() == [ring[slot] // 3 for slot in range(7)]
 
 
-def test_places_without_a_key_are_not_negatives_after_the_first_push(context):
+def test_empty_places_are_not_negatives_after_the_first_push(context):
     params = MocoParams(temperature=0.1, queue_rows=10, key_momentum=0.9, head_hidden=8, key_width=KEY)
     method, batch = moco.build(params, context), batch_of(context)
     method(batch, Progress(0, 0))
@@ -285,7 +285,7 @@ def test_places_without_a_key_are_not_negatives_after_the_first_push(context):
 
 
 def test_cutmix_pastes_one_box_whose_area_is_the_share():
-    """Share ~ Beta(2, 2), whose distribution function is 3 x^2 - 2 x^3; box side sqrt(1 - share) of the image, clipped."""
+    """Share ~ Beta(2, 2), with distribution function 3 x^2 - 2 x^3; the side of the box is sqrt(1 - share) of the image, clipped."""
     anchor, member = torch.zeros(100, 3, 32, 32), torch.ones(100, 3, 32, 32)
     uniform = np.random.default_rng(0).random((100, 3))
     mixed, share = cutmix(anchor, member, uniform, 2.0)
@@ -299,8 +299,8 @@ def test_cutmix_pastes_one_box_whose_area_is_the_share():
         assert float(part) == pytest.approx(1 - float(expected.mean()))
 
 
-def test_a_step_has_one_cutmix_box_for_each_group_on_any_number_of_processes(context, monkeypatch):
-    """What the student sees of black anchors with boxes of white members: 3 groups of 2 images, or 3 processes of one group each."""
+def test_a_step_has_one_cutmix_box_per_group_with_any_number_of_processes(context, monkeypatch):
+    """The student's input for black anchors and white members: 3 groups of 2 images, or 3 processes with one group each."""
     batch = batch_of(context, views=1)
     batch.anchor_views, batch.member_views = [torch.zeros(BATCH, 3, 32, 32)], [torch.ones(BATCH, 3, 32, 32)]
 
@@ -330,7 +330,7 @@ def test_contradicting_switches_are_refused(context):
         bingo.build(bingo_params(terms="expected", negatives="queue"), live)
 
 
-def test_bags_that_hold_everything_leave_no_negative_and_are_refused(context):
+def test_bags_of_all_images_leave_no_negatives_and_are_refused(context):
     context.bags.bag_sizes_T[7] = ROWS - 1
     with pytest.raises(UserError, match=r"a bag holds all 30 train images, so no negative is left; lower bagging\.k"):
         bingo.build(bingo_params(), context)

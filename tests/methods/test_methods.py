@@ -45,7 +45,7 @@ VARIANTS = [
 
 
 class Student(nn.Module):
-    """Pooled pixels through one layer: no BatchNorm, so that a row's output is its own."""
+    """Pooled pixels and one layer, without BatchNorm, so that each output depends only on its own image."""
 
     def __init__(self):
         super().__init__()
@@ -56,10 +56,10 @@ class Student(nn.Module):
 
 
 class FrozenTeacher(nn.Module):
-    """Features that are not unit, keys that are."""
+    """Features that are not normalised, and keys that are."""
 
     metadata = {"feature_width": FEATURE, "key_width": KEY}
-    backbone = head = None  # which a compiled step takes
+    backbone = head = None  # used by a compiled step
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ class FrozenTeacher(nn.Module):
 
 
 def make_context(source: str = "stored") -> Context:
-    """Stored: no teacher, so that none is asked. Live: no stored outputs, or keys alone as the pipeline has them."""
+    """Stored: there is no teacher. Live: there are no stored outputs, or only keys as in the pipeline."""
     torch.manual_seed(0)
     student, teacher = Student(), FrozenTeacher()
     keys = F.normalize(torch.randn(ROWS, VIEWS, KEY), dim=2).half()
@@ -140,14 +140,14 @@ def rows_of(x) -> list[list[float]]:
 
 
 def teacher_of(context: Context, batch: Batch, target: str, view: int = 0) -> list[list[float]]:
-    """Stored: what the batch was given; live: the teacher's outputs for the view that the student sees."""
+    """Stored: from the batch; live: the teacher's outputs for the view that the student sees."""
     if context.keys == "stored":
         return rows_of(batch.anchor_keys[view] if target == "keys" else batch.anchor_features_BD)
     return rows_of(getattr(context.teacher, target)(batch.anchor_views[view]))
 
 
 def layers(rows, weights) -> list[list[float]]:
-    """A perceptron layer by layer in float64: ("linear", W, b or None), ("batchnorm", gain, shift) over the batch, ("relu",)."""
+    """A perceptron, layer by layer in float64: ("linear", W, b or None), ("batchnorm", gain, shift) over the batch, ("relu",)."""
     x = np.array(rows)
     for kind, *parts in weights:
         arrays = [None if part is None else part.detach().double().numpy() for part in parts]
@@ -161,7 +161,7 @@ def layers(rows, weights) -> list[list[float]]:
 
 
 def two_layers(network: nn.Module) -> list:
-    """Linear without bias, BatchNorm, ReLU, Linear: ISD's head, and each half of SimReg's of 4 layers."""
+    """Linear without bias, BatchNorm, ReLU, Linear: ISD's head, and each half of SimReg's head of 4 layers."""
     first, gain, shift, second, bias = network.parameters()
     return [("linear", first, None), ("batchnorm", gain, shift), ("relu",), ("linear", second, bias)]
 
@@ -177,7 +177,7 @@ def pooled(method: Method, batch: Batch, view: int = 0) -> list[list[float]]:
 
 
 def filled(queue) -> list[list[float]]:
-    """The queue's vectors: keys of rows, or only random ones if there is no key."""
+    """The queue's vectors: keys of rows, or only random ones if there are no keys yet."""
     keys = rows_of(queue.keys_QP)
     return [key for key, row in zip(keys, queue.rows_Q.tolist(), strict=True) if row >= 0] or keys
 
@@ -230,7 +230,7 @@ def loop_disco(method, context, batch, step) -> float:
 def loop_simreg(method, context, batch, step) -> float:
     outputs = pooled(method, batch)
     parameters = list(method.head.parameters())
-    if len(parameters) == 4:  # mlp_arch.py, n_layers 2: two linear layers with biases and nothing else
+    if len(parameters) == 4:  # mlp_arch.py with n_layers 2: only two linear layers with biases
         outputs = layers(outputs, [("linear", *parameters[:2]), ("linear", *parameters[2:])])
     else:
         for part in method.head:
@@ -270,11 +270,11 @@ LOOPS = {
 
 @pytest.mark.parametrize("source", ["stored", "live"])
 @pytest.mark.parametrize(("name", "changes"), VARIANTS)
-def test_a_method_is_its_definition_before_and_after_a_step(name, changes, source):
-    """Twice the same value before the step; after it against the keys that came in, and not against empty places."""
+def test_a_method_follows_its_definition_before_and_after_a_step(name, changes, source):
+    """The same value twice before the step; after it, the new keys are compared with, and empty places are not."""
     context = make_context(source)
     method = build(name, context, **changes)
-    with torch.no_grad():  # so that a moving average differs from the network that it was copied from
+    with torch.no_grad():  # so that a moving average differs from the network it was copied from
         for parameter in [*method.student.parameters(), *method.head.parameters()]:
             parameter += 0.1 * torch.randn(parameter.shape)
     for step, batch in enumerate([make_batch(context), make_batch(context, (5, 9, 11, 12, 13, 14), 2)]):
@@ -296,9 +296,9 @@ def test_isd_needs_no_teacher(projection_width):
 
 
 @pytest.mark.parametrize("source", ["stored", "live"])
-def test_needs_say_what_the_definition_reads(source):
+def test_needs_are_what_the_definition_reads(source):
     stored = source == "stored"
-    expected = {  # views of the anchor, of them stored ones and weak ones; whether stored keys, stored features; companions
+    expected = {  # views of the anchor, stored ones among them, weak ones; stored keys or not, stored features or not; companions
         "seed": ({}, (1, stored, 0, stored, False, 0)),
         "compress": ({"target": "features"}, (1, 0, 0, False, stored, 0)),
         "disco": ({}, (2, 2 * stored, 0, stored, False, 0)),
@@ -312,7 +312,7 @@ def test_needs_say_what_the_definition_reads(source):
         assert (got, needs.members) == (want, False), name
 
 
-def test_a_features_target_is_read_from_the_store_and_a_keys_target_is_not():
+def test_feature_targets_are_read_from_the_store_and_key_targets_are_not():
     for name in ("compress", "simreg", "coss"):
         for target in ("keys", "features"):
             section = method_section(name).model_validate(SECTIONS[name] | {"target": target})
@@ -335,7 +335,7 @@ class Copy(nn.Module):
 
 
 def test_seed_with_a_cold_teacher_is_info_nce_against_the_bank():
-    """At 1e-4 (the released code's) the teacher's row is one-hot on the own key."""
+    """At 1e-4 (as in the released code), the teacher's row is one-hot at the own key."""
     context = make_context()
     method = build("seed", context, negatives="queue", negative_rows=12, teacher_temperature=1e-4)
     outside = sorted(set(range(ROWS)) - set(method.negatives.queue.rows_Q.tolist()))[:BATCH]
@@ -350,7 +350,8 @@ def test_seed_with_a_cold_teacher_is_info_nce_against_the_bank():
 
 @pytest.mark.parametrize("own_normalisation", [False, True])
 def test_seed_adds_the_mean_over_small_crops_against_a_queue_of_the_first_crop_of_each_image(own_normalisation):
-    """As in the released code; the queues here are lists of the last 16 keys. From step 2 on, a method that was read from a checkpoint."""
+    """As in the released code; here the queues are lists of the last 16 keys. From step 2 on, the method has been loaded from a
+    checkpoint."""
     context = replace(make_context("live"), keys_TVP=None)
     changes = {"negatives": "queue", "negative_rows": 16, "small_crops": 3}
     method = build("seed", context, **changes)
@@ -381,13 +382,13 @@ def test_seed_adds_the_mean_over_small_crops_against_a_queue_of_the_first_crop_o
             method.load_state_dict(saved)
 
 
-def test_a_student_equal_to_the_teacher_has_the_least_loss():
+def test_a_student_equal_to_the_teacher_has_the_smallest_loss():
     context = make_context()
     batch = make_batch(context)
-    keys, features = F.normalize(batch.anchor_keys[0], dim=1), batch.anchor_features_BD  # float16 is unit to 3 places alone
+    keys, features = F.normalize(batch.anchor_keys[0], dim=1), batch.anchor_features_BD  # float16 keys have unit length only to 3 digits
     batch.anchor_keys = [keys]
     simreg = build("simreg", context)
-    simreg.head = Copy(0.5 * features)  # the direction alone counts
+    simreg.head = Copy(0.5 * features)  # only the direction matters
     assert simreg(batch, Progress(0, 0))["loss"].item() == pytest.approx(0, abs=1e-6)
     one_queue = build("compress", context, queues=1)
     one_queue.head = Copy(2 * features)
@@ -401,10 +402,10 @@ def test_a_student_equal_to_the_teacher_has_the_least_loss():
     seed.head = Copy(keys)
     loss = seed(batch, Progress(0, 0))["loss"]
     (gradient,) = torch.autograd.grad(loss, seed.head.output)
-    assert gradient.abs().max() < 1e-6, "the cross-entropy is least where both rows of similarities are equal"
+    assert gradient.abs().max() < 1e-6, "the cross-entropy is smallest if both rows of similarities are equal"
 
 
-def test_coss_equals_its_formula_with_the_temperatures_of_the_released_script():
+def test_coss_equals_its_formula_with_the_released_temperatures():
     """scripts/cf_train.sh: --t-temp 0.07 --s-temp 0.1 --l_0 1 --l_1 1.
 
     Outputs (3, 4) and (0, 5), the teacher's (1, 0) and (0, 1). Cosines image by image: 3/5 and 1, mean 0.8. Feature by feature: (3, 0)
@@ -426,8 +427,8 @@ def test_coss_equals_its_formula_with_the_temperatures_of_the_released_script():
 
 @pytest.mark.parametrize("companions", [0, 1])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_coss_compares_a_feature_over_the_images_of_a_group(groups, companions):
-    """Six anchors, or three with a companion each behind them (companion i is of anchor i): the mean of what each GPU would compute."""
+def test_coss_compares_features_over_the_images_of_a_group(groups, companions):
+    """Six anchors, or three followed by a companion each (companion i belongs to anchor i): the mean of the losses of each GPU."""
     context, anchors = make_context(), BATCH // (1 + companions)
     batch, method = make_batch(context), build("coss", context, companions=companions)
     with grouped_batchnorm(groups, anchors):
@@ -441,7 +442,7 @@ def test_coss_compares_a_feature_over_the_images_of_a_group(groups, companions):
     assert got == pytest.approx(mean(losses), rel=1e-5)
 
 
-def test_a_disco_student_at_the_teachers_keys_has_moco_s_loss_alone():
+def test_a_disco_student_at_the_teachers_keys_has_only_mocos_loss():
     context = make_context()
     batch = make_batch(context)
     batch.anchor_keys = [F.normalize(batch.anchor_keys[0], dim=1)] * 2
@@ -454,7 +455,7 @@ def test_a_disco_student_at_the_teachers_keys_has_moco_s_loss_alone():
     assert method(batch, Progress(0, 0))["regression"].item() == pytest.approx(8, rel=1e-5), "two opposite unit vectors: 2 * 2^2"
 
 
-def test_disco_with_batch_statistics_compares_with_the_teacher_by_the_statistics_of_each_view_and_group():
+def test_disco_with_batch_statistics_uses_those_of_each_view_and_group():
     torch.manual_seed(3)
     bn = lively(nn.BatchNorm2d(3))
     teacher = Teacher(nn.Sequential(bn, nn.AdaptiveAvgPool2d(1), nn.Flatten()), None, {"feature_width": 3, "key_width": 3})
@@ -479,8 +480,8 @@ def test_disco_with_batch_statistics_compares_with_the_teacher_by_the_statistics
 
 
 @pytest.mark.parametrize("hidden_rows", [1, 5])
-def test_rows_and_their_gradients_equal_torchs_own_over_what_is_seen(hidden_rows):
-    """On the columns that are seen, given as dense rows, F.cross_entropy and F.kl_div; hidden columns get no gradient at all."""
+def test_losses_of_rows_and_their_gradients_equal_torchs_for_visible_columns(hidden_rows):
+    """For visible columns, given as dense rows, F.cross_entropy and F.kl_div; hidden columns get no gradient at all."""
     torch.manual_seed(0)
     x, target = torch.randn(5, 9, dtype=torch.float64), 30 * torch.randn(5, 9, dtype=torch.float64)
     hidden = torch.rand(hidden_rows, 9) < 0.4
@@ -517,7 +518,7 @@ def test_extreme_targets_give_no_nan():
 
 
 @pytest.mark.parametrize(("name", "changes"), [variant for variant in VARIANTS if variant[0] in ("seed", "compress", "disco", "isd")])
-def test_keys_enter_after_the_step_and_averages_move_by_their_momentum(name, changes):
+def test_keys_enter_the_queue_after_the_step_and_averages_move_by_their_momentum(name, changes):
     context = make_context()
     method, batch = build(name, context, **changes), make_batch(context)
     before = {key: value.clone() for key, value in method.state_dict().items()}
@@ -527,7 +528,7 @@ def test_keys_enter_after_the_step_and_averages_move_by_their_momentum(name, cha
     pushed = {"negatives.queue": "keys", "teacher_queue": changes.get("target", "features"), "student_queue": "own", "queue": "own"}
     own = None
     if hasattr(method, "key_encoder"):
-        view = 0 if name == "compress" else 1  # CompRess compares one and the same view
+        view = 0 if name == "compress" else 1  # CompRess uses the same view for both
         own = F.normalize(method.key_encoder.network(batch.anchor_views[view]), dim=1).detach()
     with torch.no_grad():  # the optimizer's step
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
@@ -552,7 +553,7 @@ def test_keys_enter_after_the_step_and_averages_move_by_their_momentum(name, cha
             torch.testing.assert_close(now[prefix + key], 0.9 * before[prefix + key] + 0.1 * now[source], rtol=0, atol=1e-6)
 
 
-def test_both_queues_of_compress_hold_the_same_images_in_the_same_places():
+def test_both_queues_of_compress_contain_the_same_images_in_the_same_places():
     context = make_context()
     method = build("compress", context)
     for seed, rows in enumerate([(3, 4, 9, 11, 20, 29), (1, 2, 3, 4, 5, 6)]):  # 12 keys in 10 places: the ring wraps

@@ -1,4 +1,4 @@
-"""The training step: exact whatever it saves, no waiting for the device, and a loss that is not finite is still found."""
+"""The training step: exact in spite of savings, without waiting for the device, and a loss that is not finite is still found."""
 
 import copy
 import dataclasses
@@ -36,8 +36,9 @@ def unit_rows(rows: int, width: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("hidden_rows", [0, 1, 7])
 @pytest.mark.parametrize("at_once", [1, 16 * 64, 10**9])
 @pytest.mark.parametrize("bank_type", [torch.float16, torch.float32])
-def test_blocks_of_the_bank_give_the_plain_value_and_gradient(monkeypatch, at_once, hidden_rows, bank_type):
-    """Against torch's own logsumexp over all logits at once, in float64; the first rows are hidden, and one logit is far larger."""
+def test_blocks_of_the_bank_give_the_value_and_gradient_of_the_whole_bank(monkeypatch, at_once, hidden_rows, bank_type):
+    """Compared with torch's logsumexp over all logits at once, in float64; the first rows are hidden, and one logit is much larger than the
+    others."""
     torch.manual_seed(0)
     monkeypatch.setattr(losses, "BANK_AT_ONCE", at_once)
     query_BP, bank_JP, weight_B = unit_rows(7), unit_rows(200).to(bank_type), torch.rand(7)
@@ -61,8 +62,9 @@ def test_blocks_of_the_bank_give_the_plain_value_and_gradient(monkeypatch, at_on
 @pytest.mark.parametrize("temperature", [0.05, 0.2, 1.0])
 @pytest.mark.parametrize("at_once", [16 * 3000, 10**9])
 @pytest.mark.parametrize("closeness", [0.0, 0.9, 1.0], ids=["random", "near", "the same"])
-def test_products_in_float16_keep_to_their_bounds(monkeypatch, closeness, at_once, temperature):
-    """Against float64; the closer the rows, the larger the logits, and the sum of weights is beyond float16 where all are the same."""
+def test_errors_of_products_in_float16_are_bounded(monkeypatch, closeness, at_once, temperature):
+    """Compared with float64. The closer the rows, the larger the logits; if all rows are the same, the sum of weights exceeds float16's
+    range."""
     torch.manual_seed(0)
     monkeypatch.setattr(losses, "BANK_AT_ONCE", at_once)
     query_BP = unit_rows(7)
@@ -77,7 +79,7 @@ def test_products_in_float16_keep_to_their_bounds(monkeypatch, closeness, at_onc
 
 @pytest.mark.parametrize(("device", "queries", "rows"), [("cpu", 8, 8192), ("cpu", 1024, 1024), ("meta", 256, 65536), ("meta", 2**25, 1)])
 def test_rows_of_a_block(device, queries, rows):
-    """Of 128 numbers each; other devices than CPUs behave like a GPU, which computes a usual batch at once."""
+    """For 128 numbers per row; devices other than CPUs are treated like a GPU, which computes an ordinary batch at once."""
     assert losses._rows_at_once(torch.empty(queries, 128, device=device)) == rows
 
 
@@ -93,7 +95,7 @@ def test_a_query_without_negatives_has_the_loss_zero_and_no_gradient():
 
 
 def test_unit_rows_have_the_gradient_of_normalize():
-    """Also of a row of zeros, of short and long ones, and of a gradient along the row."""
+    """Including a row of zeros, short and long rows, and a gradient along the row."""
     torch.manual_seed(0)
     rows_BP, gradient_BP = torch.randn(6, 5), torch.randn(6, 5)
     rows_BP[0], rows_BP[1], rows_BP[2] = 0, 1e-8, 1e6
@@ -105,7 +107,7 @@ def test_unit_rows_have_the_gradient_of_normalize():
     torch.testing.assert_close(found.grad, wanted.grad)
 
 
-def test_nothing_as_large_as_the_logits_waits_for_backward():
+def test_nothing_as_large_as_the_logits_is_kept_for_backward():
     kept = []
     query_BP, bank_JP = unit_rows(6).requires_grad_(True), unit_rows(1000)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
@@ -113,7 +115,7 @@ def test_nothing_as_large_as_the_logits_waits_for_backward():
     assert kept == [6 * 16]
 
 
-def test_rows_looked_up_are_those_found_one_by_one():
+def test_rows_are_looked_up_as_one_by_one():
     torch.manual_seed(0)
     for rows in (5, 60, 300):
         bank_J = torch.randperm(300)[:rows].sort().values
@@ -121,8 +123,8 @@ def test_rows_looked_up_are_those_found_one_by_one():
         assert torch.equal(hidden_places(bank_J, excluded_BM), hidden_negatives(bank_J, excluded_BM))
 
 
-def test_a_step_of_three_terms_is_the_released_one_written_plainly():
-    """Loss and gradient of every weight, with live keys by batch statistics, a queue, and BatchNorm in the student."""
+def test_a_step_of_three_terms_equals_a_plain_version_of_the_released_one():
+    """Loss and gradient of every weight, with live keys from batch statistics, a queue, and BatchNorm in the student."""
     torch.manual_seed(0)
     student, backbone = build_backbone("resnet18", 0.125, "small", 0), build_backbone("resnet18", 0.125, "small", 1)
     teacher = Teacher(backbone, mlp_head([64, 16, 8], 1), {"feature_width": 64, "key_width": 8})
@@ -150,7 +152,7 @@ def test_a_step_of_three_terms_is_the_released_one_written_plainly():
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations whose result the host must wait for."""
+    """Counts operations that make the host wait for a result."""
 
     def __init__(self):
         super().__init__()
@@ -177,10 +179,10 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, method_name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method_name", method_names())
-def test_a_step_from_images_in_memory_never_comes_back_to_the_host(tmp_path, monkeypatch, method_name):
-    """On the device `meta`, whose tensors hold no numbers: reading one, or a shape that depends on one, is an error.
+def test_a_step_from_images_in_memory_reads_nothing_back_to_the_host(tmp_path, monkeypatch, method_name):
+    """On the device `meta`, with tensors that contain no numbers: reading one, or a shape that depends on one, is an error.
 
-    What the host sends goes there too, so that the rest of the path (views, keys, loss, gradient, queues) is a GPU's own.
+    Data sent by the host also goes there, so that the rest of the path (views, keys, loss, gradient, queues) is the same as on a GPU.
     """
     from_numpy, meta = torch.from_numpy, torch.device("meta")
     run = trainer(tmp_path, method_name, network="batchnorm")
@@ -191,7 +193,7 @@ def test_a_step_from_images_in_memory_never_comes_back_to_the_host(tmp_path, mon
     method = run.method.to(meta).train()
     for module in method.modules():
         if isinstance(context := getattr(module, "context", None), Context):
-            module.context = dataclasses.replace(context, keys_TVP=stored.keys_TVP.to(meta))  # its device is autocast's
+            module.context = dataclasses.replace(context, keys_TVP=stored.keys_TVP.to(meta))  # autocast uses its device
         for name in ("cluster_T", "members_TK", "features_TD"):
             if isinstance(getattr(module, name, None), torch.Tensor):
                 setattr(module, name, getattr(module, name).to(meta))
@@ -204,22 +206,22 @@ def test_a_step_from_images_in_memory_never_comes_back_to_the_host(tmp_path, mon
         run.watch.note(terms["loss"], step)
         terms["loss"].backward()
         method.after_step()
-    with pytest.raises(RuntimeError, match="meta tensors"):  # it would be noticed
+    with pytest.raises(RuntimeError, match="meta tensors"):  # reading would be noticed
         float(terms["loss"])
 
 
 @pytest.mark.slow
-def test_what_the_host_does_is_measured(tmp_path):
+def test_the_benchmark_counts_the_calls_of_a_step(tmp_path):
     _, student = bench_host.trainings("cifar10", 300, tmp_path)
     line = bench_host.as_text(student, 8, bench_host.calls_in_a_step(student), repeats=1)
-    wanted = r"student \(bingo, resnet18\), batch 8, 300 rows: [\d.]+ us an anchor \(views.*\) of 30; a step: (\d+) calls in 0\.2 ms"
+    wanted = r"student \(bingo, resnet18\), batch 8, 300 rows: [\d.]+ us per anchor \(views.*\) of 30; a step: (\d+) calls in 0\.2 ms"
     found = re.fullmatch(wanted, line)
     assert found, line
     assert 500 < int(found[1]) < 900, "each call costs the host some microseconds of every step"
 
 
 def test_a_loss_read_late_names_its_own_step_and_leaves_no_checkpoint(tmp_path, monkeypatch):
-    """NaN at step 6, read at step 10: the weights are spoilt by then, and none of them is kept."""
+    """NaN at step 6 is read at step 10, when the weights are already spoilt, so none of them is kept."""
     run = trainer(tmp_path, epochs=4, every_seconds=1e9)
     run.watch.every_steps = 10
     monkeypatch.setattr(run, "_end_epoch", lambda *_: None)
@@ -237,7 +239,7 @@ def test_a_loss_read_late_names_its_own_step_and_leaves_no_checkpoint(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_and_an_epochs_record_ask_first(tmp_path, monkeypatch):
+def test_a_loss_is_checked_before_a_checkpoint_and_before_an_epochs_record(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     run.watch.every_steps = 10
     run.watch.note(torch.tensor(float("inf")), 3)
@@ -249,7 +251,7 @@ def test_a_checkpoint_and_an_epochs_record_ask_first(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_loss_that_is_not_finite_is_the_one_that_is_reported():
+def test_the_first_loss_that_is_not_finite_is_reported():
     watch = LossWatch(CPU)
     assert watch.every_steps == 1
     for step, loss in enumerate([1.0, float("-inf"), 2.0, float("nan")]):

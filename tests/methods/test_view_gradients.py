@@ -1,4 +1,4 @@
-"""Gradients term by term: those of the plain sum, for one view's activations at a time."""
+"""Gradients computed term by term equal those of the plain sum, but keep the activations of only one view at a time."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def network(seed: int = 0) -> nn.Sequential:
-    """Weights, a frozen one, one that no term uses, and BatchNorm."""
+    """Weights, of which one is frozen and one is not used by any term, and BatchNorm."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5), nn.Linear(5, 5))
     net[5].weight.requires_grad_(False)
@@ -60,8 +60,8 @@ def test_value_gradient_and_statistics_are_those_of_the_plain_sum(precision):
         assert torch.equal(mine, theirs)
 
 
-def test_the_copies_in_bf16_are_made_once():
-    """And products outside `autocast` stay in float32."""
+def test_weights_are_copied_to_bf16_only_once():
+    """Products outside `autocast` stay in float32."""
     net, view, seen, casts = network(), torch.randn(4, 3, 8, 8), [], Counter()
     net[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     weights = [net[0].weight, net[4].weight, net[4].bias, net[5].weight, net[5].bias]  # one of them frozen
@@ -79,14 +79,14 @@ def test_the_copies_in_bf16_are_made_once():
         sum_of_terms(losses(net, [view] * 3, "bf16"), net)
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert seen == [torch.bfloat16] * 3
-    assert casts == {torch.bfloat16: 1, torch.float32: 3}  # of the weights, and of each term's gradients
+    assert casts == {torch.bfloat16: 1, torch.float32: 3}  # copies of weights, and of the gradients of each term
     assert net[0].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("term", [lambda net: ((net.a + net.b) * 3).sum(), lambda net: net.a.sum() + net.b.sum(), lambda net: net.b.sum()])
 @pytest.mark.parametrize("before", [None, 5.0])
-def test_gradients_that_lie_in_one_place_are_taken_apart(term, before):
-    """Autograd gives one tensor for two summands, and a broadcast number for a sum; what was there before is added to, and only then."""
+def test_gradients_that_share_memory_are_separated(term, before):
+    """Autograd returns the same tensor for two summands, and a broadcast number for a sum. Existing gradients change only in backward."""
     ours, plain = nn.Module(), nn.Module()
     for net in (ours, plain):
         net.a, net.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
@@ -125,8 +125,8 @@ def test_without_gradients_the_terms_are_only_computed():
     assert list(values) == ["1", "2"]
 
 
-def test_one_view_at_a_time_waits_for_backward():
-    """BINGO with three views of 32 px keeps what it keeps with one, but for what a mixed image and its keys take."""
+def test_activations_of_one_view_at_a_time_are_kept_for_backward():
+    """BINGO with three views of 32 px keeps as much as with one view, except for a mixed image and its keys."""
 
     def kept(**switches) -> int:
         keys_TVP = torch.nn.functional.normalize(torch.randn(64, 1, 16), dim=2).half()
@@ -144,12 +144,12 @@ def test_one_view_at_a_time_waits_for_backward():
     assert three < 1.05 * one
 
 
-def test_gradients_lie_in_memory_as_their_parameters_do():
-    """DistributedDataParallel warns of others, and the optimizer would treat them one by one."""
+def test_gradients_have_the_memory_layout_of_their_parameters():
+    """With other layouts DistributedDataParallel warns, and the optimizer handles parameters one by one."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.Flatten(), nn.Linear(20, 2)).to(memory_format=torch.channels_last)
     images = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    given = {}  # of the terms themselves, then of their sum
+    given = {}  # of the terms separately, then of their sum
     for name, parameter in network.named_parameters():
         parameter.register_hook(lambda gradient, name=name: given.update({name: gradient.stride()}))
     sum_of_terms({name: lambda: network(images).square().mean() for name in "ab"}, network)[0].backward()

@@ -1,5 +1,5 @@
-"""The kernels of grouped BatchNorm on the CPU, run by Triton's interpreter, which is chosen before Triton is imported: test_batchnorm.py
-starts this file in a process of its own."""
+"""The kernels of grouped BatchNorm on the CPU, run by Triton's interpreter. The interpreter must be chosen before Triton is imported, so
+test_batchnorm.py runs this file in a separate process."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CASES = {  # shape, blocks, groups, dtype, mean / deviation, weight and bias, ru
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch) -> None:
-    """Several steps, chunks and tiles of channels in small inputs."""
+    """Small inputs with several steps, chunks and tiles of channels."""
     monkeypatch.setattr(kernels, "_TILE", 128)
     monkeypatch.setattr(kernels, "_PROGRAMS", 12)
 
@@ -36,7 +36,7 @@ def inputs(name: str) -> tuple[list[Tensor | None], Tensor]:
 
 
 def grouped(x: Tensor, running_mean, running_var, weight, bias, blocks: int, groups: int) -> Tensor:
-    """By definition."""
+    """The definition."""
     parts, means, variances = x.unflatten(0, (blocks, groups, -1)), [], []
     normed = torch.empty_like(parts)
     for group in range(groups):
@@ -54,7 +54,7 @@ def grouped(x: Tensor, running_mean, running_var, weight, bias, blocks: int, gro
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_gradients_and_running_statistics_are_those_of_the_definition_in_float64(name):
+def test_outputs_gradients_and_running_statistics_follow_the_definition_in_float64(name):
     _, blocks, groups, dtype, mean, _, _ = CASES[name]
     given, dy = inputs(name)
     exact = [None if value is None else value.double() for value in given]

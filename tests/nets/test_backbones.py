@@ -1,4 +1,4 @@
-"""Backbones and heads: names, widths, stems and seeds, against the libraries' own networks."""
+"""Backbones and heads: names, widths, stems and seeds, compared with the libraries' own networks."""
 
 import pytest
 import timm
@@ -33,13 +33,13 @@ def test_width_scales_every_channel_of_a_resnet(width, expected, stem):
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, expected[-1])
 
 
-def test_resnet50_of_width_2_is_twice_as_wide_everywhere_and_has_the_same_names():
+def test_resnet50_of_width_2_is_twice_as_wide_everywhere_with_the_same_names():
     with torch.device("meta"):
         one = shapes(build_backbone("resnet50", 1.0, "imagenet", 0))
         two = build_backbone("resnet50", 2.0, "imagenet", 0)
     assert two.feature_width == 4096
     doubled = {name: tuple(2 * n if i < 2 else n for i, n in enumerate(shape)) for name, shape in one.items()}
-    doubled["conv1.weight"] = (128, 3, 7, 7)  # the image keeps its three channels
+    doubled["conv1.weight"] = (128, 3, 7, 7)  # the image still has three channels
     assert shapes(two) == doubled
 
 
@@ -85,7 +85,7 @@ def test_timm_and_torchvision_agree_on_the_names_and_the_function(arch):
     torch.testing.assert_close(net(x), theirs.eval()(x))
 
 
-def test_what_cannot_be_built_without_numbers_is_built_with_them():
+def test_networks_that_cannot_be_built_on_meta_are_built_with_numbers():
     def reading() -> nn.Module:
         return nn.Linear(int(torch.full((3,), 2).sum()), 1)
 
@@ -112,7 +112,7 @@ def test_timm_reads_a_student_strictly(tmp_path):
         ("squeezenet1_1", {"classifier.1.weight", "classifier.1.bias"}, 512),
     ],
 )
-def test_torchvision_networks_lose_their_classifier_alone(name, left_out, feature_width):
+def test_torchvision_networks_lose_only_their_classifier(name, left_out, feature_width):
     net = build_backbone(f"torchvision/{name}", 1.0, "imagenet", 0)
     assert set(vision.get_model(name, weights=None).state_dict()) - set(net.state_dict()) == left_out
     assert all(key.startswith(net.classifier_names) for key in left_out)
@@ -125,7 +125,7 @@ def test_torchvision_networks_lose_their_classifier_alone(name, left_out, featur
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "torchvision/mobilenet_v3_small"])
-def test_initial_weights_follow_the_seed_and_leave_the_global_generator_alone(arch):
+def test_initial_weights_follow_the_seed_and_do_not_use_the_global_generator(arch):
     state = torch.random.get_rng_state()
     first, again, other = (build_backbone(arch, 1.0, "small", seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -149,7 +149,7 @@ def test_initial_weights_follow_the_seed_and_leave_the_global_generator_alone(ar
         ("torchvision/shufflenet_v2_x0_5", 1.0, "small", "set stem: imagenet"),
     ],
 )
-def test_what_a_network_cannot_have_is_refused_in_one_line(arch, width, stem, says):
+def test_impossible_settings_of_a_network_are_refused_in_one_line(arch, width, stem, says):
     with pytest.raises(UserError, match=says) as caught:
         build_backbone(arch, width, stem, 0)
     assert len(caught.value.lines) == 1
@@ -157,29 +157,29 @@ def test_what_a_network_cannot_have_is_refused_in_one_line(arch, width, stem, sa
 
 
 def draws(net: nn.Module, px: int = 64) -> bool:
-    """Whether a pass in train mode takes numbers from torch's generator."""
+    """Whether a pass in train mode draws numbers from torch's generator."""
     before, images = torch.random.get_rng_state(), torch.randn(2, 3, px, px, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         net.train()(images)
     return not torch.equal(before, torch.random.get_rng_state())
 
 
-TAKES = {  # which of the rates act in one small network of each family
+TAKES = {  # the rates that have an effect in a small network of each family
     "tf_efficientnet_b0": {"drop_rate", "drop_path_rate"},
     "mobilenetv3_small_050": {"drop_rate", "drop_path_rate"},
     "resnet18": {"drop_rate", "drop_path_rate"},
     "regnetx_002": {"drop_rate", "drop_path_rate"},
-    "ghostnet_050": {"drop_rate"},  # where it is 0.2 by default
+    "ghostnet_050": {"drop_rate"},  # its default is 0.2
     "densenet121": {"drop_rate"},
     "dla46_c": {"drop_rate"},
-    "efficientvit_m0": set(),  # whose drop_rate is for a classifier
+    "efficientvit_m0": set(),  # its drop_rate is for the classifier
     "torchvision/mobilenet_v3_small": set(),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TAKES)
-def test_a_network_draws_what_it_was_asked_to_and_refuses_what_it_would_ignore(arch):
+def test_a_network_applies_its_rates_and_refuses_those_it_would_ignore(arch):
     px = 224 if arch.startswith("efficientvit") else 64
     assert not draws(build_backbone(arch, 1.0, "imagenet", 0), px)
     for name in ("drop_rate", "drop_path_rate"):
@@ -204,7 +204,7 @@ def test_a_scaled_resnet_drops_branches_at_the_rate_of_the_unscaled_one():
     assert max(rates[0]) == 0.2
 
 
-def test_efficientnet_as_bingo_has_it():
+def test_efficientnet_as_in_bingo():
     """lukemelas' EfficientNet: drop-connect 0.2 (0.2 * i / 16 in block i), dropout 0.2, BatchNorm 1e-3 and 0.01, SAME padding."""
     options = {"drop_rate": 0.2, "drop_path_rate": 0.2, "batchnorm_momentum": 0.01}
     net = build_backbone("tf_efficientnet_b0", 1.0, "imagenet", 0, options)
@@ -213,7 +213,7 @@ def test_efficientnet_as_bingo_has_it():
     rates = [block.drop_path.drop_prob if isinstance(block.drop_path, DropPath) else 0.0 for stage in net.blocks for block in stage]
     assert rates == pytest.approx([0.2 * i / 16 for i in range(16)])
     assert net.drop_rate == 0.2
-    with torch.no_grad():  # a momentum of 0.01: after one batch the running mean is a hundredth of the batch's
+    with torch.no_grad():  # with a momentum of 0.01, the running mean after one batch is a hundredth of the batch's mean
         x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         net.train()(x)
         torch.testing.assert_close(net.bn1.running_mean, 0.01 * net.conv_stem(x).mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-7)
@@ -223,7 +223,7 @@ SHAPE = {"arch": "resnet10t", "width": 0.125, "stem": "small"}
 IMAGE = ImageParams(crop_px=16, resize_px=16, mean=[0.5] * 3, std=[0.25] * 3)
 
 
-def test_a_students_file_says_how_it_was_trained_and_an_older_file_says_nothing(tmp_path):
+def test_a_students_file_contains_its_options_and_older_files_do_not(tmp_path):
     drawing = StudentParams(factory=None, weights=None, **SHAPE, drop_path_rate=0.1, drop_rate=0.2, batchnorm_momentum=0.01)
     plain = StudentParams(factory=None, weights=None, **SHAPE, drop_path_rate=0.0, drop_rate=0.0, batchnorm_momentum=None)
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -234,9 +234,9 @@ def test_a_students_file_says_how_it_was_trained_and_an_older_file_says_nothing(
         assert metadata.get("options", {}) == network.options
         with torch.no_grad():
             assert torch.equal(loaded(x), backbone.eval()(x))
-        assert not draws(loaded, 16)  # what reads a student does not train it with dropout
+        assert not draws(loaded, 16)  # code that reads a student does not train it with dropout
         assert loaded.bn1.momentum == (network.batchnorm_momentum or 0.1)
-    assert "options" not in metadata  # a plain student's file is what it was before there were options
+    assert "options" not in metadata  # the file of a plain student is the same as before there were options
     says = "drop_path_rate = 0.1, this network has 0.0, .*drop_rate = 0.2.*batchnorm_momentum = 0.01, this network has null; run the stage"
     with pytest.raises(UserError, match=says) as caught:
         load_backbone(tmp_path / "plain", drawing)
@@ -245,7 +245,7 @@ def test_a_students_file_says_how_it_was_trained_and_an_older_file_says_nothing(
         load_backbone(tmp_path / "drawing", plain)
 
 
-def test_images_that_a_network_cannot_take_are_refused():
+def test_images_that_a_network_cannot_use_are_refused():
     net = build_backbone("test_vit", 1.0, "imagenet", 0).train()
     with pytest.raises(UserError, match=r"image\.crop_px = 20: test_vit does not accept this size"):
         check_images(net, "test_vit", 20)

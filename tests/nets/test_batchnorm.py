@@ -1,4 +1,4 @@
-"""BatchNorm by groups: each group as a process of its own would have it, keys shuffled among the groups, layers left as they are."""
+"""BatchNorm by groups: each group as in a separate process, keys shuffled among the groups, layers and names unchanged."""
 
 import itertools
 import os
@@ -38,7 +38,7 @@ def pooled(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.AvgPool2d(3), nn.Flatten(), *layers)
 
 
-NETWORKS = {  # of torchvision and timm (plain, BatchNorm with its activation, standardised weights), and heads
+NETWORKS = {  # torchvision and timm (plain, BatchNorm with its activation, standardised weights), and heads
     "torchvision": lambda: torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=8),
     "timm": lambda: build_backbone("resnet10t", 0.125, "small", 0),
     "BatchNormAct2d": lambda: timm.create_model("test_efficientnet", num_classes=0),
@@ -52,7 +52,7 @@ NETWORKS = {  # of torchvision and timm (plain, BatchNorm with its activation, s
 
 @pytest.fixture(params=["_one_by_one", "_side_by_side"])
 def way(request, monkeypatch) -> str:
-    """How a CPU computes the groups, and how a GPU does."""
+    """Computes the groups as on a CPU, and as on a GPU."""
     monkeypatch.setattr(batchnorm, "_one_by_one", getattr(batchnorm, request.param))
     return request.param
 
@@ -60,8 +60,9 @@ def way(request, monkeypatch) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("companions", [0, 2])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_each_group_is_treated_as_on_a_process_of_its_own(name, companions, way):
-    """Outputs, gradients and running statistics against copies of the network, one for each group, which see its images alone."""
+def test_each_group_is_treated_as_in_a_separate_process(name, companions, way):
+    """Outputs, gradients and running statistics are compared with copies of the network, one per group, each of which sees only its
+    images."""
     together = NETWORKS[name]().double().to(memory_format=torch.channels_last).train()
     apart = [deepcopy(together) for _ in range(GROUPS)]
     anchors, blocks = 16, 1 + companions
@@ -84,8 +85,8 @@ def test_each_group_is_treated_as_on_a_process_of_its_own(name, companions, way)
 
 
 @pytest.mark.slow
-def test_a_gpus_kernels_when_interpreted_on_the_cpu():
-    """Their numbers; a process of its own, because Triton chooses its interpreter when it is imported."""
+def test_a_gpus_kernels_in_the_interpreter_on_the_cpu():
+    """Their numbers; in a separate process, because Triton chooses its interpreter when it is imported."""
     pytest.importorskip("triton")
     file = Path(__file__).with_name("interpreted_kernels.py")
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-c", os.devnull, "-p", "no:cacheprovider", str(file)]
@@ -95,7 +96,7 @@ def test_a_gpus_kernels_when_interpreted_on_the_cpu():
 
 @pytest.mark.slow
 def test_a_gpus_kernels_compile_without_one(tmp_path, monkeypatch):
-    """To PTX; the interpreter allows what the compiler does not."""
+    """To PTX, because the interpreter allows more than the compiler."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -106,7 +107,7 @@ def test_a_gpus_kernels_compile_without_one(tmp_path, monkeypatch):
     tile, numbers = {"P": 16, "R": 32, "W": 64}, {"M", "C", "G", "chunk", "count"}
     types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("x", "dy", "out"), "*bf16") | {"momentum": "fp32", "eps": "fp32"}
     steps = ("sums", "statistics", "gradients", "linear")
-    absent, ones = dict.fromkeys(("weight", "dweight", "running_mean", "dy")), dict.fromkeys(("G", "count"), 1)  # Triton makes 1 constant
+    absent, ones = dict.fromkeys(("weight", "dweight", "running_mean", "dy")), dict.fromkeys(("G", "count"), 1)  # Triton makes 1 a constant
     for kernel, given in itertools.product([getattr(kernels, f"_{step}") for step in steps], [{}, absent, ones]):
         constants = {name: value for name, value in (tile | given).items() if name in kernel.arg_names}
         signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
@@ -114,7 +115,7 @@ def test_a_gpus_kernels_compile_without_one(tmp_path, monkeypatch):
         assert f".entry {kernel.__name__}" in made.asm["ptx"]
 
 
-def test_channels_last_stays_and_layers_and_names_do(way):
+def test_channels_last_layers_and_names_are_kept(way):
     net = build_backbone("resnet10t", 0.125, "small", 0).to(memory_format=torch.channels_last).train()
     names, kinds, formats = list(net.state_dict()), [type(module) for module in net.modules()], set()
     for module in net.modules():
@@ -130,20 +131,20 @@ def test_channels_last_stays_and_layers_and_names_do(way):
     assert (list(net.state_dict()), [type(module) for module in net.modules()]) == (names, kinds)
 
 
-def test_stored_statistics_are_used_and_left_as_they_are():
+def test_stored_statistics_are_used_and_not_changed():
     net = nn.BatchNorm2d(3)
     net.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3]))
     x, before = images(12), deepcopy(net.state_dict())
     expected = net.eval()(x)
     with grouped_batchnorm(3, 12):
         assert torch.equal(net(x), expected)
-        net.train().momentum = 0.0  # as a live teacher by batch statistics
+        net.train().momentum = 0.0  # as in a live teacher with batch statistics
         assert not torch.equal(net(x), expected)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items() if name != "num_batches_tracked")
 
 
 def _mates(method, x_BCHW, groups: int) -> tuple[list[set], list[set]]:
-    """With which images each image is normalised: in the student's pass, and in that of its moving average. Image i is full of i."""
+    """The images with which each image is normalised, in the student's pass and in that of its moving average. Image i is filled with i."""
     seen = {}
     handles = [
         net.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0][:, 0, 0, 0].tolist()}))
@@ -162,7 +163,7 @@ def _mates(method, x_BCHW, groups: int) -> tuple[list[set], list[set]]:
     return found[0], found[1]
 
 
-def test_without_groups_a_query_and_its_key_are_normalised_with_the_same_images_and_with_groups_not(tmp_path):
+def test_only_with_groups_are_a_query_and_its_key_normalised_with_different_images(tmp_path):
     method = trainer(tmp_path, "moco", network="batchnorm").method.train()
     x = torch.arange(16.0)[:, None, None, None].expand(-1, 3, 12, 12).contiguous(memory_format=torch.channels_last)
     query, key = _mates(method, x, 1)
@@ -172,7 +173,7 @@ def test_without_groups_a_query_and_its_key_are_normalised_with_the_same_images_
     assert all(own != other for own, other in zip(query, key, strict=True))
 
 
-def test_a_key_comes_back_to_its_image(tmp_path):
+def test_shuffled_keys_return_to_their_images(tmp_path):
     encode = nn.Flatten()
     with grouped_batchnorm(GROUPS, 16):
         assert torch.equal(shuffled(encode, images(16), 0, 5), encode(images(16)))
@@ -188,7 +189,7 @@ def test_training_differs_with_groups_and_the_student_is_a_plain_network(tmp_pat
     assert torch.equal(plain.eval()(x), grouped.method.student.eval()(x))
 
 
-def test_a_moco_step_against_groups_that_are_computed_one_by_one(tmp_path):
+def test_a_moco_step_equals_groups_computed_one_by_one(tmp_path):
     run = trainer(tmp_path, "moco", network="batchnorm", groups=GROUPS)
     method = run.method.train()
     batch = next(run.batches.epoch(0, 0))
@@ -213,7 +214,7 @@ def test_processes_share_the_groups(monkeypatch, world, asked, own):
     assert own_groups(asked) == own
 
 
-def test_groups_that_processes_cannot_share_are_refused(monkeypatch):
+def test_groups_that_cannot_be_shared_by_the_processes_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 3)
     with pytest.raises(UserError, match=r"distill\.batchnorm_groups = 8: 3 processes cannot share"):
         own_groups(8, "distill.batchnorm_groups")
@@ -227,7 +228,7 @@ def test_groups_that_processes_cannot_share_are_refused(monkeypatch):
         (256, 1, True, 1, 1), (256, 4, False, 8, 4),
     ],
 )  # fmt: skip
-def test_without_a_number_a_momentum_encoder_in_one_process_has_groups_of_a_gpu_s_images(batch, set_groups, momentum, processes, groups):
+def test_by_default_the_groups_of_a_momentum_encoder_have_a_gpus_number_of_images(batch, set_groups, momentum, processes, groups):
     raw = read_yaml(Path(__file__).parents[2] / "params.yaml")
     raw["distill"] |= {"batch_anchors": batch, "batchnorm_groups": set_groups}
     assert validate(raw, "params.yaml").distill.groups_for(momentum, processes) == groups
@@ -259,7 +260,7 @@ def test_each_part_of_a_step_has_its_share_of_the_groups(batch, parts, set_group
         (10**9, 3, "1, 2, 4, 5, 8"),
     ],
 )
-def test_groups_that_do_not_divide_the_batch_or_are_too_small_are_refused_with_those_that_are_allowed(batch, groups, allowed):
+def test_groups_that_do_not_divide_the_batch_or_are_too_small_are_refused(batch, groups, allowed):
     raw = read_yaml(Path(__file__).parents[2] / "params.yaml")
     raw["distill"] |= {"batch_anchors": batch, "batchnorm_groups": groups}
     with pytest.raises(UserError) as caught:
@@ -272,8 +273,8 @@ def test_groups_that_do_not_divide_the_batch_or_are_too_small_are_refused_with_t
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_batches_counted_together_are_those_counted_one_by_one(name):
-    """Two calls of every layer, after which the body fails; a layer that averages over all batches reads its own count, and is left out."""
+def test_batches_are_counted_together_as_one_by_one(name):
+    """Two calls of every layer, after which the body fails. A layer that averages over all batches reads its own count and is excluded."""
     torch.manual_seed(0)
     together = NETWORKS[name]()
     alone = deepcopy(together)

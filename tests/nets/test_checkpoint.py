@@ -1,4 +1,4 @@
-"""BINGO's network files: equal bytes for equal content, whole or refused."""
+"""BINGO's network files: equal bytes for equal content; damaged files are refused."""
 
 import pytest
 import safetensors.torch
@@ -23,7 +23,7 @@ def refusal(path) -> str:
     return line
 
 
-def test_tensors_and_metadata_come_back(tmp_path):
+def test_tensors_and_metadata_are_read_as_written(tmp_path):
     save_network(tmp_path / "net.safetensors", STATE, METADATA)
     state, metadata = load_network(tmp_path / "net.safetensors")
     assert metadata == METADATA
@@ -33,7 +33,7 @@ def test_tensors_and_metadata_come_back(tmp_path):
         assert torch.equal(state[name], tensor)
 
 
-def test_copies_on_the_host_have_any_dtype_and_layout_and_share_no_memory():
+def test_host_copies_of_any_dtype_and_layout_share_no_memory():
     turned = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = {"d": torch.arange(3), "a": turned, "c": torch.tensor(7), "b": torch.rand(4).half(), "none": torch.empty(0, 2), "again": turned}
     copies = on_host(state)
@@ -56,7 +56,7 @@ def test_equal_content_has_equal_bytes_in_any_order_and_layout(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_files_that_are_not_ours_are_refused_by_name(tmp_path):
+def test_other_files_are_refused_by_name(tmp_path):
     path = tmp_path / "net.safetensors"
     assert "cannot be read (" in refusal(path)
     save_network(path, STATE, METADATA)
@@ -91,7 +91,7 @@ def test_lack_of_memory_is_not_reported_as_damage(tmp_path, monkeypatch):
         assert not any(word in str(caught.value) for word in ("delete", "damaged", "truncated"))
 
 
-def test_loading_strictly_names_every_difference():
+def test_strict_loading_names_every_difference():
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     state = {**net.state_dict(), "0.weight": torch.zeros(4, 2), "2.extra": torch.zeros(1)}
     del state["0.bias"]
@@ -101,7 +101,7 @@ def test_loading_strictly_names_every_difference():
     assert line.startswith("file.pt: missing 0.bias; not expected 2.extra; of another shape 0.weight (4, 2) for (3, 2); ")
 
 
-def test_loading_strictly_takes_old_files_without_batch_counters():
+def test_strict_loading_accepts_old_files_without_batch_counters():
     net = nn.BatchNorm1d(3)
     state = {name: tensor + 2 for name, tensor in net.state_dict().items() if name != "num_batches_tracked"}
     load_strictly(net, state, "file.pt")

@@ -1,4 +1,4 @@
-"""Networks of the user's own: a function in a file makes the teacher, which brings its normalisation and size, or the student."""
+"""Networks of the user's own: a function in a file builds the student, or the teacher with its normalisation and image size."""
 
 import pytest
 import torch
@@ -31,13 +31,13 @@ def params_of(teacher=None, student=None):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """Writes mine.py into a folder that stands for bingo/nets/own."""
+    """Writes mine.py into a folder that replaces bingo/nets/own."""
     for module in ("bingo.params.arch_names", "bingo.nets.backbones", "bingo.teachers.reading.sources"):
         monkeypatch.setattr(f"{module}.OWN", tmp_path)
     return lambda more="", other="return 1": (tmp_path / "mine.py").write_text(NET.format(more=more, other=other))
 
 
-def test_a_teacher_brings_its_normalisation_and_its_size_and_is_read_back(own, tmp_path):
+def test_a_teacher_provides_its_normalisation_and_size_and_is_read_back(own, tmp_path):
     own(", [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 24")
     params = params_of({"factory": "mine.py:make"})
     save_teacher(tmp_path / "t.safetensors", *make_teacher(params.teacher, params.teacher_image, 0))
@@ -55,7 +55,7 @@ def test_a_teacher_brings_its_normalisation_and_its_size_and_is_read_back(own, t
     assert make_teacher(larger.teacher, larger.teacher_image, 0)[2]["resize_px"] == 48
 
 
-def test_a_student_is_trained_and_read_back_as_any_other(own, tmp_path):
+def test_a_student_is_trained_and_read_back_like_any_other(own, tmp_path):
     own()
     params = params_of(student={"factory": "mine.py:make"})
     assert (params.student.arch, params.student.width, params.student.stem) == ("mine.py:make", 1.0, "imagenet")
@@ -71,7 +71,7 @@ def test_a_student_is_trained_and_read_back_as_any_other(own, tmp_path):
 
 
 @pytest.mark.parametrize("factory", ["no.py:make", "mine.py", "mine.py:mak", "../mine.py:make"])
-def test_a_factory_that_is_not_there_is_one_line_of_its_key(own, factory):
+def test_a_missing_factory_is_an_error_in_one_line_with_its_key(own, factory):
     own()
     with pytest.raises(UserError) as caught:
         params_of(student={"factory": factory})
@@ -80,13 +80,13 @@ def test_a_factory_that_is_not_there_is_one_line_of_its_key(own, factory):
 
 
 @pytest.mark.parametrize("other", ["raise OSError('no file')", "return 1", "return None, 5", "return nn.Flatten(), 'x'"])
-def test_what_a_function_gets_wrong_is_one_line(own, other):
+def test_a_mistake_of_a_function_is_an_error_in_one_line(own, other):
     own(other=other)
     with pytest.raises(UserError, match=r"^factory = mine\.py:other: "):
         build_backbone("mine.py:other", 1.0, "imagenet", 0)
 
 
-def test_a_teacher_needs_its_normalisation_and_the_parameters_hold_for_any_factory(own):
+def test_a_teacher_needs_a_normalisation_and_the_parameters_are_valid_for_any_factory(own):
     own()
     params = params_of({"factory": "mine.py:make"})
     with pytest.raises(UserError, match=r"^teacher\.factory = mine\.py:make: returns no mean"):
@@ -94,7 +94,7 @@ def test_a_teacher_needs_its_normalisation_and_the_parameters_hold_for_any_facto
     assert arch_names.own_mistake("mine.py:make") is None
 
 
-def test_the_examples_are_what_they_say():
+def test_the_examples_have_the_feature_width_that_they_state():
     for made, extra in ((example.student(), 0), (example.teacher(), 3)):
         assert len(made) == 2 + extra
         assert made[0](torch.zeros(2, 3, 32, 32)).shape == (2, made[1])

@@ -1,4 +1,4 @@
-"""TF32 by precision, at each product of a forward and a backward pass on the pretended GPU."""
+"""TF32 by precision, for each product of a forward and a backward pass on the simulated GPU."""
 
 import sys
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_availab
 
 @pytest.fixture(autouse=True)
 def settings():
-    """torch's own, again after the test."""
+    """torch's settings, which are restored after the test."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
@@ -43,7 +43,7 @@ def test_a_gpu_multiplies_float32_as_tf32_unless_the_precision_is_fp32(monkeypat
     assert set(products.values()) == {(allowed, allowed)}
 
 
-def test_work_on_a_cpu_leaves_the_settings_of_gpus():
+def test_work_on_a_cpu_does_not_change_the_settings_of_gpus():
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     for precision in ("fp32", "auto", "bf16"):
         with autocast(precision, torch.device("cpu")):

@@ -1,4 +1,4 @@
-"""Several processes and machines: torchrun itself over the stages, what is said when a process dies, and the same bytes after a restart."""
+"""Several processes and machines: stages under torchrun, messages when a process dies, and the same bytes after a restart."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, stages) -> Workspace:
-    """The pipeline up to the bags, by one process."""
+    """The pipeline up to the bags, run by one process."""
     workspace = new_workspace(tmp_path_factory.mktemp("many") / "bingo", stages, SHORT)
     for stage in ("scan", "teacher", "extract", "bag"):
         workspace.done(stage)
@@ -47,7 +47,7 @@ def no_state(workspace) -> None:
 
 
 def launcher(workspace: Workspace, stage: str, *arguments: str, **variables: str) -> Running:
-    """torchrun over a stage, with a checkpoint at every step."""
+    """torchrun with a stage that saves a checkpoint at every step."""
     command = " ".join(["forking_launcher", *arguments, "-m", f"stages.{stage}"])
     return workspace.stages.start_module(command, workspace.root, BINGO_CHECKPOINT_SECONDS="0", **variables)
 
@@ -64,7 +64,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def by_two_machines(workspace) -> dict[str, bytes]:
-    """The student that two launchers have trained, one process each, which met by their address alone."""
+    """The student trained by two launchers with one process each, which are connected only by their address."""
     meeting = f"--nnodes=2 --rdzv-id=distill --rdzv-backend=c10d --rdzv-endpoint=localhost:{free_port()}".split()
     machines = [launcher(workspace, "distill", *meeting, "--nproc-per-node=1") for _ in range(2)]
     done = [machine.wait() for machine in machines]
@@ -73,7 +73,7 @@ def by_two_machines(workspace) -> dict[str, bytes]:
     return workspace.files(*workspace.outputs("distill"))
 
 
-def test_a_group_that_lost_a_process_is_started_again_and_trains_the_same(workspace, by_two_machines):
+def test_a_group_that_lost_a_process_restarts_and_trains_the_same_student(workspace, by_two_machines):
     training = launcher(workspace, "distill", "--standalone", "--max-restarts=2", "--nproc-per-node=2")
     until(lambda: saved_step(workspace, "distill") >= 6, training.ended)
     kill_rank(workspace, 0)
@@ -84,7 +84,7 @@ def test_a_group_that_lost_a_process_is_started_again_and_trains_the_same(worksp
     assert not list((workspace.root / ".bingo/state").glob("*/*"))
 
 
-def test_a_pass_of_the_teacher_that_lost_a_process_gives_the_bytes_of_one_process(workspace):
+def test_a_teacher_pass_that_lost_a_process_has_the_bytes_of_one_process(workspace):
     whole = workspace.files("data/embeddings.zarr")
     extract = launcher(workspace, "extract", "--standalone", "--max-restarts=2", "--nproc-per-node=2")
     until(lambda: len(list(workspace.root.glob(".bingo/state/extract/*/store/done/[0-9]*"))) >= 2, extract.ended)
@@ -96,7 +96,7 @@ def test_a_pass_of_the_teacher_that_lost_a_process_gives_the_bytes_of_one_proces
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_bags_of_several_processes_are_those_of_one(workspace, processes):
+def test_bags_of_several_processes_equal_those_of_one(workspace, processes):
     outputs = workspace.outputs("bag")
     whole = workspace.files(*outputs)
     done = launcher(workspace, "bag", "--standalone", f"--nproc-per-node={processes}").wait()
@@ -106,7 +106,7 @@ def test_bags_of_several_processes_are_those_of_one(workspace, processes):
     assert not list((workspace.root / ".bingo/state").glob("*/*"))
 
 
-def test_bags_of_a_group_that_lost_a_process_go_on_with_the_blocks_that_are_missing(workspace):
+def test_bags_of_a_group_that_lost_a_process_resume_with_the_missing_blocks(workspace):
     outputs = workspace.outputs("bag")
     whole = workspace.files(*outputs)
     variables = {"SLOW_RANK": "1"}
@@ -131,12 +131,12 @@ def test_a_killed_process_ends_the_others_and_is_named(workspace):
 
 
 @pytest.mark.parametrize("stage", ["distill", "bag"])
-def test_a_mistake_that_one_process_finds_is_reported_once(workspace, stage):
+def test_a_mistake_found_by_one_process_is_reported_once(workspace, stage):
     done = launcher(workspace, stage, "--standalone", "--nproc-per-node=2", FAIL_ON_RANK="1").wait()
     assert (done.status, done.err) == (2, "error: a mistake that process 1 found\n")
 
 
-def test_a_group_that_is_asked_to_stop_saves_and_says_so_once(workspace):
+def test_a_group_that_is_asked_to_stop_saves_and_reports_it_once(workspace):
     training = launcher(workspace, "distill", "--standalone", "--nproc-per-node=2")
     until(lambda: saved_step(workspace, "distill") >= 1, training.ended)
     training.send(signal.SIGTERM)
@@ -171,7 +171,7 @@ def test_the_prefix_runs_the_launcher_on_every_machine(workspace, tmp_path):
         ({"BINGO_LAUNCH": "--rdzv-conf='a"}, "BINGO_LAUNCH = --rdzv-conf='a: No closing quotation; give arguments of torchrun"),
     ],
 )
-def test_a_launch_that_cannot_be(workspace, variables, wanted):
+def test_an_impossible_launch(workspace, variables, wanted):
     done = workspace.run("distill", **variables)
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith(f"error: {wanted}")
@@ -192,7 +192,7 @@ def test_a_launch_that_cannot_be(workspace, variables, wanted):
         ("--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=node0:port", "The port number of the rendezvous endpoint 'node0:port' must be"),
     ],
 )
-def test_arguments_that_torchrun_does_not_take(workspace, arguments, reason):
+def test_arguments_that_torchrun_does_not_accept(workspace, arguments, reason):
     done = launcher(workspace, "distill", *arguments.split(), BINGO_LAUNCH=arguments).wait()
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith(f"error: BINGO_LAUNCH = {arguments}: {reason}"), done.err
@@ -206,7 +206,7 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
     for name in ("BINGO_DEVICE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert pick_device() == torch.device("cuda", 0)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all of them find it, so that the first one reports it
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # all of them find the mistake, so that the first one reports it
     with pytest.raises(UserError, match="BINGO_PROCESSES = 2: each needs a GPU and torch sees 1 here"):
         pick_device()
 
@@ -222,7 +222,7 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
         ("1", Interrupted("stopped"), [], SystemExit, ""),
     ],
 )
-def test_who_speaks_and_after_what_wait(monkeypatch, capsys, rank, error, waits, left, said):
+def test_which_process_reports_and_how_long_it_waits(monkeypatch, capsys, rank, error, waits, left, said):
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     for name in ("RANK", "LOCAL_RANK"):
@@ -233,8 +233,8 @@ def test_who_speaks_and_after_what_wait(monkeypatch, capsys, rank, error, waits,
     assert capsys.readouterr().err == said
 
 
-def test_a_process_that_lost_one_of_the_same_launcher_waits_until_that_acts(monkeypatch, capsys):
-    """However long the launcher takes: here it ends this process at the fourth look at a process that has ended and was not waited for."""
+def test_a_process_that_lost_another_waits_until_their_launcher_acts(monkeypatch, capsys):
+    """However long the launcher takes: here it ends this process at the fourth check of a process that has ended and was not waited for."""
     ended = os.fork()
     if ended == 0:
         os._exit(0)
@@ -257,7 +257,7 @@ def test_a_process_that_lost_one_of_the_same_launcher_waits_until_that_acts(monk
     assert capsys.readouterr().err == "error: lost; start again to resume\n"
 
 
-def test_memory_that_ran_out_is_one_line(capsys):
+def test_lack_of_memory_is_an_error_in_one_line(capsys):
     with pytest.raises(SystemExit) as left, mistakes_as_lines():
         raise MemoryError("Unable to allocate\n7 GiB")
     assert left.value.code == 2
@@ -274,8 +274,8 @@ def test_memory_that_ran_out_is_one_line(capsys):
         (ConnectionResetError("the store is gone"), ("main", "_invoke_run", "_restart_workers", "barrier"), False),
     ],
 )
-def test_what_torchrun_raises_late_is_not_a_wrong_argument(monkeypatch, capsys, error, where, argument):
-    """torchrun is stood in for by functions of the names that its own have."""
+def test_a_late_error_of_torchrun_is_not_a_wrong_argument(monkeypatch, capsys, error, where, argument):
+    """torchrun is replaced by functions with the same names."""
     from torch.distributed import run
 
     def raised(names: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Paths of parameters and of arguments: from any folder of the workspace, in DVC's copies of it, in whatever form they are given."""
+"""Paths in parameters and arguments, in any form: from any folder of the workspace, and in DVC's copies of it."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ TUNE = {"epochs": 1, "batch_images": 8, "drop_epochs": None}
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch) -> Path:
-    """The current folder is DVC's copy of the workspace `original`, which is a folder of its repository."""
+    """The current folder is DVC's copy of the workspace `original`, which is a folder in its repository."""
     original = tmp_path / "original"
     copy = original / ".dvc/tmp/exps/copy"
     for folder in (copy / ".dvc", copy / "sub/tracked", original / "sub/tracked", original / "sub/ignored", original / "tracked"):
@@ -42,10 +42,10 @@ def copy(tmp_path, monkeypatch) -> Path:
     return original
 
 
-def test_what_a_copy_lacks_lies_in_the_original(copy, monkeypatch):
+def test_files_missing_in_a_copy_are_found_in_the_original(copy, monkeypatch):
     assert located("tracked") == "tracked"
     assert located("ignored") == str(copy / "sub/ignored")
-    assert located("absent/at all") == str(copy / "sub/absent/at all")  # where a download goes, and what a message names
+    assert located("absent/at all") == str(copy / "sub/absent/at all")  # the place of a download, and of messages
     assert located("/ignored") == "/ignored"
     monkeypatch.setenv("HOME", "/home/somebody")
     assert located("~/a b") == "/home/somebody/a b"
@@ -55,7 +55,7 @@ def test_what_a_copy_lacks_lies_in_the_original(copy, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["", " ", "a\0b", "a/" + "b" * 256 + "/c", "\u00e9" * 128])
-def test_what_no_file_can_be_called_is_refused(path):
+def test_impossible_names_of_files_are_refused(path):
     for key in (("dataset", "root"), ("student", "weights"), ("teacher", "checkpoint"), ("supervised",)):
         params = read_yaml(ROOT / "params.yaml")
         section = params[key[0]] if len(key) > 1 else params
@@ -65,10 +65,10 @@ def test_what_no_file_can_be_called_is_refused(path):
 
 
 @pytest.mark.parametrize("kept", [".gitignore", "train/.gitkeep", "README.md", "link"])
-def test_what_git_keeps_of_an_ignored_folder_is_not_the_folder(copy, kept):
+def test_the_tracked_part_of_an_ignored_folder_does_not_replace_the_folder(copy, kept):
     place = Path("kept", kept)
     place.parent.mkdir(parents=True)
-    if kept == "link":  # relative, to what lies beside the original
+    if kept == "link":  # relative to a file next to the original
         place.parent.rmdir()
         Path("kept").symlink_to("../../images")
     else:
@@ -80,7 +80,7 @@ def test_what_git_keeps_of_an_ignored_folder_is_not_the_folder(copy, kept):
         assert located("kept") == "kept"
 
 
-def test_without_a_copy_a_path_stays_as_it_is(copy, monkeypatch):
+def test_without_a_copy_a_path_is_not_changed(copy, monkeypatch):
     monkeypatch.chdir(copy / "sub")
     (copy / ".dvc").mkdir(exist_ok=True)
     assert located("absent") == "absent"  # dvc repro sets DVC_ROOT too
@@ -113,7 +113,7 @@ def test_every_path_of_the_parameters_is_located(copy):
 
 @pytest.fixture
 def below(tmp_path, monkeypatch) -> Path:
-    """A workspace with images; the current folder is one of its folders, two levels down."""
+    """A workspace with images; the current folder is two levels below it."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     for name in ("recipes", "bingo", "stages"):
@@ -145,7 +145,7 @@ def test_paths_are_printed_as_the_user_sees_them(below):
         assert commands.as_seen_from_here(given) == shown
 
 
-def test_a_picture_is_named_from_the_folder_in_which_the_command_was_given(tmp_path, monkeypatch):
+def test_a_picture_is_named_relative_to_the_current_folder(tmp_path, monkeypatch):
     make_workspace(tmp_path)
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     (tmp_path / "a").mkdir()
@@ -158,7 +158,7 @@ def test_a_picture_is_named_from_the_folder_in_which_the_command_was_given(tmp_p
         assert not Path(line.removeprefix("picture: ")).is_absolute()
 
 
-def test_in_a_workspace_and_outside_of_any_nothing_changes(below, tmp_path_factory, monkeypatch):
+def test_in_a_workspace_and_outside_of_any_the_current_folder_is_kept(below, tmp_path_factory, monkeypatch):
     (below / "a/b/params.yaml").touch()
     commands.enter_workspace()
     assert Path.cwd() == below / "a/b"
@@ -183,8 +183,8 @@ def bingo(stages: Stages, *arguments: str, folder: Path, module: str = "bingo.cl
         ("embed", ".", "--out", "x.npy"),
     ],
 )
-def test_outside_of_any_workspace_the_way_out_is_the_workspace(below, stages, command):
-    """Inside, an artefact that is not there yet is a matter of `dvc repro` alone."""
+def test_outside_a_workspace_the_advice_is_to_change_into_one(below, stages, command):
+    """Inside a workspace, the advice for a missing artefact is `dvc repro`."""
     for folder, outside in ((below / "a/b", False), (below.parent, True)):
         done = bingo(stages, *command, folder=folder)
         assert done.status == 2, done.err
@@ -222,7 +222,7 @@ def test_a_stage_by_name_runs_from_a_folder_of_the_workspace(below, stages):
         ("recipe use a --root", "error: Option '--root' requires an argument"),
     ],
 )
-def test_python_m_is_the_command_and_answers_in_a_line(below, stages, arguments, line):
+def test_python_m_runs_the_command_and_reports_errors_in_one_line(below, stages, arguments, line):
     done = bingo(stages, *arguments.split(), folder=below)
     assert done.status == 2
     assert "Traceback" not in done.err
@@ -243,7 +243,7 @@ def test_python_m_is_the_command_and_answers_in_a_line(below, stages, arguments,
         ("compare --variants a --sneeds 1", "error: unrecognized arguments: --sneeds 1"),
     ],
 )
-def test_the_benchmarks_answer_in_a_line(arguments, line):
+def test_the_benchmarks_report_errors_in_one_line(arguments, line):
     done = subprocess.run([sys.executable, "-m", *f"benchmarks.{arguments}".split()], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(line)
@@ -282,7 +282,8 @@ stages:
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A repository of Git and DVC whose images, teacher and list of labels Git ignores, under relative paths."""
+    """A repository of Git and DVC with images, a teacher and a list of labels, which Git ignores and the parameters name by relative
+    paths."""
     root = tmp_path / "repository"
     photos(root / "given/photos")
     (root / "given/list.txt").write_text("cat0.png\ncat2.png\ndog1.png\n")
@@ -304,7 +305,7 @@ def repository(tmp_path) -> Path:
     with open(root / "params.yaml", "w") as file:
         YAML(typ="safe", pure=True).dump(raw, file)
     (root / "dvc.yaml").write_text(PIPELINE)
-    for name in ("bingo", "stages"):  # code is a workspace's own
+    for name in ("bingo", "stages"):  # a workspace has its own code
         (root / name).symlink_to(ROOT / name)
     (root / ".gitignore").write_text("/given/\n/.bingo/\n")
     params = load_params(root / "params.yaml")
@@ -313,7 +314,7 @@ def repository(tmp_path) -> Path:
     return root
 
 
-def test_an_experiment_of_dvc_finds_what_git_ignores_and_its_outputs_do_not_depend_on_the_form_of_paths(repository, tmp_path):
+def test_a_dvc_experiment_finds_ignored_files_and_its_outputs_do_not_depend_on_the_form_of_paths(repository, tmp_path):
     identity = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (("NAME", "a"), ("EMAIL", "a@b"))}
     folders = {name: str(tmp_path / "dvc") for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR")}
     variables = environment(**identity, **folders, GIT_CONFIG_GLOBAL=os.devnull, DVC_NO_ANALYTICS="1", HOME=str(tmp_path))

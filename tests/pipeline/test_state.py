@@ -1,4 +1,4 @@
-"""The folder of an unfinished stage: kept after a kill, and until dvc.lock shows that DVC has committed the outputs."""
+"""The state folder of a stage: kept after a kill, and until dvc.lock shows that DVC has committed the outputs."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def lock(md5: str) -> None:
 
 
 def work(values: dict = VALUES, ends_well: bool = True) -> bool:
-    """A run of the stage: whether it found a checkpoint."""
+    """Run the stage; returns whether it found a checkpoint."""
     with state_folder("teacher", values) as folder:
         found = (folder / "checkpoint").exists()
         (folder / "checkpoint").touch()
@@ -45,12 +45,12 @@ def test_a_stage_that_failed_keeps_its_state():
     assert work()
 
 
-def test_without_dvc_the_state_goes_at_once():
+def test_without_dvc_the_state_is_removed_at_once():
     assert not work()
     assert not folders()
 
 
-def test_what_dvc_runs_keeps_its_state_until_the_commit(monkeypatch):
+def test_a_stage_run_by_dvc_keeps_its_state_until_the_commit(monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "teacher")
     assert not work()
     sweep()
@@ -61,7 +61,7 @@ def test_what_dvc_runs_keeps_its_state_until_the_commit(monkeypatch):
 
 
 @pytest.mark.parametrize("locked", ["", "a: [", "- a", "stages: {bag: {}}"])
-def test_a_lock_file_that_does_not_know_the_stage_says_of_no_commit(monkeypatch, locked):
+def test_a_lock_file_without_the_stage_does_not_show_a_commit(monkeypatch, locked):
     monkeypatch.setenv("DVC_STAGE", "teacher")
     Path("dvc.lock").write_text(locked)
     assert not work()
@@ -69,8 +69,8 @@ def test_a_lock_file_that_does_not_know_the_stage_says_of_no_commit(monkeypatch,
     assert work()
 
 
-def test_a_forced_rerun_begins_anew_however_often(monkeypatch):
-    """It leaves dvc.lock as it is."""
+def test_every_forced_rerun_starts_from_the_beginning(monkeypatch):
+    """A forced rerun does not change dvc.lock."""
     monkeypatch.setenv("DVC_STAGE", "teacher")
     assert not work()
     lock("a")
@@ -86,7 +86,7 @@ def test_a_forced_rerun_begins_anew_however_often(monkeypatch):
     assert not folders()
 
 
-def test_the_state_of_an_experiment_goes_with_its_folder(monkeypatch, here):
+def test_the_state_of_an_experiment_is_removed_with_its_folder(monkeypatch, here):
     monkeypatch.setenv("DVC_STAGE", "teacher")
     monkeypatch.setenv("DVC_ROOT", str(here))
     experiment = here / "experiment"
@@ -96,14 +96,14 @@ def test_the_state_of_an_experiment_goes_with_its_folder(monkeypatch, here):
     monkeypatch.chdir(here)
     lock("a")
     sweep()
-    assert folders(), "another workspace's dvc.lock says nothing of it"
+    assert folders(), "another workspace's dvc.lock does not show a commit here"
     experiment.rmdir()
     sweep()
     assert not folders()
 
 
-def test_a_state_that_another_sweep_removes_meanwhile(monkeypatch):
-    """Workspaces that share a folder of states may start stages at the same time; a damaged mark is reported nevertheless."""
+def test_a_state_that_another_run_removes_meanwhile(monkeypatch):
+    """Workspaces that share a folder of states may start stages at the same time; a damaged mark is nevertheless reported."""
     monkeypatch.setenv("DVC_STAGE", "teacher")
     work()
     lock("a")
@@ -121,7 +121,7 @@ def test_a_state_that_another_sweep_removes_meanwhile(monkeypatch):
         sweep()
 
 
-def test_what_an_interrupted_removal_left_goes(here):
+def test_leftovers_of_an_interrupted_removal_are_removed(here):
     left = here / ".bingo/state/teacher/.abc.partial"
     left.mkdir(parents=True)
     sweep()

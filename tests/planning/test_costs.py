@@ -1,4 +1,4 @@
-"""Costs: FLOPs and bytes against manual counts, and no side effects of counting on a method."""
+"""Costs: FLOPs and bytes compared with manual counts; counting has no side effects on a method."""
 
 from pathlib import Path
 
@@ -22,7 +22,8 @@ PROGRESS = Progress(0, 0)
 
 
 class Tiny(Method):
-    """conv 3 -> 4 (3x3, padded), depthwise conv, conv of stride 2 to 6 in 2 groups, pooling, dropout, linear to 5; a frozen one to 7."""
+    """conv 3 -> 4 (3x3, padded), depthwise conv, conv with stride 2 to 6 in 2 groups, pooling, dropout, linear to 5; and a frozen linear to
+    7."""
 
     needs = Needs(anchor_views=1)
 
@@ -51,11 +52,11 @@ def test_step_flops_are_those_counted_by_hand():
     pixels, quarter = B * PX * PX, B * PX * PX // 4
     first, depthwise, grouped, head, frozen = 3 * 4 * 9 * pixels, 4 * 9 * pixels, 4 * 6 // 2 * quarter, B * 6 * 5, B * 5 * 7
     forward = first + depthwise + grouped + head + 2 * frozen
-    backward = first + 2 * (depthwise + grouped + head) + frozen  # the images and the frozen weights want no gradient
+    backward = first + 2 * (depthwise + grouped + head) + frozen  # the images and the frozen weights need no gradient
     assert step_flops(Tiny(), batch(), PROGRESS) == 2 * (forward + backward)
 
 
-def test_counting_changes_nothing():
+def test_counting_does_not_change_the_network():
     method = Tiny().train()
     method(batch(), PROGRESS)["loss"].backward()
     other = batch()
@@ -76,7 +77,7 @@ def test_counting_changes_nothing():
     assert all(parameter.grad is None for parameter in method.parameters())
 
 
-def test_counting_leaves_queue_and_moving_average_alone():
+def test_counting_does_not_change_queue_and_moving_average():
     training = dry_baseline(PARAMS, "moco")
     state = {name: tensor.clone() for name, tensor in training.method.state_dict().items()}
     assert step_flops(training.method.train(), training.batch(2), PROGRESS) > 0
@@ -84,7 +85,7 @@ def test_counting_leaves_queue_and_moving_average_alone():
 
 
 class Layer(Method):
-    """relu(x W): backward needs x and the output."""
+    """relu(x W); backward needs x and the output."""
 
     def __init__(self):
         super().__init__()
@@ -94,11 +95,11 @@ class Layer(Method):
         return {"loss": torch.relu(self.layer(batch.anchor_views[0])).sum()}
 
 
-def test_saved_bytes_are_what_backward_needs():
+def test_saved_bytes_are_those_needed_by_backward():
     assert saved_bytes(Layer(), Batch(torch.arange(B), [torch.randn(B, 10)]), PROGRESS) == 4 * B * (10 + 20)
 
 
-# GFLOP forward of an image of 224 px, without the head; of the two small ones by published tables.
+# GFLOP of the forward pass for an image of 224 px, without the head; the two small ones are from published tables.
 @pytest.mark.parametrize(
     ("arch", "width", "gflop"),
     [
@@ -114,7 +115,7 @@ def test_forward_flops_of_known_networks(arch, width, gflop):
 
 @pytest.mark.slow
 def test_a_depthwise_network_costs_three_forwards_a_step():
-    """torch's own count of a depthwise convolution's backward is many times too large."""
+    """torch's own count for the backward pass of a depthwise convolution is many times too large."""
     params = PARAMS.model_copy(update={"student": PARAMS.student.model_copy(update={"arch": "mobilenetv3_small_050", "width": 1.0})})
     training = dry_baseline(params, "moco")
     forward = forward_flops(training.method.student, torch.zeros(1, 3, PARAMS.image.crop_px, PARAMS.image.crop_px))
@@ -136,11 +137,11 @@ def test_an_estimate_is_the_sum_of_its_parts():
     assert stages["bag"] == 2 * 1000 * 1000 * 128
     bagging = PARAMS.bagging.model_copy(update={"search": "ivf", "lists": 40, "probes": 8})
     approximate = estimate(PARAMS.model_copy(update={"bagging": bagging}), counts, teacher, student, [moco], pretraining)
-    # K-means of ten iterations, two assignments, eight lists of 25 rows for each row, and the recall of them all
+    # K-means with ten iterations, two assignments, eight lists of 25 rows for each row, and recall over all of them
     assert approximate.stage_flops["bag"] == 2 * 128 * 1000 * (10 * 40 + 2 * 40 + 8 * 25 + 1000)
     assert stages["distill"] == PARAMS.distill.epochs * 1000 * found.anchor_flops
     assert stages["baseline moco"] == PARAMS.distill.epochs * 1000 * step_flops(moco.method, moco.batch(2), PROGRESS) / 2
-    # student, moco and untrained, for linear_eval and for knn_eval; then the student's crops
+    # student, moco and untrained, for linear_eval and knn_eval; then the student's crops
     assert stages["linear_eval, knn_eval"] == (6 * 1100 + PARAMS.linear_eval.crops.epochs * 1000) * of_student
     assert found.disk_bytes["embeddings"] == (1100 * 128 + 1000 * views * 128) * 2
     assert found.disk_bytes["bags"] == 1000 * PARAMS.bagging.k * 6
@@ -158,7 +159,7 @@ def test_images_are_counted_as_scan_lists_them(changes):
     assert found.drawn(dataset) == Counts(listing.train_rows, len(listing) - listing.train_rows)
 
 
-def test_images_of_a_folder_are_counted_and_one_that_is_not_there_is_none(tmp_path):
+def test_images_of_a_folder_are_counted_and_a_missing_folder_has_no_count(tmp_path):
     dataset = PARAMS.dataset.model_copy(update={"source": "folder", "root": str(tmp_path / "no")})
     assert count_images(dataset, 0) is None
     (tmp_path / "val").mkdir()
@@ -167,7 +168,7 @@ def test_images_of_a_folder_are_counted_and_one_that_is_not_there_is_none(tmp_pa
 
 
 def test_a_bank_of_negatives_is_counted():
-    """Of stored keys: queries of three views against as many rows as are drawn, forward and the queries' gradient."""
+    """With stored keys: queries of three views times the number of drawn rows, forward and for the gradient of the queries."""
     flops = {}
     for rows in (1024, 4096):
         section = PARAMS.methods.bingo.model_copy(update={"negative_rows": rows, "terms": "symmetric_mix"})
@@ -178,7 +179,7 @@ def test_a_bank_of_negatives_is_counted():
     assert flops[4096] - flops[1024] == 3 * 2 * 2 * 128 * (4096 - 1024)
 
 
-def test_small_crops_cost_student_live_teacher_and_similarities_as_much_as_a_view_of_their_size():
+def test_small_crops_cost_as_much_as_views_of_their_size():
     flops = []
     for small_crops in (0, 2):
         changes = {"negatives": "queue", "small_crops": small_crops, "small_crop_px": PARAMS.image.crop_px}

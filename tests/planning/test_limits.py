@@ -1,4 +1,4 @@
-"""Limits between sections: every mistake in one answer, before any work; and what a message says to set is then accepted."""
+"""Limits between sections: all mistakes are reported at once before any work, and the advice in each message is accepted."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def raw(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(changes: dict[str, Any], processes: int = 1, memory: Path | None = None) -> list[str]:
-    """The lines with which the parameters are refused; none where they pass."""
+    """The lines with which the parameters are refused; empty if they are accepted."""
     try:
         check_limits(validate(raw(changes), "params.yaml"), processes, memory)
     except UserError as error:
@@ -57,7 +57,7 @@ def answer(changes: dict[str, Any], processes: int = 1, memory: Path | None = No
 
 
 def advised(line: str) -> dict[str, Any]:
-    """The settings that a line ends in, KEY: VALUE or KEY to VALUE; of alternatives the first."""
+    """The settings at the end of a line, KEY: VALUE or KEY to VALUE; the first of several alternatives."""
     sections = "dataset|image|teacher|student|distill|methods|bagging|transfer|extract"
     way_out = line.rpartition("; ")[2].partition(", or ")[0]
     found = dict(re.findall(rf"((?:{sections})\.[\w.]+?)(?:: | to | = )([\w./-]+)", way_out))
@@ -110,7 +110,7 @@ REFUSED: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", REFUSED, ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()))
-def test_what_a_refusal_advises_is_accepted(changes):
+def test_the_advice_in_each_refusal_is_accepted(changes):
     lines = answer(changes, processes=2)
     assert lines
     assert not any("\n" in line for line in lines)
@@ -128,7 +128,7 @@ def test_what_a_refusal_advises_is_accepted(changes):
         ({"student.arch": "regnetx_002", "student.width": 1.0}, "stem"),
     ],
 )
-def test_what_a_network_cannot_have_is_of_the_section_that_asks_for_it(changes, key):
+def test_impossible_settings_of_a_network_name_their_section(changes, key):
     (line,) = answer(changes)
     value = re.search(rf"set {key}: ([\w.]+)", line)
     assert line.startswith(f"student.{key} = ")
@@ -140,8 +140,8 @@ def test_what_a_network_cannot_have_is_of_the_section_that_asks_for_it(changes, 
 @pytest.mark.parametrize("method", ["bingo", "moco", "seed", "compress", "disco", "simreg", "isd", "coss"])
 @pytest.mark.parametrize("companions", [0, 1])
 @pytest.mark.parametrize("keys", ["stored", "live"])
-def test_a_batch_of_one_is_refused_just_where_a_step_would_fail(method, companions, keys):
-    """Compared with the real step on one image: no working method is refused, and none passes that would end in a traceback."""
+def test_a_batch_of_one_is_refused_exactly_if_a_step_would_fail(method, companions, keys):
+    """Compared with a real step on one image: no working method is refused, and no method is accepted that would end in a traceback."""
     changes = {"distill.method": method, "distill.batch_anchors": 1, "methods.coss.companions": companions, "distill.keys": keys}
     changes |= {"methods.bingo.teacher_batchnorm": "batch"} if keys == "live" else {}
     params = validate(raw(changes), "params.yaml")
@@ -151,11 +151,11 @@ def test_a_batch_of_one_is_refused_just_where_a_step_would_fail(method, companio
         training.method.train()(training.batch(1), Progress(0, 0))
     except ValueError:
         works = False
-    meaningless = method == "coss" and not companions  # the cosine of single numbers is 1 or -1 whatever they are
+    meaningless = method == "coss" and not companions  # the cosine of single numbers is always 1 or -1
     assert bool(answer(changes)) == (not works or meaningless)
 
 
-def test_all_mistakes_are_in_one_answer():
+def test_all_mistakes_are_reported_at_once():
     changes = VIT | {
         "image.crop_px": 15,
         "teacher.width": 0.3,
@@ -167,7 +167,7 @@ def test_all_mistakes_are_in_one_answer():
         assert any(what in line for line in lines), what
 
 
-def test_names_of_networks_that_are_not_trained_are_all_named():
+def test_all_networks_that_are_not_trained_are_named():
     changes = {"semi_eval.nets": ["moco", "studnt"], "transfer.nets": ["isd"], "bagging.relation": "baselines/moco"}
     with pytest.raises(UserError) as caught:
         validate(raw(changes), "params.yaml")
@@ -175,13 +175,13 @@ def test_names_of_networks_that_are_not_trained_are_all_named():
         assert any(what in line for line in caught.value.lines), what
 
 
-def test_batches_are_held_against_the_images():
+def test_batches_are_compared_with_the_number_of_images():
     params = validate(raw({"distill.batch_anchors": 300, "teacher.pretrain.batch_anchors": 301, "methods.moco.queue_rows": 300}), "p")
     assert len(image_mistakes(params, Counts(299, 0))) == 2
     assert not image_mistakes(params, Counts(301, 0))
 
 
-def test_what_needs_labels_or_a_list_is_asked_for_before_the_teachers_pass(tmp_path):
+def test_missing_labels_and_lists_are_reported_before_the_teachers_pass(tmp_path):
     split = {"percent": 1.0, "list_file": str(tmp_path / "list.txt"), "trunk_lr": 0.1, "head_lr": 0.1, "linear_lr": 0.1}
     params = validate(raw({"bagging.method": "label", "semi_eval.splits": {"one": split}}), "p")
     lines = image_mistakes(params, Counts(9999, 1, labelled=False)) + list_mistakes(params)
@@ -199,7 +199,7 @@ def test_what_needs_labels_or_a_list_is_asked_for_before_the_teachers_pass(tmp_p
         ({"bagging.search": "ivf", "bagging.lists": 300}, 300),
     ],
 )
-def test_sizes_of_bags_are_held_against_the_images(changes, most):
+def test_bag_sizes_are_compared_with_the_number_of_images(changes, most):
     params = validate(raw({"distill.batch_anchors": 8, "teacher.pretrain.batch_anchors": 8} | changes), "p")
     (line,) = image_mistakes(params, Counts(most - 1, 0))
     assert line.startswith(f"{list(changes)[-1]} = 300: ")
@@ -216,22 +216,22 @@ def test_a_bag_of_all_images_leaves_no_negatives(rows, way_out):
     assert not image_mistakes(validate(raw(small | way_out), "p"), Counts(rows, 0))
 
 
-def test_one_train_image_is_said_to_be_too_few():
+def test_one_train_image_is_too_few():
     (line,) = image_mistakes(validate(raw({"distill.batch_anchors": 1, "teacher.pretrain.batch_anchors": 1}), "p"), Counts(1, 0))
     assert "add images" in line
 
 
-def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path, monkeypatch):
+def test_accepted_networks_are_not_tried_again_and_a_damaged_memory_does_not_matter(tmp_path, monkeypatch):
     memory, tried = tmp_path / "limits.json", []
     real = network_limits.network_mistakes
     monkeypatch.setattr(network_limits, "network_mistakes", lambda *given: tried.append(given) or real(*given))
     assert answer({}, memory=memory) == answer({}, memory=memory) == []
     assert len(tried) == 1
     assert answer({"student.width": 0.3}, memory=memory) == answer({"student.width": 0.3}, memory=memory) != []
-    assert len(tried) == 3  # what has failed is tried again
+    assert len(tried) == 3  # failures are tried again
     assert answer({"bagging.k": 7, "bagging.method": "kmeans"}, memory=memory) == []
     assert len(tried) == 3
-    assert answer({"methods.coss.companions": 8, "distill.method": "coss", "bagging.k": 7}, memory=memory) != []  # though no network is why
+    assert answer({"methods.coss.companions": 8, "distill.method": "coss", "bagging.k": 7}, memory=memory) != []  # not the network
     memory.write_text("[1, {")
     assert answer({}, memory=memory) == []
     assert len(json.loads(memory.read_text())) == 1
@@ -239,8 +239,8 @@ def test_what_has_passed_is_not_tried_again_and_damage_does_not_matter(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{}, {"distill.batch_anchors": 1}, {"student.width": 0.3}])
-def test_networks_take_any_bags(wrong):
-    """So that what has passed need not be tried again with other bags."""
+def test_whether_a_network_works_does_not_depend_on_the_bags(wrong):
+    """So accepted networks need not be tried again with other bags."""
     found = [
         network_limits.network_mistakes(validate(raw({"distill.method": "simreg"} | wrong | bags), "p"), 1)
         for bags in ({}, {"bagging.k": 900, "bagging.draw_temperature": 0.5}, {"bagging.method": "label", "bagging.k": 1})
@@ -249,7 +249,7 @@ def test_networks_take_any_bags(wrong):
     assert bool(found[0]) == bool(wrong)
 
 
-def test_what_needs_no_network_needs_no_torch():
+def test_limits_without_networks_need_no_torch():
     code = (
         "import sys; from bingo.planning import limits; from bingo.params import load_params; params = load_params();"
         "print([line for rule in limits._RULES for line in rule(params, 1)], 'torch' in sys.modules)"
@@ -258,13 +258,13 @@ def test_what_needs_no_network_needs_no_torch():
     assert done.stdout == "[] False\n"
 
 
-# Vision transformers take any whole number of patches, as whatever they serve.
+# Vision transformers accept any whole number of patches, in every role.
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_tiny_patch16_dinov3_qkvb"])
 @pytest.mark.parametrize("side_px", [32, 48])
-def test_a_vision_transformer_takes_other_sizes_as_student_and_as_random_teacher(capsys, arch, side_px):
+def test_a_vision_transformer_accepts_other_sizes_as_student_and_random_teacher(capsys, arch, side_px):
     student = {"student.arch": arch, "student.width": 1.0, "student.stem": "imagenet"}
     teacher = {"teacher.source": "random", "teacher.arch": arch, "teacher.width": 1.0, "teacher.stem": "imagenet"}
     say_once.cache_clear()
@@ -273,7 +273,7 @@ def test_a_vision_transformer_takes_other_sizes_as_student_and_as_random_teacher
     assert capsys.readouterr().err.count(f"resampled to {side_px // 16}x{side_px // 16}") == resampled
 
 
-def test_a_resampled_embedding_is_the_interpolated_one():
+def test_a_resampled_embedding_equals_the_interpolated_one():
     net: Any = build_backbone("vit_tiny_patch16_224", 1.0, "imagenet", 0).eval()
     grid = net.pos_embed[:, 1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
     small = torch.nn.functional.interpolate(grid, (2, 2), mode="bicubic", antialias=True, align_corners=False)
@@ -286,7 +286,7 @@ def test_a_resampled_embedding_is_the_interpolated_one():
         torch.testing.assert_close(net(x), other(x), rtol=1e-4, atol=1e-4)
 
 
-def test_at_its_own_size_a_transformer_is_the_librarys_network():
+def test_at_its_own_size_a_transformer_equals_the_librarys_network():
     import timm
 
     assert is_transformer("vit_tiny_patch16_224")
@@ -302,7 +302,7 @@ def test_at_its_own_size_a_transformer_is_the_librarys_network():
 @pytest.mark.parametrize("width", [1 / 32, 1 / 16, 1 / 8])
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
 def test_narrow_networks_have_a_channel_everywhere_or_are_refused_without_a_warning(arch, width, stem):
-    """Warnings are errors here, among them torch's of tensors without elements."""
+    """Warnings are errors here, including torch's about tensors without elements."""
     try:
         net = build_backbone(arch, width, stem, 0)
     except UserError as error:
@@ -317,7 +317,7 @@ def test_narrow_networks_have_a_channel_everywhere_or_are_refused_without_a_warn
 
 
 @pytest.mark.slow
-def test_scan_answers_with_all_limits_before_it_reads_an_image(tmp_path, stages):
+def test_scan_reports_all_limits_before_it_reads_an_image(tmp_path, stages):
     workspace = new_workspace(tmp_path / "bingo", stages, {"distill.method": "simreg", "distill.batch_anchors": 1, "teacher.width": 0.3})
     done = workspace.run("scan")
     assert (done.status, done.out) == (2, "")
@@ -325,7 +325,7 @@ def test_scan_answers_with_all_limits_before_it_reads_an_image(tmp_path, stages)
     assert not (workspace.root / "data").exists()
 
 
-def test_scan_answers_with_limits_and_too_few_images_together_and_each_way_out_helps(tmp_path, stages):
+def test_scan_reports_limits_and_too_few_images_together_and_the_advice_helps(tmp_path, stages):
     for place in (*(f"train/{name}/{i}" for name in "ab" for i in range(20)), "val/a/1", "val/b/2"):
         (tmp_path / f"photos/{place}.png").parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9)).save(tmp_path / f"photos/{place}.png")
@@ -338,12 +338,12 @@ def test_scan_answers_with_limits_and_too_few_images_together_and_each_way_out_h
     settings = {key: value for line in done.err.splitlines() for key, value in advised(line).items()}
     assert settings == {"dataset.train_images": "null", "dataset.test_images": "null"}
     workspace.edit(dict.fromkeys(settings) | {"teacher.width": 0.125, "distill.batch_anchors": 40, "bagging.k": 38})
-    assert "allowed are 1 to 38" in done.err  # a bag of all 39 others would leave no negative
+    assert "allowed are 1 to 38" in done.err  # a bag with all 39 others would leave no negatives
     workspace.done("scan")
     assert (workspace.root / "data/listing.parquet").exists()
 
 
-def test_every_stage_holds_the_batch_against_the_processes(tmp_path, stages):
+def test_every_stage_compares_the_batch_with_the_processes(tmp_path, stages):
     workspace = new_workspace(tmp_path / "bingo", stages, SHORT)
     for stage in ("teacher", "bag", "report"):
         done = workspace.run(stage, BINGO_PROCESSES="3")
@@ -352,6 +352,6 @@ def test_every_stage_holds_the_batch_against_the_processes(tmp_path, stages):
     assert not (workspace.root / "models").exists()
 
 
-def test_a_rule_more_is_a_function_more(monkeypatch):
+def test_an_additional_rule_is_an_additional_function(monkeypatch):
     monkeypatch.setattr(limits, "_RULES", (*limits._RULES, lambda params, processes: iter(["x = 1: no"])))
     assert answer({}) == ["x = 1: no"]
