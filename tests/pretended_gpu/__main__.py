@@ -1,4 +1,4 @@
-"""python -m tests.pretended_gpu [--operations] [METHOD ...]: launches of one step on the pretended GPU, by case and part."""
+"""python -m tests.pretended_gpu [--operations] [METHOD ...]: launches of one step on the simulated GPU, by case and part."""
 
 import sys
 import tempfile

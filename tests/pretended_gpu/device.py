@@ -1,13 +1,13 @@
-"""A pretended GPU: tensors on cuda:0 whose numbers are in the host's memory.
+"""A simulated GPU: tensors on cuda:0 with their numbers in the host's memory.
 
     with pretended_gpu() as record:  # torch.device("cuda") works in the body, on any machine
         ...
     record.waits, record.pageable, record.launches, ...
 
-A tensor subclass presents itself to torch as a CUDA tensor and holds a tensor of the host, on which each operation is run. Dispatch,
-autocast, autograd and a program's own `device.type == "cuda"` branches are then those of a GPU, results are the CPU's, and what CUDA
-would refuse (operands on two devices, memory formats that differ in a fused optimizer) raises an error. It does not show kernels, their
-rounding, time, memory, NCCL or FAISS (see fake_faiss.py). FakeTensor works the same way, without numbers.
+A tensor subclass presents itself to torch as a CUDA tensor and wraps a tensor of the host, on which each operation is run. Dispatch,
+autocast, autograd and code with `device.type == "cuda"` then behave as on a GPU, results are the CPU's, and errors of CUDA (operands on two
+devices, different memory formats in a fused optimizer) are raised. Kernels, their rounding, time, memory, NCCL and FAISS (see
+fake_faiss.py) are not simulated. FakeTensor works the same way, without numbers.
 """
 
 from collections import Counter
@@ -27,22 +27,23 @@ from tests.pretended_gpu import engine
 from tests.pretended_gpu.streams import GPU, STREAMS, Event, Memory, Stream
 from tests.pretended_gpu.tables import NO_LAUNCH, NONDETERMINISTIC, SORTED, WAITING
 
-AUTOGRAD = "autograd"  # the place of what no function of the product calls
-engine.ready()  # in a process without tests/conftest.py
+AUTOGRAD = "autograd"  # the place of operations that no function of the product calls
+engine.ready()  # for processes without tests/conftest.py
 
 
 class DeviceError(RuntimeError):
-    """What CUDA refuses."""
+    """An error that CUDA would raise."""
 
 
 @dataclass
 class Record:
-    """What was seen, as numbers of times by (what, place). `launches` by the name of the operation; a place is a function of the product.
+    """Observed events: numbers of times by (event, place). `launches` is by the name of the operation; a place is a function of the
+    product.
 
-    `waits`: the host waits for the device. `pageable`: uploads from memory that is not page-locked, which are waits too. `unordered`:
-    is used on a stream before another one has finished with it, or is not recorded for it. `nondeterministic`, `sorted`: operations without
-    a deterministic kernel, or with one that sorts, while deterministic ones are asked for. `by_tensor`: `_foreach` operations that take
-    one launch for each tensor, since the tensors of a group differ in dtype or layout.
+    `waits`: the host waits for the device. `pageable`: uploads from memory that is not page-locked, which also wait. `unordered`: memory is
+    used on a stream before another stream has finished with it, or without being recorded for it. `nondeterministic`, `sorted`: operations
+    without a deterministic kernel, or with one that sorts, while deterministic ones are requested. `by_tensor`: `_foreach` operations with
+    a launch for each tensor, because the tensors of a group differ in dtype or layout.
     """
 
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -54,30 +55,30 @@ class Record:
     launches: Counter[str] = field(default_factory=Counter)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Reset all counts."""
         for one in fields(self):
             getattr(self, one.name).clear()
 
     def copy(self) -> "Record":
-        """Another one that no longer changes."""
+        """A copy that no longer changes."""
         return Record(*(Counter(getattr(self, one.name)) for one in fields(self)))
 
     def wait(self, what: str) -> None:
-        """The host waits for the device."""
+        """Make the host wait for the device."""
         self.waits[what, place()] += 1
 
     @property
     def faults(self) -> dict[str, dict[tuple[str, str], int]]:
-        """All but the launches, by kind, without kinds of which there is none."""
+        """All kinds of faults that occurred; launches are not faults."""
         return {one.name: dict(found) for one in fields(self) if one.name != "launches" and (found := getattr(self, one.name))}
 
 
 def place() -> str:
-    """The product's innermost function that is running, "bingo/FILE.py:Class.function", or AUTOGRAD."""
+    """The innermost running function of the product, "bingo/FILE.py:Class.function", or AUTOGRAD."""
     frame = _getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith(("bingo.", "stages.")) and frame.f_code.co_name != "__torch_function__":  # which all calls pass through
+        if module.startswith(("bingo.", "stages.")) and frame.f_code.co_name != "__torch_function__":  # all calls pass through it
             return f"{module.replace('.', '/')}.py:{frame.f_code.co_qualname.partition('.<locals>')[0]}"
         frame = frame.f_back
     return AUTOGRAD
@@ -87,7 +88,7 @@ _RECORD = Record()
 
 
 class DeviceTensor(Tensor):
-    """A tensor on cuda:0 whose numbers are those of `host`."""
+    """A tensor on cuda:0 with the numbers of `host`."""
 
     host: Tensor
     memory: Memory
@@ -162,7 +163,7 @@ def _on_gpu(device: Any) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What nested lists, tuples and dicts hold; torch's own pytree, which knows more kinds, took half of a step's time."""
+    """The leaves of nested lists, tuples and dicts; torch's pytree, which supports more types, took half of a step's time."""
     if isinstance(value, list | tuple | dict):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _leaves(part)
@@ -171,7 +172,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _mapped(kind: type, change: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with what it holds of this kind changed."""
+    """`value` with `change` applied to all its leaves of this type."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):
@@ -187,7 +188,7 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
 
 
 class Call:
-    """One operation of torch, run on the host's tensors for a pretended GPU."""
+    """One operation of torch, run on the host's tensors for the simulated GPU."""
 
     def __init__(self, func: Any, args: tuple, kwargs: dict[str, Any]):
         self.func, self.args, self.kwargs = func, args, kwargs
@@ -199,9 +200,9 @@ class Call:
         self.to_gpu = _on_gpu(wanted) if wanted is not None else bool(self.device)
 
     def run(self) -> Any:
-        """The result, on the GPU where CUDA's would be."""
+        """The result, on the device on which CUDA would have it."""
         if torch.is_inference_mode_enabled() and self._is_composite():
-            with _Dispatch():  # elsewhere torch takes such an operation apart before it comes here
+            with _Dispatch():  # otherwise torch would split such an operation before it arrives here
                 return self.func.decompose(*self.args, **self.kwargs)
         if self.device or self.to_gpu:
             self._check_devices()
@@ -222,11 +223,11 @@ class Call:
         return _ON_HOST.get(self.name, self.func)(*args, **kwargs)
 
     def _wrapped(self, host: Tensor) -> Tensor:
-        """The tensor on the GPU that holds a result: an argument that was changed, a view of one, or a new one."""
+        """The GPU tensor of a result: a changed argument, a view of one, or a new tensor."""
         for x in self.device:
             if x.host is host:
                 if x.shape != host.shape or x.stride() != host.stride():
-                    with torch._C._DisableTorchDispatch():  # what torch knows of the tensor on the GPU changes too
+                    with torch._C._DisableTorchDispatch():  # torch's own information about the GPU tensor changes too
                         self.func(*self.args, **self.kwargs)
                 return x
         memory = next((x.memory for x in self.device if x.memory.storage == _storage(host)), None)
@@ -235,10 +236,10 @@ class Call:
             made.memory.use(writes=True)
         return made
 
-    # What CUDA refuses.
+    # Errors of CUDA.
 
     def _check_devices(self) -> None:
-        """Operands of one operation are on one device; numbers (0-dimensional) and indices may be on the host."""
+        """All operands of an operation must be on one device; numbers (0-dimensional) and indices may be on the host."""
         if not (self.device and self.host) or self.name in ("_to_copy", "copy_", "copy", "set_"):
             return
         away = self.host
@@ -250,22 +251,22 @@ class Call:
             raise DeviceError(f"{self.func}: {message} ({place()})")
 
     def _check_lists(self) -> None:
-        """Lists of tensors that are worked on together: of one device, and of one layout or, unfused, at the price of more launches."""
+        """Lists of tensors in one operation must be on one device, and have one layout; if unfused, other layouts cost more launches."""
         fused = self.name.startswith("_fused")
         if not fused and not self.name.startswith("_foreach"):
             return
         lists = [x for x in self.args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
         if not all(_is_device(x) for tensors in lists for x in tensors):
             raise DeviceError(f"{self.name}: a list holds tensors of the host ({place()})")
-        if fused:  # the steps of Adam are numbers
+        if fused:  # the step counters of Adam are numbers
             lists = [tensors for tensors in lists if any(x.dim() for x in tensors)]
-        casts = self.name == "_foreach_copy_" and all(len({x.dtype for x in tensors}) == 1 for tensors in lists)  # one kernel too
+        casts = self.name == "_foreach_copy_" and all(len({x.dtype for x in tensors}) == 1 for tensors in lists)  # one kernel, too
         if not all(_one_layout(tensors, any_dtype=casts) for tensors in zip(*lists, strict=False)):
             if fused:
                 raise DeviceError(f"{self.name}: parameter, gradient and state differ in dtype or layout ({place()})")
             _RECORD.by_tensor[self.name, place()] += 1
 
-    # What is noted.
+    # Recorded events.
 
     def _note(self) -> None:
         self._note_copy()
@@ -327,7 +328,7 @@ class Call:
 
 
 def _one_layout(tensors: tuple[Tensor, ...], any_dtype: bool) -> bool:
-    """Whether fused kernels can work on these together: one dtype (unless that is free), shape and order of numbers, without gaps."""
+    """Whether fused kernels can process these together: the same dtype (unless it is free), shape and memory order, without gaps."""
     orders = [[(stride, n) for n, stride in zip(x.shape, x.stride(), strict=True) if n != 1] for x in tensors]
     return len({(any_dtype or x.dtype, x.shape, tuple(order)) for x, order in zip(tensors, orders, strict=True)}) == 1 and _dense(orders[0])
 
@@ -351,12 +352,12 @@ def _cudnn_batch_norm_backward(x, grad, weight, mean, var, saved_mean, saved_var
     return torch.ops.aten.native_batch_norm_backward.default(*arguments)
 
 
-# Operations that only CUDA has.
+# Operations that only exist for CUDA.
 _ON_HOST = {"cudnn_batch_norm": _cudnn_batch_norm, "cudnn_batch_norm_backward": _cudnn_batch_norm_backward}
 
 
 class _Dispatch(TorchDispatchMode):
-    """Brings operations without arguments on the GPU here too, such as torch.zeros(3, device="cuda")."""
+    """Also routes operations without arguments on the GPU to `Call`, such as torch.zeros(3, device="cuda")."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return Call(func, args, kwargs or {}).run()
@@ -366,7 +367,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Properties:
-    name, major, minor, total_memory, multi_processor_count = "pretended GPU", 9, 0, 80 << 30, 132
+    name, major, minor, total_memory, multi_processor_count = "simulated GPU", 9, 0, 80 << 30, 132
     L2_cache_size = 50 << 20
 
 
@@ -397,12 +398,12 @@ def _loading(load: Any) -> Any:
 
 
 def _gives(result: Any = None) -> Any:
-    """A function of its own for each name: torch.compile's tables hold each function once."""
+    """Returns a new function for each name, because tables of torch.compile contain each function once."""
     return lambda *_, **__: result
 
 
 def _cuda(gpus: int) -> dict[str, Any]:
-    """The functions of torch.cuda with a driver and `gpus` GPUs. Random draws are the CPU's, so seeds are those of the CPU."""
+    """The functions of torch.cuda for a driver with `gpus` GPUs. Random draws are the CPU's, so seeds are those of the CPU."""
     generator = torch.default_generator
     results = {
         "is_available": True, "is_initialized": True, "is_bf16_supported": True, "_is_in_bad_fork": False, "device_count": gpus,
@@ -431,7 +432,7 @@ def _accelerator() -> dict[str, Any]:
 
 @contextmanager
 def pretended_gpu(gpus: int = 1) -> Iterator[Record]:
-    """In the body torch has a GPU, cuda:0; `gpus` is only what torch.cuda.device_count() says. The record is new."""
+    """In the body torch has a GPU, cuda:0, and a new record; `gpus` only sets torch.cuda.device_count()."""
     _RECORD.clear()
     STREAMS.default().wait_for_all()
     STREAMS.host_waits = _RECORD.wait
@@ -451,7 +452,7 @@ def pretended_gpu(gpus: int = 1) -> Iterator[Record]:
 
 @contextmanager
 def _host_first() -> Iterator[None]:
-    """Settings made for such subclasses: numbers from Python become tensors of the host first, and `Module.to` swaps parameters."""
+    """Settings for such subclasses: numbers from Python first become tensors of the host, and `Module.to` swaps parameters."""
     swaps, lifts = torch.__future__.get_swap_module_params_on_conversion(), torch._C._only_lift_cpu_tensors()
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)

@@ -1,8 +1,8 @@
-"""torch's autograd engine, made to accept backward passes on cuda:0 where there is no GPU.
+"""Make torch's autograd engine accept backward passes on cuda:0 without a GPU.
 
-torch asks `CUDAHooks::hasPrimaryContext(0)` before it looks up the stream of a device, which raises an error without a driver. This
-function is replaced in a copy of the table of virtual functions; its slot is found in torch's own headers. `ready` must be called before
-the first backward pass of the process, in which the engine starts one thread for each device.
+torch calls `CUDAHooks::hasPrimaryContext(0)` before it looks up the stream of a device, which raises an error without a driver. This
+function is replaced in a copy of the table of virtual functions; its slot is found in torch's headers. `ready` must be called before the
+first backward pass of the process, in which the engine starts one thread per device.
 """
 
 import ctypes
@@ -14,11 +14,11 @@ import torch
 
 _HEADERS = Path(torch.__file__).parent / "include/ATen/detail"
 _HOOKS = "_ZN2at6detail12getCUDAHooksEv"  # at::detail::getCUDAHooks()
-_BEFORE = 2  # words in front of a table: offset to the top, type information
+_BEFORE = 2  # words before a table: offset to the top, type information
 
 
 def virtual_functions(header: str) -> list[str]:
-    """The names of the virtual functions that a header of torch declares, in the order of their slots: a destructor takes two."""
+    """The names of the virtual functions declared in a header of torch, in the order of their slots; a destructor has two slots."""
     text = re.sub(r"//.*", "", (_HEADERS / header).read_text())
     declared = re.findall(r"\bvirtual\s+[^;{]*?(~?\w+)\s*\(", text)
     return [name for found in declared for name in ([found, found] if found.startswith("~") else [found])]
@@ -26,8 +26,8 @@ def virtual_functions(header: str) -> list[str]:
 
 @cache
 def ready() -> tuple[object, ...]:
-    """Prepare this process; the result has to stay alive, for which `cache` takes care."""
-    torch._C._ensureCUDADeviceGuardSet()  # torch's own stand-in for a guard of a device that is absent, made for FakeTensor
+    """Prepare this process; `cache` keeps the result alive, as is necessary."""
+    torch._C._ensureCUDADeviceGuardSet()  # torch's replacement for the guard of a missing device, made for FakeTensor
     hooks = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))[_HOOKS]
     hooks.restype = ctypes.c_void_p
     hooks_object = ctypes.c_void_p.from_address(hooks())

@@ -1,7 +1,7 @@
-"""FAISS's GPU functions where there is no GPU: NumPy searches, and resources, devices and simultaneous use are recorded.
+"""FAISS's GPU functions without a GPU: NumPy searches, and resources, devices and simultaneous use are recorded.
 
-It stands in for faiss.knn_gpu, K-means with gpu=... and copying of an index to GPUs, with FAISS's checks of arguments. Rows in float16 are
-rounded as there, so that near-duplicates change places; a GPU sums in another order and may round further.
+It replaces faiss.knn_gpu, K-means with gpu=... and copying of an index to GPUs, with FAISS's checks of arguments. Rows in float16 are
+rounded as in FAISS, so that near-duplicates change places; a GPU sums in another order and may round more.
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ SCRATCH_BYTES = 1536 << 20  # of a set of resources on each GPU where it is used
 
 
 class FakeResources:
-    """faiss.StandardGpuResources: memory and streams of each GPU that it is used on, not to be used by two threads at once."""
+    """faiss.StandardGpuResources: memory and streams on each GPU that it is used on; two threads must not use it at once."""
 
     def __init__(self, calls: "GpuCalls"):
         self.scratch_bytes, self.in_use = SCRATCH_BYTES, Lock()
@@ -39,7 +39,7 @@ class FakeResources:
 
 @dataclass
 class GpuCalls:
-    """`resources`: all sets that were made. `used`: for each GPU the sets used on it. `searches`: for each GPU the shapes (queries,
+    """`resources`: all sets that were created. `used`: for each GPU the sets used on it. `searches`: for each GPU the shapes (queries,
     rows, k) of its searches. `indexes`: for each GPU the number of indexes copied to it (K-means copies one)."""
 
     gpus: int
@@ -49,7 +49,7 @@ class GpuCalls:
     indexes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
 
     def devices(self) -> set[int]:
-        """The GPUs that something was done on."""
+        """The GPUs that were used."""
         return set(self.used)
 
     def scratch_bytes(self, gpu: int) -> int:
@@ -57,15 +57,15 @@ class GpuCalls:
         return sum(resources.scratch_bytes for resources in self.used[gpu])
 
     def use(self, resources: FakeResources, gpu: int) -> None:
-        """Record that one set is used on one GPU."""
+        """Record the use of a set on a GPU."""
         assert isinstance(resources, FakeResources), f"{type(resources).__name__} is not a set of GPU resources"
         if not 0 <= gpu < self.gpus:
             raise RuntimeError(f"Error: 'device >= 0 && device < getNumDevices()' failed: invalid device {gpu}")
         self.used[gpu].add(resources)
 
     def knn_gpu(self, res, xq, xb, k, metric, device=-1, vectorsMemoryLimit=0, queriesMemoryLimit=0):
-        """faiss.knn_gpu for inner products, highest first; of equal ones any."""
-        assert metric == faiss.METRIC_INNER_PRODUCT, "only what is used is imitated"
+        """faiss.knn_gpu for inner products, highest first, with equal ones in any order."""
+        assert metric == faiss.METRIC_INNER_PRODUCT, "only inner products are implemented"
         gpu = 0 if device == -1 else device
         self.use(res, gpu)
         if k > MOST_NEIGHBOURS:
@@ -82,7 +82,7 @@ class GpuCalls:
             res.in_use.release()
 
     def copied(self, index: faiss.Index, resources: list[FakeResources], gpus: list[int]) -> faiss.Index:
-        """An index on some GPUs: the same one, on the CPU."""
+        """An index on some GPUs: the same index, on the CPU."""
         for one, gpu in zip(resources, gpus, strict=True):
             self.use(one, gpu)
             self.indexes[gpu] += 1
@@ -90,7 +90,7 @@ class GpuCalls:
 
 
 def _nearest(scores_QN: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(scores float32 (Q, k), places int64 (Q, k)), -1 and the smallest float32 for places that there are too few rows for."""
+    """(scores float32 (Q, k), places int64 (Q, k)); -1 and the smallest float32 where there are too few rows."""
     places_QK = np.argsort(-scores_QN, axis=1)[:, :k]
     best_QK = np.take_along_axis(scores_QN, places_QK, axis=1)
     missing = ((0, 0), (0, k - places_QK.shape[1]))
@@ -100,7 +100,7 @@ def _nearest(scores_QN: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def fake_faiss_gpus(gpus: int) -> Iterator[GpuCalls]:
-    """In the body FAISS has `gpus` GPUs (0: none), as in a process that has not used them yet."""
+    """In the body FAISS has `gpus` GPUs (0: none), which the process has not used yet."""
     calls = GpuCalls(gpus)
     replaced = {
         "get_num_gpus": lambda: gpus,
@@ -112,7 +112,7 @@ def fake_faiss_gpus(gpus: int) -> Iterator[GpuCalls]:
         ),
     }  # fmt: skip
     with ExitStack() as patches:
-        for module in (faiss, extra_wrappers, gpu_wrappers):  # which hold what they call as names of their own
+        for module in (faiss, extra_wrappers, gpu_wrappers):  # they contain the functions that they call under their own names
             known = {name: value for name, value in replaced.items() if hasattr(module, name)}
             patches.enter_context(mock.patch.multiple(module, **known))
         faiss_resources.cache_clear()

@@ -1,4 +1,4 @@
-"""python -m tests.pretended_gpu.stage NAME [ARGUMENT]: a stage on the pretended GPU, recorded in the file PRETENDED_RECORD."""
+"""python -m tests.pretended_gpu.stage NAME [ARGUMENT]: a stage on the simulated GPU, recorded in the file PRETENDED_RECORD."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from tests.pretended_gpu.device import Record, pretended_gpu
 
 
 def main(name: str, *arguments: str) -> None:
-    """Run `python -m stages.NAME ARGUMENTS`, however it ends."""
+    """Run `python -m stages.NAME ARGUMENTS`, and save the record even if it fails."""
     sys.argv = [f"stages.{name}", *arguments]
     with pretended_gpu() as record:
         try:

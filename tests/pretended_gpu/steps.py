@@ -1,4 +1,4 @@
-"""Small trainings of every method, on the CPU or the pretended GPU: a case is a method with its keys, precision and settings."""
+"""Small trainings of every method, on the CPU or the simulated GPU: a case is a method with its keys, precision and settings."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ ROWS, SIDE_PX, WIDTH, KEY_WIDTH, BATCH = 64, 12, 64, 16, 16
 
 @dataclass(frozen=True)
 class Case:
-    """A method with `keys` from a store, a live teacher or its moving average, in a precision; `changes` of its settings, and of the
+    """A method with `keys` from the store, a live teacher or its moving average, in a precision, with `changes` to its settings and to the
     `schedule`."""
 
     method: str
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For tests and tables."""
+        """The name in tests and tables."""
         changes = [f"{name}={value}" for name, value in (self.changes | self.schedule).items()]
         others = [self.bags] * (self.bags != "knn") + [f"teacher_px={self.teacher_px}"] * (self.teacher_px != SIDE_PX)
         return " ".join([self.method, self.keys, self.precision, *changes, *others])
@@ -66,7 +66,7 @@ def _keys_of(method: str) -> list[str]:
 
 _CLIPPED = {"decay_norms_and_biases": False, "clip_grad_norm": 0.1}
 _QUEUE, _MIX = {"negatives": "queue"}, {"terms": "symmetric_mix"}
-# With the settings of params.yaml, and what these leave out.
+# With the settings of params.yaml, and with settings that these do not cover.
 CASES = [
     *(
         Case(method, keys, precision, _QUEUE if keys == "momentum" and method == "bingo" else {})
@@ -112,7 +112,7 @@ def small_teacher(device: torch.device, precision: str, side_px: int = SIDE_PX) 
 
 
 def trainer(folder: Path, case: Case, device: torch.device, epochs: int = 2, compiled: str | None = None, **more: Any) -> Trainer:
-    """A training of this case with checkpoints in `folder`; `compiled`: `compile` of its schedule."""
+    """A trainer for this case with checkpoints in `folder`; `compiled` is `compile` of its schedule."""
     torch.manual_seed(0)
     random = np.random.default_rng(1)
     keys = random.standard_normal((ROWS, 3, KEY_WIDTH)).astype(np.float32)
@@ -151,21 +151,21 @@ def steps(run: Trainer, count: int, before_the_last: Callable[[], None] = lambda
 
 @dataclass
 class Outcome:
-    """What two steps give: the summed losses and the state of all networks, on the CPU."""
+    """The result of two steps: the summed losses and the state of all networks, on the CPU."""
 
     sums: dict[str, float]
     state: dict[str, torch.Tensor]
 
 
 def outcome_of(run: Trainer) -> Outcome:
-    """What its steps so far have given."""
+    """The outcome of the trainer's steps so far."""
     sums = {name: float(value) for name, value in run.sums.items()}
     return Outcome(sums, {name: value.detach().cpu().clone() for name, value in run.method.state_dict().items()})
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """As stages run."""
+    """Deterministic algorithms, as in stages."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     filled, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, False
     try:
@@ -176,7 +176,7 @@ def deterministic() -> Iterator[None]:
 
 
 def on_cpu(folder: Path, case: Case) -> Outcome:
-    """Two steps on the CPU, with similarities in the dtype that they have on a GPU."""
+    """Two steps on the CPU, with similarities in the dtype of a GPU."""
     with mock.patch.object(precision, "HALF_SIMILARITIES", ("cpu",)):
         run = trainer(folder, case, CPU)
         steps(run, 2)
@@ -184,7 +184,7 @@ def on_cpu(folder: Path, case: Case) -> Outcome:
 
 
 def on_gpu(folder: Path, case: Case, change: Callable[[Trainer], None] = lambda run: None) -> tuple[Outcome, Record]:
-    """Two steps on the pretended GPU, of a trainer that `change` may have changed, and what the second one did."""
+    """Two steps on the simulated GPU, by a trainer that `change` may have modified, and the record of the second step."""
     with deterministic(), pretended_gpu() as record:
         run = trainer(folder, case, GPU)
         change(run)

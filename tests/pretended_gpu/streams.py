@@ -1,6 +1,7 @@
-"""Streams and events of a pretended GPU, as vector clocks, and the memory that they share.
+"""Streams and events of a simulated GPU, as vector clocks, and their shared memory.
 
-What a stream has waited for is a time for each stream. A use of memory that another stream wrote later than that is not in order.
+The clock of a stream has a time for each stream that it has waited for. Using memory that another stream has written later than that is out
+of order.
 """
 
 from collections.abc import Callable
@@ -24,21 +25,21 @@ class Stream:
         self.waited: Clock = {self.number: 0}
 
     def tick(self) -> None:
-        """An operation is put into the stream."""
+        """Add an operation to the stream."""
         self.waited[self.number] += 1
         _NOW[self.number] = self.waited[self.number]
 
     def has_seen(self, clock: Clock) -> bool:
-        """Whether all that `clock` stands for has happened when the next operation runs."""
+        """Whether everything before `clock` has happened when the next operation runs."""
         return all(self.waited.get(number, 0) >= time for number, time in clock.items())
 
     def wait_for(self, clock: Clock) -> None:
-        """What comes next runs after all that `clock` stands for."""
+        """The next operations run after everything before `clock`."""
         for number, time in clock.items():
             self.waited[number] = max(self.waited.get(number, 0), time)
 
     def wait_for_all(self) -> None:
-        """What comes next runs after everything."""
+        """The next operations run after everything so far."""
         self.wait_for(_NOW)
 
     def wait_stream(self, other: "Stream") -> None:
@@ -94,12 +95,12 @@ class Event:
         return True
 
     def elapsed_time(self, other: "Event") -> float:
-        """A pretended GPU takes no time."""
+        """Work takes no time on a simulated GPU."""
         return 0.0
 
 
 class Streams:
-    """The default stream and those that are current; `host_waits` is called with what the host waits in."""
+    """The default stream and the current ones; `host_waits` is called with the function in which the host waits."""
 
     def __init__(self) -> None:
         self.stack = [Stream()]
@@ -125,7 +126,7 @@ STREAMS = Streams()
 class Memory:
     """The memory of one storage: the stream that allocated it, its last write and last reads, and the streams that it is recorded for.
 
-    Memory goes back to its own stream when its tensors end, so any other stream that uses it has to be recorded (Tensor.record_stream).
+    Memory returns to its own stream when its tensors are deleted, so other streams that use it must be recorded (Tensor.record_stream).
     """
 
     storage: int
@@ -135,7 +136,7 @@ class Memory:
     recorded: set[Stream] = field(default_factory=set)
 
     def use(self, writes: bool) -> str | None:
-        """Use it on the current stream: None, or what is out of order."""
+        """Use it on the current stream; returns None, or a description of what is out of order."""
         stream = STREAMS.current()
         in_order = stream.has_seen(self.written) and (not writes or stream.has_seen(self.read))
         if writes:

@@ -1,30 +1,30 @@
-"""What CUDA does with torch's operations, as far as a pretended GPU has to know: by the name of an operation in aten or torchvision."""
+"""Properties of torch's operations on CUDA that a simulated GPU needs, by the name of the operation in aten or torchvision."""
 
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Operations that only describe memory which exists, or reserve some: nothing is launched.
+# Operations that only describe existing memory, or reserve some: they launch nothing.
 NO_LAUNCH = _names(
     "alias as_strided as_strided_ detach detach_ empty empty_like empty_strided new_empty new_empty_strided expand lift lift_fresh "
     "permute select slice split split_with_sizes squeeze t transpose unbind unsqueeze view view_as_real _unsafe_view _reshape_alias unfold "
     "diagonal is_same_size _local_scalar_dense record_stream _has_compatible_shallow_copy_type is_pinned resolve_conj resolve_neg"
 )
 
-# Results whose size or value depends on numbers, so that the host waits for them. `index` and `index_put` with a mask are such too.
+# The size or value of the result depends on numbers, so that the host waits. So it does for `index` and `index_put` with a mask.
 WAITING = _names(
     "_local_scalar_dense nonzero masked_select unique_dim _unique2 unique_consecutive nms equal is_nonzero _linalg_svd _linalg_eigh"
 )
 
-# Operations that sort the indices while torch.use_deterministic_algorithms is on, which the first half of its documentation names.
+# Operations that sort the indices with torch.use_deterministic_algorithms, according to the first half of its documentation.
 SORTED = _names(
     "index_put index_put_ _index_put_impl_ index_copy index_copy_ index_add index_add_ scatter_add scatter_add_ embedding_dense_backward "
     "_unsafe_index_put"
 )
 
-# Operations without a deterministic CUDA kernel, by what the documentation of torch.use_deterministic_algorithms calls them. Those that it
-# does not name call alertNotDeterministic in CUDA sources of torchvision, or did so in older versions of torch.
+# Operations without a deterministic CUDA kernel, with their names in the documentation of torch.use_deterministic_algorithms. Those not
+# named there call alertNotDeterministic in CUDA sources of torchvision, or did so in older versions of torch.
 NONDETERMINISTIC_BY_NAME = {
     "torch.nn.AvgPool3d": "avg_pool3d_backward",
     "torch.nn.AdaptiveAvgPool2d": "_adaptive_avg_pool2d_backward",
@@ -54,7 +54,7 @@ NONDETERMINISTIC_BY_NAME = {
     "torch.nn.functional.grid_sample": "grid_sampler_2d_backward grid_sampler_3d_backward",
     "torch.cumsum": "",
     "torch.Tensor.scatter_reduce": "scatter_reduce scatter_reduce_",
-    "torch.Tensor.resize_": "",  # of a quantized tensor only
+    "torch.Tensor.resize_": "",  # only for a quantized tensor
     "torchvision.ops.roi_align": "_roi_align_backward",
     "torchvision.ops.ps_roi_align": "_ps_roi_align_backward",
     "torchvision.ops.roi_pool": "_roi_pool_backward",

@@ -1,4 +1,4 @@
-"""The stand-in for FAISS's GPU functions finds what the CPU finds, counts, and refuses what FAISS refuses."""
+"""The replacement for FAISS's GPU functions gives the CPU's results, records its use, and refuses what FAISS refuses."""
 
 import faiss
 import numpy as np
@@ -15,13 +15,13 @@ INNER = faiss.METRIC_INNER_PRODUCT
 
 @pytest.fixture
 def small_searches(monkeypatch):
-    """Searches of a few hundred rows go to the GPUs, in blocks of which each GPU gets some."""
+    """Small searches also use the GPUs, in blocks of which each GPU gets some."""
     monkeypatch.setattr(neighbors, "_GPU_LEAST_PRODUCTS", 0)
     monkeypatch.setattr(neighbors._Gpus, "query_rows", 50)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_search_gives_faiss_own_result(dtype):
+def test_a_search_gives_the_result_of_faiss(dtype):
     rows_ND = ROWS_ND.astype(dtype)
     wanted = faiss.knn(rows_ND[:9].astype(np.float32), rows_ND.astype(np.float32), 5, metric=INNER)
     with fake_faiss_gpus(1) as calls:
@@ -31,7 +31,7 @@ def test_a_search_gives_faiss_own_result(dtype):
     assert calls.searches == {0: [(9, 600, 5)]}
 
 
-def test_rows_that_do_not_exist_are_numbered_minus_one():
+def test_missing_rows_are_minus_one():
     with fake_faiss_gpus(1):
         scores_QK, places_QK = faiss.knn_gpu(faiss.StandardGpuResources(), ROWS_ND[:1], ROWS_ND[:2], 4, metric=INNER)
     assert places_QK[0, 2:].tolist() == [-1, -1]
@@ -48,7 +48,7 @@ def test_a_search_uses_every_gpu_and_gives_the_cpus_bytes(gpus, small_searches):
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_every_kind_of_bag_is_the_cpus(gpus, small_searches):
+def test_every_kind_of_bag_equals_the_cpus(gpus, small_searches):
     builders = (
         lambda: build_knn(ROWS_ND, 4),
         lambda: build_knn(ROWS_ND, 4, False, InvertedFile(12, 4, 0)),
@@ -69,7 +69,7 @@ def test_kmeans_copies_its_index_to_every_gpu():
     assert calls.scratch_bytes(0) == len(calls.used[0]) * SCRATCH_BYTES
 
 
-def test_without_it_faiss_has_its_own_functions():
+def test_outside_the_body_faiss_has_its_own_functions():
     own = faiss.knn_gpu, faiss.get_num_gpus, faiss.extra_wrappers.get_num_gpus, faiss.StandardGpuResources
     with pytest.raises(RuntimeError, match="invalid device"), fake_faiss_gpus(3):
         faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), faiss.get_num_gpus(), faiss.IndexFlatIP(3))
@@ -85,12 +85,12 @@ def test_without_it_faiss_has_its_own_functions():
         (lambda: faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 5, faiss.IndexFlatIP(3)), "invalid device 5"),
     ],
 )
-def test_what_faiss_refuses_is_refused(search, message):
+def test_arguments_that_faiss_refuses_are_refused(search, message):
     with fake_faiss_gpus(2), pytest.raises((RuntimeError, TypeError), match=message):
         search()
 
 
-def test_two_threads_with_one_set_of_resources_are_found():
+def test_use_of_a_set_of_resources_by_two_threads_is_found():
     with fake_faiss_gpus(1) as calls:
         resources = FakeResources(calls)
         with resources.in_use, pytest.raises(RuntimeError, match="two threads"):

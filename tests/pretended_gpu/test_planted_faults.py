@@ -1,4 +1,4 @@
-"""Faults of the kinds that the other tests look for, planted into a step or a loader: each must be found, and no other."""
+"""Faults of all kinds that the other tests look for are planted into a step or a loader: exactly these must be found."""
 
 import sys
 from dataclasses import replace
@@ -39,11 +39,11 @@ def replace_everywhere(monkeypatch, function, other) -> None:
                 monkeypatch.setattr(module, name, other)
 
 
-def test_none_is_found_where_none_is_planted(tmp_path):
+def test_without_a_planted_fault_none_is_found(tmp_path):
     assert faults(tmp_path / "moco", MOCO) == faults(tmp_path / "bingo", BINGO) == set()
     with pretended_gpu() as record:
         random_views(GPU, tmp_path)
-    assert set(record.faults) == {"waits"}, "the sums that this test reads"
+    assert set(record.faults) == {"waits"}, "only the sums that this test reads"
 
 
 def read(terms):
@@ -84,7 +84,7 @@ def test_a_mask_as_an_index_waits(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("copy", [lambda x: x, lambda x: x[:].clone()])
-def test_an_upload_that_is_not_page_locked_is_found(tmp_path, monkeypatch, copy):
+def test_an_upload_from_memory_that_is_not_page_locked_is_found(tmp_path, monkeypatch, copy):
     def upload(values, device):
         return copy(torch.from_numpy(np.ascontiguousarray(values))).to(device, non_blocking=True)
 
@@ -126,8 +126,8 @@ def test_momentum_in_another_memory_format_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("owner", [Stream, DeviceTensor])
-def test_a_copying_stream_that_is_not_in_order_is_found(tmp_path, monkeypatch, owner):
-    """The training does not wait for the copy, or the memory of the copy is given away while the training uses it."""
+def test_a_copying_stream_that_is_out_of_order_is_found(tmp_path, monkeypatch, owner):
+    """The training does not wait for the copy, or the memory of the copy is reused while the training needs it."""
     monkeypatch.setattr(owner, {Stream: "wait_stream", DeviceTensor: "record_stream"}[owner], lambda self, other: None)
     with pretended_gpu() as record:
         random_views(GPU, tmp_path)
@@ -156,14 +156,14 @@ def test_an_index_whose_gradient_sorts_is_found(tmp_path):
     assert sorting(lambda run: around_student(run, lambda x: x[:, torch.arange(x.shape[1], device=x.device)])) == before + 1
 
 
-def test_a_branch_for_a_gpu_that_computes_something_else_is_found(tmp_path):
+def test_a_branch_for_gpus_with_other_results_is_found(tmp_path):
     wanted = on_cpu(tmp_path / "cpu", MOCO).sums
     assert on_gpu(tmp_path / "same", MOCO)[0].sums == wanted
     outcome, _ = on_gpu(tmp_path / "other", MOCO, lambda run: around_student(run, lambda x: 1.01 * x + 0.01))
     assert outcome.sums != wanted
 
 
-def test_an_operation_for_each_row_costs_its_launches(tmp_path):
+def test_an_operation_for_each_row_increases_the_launches(tmp_path):
     def launches(change) -> int:
         return on_gpu(tmp_path / "step", MOCO, change)[1].launches.total()
 

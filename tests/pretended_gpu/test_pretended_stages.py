@@ -1,4 +1,4 @@
-"""Every stage, in a process of its own, on the pretended GPU: the bytes of a run on the CPU."""
+"""Every stage as a process on the simulated GPU writes the bytes of a run on the CPU."""
 
 import json
 
@@ -43,7 +43,7 @@ STAGES = (
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, stages) -> tuple[Workspace, Workspace]:
-    """Two workspaces with a small COCO, on the CPU and on the pretended GPU; stages have run in neither."""
+    """Two workspaces with a small COCO, for the CPU and for the simulated GPU; no stage has run in them."""
     root = tmp_path_factory.mktemp("devices")
     on_cpu, on_gpu = (new_workspace(root / name, stages, CHANGES) for name in ("cpu", "gpu"))
     (on_gpu.root / "tests").symlink_to(ROOT / "tests")
@@ -53,7 +53,7 @@ def made(tmp_path_factory, stages) -> tuple[Workspace, Workspace]:
     return on_cpu, on_gpu
 
 
-def test_every_stage_gives_the_cpus_bytes(made):
+def test_every_stage_writes_the_cpus_bytes(made):
     on_cpu, on_gpu = made
     record = on_gpu.root / "record"
     for stage in STAGES:
@@ -69,5 +69,5 @@ def test_every_stage_gives_the_cpus_bytes(made):
     assert {kind for line in lines for kind in line} <= {"stage", "launches", "waits", "pageable"}
 
 
-def test_the_stages_are_all():
+def test_no_stage_is_missing():
     assert {stage.partition(" ")[0] for stage in STAGES} == {path.stem for path in (ROOT / "stages").glob("[!_]*.py")}

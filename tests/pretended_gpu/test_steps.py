@@ -1,4 +1,4 @@
-"""A step of every method on the pretended GPU: the CPU's numbers, no wait, and no more launches than it has now."""
+"""A step of every method on the simulated GPU: the CPU's numbers, no waits, and no more launches than now."""
 
 import copy
 import json
@@ -25,11 +25,11 @@ from tests.pretended_gpu.steps import (
 )
 from tests.pretended_gpu.streams import GPU
 
-# Launches of one step, at most; `python -m tests.pretended_gpu` prints them by part. Lower a number that has become too high;
-# one may rise only for a reason that stands in the commit.
+# The most launches of one step; `python -m tests.pretended_gpu` prints them by part. Lower a number if the step has become cheaper;
+# raise it only for a reason given in the commit.
 #
-# With stored keys a BINGO step has at most 500, but for the mixed term and for views with two augmentations. What others have more are
-# networks: of a ResNet-18 each term takes 69 launches forward and 75 backward, a live teacher 66, a moving average 66 for anchors and for
+# A BINGO step with stored keys has at most 500, except with the mixed term or views with two augmentations. Additional launches are those
+# of networks: each term takes 69 forward and 75 backward for a ResNet-18, a live teacher 66, a moving average 66 for anchors and 66 for
 # members. Views of another size take 97.
 MOST_LAUNCHES = {
     "bingo stored fp32": 490,
@@ -85,8 +85,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_step_gives_the_cpus_numbers_without_waiting(tmp_path, case):
-    """Losses, weights, statistics and queues are equal to the last bit, in bf16 too, for the kernels are the CPU's."""
+def test_a_step_equals_the_cpus_and_does_not_wait(tmp_path, case):
+    """Losses, weights, statistics and queues are bitwise equal, also in bf16, because the kernels are the CPU's."""
     wanted = on_cpu(tmp_path / "cpu", case)
     outcome, record = on_gpu(tmp_path / "gpu", case)
     assert outcome.sums == wanted.sums
@@ -98,7 +98,7 @@ def test_a_step_gives_the_cpus_numbers_without_waiting(tmp_path, case):
 
 @pytest.mark.parametrize("case", OPTIMIZERS + PARTS, ids=lambda case: case.name)
 def test_neither_an_optimizer_nor_clipping_nor_a_step_in_parts_waits(tmp_path, case):
-    """One list operation of timm's LAMB and of its LARS goes tensor by tensor, for layouts differ."""
+    """One list operation of timm's LAMB and one of its LARS go tensor by tensor, because layouts differ."""
     wanted = on_cpu(tmp_path / "cpu", case)
     outcome, record = on_gpu(tmp_path / "gpu", case)
     assert outcome.sums == wanted.sums
@@ -106,7 +106,7 @@ def test_neither_an_optimizer_nor_clipping_nor_a_step_in_parts_waits(tmp_path, c
     assert record.faults.keys() <= ({"by_tensor"} if case.schedule.get("optimizer") in ("lamb", "lars") else set())
 
 
-def test_an_average_of_the_student_is_the_cpus_in_two_launches(tmp_path):
+def test_an_average_of_the_student_equals_the_cpus_with_two_launches(tmp_path):
     def run(device):
         made = trainer(tmp_path / device, MOCO, torch.device(device), student_ema=0.3)
         steps(made, 2)
@@ -130,14 +130,14 @@ def test_the_views_of_a_step_take_at_most_100_launches(tmp_path):
     assert 0 < launches_by_part(tmp_path, Case("bingo"))["views"].total() <= 100
 
 
-def test_more_groups_of_batchnorm_cost_no_more_launches(tmp_path):
+def test_more_groups_of_batchnorm_need_no_more_launches(tmp_path):
     launches = [on_gpu(tmp_path, MOCO, lambda run, groups=groups: setattr(run, "groups", groups))[1].launches for groups in (2, 8)]
     assert launches[0] == launches[1]
-    assert launches[0]["cudnn_batch_norm"] == 2 * 20  # of the student and its moving average
+    assert launches[0]["cudnn_batch_norm"] == 2 * 20  # in the student and its moving average
 
 
-def test_a_step_that_is_logged_does_not_wait_and_shows_the_norm_of_its_gradients(tmp_path):
-    """The second of two steps is kept for a logger: in at most 8 launches more, and the norm is that of the CPU's gradients."""
+def test_a_logged_step_does_not_wait_and_has_the_norm_of_its_gradients(tmp_path):
+    """The second of two steps is kept for a logger, with at most 8 more launches, and the norm is that of the CPU's gradients."""
     log = TrainingLog(["jsonl"], LoggedRun("x1", "here/distill", {}, tmp_path), pytest.fail)
 
     def logged(run):
@@ -155,7 +155,7 @@ def test_a_step_that_is_logged_does_not_wait_and_shows_the_norm_of_its_gradients
     assert json.loads(line)["train/grad_norm"] == pytest.approx(sum(squares) ** 0.5, rel=1e-5)
 
 
-def test_the_limits_name_every_case_once_and_no_other():
+def test_the_limits_name_exactly_the_cases():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
     assert set(MOST_LAUNCHES) == set(names)

@@ -1,4 +1,4 @@
-"""What the pretended GPU relies on in torch, one test for each, so that an upgrade that moves a part fails by the name of that part."""
+"""Parts of torch that the simulated GPU relies on, one test for each, so that after an upgrade the failing test names the part."""
 
 import copy
 import io
@@ -60,8 +60,8 @@ def test_every_operation_of_the_tables_exists():
     assert known >= tables.NO_LAUNCH | tables.WAITING | tables.SORTED | tables.NONDETERMINISTIC
 
 
-def test_the_tables_cover_what_torch_says_of_deterministic_operations():
-    """Every operation that raises an error on CUDA stands in one, and no other of torch's does."""
+def test_the_tables_cover_torchs_documentation_of_deterministic_operations():
+    """Every operation that raises an error on CUDA is in a table, and no other operation of torch."""
     text = torch.use_deterministic_algorithms.__doc__
     raising = text.partition("operations will throw a")[2].partition("In addition")[0]
     bullets = [" ".join(bullet.split()) for bullet in raising.split("* ")[1:]]
@@ -70,13 +70,13 @@ def test_the_tables_cover_what_torch_says_of_deterministic_operations():
     }
     listed = {name for name in tables.NONDETERMINISTIC_BY_NAME if name.startswith("torch.")}
     assert named <= listed
-    assert listed - named <= {"torch.cumsum", "torch.kthvalue", "torch.nn.MaxPool3d"}, "which older ones name"
+    assert listed - named <= {"torch.cumsum", "torch.kthvalue", "torch.nn.MaxPool3d"}, "named by older versions"
 
 
-# What torch does with such tensors.
+# torch's handling of such tensors.
 
 
-def test_without_it_torch_has_no_gpu_and_computes_as_before():
+def test_outside_the_body_torch_has_no_gpu_and_computes_as_before():
     own = torch.cuda.is_available, torch.cuda.Stream, torch.save, torch.Tensor.pin_memory, torch.cuda.manual_seed
     with pretended_gpu():
         assert torch.cuda.is_available()
@@ -111,7 +111,7 @@ def test_a_new_tensor_is_on_the_device_with_the_cpus_numbers(record, make):
     assert torch.equal(made.cpu(), wanted)
 
 
-def test_a_view_has_its_bases_memory(record):
+def test_a_view_shares_the_memory_of_its_base(record):
     base = torch.zeros(3, 4, device=GPU)
     view = base.T[1:]
     view += 1
@@ -143,7 +143,7 @@ def trained(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_network_trains_as_on_the_cpu(record, dtype):
-    """Convolution, BatchNorm, dropout, autocast, autograd and a fused optimizer."""
+    """With convolution, BatchNorm, dropout, autocast, autograd and a fused optimizer."""
     wanted, wanted_out = trained(CPU, dtype)
     network, out = trained(GPU, dtype)
     assert out.dtype == wanted_out.dtype == dtype
@@ -155,7 +155,7 @@ def test_a_network_trains_as_on_the_cpu(record, dtype):
     assert {"convolution", "convolution_backward", "_fused_sgd_"} <= set(record.launches)
 
 
-def test_a_copied_network_is_another_one_with_the_same_weights(record):
+def test_a_copied_network_is_independent_and_has_the_same_weights(record):
     network = small_network().to(GPU)
     copied = copy.deepcopy(network)
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_a_copied_network_is_another_one_with_the_same_weights(record):
     assert torch.equal(copied[0].weight.cpu(), small_network()[0].weight)
 
 
-def test_inference_mode_takes_composite_operations_apart(record):
+def test_inference_mode_splits_composite_operations(record):
     network = small_network().to(GPU).eval()
     with torch.inference_mode():
         out = network(torch.ones(1, 3, 8, 8, device=GPU))
@@ -194,12 +194,12 @@ def test_a_saved_state_is_loaded_on_either_device(record, map_location):
         lambda x: x.resize_(3, 2),
     ],
 )
-def test_an_operation_that_changes_the_shape_of_its_argument_changes_what_torch_sees(record, change):
+def test_an_operation_that_reshapes_its_argument_changes_the_shape_in_torch(record, change):
     made, wanted = change(torch.arange(6, device=GPU).view(2, 3)), change(torch.arange(6).view(2, 3))
     assert (made.shape, made.stride(), made.cpu().tolist()) == (wanted.shape, wanted.stride(), wanted.tolist())
 
 
-# What must be found.
+# Faults that must be found.
 
 
 @pytest.mark.parametrize(
@@ -252,12 +252,12 @@ def test_a_wait_is_found(record, what, work):
         lambda x: x[None, :].expand(3, 4).flatten()[torch.arange(2, device=GPU)],
     ],
 )
-def test_what_does_not_wait_is_no_fault(record, work):
+def test_operations_that_do_not_wait_are_not_faults(record, work):
     work(torch.zeros(4, device=GPU))
     assert record.faults == {}
 
 
-def test_uploads_from_pageable_memory_are_told_from_others(record):
+def test_uploads_from_pageable_memory_are_distinguished_from_others(record):
     pinned = torch.ones(4).pin_memory()
     pinned.to(GPU), pinned[1:].to(GPU, non_blocking=True)
     assert not record.pageable
@@ -304,7 +304,7 @@ def test_lists_of_different_layouts_take_a_launch_for_each_tensor(record):
 
 
 def side_stream(waits: bool, records: bool, joins: bool) -> None:
-    """A tensor of the default stream is changed on another one, and what is made there is used here."""
+    """A tensor of the default stream is changed on another stream, and a new tensor of that stream is used here."""
     x, beside, here = torch.zeros(4, device=GPU), torch.cuda.Stream(), torch.cuda.current_stream()
     if waits:
         beside.wait_stream(here)
@@ -320,12 +320,12 @@ def side_stream(waits: bool, records: bool, joins: bool) -> None:
 
 
 @pytest.mark.parametrize("missing", [None, "waits", "records", "joins"])
-def test_a_stream_that_is_not_in_order_is_found(record, missing):
+def test_a_stream_that_is_out_of_order_is_found(record, missing):
     side_stream(*(name != missing for name in ("waits", "records", "joins")))
     assert bool(record.unordered) == (missing is not None)
 
 
-def test_memory_that_is_read_elsewhere_is_not_changed_before(record):
+def test_memory_must_not_be_changed_before_other_streams_have_read_it(record):
     x, beside = torch.zeros(4, device=GPU), torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     x.record_stream(beside)
@@ -333,7 +333,7 @@ def test_memory_that_is_read_elsewhere_is_not_changed_before(record):
         x.sum()
     assert not record.unordered
     x.sum()
-    assert not record.unordered, "two may read it"
+    assert not record.unordered, "two streams may read it"
     x.zero_()
     assert record.unordered
 
@@ -352,9 +352,9 @@ def test_memory_that_is_read_elsewhere_is_not_changed_before(record):
         ("nondeterministic", lambda x: F.interpolate(x.requires_grad_()[None, None], scale_factor=2, mode="linear").sum().backward()),
     ],
 )
-def test_an_operation_that_deterministic_mode_makes_slow_or_refuses_is_found(record, kind, work):
+def test_operations_that_deterministic_mode_slows_down_or_refuses_are_found(record, kind, work):
     work(torch.zeros(4, device=GPU))
-    assert record.faults == {}, "without that mode it is a kernel like others"
+    assert record.faults == {}, "without that mode it is an ordinary kernel"
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         work(torch.zeros(4, device=GPU))
@@ -363,7 +363,7 @@ def test_an_operation_that_deterministic_mode_makes_slow_or_refuses_is_found(rec
     assert set(record.faults) == {kind}
 
 
-def test_new_memory_costs_a_launch_where_it_is_filled(record):
+def test_new_memory_costs_a_launch_if_it_is_filled(record):
     torch.empty(4, device=GPU)
     assert not record.launches
     torch.use_deterministic_algorithms(True)

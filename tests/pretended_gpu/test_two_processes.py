@@ -1,4 +1,4 @@
-"""Two processes, each with a pretended GPU: the step of two processes on the CPU, without a wait but in collective operations."""
+"""Two processes with a simulated GPU each: the same step as on the CPU, waiting only in collective operations."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 class AveragedGradients(nn.Module):
-    """What DistributedDataParallel does, whose reducer works on CUDA's memory: equal weights at first, and mean gradients."""
+    """Does what DistributedDataParallel does, whose reducer needs CUDA memory: equal initial weights, and mean gradients."""
 
     def __init__(self, module: nn.Module, device_ids: list[torch.device], **_: object):
         super().__init__()
@@ -51,7 +51,7 @@ def _join(rank: int, port: int) -> None:
 
 
 def _trained(folder: Path, device: torch.device, record: Record) -> list[dict]:
-    """The state and summed losses after two steps of each case, on the CPU, and the faults of the second."""
+    """The state and summed losses after two steps of each case, on the CPU, and the faults of the second step."""
     states = []
     for number, case in enumerate(CASES):
         run = trainer(folder / f"{device.type}-{number}", case, device)
@@ -69,7 +69,7 @@ def on_the_cpu(rank: int, port: int, folder: Path) -> None:
 
 
 def on_gpus(rank: int, port: int, folder: Path) -> None:
-    """Collective operations of CUDA tensors reach gloo with the host's numbers."""
+    """Collective operations of CUDA tensors are passed to gloo with the host's numbers."""
     _join(rank, port)
     asked, start = [], dist.init_process_group
     with deterministic(), pretended_gpu(2) as record, mock.patch.object(distributed, "DistributedDataParallel", AveragedGradients):
@@ -81,14 +81,14 @@ def on_gpus(rank: int, port: int, folder: Path) -> None:
 
 
 def on_both(rank: int, ports: list[int], folder: Path) -> None:
-    """One pair of processes for both devices: starting it takes longer than training."""
+    """One pair of processes for both devices, because starting it takes longer than training."""
     for work, port in zip((on_the_cpu, on_gpus), ports, strict=True):
         work(rank, port, folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The folder in which both processes have written what they give."""
+    """The folder to which both processes have written their results."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as one, socket.socket() as other:
         for probe in (one, other):
@@ -99,7 +99,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_gpus_train_what_two_processes_on_the_cpu_train(folder, rank):
+def test_two_gpus_train_the_weights_of_two_processes_on_the_cpu(folder, rank):
     on_cpu, on_gpu = (torch.load(folder / f"{name}-{rank}.pt") for name in ("cpu", "gpu"))
     for case, gpu, cpu in zip(CASES, on_gpu, on_cpu, strict=True):
         assert gpu["faults"] == {}, case.name
@@ -108,7 +108,7 @@ def test_two_gpus_train_what_two_processes_on_the_cpu_train(folder, rank):
                 torch.testing.assert_close(gpu[kind][name], value, rtol=1e-5, atol=1e-6, msg=f"{case.name}: {name}")
 
 
-def test_the_two_hold_one_network(folder):
+def test_both_processes_have_the_same_network(folder):
     first, second = (torch.load(folder / f"gpu-{rank}.pt") for rank in (0, 1))
     for a, b in zip(first, second, strict=True):
         assert all(torch.equal(a["state"][name], b["state"][name]) for name in a["state"] if name.endswith("weight"))

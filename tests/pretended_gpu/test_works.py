@@ -1,4 +1,4 @@
-"""Trainings from start to end, files, extraction, evaluations and the detector on the pretended GPU: the CPU's numbers, and known waits."""
+"""Trainings from start to end, files, extraction, evaluations and the detector on the simulated GPU: the CPU's numbers, and known waits."""
 
 from collections import Counter
 from unittest import mock
@@ -14,8 +14,8 @@ from tests.pretended_gpu.steps import CPU, deterministic
 from tests.pretended_gpu.streams import GPU
 from tests.pretended_gpu.works import WORKS
 
-# Where the host waits once: for weights, images, features and tables that go to the GPU, or a file that is written. Nothing else uploads
-# from pageable memory.
+# Places where the host waits once: for weights, images, features and tables that are uploaded to the GPU, or a file that is written.
+# Nothing else uploads from pageable memory.
 ONCE = {
     "bingo/detection/loop.py:DetectorTrainer.__init__",
     "bingo/evals/finetune.py:ClassifierTrainer._test_logits",
@@ -31,10 +31,10 @@ ONCE = {
     "bingo/runtime/checkpoints.py:Checkpoints.save",
     "bingo/training/loop.py:Trainer.__init__",
 }
-# Where it waits again and again: a work that shows it, and how often at most. To be lowered or struck off when it waits less; no place
-# may be added to those of an image.
+# Places where it waits repeatedly: a work that shows it, and the most waits. Lower or delete an entry when there are fewer waits; no place
+# may be added to those for each image.
 AGAIN = {
-    # an epoch, or a chunk
+    # for each epoch or chunk
     "bingo/embeddings/extract.py:_Pass._features": ("extraction", 2),
     "bingo/embeddings/extract.py:_Pass._keys": ("extraction", 2),
     "bingo/evals/features.py:backbone_features": ("linear layer on random crops", 4),
@@ -46,7 +46,7 @@ AGAIN = {
     "bingo/training/loop.py:Trainer._check_weights": ("training with probe", 2),
     "bingo/training/loop.py:Trainer._end_epoch": ("training with probe", 8),
     "bingo/detection/loop.py:DetectorTrainer._record": ("detector fpn fp32", 12),
-    # an image: most are torchvision's, whose regions are as many as the image has
+    # for each image: most are torchvision's, which has as many regions as the image
     "bingo/detection/detector.py:Regions._losses": ("detector fpn fp32", 18),
     "bingo/detection/detector.py:Regions._mask_maps": ("detector fpn fp32", 24),
     "bingo/detection/detector.py:Regions.forward": ("detector fpn fp32", 28),
@@ -55,13 +55,13 @@ AGAIN = {
     "bingo/detection/detector.py:_SeededSampler.__call__": ("detector fpn fp32", 16),
     "bingo/detection/scores.py:_detections": ("detector c4 bf16", 16),
 }
-OWN = {f"{AUTOGRAD}: {what}" for what in ("upload", "tolist", "_local_scalar_dense")}  # of the works themselves
+OWN = {f"{AUTOGRAD}: {what}" for what in ("upload", "tolist", "_local_scalar_dense")}  # in the works themselves
 UP_TO_ROUNDING = {"large bank": 1e-5}
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", WORKS)
-def test_a_work_gives_the_cpus_numbers_and_waits_where_it_is_known_to(tmp_path, name):
+def test_a_work_gives_the_cpus_numbers_and_waits_only_at_known_places(tmp_path, name):
     for folder in ("cpu", "gpu"):
         (tmp_path / folder).mkdir()
     with deterministic():
@@ -82,8 +82,8 @@ def test_a_work_gives_the_cpus_numbers_and_waits_where_it_is_known_to(tmp_path, 
             assert 0 < waits[place] <= most, place
 
 
-def test_numbers_of_which_torchvision_makes_tensors_are_not_uploaded_at_every_call():
-    """With the values and dtypes of torch, whatever the number; what is not a number goes up as before."""
+def test_numbers_in_torchvision_are_not_uploaded_at_every_call():
+    """They have torch's values and dtypes, for any number; other data are uploaded as before."""
     boxes = torch.tensor([[1.5, 2.0]])
 
     def made(device):
@@ -99,7 +99,7 @@ def test_numbers_of_which_torchvision_makes_tensors_are_not_uploaded_at_every_ca
             record.clear()
             with NumbersOnDevice():
                 found = made(GPU)
-        assert record.pageable.total() == 1, "x itself"
+        assert record.pageable.total() == 1, "only x itself"
         for one, other in zip(found, wanted, strict=True):
             assert (one.device, one.dtype, one.shape) == (GPU, other.dtype, other.shape)
             assert torch.equal(one.cpu(), other)

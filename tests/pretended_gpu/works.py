@@ -1,4 +1,4 @@
-"""Everything else that BINGO does on a device, in small: each work computes numbers on the device that it is given."""
+"""Small versions of everything else that BINGO does on a device: each work computes numbers on a given device."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,14 +53,14 @@ def _backbone(device: torch.device) -> torch.nn.Module:
 
 
 def training_with_probe(device: torch.device, folder: Path) -> Numbers:
-    """Two epochs, each with a k-NN probe, and the best weights kept."""
+    """Two epochs, each with a k-NN probe; the best weights are kept."""
     probe = Probe(LISTING, images(), IMAGE, 0, device, "bf16")
     result = trainer(folder, BINGO, device, probe=probe, keep_best=True, measure_start=True).run()
     return _values(result.history) + [float(value.double().sum()) for value in result.best["weights"].values()]
 
 
 def interrupted_training(device: torch.device, folder: Path) -> Numbers:
-    """A training that is stopped in its second epoch and goes on from its checkpoint in another trainer."""
+    """A training that is stopped in its second epoch and resumes from its checkpoint in another trainer."""
     first = trainer(folder, Case("moco", "momentum", "bf16"), device)
     step = first._train_step
 
@@ -77,7 +77,7 @@ def interrupted_training(device: torch.device, folder: Path) -> Numbers:
 
 
 def _files(folder: Path) -> FileImages:
-    """40 images, one in two a JPEG."""
+    """40 images, every second one a JPEG."""
     random = np.random.default_rng(0)
     names = [f"{number}.{'png' if number % 2 else 'jpg'}" for number in range(40)]
     for name in names:
@@ -86,7 +86,7 @@ def _files(folder: Path) -> FileImages:
 
 
 def random_views(device: torch.device, folder: Path, workers: int = 0) -> Numbers:
-    """Four epochs of two requests from files."""
+    """Four epochs with two requests each, from files."""
     loader, rows = ViewLoader(_files(folder), IMAGE, AUGMENT, 0, device, workers), np.arange(40)
     plans = [[Request(rows[:35], rows[:35], "anchor", epoch, 0), Request(rows[5:], rows[5:], "member", epoch, 0)] for epoch in range(4)]
     return [float(view.sum()) for views in loader.views(plans) for view in views]
@@ -107,7 +107,7 @@ def extraction(device: torch.device, folder: Path) -> Numbers:
 
 
 def linear_on_stored_features(device: torch.device, folder: Path) -> Numbers:
-    """Linear evaluation of features of which one dimension is the class."""
+    """Linear evaluation of features, one dimension of which is the class."""
     labels = np.arange(120) % 4
     features = np.random.default_rng(0).standard_normal((120, 12)).astype(np.float32)
     features[:, 0] += labels
@@ -117,7 +117,7 @@ def linear_on_stored_features(device: torch.device, folder: Path) -> Numbers:
 
 
 def linear_on_random_crops(device: torch.device, folder: Path) -> Numbers:
-    """Linear evaluation of a frozen network, on crops, with standardised features."""
+    """Linear evaluation of a frozen network on random crops, with standardised features."""
     params = PARAMS.linear_eval.crops.model_copy(update=TUNED | {"standardise": True})
     return list(linear_on_crops(_backbone(device), TASK, params, "bf16", 0, device, Checkpoints(folder, 1e9)).values())
 
@@ -134,7 +134,7 @@ def features(device: torch.device, folder: Path) -> Numbers:
 
 
 def costs(device: torch.device, folder: Path) -> Numbers:
-    """FLOPs of a step and memory for its backward pass, which change nothing."""
+    """FLOPs of a step and memory for its backward pass, which must not change anything."""
     run = trainer(folder, Case("bingo"), device)
     batch = next(run.batches.epoch(0, 0))
     return [step_flops(run.method.train(), batch, Progress(0, 0)), saved_bytes(run.method, batch, Progress(0, 0))]
@@ -151,7 +151,7 @@ def large_bank(device: torch.device, folder: Path) -> Numbers:
 
 
 def saved_network(device: torch.device, folder: Path) -> Numbers:
-    """A network written to a file and read again."""
+    """A network that is written to a file and read again."""
     save_network(folder / "a.safetensors", _backbone(device).state_dict(), {"kind": "test"})
     return [float(value.double().sum()) for value in load_network(folder / "a.safetensors")[0].values()]
 

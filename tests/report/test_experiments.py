@@ -1,4 +1,4 @@
-"""Comparisons: statistics against SciPy and closed forms, tables and page to the letter, overrides through DVC's own parser."""
+"""Comparisons: statistics against SciPy and closed forms, tables and page literally, overrides through DVC's own parser."""
 
 import copy
 import dataclasses
@@ -50,7 +50,7 @@ def experiment(name: str, seed: int, linear: float | None, method: str = "bingo"
 
 
 def record(of: Experiment, **notes) -> dict:
-    params = validate(of.params, of.name).model_dump()  # as a run notes them
+    params = validate(of.params, of.name).model_dump()  # as recorded by a run
     return {"experiment": of.name, "params": params, "seconds": 90.0, "anchors_per_second": 1500.4, "peak_memory_mb": 1083.2, **notes}
 
 
@@ -68,7 +68,7 @@ def test_spread_is_the_sample_deviation():
     assert spread([]) is None
 
 
-def test_paired_difference_is_that_of_scipy():
+def test_paired_differences_equal_scipys():
     ours, theirs = {0: 70.0, 1: 71.5, 2: 75.0, 9: 1.0}, {2: 64.0, 1: 62.0, 0: 60.0, 8: 2.0}
     found = paired_difference(ours, theirs)
     expected = scipy.stats.ttest_rel([70.0, 71.5, 75.0], [60.0, 62.0, 64.0]).confidence_interval(0.95)
@@ -81,13 +81,13 @@ def test_paired_difference_of_two_is_the_closed_form():
     assert found.bounds == pytest.approx((3 - 12.7062047, 3 + 12.7062047))
 
 
-def test_paired_difference_of_one_has_no_interval_and_of_none_is_none():
+def test_paired_difference_of_one_seed_has_no_interval_and_of_none_is_none():
     assert (paired_difference({0: 3.0}, {0: 1.0, 1: 9.0}).mean, paired_difference({0: 3.0}, {0: 1.0}).bounds) == (2.0, None)
     assert paired_difference({0: 3.0}, {1: 1.0}) is None
 
 
 def of_runs(agreements: list[float], linears: list[float], a_variant: int = 3) -> list[Variant]:
-    """Runs with both measures, `a_variant` seeds to each variant."""
+    """Runs with both measures, `a_variant` seeds for each variant."""
     starts = range(0, len(agreements), a_variant)
     both = [(agreements[start : start + a_variant], linears[start : start + a_variant]) for start in starts]
     return [
@@ -97,7 +97,7 @@ def of_runs(agreements: list[float], linears: list[float], a_variant: int = 3) -
 
 
 @pytest.mark.parametrize("runs", [5, 12, 40])
-def test_rank_correlation_and_its_bootstrap_are_those_of_scipy(runs):
+def test_rank_correlation_and_its_bootstrap_equal_scipys(runs):
     random = np.random.default_rng(runs)
     x = random.normal(size=runs).round(1)
     y = (x + random.normal(size=runs)).round(1)  # with ties
@@ -133,25 +133,25 @@ def test_experiments_are_grouped_by_name_without_their_own_seed():
     assert found[0].values["gflop_per_image"][0] == pytest.approx(4 * 0.01234)
 
 
-def test_what_was_not_measured_is_no_zero():
+def test_a_missing_measurement_is_not_zero():
     assert measures(experiment("a", 0, None), {}) == {}
 
 
-def test_timings_are_of_the_same_training():
+def test_timings_belong_to_the_same_training():
     first, other = BINGO[0], experiment("same-under-another-name-s0", 0, 1.0)
     assert record_of(first, RECORDS) is RECORDS[0]
     assert record_of(other, RECORDS) is RECORDS[0], "DVC took its student from the cache"
     assert record_of(other, [*RECORDS, mine := record(other)]) is mine
     assert record_of(BINGO[2], RECORDS) == {}
-    assert record_of(MOCO[0], RECORDS) == {}, "an interrupted run's time is not the whole one"
+    assert record_of(MOCO[0], RECORDS) == {}, "the time of an interrupted run is not complete"
     changed = copy.deepcopy(first.params)
     lay_over(changed, {"methods": {"bingo": {"temperature": 0.5}}})
-    assert record_of(Experiment(first.name, changed, {}), RECORDS) == {}, "the record is of an earlier run under this name"
+    assert record_of(Experiment(first.name, changed, {}), RECORDS) == {}, "the record belongs to an earlier run with this name"
     lay_over(changed, {"methods": {"bingo": {"temperature": 0.1}, "moco": {"temperature": 0.5}}, "knn_eval": {"k": [1]}})
-    assert record_of(Experiment(first.name, changed, {}), RECORDS) is RECORDS[0], "what others read decides nothing"
+    assert record_of(Experiment(first.name, changed, {}), RECORDS) is RECORDS[0], "parameters of other stages do not matter"
 
 
-def test_timings_are_found_where_names_stand_for_other_parameters():
+def test_timings_are_found_if_names_stand_for_other_parameters():
     known = copy.deepcopy(BINGO[0].params)
     lay_over(known, {"teacher": {"name": "moco-v2-r50-800"}, "distill": {"augment": "weak"}, "extract": {"augment": {"flip_p": 0.5}}})
     ours = Experiment("named-s0", known, {})
@@ -234,7 +234,7 @@ def test_the_page_is_offline_accessible_and_repeatable():
         ("moco", "moco", "", "MoCo-v2"),
     ],
 )
-def test_points_are_named_as_papers_write_their_methods(name, method, prefix, label):
+def test_points_have_the_names_of_methods_in_papers(name, method, prefix, label):
     assert _label(Variant(name, method, True, [0]), prefix) == label
 
 
@@ -242,17 +242,17 @@ def test_the_page_of_one_variant_has_no_chart():
     assert "Costs are known for fewer than two variants." in page_of(variants(ALONE, []), None)
 
 
-def test_names_of_points_are_apart():
+def test_names_of_points_do_not_overlap():
     points = [Point(f"a rather long name {number}", 1.0 + 0.01 * number, 90.0 + 0.01 * number, 0.5, 0) for number in range(6)]
     svg = labelled_points("p", [*points, Point("far", 100.0, 50.0, None, 2)], "cost", "accuracy", ("teacher", 95.0), "so")
     heights = [float(y) for y in re.findall(r'<text[^>]*? y="([-\d.]+)"[^>]*>a rather', svg)]
     assert len(heights) == 6
-    assert min(after - before for before, after in pairwise(sorted(heights))) > 8, "they start at one place, so each has its own line"
+    assert min(after - before for before, after in pairwise(sorted(heights))) > 8, "they start at the same x, so each needs its own line"
     assert svg == labelled_points("p", [*points, Point("far", 100.0, 50.0, None, 2)], "cost", "accuracy", ("teacher", 95.0), "so")
 
 
 def laid_by_dvc(folder: Path, given: list[str]) -> dict:
-    """params.yaml as DVC leaves it after `-S` of each of `given`."""
+    """params.yaml after DVC has applied `-S` for each of `given`."""
     from dvc.utils.cli_parse import to_path_overrides
     from dvc.utils.hydra import apply_overrides
 
@@ -278,7 +278,7 @@ def laid_by_dvc(folder: Path, given: list[str]) -> dict:
         ("bagging.mutual", True),
     ],
 )
-def test_a_value_comes_through_the_parser_of_dvc(tmp_path, key, value):
+def test_a_value_survives_dvcs_parser(tmp_path, key, value):
     got = laid_by_dvc(tmp_path, [f"{key}={written(value)}"])
     expected = copy.deepcopy(SHIPPED)
     *sections, last = key.split(".")
@@ -301,18 +301,18 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_comes_through_the_parser_of_dvc(tmp_path, monkeypatch, name):
+def test_a_recipe_survives_dvcs_parser(tmp_path, monkeypatch, name):
     monkeypatch.chdir(ROOT)
     expected = copy.deepcopy(SHIPPED)
     title = expected["report"]
     lay_over(expected, {"baselines": [], "linear_eval": {"crops": {"nets": []}}})
     lay_over(expected, {**read_recipe(ROOT / "recipes", name).overlay, "seed": 7, "report": title})
     if root := expected["dataset"]["root"]:
-        expected["dataset"]["root"] = str(ROOT / root)  # experiments run elsewhere
+        expected["dataset"]["root"] = str(ROOT / root)  # experiments run in other folders
     assert spelled_out(laid_by_dvc(tmp_path, list(overrides(name, 7)))) == spelled_out(expected)
 
 
-def test_a_recipe_that_is_not_allowed_is_told_before_anything_runs(tmp_path, monkeypatch):
+def test_an_invalid_recipe_is_reported_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     Path("recipes").mkdir()
@@ -325,7 +325,7 @@ def test_a_recipe_that_is_not_allowed_is_told_before_anything_runs(tmp_path, mon
 
 
 def shown_by_dvc(*runs: Experiment) -> list[dict]:
-    """What `dvc exp show --json` prints, as far as it is read."""
+    """The parts of the output of `dvc exp show --json` that are read."""
     entries = [{"name": "half-s0", "executor": {"state": "running"}, "revs": [{"name": "half-s0", "data": None}]}]
     entries += [{"name": "broken-s0", "executor": None, "revs": [{"name": "broken-s0", "data": None}]}]
     for run in runs:
@@ -337,7 +337,7 @@ def shown_by_dvc(*runs: Experiment) -> list[dict]:
 
 @pytest.fixture
 def shown(tmp_path, monkeypatch):
-    """A folder where DVC shows ALL and timings are recorded."""
+    """A folder in which DVC shows ALL and timings are recorded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(experiments, "_shown_by_dvc", lambda revision: shown_by_dvc(*ALL))
     for one in RECORDS:
@@ -357,7 +357,7 @@ def test_the_report_prints_tables_and_writes_the_page(shown, capsys):
     assert "(cpu, 2 cores; unknown device, ? cores)" in text
 
 
-def test_prefixes_choose_and_the_reference_stays(shown, capsys):
+def test_prefixes_select_experiments_and_keep_the_reference(shown, capsys):
     experiments.main(["my-"], None, "HEAD")
     assert re.findall(r"^\| (m\S+)", capsys.readouterr().out, re.MULTILINE) == ["my-idea", "method-moco"] * 2
     experiments.main(["method-b"], "my-idea", "HEAD")
@@ -391,12 +391,12 @@ def test_wrong_choices_are_one_line(shown, monkeypatch):
 
 
 def locked(run: Experiment) -> None:
-    """dvc.lock of a run."""
+    """The dvc.lock of a run."""
     Path("dvc.lock").write_text(json.dumps({"stages": {"report": {"params": {"params.yaml": run.params}}}}))
 
 
-def test_the_committed_run_and_the_workspaces_are_compared_too(shown, monkeypatch, capsys):
-    """Each with the parameters with which it was made, which are in dvc.lock: those of params.yaml may have changed since."""
+def test_the_committed_run_and_the_workspace_are_compared_too(shown, monkeypatch, capsys):
+    """Each with the parameters of its run, from dvc.lock, because params.yaml may have changed since then."""
     committed, own = experiment("", 7, 50.0), experiment("", 8, 51.0, "seed")
     run = partial(subprocess.run, check=True, capture_output=True, text=True)
     run(["git", "init", "-q"])
@@ -426,7 +426,7 @@ def test_the_committed_run_and_the_workspaces_are_compared_too(shown, monkeypatc
     assert rows(own) == [mine, ["committed", "BINGO", "1", "50.0"]]
 
 
-def test_records_of_experiments_outlive_them(tmp_path, monkeypatch):
+def test_records_of_experiments_outlive_their_clones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     for name in ("DVC_EXP_NAME", "DVC_ROOT", "BINGO_RUNS", "RANK"):

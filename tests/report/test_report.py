@@ -1,4 +1,4 @@
-"""The report: figures in the right rows, nothing unescaped or from outside, the same bytes twice, every gap said in words."""
+"""The report: figures in the right rows, all text escaped, no external files, the same bytes twice, and explained gaps."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ FAILURES = {  # labels are rows modulo 3
 
 
 class Page(HTMLParser):
-    """Collects what the tests ask for, and refuses elements that are not closed in order."""
+    """Collects elements for the tests, and refuses elements that are not closed in order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -109,7 +109,7 @@ class Page(HTMLParser):
 
 
 def params(**changes):
-    """The shipped parameters with some dotted keys changed, spelt section__key."""
+    """The shipped parameters with some dotted keys changed, written as section__key."""
     raw = read_yaml(ROOT / "params.yaml")
     raw["distill"]["method"] = "bingo"
     for key, value in changes.items():
@@ -143,7 +143,7 @@ def pixels():
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, pixels):
-    """A workspace as a whole run leaves it, with small made-up artefacts."""
+    """A workspace as after a complete run, with small synthetic artefacts."""
     from bingo.bags.metrics import bag_metrics
 
     folder = tmp_path_factory.mktemp("workspace")
@@ -159,7 +159,7 @@ def workspace(tmp_path_factory, pixels):
     for net in LINEAR["cached"]:
         write_json(reports / f"linear/{net}.json", {protocol: scores[net] for protocol, scores in LINEAR.items() if net in scores})
     write_json(reports / "failures/student.json", FAILURES)
-    write_json(reports / "knn/isd.json", {"knn_10": 1.0})  # of a baseline that is one no longer
+    write_json(reports / "knn/isd.json", {"knn_10": 1.0})  # from a baseline that has since been removed
     write_json(reports / "linear/isd.json", {"cached": {"top1_last": 1.0}})
     write_json(reports / "distill.json", {"last_loss": 3.125, "last_mix": 2.5, "last_knn_10": 80.0})
     write_json(reports / "baselines/moco.json", {"last_loss": 5.5})
@@ -211,7 +211,7 @@ def test_every_figure_is_in_its_row(page):
         cells = page.rows[label]
         for position, key in enumerate(["knn_10", "knn_20_weighted"]):
             assert cells[position].startswith(f"{KNN[net][key]:.1f}" if net in KNN else "–"), (net, key)
-        for position, key in enumerate(["top1_last", "top1_best"]):  # no top-5 of three classes
+        for position, key in enumerate(["top1_last", "top1_best"]):  # no top-5 for three classes
             assert cells[2 + position].startswith(f"{LINEAR['cached'][net][key]:.1f}"), (net, key)
             measured = LINEAR["crops"].get(net)
             assert cells[4 + position].startswith(f"{measured[key]:.1f}" if measured else "–"), (net, key)
@@ -229,13 +229,13 @@ def test_networks_are_described_from_their_files(page):
     assert "10 times smaller" in page.words
 
 
-def test_nothing_is_unescaped(built, page):
+def test_everything_is_escaped(built, page):
     assert ATTACK.encode() not in built
     assert all("onerror" not in attrs for _, attrs in page.tags)
     assert any(ATTACK in attrs["alt"] for attrs in page.all("img"))  # as text it is there
 
 
-def test_nothing_comes_from_outside(built, page):
+def test_the_page_uses_no_external_files(built, page):
     assert b"http" not in re.sub(rb"http-equiv", b"", built)
     for _, attrs in page.tags:
         for name in ("src", "href"):
@@ -262,13 +262,13 @@ def test_the_page_is_accessible_and_its_ids_are_distinct(page):
 
 @pytest.mark.slow
 def test_a_second_build_has_the_same_bytes_and_needs_no_torch(workspace, built):
-    """Nor does the first: nothing here has judged the parameters' networks."""
+    """A first build needs none either: the networks of the parameters have not been checked here before."""
     assert not (workspace / LIMITS).exists()
     code = "import sys, stages.report as r; r.main(); assert not {'torch', 'sklearn'} & {*sys.modules}"
     assert run_stage(workspace, "-c", code) == built
 
 
-def test_timings_lie_beside_the_page(workspace, built):
+def test_timings_are_in_a_file_beside_the_page(workspace, built):
     script = (workspace / "reports/run.js").read_text()
     records = json.loads(script.removeprefix("window.bingoRuns = ").removesuffix(";\n"))
     assert records == [{"stage": "distill", "seconds": 12.5, "anchors_per_second": 900.0, "versions": {"torch": "9"}}]
@@ -279,7 +279,7 @@ def test_timings_lie_beside_the_page(workspace, built):
 @pytest.mark.parametrize(
     ("measure", "label"), [("knn_10", "k-NN accuracy, percent"), ("agreement_10", "Agreement with the teacher, k = 10, percent")]
 )
-def test_the_curve_of_the_probe_is_named_by_what_was_measured(measure, label):
+def test_the_curve_of_the_probe_is_named_after_its_measure(measure, label):
     curves = {"distill": {"epoch": [1.0, 2.0], "lr": [0.1, 0.0], "loss": [3.0, 2.0], "mix": [2.0, 1.0], measure: [math.nan, 41.5]}}
     labels = [
         attrs["aria-label"] for attrs in Page(build_page(artefacts(curves=curves))).all("svg") if "by epoch" in attrs.get("aria-label", "")
@@ -299,7 +299,7 @@ def test_runs_are_in_the_order_of_the_stages():
 @pytest.mark.slow
 @pytest.mark.parametrize(("percents", "epoch"), [([nan, 70.0, 80.0], 3), ([80.0, nan, 80.0], 1), ([nan, nan, nan], None), ([], None)])
 @pytest.mark.parametrize("kept", [False, True])
-def test_the_best_epoch_by_the_probe_is_named_and_where_it_is_kept(percents, epoch, kept):
+def test_the_best_epoch_by_the_probe_and_its_file_are_named(percents, epoch, kept):
     curve = {"epoch": [1.0, 2.0, 3.0], "loss": [3.0, 2.0, 1.0]} | ({"knn_10": percents} if percents else {})
     text = build_page(artefacts(params=params(distill__keep_best=kept), curves={"distill": curve}))
     assert re.findall(r"Best by the probe: epoch (\d+) with ([\d.]+) %", text) == ([(str(epoch), "80.0")] if epoch else [])
@@ -314,7 +314,7 @@ def section(built: bytes, name: str) -> str:
 def test_the_gallery_shows_members_with_cosine_and_sign(built):
     page = Page(section(built, "bags"))
     items = [attrs["class"].split()[-1] for attrs in page.all("li") if attrs.get("class", "").startswith("item")]
-    # three classes in turn: members 3 and 6 rows on are of the anchor's class, 1 row on is not; row 5 has one member
+    # the three classes alternate: members 3 and 6 rows later are of the anchor's class, 1 row later is not; row 5 has one member
     assert items.count("same") == 11 * 2 + 1
     assert items.count("other") == 11
     counts = {cosine: page.text.count(cosine) for cosine in ("0.938", "0.750", "0.500", "0.250")}
@@ -328,11 +328,11 @@ def test_the_failures_show_both_kinds_of_neighbours(built):
     alts = [re.match(r"Image (\d+)", alt)[1] for alt in re.findall(r'alt="([^"]+)"', html)]
     assert alts == ["17", "2", "5", "0", "8", "13", "1", "3", "3", "4"]
     assert re.findall(r"<span>(\d of \d)</span>", html) == ["0 of 2", "1 of 2"]
-    assert re.findall(r"<b>([\d.]+)</b>", html) == ["0.500", "0.500"], "found by both"
+    assert re.findall(r"<b>([\d.]+)</b>", html) == ["0.500", "0.500"], "found by teacher and student"
     assert "".join(re.findall("([✓✗]) (?=[&a-z])", html)) == "✓✓✗✓✓✗✗✓"
 
 
-def test_without_a_student_that_fails_there_is_no_such_section():
+def test_without_failures_there_is_no_such_section():
     assert 'id="failures"' not in build_page(artefacts(images=MemoryImages(np.zeros((TRAIN + TEST, 8, 8, 3), np.uint8))))
 
 
@@ -351,7 +351,7 @@ def test_bag_statistics_are_explained(page):
     assert all(len(cells) == 2 and cells[1].endswith(".") for name, cells in page.rows.items() if name in ("Purity", "Short bags"))
 
 
-def test_empty_artefacts_give_a_page_that_says_so():
+def test_the_page_says_that_artefacts_are_empty():
     text = build_page(artefacts(knn={}, linear={}))
     words = Page(text).words
     for sentence in ("Nothing was measured", "no training curves", "No bags are shown", "no bag statistics"):
@@ -377,7 +377,7 @@ def test_without_labels_the_page_says_so(tmp_path, pixels):
         {"terms": {"teacher": {"pretrained": False}}},
     ],
 )
-def test_a_random_teacher_is_a_red_notice(changes):
+def test_a_random_teacher_is_reported_in_a_red_notice(changes):
     assert "The teacher has random weights" in Page(build_page(artefacts(**changes))).words
     assert "random weights" not in Page(build_page(artefacts())).words
 
@@ -391,7 +391,7 @@ def test_skipped_images_are_counted_and_the_first_named():
 
 
 @pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
-def test_top_5_is_shown_of_more_than_five_classes(classes, shown):
+def test_top_5_is_shown_for_more_than_five_classes(classes, shown):
     listing = dataclasses.replace(make_listing(), classes=[f"class {number}" for number in range(classes)])
     assert ("top5_last" in [column.key for column in columns(artefacts(listing=listing))]) == shown
 
@@ -401,7 +401,7 @@ def test_top_5_is_shown_of_more_than_five_classes(classes, shown):
     [
         (TEST + 5, (13, 15), 2, ["11", "5", "2"]),  # 5 were copies
         (TEST, (), 0, ["6"]),
-        (None, (), 3, ["3"]),  # in a test split of the dataset's own they are counted
+        (None, (), 3, ["3"]),  # in a test split of the dataset itself they are counted
         (None, (), 0, None),
     ],
 )
@@ -438,7 +438,7 @@ TRANSFER = {
 
 def test_few_labels_and_transfer_are_beside_the_published_figures():
     page = Page(build_page(artefacts(knn={}, linear={}, semi=SEMI, transfer={})))
-    # by percent, in each of them fine-tuned before linear only; below a figure the best epoch's
+    # for each percentage, fine-tuned before linear; below a figure is that of the best epoch
     assert page.rows["Student by BINGO"] == ["38.0best 39.0", "41.0best 42.0", "65.0best 66.0", "60.0best 61.0"]
     assert page.rows["Student, untrainedfloor"] == ["–not measured", "–not measured", "35.0best 36.0", "30.0best 31.0"]
     assert page.rows["Network"] == ["fine-tuned", "linear only", "fine-tuned", "linear only"]
@@ -457,7 +457,7 @@ def test_few_labels_and_transfer_are_beside_the_published_figures():
     assert len(page.all("caption")) == len(page.all("table"))
 
 
-def test_what_was_not_asked_for_has_no_section(page):
+def test_evaluations_that_were_not_requested_have_no_section(page):
     assert not {"few-labels", "transfer"} & {attrs.get("id") for _, attrs in page.tags}
 
 
@@ -470,24 +470,24 @@ def test_experiments_compare_few_labels_and_transfer_too():
     }
 
 
-def test_published_figures_have_a_table_of_their_own():
+def test_published_figures_have_their_own_table():
     page = Page(build_page(artefacts(params=params(report__published={"BINGO, <ImageNet>": "64.0"}))))
     assert page.rows["BINGO, <ImageNet>"] == ["64.0"]
 
 
-def test_other_k_than_the_usual_ones_are_shown_too():
+def test_unusual_values_of_k_are_shown_too():
     page = Page(build_page(artefacts(knn={"student": {"knn_5": 50.0, "knn_5_weighted": 51.0}}, linear={})))
     assert page.rows["Student by BINGO"] == ["50.0", "51.0"]
 
 
 def test_gallery_rows_cover_the_classes_evenly():
     listing = make_listing()
-    assert gallery_rows(listing, 3) == [6, 7, 8]  # of each class the middle one
+    assert gallery_rows(listing, 3) == [6, 7, 8]  # the middle one of each class
     assert sorted(gallery_rows(listing, 100)) == list(range(TRAIN))
     assert gallery_rows(listing, 0) == []
 
 
-def test_thumbnails_of_files_are_small_and_a_lost_file_is_said(tmp_path):
+def test_thumbnails_of_files_are_small_and_a_missing_file_is_reported(tmp_path):
     from PIL import Image
 
     listing = dataclasses.replace(make_listing(), paths=["a.jpg", "gone.jpg", "broken.jpg"], labels_N=np.zeros(3, np.int64), train_rows=3)
@@ -531,7 +531,7 @@ def test_failures_of_another_listing_are_one_line(wrong):
         build_page(artefacts(images=pictures, failures={"k": 2, "queries": 8, "images": [found]}))
 
 
-def test_labelled_images_without_test_images_are_no_call_to_run_the_evaluations_again():
+def test_without_test_images_the_page_does_not_ask_to_rerun_the_evaluations():
     html = build_page(artefacts(listing=dataclasses.replace(make_listing(), train_rows=TRAIN + TEST), knn={}, linear={}))
     assert "there are no test images" in html
     assert "No student has been evaluated yet" not in html
@@ -571,7 +571,7 @@ def test_charts_are_well_formed_and_repeatable(draw):
     name, attrs = page.tags[0]
     assert (name, attrs["role"]) == ("svg", "img")
     assert attrs["aria-label"]
-    assert not re.search(r"#0[0-9a]0[0-9]0[0-9]", svg), "a stand-in colour is left"
+    assert not re.search(r"#0[0-9a]0[0-9]0[0-9]", svg), "a placeholder colour is left"
     assert "style" not in {tag for tag, _ in page.tags}
 
 
@@ -603,7 +603,7 @@ PAPERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", method_names())
-def test_every_method_is_named_as_its_paper_writes_it(method):
+def test_every_method_is_named_as_in_its_paper(method):
     scores = {net: {"knn_10": 50.0} for net in ("student", "moco", "isd")}
     curves = {"distill": {"epoch": [1.0], "loss": [2.0], "knn_10": [3.0]}, "baseline-isd": {"epoch": [1.0], "loss": [2.0], "knn_10": [3.0]}}
     coco = {"fpn-1x": {kind: dict.fromkeys(("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"), 1.0) for kind in ("box", "mask")}}
@@ -629,7 +629,7 @@ def test_every_method_is_named_as_its_paper_writes_it(method):
         ({"baselines": [], "distill__method": "bingo", "teacher__source": "random"}, set()),
         ({"baselines": [], "distill__method": "bingo", "distill__keys": "momentum", "teacher__source": "random"}, {"distill"}),
         ({"baselines": [], "distill__method": "disco", "teacher__source": "random"}, {"distill"}),
-        ({"baselines": [], "distill__method": "compress", "teacher__source": "random"}, set()),  # no query meets its own key
+        ({"baselines": [], "distill__method": "compress", "teacher__source": "random"}, set()),  # no query is compared with its own key
     ],
 )
 def test_a_moving_average_trained_with_whole_batchnorm_is_a_caveat(changes, named):

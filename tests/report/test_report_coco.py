@@ -1,4 +1,4 @@
-"""The report's COCO table: each figure in its row, published rows next to the run that they belong to, nothing if nothing ran."""
+"""The report's COCO table: each figure in its row, published rows next to their run, and no table without a run."""
 
 from bingo.report.downstream import MEASURES, coco_rows, sections
 from bingo.report.inputs import read_optional_json
@@ -8,14 +8,14 @@ from tests.report.test_report import Page, artefacts, params
 
 
 def scores(first: float) -> dict:
-    """Figures that rise by one, from `first`; no large masks."""
+    """Figures that increase by one from `first`; none for large masks."""
     values = {kind: {key: first + 6 * place + i for i, key in enumerate(MEASURES)} for place, kind in enumerate(("box", "mask"))}
     values["mask"]["AP_large"] = None
     return values
 
 
 def test_measured_and_published_figures_are_in_their_rows(tmp_path):
-    write_json(tmp_path / "c.json", scores(10.0))  # as the stage writes them
+    write_json(tmp_path / "c.json", scores(10.0))  # as written by the stage
     a = artefacts(coco={"fpn-1x": read_optional_json(tmp_path / "c.json")})
     page = Page(build_page(a))
     own = page.rows[f"{params().student.arch} by BINGOmeasured, fpn-1x"]
@@ -27,7 +27,7 @@ def test_measured_and_published_figures_are_in_their_rows(tmp_path):
     assert len(page.all("caption")) == len(page.all("table"))
 
 
-def test_c4_stands_beside_the_resnet_34_rows_and_an_own_schedule_beside_none():
+def test_c4_is_beside_the_resnet_34_rows_and_other_schedules_beside_none():
     rows = coco_rows(artefacts(coco={"c4-2x": scores(0.0), "fpn-short": scores(1.0)}))
     origins = [origin for _, origin, _ in rows]
     assert [origin for origin in origins if origin.startswith("measured")] == ["measured, c4-2x", "measured, fpn-short"]

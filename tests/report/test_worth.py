@@ -14,14 +14,14 @@ TEST = 400
 
 
 def hits(share: float, images: int = TEST) -> np.ndarray:
-    """Percent of each image: right on the first ones."""
+    """100 for the first images, which are right, and 0 for the others."""
     found = np.zeros(images)
     found[: round(share * images)] = 100
     return found
 
 
 def found(figures: dict, measure="linear", listing=None, **changes):
-    """Artefacts whose networks have these percents of each test image."""
+    """Artefacts with these percentages for each test image and network."""
     images = len(next(iter(figures.values())))
     listing = listing or dataclasses.replace(make_listing(), paths=["x"] * (12 + images), labels_N=np.zeros(12 + images, int))
     means = {net: float(values.mean()) for net, values in figures.items()}
@@ -33,7 +33,7 @@ def found(figures: dict, measure="linear", listing=None, **changes):
 
 @pytest.mark.parametrize("shares", [(0.9, 0.7), (0.52, 0.5), (0.3, 0.35)])
 @pytest.mark.parametrize("possible", [1, 10])
-def test_the_interval_is_that_of_resampled_images(shares, possible):
+def test_the_interval_equals_that_of_resampled_images(shares, possible):
     random = np.random.default_rng(3)
     ours, theirs = (100 * random.binomial(possible, share, TEST) / possible for share in shares)
     mean, bounds = paired_interval(ours, theirs)
@@ -44,7 +44,7 @@ def test_the_interval_is_that_of_resampled_images(shares, possible):
 
 
 @pytest.mark.parametrize(("better", "worse", "same"), [(12, 3, 85), (0, 0, 10), (10, 0, 0), (0, 1, 19)])
-def test_the_interval_of_hits_is_agresti_and_mins(better, worse, same):
+def test_the_interval_of_hits_is_that_of_agresti_and_min(better, worse, same):
     ours = np.array([100.0] * better + [0.0] * worse + [100.0] * same)
     theirs = np.array([0.0] * better + [100.0] * worse + [100.0] * same)
     b, c, n = better + 0.5, worse + 0.5, better + worse + same + 2
@@ -58,7 +58,7 @@ def test_the_interval_of_hits_is_agresti_and_mins(better, worse, same):
 STUDENT = hits(0.8)
 
 
-def test_the_student_is_compared_with_what_it_was_before_if_it_has_a_start():
+def test_a_student_that_starts_from_weights_is_compared_with_them():
     nets = {"student": STUDENT, "start": hits(0.7), "untrained": hits(0.3), "moco": hits(0.6), "supervised": hits(0.9), "teacher": hits(1)}
     assert [one.net for one in comparisons(found(nets))] == ["start", "moco", "supervised"]
     assert [one.net for one in comparisons(found({net: nets[net] for net in ("student", "untrained")}))] == ["untrained"]
@@ -72,8 +72,8 @@ def test_raw_pixels_are_compared_too(measure):
     assert "was worth it" in opening(headline(found(nets | {"pixels": hits(0.4)}, measure)))
 
 
-NEAR = np.roll(STUDENT, 10)  # right on ten others
-SITUATIONS = {  # networks beside the student, and the sign of each comparison
+NEAR = np.roll(STUDENT, 10)  # right on ten other images
+SITUATIONS = {  # networks besides the student, and the sign of each comparison
     "worth it": ({"untrained": hits(0.3), "moco": hits(0.6)}, [1, 1]),
     "within chance of a baseline": ({"untrained": hits(0.3), "moco": NEAR}, [1, 0]),
     "below supervised weights": ({"untrained": hits(0.3), "supervised": hits(0.9)}, [1, -1]),
@@ -106,7 +106,7 @@ def test_each_situation_has_its_own_answer_with_the_figures(measure, method):
 
 def test_how_much_of_the_teacher_is_kept():
     kept = headline(found({"student": STUDENT, "teacher": hits(0.9)})).partition("keeps")[2]
-    assert re.findall(r"[\d.]+ %", kept) == ["89 %", "90.0 %", "33.3 %"]  # of the teacher's accuracy, that, and chance of three classes
+    assert re.findall(r"[\d.]+ %", kept) == ["89 %", "90.0 %", "33.3 %"]  # of the teacher's accuracy; that; chance for 3 classes
     assert "teacher" not in headline(found({"student": STUDENT, "teacher": hits(0.9)}, params=params(distill__method="moco")))
     assert "%" not in headline(found({"student": STUDENT, "teacher": hits(0.7)})).partition("teacher")[0].rpartition(";")[2]
 

@@ -1,4 +1,4 @@
-"""Groups of two processes: what a process that fails leaves to one that waits for it, for how long they wait, and what is gathered."""
+"""Groups of two processes: the error of a failed process reaches one that waits for it, limits of waiting, and gathered arrays."""
 
 import os
 import socket
@@ -25,18 +25,18 @@ def free_port() -> int:
 
 
 def join(rank: int, port: int, folder: Path, end_seconds: float = 0.3, **environment: str) -> None:
-    """This process is `rank` of a group of two; what it says on standard error goes to a file."""
+    """Join a group of two as process `rank`; standard error goes to a file."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2", **environment}
     os.dup2(os.open(folder / f"err-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     distributed._POLL_SECONDS, distributed._END_SECONDS = 0.1, end_seconds
     gloo = dist.init_process_group
-    dist.init_process_group = lambda backend, **given: gloo("gloo", **{**given, "device_id": None})  # for NCCL, which needs GPUs
+    dist.init_process_group = lambda backend, **given: gloo("gloo", **{**given, "device_id": None})  # instead of NCCL, which needs GPUs
     torch.cuda.set_device = lambda device: None
 
 
 def fails_and_keeps_its_connections(rank: int, port: int, folder: Path, failing: int, error: Exception, torchrun: dict) -> None:
-    """The other process is in a barrier of Gloo, which does not return as long as the connection is there: as in NCCL."""
+    """The other process is in a barrier of Gloo, which does not return while the connection exists, as in NCCL."""
     join(rank, port, folder, **{name: values[rank] for name, values in torchrun.items()})
     with suppress(type(error)), distributed.group(GPU):
         if rank == failing:
@@ -57,8 +57,8 @@ MISTAKE = UserError(["distill.lr = 9: too high", "another"])
         (1, MemoryError("7 GiB"), {}, str(out_of_memory(MemoryError("7 GiB")))),
         (1, FileNotFoundError(2, "No such file", "a\x07b"), {}, r"FileNotFoundError: [Errno 2] No such file: 'a\x07b'"),
         (0, MISTAKE, {"LOCAL_RANK": "00", "GROUP_RANK": "01"}, "distill.lr = 9: too high"),
-        (1, MISTAKE, {"LOCAL_RANK": "33", "GROUP_RANK": "01"}, None),  # the first process of that machine says it
-        (1, MISTAKE, {"LOCAL_RANK": "00", "GROUP_RANK": "00"}, None),  # the one that failed has said it on this machine
+        (1, MISTAKE, {"LOCAL_RANK": "33", "GROUP_RANK": "01"}, None),  # the first process of that machine reports it
+        (1, MISTAKE, {"LOCAL_RANK": "00", "GROUP_RANK": "00"}, None),  # the failed process has reported it on this machine
     ],
 )
 def test_a_process_that_waits_for_a_failed_one_ends_with_its_line(tmp_path, failing, error, torchrun, line):
@@ -90,7 +90,7 @@ def test_a_lost_connection_is_reported_with_the_line_of_the_process_that_failed(
 
 
 def ends_well(rank: int, port: int, folder: Path) -> None:
-    """The first process, which holds the store, ends long before the other; both leave several groups, one by agreement."""
+    """The first process, which hosts the store, ends long before the other; both leave several groups, one of them by agreement."""
     join(rank, port, folder)
     with pytest.raises(Interrupted), distributed.group(GPU):
         raise Interrupted("stopped")
@@ -110,12 +110,12 @@ def ends_well(rank: int, port: int, folder: Path) -> None:
             dist.all_gather = lambda parts, x, given=given, real=real: given.extend([*parts, x]) or real(parts, x)
             assert torch.equal(distributed.gather(x), wanted)
             dist.all_gather = real
-            assert {part.stride() for part in given} == {x.contiguous().stride()}  # NCCL copies memory as it lies
+            assert {part.stride() for part in given} == {x.contiguous().stride()}  # NCCL copies memory in its layout
         time.sleep(rank)
     (folder / f"well-{rank}").touch()
 
 
-def test_a_group_that_ends_well_ends_without_a_word_and_gathers_rows_of_any_layout(tmp_path):
+def test_a_group_that_succeeds_ends_silently_and_gathers_rows_of_any_layout(tmp_path):
     (tmp_path / "second").write_text(str(free_port()))
     start_two(ends_well, free_port(), tmp_path)
     for rank in (0, 1):

@@ -1,4 +1,4 @@
-"""Messages of any length: one line, cut between words, with the end that says what to do."""
+"""Messages of any length: one line, shortened between words, which keeps the advice at its end."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_an_error_without_a_text_is_named_by_its_type():
 
 
 @pytest.mark.parametrize("start", range(12))
-def test_a_long_line_is_cut_between_words_and_keeps_its_end(start):
+def test_a_long_line_is_shortened_between_words_and_keeps_its_end(start):
     (line,) = UserError(f"{WORDS[start:]}; set dataset.root").lines
     first, last = line.split(" ... ")
     assert len(line) <= 1005

@@ -1,4 +1,4 @@
-"""A GPU that torch or FAISS cannot use is reported, and no other: by drivers, device files and environments of several kinds."""
+"""A GPU is reported exactly if torch or FAISS cannot use it, for several drivers, device files and environments."""
 
 import sys
 import warnings
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
-    """A machine without device files, in whose environment nothing is set."""
+    """A machine without device files and with an empty environment."""
     monkeypatch.setattr(gpus, "_DEVICE_FILES", tmp_path)
     for name in ("BINGO_DEVICE", "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -54,14 +54,14 @@ def test_a_driver_that_torch_rejects_ends_the_run_with_a_line(monkeypatch, wante
 
 
 @pytest.mark.parametrize(("variable", "value"), [("BINGO_DEVICE", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")])
-def test_a_gpu_that_is_not_wanted_may_have_any_driver(monkeypatch, tmp_path, variable, value):
+def test_a_gpu_that_is_not_requested_may_have_any_driver(monkeypatch, tmp_path, variable, value):
     torch_says(monkeypatch, TOO_OLD)
     (tmp_path / "nvidia0").touch()
     monkeypatch.setenv(variable, value)
     assert pick_device() == CPU
 
 
-def test_warnings_of_something_else_are_no_reason(monkeypatch):
+def test_other_warnings_are_ignored(monkeypatch):
     torch_says(monkeypatch, "numpy is old")
     assert pick_device() == CPU
 
@@ -98,13 +98,13 @@ def test_a_device_file_that_this_process_may_open_is_a_gpu(monkeypatch, tmp_path
     with pytest.raises(UserError, match="torch cannot use this machine's GPU"):
         pick_device()
     (tmp_path / file).unlink()
-    (tmp_path / file).symlink_to(tmp_path / "gone")  # cannot be opened, as in a job to which the GPU does not belong
+    (tmp_path / file).symlink_to(tmp_path / "gone")  # cannot be opened, as in a job to which the GPU is not assigned
     assert pick_device() == CPU
     with fake_faiss_gpus(0):
         assert gpus.gpu_unused_by_faiss() is None
 
 
-def test_faiss_with_a_gpu_or_built_without_them_or_on_the_cpu_is_not_reported(monkeypatch, tmp_path):
+def test_faiss_is_not_reported_with_a_gpu_or_without_support_or_on_the_cpu(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
     with fake_faiss_gpus(1):
         assert gpus.gpu_unused_by_faiss() is None
@@ -125,7 +125,7 @@ def test_other_devices_are_refused(monkeypatch, wanted):
             asking()
 
 
-def test_a_gpu_that_is_asked_for_and_not_here(monkeypatch):
+def test_a_requested_gpu_that_does_not_exist(monkeypatch):
     torch_says(monkeypatch)
     monkeypatch.setenv("BINGO_DEVICE", "cuda")
     with pytest.raises(UserError, match="BINGO_DEVICE = cuda: torch sees no GPU here"):
@@ -134,7 +134,7 @@ def test_a_gpu_that_is_asked_for_and_not_here(monkeypatch):
 
 @pytest.fixture
 def modes(monkeypatch):
-    """torch's modes, which are as they were afterwards."""
+    """torch's modes, which are restored after the test."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", torch.utils.deterministic.fill_uninitialized_memory)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
@@ -144,13 +144,13 @@ def modes(monkeypatch):
 
 
 @pytest.mark.parametrize(("wanted", "device", "on"), [(None, "cuda", True), ("1", "cuda", True), ("0", "cuda", False), ("0", "cpu", True)])
-def test_only_a_gpu_does_without_deterministic_algorithms_and_none_fills_memory(monkeypatch, modes, wanted, device, on):
+def test_only_a_gpu_can_disable_deterministic_algorithms_and_memory_is_not_filled(monkeypatch, modes, wanted, device, on):
     monkeypatch.delenv("BINGO_DETERMINISTIC", raising=False)
     if wanted is not None:
         monkeypatch.setenv("BINGO_DETERMINISTIC", wanted)
     assert make_deterministic(torch.device(device)) is on is torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.benchmark is not on
-    assert not torch.empty(10_000).isnan().all(), "filled memory is NaN throughout"
+    assert not torch.empty(10_000).isnan().all(), "filled memory would contain only NaN"
 
 
 def test_another_value_is_refused(monkeypatch, modes):

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, lines in a file, for work that lasts, by the first process; silence otherwise."""
+"""Progress of long work: a bar on a terminal, lines in a file, from the first process only; otherwise silence."""
 
 import io
 import os
@@ -14,12 +14,12 @@ from workspace import PROGRESS
 
 from bingo.runtime import progress
 
-SILENT_SECONDS = progress._SILENT_SECONDS  # conftest.py takes it away
+SILENT_SECONDS = progress._SILENT_SECONDS  # conftest.py changes it
 LINE = re.compile(r"extract: (\d+) % \(([\d,]+) of ([\d,]+) images\), ([\d,.]+) images/s, (\d+):(\d\d):(\d\d) left")
 
 
 def shown(monkeypatch, terminal=True, silent_seconds=0.0, nested=False) -> str:
-    """What four steps of work write to standard error."""
+    """The standard error of four steps of work."""
     stream = io.StringIO()
     stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stream)
@@ -36,7 +36,7 @@ def shown(monkeypatch, terminal=True, silent_seconds=0.0, nested=False) -> str:
 
 
 class Clock:
-    """A clock that stands still until it is moved, and lines with the second at which each was written."""
+    """A clock that is moved by hand, and lines with the second at which each was written."""
 
     def __init__(self, monkeypatch):
         self.seconds, self.lines = 1000.0, []
@@ -48,14 +48,14 @@ class Clock:
         return False
 
     def write(self, text: str) -> None:
-        assert text.endswith("\n")  # whole lines, so that those of other processes are not within
+        assert text.endswith("\n")  # whole lines, so that lines of other processes are not mixed in
         self.lines.append((self.seconds - 1000.0, text.rstrip("\n")))
 
     def flush(self) -> None:
         pass
 
     def work(self, seconds: float, step_seconds: float, total: int = 1_000_000, resumed: int = 0) -> list[tuple[float, str]]:
-        """The lines of work that takes so long at a steady pace, and moves its bar every `step_seconds`."""
+        """The lines of work with a steady pace and this duration, which moves its bar every `step_seconds`."""
         steps = round(seconds / step_seconds)
         with progress.progress_bar("extract", total, "images") as bar:
             if resumed:
@@ -76,10 +76,10 @@ def test_a_bar_within_another_is_not_shown(monkeypatch, terminal):
     text, whole = shown(monkeypatch, terminal, nested=True), "4/4" if terminal else "neighbours: 25 %"
     assert whole in text
     assert "lists" not in text
-    assert whole in shown(monkeypatch, terminal)  # the next one is
+    assert whole in shown(monkeypatch, terminal)  # the next bar is shown
 
 
-def test_work_within_is_silent_though_its_outer_loop_has_shown_nothing_yet(monkeypatch):
+def test_inner_work_is_silent_even_if_its_outer_loop_has_shown_nothing(monkeypatch):
     clock = Clock(monkeypatch)
     with progress.progress_bar("train", 9, "anchors"):
         clock.work(600, 1)
@@ -125,7 +125,7 @@ def test_a_line_has_count_share_rate_and_time_left(monkeypatch, resumed):
         assert left[0] * 3600 + left[1] * 60 + left[2] == pytest.approx(500 - at, abs=1)
 
 
-def test_what_a_loop_remarks_stands_in_the_line_until_it_changes(monkeypatch):
+def test_a_remark_of_a_loop_is_in_the_line_until_it_changes(monkeypatch):
     clock = Clock(monkeypatch)
     with progress.progress_bar("train", 100, "anchors") as bar:
         for remark in ("", "knn_10 81.2"):
@@ -152,7 +152,7 @@ def test_work_of_unknown_length_shows_how_much_and_how_long(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_line_comes_though_no_unit_is_done(monkeypatch):
+def test_a_line_is_written_even_if_no_unit_is_done(monkeypatch):
     clock = Clock(monkeypatch)
     monkeypatch.setattr(progress, "_POLL_SECONDS", 0.01)
     with progress.progress_bar("K-means"):
@@ -165,7 +165,7 @@ def test_a_line_comes_though_no_unit_is_done(monkeypatch):
     ]  # fmt: skip
 
 
-def test_nothing_to_do_is_no_mistake(monkeypatch):
+def test_empty_work_is_not_a_mistake(monkeypatch):
     clock = Clock(monkeypatch)
     with progress.progress_bar("scan", 0, "images") as bar:
         clock.seconds += 3
@@ -185,7 +185,7 @@ print("done", flush=True)
 
 
 @pytest.mark.slow
-def test_a_reader_that_is_gone_does_not_stop_the_work():
+def test_a_closed_pipe_does_not_stop_the_work():
     read, write = os.pipe()
     os.close(read)
     assert subprocess.run([sys.executable, "-c", SLEEPS], stderr=write, stdout=subprocess.PIPE, check=False).stdout == b"done\n"
@@ -215,7 +215,7 @@ def test_a_real_terminal_has_a_bar_and_a_pipe_a_line():
     assert b" % (" not in text
 
 
-def test_tests_of_stages_look_past_progress_alone(monkeypatch):
+def test_the_tests_of_stages_ignore_only_progress(monkeypatch):
     lines = [line for _, line in Clock(monkeypatch).work(600, 1)]
     text = "".join(f"{line}\n" for line in [*lines, "K-means: 0:00:05 so far", "finding: 60,000 files, 1,500 files/s"])
     assert PROGRESS.sub("", text) == ""

@@ -1,4 +1,4 @@
-"""The loader of tasks: results in memory that is used again are right for as long as they may be used."""
+"""The loader of tasks: results in reused memory are correct for as long as they may be used."""
 
 import os
 import random
@@ -13,7 +13,7 @@ AHEAD, WORKERS = 2, 2
 
 
 class Filled(Work):
-    """Parts of the lengths that a task lists, filled with its first number; the worker's process; and how many slots it has."""
+    """Parts of the lengths listed in a task, filled with its first number; the worker's process; and its number of slots."""
 
     def result(self, task: tuple[int, list[int]], empty: Empty) -> tuple[list[torch.Tensor], int, int]:
         number, lengths = task
@@ -21,15 +21,15 @@ class Filled(Work):
 
 
 def check(parts: list[torch.Tensor], task: tuple[int, list[int]]) -> None:
-    """Shapes and values."""
+    """Check shapes and values."""
     number, lengths = task
     assert [part.shape for part in parts] == [(2, length) for length in lengths]
     assert all(bool((part == number).all()) for part in parts)
 
 
 @pytest.mark.slow
-def test_results_are_whole_until_the_next_item_however_large_they_and_the_items_are():
-    """Items of 0 to 9 tasks, parts of 0 to 50,000 bytes, a pass that is given up: many more results than there is memory for."""
+def test_results_are_unchanged_until_the_next_item_for_all_lengths():
+    """Items of 0 to 9 tasks, parts of 0 to 50,000 bytes, and an unfinished pass: many more results than there is memory for."""
     draw, loader, slots, pids = random.Random(0), TaskLoader(Filled(), WORKERS, AHEAD, pin=False), 0, set[int]()
     for last in (40, 3, 40):
         items = [
@@ -47,7 +47,7 @@ def test_results_are_whole_until_the_next_item_however_large_they_and_the_items_
 
 
 def test_without_workers_every_result_has_its_own_memory():
-    """Two items, kept."""
+    """Two items, which are kept."""
     tasks = [(number, [3, 0]) for number in range(4)]
     kept = list(TaskLoader(Filled(), 0, AHEAD, pin=False).results((None, [task]) for task in tasks))
     for (_, [(parts, pid, _)]), task in zip(kept, tasks, strict=True):
@@ -56,8 +56,8 @@ def test_without_workers_every_result_has_its_own_memory():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_pass_that_another_one_replaced_neither_takes_its_results_nor_ends_it(workers: int):
-    """The first pass is asked for more, which closes it, while the second is running."""
+def test_a_replaced_pass_neither_takes_results_of_the_new_one_nor_ends_it(workers: int):
+    """Asking the first pass for more while the second is running is an error, and closes the first."""
     loader = TaskLoader(Filled(), workers, AHEAD, pin=False)
     first, second = (loader.results((number, [(number, [3])]) for number in range(start, start + 9)) for start in (0, 100))
     next(first)

@@ -1,7 +1,7 @@
-"""dvc.yaml lists the parameters that a stage reads, as it does the files that it imports: every stage runs, and its reads are recorded.
+"""dvc.yaml lists the parameters that a stage reads, as it does the files that it imports: every stage is run, and its reads are recorded.
 
-A stage reads no key that it does not list. The other way round a key is decided only where all settings have been seen, so the rule is:
-of each entry in `params:`, a key or a whole section, some run of that stage and item has read something.
+A stage reads no key that it does not list. The opposite would need runs with all settings, so the rule is: for each entry in `params:`, a
+key or a section, some run of that stage and item has read part of it.
 """
 
 import re
@@ -39,9 +39,9 @@ SHORT = {
     "transfer.finetune": {**TUNE, "epochs": 1, "trunk_lr": 0.05, "head_lr": 0.2},
     "transfer.resized_px": 24,
 }
-# Where images are, not what they are: that, and what decodes them, is in data/listing.parquet, on which a stage that opens images depends.
+# These say where images are. Their content and decoder are in data/listing.parquet, a dependency of all stages that open images.
 PLACES = {"dataset.root", "dataset.follow_links", "dataset.jpeg_decoder"}
-# Sections are not infrastructure here: what their own functions read after loading is read for a stage.
+# Sections are not infrastructure here: reads by their own functions after loading count as reads by a stage.
 NO_READERS = {file for file in INFRASTRUCTURE if not file.startswith("bingo/params/") or file.endswith("limits.py")}
 PARAMS = read_yaml(ROOT / "params.yaml")
 FOR_FILES = {*PLACES, "dataset.check", "dataset.on_bad_image", "dataset.image_column", "dataset.label_column"}
@@ -50,7 +50,7 @@ NETS = ("student", "ema", "untrained", "start", "supervised", "teacher", "pixels
 
 @dataclass(frozen=True)
 class Command:
-    """A stage of dvc.yaml or an item of one, and additional settings with which it runs."""
+    """A stage of dvc.yaml or one of its items, with additional settings for running it."""
 
     stage: str
     item: str = ""
@@ -62,7 +62,7 @@ class Command:
 
     @property
     def label(self) -> str:
-        """What pytest calls it."""
+        """The name in pytest."""
         return str(self) if self.workspace == "main" else f"{self}, {self.workspace}"
 
 
@@ -86,7 +86,7 @@ COMMANDS = [
 
 
 def entries(command: Command, params: dict[str, Any]) -> set[str]:
-    """The keys and sections that dvc.yaml lists for a stage or an item, with its names put in."""
+    """The keys and sections that dvc.yaml lists for a stage or an item, with its names filled in."""
     stage, item = STAGES[command.stage], command.item
     held = stage["foreach"][item] if isinstance(stage.get("foreach"), dict) else item
 
@@ -121,7 +121,7 @@ def coco(root: Path, stages: Stages) -> Workspace:
 
 
 def files(root: Path, stages: Stages) -> Workspace:
-    """A workspace with images that are decoded when they are used."""
+    """A workspace with images that are decoded on access."""
     changes = {"dataset.source": "folder", "dataset.root": "images", "dataset.store_px": None, "dataset.train_images": None}
     changes |= {
         "dataset.test_images": None,
@@ -139,7 +139,7 @@ def files(root: Path, stages: Stages) -> Workspace:
 
 
 class Runs:
-    """Runs commands and keeps, for each, pairs of what it listed and what it read."""
+    """Runs commands, and keeps pairs of listed and read keys for each."""
 
     def __init__(self, root: Path, stages: Stages):
         self.workspaces = {"main": new_workspace(root / "main", stages, SHORT), "coco": coco(root, stages), "files": files(root, stages)}
@@ -185,7 +185,7 @@ def test_a_stage_lists_each_parameter_that_it_reads(runs, command):
         if "data/listing.parquet" in definition(command.stage)["deps"]:
             undeclared -= PLACES
         if isinstance(named_in := STAGES[command.stage].get("foreach"), str):
-            undeclared -= {named_in.strip("${}")}  # dvc.yaml makes the items from it, so that a stage finds its own item there
+            undeclared -= {named_in.strip("${}")}  # dvc.yaml gets the items from it, so that a stage finds its own item there
         assert not undeclared, f"{command}: add {sorted(undeclared)} to its params in dvc.yaml"
 
 
@@ -193,11 +193,11 @@ DECIDED = [command for command in COMMANDS if command.stage != "report" and comm
 
 
 @pytest.mark.parametrize("command", DECIDED, ids=str)
-def test_a_stage_reads_something_of_each_entry_that_it_lists(runs, command):
+def test_a_stage_reads_part_of_each_entry_that_it_lists(runs, command):
     listed = set.union(*(listed for listed, _ in runs.found[command.label]))
     read = set.union(*(read for _, read in runs.found[command.label]))
     idle = {entry for entry in listed if not any(covers(entry, key) for key in read)}
-    assert not idle, f"{command}: take {sorted(idle)} out of its params in dvc.yaml"
+    assert not idle, f"{command}: remove {sorted(idle)} from its params in dvc.yaml"
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def test_a_stage_reads_something_of_each_entry_that_it_lists(runs, command):
         ("knn_eval@untrained, files", ["dataset.root", "dataset.follow_links", "seed"]),
     ],
 )
-def test_what_some_stages_read_is_known(runs, command, wanted):
-    """The recording against the code: neither too little, nor the record of a run, which holds all parameters."""
+def test_the_recorded_reads_of_some_stages(runs, command, wanted):
+    """Checks the recording against the code: it is complete, and does not include the record of a run, which contains all parameters."""
     ((_, read),) = runs.found[command]
     if command.endswith("files"):
         read &= {*wanted, "baselines", "distill.precision", "dataset.source"}

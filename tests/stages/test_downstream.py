@@ -1,4 +1,4 @@
-"""semi_eval and transfer_cifar as a user runs them: from the student's file alone, the same bytes after kills, mistakes in one line."""
+"""semi_eval and transfer_cifar as run by a user: only a student's file is needed, the same bytes after kills, errors in one line."""
 
 import json
 import pickle
@@ -50,7 +50,7 @@ CHANGES = {
 
 
 def train_student(root: Path) -> None:
-    """A student's file, from a training on all labels: what its file says about its origin does not matter here."""
+    """A student's file, from a training with all labels; what it says about its origin does not matter here."""
     params, listing = load_params(root / "params.yaml"), read_listing(root / "data/listing.parquet")
     network, rows = params.student, np.arange(len(listing))
     backbone = build_backbone(network.arch, network.width, network.stem, 0)
@@ -68,7 +68,7 @@ def train_student(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, stages) -> Workspace:
-    """A workspace with digits, a student's file and nothing else of the pipeline; semi_eval has run."""
+    """A workspace with digits and a student's file only; semi_eval has run."""
     workspace = new_workspace(tmp_path_factory.mktemp("reference") / "bingo", stages, CHANGES)
     workspace.done("scan")
     train_student(workspace.root)
@@ -109,18 +109,18 @@ def test_a_tenth_of_the_labels_is_enough_for_a_good_student(reference):
 
 
 def test_a_killed_run_gives_the_same_bytes(workspace, reference):
-    steps = {"linear": 5 * 4, "finetune": 5 * 4}  # of 80 labels in batches of 16
+    steps = {"linear": 5 * 4, "finetune": 5 * 4}  # 80 labels in batches of 16
 
     def done_steps() -> int:
         latest = (workspace.root / ".bingo/state/semi_eval-percent_10").glob("*/*/*/latest.json")
         return sum(json.loads(path.read_text())["step"] for path in latest)
 
-    for step in (5, steps["linear"] + 3, sum(steps.values()) + 2):  # of the student linear, the student whole, the untrained one
+    for step in (5, steps["linear"] + 3, sum(steps.values()) + 2):  # student linear, student fine-tuned, untrained network
         running = workspace.start("semi_eval", BINGO_CHECKPOINT_SECONDS="0")
         until(lambda step=step: done_steps() >= step, running.ended)
         assert running.kill().status < 0
         assert not (workspace.root / "reports").exists()
-    out = workspace.done("semi_eval").out  # without a name: every split
+    out = workspace.done("semi_eval").out  # without a name: all splits
     assert "student, linear: resuming from a checkpoint" in out
     assert "untrained, linear: resuming from a checkpoint" in out
     assert workspace.files("reports/semi/percent_10.json") == reference.files("reports/semi/percent_10.json")
@@ -162,7 +162,7 @@ def test_images_without_labels_are_one_line(workspace):
 
 
 def coloured(labels: np.ndarray, side_px: int) -> np.ndarray:
-    """Noise in a colour of each class, uint8 (N, S, S, 3)."""
+    """Noise in a colour for each class, uint8 (N, S, S, 3)."""
     rng = np.random.default_rng(len(labels))
     colours = np.random.default_rng(0).integers(40, 215, (int(labels.max()) + 1, 3))
     noise = rng.normal(0, 30, (len(labels), side_px, side_px, 3))
@@ -170,7 +170,7 @@ def coloured(labels: np.ndarray, side_px: int) -> np.ndarray:
 
 
 def write_cifar10(root: Path) -> None:
-    """The files that torchvision's CIFAR10 reads, with 60 train and 40 test images."""
+    """Files as read by torchvision's CIFAR10, with 60 train and 40 test images."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for name, rows in [*((f"data_batch_{number}", 12) for number in range(1, 6)), ("test_batch", 40)]:
@@ -183,7 +183,7 @@ def write_cifar10(root: Path) -> None:
 def test_transfer_to_cifar_in_torchvisions_files(workspace, monkeypatch):
     write_cifar10(workspace.root / "cifar")
     workspace.edit({"transfer.datasets": {"cifar10": CIFAR}, "transfer.interpolation": "bicubic"})
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # it knows the sums of the real files
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # it has the checksums of the real files
     monkeypatch.chdir(workspace.root)
     run = Run("transfer_cifar", load_params())
     seen = [used.task.image.interpolation for used in protocols(run.params, *scanned(run.params, "cifar10", run.say)).values()]
@@ -192,10 +192,10 @@ def test_transfer_to_cifar_in_torchvisions_files(workspace, monkeypatch):
     report = read(workspace, "transfer/cifar10")
     assert (report["dataset"], report["images"]) == ("cifar10", [60, 40])
     assert report["protocols"] == {"linear_resized": {"crop_px": 40}, "linear_native": {"crop_px": 32}, "finetune": {"crop_px": 32}}
-    assert all(report["nets"]["student"][protocol]["top1_last"] > 50 for protocol in report["protocols"])  # of 4 classes that have images
+    assert all(report["nets"]["student"][protocol]["top1_last"] > 50 for protocol in report["protocols"])  # of the 4 classes with images
 
 
-def test_transfer_to_a_folder_by_a_student_with_the_published_stem(workspace):
+def test_transfer_to_a_folder_for_a_student_with_the_published_stem(workspace):
     for split, rows in (("train", 32), ("val", 16)):
         labels = np.arange(rows) % 2
         for row, pixels in enumerate(coloured(labels, 20)):
@@ -213,7 +213,7 @@ def test_transfer_to_a_folder_by_a_student_with_the_published_stem(workspace):
     refused(workspace, "transfer_cifar photos", "transfer.datasets.photos.root = photo: the folder does not exist")
 
 
-def test_a_student_that_is_missing_is_told_first(workspace):
+def test_a_missing_student_is_reported_first(workspace):
     (workspace.root / "models/student.safetensors").unlink()
     workspace.edit({"transfer.datasets": {"cifar10": CIFAR}})
     refused(workspace, "transfer_cifar", "models/student.safetensors: cannot be read (the file does not exist)")
@@ -239,7 +239,7 @@ def test_lists_and_listings_that_are_missing_are_one_line(workspace):
     refused(workspace, "semi_eval percent_10", "data/listing.parquet: ")
 
 
-def test_cifar_that_is_neither_there_nor_to_be_had_is_one_line(workspace, monkeypatch):
+def test_cifar_that_is_missing_and_cannot_be_downloaded_is_one_line(workspace, monkeypatch):
     def no_network(*_, **__):
         raise OSError("no network")
 
@@ -254,7 +254,7 @@ def test_cifar_that_is_neither_there_nor_to_be_had_is_one_line(workspace, monkey
     )
 
 
-def test_a_protocol_whose_images_the_student_cannot_take_is_one_line(workspace):
+def test_a_protocol_with_images_that_the_student_cannot_use_is_one_line(workspace):
     workspace.edit({"transfer.datasets": {"digits": DIGITS}, "student.arch": "vit_tiny_patch16_224", "student.width": 1.0})
     workspace.edit({"student.stem": "imagenet", "transfer.nets": ["untrained"], "transfer.resized_px": 41})
     done = workspace.run("transfer_cifar")

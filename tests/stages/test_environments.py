@@ -1,4 +1,4 @@
-"""The short pipeline in other surroundings: outputs are those of the ordinary run to the byte, wherever and however it runs."""
+"""The short pipeline in other environments: its outputs have the same bytes as an ordinary run."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def test_one_core(workspace, reference):
         assert_as_reference(workspace, reference, stage)
 
 
-def test_a_folder_of_any_name_and_no_gpu_to_be_seen(tmp_path, stages, reference):
+def test_a_folder_of_any_name_and_no_visible_gpu(tmp_path, stages, reference):
     shutil.copytree(reference.root, tmp_path / ANYWHERE, symlinks=True)
     workspace = emptied(Workspace(tmp_path / ANYWHERE, stages))
     for stage in FIRST:
@@ -62,15 +62,15 @@ def test_a_folder_of_any_name_and_no_gpu_to_be_seen(tmp_path, stages, reference)
 
 
 @pytest.mark.parametrize("command", [["scan"], ["recipe", "list"], ["bags", "stats"]], ids=" ".join)
-def test_a_command_from_elsewhere_says_where_it_is_to_be_run(tmp_path, command):
+def test_a_command_outside_a_workspace_says_where_to_run_it(tmp_path, command):
     printed = run(tmp_path, sys.executable, "-c", "from bingo.cli.main import main; main()", *command, status=2)
     assert printed.stderr.startswith("error: ")
     assert printed.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_images_that_may_only_be_read(tmp_path, stages):
-    """Root writes in spite of all rights, so for root the folder is mounted read-only, where that can be done."""
+def test_images_in_a_read_only_folder(tmp_path, stages):
+    """Permissions do not restrict root, so for root the folder is mounted read-only, if mounting is possible."""
     images = tmp_path / "images"
     for number in range(24):
         folder = images / ("train" if number < 16 else "val") / str(number % 2)
@@ -83,7 +83,7 @@ def test_images_that_may_only_be_read(tmp_path, stages):
     if os.geteuid() == 0:
         unshare = ["unshare", "--mount", "sh", "-c", READ_ONLY, str(images)]
         if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
-            pytest.skip("no file system can be mounted here, and root writes in spite of all rights")
+            pytest.skip("no file system can be mounted here, and permissions do not restrict root")
         run(workspace.root, *unshare, *command)
     else:
         folders = [images, *(path for path in images.rglob("*") if path.is_dir())]

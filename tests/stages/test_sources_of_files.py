@@ -1,4 +1,4 @@
-"""Photographs in a folder, in shards and in a saved dataset: the same bytes of every output but the places of the images."""
+"""Photographs in a folder, in shards and in a saved dataset: the same bytes of every output except the places of the images."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.datasets.test_sources import photo
 from tests.workspace import new_workspace
 
 ALL = ("scan", "teacher", "extract", "bag", "weights", "distill", "linear_eval", "knn_eval", "report")
-# Whole photographs are decoded at each use, by the loader's workers.
+# Photographs that the loader's workers decode on every access.
 CHANGES = {
     "baselines": [],
     "dataset.store_px": None,
@@ -29,7 +29,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """30 train and 8 val images of two classes, in the sizes and shapes of COCO's at a quarter."""
+    """30 train and 8 val images of two classes, with the dimensions of COCO's images divided by four."""
     root = tmp_path_factory.mktemp("photographs") / "images"
     for number in range(38):
         place = root / ("train" if number < 30 else "val") / ("cat", "dog")[number % 2] / f"{number:012d}.jpg"
@@ -57,5 +57,5 @@ def test_every_output_has_the_same_bytes(photographs, tmp_path, stages):
     for source in ("webdataset", "huggingface"):
         assert {path for path, content in made[source].items() if content != made["folder"][path]} <= {
             "reports/index.html"
-        }  # has parameters
+        }  # it contains parameters
     assert made["webdataset"].keys() == made["folder"].keys()

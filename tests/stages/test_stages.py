@@ -1,4 +1,4 @@
-"""The stages as processes on real digits: the same bytes every time, after every kill, and one line for every mistake of a user's."""
+"""The stages as processes on real digits: always the same bytes, also after kills, and one line for every user error."""
 
 import csv
 import errno
@@ -47,7 +47,7 @@ GOES_ON = "resuming from a checkpoint"
 
 
 def refused(workspace: Workspace, stage: str, *wanted: str, **variables: str) -> None:
-    """A stage ends with exit code 2 and one line for each mistake, in which `wanted` stands, and has changed no output."""
+    """A stage ends with exit code 2 and one line for each mistake, which contains `wanted`, and has changed no output."""
     before = workspace.existing_files()
     done = workspace.run(stage, **variables)
     lines = done.err.splitlines()
@@ -64,7 +64,7 @@ def refused(workspace: Workspace, stage: str, *wanted: str, **variables: str) ->
 
 
 def test_a_second_run_in_another_folder_gives_the_same_bytes(tmp_path, reference):
-    """By another server, in which strings have other hashes and sets another order."""
+    """With another server, in which strings have other hashes and sets another order."""
     (tmp_path / "server").mkdir()
     with stage_server(tmp_path / "server") as others:
         again = new_workspace(tmp_path / "bingo", others, SHORT)
@@ -83,11 +83,11 @@ def done_chunks(workspace: Workspace) -> list[Path]:
 
 
 @pytest.mark.parametrize("stage", ["teacher", "distill"])
-def test_a_killed_training_goes_on_from_its_checkpoint(workspace, reference, stage):
-    """In the same run of its logger too, which changes no output."""
+def test_a_killed_training_resumes_from_its_checkpoint(workspace, reference, stage):
+    """Also in the same run of its logger, which does not change outputs."""
     logged = {"BINGO_LOGGERS": "jsonl", "DVC_EXP_NAME": "k10"}
     remove(workspace, *workspace.outputs(stage))
-    for step in (1, 13, 25):  # within the first, second and third epoch
+    for step in (1, 13, 25):  # in the first, second and third epoch
         training = workspace.start(stage, BINGO_CHECKPOINT_SECONDS="0", **logged)
         until(lambda step=step: saved_step(workspace, stage) >= step, training.ended)
         done = training.kill()
@@ -99,7 +99,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(workspace, reference, sta
     (log,) = (workspace.root / ".bingo/logs/k10").glob("*/*/log.jsonl")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert log.parent.parent.name == stage
-    assert sorted({line["step"] for line in lines}) == [line["step"] for line in lines], "no step twice, in order"
+    assert sorted({line["step"] for line in lines}) == [line["step"] for line in lines], "every step once, and in order"
     curve = csv.DictReader((workspace.root / f"reports/plots/{stage}.csv").read_text().splitlines())
     shown = [line for line in lines if "epoch" in line]
     assert [(line["epoch"], line["epoch/loss"]) for line in shown] == [(int(row["epoch"]), float(row["loss"])) for row in curve]
@@ -108,7 +108,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(workspace, reference, sta
     assert len(list(log.parent.glob("bags/row-*.png"))) == (4 if stage == "distill" else 0)
 
 
-def test_the_best_epoch_is_that_of_the_curve_and_a_students_file(workspace):
+def test_the_best_epoch_is_that_of_the_curve_and_has_a_students_file(workspace):
     curve = list(csv.DictReader((workspace.root / "reports/plots/distill.csv").read_text().splitlines()))
     best = max(curve, key=lambda record: (float(record["knn_10"]), -int(record["epoch"])))
     found = json.loads((workspace.root / "models/best/epoch.json").read_text())
@@ -150,7 +150,7 @@ def test_kills_at_any_moment_do_no_harm(workspace, reference, stage):
 
 
 @pytest.mark.parametrize("stage", ["teacher", "distill"])
-def test_a_training_that_is_asked_to_stop_saves_and_says_so(workspace, reference, stage):
+def test_a_training_that_is_asked_to_stop_saves_and_reports_it(workspace, reference, stage):
     training = workspace.start(stage, BINGO_CHECKPOINT_SECONDS="0")
     until(lambda: saved_step(workspace, stage) >= 1, training.ended)
     training.send(signal.SIGTERM)
@@ -162,7 +162,7 @@ def test_a_training_that_is_asked_to_stop_saves_and_says_so(workspace, reference
     assert_as_reference(workspace, reference, stage)
 
 
-def test_ctrl_c_during_the_pass_of_the_teacher_is_no_traceback(workspace, reference):
+def test_ctrl_c_during_the_teacher_pass_prints_no_traceback(workspace, reference):
     remove(workspace, "data/embeddings.zarr")
     extract = workspace.start("extract")
     until(lambda: len(done_chunks(workspace)) >= 1, extract.ended)
@@ -186,7 +186,7 @@ def test_a_second_copy_beside_a_running_one_is_refused(workspace, reference):
 
 
 def processes_in(folder: Path, word: str) -> list[int]:
-    """Processes that work in a folder, with `word` in their command."""
+    """Processes that run in a folder, with `word` in their command line."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -218,8 +218,8 @@ def test_a_stage_whose_dvc_was_killed_while_python_started(monkeypatch, variable
     assert _is_orphan() == orphan
 
 
-def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
-    """DVC refuses the second and says whom it waits for; a killed DVC leaves no training behind, and the next one goes on."""
+def test_two_dvc_processes_in_one_workspace_and_a_killed_one(workspace, reference):
+    """DVC refuses to start twice and names the process it waits for; a killed DVC leaves no training running, and the next one resumes."""
     remove(workspace, *workspace.outputs("teacher"))
     variables = environment(BINGO_CHECKPOINT_SECONDS="0")
 
@@ -239,14 +239,14 @@ def test_two_dvc_in_one_workspace_and_a_killed_one(workspace, reference):
     assert f"is busy, it is being blocked by:\n  (PID {first.pid}): " in printed
     assert "Traceback" not in printed
     os.kill(training, signal.SIGCONT)
-    until(lambda: saved_step(workspace, "teacher") > saved, lambda: first.poll() is not None)  # the first one is unharmed
+    until(lambda: saved_step(workspace, "teacher") > saved, lambda: first.poll() is not None)  # the first one is not affected
     first.kill()
     first.wait()
     until(lambda: not processes_in(workspace.root, "stages.teacher"))
     assert not workspace.existing_files(*workspace.outputs("teacher"))
     assert dvc("third", "repro", "--single-item", "teacher").wait() == 0, (workspace.root / "third").read_text()
     assert f"teacher: {GOES_ON}" in (workspace.root / "third").read_text()
-    workspace.done("scan")  # the next stage takes away what was kept until DVC had committed the teacher
+    workspace.done("scan")  # the next stage removes the state that was kept until DVC committed the teacher
     assert_as_reference(workspace, reference, "teacher")
 
 
@@ -255,8 +255,8 @@ ALL_KNN = {f"knn_eval@{net}" for net in ("student", "ema", "untrained", "start",
 }
 
 
-def test_an_evaluation_is_out_of_date_where_its_own_network_or_parameters_change(workspace):
-    """What dvc status lists after a change; what follows from outputs that would then differ is not in it."""
+def test_an_evaluation_is_out_of_date_only_if_its_own_network_or_parameters_change(workspace):
+    """Checks the list of dvc status after a change; consequences of changed outputs are not in it."""
     for folder in ("semi", "transfer", "coco"):
         (workspace.root / "reports" / folder).mkdir()
 
@@ -393,7 +393,7 @@ def test_a_mistake_in_the_environment(workspace, stage, variables, wanted):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("stage", ["teacher", "extract", "distill", "linear_eval"])
-def test_cuda_where_there_is_none(workspace, stage):
+def test_cuda_without_a_gpu(workspace, stage):
     refused(workspace, stage, "BINGO_DEVICE = cuda: torch sees no GPU here", BINGO_DEVICE="cuda")
 
 
@@ -405,11 +405,11 @@ def test_a_stage_outside_of_a_workspace(tmp_path, stages):
     assert done.err == "error: params.yaml: cannot be read (No such file or directory); run from the folder that holds params.yaml\n"
 
 
-def test_a_student_that_collapses_is_told(workspace):
+def test_a_student_that_collapses_is_reported(workspace):
     figures = json.loads((workspace.root / "reports/distill.json").read_text())
     assert figures["feature_std"] > 0.1
     assert figures["effective_rank"] > 3
-    workspace.edit({"distill.weight_decay": 5.0, "distill.sgd_momentum": 0.0, "distill.epochs": 4})  # weights shrink to nothing
+    workspace.edit({"distill.weight_decay": 5.0, "distill.sgd_momentum": 0.0, "distill.epochs": 4})  # weights shrink to zero
     done = workspace.run("distill")
     assert done.status == 0, done
     (line,) = done.err.splitlines()
@@ -421,7 +421,7 @@ def test_a_student_that_collapses_is_told(workspace):
 
 
 def digit_folder(root: Path, names: list[str], classes: int, side_px: tuple[int, int] = (20, 24)) -> None:
-    """PNGs of noise in a colour of their own, under the folders `names`, each with `classes` classes (0: none)."""
+    """PNGs of noise, each in one colour, in the folders `names`, each with `classes` classes (0: none)."""
     numbers = np.random.default_rng(0)
     for name in names:
         for i in range(60):
@@ -433,7 +433,7 @@ def digit_folder(root: Path, names: list[str], classes: int, side_px: tuple[int,
 
 @pytest.fixture
 def own_images(tmp_path, stages) -> Workspace:
-    """A workspace for images in `images/`, with batches small enough for few of them."""
+    """A workspace for images in `images/`, with batches small enough for a few images."""
     small = {"teacher.pretrain.batch_anchors": 16, "distill.batch_anchors": 16, "extract.batch_images": 32, "extract.chunk_rows": 32}
     own = {"dataset.source": "folder", "dataset.root": "images", "dataset.store_px": 16, "report.gallery_anchors": 2}
     return new_workspace(tmp_path / "bingo", stages, {**own, **small})
@@ -474,7 +474,7 @@ def test_unreadable_images_are_named_or_counted(own_images):
 
 
 @pytest.mark.slow
-def test_a_small_dataset_leaves_out_the_k_that_it_is_too_small_for(own_images):
+def test_values_of_k_that_are_too_large_for_the_dataset_are_left_out(own_images):
     digit_folder(own_images.root / "images", ["train", "val"], 3, (8, 9))  # smaller than image.crop_px
     for stage in STAGES:
         out = own_images.done(stage).out
@@ -489,7 +489,7 @@ def test_a_small_dataset_leaves_out_the_k_that_it_is_too_small_for(own_images):
 
 
 def flat_folder(images: Path) -> None:
-    """80 digits, the first 30 again as JPEG, and two files that are no images."""
+    """80 digits, the first 30 again as JPEG, and two files that are not images."""
     images.mkdir()
     for number, digit in enumerate(load_digits().images[:80]):
         picture = Image.fromarray((digit * 15).astype(np.uint8)).resize((24, 24), Image.Resampling.BICUBIC).convert("RGB")
@@ -501,7 +501,7 @@ def flat_folder(images: Path) -> None:
 
 
 @pytest.mark.slow
-def test_images_without_labels_go_through_to_a_report(own_images):
+def test_images_without_labels_can_be_run_to_a_report(own_images):
     flat_folder(own_images.root / "images")
     own_images.edit({"dataset.test_images": 25, "dataset.on_bad_image": "skip", "teacher.pretrain.epochs": 6, "distill.keep_best": True})
     for stage in STAGES:
@@ -550,7 +550,7 @@ def read_pixels(store: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_files_that_are_decoded_at_use(own_images):
+def test_files_that_are_decoded_on_access(own_images):
     images = own_images.root / "images"
     digit_folder(images, ["train", "val"], 3)
     own_images.edit({"dataset.store_px": None, "knn_eval.agreement_k": [], "knn_eval.k": [1]})
@@ -567,13 +567,13 @@ def test_files_that_are_decoded_at_use(own_images):
     training = own_images.start("teacher", BINGO_CHECKPOINT_SECONDS="0")
     until(lambda: saved_step(own_images, "teacher") >= 1, training.ended)
     training.kill()
-    until(lambda: not training.session())  # the workers end as well
+    until(lambda: not training.session())  # the workers have ended, too
     assert GOES_ON in own_images.done("teacher").out
     (images / "val/class1/01.png").unlink()
     refused(own_images, "extract", "val/class1/01.png (row 80) can no longer be read (No such file or directory); restore it")
 
 
-# Artefacts that are missing, damaged, or another's.
+# Artefacts that are missing, damaged, or of another run.
 
 
 @pytest.mark.parametrize(
@@ -589,7 +589,7 @@ def test_files_that_are_decoded_at_use(own_images):
         ("distill", "dvc.yaml", "dvc.yaml: cannot be read (No such file or directory)"),
     ],
 )
-def test_an_input_that_is_missing(workspace, stage, missing, wanted):
+def test_a_missing_input(workspace, stage, missing, wanted):
     remove(workspace, missing)
     refused(workspace, stage, wanted)
 
@@ -607,7 +607,7 @@ def test_an_input_that_is_missing(workspace, stage, missing, wanted):
         ("knn_eval", "models/student.safetensors", "models/student.safetensors: is damaged, or BINGO did not write it"),
     ],
 )
-def test_an_input_that_is_cut_off(workspace, stage, file, wanted):
+def test_a_truncated_input(workspace, stage, file, wanted):
     path = workspace.root / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     refused(workspace, stage, wanted)
@@ -653,14 +653,14 @@ def test_a_student_of_another_architecture(workspace, stage):
 
 
 class Code:
-    """What pickle runs when it is loaded."""
+    """Code that pickle runs when loading."""
 
     def __reduce__(self):
         return os.system, ("touch pwned",)
 
 
 def moco_state() -> dict[str, torch.Tensor]:
-    """A MoCo-v1 checkpoint's names for a network that is not a ResNet."""
+    """Names of a MoCo-v1 checkpoint, for a network that is not a ResNet."""
     return {"module.encoder_q.conv.weight": torch.zeros(4, 3, 3, 3), "module.encoder_q.fc.weight": torch.zeros(8, 4)}
 
 
@@ -678,7 +678,7 @@ def moco_state() -> dict[str, torch.Tensor]:
     ],
     ids=["absent", "no checkpoint", "another format", "unmatched keys", "pickled code"],
 )
-def test_a_checkpoint_that_is_no_teacher(workspace, content, wanted):
+def test_a_checkpoint_that_is_not_a_teacher(workspace, content, wanted):
     workspace.edit({"teacher.source": "checkpoint", "teacher.checkpoint": "source.pth"})
     if isinstance(content, bytes):
         (workspace.root / "source.pth").write_bytes(content)
@@ -688,7 +688,7 @@ def test_a_checkpoint_that_is_no_teacher(workspace, content, wanted):
     assert not (workspace.root / "pwned").exists()
 
 
-# What the machine refuses.
+# Limits of the machine.
 
 
 @pytest.mark.parametrize(("number", "wanted"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "fix the permissions")])
@@ -700,7 +700,7 @@ def test_a_full_or_locked_disk_is_one_line(capsys, number, wanted):
     assert printed == f"error: data/x: {os.strerror(number)}; {wanted}, and start again: finished work is kept\n"
 
 
-def test_an_error_of_the_programs_own_is_not_hidden():
+def test_an_error_of_the_program_itself_is_not_hidden():
     with pytest.raises(FileExistsError), mistakes_as_lines():
         raise FileExistsError(errno.EEXIST, "exists", "data/x")
 

@@ -1,4 +1,4 @@
-"""A student that starts from weights, and one with supervised weights beside it: from the files to the report."""
+"""A student that starts from given weights, and a comparison with supervised weights: from the files to the report."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def write_weights(workspace: Workspace, name: str, seed: int) -> dict[str, torch
 
 @pytest.fixture
 def started(workspace) -> Workspace:
-    """The finished short pipeline, and weights of two networks, which are asked for."""
+    """The finished short pipeline, and parameters that name the weights of two networks."""
     for seed, name in enumerate(MODELS):
         write_weights(workspace, f"{name}.pth", seed + 5)
     workspace.edit(
@@ -51,12 +51,12 @@ def scores(workspace: Workspace, evaluation: str, net: str) -> dict:
     return json.loads((workspace.root / f"reports/{evaluation}/{net}.json").read_text())
 
 
-def test_student_and_baseline_start_there_and_all_are_judged(started):
+def test_student_and_baseline_start_from_the_weights_and_all_networks_are_evaluated(started):
     for stage in ("distill", "baseline moco", "linear_eval", "knn_eval", "report"):
         started.done(stage)
     of_start = scores(started, "knn", "start")["knn_10"]
     assert of_start != scores(started, "knn", "untrained")["knn_10"]
-    for name in ("distill", "baseline-moco"):  # all 400 train and 100 test images are few enough for the probe
+    for name in ("distill", "baseline-moco"):  # all 400 train and 100 test images are used by the probe
         curves = read_curves(started.root / f"reports/plots/{name}.csv")
         assert curves["epoch"] == [0, 1]
         assert curves["knn_10"][0] == pytest.approx(of_start, abs=1e-5)
@@ -68,7 +68,7 @@ def test_student_and_baseline_start_there_and_all_are_judged(started):
     page = (started.root / "reports/index.html").read_text()
     assert "start.pth" in page
     assert "supervised.pth" in page
-    for net in ("student", "start"):  # what the first sentence compares gives the figures
+    for net in ("student", "start"):  # the first sentence compares them, and contains the figures
         hits = np.load(started.root / f"reports/linear/{net}.npz")["cached"]
         assert 100 * hits.mean() == pytest.approx(scores(started, "linear", net)["cached"]["top1_last"], abs=1e-5)
         file = started.root / f"models/{net}.safetensors"
@@ -79,7 +79,7 @@ def test_student_and_baseline_start_there_and_all_are_judged(started):
         assert 10 * counts.mean() == pytest.approx(scores(started, "knn", net)["agreement_10"], abs=1e-5)
 
 
-def test_a_changed_file_changes_what_training_depends_on(started):
+def test_a_changed_file_of_weights_changes_a_dependency_of_training(started):
     before = started.files("models/start.safetensors", "models/supervised.safetensors")
     state = write_weights(started, "start.pth", 9)
     assert started.run("weights").status == 0

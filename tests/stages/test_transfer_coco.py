@@ -1,4 +1,4 @@
-"""transfer_coco as a user runs it: the same bytes after kills, figures where others read them, one line for every mistake."""
+"""transfer_coco as run by a user: the same bytes after kills, figures in the files that others read, one line for every error."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ SHORT = STUDENT | {
     "transfer_coco.test_min_side_px": 64,
 }
 STAGE = "transfer_coco c4-short"
-ALONE = {"LOCAL_WORLD_SIZE": "99"}  # no share of the processors is left for workers, whose start would take most of the time
+ALONE = {"LOCAL_WORLD_SIZE": "99"}  # leaves no share of the processors for workers, which would take most of the time to start
 OUTPUTS = ("models/detectors/c4-short.safetensors", "reports/coco/c4-short.json", "reports/plots/coco-c4-short.csv")
 
 
@@ -70,7 +70,7 @@ def workspace(tmp_path, stages, made) -> Workspace:
     return Workspace(tmp_path / "bingo", stages)
 
 
-def test_the_outputs_are_what_others_read(made, reference):
+def test_the_outputs_can_be_read_by_their_users(made, reference):
     scores = json.loads(reference[OUTPUTS[1]])
     measures = {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"}
     assert {kind: set(figures) for kind, figures in scores.items()} == {"box": measures, "mask": measures}
@@ -86,7 +86,7 @@ def test_the_outputs_are_what_others_read(made, reference):
     assert metadata["student"]["weights_sha256"] == weights_sha256(load_file(made.root / "models/student.safetensors"))
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(workspace, reference):
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(workspace, reference):
     for step in (1, 3):
         running = workspace.start(STAGE, **ALONE, BINGO_CHECKPOINT_SECONDS="0")
         until(lambda step=step: saved_step(workspace, "transfer_coco-c4-short") >= step, running.ended)
@@ -133,7 +133,7 @@ def test_categories_of_two_datasets_are_refused(workspace):
     assert "its categories are not those of transfer_coco.train_annotations" in done.err
 
 
-def test_annotations_of_crowds_alone_are_refused_before_the_training(workspace):
+def test_annotations_with_only_crowds_are_refused_before_the_training(workspace):
     for split in ("train", "val"):
         content = json.loads((workspace.root / f"coco/annotations/instances_{split}.json").read_text())
         for annotation in content["annotations"]:
@@ -144,7 +144,7 @@ def test_annotations_of_crowds_alone_are_refused_before_the_training(workspace):
         assert f"transfer_coco.{split}_annotations: " in done.err
 
 
-def test_the_stage_is_in_the_pipeline_only_where_it_is_asked_for(made):
+def test_the_stage_is_in_the_pipeline_only_if_it_is_requested(made):
     command = [sys.executable, "-m", "dvc"]
     subprocess.run([*command, "init", "--no-scm", "--quiet"], cwd=made.root, env=environment(), check=True)
     listed = subprocess.run([*command, "stage", "list"], cwd=made.root, env=environment(), check=True, capture_output=True, text=True)
@@ -155,11 +155,11 @@ def test_the_stage_is_in_the_pipeline_only_where_it_is_asked_for(made):
 def test_the_command_exists():
     from bingo.cli.main import STAGES
 
-    assert "transfer_coco" in STAGES  # tests/test_house.py holds that --help lists them all
+    assert "transfer_coco" in STAGES  # tests/test_house.py checks that --help lists them all
 
 
-def test_nothing_of_the_folder_is_part_of_what_is_remembered():
-    """Where COCO lies decides nothing: the annotations' hashes do."""
+def test_the_state_does_not_depend_on_the_folder_of_coco():
+    """It depends on the hashes of the annotations instead."""
     from stages.transfer_coco import WHERE
 
     section = load_params(ROOT / "params.yaml").transfer_coco

@@ -1,15 +1,15 @@
-"""Kills at random moments: every long stage, through `dvc repro`, until as many kills as wanted; nothing may be lost, left or changed.
+"""Kills at random moments: long stages are run by `dvc repro` and killed repeatedly; nothing may be lost, left over or changed.
 
-python -m tests.stress.chaos --kills 100       # the digits, made small; two runs of the pipeline in a temporary folder, one undisturbed
-python -m tests.stress.chaos --kills 10 --images 100000 --stages scan extract bag     # files made by benchmarks.scale, tiny networks
+python -m tests.stress.chaos --kills 100       # small digits; two runs of the pipeline in a temporary folder, one of them undisturbed
+python -m tests.stress.chaos --kills 10 --images 100000 --stages scan extract bag     # files written by benchmarks.scale, tiny networks
 
-A kill is a signal (SIGKILL, SIGTERM, SIGINT) to the stage, to dvc or to both, at a moment drawn from the time that the stage takes when
-undisturbed; the next `dvc repro STAGE` goes on. Checked: the outputs' bytes are those of the undisturbed run; data/, models/ and reports/
-hold no other file than its; no state is left; steps that were done twice lie within one checkpoint interval (of `extract`: within the two
-chunks that it holds); a training that was asked to stop has exit code 75 and loses nothing. Exit code 1 where one of these fails. What a
-kill may cut off are two things of dvc's own, its lock and an entry of its run cache: then docs/troubleshooting.md is followed.
+A kill is a signal (SIGKILL, SIGTERM, SIGINT) to the stage, to dvc or to both, at a random moment within the duration of the undisturbed
+stage; the next `dvc repro STAGE` resumes. Checks: the outputs have the bytes of the undisturbed run; data/, models/ and reports/ contain no
+other files; no state is left; repeated steps are within one checkpoint interval (for `extract`: within the two chunks that it holds); a
+training that was asked to stop has exit code 75 and loses nothing. The exit code is 1 if one of these fails. A kill may truncate two files
+of dvc itself, its lock and an entry of its run cache; they are repaired as in docs/troubleshooting.md.
 
-How far a stage is, its progress bar knows: the workspace's copy of bingo/runtime/progress.py also writes that down.
+The progress of a stage is read from its progress bar: the workspace's copy of bingo/runtime/progress.py also writes it to a file.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ from tests.processes import session
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("scan", "teacher", "extract", "bag", "distill", "baseline@moco", "linear_eval@student", "semi_eval@half")
-BEGIN_ANEW = ("bag",)  # keep nothing while they run
-RESUMED = re.compile(r"extract|linear evaluation|.+: .+")  # the labels of bars that go on where a killed run was, of chunks or trainings
+BEGIN_ANEW = ("bag",)  # these keep nothing while they run
+RESUMED = re.compile(r"extract|linear evaluation|.+: .+")  # labels of bars of chunks or trainings, which continue where a killed run ended
 OUTPUTS = ("data", "models", "reports")
-# Signal and who gets it. DVC ignores SIGINT while a stage runs, as that comes to both from a terminal.
+# Signal and receiver. DVC ignores SIGINT while a stage runs, because a terminal sends it to both.
 WAYS = (
     ("SIGKILL", "both"),
     ("SIGKILL", "stage"),
@@ -52,13 +52,13 @@ WAYS = (
     ("SIGTERM", "both"),
     ("SIGINT", "both"),
 )
-# What dvc does not write atomically, and what it reports if it was killed while writing it.
+# Files that dvc does not write atomically, and its message if it was killed while writing them.
 CUT_LOCK = "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted"
 CUT_RUN = "join() argument must be str, bytes, or os.PathLike object, not 'NoneType'"  # a folder of the run cache without an entry
 PATIENCE_SECONDS = 1800
 STOPPED = INTERRUPTED
 INTERVAL_SECONDS = 0.5
-# 1,438 train images; each training takes some seconds, extract has 9 chunks.
+# 1,438 train images; each training takes a few seconds, and extract has 9 chunks.
 SMALL = {
     "dataset": {"placements": 1},
     "teacher": {"pretrain": {"epochs": 4, "batch_anchors": 32}},
@@ -73,7 +73,7 @@ SMALL = {
     },
 }
 LARGE = {**scale.PARAMS, "extract": {**scale.PARAMS["extract"], "chunk_rows": 4096}}
-# What the copy of bingo/runtime/progress.py gets: a line of each move of a bar, so that a kill can be compared with what follows it.
+# Appended to the copy of bingo/runtime/progress.py: writes a line for each move of a bar, to compare a kill with the next run.
 RECORDER = """
 
 def _recorded(move):
@@ -95,7 +95,7 @@ Bar.__init__ = lambda self, *arguments: (_bar(self, *arguments), self.resume_at(
 
 @dataclass(frozen=True)
 class Move:
-    """A line of the record: when (seconds of the monotonic clock), which call moved the bar, and how far it then was."""
+    """A line of the record: the time (seconds of the monotonic clock), the call that moved the bar, and its progress."""
 
     seconds: float
     call: str
@@ -104,22 +104,22 @@ class Move:
 
     @property
     def left(self) -> int:
-        """Units that are still to be done: what a later run's bar can be compared with, even if it counts only what is left."""
+        """Units still to be done, which can be compared with a later run's bar even if that counts only the rest."""
         return self.total - self.done
 
 
 @dataclass
 class Ended:
-    """One `dvc repro` that has ended: its exit status, all that it and the stage printed, and the moves of each bar by its label."""
+    """A `dvc repro` that has ended: its exit status, the output of dvc and the stage, and the moves of each bar by label."""
 
     status: int
     text: str
     bars: dict[str, list[Move]]
-    struck: float | None  # the moment of the kill, None where dvc was faster
+    struck: float | None  # the moment of the kill, None if dvc had already ended
 
     @property
     def stage_status(self) -> int | None:
-        """The stage's exit status as reported by dvc, None if it is not."""
+        """The stage's exit status as reported by dvc, or None."""
         ended_with = re.search(r"exited with (-?\d+)", self.text)
         return int(ended_with[1]) if ended_with else None
 
@@ -135,7 +135,7 @@ class Kill:
 
 @dataclass
 class Tally:
-    """What became of the kills of one stage."""
+    """The results of the kills of one stage."""
 
     kills: Counter = field(default_factory=Counter)
     most_lost: int = 0
@@ -155,7 +155,7 @@ class ChaosWorkspace:
         self.records.mkdir(exist_ok=True)
 
     def start(self, *arguments: str) -> subprocess.Popen:
-        """Start a dvc command in a session of its own; what it prints and the bars' moves go to the next record."""
+        """Start a dvc command in a new session; its output and the moves of bars are written to the next record."""
         self.runs += 1
         variables = {
             **os.environ,
@@ -179,7 +179,7 @@ class ChaosWorkspace:
         return ended
 
     def ended(self, dvc: subprocess.Popen, struck: float | None = None) -> Ended:
-        """Wait for the end of dvc and of every process that it started. Raises TimeoutError where one goes on for long."""
+        """Wait for the end of dvc and of every process that it started. Raises TimeoutError if one keeps running for long."""
         try:
             status = dvc.wait(PATIENCE_SECONDS)
         except BaseException:  # Ctrl-C
@@ -195,7 +195,8 @@ class ChaosWorkspace:
         return Ended(status, self._record("out").read_text(), bars_in(self._record("bars")), struck)
 
     def strike(self, dvc: subprocess.Popen, kill: Kill) -> float | None:
-        """Wait and send the signal: the moment, or None where dvc has ended before. A stage that does not run yet is dvc."""
+        """Wait, and send the signal. Returns the moment, or None if dvc had ended before. If the stage does not run yet, dvc gets the
+        signal."""
         try:
             dvc.wait(kill.seconds)
             return None
@@ -222,12 +223,13 @@ class ChaosWorkspace:
         return {str(file.relative_to(self.root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(found)}
 
     def state(self) -> list[str]:
-        """What lies in the folder of unfinished stages, but for what waits until DVC has committed the outputs, and what scan remembers."""
+        """The content of the folder of unfinished stages, except states that wait until DVC has committed the outputs, and the scan's
+        results."""
         found = (path for path in (self.root / ".bingo/state").glob("*/*") if path.name != "committed.json" and path.parent.name != "scan")
         return sorted(str(path.relative_to(self.root)) for path in found if not (path / "finished.json").exists())
 
     def mend_dvc(self, text: str) -> bool:
-        """Do what docs/troubleshooting.md says where dvc reports that an earlier kill has cut off a file of its own; whether it did."""
+        """Follow docs/troubleshooting.md if dvc reports that an earlier kill has truncated one of its files. Returns whether it did."""
         if CUT_LOCK in text:
             (self.root / ".dvc/tmp/rwlock").unlink()
         elif CUT_RUN in text:
@@ -237,7 +239,7 @@ class ChaosWorkspace:
         return CUT_LOCK in text or CUT_RUN in text
 
     def forget(self, before: Path) -> None:
-        """Take back a stage: outputs, dvc.lock and DVC's cache as they were in `before`, a copy of the workspace."""
+        """Reset a stage: restore outputs, dvc.lock and DVC's cache from `before`, a copy of the workspace."""
         for name in (*OUTPUTS, ".dvc", "dvc.lock", ".bingo"):
             path = self.root / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -252,7 +254,7 @@ class ChaosWorkspace:
 
 
 def bars_in(record: Path) -> dict[str, list[Move]]:
-    """The moves that RECORDER wrote, by the bar's label, of those that go on after a kill."""
+    """The moves written by RECORDER, by label, of bars that continue after a kill."""
     bars: dict[str, list[Move]] = {}
     for line in record.read_text().splitlines() if record.exists() else []:
         seconds, call, total, done, label = line.split(" ", 4)
@@ -262,7 +264,7 @@ def bars_in(record: Path) -> dict[str, list[Move]]:
 
 
 def new_workspace(root: Path, overlay: dict[str, Any]) -> ChaosWorkspace:
-    """Copy what `dvc repro` needs, with recipe digits-short and `overlay` laid over the parameters."""
+    """Copy the files that `dvc repro` needs, with recipe digits-short and `overlay` applied to the parameters."""
     shutil.copytree(ROOT / "bingo", root / "bingo", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "stages", root / "stages", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "recipes/published", root / "recipes/published")
@@ -283,39 +285,39 @@ def new_workspace(root: Path, overlay: dict[str, Any]) -> ChaosWorkspace:
 
 
 def open_at(moves: Sequence[Move], seconds: float) -> bool:
-    """Whether a bar was there at a moment: the stage was then within its loop."""
+    """Whether a bar was open at a moment, so that the stage was in its loop."""
     return moves[0].seconds < seconds and all(move.call != "close" or move.seconds > seconds for move in moves)
 
 
 def lost_moves(before: Sequence[Move], after: Sequence[Move]) -> list[Move]:
-    """The moves of a killed run's bar that the next run's bar shows again as not done."""
+    """The moves of a killed run's bar that the next run's bar shows as not done."""
     left = [move for move in after if move.call == "resume_at"][-1].left
     return [move for move in before if move.call.startswith("advance") and move.left < left]
 
 
 def loss_problem(stage: str, lost: Sequence[Move], chunk_views: int) -> str | None:
-    """Why more was lost than may be, None if it was not.
+    """The problem if more was lost than is allowed, otherwise None.
 
-    A training saves after the first step that ends an interval or more after the last save. So of the steps after that save, all but the
-    last one, which may have ended while it was being saved, lie within an interval. `extract` holds two chunks at most.
+    A training saves after the first step that ends an interval or more after the last save. So of the steps after that save, all except the
+    last one, which may have ended while it was being saved, are within an interval. `extract` holds at most two chunks.
     """
     if stage == "extract":
-        views = lost[-1].done - lost[0].done if lost else 0  # all but the first batch
+        views = lost[-1].done - lost[0].done if lost else 0  # all except the first batch
         return f"{views} views were done twice, two chunks have {2 * chunk_views}" if views > 2 * chunk_views else None
     span = lost[-2].seconds - lost[0].seconds if len(lost) > 1 else 0.0
     return f"{len(lost)} steps in {span:.2f} s were done twice, saves are {INTERVAL_SECONDS} s apart" if span >= INTERVAL_SECONDS else None
 
 
 class Harassment:
-    """One stage, killed and started again until it ends."""
+    """One stage, killed and restarted until it succeeds."""
 
     def __init__(self, workspace: ChaosWorkspace, stage: str, tally: Tally):
         self.workspace, self.stage, self.tally = workspace, stage, tally
-        self.bars: dict[str, list[Move]] = {}  # of the last run that had a bar of that label
-        self.saved: set[str] = set()  # labels of the bars whose last run was asked to stop and said that it saved
+        self.bars: dict[str, list[Move]] = {}  # of the last run that had a bar with that label
+        self.saved: set[str] = set()  # labels of bars whose last run was asked to stop and reported that it had saved
 
     def run(self, kills: Iterator[Kill]) -> None:
-        """`dvc repro STAGE` with one kill after the other, and without one when these are used up, until it ends well."""
+        """Run `dvc repro STAGE` with one kill after the other, and then without kills until it succeeds."""
         while True:
             kill = next(kills, None)
             dvc = self.workspace.start("repro", self.stage)
@@ -334,7 +336,7 @@ class Harassment:
             self._check_way_out(kill, ended)
 
     def _compare(self, ended: Ended) -> None:
-        """Each bar with the last run's: what was lost between them."""
+        """Compare each bar with that of the last run, to find what was lost in between."""
         for label, moves in ended.bars.items():
             before = self.bars.get(label)
             if before and self.stage not in BEGIN_ANEW:
@@ -349,7 +351,8 @@ class Harassment:
             self.saved.discard(label)
 
     def _check_way_out(self, kill: Kill, ended: Ended) -> None:
-        """A stage within its loop that was asked to stop says that it saved, with exit code 75; no kill gives a traceback there."""
+        """A stage that was asked to stop in its loop reports that it has saved, with exit code 75; a kill never prints a traceback
+        there."""
         struck = ended.struck or 0.0
         labels = [label for label, moves in ended.bars.items() if open_at(moves, struck)]
         if not labels:
@@ -373,14 +376,14 @@ class Harassment:
 
 
 def drawn_kills(draw: random.Random, count: int, longest_seconds: float) -> Iterator[Kill]:
-    """Kills in any of WAYS at moments from 0 to `longest_seconds`."""
+    """Random kills in any of WAYS, at moments from 0 to `longest_seconds`."""
     for _ in range(count):
         name, receiver = draw.choice(WAYS)
         yield Kill(name, receiver, draw.uniform(0, longest_seconds))
 
 
 def undisturbed(root: Path, overlay: dict[str, Any], stages: Sequence[str]) -> tuple[dict[str, float], dict[str, dict[str, str]]]:
-    """Run the stages once: seconds of each `dvc repro STAGE`, and all files that there are after it."""
+    """Run the stages once; returns the seconds of each `dvc repro STAGE`, and all files after it."""
     workspace = new_workspace(root, overlay)
     seconds, files = {}, {}
     for stage in stages:
@@ -392,7 +395,7 @@ def undisturbed(root: Path, overlay: dict[str, Any], stages: Sequence[str]) -> t
 
 
 def harass(workspace: ChaosWorkspace, stage: str, kills: int, longest_seconds: float, wanted: dict[str, str], draw: random.Random) -> Tally:
-    """Give one stage so many kills, over as many runs to its end as these need, each compared with the files that are wanted after it."""
+    """Kill one stage this often, over as many complete runs as necessary, and compare each with the expected files."""
     tally, begun = Tally(), time.monotonic()
     before = workspace.root.with_name(f"{workspace.root.name}-before")
     shutil.copytree(workspace.root, before, symlinks=True)
@@ -413,7 +416,7 @@ def harass(workspace: ChaosWorkspace, stage: str, kills: int, longest_seconds: f
 
 
 def table(tallies: dict[str, Tally]) -> str:
-    """The result in Markdown: kills by stage and signal, how often a run went on, and the most that was done twice."""
+    """The result in Markdown: kills by stage and signal, the number of resumed runs, and the most work that was repeated."""
     heads = [f"{name[3:]} to {receiver}" for name, receiver in WAYS]
     lines = [
         f"| stage | kills | {' | '.join(heads)} | gone on | most lost | finished | DVC's files cut off | seconds | problems |",
@@ -428,11 +431,11 @@ def table(tallies: dict[str, Tally]) -> str:
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=100, help="of all stages together")
+    parser.add_argument("--kills", type=int, default=100, help="total for all stages")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which are killed; those before them only run")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to kill; earlier ones are only run")
     parser.add_argument("--images", type=int, help="number of tiny photographs that replace the digits")
-    parser.add_argument("--folder", type=Path, help="where they are made, and stay")
+    parser.add_argument("--folder", type=Path, help="folder for them, which is kept")
     given = parser.parse_args()
     draw, tallies = random.Random(given.seed), {}
     needed = STAGES[: max(STAGES.index(stage) for stage in given.stages) + 1]

@@ -1,9 +1,9 @@
-"""Flipped bytes in every artefact of a short run: each is found when it is read, and named, or changes nothing of what is read.
+"""Flipped bytes in every artefact of a short run: reading it must fail with its name, or return the same content as before.
 
-python -m tests.stress.corruption --flips 1000       # runs recipe digits-short in a temporary folder first (about a minute), then flips
+python -m tests.stress.corruption --flips 1000       # first runs recipe digits-short in a temporary folder (about a minute)
 
-Half of the flips fall anywhere, half near the beginning or the end of a file, where headers and footers are. The readers are those of the
-stages, in this process. Exit code 1 where a flip was neither refused in one line that names the artefact nor without effect.
+Half of the flips are anywhere, half near the beginning or the end of a file, where headers and footers are. The readers are those of the
+stages, in this process. The exit code is 1 if a flip was neither refused in one line that names the artefact nor without effect.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ OUTCOMES = ("refused", "harmless", "unnoticed", "traceback")
 
 @dataclasses.dataclass(frozen=True)
 class Artefact:
-    """Files that one reader reads: `path` is a file or a folder, `read` returns all that the reader makes of it."""
+    """Files of one reader: `path` is a file or a folder, `read` returns everything that the reader returns for it."""
 
     name: str
     path: Path
@@ -56,7 +56,7 @@ class Artefact:
 
 
 def artefacts(root: Path) -> list[Artefact]:
-    """What a workspace at `root` holds, each with the readers of the stages and commands; the checkpoint if there is one."""
+    """The artefacts in a workspace at `root`, each with the readers of stages and commands; including the checkpoint if it exists."""
     data, models = root / "data", root / "models"
     listing_file, images, embeddings, bags = (data / name for name in ("listing.parquet", "images.zarr", "embeddings.zarr", "bags.zarr"))
     listing = read_listing(listing_file)
@@ -114,7 +114,7 @@ def _student(path: Path) -> Any:
 
 
 def digest(value: Any) -> str:
-    """The sha256 of a value, bit for bit: arrays and tensors by dtype, shape and bytes."""
+    """The sha256 of a value, bitwise: arrays and tensors by dtype, shape and bytes."""
     hasher = hashlib.sha256()
     _feed(hasher, value)
     return hasher.hexdigest()
@@ -138,7 +138,7 @@ def _feed(hasher: "hashlib._Hash", value: Any) -> None:
 
 
 def flip_bytes(artefact: Artefact, flips: int, seed: int) -> tuple[Counter, list[str]]:
-    """Flip one byte at a time: how often each of OUTCOMES came, and a line for each flip that came through."""
+    """Flip one byte at a time; returns the number of each of OUTCOMES, and a line for each flip that was not noticed."""
     draw = random.Random(f"{artefact.name} {seed}")
     files = sorted(file for file in artefact.path.rglob("*") if file.is_file() and file.stat().st_size) or [artefact.path]
     files = [file for file in files if file.name != "lock"]
@@ -182,12 +182,12 @@ def _outcome(artefact: Artefact, whole: str) -> tuple[str, str]:
         (line, *others) = error.lines
         named = artefact.path.name in line and not others and "\n" not in line
         return ("refused", line) if named else ("traceback", f"{error.lines}")
-    except Exception as error:  # what is looked for
+    except Exception as error:  # unexpected errors are the faults to be found
         return "traceback", repr(error)[:200]
 
 
 def prepare(root: Path) -> None:
-    """A workspace at `root` after the stages up to distill by recipe digits-short, and a checkpoint of a second distill."""
+    """A workspace at `root` after the stages up to distill with recipe digits-short, and a checkpoint of a second distill."""
     from ruamel.yaml import YAML
 
     for name in ("bingo", "stages"):
@@ -209,13 +209,13 @@ def prepare(root: Path) -> None:
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--flips", type=int, default=1000, help="for each artefact and reader")
+    parser.add_argument("--flips", type=int, default=1000, help="flips for each artefact and reader")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        print(f"\n| artefact | bytes | flips | {' | '.join(OUTCOMES)} | ms a reading |\n|---|{'---|' * (len(OUTCOMES) + 3)}")
+        print(f"\n| artefact | bytes | flips | {' | '.join(OUTCOMES)} | ms per reading |\n|---|{'---|' * (len(OUTCOMES) + 3)}")
         through = []
         for artefact in artefacts(Path(folder)):
             files = [artefact.path] if artefact.path.is_file() else artefact.path.rglob("*")

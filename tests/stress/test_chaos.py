@@ -1,4 +1,4 @@
-"""tests/stress/chaos.py finds what it looks for: it is given good and bad runs of a stage. (.ci/run runs it on a real stage.)"""
+"""tests/stress/chaos.py distinguishes good and bad runs of a stage, given here; .ci/run runs it with real stages."""
 
 import os
 import random
@@ -38,7 +38,7 @@ def bar(first: int, last: int, begun: float = 0.0, step_seconds: float = 0.1, to
 
 
 class Scripted:
-    """A workspace whose runs of dvc are known beforehand."""
+    """A workspace with given runs of dvc."""
 
     runs = mended = 0
     chunk_views = 1800
@@ -61,7 +61,7 @@ class Scripted:
 
 
 def problems(*ended: Ended, kill: tuple[str, str] = ("SIGKILL", "both"), stage: str = "teacher") -> list[str]:
-    """What is found where each of these runs is killed, and the last one ends well."""
+    """The problems found if each of these runs is killed except the last one, which succeeds."""
     tally = Tally()
     Harassment(Scripted(*ended), stage, tally).run(Kill(*kill, 1.0) for _ in ended[:-1])
     assert tally.finished == 1
@@ -72,20 +72,20 @@ def problems(*ended: Ended, kill: tuple[str, str] = ("SIGKILL", "both"), stage: 
 KILLED, WELL = Ended(255, "", bar(0, 20), 2.05), Ended(0, "", bar(16, TOTAL, 10.0), None)
 
 
-def test_a_training_that_goes_on_within_the_interval():
+def test_a_training_that_resumes_within_the_interval():
     assert not problems(KILLED, Ended(255, "", {}, 0.5), replace(KILLED, bars=bar(15, 16, 5.0), struck=5.15), WELL)
 
 
 @pytest.mark.parametrize(("first", "found"), [(14, False), (12, True), (0, True)])
-def test_steps_beyond_the_interval_are_found(first, found):
-    """Of steps that take 0.1 s six may be done twice: all but the last, which may end while it is saved, then end within 0.4 s."""
+def test_repeated_steps_beyond_the_interval_are_found(first, found):
+    """If steps take 0.1 s, six may be repeated: all except the last, which may end while it is saved, then end within 0.4 s."""
     reported = problems(KILLED, replace(WELL, bars=bar(first, TOTAL, 10.0, 0.1)))
     assert bool(reported) == found, reported
     assert not reported or f"{20 - first} steps" in reported[0]
     assert INTERVAL_SECONDS == 0.5
 
 
-def test_a_run_that_was_whole_and_is_done_again_is_found():
+def test_a_complete_run_that_is_repeated_is_found():
     """DVC was killed before its commit."""
     (reported,) = problems(Ended(255, "", bar(0, TOTAL), 7.0), replace(WELL, bars=bar(0, TOTAL, 10.0)))
     assert f"{TOTAL} steps" in reported
@@ -109,7 +109,7 @@ def test_the_way_out(kill, text, bars, wanted):
     assert all(words in line for words, line in zip(wanted, reported, strict=True)), reported
 
 
-def test_a_signal_before_or_after_the_loop_asks_for_no_checkpoint():
+def test_a_signal_before_or_after_the_loop_needs_no_checkpoint():
     closed = {LABEL: [*bar(0, TOTAL)[LABEL], Move(7.0, "close", TOTAL, TOTAL)]}
     for struck, bars in ((-1.0, bar(0, 0)), (8.0, closed)):
         killed = Ended(255, "Traceback of Python's own\nexited with -2", bars, struck)
@@ -118,22 +118,22 @@ def test_a_signal_before_or_after_the_loop_asks_for_no_checkpoint():
 
 @pytest.mark.parametrize(("left", "found"), [(9000, False), (9100, True)])
 def test_extract_may_lose_two_chunks(left, found):
-    """1,800 views a chunk; its bar counts what was left at its start."""
+    """1,800 views per chunk; its bar counts the views that were left at its start."""
     killed = Ended(255, "exited with -15", bar(0, 4500, total=9900), 600.0)
     reported = problems(killed, Ended(0, "", bar(0, left, 1000.0, total=left), None), kill=("SIGTERM", "stage"), stage="extract")
     assert bool(reported) == found, reported
 
 
-def test_bag_begins_anew():
+def test_bag_starts_from_the_beginning():
     assert not problems(KILLED, replace(WELL, bars=bar(0, TOTAL, 10.0)), stage="bag")
 
 
-def test_dvc_that_fails_by_itself_ends_all():
+def test_a_failure_of_dvc_itself_ends_everything():
     with pytest.raises(SystemExit, match="dvc repro failed with 1, undisturbed\nsome text"):
         problems(KILLED, Ended(1, "some text", {}, None))
 
 
-def test_a_file_of_dvcs_own_that_was_cut_off_is_mended_and_counted():
+def test_a_truncated_file_of_dvc_is_repaired_and_counted():
     tally = Tally()
     workspace = Scripted(KILLED, Ended(255, f"ERROR: failed to reproduce 'scan': {CUT_LOCK}: ...", {}, 0.5), WELL)
     Harassment(workspace, "teacher", tally).run(Kill("SIGKILL", "both", 1.0) for _ in range(2))
@@ -141,8 +141,8 @@ def test_a_file_of_dvcs_own_that_was_cut_off_is_mended_and_counted():
 
 
 @pytest.mark.slow
-def test_what_dvc_cuts_off_is_told_and_mended_as_the_readme_says(tmp_path):
-    """DVC itself, with a lock that was half written and a folder of its run cache whose entry was not."""
+def test_truncated_files_of_dvc_are_reported_and_repaired_as_documented(tmp_path):
+    """With DVC itself, a lock that was half written, and a folder of its run cache without its entry."""
     (tmp_path / "images").write_text("x")
     (tmp_path / "dvc.yaml").write_text("stages: {scan: {cmd: cp images listing, deps: [images], outs: [listing]}}")
     workspace = ChaosWorkspace(tmp_path)
@@ -163,7 +163,7 @@ def test_what_dvc_cuts_off_is_told_and_mended_as_the_readme_says(tmp_path):
     workspace.run("repro")
 
 
-def test_the_recorder_writes_what_is_read(tmp_path):
+def test_the_recorders_lines_can_be_read(tmp_path):
     source = Path(bingo.runtime.progress.__file__).read_text() + RECORDER
     lines = f"bar = Bar({LABEL!r}, 9, 'anchors')\nbar.resume_at(2)\nbar.advance_to(5)\nbar.advance(2)\nbar.close()\n"
     (tmp_path / "recorded.py").write_text(source + lines)

@@ -1,4 +1,4 @@
-"""Flipped bytes in every artefact: found and named, or without effect on what is read (tests/stress/corruption.py makes many more)."""
+"""Flipped bytes in every artefact: found and named, or without effect on the content read (tests/stress/corruption.py makes many more)."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """One of every artefact, small."""
+    """One small artefact of every kind."""
     root = tmp_path_factory.mktemp("corruption")
     make_workspace(root)
     network = NetworkParams(arch="resnet10t", width=0.125, stem="small")
@@ -46,7 +46,7 @@ def test_a_flipped_byte_is_found_and_named_or_changes_nothing(workspace, name):
     assert counts["refused"] + counts["harmless"] == FLIPS
 
 
-def test_the_digest_tells_values_apart():
+def test_the_digest_distinguishes_values():
     assert digest([1, "a"]) == digest([1, "a"])
     x = torch.zeros(3)
     values = [[1, "a"], [1, "b"], (1, "a"), {"x": x}, {"x": x + 1e-45}, {"y": x}, {"x": x.numpy()}, {"x": -x}]

@@ -1,7 +1,7 @@
-"""A disk that is full or read-only: one line, nothing half-written, and the next run goes on when there is room.
+"""A disk that is full or read-only: an error in one line, no incomplete files, and the next run resumes when there is room.
 
-Three ways to fill a disk: a largest size of files (RLIMIT_FSIZE), a temporary name that leads to /dev/full, and where mounting is
-allowed a small tmpfs.
+A full disk is simulated in three ways: by a limit of the length of files (RLIMIT_FSIZE), by a temporary name that leads to /dev/full, and,
+if mounting is allowed, by a small tmpfs.
 """
 
 import os
@@ -32,13 +32,13 @@ WAY_OUT = "free some space, and start again: finished work is kept"
 
 
 def limit(running: Running, most_bytes: int) -> None:
-    """From now on a process writes no file larger than this."""
+    """From now on, the process cannot write files larger than this."""
     resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
 
 
 @contextmanager
 def little_room(most_bytes: int) -> Iterator[None]:
-    """The same in this process."""
+    """The same in this process, within the body."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
     try:
@@ -78,8 +78,8 @@ def test_a_stage_without_room_for_its_output(workspace, reference, stage, most_b
     assert_as_reference(workspace, reference, stage)
 
 
-def test_a_training_without_room_goes_on_from_the_last_checkpoint(workspace, reference):
-    """There is no space for a checkpoint, then for the last of the outputs."""
+def test_a_training_without_room_resumes_from_the_last_checkpoint(workspace, reference):
+    """First there is no space for a checkpoint, then for the last output."""
     remove(workspace, *workspace.outputs("teacher"))
     training = workspace.start("teacher", BINGO_CHECKPOINT_SECONDS="0")
     until(lambda: saved_step(workspace, "teacher") >= 1, training.ended)
@@ -98,7 +98,7 @@ def test_a_training_without_room_goes_on_from_the_last_checkpoint(workspace, ref
 
 
 def test_small_files_on_a_full_disk(workspace, reference):
-    """The last of several outputs, and the record of the run, without which the outputs are still complete."""
+    """The last of several outputs; and the record of the run, without which the outputs are still complete."""
     remove(workspace, "reports/linear/pixels.json", ".bingo/runs/linear_eval.json")
     for name in ("reports/linear/.pixels.json.partial", ".bingo/runs/.linear_eval.json.partial"):
         (workspace.root / name).symlink_to("/dev/full")
@@ -113,7 +113,7 @@ def test_small_files_on_a_full_disk(workspace, reference):
 
 @contextmanager
 def mounted(folder: Path, *arguments: str) -> Iterator[None]:
-    """Something mounted at `folder`; the test is skipped where that is not allowed."""
+    """A mount at `folder`; the test is skipped if mounting is not allowed."""
     done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
@@ -137,7 +137,7 @@ def test_a_small_disk_for_checkpoints(workspace, reference):
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """`folder` cannot be written to; rights do not bind root, so that one gets a mount."""
+    """Make `folder` read-only; because permissions do not restrict root, it gets a mount for root."""
     if os.geteuid() == 0:
         with mounted(folder, "--bind", "-o", "ro", str(folder)):
             yield
@@ -158,7 +158,7 @@ def test_a_read_only_folder(workspace, stage, folder):
     assert workspace.existing_files() == before
 
 
-# What else writes files.
+# Other writers of files.
 
 
 def assert_no_room(capsys, path: str) -> None:
@@ -201,10 +201,10 @@ def test_a_gallery(tmp_path, monkeypatch, most_bytes):
     assert bingo_bags("gallery")[0] == 0
 
 
-# Whose name an error has.
+# The file named by an error.
 
 
-def test_errors_have_the_name_of_what_was_to_be_written(tmp_path):
+def test_errors_name_the_file_that_was_to_be_written(tmp_path):
     path = tmp_path / "out.json"
     (tmp_path / ".out.json.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as raised:
@@ -213,5 +213,5 @@ def test_errors_have_the_name_of_what_was_to_be_written(tmp_path):
     for writer in (new_file, new_directory):
         with pytest.raises(FileNotFoundError) as other, writer(path):
             Path(tmp_path / "input").read_bytes()
-        assert other.value.filename == str(tmp_path / "input"), "an input's error keeps its name"
+        assert other.value.filename == str(tmp_path / "input"), "an error of an input keeps the input's name"
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""A short run of tests/stress/fuzz: some cases of every surface, always the same, and the inputs that it found to be mishandled."""
+"""A short run of tests/stress/fuzz with fixed cases for every surface, and inputs for which it has found faults."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_no_case_ends_in_a_traceback_a_hang_or_too_much_memory(surface, tmp_path
         assert tally.cases >= cases
 
 
-def test_what_the_fuzzer_counts(tmp_path):
+def test_counts_of_the_fuzzer(tmp_path):
     def run(case: int, _) -> None:
         if case % 4 == 1:
             raise UserError("a line")
@@ -51,7 +51,7 @@ def test_a_bomb_is_a_bad_image(name):
 
 
 @pytest.mark.parametrize("value", ["2001-99-99", "!!float abc", "!!int ''", "!!binary '?'", "0x" + "f" * 5000, "[" * 500])
-def test_yaml_that_makes_the_parser_stumble_is_one_line(tmp_path, value):
+def test_yaml_that_crashes_the_parser_is_one_line(tmp_path, value):
     (tmp_path / "params.yaml").write_text(f"seed: {value}\n")
     with pytest.raises(UserError) as caught:
         load_params(tmp_path / "params.yaml")
@@ -59,7 +59,7 @@ def test_yaml_that_makes_the_parser_stumble_is_one_line(tmp_path, value):
     assert len(caught.value.lines) <= 41
 
 
-def test_what_is_shown_of_a_value_is_short():
+def test_values_in_messages_are_shortened():
     laughs: list = ["x"] * 8
     for _ in range(30):
         laughs = [laughs] * 8
@@ -71,7 +71,7 @@ def test_what_is_shown_of_a_value_is_short():
     assert line.endswith("; the way out")
 
 
-def test_no_memory_is_one_line():
+def test_lack_of_memory_is_one_line():
     messages = [
         "CUDA out of memory. Tried to allocate 2 GiB\nGPU 0",
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried",

@@ -1,4 +1,4 @@
-"""Folders and files named like HTML, from a scan to the report and the gallery in a real browser: they are text, and nothing runs."""
+"""Folders and files named like HTML, from a scan to the report and the gallery in a real browser: shown as text, and nothing runs."""
 
 import shutil
 import subprocess
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(chromium.PATH is None, reason="no Chromium here:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Listing, images and bags of 24 images in two such classes, a report and a gallery."""
+    """Listing, images and bags of 24 images in two classes with such names, a report and a gallery."""
     root = tmp_path_factory.mktemp("hostile")
     random = np.random.default_rng(0)
     for split, images in (("train", 16), ("val", 8)):

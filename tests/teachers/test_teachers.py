@@ -1,4 +1,4 @@
-"""Teachers: frozen, faithful to the networks that the foreign files came from, and strict about those files."""
+"""Teachers: frozen, equal to the networks of the files they were read from, and strict about those files."""
 
 import copy
 import os
@@ -54,7 +54,7 @@ def refusal(params) -> str:
 
 
 def moco_encoder(arch: str = "resnet18", version: int = 2) -> nn.Module:
-    """As moco/builder.py builds it: torchvision's network with 128 outputs; v2 puts a hidden layer before its `fc`."""
+    """The network of moco/builder.py: torchvision's with 128 outputs; v2 inserts a hidden layer before its `fc`."""
     net = getattr(vision, arch)(num_classes=128)
     if version == 2:
         net.fc = nn.Sequential(nn.Linear(net.fc.in_features, net.fc.in_features), nn.ReLU(), net.fc)
@@ -62,14 +62,14 @@ def moco_encoder(arch: str = "resnet18", version: int = 2) -> nn.Module:
 
 
 def narrow_encoder() -> nn.Module:
-    """The same names on an eighth of the channels, for what does not depend on the network."""
+    """The same names with an eighth of the channels, for tests that do not depend on the network."""
     net = build_backbone("resnet18", 0.125, "imagenet", 0)
     net.fc = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 128))
     return lively(net)
 
 
 def moco_content(query: nn.Module, rows: int = 32) -> dict:
-    """As main_moco.py saves it."""
+    """A checkpoint as saved by main_moco.py."""
     other = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in query.state_dict().items()}
     state = {f"module.encoder_q.{name}": tensor for name, tensor in query.state_dict().items()}
     state |= {f"module.encoder_k.{name}": tensor for name, tensor in other.items()}
@@ -97,7 +97,7 @@ def test_a_moco_checkpoint_gives_the_keys_of_its_query_encoder(tmp_path, arch, v
     assert teacher.metadata["pretrained"] is True
 
 
-def test_the_file_says_what_the_teacher_is(tmp_path):
+def test_the_file_describes_the_teacher(tmp_path):
     torch.save(moco_content(narrow_encoder()), tmp_path / "moco.pth.tar")
     metadata = made_and_read(moco_params(tmp_path / "moco.pth.tar"), tmp_path).metadata
     assert len(metadata.pop("source_sha256")) == 64
@@ -109,7 +109,7 @@ def test_the_file_says_what_the_teacher_is(tmp_path):
     }  # fmt: skip
 
 
-def test_old_files_that_are_no_archives_are_read_too_and_equal_teachers_have_equal_bytes(tmp_path):
+def test_old_files_that_are_not_archives_are_read_and_equal_teachers_have_equal_bytes(tmp_path):
     params = moco_params(tmp_path / "moco.pth.tar")
     torch.save(moco_content(narrow_encoder()), params.checkpoint, _use_new_zipfile_serialization=False)
     for name in ("one", "two"):
@@ -135,7 +135,7 @@ def test_a_missing_key_is_named(tmp_path, dropped):
         ("module.encoder_q.fc.3.weight", "its projection head is not that of format moco: not expected 3.weight"),
     ],
 )
-def test_an_unforeseen_key_is_named(tmp_path, added, says):
+def test_an_unexpected_key_is_named(tmp_path, added, says):
     content = moco_content(narrow_encoder())
     content["state_dict"][added] = torch.zeros(1)
     torch.save(content, tmp_path / "moco.pt")
@@ -170,7 +170,7 @@ def test_pickled_code_is_named_and_never_run(tmp_path, monkeypatch, zipped, extr
 
 
 class Optimizer:
-    """As LARS of Barlow Twins and VICReg keeps it: with functions of the program that was run."""
+    """As stored by LARS in Barlow Twins and VICReg: with functions of the program that was run."""
 
     def __reduce__(self):
         return exclude_bias_and_norm, ()
@@ -182,7 +182,7 @@ def exclude_bias_and_norm():
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("extra", [Namespace(lr=1, nested=Namespace(a=[1])), np.float64(1), np.arange(3.0), Optimizer()])
-def test_what_training_programs_pickle_beside_the_weights_is_passed_over(tmp_path, monkeypatch, zipped, extra):
+def test_objects_pickled_beside_the_weights_are_ignored(tmp_path, monkeypatch, zipped, extra):
     monkeypatch.setattr(exclude_bias_and_norm, "__module__", "__main__")
     monkeypatch.setattr(sys.modules["__main__"], "exclude_bias_and_norm", exclude_bias_and_norm, raising=False)
     content = moco_content(narrow_encoder())
@@ -193,7 +193,7 @@ def test_what_training_programs_pickle_beside_the_weights_is_passed_over(tmp_pat
     make_teacher(moco_params(tmp_path / "moco.pt"), IMAGE, 0)
 
 
-def test_what_is_passed_over_is_no_weight(tmp_path):
+def test_ignored_objects_cannot_be_weights(tmp_path):
     content = moco_content(narrow_encoder())
     content["state_dict"]["module.queue"] = Namespace(shape=(128, 32))
     torch.save(content, tmp_path / "moco.pt")
@@ -201,7 +201,7 @@ def test_what_is_passed_over_is_no_weight(tmp_path):
     assert not any(Nothing in named for named in torch.serialization.get_safe_globals() if isinstance(named, tuple))
 
 
-def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(tmp_path):
     path = tmp_path / "moco.pt"
     assert "the file does not exist" in refusal(moco_params(path))
     assert "is a folder without weights" in refusal(moco_params(tmp_path))
@@ -226,7 +226,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     ],
     ids=["swav", "dino", "other", "list"],
 )
-def test_other_formats_are_refused_with_what_was_found(tmp_path, content, found):
+def test_other_formats_are_refused_with_the_names_found(tmp_path, content, found):
     torch.save(content, tmp_path / "other.pt")
     line = refusal(moco_params(tmp_path / "other.pt"))
     assert "expected a state_dict with module.encoder_q.*" in line
@@ -261,7 +261,7 @@ def test_a_local_file_of_a_library_is_a_teacher_without_a_head(tmp_path, source,
 
 
 @pytest.mark.slow
-def test_a_local_file_must_match_but_for_the_classifier(tmp_path):
+def test_a_local_file_must_match_except_for_the_classifier(tmp_path):
     params = teacher_params(source="timm", width=0.125, checkpoint=str(tmp_path / "net.pt"))
     state = narrow_encoder().state_dict()
     torch.save({name: tensor for name, tensor in state.items() if name != "layer2.0.conv1.weight"}, params.checkpoint)
@@ -272,7 +272,7 @@ def test_a_local_file_must_match_but_for_the_classifier(tmp_path):
     assert "holds no weights by name, but a dict of 2: weights, epoch" in refusal(params)
 
 
-def test_a_student_can_teach(tmp_path):
+def test_a_student_can_be_a_teacher(tmp_path):
     params = teacher_params(source="random", width=0.125, stem="small")
     backbone, _, _ = make_teacher(params, IMAGE, 3)
     save_network(tmp_path / "student.safetensors", backbone.state_dict(), {"kind": "student"})
@@ -283,12 +283,12 @@ def test_a_student_can_teach(tmp_path):
 
 
 def when_pretrained(create, instead):
-    """`create`, but for calls that would download."""
+    """`create`, except for calls that would download."""
     return lambda *args, **kwargs: (instead if kwargs.get("pretrained") or kwargs.get("weights") else create)(*args, **kwargs)
 
 
 @pytest.mark.parametrize("source", ["timm", "torchvision"])
-def test_published_weights_lose_their_classifier_alone(monkeypatch, source):
+def test_published_weights_lose_only_their_classifier(monkeypatch, source):
     published = lively(vision.resnet18())  # the same names in both libraries
     library, create = (timm, "create_model") if source == "timm" else (vision, "get_model")
     monkeypatch.setattr(library, create, when_pretrained(getattr(library, create), lambda *args, **kwargs: published))
@@ -324,7 +324,7 @@ def test_published_weights_need_their_own_shape_normalisation_and_library(tmp_pa
     assert "ignore this if teacher.checkpoint was trained differently" in capsys.readouterr().err
 
 
-def test_a_vision_transformer_takes_any_number_of_its_patches(tmp_path, capsys):
+def test_a_vision_transformer_accepts_any_number_of_patches(tmp_path, capsys):
     net = timm.create_model("test_vit", num_classes=0, img_size=160, dynamic_img_size=True).eval()
     torch.save(net.state_dict(), tmp_path / "vit.pt")
     params = teacher_params(source="timm", arch="test_vit", checkpoint=str(tmp_path / "vit.pt"))
@@ -339,7 +339,7 @@ def test_a_vision_transformer_takes_any_number_of_its_patches(tmp_path, capsys):
     assert "ignore this if teacher.checkpoint was trained differently" in capsys.readouterr().err
 
 
-def test_a_random_teacher_follows_its_seed_and_says_so():
+def test_a_random_teacher_depends_on_its_seed_and_is_marked_as_random():
     params = teacher_params(source="random", width=0.125)
     one, again, other = (make_teacher(params, IMAGE, seed) for seed in (0, 0, 1))
     assert one[2]["pretrained"] is False
@@ -365,8 +365,8 @@ def test_a_teacher_is_frozen():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "efficientnet_b0", "resnetv2_50", "vit_tiny_patch16_224", "torchvision/mobilenet_v2"])
-def test_weights_kept_as_autocast_turns_them_give_the_same_bits(arch):
-    """resnetv2_50 standardises its weights in float32 before it casts them: they must stay as they are."""
+def test_weights_stored_in_autocasts_dtype_give_the_same_bits(arch):
+    """resnetv2_50 standardises its weights in float32 before they are cast, so they must not be changed."""
     backbone = build_backbone(arch, 1.0, "imagenet", 0)
     teacher = Teacher(lively(backbone), mlp_head([backbone.feature_width, 32, 16], 1), {})
     kept = copy.deepcopy(teacher).weights_for(torch.bfloat16)
@@ -379,7 +379,7 @@ def test_weights_kept_as_autocast_turns_them_give_the_same_bits(arch):
     assert torch.equal(copy.deepcopy(teacher).weights_for(torch.float32).features(images), teacher.features(images))
 
 
-def test_batch_statistics_normalise_by_the_batch_and_leave_no_trace():
+def test_batch_statistics_normalise_by_the_batch_and_do_not_change_the_teacher():
     teacher = small_teacher()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     stored = teacher.keys(X)
@@ -407,7 +407,7 @@ def test_a_pretrained_teacher_is_saved_with_its_own_source(tmp_path):
         load_teacher(tmp_path / "t")
 
 
-def test_a_file_of_another_kind_is_no_teacher(tmp_path):
+def test_a_file_of_another_kind_is_not_a_teacher(tmp_path):
     save_network(tmp_path / "s", {"x": torch.zeros(1)}, {"kind": "student"})
     with pytest.raises(UserError, match="holds a student, not a teacher; run: dvc repro teacher"):
         load_teacher(tmp_path / "s")

@@ -1,4 +1,4 @@
-"""Each kind of refusal of a teacher's or a student's file: provoked, then what its message says to do is done, and the file is read."""
+"""For each kind of error about a teacher's or student's file, the advice in its message is followed, and the file can be read."""
 
 import gzip
 import pickle
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 class Net(nn.Module):
-    """A module of the user's own, pickled whole."""
+    """A module of the user, pickled as a whole."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ def saved(content: Any) -> Callable[[Path], None]:
 
 whole = saved(weights)
 spread = torch.zeros(1).expand(1 << 28)  # a few bytes that claim a gigabyte
-# What is there, a word of the message, and what the message says to do.
+# The content of the file, a word of the message, and the advice of the message.
 FILES: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
     "no file": (lambda path: None, "the file does not exist", whole),
     "an empty file": (Path.touch, "download it again", whole),
@@ -101,7 +101,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_is_read_once_what_its_message_says_is_done(tmp_path, kind):
+def test_a_file_can_be_read_after_following_its_message(tmp_path, kind):
     wrong, says, mend = FILES[kind]
     path = tmp_path / ("net.safetensors" if "safetensors" in kind else "net.pt")
     wrong(path)
@@ -135,12 +135,12 @@ def test_a_head_of_another_format_and_a_normalisation_of_other_weights(tmp_path,
 
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(UserError, match=r"set teacher\.checkpoint to a local file of them"):
-        make_teacher(published, image, 0)  # of something else: where the weights come from
+        make_teacher(published, image, 0)  # a mistake of another kind: missing weights
     torch.save(create("test_vit").state_dict(), tmp_path / "vit.pt")
     make_teacher(published.model_copy(update={"checkpoint": str(tmp_path / "vit.pt")}), image, 0)
 
 
-def test_a_students_file_is_read_once_the_stage_has_written_it(tmp_path):
+def test_a_students_file_can_be_read_after_the_stage_has_written_it(tmp_path):
     params = PARAMS.student.model_copy(update=NARROW)
     path, backbone = tmp_path / "student.safetensors", build_backbone(*NARROW.values(), 0)
 

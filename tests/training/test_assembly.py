@@ -1,4 +1,4 @@
-"""A method's networks have the weights that the student starts from before the first step: the student, and its moving average."""
+"""Before the first step, both student and moving average of a method have the weights that the student starts from."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a step holds, against brute force: companions, redrawn stored views, weak views, weighted draws, mutual bags."""
+"""The content of a batch, compared with brute force: companions, redrawn stored views, weak views, weighted draws, mutual bags."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +35,7 @@ def memory() -> MemoryImages:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> FileImages:
-    """PNG and JPEG files of several sizes, too small to be decoded at a fraction of their size."""
+    """PNG and JPEG files with several dimensions, too small to be decoded at a reduced scale."""
     root, rng, paths = tmp_path_factory.mktemp("images"), np.random.default_rng(1), []
     for row in range(ROWS):
         noise = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
@@ -51,7 +51,7 @@ def stored() -> Stored:
 
 
 def knn_bags() -> Bags:
-    """Three listed members a row, but row 2 has one and row 5 none."""
+    """Three listed members per row, except that row 2 has one and row 5 none."""
     rng = np.random.default_rng(3)
     members = np.stack([rng.permutation([r for r in range(ROWS) if r != row])[:3] for row in range(ROWS)]).astype(np.int32)
     members[2, 1:], members[5] = -1, -1
@@ -64,13 +64,13 @@ def batches(needs: Needs, images: Images, bags: Bags | None = None) -> Batches:
 
 
 def drawn(images: Images, row: int, purpose: str, epoch: int, view: int, augment: AugmentParams, seed_row: int | None = None):
-    """One view of one image, alone."""
+    """One view of one image, computed alone."""
     request = Request(np.array([row]), np.array([row if seed_row is None else seed_row]), purpose, epoch, view)
     return next(ViewLoader(images, IMAGE, augment, 0, CPU, workers=0).views([[request]]))[0][0]
 
 
 def teacher_views(images: Images, row: int) -> list[torch.Tensor]:
-    """The views of one row as the teacher's pass asks for them: all in one plan, in a loader of the family of extract."""
+    """The views of one row as requested by the teacher's pass: all in one plan, from a loader with the augmentation of extract."""
     rows = np.full(VIEWS, row)
     (views,) = next(ViewLoader(images, IMAGE, EXTRACT, 0, CPU, workers=0).views([[Request(rows, rows, "extract", 0, np.arange(VIEWS))]]))
     return list(views)
@@ -81,7 +81,7 @@ def every_batch(made: Batches, epoch: int = 0) -> list[Batch]:
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
-def test_a_live_teacher_of_another_size_sees_the_views_that_the_method_names_and_the_student_sees_its_own(kind, request):
+def test_a_live_teacher_of_another_size_sees_the_views_named_by_the_method(kind, request):
     images, other = request.getfixturevalue(kind), BicubicImageParams(crop_px=18, resize_px=20, mean=[0.4] * 3, std=[0.3] * 3)
     needs = Needs(anchor_views=2, member_views=2, live_anchor_views=(1,), live_member_views=(0, 1))
     usual = every_batch(batches(needs, images, knn_bags()))
@@ -99,8 +99,8 @@ def test_a_live_teacher_of_another_size_sees_the_views_that_the_method_names_and
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
 @pytest.mark.parametrize("for_teacher", [False, True])
-def test_small_crops_come_crop_by_crop_in_their_own_size_and_do_not_change_the_views(kind, for_teacher, request):
-    """Beside members, and a teacher of another size and normalisation: crop c of the i-th anchor is in row c * B + i."""
+def test_small_crops_are_in_order_of_crops_and_do_not_change_the_views(kind, for_teacher, request):
+    """Together with members, and a teacher with another size and normalisation: crop c of the i-th anchor is in row c * B + i."""
     images, other = request.getfixturevalue(kind), BicubicImageParams(crop_px=18, resize_px=20, mean=[0.4] * 3, std=[0.3] * 3)
     usual = Needs(anchor_views=1, member_views=1, live_anchor_views=(0,), live_member_views=(0,))
     crops_alone, made = STRONG.model_copy(update={"crop_scale": [0.1, 0.4]}), []
@@ -122,7 +122,7 @@ def test_small_crops_come_crop_by_crop_in_their_own_size_and_do_not_change_the_v
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
-def test_a_same_view_is_the_teachers_view_and_its_key_belongs_to_it(kind, request: pytest.FixtureRequest):
+def test_a_same_view_equals_the_teachers_view_and_has_its_key(kind, request: pytest.FixtureRequest):
     images = request.getfixturevalue(kind)
     seen = set()
     for epoch in (0, 1):
@@ -130,19 +130,19 @@ def test_a_same_view_is_the_teachers_view_and_its_key_belongs_to_it(kind, reques
             assert len(batch.anchor_keys) == 2
             for i, row in enumerate(batch.anchor_rows_B.tolist()):
                 numbers = [int(keys[i, 0]) - row * VIEWS for keys in batch.anchor_keys]
-                assert numbers[0] != numbers[1], "two same views are different ones"
+                assert numbers[0] != numbers[1], "the two views of an anchor differ"
                 assert set(numbers) <= set(range(VIEWS))
                 seen.add(tuple(numbers))
                 passed = teacher_views(images, row)
                 for view, number in zip(batch.anchor_views, numbers, strict=True):
                     torch.testing.assert_close(view[i], passed[number], rtol=0, atol=0 if kind == "files" else 1e-6)
                     assert not torch.allclose(view[i], drawn(images, row, "extract", 0, number, STRONG), atol=1e-2)
-    assert seen == set(permutations(range(VIEWS), 2)), "every pair of views comes"
+    assert seen == set(permutations(range(VIEWS), 2)), "every pair of views occurs"
 
 
-def test_a_large_jpeg_file_may_be_decoded_smaller_for_one_view_than_for_all_but_looks_alike(tmp_path):
-    """The only case in which a redrawn view has other bytes: a JPEG file is decoded at a fraction of its size that suits every
-    view of a plan, and training asks for fewer views at a time than the teacher's pass."""
+def test_a_large_jpeg_may_be_decoded_smaller_for_one_view_but_looks_similar(tmp_path):
+    """The only case in which a redrawn view has other bytes: a JPEG file is decoded at a scale that suits every view of a plan, and
+    training requests fewer views at a time than the teacher's pass."""
     differences = []
     noise = Image.fromarray(np.random.default_rng(5).integers(0, 256, (6, 8, 3), dtype=np.uint8))
     paths = []
@@ -155,7 +155,7 @@ def test_a_large_jpeg_file_may_be_decoded_smaller_for_one_view_than_for_all_but_
             passed = teacher_views(images, row)[int(batch.anchor_keys[0][i, 0]) - row * VIEWS]
             differences.append(float((batch.anchor_views[0][i] - passed).abs().mean()))
     assert np.median(differences) < 1e-6
-    assert 0 < max(differences) < 0.03, "where a pixel's standard deviation is about 1"
+    assert 0 < max(differences) < 0.03, "the standard deviation of pixels is about 1"
 
 
 def test_stored_features_and_member_keys_belong_to_their_rows(memory):
@@ -171,8 +171,8 @@ def test_stored_features_and_member_keys_belong_to_their_rows(memory):
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
-def test_a_weak_view_is_the_strong_one_without_its_colours(kind, request: pytest.FixtureRequest):
-    """Same crop, turn and flip; the first view keeps its colours."""
+def test_a_weak_view_is_the_strong_one_without_changes_of_colour(kind, request: pytest.FixtureRequest):
+    """The same crop, rotation and flip; the first view keeps its changes of colour."""
     images = request.getfixturevalue(kind)
     coloured = 0
     for batch in every_batch(batches(Needs(anchor_views=2, weak_views=1), images), epoch=1):
@@ -185,7 +185,7 @@ def test_a_weak_view_is_the_strong_one_without_its_colours(kind, request: pytest
 
 
 @pytest.mark.parametrize("needs", [Needs(anchor_views=1, companions=2), Needs(1, stored_keys=True, same_views=1, companions=2)])
-def test_companions_are_distinct_listed_members_behind_their_anchors(memory, needs):
+def test_companions_are_distinct_listed_members_after_their_anchors(memory, needs):
     bags, made = knn_bags(), None
     made = batches(needs, memory, bags)
     anchors_seen = []
@@ -201,25 +201,25 @@ def test_companions_are_distinct_listed_members_behind_their_anchors(memory, nee
             if needs.stored_keys:
                 number = int(batch.anchor_keys[0][i, 0]) - row * VIEWS
                 torch.testing.assert_close(batch.anchor_views[0][i], teacher_views(memory, row)[number], rtol=0, atol=1e-6)
-            else:  # keyed by the anchor and the place, so that a row that comes twice is seen twice
+            else:  # the key contains the anchor and the place, so that a row occurring twice has two views
                 view = drawn(memory, row, "anchor", 0, i // BATCH, STRONG, seed_row=rows[i % BATCH])
                 torch.testing.assert_close(batch.anchor_views[0][i], view, rtol=0, atol=1e-5)
     assert sorted(anchors_seen) == list(range(ROWS))
 
 
-def test_a_row_that_comes_twice_is_seen_twice(memory):
-    """An anchor with an empty bag is its own companion: three different views of it."""
+def test_a_row_that_occurs_twice_has_different_views(memory):
+    """An anchor with an empty bag is its own companion, with three different views."""
     for batch in every_batch(batches(Needs(anchor_views=1, companions=2), memory, knn_bags())):
         rows = batch.anchor_rows_B.tolist()
         if 5 in rows[:BATCH]:
             first, second, third = (batch.anchor_views[0][rows[:BATCH].index(5) + place * BATCH] for place in range(3))
             assert not any(torch.allclose(a, b, atol=1e-2) for a, b in ((first, second), (first, third), (second, third)))
             return
-    raise AssertionError("row 5 never came")
+    raise AssertionError("row 5 never occurred")
 
 
 def test_draw_listed_against_brute_force():
-    """The members in the order of their numbers u, gone through again where the bag is shorter than the count."""
+    """Members in the order of their numbers u, repeated if the bag is shorter than the count."""
     bags, rng = knn_bags(), np.random.default_rng(7)
     rows = rng.integers(0, ROWS, 500)
     rows[:100] = np.resize([2, 5, 6], 100)
@@ -231,12 +231,12 @@ def test_draw_listed_against_brute_force():
             order = [int(member) for _, member in sorted(listed)] or [int(row)]
             assert drawn_M.tolist() == (order * count)[:count]
     orders = {tuple(x) for x in bags.draw_listed(np.full(400, 6), rng.random((400, 3)), 3).tolist()}
-    assert orders == set(permutations(bags.members_TK[6].tolist())), "every order comes"
+    assert orders == set(permutations(bags.members_TK[6].tolist())), "every order occurs"
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 1e-5])
 def test_weighted_draws_follow_the_exponential_of_the_cosine(temperature):
-    """Frequencies over a uniform grid of u, which are exact to one point of the grid."""
+    """Frequencies over a uniform grid of u, exact to one point of the grid."""
     members = np.array([[1, 2, 3, 4], [3, 0, -1, -1], [-1] * 4, [0, 1, 2, 4], [0, 1, 2, 3]], np.int32)
     cosines = np.array([[0.9, 0.8, 0.75, 0.2], [0.5, 0.4, 0, 0], [0] * 4, [-0.1, -0.2, -0.3, -0.9], [0.3] * 4])
     similarity = np.where(members >= 0, cosines, -np.inf).astype(np.float16)
@@ -270,7 +270,7 @@ def test_mutual_bags_against_a_double_loop():
         sizes.append(len(kept))
         assert mutual.members_TK[row].tolist() == [other for other, _ in kept] + [-1] * (4 - len(kept))
         assert mutual.similarity_TK[row].tolist() == [cosine for _, cosine in kept] + [-np.inf] * (4 - len(kept))
-    assert min(sizes) < 3 < max(sizes), "bags of several lengths, or nothing was tested"
+    assert min(sizes) < 3 < max(sizes), "without bags of several lengths, nothing would be tested"
     assert mutual.bag_sizes_T.tolist() == sizes
     assert (mutual.members_TK.dtype, mutual.similarity_TK.dtype) == (np.int32, np.float16)
 
@@ -295,7 +295,7 @@ def test_two_epochs_differ_and_the_same_epoch_does_not(memory, name):
     assert set(by_row[0]) == set(by_row[1]) == set(range(ROWS))
     assert list(by_row[0]) != list(by_row[1]), "another order"
     same = sum(torch.equal(by_row[0][row], by_row[1][row]) for row in range(ROWS))
-    most = ROWS // 2 if name == "same views" else 0  # there are six pairs of stored views: one in six comes again
+    most = ROWS // 2 if name == "same views" else 0  # there are six pairs of stored views, so one in six occurs again
     assert same <= most
 
 
@@ -303,7 +303,7 @@ def what_row_saw(batch: Batch, i: int) -> torch.Tensor:
     return torch.stack([views[i] for views in batch.anchor_views])
 
 
-def test_a_resumed_epoch_goes_on_with_the_same_steps(memory):
+def test_a_resumed_epoch_continues_with_the_same_steps(memory):
     made = batches(Needs(anchor_views=1, same_views=1, stored_keys=True, companions=2), memory, knn_bags())
     whole, rest = every_batch(made), list(made.epoch(0, 2))
     for a, b in zip(whole[2:], rest, strict=True):

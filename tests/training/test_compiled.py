@@ -1,4 +1,4 @@
-"""Compiled networks: the eager step's numbers for every method, nothing compiled outside of a step, and a line where it does not work."""
+"""Compiled networks: the eager step's numbers for every method, no compiling outside of a step, and one line if it fails."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.pretended_gpu import steps as small
 from tests.pretended_gpu.steps import CPU, Case, Outcome, outcome_of, steps, trainer
 
 COMPILE = torch.compile
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which torch itself hides where warnings are none
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides it itself unless warnings are errors
 METHODS = [
     Case("bingo", precision="bf16", changes={"terms": "symmetric_mix"}),
     Case("bingo", "live", changes={"teacher_batchnorm": "batch"}, teacher_px=16),
@@ -32,7 +32,7 @@ METHODS = [
 
 
 def traced(function, mode, dynamic):
-    """torch.compile as far as the kernels: these are eager's."""
+    """torch.compile up to the kernels, which are those of eager mode."""
     return COMPILE(function, backend="aot_eager", dynamic=dynamic)
 
 
@@ -54,8 +54,8 @@ def outcome(folder: Path, case: Case, mode: str | None, groups: int = 1) -> Outc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
-def test_a_compiled_step_gives_the_eager_ones_numbers(tmp_path, monkeypatch, case):
-    """In 4 groups, as compiled networks compute them; counters of batches too."""
+def test_a_compiled_step_equals_the_eager_one(tmp_path, monkeypatch, case):
+    """In 4 groups, as compiled networks compute them; counters of batches are equal, too."""
     monkeypatch.setattr(compiled.torch, "compile", traced)
     monkeypatch.setattr(small, "build_backbone", lambda _, *others: build_backbone("resnet10t", *others))
     monkeypatch.setattr(batchnorm, "_one_by_one", batchnorm._side_by_side)
@@ -67,7 +67,7 @@ def test_a_compiled_step_gives_the_eager_ones_numbers(tmp_path, monkeypatch, cas
 
 @pytest.mark.slow
 def test_a_compiled_training_that_is_interrupted_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
-    """With a moving average, and the probe's best epoch kept; what the probe sees is not compiled."""
+    """With a moving average and the best epoch by the probe; the probe's network is not compiled."""
     monkeypatch.setattr(compiled.torch, "compile", traced)
     monkeypatch.setattr(small, "build_backbone", lambda _, *others: build_backbone("resnet10t", *others))
 
@@ -105,7 +105,7 @@ def test_the_cases_are_of_every_method():
 
 
 @pytest.mark.slow
-def test_kernels_of_inductor_give_the_eager_ones_numbers_to_rounding(tmp_path):
+def test_kernels_of_inductor_equal_eager_ones_up_to_rounding(tmp_path):
     case = Case("moco", "momentum")
     wanted, found = (outcome(tmp_path / str(mode), case, mode) for mode in (None, "default"))
     assert found.sums == pytest.approx(wanted.sums, rel=1e-4)
@@ -114,7 +114,7 @@ def test_kernels_of_inductor_give_the_eager_ones_numbers_to_rounding(tmp_path):
 
 
 def test_batches_of_several_shapes_are_each_compiled_once(monkeypatch):
-    """As those of small crops, and of a teacher's larger images."""
+    """As for small crops, and for larger images of a teacher."""
     seen = []
 
     def counted(graph, inputs):
@@ -133,7 +133,7 @@ def test_batches_of_several_shapes_are_each_compiled_once(monkeypatch):
     assert len(seen) == own + len(batches)
 
 
-def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch):
+def test_one_line_is_printed_if_nothing_can_be_compiled(monkeypatch):
     def fails(function, mode, dynamic):
         def call(x):
             raise RuntimeError("No working C++ compiler found\nin this image")
@@ -151,7 +151,7 @@ def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch):
 
 def test_a_network_that_cannot_be_compiled_is_one_line(monkeypatch):
     def backend(graph, inputs):
-        if len([*graph.parameters(), *inputs]) > 1:  # not that of the first check
+        if len([*graph.parameters(), *inputs]) > 1:  # not the first check
             raise ValueError("no kernel for\nsuch a layer")
         return graph.forward
 
@@ -166,11 +166,11 @@ def test_a_network_that_cannot_be_compiled_is_one_line(monkeypatch):
     assert "forward" not in network.__dict__
 
 
-def test_a_network_is_its_own_again_after_a_step_that_fails(monkeypatch):
+def test_a_network_is_restored_after_a_step_that_fails(monkeypatch):
     monkeypatch.setattr(compiled.torch, "compile", traced)
     network = nn.Linear(2, 2)
     networks = CompiledNetworks([network, nn.Sequential()], "default", CPU)
-    assert len(networks.forwards) == 1  # nothing to compile in the other
+    assert len(networks.forwards) == 1  # nothing to compile in the other network
     with networks.used():
         assert "forward" in network.__dict__
     with pytest.raises(MemoryError), networks.used():

@@ -1,4 +1,4 @@
-"""What a training shows in each logger, read by its library, is what the training does; and loggers change nothing of that."""
+"""Figures in each logger, read with its library, are those of the training; and loggers do not change the training."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def _nobodys_variables(monkeypatch):
 
 
 def measured(network) -> dict[str, float]:
-    """Something of the weights, so that a network that is measured too late or too early gives other figures."""
+    """A function of the weights, so that measuring a network too late or too early gives other figures."""
     return {"effective_rank": float(sum(weight.double().sum() for weight in network.state_dict().values()))}
 
 
@@ -44,14 +44,14 @@ def log_of(folder: Path, names: list[str], warn=pytest.fail, **more) -> Training
 
 
 def with_log(folder: Path, names: list[str], probes: list[float] = PERCENTS, state: str = "state", **more):
-    """A trainer of 36 steps with loggers that write under `folder`."""
+    """A trainer of 36 steps with loggers that write to `folder`."""
     run = trainer(folder / state, epochs=EPOCHS, network="batchnorm", probe=ScriptedProbe(probes))
     run.log = log_of(folder, names, **more)
     return run
 
 
 def observed(run) -> dict[int, dict[str, float]]:
-    """By step what a training does, seen from outside: its terms, and the norm of the gradients that the optimizer is given."""
+    """The terms of a training by step, and the norm of the gradients passed to the optimizer, observed from outside."""
     seen: dict[int, dict[str, float]] = {}
 
     def terms(module, inputs, output):
@@ -71,7 +71,7 @@ def json_lines(folder: Path) -> list[dict]:
 
 
 def scalars(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) by name, without what depends on the machine."""
+    """(step, value) by name, except values that depend on the machine."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -82,7 +82,7 @@ def scalars(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A training with JSON lines, run to its end, and what was seen of it from outside."""
+    """A complete training with JSON lines, and the values observed from outside."""
     folder = tmp_path_factory.mktemp("whole")
     run = with_log(folder, ["jsonl"])
     seen = observed(run)
@@ -91,7 +91,7 @@ def whole(tmp_path_factory):
     return folder, run, result, seen
 
 
-def test_every_figure_is_the_trainings_own(whole):
+def test_every_figure_equals_the_trainings(whole):
     folder, run, result, seen = whole
     steps = [line for line in json_lines(folder) if "epoch" not in line]
     assert [line["step"] for line in steps] == [1, 17, 33]
@@ -109,7 +109,7 @@ def test_every_figure_is_the_trainings_own(whole):
                      for record, weights in zip(result.history, probe, strict=True)]  # fmt: skip
 
 
-def test_a_training_with_loggers_is_that_without(tmp_path, whole):
+def test_a_training_with_loggers_equals_one_without(tmp_path, whole):
     _, run, result, _ = whole
     plain = trainer(tmp_path, epochs=EPOCHS, network="batchnorm", probe=ScriptedProbe(PERCENTS))
     assert plain.run().history == result.history
@@ -117,7 +117,7 @@ def test_a_training_with_loggers_is_that_without(tmp_path, whole):
 
 
 def killed_and_resumed(folder: Path, names: list[str], monkeypatch) -> None:
-    """Stopped after 18 steps; a figure of step 20 is there too, as of a process that was killed after its last checkpoint."""
+    """Stopped after 18 steps. A figure of step 20 has been added, as from a process that was killed after its last checkpoint."""
     first = with_log(folder, names)
     stop_at(first, 18, monkeypatch)
     with pytest.raises(Interrupted):
@@ -129,15 +129,15 @@ def killed_and_resumed(folder: Path, names: list[str], monkeypatch) -> None:
     second.log.close(True)
 
 
-def test_json_lines_of_a_resumed_training_are_those_of_an_uninterrupted_one(tmp_path, whole, monkeypatch):
+def test_json_lines_of_a_resumed_training_equal_those_of_an_uninterrupted_one(tmp_path, whole, monkeypatch):
     killed_and_resumed(tmp_path, ["jsonl"], monkeypatch)
     wanted, found = scalars(json_lines(whole[0])), scalars(json_lines(tmp_path))
-    again = {name: [(step, value) for step, value in values if step != 19] for name, values in found.items()}  # the first after 18
+    again = {name: [(step, value) for step, value in values if step != 19] for name, values in found.items()}  # the first step after 18
     assert again == wanted
     assert [path.name for path in (tmp_path / "logs/k10/distill").iterdir()] == ["x1"]
 
 
-def test_tensorboard_reads_the_same_of_a_resumed_training(tmp_path, whole, monkeypatch):
+def test_tensorboard_shows_the_same_for_a_resumed_training(tmp_path, whole, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -154,7 +154,7 @@ def test_tensorboard_reads_the_same_of_a_resumed_training(tmp_path, whole, monke
 
 
 def records(file: Path) -> list:
-    """The records of a file of W&B: LevelDB's log format, in blocks of 32 KiB, after a head of 7 bytes."""
+    """The records in a file of W&B: LevelDB's log format, in blocks of 32 KiB, after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, at, part, found = file.read_bytes(), 7, b"", []
@@ -163,19 +163,19 @@ def records(file: Path) -> list:
             at += 2**15 - at % 2**15
         length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
         part, at = part + content[at + 7 : at + 7 + length], at + 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # complete, or the last part
             found.append(Record.FromString(part))
             part = b""
     return found
 
 
-def test_weights_and_biases_gets_the_same_in_one_run(tmp_path, whole, monkeypatch):
+def test_weights_and_biases_receives_the_same_in_one_run(tmp_path, whole, monkeypatch):
     pytest.importorskip("wandb")
     killed_and_resumed(tmp_path, ["wandb"], monkeypatch)
     files = sorted((tmp_path / "logs/k10/distill/x1/wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) == 2, "offline, both parts have a folder, which `wandb sync` joins by their id"
+    assert len(files) == 2, "offline, each part has a folder, and `wandb sync` joins them by their id"
     kinds = [lambda file=file: [record.WhichOneof("record_type") for record in records(file)] for file in files]
-    until(lambda: all("exit" in kinds_of() for kinds_of in kinds))  # another process writes them, in its own time
+    until(lambda: all("exit" in kinds_of() for kinds_of in kinds))  # another process writes them
     found: dict[str, dict[int, float]] = {}
     for number, file in enumerate(files):
         (run,) = [record.run for record in records(file) if record.WhichOneof("record_type") == "run"][:1]
@@ -192,8 +192,8 @@ def test_weights_and_biases_gets_the_same_in_one_run(tmp_path, whole, monkeypatc
         assert {step: value for step, value in found[name].items() if step != 19} == dict(values), name
 
 
-@pytest.mark.filterwarnings("ignore")  # of the libraries that MLflow stores its figures with
-def test_mlflow_gets_the_same_in_one_run(tmp_path, whole, monkeypatch):
+@pytest.mark.filterwarnings("ignore")  # from the libraries in which MLflow stores its figures
+def test_mlflow_receives_the_same_in_one_run(tmp_path, whole, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     killed_and_resumed(tmp_path, ["mlflow"], monkeypatch)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'logs/mlflow.db'}")
@@ -205,7 +205,7 @@ def test_mlflow_gets_the_same_in_one_run(tmp_path, whole, monkeypatch):
     assert [file.path for file in client.list_artifacts(run.info.run_id, "bags")] == ["bags/row-0.png"]
 
 
-def test_the_picture_is_shown_once_and_pixel_for_pixel(tmp_path):
+def test_the_picture_is_logged_once_with_equal_pixels(tmp_path):
     for resumed in (0, 5):
         log = log_of(tmp_path, ["jsonl"])
         log.begin(resumed, 10, 1, "images")
@@ -216,7 +216,7 @@ def test_the_picture_is_shown_once_and_pixel_for_pixel(tmp_path):
             file.unlink()
 
 
-def test_speed_and_waiting_are_of_the_time_since_the_last_figures_without_an_epochs_end(tmp_path, monkeypatch):
+def test_speed_and_waiting_are_since_the_last_figures_without_the_end_of_epochs(tmp_path, monkeypatch):
     now, waited = [100.0], [0.0]
     monkeypatch.setattr(loggers.time, "monotonic", lambda: now[0])
     log = log_of(tmp_path, ["jsonl"])
@@ -225,7 +225,7 @@ def test_speed_and_waiting_are_of_the_time_since_the_last_figures_without_an_epo
         now[0], waited[0] = now[0] + seconds, waited[0] + wait
         log.keep(step, 0.1, {"loss": torch.tensor(1.0)})
         log.flush()
-    now[0], waited[0] = now[0] + 3, waited[0] + 3  # steps 18 to 20, then the epoch's end
+    now[0], waited[0] = now[0] + 3, waited[0] + 3  # steps 18 to 20, then the end of the epoch
     log.summary(20, "epoch", {"epoch": 1})
     now[0], waited[0] = now[0] + 4, waited[0] + 1
     log.keep(33, 0.1, {"loss": torch.tensor(1.0)})
@@ -234,7 +234,7 @@ def test_speed_and_waiting_are_of_the_time_since_the_last_figures_without_an_epo
     assert shown == [(64 / 2, 0.25), (16 * 64 / 8, 0.75), (13 * 64 / 4, 0.25)]
 
 
-def test_a_logger_that_fails_later_is_given_up_and_the_others_go_on(tmp_path, whole, monkeypatch):
+def test_a_logger_that_fails_later_is_dropped_and_the_others_continue(tmp_path, whole, monkeypatch):
     calls, warnings = [], []
 
     class Full(loggers.JsonLines):
@@ -254,7 +254,7 @@ def test_a_logger_that_fails_later_is_given_up_and_the_others_go_on(tmp_path, wh
 
 
 @pytest.mark.parametrize("place", ["", "workspace", "workspace/x"])
-def test_a_file_in_the_place_of_a_logs_folder_is_one_line(tmp_path, place):
+def test_a_file_in_place_of_a_logs_folder_is_one_line(tmp_path, place):
     logs = tmp_path / "logs"
     (logs / place).parent.mkdir(parents=True, exist_ok=True)
     (logs / place).touch()
@@ -274,7 +274,7 @@ def test_a_logger_that_cannot_be_opened_ends_the_training_before_its_first_step(
     assert run.step == 0
 
 
-def test_a_training_that_has_ended_opens_nothing(tmp_path):
+def test_a_finished_training_opens_no_logger(tmp_path):
     state = {"every_seconds": 0, "epochs": 1}
     trainer(tmp_path / "state", **state).run()
     run = trainer(tmp_path / "state", **state)
@@ -284,7 +284,7 @@ def test_a_training_that_has_ended_opens_nothing(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_figures_that_are_not_finite_are_null_and_torn_lines_go(tmp_path):
+def test_figures_that_are_not_finite_are_null_and_incomplete_lines_are_removed(tmp_path):
     log = log_of(tmp_path, ["jsonl"])
     log.begin(0, 10, 1, "images")
     log.summary(3, "epoch", {"loss": math.nan, "knn_10": math.inf, "lr": 0.5})

@@ -1,4 +1,4 @@
-"""Narrower keys: principal components against numpy's singular values, and a teacher with them from its images to its file."""
+"""Narrower keys: principal components compared with numpy's singular vectors, and a teacher with them from images to file."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ ROWS, SEED = 60, 3
 
 @dataclass(frozen=True)
 class Reference:
-    """By numpy: centred rows, singular values and right singular vectors."""
+    """With numpy: centred rows, singular values and right singular vectors."""
 
     mean: np.ndarray
     variances: np.ndarray
@@ -57,7 +57,7 @@ def test_components_are_the_right_singular_vectors_of_the_centred_rows(whiten, b
 
 
 def test_rows_in_a_plane_can_be_whitened():
-    """Components without variance are not blown up to infinity."""
+    """Components without variance are not scaled to infinity."""
     x = torch.randn(40, 2) @ torch.randn(2, 6)
     _, components = principal_components([x], 5, whiten=True)
     assert torch.isfinite(components).all()
@@ -81,13 +81,13 @@ def images() -> MemoryImages:
 
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("with_head", [False, True])
-def test_keys_are_the_unit_components_of_the_unit_keys_of_train_images_and_so_are_those_of_the_file(tmp_path, images, with_head, whiten):
+def test_keys_are_normalised_components_of_unit_keys_also_in_the_file(tmp_path, images, with_head, whiten):
     params, (backbone, head) = teacher_params(6, whiten), parts(with_head)
     wide = Teacher(*parts(with_head), {})
     narrow = narrowed(backbone, head, params, IMAGE, images, ROWS, SEED, CPU)
     (views,) = center_views(images, np.arange(ROWS + 5), IMAGE, CPU, 100)
     keys = wide.keys(views).double().numpy()
-    reference = by_numpy(keys[:ROWS])  # of the train images alone
+    reference = by_numpy(keys[:ROWS])  # of train images only
     want = (keys - reference.mean) @ reference.vectors[:6].T / (np.sqrt(reference.variances[:6]) if whiten else 1)
     want /= np.linalg.norm(want, axis=1, keepdims=True)
     metadata = teacher_metadata(params, IMAGE, backbone, narrow, {"source": "random", "pretrained": False})
@@ -98,7 +98,7 @@ def test_keys_are_the_unit_components_of_the_unit_keys_of_train_images_and_so_ar
         np.testing.assert_allclose(teacher.features(views).numpy(), wide.features(views).numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_of_many_images_a_fixed_part_is_read(images, monkeypatch):
+def test_of_many_images_a_fixed_subset_is_read(images, monkeypatch):
     monkeypatch.setattr(narrow_keys, "FITTED_IMAGES", 20)
     read = []
     real = narrow_keys.center_views
@@ -106,7 +106,7 @@ def test_of_many_images_a_fixed_part_is_read(images, monkeypatch):
     heads = [narrowed(*parts(True), teacher_params(6), IMAGE, images, ROWS, SEED, CPU) for _ in range(2)]
     assert [len(set(rows.tolist())) for rows in read] == [20, 20]
     assert max(read[0]) < ROWS
-    assert all(torch.equal(a, b) for a, b in zip(*(head.state_dict().values() for head in heads), strict=True)), "the same every time"
+    assert all(torch.equal(a, b) for a, b in zip(*(head.state_dict().values() for head in heads), strict=True)), "always the same"
     assert describe_head(heads[0]) == {"layers": ["linear", "relu", "linear", "unit", "linear"], "widths": [64, 32, 24, 6]}
 
 
@@ -120,14 +120,14 @@ def test_too_wide_is_refused(images, with_head, key_width, train_rows, words):
         narrowed(*parts(with_head), teacher_params(key_width), IMAGE, images, train_rows, SEED, CPU)
 
 
-def test_the_layer_of_unit_length_is_a_layer_of_a_head():
+def test_normalisation_can_be_a_layer_of_a_head():
     head = nn.Sequential(narrow_keys.Unit())
     np.testing.assert_allclose(head(torch.tensor([[3.0, 4.0]])).numpy(), [[0.6, 0.8]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("source", ["random", "pretrain"])
 def test_the_stages_train_on_narrow_keys_stored_and_live(tmp_path, stages, source):
-    """As many images as in other tests of the stages, one epoch: the teacher's file, the store and the student's head are 6 wide."""
+    """As many images as in other tests of stages, and one epoch; the teacher's file, the store and the student's head have width 6."""
     small = {"teacher.source": source, "teacher.key_width": 6, "extract.views": 2, "distill.method": "simreg", "distill.epochs": 1}
     epochs = {"teacher.pretrain.epochs": 1, "teacher.pretrain.lr_warmup_epochs": 0, "distill.lr_warmup_epochs": 0}
     workspace = new_workspace(tmp_path / "bingo", stages, SHORT | small | epochs)

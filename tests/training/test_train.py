@@ -1,4 +1,4 @@
-"""The training loop: resumed equals uninterrupted, two processes equal one, bf16 is really on, a loss that is not finite stops."""
+"""The training loop: resumed equals uninterrupted, two processes equal one, bf16 is really used, a loss that is not finite stops."""
 
 import functools
 import itertools
@@ -31,11 +31,11 @@ CPU = torch.device("cpu")
 PARAMS = load_params(Path(__file__).parents[2] / "params.yaml")
 IMAGE = PARAMS.image.model_copy(update={"crop_px": 12, "resize_px": 12})
 ROWS, SIDE_PX, FEATURES = 64, 12, 8
-SHRUNK = {  # in addition to the settings of all methods: a head of width 8, a queue that wraps
+SHRUNK = {  # in addition to the settings of all methods: a head of width 8, and a queue that wraps
     "bingo": {"inter_warmup_epochs": 1},
     "moco": {"key_width": 16},
     "compress": {"target": "features"},
-    "coss": {"companions": 2, "teacher_temperature": 1.0, "student_temperature": 1.0},  # a loss as large as the others
+    "coss": {"companions": 2, "teacher_temperature": 1.0, "student_temperature": 1.0},  # a loss of the same magnitude as the others
     "isd": {"weak_keys": True, "projection_width": 6},
 }
 
@@ -107,7 +107,7 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 
 def stop_at(running: Trainer, stop_step: int, monkeypatch) -> None:
-    """Ask the trainer to stop during the step with this number, counted from 1."""
+    """Ask the trainer to stop during the step with this number, starting from 1."""
     step = running._train_step
 
     def and_stop(batch, progress):
@@ -119,7 +119,7 @@ def stop_at(running: Trainer, stop_step: int, monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A trainer that has run from start to end, and its result: once for all steps at which another is stopped."""
+    """A trainer that has run from start to end, and its result; computed once for all steps at which another one is stopped."""
 
     @functools.cache
     def run(method_name: str, network: str, groups: int):
@@ -141,7 +141,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, method_name
     stop_at(first, stop_step, monkeypatch)
     with pytest.raises(Interrupted, match=f"step {stop_step}"):
         first.run()
-    torch.rand(5)  # whatever was drawn before
+    torch.rand(5)  # earlier draws must not matter
     second = trainer(tmp_path / "parts", method_name, network=network, groups=groups)
     torch.rand(3)
     second_result = second.run()
@@ -168,8 +168,9 @@ def test_optimizer_parts_and_average_resume_with_their_state(tmp_path, monkeypat
     assert all(torch.equal(value, found.average[name]) for name, value in expected.average.items())
 
 
-def test_the_average_is_that_of_the_weights_and_statistics_after_each_step(tmp_path, monkeypatch):
-    """a = d a + (1 - d) w with d = min(student_ema, 1 - t^(-2/3)) in step t, counted from 1: the first is a copy. Counters are copies."""
+def test_the_average_is_over_the_weights_and_statistics_after_each_step(tmp_path, monkeypatch):
+    """a = d a + (1 - d) w with d = min(student_ema, 1 - t^(-2/3)) in step t, starting from 1, where a is a copy of w. Counters are
+    copied."""
     run = trainer(tmp_path, "simreg", network="batchnorm", epochs=2, student_ema=0.7)
     expected, step = {}, run._train_step
 
@@ -225,7 +226,7 @@ WITHOUT_A_MOVING_AVERAGE = ["bingo", "seed", "simreg", "coss"]
     "settings",
     [
         *({"method_name": name} for name in method_names() if name != "isd"),
-        {"method_name": "isd", "section": {"projection_width": None}},  # a projector's BatchNorm would be shuffled
+        {"method_name": "isd", "section": {"projection_width": None}},  # BatchNorm of a projector would be shuffled
         *({"method_name": name, "groups": 2, "network": "batchnorm"} for name in WITHOUT_A_MOVING_AVERAGE),
         {"method_name": "bingo", "groups": 4, "network": "batchnorm", "section": {"terms": "symmetric_mix", "negatives": "queue"}},
         {"method_name": "bingo", "section": {"negatives": "queue", "queue_push": "anchor_and_member", "negative_rows": 48}},
@@ -234,7 +235,7 @@ WITHOUT_A_MOVING_AVERAGE = ["bingo", "seed", "simreg", "coss"]
     ids=str,
 )
 def test_two_parts_have_the_gradients_and_queues_of_the_whole_batch(tmp_path, settings, monkeypatch):
-    """Of all methods, where parts do not cut BatchNorm's groups, and no key is shuffled out of its part to be normalised elsewhere."""
+    """For all methods with settings in which parts do not divide BatchNorm's groups, and keys are not shuffled into other parts."""
     whole, parts = (two_steps(tmp_path / str(n), n, monkeypatch, **{"groups": 4} | settings) for n in (1, 2))
     for one, other in zip(whole, parts, strict=True):
         assert one.keys() == other.keys()
@@ -244,7 +245,7 @@ def test_two_parts_have_the_gradients_and_queues_of_the_whole_batch(tmp_path, se
 
 
 class ScriptedProbe:
-    """Gives the next of some percentages and keeps the weights that it was shown."""
+    """Returns the next of some percentages, and keeps the weights that it was given."""
 
     def __init__(self, percents: list[float]):
         self.percents, self.seen = percents, []
@@ -257,7 +258,7 @@ class ScriptedProbe:
 @pytest.mark.slow
 @pytest.mark.parametrize(("percents", "best"), [([10, 30, 30, 20], 2), ([0, 0, 0, 0], 1), ([1, 2, 3, 4], 4)])
 def test_the_best_epoch_by_the_probe_is_kept_through_an_interruption(tmp_path, percents, best, monkeypatch):
-    """Epochs have 4 steps and all are probed; the run that is stopped in epoch 3 resumes with the percentages of epochs 3 and 4."""
+    """Epochs have 4 steps and are all probed; the run stopped in epoch 3 resumes with the percentages of epochs 3 and 4."""
     probe = ScriptedProbe(percents)
     whole = trainer(tmp_path / "whole", epochs=4, network="batchnorm", probe=probe, keep_best=True).run()
     first = trainer(tmp_path / "parts", epochs=4, network="batchnorm", probe=ScriptedProbe(percents), keep_best=True)
@@ -271,12 +272,12 @@ def test_the_best_epoch_by_the_probe_is_kept_through_an_interruption(tmp_path, p
         assert all(torch.equal(tensor, probe.seen[best - 1][name]) for name, tensor in result.best["weights"].items())
 
 
-def test_no_epoch_is_kept_unless_it_is_asked_for(tmp_path):
+def test_no_epoch_is_kept_by_default(tmp_path):
     assert trainer(tmp_path, probe=ScriptedProbe([5, 6, 7])).run().best == {}
 
 
-def test_what_a_network_draws_follows_seed_step_and_process(tmp_path, monkeypatch):
-    """Dropout of 64 ones, seen in three steps of two seeds and two processes: 12 different masks, and the same ones again."""
+def test_draws_of_a_network_depend_on_seed_step_and_process(tmp_path, monkeypatch):
+    """Dropout of 64 ones in three steps for two seeds and two processes: 12 different masks, which are the same again when repeated."""
 
     def masks() -> list[tuple]:
         seen = []
@@ -302,7 +303,7 @@ def test_a_network_that_draws_trains_other_weights_than_one_that_does_not(tmp_pa
     assert not same_state(plain.method, drawing.method)
 
 
-def test_only_the_last_complete_checkpoint_stays(tmp_path):
+def test_only_the_last_complete_checkpoint_is_kept(tmp_path):
     trainer(tmp_path, every_seconds=0, epochs=2).run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "step-8.rank-0.pt"]
 
@@ -317,7 +318,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in run.method.state_dict().items())
 
 
-def test_one_pixel_that_is_no_number_stops_the_training(tmp_path):
+def test_a_single_nan_pixel_stops_the_training(tmp_path):
     run = trainer(tmp_path)
     views = run.batches.loader.items_with_views
 
@@ -333,13 +334,13 @@ def test_one_pixel_that_is_no_number_stops_the_training(tmp_path):
 
 
 @pytest.mark.parametrize("method_name", ["bingo", "simreg", "coss", "moco"])
-def test_an_exploding_learning_rate_is_told(tmp_path, method_name):
+def test_a_learning_rate_that_diverges_is_reported(tmp_path, method_name):
     with pytest.raises(UserError, match=r"(loss is|weights are) (nan|inf|nan or inf) (at step|after) .*lower lr"):
         trainer(tmp_path, method_name, lr=1e38).run()
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_the_last_step_broke_are_not_handed_on(tmp_path, number):
+def test_weights_that_the_last_step_broke_are_not_returned(tmp_path, number):
     run = trainer(tmp_path, epochs=1)
     update = run.optimizer.step
 
@@ -360,7 +361,7 @@ def test_a_batch_larger_than_the_dataset_is_refused(tmp_path):
         Batches(run.method.needs, run.batches.loader, 0, 8, run.schedule.batch_anchors, run.batches.bags, run.batches.stored)
 
 
-def test_bf16_is_on_inside_the_network_on_the_cpu_and_the_loss_is_float32(tmp_path):
+def test_bf16_is_used_inside_the_network_on_the_cpu_and_the_loss_is_float32(tmp_path):
     run = trainer(tmp_path, network="batchnorm", precision="bf16", epochs=1)
     seen = set()
     run.method.student.layer1[0].conv1.register_forward_hook(
@@ -373,10 +374,10 @@ def test_bf16_is_on_inside_the_network_on_the_cpu_and_the_loss_is_float32(tmp_pa
     assert set(losses) == {torch.float32}
 
 
-GROUPED = {"network": "batchnorm", "groups": 4, "epochs": 1, "lr": 1e-4}  # small steps: what rounding differs by does not grow
+GROUPED = {"network": "batchnorm", "groups": 4, "epochs": 1, "lr": 1e-4}  # with small steps, differences by rounding do not grow
 
-# SimReg's and ISD's heads have BatchNorm, whose statistics are of a process's own images by design: two processes train other weights.
-# So do they of CoSS, which compares outputs over a process's images.
+# Heads of SimReg and ISD have BatchNorm with statistics of each process's images by design, so two processes train other weights.
+# So do they for CoSS, which compares outputs over a process's images.
 BATCHNORM_HEADS = ["isd", "simreg"]
 EACH_ROW_ALONE = ["bingo", "moco", "seed", "compress", "disco"]
 
@@ -403,7 +404,7 @@ def _two_processes(rank: int, port: int, folder: Path, methods: list[str]) -> No
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """Every method trained by two processes, one method after the other: starting the processes takes longer than training."""
+    """Every method trained by two processes, one after the other, because starting the processes takes longer than training."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -417,7 +418,7 @@ def saved(folder: Path, method_name: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("method_name", EACH_ROW_ALONE)
-def test_two_processes_train_what_one_trains_on_the_joined_batch(tmp_path, two_processes, method_name):
+def test_two_processes_train_the_weights_of_one_with_the_whole_batch(tmp_path, two_processes, method_name):
     one = trainer(tmp_path, method_name)
     history = one.run().history
     for two in saved(two_processes, method_name):
@@ -428,7 +429,7 @@ def test_two_processes_train_what_one_trains_on_the_joined_batch(tmp_path, two_p
 
 
 @pytest.mark.parametrize("method_name", EACH_ROW_ALONE)
-def test_two_processes_in_parts_train_what_one_trains_on_the_whole_batch(tmp_path, two_processes, method_name):
+def test_two_processes_in_parts_train_the_weights_of_one_with_the_whole_batch(tmp_path, two_processes, method_name):
     one = trainer(tmp_path, method_name, epochs=1)
     one.run()
     for two in saved(two_processes, f"{method_name}-parts"):
@@ -437,8 +438,8 @@ def test_two_processes_in_parts_train_what_one_trains_on_the_whole_batch(tmp_pat
 
 
 @pytest.mark.parametrize("method_name", BATCHNORM_HEADS)
-def test_two_processes_with_batchnorm_heads_stay_one_network(tmp_path, two_processes, method_name):
-    """They differ in their BatchNorm's running statistics alone, and a queue holds the images that it holds on one process."""
+def test_two_processes_with_batchnorm_heads_keep_equal_weights(tmp_path, two_processes, method_name):
+    """They differ only in BatchNorm's running statistics, and a queue contains the same images as with one process."""
     one = trainer(tmp_path, method_name)
     one.run()
     first, second = saved(two_processes, method_name)
@@ -452,7 +453,7 @@ def test_two_processes_with_batchnorm_heads_stay_one_network(tmp_path, two_proce
             assert torch.equal(first["state"][name], value), name
 
 
-def test_two_processes_with_compiled_networks_train_what_they_train_without(two_processes):
+def test_two_processes_train_the_same_weights_with_compiled_networks(two_processes):
     for run, eager in zip(saved(two_processes, "moco-compiled"), saved(two_processes, "moco-grouped"), strict=True):
         assert run["history"][0]["loss"] == pytest.approx(eager["history"][0]["loss"], rel=1e-5)
         for name, value in eager["state"].items():
@@ -460,8 +461,9 @@ def test_two_processes_with_compiled_networks_train_what_they_train_without(two_
 
 
 @pytest.mark.parametrize("method_name", method_names())
-def test_two_processes_share_the_groups_that_one_process_has(tmp_path, two_processes, method_name):
-    """With BatchNorm in the student, and in some heads: losses and weights are one process's, running statistics in the mean."""
+def test_two_processes_share_the_groups_of_one_process(tmp_path, two_processes, method_name):
+    """With BatchNorm in the student and in some heads: losses and weights equal those of one process, and so does the mean of running
+    statistics."""
     one = trainer(tmp_path / "one", method_name, **GROUPED)
     history = one.run().history
     whole = trainer(tmp_path / "whole", method_name, **GROUPED | {"groups": 1}).run().history

@@ -1,8 +1,8 @@
-"""Random hostile input to every surface of the program: none may end in a traceback, a hang or unbounded memory.
+"""Random hostile input to every surface of the program, which must not cause tracebacks, hangs or unbounded memory.
 
 python -m tests.stress.fuzz --cases 10000 --seed 0 [--only images coco]
 
-Each surface runs in a process of its own. Exit code 1 where a case failed; then its description and the error's place are printed.
+Each surface runs in a separate process. The exit code is 1 if a case failed; its description and the place of the error are then printed.
 """
 
 import multiprocessing
@@ -18,7 +18,7 @@ from tests.stress.fuzz.surfaces import SURFACES, run
 
 
 def tally_of(number: int, cases: int, seed: int) -> Tally:
-    """The cases of one surface in a process of its own, which may die."""
+    """Run the cases of one surface in a separate process, which may die."""
     with (
         progress_bar(f"{SURFACES[number].name}, {cases:,} cases"),
         tempfile.TemporaryDirectory() as folder,
@@ -34,9 +34,9 @@ def tally_of(number: int, cases: int, seed: int) -> Tally:
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=10_000, help="of all surfaces together, at least")
+    parser.add_argument("--cases", type=int, default=10_000, help="least number of cases over all surfaces")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", default=[], help="surfaces whose names begin so")
+    parser.add_argument("--only", nargs="*", default=[], help="only surfaces whose names begin with one of these")
     given = parser.parse_args()
     chosen = [n for n, surface in enumerate(SURFACES) if not given.only or surface.name.startswith(tuple(given.only))]
     if not chosen:

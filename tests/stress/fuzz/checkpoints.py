@@ -1,4 +1,4 @@
-"""Fuzzed networks: checkpoints of every published format, BINGO's own files with forged checksums, and those of unfinished trainings."""
+"""Fuzzed networks: checkpoints of every published format, BINGO's own files with forged checksums, and unfinished trainings."""
 
 import io
 import json
@@ -60,7 +60,7 @@ WRAPPERS = ("state_dict", "model", "teacher", "")
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """A change of one tensor of a state dict, chosen by `place`; `value` decides how."""
+    """A change of one tensor of a state dict, selected by `place`; `value` determines the change."""
 
     kind: str
     place: int
@@ -110,7 +110,7 @@ def _change(state: dict[str, Any], name: str, change: TensorEdit) -> None:
         state[name] = makers[change.kind]()
 
 
-# Of other programs.
+# Files of other programs.
 
 
 @cache
@@ -122,7 +122,7 @@ def _published(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A checkpoint of format `made`, edited and damaged, that is read as one of format `read`."""
+    """A checkpoint of format `made`, edited and damaged, that is read as format `read`."""
 
     made: str
     read: str | None
@@ -145,7 +145,7 @@ def foreign() -> st.SearchStrategy:
 
 
 class Code:
-    """What a hostile checkpoint holds: unpickled, it would write a file."""
+    """Code in a hostile checkpoint: unpickling would write a file."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -168,7 +168,7 @@ def _contained(content: Any, container: str, marker: Path) -> bytes:
         state = next((content[key] for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), content)
         try:
             return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
-        except Exception:  # what is not a dict of plain tensors has no such file
+        except Exception:  # anything but a dict of plain tensors has no such file
             return safetensors.torch.save({"x": torch.zeros(3)})
     if container == "pickle":
         return pickle.dumps({"state_dict": {"a": 1}, "code": Code(marker)}, protocol=2)
@@ -179,7 +179,7 @@ def _contained(content: Any, container: str, marker: Path) -> bytes:
 
 
 def _deflated(content: bytes) -> bytes:
-    """The same archive with compressed members, one of them larger than what it is declared to be."""
+    """The same archive with compressed members, one of which is larger than its declared length."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
@@ -193,7 +193,7 @@ def _foreign(case: Foreign, folder: Path) -> None:
     try:
         content = _contained(_content(case), case.container, marker)
     except (RuntimeError, NotImplementedError, pickle.PicklingError, AttributeError, TypeError, ValueError, RecursionError):
-        content = _contained(dict(_published(case.made)), case.container, marker)  # not to be written with these edits
+        content = _contained(dict(_published(case.made)), case.container, marker)  # cannot be written with these edits
     path.write_bytes(damaged(content, case.damage))
     read = case.read or case.made
     own = {"arch": "resnet18", "width": WIDTH, "stem": "imagenet", "checkpoint": str(path)}
@@ -209,12 +209,12 @@ def _image() -> ImageParams:
     return ImageParams(crop_px=32, resize_px=32, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
-# BINGO's own.
+# BINGO's own files.
 
 
 @dataclass(frozen=True)
 class Own:
-    """A network's file: edits of its metadata, tensors and header, whose checksum is right again, and damage, whose is not."""
+    """A network's file: edits of metadata, tensors and header with a correct checksum, and damage without one."""
 
     kind: str
     metadata: list[Edit]
@@ -277,7 +277,7 @@ def _own(case: Own, folder: Path) -> None:
 
 
 def _sealed(content: bytes, changes: list[Edit]) -> bytes:
-    """With an edited header, and the checksum that fits it where it has one."""
+    """With an edited header, and the matching checksum if it has one."""
     length = struct.unpack("<Q", content[:8])[0]
     header = edited(json.loads(content[8 : 8 + length]), changes) if changes else json.loads(content[8 : 8 + length])
     text = json.dumps(header).encode()
@@ -287,12 +287,12 @@ def _sealed(content: bytes, changes: list[Edit]) -> bytes:
         return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
-# Of unfinished trainings.
+# Unfinished trainings.
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training's checkpoint: edits of latest.json and of the state with right checksums, damage to either file."""
+    """A checkpoint of a training: edits of latest.json and of the state with correct checksums, and damage to either file."""
 
     latest: list[Edit]
     state: list[Edit]
@@ -322,7 +322,7 @@ def _training(case: Training, folder: Path) -> None:
     file = io.BytesIO()
     try:
         torch.save(edited({**STATE, "method": changed(STATE["method"], case.tensors)}, case.state), file)
-    except Exception:  # not to be written with these edits
+    except Exception:  # cannot be written with these edits
         torch.save(deepcopy(STATE), file := io.BytesIO())
     (checkpoints.folder / "step-3.rank-0.pt").write_bytes(seal(file.getvalue()))
     path = sorted(path for path in checkpoints.folder.iterdir() if path.is_file())[case.damaged_file % 2]

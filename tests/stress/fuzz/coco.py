@@ -1,4 +1,4 @@
-"""Fuzzed COCO annotations: edited trees, damaged bytes, run lengths and polygons of any kind, and what is then done with them."""
+"""Fuzzed COCO annotations: edited trees, damaged bytes, run lengths and polygons of any kind; and their use."""
 
 import json
 from functools import cache
@@ -19,7 +19,7 @@ from tests.stress.fuzz.harness import Surface
 from tests.stress.fuzz.values import FLOATS, INTEGERS, TEXTS, Edit, edited, edits
 
 NUMBERS = st.one_of(st.sampled_from(INTEGERS), st.sampled_from(FLOATS), st.integers(-5, 120), st.floats(-5, 120))
-PIXELS = 72 * 96  # of the last image
+PIXELS = 72 * 96  # in the last image
 IMAGES = 4
 
 
@@ -32,7 +32,7 @@ def _split(root: Path) -> dict[str, Any]:
 
 
 def segmentations() -> st.SearchStrategy:
-    """Polygons of any numbers; run lengths that fit the image or do not, and texts of run lengths; of images of any size."""
+    """Polygons with any numbers; run lengths that fit the image or not, also as text; for images of any dimensions."""
     lengths = st.lists(st.integers(0, PIXELS), max_size=6).map(lambda counts: [*counts, max(0, PIXELS - sum(counts))])
     counts = st.one_of(
         lengths, st.lists(NUMBERS, max_size=6), st.text(max_size=12), st.from_regex(r"[0-o]{0,40}", fullmatch=True), st.sampled_from(TEXTS)
@@ -44,7 +44,7 @@ def segmentations() -> st.SearchStrategy:
 
 
 def annotations() -> st.SearchStrategy:
-    """Changes of some annotations: of number and key, and what is put there."""
+    """Changes to some annotations: number, key, and new value."""
     boxes = st.one_of(st.lists(NUMBERS, min_size=4, max_size=4), st.lists(NUMBERS, max_size=6))
     other = st.tuples(st.sampled_from(("image_id", "category_id", "area", "iscrowd", "id")), NUMBERS)
     change = st.one_of(
@@ -57,7 +57,7 @@ def annotations() -> st.SearchStrategy:
 
 
 def _look(raw: bytes, root: Path) -> None:
-    """Read the annotations, and every image as a training has it, and score the instances against themselves."""
+    """Read the annotations, then every image as in a training, and score the instances against themselves."""
     path = root / "annotations/fuzzed.json"
     path.write_bytes(raw)
     found = read_instances(path, root / "train", "transfer_coco.train_annotations")
@@ -77,7 +77,7 @@ def _instances(changes: list[tuple[int, tuple[str, Any]]], folder: Path) -> None
     content = edited(_split(folder), [])
     last = [one for one in content["annotations"] if one["image_id"] == content["images"][-1]["id"]]
     for number, (key, value) in changes:
-        own = last if key == "segmentation" else content["annotations"]  # an image of PIXELS
+        own = last if key == "segmentation" else content["annotations"]  # of an image with PIXELS
         own[number % len(own)][key] = value
     _look(json.dumps(content).encode(), folder)
 

@@ -1,4 +1,4 @@
-"""Damage to the bytes of a file: flipped, cut off, left out, said twice, overwritten by zeros or by extreme numbers."""
+"""Damage to the bytes of a file: flipped, truncated, removed, repeated, overwritten by zeros or extreme numbers."""
 
 import struct
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ HEAD_BYTES = 64
 
 @dataclass(frozen=True)
 class Damage:
-    """One change. `place` counts from the beginning, modulo the length of the file or of its head; `value` decides what is put there."""
+    """One change. `place` counts from the beginning, modulo the length of the file or of its head; `value` determines the change."""
 
     kind: str
     in_head: bool
@@ -22,13 +22,13 @@ class Damage:
 
 
 def damages(most: int = 3) -> st.SearchStrategy:
-    """None to `most` changes; most often none or one."""
+    """Up to `most` changes; most often none or one."""
     one = st.builds(Damage, st.sampled_from(KINDS), st.booleans(), st.integers(0, 2**24), st.integers(0, 2**16))
     return st.one_of(st.just([]), st.lists(one, min_size=1, max_size=1), st.lists(one, max_size=most))
 
 
 def damaged(content: bytes, changes: list[Damage]) -> bytes:
-    """The content with the changes made in it, one after the other."""
+    """The content after all changes, made one after the other."""
     for change in changes:
         if content:
             content = _changed(content, change)

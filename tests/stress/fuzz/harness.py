@@ -1,6 +1,6 @@
-"""What a fuzzed surface is, and the running of its cases one by one under a limit of time and of memory.
+"""Fuzzed surfaces, and running their cases one by one with limits of time and memory.
 
-A case is either accepted or refused by a UserError, whose lines are single, short and printable. Whatever else comes of it is a failure.
+A case is either accepted, or refused by a UserError with single, short and printable lines. Everything else is a failure.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from hypothesis.strategies import SearchStrategy
 
 from bingo.runtime.errors import UserError
 
-CASE_SECONDS = 20  # of processor time, which is the same on a busy machine; the making of the input counts too
-DEAD_SECONDS = 300  # by the clock, for code that waits or reacts to no signal: the process ends itself
-CASE_MB = 2048  # the largest image that is decoded has 89 million pixels: 4 bytes in Pillow, 3 in numpy and PyTorch, some of them twice
-ROOM_MB = 8192  # of addresses, beyond what the process has at its start: no case may take the machine down
+CASE_SECONDS = 20  # CPU time, which does not depend on other work; includes making the input
+DEAD_SECONDS = 300  # wall time, for code that waits or ignores signals: the process then ends itself
+CASE_MB = 2048  # the largest decoded image has 89 million pixels: 4 bytes in Pillow, 3 in numpy and PyTorch, some of them twice
+ROOM_MB = 8192  # address space beyond that at the start of the process, to protect the machine
 LAST = "last"
 LINE_CHARACTERS, MOST_LINES = 1200, 100
 MB = 2**20
@@ -33,8 +33,8 @@ MB = 2**20
 
 @dataclass(frozen=True)
 class Surface:
-    """One way into the program. `cases` draws small descriptions of input, `run` makes the input in an empty folder and hands it in:
-    it returns where the input is accepted, and raises UserError where it is refused. `share` is its relative number of cases.
+    """An entry point of the program. `cases` draws small descriptions of input; `run` makes the input in an empty folder and uses it: it
+    returns if the input is accepted, and raises UserError if it is refused. `share` is the relative number of cases.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Surface:
 
 @dataclass
 class Tally:
-    """What became of a surface's cases: how many, the longest one's seconds, the largest one's MB, and the failures' texts by cause."""
+    """Results of a surface's cases: their number, the longest time in seconds, the most MB, and the texts of failures by cause."""
 
     accepted: int = 0
     refused: int = 0
@@ -55,22 +55,22 @@ class Tally:
 
     @property
     def cases(self) -> int:
-        """All of them."""
+        """The number of all cases."""
         return self.accepted + self.refused + self.failed
 
     @property
     def failed(self) -> int:
-        """How many failed."""
+        """The number of failures."""
         return sum(map(len, self.failures.values()))
 
 
 class Hang(BaseException):
-    """A case took too long. No Exception: the code under test turns many of these into something else."""
+    """A case took too long. Not an Exception, because the code under test converts many of these."""
 
 
 def fuzz(surface: Surface, cases: int, seed: int, folder: Path) -> Tally:
-    """Run this many cases, the same ones for the same seed. `folder/last` holds the current one, and where it
-    hung, for the case that this process dies."""
+    """Run this many cases, which are the same for the same seed. `folder/last` contains the current one, and its place if it hangs, in case
+    this process dies."""
     tally, last, place = Tally(), folder / LAST, folder / "input"
     place.mkdir()
 
@@ -121,7 +121,7 @@ def _run(surface: Surface, case: Any, folder: Path, tally: Tally, last: TextIO) 
 
 
 def _bad_lines(lines: list[str]) -> str:
-    """What is wrong with a refusal, or an empty string."""
+    """The fault of a refusal, or an empty string."""
     if not lines or not all(line.strip() for line in lines):
         return f"a refusal without a reason: {lines!r}"
     if len(lines) > MOST_LINES:
@@ -131,7 +131,7 @@ def _bad_lines(lines: list[str]) -> str:
 
 
 def _where() -> str:
-    """The present error with its last frames."""
+    """The current error with its last frames."""
     return "".join(traceback.format_exc(limit=-6))[-3000:]
 
 
@@ -153,7 +153,7 @@ def _alarm(last: TextIO) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _room() -> Iterator[None]:
-    """Within it this process has no more than ROOM_MB of addresses left."""
+    """In the body, this process has at most ROOM_MB of address space left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     wanted = int((_status_mb("VmSize") + ROOM_MB) * MB)
     resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard))

@@ -1,4 +1,4 @@
-"""Fuzzed images: every format and mode that Pillow writes, damaged; bombs; and folders of such files under any name."""
+"""Fuzzed images: every format and mode that Pillow writes, damaged; bombs; and folders of such files with any names."""
 
 import io
 import os
@@ -28,7 +28,7 @@ from tests.stress.fuzz.harness import Surface
 from tests.stress.fuzz.parameters import shipped
 
 Image.init()
-WRITTEN = sorted(name for name in Image.SAVE if name not in ("BUFR", "GRIB", "HDF5", "WMF", "AVIF"))  # AVIF's writer takes all the memory
+WRITTEN = sorted(name for name in Image.SAVE if name not in ("BUFR", "GRIB", "HDF5", "WMF", "AVIF"))  # AVIF's writer uses all memory
 COMMON = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "MPO")
 MODES = ("RGB", "1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "I;16B", "F")
 SIDES = (1, 2, 3, 8, 16, 17, 100, 300)
@@ -37,7 +37,7 @@ TIFF_COMPRESSIONS = ("raw", "tiff_lzw", "tiff_deflate", "jpeg", "packbits", "gro
 
 @dataclass(frozen=True)
 class Picture:
-    """How a file is written. `orientation` is what its EXIF says (or not, None), `frames` how many pictures it has where it can."""
+    """How a file is written: `orientation` in its EXIF (or not, None), `frames` if the format can have several."""
 
     format: str
     mode: str
@@ -63,14 +63,14 @@ def pictures() -> st.SearchStrategy:
 
 @cache
 def written(picture: Picture) -> bytes:
-    """The file, in the mode and format that were asked for where Pillow writes them, otherwise in RGB or grey, or as PNG."""
+    """The file, in the requested mode and format if Pillow can write them, otherwise in RGB or grey, or as PNG."""
     for format in (picture.format, "PNG"):
         for mode in (picture.mode, "RGB", "L", "1"):
             try:
                 return _encoded(replace(picture, format=format, mode=mode))
             except Exception:  # savers refuse modes and options in many ways
                 continue
-    raise AssertionError(f"nothing writes {picture}")
+    raise AssertionError(f"cannot write {picture}")
 
 
 def _encoded(picture: Picture) -> bytes:
@@ -110,7 +110,7 @@ def png(width: int, height: int, bits: int, colour: int, data: bytes, *others: t
 
 
 def tiff(*tags: tuple[int, int, int, int]) -> bytes:
-    """A little-endian TIFF of one directory with these entries (tag, type, count, value or place) and a few bytes behind it."""
+    """A little-endian TIFF with one directory of these entries (tag, type, count, value or place), followed by a few bytes."""
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + bytes(range(256))
 
@@ -122,7 +122,7 @@ def _zeros(megabytes: int) -> bytes:
 
 
 def _jpeg_of(width: int, height: int, scans: int = 0, progressive: bool = False) -> bytes:
-    """A JPEG whose header claims these sides; `scans` further scans of its first one."""
+    """A JPEG whose header claims these sides, with its first scan repeated `scans` times."""
     file = io.BytesIO()
     Image.new("L", (64, 64), 120).save(file, "JPEG", progressive=progressive)
     content = bytearray(file.getvalue())
@@ -144,7 +144,7 @@ def _animation(format: str, sides: tuple[int, int], frames: int) -> bytes:
 def _plain_tiff(
     width: int, height: int, bits: int = 8, samples: int = 1, compression: int = 1, strip_bytes: int = 256, count: int = 1
 ) -> bytes:
-    """A grey TIFF of one strip whose header claims all this."""
+    """A grey TIFF of one strip with a header that claims all this."""
     return tiff(
         (256, 4, 1, width), (257, 4, 1, height), (258, 3, count, bits), (259, 3, 1, compression), (262, 3, 1, 1), (273, 4, count, 130),
         (277, 3, 1, samples), (278, 4, 1, height), (279, 4, count, strip_bytes),
@@ -155,7 +155,7 @@ _EXIF_ENTRY = b"\x01\x12\0\x02\xff\xff\xff\xff\0\0\0\0"  # an orientation of 4 G
 
 
 def _bmp(header: tuple[int, ...], body: bytes) -> bytes:
-    """A BMP of this header: bytes, two zeros, begin of the pixels, then BITMAPINFOHEADER."""
+    """A BMP with this header: bytes, two zeros, start of the pixels, then BITMAPINFOHEADER."""
     return b"BM" + struct.pack("<IHHIIiiHHIIiiII", *header) + body
 
 
@@ -225,7 +225,7 @@ def _crops(content: bytes, crops: Crops) -> None:
 
 
 def _look(case: tuple[Picture | str, list[Damage]], folder: Path) -> None:
-    """Every way in which the program opens one image, of bombs only the first ones. Refused where any of them refuses."""
+    """Open an image in every way of the program, bombs only in the first ones. Refused if any of them refuses."""
     what, changes = case
     content = damaged(_content(what), changes)
     path = folder / "image.jpg"
@@ -274,7 +274,7 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a folder of images: in which class, under which name and suffix, and what it is."""
+    """One entry of a folder of images: its class, name, suffix and content."""
 
     place: str
     name: str
@@ -326,7 +326,7 @@ def _make(entry: Entry, root: Path) -> None:
 
 @dataclass(frozen=True)
 class FolderCase:
-    """A folder's entries, and the parameters that decide how it is read."""
+    """The entries of a folder, and the parameters that determine how it is read."""
 
     entries: list[Entry]
     changes: dict[str, Any]
@@ -340,11 +340,11 @@ def _folder(case: FolderCase, folder: Path) -> None:
         try:
             _make(entry, root)
         except (FileExistsError, NotADirectoryError):
-            continue  # two entries of one name
+            continue  # two entries with the same name
     dataset = DatasetParams.model_validate(shipped()["dataset"] | {"source": "folder", "root": str(root)} | case.changes)
     try:
         listing, _ = scan(dataset, 0)
-    except UserError as error:  # names of files are made printable where lines are printed
+    except UserError as error:  # names of files are made printable when lines are printed
         raise UserError([printable(line) for line in error.lines]) from None
     write_listing(folder / "listing.parquet", listing)
     assert read_listing(folder / "listing.parquet").paths == listing.paths

@@ -1,4 +1,4 @@
-"""Fuzzed params.yaml and recipes: as trees, as text, and taken further where they are accepted."""
+"""Fuzzed params.yaml and recipes: as trees, as text, and run further if they are accepted."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ B = {
 
 
 def _dump(path: Path, tree: Any) -> None:
-    """As YAML, or where a value has no form there, as Python shows it: that is a hostile text too."""
+    """As YAML, or if a value has no form there, as printed by Python, which is a hostile text too."""
     from ruamel.yaml import YAML
 
     with path.open("w", errors="replace") as file:
@@ -92,13 +92,13 @@ def _dump(path: Path, tree: Any) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """A parameter and what it is set to, of values that its type may have: both chosen by their remainders."""
+    """A parameter and a new value from those that its type allows, both selected by remainders."""
 
     place: int
     value: int
 
 
-# What is often allowed, and the bounds of the schema.
+# Values that are often allowed, and the bounds of the schema.
 POOLS: dict[type, tuple] = {
     bool: (True, False),
     int: (1, 1, 2, 3, 5, 16, 33, 39, 40, 180, 1000, 4096, 2**14, 10**5, 10**6, 10**9),
@@ -115,12 +115,12 @@ POOLS: dict[type, tuple] = {
 
 
 def settings() -> st.SearchStrategy:
-    """One to three parameters set."""
+    """Changes to one to three parameters."""
     return st.lists(st.builds(Setting, st.integers(0, 2**20), st.integers(0, 2**10)), min_size=1, max_size=3)
 
 
 def _taken_on(case: list[Setting], _: Path) -> None:
-    """Where the parameters are accepted: the images, bags, the teacher and one step of the student's training, all small."""
+    """Run accepted parameters: the images, bags, the teacher and one step of the student's training, all small."""
     from bingo.bags.builders import build_kmeans, build_knn, build_label
     from bingo.bags.ivf import InvertedFile
     from bingo.datasets.sources import scan

@@ -1,4 +1,4 @@
-"""The surfaces that are fuzzed, in the order of the table."""
+"""The fuzzed surfaces, in the order of the table."""
 
 import os
 from pathlib import Path
@@ -24,6 +24,6 @@ SURFACES = (
 
 
 def run(number: int, cases: int, seed: int, folder: str) -> Tally:
-    """The cases of one surface; `folder` is empty. What libraries in C print of damaged files goes nowhere."""
+    """The cases of one surface; `folder` is empty. Output of C libraries about damaged files is discarded."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     return fuzz(SURFACES[number], cases, seed, Path(folder))

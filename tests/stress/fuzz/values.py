@@ -1,4 +1,4 @@
-"""Hostile values, and edits that put them into a tree of sections, lists and values: into parameters, recipes, annotations, metadata."""
+"""Hostile values, and edits that put them into trees of sections, lists and values: parameters, recipes, annotations, metadata."""
 
 import datetime
 import math
@@ -29,7 +29,7 @@ KINDS = ("set", "set", "set", "delete", "add", "rename", "move", "repeat")
 
 
 def leaves(of_json: bool = False) -> st.SearchStrategy:
-    """One value that is neither a section nor a list; `of_json`: of those that JSON has."""
+    """One value that is neither a section nor a list; with `of_json`, one that JSON can represent."""
     numbers = [st.sampled_from(INTEGERS), st.sampled_from(FLOATS), st.integers(), st.floats()]
     drawn = [st.none(), st.booleans(), *numbers, st.sampled_from(TEXTS), st.text(max_size=30)]
     return st.one_of(*drawn, *([] if of_json else [st.sampled_from(OF_YAML)]))
@@ -47,7 +47,7 @@ def values(of_json: bool = False) -> st.SearchStrategy:
 
 @dataclass(frozen=True)
 class Large:
-    """A large value by a small description."""
+    """A large value with a small description."""
 
     kind: str
     leaf: Any
@@ -65,7 +65,7 @@ class Large:
 
 @dataclass(frozen=True)
 class Edit:
-    """A change at one place of a tree. `place` chooses among the tree's places by its remainder, so that it fits every tree."""
+    """A change at one place of a tree. `place` selects one of the tree's places by its remainder, so that it fits every tree."""
 
     kind: str
     place: int
@@ -79,7 +79,7 @@ def edits(of_json: bool = False, most: int = 3) -> st.SearchStrategy:
 
 
 def edited(tree: Any, changes: list[Edit]) -> Any:
-    """A copy of a tree with some edits made in it, one after the other."""
+    """A copy of a tree after some edits, made one after the other."""
     box = {"": deepcopy(tree)}
     for change in changes:
         if not (places := list(_places(box))):
@@ -90,7 +90,7 @@ def edited(tree: Any, changes: list[Edit]) -> Any:
 
 
 def _places(parent: Any) -> Iterator[tuple[Any, Any]]:
-    """Every value's parent and its key or number there."""
+    """The parent of every value, and its key or index there."""
     for key, value in list(parent.items() if isinstance(parent, dict) else enumerate(parent)):
         yield parent, key
         if isinstance(value, dict | list) and len(value) < 100:
@@ -104,7 +104,7 @@ def _edit(parent: Any, key: Any, change: Edit, places: list[tuple[Any, Any]]) ->
         parent[key] = value
     elif change.kind == "delete":
         del parent[key]
-    elif change.kind == "move":  # what stands elsewhere comes here too
+    elif change.kind == "move":  # copies a value from another place
         elsewhere, other = places[change.place * 7919 % len(places)]
         parent[key] = deepcopy(elsewhere[other])
     elif isinstance(parent, list):  # add, rename, repeat
