@@ -11,9 +11,9 @@ PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-# Processes that the tests are divided among; each needs a core and 2 GB of memory. `make test` keeps the tests of a file in one process.
+# Processes that run the tests; each needs a core and 2 GB of memory. `make test` keeps the tests of a file in one process.
 TEST_PROCESSES ?= 2
-# Plugins are named, because those that other packages install (zarr, hydra, anyio) would cost each process two seconds.
+# Plugins are named, because loading those installed by other packages (zarr, hydra, anyio) would take each process two seconds.
 PYTEST = PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python -m pytest -p xdist -p pytest_timeout -q -n $(TEST_PROCESSES) --dist
 
 # Options of `make fuzz`.

@@ -1,4 +1,4 @@
-"""Prints what pyproject.toml requires for the product and its tests, each at the oldest version that it admits."""
+"""Print the requirements in pyproject.toml of the product and its tests, each at the oldest allowed version."""
 
 import tomllib
 from pathlib import Path
