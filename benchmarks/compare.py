@@ -192,7 +192,7 @@ class Sweep:
                     self._attend(lane)
                 time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
-            print(f"interrupted after {self.done} of {self.all}; the same command goes on from there", flush=True)
+            print(f"interrupted after {self.done} of {self.all}; run the same command again to resume", flush=True)
             raise
         finally:
             end([lane.process for lane in self.lanes if lane.process])

@@ -241,7 +241,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", type=part_name, metavar="PART", help=f"{', '.join(NAMES)} (default: all)")
     parser.add_argument("--out", type=Path, help=f"the Markdown file (default: {RESULTS.relative_to(ROOT)})")
-    parser.add_argument("--rehearse", action="store_true", help="in small, on the CPU")
+    parser.add_argument("--rehearse", action="store_true", help="small versions, on the CPU")
     parser.add_argument("--part-seconds", type=float, default=PART_SECONDS, help="time limit of a part")
     return parser.parse_args()
 

@@ -141,7 +141,7 @@ def test_any_number_of_threads_gives_the_same_bits(features):
     assert len(set(nearest)) == 1
 
 
-def test_recall_is_its_definition(features, monkeypatch):
+def test_recall_follows_its_definition(features, monkeypatch):
     exact, _ = top_k(features, features, 5, np.arange(600))
     monkeypatch.setattr(bag_ivf, "_RECALL_ROWS", 100)
     bags = build_knn(features, 5, False, InvertedFile(None, 4, 1))

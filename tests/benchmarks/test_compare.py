@@ -177,7 +177,7 @@ def test_an_interrupt_leaves_nothing_running_and_a_second_start_resumes(reposito
     out, err = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert (process.returncode, err) == (common_interrupted(), "")
-        assert "interrupted after 1 of 4; the same command goes on from there" in out
+        assert "interrupted after 1 of 4; run the same command again to resume" in out
     end = time.monotonic() + 20
     while any(alive(run[5]) for run in runs):
         assert time.monotonic() < end, "a job is still running"

@@ -1,4 +1,4 @@
-"""What `bingo init` sees in a folder, and what it chooses: the times against sums by hand, the parameters against every limit."""
+"""`bingo init`: its view of a folder; estimated times compared with sums by hand; chosen parameters within every limit."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -44,7 +44,7 @@ def shipped() -> dict:
     return read_yaml(Path("params.yaml"))
 
 
-def test_a_folder_is_seen_as_it_is(tmp_path):
+def test_the_content_of_a_folder_is_found(tmp_path):
     random = np.random.default_rng(0)
     for i, (height, width) in enumerate([(40, 60), (80, 50), (30, 30), (200, 90)]):
         folder = tmp_path / ("train" if i else "val") / "ab"[i % 2]
@@ -59,7 +59,7 @@ def test_a_folder_is_seen_as_it_is(tmp_path):
     assert look.short_px == (30, 45, 90)
     assert look.gray == 1
     assert {*look.unreadable} == {"train/a/0.png", "train/b/9.jpg"}
-    for spoilt in ("val/a/0.png", "train/b/1.png", "train/b/3.png"):  # no test image left; then one to train on; then none at all
+    for spoilt in ("val/a/0.png", "train/b/1.png", "train/b/3.png"):  # no test image is left; then one train image; then none at all
         (tmp_path / spoilt).write_bytes(b"")
         with pytest.raises(UserError, match="FOLDER = "):
             look_at(str(tmp_path), follow_links=False)
@@ -67,7 +67,7 @@ def test_a_folder_is_seen_as_it_is(tmp_path):
             Image.fromarray(pixels).save(tmp_path / spoilt)
 
 
-def test_what_is_unreadable_in_a_large_folder_is_estimated(tmp_path):
+def test_the_number_of_unreadable_files_in_a_large_folder_is_estimated(tmp_path):
     readable_N = np.random.default_rng(0).random(800) < 0.75
     for i in range(800):
         path = tmp_path / f"{i:03}.png"
@@ -81,7 +81,7 @@ def test_what_is_unreadable_in_a_large_folder_is_estimated(tmp_path):
 
 
 @pytest.mark.parametrize(("train", "test", "expected"), [(9, 0, (9, 0)), (38, 0, (31, 7)), (10_000, 0, (9000, 1000)), (80, 5, (80, 5))])
-def test_a_part_is_held_out_where_there_is_no_test_split(train, test, expected):
+def test_a_part_is_held_out_if_there_is_no_test_split(train, test, expected):
     assert split_counts(replace(PHOTOS, train=train, test=test)) == expected
 
 
@@ -106,7 +106,7 @@ def test_the_time_is_the_sum_of_its_terms():
         pytest.param(replace(PHOTOS, train=60_000, short_px=(32,) * 3), id="small"),
     ],
 )
-def test_more_time_never_makes_less_of_a_run_and_what_fits_fits(look, teacher):
+def test_more_time_never_reduces_a_run_and_plans_fit_the_time(look, teacher):
     plans = [fit(look, teacher, None, SLOW, minutes) for minutes in (3, 10, 30, 100, 1000, float("inf"))]
     for minutes, plan in zip((10, 30, 100, 1000, float("inf")), plans[1:], strict=True):
         assert plan.minutes <= minutes or plan == plans[0]
@@ -117,13 +117,13 @@ def test_more_time_never_makes_less_of_a_run_and_what_fits_fits(look, teacher):
 
 @pytest.mark.parametrize(("teacher_m", "width"), [(22.0, 1.0), (11.2, 1.0), (11.1, 0.5), (3.4, 0.5), (2.7, 0.25), (0.1, 0.25)])
 def test_the_student_is_smaller_than_its_teacher(teacher_m, width):
-    """torchvision's ResNet-18 has 11.18 million parameters without its last layer; widths of a half and a quarter have 2.80 and 0.70."""
+    """torchvision's ResNet-18 has 11.18 million parameters without its last layer; widths of 1/2 and 1/4 have 2.80 and 0.70 million."""
     plan = fit(PHOTOS, replace(DINO, parameters_m=teacher_m), None, SLOW, float("inf"))
     assert plan.student == Network("resnet18", width, "imagenet")
 
 
 @pytest.mark.parametrize(("train", "test", "median_px"), [*product([3, 10, 38, 500, 20_000, 1_281_167], [0, 50], [8, 64, 90, 3000])])
-def test_what_is_chosen_breaks_no_limit(train, test, median_px):
+def test_chosen_parameters_are_within_all_limits(train, test, median_px):
     look = replace(PHOTOS, train=train, test=test, short_px=(median_px, median_px, median_px))
     for teacher, minutes in product((OWN, DINO), (2, 60)):
         plan = fit(look, teacher, None, SLOW, minutes)
@@ -142,7 +142,7 @@ def test_what_is_chosen_breaks_no_limit(train, test, median_px):
 
 @pytest.mark.parametrize(("median_px", "views"), [(32, "small_photographs"), (500, "photographs")])
 def test_the_training_is_that_of_the_lean_recipes(median_px, views):
-    """Compared with ImageNet's row of the same teacher, which sets these values by itself."""
+    """Compared with the row of ImageNet with the same teacher, which sets these values itself."""
     look = replace(PHOTOS, train=20_000, short_px=(median_px,) * 3)
     document, lean = deepcopy(shipped()), deepcopy(shipped())
     lay_over(lean, read_recipe(Path("recipes"), "lean-r18-dinov2-s").overlay)
@@ -157,7 +157,7 @@ def test_the_training_is_that_of_the_lean_recipes(median_px, views):
 
 
 @pytest.mark.parametrize(("train", "of_teacher", "expected"), [(20_000, 384, 128), (20_000, 128, None), (129, 384, None), (130, 384, 128)])
-def test_keys_are_narrowed_where_there_are_as_many_components(train, of_teacher, expected):
+def test_keys_are_narrowed_if_there_are_as_many_components(train, of_teacher, expected):
     look, teacher = replace(PHOTOS, train=train), replace(DINO, key_width=of_teacher)
     assert overlay(look, fit(look, teacher, None, SLOW, 60), teacher, "photos", on_gpu=False)["teacher"]["key_width"] == expected
 
@@ -165,7 +165,7 @@ def test_keys_are_narrowed_where_there_are_as_many_components(train, of_teacher,
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "torchvision/resnet18", pytest.param("inception_v3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("median_px", [1, 90])
-def test_the_crops_are_such_as_the_student_takes(arch, median_px):
+def test_the_student_accepts_the_crops(arch, median_px):
     look, student = replace(PHOTOS, short_px=(1, median_px, 4000)), Network(arch, 1.0, "imagenet")
     net = build_backbone(arch, 1.0, "imagenet", 0).eval()
     crops_px = crops_for(look, student)
@@ -194,7 +194,7 @@ def test_a_batch_leaves_three_steps(train, expected):
     assert batch_anchors(train) == expected
 
 
-# Nothing of an own run reads these: other methods, evaluations that are off, moving-average keys, other kinds of bags.
+# Not used by a run of init: other methods, evaluations that are off, moving-average keys, other kinds of bags.
 UNREAD = (
     "methods.",
     "linear_eval.crops.",
@@ -209,7 +209,7 @@ UNREAD_OF_BINGO = ("methods.bingo.key_momentum", "methods.bingo.teacher_batchnor
 
 
 @pytest.mark.slow
-def test_nothing_that_an_earlier_recipe_set_is_left_in_what_init_chooses():
+def test_settings_of_an_earlier_recipe_do_not_change_what_init_chooses():
     look = replace(PHOTOS, short_px=(32, 32, 32))
 
     def chosen(document: dict, teacher: ChosenTeacher) -> dict:
@@ -218,7 +218,7 @@ def test_nothing_that_an_earlier_recipe_set_is_left_in_what_init_chooses():
         lay_over(document, overlay(look, fit(look, teacher, None, SLOW, 60), teacher, "photos", on_gpu=False))
         kept = dict(flattened(document))
         read = {key for key in kept if not key.startswith(UNREAD) or (key.startswith("methods.bingo.") and key not in UNREAD_OF_BINGO)}
-        if teacher.name:  # it sets these, and nothing is pretrained
+        if teacher.name:  # the name sets these, and nothing is pretrained
             read -= {key for key in read if key.startswith(("teacher.pretrain.", "teacher.")) and not key.startswith("teacher.image")}
         return {key: kept[key] for key in sorted(read - {"extract.chunk_rows"})}
 

@@ -1,4 +1,4 @@
-"""Recipes: every row of the papers' tables is there, resolves and validates; includes; what `list`, `show`, `use` and `check` do."""
+"""Recipes: every row of the papers' tables exists, resolves and validates; includes; the commands list, show, use and check."""
 
 import math
 import shutil
@@ -105,7 +105,7 @@ def resolved(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_and_part_resolves_validates_and_says_what_it_is(name):
+def test_every_recipe_and_part_resolves_validates_and_is_described(name):
     resolved(name)
     assert len(recipe(name).description) > 15
     assert recipe(name).about.source or not recipe(name).about.expected
@@ -128,20 +128,20 @@ def assert_row(name: str, student: str, method: str, teacher: str | None) -> Non
 
 
 @pytest.mark.parametrize(("method", "teacher", "r18", "r34"), TABLE)
-def test_every_row_of_the_imagenet_table_is_there(method, teacher, r18, r34):
+def test_every_row_of_the_imagenet_table_exists(method, teacher, r18, r34):
     for student, (top1, top5) in (("r18", r18), ("r34", r34)):
         name = "-".join(["imagenet", student, method, *([teacher] if teacher else [])])
         assert_row(name, student, method, teacher)
         expected = recipe(name).about.expected
         assert (expected["linear_top1"], expected["linear_top5"]) == (top1, top5)
         params = resolved(name)
-        small_patches = {"r18": 400, "r34": 800}[student]  # the released file's name, the caption of SEED's table
+        small_patches = {"r18": 400, "r34": 800}[student]  # from the released file's name, and from the caption of SEED's table
         assert params.distill.epochs == (small_patches if (method, teacher) == ("seed", "r50w2") else 200)
         assert (params.distill.lr, params.distill.batch_anchors, params.distill.weight_decay) == (0.03, 256, 1e-4)
 
 
 @pytest.mark.parametrize("student", SMALL)
-def test_every_row_of_the_small_students_is_there(student):
+def test_every_row_of_the_small_students_exists(student):
     for method, top1 in zip(("moco", "seed", "disco", "bingo"), SMALL[student], strict=True):
         teacher = None if method == "moco" else "r50w2"
         name = "-".join(["imagenet", student, method, *([teacher] if teacher else [])])
@@ -150,12 +150,12 @@ def test_every_row_of_the_small_students_is_there(student):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_row_of_the_other_tables_is_there(name):
+def test_every_row_of_the_other_tables_exists(name):
     top1, knn = OTHERS[name]
     expected = recipe(name).about.expected
     assert expected["linear_top1"] == top1
     found = {measure: x for measure, x in expected.items() if measure.startswith("knn")}
-    weighted = {k: "_weighted" if k == 10 else "" for k in knn}  # of CoSS's table alone, whose votes are weighted
+    weighted = {k: "_weighted" if k == 10 else "" for k in knn}  # only CoSS's table has weighted votes
     assert found == {f"knn_{k}{weighted[k]}": x for k, x in knn.items()}
     view = resolved(name).knn_eval.view(resolved(name).image)
     assert (view.resize_px, view.interpolation, view.crop_px) == ((235, "bicubic", 224) if 10 in knn else (256, "bilinear", 224))
@@ -185,7 +185,7 @@ def test_published_numbers_of_the_methods():
     assert (mobile.methods.moco.head_hidden, mobile.linear_eval.crops.lr) == (512, 3.0)
     assert recipe("imagenet-effb0-coss-r50-200ep").about.expected["linear_top5"] == 87.75
     assert resolved("imagenet-r34-moco").methods.moco.head_hidden == 512
-    assert resolved("imagenet-mobv3-seed-r50w2").methods.seed.head_hidden == 1280  # as wide as the student's features
+    assert resolved("imagenet-mobv3-seed-r50w2").methods.seed.head_hidden == 1280  # the width of the student's features
     assert resolved("imagenet-r18-disco-r152").methods.disco.head_hidden == 2048
     assert resolved("imagenet-r18-compress-1q-r50-800ep").methods.compress.queues == 1
     assert (simreg := resolved("imagenet-r18-simreg-r50-800ep")).distill.epochs == 130
@@ -196,14 +196,14 @@ def test_published_numbers_of_the_methods():
         name: resolved(name).distill.batch_anchors // resolved(name).distill.batchnorm_groups
         for name in (*OTHERS, "imagenet-r34-bingo-r152")
     }
-    others = {"coss": 16, "simreg": 64}  # their scripts take 4 GPUs
+    others = {"coss": 16, "simreg": 64}  # their scripts use 4 GPUs
     assert images_of_a_gpu == {name: others.get(name.split("-")[2], 32) for name in images_of_a_gpu}
     student = resolved("imagenet-r18-ablation-keys-live-relation-student")
     assert (student.bagging.relation, student.baselines, student.methods.moco.queue_rows) == ("baselines/moco", ["moco"], 65536)
 
 
 PAPERS = [name for name in NAMES if name.startswith("imagenet-")]
-# What is known of every row: a recipe whose `published` lacks one of these says less than was published.
+# Known for every row: without one of these, `published` is incomplete.
 KNOWN = {
     "student.arch", "image.crop_px", "image.resize_px", "image.mean", "image.std",
     *(f"distill.{key}" for key in ("keys", "epochs", "batch_anchors", "lr", "drop_epochs", "hold_epochs", "sgd_momentum", "weight_decay")),
@@ -214,8 +214,8 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_a_setting_is_the_published_one_or_a_line_says_why_not(name):
-    """And no line says so of one that is."""
+def test_every_setting_is_as_published_or_its_deviation_is_explained(name):
+    """And no line explains a setting that is as published."""
     about, ours = recipe(name).about, dict(flattened(resolved(name).model_dump()))
     assert set(about.published) >= KNOWN
     assert set(about.published) <= set(ours)
@@ -226,8 +226,8 @@ def test_a_setting_is_the_published_one_or_a_line_says_why_not(name):
     assert not [line for line in about.deviates if explained(line) and not any(speaks_of(line, key) for key in others)]
 
 
-def test_the_published_precision_is_said_of_every_row():
-    """BINGO, MoCo-v2, DisCo, CompRess, SimReg and ISD train in float32; SEED and CoSS in float16 by autocast."""
+def test_every_row_has_the_published_precision():
+    """BINGO, MoCo-v2, DisCo, CompRess, SimReg and ISD are trained in float32; SEED and CoSS in float16 with autocast."""
     for name in PAPERS:
         params, published = resolved(name), recipe(name).about.published
         assert published["distill.precision"] == ("fp16" if params.distill.method in ("seed", "coss") else "fp32")
@@ -274,7 +274,7 @@ def test_every_learning_rate_is_its_papers(name, training, layer):
 
 
 @pytest.mark.parametrize("student", ["r18", "r34", "effb0", "mobv3"])
-def test_seed_has_small_crops_with_swavs_teacher_alone_and_not_with_stored_keys(student):
+def test_seed_has_small_crops_only_with_swavs_teacher_and_live_keys(student):
     params = resolved(f"imagenet-{student}-seed-r50w2")
     seed = params.methods.seed
     assert (seed.small_crops, seed.small_crop_px, seed.small_crop_scale) == (6, 96, [0.05, 0.14])
@@ -296,7 +296,7 @@ def test_seed_has_small_crops_with_swavs_teacher_alone_and_not_with_stored_keys(
     ],
 )
 def test_keys_are_live_as_published_and_one_recipe_stores_them(name, live, stored):
-    """GFLOP of an anchor: of BINGO 3 (3.63 + 7.02) for the student and, live, 2 times the teacher's forward; and so on."""
+    """GFLOP per anchor: for BINGO 3 (3.63 + 7.02) for the student and, if live, 2 forward passes of the teacher; and so on."""
     params = resolved(f"imagenet-r18-{name}")
     document = params.model_dump()
     lay_over(document, recipe("keys-stored").overlay)
@@ -323,8 +323,8 @@ def test_keys_are_live_as_published_and_one_recipe_stores_them(name, live, store
     ],
 )
 def test_lean_rows_train_on_one_view_of_an_image(teacher, known, key_width):
-    """The FLOPs of a step are those of one view: 3.63 GFLOP forward, the same for each of two gradients but for the 0.24 of the first
-    convolution's input, and the negatives. BINGO takes three views."""
+    """The FLOPs of a step are those of one view: 3.63 GFLOP forward, the same for each of two gradients (without the 0.24 for the input of
+    the first convolution), and the negatives. BINGO uses three views."""
     for student, arch in (("r18", "resnet18"), ("r34", "resnet34"), ("effb0", "tf_efficientnet_b0")):
         params = resolved(f"lean-{student}-{teacher}")
         assert (params.student.arch, params.teacher.name, params.teacher.key_width or key_width) == (arch, known, key_width)
@@ -344,7 +344,7 @@ def test_a_recipe_stores_the_views_that_its_training_reads(name):
     assert params.extract.views or getattr(section, "negatives", None) != "bank"
 
 
-def test_no_row_has_the_teacher_see_views_that_nobody_reads():
+def test_in_no_row_does_the_teacher_compute_views_that_are_not_read():
     assert {resolved(name).extract.views for name in PAPERS} == {0}
 
 
@@ -380,7 +380,7 @@ def write(folder: Path, **texts: str) -> None:
         path.write_text(text)
 
 
-def test_a_line_about_parameters_stands_only_where_one_of_them_differs(tmp_path):
+def test_a_deviation_is_listed_only_if_one_of_its_parameters_differs(tmp_path):
     lines = '["bagging.k, methods.seed.head_hidden: ours (published: others)", "methods.seed: more of it", "no parameter: but true"]'
     write(
         tmp_path,
@@ -400,7 +400,7 @@ def test_a_line_about_parameters_stands_only_where_one_of_them_differs(tmp_path)
     assert read_recipe(tmp_path, "another").about.published == {"bagging.k": 5, "methods.seed.head_hidden": 9}
 
 
-def test_includes_are_laid_over_in_order_and_before_the_recipe_itself(tmp_path):
+def test_includes_are_applied_in_order_and_before_the_recipe_itself(tmp_path):
     deviates = "about: {deviates: [%s], expected: {linear_top1: 1.0}, source: x}\n"
     write(
         tmp_path,
@@ -409,10 +409,10 @@ def test_includes_are_laid_over_in_order_and_before_the_recipe_itself(tmp_path):
         c="# c\nincludes: [parts/b, parts/a]\nbagging: {k: 3}\n",
     )
     made = read_recipe(tmp_path, "c")
-    assert made.overlay.pop("report") == {"title": None, "published": {}}  # other figures than another recipe's
+    assert made.overlay.pop("report") == {"title": None, "published": {}}  # these belong to another recipe
     assert made.overlay == {"bagging": {"k": 3, "clusters": 1, "method": "knn"}}
     assert made.about.deviates == ["one", "two"]
-    assert not made.about.expected  # a figure belongs to one setting: it is not inherited
+    assert not made.about.expected  # a figure belongs to one setting and is not inherited
     assert recipe_names(tmp_path) == ["c"]
 
 
@@ -447,7 +447,7 @@ def test_a_mistake_in_a_recipe_is_one_line(tmp_path, text, said):
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch) -> Path:
-    """What the commands need of a clone of the repository, as the current folder."""
+    """The files of a clone that the commands need, as the current folder."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     (tmp_path / "recipes").symlink_to(FOLDER)
     monkeypatch.chdir(tmp_path)
@@ -466,7 +466,7 @@ METHODS = [name for name in NAMES if name.startswith("method-")]
 
 
 def after(document: dict, name: str, committed: dict | None = None) -> dict:
-    """The document with a recipe that replaces another one."""
+    """The document after a recipe has replaced another one."""
     document = deepcopy(document)
     overlay = replaced(FOLDER, name, document, committed or document)
     lay_over(overlay, recipe(name).overlay)
@@ -477,8 +477,8 @@ def after(document: dict, name: str, committed: dict | None = None) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", METHODS)
 def test_a_method_replaces_another_one(first, monkeypatch):
-    """Whatever the other has set, with the images' own budget; and where it was committed, all that makes a method what it is."""
-    monkeypatch.setattr(recipes, "read_recipe", lambda _, name: recipe(name))  # each file is read once
+    """Whatever the other method has set, with the budget of the images; and after a commit, with all settings of the method."""
+    monkeypatch.setattr(recipes, "read_recipe", lambda _, name: recipe(name))  # so that each file is read only once
     base = deepcopy(SHIPPED)
     lay_over(base, {"distill": {"lr": 0.123, "epochs": 77, "batch_anchors": 96}, "bagging": {"k": 9}, "image": {"crop_px": 15}})
     left = after(base, first)
@@ -490,7 +490,7 @@ def test_a_method_replaces_another_one(first, monkeypatch):
         assert {key for key in differing if not key.startswith("distill.")} <= {"bagging.k"}, name
 
 
-def test_what_the_user_has_set_stays_under_a_method():
+def test_settings_of_the_user_are_kept_when_the_method_changes():
     own = {"distill": {"lr": 0.2, "epochs": 2}, "bagging": {"k": 9}}  # the first two are those of method-simreg and method-coss
     left = after(SHIPPED, "method-bingo-paper")
     lay_over(left, own)
@@ -499,7 +499,7 @@ def test_what_the_user_has_set_stays_under_a_method():
     assert after(left, "method-seed", SHIPPED) == expected
 
 
-def test_use_of_a_method_takes_back_what_another_one_has_set(clone):
+def test_using_a_method_undoes_the_settings_of_another_one(clone):
     git = partial(subprocess.run, cwd=clone, check=True, capture_output=True)
     for command in ("init -q", "add params.yaml", "-c user.name=a -c user.email=a@b.c commit -qm a"):
         git(["git", *command.split()])
@@ -542,8 +542,8 @@ BREAKING = {
 @pytest.mark.slow
 @pytest.mark.parametrize("place", BREAKING)
 @pytest.mark.parametrize("recipe", ["imagenet-r18-bingo-r50-200ep", "downstream-digits"])
-def test_use_survives_remarks_at_any_place(clone, place, recipe):
-    """The first recipe empties `baselines`, the second fills sections of the user's own words."""
+def test_use_survives_comments_at_any_place(clone, place, recipe):
+    """The first recipe empties `baselines`; the second fills sections with the user's own keys."""
     before, after = BREAKING[place]
     text = Path("params.yaml").read_text()
     assert before in text
@@ -560,7 +560,7 @@ def test_use_survives_remarks_at_any_place(clone, place, recipe):
 
 
 @pytest.mark.slow
-def test_use_keeps_all_remarks_of_the_shipped_layout_however_often(clone):
+def test_use_keeps_all_comments_of_the_shipped_layout_however_often(clone):
     remarks = [line for line in Path("params.yaml").read_text().splitlines() if line.lstrip().startswith("#")]
     for name in ("imagenet-r18-bingo-r50-200ep", "downstream-digits", "coco-fpn", "method-moco", "imagenet-mobv3-moco"):
         result = call("use", name)
@@ -600,7 +600,7 @@ def test_list_shows_broken_recipes_among_the_others(clone):
     assert call("list").exit_code == 0
 
 
-def test_a_second_row_leaves_no_figures_of_the_first(clone):
+def test_a_second_row_removes_the_figures_of_the_first(clone):
     call("use", "imagenet-r18-bingo-r50-200ep")
     assert load_params("params.yaml").report.published["k-NN, k = 10, weighted votes"].startswith("54.16 %")
     call("use", "imagenet-r18-simreg-r50-800ep")
@@ -634,7 +634,7 @@ def test_list_groups_recipes_and_shows_their_figures(clone):
 
 
 @pytest.mark.slow
-def test_show_lists_what_a_recipe_sets_and_the_hours_of_what_is_here(clone, monkeypatch):
+def test_show_lists_the_settings_of_a_recipe_and_the_hours_of_the_run(clone, monkeypatch):
     texts = {}
     for gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
@@ -649,24 +649,24 @@ def test_show_lists_what_a_recipe_sets_and_the_hours_of_what_is_here(clone, monk
 
 
 @pytest.mark.slow
-def test_show_prints_the_file_what_it_sets_and_what_it_costs(clone):
+def test_show_prints_the_file_its_settings_and_its_cost(clone):
     text = call("show", "imagenet-r18-simreg-swav-r50").stdout
     assert (FOLDER / "imagenet-r18-simreg-swav-r50.yaml").read_text() in text
     assert "  methods.simreg.head_hidden: 1024\n" in text
     assert "  dataset.store_px: null\n" in text
     assert "deviates: distill.precision: " in text
-    # ResNet-18 three times but for the images' gradient in its first convolution (7 x 7, 112 x 112 places), and a head of four layers
+    # three times ResNet-18 except the images' gradient in its first convolution (7 x 7, 112 x 112 places), and a head of four layers
     by_hand = 3 * 3.627122688 - 2 * 64 * 3 * 49 * 112**2 / 1e9 + 6 * (3 * 512 * 1024 + 1024 * 2048) / 1e9
     assert f"FLOPs: {by_hand:.4g} GFLOP per anchor" in text
     assert f"embeddings {1331167 * 2048 * 2 / 1e9:.1f} GB" in text
 
 
-def test_the_page_of_the_docs_is_what_the_tool_prints():
+def test_the_page_of_the_docs_is_up_to_date():
     way_out = "what recipes set has changed: python -m docs.tools.recipes > docs/recipes.md"
     assert (ROOT / "docs/recipes.md").read_text() == markdown(FOLDER, SHIPPED), way_out
 
 
-def test_the_page_has_every_row_with_the_published_value_beside_ours():
+def test_the_page_has_every_row_with_published_values_beside_ours():
     lines = markdown(FOLDER, SHIPPED).splitlines()
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
     assert {f"imagenet-{name}" for name in rows} - {"imagenet-Recipe", "imagenet----", "imagenet-shared by all"} == set(PAPERS)
@@ -690,7 +690,7 @@ def test_the_page_has_every_row_with_the_published_value_beside_ours():
 
 
 @pytest.mark.slow
-def test_check_of_the_shipped_parameters_finds_all_there(clone):
+def test_check_of_the_shipped_parameters_finds_nothing_missing(clone):
     result = call("check")
     assert result.exit_code == 0, result.stdout
     assert "5,752 to train on and 1,436 to test on" in result.stdout
@@ -698,8 +698,8 @@ def test_check_of_the_shipped_parameters_finds_all_there(clone):
     assert {path.name for path in clone.iterdir()} == {"params.yaml", "recipes"}
 
 
-def test_the_coco_recipes_are_detectron2s_settings(clone):
-    """Written down from mask_rcnn_R_50_FPN_1x and _3x's family: 16 images a step, 90k and 180k steps, short sides 640 to 800."""
+def test_the_coco_recipes_have_detectron2s_settings(clone):
+    """From mask_rcnn_R_50_FPN_1x and _3x's family: 16 images per step, 90k and 180k steps, short sides 640 to 800."""
     assert (resolved("coco-fpn").transfer_coco.runs, resolved("coco-c4").transfer_coco.runs) == (["fpn-1x", "fpn-2x"], ["c4-2x"])
     for name in ("coco-fpn", "coco-c4"):
         coco = resolved(name).transfer_coco
@@ -714,7 +714,7 @@ def test_the_coco_recipes_are_detectron2s_settings(clone):
 
 
 @pytest.mark.slow
-def test_check_names_what_of_coco_is_missing_and_a_student_that_cannot_be_used(clone):
+def test_check_names_missing_files_of_coco_and_an_unusable_student(clone):
     overlay = "# x\nstudent: {arch: resnet18, width: 0.125, stem: %s}\ntransfer_coco: {runs: [fpn-1x], root: coco}\n"
     (clone / "recipes").unlink()
     write(clone / "recipes", fits=overlay % "imagenet", small=overlay % "small")
@@ -728,7 +728,7 @@ def test_check_names_what_of_coco_is_missing_and_a_student_that_cannot_be_used(c
 
 
 @pytest.mark.slow
-def test_check_names_what_is_missing(clone):
+def test_check_names_missing_files(clone):
     before = Path("params.yaml").read_bytes()
     result = call("check", "imagenet-mobv3-moco")
     assert result.exit_code == 2
@@ -741,8 +741,8 @@ def test_check_names_what_is_missing(clone):
 
 
 @pytest.mark.slow
-def test_check_reads_the_checkpoint_and_the_images_that_are_there(clone):
-    """A fabricated checkpoint in MoCo's layout, and a folder of as many images as a batch of the recipe, 256."""
+def test_check_reads_an_existing_checkpoint_and_images(clone):
+    """A fabricated checkpoint in MoCo's layout, and a folder with as many images as a batch of the recipe, 256."""
     query = nn.Module()
     query.encoder_q = build_backbone("resnet50", 1.0, "imagenet", 0)
     query.encoder_q.fc = mlp_head([2048, 2048, 128], 0)
@@ -785,7 +785,7 @@ def test_check_reads_the_checkpoint_and_the_images_that_are_there(clone):
     ],
 )
 def test_check_names_every_number_that_the_images_are_too_few_for(clone, dataset, expected):
-    """Five train images and two test images in the folder: what `scan` would refuse is refused before it."""
+    """Five train and two test images in the folder: everything that `scan` would refuse is refused."""
     for place in (*(f"train/{i}" for i in range(5)), "val/5", "val/6"):
         (clone / "photos" / place).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9)).save(clone / f"photos/{place}.jpg")
@@ -800,7 +800,7 @@ def test_check_names_every_number_that_the_images_are_too_few_for(clone, dataset
     assert {" ".join(line.split()[1:4]) for line in result.stderr.splitlines()} == expected
 
 
-def test_check_answers_with_limits_and_too_few_images_and_what_is_missing_at_once(clone):
+def test_check_reports_limits_too_few_images_and_missing_files_together(clone):
     raw = read_yaml(Path("params.yaml"))
     raw["dataset"] |= {"train_images": 9000, "test_images": 9000}
     raw["teacher"] |= {"source": "timm", "width": 0.25, "checkpoint": "gone.pt"}
@@ -837,7 +837,7 @@ def test_few_labels_and_transfer_as_published():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("committed", [b"<<<<<<< HEAD\nseed: 0\n", b"- 1\n", b"seed: !own 1\n", b"seed: \xff\n", b"words\n"])
-def test_a_committed_file_that_cannot_be_read_takes_nothing_back(clone, committed):
+def test_with_an_unreadable_committed_file_nothing_is_undone(clone, committed):
     good = Path("params.yaml").read_bytes()
     Path("params.yaml").write_bytes(committed)
     for command in ("init --quiet", "add params.yaml", "-c user.name=a -c user.email=a@b commit --quiet -m broken"):
@@ -848,7 +848,7 @@ def test_a_committed_file_that_cannot_be_read_takes_nothing_back(clone, committe
     assert load_params("params.yaml").distill.method == "seed"
 
 
-def test_what_is_named_by_the_user_is_replaced_whole(clone):
+def test_sections_with_the_users_own_keys_are_replaced_as_a_whole(clone):
     assert call("use", "downstream-digits").exit_code == 0
     assert set(load_params("params.yaml").transfer.datasets) == {"digits_24px"}
     for name in ("imagenet-r18-bingo-r50-200ep", "downstream-imagenet-semi", "downstream-imagenet-cifar"):
@@ -880,7 +880,7 @@ def test_check_names_missing_lists_and_transfer_sets(clone):
     ]
 
 
-def test_sections_of_a_recipe_do_not_hang_together_with_params(clone):
+def test_sections_that_share_an_anchor_are_written_separately(clone):
     """Two sections that share a YAML anchor are written as two."""
     call("use", "imagenet-r18-compress-2q-r50-800ep")
     assert "&" not in "".join(line.partition("#")[0] for line in Path("params.yaml").read_text().splitlines())
@@ -898,14 +898,14 @@ def test_every_method_and_ablation_takes_a_step(name):
 
 
 @pytest.mark.parametrize(("recipe_name", "key_width"), [("imagenet-r18-simreg-byol-r50", 2048), ("imagenet-r18-moco", 512)])
-def test_where_a_teacher_has_no_head_its_feature_is_the_key(recipe_name, key_width):
+def test_the_feature_of_a_teacher_without_a_head_is_its_key(recipe_name, key_width):
     teacher = dry_teacher(resolved(recipe_name), checkpoint=False)
     assert teacher.metadata["key_width"] == key_width
     assert teacher.keys(torch.zeros(1, 3, 32, 32)).shape == (1, key_width)
 
 
 @pytest.mark.slow
-def test_figures_and_title_of_a_recipe_go_with_the_next_one_but_stay_under_evaluations():
+def test_figures_and_title_are_removed_by_another_row_but_kept_by_evaluations():
     row = read_recipe(FOLDER, "imagenet-r18-bingo-r50-800ep")
     for name in recipe_names(FOLDER):
         laid = {"report": {"title": "Mine", "published": {}, "gallery_anchors": 12}}
@@ -922,8 +922,8 @@ def test_figures_and_title_of_a_recipe_go_with_the_next_one_but_stay_under_evalu
 
 
 @pytest.mark.slow
-def test_any_recipe_can_be_laid_over_any_other():
-    """A recipe that sets epochs sets the whole schedule: what an earlier one left of its own would not fit."""
+def test_any_recipe_can_be_applied_after_any_other():
+    """A recipe that sets epochs sets the whole schedule, because the rest of an earlier one would not fit."""
     shipped, names = read_yaml(ROOT / "params.yaml"), recipe_names(ROOT / "recipes")
     overlays = {name: read_recipe(ROOT / "recipes", name).overlay for name in names}
     refused = []
