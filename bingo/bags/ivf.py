@@ -75,7 +75,7 @@ def nearest_in_lists(queries_QD: np.ndarray, features: Rows, floor: float, ivf: 
     with progress_bar("near-duplicates of test images", len(best_Q), "images") as bar:
 
         def one_part(part: slice) -> None:
-            queries = _Queries(unit_rows(queries_QD[part]), np.full((part.stop - part.start, 1), -1, np.int32), best_Q[part, None])
+            queries = _PendingQueries(unit_rows(queries_QD[part]), np.full((part.stop - part.start, 1), -1, np.int32), best_Q[part, None])
             lists.search(queries, np.full(len(queries.unit_qD), -1), bar)
 
         in_single_threads(one_part, lists.shares(slice(0, len(best_Q))))
@@ -118,7 +118,7 @@ class _Lists:
 
         def one_part(part: slice) -> None:
             own, rows_m = slice(part.start - places.start, part.stop - places.start), self.rows_T[part]
-            queries = _Queries(unit_rows(self.features[rows_m], inverse_N=self.inverse_T[rows_m]), members_qK[own], cosines_qK[own])
+            queries = _PendingQueries(unit_rows(self.features[rows_m], inverse_N=self.inverse_T[rows_m]), members_qK[own], cosines_qK[own])
             list_q = np.searchsorted(self.start, np.arange(part.start, part.stop), "right") - 1
             # each query's own list first: the neighbours found there exclude most rows of the other lists
             own_start = self.start[list_q[0] : list_q[-1] + 2]
@@ -132,7 +132,7 @@ class _Lists:
             in_single_threads(one_part, self.shares(block))
         return members_qK, cosines_qK
 
-    def search(self, queries: "_Queries", list_q: np.ndarray, bar: Bar) -> None:
+    def search(self, queries: "_PendingQueries", list_q: np.ndarray, bar: Bar) -> None:
         """Search the lists that each query probes, except for `list_q`, which has been searched for it."""
         probing, probing_start = self.probing(queries.unit_qD)
         begun = 0
@@ -164,7 +164,7 @@ class _Lists:
 
 
 @dataclass(frozen=True)
-class _Queries:
+class _PendingQueries:
     """Normalised queries, and their best neighbours so far."""
 
     unit_qD: np.ndarray

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bingo.datasets.known import SAVED_FILES, KnownFiles, Place, column_of_bytes, fixed_bytes, identity_of
+from bingo.datasets.known import SAVED_FILES, KnownFiles, ScannedRoot, column_of_bytes, fixed_bytes, identity_of
 from bingo.images.decode import BadImage, bits_of, check_header, check_pixels, decode_square, has_deep_colours, largest_gray
 from bingo.images.images import FileImages
 from bingo.images.listing import Contents, joined_paths
@@ -95,7 +95,7 @@ def check_files(
     left, known = np.arange(len(files)), known if store_px is None and files.positions is None else None
     with progress_bar("checking the images", len(files), "images") as bar:
         if known is not None:
-            place, paths = Place(files.root, decode), joined_paths([files.paths])
+            place, paths = ScannedRoot(files.root, decode), joined_paths([files.paths])
             same_N, found = known.find(place, paths)
             checks.put(np.flatnonzero(same_N), found)
             bar.resume_at(int(same_N.sum()))

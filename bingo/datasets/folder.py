@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from bingo.datasets.filecheck import Checks, check_files, common_bits
 from bingo.datasets.finding import Found, find
-from bingo.datasets.known import KnownFiles, Place, column_of_bytes
+from bingo.datasets.known import KnownFiles, ScannedRoot, column_of_bytes
 from bingo.datasets.layout import Say, Split, count_splits
 from bingo.datasets.subset import Counts, Readable, draw_subset, readable_rows
 from bingo.images.listing import Listing, Paths, joined_paths, listing_fingerprint
@@ -40,7 +40,7 @@ def scan_files(
     Raises UserError for all errors in the layout or the files.
     """
     if known is not None and dataset.source == "folder" and dataset.store_px is None:
-        known.begin(Place(str(dataset.root), dataset.check == "decode"))
+        known.begin(ScannedRoot(str(dataset.root), dataset.check == "decode"))
     found = find_files(dataset, say)
     train, test = found.train, found.test
     judge(count_splits(train, test))

@@ -34,7 +34,7 @@ _SCHEMA = pa.schema(
 )  # fmt: skip
 
 
-class Place(NamedTuple):
+class ScannedRoot(NamedTuple):
     """A folder, and whether its files are decoded or only their headers are read."""
 
     root: str
@@ -52,16 +52,16 @@ class KnownFiles:
     def __init__(self, folder: Path, made_by: str):
         self._folder, self._made_by = folder, made_by
         self._beside = ThreadPoolExecutor(1)
-        self._known: dict[Place, Future[tuple[pa.Table, np.ndarray]]] = {}
-        self._used: dict[Place, list[pa.Table]] = {}  # what this scan has asked for
-        self._new: dict[Place, int] = {}
+        self._known: dict[ScannedRoot, Future[tuple[pa.Table, np.ndarray]]] = {}
+        self._used: dict[ScannedRoot, list[pa.Table]] = {}  # what this scan has asked for
+        self._new: dict[ScannedRoot, int] = {}
 
-    def begin(self, place: Place) -> None:
+    def begin(self, place: ScannedRoot) -> None:
         """Begin, in a thread, to read what is known of the files of a place, and to look which of them have changed."""
         if place not in self._known:
             self._known[place] = self._beside.submit(self._look, place)
 
-    def find(self, place: Place, paths: Sequence[str]) -> tuple[np.ndarray, pa.Table]:
+    def find(self, place: ScannedRoot, paths: Sequence[str]) -> tuple[np.ndarray, pa.Table]:
         """Which of N files have not changed, bool (N,), and their results."""
         self.begin(place)
         known, same_K = self._known[place].result()
@@ -75,14 +75,14 @@ class KnownFiles:
         self._used.setdefault(place, []).append(found)
         return same_N, found
 
-    def _look(self, place: Place) -> tuple[pa.Table, np.ndarray]:
+    def _look(self, place: ScannedRoot) -> tuple[pa.Table, np.ndarray]:
         """What is known of K files, the newest first, and which of them have not changed, bool (K,)."""
         parts = [self._read(path) for path in sorted(self._folder.glob(f"{place.name}-{self._made_by}-*"), reverse=True)]
         known = pa.concat_tables([_SCHEMA.empty_table(), *(part for part in parts if part is not None)])
         identity_K4 = identity_of(place.root, Paths(known[_PATH]))
         return known, (fixed_bytes(known[_IDENTITY]).view(np.int64) == identity_K4).all(axis=1) & (identity_K4[:, 0] >= 0)
 
-    def add(self, place: Place, paths: Sequence[str], identity_N4: np.ndarray, columns: dict[str, pa.Array], begun_ns: int) -> None:
+    def add(self, place: ScannedRoot, paths: Sequence[str], identity_N4: np.ndarray, columns: dict[str, pa.Array], begun_ns: int) -> None:
         """Save the results for some files, whose identities were read after `begun_ns` and before their contents."""
         settled_N = pa.array(identity_N4[:, 2] < begun_ns - _SETTLED_NS)
         identity = column_of_bytes(identity_N4.view(np.uint8))
@@ -107,7 +107,7 @@ class KnownFiles:
         except (OSError, Damaged, pa.ArrowException):
             return None
 
-    def _write(self, place: Place, table: pa.Table) -> Path:
+    def _write(self, place: ScannedRoot, table: pa.Table) -> Path:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)

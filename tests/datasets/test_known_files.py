@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from bingo.datasets import filecheck, known
-from bingo.datasets.known import KnownFiles, Place, identity_of
+from bingo.datasets.known import KnownFiles, ScannedRoot, identity_of
 from bingo.datasets.sources import scan
 from bingo.images.images import FileImages
 from bingo.images.listing import joined_paths, write_listing
@@ -180,7 +180,7 @@ def test_processes_find_the_same_identities_as_one(photos, monkeypatch):
 
 
 def test_a_file_that_was_and_is_absent_does_not_count_as_unchanged(photos, read, tmp_path):
-    place, paths = Place(str(photos), True), ["train/a/420.jpg", "train/absent.jpg"]
+    place, paths = ScannedRoot(str(photos), True), ["train/a/420.jpg", "train/absent.jpg"]
     columns = filecheck.check_files(FileImages(str(photos), paths), True, None)[0].part(np.arange(2))
     KnownFiles(tmp_path / "state", "this").add(place, paths, identity_of(str(photos), paths), columns, time.time_ns())
     same_N, found = KnownFiles(tmp_path / "state", "this").find(place, paths)
