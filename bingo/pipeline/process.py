@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bingo.runtime.artefacts import NotWritten
-from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, GroupLost, Interrupted, UserError, out_of_memory, printable
+from bingo.runtime.errors import FAILED, INTERRUPTED, USER_MISTAKE, GroupLost, Interrupted, UserError, WorkerLost, out_of_memory, printable
 
 # How long a process of a group waits before it prints an error. In this time the launcher, which sees the first process fail, ends the
 # others. A process that has lost the others waits longer, until the launcher has acted, which takes long on a busy machine.
@@ -30,8 +30,9 @@ def is_first() -> bool:
 
 
 @contextmanager
-def mistakes_as_lines() -> Iterator[None]:
-    """Print a UserError's lines and exit with code 2; exit with 75 if the stage was stopped with a checkpoint.
+def mistakes_as_lines(stage: str | None = None) -> Iterator[None]:
+    """Print a UserError's lines and exit with code 2; exit with 75 if the stage was stopped with a checkpoint, and with 1 and one line,
+    which names the stage, if a worker process was killed.
 
     Of several processes, only the one that failed first reports the error; the others usually fail because of it, or find the same error.
     """
@@ -58,6 +59,9 @@ def mistakes_as_lines() -> Iterator[None]:
             time.sleep(LOST_WAIT_SECONDS)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}; start again to resume", file=sys.stderr, flush=True)
+        raise SystemExit(FAILED) from None
+    except WorkerLost as error:
+        print_lines([f"{stage}: {error}; start again to resume" if stage else str(error)])
         raise SystemExit(FAILED) from None
     except Exception as error:
         if line := out_of_memory(error):

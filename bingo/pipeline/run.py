@@ -98,7 +98,7 @@ def stage_run(name: str, item: str | None = None, raises_limits: bool = False, b
     `mistakes`, together with its own. `builds_networks`: the networks are also checked, which needs torch.
     """
     die_with_parent()
-    with mistakes_as_lines():
+    with mistakes_as_lines(name):
         run = Run(name, load_params(), item.rpartition("@")[2] if item else None)
         if "RANK" not in os.environ:  # otherwise the launcher has done it
             wanted_loggers()

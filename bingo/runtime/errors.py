@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+import signal
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -52,6 +53,15 @@ class GroupLost(Exception):
     def __init__(self, line: str, peers: frozenset[int] = frozenset()):
         super().__init__(line)
         self.peers = peers
+
+
+class WorkerLost(Exception):
+    """A worker process was killed, with its exit code (minus the number of a signal) if it is known; the message is one line."""
+
+    def __init__(self, exit_code: int | None = None):
+        how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code is not None and exit_code < 0 else "ended unexpectedly"
+        fewer = "lower the batch, use fewer workers (taskset -c 0-3 allows 3, one less than processors), or use more memory"
+        super().__init__(f"a worker process {how}, in most cases for lack of memory; {fewer}")
 
 
 def _shortened(line: str) -> str:

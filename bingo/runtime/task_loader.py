@@ -4,18 +4,23 @@ Workers write results into shared memory that is used again: a fresh page costs 
 """
 
 import math
+import multiprocessing
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, tee
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from bingo.runtime.errors import WorkerLost
 from bingo.runtime.workers import begin_worker, fork_server, worker_count
 
 Item = TypeVar("Item")
+_END_SECONDS = 1  # within which a worker whose connection is lost is known to have ended
 
 
 class Empty(Protocol):
@@ -53,6 +58,7 @@ class TaskLoader:
     def __init__(self, work: Work, workers: int | None, tasks_ahead: int, pin: bool):
         workers = worker_count() if workers is None else workers
         self._feed, self._pin, self._ahead = _Feed(), pin, workers * tasks_ahead
+        self._workers = list[BaseProcess]()
         self._loader = DataLoader(
             work,
             sampler=self._feed,
@@ -71,13 +77,13 @@ class TaskLoader:
         """One pass: yield each of `items`, which come with their tasks, together with these tasks' results. They are read ahead of use.
 
         Without `pin`, what was made by `empty` is overwritten once the next item, or another pass, is asked for. The first item of another
-        pass ends this one: asking it for more raises RuntimeError, and closing it has no effect.
+        pass ends this one: asking it for more raises RuntimeError, and closing it has no effect. Raises WorkerLost if a worker was killed.
         """
         ahead, here = tee(items)
         own = self._feed.begin(task for _, tasks in ahead for task in tasks)
         mapped = list[Any]()  # here, which costs pages too, as long as workers may use it again
         try:
-            results = iter(self._loader)  # which drops what workers still had to do for an abandoned pass
+            results = self._unless_lost(self._begin())
             for item, tasks in here:
                 found = []
                 for result in islice(results, len(tasks)):
@@ -92,6 +98,24 @@ class TaskLoader:
         finally:
             if self._feed.tasks is own:
                 self._feed.begin(())  # otherwise an abandoned pass is a reference cycle, and the workers end seconds late
+
+    def _begin(self) -> Iterator[Any]:
+        """The loader's results, which drop what workers still had to do for an abandoned pass."""
+        earlier = multiprocessing.active_children()
+        results = iter(self._loader)
+        self._workers += [process for process in multiprocessing.active_children() if process not in earlier]
+        return results
+
+    def _unless_lost(self, results: Iterator[Any]) -> Iterator[Any]:
+        """The results; whatever torch raises if a worker has ended becomes WorkerLost."""
+        try:
+            yield from results
+        except (RuntimeError, OSError, EOFError):
+            wait([worker.sentinel for worker in self._workers], _END_SECONDS)
+            for worker in self._workers:
+                if worker.exitcode is not None:
+                    raise WorkerLost(worker.exitcode) from None
+            raise
 
 
 class _Given(NamedTuple):

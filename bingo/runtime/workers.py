@@ -5,11 +5,12 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 
-from bingo.runtime.errors import FAILED
+from bingo.runtime.errors import FAILED, WorkerLost
 from bingo.runtime.memory import keep_freed_memory
 
 MOST_WORKERS = 32
@@ -33,7 +34,10 @@ def fork_server(module: str) -> BaseContext:
 
 @contextmanager
 def worker_pool(files: int) -> Iterator[Executor]:
-    """A pool over this process's processors, to read and check files; pending work is dropped if the caller stops early."""
+    """A pool over this process's processors, to read and check files; pending work is dropped if the caller stops early.
+
+    Raises WorkerLost if a process was killed.
+    """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool: Executor
     if processors == 1 or files <= THREADS_UP_TO_FILES:
@@ -42,6 +46,8 @@ def worker_pool(files: int) -> Iterator[Executor]:
         pool = ProcessPoolExecutor(processors, multiprocessing.get_context("forkserver"), begin_worker)
     try:
         yield pool
+    except BrokenProcessPool:
+        raise WorkerLost from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -2,12 +2,15 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from bingo.runtime.errors import WorkerLost
 from bingo.runtime.task_loader import Empty, TaskLoader, Work
+from bingo.runtime.workers import THREADS_UP_TO_FILES, worker_count, worker_pool
 
 AHEAD, WORKERS = 2, 2
 
@@ -68,3 +71,33 @@ def test_a_replaced_pass_neither_takes_results_of_the_new_one_nor_ends_it(worker
         check(parts, (number, [3]))
         numbers.append(number)
     assert numbers == list(range(100, 109))
+
+
+class Killing(Work):
+    """A task is a signal, which the process gets, or 0."""
+
+    def result(self, task: int, empty: Empty) -> torch.Tensor:
+        os.kill(os.getpid(), task)
+        return empty(9).fill_(task)
+
+
+@pytest.mark.slow  # torch looks for its workers every 5 seconds
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_killed_worker_is_reported_with_its_signal(number: signal.Signals):
+    loader = TaskLoader(Killing(), 1, AHEAD, pin=False)
+    results = loader.results((None, [task]) for task in (0, 0, int(number), 0))
+    with pytest.raises(WorkerLost, match=number.name):
+        list(results)
+
+
+@pytest.mark.slow
+def test_a_pool_that_lost_a_process_is_reported():
+    def work() -> None:
+        with worker_pool(THREADS_UP_TO_FILES + 1) as pool:
+            pool.submit(os.kill, pool.submit(os.getpid).result(), signal.SIGKILL)
+            list(pool.map(abs, range(9)))
+
+    if worker_count() == 0:
+        pytest.skip("one processor: there are no processes")
+    with pytest.raises(WorkerLost):
+        work()

@@ -24,6 +24,7 @@ from sklearn.neighbors import NearestNeighbors
 from workspace import (
     SHORT,
     STAGES,
+    Running,
     Workspace,
     assert_as_reference,
     environment,
@@ -41,6 +42,7 @@ from bingo.images.listing import read_listing
 from bingo.nets.students import load_backbone
 from bingo.pipeline.process import _is_orphan, mistakes_as_lines
 from bingo.runtime.errors import UserError
+from bingo.runtime.workers import worker_count
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 GOES_ON = "resuming from a checkpoint"
@@ -571,6 +573,29 @@ def test_files_that_are_decoded_on_access(own_images):
     assert GOES_ON in own_images.done("teacher").out
     (images / "val/class1/01.png").unlink()
     refused(own_images, "extract", "val/class1/01.png (row 80) can no longer be read (No such file or directory); restore it")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(worker_count() == 0, reason="one processor: the stage decodes by itself")
+def test_a_killed_worker_ends_a_training_in_one_line(own_images):
+    digit_folder(own_images.root / "images", ["train", "val"], 3)
+    own_images.edit({"dataset.store_px": None})
+    own_images.done("scan")
+    training = own_images.start("teacher", BINGO_CHECKPOINT_SECONDS="0")
+    until(lambda: saved_step(own_images, "teacher") >= 1, training.ended)
+    for worker in workers_of(training):
+        os.kill(worker, signal.SIGKILL)
+    done = training.wait()
+    assert done.status == 1
+    assert done.err.startswith("error: teacher: a worker process was killed by SIGKILL, ")
+    assert done.err.count("\n") == 1
+    assert GOES_ON in own_images.done("teacher").out
+
+
+def workers_of(running: Running) -> list[int]:
+    """Processes of the session whose parent is its fork server."""
+    server = {pid for pid in running.session() if "multiprocessing.forkserver" in Path(f"/proc/{pid}/cmdline").read_text()}
+    return [pid for pid in server if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) in server]
 
 
 # Artefacts that are missing, damaged, or of another run.
