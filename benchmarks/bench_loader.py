@@ -138,8 +138,7 @@ def packed(images: FileImages, shard: Path) -> FileImages:
         for path in dict.fromkeys(images.paths):
             tar.add(Path(images.root, path), path)
     members = read_shards(str(shard), False, "shard")
-    row_of = {path: row for row, path in enumerate(members.paths)}
-    return FileImages(str(shard.parent), images.paths, positions=members.positions.part([row_of[path] for path in images.paths]))
+    return FileImages(str(shard.parent), images.paths, positions=members.positions.part(members.rows.of(images.paths)))
 
 
 def file_variants(images: FileImages, shard: FileImages, paths: list[Path], options: argparse.Namespace) -> dict[str, Batches]:

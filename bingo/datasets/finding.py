@@ -4,12 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.compute as pc
-
 from bingo.datasets.layout import Say, Split, find_splits
 from bingo.images.decode import SUFFIXES
 from bingo.images.images import FileImages
-from bingo.images.listing import path_column
 from bingo.params.places import images_folder
 
 
@@ -40,11 +37,10 @@ def find(source: str, root: str, follow_links: bool, columns: tuple[str | None, 
 
         members = read_saved(root, follow_links, columns, name, say)
     train, test = find_splits(Path(root), follow_links, say, name, members)
-    all_paths = path_column(members.paths)
+    rows, positions = members.rows, members.positions  # and not the paths of all members
 
     def files(paths: Sequence[str]) -> FileImages:
-        rows_n = pc.index_in(path_column(paths), all_paths).to_numpy()
-        return FileImages(images_folder(root), paths, follow_links, positions=members.positions.part(rows_n))
+        return FileImages(images_folder(root), paths, follow_links, positions=positions.part(rows.of(paths)))
 
     return Found(train, test, files)
 

@@ -7,23 +7,23 @@ and files with other suffixes are skipped and counted. Links out of the root are
 """
 
 import os
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bingo.datasets.members import Members
+from bingo.datasets.members import Members, Placed, rows_of
 from bingo.datasets.split_names import look_like_splits, role_of, split_word
 from bingo.datasets.subset import Counts
 from bingo.images.decode import SUFFIXES
-from bingo.images.listing import Paths, joined_paths
+from bingo.images.listing import Paths, joined_paths, path_column
 from bingo.runtime.errors import UserError, printable
 from bingo.runtime.inside import folded
 from bingo.runtime.progress import progress_bar
@@ -92,10 +92,10 @@ def find_splits(
     """
     if members is None:
         _refuse_no_folder(root, name, "train/ or the images")
-    walker = _Walker(root, name, follow_links, splits=True, tree=_tree_of(members, f"{name} = {root}"))
+    walker = _Walker(root, name, follow_links, splits=True, tree=_tree(f"{name} = {root}", members))
     walker.passed += members.passed if members else Counter()
     if members is not None and members.placed is not None:
-        train, test = _placed_splits(walker, members, say)
+        train, test = _placed_splits(walker, members.paths, members.placed, say)
         walker.report(say)
         return train, test
     here, folders = walker.entries("")
@@ -143,13 +143,12 @@ def _with_role(role: str, names: Iterable[str]) -> list[str]:
     return next(([usual] for usual in _USUAL[role] if usual in found), found)
 
 
-def _placed_splits(walker: "_Walker", members: Members, say: Say) -> tuple[Split, Split]:
+def _placed_splits(walker: "_Walker", paths: Paths, placed: Placed, say: Say) -> tuple[Split, Split]:
     """The train and the test split of images whose splits and classes are given as data, so that classes may have any names. Raises
     UserError if it is not clear which images are for training."""
-    by_split: dict[str, dict[str, array[int]]] = {}
-    paths = joined_paths([members.paths])
-    for row, (split, of_class) in enumerate(members.placed or []):
-        by_split.setdefault(split, {}).setdefault(of_class, array("q")).append(row)
+    by_split = dict[str, dict[str, np.ndarray]]()
+    for (split, of_class), rows in zip(placed.pairs, rows_of(placed.number_N, len(placed.pairs)), strict=True):
+        by_split.setdefault(split, {})[of_class] = rows
     trains, tests = (_with_role(role, by_split) for role in ("train", "test"))
     if not trains and not tests and len(by_split) == 1:
         trains = list(by_split)
@@ -158,7 +157,7 @@ def _placed_splits(walker: "_Walker", members: Members, say: Say) -> tuple[Split
         problem = f"which images are for training is not clear from the names of its splits ({names})"
         raise UserError(f"{walker.shown}: {problem}; name them train and test")
     found = [by_split.pop(names[0]) if names else {} for names in (trains, tests)]
-    train, test = (_split({name: paths.take(np.array(rows)).in_order() for name, rows in by_class.items()}) for by_class in found)
+    train, test = (_split({name: paths.take(rows).in_order() for name, rows in by_class.items()}) for by_class in found)
     walker.passed["images of other splits"] += sum(len(rows) for by_class in by_split.values() for rows in by_class.values())
     if train.classes and test.paths and not test.classes:
         say(f"{walker.shown}: the images of the split {printable(tests[0])} have no labels, although train images have, and are skipped")
@@ -267,24 +266,28 @@ def _last(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-_Tree = dict[str, dict[str, str]]  # for each folder, whether each name in it is a file or a folder
+class _Tree(NamedTuple):
+    """The folders of images that are no files: the rows of each folder's images among `paths`, and the names of its folders."""
+
+    paths: Paths
+    folders: dict[str, tuple[np.ndarray, list[str]]]
 
 
-def _tree_of(members: Members | None, shown: str) -> "_Tree | None":
-    return None if members is None else _tree(shown, members.paths if members.placed is None else [])
-
-
-def _tree(shown: str, paths: Iterable[str]) -> _Tree:
-    tree: _Tree = {"": {}}
-    for path in paths:
-        name, kind = path, "file"
-        while kind:
-            folder, _, last = name.rpartition("/")
-            known = folder in tree
-            if tree.setdefault(folder, {}).setdefault(last, kind) != kind:
-                raise UserError(f"{shown}: {printable(name)} is an image and a folder of images; rename one")
-            name, kind = folder, "" if known else "folder"
-    return tree
+def _tree(shown: str, members: Members | None) -> _Tree | None:
+    """The folders of members whose split and class are not known otherwise."""
+    if members is None or members.placed is not None:
+        return None
+    paths = path_column(members.paths)
+    above = pc.replace_substring_regex(paths, r"(?s)/?[^/]*$", "").dictionary_encode()
+    names = above.dictionary.to_pylist()
+    all_names = {"/".join(parts[:depth]) for parts in (name.split("/") for name in ["", *names]) for depth in range(len(parts) + 1)}
+    if (both := pc.index(pc.is_in(paths, pa.array(all_names, pa.string())), True).as_py()) >= 0:
+        raise UserError(f"{shown}: {printable(paths[both].as_py())} is an image and a folder of images; rename one")
+    rows = dict(zip(names, rows_of(above.indices.to_numpy(), len(names)), strict=True))
+    folders = {name: (rows.get(name, np.empty(0, np.int64)), list[str]()) for name in all_names}
+    for name in all_names - {""}:
+        folders[name.rpartition("/")[0]][1].append(_last(name))
+    return _Tree(members.paths, folders)
 
 
 def _entry(entry: os.DirEntry) -> tuple[str, str, bool]:
@@ -301,7 +304,7 @@ class _Walker:
     """Lists the files under a root and counts what is skipped; rejects links that lead in a circle or, unless allowed, out of the root,
     and, if the folders are to be `splits` and classes, a mixture of splits."""
 
-    def __init__(self, root: Path, name: str, follow_links: bool, splits: bool = False, tree: "_Tree | None" = None):
+    def __init__(self, root: Path, name: str, follow_links: bool, splits: bool = False, tree: _Tree | None = None):
         self.root, self.name, self.follow_links, self.splits, self.tree = root, name, follow_links, splits, tree
         self.set_root, self.allow_links = ("set dataset.root to", "set dataset.follow_links: true")
         if name != "dataset.root":
@@ -429,8 +432,10 @@ class _Walker:
         """The names of files and, of each other entry, its name, its kind (folder, file or other) and whether it is a link; some at a
         time. Raises UserError if it cannot be listed."""
         if self.tree is not None:
-            found = self.tree[folder].items()
-            yield [name for name, kind in found if kind == "file"], [(name, kind, False) for name, kind in found if kind != "file"]
+            rows, folders = self.tree.folders[folder]
+            yield [], [(name, "folder", False) for name in folders]
+            for start in range(0, len(rows), _NAMES):
+                yield list(map(_last, self.tree.paths.take(rows[start : start + _NAMES]))), []
             return
         try:
             with os.scandir(self.root / folder) as entries:

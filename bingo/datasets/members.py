@@ -1,37 +1,103 @@
 """Images inside large files, with the paths that they would have in a folder: common code of shards and saved datasets."""
 
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from unicodedata import normalize
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from bingo.images.listing import Paths
+from bingo.images.listing import Paths, joined_paths, path_column
 from bingo.images.positions import Positions
 from bingo.runtime.errors import UserError, printable
 
 _MOST_LINES = 20
+_BLOCK_ROWS = 65536  # whose folders are written out at once
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The split and the class of N images, either empty if unknown: the distinct `pairs`, and the number of each image's, int32 (N,)."""
+
+    pairs: list[tuple[str, str]]
+    number_N: np.ndarray
 
 
 @dataclass(frozen=True)
 class Members:
-    """N images: their `paths` as in a folder, SPLIT/CLASS/NAME or less, and their positions; `passed` counts other members by suffix.
-    `placed`: split and class of each image, empty if unknown, as given by the data; None: they are given by the paths' folders."""
+    """N images: their `paths` as in a folder, SPLIT/CLASS/NAME or less, `rows` by paths, and positions; `passed` counts other members by
+    suffix. `placed`: split and class of each image as given by the data; None: they are given by the paths' folders."""
 
-    paths: Sequence[str]
+    paths: Paths
+    rows: "PathRows"
     positions: Positions
     passed: Counter[str] = field(default_factory=Counter)
-    placed: list[tuple[str, str]] | None = None
+    placed: Placed | None = None
 
 
-def refuse(shown: str, problems: list[str]) -> None:
+class PathRows:
+    """The rows of N paths. 16 bytes a path are kept, its hash and its row; the paths themselves only if two have the same hash."""
+
+    def __init__(self, paths: Paths):
+        hash_N = _hashes(paths)
+        self._row_N = np.argsort(hash_N, kind="stable")
+        self._hash_N = hash_N[self._row_N]
+        self._paths = paths if (self._hash_N[1:] == self._hash_N[:-1]).any() else None
+
+    def of(self, paths: Sequence[str]) -> np.ndarray:
+        """The first row of each of n paths, all of which are among the N, int64 (n,)."""
+        if self._paths is not None:
+            return pc.index_in(path_column(paths), path_column(self._paths)).to_numpy().astype(np.int64)
+        return self._row_N[np.searchsorted(self._hash_N, _hashes(paths))]
+
+    def twins(self) -> Iterator[tuple[str, int, int]]:
+        """Each path that an earlier row has too, with the first such row and its own."""
+        if self._paths is not None:
+            first_N = self.of(self._paths)
+            for row in np.flatnonzero(first_N != np.arange(len(first_N))).tolist():
+                yield self._paths[row], int(first_N[row]), row
+
+
+def _hashes(paths: Sequence[str]) -> np.ndarray:
+    return np.fromiter(map(hash, paths), np.int64, len(paths))
+
+
+def rows_of(number_N: np.ndarray, numbers: int) -> list[np.ndarray]:
+    """For each number from 0 to before `numbers`, its rows in order, int64 (n,)."""
+    ends = np.bincount(number_N, minlength=numbers).cumsum()
+    return np.split(np.argsort(number_N, kind="stable"), ends)[:numbers]
+
+
+class Strings:
+    """Strings that are added one by one; they take the memory of an Arrow column, some 4 bytes each beside their text."""
+
+    def __init__(self) -> None:
+        self._text, self._ends = bytearray(), array("i", [0])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def add(self, text: str) -> None:
+        """Add a string."""
+        self._text += text.encode(errors="surrogatepass")
+        self._ends.append(len(self._text))
+
+    def column(self) -> pa.Array:
+        """All strings; none can be added from then on."""
+        return pa.StringArray.from_buffers(len(self), pa.py_buffer(self._ends), pa.py_buffer(self._text))
+
+
+def refuse(shown: str, problems: Iterable[str]) -> None:
     """Raise UserError with a line for each problem, at most 20; `shown` is the name of the dataset in messages."""
-    lines = [f"{shown}: {problem}" for problem in problems[:_MOST_LINES]]
-    if len(problems) > _MOST_LINES:
-        lines.append(f"{shown}: and {len(problems) - _MOST_LINES:,} more")
+    left = iter(problems)
+    lines = [f"{shown}: {problem}" for problem in islice(left, _MOST_LINES)]
+    if more := sum(1 for _ in left):
+        lines.append(f"{shown}: and {more:,} more")
     if lines:
         raise UserError(lines)
 
@@ -58,20 +124,18 @@ def placed_path(split: str, of_class: str, name: str) -> str:
     return "/".join(filter(None, (split, re.sub(r"^\.|[/\0]", "_", of_class), name)))
 
 
-def refuse_twins(shown: str, paths: Paths, positions: Positions, way_out: str) -> None:
-    """Raise UserError with a line for each path that occurs more than once, with the names of the files that contain it."""
-    if pc.count_distinct(paths.column).as_py() == len(paths):
-        return  # without creating an object for each of millions of paths
-    rows: dict[str, int] = {}
-    problems = []
-    for row, path in enumerate(paths):
-        if (first := rows.setdefault(path, row)) != row:
-            holders = [positions.files[file] for file in positions.positions_N3[[first, row], 0]]
-            problems.append(f"{printable(path)} is in {' and in '.join(holders)}; {way_out}")
-    refuse(shown, problems)
+def paths_below(folders: list[str], number_n: np.ndarray, names: pa.Array | pa.ChunkedArray) -> Paths:
+    """The paths of n names, each below the folder of its number; an empty folder is none."""
+    above = pa.array([folder and f"{folder}/" for folder in folders], pa.string())
+    blocks = (slice(start, start + _BLOCK_ROWS) for start in range(0, len(names), _BLOCK_ROWS))
+    parts = (pc.binary_join_element_wise(above.take(pa.array(number_n[rows])), names[rows], "") for rows in blocks)
+    return joined_paths(Paths(pa.chunked_array(pa.chunked_array(part).chunks, pa.string())) for part in parts)
 
 
 def positions_of(files: list[str], file_bytes: list[int], places: list[np.ndarray]) -> Positions:
     """Positions in several files, given the offset and length of each file's images, int64 (n, 2)."""
-    numbers = np.repeat(np.arange(len(files)), [len(place_n2) for place_n2 in places])
-    return Positions(files, file_bytes, np.column_stack([numbers, np.concatenate([np.empty((0, 2), np.int64), *places])]))
+    positions_N3, start = np.empty((sum(map(len, places)), 3), np.int64), 0
+    for number, place_n2 in enumerate(places):
+        own_n3 = positions_N3[start : start + len(place_n2)]
+        own_n3[:, 0], own_n3[:, 1:], start = number, place_n2, start + len(place_n2)
+    return Positions(files, file_bytes, positions_N3)

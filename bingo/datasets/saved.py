@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from bingo.datasets.members import Members, class_names, placed_path, positions_of, refuse
+from bingo.datasets.members import Members, PathRows, Placed, class_names, paths_below, placed_path, positions_of, refuse
 from bingo.datasets.split_names import role_of, split_folder
 from bingo.images.decode import SUFFIXES
+from bingo.images.listing import Paths
 from bingo.runtime.errors import UserError, printable, short
 from bingo.runtime.inside import path_inside
 from bingo.runtime.progress import progress_bar
@@ -31,11 +33,13 @@ _WITHOUT_BYTES = (
 
 @dataclass(frozen=True)
 class _File:
-    """The rows of an Arrow file: names of the images' files (None if a row has no name), labels, offsets and lengths, int64 (n, 2)."""
+    """The rows of an Arrow file: names of the images' files (empty if a row has none), the number of each row's label among the distinct
+    `labels`, int32 (n,), offsets and lengths, int64 (n, 2)."""
 
     bytes: int
-    names: list[str | None]
-    labels: list[Any]
+    names: pa.ChunkedArray
+    labels: list[int | str | None]
+    label_n: np.ndarray
     places_n2: np.ndarray
 
 
@@ -58,7 +62,7 @@ def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: 
         read, problems = [], []
         for _, file in files:
             try:
-                read.append(_read(path_inside(root, file, follow_links), image, label))
+                read.append(_read(path_inside(root, file, follow_links), image, label, shown))
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                 reason = getattr(error, "strerror", None) or " ".join(str(error).split())
                 problems.append(f"{file}: cannot be read ({reason}); fetch or save the dataset again")
@@ -71,10 +75,11 @@ def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: 
         [f"{file}: numbers the classes of {label} otherwise than {files[0][1]}; give all splits the same ClassLabel" for file in others],
     )
     names = of_label.get("names") if isinstance(of_label, dict) else None
-    found = list(zip((_split(split) for split, _ in files), read, strict=True))
-    placed = _placed(shown, found, names, label)
+    placed = _placed(shown, list(zip((_split(split) for split, _ in files), read, strict=True)), names, label)
     positions = positions_of([file for _, file in files], [rows.bytes for rows in read], [rows.places_n2 for rows in read])
-    return Members(_paths(placed, [name for _, rows in found for name in rows.names]), positions, placed=placed)
+    return Members(
+        *_paths(placed, pa.chunked_array([chunk for rows in read for chunk in rows.names.chunks], pa.string())), positions, placed=placed
+    )
 
 
 def _splits(root: Path, shown: str) -> dict[str, list[str]]:
@@ -151,22 +156,35 @@ def _columns(features: dict[str, Any], asked: Columns, shown: str, say: Any) -> 
     return image, label
 
 
-def _read(path: Path, image: str, label: str | None) -> _File:
-    """The rows of an Arrow file; no image is read. Raises ValueError and pyarrow's errors for files without the bytes of images."""
+def _read(path: Path, image: str, label: str | None, shown: str) -> _File:
+    """The rows of an Arrow file; no image is read. Raises ValueError and pyarrow's errors for files without the bytes of images, and
+    UserError for a column that holds no labels."""
+    names, numbers, labels, places = [], [np.empty(0, np.int32)], dict[int | str | None, int](), [np.empty((0, 2), np.int64)]
     with pa.memory_map(str(path)) as mapped:
         content = mapped.read_buffer()
-        names: list[str | None] = []
-        labels: list[Any] = []
-        places = [np.empty((0, 2), np.int64)]
         for batch in pa.ipc.open_stream(content):
             column = batch.column(image)
-            names += column.field("path").to_pylist()
-            labels += batch.column(label).to_pylist() if label else [None] * len(batch)
+            names.append(pc.replace_substring_regex(pc.utf8_rtrim(column.field("path").fill_null(""), "/"), r"(?s)^.*/", ""))
+            found = _labels(batch.column(label), shown) if label else pa.nulls(len(batch), pa.string())
+            found = found.dictionary_encode("encode")
+            own = [labels.setdefault(value, len(labels)) for value in found.dictionary.to_pylist()]
+            numbers.append(np.array(own, np.int32)[found.indices])
             places.append(_places(column.field("bytes"), content))
     places_n2 = np.concatenate(places)
     if len(places_n2) and not places_n2[:, 1].any():
         raise ValueError(f"its rows {_WITHOUT_BYTES}")
-    return _File(content.size, names, labels, places_n2)
+    return _File(content.size, pa.chunked_array(names, pa.string()), list(labels), np.concatenate(numbers), places_n2)
+
+
+def _labels(column: pa.Array, shown: str) -> pa.Array:
+    """A column of integers or strings. Raises UserError if it holds anything else but nulls."""
+    column = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+    if any(of_type(column.type) for of_type in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)):
+        return column
+    if len(others := column.drop_null()):
+        problem = f"labels such as {short(others[0].as_py())} are neither integers nor names"
+        raise UserError(f"{shown}: {problem}; set dataset.label_column to another column")
+    return pa.nulls(len(column), pa.string())
 
 
 def _places(column: pa.Array, content: pa.Buffer) -> np.ndarray:
@@ -181,38 +199,39 @@ def _places(column: pa.Array, content: pa.Buffer) -> np.ndarray:
     return np.stack([start + ends_n[:-1].astype(np.int64), np.diff(ends_n).astype(np.int64)], axis=1)
 
 
-def _placed(shown: str, found: list[tuple[str, _File]], names: list[str] | None, column: str | None) -> list[tuple[str, str]]:
-    """The split and the class of each image, empty without a label. Raises UserError for labels of other types, and for splits in which
-    some rows have no label."""
-    labels = (label for _, rows in found for label in rows.labels if label is not None)
-    if (other := next((label for label in labels if not isinstance(label, int | str) or isinstance(label, bool)), None)) is not None:
-        raise UserError(
-            f"{shown}: labels such as {short(other)} are neither integers nor names; set dataset.label_column to another column"
-        )
+def _placed(shown: str, found: list[tuple[str, _File]], names: list[str] | None, column: str | None) -> Placed:
+    """The split and the class of each image, empty without a label. Raises UserError for splits in which some rows have no label."""
     named = class_names({label for _, rows in found for label in rows.labels if label is not None}, names, shown)
-    places = {(split, label): (split, named.get(label, "")) for split, rows in found for label in set(rows.labels)}  # few, of many rows
-    placed = [places[split, label] for split, rows in found for label in rows.labels]
-    rows_of, unknown = Counter(split for split, _ in placed), Counter(split for split, of_class in placed if not of_class)
+    places = [[(split, "" if label is None else named.get(label, "")) for label in rows.labels] for split, rows in found]
+    number = {place: number for number, place in enumerate(dict.fromkeys(place for own in places for place in own))}
+    parts = [np.array([number[place] for place in own], np.int32)[rows.label_n] for own, (_, rows) in zip(places, found, strict=True)]
+    placed = Placed(list(number), np.concatenate(parts))
+    rows_of, unknown = Counter[str](), Counter[str]()
+    for (split, of_class), rows in zip(number, np.bincount(placed.number_N, minlength=len(number)).tolist(), strict=True):
+        rows_of[split] += rows
+        unknown[split] += 0 if of_class else rows
     way_out = f'leave them out, by: dataset.filter(lambda row: row["{column}"] not in (None, "", -1)).save_to_disk("NEW FOLDER")'
-    mixed = [split for split in unknown if unknown[split] < rows_of[split]]
+    mixed = [split for split in unknown if 0 < unknown[split] < rows_of[split]]
     problem = "rows have no label (null, empty or less than zero), which others have"
     refuse(shown, [f"{unknown[x]:,} of {rows_of[x]:,} {printable(x)}{' ' if x else ''}{problem}; {way_out}" for x in mixed])
     return placed
 
 
-def _paths(placed: list[tuple[str, str]], names: list[str | None]) -> list[str]:
+def _paths(placed: Placed, names: pa.ChunkedArray) -> tuple[Paths, PathRows]:
     """The path of each image as in a folder: its split, its class, and its file name; or, if two in a folder have the same name or one has
     none, its number in the split."""
-    own = [placed_path(*place, Path(name or "").name) for place, name in zip(placed, names, strict=True)]
-    if all(path.lower().endswith(SUFFIXES) for path in own) and len(set(own)) == len(own):
-        return own
-    counts = Counter[str]()
-    width = len(str(len(placed)))
-    paths = []
-    for split, of_class in placed:
-        paths.append(placed_path(split, of_class, f"{counts[split]:0{width}d}.jpg"))
-        counts[split] += 1
-    return paths
+    folders = [placed_path(*pair, "") for pair in placed.pairs]
+    if pc.all(pc.match_substring_regex(names, rf"(?i)({'|'.join(map(re.escape, SUFFIXES))})$")).as_py():
+        paths = paths_below(folders, placed.number_N, names)
+        if next((rows := PathRows(paths)).twins(), None) is None:
+            return paths, rows
+    number_N = np.empty(len(names), np.int64)
+    for split in {split for split, _ in placed.pairs}:
+        in_split = np.array([own == split for own, _ in placed.pairs])[placed.number_N]
+        number_N[in_split] = np.arange(in_split.sum())
+    padded = pc.utf8_lpad(pc.cast(pa.array(number_N), pa.string()), len(str(len(names))), "0")
+    paths = paths_below(folders, placed.number_N, pc.binary_join_element_wise(padded, ".jpg", ""))
+    return paths, PathRows(paths)
 
 
 def _split(split: str) -> str:

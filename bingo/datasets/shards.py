@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from glob import glob
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from bingo.datasets.layout import SYSTEM_FOLDERS
-from bingo.datasets.members import Members, class_names, placed_path, positions_of, refuse, refuse_twins
+from bingo.datasets.members import Members, PathRows, Placed, Strings, class_names, paths_below, placed_path, positions_of, refuse
 from bingo.datasets.split_names import role_of, split_folder
 from bingo.images.decode import SUFFIXES
-from bingo.images.listing import Paths, joined_paths, path_column
+from bingo.images.listing import Paths, joined_paths
 from bingo.params.places import images_folder
 from bingo.runtime.errors import UserError, printable
 from bingo.runtime.inside import leads_out, path_inside
@@ -42,42 +44,59 @@ _COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 @dataclass
 class _Shard:
-    """The content of a shard: its size, its images with offset and length, labels by key, suffixes of other members, and lines on
-    problems."""
+    """The content of a shard while it is read: its size, its images with offset and length, labels by key and suffix, suffixes of other
+    members, and lines on problems."""
 
     bytes: int = 0
-    names: list[str] = field(default_factory=list)
+    names: Strings = field(default_factory=Strings)
     places: array = field(default_factory=lambda: array("q"))  # offset and length of each in turn
-    labels: dict[str, int | str] = field(default_factory=dict)
+    keys: dict[str, Strings] = field(default_factory=lambda: {".cls": Strings(), ".json": Strings()})
+    numbers: dict[str, array] = field(default_factory=lambda: {".cls": array("i"), ".json": array("i")})  # of each key's label
+    labels: dict[int | str, int] = field(default_factory=dict)  # and of each distinct label
     passed: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     unclear: dict[str, str] = field(default_factory=dict)  # by the key of a file without a label, its name
 
-    def label(self, image: str) -> int | str | None:
-        """The label of an image, None if the shard has none. Its key is its name up to the last dot, or up to the first, as in
-        WebDataset."""
-        label = self.labels.get(image.rpartition(".")[0])
-        return self.labels.get(_key(image)) if label is None else label
-
     def columns(self) -> "_Columns":
-        """What is kept of the shard once it is read: millions of strings take several times the memory of columns."""
-        labels = [*dict.fromkeys(self.labels.values()), None]
-        number = {label: place for place, label in enumerate(labels)}
-        label_n = np.fromiter((number[self.label(name)] for name in self.names), np.int32, len(self.names))
-        places_n2 = np.array(self.places, np.int64).reshape(-1, 2)
-        return _Columns(self.bytes, joined_paths([self.names]), places_n2, labels, label_n, self.passed, self.problems)
+        """What is kept of the shard."""
+        names, places_n2 = self.names.column(), np.array(self.places, np.int64).reshape(-1, 2)
+        label_n = self._label_n(names)
+        for name in names.filter(pa.array(label_n < 0)).to_pylist() if self.unclear else []:
+            self.problems += self._unclear(name)
+        parts = pc.extract_regex(names, r"(?s)^(?P<head>(?:[^/]*/){0,2})(?P<name>.*)$")
+        heads = parts.field("head").dictionary_encode()
+        labels: list[int | str | None] = [*self.labels, None]  # the last is that of -1
+        kinds, kind_n = np.unique(heads.indices.to_numpy().astype(np.int64) * len(labels) + label_n % len(labels), return_inverse=True)
+        heads_of = heads.dictionary.to_pylist()
+        pairs = [(heads_of[kind // len(labels)], labels[kind % len(labels)]) for kind in kinds.tolist()]
+        return _Columns(self.bytes, parts.field("name"), places_n2, pairs, kind_n.astype(np.int32), self.passed, self.problems)
+
+    def _label_n(self, names: pa.Array) -> np.ndarray:
+        """The number of each image's label, int32 (n,), -1 without one: that of the last .cls or the first .json with its key, which is its
+        name up to the last dot, or up to the first, as in WebDataset."""
+        cls, json = (self.keys[kind].column() for kind in (".cls", ".json"))
+        keys = pa.concat_arrays([cls.take(pa.array(np.arange(len(cls))[::-1])), json])
+        number_K = np.concatenate([self.numbers[".cls"][::-1], self.numbers[".json"], [-1]]).astype(np.int32)
+        places = (pc.index_in(pc.replace_substring_regex(names, key, ""), keys) for key in (r"\.[^.]*$", r"\.[^/]*$"))
+        return number_K[pc.coalesce(*places).fill_null(-1).to_numpy()]
+
+    def _unclear(self, image: str) -> Iterator[str]:
+        """A line if a file should contain the label of an image without another label."""
+        if name := next((self.unclear[key] for key in (image.rpartition(".")[0], _key(image)) if key in self.unclear), ""):
+            wanted = "an integer or a name" if name.endswith(".cls") else '{"label": an integer or a name}'
+            yield f"{printable(name)} holds no label; write {wanted} into it"
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """What a shard holds, in columns: its size, the names of its n images, offset and length of each, int64 (n, 2), its labels, and for
-    each image the place of its label, int32 (n,), which is that of None without one; suffixes of the rest, and lines on what is wrong."""
+    """What a shard holds: its size, the names of its n images without their first two folders, offset and length of each, int64 (n, 2), the
+    kind of each, int32 (n,), among `kinds`: those two folders and a label, or None; suffixes of the rest, and lines on what is wrong."""
 
     bytes: int
-    names: Paths
+    names: pa.Array
     places_n2: np.ndarray
-    labels: list[int | str | None]
-    label_n: np.ndarray
+    kinds: list[tuple[str, int | str | None]]
+    kind_n: np.ndarray
     passed: Counter[str]
     problems: list[str]
 
@@ -109,9 +128,10 @@ def read_shards(root: str, follow_links: bool, name: str) -> Members:
     )
     paths, placed = _paths(shown, folder, files, shards)
     positions = positions_of(files, [shard.bytes for shard in shards], [shard.places_n2 for shard in shards])
-    refuse_twins(shown, paths, positions, "give each image a key of its own")
-    passed = sum((shard.passed for shard in shards), Counter[str]())
-    return Members(paths, positions, passed, placed)
+    rows, way_out = PathRows(paths), "give each image a key of its own"
+    holders = ((path, [files[file] for file in positions.positions_N3[[first, row], 0]]) for path, first, row in rows.twins())
+    refuse(shown, (f"{printable(path)} is in {' and in '.join(names)}; {way_out}" for path, names in holders))
+    return Members(paths, rows, positions, sum((shard.passed for shard in shards), Counter[str]()), placed)
 
 
 def _named(root: str, shown: str) -> list[str]:
@@ -188,7 +208,6 @@ def _read(folder: str, follow_links: bool, name: str) -> _Columns:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in _members_of(tar):
                     _note(shard, member, file.fileno())
-                shard.problems += _unclear(shard)
                 if not _ends(file.fileno(), tar.offset, shard.bytes):
                     shard.problems.append(f"is cut off or damaged at byte {tar.offset:,}, after {len(shard.names):,} images; {way_out}")
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
@@ -214,8 +233,8 @@ def _ends(descriptor: int, offset: int, file_bytes: int) -> bool:
 
 def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
     """Add a member to the content of its shard."""
-    name = PurePosixPath(member.name).as_posix()
-    is_image, kind = name.lower().endswith(SUFFIXES), PurePosixPath(name).suffix.lower()
+    name = "/".join(part for part in member.name.split("/") if part not in ("", "."))  # pathlib takes several times as long
+    is_image, kind = name.lower().endswith(SUFFIXES), os.path.splitext(name)[1].lower()  # noqa: PTH122
     if member.isdir():
         return
     if leads_out(member.name):
@@ -230,7 +249,7 @@ def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
     elif is_image and name != name.encode(errors="replace").decode():
         shard.problems.append(f"{printable(name)} is not a UTF-8 name; {_PACK_AGAIN} with another")
     elif is_image:
-        shard.names.append(name)
+        shard.names.add(name)
         shard.places.extend((member.offset_data, member.size))
     elif kind in (".cls", ".json") and member.isreg():
         key = name[: -len(kind)]
@@ -239,19 +258,11 @@ def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
         except (ValueError, RecursionError):
             shard.unclear[key] = name
             return
-        if label is not None and (kind == ".cls" or key not in shard.labels):
-            shard.labels[key] = label
+        if label is not None:
+            shard.keys[kind].add(key)
+            shard.numbers[kind].append(shard.labels.setdefault(label, len(shard.labels)))
     else:
-        shard.passed[printable(kind) or "without a suffix"] += 1
-
-
-def _unclear(shard: _Shard) -> Iterator[str]:
-    """A line for each file that should contain the label of an image without another label."""
-    for image in shard.names if shard.unclear else []:
-        name = next((shard.unclear[key] for key in (image.rpartition(".")[0], _key(image)) if key in shard.unclear), None)
-        if name is not None and shard.label(image) is None:
-            wanted = "an integer or a name" if name.endswith(".cls") else '{"label": an integer or a name}'
-            yield f"{printable(name)} holds no label; write {wanted} into it"
+        shard.passed[printable(kind) if len(kind) > 1 else "without a suffix"] += 1
 
 
 def _label(content: bytes, kind: str) -> int | str | None:
@@ -270,35 +281,37 @@ def _label(content: bytes, kind: str) -> int | str | None:
     raise ValueError
 
 
-def _paths(shown: str, folder: str, files: list[str], shards: list[_Columns]) -> tuple[Paths, list[tuple[str, str]] | None]:
+def _paths(shown: str, folder: str, files: list[str], shards: list[_Columns]) -> tuple[Paths, Placed | None]:
     """The path of each image as in a folder: its split, its class, its name; and, if there are labels, split and class separately."""
     splits = [next(filter(None, map(split_folder, reversed(Path(file).with_suffix("").parts))), "") for file in files]  # nearest first
     if any(splits):
         bare = [file for file, split in zip(files, splits, strict=True) if not split]
         refuse(shown, [f"{file}: has no split in its name, which others have; put train or val into it" for file in bare])
-    labels = {label for shard in shards for label in shard.labels if label is not None}
+    labels = {label for shard in shards for _, label in shard.kinds if label is not None}
     names = class_names(labels, _names(shown, Path(folder, CLASS_NAMES)), shown)
-    of_split = (name for split, shard in zip(splits, shards, strict=True) if split for name in shard.names)
-    by_folders = all("/" in name and role_of(name.partition("/")[0]) for name in of_split)
-    placed_in = [partial(_placed, split, by_folders, shard, names) for split, shard in zip(splits, shards, strict=True)]  # again each time
-    labelled = {role for placed in placed_in for role, of_class, _ in placed() if of_class}
-    lines = [
-        f"{file}: {printable(name)} has no label, which others have; write its .cls, or {_PACK_AGAIN} without it"
-        for file, shard, placed in zip(files, shards, placed_in, strict=True)
-        for name, (role, of_class, _) in zip(shard.names, placed(), strict=True)
-        if role in labelled and not of_class
-    ]
-    refuse(shown, lines)
-    parts, places, same = [], [], dict[tuple[str, str], tuple[str, str]]()
-    for placed in placed_in:
-        paths = []
-        for role, of_class, inside in placed():
-            first, _, rest = inside.partition("/")
-            paths.append(placed_path(role, of_class, rest if rest and first == of_class else inside))
-            place = role, of_class or (first if rest else "")
-            places.append(same.setdefault(place, place))  # millions of images share few places
-        parts.append(path_column(paths))
-    return joined_paths(parts), places if labelled else None
+    in_split = (head for split, shard in zip(splits, shards, strict=True) if split for head, _ in shard.kinds)
+    by_folders = all(head and role_of(head.partition("/")[0]) for head in in_split)
+    placed = [[_placed(split, by_folders, *kind, names) for kind in shard.kinds] for split, shard in zip(splits, shards, strict=True)]
+    labelled = {role for own in placed for role, of_class, _ in own if of_class}
+    refuse(shown, (line for shard in zip(files, shards, placed, strict=True) for line in _without_label(*shard, labelled)))
+    parts, numbers, pairs = [], [], dict[tuple[str, str], int]()
+    for shard, own in zip(shards, placed, strict=True):
+        above, own_numbers = [], []
+        for role, of_class, inside in own:
+            first, slash, rest = inside.partition("/")
+            above.append(placed_path(role, of_class, (rest if slash and first == of_class else inside).removesuffix("/")))
+            own_numbers.append(pairs.setdefault((role, of_class or (first if slash else "")), len(pairs)))
+        parts.append(paths_below(above, shard.kind_n, shard.names))
+        numbers.append(np.array(own_numbers, np.int32)[shard.kind_n])
+    return joined_paths(parts), Placed(list(pairs), np.concatenate(numbers)) if labelled else None
+
+
+def _without_label(file: str, shard: _Columns, placed: list[tuple[str, str, str]], labelled: set[str]) -> Iterator[str]:
+    """A line for each image without a label in a split in which others have one."""
+    is_bare = np.array([role in labelled and not of_class for role, of_class, _ in placed], bool)
+    for row in np.flatnonzero(is_bare[shard.kind_n]).tolist():
+        name = shard.kinds[shard.kind_n[row]][0] + shard.names[row].as_py()
+        yield f"{file}: {printable(name)} has no label, which others have; write its .cls, or {_PACK_AGAIN} without it"
 
 
 def _names(shown: str, file: Path) -> list[str] | None:
@@ -308,11 +321,9 @@ def _names(shown: str, file: Path) -> list[str] | None:
         raise UserError(f"{shown}: {CLASS_NAMES} is not in UTF-8; write the names of classes 0, 1, ... in UTF-8, one a line") from None
 
 
-def _placed(split: str, by_folders: bool, shard: _Columns, names: Mapping[int | str, str]) -> Iterator[tuple[str, str, str]]:
-    """For each image of a shard, its split, the name of its label, and its own name below its split; the first two may be empty. If the
-    shard's name gives a split, folders in it are splits only if all are (`by_folders`), since a class may have such a name."""
-    class_of = ["" if label is None else names.get(label, "") for label in shard.labels]
-    for name, label in zip(shard.names, shard.label_n.tolist(), strict=True):
-        first, _, rest = name.partition("/")
-        role, inside = (first, rest) if rest and (by_folders or not split) and role_of(first) else (split, name)
-        yield role, class_of[label], inside
+def _placed(split: str, by_folders: bool, head: str, label: int | str | None, names: Mapping[int | str, str]) -> tuple[str, str, str]:
+    """Of images with these first folders and label, the split, the name of the label, and the folders below the split; each may be empty.
+    If the shard's name gives a split, folders in it are splits only if all are (`by_folders`), since a class may have such a name."""
+    first, _, rest = head.partition("/")
+    role, inside = (first, rest) if head and (by_folders or not split) and role_of(first) else (split, head)
+    return role, "" if label is None else names.get(label, ""), inside

@@ -40,7 +40,8 @@ class Positions:
     def part(self, rows_n: Sequence[int] | np.ndarray) -> "Positions":
         """The positions of some images, with only their files."""
         positions_n3 = self.positions_N3[np.asarray(rows_n, np.int64)]
-        files, positions_n3[:, 0] = np.unique(positions_n3[:, 0], return_inverse=True)
+        is_used = np.bincount(positions_n3[:, 0]) > 0
+        files, positions_n3[:, 0] = np.flatnonzero(is_used), (np.cumsum(is_used) - 1)[positions_n3[:, 0]]
         return Positions([self.files[file] for file in files], [self.file_bytes[file] for file in files], positions_n3, self.in_store)
 
     def read(self, folder: str, row: int, follow_links: bool, at_most: int | None = None) -> bytes:

@@ -6,17 +6,19 @@ import json
 import os
 import subprocess
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bingo.datasets.finding import source_of
+from bingo.datasets.finding import find, source_of
+from bingo.datasets.members import PathRows
 from bingo.datasets.shards import expand_braces
 from bingo.datasets.sources import count_images, scan
 from bingo.images.images import FileImages, MemoryImages, open_images, write_images
-from bingo.images.listing import read_listing, write_listing
+from bingo.images.listing import joined_paths, read_listing, write_listing
 from bingo.images.loader import center_views
 from bingo.params import DatasetParams, ImageParams
 from bingo.planning.look import look_at
@@ -353,3 +355,39 @@ def test_init_recognises_what_a_folder_contains(pets, tmp_path_factory):
     save(there / "cat/1.jpg")
     assert source_of(str(there)) == "folder"
     np.testing.assert_array_equal(scan(shards(there), 0)[0].labels_N, scan(folder(pets), 0)[0].labels_N)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", ["beside", "by folders"])
+def test_memory_for_shards_is_that_of_columns(tmp_path, labels):
+    """Of 10,000 images in two shards: numbers and no objects, of which a string alone takes 70 bytes."""
+    rows = 10_000
+    for shard in range(2):
+        members: dict[str, Path | bytes] = {}
+        for row in range(shard, rows, 2):
+            members[f"{row % 9}/photograph {row:06d}.jpg"] = b""
+            if labels == "beside":
+                members[f"{row % 9}/photograph {row:06d}.cls"] = b"%d" % (row % 10)
+        pack(tmp_path / f"train-{shard}.tar", members)
+    del members
+    for _ in range(2):  # the first fills caches of its own
+        tracemalloc.start()
+        found = find("webdataset", str(tmp_path), False, (None, None), lambda line: None)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert len(found.train.paths) == rows
+    assert most / rows < 190
+
+
+@pytest.mark.parametrize("hashes", [len, hash])
+def test_rows_of_paths_whatever_their_hashes(monkeypatch, hashes):
+    """As a dict finds them, even where different paths have the same hash; twins are those that an earlier row has."""
+    monkeypatch.setattr("bingo.datasets.members._hashes", lambda paths: np.array([hashes(path) for path in paths], np.int64))
+    paths = [f"{number % 7}/{number * number % 61}.jpg" for number in range(100)]
+    once = list(dict.fromkeys(paths))
+    for held in (paths, once):
+        rows = PathRows(joined_paths([held]))
+        assert rows.of(once[::-1]).tolist() == [held.index(path) for path in once[::-1]]
+        twins = [(path, held.index(path), row) for row, path in enumerate(held) if held.index(path) != row]
+        assert list(rows.twins()) == twins
+        assert bool(twins) == (held is paths)
