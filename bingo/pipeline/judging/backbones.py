@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bingo.nets.backbones import Backbone
 
 NOT_ASKED_FOR = "this network is not configured"
+_READ_ROWS = 65536  # of the features at once
 STORED = ("teacher", "pixels")  # their features need no forward pass
 _FILES = {"student": paths.STUDENT, "ema": paths.EMA, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
 
@@ -85,7 +86,11 @@ class Networks:
         if name not in self.names:
             return None
         if self._teacher is not None and name == "teacher":
-            return self._teacher.features_ND.astype(np.float32)
+            stored = self._teacher.features
+            features_ND = np.empty(stored.shape, np.float32)
+            for start in range(0, len(stored), _READ_ROWS):
+                features_ND[start : start + _READ_ROWS] = stored[start : start + _READ_ROWS]
+            return features_ND
         assert self.images is not None
         if name == "pixels":
             return _pixels(self.images)
