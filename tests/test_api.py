@@ -56,7 +56,7 @@ def pictures(html: str) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB") for source in sources]
 
 
-def test_bags_show_as_pictures_and_hold_the_index(tmp_path, monkeypatch):
+def test_bags_are_shown_as_pictures_and_contain_the_index(tmp_path, monkeypatch):
     make_workspace(tmp_path, name='a"><script>x')
     monkeypatch.chdir(tmp_path)
     bags, index = bingo.open_bags(), read_bags("data/bags.zarr", read_listing("data/listing.parquet"))

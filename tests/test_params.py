@@ -128,7 +128,7 @@ def test_groups_have_no_neighbours_to_search_for(method, key, value):
     assert f"; set bagging.{key}: " in line
 
 
-def test_all_mistakes_come_at_once():
+def test_all_mistakes_are_reported_together():
     raw = changed("bagging.k", "five")
     raw["distill"]["lr"] = -1.0
     del raw["seed"]

@@ -66,7 +66,7 @@ def search(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("k", [1, 5, 40, 149])
-def test_all_against_all_is_the_definition(dtype, k):
+def test_all_against_all_follows_the_definition(dtype, k):
     x = data(dtype=dtype)
     rows, cosines = top_k(x, x, k, np.arange(len(x)))
     assert_same((rows, cosines), brute_force(x, x, k, np.arange(len(x))))

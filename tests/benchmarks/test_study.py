@@ -155,7 +155,7 @@ def test_agreement_is_correlated_with_accuracy_over_the_runs_of_a_part(plan):
 
 
 @pytest.mark.slow
-def test_a_variant_is_tuned_itself_or_has_the_values_of_another_and_in_no_round_is_run_once(tmp_path, monkeypatch):
+def test_a_variant_is_tuned_or_takes_the_values_of_another_and_without_a_round_runs_once(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "plan.yaml").write_text(PLAN.partition("rounds:")[0] + VARIANTS)
     best = {None: (0.2, 0.2), 20: (0.6, 0.4), 2: (6.0, 0.8), 3: (0.6, 0.1)}

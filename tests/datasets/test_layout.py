@@ -390,7 +390,7 @@ def test_followed_links_are_decoded_on_access(linked):
     assert torch.equal(*views)
 
 
-def test_bad_links_are_found_though_links_are_followed(linked):
+def test_bad_links_are_found_even_if_links_are_followed(linked):
     _, links = linked
     (links / "train/cat/gone.png").symlink_to("/nowhere/at/all.png")
     (links / "train/cat/self.png").symlink_to("self.png")

@@ -614,7 +614,7 @@ def test_a_subset_is_drawn_among_the_images_that_can_be_read(tmp_path):
         scan(folder(tmp_path, on_bad_image="skip", train_images=14), 0)
 
 
-def test_no_more_can_be_held_out_than_there_are(tmp_path):
+def test_no_more_images_can_be_held_out_than_exist(tmp_path):
     for i in range(3):
         save(tmp_path / f"{i}.png", seed=i)
     with pytest.raises(UserError, match=r"dataset\.test_images = 3: .* 3; "):

@@ -301,7 +301,7 @@ def test_memory_and_file_views_nearly_agree(memory, tmp_path):
 
 
 @pytest.mark.parametrize(("workers", "image_kind"), [(0, ImageParams), (1, ImageParams), (1, BicubicImageParams)])
-def test_center_views_come_in_row_order(files, workers, image_kind):
+def test_center_views_are_in_row_order(files, workers, image_kind):
     rows = [5, 0, 69, 3, 2]
     seen = image_kind(**IMAGE.model_dump())
     got = list(center_views(files, rows, seen, CPU, 2, workers))

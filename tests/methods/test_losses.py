@@ -169,7 +169,7 @@ def test_two_views_of_the_anchor_have_the_mean_of_their_losses(context, coupling
     assert two(batch, Progress(1, 7))["loss"].item() == pytest.approx(sum(each) / 2, rel=1e-5)
 
 
-def test_two_views_of_the_anchor_are_for_expected_terms_and_stored_keys(context):
+def test_two_views_of_the_anchor_need_expected_terms_and_stored_keys(context):
     for params, keys in (
         ({"terms": "symmetric"}, "stored"),
         ({"terms": "expected"}, "live"),

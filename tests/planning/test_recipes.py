@@ -262,7 +262,7 @@ DISCO_LAYER = (3.0, 100, [5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80], 0.5)
         ("r18-isd", (0.01, 200, [140, 180], 0), UMBC_LAYER),
     ],
 )
-def test_every_learning_rate_is_its_papers(name, training, layer):
+def test_every_learning_rate_is_that_of_its_paper(name, training, layer):
     params = resolved(f"imagenet-{name}")
     distill, crops = params.distill, params.linear_eval.crops
     assert (distill.lr, distill.epochs, distill.drop_epochs, distill.hold_epochs) == training

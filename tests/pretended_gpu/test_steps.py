@@ -126,7 +126,7 @@ def test_an_average_of_the_student_equals_the_cpus_with_two_launches(tmp_path):
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
 
-def test_the_views_of_a_step_take_at_most_100_launches(tmp_path):
+def test_the_views_of_a_step_need_at_most_100_launches(tmp_path):
     assert 0 < launches_by_part(tmp_path, Case("bingo"))["views"].total() <= 100
 
 

@@ -295,7 +295,7 @@ def test_a_fused_optimizer_refuses_another_memory_format(record):
         optimizer.step()
 
 
-def test_lists_of_different_layouts_take_a_launch_for_each_tensor(record):
+def test_lists_of_different_layouts_need_a_launch_for_each_tensor(record):
     x = torch.zeros(2, 3, device=GPU)
     torch._foreach_add_([x], [torch.ones(2, 3, device=GPU)])
     assert not record.by_tensor

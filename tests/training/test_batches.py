@@ -218,7 +218,7 @@ def test_a_row_that_occurs_twice_has_different_views(memory):
     raise AssertionError("row 5 never occurred")
 
 
-def test_draw_listed_against_brute_force():
+def test_draw_listed_equals_brute_force():
     """Members in the order of their numbers u, repeated if the bag is shorter than the count."""
     bags, rng = knn_bags(), np.random.default_rng(7)
     rows = rng.integers(0, ROWS, 500)
