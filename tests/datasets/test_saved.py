@@ -354,14 +354,14 @@ def test_splits_with_other_names(flat_pets, tmp_path, splits, train_rows):
 
 
 def test_memory_for_a_saved_dataset_is_that_of_columns(flat_pets, tmp_path):
-    """Of 20,000 rows, in 100 classes: numbers and no objects, of which a string alone takes 70 bytes."""
+    """For 20,000 rows in 100 classes: only numbers are stored per row; a string alone would need 70 bytes."""
     photo, rows = (flat_pets / "train/cat/b.jpg").read_bytes(), 20_000
     names = [f"some photograph {row:06d}.jpg" for row in range(rows)]
     image = pa.StructArray.from_arrays([pa.array([photo] * rows, pa.binary()), pa.array(names)], ["bytes", "path"])
     columns = {"image": image, "label": pa.array([row % 100 for row in range(rows)])}
     write_arrow(tmp_path / "data.arrow", features_of([f"c{label:04d}" for label in range(100)]), columns, rows_a_batch=1000)
     del names, image, columns
-    for _ in range(2):  # the first fills caches of its own
+    for _ in range(2):  # the first run fills caches
         tracemalloc.start()
         members = read_saved(str(tmp_path), False, (None, None), "root", lambda line: None)
         most = tracemalloc.get_traced_memory()[1]

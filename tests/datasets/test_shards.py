@@ -360,7 +360,7 @@ def test_init_recognises_what_a_folder_contains(pets, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", ["beside", "by folders"])
 def test_memory_for_shards_is_that_of_columns(tmp_path, labels):
-    """Of 10,000 images in two shards: numbers and no objects, of which a string alone takes 70 bytes."""
+    """For 10,000 images in two shards: only numbers are stored per row; a string alone would need 70 bytes."""
     rows = 10_000
     for shard in range(2):
         members: dict[str, Path | bytes] = {}
@@ -370,7 +370,7 @@ def test_memory_for_shards_is_that_of_columns(tmp_path, labels):
                 members[f"{row % 9}/photograph {row:06d}.cls"] = b"%d" % (row % 10)
         pack(tmp_path / f"train-{shard}.tar", members)
     del members
-    for _ in range(2):  # the first fills caches of its own
+    for _ in range(2):  # the first run fills caches
         tracemalloc.start()
         found = find("webdataset", str(tmp_path), False, (None, None), lambda line: None)
         most = tracemalloc.get_traced_memory()[1]
@@ -380,8 +380,8 @@ def test_memory_for_shards_is_that_of_columns(tmp_path, labels):
 
 
 @pytest.mark.parametrize("hashes", [len, hash])
-def test_rows_of_paths_whatever_their_hashes(monkeypatch, hashes):
-    """As a dict finds them, even where different paths have the same hash; twins are those that an earlier row has."""
+def test_rows_of_paths_do_not_depend_on_their_hashes(monkeypatch, hashes):
+    """Rows are those that a dict finds, even if different paths have the same hash; twins are paths of an earlier row."""
     monkeypatch.setattr("bingo.datasets.members._hashes", lambda paths: np.array([hashes(path) for path in paths], np.int64))
     paths = [f"{number % 7}/{number * number % 61}.jpg" for number in range(100)]
     once = list(dict.fromkeys(paths))

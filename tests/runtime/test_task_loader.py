@@ -74,7 +74,7 @@ def test_a_replaced_pass_neither_takes_results_of_the_new_one_nor_ends_it(worker
 
 
 class Killing(Work):
-    """A task is a signal, which the process gets, or 0."""
+    """A task is a signal that the process receives, or 0."""
 
     def result(self, task: int, empty: Empty) -> torch.Tensor:
         os.kill(os.getpid(), task)
