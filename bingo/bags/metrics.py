@@ -41,7 +41,7 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = fl
     """
     listed_TK = bags.members_TK >= 0
     counts_T = listed_TK.sum(axis=1)
-    degrees_T = np.bincount(bags.members_TK[listed_TK], minlength=len(listed_TK))
+    degrees_T = in_degrees(bags.members_TK)
     metrics: dict[str, Any] = {
         "in_degree": _spread(degrees_T),
         "hubs": [{"row": int(row), "count": int(degrees_T[row])} for row in np.argsort(-degrees_T, kind="stable")[:_HUBS]],
@@ -98,6 +98,14 @@ def view_overlap(keys_TP: Rows, other_keys_TP: Rows, k: int, seed: int, sharing:
 def shares_in_words(metrics: dict[str, Any]) -> str:
     """The shares in `bag_metrics`, as text for the log."""
     return ", ".join(words.format(f"{100 * metrics[key]:.3g} %") for key, words in _SHARES.items() if key in metrics)
+
+
+def in_degrees(members_TK: np.ndarray) -> np.ndarray:
+    """Number of bags that list each row, int64 (T,)."""
+    degrees_T = np.zeros(len(members_TK), np.int64)
+    for members_T in members_TK.T:  # a column at a time bounds the memory
+        degrees_T += np.bincount(members_T[members_T >= 0], minlength=len(degrees_T))
+    return degrees_T
 
 
 def same_and_known(members_TK: np.ndarray, labels_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +173,7 @@ def _quantiles(cosines: np.ndarray) -> dict[str, float]:
     if not len(cosines):
         return {}
     percents = (1, 5, 25, 50, 75, 95, 99)
-    found = np.quantile(cosines, (np.array(percents) / 100).astype(cosines.dtype))
+    found = np.quantile(cosines, (np.array(percents) / 100).astype(cosines.dtype), overwrite_input=True)
     return {f"p{percent:02d}": rounded(x) for percent, x in zip(percents, found, strict=True)}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bingo.bags.index import Bags
-from bingo.bags.metrics import purities, ratio
+from bingo.bags.metrics import in_degrees, purities, ratio
 from bingo.browse.listing_rows import ListingRows
 
 BAG_ROWS, PATH_ROWS = 1024, 4096
@@ -48,15 +48,20 @@ def write_sidecars(folder: Path, meta: dict[str, Any], bags: Bags, listing: List
 
 def _columns(bags: Bags, labels_T: np.ndarray) -> dict[str, np.ndarray]:
     """Of each anchor's listed members the purity and the mean cosine (unknown for an empty bag), and the number of bags that list it."""
-    listed_TK = bags.members_TK >= 0
-    cosines_TK = np.where(listed_TK, bags.similarity_TK, 0).astype(np.float32)
     columns = {
         "label": labels_T.astype("<i4"),
         "purity": _scaled(purities(bags.members_TK, labels_T)),
-        "similarity": _scaled(ratio(cosines_TK.sum(axis=1), listed_TK.sum(axis=1))),
-        "in_bags": np.bincount(bags.members_TK[listed_TK], minlength=len(listed_TK)).astype("<i4"),
+        "similarity": np.concatenate([_mean_cosines(bags, start) for start in range(0, len(labels_T), BAG_ROWS)]),
+        "in_bags": in_degrees(bags.members_TK).astype("<i4"),
     }
     return columns if bags.cluster_T is None else columns | {"cluster": bags.cluster_T.astype("<i4")}
+
+
+def _mean_cosines(bags: Bags, start: int) -> np.ndarray:
+    """The scaled mean cosine of each of `BAG_ROWS` anchors to its listed members."""
+    listed_nK = bags.members_TK[start : start + BAG_ROWS] >= 0
+    cosines_nK = np.where(listed_nK, bags.similarity_TK[start : start + BAG_ROWS], 0).astype(np.float32)
+    return _scaled(ratio(cosines_nK.sum(axis=1), listed_nK.sum(axis=1)))
 
 
 def _scaled(x: np.ndarray) -> np.ndarray:
