@@ -193,8 +193,8 @@ def _places(column: pa.Array, content: pa.Buffer) -> np.ndarray:
         return np.empty((0, 2), np.int64)
     _, ends, values = column.buffers()
     ends_n = np.frombuffer(ends, np.int64 if pa.types.is_large_binary(column.type) else np.int32)[column.offset :][: len(column) + 1]
-    start = 0 if values is None else values.address - content.address
-    if values is not None and values.size and not 0 <= start <= content.size - values.size:
+    start = values.address - content.address if values else 0  # without any, it may be anywhere
+    if values and not 0 <= start <= content.size - values.size:
         raise ValueError("its rows are compressed, so that images have no positions")
     return np.stack([start + ends_n[:-1].astype(np.int64), np.diff(ends_n).astype(np.int64)], axis=1)
 

@@ -178,6 +178,9 @@ def test_rows_without_an_image_are_unreadable_files(flat_pets, tmp_path):
     assert [f"{row}.jpg (row {row})" in line for row, line in zip((1, 2, 3), lines, strict=False)] == [True] * 3
     listing, _ = scan(saved(tmp_path, on_bad_image="skip"), 0)
     assert (listing.paths, listing.skipped) == (["0.jpg"], ["1.jpg", "2.jpg", "3.jpg"])
+    write_arrow(tmp_path / "data.arrow", features_of(None), {"image": pa.array([*rows[:1], None, None, None], BYTES_AND_PATH)})
+    members = read_saved(str(tmp_path), False, (None, None), "root", lambda line: None)  # the second batch has no bytes at all
+    assert (members.positions.positions_N3[2:, 1:] == 0).all()
 
 
 def test_files_saved_and_cached_by_the_library_are_read(flat_pets, tmp_path_factory):
