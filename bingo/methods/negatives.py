@@ -33,12 +33,13 @@ class Negatives(nn.Module):
             self._prefill()
 
     def _bag_tables(self) -> tuple[Tensor | None, Tensor | None]:
-        """The bags on the device: the group of each row (T,), or the members of each row (T, K), int32; a CPU shares the index's memory."""
+        """The bags on the device: the group of each row (T,), or the members of each row (T, K): int64 or, on a CPU, the index's int32."""
         bags = self.context.bags
         assert bags is not None
         if bags.cluster_T is not None:
             return torch.from_numpy(bags.cluster_T).to(self.context.device), None
-        return None, torch.from_numpy(bags.members_TK).to(self.context.device)
+        members_TK, device = torch.from_numpy(bags.members_TK), self.context.device
+        return None, members_TK if device.type == "cpu" else members_TK.to(device, torch.int64)
 
     def _prefill(self) -> None:
         """Initialise the queue with stored keys if they exist, so that the first steps train against real negatives."""
@@ -83,7 +84,7 @@ class Negatives(nn.Module):
     def _hidden(self, batch: Batch, rows_J: Tensor) -> Tensor:
         """(B, J): anchor, member and with `mask_bag` the anchor's bag. Bags that are clusters are compared by group, not by member."""
         own = [batch.anchor_rows_B] if batch.member_rows_B is None else [batch.anchor_rows_B, batch.member_rows_B]
-        members = [] if self.members_TK is None else [self.members_TK[batch.anchor_rows_B].long()]
+        members = [] if self.members_TK is None else [self.members_TK[batch.anchor_rows_B]]
         excluded_BM = torch.cat([rows_B[:, None] for rows_B in own] + members, dim=1)
         hidden_BJ = hidden_places(rows_J, excluded_BM) if self.kind == "bank" else hidden_negatives(rows_J, excluded_BM)
         if self.cluster_T is not None:
