@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import tarfile
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bingo.datasets.finding import find, source_of
+from bingo.datasets.finding import source_of
 from bingo.datasets.members import PathRows
 from bingo.datasets.shards import expand_braces
 from bingo.datasets.sources import count_images, scan
@@ -355,28 +354,6 @@ def test_init_recognises_what_a_folder_contains(pets, tmp_path_factory):
     save(there / "cat/1.jpg")
     assert source_of(str(there)) == "folder"
     np.testing.assert_array_equal(scan(shards(there), 0)[0].labels_N, scan(folder(pets), 0)[0].labels_N)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("labels", ["beside", "by folders"])
-def test_memory_for_shards_is_that_of_columns(tmp_path, labels):
-    """For 10,000 images in two shards: only numbers are stored per row; a string alone would need 70 bytes."""
-    rows = 10_000
-    for shard in range(2):
-        members: dict[str, Path | bytes] = {}
-        for row in range(shard, rows, 2):
-            members[f"{row % 9}/photograph {row:06d}.jpg"] = b""
-            if labels == "beside":
-                members[f"{row % 9}/photograph {row:06d}.cls"] = b"%d" % (row % 10)
-        pack(tmp_path / f"train-{shard}.tar", members)
-    del members
-    for _ in range(2):  # the first run fills caches
-        tracemalloc.start()
-        found = find("webdataset", str(tmp_path), False, (None, None), lambda line: None)
-        most = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert len(found.train.paths) == rows
-    assert most / rows < 190
 
 
 @pytest.mark.parametrize("hashes", [len, hash])
