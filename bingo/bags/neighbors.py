@@ -29,6 +29,7 @@ _FLOAT16_TOLERANCE, FLOAT32_TOLERANCE = 1.1e-3, 1e-5
 _GPU_MOST_CANDIDATES = 2048  # faiss's limit on GPUs
 _FAISS_LEAST_PRODUCTS = 1e8  # numpy searches a small cluster before FAISS's threads have started
 _GPU_LEAST_PRODUCTS = 1e11  # less takes a second or two on the CPU; the probe of a training, whose GPU is full, is always below
+_CPU_BUDGET_BYTES = 256 << 20  # rows are normalised again for each block of queries, which costs little
 _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from the host
 _GRAPH_KEPT, _GRAPH_LEAST_KEPT = 4, 128  # CAGRA's itopk_size: for each neighbour, and at least
 _THREADS_A_GPU = 2  # while one searches, the other computes its candidates' cosines
@@ -77,8 +78,9 @@ def top_k(
 
     Memory in addition to arguments and results: a normalised copy of the base (float32; for GPUs float16, and blocks in float32), a
     block of `block_rows` queries (None: as many as suit device and memory), 64 MiB for each core, and the base itself if it is in a store.
-    If this does not fit into `budget_bytes` (None: half of the free memory), the base is divided into blocks that do, and is read once for
-    each block of queries, which are then as large as possible. Raises ValueError if a feature is not finite.
+    If this does not fit into `budget_bytes` (None: half of the free memory; on the CPU, at most 256 MiB for a base in memory), the base
+    is divided into blocks that do, and is read once for each block of queries, which are as large as possible for a store. Raises
+    ValueError if a feature is not finite.
 
     >>> import numpy as np
     >>> from bingo import top_k
@@ -263,16 +265,19 @@ def gpus_for(products: float) -> list[int]:
 
 class _Base:
     """The rows to find, in memory if they and a normalised copy fit the budget, otherwise in blocks that take half of it. The other
-    half is then for `query_rows` queries (as stored, in float32, and for a GPU in float16). For GPUs the copy is float16, and half of the
-    budget is kept for blocks in float32."""
+    half is then for `query_rows` queries (as stored, in float32, and for a GPU in float16). On the CPU, the budget of rows that are in
+    memory already is at most _CPU_BUDGET_BYTES. For GPUs the copy is float16, and half of the budget is kept for blocks in float32."""
 
     def __init__(self, rows: Rows, device: _Cpu | _Gpus | _Cagra, budget_bytes: int, threads: int):
         width, in_store = rows.shape[1], not isinstance(rows, np.ndarray)
+        if isinstance(device, _Cpu) and not in_store:
+            budget_bytes = min(budget_bytes, _CPU_BUDGET_BYTES)
         row_bytes = width * (np.dtype(device.attempts[0].dtype).itemsize + in_store * rows.dtype.itemsize)
         whole = row_bytes * len(rows) <= budget_bytes // (2 if isinstance(device, _Gpus) else 1)
         worker_bytes = budget_bytes // 2 // device.workers
-        self.query_rows = device.query_rows if whole else max(1, worker_bytes // (width * (rows.dtype.itemsize + 6)))
-        self.rows = rows[:] if whole and in_store else rows
+        fitting = max(1, worker_bytes // (width * (rows.dtype.itemsize + 6)))
+        self.query_rows = device.query_rows if whole else fitting if in_store else min(fitting, device.query_rows)
+        self.rows, self.in_store = rows[:] if whole and in_store else rows, in_store and not whole
         self.inverse_N = inverse_norms(self.rows, threads)
         self.unit_ND = unit_rows(self.rows[:], device.attempts[0].dtype, self.inverse_N, threads) if whole else None
         self._block_bytes, self._read_bytes = worker_bytes, width * in_store * rows.dtype.itemsize
@@ -324,13 +329,13 @@ class _Search:
 
     def _hopeful(self, queries: _Queries) -> slice | np.ndarray:
         """The queries that have a row above their floor; all queries if checking would cost more than the search."""
-        unit_ND = self.base.unit_ND
-        if isinstance(self.device, _Gpus) or unit_ND is None or np.isneginf(queries.floor_q).all():
+        if isinstance(self.device, _Gpus) or self.base.in_store or np.isneginf(queries.floor_q).all():
             return slice(None)
-        part_rows = max(1, _SCREENED_BYTES // (4 * len(unit_ND)))
-        starts = range(0, len(queries.unit_qD), part_rows)
-        most = [(queries.unit_qD[start : start + part_rows] @ unit_ND.T).max(axis=1) for start in starts]
-        return np.flatnonzero(np.concatenate(most) >= queries.floor_q - self.device.attempts[0].tolerance)
+        most_q, attempt = np.full(len(queries.unit_qD), -np.inf, np.float32), self.device.attempts[0]
+        for _, _, unit_nD in self.base.blocks(attempt.dtype, self.threads):
+            for part in cut(slice(0, len(most_q)), max(1, _SCREENED_BYTES // (4 * len(unit_nD)))):
+                most_q[part] = np.maximum(most_q[part], (queries.unit_qD[part] @ unit_nD.T).max(axis=1))
+        return np.flatnonzero(most_q >= queries.floor_q - attempt.tolerance)
 
     def _attempt(self, queries: _Queries, attempt: _Attempt, worker: int) -> tuple[np.ndarray, ...]:
         """The k nearest of the candidates of each block, and the queries that may have a neighbour outside the candidates."""
