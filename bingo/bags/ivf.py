@@ -8,6 +8,7 @@ Shape letters: T train rows, D feature width, C lists, K members, P probes; q ro
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +79,7 @@ def nearest_in_lists(queries_QD: np.ndarray, features: Rows, floor: float, ivf: 
             queries = _PendingQueries(unit_rows(queries_QD[part]), np.full((part.stop - part.start, 1), -1, np.int32), best_Q[part, None])
             lists.search(queries, np.full(len(queries.unit_qD), -1), bar)
 
-        in_single_threads(one_part, lists.shares(slice(0, len(best_Q))))
+        lists.share_out(one_part, slice(0, len(best_Q)))
     return best_Q
 
 
@@ -101,12 +102,15 @@ class _Lists:
         rows_T, start = sorted_by_cluster(sharing.nearest_centroid("lists", features, centroids_CD), lists)
         return cls(features, inverse_norms(features), min(ivf.probes, lists), centroids_CD, rows_T, start)
 
-    def shares(self, rows: slice) -> list[slice]:
-        """The rows divided among threads; of a store, which each would read, among one."""
+    def share_out(self, work: Callable[[slice], None], rows: slice) -> None:
+        """Call `work` for parts of the rows, each in a thread of its own; for all at once if the features are in a store, which every
+        thread would read."""
         import faiss
 
-        threads = faiss.omp_get_max_threads() if isinstance(self.features, np.ndarray) else 1
-        return cut(rows, max(1, -(-(rows.stop - rows.start) // threads)))
+        if isinstance(self.features, np.ndarray):
+            in_single_threads(work, cut(rows, max(1, -(-(rows.stop - rows.start) // faiss.omp_get_max_threads()))))
+        else:
+            work(rows)
 
     def nearest(self, places: slice, k: int, bar: Bar) -> Found:
         """The k nearest of the rows at these places, in as many blocks as memory allows."""
@@ -129,7 +133,7 @@ class _Lists:
 
         for block in cut(places, max(1, budget_bytes // row_bytes)):
             bar.advance_to(block.start)
-            in_single_threads(one_part, self.shares(block))
+            self.share_out(one_part, block)
         return members_qK, cosines_qK
 
     def search(self, queries: "_PendingQueries", list_q: np.ndarray, bar: Bar) -> None:
