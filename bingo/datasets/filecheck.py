@@ -101,7 +101,7 @@ def check_files(
             bar.resume_at(int(same_N.sum()))
             left = np.flatnonzero(~same_N)
             begun_ns, identity_n4 = time.time_ns(), identity_of(files.root, paths.take(left))
-        with worker_pool(len(left), __name__) as pool:
+        with worker_pool(len(left)) as pool:
             for start in range(0, len(left), SAVED_FILES):
                 rows_n = left[start : start + SAVED_FILES]
                 _check_rows(pool, files, rows_n, checks, images_NSS3, gray_bits, bar)

@@ -133,7 +133,7 @@ def identity_of(root: str, paths: Sequence[str]) -> np.ndarray:
         return _identity_of(root, paths)
     column = Paths(pa.chunked_array([path_column(paths)]))
     rows = np.array_split(np.arange(len(paths)), -(-len(paths) // SAVED_FILES))
-    with worker_pool(len(paths), "bingo.datasets.filecheck") as pool:  # what the same server is needed for afterwards
+    with worker_pool(len(paths)) as pool:
         return np.concatenate(list(pool.map(partial(_identity_of, root), map(column.take, rows))))
 
 

@@ -60,7 +60,7 @@ def pack_images(files: FileImages, pack_px: int, folder: Path, say: Callable[[st
     todo = {name: rows_n for name, rows_n in parts.items() if _lengths(folder / name) is None}
     left, bad = sum(map(len, todo.values())), list[tuple[int, str]]()
     _check_space(files, pack_px, folder, [row for rows_n in todo.values() for row in rows_n[:: -(-left // _SAMPLE_IMAGES)]], left, say)
-    with worker_pool(left, __name__) as pool, progress_bar("packing the images", len(files), "images") as bar:
+    with worker_pool(left) as pool, progress_bar("packing the images", len(files), "images") as bar:
         bar.resume_at(len(files) - left)
         for name, rows_n in todo.items():
             chunks = [files.part(rows_n[start : start + CHUNK_FILES]) for start in range(0, len(rows_n), CHUNK_FILES)]

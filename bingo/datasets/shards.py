@@ -118,7 +118,7 @@ def read_shards(root: str, follow_links: bool, name: str) -> Members:
     files = [os.path.relpath(path, folder) for path in _named(root, shown)]
     found = {path: path.stat() for path in (Path(folder, file) for file in files) if path.is_file()}
     shards, images = [], sum(status.st_size for status in found.values()) // _BYTES_OF_AN_IMAGE
-    with worker_pool(images, __name__) as pool, progress_bar("reading the shards", len(files), "shards") as bar:
+    with worker_pool(images) as pool, progress_bar("reading the shards", len(files), "shards") as bar:
         for shard in pool.map(partial(_read, folder, follow_links), files):
             shards.append(shard)
             bar.advance()

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -27,24 +26,24 @@ def worker_count() -> int:
 
 
 def fork_server(module: str) -> BaseContext:
-    """Fork workers from a clean process, not from one with a GPU and threads. It has imported `module` and the module that this program was
-    started as, which each worker would otherwise import for itself: 50 MB and 0.3 CPU seconds for a stage."""
+    """Fork workers from a clean process that has imported `module`, not from one with a GPU and threads."""
     context = multiprocessing.get_context("forkserver")
-    program = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "__main__")  # its own name if it is run with -m
-    context.set_forkserver_preload([module] if program.endswith("__main__") else [module, program])
+    context.set_forkserver_preload([module])
     return context
 
 
 @contextmanager
-def worker_pool(files: int, module: str) -> Iterator[Executor]:
-    """A pool over this process's processors, to read and check files by a function of `module`; pending work is dropped if the caller stops
-    early. Raises WorkerLost if a process was killed."""
+def worker_pool(files: int) -> Iterator[Executor]:
+    """A pool over this process's processors, to read and check files; pending work is dropped if the caller stops early.
+
+    Raises WorkerLost if a process was killed.
+    """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool: Executor
     if processors == 1 or files <= THREADS_UP_TO_FILES:
         pool = ThreadPoolExecutor(processors)
     else:
-        pool = ProcessPoolExecutor(processors, fork_server(module), begin_worker)
+        pool = ProcessPoolExecutor(processors, multiprocessing.get_context("forkserver"), begin_worker)
     try:
         yield pool
     except BrokenProcessPool:
