@@ -112,7 +112,7 @@ def test_a_command_is_ended_with_its_processes_when_its_part_runs_out_of_time(he
     names = commands(here, hangs=child)
     assert not gpu.measure(gpu.Part("step", names, (), ()), names, gpu.Results(here / "gpu.md", "H100"), 3)
     text = (here / "gpu.md").read_text()
-    assert "ended unfinished" in text
+    assert "stopped unfinished" in text
     assert "begun" in text
     assert not gpu.Results(here / "gpu.md", "H100").has("step", "hangs")
 

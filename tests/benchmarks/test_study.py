@@ -379,7 +379,7 @@ def test_mistakes_in_a_plan_are_found_before_anything_runs(repository, monkeypat
     [
         (["--lanes", "0"], "--lanes = 0: allowed is a whole number from 1"),
         (["--lanes", "-3"], "--lanes = -3: allowed is a whole number from 1"),
-        (["--lanes", "1", "--print"], "--lanes = 1: does nothing with --print"),
+        (["--lanes", "1", "--print"], "--lanes = 1: has no effect with --print"),
         (["--commit", "v1"], "--commit = v1: has no effect without --lanes"),
         (["--root", ""], "--root is empty"),
         (["--out", "images"], "--out = images: cannot be read"),
