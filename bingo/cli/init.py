@@ -43,10 +43,6 @@ def main(
 ) -> None:
     """Look at a folder of images, choose every setting for it, and write params.yaml."""
     from bingo.params import read_yaml, validate
-    from bingo.pipeline.run import pick_device
-    from bingo.planning.first_params import fit, measure_pace
-    from bingo.planning.look import look_at
-    from bingo.planning.recipes import lay_over
     from bingo.runtime.progress import progress_bar
 
     _refuse_empty({"FOLDER": folder, "--teacher": teacher, "--student": student, "--student-weights": student_weights})
@@ -55,6 +51,13 @@ def main(
         validate(params, str(PARAMS))
         if not dry_run and not is_new:
             _refuse_uncommitted()
+
+        from bingo.pipeline.run import pick_device  # these load torch, which takes seconds
+        from bingo.planning.first_params import fit, measure_pace
+        from bingo.planning.look import look_at
+        from bingo.planning.recipes import lay_over
+
+        load = os.getloadavg()[0]
         device, cores = pick_device(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         look = look_at(str(from_here("FOLDER", Path(folder))), follow_links)
         chosen, network = _teacher(teacher, checkpoint, look, device.type), _student(student, student_weights, look)
@@ -74,7 +77,7 @@ def main(
         lines = [
             *_seen_lines(folder, look),
             *_choice_lines(look, plan, chosen, student_weights),
-            *_cost_lines(plan, budget, device.type, cores, smaller),
+            *_cost_lines(plan, budget, device.type, cores, load, smaller),
             "nothing is written: --dry-run" if dry_run else _next_line(is_new),
         ]
         typer.echo("\n".join(lines))
@@ -270,14 +273,17 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights:
     kept = "kept in memory" if look.short_px[1] <= SMALL_PX else "decoded on every access"
     start = f", starting from {printable(weights)}" if weights else ""
     lines.append(f"student: {student.arch} x {student.width:g} at {plan.crop_px} px{start}; images are {kept}")
-    lines.append(f"training: BINGO's expected terms, {plan.epochs} epochs, {plan.views} stored view{'s'[: plan.views > 1]} of each image")
+    narrowed = teacher.narrowed_for(plan.train_images)
+    keys = f", {narrowed} principal components of keys of width {teacher.key_width}" if teacher.name and narrowed else ""
+    lines.append(f"training: BINGO's expected terms, one view of one image for each anchor, crops of at least half of the image{keys}")
+    lines.append(f"length: {plan.epochs} epochs, {plan.views} stored view{'s'[: plan.views > 1]} of each image")
     if test and not look.classes:
         lines.append("evaluation: agreement with the teacher on the test images, because there are no labels")
     return lines
 
 
-def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, smaller: str) -> list[str]:
-    """Lines on the time of the run on this machine; `smaller` is what to choose if it is too long."""
+def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, load: float, smaller: str) -> list[str]:
+    """Lines on the time of the run on this machine, whose load average was `load`; `smaller` is what to choose if it is too long."""
     of_teacher, of_student, evaluations = (seconds / 60 for seconds in plan.seconds)
     machine = f"{cores} CPU cores" if device_type == "cpu" else "one GPU"
     starts = plan.minutes - sum(plan.seconds) / 60
@@ -287,4 +293,7 @@ def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, small
     ]
     if round(plan.minutes, int(plan.minutes < 10)) > budget:
         lines.append(f"warning: more than {budget:g} min, although this is the cheapest choice; raise --minutes, or choose {smaller}")
+    if load > cores / 2:
+        busy = f"other programs are running (load average {load:.1f} on {cores} cores)"
+        lines.append(f"warning: {busy} and slowed the trial, on which the time and the settings depend; if that changes, run this again")
     return lines

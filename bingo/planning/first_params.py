@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from bingo.evals.probe import BANK_IMAGES, QUERY_IMAGES
 from bingo.nets.backbones import build_backbone, check_images, sizes_near, takes
 from bingo.nets.precision import autocast
 from bingo.planning.costs import forward_flops
 from bingo.planning.look import Look
 from bingo.runtime.errors import UserError
+from bingo.training.narrow_keys import FITTED_IMAGES
 
 SMALL_PX = 64  # images up to this are kept in memory at their own size, and the student's stem keeps its resolution
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 200
@@ -33,7 +35,7 @@ _LEAST_TEACHER_PX = 112  # a whole number of patches of 14 and of 16 px; for sma
 _WIDTHS = (1.0, 0.5, 0.25)
 _SMALL_STEMS = ("resnet", "efficientnet", "tf_efficientnet", "mobilenetv3")
 _ANCHOR_PASSES = 3.3  # cost of a step per anchor, in forward passes: one view, forward and backward, and heads
-_KEY_WIDTH = 128  # of a wider teacher: these principal components lose nothing and cost less (benchmarks/results/study.md)
+_KEY_WIDTH = 128  # of a wider teacher, which lost nothing with these terms (benchmarks/results/study.md)
 _PRETRAIN_PASSES = 4.2
 _NETWORKS, _PASSES = 2, 2  # evaluated networks: the student and the untrained network; by linear_eval and knn_eval
 _FIXED_SECONDS = 70.0  # for starting all stages
@@ -77,6 +79,10 @@ class ChosenTeacher:
     gflop: float = 0.0
     parameters_m: float = math.inf
     key_width: int = _KEY_WIDTH
+
+    def narrowed_for(self, train: int) -> int | None:
+        """The number of principal components that are kept of the keys, None if they stay as wide as they are."""
+        return _KEY_WIDTH if min(self.key_width, train - 1) > _KEY_WIDTH else None
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,10 @@ def timed(plan: Plan, look: Look, teacher: ChosenTeacher, pace: Pace) -> Plan:
     decoding = 0.0 if look.short_px[1] <= SMALL_PX else 1 / pace.images
     student_flops = network_flops(plan.student, plan.crop_px)
     teacher_flops = 1e9 * teacher.gflop * (plan.teacher_px / teacher.crop_px) ** 2 or network_flops(PRETRAINED, plan.crop_px)
-    of_teacher = (T * (1 + V) + test) * (teacher_flops / pace.teacher_flops + decoding)
+    passes = T * (1 + V) + test + min(T, BANK_IMAGES) + min(test, QUERY_IMAGES)  # the last two untrained, to compare with
+    if teacher.narrowed_for(T):
+        passes += min(T, FITTED_IMAGES)
+    of_teacher = passes * (teacher_flops / pace.teacher_flops + decoding)
     if teacher.name is None:
         of_teacher += PRETRAIN_EPOCHS * E * T * (_PRETRAIN_PASSES * teacher_flops / pace.training_flops + 2 * decoding)
     of_student = E * T * (_ANCHOR_PASSES * student_flops / pace.training_flops + decoding)
@@ -248,8 +257,8 @@ def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: b
     lr, store_px = round(0.06 * batch / 64, 4), look.short_px[1] if small else None
     resize_px = plan.crop_px if small else round(plan.crop_px * 256 / 224)
     network = {"arch": plan.student.arch, "width": plan.student.width, "stem": plan.student.stem}
-    key_width = _KEY_WIDTH if min(teacher.key_width, train - 1) > _KEY_WIDTH else None
-    named = {"name": teacher.name, "checkpoint": teacher.checkpoint, "key_width": key_width, "image": {"crop_px": plan.teacher_px}}
+    image, key_width = {"crop_px": plan.teacher_px}, teacher.narrowed_for(train)
+    named = {"name": teacher.name, "checkpoint": teacher.checkpoint, "key_width": key_width, "image": image}
     pretrained = {
         "name": "own",
         "source": "pretrain",
