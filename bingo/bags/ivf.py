@@ -23,7 +23,7 @@ from bingo.runtime.progress import Bar, progress_bar
 _ITERATIONS = 10  # of K-means: the lists need not be optimal
 _TRAINED_ROWS_A_LIST = 64
 _RECALL_ROWS = 1000
-_PART_ROWS, _PARTS = 262144, 64  # least number of queries in a part, which is searched or stored as a whole; largest number of parts
+_PART_ROWS, _PARTS = 131072, 64  # least number of queries in a part, which is searched or stored as a whole; largest number of parts
 _BLOCK_BYTES = 512 << 20  # of a block of queries and their probes
 _SCORED_NUMBERS = 2**20  # scores, or numbers of rows, at once: 4 MiB, to stay in a cache
 _CROWDED = 256  # most rows of a list, beyond k, that may be nearer to a query than its k nearest so far; among more, ties are arbitrary

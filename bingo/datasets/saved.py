@@ -75,6 +75,8 @@ def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: 
         [f"{file}: numbers the classes of {label} otherwise than {files[0][1]}; give all splits the same ClassLabel" for file in others],
     )
     names = of_label.get("names") if isinstance(of_label, dict) else None
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{shown}: the classes of {label} are {short(names)}, not a list of names; give it a ClassLabel with names")
     placed = _placed(shown, list(zip((_split(split) for split, _ in files), read, strict=True)), names, label)
     positions = positions_of([file for _, file in files], [rows.bytes for rows in read], [rows.places_n2 for rows in read])
     return Members(
@@ -87,6 +89,8 @@ def _splits(root: Path, shown: str) -> dict[str, list[str]]:
     whole, single = root / "dataset_dict.json", root / "state.json"
     if whole.is_file():
         names = _listed(whole, "splits", shown)
+        if not all(isinstance(split, str) for split in names):
+            raise UserError(f"{shown}: {whole.name}: {_NO_DATASET}")
         return {split: [f"{split}/{file}" for file in _state(root / split / "state.json", shown)] for split in names}
     if single.is_file():
         return {"": _state(single, shown)}
@@ -107,7 +111,7 @@ def _splits(root: Path, shown: str) -> dict[str, list[str]]:
 def _json(path: Path, shown: str) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{shown}: {path.name} cannot be read ({reason}); fetch or save the dataset again") from None
 
@@ -132,8 +136,8 @@ def _features(path: Path, shown: str, file: str) -> dict[str, Any]:
     try:
         with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as reader:
             metadata = reader.schema.metadata or {}
-        return json.loads(metadata[b"huggingface"])["info"]["features"]
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads(metadata[b"huggingface"])["info"]["features"].items())
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{shown}: {file} is not an Arrow file of the library datasets; save the dataset again with save_to_disk") from None
 
 
@@ -164,7 +168,11 @@ def _read(path: Path, image: str, label: str | None, shown: str) -> _File:
         content = mapped.read_buffer()
         for batch in pa.ipc.open_stream(content):
             column = batch.column(image)
-            names.append(pc.replace_substring_regex(pc.utf8_rtrim(column.field("path").fill_null(""), "/"), r"(?s)^.*/", ""))
+            fields = {field.name: field.type for field in column.type} if pa.types.is_struct(column.type) else {}
+            if fields.get("bytes") not in (pa.binary(), pa.large_binary()) or "path" not in fields:
+                raise ValueError(f"its images are of the type {short(str(column.type))}, not pairs of bytes and path")
+            paths = column.field("path").cast(pa.string()).fill_null("")
+            names.append(pc.replace_substring_regex(pc.utf8_rtrim(paths, "/"), r"(?s)^.*/", ""))
             found = _labels(batch.column(label), shown) if label else pa.nulls(len(batch), pa.string())
             found = found.dictionary_encode("encode")
             own = [labels.setdefault(value, len(labels)) for value in found.dictionary.to_pylist()]

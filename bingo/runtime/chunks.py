@@ -101,11 +101,15 @@ def open_array(group: zarr.Group, name: str, store_name: str, dtype: Any, ndim: 
 
 
 def read_rows(array: zarr.Array, rows: int | slice, store_name: str, way_out: str) -> np.ndarray:
-    """`array[rows]`, read only from the chunks with these rows. Raises UserError if one of them is damaged or missing."""
+    """`array[rows]` of one row or of consecutive rows, read only from their chunks. Raises UserError if one of these is damaged or missing,
+    IndexError for rows that do not exist, and ValueError for a slice with a step."""
     if not isinstance(rows, slice):
-        return read_rows(array, slice(rows, rows + 1), store_name, way_out)[0]
+        row = range(array.shape[0])[rows]
+        return read_rows(array, slice(row, row + 1), store_name, way_out)[0]
     label = f"{store_name}: array {array.name.strip('/')}"
-    first, end, _ = rows.indices(array.shape[0])
+    first, end, step = rows.indices(array.shape[0])
+    if step != 1:
+        raise ValueError(f"rows {first}:{end}:{step} of {label} are not consecutive")
     x = np.empty((max(0, end - first), *array.shape[1:]), array.dtype)
     chunk_rows = array.chunks[0]
     block_rows = chunk_rows * max(1, _READ_BYTES // (chunk_rows * max(1, x[:1].nbytes)))

@@ -201,6 +201,8 @@ def test_stored_rows_are_a_matrix(tmp_path):
     assert (len(features), features.shape, features.dtype) == (50, (50, 24), np.float16)
     for rows in (slice(None), slice(3, 40), slice(45, 90), slice(60, 70), np.arange(0), rng.permutation(50), rng.integers(0, 50, 99)):
         np.testing.assert_array_equal(features[rows], x[rows])
+    with pytest.raises(ValueError, match="not consecutive"):
+        features[::2]
     (tmp_path / "features/c/1/0").unlink()
     np.testing.assert_array_equal(features[np.array([40, 3])], x[[40, 3]])
     with pytest.raises(UserError, match="the store: array features has no value at row 16: chunk 1 is missing; run: dvc repro extract"):

@@ -210,6 +210,8 @@ def test_files_saved_and_cached_by_the_library_are_read(flat_pets, tmp_path_fact
         ("train/state.json", '{"_data_files": null}'),
         ("dataset_dict.json", "[]"),
         ("dataset_dict.json", '{"splits": []}'),
+        ("dataset_dict.json", '{"splits": ["train", null]}'),
+        ("dataset_dict.json", "[" * 100_000),
     ],
 )
 def test_descriptions_that_the_library_did_not_write_are_refused(flat_pets, tmp_path_factory, file, content):
@@ -219,6 +221,40 @@ def test_descriptions_that_the_library_did_not_write_are_refused(flat_pets, tmp_
     (there / file).write_text(content)
     (line,) = lines_of(saved(there))
     assert line.startswith(f"dataset.root = {there}: ")
+
+
+@pytest.mark.parametrize("features", [["image"], "image", {"image": IMAGE, "label": {"_type": "ClassLabel", "names": [1, 2]}}])
+def test_features_that_the_library_did_not_describe_are_refused(flat_pets, tmp_path, features):
+    files, _ = files_of(flat_pets, "train")
+    write_arrow(tmp_path / "data.arrow", features, {"image": images_of(files), "label": pa.array([0] * 5, pa.int64())})
+    (line,) = lines_of(saved(tmp_path))
+    assert line.startswith(f"dataset.root = {tmp_path}: ")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.binary(), pa.string(), pa.list_(BYTES_AND_PATH), pa.struct([("bytes", pa.binary())]), pa.struct([("path", pa.string())]),
+        *(pa.struct([("bytes", kind), ("path", pa.string())]) for kind in (pa.binary_view(), pa.binary(3), pa.null(), pa.string())),
+    ],
+)  # fmt: skip
+def test_images_of_a_type_without_positions_are_refused(tmp_path, kind):
+    write_arrow(tmp_path / "data.arrow", features_of(None), {"image": pa.nulls(5, kind)})
+    (line,) = lines_of(saved(tmp_path))
+    assert line.startswith(f"dataset.root = {tmp_path}: data.arrow: ")
+
+
+@pytest.mark.parametrize("of_bytes", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("of_path", [pa.string(), pa.large_string(), pa.string_view()])
+def test_any_type_of_bytes_and_path_gives_the_same_rows(flat_pets, tmp_path, of_bytes, of_path):
+    files, classes = files_of(flat_pets, "train")
+    images = images_of(files)
+    columns = {
+        "image": pa.StructArray.from_arrays([images.field("bytes").cast(of_bytes), images.field("path").cast(of_path)], ["bytes", "path"]),
+        "label": pa.array([["cat", "dog"].index(name) for name in classes], pa.int64()),
+    }
+    write_arrow(tmp_path / "data.arrow", features_of(["cat", "dog"]), columns)
+    assert same(saved(tmp_path), folder(flat_pets / "train"), tmp_path)
 
 
 def test_splits_that_number_their_classes_differently_are_refused(flat_pets, tmp_path_factory):
