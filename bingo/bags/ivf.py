@@ -1,8 +1,8 @@
 """Approximate nearest neighbours for tens of millions of rows by an inverted file, i.e. lists of rows around K-means centroids.
 
 Every row is in the list of its nearest centroid, and its neighbours are searched in the lists of the `probes` centroids nearest to
-it. Within these the search is exact: with all lists probed the result equals that of `top_k`, except for ties that `top_k` resolves
-arbitrarily. The recall is measured on a sample with an exact search (Sivic and Zisserman 2003; Jégou et al. 2011 for descriptors).
+it. Within these the search is exact: with all lists probed the result equals that of `top_k`. The recall is measured on a sample with an
+exact search (Sivic and Zisserman 2003; Jégou et al. 2011 for descriptors).
 
 Shape letters: T train rows, D feature width, C lists, K members, P probes; q rows of a block, n of a choice.
 """
@@ -26,7 +26,7 @@ _RECALL_ROWS = 1000
 _PART_ROWS, _PARTS = 131072, 64  # least number of queries in a part, which is searched or stored as a whole; largest number of parts
 _BLOCK_BYTES = 512 << 20  # of a block of queries and their probes
 _SCORED_NUMBERS = 2**20  # scores, or numbers of rows, at once: 4 MiB, to stay in a cache
-_CROWDED = 256  # most rows of a list, beyond k, that may be nearer to a query than its k nearest so far; among more, ties are arbitrary
+_CROWDED = 256  # most rows of a list, beyond k, that may be nearer to a query than its k nearest so far, before `top_k` searches the list
 _PROBE_BYTES = 18  # of one probe of one row: its list, and its place in the order by list, twice while it is sorted
 
 

@@ -6,7 +6,7 @@ A block of queries (`_Search.block`) is therefore searched in three steps, in ea
   2. `_rescore`: cosines of the candidates that may be neighbours, one dot product each, so that equal rows give equal numbers on any
      device; they are merged with the best so far by (cosine, row), independently of the blocks;
   3. `_attempt` again with more candidates or more exact scores, for queries for which a row that was not a candidate might still be a
-     neighbour.
+     neighbour; where that leaves it open (copies of one image, for example), `_among_all` computes the cosines of all rows that may be.
 
 Shape letters: Q queries, N rows of the base, D feature width, K neighbours, M candidates; q, n rows of a block.
 """
@@ -71,10 +71,9 @@ def top_k(
     """The k rows of the base with the highest cosine to each query, exactly: (rows int32 (Q, k), cosines float32 (Q, k)).
 
     `query_rows_Q` gives, for each query, the row of the base that is the query itself (-1: none); this row is excluded. Rows with a cosine
-    below `floor_Q` need not be found, which saves time. Ties go to the smaller row (in a tie of
-    more than 256 rows, to any of them). If there are fewer than k rows, rows are padded with -1 and cosines with -inf. A row of zeros has
-    cosine 0 to everything. Features may have any float type and need not be normalised (`unit_queries`: the queries are already normalised
-    by `unit_rows`).
+    below `floor_Q` need not be found, which saves time. Ties go to the smaller row. If there are fewer than k rows, rows are padded with -1
+    and cosines with -inf. A row of zeros has cosine 0 to everything. Features may have any float type and need not be normalised
+    (`unit_queries`: the queries are already normalised by `unit_rows`).
 
     Memory in addition to arguments and results: a normalised copy of the base (float32; for GPUs float16, and blocks in float32), a
     block of `block_rows` queries (None: as many as suit device and memory), 64 MiB for each core, and the base itself if it is in a store.
@@ -325,6 +324,8 @@ class _Search:
                 break
             rows_qK[asking], cosines_qK[asking], unsure_n = self._attempt(queries[asking], attempt, worker)
             asking = queries_q[asking][unsure_n]
+        if len(queries_q[asking]) and not isinstance(self.device, _Cagra):
+            rows_qK[asking], cosines_qK[asking] = self._among_all(queries[asking])
         return rows_qK, cosines_qK
 
     def _hopeful(self, queries: _Queries) -> slice | np.ndarray:
@@ -356,6 +357,26 @@ class _Search:
             hopeful_q = (scores_qM >= enter_q[:, None]).sum(axis=1)
             self._rescore((rows_qK, cosines_qK), queries, base_nD, first_row, (scores_qM, places_qM), hopeful_q)
         return rows_qK, cosines_qK, passed_over_q > least_q()
+
+    def _among_all(self, queries: _Queries) -> Found:
+        """`top_k` of these queries by the cosines of all rows whose scores may be among the highest; equal queries are searched once."""
+        _, first_u, distinct_q = np.unique(queries.unit_qD, axis=0, return_index=True, return_inverse=True)
+        unit_uD, k = queries.unit_qD[first_u], self.k + 1  # one may be the query itself
+        rows_uK, cosines_uK = nothing_found(len(unit_uD), k)
+        for first_row, base_nD, unit_nD in self.base.blocks(np.float32, self.threads):
+            for part in cut(slice(0, len(unit_uD)), max(1, _SCREENED_BYTES // (4 * len(unit_nD)))):
+                scores_mn, least_m = unit_uD[part] @ unit_nD.T, cosines_uK[part, -1] - FLOAT32_TOLERANCE
+                if k < len(unit_nD):
+                    least_m = np.maximum(least_m, np.partition(scores_mn, -k, axis=1)[:, -k] - 2 * FLOAT32_TOLERANCE)
+                for u, scores_n, least in zip(range(part.start, part.stop), scores_mn, least_m, strict=True):
+                    places_p = np.flatnonzero(scores_n >= least)
+                    rows_p = (places_p + first_row).astype(np.int32)
+                    cosines_p = np.vecdot(base_nD[places_p].astype(np.float32), unit_uD[u]) * self.base.inverse_N[rows_p]
+                    both = np.concatenate([rows_uK[u], rows_p]), np.concatenate([cosines_uK[u], cosines_p])
+                    rows_uK[u], cosines_uK[u] = (best[0] for best in best_of(both[0][None], both[1][None], k))
+        rows_qK, cosines_qK = rows_uK[distinct_q.ravel()], cosines_uK[distinct_q.ravel()]
+        cosines_qK[rows_qK == queries.self_rows_q[:, None]] = -np.inf
+        return best_of(rows_qK, cosines_qK, self.k)
 
     def _rescore(self, best: Found, queries: _Queries, base_nD: np.ndarray, first_row: int, found: Found, hopeful_q: np.ndarray) -> None:
         """Merge the first `hopeful_q` candidates of each query into its best, by cosines that do not depend on block, thread or

@@ -5,8 +5,7 @@ No torch. Shape letters: N files, S side of a stored image in pixels.
 
 import hashlib
 import time
-from collections import deque
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -20,9 +19,9 @@ from bingo.images.decode import BadImage, bits_of, check_header, check_pixels, d
 from bingo.images.images import FileImages
 from bingo.images.listing import Contents, joined_paths
 from bingo.runtime.progress import Bar, progress_bar
-from bingo.runtime.workers import worker_pool
+from bingo.runtime.workers import in_order, worker_pool
 
-CHUNK_FILES, _CHUNKS_AHEAD = 64, 64
+CHUNK_FILES, CHUNKS_AHEAD = 64, 64
 HEADER_BYTES = 65536  # enough for the header of most files
 
 
@@ -119,16 +118,12 @@ def _check_rows(
     store_px = None if images_NSS3 is None else images_NSS3.shape[1]
     chunks = [rows_n[start : start + CHUNK_FILES].tolist() for start in range(0, len(rows_n), CHUNK_FILES)]
     work = partial(_check_chunk, checks.contents.sha256_N is not None, store_px, gray_bits)
-    waiting: deque[Future[list[_CheckedFile]]] = deque()
-    for asked, chunk in enumerate(chunks, 1):
-        waiting.append(pool.submit(work, files.part(chunk)))
-        while len(waiting) > _CHUNKS_AHEAD or (waiting and asked == len(chunks)):
-            rows = chunks[asked - len(waiting)]
-            for row, found in zip(rows, waiting.popleft().result(), strict=True):
-                checks.set(row, found)
-                if images_NSS3 is not None and found.pixels_SS3 is not None:
-                    images_NSS3[row] = found.pixels_SS3
-            bar.advance(len(rows))
+    for rows, results in zip(chunks, in_order(pool, work, map(files.part, chunks), CHUNKS_AHEAD), strict=True):
+        for row, found in zip(rows, results, strict=True):
+            checks.set(row, found)
+            if images_NSS3 is not None and found.pixels_SS3 is not None:
+                images_NSS3[row] = found.pixels_SS3
+        bar.advance(len(rows))
 
 
 def common_bits(files: FileImages, checks: Checks, images_NSS3: np.ndarray | None) -> int | None:

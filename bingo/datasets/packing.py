@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from bingo.datasets.filecheck import CHUNK_FILES
+from bingo.datasets.filecheck import CHUNK_FILES, CHUNKS_AHEAD
 from bingo.datasets.folder import BAD_LINES
 from bingo.images.decode import DRAFT_MARGIN, BadImage, decode_rgb, read_header
 from bingo.images.images import FileImages
@@ -21,7 +21,7 @@ from bingo.images.positions import Positions
 from bingo.runtime.artefacts import new_file, write_bytes
 from bingo.runtime.errors import UserError
 from bingo.runtime.progress import progress_bar
-from bingo.runtime.workers import worker_pool
+from bingo.runtime.workers import in_order, worker_pool
 
 PART_IMAGES = 16384  # in one file, 0.8 GB at 320 px: the most that a killed run repeats
 QUALITY = 90  # of JPEG, with colours at half the resolution (4:2:0)
@@ -63,8 +63,8 @@ def pack_images(files: FileImages, pack_px: int, folder: Path, say: Callable[[st
     with worker_pool(left) as pool, progress_bar("packing the images", len(files), "images") as bar:
         bar.resume_at(len(files) - left)
         for name, rows_n in todo.items():
-            chunks = [files.part(rows_n[start : start + CHUNK_FILES]) for start in range(0, len(rows_n), CHUNK_FILES)]
-            bad += _write(folder / name, rows_n, pool.map(partial(_pack_chunk, pack_px), chunks), bar.advance)
+            chunks = (files.part(rows_n[start : start + CHUNK_FILES]) for start in range(0, len(rows_n), CHUNK_FILES))
+            bad += _write(folder / name, rows_n, in_order(pool, partial(_pack_chunk, pack_px), chunks, CHUNKS_AHEAD), bar.advance)
     if bad:
         raise _unreadable(files, pack_px, bad)
     rows_N3 = [_positions(number, _lengths(folder / name)) for number, name in enumerate(parts)]

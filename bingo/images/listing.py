@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from bingo.runtime.artefacts import canonical_json, fingerprint, read_json, write_bytes, write_json
 from bingo.runtime.errors import UserError
+from bingo.runtime.workers import in_order
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
 _HELD_OUT = "held_out"  # in the metadata if test images were held out
@@ -27,6 +28,7 @@ _KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "
 PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # errors that pyarrow raises for damaged files
 _PLAIN = r"^[ !#-\[\]-~]*$"  # strings in which JSON in ASCII escapes nothing
 _GROUP_ROWS = 65536  # rows that `listing_rows` reads to get one
+_GROUPS_AHEAD = 4  # of lines that wait for their hash, some 10 MB each
 
 
 class Paths(Sequence[str]):
@@ -169,7 +171,7 @@ def listing_fingerprint(header: dict, paths: Sequence[str], contents: Contents, 
         return memoryview(lines.buffers()[2])[offsets[lines.offset] : offsets[lines.offset + len(lines)]]
 
     with ThreadPoolExecutor(2) as pool:  # Arrow and hashlib release Python's lock
-        for lines in pool.map(lines_of, groups):
+        for lines in in_order(pool, lines_of, groups, _GROUPS_AHEAD):
             hasher.update(lines)
     return hasher.hexdigest()[:32]
 

@@ -3,18 +3,22 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
+from typing import TypeVar
 
 from bingo.runtime.errors import FAILED, WorkerLost
 from bingo.runtime.memory import keep_freed_memory
 
 MOST_WORKERS = 32
 THREADS_UP_TO_FILES = 4096  # processes scale further than threads, but take about a second to start
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 KEPT_BYTES = 2**26  # in each worker, enough for a few large images
 
 
@@ -34,22 +38,32 @@ def fork_server(module: str) -> BaseContext:
 
 @contextmanager
 def worker_pool(files: int) -> Iterator[Executor]:
-    """A pool over this process's processors, to read and check files; pending work is dropped if the caller stops early.
-
-    Raises WorkerLost if a process was killed.
-    """
+    """A pool to read and check files, two workers for each of this process's processors, since half of them may wait for the disk; pending
+    work is dropped if the caller stops early. Raises WorkerLost if a process was killed."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool: Executor
     if processors == 1 or files <= THREADS_UP_TO_FILES:
-        pool = ThreadPoolExecutor(processors)
+        pool = ThreadPoolExecutor(2 * processors)
     else:
-        pool = ProcessPoolExecutor(processors, multiprocessing.get_context("forkserver"), begin_worker)
+        pool = ProcessPoolExecutor(2 * processors, multiprocessing.get_context("forkserver"), begin_worker)
     try:
         yield pool
     except BrokenProcessPool:
         raise WorkerLost from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_order(pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
+    """The results of `work` for each item, in order, like `pool.map`, but at most `ahead` items are begun before their turn; the results of
+    a pool that is faster than its reader do not fill the memory."""
+    begun: deque[Future[Result]] = deque()
+    for item in items:
+        begun.append(pool.submit(work, item))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
 
 def begin_worker(*_: object) -> None:

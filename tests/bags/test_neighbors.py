@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import faiss
@@ -55,6 +56,16 @@ def with_duplicates():
     return x
 
 
+@contextmanager
+def omp_threads(threads):
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 @pytest.fixture(params=["numpy", "faiss"], autouse=True)
 def search(request, monkeypatch):
     """Runs every test with both searches for candidates: numpy's for small searches, and FAISS's."""
@@ -104,20 +115,29 @@ def test_padding_if_the_base_is_small():
     np.testing.assert_array_equal(rows, brute_force(x, x, 5, np.arange(3))[0])
 
 
+def test_more_copies_than_candidates_are_resolved_by_their_rows():
+    """1,000 copies of one image and 300 of another, which are nearest to each other and to no others, and rows of zeros."""
+    x = data(3000, seed=4)
+    first, second, zeros = np.split(np.random.default_rng(4).permutation(3000)[:1700], [1000, 1300])
+    x[first], x[second], x[zeros] = x[0], x[1], 0
+    queries = np.concatenate([first[:40], second[:40], zeros[:10], np.arange(30)])
+    wanted = brute_force(x[queries], x, 7, queries)
+    for threads, block_rows, budget_bytes in ((1, None, None), (2, 50, None), (2, None, 60_000)):
+        with omp_threads(threads):
+            found = top_k(x[queries], x, 7, queries, block_rows, budget_bytes)
+        assert_same(found, wanted)
+
+
 def test_threads_and_blocks_do_not_change_the_result_with_duplicates():
     rng = np.random.default_rng(3)
     x = rng.standard_normal((4000, 64)).astype(np.float16)
     copies = rng.choice(4000, 800, replace=False)
     x[copies[:400]] = x[copies[400:]]
     x[rng.choice(4000, 40, replace=False)] = x[7]
-    threads = faiss.omp_get_max_threads()
     found = []
-    try:
-        for count, block_rows in ((1, 4000), (2, 4000), (2, 999)):
-            faiss.omp_set_num_threads(count)
+    for threads, block_rows in ((1, 4000), (2, 4000), (2, 999)):
+        with omp_threads(threads):
             found.append(top_k(x, x, 5, np.arange(4000), block_rows))
-    finally:
-        faiss.omp_set_num_threads(threads)
     for rows, cosines in found[1:]:
         np.testing.assert_array_equal(rows, found[0][0])
         np.testing.assert_array_equal(cosines, found[0][1])
