@@ -325,7 +325,7 @@ class _Search:
             rows_qK[asking], cosines_qK[asking], unsure_n = self._attempt(queries[asking], attempt, worker)
             asking = queries_q[asking][unsure_n]
         if len(queries_q[asking]) and not isinstance(self.device, _Cagra):
-            rows_qK[asking], cosines_qK[asking] = self._among_all(queries[asking])
+            rows_qK[asking], cosines_qK[asking] = self._among_all(queries[asking], cosines_qK[asking, -1])
         return rows_qK, cosines_qK
 
     def _hopeful(self, queries: _Queries) -> slice | np.ndarray:
@@ -358,23 +358,24 @@ class _Search:
             self._rescore((rows_qK, cosines_qK), queries, base_nD, first_row, (scores_qM, places_qM), hopeful_q)
         return rows_qK, cosines_qK, passed_over_q > least_q()
 
-    def _among_all(self, queries: _Queries) -> Found:
-        """`top_k` of these queries by the cosines of all rows whose scores may be among the highest; equal queries are searched once."""
+    def _among_all(self, queries: _Queries, least_q: np.ndarray) -> Found:
+        """`top_k` of these queries by the cosines of all rows whose scores may be `least_q`, the lowest cosine found so far, or more; equal
+        queries are searched once."""
         _, first_u, distinct_q = np.unique(queries.unit_qD, axis=0, return_index=True, return_inverse=True)
-        unit_uD, k = queries.unit_qD[first_u], self.k + 1  # one may be the query itself
+        unit_uD, k, distinct_q = queries.unit_qD[first_u], self.k + 1, distinct_q.ravel()  # one may be the query itself
         rows_uK, cosines_uK = nothing_found(len(unit_uD), k)
+        least_u = np.full(len(unit_uD), np.inf, np.float32)
+        np.minimum.at(least_u, distinct_q, least_q)
         for first_row, base_nD, unit_nD in self.base.blocks(np.float32, self.threads):
             for part in cut(slice(0, len(unit_uD)), max(1, _SCREENED_BYTES // (4 * len(unit_nD)))):
-                scores_mn, least_m = unit_uD[part] @ unit_nD.T, cosines_uK[part, -1] - FLOAT32_TOLERANCE
-                if k < len(unit_nD):
-                    least_m = np.maximum(least_m, np.partition(scores_mn, -k, axis=1)[:, -k] - 2 * FLOAT32_TOLERANCE)
+                scores_mn, least_m = unit_uD[part] @ unit_nD.T, np.maximum(least_u[part], cosines_uK[part, -1]) - FLOAT32_TOLERANCE
                 for u, scores_n, least in zip(range(part.start, part.stop), scores_mn, least_m, strict=True):
                     places_p = np.flatnonzero(scores_n >= least)
                     rows_p = (places_p + first_row).astype(np.int32)
                     cosines_p = np.vecdot(base_nD[places_p].astype(np.float32), unit_uD[u]) * self.base.inverse_N[rows_p]
                     both = np.concatenate([rows_uK[u], rows_p]), np.concatenate([cosines_uK[u], cosines_p])
                     rows_uK[u], cosines_uK[u] = (best[0] for best in best_of(both[0][None], both[1][None], k))
-        rows_qK, cosines_qK = rows_uK[distinct_q.ravel()], cosines_uK[distinct_q.ravel()]
+        rows_qK, cosines_qK = rows_uK[distinct_q], cosines_uK[distinct_q]
         cosines_qK[rows_qK == queries.self_rows_q[:, None]] = -np.inf
         return best_of(rows_qK, cosines_qK, self.k)
 
