@@ -7,6 +7,7 @@ import numpy as np
 
 from bingo.browse.diff import BagDiff
 from bingo.cli.browse_source import BagSource, same_label
+from bingo.report.measures import VIEW_OVERLAP_NEEDS
 from bingo.runtime.errors import printable
 
 
@@ -46,6 +47,7 @@ def stats_text(source: BagSource, metrics: dict[str, Any]) -> str:
             head,
             table(("figure", "value"), rows),
             "chance share: the value of mutual share and view overlap if members were drawn at random; good bags are many times above it",
+            *([] if "view_overlap" in metrics else [f"view overlap: not measured; it needs {VIEW_OVERLAP_NEEDS}"]),
             "",
             "hubs: the rows in most bags",
             table(("row", "bags", *_labels(source, "label"), "path"), lines, "rr"),

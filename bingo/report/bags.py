@@ -9,6 +9,7 @@ import numpy as np
 
 from bingo.images.listing import Listing
 from bingo.report.inputs import Artefacts
+from bingo.report.measures import VIEW_OVERLAP_NEEDS
 from bingo.report.pictures import Thumbnail, thumbnail
 from bingo.runtime.errors import UserError
 
@@ -100,8 +101,16 @@ def same_class(listing: Listing, row: int, other: int) -> bool | None:
 
 
 def statistics(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Name, value and meaning of each result of `bag_metrics.bag_metrics`, without those that were not measured."""
-    lines = [(name, write(metrics[key]), meaning) for key, name, write, meaning in _LINES if key in metrics]
+    """Name, value and meaning of each result of `bag_metrics.bag_metrics`, without those that were not measured; for the overlap of two
+    views, what it needs."""
+    if not metrics:
+        return []
+    unmeasured = {"view_overlap": f"It needs {VIEW_OVERLAP_NEEDS}."}
+    lines = [
+        (name, write(metrics[key]), meaning) if key in metrics else (name, "not measured", unmeasured[key])
+        for key, name, write, meaning in _LINES
+        if key in metrics or key in unmeasured
+    ]
     return [line for line in lines if line[1]]
 
 

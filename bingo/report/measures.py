@@ -1,7 +1,7 @@
 """Names of the measures in reports, comparisons, model cards and recipes."""
 
 _LINEAR = {"linear": "linear, top-1", "linear_top1": "linear, top-1", "linear_top5": "linear, top-5"}
-
+VIEW_OVERLAP_NEEDS = "bagging.method: knn, bagging.relation: teacher and at least two stored views (extract.views)"
 
 _AGREEMENT = "agreement_"
 

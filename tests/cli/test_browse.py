@@ -210,6 +210,10 @@ def test_stats_are_the_metrics_of_the_index(tmp_path, monkeypatch, method):
     assert text.startswith(f"data/bags.zarr: {method} bags of 60 rows of fabricated, k 4\n")
     for name in ("purity", "orphan share", "mutual share", "similarity", "near duplicates", *(["cluster size"] * (method == "kmeans"))):
         assert f"\n{name} " in text
+    assert text.count("extract.views") == 1, "the overlap of two views was not measured"
+    write_json("reports/bags.json", read_json("reports/bags.json") | {"view_overlap": 0.5})
+    assert "extract.views" not in (measured := bingo_bags("stats")[1])
+    assert ["view", "overlap", "0.5"] in [line.split() for line in measured.splitlines()]
     hub = metrics["hubs"][0]
     first = text.splitlines()[text.splitlines().index("hubs: the rows in most bags") + 2].split()
     assert first == [str(hub["row"]), str(hub["count"]), listing.classes[listing.labels_N[hub["row"]]], listing.paths[hub["row"]]]

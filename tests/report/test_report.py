@@ -550,11 +550,18 @@ def test_a_damaged_network_is_one_line(tmp_path):
 
 def test_statistics_of_clusters_and_of_nothing():
     sizes = {"min": 1, "median": 4.0, "mean": 5.0, "max": 20, "max_over_mean": 4.0, "singletons": 2, "unused": 0}
-    ((_, value, _),) = statistics({"cluster_size": sizes})
+    (_, (_, value, _)) = statistics({"cluster_size": sizes})
     assert value == "median 4, from 1 to 20 (4.0 times the mean); 2 with one image, 0 unused"
-    ((name, value, _),) = statistics({"recall": 0.9696, "lists": 1265, "probes": 64})
+    ((name, value, _), _) = statistics({"recall": 0.9696, "lists": 1265, "probes": 64})
     assert (name, value) == ("Recall of the search", "97.0 %")
     assert statistics({}) == []
+
+
+def test_the_overlap_of_two_views_or_what_it_needs_is_listed():
+    ((name, value, _), _) = statistics({"view_overlap": 0.125, "chance_share": 0.01})
+    assert (name, value) == ("Overlap of two views", "12.5 %")
+    ((name, value, meaning), _) = statistics({"chance_share": 0.01})
+    assert (name, value, "extract.views" in meaning) == ("Overlap of two views", "not measured", True)
 
 
 @pytest.mark.parametrize(
