@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,11 +30,11 @@ def main(
     against: Annotated[str | None, typer.Option(help="Reference variant of the differences; by default method-moco.")] = None,
     rev: Annotated[str, typer.Option(help="The commit whose experiments are compared.")] = "HEAD",
 ) -> None:
-    """Compare DVC's experiments, `committed` (the run of the commit itself) and `workspace` (the run in this folder, if it differs) with
-    the reference: write reports/experiments.html, and print its tables."""
+    """Compare DVC's experiments, `committed` (the run of the commit itself) and `workspace` (the run in this folder, or a mark on the one
+    that it equals) with the reference: write reports/experiments.html, and print its tables."""
     from bingo.report.experiments import variants
     from bingo.report.experiments_page import build_page
-    from bingo.report.experiments_table import by_seed, correlation_text, summary
+    from bingo.report.experiments_table import by_seed, correlation_text, settings, summary
     from bingo.runtime.progress import progress_bar
 
     with progress_bar("reading the experiments"):
@@ -52,8 +53,12 @@ def main(
     if (own := paths.RUNS / "distill.json").exists():
         records.append(read_json(own) | {"experiment": "workspace"})
     found = variants(chosen, records)
-    tables = {"summary": summary(found, reference), "seeds": by_seed(found)}
-    used = [record for record in records if record["experiment"] in {one.name for one in chosen}]
+    tables = {"summary": summary(found, reference)}
+    if differing := settings(found, chosen):
+        tables["settings"] = differing
+    tables["seeds"] = by_seed(found)
+    timed = {one.name for one in chosen} | {"workspace" for one in chosen if one.in_workspace}
+    used = [record for record in records if record["experiment"] in timed]
     write_bytes(PAGE, build_page(commit[:7], chosen, found, tables, reference, used).encode())
     typer.echo("\n\n".join(part for part in (*(table.markdown() for table in tables.values()), correlation_text(found)) if part))
     typer.echo(f"report: {PAGE.resolve().as_uri()}", err=True)
@@ -74,25 +79,32 @@ def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
     commit = shown["rev"] if shown else revision
     runs = [one["revs"][0] for one in (shown or {}).get("experiments") or [] if not one.get("executor")]
     complete = [run for run in runs if run["name"] and (run["data"] or {}).get("metrics", {}).get("reports/results.json", {}).get("data")]
-    standing = _standing(entries)
-    if not complete and not standing:
-        way_out = "see those of other commits: dvc exp list --all-commits, or run some: make compare"
-        raise UserError(f"--rev = {revision}: commit {commit[:7]} has no finished experiment; {way_out}")
-    return commit, standing + [
+    runs = _standing(entries) + [
         Experiment(run["name"], run["data"]["params"]["params.yaml"]["data"], _figures(run["data"]["metrics"])) for run in complete
     ]
+    if not runs:
+        way_out = "see those of other commits: dvc exp list --all-commits, or run some: make compare"
+        raise UserError(f"--rev = {revision}: commit {commit[:7]} has no finished experiment; {way_out}")
+    return commit, _merged(runs)
+
+
+def _merged(runs: "list[Experiment]") -> "list[Experiment]":
+    """The runs without the workspace's if it equals another one, which is marked instead."""
+    own = next((run for run in runs if run.in_workspace), None)
+    same = next((run for run in runs if own and run is not own and (run.params, run.metrics) == (own.params, own.metrics)), None)
+    return [replace(run, in_workspace=True) if run is same else run for run in runs if same is None or run is not own]
 
 
 def _standing(entries: list[dict[str, Any]]) -> "list[Experiment]":
-    """The run of the commit, and that of the workspace if it differs, each with the parameters of its report in dvc.lock."""
+    """The run of the commit, and that of the workspace, each with the parameters of its report in dvc.lock."""
     from bingo.report.experiments import Experiment
 
     found: list[Experiment] = []
     for entry in entries:
         params, metrics = _reported_params(entry["rev"]), _figures((entry.get("data") or {}).get("metrics", {}))
-        another = not found or (found[0].params, found[0].metrics) != (params, metrics)
-        if params and "reports/results.json" in metrics and another:
-            found.append(Experiment("workspace" if entry["rev"] == "workspace" else "committed", params, metrics))
+        if params and "reports/results.json" in metrics:
+            own = entry["rev"] == "workspace"
+            found.append(Experiment("workspace" if own else "committed", params, metrics, own))
     return found
 
 

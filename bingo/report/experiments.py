@@ -7,7 +7,7 @@ A variant is the name of an experiment without its seed: `method-bingo` for `met
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from scipy.stats import t as student_t
 from bingo.params import Params, method_names, method_section
 
 LEVEL, LEAST_RUNS = 0.95, 5  # a correlation of fewer runs means nothing
+UNREAD = object()  # in place of a parameter that a run does not have or read
 _DRAWS = 10_000
 ACCURACIES = ("linear", "knn_10", "agreement_10")  # by which variants are compared, the preferred one first
 _RESULTS, _DISTILL = "reports/results.json", "reports/distill.json"
@@ -27,11 +28,12 @@ _UPSTREAM = ("seed", "dataset", "image", "teacher", "extract", "bagging", "stude
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run: its parameters (params.yaml as read), its metrics {file: figures}, and the records of its stages, if any are known."""
+    """One run: its parameters (params.yaml as read), its metrics {file: figures}, and whether the workspace has its outputs."""
 
     name: str
     params: Mapping[str, Any]
     metrics: Mapping[str, Mapping[str, Any]]
+    in_workspace: bool = False
 
     @property
     def seed(self) -> int:
@@ -44,13 +46,22 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Variant:
-    """The runs of one variant. `values` holds the value for each seed of each measure; see `measures`."""
+    """The runs of one variant. `values` holds the value for each seed of each measure; see `measures`. `workspace_seed` is the seed of the
+    run whose outputs the workspace has, None if it is none of them."""
 
     name: str
     method: str
     with_teacher: bool
     seeds: Sequence[int]
     values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    workspace_seed: int | None = None
+
+    @property
+    def title(self) -> str:
+        """The name, with a mark if the workspace has the outputs of a run that has another name."""
+        if self.workspace_seed is None or self.name == "workspace":
+            return self.name
+        return f"{self.name} (workspace{f': seed {self.workspace_seed}' if len(self.seeds) > 1 else ''})"
 
     def spread(self, measure: str) -> "Spread | None":
         """Mean and standard deviation over the seeds, None if no seed has the measure."""
@@ -140,7 +151,32 @@ def _variant(runs: Sequence[Experiment], records: Sequence[Mapping[str, Any]]) -
     for run in sorted(runs, key=lambda run: run.seed):
         for measure, value in measures(run, record_of(run, records)).items():
             values.setdefault(measure, {})[run.seed] = value
-    return Variant(runs[0].variant, runs[0].params["distill"]["method"], _with_teacher(runs[0]), sorted({run.seed for run in runs}), values)
+    seeds, workspace = sorted({run.seed for run in runs}), next((run.seed for run in runs if run.in_workspace), None)
+    return Variant(runs[0].variant, runs[0].params["distill"]["method"], _with_teacher(runs[0]), seeds, values, workspace)
+
+
+def differing(experiments: Sequence[Experiment]) -> dict[str, list[Any]]:
+    """The parameters in which experiments differ, by their dotted names: the value of each experiment, UNREAD if it does not read it.
+
+    Seeds, the name of the method and the report's section are left out, and so are the sections of methods that are not trained.
+    """
+    return dict(_differing([_settings(experiment.params) for experiment in experiments], ""))
+
+
+def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    method = params["distill"]["method"]
+    distill = {key: value for key, value in params["distill"].items() if key != "method"}
+    return {**params, "distill": distill, "methods": {method: params["methods"].get(method, {})}, "seed": UNREAD, "report": UNREAD}
+
+
+def _differing(values: Sequence[Any], name: str) -> Iterator[tuple[str, list[Any]]]:
+    known = [value for value in values if value is not UNREAD]
+    if known and all(isinstance(value, Mapping) for value in known):
+        for key in dict.fromkeys(key for value in known for key in value):
+            below = [UNREAD if value is UNREAD else value.get(key, UNREAD) for value in values]
+            yield from _differing(below, f"{name}.{key}" if name else key)
+    elif any(value != known[0] for value in known):
+        yield name, list(values)
 
 
 def _with_teacher(experiment: Experiment) -> bool:

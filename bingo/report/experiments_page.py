@@ -33,13 +33,16 @@ def build_page(
     against: str | None,
     records: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The whole page. `tables` has summary and seeds; `against` is the reference's name, None if it is not among the experiments."""
+    """The whole page. `tables` has summary, seeds and, if the experiments differ in parameters, settings; `against` is the name of the
+    reference, None if it is not among the experiments."""
     context = {
         "commit": commit,
         "experiments": len(experiments),
         "against": against,
+        "reference": next((variant.title for variant in found if variant.name == against), None),
         "facts": {name: _fact(experiments, read) for name, read in _FACTS.items()},
         "summary": tables["summary"],
+        "settings": tables.get("settings"),
         "seeds": tables["seeds"],
         "correlation": correlation_text(found),
         "charts": [chart for measure in _AXES if (chart := _chart(found, measure))],

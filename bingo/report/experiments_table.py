@@ -1,11 +1,14 @@
 """The tables of a comparison as text, for Markdown and for the page. Unknown values are shown as a dash."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bingo.params import display_name
-from bingo.report.experiments import ACCURACIES, Difference, Variant, paired_difference, rank_correlation
+from bingo.report.experiments import ACCURACIES, UNREAD, Difference, Experiment, Variant, differing, paired_difference, rank_correlation
 from bingo.report.measures import measure_label
+from bingo.runtime.errors import printable
 
 ABSENT = "–"
 _ACCURACIES = {measure: measure_label(measure) for measure in ACCURACIES}
@@ -20,8 +23,9 @@ class Table:
 
     def markdown(self) -> str:
         """The table as Markdown, with numbers aligned right."""
+        escaped = "\\|"
         lines = [self.headers, ["---", *("---:" for _ in self.headers[1:])], *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n".join(f"| {' | '.join(cell.replace('|', escaped) for cell in line)} |" for line in lines)
 
 
 def summary(found: Sequence[Variant], against: str | None) -> Table:
@@ -30,7 +34,7 @@ def summary(found: Sequence[Variant], against: str | None) -> Table:
     Columns without any figure are left out.
     """
     reference = next((variant for variant in found if variant.name == against), None)
-    columns = {"variant": [variant.name for variant in found], "method": [display_name(variant.method) for variant in found]}
+    columns = {"variant": [variant.title for variant in found], "method": [display_name(variant.method) for variant in found]}
     columns["seeds"] = [str(len(variant.seeds)) for variant in found]
     columns |= {header: [_accuracy(variant, measure) for variant in found] for measure, header in _ACCURACIES.items()}
     if reference:
@@ -41,6 +45,26 @@ def summary(found: Sequence[Variant], against: str | None) -> Table:
         columns[header] = [ABSENT if known is None else format(known.mean, form) for known in means]
     shown = {header: cells for header, cells in columns.items() if set(cells) != {ABSENT}}
     return Table(list(shown), list(zip(*shown.values(), strict=True)))
+
+
+def settings(found: Sequence[Variant], experiments: Sequence[Experiment]) -> Table | None:
+    """A row for each variant, a column for each parameter in which the experiments differ (see `differing`); None without such a parameter.
+    Values are written as in params.yaml; if the runs of a variant differ, all are given."""
+    columns = differing(experiments)
+    if not columns:
+        return None
+
+    def cell(variant: Variant, values: Sequence[Any]) -> str:
+        own = (value for experiment, value in zip(experiments, values, strict=True) if experiment.variant == variant.name)
+        return " or ".join(dict.fromkeys(_setting(value) for value in own))
+
+    return Table(["variant", *columns], [[variant.title, *(cell(variant, values) for values in columns.values())] for variant in found])
+
+
+def _setting(value: Any) -> str:
+    if value is UNREAD:
+        return ABSENT
+    return printable(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False).replace('"', "")
 
 
 _COSTS = (
@@ -57,7 +81,7 @@ def by_seed(found: Sequence[Variant]) -> Table:
     """A row for each variant, a column for each seed: its accuracies, percent, those that any variant has."""
     measured = [measure for measure in ACCURACIES if any(measure in variant.values for variant in found)]
     seeds = sorted({seed for variant in found for seed in variant.seeds})
-    rows = [[variant.name, *(_figures(variant, seed, measured) for seed in seeds)] for variant in found]
+    rows = [[variant.title, *(_figures(variant, seed, measured) for seed in seeds)] for variant in found]
     return Table([" / ".join(_ACCURACIES[measure] for measure in measured), *(f"seed {seed}" for seed in seeds)], rows)
 
 

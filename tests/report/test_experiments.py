@@ -32,7 +32,7 @@ from bingo.report.experiments import (
     variants,
 )
 from bingo.report.experiments_page import _label, build_page
-from bingo.report.experiments_table import Table, by_seed, correlation_text, difference_text, summary
+from bingo.report.experiments_table import Table, by_seed, correlation_text, difference_text, settings, summary
 from bingo.report.plots import Point, labelled_points
 from bingo.runtime.artefacts import write_json
 from bingo.runtime.errors import UserError
@@ -47,6 +47,13 @@ def experiment(name: str, seed: int, linear: float | None, method: str = "bingo"
     lay_over(params, {"seed": seed, "distill": {"method": method, "epochs": 4}})
     results = {"linear": {"student": linear, "teacher": 80.0}, "knn_10": {"student": linear - 1, "teacher": 75.0}} if linear else {}
     return Experiment(name, params, {"reports/results.json": results, "reports/distill.json": costs})
+
+
+def changed(one: Experiment, **changes) -> Experiment:
+    """The experiment with other parameters."""
+    params = copy.deepcopy(one.params)
+    lay_over(params, changes)
+    return dataclasses.replace(one, params=params)
 
 
 def record(of: Experiment, **notes) -> dict:
@@ -193,13 +200,42 @@ def test_seed_by_seed():
     ]
 
 
+def test_settings_are_those_in_which_runs_differ_and_which_they_read():
+    one = changed(BINGO[0], dataset={"root": "a|b"}, methods={"seed": {"head_hidden": 7}})
+    other = changed(experiment("wide-s0", 0, 1.0), methods={"bingo": {"terms": "expected"}}, bagging={"k": 9}, report={"title": "t"})
+    seed = changed(experiment("seed", 3, 0.5, "seed"), distill={"augment": {"name": "weak", "flip_p": 0.5}}, image={"mean": [0.5] * 3})
+    again = changed(experiment("seed-s4", 4, 0.5, "seed"), bagging={"k": 9})
+    runs = [one, other, seed, again]
+    found = settings(variants(runs, []), runs)
+    assert found.headers == ["variant", "dataset.root", "bagging.k", "distill.augment", "methods.bingo.terms"]
+    augment = "{name: weak, flip_p: 0.5}"
+    assert {row[0]: row[1:] for row in found.rows} == {
+        "method-bingo": ["a|b", "5", "digits", "symmetric"],
+        "wide": ["null", "9", "digits", "expected"],
+        "seed": ["null", "5 or 9", f"{augment} or digits", "–"],
+    }
+    assert r"| a\|b | 5 |" in found.markdown()
+    assert settings(variants(BINGO, []), BINGO) is None, "they differ in their seeds only"
+    words = Page(page_of(variants(runs, []), "wide", {"settings": found})).words
+    assert all(cell in words for cell in (*found.headers, f"{augment} or digits"))
+
+
+def test_the_row_whose_results_the_workspace_has_is_marked():
+    runs = [dataclasses.replace(one, in_workspace=one is BINGO[1]) for one in ALL]
+    assert [row[0] for row in by_seed(variants(runs, [])).rows] == ["method-bingo (workspace: seed 1)", "my-idea", "method-moco"]
+    alone = [dataclasses.replace(one, in_workspace=one is ALONE[0]) for one in ALL]
+    found = variants(alone, [])
+    assert [row[0] for row in summary(found, None).rows] == ["method-bingo", "my-idea (workspace)", "method-moco"]
+    assert Page(page_of(found, "my-idea")).all("tr")[2] == {"class": "student"}
+
+
 def test_signs():
     assert difference_text(paired_difference({0: 1.0, 1: 1.0}, {0: 1.04, 1: 0.96}), 2) == "0.0 (−0.5 to +0.5)"
     assert difference_text(paired_difference({0: 1.0}, {0: 2.0}), 1) == "−1.0"
 
 
-def page_of(found, reference="method-moco") -> str:
-    tables = {"summary": summary(found, reference), "seeds": by_seed(found)}
+def page_of(found, reference="method-moco", more=None) -> str:
+    tables = {"summary": summary(found, reference), "seeds": by_seed(found), **(more or {})}
     return build_page("abc1234", ALL, found, tables, reference, RECORDS)
 
 
@@ -417,8 +453,13 @@ def test_the_committed_run_and_the_workspace_are_compared_too(shown, monkeypatch
         return [[cell.strip() for cell in row.split("|")[1:5]] for row in table]
 
     mine = ["my-idea", "BINGO", "1", "65.0"]
-    assert rows(committed) == [mine, ["committed", "BINGO", "1", "50.0"]]
+    assert rows(committed) == [mine, ["committed (workspace)", "BINGO", "1", "50.0"]]
     locked(own)
+    same = ["same (workspace)", "SEED", "1", "51.0"]
+    assert rows(own, runs=(dataclasses.replace(own, name="same"),)) == [same, ["committed", "BINGO", "1", "50.0"]]
+    other = changed(dataclasses.replace(own, name="other"), bagging={"k": 9})
+    workspace = ["workspace", "SEED", "1", "51.0"]
+    assert rows(own, runs=(other,)) == [workspace, ["other", "SEED", "1", "51.0"], ["committed", "BINGO", "1", "50.0"]]
     assert rows(own) == [mine, ["workspace", "SEED", "1", "51.0"], ["committed", "BINGO", "1", "50.0"]]
     assert rows(own, rev=commit) == [mine, ["committed", "BINGO", "1", "50.0"]]
     assert rows(own, runs=()) == [["workspace", "SEED", "1", "51.0"], ["committed", "BINGO", "1", "50.0"]]
