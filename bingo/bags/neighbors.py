@@ -77,9 +77,9 @@ def top_k(
 
     Memory in addition to arguments and results: a normalised copy of the base (float32; for GPUs float16, and blocks in float32), a
     block of `block_rows` queries (None: as many as suit device and memory), 64 MiB for each core, and the base itself if it is in a store.
-    If this does not fit into `budget_bytes` (None: half of the free memory; on the CPU, at most 256 MiB for a base in memory), the base
-    is divided into blocks that do, and is read once for each block of queries, which are as large as possible for a store. Raises
-    ValueError if a feature is not finite.
+    If this does not fit into `budget_bytes` (None: half of the free memory; on the CPU, at most 256 MiB for a base in memory, and for a
+    store with few queries), the base is divided into blocks that do, and is read once for each block of queries, which are as large as
+    possible for a store. Raises ValueError if a feature is not finite.
 
     >>> import numpy as np
     >>> from bingo import top_k
@@ -112,7 +112,7 @@ def search_blocks(
 
     device = _Cagra() if by_graph else _device(k, float(len(queries)) * len(base) * base.shape[1])
     budget_bytes = sys.maxsize if by_graph else memory_budget() if budget_bytes is None else budget_bytes
-    searched = _Base(base, device, budget_bytes, faiss.omp_get_max_threads())
+    searched = _Base(base, len(queries), device, budget_bytes, faiss.omp_get_max_threads())
     search = _Search(searched, device, k, max(1, faiss.omp_get_max_threads() // device.workers))
     queries = searched.rows if queries is base else queries
     query_rows_Q = np.full(len(queries), -1) if query_rows_Q is None else query_rows_Q
@@ -264,12 +264,14 @@ def gpus_for(products: float) -> list[int]:
 
 class _Base:
     """The rows to find, in memory if they and a normalised copy fit the budget, otherwise in blocks that take half of it. The other
-    half is then for `query_rows` queries (as stored, in float32, and for a GPU in float16). On the CPU, the budget of rows that are in
-    memory already is at most _CPU_BUDGET_BYTES. For GPUs the copy is float16, and half of the budget is kept for blocks in float32."""
+    half is then for `query_rows` queries (as stored, in float32, and for a GPU in float16). On the CPU, the budget is at most
+    _CPU_BUDGET_BYTES if the rows are in memory already, or are read from the store only once because all queries fit into half of that.
+    For GPUs the copy is float16, and half of the budget is kept for blocks in float32."""
 
-    def __init__(self, rows: Rows, device: _Cpu | _Gpus | _Cagra, budget_bytes: int, threads: int):
+    def __init__(self, rows: Rows, queries: int, device: _Cpu | _Gpus | _Cagra, budget_bytes: int, threads: int):
         width, in_store = rows.shape[1], not isinstance(rows, np.ndarray)
-        if isinstance(device, _Cpu) and not in_store:
+        read_once = queries * width * (rows.dtype.itemsize + 6) <= _CPU_BUDGET_BYTES // 2
+        if isinstance(device, _Cpu) and (read_once or not in_store):
             budget_bytes = min(budget_bytes, _CPU_BUDGET_BYTES)
         row_bytes = width * (np.dtype(device.attempts[0].dtype).itemsize + in_store * rows.dtype.itemsize)
         whole = row_bytes * len(rows) <= budget_bytes // (2 if isinstance(device, _Gpus) else 1)

@@ -211,6 +211,10 @@ def test_a_streamed_search_stays_within_its_budget(tmp_path, monkeypatch):
     query_rows, base_rows = np.max(seen, axis=0)
     assert base_rows * 24 * (2 + 4) <= 10_000 < (base_rows + 1) * 24 * (2 + 4)  # float16 as stored, and float32 when normalised
     assert query_rows * 24 * (2 + 4) <= 10_000
+    monkeypatch.setattr(neighbors, "_CPU_BUDGET_BYTES", 20_000)
+    seen.clear()
+    top_k(features[:50], features, 4)  # so few queries are searched in one block
+    assert np.max(seen, axis=0).tolist() == [50, base_rows]
     assert isinstance(held(features, 300 * 24 * 6), np.ndarray)
     assert held(features, 300 * 24 * 6 - 1) is features
 
