@@ -9,6 +9,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bingo.images.listing import Paths, path_column
-from bingo.runtime.artefacts import fingerprint, write_bytes
+from bingo.runtime.artefacts import errors_named, fingerprint
 from bingo.runtime.checksums import Damaged, seal, unseal
 from bingo.runtime.workers import worker_pool
 
@@ -46,15 +47,22 @@ class ScannedRoot(NamedTuple):
         return fingerprint([os.path.realpath(self.root), self.decode])
 
 
+@dataclass(eq=False)
+class _Known:
+    """The results for K files of a place as they are now, and which of them this scan has used, bool (K,)."""
+
+    table: pa.Table
+    used_K: np.ndarray
+    has_new: bool = False
+
+
 class KnownFiles:
     """The results for files, kept in `folder`. `made_by` identifies the code that checks them; results of other code are discarded."""
 
     def __init__(self, folder: Path, made_by: str):
         self._folder, self._made_by = folder, made_by
         self._beside = ThreadPoolExecutor(1)
-        self._known: dict[ScannedRoot, Future[tuple[pa.Table, np.ndarray]]] = {}
-        self._used: dict[ScannedRoot, list[pa.Table]] = {}  # what this scan has asked for
-        self._new: dict[ScannedRoot, int] = {}
+        self._known: dict[ScannedRoot, Future[_Known]] = {}
 
     def begin(self, place: ScannedRoot) -> None:
         """Begin, in a thread, to read what is known of the files of a place, and to look which of them have changed."""
@@ -63,42 +71,50 @@ class KnownFiles:
 
     def find(self, place: ScannedRoot, paths: Sequence[str]) -> tuple[np.ndarray, pa.Table]:
         """Which of N files have not changed, bool (N,), and their results."""
-        self.begin(place)
-        known, same_K = self._known[place].result()
-        if not len(known):
-            return np.zeros(len(paths), bool), known
-        names = pa.chunked_array([path_column(paths)])
-        in_order = len(known) == len(names) and known[_PATH].equals(names)
-        place_N = np.arange(len(names)) if in_order else pc.index_in(names, known[_PATH].combine_chunks()).fill_null(-1).to_numpy()
-        same_N = same_K[place_N] & (place_N >= 0)
-        found = known if in_order and same_N.all() else known.take(pa.array(place_N[same_N]))
-        self._used.setdefault(place, []).append(found)
-        return same_N, found
-
-    def _look(self, place: ScannedRoot) -> tuple[pa.Table, np.ndarray]:
-        """What is known of K files, the newest first, and which of them have not changed, bool (K,)."""
-        parts = [self._read(path) for path in sorted(self._folder.glob(f"{place.name}-{self._made_by}-*"), reverse=True)]
-        known = pa.concat_tables([_SCHEMA.empty_table(), *(part for part in parts if part is not None)])
-        identity_K4 = identity_of(place.root, Paths(known[_PATH]))
-        return known, (fixed_bytes(known[_IDENTITY]).view(np.int64) == identity_K4).all(axis=1) & (identity_K4[:, 0] >= 0)
+        known = self._of(place)
+        if not len(known.table):
+            return np.zeros(len(paths), bool), known.table
+        names, column = pa.chunked_array([path_column(paths)]), known.table[_PATH]
+        if column.equals(names):
+            known.used_K[:] = True
+            return np.ones(len(paths), bool), known.table
+        place_N = pc.index_in(names, column.combine_chunks()).fill_null(-1).to_numpy()
+        same_N = place_N >= 0
+        known.used_K[place_N[same_N]] = True
+        return same_N, known.table.take(pa.array(place_N[same_N]))
 
     def add(self, place: ScannedRoot, paths: Sequence[str], identity_N4: np.ndarray, columns: dict[str, pa.Array], begun_ns: int) -> None:
         """Save the results for some files, whose identities were read after `begun_ns` and before their contents."""
         settled_N = pa.array(identity_N4[:, 2] < begun_ns - _SETTLED_NS)
         identity = column_of_bytes(identity_N4.view(np.uint8))
         table = pa.table({_PATH: path_column(paths), _IDENTITY: identity, **columns}, schema=_SCHEMA).filter(settled_N)
-        self._used.setdefault(place, []).append(table)
-        self._new[place] = self._new.get(place, 0) + len(table)
-        self._write(place, table)
+        if len(table):
+            known = self._of(place)
+            known.table, known.has_new = pa.concat_tables([known.table, table]), True
+            known.used_K = np.concatenate([known.used_K, np.ones(len(table), bool)])
+            self._write(place, table)
 
     def keep(self) -> None:
-        """Keep the results that this scan has asked for, merged into one part for each place, and discard the rest."""
-        for place, tables in self._used.items():
+        """Keep the results that this scan has used, merged into one part for each place, and discard the rest."""
+        for place, known in ((place, found.result()) for place, found in self._known.items()):
             old = list(self._folder.glob(f"{place.name}-*"))
-            if self._new.get(place) or len(old) > 1:
-                kept = self._write(place, pa.concat_tables(tables))
+            if known.has_new or len(old) > 1:
+                kept = self._write(place, known.table if known.used_K.all() else known.table.filter(pa.array(known.used_K)))
                 for path in old:
                     path.unlink(missing_ok=True) if path != kept else None
+
+    def _of(self, place: ScannedRoot) -> _Known:
+        self.begin(place)
+        return self._known[place].result()
+
+    def _look(self, place: ScannedRoot) -> _Known:
+        """What is known of the files of a place that have not changed."""
+        parts = [self._read(path) for path in sorted(self._folder.glob(f"{place.name}-{self._made_by}-*"))]
+        table = pa.concat_tables([_SCHEMA.empty_table(), *(part for part in parts if part is not None)])
+        identity_K4 = identity_of(place.root, Paths(table[_PATH]))
+        same_K = (fixed_bytes(table[_IDENTITY]).view(np.int64) == identity_K4).all(axis=1) & (identity_K4[:, 0] >= 0)
+        table = table if same_K.all() else table.filter(pa.array(same_K))
+        return _Known(table, np.zeros(len(table), bool))
 
     def _read(self, path: Path) -> pa.Table | None:
         try:
@@ -108,11 +124,14 @@ class KnownFiles:
             return None
 
     def _write(self, place: ScannedRoot, table: pa.Table) -> Path:
+        """Write a part. A kill leaves it cut off, which `_read` notices, and the next scan discards it."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         path = self._folder / f"{place.name}-{self._made_by}-{time.time_ns():020d}"
-        write_bytes(path, seal(sink.getvalue()))
+        with errors_named(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(seal(sink.getvalue()))
         return path
 
 
