@@ -106,12 +106,14 @@ def class_names(labels: Iterable[int | str], names: list[str] | None, shown: str
     """The name of each label: its name in `names`; without `names`, the label itself, where integers are padded with zeros so that they
     sort by number. Negative labels are unknown and have no name.
 
-    Raises UserError if an integer has no name, or two labels have the same name.
+    Raises UserError if an integer has no name or an empty one, or two labels have the same name.
     """
     known = sorted({label for label in labels if not (isinstance(label, int) and label < 0)}, key=lambda label: (str(type(label)), label))
     numbers = [label for label in known if isinstance(label, int)]
     if names is not None and numbers and numbers[-1] >= len(names):
         raise UserError(f"{shown}: label {numbers[-1]} has no name, as there are {len(names)} names of classes; name all of them")
+    bare = [number for number in numbers if names is not None and not names[number].strip()]
+    refuse(shown, [f"label {number} has an empty name; name all classes" for number in bare])
     width = len(str(numbers[-1])) if numbers else 0
     named = {x: normalize("NFC", (f"{x:0{width}d}" if names is None else names[x]) if isinstance(x, int) else x) for x in known}
     twice = [name for name, count in Counter(named.values()).items() if count > 1]

@@ -68,6 +68,12 @@ def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: 
                 problems.append(f"{file}: cannot be read ({reason}); fetch or save the dataset again")
             bar.advance()
     refuse(shown, problems)
+    filled = {split for (split, _), rows in zip(files, read, strict=True) if len(rows.names)}
+    for split in (split for split in splits if split not in filled):
+        line = f"{shown}: {f'the split {printable(split)}' if split else 'it'} has no rows"
+        if not filled or role_of(split) == "train":
+            raise UserError(f"{line}; save the dataset again with some")
+        say(f"{line} and is ignored")
     of_label = features[label] if label else None
     others = [file for _, file in files if label and _features(Path(root, file), shown, file).get(label) != of_label]
     refuse(
@@ -86,14 +92,14 @@ def read_saved(root: str, follow_links: bool, columns: Columns, name: str, say: 
 
 def _splits(root: Path, shown: str) -> dict[str, list[str]]:
     """The Arrow files of each split, relative to the root, in order; a dataset without splits has the single split ""."""
-    whole, single = root / "dataset_dict.json", root / "state.json"
-    if whole.is_file():
-        names = _listed(whole, "splits", shown)
+    whole = "dataset_dict.json"
+    if (root / whole).is_file():
+        names = _listed(root, whole, "splits", shown)
         if not all(isinstance(split, str) for split in names):
-            raise UserError(f"{shown}: {whole.name}: {_NO_DATASET}")
-        return {split: [f"{split}/{file}" for file in _state(root / split / "state.json", shown)] for split in names}
-    if single.is_file():
-        return {"": _state(single, shown)}
+            raise UserError(f"{shown}: {whole}: {_NO_DATASET}")
+        return {split: [f"{split}/{file}" for file in _state(root, f"{split}/state.json", shown)] for split in names}
+    if (root / "state.json").is_file():
+        return {"": _state(root, "state.json", shown)}
     found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.arrow") if not path.name.startswith(("cache-", "tmp")))
     if len(folders := sorted({file.rpartition("/")[0] for file in found})) > 1:
         raise UserError(f"{shown}: holds {len(folders)} datasets ({', '.join(folders[:3])}, ...); name the folder of one of them")
@@ -108,26 +114,22 @@ def _splits(root: Path, shown: str) -> dict[str, list[str]]:
     return splits
 
 
-def _json(path: Path, shown: str) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{shown}: {path.name} cannot be read ({reason}); fetch or save the dataset again") from None
-
-
-def _state(path: Path, shown: str) -> list[str]:
-    files = _listed(path, "_data_files", shown)
+def _state(root: Path, name: str, shown: str) -> list[str]:
+    files = _listed(root, name, "_data_files", shown)
     if not all(isinstance(file, dict) and isinstance(file.get("filename"), str) for file in files):
-        raise UserError(f"{shown}: {path.name}: {_NO_DATASET}")
+        raise UserError(f"{shown}: {name}: {_NO_DATASET}")
     return [file["filename"] for file in files]
 
 
-def _listed(path: Path, key: str, shown: str) -> list[Any]:
+def _listed(root: Path, name: str, key: str, shown: str) -> list[Any]:
     """A list that the library wrote into a file."""
-    content = _json(path, shown)
+    try:
+        content = json.loads((root / name).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shown}: {printable(name)} cannot be read ({reason}); fetch or save the dataset again") from None
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise UserError(f"{shown}: {path.name}: {_NO_DATASET}")
+        raise UserError(f"{shown}: {printable(name)}: {_NO_DATASET}")
     return content[key]
 
 

@@ -55,7 +55,7 @@ class _Shard:
     labels: dict[int | str, int] = field(default_factory=dict)  # and of each distinct label
     passed: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
-    unclear: dict[str, str] = field(default_factory=dict)  # by the key of a file without a label, its name
+    unclear: dict[str, str] = field(default_factory=dict)  # by the key of a file from which no label can be read, a line on it
 
     def columns(self) -> "_Columns":
         """What is kept of the shard."""
@@ -82,9 +82,8 @@ class _Shard:
 
     def _unclear(self, image: str) -> Iterator[str]:
         """A line if a file should contain the label of an image without another label."""
-        if name := next((self.unclear[key] for key in (image.rpartition(".")[0], _key(image)) if key in self.unclear), ""):
-            wanted = "an integer or a name" if name.endswith(".cls") else '{"label": an integer or a name}'
-            yield f"{printable(name)} holds no label; write {wanted} into it"
+        if line := next((self.unclear[key] for key in (image.rpartition(".")[0], _key(image)) if key in self.unclear), ""):
+            yield line
 
 
 @dataclass(frozen=True)
@@ -237,13 +236,15 @@ def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
     is_image, kind = name.lower().endswith(SUFFIXES), os.path.splitext(name)[1].lower()  # noqa: PTH122
     if member.isdir():
         return
+    link = ""
+    if member.issym() or member.islnk():
+        link = f"{printable(name)} is a link, to {printable(member.linkname)}; {_PACK_AGAIN} with tar --dereference --hard-dereference"
     if leads_out(member.name):
         shard.problems.append(f"{printable(member.name)} leads out of the shard's folder; {_PACK_AGAIN} with relative names")
     elif any(part.startswith(".") or part.lower() in SYSTEM_FOLDERS for part in name.split("/")):
         shard.passed["hidden"] += 1
-    elif is_image and (member.issym() or member.islnk()):
-        to = f"{printable(name)} is a link, to {printable(member.linkname)}"
-        shard.problems.append(f"{to}; {_PACK_AGAIN} with tar --dereference --hard-dereference")
+    elif is_image and link:
+        shard.problems.append(link)
     elif is_image and (not member.isreg() or member.issparse()):
         shard.problems.append(f"{printable(name)} is not a regular file; {_PACK_AGAIN} without it")
     elif is_image and name != name.encode(errors="replace").decode():
@@ -251,12 +252,15 @@ def _note(shard: _Shard, member: tarfile.TarInfo, descriptor: int) -> None:
     elif is_image:
         shard.names.add(name)
         shard.places.extend((member.offset_data, member.size))
+    elif kind in (".cls", ".json") and link:
+        shard.unclear[name[: -len(kind)]] = link
     elif kind in (".cls", ".json") and member.isreg():
         key = name[: -len(kind)]
         try:
             label = _label(os.pread(descriptor, min(member.size, _MOST_LABEL_BYTES), member.offset_data), kind)
         except (ValueError, RecursionError):
-            shard.unclear[key] = name
+            wanted = "an integer or a name" if kind == ".cls" else '{"label": an integer or a name}'
+            shard.unclear[key] = f"{printable(name)} holds no label; write {wanted} into it"
             return
         if label is not None:
             shard.keys[kind].add(key)
@@ -311,7 +315,7 @@ def _without_label(file: str, shard: _Columns, placed: list[tuple[str, str, str]
     is_bare = np.array([role in labelled and not of_class for role, of_class, _ in placed], bool)
     for row in np.flatnonzero(is_bare[shard.kind_n]).tolist():
         name = shard.kinds[shard.kind_n[row]][0] + shard.names[row].as_py()
-        yield f"{file}: {printable(name)} has no label, which others have; write its .cls, or {_PACK_AGAIN} without it"
+        yield f"{file}: {printable(name)} has no label, or one less than zero, but others do; write its .cls, or {_PACK_AGAIN} without it"
 
 
 def _names(shown: str, file: Path) -> list[str] | None:

@@ -392,6 +392,43 @@ def test_splits_with_other_names(flat_pets, tmp_path, splits, train_rows):
     assert any("2 images of other splits" in line for line in said) == (len(splits) > 1)
 
 
+@pytest.mark.parametrize("names", [["", "cat"], ["cat", " "]])
+def test_a_class_with_an_empty_name_is_refused_if_it_has_images(flat_pets, tmp_path, names):
+    files, empty = files_of(flat_pets, "train")[0][:2], [bool(name.strip()) for name in names].index(False)
+    for labels in ([0, 1], [empty, empty], [1 - empty, 1 - empty]):
+        write_arrow(tmp_path / "data.arrow", features_of(names), {"image": images_of(files), "label": pa.array(labels, pa.int64())})
+        if empty in labels:
+            (line,) = lines_of(saved(tmp_path))
+            assert f"label {empty} " in line
+        else:
+            assert scan(saved(tmp_path), 0)[0].classes == ["cat"]
+
+
+@pytest.mark.parametrize("empty", ["train", "test", ""])
+@pytest.mark.parametrize("how", ["no rows", "no files", "gone"])
+def test_a_split_without_rows_is_named(flat_pets, tmp_path, empty, how):
+    """It is ignored, unless there are then no images to train on."""
+    there = tmp_path / "saved"
+    for split in ["train", "test"] if empty else [""]:
+        save_split(there / split, *files_of(flat_pets, "val"), ["dog", "cat"])
+    if empty:
+        (there / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for file in (there / empty).glob("*.arrow"):
+        write_arrow(file, features_of(["dog", "cat"]), {"image": images_of([]), "label": pa.array([], pa.int64())})
+    if how == "no files":
+        (there / empty / "state.json").write_text('{"_data_files": []}')
+    elif how == "gone":
+        shutil.rmtree(there / empty)
+    if how == "gone" or empty != "test":
+        (line,) = lines_of(saved(there))
+        assert (empty or str(there)) in line
+        return
+    said: list[str] = []
+    listing, _ = scan(saved(there), 0, said.append)
+    assert (len(listing), listing.train_rows) == (2, 2)
+    assert any("the split test " in line for line in said)
+
+
 def test_memory_for_a_saved_dataset_is_that_of_columns(flat_pets, tmp_path):
     """For 20,000 rows in 100 classes: only numbers are stored per row; a string alone would need 70 bytes."""
     photo, rows = (flat_pets / "train/cat/b.jpg").read_bytes(), 20_000

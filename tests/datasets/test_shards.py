@@ -145,6 +145,34 @@ def test_files_without_a_label_matter_only_if_an_image_needs_it(pets, tmp_path_f
         assert (listing.classes, listing.paths) == (["cat", "dog"], ["cat/a.jpg", "dog/b.jpg"])
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+@pytest.mark.parametrize("suffix", ["cls", "json"])
+def test_a_label_file_that_is_a_link_matters_only_if_an_image_needs_it(pets, tmp_path_factory, kind, suffix):
+    """As tar packs files with several names."""
+    there, photo = tmp_path_factory.mktemp("shards"), (pets / "train/cat/b.jpg").read_bytes()
+    label = b"7" if suffix == "cls" else b'{"label": 7}'
+    for others in ({"b.json": b'{"label": 8}'} if suffix == "cls" else {"b.cls": b"8"}, {}):
+        pack(there / "0.tar", {"a.jpg": photo, f"a.{suffix}": label, "b.jpg": photo, **others})
+        with tarfile.open(there / "0.tar", "a") as tar:
+            entry = tarfile.TarInfo(f"b.{suffix}")
+            entry.type, entry.linkname = kind, f"a.{suffix}"
+            tar.addfile(entry)
+        if others:
+            assert scan(shards(there), 0)[0].paths == ["7/a.jpg", "8/b.jpg"]
+    (line,) = lines_of(shards(there))
+    assert f"b.{suffix} is a link, to a.{suffix}; " in line
+
+
+def test_a_label_less_than_zero_is_none(pets, tmp_path_factory):
+    there, photo = tmp_path_factory.mktemp("shards"), (pets / "train/cat/b.jpg").read_bytes()
+    members = {"a.jpg": photo, "a.cls": b"-1", "b.jpg": photo, "b.json": b'{"label": -100}'}
+    pack(there / "train.tar", members)
+    listing, _ = scan(shards(there), 0)
+    assert (listing.classes, listing.labels_N.tolist()) == ([], [-1, -1])
+    pack(there / "train.tar", members | {"c.jpg": photo, "c.cls": b"0"})
+    assert [line.split()[4] for line in lines_of(shards(there))] == ["a.jpg", "b.jpg"]
+
+
 NAMES = [["train", "test", "car"], ["val", "bus"], ["__MACOSX", ".x", "a/b"], ["Dog", "dog"], ["seg_train", "seg_test"]]
 
 
