@@ -45,7 +45,6 @@ def main(
     from bingo.params import read_yaml, validate
     from bingo.runtime.progress import progress_bar
 
-    _refuse_empty({"FOLDER": folder, "--teacher": teacher, "--student": student, "--student-weights": student_weights})
     with workspace_here(from_here("FOLDER", Path(folder)), keep=not dry_run) as is_new:
         params = read_yaml(PARAMS)
         validate(params, str(PARAMS))
@@ -144,14 +143,6 @@ def _refuse_uncommitted() -> None:
     else:
         return
     raise UserError(f"params.yaml: {problem}; {way_out} (bingo init --dry-run only reports)")
-
-
-def _refuse_empty(arguments: dict[str, str | None]) -> None:
-    """Raises UserError for each argument that is an empty string, as a shell's unset variable is."""
-    from bingo.runtime.errors import UserError
-
-    if empty := [name for name, value in arguments.items() if value == ""]:
-        raise UserError([f"{name} is empty: give a value, or leave it out" if name[0] == "-" else f"{name} is empty" for name in empty])
 
 
 def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_type: str) -> "ChosenTeacher":

@@ -118,10 +118,7 @@ def use(name: Name, root: Annotated[str | None, typer.Option(help="Folder of the
     replaces another one, whose settings are first reset to the committed values."""
     from bingo.params import read_yaml, validate
     from bingo.planning.recipes import as_text, lay_over, read_recipe, replaced
-    from bingo.runtime.errors import UserError
 
-    if root == "":
-        raise UserError("--root is empty: give the folder of the images")
     params = read_yaml(PARAMS)
     validate(params, str(PARAMS))
     overlay = replaced(FOLDER, name, params, _committed() or params)

@@ -5,8 +5,10 @@ No output depends on this file.
 
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +112,18 @@ def app_of(command: Callable[..., None]) -> typer.Typer:
 def run_command(command: typer.Typer | Callable[..., None]) -> None:
     """Run a command line in the workspace that contains the current folder. User errors are printed in one line each, with exit code 2."""
     with mistakes_as_lines():
+        _refuse_empty([Path(sys.argv[0]).name, *sys.argv[1:]])
         enter_workspace()
         _run(command if isinstance(command, typer.Typer) else app_of(command))
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Raise UserError for each argument of a command line that is blank, as a shell's unset variable is: Git and DVC take it for HEAD, and
+    pathlib for the current folder."""
+    empty = [f"the argument after {before}" for before, word in pairwise(words) if not word.strip()]
+    empty += [word.strip() for word in words if re.fullmatch(r"--[\w-]+=\s*", word)]
+    if empty:
+        raise UserError([f"{name} is empty: give a value, or leave the option out" for name in empty])
 
 
 def _run(app: typer.Typer) -> None:

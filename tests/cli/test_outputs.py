@@ -1,6 +1,7 @@
 """Files written by commands: they never replace an output of a stage, and a place that is not writable is an error before any work."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,22 @@ UNWRITABLE = {
     "/proc": "/proc/x{}", "below /proc": "/proc/x/y/z{}", "/sys": "/sys/x{}", "a file": "file/x{}", "a link to nothing": "nowhere/x{}",
     "a link to itself": "loop/x{}", "a long name": "n" * 248 + "{}", "a long folder": "n" * 256 + "/x{}", "a device": "/dev/null/x{}",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("init|", "init"), ("init|images|--teacher|", "--teacher"), ("recipe|use|method-seed|--root| ", "--root"),
+        ("experiments|--rev=", "--rev="), ("experiments||method-seed", "experiments"),
+        ("embed|\t|--out|x.npy", "embed"), ("bags|find|", "find"), ("bags|diff| |v1", "diff"),
+        ("linear_eval|", "linear_eval"), ("bags|gallery|--rev|", "--rev"),
+    ],
+)  # fmt: skip
+def test_an_empty_argument_is_an_error_in_one_line_before_any_work(workspace, arguments, named):
+    done = bingo(*arguments.split("|"))
+    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert re.match(rf"error: (the argument after )?{named} is empty: ", done.stderr)
+    assert sorted(path.name for path in workspace.iterdir()) == ["dvc.yaml", "params.yaml"]
 
 
 @pytest.mark.parametrize("place", UNWRITABLE)
