@@ -56,12 +56,14 @@ class GroupLost(Exception):
 
 
 class WorkerLost(Exception):
-    """A worker process was killed, with its exit code (minus the number of a signal) if it is known; the message is one line."""
+    """A worker process was killed, with its exit code (minus the number of a signal) if it is known; the message is one line. `less`: how
+    the user can make the workers use less memory, which it says if the cause may be a lack of memory."""
 
-    def __init__(self, exit_code: int | None = None):
-        how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code is not None and exit_code < 0 else "ended unexpectedly"
-        fewer = "lower the batch, use fewer workers (taskset -c 0-3 allows 3, one less than processors), or use more memory"
-        super().__init__(f"a worker process {how}, in most cases for lack of memory; {fewer}")
+    def __init__(self, less: str, exit_code: int | None = None):
+        lacking = {None: "memory", -signal.SIGKILL: "memory", -signal.SIGBUS: "shared memory (/dev/shm)"}.get(exit_code)
+        signalled = exit_code is not None and exit_code < 0
+        how = f"was killed by {signal.Signals(-(exit_code or 0)).name}" if signalled else "ended unexpectedly"
+        super().__init__(f"a worker process {how}{f', in most cases for lack of {lacking}; {less}, or use more of it' if lacking else ''}")
 
 
 def _shortened(line: str) -> str:

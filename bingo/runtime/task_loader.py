@@ -20,6 +20,7 @@ from bingo.runtime.errors import WorkerLost
 from bingo.runtime.workers import begin_worker, fork_server, worker_count
 
 Item = TypeVar("Item")
+_LESS = "lower the batch, use fewer workers (taskset -c 0-3 allows 3, one less than processors)"
 _END_SECONDS = 1  # within which a worker whose connection is lost is known to have ended
 
 
@@ -114,7 +115,7 @@ class TaskLoader:
             wait([worker.sentinel for worker in self._workers], _END_SECONDS)
             for worker in self._workers:
                 if worker.exitcode is not None:
-                    raise WorkerLost(worker.exitcode) from None
+                    raise WorkerLost(_LESS, worker.exitcode) from None
             raise
 
 

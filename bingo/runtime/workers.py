@@ -19,6 +19,7 @@ MOST_WORKERS = 32
 THREADS_UP_TO_FILES = 4096  # processes scale further than threads, but take about a second to start
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_LESS = "use fewer workers (taskset -c 0-3 allows 8, two per processor)"
 KEPT_BYTES = 2**26  # in each worker, enough for a few large images
 
 
@@ -49,7 +50,7 @@ def worker_pool(files: int) -> Iterator[Executor]:
     try:
         yield pool
     except BrokenProcessPool:
-        raise WorkerLost from None
+        raise WorkerLost(_LESS) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
