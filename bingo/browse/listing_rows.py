@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bingo.images.listing import PARQUET_DAMAGE, column_digest, first_outside, metadata_of
+from bingo.images.listing import PARQUET_DAMAGE, STRINGS, column_digest, first_outside, metadata_of
 from bingo.runtime.errors import UserError, reason_of
 
 _COLUMNS = ["row", "path", "label", "split"]
@@ -54,7 +54,7 @@ class ListingRows:
 
     def columns(self) -> tuple[pa.Array, pa.Array]:
         """Paths and class names of all rows, as strings; null where the class is unknown."""
-        paths = pa.chunked_array([column for _, columns in self._path_columns() for column in columns.chunks], pa.string())
+        paths = pa.chunked_array([column for _, columns in self._path_columns() for column in columns.cast(STRINGS).chunks], STRINGS)
         unknown_N = (self.labels_N < 0) | (self.labels_N >= len(self.classes))
         return paths.combine_chunks(), pa.array(self.classes, pa.string()).take(pa.array(self.labels_N, mask=unknown_N))
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bingo.images.listing import Paths, path_column
+from bingo.images.listing import STRINGS, Paths, path_column
 from bingo.runtime.artefacts import errors_named, fingerprint
 from bingo.runtime.checksums import Damaged, seal, unseal
 from bingo.runtime.workers import worker_pool
@@ -29,7 +29,7 @@ _SETTLED_NS = 2 * 10**9  # a file that was changed just before may change again 
 _PATH, _IDENTITY = "path", "identity"
 _SCHEMA = pa.schema(
     {
-        _PATH: pa.string(), _IDENTITY: pa.binary(32), "size_bytes": pa.int64(), "sha256": pa.binary(32), "largest": pa.int32(),
+        _PATH: STRINGS, _IDENTITY: pa.binary(32), "size_bytes": pa.int64(), "sha256": pa.binary(32), "largest": pa.int32(),
         "deep_colours": pa.bool_(), "reason": pa.string(),
     }
 )  # fmt: skip

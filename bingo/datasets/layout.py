@@ -23,7 +23,7 @@ from bingo.datasets.members import Members, Placed, rows_of
 from bingo.datasets.split_names import look_like_splits, role_of, split_word
 from bingo.datasets.subset import Counts
 from bingo.images.decode import SUFFIXES
-from bingo.images.listing import Paths, joined_paths, path_column
+from bingo.images.listing import STRINGS, Paths, joined_paths, path_column
 from bingo.runtime.errors import UserError, printable
 from bingo.runtime.inside import folded
 from bingo.runtime.progress import progress_bar
@@ -281,7 +281,7 @@ def _tree(shown: str, members: Members | None) -> _Tree | None:
     above = pc.replace_substring_regex(paths, r"(?s)/?[^/]*$", "").dictionary_encode()
     names = above.dictionary.to_pylist()
     all_names = {"/".join(parts[:depth]) for parts in (name.split("/") for name in ["", *names]) for depth in range(len(parts) + 1)}
-    if (both := pc.index(pc.is_in(paths, pa.array(all_names, pa.string())), True).as_py()) >= 0:
+    if (both := pc.index(pc.is_in(paths, pa.array(all_names, STRINGS)), True).as_py()) >= 0:
         raise UserError(f"{shown}: {printable(paths[both].as_py())} is an image and a folder of images; rename one")
     rows = dict(zip(names, rows_of(above.indices.to_numpy(), len(names)), strict=True))
     folders = {name: (rows.get(name, np.empty(0, np.int64)), list[str]()) for name in all_names}
@@ -420,7 +420,7 @@ class _Walker:
                 else:
                     raise UserError(f"{self.shown}: {path} is not a regular file (a pipe or device?); remove it")
             columns.append(self._column(above, names))
-        images = pa.chunked_array(columns, pa.string())
+        images = pa.chunked_array(columns, STRINGS)
         found = Paths(images.take(pc.sort_indices(images))), sorted(folders)
         if folder:
             self.refuse_outside(links)
@@ -485,7 +485,7 @@ class _Walker:
     def _column(self, above: str, names: list[str]) -> pa.Array:
         """Paths in the folder `above`. Raises UserError if one is not UTF-8."""
         try:
-            return pa.array([above + name for name in names], pa.string())
+            return pa.array([above + name for name in names], STRINGS)
         except UnicodeEncodeError:
             path = next(path for path in (above + name for name in names) if path.encode(errors="replace").decode() != path)
             raise UserError(f"{self.shown}: {path!a} is not a UTF-8 name; rename it") from None

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bingo.images.listing import Paths, joined_paths, path_column
+from bingo.images.listing import STRINGS, Paths, joined_paths, path_column
 from bingo.images.positions import Positions
 from bingo.runtime.errors import UserError, printable
 
@@ -128,10 +128,13 @@ def placed_path(split: str, of_class: str, name: str) -> str:
 
 def paths_below(folders: list[str], number_n: np.ndarray, names: pa.Array | pa.ChunkedArray) -> Paths:
     """The paths of n names, each below the folder of its number; an empty folder is none."""
-    above = pa.array([folder and f"{folder}/" for folder in folders], pa.string())
+    above = pa.array([folder and f"{folder}/" for folder in folders], STRINGS)
     blocks = (slice(start, start + _BLOCK_ROWS) for start in range(0, len(names), _BLOCK_ROWS))
-    parts = (pc.binary_join_element_wise(above.take(pa.array(number_n[rows])), names[rows], "") for rows in blocks)
-    return joined_paths(Paths(pa.chunked_array(pa.chunked_array(part).chunks, pa.string())) for part in parts)
+    parts = (
+        pc.binary_join_element_wise(above.take(pa.array(number_n[rows])), names[rows].cast(STRINGS), pa.scalar("", STRINGS))
+        for rows in blocks
+    )
+    return joined_paths(Paths(pa.chunked_array(pa.chunked_array(part).chunks, STRINGS)) for part in parts)
 
 
 def positions_of(files: list[str], file_bytes: list[int], places: list[np.ndarray]) -> Positions:

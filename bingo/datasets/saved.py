@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from bingo.datasets.members import Members, PathRows, Placed, class_names, paths_below, placed_path, positions_of, refuse
 from bingo.datasets.split_names import role_of, split_folder
 from bingo.images.decode import SUFFIXES
-from bingo.images.listing import Paths
+from bingo.images.listing import STRINGS, Paths
 from bingo.runtime.errors import UserError, printable, short
 from bingo.runtime.inside import path_inside
 from bingo.runtime.progress import progress_bar
@@ -239,8 +239,8 @@ def _paths(placed: Placed, names: pa.ChunkedArray) -> tuple[Paths, PathRows]:
     for split in {split for split, _ in placed.pairs}:
         in_split = np.array([own == split for own, _ in placed.pairs])[placed.number_N]
         number_N[in_split] = np.arange(in_split.sum())
-    padded = pc.utf8_lpad(pc.cast(pa.array(number_N), pa.string()), len(str(len(names))), "0")
-    paths = paths_below(folders, placed.number_N, pc.binary_join_element_wise(padded, ".jpg", ""))
+    padded = pc.utf8_lpad(pc.cast(pa.array(number_N), STRINGS), len(str(len(names))), "0")
+    paths = paths_below(folders, placed.number_N, pc.binary_join_element_wise(padded, *pa.array([".jpg", ""], STRINGS)))
     return paths, PathRows(paths)
 
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from bingo.datasets.subset import balanced_rows
 from bingo.evals.finetune import Protocol, task_of
 from bingo.images.images import Images
-from bingo.images.listing import Listing, path_column
+from bingo.images.listing import STRINGS, Listing, path_column
 from bingo.params import Params, SplitParams
 from bingo.runtime.errors import UserError
 
@@ -62,7 +62,7 @@ def listed_rows(listing: Listing, list_file: Path | str, name: str) -> np.ndarra
     lines = _lines(list_file, shown)
     if not lines:
         raise UserError(f"{shown}: lists no images; give one file name per line, or set null for a seeded draw")
-    asked = pa.array({name.rpartition("/")[2] for line in lines for name in (line, _COLUMN.split(line, maxsplit=1)[0])}, pa.string())
+    asked = pa.array({name.rpartition("/")[2] for line in lines for name in (line, _COLUMN.split(line, maxsplit=1)[0])}, STRINGS)
     file_names = pc.replace_substring_regex(path_column(listing.paths[: listing.train_rows]), r"(?s)^.*/", "")
     by_file_name: dict[str, list[int]] = defaultdict(list)
     for row in np.flatnonzero(pc.is_in(file_names, asked)).tolist():

@@ -23,6 +23,7 @@ from bingo.runtime.errors import UserError
 from bingo.runtime.workers import in_order
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.int64()), ("split", pa.string())])
+STRINGS = pa.large_string()  # of paths in memory, which may have 2^31 bytes and more together; in files each row group has less
 _HELD_OUT = "held_out"  # in the metadata if test images were held out
 _KEYS = ("dataset", "classes", "skipped", "fingerprint", "rows", "train_rows", "gray_bits", "group_rows", "columns", "checksum")
 PARQUET_DAMAGE = (pa.ArrowException, ValueError, OSError, KeyError, TypeError, MemoryError)  # errors that pyarrow raises for damaged files
@@ -35,7 +36,7 @@ class Paths(Sequence[str]):
     """Strings in an Arrow column, since millions of Python strings take several times the memory. Equal to a list of the same strings."""
 
     def __init__(self, column: pa.ChunkedArray):
-        self.column = column
+        self.column = column.cast(STRINGS)
 
     def __len__(self) -> int:
         return len(self.column)
@@ -72,12 +73,17 @@ class Paths(Sequence[str]):
 
 def path_column(paths: Sequence[str]) -> pa.Array:
     """The paths as one Arrow array."""
-    return paths.column.combine_chunks() if isinstance(paths, Paths) else pa.array(paths, pa.string())
+    return paths.column.combine_chunks() if isinstance(paths, Paths) else pa.array(paths, STRINGS)
+
+
+def _short(paths: Sequence[str]) -> pa.Array:
+    """Some paths, less than 2^31 bytes, as in a file. They are copied, because offsets in a part of a column are those in the whole."""
+    return path_column(paths).take(pa.array(np.arange(len(paths)))).cast(pa.string())
 
 
 def joined_paths(parts: Iterable[Sequence[str]]) -> Paths:
     """The paths of all parts, concatenated."""
-    return Paths(pa.chunked_array([pa.concat_arrays([pa.array([], pa.string()), *map(path_column, parts)])]))
+    return Paths(pa.chunked_array([pa.concat_arrays([pa.array([], STRINGS), *map(path_column, parts)])]))
 
 
 def first_outside(paths: pa.ChunkedArray) -> str | None:
@@ -165,7 +171,7 @@ def listing_fingerprint(header: dict, paths: Sequence[str], contents: Contents, 
         split, rows = group
         sizes, labels = (pc.cast(pa.array(x[rows]), pa.string()) for x in (contents.sizes_N, labels_N))
         hashes = pa.scalar("null") if contents.sha256_N is None else _quoted(_hex(contents.sha256_N[rows]))
-        columns = [_json_strings(path_column(paths[rows])), sizes, hashes, labels, pa.scalar(f'"{split}"]\n')]
+        columns = [_json_strings(_short(paths[rows])), sizes, hashes, labels, pa.scalar(f'"{split}"]\n')]
         lines = pc.binary_join_element_wise(pa.scalar("["), pc.binary_join_element_wise(*columns, ", "), "")
         offsets = np.frombuffer(lines.buffers()[1], np.int32)
         return memoryview(lines.buffers()[2])[offsets[lines.offset] : offsets[lines.offset + len(lines)]]
@@ -208,9 +214,9 @@ def memory_listing(
 def write_listing(path: Path | str, listing: Listing) -> None:
     """Write the listing as Parquet with columns row, path, label, split; everything else is in the schema's metadata."""
     n = len(listing)
-    splits = pa.concat_arrays([pa.repeat("train", listing.train_rows), pa.repeat("test", n - listing.train_rows)])
-    columns = [pa.array(np.arange(n)), path_column(listing.paths), pa.array(listing.labels_N), splits]
-    table = pa.table(columns, schema=_SCHEMA)
+    table = pa.concat_tables(
+        [_SCHEMA.empty_table(), *(_group(listing, row, min(n, row + _GROUP_ROWS)) for row in range(0, n, _GROUP_ROWS))]
+    )
     metadata = {
         "dataset": listing.dataset,
         "classes": json.dumps(listing.classes, ensure_ascii=False),
@@ -227,6 +233,13 @@ def write_listing(path: Path | str, listing: Listing) -> None:
     sink = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(metadata), sink, row_group_size=_GROUP_ROWS, compression="zstd")
     write_bytes(path, sink.getvalue())
+
+
+def _group(listing: Listing, first: int, end: int) -> pa.Table:
+    """A row group of a listing's file."""
+    row_n = np.arange(first, end)
+    splits = pa.array(["train", "test"]).take(pa.array((row_n >= listing.train_rows).astype(np.int8)))
+    return pa.table([pa.array(row_n), _short(listing.paths[first:end]), pa.array(listing.labels_N[first:end]), splits], schema=_SCHEMA)
 
 
 def _column_digests(table: pa.Table, group_rows: int) -> dict[str, list[str]]:

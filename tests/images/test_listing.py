@@ -4,6 +4,7 @@ import hashlib
 import json
 import tracemalloc
 from dataclasses import replace
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from bingo.browse.listing_rows import ListingRows
+from bingo.datasets.members import PathRows
 from bingo.images.images import FileImages, MemoryImages, open_images, write_images
 from bingo.images.listing import (
     Contents,
     Listing,
     Paths,
     first_outside,
+    joined_paths,
     listing_fingerprint,
     read_judged_listing,
     read_listing,
@@ -193,6 +196,30 @@ def test_reading_a_listing_creates_no_object_per_row(tmp_path):
     tracemalloc.stop()
     assert peak < 40 * rows
     assert found.paths[rows - 1] == f"train/class/some photograph {rows - 1}.jpg"
+
+
+def behind_2_gib(paths: list[str]) -> Paths:
+    """The same paths as the last of a column whose strings have more than 2^31 bytes together; the system gives memory only to those."""
+    text = [path.encode() for path in paths]
+    memory = mmap(-1, 2**31 + sum(map(len, text)))
+    memory[2**31 :] = b"".join(text)
+    ends = 2**31 + np.cumsum([0, *map(len, text)])
+    return Paths(pa.chunked_array([pa.LargeStringArray.from_buffers(len(paths), pa.py_buffer(ends), pa.py_buffer(memory))]))
+
+
+def test_paths_with_more_than_2_gib_of_text_are_those_of_a_list(tmp_path):
+    paths = [*LISTING.paths, "val/a/4.jpg"]
+    far, labels_N, hashes = behind_2_gib(paths), np.array([0, 1, 0, 0]), np.zeros((4, 32), np.uint8)
+    for number, kept in enumerate((paths, far)):
+        write_listing(tmp_path / f"{number}.parquet", replace(LISTING, paths=kept, labels_N=labels_N))
+    assert (tmp_path / "0.parquet").read_bytes() == (tmp_path / "1.parquet").read_bytes()
+    fingerprints = {listing_fingerprint({}, kept, Contents(labels_N, hashes), labels_N, 2) for kept in (paths, far)}
+    assert len(fingerprints) == 1
+    assert joined_paths([far, paths, far]) == paths * 3
+    assert far.take(np.array([3, 0])) == [paths[3], paths[0]]
+    assert PathRows(joined_paths([far])).of([paths[2]]).tolist() == [2]
+    in_memory = [far, far[1:3], far.in_order(), joined_paths([]), joined_paths([paths]), read_listing(tmp_path / "1.parquet").paths]
+    assert {kept.column.type for kept in in_memory} == {pa.large_string()}
 
 
 @pytest.mark.parametrize("hashed", [True, False])
