@@ -1,7 +1,8 @@
 """Progress of long work, on the standard error of the first process: a bar on a terminal, occasional lines in a file or a pipe.
 
 Work of up to two seconds shows nothing. The first line is printed after two seconds (five if no unit is done yet), the next ones every
-30 seconds or 5 % of the whole time, whichever is longer, but at least every five minutes.
+30 seconds or 5 % of the whole time, whichever is longer, but at least every five minutes. Rate and remaining time are shown after a
+thousandth of the work or 20 seconds.
 """
 
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 _SILENT_SECONDS, _FIRST_UNIT_SECONDS = 2.0, 5.0
 _LINE_SECONDS, _LINE_SHARE, _MOST_LINE_SECONDS = 30.0, 0.05, 300.0
+_KNOWN_SHARE, _KNOWN_SECONDS = 0.001, 20.0
 _POLL_SECONDS = 0.5  # a unit of work may take minutes, so a thread watches the clock
 _shown = threading.Lock()  # held by the outermost loop: nested loops show nothing
 clock = time.monotonic  # tests replace it
@@ -62,11 +64,11 @@ class Bar:
         seconds = clock() - self._begun
         if self._display is None or self._closed.is_set() or seconds < _SILENT_SECONDS:
             return
-        moved = self._done - self._first
-        rate = moved / seconds
-        whole_seconds = seconds * (self._total - self._first) / moved if self._total and moved else seconds
-        note = f"{_number(rate)} {self._unit}/s" if moved else f"{_clock_time(seconds)} so far"
-        if self._total and moved:
+        moved, whole = self._done - self._first, self._total - self._first
+        rate, known = moved / seconds, moved > 0 and (moved >= _KNOWN_SHARE * whole or seconds >= _KNOWN_SECONDS)
+        whole_seconds = seconds * whole / moved if self._total and known else seconds
+        note = f"{_number(rate)} {self._unit}/s" if known else f"{_clock_time(seconds)} so far"
+        if self._total and known:
             note += f", {_clock_time(max(0.0, (self._total - self._done) / rate))} left"
         note = f"{self.remark}, {note}" if self.remark else note
         count = f"{self._done:,} {self._unit}" if self._unit else ""

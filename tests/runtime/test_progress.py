@@ -125,6 +125,20 @@ def test_a_line_has_count_share_rate_and_time_left(monkeypatch, resumed):
         assert left[0] * 3600 + left[1] * 60 + left[2] == pytest.approx(500 - at, abs=1)
 
 
+def test_a_slow_start_gives_no_estimate(monkeypatch):
+    """One unit of 1,000,000 after 5 seconds, at which the work would take 58 days; it is done in 100 seconds."""
+    clock = Clock(monkeypatch)
+    with progress.progress_bar("neighbours", 1_000_000, "rows") as bar:
+        for seconds, done in ((5, 1), (40, 400_000), (100, 1_000_000)):
+            clock.seconds = 1000.0 + seconds
+            bar.advance_to(done)
+    lines = [line for _, line in clock.lines]
+    assert lines[:2] == [
+        "neighbours: 0 % (1 of 1,000,000 rows), 0:00:05 so far",
+        "neighbours: 40 % (400,000 of 1,000,000 rows), 10,000 rows/s, 0:01:00 left",
+    ]
+
+
 def test_a_remark_of_a_loop_is_in_the_line_until_it_changes(monkeypatch):
     clock = Clock(monkeypatch)
     with progress.progress_bar("train", 100, "anchors") as bar:
