@@ -5,6 +5,7 @@ bingo init ~/photos --teacher dinov2-s --minutes 30
 
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +18,12 @@ from bingo.pipeline.commands import from_here
 from bingo.runtime.errors import printable
 
 if TYPE_CHECKING:
+    from bingo.params import CachedProbeParams
     from bingo.planning.first_params import ChosenTeacher, Network, Plan
     from bingo.planning.look import Look
 
 CPU_MINUTES, GPU_MINUTES = 30, 480
+LONG_SECONDS = 60  # of a network's part of the run, from which a cheaper network is worth a thought
 DEFAULT_TEACHER = "dinov2-s"
 
 
@@ -52,7 +55,7 @@ def main(
             _refuse_uncommitted()
 
         from bingo.pipeline.run import pick_device  # these load torch, which takes seconds
-        from bingo.planning.first_params import fit, measure_pace
+        from bingo.planning.first_params import fit, least_minutes, measure_pace, split_counts
         from bingo.planning.look import look_at
         from bingo.planning.recipes import lay_over
 
@@ -62,7 +65,7 @@ def main(
         chosen, network = _teacher(teacher, checkpoint, look, device.type), _student(student, student_weights, look)
         budget = minutes or (CPU_MINUTES if device.type == "cpu" else GPU_MINUTES)
         with progress_bar("measuring this machine"):
-            pace = measure_pace(look, network, chosen, device, cores)
+            pace = measure_pace(look, network, chosen, device, cores, _layer(params, look))
         plan = fit(look, chosen, network, pace, budget)
         changes = _changes(folder, look, plan, chosen, device.type == "cuda")
         changes["dataset"]["follow_links"] = follow_links
@@ -72,11 +75,12 @@ def main(
         _check_params(params, folder)
         if not dry_run:
             write_params(changes, params)
-        smaller = "a smaller teacher" if network is None else "a smaller teacher or student"
+        least = partial(least_minutes, look, chosen, network, pace)
+        way_out = f"give --minutes {least(plan.train_images)}{_cheaper(plan, chosen, network)}"
         lines = [
             *_seen_lines(folder, look),
-            *_choice_lines(look, plan, chosen, student_weights),
-            *_cost_lines(plan, budget, device.type, cores, load, smaller),
+            *_choice_lines(look, plan, chosen, student_weights, least(split_counts(look)[0])),
+            *_cost_lines(plan, budget, device.type, cores, load, way_out),
             "nothing is written: --dry-run" if dry_run else _next_line(is_new),
         ]
         typer.echo("\n".join(lines))
@@ -85,13 +89,28 @@ def main(
 def _changes(folder: str, look: "Look", plan: "Plan", teacher: "ChosenTeacher", on_gpu: bool) -> dict[str, Any]:
     """The parameters to change: those of the recipe for images of this size, and those that the plan sets."""
     from bingo.pipeline.launch import expected_processes
-    from bingo.planning.first_params import SMALL_PX, overlay
-    from bingo.planning.recipes import lay_over, read_recipe
+    from bingo.planning.first_params import overlay
+    from bingo.planning.recipes import lay_over
 
-    changes = read_recipe(FOLDER, "parts/small-photographs" if look.short_px[1] <= SMALL_PX else "parts/photographs").overlay
+    changes = _recipe(look)
     lay_over(changes, overlay(look, plan, teacher, seen_from_workspace(folder), on_gpu, expected_processes()))
     changes["dataset"]["source"] = look.source
     return changes
+
+
+def _recipe(look: "Look") -> dict[str, Any]:
+    """The overlay of the recipe for images of this size."""
+    from bingo.planning.first_params import SMALL_PX
+    from bingo.planning.recipes import read_recipe
+
+    return read_recipe(FOLDER, "parts/small-photographs" if look.short_px[1] <= SMALL_PX else "parts/photographs").overlay
+
+
+def _layer(params: dict[str, Any], look: "Look") -> "CachedProbeParams":
+    """The settings of the linear layers that will be trained on stored features."""
+    from bingo.params import CachedProbeParams
+
+    return CachedProbeParams(**params["linear_eval"]["cached"] | _recipe(look)["linear_eval"]["cached"])
 
 
 def _start(weights: str | None) -> str | None:
@@ -235,8 +254,8 @@ def _seen_lines(folder: str, look: "Look") -> list[str]:
     return lines
 
 
-def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights: str | None) -> list[str]:
-    """Lines on what was chosen and why."""
+def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights: str | None, minutes_for_all: int) -> list[str]:
+    """Lines on what was chosen and why; `minutes_for_all` is the time limit for which all images fit."""
     from bingo.params.known import known_names, known_teacher
     from bingo.planning.first_params import PRETRAINED, SMALL_PX, split_counts
 
@@ -249,8 +268,7 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights:
     drawn = [("train", plan.train_images, train), ("test", plan.test_images, test)] if look.test else [("train", plan.train_images, train)]
     for split, count, of in drawn:
         if count < of:
-            way_out = f"for all, set dataset.{split}_images: null"
-            lines.append(f"{split} images: {count:,} of {of:,} are drawn, to stay within the time; {way_out}")
+            lines.append(f"{split} images: {count:,} of {of:,} are drawn, to shorten the run; for all, give --minutes {minutes_for_all}")
     if teacher.name is None:
         network = f"{PRETRAINED.arch} x {PRETRAINED.width:g}"
         lines.append(f"teacher: {network}, pretrained with MoCo-v2 on these images; for published teachers, see: bingo teachers")
@@ -273,18 +291,29 @@ def _choice_lines(look: "Look", plan: "Plan", teacher: "ChosenTeacher", weights:
     return lines
 
 
-def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, load: float, smaller: str) -> list[str]:
-    """Lines on the time of the run on this machine, whose load average was `load`; `smaller` is what to choose if it is too long."""
-    of_teacher, of_student, evaluations = (seconds / 60 for seconds in plan.seconds)
-    machine = f"{cores} CPU cores" if device_type == "cpu" else "one GPU"
-    starts = plan.minutes - sum(plan.seconds) / 60
-    parts = f"teacher {of_teacher:.1f}, student {of_student:.1f}, evaluations {evaluations:.1f}, starting the stages {starts:.1f}"
+def _cheaper(plan: "Plan", teacher: "ChosenTeacher", student: "Network | None") -> str:
+    """What else would make the run shorter: another network in place of one that takes more than a minute."""
+    others = []
+    if plan.seconds["teacher"] > LONG_SECONDS:
+        kind = "a published teacher, which is not trained here" if teacher.name is None else "a smaller teacher"
+        others.append(f", or choose {kind} (see: bingo teachers)")
+    if student is not None and plan.seconds["student"] + plan.seconds["evaluations"] > LONG_SECONDS:
+        others.append(", or choose a smaller --student")
+    return "".join(others)
+
+
+def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, load: float, way_out: str) -> list[str]:
+    """Lines on the time of the run on this machine, whose load average was `load`; `way_out` is what to do if it is too long."""
+    machine = f"{cores} CPU core{'s'[: cores > 1]}" if device_type == "cpu" else "one GPU"
+    minutes = {part: seconds / 60 for part, seconds in plan.seconds.items()}
+    minutes["starting the stages"] = plan.minutes - sum(minutes.values())
+    parts = ", ".join(f"{part} {taken:.1f}" for part, taken in minutes.items())
     lines = [
         f"time: about {plan.minutes:.{int(plan.minutes < 10)}f} min on {machine} if otherwise idle, estimated by a short trial ({parts})"
     ]
     if round(plan.minutes, int(plan.minutes < 10)) > budget:
-        lines.append(f"warning: more than {budget:g} min, although this is the cheapest choice; raise --minutes, or choose {smaller}")
+        lines.append(f"warning: this is the shortest run, but takes more than --minutes {budget:g}; {way_out}")
     if load > cores / 2:
-        busy = f"other programs are running (load average {load:.1f} on {cores} cores)"
+        busy = f"other programs are running (load average {load:.1f} on {cores} core{'s'[: cores > 1]})"
         lines.append(f"warning: {busy} and slowed the trial, on which the time and the settings depend; if that changes, run this again")
     return lines

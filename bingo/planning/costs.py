@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bingo.bags.ivf import InvertedFile
 from bingo.methods.contract import Batch, Method, Progress
 
 SUSTAINED_FLOP_PER_SECOND = 2e14  # an assumption: sustained by a recent data-centre GPU in bf16, about a fifth of its peak
@@ -98,6 +99,11 @@ class _Meter:
         self.holders[address] = after
         self.bytes += storage_bytes * (bool(after) - bool(before))
         self.most_bytes = max(self.most_bytes, self.bytes)
+
+
+def search_flops(rows: int, width: int, ivf: InvertedFile | None = None) -> float:
+    """FLOPs of the search for the nearest of `rows` rows of `width` numbers to each of them, exact or in an inverted file."""
+    return 2 * width * (float(rows) ** 2 if ivf is None else ivf.cosines(rows))
 
 
 def forward_flops(network: nn.Module, images_BCHW: Tensor) -> int:

@@ -13,7 +13,7 @@ from bingo.bags.ivf import InvertedFile
 from bingo.datasets.subset import Counts
 from bingo.methods.contract import Progress
 from bingo.params import ImageParams, Params
-from bingo.planning.costs import forward_flops, saved_bytes, step_flops
+from bingo.planning.costs import forward_flops, saved_bytes, search_flops, step_flops
 from bingo.planning.dry_run import DryTraining
 from bingo.teachers.teacher import Teacher
 
@@ -92,9 +92,9 @@ def _training(training: DryTraining, counts: Counts) -> float:
 def _bag_flops(params: Params, train: int, feature_width: int) -> float:
     """For knn, all pairs of train rows, or those that the inverted file compares; for kmeans, rows times centroids in each iteration, then
     pairs within clusters."""
-    pairs = 2 * train**2 * feature_width
+    pairs = search_flops(train, feature_width)
     if params.bagging.search != "exact":  # cuVS also builds its graph from an inverted file
-        return 2 * InvertedFile(params.bagging.lists, params.bagging.probes, params.seed).cosines(train) * feature_width
+        return search_flops(train, feature_width, InvertedFile(params.bagging.lists, params.bagging.probes, params.seed))
     if params.bagging.method == "kmeans":
         return pairs * params.bagging.clusters / train * params.bagging.iterations + pairs / params.bagging.clusters
     return pairs

@@ -1,26 +1,29 @@
 """The parameters that `bingo init` chooses: those that suit the images and the time, on this machine.
 
-The time of a run is estimated from the floating-point operations of the networks and the number of decoded images, with this machine's
-measured rates of both (`measure_pace`). The choice is the first of `_candidates` that fits, with as many epochs as fit.
+The time of a run is estimated from the floating-point operations of the networks and of the searches for neighbours, and the numbers of
+decoded images and of features that linear layers learn, with this machine's measured rates of each (`measure_pace`). The choice is the
+first of `_candidates` that fits, with as many epochs as fit.
 
-Letters: T train images, V stored views of each, E epochs.
+Letters: T train images, V stored views of each, E epochs, Q test images.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import product
+from itertools import product, takewhile
 from typing import Any
 
 import torch
 
+from bingo.bags.ivf import InvertedFile
 from bingo.evals.probe import BANK_IMAGES, QUERY_IMAGES
+from bingo.images.images import PIXELS_PX
 from bingo.nets.backbones import build_backbone, check_images, sizes_near, takes
-from bingo.nets.precision import autocast
-from bingo.planning.costs import forward_flops
+from bingo.params import CachedProbeParams
+from bingo.planning.costs import search_flops
 from bingo.planning.look import Look
+from bingo.planning.pace import Network, Pace, feature_width, flops_in_a_second, layer_seconds, network_flops, searched_in_a_second
 from bingo.runtime.errors import UserError
 from bingo.training.narrow_keys import FITTED_IMAGES
 
@@ -37,31 +40,10 @@ _SMALL_STEMS = ("resnet", "efficientnet", "tf_efficientnet", "mobilenetv3")
 _ANCHOR_PASSES = 3.3  # cost of a step per anchor, in forward passes: one view, forward and backward, and heads
 _KEY_WIDTH = 128  # of a wider teacher, which lost nothing with these terms (benchmarks/results/study.md)
 _PRETRAIN_PASSES = 4.2
-_NETWORKS, _PASSES = 2, 2  # evaluated networks: the student and the untrained network; by linear_eval and knn_eval
+_NETWORKS = 2  # evaluated networks: the student and the untrained network
+_PROBES = 5  # in a training
+_LISTS_SEARCHED, _SAMPLED_ANCHORS, _MOST_FAILURES = 64, 1000, 2000  # bagging.probes; of figures of bags; of images whose neighbours differ
 _FIXED_SECONDS = 70.0  # for starting all stages
-_TRIAL_SECONDS = 1.5
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Rates of this machine, per second: FLOP of the teacher's and of the student's forward pass, FLOP of training (forward and
-    backward), decoded images. Narrow networks and depthwise convolutions reach far fewer FLOP/s than others.
-    """
-
-    teacher_flops: float
-    inference_flops: float
-    training_flops: float
-    images: float
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network as described in the sections teacher and student."""
-
-    arch: str
-    width: float
-    stem: str
-
 
 PRETRAINED = Network("resnet10t", 0.25, "small")
 
@@ -87,7 +69,8 @@ class ChosenTeacher:
 
 @dataclass(frozen=True)
 class Plan:
-    """The choice, and the seconds that it will take: for the teacher (its training and its pass), the student, and the evaluations."""
+    """The choice, and the seconds that it will take, by part of the run: scan, teacher (its training and its pass), bags, student, and
+    evaluations."""
 
     student: Network
     crop_px: int
@@ -96,12 +79,12 @@ class Plan:
     train_images: int
     test_images: int
     epochs: int
-    seconds: tuple[float, float, float]
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def minutes(self) -> float:
         """Minutes of the whole run."""
-        return (sum(self.seconds) + _FIXED_SECONDS) / 60
+        return (sum(self.seconds.values()) + _FIXED_SECONDS) / 60
 
 
 def stem_for(arch: str, look: Look) -> str:
@@ -154,6 +137,12 @@ def fit(look: Look, teacher: ChosenTeacher, student: Network | None, pace: Pace,
     return plan
 
 
+def least_minutes(look: Look, teacher: ChosenTeacher, student: Network | None, pace: Pace, train_images: int) -> int:
+    """The fewest whole minutes for which a run on this many train images, or on more, fits, with a tenth for the next trial to differ."""
+    plans = takewhile(lambda plan: plan.train_images >= train_images, _candidates(look, teacher, student))
+    return math.ceil(1.1 * min(timed(plan, look, teacher, pace).minutes for plan in plans))
+
+
 def _candidates(look: Look, teacher: ChosenTeacher, student: Network | None) -> Iterator[Plan]:
     """Plans with the fewest epochs, in order of preference."""
     train, test = split_counts(look)
@@ -161,34 +150,71 @@ def _candidates(look: Look, teacher: ChosenTeacher, student: Network | None) -> 
     students = [Network("resnet18", width, stem) for width in _WIDTHS]
     students = [one for one in students if parameters_m(one) < teacher.parameters_m] or students[-1:]
     if teacher.name is None:
-        students = [Network("resnet10t", 0.125, stem)]
+        students = [_beside_pretrained(stem)]
     if student is not None:
         students = [student]
     teachers_px = [teacher.crop_px, *([_LEAST_TEACHER_PX] if stem == "small" and teacher.crop_px > _LEAST_TEACHER_PX else [])]
     while True:
         for network, crop_px, teacher_px, views in product(students, sides, teachers_px, (4, 2, 1)):
-            yield Plan(network, crop_px, teacher_px, views, train, test, FEWEST_EPOCHS, (0.0, 0.0, 0.0))
+            yield Plan(network, crop_px, teacher_px, views, train, test, FEWEST_EPOCHS)
         if train <= FEWEST_TRAIN_IMAGES:
             return
         train = max(FEWEST_TRAIN_IMAGES, train // 2)
         test = min(test, max(FEWEST_TEST_IMAGES, train // 5))
 
 
+def _beside_pretrained(stem: str) -> Network:
+    """The student of a teacher that is pretrained on these images."""
+    return Network("resnet10t", 0.125, stem)
+
+
 def timed(plan: Plan, look: Look, teacher: ChosenTeacher, pace: Pace) -> Plan:
     """The plan with the seconds that it takes at this pace."""
-    T, V, E, test = plan.train_images, plan.views, plan.epochs, plan.test_images
+    T, V, E, Q = plan.train_images, plan.views, plan.epochs, plan.test_images
     decoding = 0.0 if look.short_px[1] <= SMALL_PX else 1 / pace.images
     student_flops = network_flops(plan.student, plan.crop_px)
     teacher_flops = 1e9 * teacher.gflop * (plan.teacher_px / teacher.crop_px) ** 2 or network_flops(PRETRAINED, plan.crop_px)
-    passes = T * (1 + V) + test + min(T, BANK_IMAGES) + min(test, QUERY_IMAGES)  # the last two untrained, to compare with
+    probed = min(T, BANK_IMAGES) + min(Q, QUERY_IMAGES)
+    passes = T * (1 + V) + Q + probed  # the last untrained, to compare with
     if teacher.narrowed_for(T):
         passes += min(T, FITTED_IMAGES)
     of_teacher = passes * (teacher_flops / pace.teacher_flops + decoding)
+    of_student = student_flops / pace.inference_flops + decoding
     if teacher.name is None:
         of_teacher += PRETRAIN_EPOCHS * E * T * (_PRETRAIN_PASSES * teacher_flops / pace.training_flops + 2 * decoding)
-    of_student = E * T * (_ANCHOR_PASSES * student_flops / pace.training_flops + decoding)
-    evaluations = _NETWORKS * _PASSES * (T + test) * (student_flops / pace.inference_flops + decoding)
-    return replace(plan, seconds=(of_teacher, of_student, evaluations))
+        of_teacher += PRETRAIN_EPOCHS * probed * (teacher_flops / pace.teacher_flops + decoding)
+    training = E * T * (_ANCHOR_PASSES * student_flops / pace.training_flops + decoding) + _PROBES * probed * of_student
+    bags, searches = _searched_flops(plan, look, teacher)
+    evaluations = searches / pace.search_flops + (T + Q) * (_NETWORKS * of_student + decoding)  # pixels are decoded, too
+    if look.classes:  # linear_eval makes the same features, and trains a layer on each
+        of_image, of_feature = pace.layer_seconds
+        evaluations += (T + Q) * (_NETWORKS * of_student + decoding)
+        evaluations += sum((T + Q) * (of_image + of_feature * width) for width in _widths(plan, look, teacher))
+    seconds = {
+        "scan": (T + Q) / pace.images,
+        "teacher": of_teacher,
+        "bags": bags / pace.search_flops,
+        "student": training,
+        "evaluations": evaluations if Q else 0.0,
+    }
+    return replace(plan, seconds=seconds)
+
+
+def _widths(plan: Plan, look: Look, teacher: ChosenTeacher) -> tuple[int, int, int, int]:
+    """The widths of the features that are evaluated: of the student, the untrained network, the pixels and the teacher."""
+    student, side_px = feature_width(plan.student), look.short_px[1] if look.short_px[1] <= SMALL_PX else PIXELS_PX
+    return student, student, 3 * side_px**2, feature_width(teacher.network)
+
+
+def _searched_flops(plan: Plan, look: Look, teacher: ChosenTeacher) -> tuple[float, float]:
+    """FLOPs of the searches among the train images: for bags and their figures, and for evaluations."""
+    T, Q, others = plan.train_images, plan.test_images, _widths(plan, look, teacher)[:3]
+    width = feature_width(teacher.network)
+    ivf = InvertedFile(None, _LISTS_SEARCHED, 0) if T > MOST_SEARCHED_EXACTLY else None
+    sampled = min(T, _SAMPLED_ANCHORS) * (1 + 2 * (plan.views > 1))  # distances, and bags by each of two views
+    bags = search_flops(T, width, ivf) + 2.0 * T * width * (sampled + (Q if ivf is None else 0))  # near-duplicates of test images
+    compared = 2.0 * T * (sum(others) + len(others) * width)  # for each test image: each network, and the teacher beside it
+    return bags, compared * (Q + min(Q, _MOST_FAILURES)) + 2.0 * T * width * Q
 
 
 @cache
@@ -197,57 +223,22 @@ def parameters_m(network: Network) -> float:
     return sum(parameter.numel() for parameter in build_backbone(network.arch, network.width, network.stem, 0).parameters()) / 1e6
 
 
-@cache
-def network_flops(network: Network, crop_px: int) -> int:
-    """FLOP of one forward pass of one image."""
-    backbone = build_backbone(network.arch, network.width, network.stem, 0)
-    return forward_flops(backbone, torch.zeros(1, 3, crop_px, crop_px))
-
-
-def measure_pace(look: Look, student: Network | None, teacher: ChosenTeacher, device: torch.device, cores: int) -> Pace:
-    """Time the networks on random images: the teacher forward, and the student forward, then forward and backward, each for about 1.5 s."""
-    network, sides = student or Network("resnet18", 0.5, stem_for("resnet18", look)), crops_for(look, student)
+def measure_pace(
+    look: Look, student: Network | None, teacher: ChosenTeacher, device: torch.device, cores: int, layer: CachedProbeParams
+) -> Pace:
+    """This machine's pace, tried for some seconds with the teacher, the student and linear layers with the settings `layer`."""
+    stem, sides = stem_for("resnet18", look), crops_for(look, student)
+    network = student or (_beside_pretrained(stem) if teacher.name is None else Network("resnet18", 0.5, stem))
     crop_px = min(sides, key=lambda px: abs(px - 128))
-    if teacher.name is None:
-        of_teacher = _flops_in_a_second(teacher.network, crop_px, 32, device, training=False)
-    else:
-        of_teacher = _flops_in_a_second(teacher.network, teacher.crop_px, 8, device, training=False)
-    inference, training = (_flops_in_a_second(network, crop_px, 32, device, training) for training in (False, True))
-    return Pace(of_teacher, inference, training, cores / max(look.decode_seconds, 1e-6))
-
-
-def _flops_in_a_second(network: Network, crop_px: int, batch: int, device: torch.device, training: bool) -> float:
-    backbone = build_backbone(network.arch, network.width, network.stem, 0).to(device).to(memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, crop_px, crop_px, device=device).contiguous(memory_format=torch.channels_last)
-
-    def forward() -> None:
-        with torch.inference_mode(), autocast("auto", device):
-            backbone.eval()(images)
-
-    def step() -> None:
-        with autocast("auto", device):
-            loss = backbone.train()(images).float().square().mean()
-        loss.backward()
-
-    flops = batch * network_flops(network, crop_px) * (3 if training else 1)
-    return flops / _seconds_of(step if training else forward, device)
-
-
-def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """Mean seconds of one call, over about 1.5 seconds; the first call, which is slower, does not count."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    work()
-    wait()
-    begun, calls = time.perf_counter(), 0
-    while time.perf_counter() - begun < _TRIAL_SECONDS:
-        work()
-        wait()
-        calls += 1
-    return (time.perf_counter() - begun) / calls
+    teacher_px, batch_images = (crop_px, 32) if teacher.name is None else (teacher.crop_px, 8)
+    return Pace(
+        flops_in_a_second(teacher.network, teacher_px, batch_images, device),
+        flops_in_a_second(network, crop_px, 32, device),
+        flops_in_a_second(network, crop_px, 32, device, training=True),
+        cores / max(look.decode_seconds, 1e-6),
+        searched_in_a_second(feature_width(teacher.network), device),
+        layer_seconds(layer, max(2, len(look.classes)), device),
+    )
 
 
 def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: bool, processes: int = 1) -> dict[str, Any]:
@@ -280,7 +271,7 @@ def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: b
         "extract": {"views": plan.views, "batch_images": 256 if on_gpu else 64},
         "bagging": {"k": max(1, min(5, train // 10)), "search": "exact" if train <= MOST_SEARCHED_EXACTLY else "ivf"},
         "student": network,
-        "distill": {"epochs": plan.epochs, "batch_anchors": batch, "lr": lr, "probe_every_epochs": max(1, plan.epochs // 5)},
+        "distill": {"epochs": plan.epochs, "batch_anchors": batch, "lr": lr, "probe_every_epochs": max(1, plan.epochs // _PROBES)},
         "knn_eval": {"k": [k for k in (1, 10, 20, 200) if k <= train], "agreement_k": [k for k in (1, 10, 100) if k <= train]},
     }
 

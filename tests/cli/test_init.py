@@ -1,5 +1,6 @@
 """bingo init in a temporary workspace, with a given speed of the machine."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -33,7 +34,7 @@ def workspace(tmp_path, monkeypatch) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(first_params, "measure_pace", lambda *_: first_params.Pace(8e10, 1e11, 5e10, 200.0))
+    monkeypatch.setattr(first_params, "measure_pace", lambda *_: first_params.Pace(8e10, 1e11, 5e10, 200.0, 4e10, (5e-5, 2e-6)))
     return tmp_path
 
 
@@ -58,6 +59,26 @@ def test_it_writes_parameters_for_the_folder_and_keeps_comments(workspace):
     assert text.count("\n") == shipped.count("\n")
     assert "params.yaml" in init("images", mistake=True)
     assert (workspace / "params.yaml").read_text() == text
+
+
+@pytest.mark.parametrize(("options", "images"), [([], 40), (["--teacher", "dinov2-s"], 40), (["--student", "resnet50"], 1200)])
+def test_the_minutes_that_are_proposed_are_enough(workspace, monkeypatch, options, images):
+    slow = first_params.Pace(8e8, 1e9, 5e8, 20.0, 4e10, (5e-5, 2e-6))
+    monkeypatch.setattr(first_params, "measure_pace", lambda *_: slow)
+    for i in range(40, images):
+        shutil.copy(workspace / "images/a/0.png", workspace / f"images/b/{i}.png")
+
+    def proposed(said: str) -> list[int]:
+        return [int(minutes) for minutes in re.findall(r"--minutes (\d+)", said.partition("warning: this is the shortest")[2])][1:]
+
+    (least,) = proposed(init("images", *options, "--minutes", "1", "--dry-run"))
+    said = init("images", *options, "--minutes", str(least), "--dry-run")
+    assert proposed(said) == []
+    if least > 3:
+        assert proposed(init("images", *options, "--minutes", str(int(0.8 * least)), "--dry-run")) == [least]
+    if for_all := re.findall(r"for all, give --minutes (\d+)", said):
+        assert " are drawn" not in init("images", *options, "--minutes", *for_all, "--dry-run")
+    assert bool(for_all) == (images > 1000)
 
 
 def test_a_teacher_by_name_and_a_student(workspace):

@@ -32,7 +32,7 @@ from bingo.planning.recipes import flattened, lay_over, read_recipe, recipe_name
 from bingo.runtime.errors import UserError
 
 PHOTOS = Look(900, 100, (), 200, (300, 500, 4000), 3, (), 0.01, (), "folder")
-SLOW = Pace(teacher_flops=8e10, inference_flops=1e11, training_flops=5e10, images=200.0)
+SLOW = Pace(teacher_flops=8e10, inference_flops=1e11, training_flops=5e10, images=200.0, search_flops=4e10, layer_seconds=(5e-5, 2e-6))
 OWN, DINO = (
     ChosenTeacher(None),
     ChosenTeacher("dinov2-s", Network("vit_small_patch14_dinov2", 1.0, "imagenet"), None, 224, 12.25, key_width=384),
@@ -87,17 +87,49 @@ def test_a_part_is_held_out_if_there_is_no_test_split(train, test, expected):
 
 def test_the_time_is_the_sum_of_its_terms():
     student = Network("resnet18", 1.0, "imagenet")
-    plan = timed(Plan(student, 128, 224, 2, 900, 100, 20, (0, 0, 0)), PHOTOS, DINO, SLOW)
+    plan = timed(Plan(student, 128, 224, 2, 900, 100, 20), PHOTOS, DINO, SLOW)
     flops = network_flops(student, 128)
     assert flops == pytest.approx(2 * 1.814e9 * (128 / 224) ** 2, rel=0.01)  # of ResNet-18's published multiply-adds
     passes = 900 * 3 + 100  # once as stored centre views, twice as views
     passes += 900  # to find the principal components
     passes += 900 + 100  # the untrained teacher
-    assert plan.seconds[0] == pytest.approx(passes * (12.25e9 / 8e10 + 1 / 200))
-    assert plan.seconds[1] == pytest.approx(20 * 900 * (3.3 * flops / 5e10 + 1 / 200))
-    assert plan.seconds[2] == pytest.approx(4 * 1000 * (flops / 1e11 + 1 / 200))
+    assert plan.seconds["scan"] == 1000 / 200
+    assert plan.seconds["teacher"] == pytest.approx(passes * (12.25e9 / 8e10 + 1 / 200))
+    probes = 5 * 1000 * (flops / 1e11 + 1 / 200)
+    assert plan.seconds["student"] == pytest.approx(20 * 900 * (3.3 * flops / 5e10 + 1 / 200) + probes)
+    searched = 900 + 100 + 900 + 2 * 900  # all rows, test rows, and samples: for near-duplicates, and by each of two views
+    assert plan.seconds["bags"] == pytest.approx(2 * 900 * 384 * searched / 4e10)
     half = timed(replace(plan, teacher_px=112), PHOTOS, DINO, SLOW)
-    assert half.seconds[0] == pytest.approx(passes * (12.25e9 / 4 / 8e10 + 1 / 200))
+    assert half.seconds["teacher"] == pytest.approx(passes * (12.25e9 / 4 / 8e10 + 1 / 200))
+
+
+@pytest.mark.parametrize("classes", [(), ("a", "b")], ids=["no labels", "labels"])
+@pytest.mark.parametrize(("short_px", "pixels"), [((32,) * 3, 3 * 32**2), ((300, 500, 4000), 3 * 16**2)], ids=["small", "photographs"])
+def test_the_time_of_evaluations_is_the_sum_over_the_networks(short_px, pixels, classes):
+    """By a loop over student, untrained network, pixels and teacher, whose features have widths of 512, 512, `pixels` and 384."""
+    look, student = replace(PHOTOS, short_px=short_px, classes=classes), Network("resnet18", 1.0, "imagenet")
+    plan, flops = timed(Plan(student, 32, 224, 1, 900, 3000, 20), look, DINO, SLOW), network_flops(student, 32)
+    decoding = 0 if short_px[1] == 32 else 1 / 200
+    seconds = 0.0
+    for width, passes, is_teacher in ((512, 1, False), (512, 1, False), (pixels, 0, False), (384, 0, True)):
+        forward = 3900 * (passes * flops / 1e11 + (not is_teacher) * decoding)
+        seconds += forward * (2 if classes else 1)
+        if classes:
+            seconds += 3900 * (5e-5 + 2e-6 * width)
+        seconds += 2 * 3000 * 900 * width / 4e10
+        if not is_teacher:  # its neighbours beside those of the teacher, then those of 2,000 images once more
+            seconds += 2 * 900 * (3000 * 384 + 2000 * (width + 384)) / 4e10
+    assert plan.seconds["evaluations"] == pytest.approx(seconds)
+    assert timed(replace(plan, test_images=0), look, DINO, SLOW).seconds["evaluations"] == 0
+
+
+def test_bags_of_many_images_are_searched_by_lists():
+    plan = Plan(Network("resnet18", 1.0, "imagenet"), 128, 224, 1, 1_000_000, 0, 20)
+    lists, rows = 4000, 1_000_000
+    cosines = (10 * 64 * lists + 2 * rows) * lists  # K-means on 64 rows of each list, then assignments of all rows and queries
+    cosines += rows * 64 * (rows / lists) + 1000 * rows  # 64 lists of each row; the recall of 1,000 rows
+    found = timed(plan, PHOTOS, DINO, SLOW).seconds["bags"]
+    assert found == pytest.approx(2 * 384 * (cosines + 1000 * rows) / 4e10)
 
 
 @pytest.mark.parametrize("teacher", [OWN, DINO], ids=["pretrained", "named"])
