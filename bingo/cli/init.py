@@ -67,7 +67,7 @@ def main(
         with progress_bar("measuring this machine"):
             pace = measure_pace(look, network, chosen, device, cores, _layer(params, look))
         plan = fit(look, chosen, network, pace, budget)
-        changes = _changes(folder, look, plan, chosen, device.type == "cuda")
+        changes = _changes(folder, look, plan, chosen, device.type == "cuda", student_weights is not None)
         changes["dataset"]["follow_links"] = follow_links
         changes["student"]["weights"] = _start(student_weights)
         changes["image"] |= _normalisation(student_weights, network)
@@ -86,14 +86,14 @@ def main(
         typer.echo("\n".join(lines))
 
 
-def _changes(folder: str, look: "Look", plan: "Plan", teacher: "ChosenTeacher", on_gpu: bool) -> dict[str, Any]:
+def _changes(folder: str, look: "Look", plan: "Plan", teacher: "ChosenTeacher", on_gpu: bool, started: bool) -> dict[str, Any]:
     """The parameters to change: those of the recipe for images of this size, and those that the plan sets."""
     from bingo.pipeline.launch import expected_processes
     from bingo.planning.first_params import overlay
     from bingo.planning.recipes import lay_over
 
     changes = _recipe(look)
-    lay_over(changes, overlay(look, plan, teacher, seen_from_workspace(folder), on_gpu, expected_processes()))
+    lay_over(changes, overlay(look, plan, teacher, seen_from_workspace(folder), on_gpu, expected_processes(), started))
     changes["dataset"]["source"] = look.source
     return changes
 

@@ -40,6 +40,8 @@ _SMALL_STEMS = ("resnet", "efficientnet", "tf_efficientnet", "mobilenetv3")
 _ANCHOR_PASSES = 3.3  # cost of a step per anchor, in forward passes: one view, forward and backward, and heads
 _KEY_WIDTH = 128  # of a wider teacher, which lost nothing with these terms (benchmarks/results/study.md)
 _PRETRAIN_PASSES = 4.2
+_LR = 0.06  # of a batch of 64, and proportional to it
+_SMALL_STUDENT_LR = 0.2  # likewise, of a new student on small images: the best in the study on CIFAR-10 (benchmarks/results/study.md)
 _NETWORKS = 2  # evaluated networks: the student and the untrained network
 _PROBES = 5  # in a training
 _LISTS_SEARCHED, _SAMPLED_ANCHORS, _MOST_FAILURES = 64, 1000, 2000  # bagging.probes; of figures of bags; of images whose neighbours differ
@@ -241,11 +243,15 @@ def measure_pace(
     )
 
 
-def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: bool, processes: int = 1) -> dict[str, Any]:
-    """The overlay for params.yaml, in addition to the part `photographs` or `small-photographs`, if `processes` train together."""
+def overlay(
+    look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: bool, processes: int = 1, started: bool = False
+) -> dict[str, Any]:
+    """The overlay for params.yaml, in addition to the part `photographs` or `small-photographs`, if `processes` train together;
+    `started`: the student starts from trained weights."""
     train, test, (all_train, all_test) = plan.train_images, plan.test_images, split_counts(look)
     small, batch = look.short_px[1] <= SMALL_PX, batch_anchors(train, processes)
-    lr, store_px = round(0.06 * batch / 64, 4), look.short_px[1] if small else None
+    lr, student_lr = (round(of_64 * batch / 64, 4) for of_64 in (_LR, _SMALL_STUDENT_LR if small and not started else _LR))
+    store_px = look.short_px[1] if small else None
     resize_px = plan.crop_px if small else round(plan.crop_px * 256 / 224)
     network = {"arch": plan.student.arch, "width": plan.student.width, "stem": plan.student.stem}
     image, key_width = {"crop_px": plan.teacher_px}, teacher.narrowed_for(train)
@@ -271,7 +277,7 @@ def overlay(look: Look, plan: Plan, teacher: ChosenTeacher, root: str, on_gpu: b
         "extract": {"views": plan.views, "batch_images": 256 if on_gpu else 64},
         "bagging": {"k": max(1, min(5, train // 10)), "search": "exact" if train <= MOST_SEARCHED_EXACTLY else "ivf"},
         "student": network,
-        "distill": {"epochs": plan.epochs, "batch_anchors": batch, "lr": lr, "probe_every_epochs": max(1, plan.epochs // _PROBES)},
+        "distill": {"epochs": plan.epochs, "batch_anchors": batch, "lr": student_lr, "probe_every_epochs": max(1, plan.epochs // _PROBES)},
         "knn_eval": {"k": [k for k in (1, 10, 20, 200) if k <= train], "agreement_k": [k for k in (1, 10, 100) if k <= train]},
     }
 

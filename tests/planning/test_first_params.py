@@ -190,6 +190,16 @@ def test_the_training_is_that_of_the_lean_recipes(median_px, views):
         assert document[stage]["augment"] == lean[stage]["augment"] | {"name": views}
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("train", "batch"), [(500, 64), (20_000, 256), (31, 8)])
+@pytest.mark.parametrize(("median_px", "started", "of_64"), [(32, False, 0.2), (32, True, 0.06), (500, False, 0.06)])
+def test_learning_rates_are_proportional_to_the_batch(median_px, started, of_64, train, batch, processes):
+    look = replace(PHOTOS, train=train, test=50, short_px=(median_px,) * 3)
+    found = overlay(look, fit(look, OWN, None, SLOW, float("inf")), OWN, "photos", False, processes, started)
+    assert found["distill"]["lr"] == pytest.approx(of_64 * batch / 64, abs=1e-4)
+    assert found["teacher"]["pretrain"]["lr"] == pytest.approx(0.06 * batch / 64, abs=1e-4)
+
+
 @pytest.mark.parametrize(("train", "of_teacher", "expected"), [(20_000, 384, 128), (20_000, 128, None), (129, 384, None), (130, 384, 128)])
 def test_keys_are_narrowed_if_there_are_as_many_components(train, of_teacher, expected):
     look, teacher = replace(PHOTOS, train=train), replace(DINO, key_width=of_teacher)
