@@ -1,4 +1,7 @@
-"""Take the pictures of README and docs/bags.md of the default run in this workspace (`make demo`): python -m docs.tools.pictures"""
+"""Take the pictures of README and docs/bags.md of the default run in this workspace (`make demo`): python -m docs.tools.pictures
+
+python -m docs.tools.pictures REPORT    takes README's picture of another run, of photographs, from its reports/index.html
+"""
 
 import shutil
 import subprocess
@@ -26,6 +29,9 @@ def take(page: Path, fragment: str, picture: Path, width_px: int, height_px: int
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        take(Path(sys.argv[1]), "", DOCS / "report-photographs.png", 1200, 1150)
+        sys.exit()
     (DOCS / "bag.png").unlink(missing_ok=True)  # bags show replaces no file
     subprocess.run([*BINGO, "show", str(ROW), "--out", str(DOCS / "bag.png"), "--force"], check=True)
     subprocess.run([*BINGO, "gallery"], check=True)
