@@ -308,12 +308,12 @@ def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, load:
     minutes = {part: seconds / 60 for part, seconds in plan.seconds.items()}
     minutes["starting the stages"] = plan.minutes - sum(minutes.values())
     parts = ", ".join(f"{part} {taken:.1f}" for part, taken in minutes.items())
-    lines = [
-        f"time: about {plan.minutes:.{int(plan.minutes < 10)}f} min on {machine} if otherwise idle, estimated by a short trial ({parts})"
-    ]
+    busy = load > cores / 2
+    when = "under the present load" if busy else "if otherwise idle"
+    lines = [f"time: about {plan.minutes:.{int(plan.minutes < 10)}f} min on {machine} {when}, estimated by a short trial ({parts})"]
     if round(plan.minutes, int(plan.minutes < 10)) > budget:
         lines.append(f"warning: this is the shortest run, but takes more than --minutes {budget:g}; {way_out}")
-    if load > cores / 2:
-        busy = f"other programs are running (load average {load:.1f} on {cores} core{'s'[: cores > 1]})"
-        lines.append(f"warning: {busy} and slowed the trial, on which the time and the settings depend; if that changes, run this again")
+    if busy:
+        others = f"other programs are running (load average {load:.1f} on {cores} core{'s'[: cores > 1]})"
+        lines.append(f"warning: {others} and slowed the trial, on which the time and the settings depend; if that changes, run this again")
     return lines
