@@ -34,6 +34,7 @@ _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from th
 _GRAPH_KEPT, _GRAPH_LEAST_KEPT = 4, 128  # CAGRA's itopk_size: for each neighbour, and at least
 _THREADS_A_GPU = 2  # while one searches, the other computes its candidates' cosines
 _RESCORED_BYTES, _SCREENED_BYTES = 64 << 20, 64 << 20
+_TILE_ROWS = 4096  # of the base, which stay in a cache while many queries are compared with them
 _RESCORED_ROWS = 256  # queries at once; the one with the most candidates sets the number
 
 Found = tuple[np.ndarray, np.ndarray]
@@ -364,22 +365,38 @@ class _Search:
         """`top_k` of these queries by the cosines of all rows whose scores may be `least_q`, the lowest cosine found so far, or more; equal
         queries are searched once."""
         _, first_u, distinct_q = np.unique(queries.unit_qD, axis=0, return_index=True, return_inverse=True)
-        unit_uD, k, distinct_q = queries.unit_qD[first_u], self.k + 1, distinct_q.ravel()  # one may be the query itself
-        rows_uK, cosines_uK = nothing_found(len(unit_uD), k)
+        unit_uD, distinct_q = queries.unit_qD[first_u], distinct_q.ravel()
+        best = rows_uK, cosines_uK = nothing_found(len(unit_uD), self.k + 1)  # one may be the query itself
         least_u = np.full(len(unit_uD), np.inf, np.float32)
         np.minimum.at(least_u, distinct_q, least_q)
         for first_row, base_nD, unit_nD in self.base.blocks(np.float32, self.threads):
-            for part in cut(slice(0, len(unit_uD)), max(1, _SCREENED_BYTES // (4 * len(unit_nD)))):
-                scores_mn, least_m = unit_uD[part] @ unit_nD.T, np.maximum(least_u[part], cosines_uK[part, -1]) - FLOAT32_TOLERANCE
-                for u, scores_n, least in zip(range(part.start, part.stop), scores_mn, least_m, strict=True):
-                    places_p = np.flatnonzero(scores_n >= least)
-                    rows_p = (places_p + first_row).astype(np.int32)
-                    cosines_p = np.vecdot(base_nD[places_p].astype(np.float32), unit_uD[u]) * self.base.inverse_N[rows_p]
-                    both = np.concatenate([rows_uK[u], rows_p]), np.concatenate([cosines_uK[u], cosines_p])
-                    rows_uK[u], cosines_uK[u] = (best[0] for best in best_of(both[0][None], both[1][None], k))
+            for tile in cut(slice(0, len(unit_nD)), _TILE_ROWS):
+                rows_n = np.arange(first_row + tile.start, first_row + tile.stop, dtype=np.int32)
+                self._merge_tile(best, unit_uD, least_u, rows_n, base_nD[tile].astype(np.float32, copy=False), unit_nD[tile])
         rows_qK, cosines_qK = rows_uK[distinct_q], cosines_uK[distinct_q]
         cosines_qK[rows_qK == queries.self_rows_q[:, None]] = -np.inf
         return best_of(rows_qK, cosines_qK, self.k)
+
+    def _merge_tile(
+        self, best: Found, unit_uD: np.ndarray, least_u: np.ndarray, rows_n: np.ndarray, base_nD: np.ndarray, unit_nD: np.ndarray
+    ) -> None:
+        """Merge those of some consecutive rows of the base whose cosines may be `least_u` or more into the best of each query."""
+        (rows_uK, cosines_uK), inverse_n = best, self.base.inverse_N[rows_n]
+
+        def one_part(start: int) -> None:
+            for u, scores_n in enumerate(unit_uD[start : start + _RESCORED_ROWS] @ unit_nD.T, start):
+                lowest = cosines_uK[u, -1]
+                near_n = scores_n >= max(least_u[u], lowest) - FLOAT32_TOLERANCE
+                few = 3 * np.count_nonzero(near_n) < len(rows_n)  # copying more takes longer than the cosines of all
+                near_p = np.flatnonzero(near_n) if few else slice(None)
+                cosines_p = np.vecdot(base_nD[near_p], unit_uD[u]) * inverse_n[near_p]
+                enter_p = cosines_p > lowest  # in a tie, earlier rows win
+                if enter_p.any():
+                    all_rows = np.concatenate([rows_uK[u], rows_n[near_p][enter_p]])
+                    all_cosines = np.concatenate([cosines_uK[u], cosines_p[enter_p]])
+                    rows_uK[u : u + 1], cosines_uK[u : u + 1] = best_of(all_rows[None], all_cosines[None], self.k + 1)
+
+        in_threads(one_part, range(0, len(unit_uD), _RESCORED_ROWS), self.threads)
 
     def _rescore(self, best: Found, queries: _Queries, base_nD: np.ndarray, first_row: int, found: Found, hopeful_q: np.ndarray) -> None:
         """Merge the first `hopeful_q` candidates of each query into its best, by cosines that do not depend on block, thread or

@@ -128,6 +128,25 @@ def test_more_copies_than_candidates_are_resolved_by_their_rows():
         assert_same(found, wanted)
 
 
+@pytest.mark.parametrize("tile_rows", [90, 4096])
+def test_collapsed_features_are_ordered_by_their_last_bits(monkeypatch, tile_rows):
+    """Rows that differ in the last bits, a third of them in none, so that all cosines have to be compared."""
+    monkeypatch.setattr(neighbors, "_TILE_ROWS", tile_rows)
+    rng = np.random.default_rng(5)
+    x = np.repeat(rng.standard_normal((1, 24)).astype(np.float32), 700, axis=0)
+    changed = (rng.random(x.shape) < 0.1) & (np.arange(700) % 3 > 0)[:, None]
+    x[changed] = np.nextafter(x[changed], np.float32(9))
+    unit_x, inverse = unit_rows(x), inverse_norms(x)
+    cosines = np.stack([np.vecdot(x, query) * inverse for query in unit_x])
+    np.fill_diagonal(cosines, -np.inf)
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :9]
+    for threads in (1, 3):
+        with omp_threads(threads):
+            rows, found = top_k(x, x, 9, np.arange(700))
+        np.testing.assert_array_equal(rows, order)
+        np.testing.assert_array_equal(found, np.take_along_axis(cosines, order, axis=1))
+
+
 def test_threads_and_blocks_do_not_change_the_result_with_duplicates():
     rng = np.random.default_rng(3)
     x = rng.standard_normal((4000, 64)).astype(np.float16)
