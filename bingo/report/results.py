@@ -169,7 +169,7 @@ def caveats(a: Artefacts) -> list[str]:
         found.append(
             f"This is one run with seed {a.params.seed}. With {test_images:,} test images, sampling alone changes the student's figure by"
             f" ±{196 * math.sqrt(share * (1 - share) / test_images):.1f} points (95 %) or more."
-            " Intervals of differences are narrower, since all networks see the same images; they do not include the variation over seeds."
+            " Intervals of differences are paired over the same images, and do not include the variation over seeds."
         )
     if any(column.key == "top1_best" for column in columns(a)):
         found.append("The best epoch was chosen on the test split, so its column is optimistic; the other columns are for the last epoch.")
