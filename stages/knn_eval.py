@@ -23,8 +23,8 @@ def main(
     """Nearest-neighbour evaluation."""
     with stage_run("knn_eval", net) as run:
         from bingo.embeddings.store import read_embeddings
-        from bingo.evals.agreement import TeacherAgreement, neighbor_hits, neighbor_scores, usable_ks
-        from bingo.evals.failures import least_agreement
+        from bingo.evals.agreement import neighbor_hits, neighbor_scores, usable_ks
+        from bingo.evals.failures import COMPARED, least_agreement
         from bingo.images.listing import read_judged_listing
         from bingo.pipeline.judging.backbones import NOT_ASKED_FOR, Networks, existing
         from bingo.runtime.artefacts import write_arrays, write_json
@@ -41,14 +41,15 @@ def main(
             )
         networks = Networks(run, opened, listing, teacher)
         with process_group(run) if networks.backbones else nullcontext() as device:  # stored features need no torch
-            agreement = TeacherAgreement(teacher, listing, agreement_ks)
+            k = max([*ks, *agreement_ks, min(COMPARED, listing.train_rows)])
             for name in names:
-                features_ND = networks.features(name, params, device)
-                hits, failures = {}, {}
-                if features_ND is not None:
-                    hits = neighbor_hits(features_ND, listing, ks, params.temperature, agreement, name == "teacher")
+                found = networks.nearest(name, params, device, k)
+                hits, failures, teacher_rows_QK = {}, {}, None
+                if found is not None:
                     if teacher is not None and name != "teacher":
-                        failures = least_agreement(features_ND, teacher.features_ND, listing.train_rows, listing.test_rows_N)
+                        teacher_rows_QK, _ = networks.nearest_of_teacher(k)
+                        failures = least_agreement(found[0], teacher_rows_QK, teacher.features, listing.test_rows_N)
+                    hits = neighbor_hits(found, teacher_rows_QK, listing, ks, params.temperature, agreement_ks)
                 scores = neighbor_scores(hits)
                 if scores:  # without labels there are none for the teacher
                     run.say(f"knn_eval: {name}: {in_words(scores, '.1f')}")

@@ -34,6 +34,7 @@ _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from th
 _GRAPH_KEPT, _GRAPH_LEAST_KEPT = 4, 128  # CAGRA's itopk_size: for each neighbour, and at least
 _THREADS_A_GPU = 2  # while one searches, the other computes its candidates' cosines
 _RESCORED_BYTES, _SCREENED_BYTES = 64 << 20, 64 << 20
+_SCREENED_FIRST = 64  # queries: if more than half of them have a row above their floor, all are searched
 _TILE_ROWS = 4096  # of the base, which stay in a cache while many queries are compared with them
 _RESCORED_ROWS = 256  # queries at once; the one with the most candidates sets the number
 
@@ -335,6 +336,13 @@ class _Search:
         """The queries that have a row above their floor; all queries if checking would cost more than the search."""
         if isinstance(self.device, _Gpus) or self.base.in_store or np.isneginf(queries.floor_q).all():
             return slice(None)
+        if len(queries.unit_qD) > 2 * _SCREENED_FIRST:
+            sample = queries[:: len(queries.unit_qD) // _SCREENED_FIRST]
+            if 2 * len(self._with_rows_above(sample)) > len(sample.unit_qD):
+                return slice(None)
+        return self._with_rows_above(queries)
+
+    def _with_rows_above(self, queries: _Queries) -> np.ndarray:
         most_q, attempt = np.full(len(queries.unit_qD), -np.inf, np.float32), self.device.attempts[0]
         for _, _, unit_nD in self.base.blocks(attempt.dtype, self.threads):
             for part in cut(slice(0, len(most_q)), max(1, _SCREENED_BYTES // (4 * len(unit_nD)))):

@@ -4,18 +4,13 @@ Shape letters: Q test images, T train images, K neighbours.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bingo.bags.neighbors import common_rows
-from bingo.evals.knn import nearest_train, voted_hits
+from bingo.bags.neighbors import Found, common_rows
+from bingo.evals.knn import voted_hits
 from bingo.images.listing import Listing
 from bingo.params import KnnEvalParams
-
-if TYPE_CHECKING:
-    from bingo.embeddings.store import Embeddings
 
 AGREEMENT = "agreement_"
 
@@ -37,14 +32,13 @@ def usable_ks(params: KnnEvalParams, listing: Listing, say: Callable[[str], None
 
 
 def neighbor_hits(
-    features_ND: np.ndarray, listing: Listing, ks: Sequence[int], temperature: float, agreement: "TeacherAgreement", is_teacher: bool
+    found: Found, teacher_rows_QK: np.ndarray | None, listing: Listing, ks: Sequence[int], temperature: float, agreement_ks: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """For each test image, `voted_hits` for each of `ks` and, for networks other than the teacher, `common_rows` by `agreement_K`, from
-    one search; each (Q,)."""
-    train, test_N, labels_N = listing.train_rows, listing.test_rows_N, listing.labels_N
-    found = nearest_train(features_ND[:train], features_ND[test_N], max([*ks, *agreement.ks]))
-    hits = voted_hits(found, labels_N[:train], labels_N[test_N], ks, temperature) if ks else {}
-    return hits | ({} if is_teacher else agreement.of(found[0]))
+    """For each test image, `voted_hits` for each of `ks` and `agreed_hits` with the teacher (None: without). `found` is what
+    `nearest_train` gives for the network."""
+    labels_N = listing.labels_N
+    hits = voted_hits(found, labels_N[: listing.train_rows], labels_N[listing.test_rows_N], ks, temperature) if ks else {}
+    return hits | ({} if teacher_rows_QK is None else agreed_hits(found[0], teacher_rows_QK, agreement_ks))
 
 
 def neighbor_scores(hits: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -53,24 +47,10 @@ def neighbor_scores(hits: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {name: round(100 * int(hits_Q.sum()) / (possible[name] * len(hits_Q)), 6) for name, hits_Q in hits.items()}
 
 
-class TeacherAgreement:
-    """The agreement of networks with the teacher, whose neighbours are searched once, on first use.
-
-    Without `ks`, no teacher is needed.
-    """
-
-    def __init__(self, teacher: "Embeddings | None", listing: Listing, ks: Sequence[int]):
-        self.ks, self._teacher, self._listing = ks, teacher, listing
-
-    def of(self, rows_QK: np.ndarray) -> dict[str, np.ndarray]:
-        """`common_rows` of a network whose `nearest_train` found `rows_QK`, for each k."""
-        return {f"{AGREEMENT}{k}": common_rows(rows_QK[:, :k], self._teacher_rows_QK[:, :k]) for k in self.ks}
-
-    @cached_property
-    def _teacher_rows_QK(self) -> np.ndarray:
-        assert self._teacher is not None
-        features_ND = self._teacher.features_ND
-        return nearest_train(features_ND[: self._listing.train_rows], features_ND[self._listing.test_rows_N], max(self.ks))[0]
+def agreed_hits(rows_QK: np.ndarray, teacher_rows_QK: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """`agreement_K` for each k of `ks`: how many of the k train images nearest to each test image are the same for a network and the
+    teacher, int32 (Q,). The rows are those of `nearest_train`."""
+    return {f"{AGREEMENT}{k}": common_rows(rows_QK[:, :k], teacher_rows_QK[:, :k]) for k in ks}
 
 
 def neighbor_agreement(rows_QK: np.ndarray, teacher_rows_QK: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
@@ -80,4 +60,4 @@ def neighbor_agreement(rows_QK: np.ndarray, teacher_rows_QK: np.ndarray, ks: Seq
     Both arguments are the rows of a `top_k`, nearest first, of the same queries and the same base, with at least max(ks) columns and
     no padding (-1). A random order of T train images would reach 100 k / T on average.
     """
-    return neighbor_scores({f"{AGREEMENT}{k}": common_rows(rows_QK[:, :k], teacher_rows_QK[:, :k]) for k in ks})
+    return neighbor_scores(agreed_hits(rows_QK, teacher_rows_QK, ks))

@@ -39,14 +39,36 @@ def backbone_features(
 ) -> np.ndarray:
     """Features of the images `rows_N` in that order, float32 (N, D). The backbone is moved to `device`; its mode does not change.
     Up to FEW_FILES files are decoded in this process."""
-    backbone, features, done = backbone.to(device).to(memory_format=torch.channels_last), torch.empty(0), 0
-    watched = progress_bar("features", len(rows_N), "images")
-    with watched as bar, evaluation_mode(backbone), torch.inference_mode(), autocast(precision, device):
-        for views_B in center_views(images, rows_N, image, device, batch_images, 0 if len(rows_N) <= FEW_FILES else None):
-            found_BD = backbone(views_B)
-            if not done:  # as a whole, as joining the batches would need the memory twice
-                features = torch.empty(len(rows_N), found_BD.shape[1])
-            features[done : done + len(found_BD)] = found_BD
-            done += len(found_BD)
+    found = list(feature_blocks(backbone, images, rows_N, image, device, precision, batch_images, [len(rows_N)]))
+    return found[0] if found else np.empty((0, 0), np.float32)
+
+
+def feature_blocks(
+    backbone: nn.Module,
+    images: Images,
+    rows_N: Sequence[int] | np.ndarray,
+    image: ImageParams,
+    device: torch.device,
+    precision: str,
+    batch_images: int,
+    block_rows: Sequence[int],
+) -> Iterator[np.ndarray]:
+    """`backbone_features` in consecutive blocks of these numbers of rows, N in all, each of which is allocated when it begins."""
+    backbone, sizes, block_nD, done = backbone.to(device).to(memory_format=torch.channels_last), iter(block_rows), torch.empty(0), 0
+    with progress_bar("features", len(rows_N), "images") as bar, evaluation_mode(backbone):
+        views = iter(center_views(images, rows_N, image, device, batch_images, 0 if len(rows_N) <= FEW_FILES else None))
+        while True:
+            whole = []
+            with torch.inference_mode(), autocast(precision, device):  # not while the caller has a block
+                if (views_B := next(views, None)) is None:
+                    return
+                found_BD = left_bD = backbone(views_B)
+                while len(left_bD):
+                    if done == len(block_nD):
+                        block_nD, done = torch.empty(next(sizes), found_BD.shape[1]), 0
+                    part_bD, left_bD = left_bD[: len(block_nD) - done], left_bD[len(block_nD) - done :]
+                    block_nD[done : done + len(part_bD)] = part_bD
+                    done += len(part_bD)
+                    whole += [block_nD.numpy()] if done == len(block_nD) else []
             bar.advance(len(found_BD))
-    return features.numpy()
+            yield from whole

@@ -3,11 +3,12 @@
 Shape letters: Q queries, K neighbours, C classes; q queries of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bingo.bags.neighbors import Found, top_k
+from bingo.bags.neighbors import Found, best_of, nothing_found, top_k
+from bingo.bags.rows import unit_rows
 from bingo.runtime.errors import UserError
 
 
@@ -36,10 +37,23 @@ def nearest_train(train_features_TD: np.ndarray, test_features_QD: np.ndarray, k
         raise UserError("k-NN evaluation: the listing has no test rows; add val/CLASS/*.jpg, or leave this stage out")
     if k > len(train_features_TD):
         raise UserError(f"knn_eval.k = {k}: there are only {len(train_features_TD)} train rows; allowed are 1 to {len(train_features_TD)}")
+    return nearest_in_blocks(iter([test_features_QD, train_features_TD]), k)
+
+
+def nearest_in_blocks(blocks: Iterator[np.ndarray], k: int) -> Found:
+    """`nearest_train` for features in blocks, of which only one is held at a time: all test rows, then consecutive train rows."""
+    found, first = nothing_found(0, k), 0
     try:
-        return top_k(test_features_QD, train_features_TD, k)
+        unit_QD = unit_rows(next(blocks))
+        found = nothing_found(len(unit_QD), k)
+        for block_nD in blocks:
+            rows_QK, cosines_QK = top_k(unit_QD, block_nD, k, floor_Q=found[1][:, -1], unit_queries=True)
+            rows_QK = np.where(rows_QK >= 0, rows_QK + np.int32(first), -1)
+            found = best_of(np.concatenate([found[0], rows_QK], axis=1), np.concatenate([found[1], cosines_QK], axis=1), k)
+            first += len(block_nD)
     except ValueError as error:
         raise UserError(f"k-NN evaluation: {error}; the network is broken: check the training curves and lower distill.lr") from None
+    return found
 
 
 def voted_hits(

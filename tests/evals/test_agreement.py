@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
 from bingo.datasets.sources import memory_listing
-from bingo.evals.agreement import TeacherAgreement, neighbor_agreement, neighbor_hits, neighbor_scores
+from bingo.evals.agreement import agreed_hits, neighbor_agreement, neighbor_hits, neighbor_scores
 from bingo.evals.finetune import task_of
 from bingo.evals.knn import nearest_train
 from bingo.params import load_params
@@ -35,8 +34,8 @@ def test_agreement_is_the_mean_share_of_common_neighbours(features, k):
         sets.append([set(found) for found in search.kneighbors(rows[600:].astype(np.float64), return_distance=False)])
     expected = 100 * np.mean([len(a & b) / k for a, b in zip(*sets, strict=True)])
     assert 0 < expected < 100
-    teacher, network = features
-    common = TeacherAgreement(SimpleNamespace(features_ND=teacher), LISTING, KS).of(nearest_train(network[:600], network[600:], 100)[0])
+    teacher, network = (nearest_train(rows[:600], rows[600:], 100)[0] for rows in features)
+    common = agreed_hits(network, teacher, KS)
     assert common[f"agreement_{k}"].tolist() == [len(a & b) for a, b in zip(*sets, strict=True)]
     found = neighbor_scores(common)
     assert list(found) == [f"agreement_{k}" for k in KS]
@@ -51,8 +50,8 @@ def test_left_out_test_images_are_not_evaluated(features):
     part = replace(whole, paths=[LISTING.paths[row] for row in kept], labels_N=labels[kept], left_out_rows=())
 
     def scores(rows, listing):
-        agreement = TeacherAgreement(SimpleNamespace(features_ND=teacher[rows]), listing, KS)
-        return neighbor_scores(neighbor_hits(network[rows], listing, [1, 10], 0.07, agreement, False))
+        found = [nearest_train(x[rows][:600], x[rows][listing.test_rows_N], 100) for x in (network, teacher)]
+        return neighbor_scores(neighbor_hits(found[0], found[1][0], listing, [1, 10], 0.07, KS))
 
     assert scores(slice(None), whole) == scores(kept, part) != scores(slice(None), replace(whole, left_out_rows=()))
     params = load_params(Path(__file__).parents[2] / "params.yaml")

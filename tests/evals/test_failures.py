@@ -4,6 +4,16 @@ import numpy as np
 import pytest
 
 from bingo.evals.failures import least_agreement
+from bingo.evals.knn import nearest_train
+
+
+def compared(features_ND, teacher_ND, train_rows, test_rows):
+    """`least_agreement` with the 9 nearest, or all train rows."""
+    k = min(9, train_rows)
+    rows = (
+        nearest_train(x[:train_rows], x[test_rows], k)[0] if len(test_rows) else np.empty((0, k), int) for x in (features_ND, teacher_ND)
+    )
+    return least_agreement(*rows, teacher_ND, test_rows)
 
 
 def by_hand(features_ND, teacher_ND, train_rows, test_rows):
@@ -26,7 +36,7 @@ def test_failures_have_the_fewest_common_neighbours_and_then_the_least_similar(t
     rng = np.random.default_rng(train_rows)
     teacher_ND = rng.standard_normal((rows, 4)) * rng.uniform(0.1, 9, (rows, 1))
     features_ND = teacher_ND[:, :2] + rng.standard_normal((rows, 2))
-    found = least_agreement(features_ND, teacher_ND.astype(np.float32), train_rows, np.arange(train_rows, rows))
+    found = compared(features_ND, teacher_ND.astype(np.float32), train_rows, np.arange(train_rows, rows))
     wanted = by_hand(features_ND, teacher_ND, train_rows, range(train_rows, rows))
     assert (found["k"], found["queries"]) == (min(5, train_rows), rows - train_rows)
     assert [(image["row"], image["common"]) for image in found["images"]] == [image[:2] for image in wanted]
@@ -37,18 +47,18 @@ def test_failures_have_the_fewest_common_neighbours_and_then_the_least_similar(t
 
 def test_only_test_rows_are_compared_and_images_that_agree_are_not_listed():
     x_ND = np.random.default_rng(0).standard_normal((30, 3)).astype(np.float16)
-    assert least_agreement(x_ND, x_ND, 20, np.arange(20, 30))["images"] == []
+    assert compared(x_ND, x_ND, 20, np.arange(20, 30))["images"] == []
     other_ND = x_ND.copy()
     other_ND[25] *= -1  # its nearest are now its farthest
-    found = least_agreement(other_ND, x_ND, 20, np.arange(20, 30))
+    found = compared(other_ND, x_ND, 20, np.arange(20, 30))
     assert [(image["row"], image["common"]) for image in found["images"]] == [(25, 0)]
-    assert least_agreement(other_ND, x_ND, 20, np.array([22, 28]))["images"] == []
-    assert least_agreement(x_ND, x_ND, 20, np.array([], int)) == {}
+    assert compared(other_ND, x_ND, 20, np.array([22, 28]))["images"] == []
+    assert compared(x_ND, x_ND, 20, np.array([], int)) == {}
 
 
 def test_of_many_test_images_2000_evenly_spread_ones_are_compared():
     rng = np.random.default_rng(0)
     teacher_ND, features_ND = rng.standard_normal((4050, 3)), rng.standard_normal((4050, 3))
-    found = least_agreement(features_ND, teacher_ND, 50, np.arange(50, 4050))
+    found = compared(features_ND, teacher_ND, 50, np.arange(50, 4050))
     assert found["queries"] == 2000
     assert all(image["row"] % 2 == 0 for image in found["images"]), "every second one"

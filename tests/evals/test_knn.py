@@ -11,9 +11,11 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from bingo.evals.knn import knn_accuracies
+from bingo.evals.features import feature_blocks
+from bingo.evals.knn import knn_accuracies, nearest_in_blocks, nearest_train
 from bingo.images.images import MemoryImages
 from bingo.params import ImageParams, load_params
+from bingo.pipeline.judging import backbones as judged
 from bingo.pipeline.judging.backbones import Networks
 from bingo.runtime.errors import UserError
 
@@ -81,11 +83,60 @@ def test_a_network_is_measured_on_the_view_of_knn_eval(changes, resize_px):
     params = load_params(Path(__file__).parents[2] / "params.yaml").knn_eval.model_copy(update=changes)
     image = ImageParams(crop_px=16, resize_px=17, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
     run = SimpleNamespace(params=SimpleNamespace(image=image))
-    networks = SimpleNamespace(
+    networks = object.__new__(Networks)
+    vars(networks).update(
         images=MemoryImages(pixels), backbones={"student": nn.Flatten()}, listing=range(5), run=run, names=["student"], _teacher=None
     )
-    got = Networks.features(networks, "student", params, torch.device("cpu"))
+    got = networks.features("student", params, torch.device("cpu"))
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
     resized = tv.resize(x, [resize_px], tv.InterpolationMode(changes.get("interpolation", "bilinear")), antialias=True).clamp(0, 1)
     want = tv.normalize(tv.center_crop(resized, 16), image.mean, image.std).flatten(1)
     np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [[900], [1] * 9 + [891], [300, 300, 300], [899, 1]])
+@pytest.mark.parametrize("k", [1, 20, 900])
+def test_blocks_give_the_bits_of_the_whole(digits, sizes, k):
+    train, _, test, _ = digits
+    whole = nearest_train(train, test, k)
+    found = nearest_in_blocks(iter([test, *np.split(train, np.cumsum(sizes)[:-1])]), k)
+    for x, y in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert (found[0].dtype, found[1].dtype) == (np.int32, np.float32)
+
+
+@pytest.mark.parametrize("sizes", [[37], [5, 32], [1, 1, 35], [16, 16, 5], [36, 1]])
+def test_blocks_of_features_are_consecutive(sizes):
+    """Batches of 8 images begin and end within blocks."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    image, rows = ImageParams(crop_px=16, resize_px=16, mean=[0.5] * 3, std=[0.5] * 3), np.random.default_rng(1).permutation(40)[:37]
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))
+    found = list(feature_blocks(network, MemoryImages(pixels), rows, image, torch.device("cpu"), "fp32", 8, sizes))
+    assert [len(block) for block in found] == sizes
+    assert network.training
+    np.testing.assert_allclose(np.concatenate(found), (pixels[rows] / 127.5 - 1).transpose(0, 3, 1, 2).reshape(37, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4000, 2**28])
+def test_neighbours_of_networks_are_found_in_blocks(monkeypatch, digits, block_bytes):
+    """Rows 0 to 49 are train images; the test images 50 and 53 are left out. The teacher's features are digits in float16."""
+    monkeypatch.setattr(judged, "_BLOCK_BYTES", block_bytes)
+    pixels, stored = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8), digits[0][:60].astype(np.float16)
+    test_rows = np.array([51, 52, *range(54, 60)])
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    networks = object.__new__(Networks)
+    network = nn.Flatten()
+    network.feature_width = 768
+    vars(networks).update(
+        images=MemoryImages(pixels), backbones={"student": network}, names=["student", "teacher", "pixels"], _found_by_teacher={},
+        run=SimpleNamespace(params=SimpleNamespace(image=ImageParams(crop_px=16, resize_px=16, mean=[0.5] * 3, std=[0.5] * 3))),
+        listing=SimpleNamespace(train_rows=50, test_rows_N=test_rows), _teacher=SimpleNamespace(features=stored),
+    )  # fmt: skip
+    seen = (pixels / 127.5 - 1).transpose(0, 3, 1, 2).reshape(60, -1)
+    for name, x in (("student", seen), ("teacher", stored.astype(float)), ("pixels", pixels.reshape(60, -1).astype(float))):
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        cosines = unit[test_rows] @ unit[:50].T
+        rows, found = networks.nearest(name, params.knn_eval, torch.device("cpu"), 7)
+        np.testing.assert_array_equal(rows, np.argsort(-cosines, axis=1)[:, :7])
+        np.testing.assert_allclose(found, -np.sort(-cosines, axis=1)[:, :7], atol=1e-5)
+    assert networks.nearest("ema", params.knn_eval, torch.device("cpu"), 7) is None

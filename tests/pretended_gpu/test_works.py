@@ -37,7 +37,7 @@ AGAIN = {
     # for each epoch or chunk
     "bingo/embeddings/extract.py:_Pass._features": ("extraction", 2),
     "bingo/embeddings/extract.py:_Pass._keys": ("extraction", 2),
-    "bingo/evals/features.py:backbone_features": ("linear layer on random crops", 4),
+    "bingo/evals/features.py:feature_blocks": ("linear layer on random crops", 4),
     "bingo/evals/finetune.py:ClassifierTrainer._test": ("fine-tuning", 2),
     "bingo/evals/linear.py:_LinearTrainer.hits": ("linear layer on stored features", 1),
     "bingo/evals/linear.py:_LinearTrainer.test": ("linear layer on stored features", 3),

@@ -2,15 +2,16 @@
 with the student's initial weights, and with supervised weights. As features of all rows, also the teacher and raw pixels. The evaluation of
 one network does not depend on another."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bingo import paths, seeds
-from bingo.images.images import PIXELS_PX, Images, MemoryImages, open_images
+from bingo.images.images import PIXELS_PX, MemoryImages, open_images
 from bingo.params import FeatureParams, ImageParams, Section
 from bingo.pipeline.run import Run, code_fingerprint
 from bingo.pipeline.state import state_folder
@@ -19,12 +20,14 @@ from bingo.runtime.artefacts import file_fingerprint
 if TYPE_CHECKING:
     import torch
 
+    from bingo.bags.neighbors import Found
     from bingo.embeddings.store import Embeddings
     from bingo.images.listing import Listing
     from bingo.nets.backbones import Backbone
 
 NOT_ASKED_FOR = "this network is not configured"
 _READ_ROWS = 65536  # of the features at once
+_BLOCK_BYTES = 256 << 20  # of features in which neighbours are searched
 STORED = ("teacher", "pixels")  # their features need no forward pass
 _FILES = {"student": paths.STUDENT, "ema": paths.EMA, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
 
@@ -77,6 +80,7 @@ class Networks:
 
     def __init__(self, run: Run, names: Sequence[str], listing: "Listing", teacher: "Embeddings | None"):
         self.run, self.names, self.listing, self._teacher = run, names, listing, teacher
+        self._found_by_teacher: dict[int, Found] = {}
         run_ones = [name for name in names if name not in STORED]
         self.backbones = backbones(run, run_ones) if run_ones else {}  # stored features need no timm
         self.images = open_images(listing, paths.IMAGES, run.params.dataset) if set(names) - {"teacher"} else None
@@ -91,24 +95,56 @@ class Networks:
             for start in range(0, len(stored), _READ_ROWS):
                 features_ND[start : start + _READ_ROWS] = stored[start : start + _READ_ROWS]
             return features_ND
+        (features_ND,) = self._blocks(name, params, device, np.arange(len(self.listing)), [len(self.listing)])
+        return features_ND
+
+    def nearest(self, name: str, params: FeatureParams, device: "torch.device | None", k: int) -> "Found | None":
+        """`nearest_train` of the test rows that are evaluated; None for a network that is not among `names`. Only one block of the features
+        is in memory at a time, besides those of the test rows."""
+        if name not in self.names:
+            return None
+        if name == "teacher":
+            return self.nearest_of_teacher(k)
+        from bingo.evals.knn import nearest_in_blocks
+
+        test_N, train = self.listing.test_rows_N, self.listing.train_rows
+        width = 3 * PIXELS_PX**2 if name == "pixels" else self.backbones[name].feature_width
+        block_rows = [len(test_N), *(len(block) for block in self._train_blocks(4 * width))]
+        return nearest_in_blocks(self._blocks(name, params, device, np.concatenate([test_N, np.arange(train)]), block_rows), k)
+
+    def nearest_of_teacher(self, k: int) -> "Found":
+        """`nearest_train` of the stored features of the teacher, searched once."""
+        from bingo.evals.knn import nearest_in_blocks
+
+        assert self._teacher is not None
+        if k not in self._found_by_teacher:
+            stored = self._teacher.features
+            train = (stored[block.start : block.stop] for block in self._train_blocks(4 * stored.shape[1]))
+            self._found_by_teacher[k] = nearest_in_blocks(chain([stored[self.listing.test_rows_N]], train), k)
+        return self._found_by_teacher[k]
+
+    def _train_blocks(self, row_bytes: int) -> list[range]:
+        most_rows = max(1, _BLOCK_BYTES // row_bytes)
+        return [range(self.listing.train_rows)[start : start + most_rows] for start in range(0, self.listing.train_rows, most_rows)]
+
+    def _blocks(
+        self, name: str, params: FeatureParams, device: "torch.device | None", rows_n: np.ndarray, block_rows: list[int]
+    ) -> Iterator[np.ndarray]:
+        """`feature_blocks` of a network, or raw pixels, float32 (n, 3 S S): of whole images in memory, or of the files' centre squares at
+        S = `PIXELS_PX`."""
         assert self.images is not None
+        if name == "pixels" and isinstance(self.images, MemoryImages):
+            for rows in np.split(rows_n, np.cumsum(block_rows)[:-1]):
+                yield self.images.images_NSS3[rows].reshape(len(rows), -1).astype(np.float32)
+            return
+        import torch
+
+        from bingo.evals.features import feature_blocks
+
         if name == "pixels":
-            return _pixels(self.images)
-        from bingo.evals.features import backbone_features
-
-        assert device is not None
-        rows, image = range(len(self.listing)), params.view(self.run.params.image)
-        return backbone_features(self.backbones[name], self.images, rows, image, device, params.precision, params.batch_images)
-
-
-def _pixels(images: Images) -> np.ndarray:
-    """The pixels of every row, float32 (N, 3 S S): of whole images in memory, or of the files' centre squares at S = `PIXELS_PX`."""
-    if isinstance(images, MemoryImages):
-        return images.images_NSS3.reshape(len(images), -1).astype(np.float32)
-    import torch
-
-    from bingo.images.loader import center_views
-
-    square = ImageParams(crop_px=PIXELS_PX, resize_px=PIXELS_PX, mean=[0.0] * 3, std=[1.0] * 3)
-    views = center_views(images, range(len(images)), square, torch.device("cpu"), batch_images=512)
-    return np.concatenate([view_BCPP.flatten(1).numpy() for view_BCPP in views])
+            square = ImageParams(crop_px=PIXELS_PX, resize_px=PIXELS_PX, mean=[0.0] * 3, std=[1.0] * 3)
+            yield from feature_blocks(torch.nn.Flatten(), self.images, rows_n, square, torch.device("cpu"), "fp32", 512, block_rows)
+        else:
+            assert device is not None
+            network, how = self.backbones[name], (params.precision, params.batch_images)
+            yield from feature_blocks(network, self.images, rows_n, params.view(self.run.params.image), device, *how, block_rows)
