@@ -46,14 +46,14 @@ def test_the_shipped_file_is_valid_and_frozen():
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("bagging.k", "five", ["bagging.k = 'five'", "integer"]),
-        ("bagging.k", 0, ["bagging.k = 0", "greater than or equal to 1"]),
+        ("bagging.k", "five", ["bagging.k = 'five'", "whole number"]),
+        ("bagging.k", 0, ["bagging.k = 0", "at least 1"]),
         ("bagging.kk", 3, ["bagging.kk", "not a known key", "did you mean k"]),
         ("bagging.k", ..., ["bagging.k is missing"]),
         ("bagging.method", "knnn", ["bagging.method = 'knnn'", "'knn', 'kmeans' or 'label'"]),
         ("bagging.search", "hnsw", ["bagging.search = 'hnsw'", "'exact', 'ivf' or 'cuvs'"]),
-        ("bagging.lists", 0, ["bagging.lists = 0", "greater than or equal to 1"]),
-        ("bagging.probes", None, ["bagging.probes = None", "integer"]),
+        ("bagging.lists", 0, ["bagging.lists = 0", "at least 1"]),
+        ("bagging.probes", None, ["bagging.probes = None", "whole number"]),
         ("distill.lr", float("nan"), ["distill.lr = nan", "finite"]),
         ("distill.method", "bing", ["distill.method = 'bing'", "did you mean bingo"]),
         ("student.arch", "resnet81", ["student.arch = 'resnet81'", "did you mean", "resnet18"]),

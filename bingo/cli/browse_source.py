@@ -23,6 +23,7 @@ from bingo.cli.revisions import artefacts
 from bingo.embeddings.store import Embeddings, read_embeddings
 from bingo.params.places import images_folder
 from bingo.runtime.artefacts import read_json
+from bingo.runtime.errors import UserError, printable
 from bingo.runtime.inside import path_inside
 
 PICTURE_PX = 160
@@ -146,9 +147,14 @@ class BagSource:
         return f"{index.method}, {word} {cluster}: {others} other rows, the nearest {min(index.k, others)} listed"
 
     def row_of(self, target: str) -> int:
-        """The row given by a command's argument: a number is a row, anything else a path."""
+        """The train row given by a command's argument: a number is a row, anything else a path. Raises UserError for the path
+        of a test image."""
         number = target.removeprefix("-")
-        return int(target) if number.isascii() and number.isdigit() else self.listing.row_of(target)
+        if number.isascii() and number.isdigit():
+            return int(target)
+        if (row := self.listing.row_of(target)) >= len(self):
+            raise UserError(f"{printable(target)}: is a test image, which has no bag; find its neighbours with: bingo bags find FILE")
+        return row
 
     def class_name(self, label: int) -> str:
         """The name of a class; `-` if the label is unknown."""

@@ -83,7 +83,7 @@ def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
         Experiment(run["name"], run["data"]["params"]["params.yaml"]["data"], _figures(run["data"]["metrics"])) for run in complete
     ]
     if not runs:
-        way_out = "see those of other commits: dvc exp list --all-commits, or run some: make compare"
+        way_out = "see those of other commits: dvc exp list --all-commits, or run one: dvc exp run -S bagging.k=10"
         raise UserError(f"--rev = {revision}: commit {commit[:7]} has no finished experiment; {way_out}")
     return commit, _merged(runs)
 

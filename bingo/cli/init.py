@@ -137,7 +137,7 @@ def _check_params(params: dict[str, Any], folder: str) -> None:
 def _next_line(is_new: bool) -> str:
     """What is written, and what comes next."""
     if not is_new:
-        return "params.yaml is written; back: git checkout params.yaml; next: dvc repro"
+        return "params.yaml is written; next: dvc repro (to undo, and before another bingo init: git checkout params.yaml)"
     later = "" if in_git() else "; dvc exp run also needs git: git init, dvc config --unset core.no_scm, git add -A, git commit"
     return f"this folder is now a workspace, with the code that its stages run, and params.yaml is written; next: dvc repro{later}"
 
@@ -315,5 +315,7 @@ def _cost_lines(plan: "Plan", budget: float, device_type: str, cores: int, load:
         lines.append(f"warning: this is the shortest run, but takes more than --minutes {budget:g}; {way_out}")
     if busy:
         others = f"other programs are running (load average {load:.1f} on {cores} core{'s'[: cores > 1]})"
-        lines.append(f"warning: {others} and slowed the trial, on which the time and the settings depend; if that changes, run this again")
+        lines.append(
+            f"warning: {others} and slowed the trial, on which the time and the settings depend; if that changes, run bingo init again"
+        )
     return lines

@@ -457,6 +457,8 @@ class _Walker:
         hint = "".join(
             f"; with dataset.source: {source}, {suffix} files are read" for suffix, source in sources.items() if self.passed[suffix]
         )
+        if self.passed[".heic"] or self.passed[".heif"]:
+            hint += "; convert HEIC files to JPEG"
         return f" (skipped: {self._counted()}){hint}" if self.passed.total() or self.passed_folders else ""
 
     def seen_in(self, folder: str) -> str:

@@ -1,5 +1,6 @@
 """Convert pydantic's errors in a section to one line for each error."""
 
+import re
 from types import UnionType
 from typing import get_args, get_origin
 
@@ -7,6 +8,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from bingo.runtime.errors import near_matches, short
+
+_PLAIN = {
+    "greater than or equal to": "at least", "less than or equal to": "at most", "a valid integer": "a whole number",
+    "a valid boolean": "true or false", "a valid string": "text", "a valid ": "a ",
+}  # fmt: skip
 
 
 def mistake_lines(error: ValidationError, model: type[BaseModel], section: str = "") -> list[str]:
@@ -32,7 +38,12 @@ def explanation(item: ErrorDetails) -> str:
         return "allowed is a section, that is keys with values"
     if item["type"] in ("too_short", "too_long"):
         return item["msg"].partition(" after validation")[0].replace("List should have", "allowed are")
-    return item["msg"].removeprefix("Value error, ").replace("Input should be", "allowed is")
+    if item["type"] == "literal_error":
+        return item["msg"].replace("Input should be", "allowed is")
+    text = item["msg"].removeprefix("Value error, ")
+    if text.startswith("Input should be"):  # pydantic's words
+        text = re.sub("|".join(_PLAIN), lambda found: _PLAIN[found[0]], text.replace("Input should be", "must be").partition(", unable")[0])
+    return text
 
 
 def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

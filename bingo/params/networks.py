@@ -85,7 +85,7 @@ STUDENT_OPTIONS = ("drop_path_rate", "drop_rate", "batchnorm_momentum")
 
 
 class TeacherImageParams(Section):
-    """Size and normalisation of the teacher's images."""
+    """The teacher's input."""
 
     crop_px: Count | None
     resize_px: Count | None

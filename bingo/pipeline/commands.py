@@ -153,4 +153,5 @@ def _in_one_line(error: Any) -> str:
         value = f" = {cause.errors()[0]['input']}"
     else:  # Typer before 0.19 names the value in its message only
         value = f" = {found[1]}" if (found := re.match(r"'?(.+?)'? is not ", error.message)) else ""
-    return f"{name}{value}: allowed is {_BEFORE_ALLOWED.sub('', error.message).partition(', unable')[0].rstrip('.')}"
+    allowed = _BEFORE_ALLOWED.sub("", error.message).partition(", unable")[0].rstrip(".")
+    return f"{name}{value}: allowed is {allowed.replace('valid integer', 'whole number').replace('valid float', 'number')}"

@@ -144,6 +144,13 @@ def test_a_row_without_a_bag(workspace, row):
     assert "train rows 0 to 59" in line
 
 
+def test_the_path_of_a_test_image(workspace):
+    path = read_listing("data/listing.parquet").paths[60]
+    line = mistake("show", path)
+    assert line.startswith(f"error: {path}: ")
+    assert "bingo bags find" in line
+
+
 def test_a_path_that_is_not_listed(workspace):
     assert "did you mean 'class/image_0012.png'?" in mistake("show", "image_0012.png")
     assert "no such path in data/listing.parquet (70 rows)\n" in mistake("show", "nothing-like-it")

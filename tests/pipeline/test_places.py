@@ -213,7 +213,7 @@ def test_a_stage_by_name_runs_from_a_folder_of_the_workspace(below, stages):
         ("--halp", "error: No such option"),
         ("recip", "error: No such command 'recip'"),
         ("bags", None),
-        ("bags find x --k five", "error: --k = five: allowed is a valid integer"),
+        ("bags find x --k five", "error: --k = five: allowed is a whole number"),
         ("bags find", "error: IMAGE is missing"),
         ("embed x --out y.npy --batch-images 0", "error: --batch-images = 0: allowed is "),
         ("embed x --out y.npy --on-bad-image maybe", "error: --on-bad-image = maybe: allowed is one of 'stop', 'skip'"),

@@ -428,7 +428,7 @@ def test_includes_are_applied_in_order_and_before_the_recipe_itself(tmp_path):
         ("about: {note: x}", ["about.note"]),
         ("- 3", ["holds list"]),
         ("about: [1]", ["about = [1]: allowed is a section"]),
-        ("about: {expected: {linear_top1: 120}}", ["about.expected.linear_top1 = 120: allowed is less than"]),
+        ("about: {expected: {linear_top1: 120}}", ["about.expected.linear_top1 = 120: must be at most 100"]),
         ("about: {expected: {linear_top1: 60}}", ["figures without a source"]),
         ("about: {teacher: {note: x, linear_top1: 70, published_by: x}}", ["about.teacher.note is not a known key", "published_by"]),
         ("about: {teacher: {linear_top1: 70, published_by: x}}", ["about.teacher describes a checkpoint", "set teacher.checkpoint"]),
@@ -590,7 +590,7 @@ def test_list_shows_broken_recipes_among_the_others(clone):
     assert lines["whole"].endswith("a whole one")
     assert all(" BROKEN " in line for name, line in lines.items() if name != "whole")
     assert "bagging.kk is not a known key" in lines["unknown_key"]
-    assert "bagging.k = 'five': allowed is" in lines["wrong_value"]
+    assert "bagging.k = 'five': must be" in lines["wrong_value"]
     for name in broken:
         shown = call("show", name)
         assert shown.exit_code == 2, name
