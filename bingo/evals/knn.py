@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bingo.bags.neighbors import Found, best_of, nothing_found, top_k
+from bingo.bags.neighbors import Found, best_of, cut, nothing_found, top_k
 from bingo.bags.rows import unit_rows
 from bingo.runtime.errors import UserError
+
+_MERGED_QUERIES = 4096  # at once, which bounds the memory
 
 
 def knn_accuracies(
@@ -48,8 +50,10 @@ def nearest_in_blocks(blocks: Iterator[np.ndarray], k: int) -> Found:
         found = nothing_found(len(unit_QD), k)
         for block_nD in blocks:
             rows_QK, cosines_QK = top_k(unit_QD, block_nD, k, floor_Q=found[1][:, -1], unit_queries=True)
-            rows_QK = np.where(rows_QK >= 0, rows_QK + np.int32(first), -1)
-            found = best_of(np.concatenate([found[0], rows_QK], axis=1), np.concatenate([found[1], cosines_QK], axis=1), k)
+            for part in cut(slice(0, len(unit_QD)), _MERGED_QUERIES):
+                rows_qK = np.where(rows_QK[part] >= 0, rows_QK[part] + np.int32(first), -1)
+                both = np.concatenate([found[0][part], rows_qK], axis=1), np.concatenate([found[1][part], cosines_QK[part]], axis=1)
+                found[0][part], found[1][part] = best_of(*both, k)
             first += len(block_nD)
     except ValueError as error:
         raise UserError(f"k-NN evaluation: {error}; the network is broken: check the training curves and lower distill.lr") from None

@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+from bingo.evals import knn
 from bingo.evals.features import feature_blocks
 from bingo.evals.knn import knn_accuracies, nearest_in_blocks, nearest_train
 from bingo.images.images import MemoryImages
@@ -96,7 +97,8 @@ def test_a_network_is_measured_on_the_view_of_knn_eval(changes, resize_px):
 
 @pytest.mark.parametrize("sizes", [[900], [1] * 9 + [891], [300, 300, 300], [899, 1]])
 @pytest.mark.parametrize("k", [1, 20, 900])
-def test_blocks_give_the_bits_of_the_whole(digits, sizes, k):
+def test_blocks_give_the_bits_of_the_whole(digits, sizes, k, monkeypatch):
+    monkeypatch.setattr(knn, "_MERGED_QUERIES", 100)
     train, _, test, _ = digits
     whole = nearest_train(train, test, k)
     found = nearest_in_blocks(iter([test, *np.split(train, np.cumsum(sizes)[:-1])]), k)
