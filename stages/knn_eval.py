@@ -25,6 +25,7 @@ def main(
         from bingo.embeddings.store import read_embeddings
         from bingo.evals.agreement import neighbor_hits, neighbor_scores, usable_ks
         from bingo.evals.failures import COMPARED, least_agreement
+        from bingo.evals.knn import nearest_in_blocks
         from bingo.images.listing import read_judged_listing
         from bingo.pipeline.judging.backbones import NOT_ASKED_FOR, Networks, existing
         from bingo.runtime.artefacts import write_arrays, write_json
@@ -42,14 +43,16 @@ def main(
         networks = Networks(run, opened, listing, teacher)
         with process_group(run) if networks.backbones else nullcontext() as device:  # stored features need no torch
             k = max([*ks, *agreement_ks, min(COMPARED, listing.train_rows)])
+            teacher_QK = None
             for name in names:
-                found = networks.nearest(name, params, device, k)
-                hits, failures, teacher_rows_QK = {}, {}, None
-                if found is not None:
+                hits, failures = {}, {}
+                if (blocks := networks.blocks(name, params, device)) is not None:
+                    found = nearest_in_blocks(blocks, k)
                     if teacher is not None and name != "teacher":
-                        teacher_rows_QK, _ = networks.nearest_of_teacher(k)
-                        failures = least_agreement(found[0], teacher_rows_QK, teacher.features, listing.test_rows_N)
-                    hits = neighbor_hits(found, teacher_rows_QK, listing, ks, params.temperature, agreement_ks)
+                        teacher_QK = nearest_in_blocks(networks.blocks_of_teacher(), k)[0] if teacher_QK is None else teacher_QK
+                        failures = least_agreement(found[0], teacher_QK, teacher.features, listing.test_rows_N)
+                    of_teacher_QK = None if name == "teacher" else teacher_QK
+                    hits = neighbor_hits(found, of_teacher_QK, listing, ks, params.temperature, agreement_ks)
                 scores = neighbor_scores(hits)
                 if scores:  # without labels there are none for the teacher
                     run.say(f"knn_eval: {name}: {in_words(scores, '.1f')}")

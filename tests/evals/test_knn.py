@@ -130,7 +130,7 @@ def test_neighbours_of_networks_are_found_in_blocks(monkeypatch, digits, block_b
     network = nn.Flatten()
     network.feature_width = 768
     vars(networks).update(
-        images=MemoryImages(pixels), backbones={"student": network}, names=["student", "teacher", "pixels"], _found_by_teacher={},
+        images=MemoryImages(pixels), backbones={"student": network}, names=["student", "teacher", "pixels"],
         run=SimpleNamespace(params=SimpleNamespace(image=ImageParams(crop_px=16, resize_px=16, mean=[0.5] * 3, std=[0.5] * 3))),
         listing=SimpleNamespace(train_rows=50, test_rows_N=test_rows), _teacher=SimpleNamespace(features=stored),
     )  # fmt: skip
@@ -138,7 +138,7 @@ def test_neighbours_of_networks_are_found_in_blocks(monkeypatch, digits, block_b
     for name, x in (("student", seen), ("teacher", stored.astype(float)), ("pixels", pixels.reshape(60, -1).astype(float))):
         unit = x / np.linalg.norm(x, axis=1, keepdims=True)
         cosines = unit[test_rows] @ unit[:50].T
-        rows, found = networks.nearest(name, params.knn_eval, torch.device("cpu"), 7)
+        rows, found = nearest_in_blocks(networks.blocks(name, params.knn_eval, torch.device("cpu")), 7)
         np.testing.assert_array_equal(rows, np.argsort(-cosines, axis=1)[:, :7])
         np.testing.assert_allclose(found, -np.sort(-cosines, axis=1)[:, :7], atol=1e-5)
-    assert networks.nearest("ema", params.knn_eval, torch.device("cpu"), 7) is None
+    assert networks.blocks("ema", params.knn_eval, torch.device("cpu")) is None

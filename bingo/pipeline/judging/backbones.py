@@ -4,7 +4,6 @@ one network does not depend on another."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +19,13 @@ from bingo.runtime.artefacts import file_fingerprint
 if TYPE_CHECKING:
     import torch
 
-    from bingo.bags.neighbors import Found
     from bingo.embeddings.store import Embeddings
     from bingo.images.listing import Listing
     from bingo.nets.backbones import Backbone
 
 NOT_ASKED_FOR = "this network is not configured"
 _READ_ROWS = 65536  # of the features at once
-_BLOCK_BYTES = 128 << 20  # of features in which neighbours are searched
+_BLOCK_BYTES = 128 << 20  # of features as float32 in which neighbours are searched
 STORED = ("teacher", "pixels")  # their features need no forward pass
 _FILES = {"student": paths.STUDENT, "ema": paths.EMA, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
 
@@ -80,7 +78,6 @@ class Networks:
 
     def __init__(self, run: Run, names: Sequence[str], listing: "Listing", teacher: "Embeddings | None"):
         self.run, self.names, self.listing, self._teacher = run, names, listing, teacher
-        self._found_by_teacher: dict[int, Found] = {}
         run_ones = [name for name in names if name not in STORED]
         self.backbones = backbones(run, run_ones) if run_ones else {}  # stored features need no timm
         self.images = open_images(listing, paths.IMAGES, run.params.dataset) if set(names) - {"teacher"} else None
@@ -98,30 +95,25 @@ class Networks:
         (features_ND,) = self._blocks(name, params, device, np.arange(len(self.listing)), [len(self.listing)])
         return features_ND
 
-    def nearest(self, name: str, params: FeatureParams, device: "torch.device | None", k: int) -> "Found | None":
-        """`nearest_train` of the test rows that are evaluated; None for a network that is not among `names`. Only one block of the features
-        is in memory at a time, besides those of the test rows."""
+    def blocks(self, name: str, params: FeatureParams, device: "torch.device | None") -> Iterator[np.ndarray] | None:
+        """Features in blocks, for `nearest_in_blocks`: those of the test rows that are evaluated, then those of the train rows, of which
+        one block is in memory at a time. None for a network that is not among `names`."""
         if name not in self.names:
             return None
         if name == "teacher":
-            return self.nearest_of_teacher(k)
-        from bingo.evals.knn import nearest_in_blocks
-
+            return self.blocks_of_teacher()
         test_N, train = self.listing.test_rows_N, self.listing.train_rows
         width = 3 * PIXELS_PX**2 if name == "pixels" else self.backbones[name].feature_width
         block_rows = [len(test_N), *(len(block) for block in self._train_blocks(4 * width))]
-        return nearest_in_blocks(self._blocks(name, params, device, np.concatenate([test_N, np.arange(train)]), block_rows), k)
+        return self._blocks(name, params, device, np.concatenate([test_N, np.arange(train)]), block_rows)
 
-    def nearest_of_teacher(self, k: int) -> "Found":
-        """`nearest_train` of the stored features of the teacher, searched once."""
-        from bingo.evals.knn import nearest_in_blocks
-
+    def blocks_of_teacher(self) -> Iterator[np.ndarray]:
+        """`blocks` of the stored features of the teacher, float16."""
         assert self._teacher is not None
-        if k not in self._found_by_teacher:
-            stored = self._teacher.features
-            train = (stored[block.start : block.stop] for block in self._train_blocks(4 * stored.shape[1]))
-            self._found_by_teacher[k] = nearest_in_blocks(chain([stored[self.listing.test_rows_N]], train), k)
-        return self._found_by_teacher[k]
+        stored = self._teacher.features
+        yield stored[self.listing.test_rows_N]
+        for block in self._train_blocks(4 * stored.shape[1]):
+            yield stored[block.start : block.stop]
 
     def _train_blocks(self, row_bytes: int) -> list[range]:
         most_rows = max(1, _BLOCK_BYTES // row_bytes)
