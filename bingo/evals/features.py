@@ -53,12 +53,13 @@ def feature_blocks(
     batch_images: int,
     block_rows: Sequence[int],
 ) -> Iterator[np.ndarray]:
-    """`backbone_features` in consecutive blocks of these numbers of rows, N in all, each of which is allocated when it begins."""
+    """`backbone_features` in consecutive blocks of these numbers of rows, N in all, each of which is allocated when it begins. None is
+    referenced here once it has been yielded."""
     backbone, sizes, block_nD, done = backbone.to(device).to(memory_format=torch.channels_last), iter(block_rows), torch.empty(0), 0
     with progress_bar("features", len(rows_N), "images") as bar, evaluation_mode(backbone):
         views = iter(center_views(images, rows_N, image, device, batch_images, 0 if len(rows_N) <= FEW_FILES else None))
         while True:
-            whole = []
+            whole = list[np.ndarray]()
             with torch.inference_mode(), autocast(precision, device):  # not while the caller has a block
                 if (views_B := next(views, None)) is None:
                     return
@@ -69,6 +70,9 @@ def feature_blocks(
                     part_bD, left_bD = left_bD[: len(block_nD) - done], left_bD[len(block_nD) - done :]
                     block_nD[done : done + len(part_bD)] = part_bD
                     done += len(part_bD)
-                    whole += [block_nD.numpy()] if done == len(block_nD) else []
+                    if done == len(block_nD):
+                        whole.append(block_nD.numpy())
+                        block_nD, done = torch.empty(0), 0
             bar.advance(len(found_BD))
-            yield from whole
+            while whole:
+                yield whole.pop(0)

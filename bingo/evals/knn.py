@@ -49,15 +49,22 @@ def nearest_in_blocks(blocks: Iterator[np.ndarray], k: int) -> Found:
         unit_QD = unit_rows(next(blocks))
         found = nothing_found(len(unit_QD), k)
         for block_nD in blocks:
-            rows_QK, cosines_QK = top_k(unit_QD, block_nD, k, floor_Q=found[1][:, -1], unit_queries=True)
-            for part in cut(slice(0, len(unit_QD)), _MERGED_QUERIES):
-                rows_qK = np.where(rows_QK[part] >= 0, rows_QK[part] + np.int32(first), -1)
-                both = np.concatenate([found[0][part], rows_qK], axis=1), np.concatenate([found[1][part], cosines_QK[part]], axis=1)
-                found[0][part], found[1][part] = best_of(*both, k)
+            _search(block_nD, unit_QD, first, found)
             first += len(block_nD)
+            del block_nD  # before the next one is allocated
     except ValueError as error:
         raise UserError(f"k-NN evaluation: {error}; the network is broken: check the training curves and lower distill.lr") from None
     return found
+
+
+def _search(block_nD: np.ndarray, unit_QD: np.ndarray, first: int, found: Found) -> None:
+    """Merge the nearest rows of a block, whose first row is the train row `first`, into `found`, (Q, k)."""
+    k = found[0].shape[1]
+    rows_QK, cosines_QK = top_k(unit_QD, block_nD, k, floor_Q=found[1][:, -1], unit_queries=True)
+    for part in cut(slice(0, len(unit_QD)), _MERGED_QUERIES):
+        rows_qK = np.where(rows_QK[part] >= 0, rows_QK[part] + np.int32(first), -1)
+        both = np.concatenate([found[0][part], rows_qK], axis=1), np.concatenate([found[1][part], cosines_QK[part]], axis=1)
+        found[0][part], found[1][part] = best_of(*both, k)
 
 
 def voted_hits(

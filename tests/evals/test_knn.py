@@ -1,5 +1,6 @@
 """k-NN accuracy against scikit-learn and against its definition in loops."""
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,34 @@ def test_blocks_give_the_bits_of_the_whole(digits, sizes, k, monkeypatch):
     for x, y in zip(found, whole, strict=True):
         np.testing.assert_array_equal(x, y)
     assert (found[0].dtype, found[1].dtype) == (np.int32, np.float32)
+
+
+def test_one_block_is_held_at_a_time(digits):
+    """Of those before, nothing is referenced any more when the next is asked for."""
+    train, _, test, _ = digits
+    alive = list[weakref.ref]()
+
+    def blocks():
+        yield test.copy()
+        for block in np.split(train, 4):
+            assert not [ref for ref in alive if ref() is not None]
+            block = block.copy()
+            alive.append(weakref.ref(block))
+            blocks_left = [block]
+            del block
+            yield blocks_left.pop()
+
+    nearest_in_blocks(blocks(), 3)
+    assert len(alive) == 4
+
+    pixels = np.zeros((40, 16, 16, 3), np.uint8)
+    image = ImageParams(crop_px=16, resize_px=16, mean=[0.5] * 3, std=[0.5] * 3)
+    found = feature_blocks(nn.Flatten(), MemoryImages(pixels), range(40), image, torch.device("cpu"), "fp32", 16, [9, 20, 11])
+    for _ in range(3):
+        block = next(found)
+        ref = weakref.ref(block)
+        del block
+        assert ref() is None
 
 
 @pytest.mark.parametrize("sizes", [[37], [5, 32], [1, 1, 35], [16, 16, 5], [36, 1]])
