@@ -10,6 +10,7 @@ import numpy as np
 from bingo.bags.neighbors import Found, best_of, cut, nothing_found, top_k
 from bingo.bags.rows import unit_rows
 from bingo.runtime.errors import UserError
+from bingo.runtime.memory import release_freed_memory
 
 _MERGED_QUERIES = 4096  # at once, which bounds the memory
 
@@ -52,6 +53,7 @@ def nearest_in_blocks(blocks: Iterator[np.ndarray], k: int) -> Found:
             _search(block_nD, unit_QD, first, found)
             first += len(block_nD)
             del block_nD  # before the next one is allocated
+            release_freed_memory()
     except ValueError as error:
         raise UserError(f"k-NN evaluation: {error}; the network is broken: check the training curves and lower distill.lr") from None
     return found

@@ -23,6 +23,13 @@ def keep_freed_memory(kept_bytes: int = KEPT_BYTES) -> None:
         mallopt(M_TRIM_THRESHOLD, kept_bytes)
 
 
+def release_freed_memory() -> None:
+    """Return freed memory that `keep_freed_memory` has kept; for work whose next step allocates other blocks. Does nothing with other C
+    libraries than glibc."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def peak_memory() -> dict[str, float]:
     """Peak memory of this process, in MB of 2^20 bytes: on the host and, if one was used, on the GPU."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
