@@ -39,8 +39,8 @@ def backbone_features(
 ) -> np.ndarray:
     """Features of the images `rows_N` in that order, float32 (N, D). The backbone is moved to `device`; its mode does not change.
     Up to FEW_FILES files are decoded in this process."""
-    found = list(feature_blocks(backbone, images, rows_N, image, device, precision, batch_images, [len(rows_N)]))
-    return found[0] if found else np.empty((0, 0), np.float32)
+    (features_ND,) = feature_blocks(backbone, images, rows_N, image, device, precision, batch_images, [len(rows_N)])
+    return features_ND
 
 
 def feature_blocks(
@@ -53,26 +53,22 @@ def feature_blocks(
     batch_images: int,
     block_rows: Sequence[int],
 ) -> Iterator[np.ndarray]:
-    """`backbone_features` in consecutive blocks of these numbers of rows, N in all, each of which is allocated when it begins. None is
-    referenced here once it has been yielded."""
-    backbone, sizes, block_nD, done = backbone.to(device).to(memory_format=torch.channels_last), iter(block_rows), torch.empty(0), 0
+    """`backbone_features` in consecutive blocks of these numbers of rows, N in all. While the caller has a block, it is not referenced here,
+    and there are no worker processes."""
+    backbone, begun = backbone.to(device).to(memory_format=torch.channels_last), 0
+
+    def block(rows_n: np.ndarray) -> np.ndarray:
+        features_nD, done = torch.empty(0, 0), 0
+        with torch.inference_mode(), autocast(precision, device):
+            for views_B in center_views(images, rows_n, image, device, batch_images, 0 if len(rows_n) <= FEW_FILES else None):
+                found_BD = backbone(views_B)
+                features_nD = features_nD if done else torch.empty(len(rows_n), found_BD.shape[1])
+                features_nD[done : done + len(found_BD)] = found_BD
+                done += len(found_BD)
+                bar.advance(len(found_BD))
+        return features_nD.numpy()
+
     with progress_bar("features", len(rows_N), "images") as bar, evaluation_mode(backbone):
-        views = iter(center_views(images, rows_N, image, device, batch_images, 0 if len(rows_N) <= FEW_FILES else None))
-        while True:
-            whole = list[np.ndarray]()
-            with torch.inference_mode(), autocast(precision, device):  # not while the caller has a block
-                if (views_B := next(views, None)) is None:
-                    return
-                found_BD = left_bD = backbone(views_B)
-                while len(left_bD):
-                    if done == len(block_nD):
-                        block_nD, done = torch.empty(next(sizes), found_BD.shape[1]), 0
-                    part_bD, left_bD = left_bD[: len(block_nD) - done], left_bD[len(block_nD) - done :]
-                    block_nD[done : done + len(part_bD)] = part_bD
-                    done += len(part_bD)
-                    if done == len(block_nD):
-                        whole.append(block_nD.numpy())
-                        block_nD, done = torch.empty(0), 0
-            bar.advance(len(found_BD))
-            while whole:
-                yield whole.pop(0)
+        for rows in block_rows:
+            yield block(np.asarray(rows_N)[begun : begun + rows])
+            begun += rows
