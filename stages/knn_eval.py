@@ -47,11 +47,14 @@ def main(
             for name in names:
                 hits, failures = {}, {}
                 if (blocks := networks.blocks(name, params, device)) is not None:
-                    found = nearest_in_blocks(blocks, k)
+                    of_teacher_QK = None
                     if teacher is not None and name != "teacher":
-                        teacher_QK = nearest_in_blocks(networks.blocks_of_teacher(), k)[0] if teacher_QK is None else teacher_QK
-                        failures = least_agreement(found[0], teacher_QK, teacher.features, listing.test_rows_N)
-                    of_teacher_QK = None if name == "teacher" else teacher_QK
+                        if teacher_QK is None:  # first, before there are worker processes
+                            teacher_QK = nearest_in_blocks(networks.blocks_of_teacher(), k)[0]
+                        of_teacher_QK = teacher_QK
+                    found = nearest_in_blocks(blocks, k)
+                    if teacher is not None and of_teacher_QK is not None:
+                        failures = least_agreement(found[0], of_teacher_QK, teacher.features, listing.test_rows_N)
                     hits = neighbor_hits(found, of_teacher_QK, listing, ks, params.temperature, agreement_ks)
                 scores = neighbor_scores(hits)
                 if scores:  # without labels there are none for the teacher

@@ -53,8 +53,8 @@ def feature_blocks(
     batch_images: int,
     block_rows: Sequence[int],
 ) -> Iterator[np.ndarray]:
-    """`backbone_features` in consecutive blocks of these numbers of rows, N in all. While the caller has a block, it is not referenced here,
-    and there are no worker processes."""
+    """`backbone_features` in consecutive blocks of these numbers of rows, N in all. While the caller has a block, it is not referenced
+    here, and there are no worker processes."""
     backbone, begun = backbone.to(device).to(memory_format=torch.channels_last), 0
 
     def block(rows_n: np.ndarray) -> np.ndarray:

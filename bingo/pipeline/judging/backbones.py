@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NOT_ASKED_FOR = "this network is not configured"
 _READ_ROWS = 65536  # of the features at once
-_BLOCK_BYTES = 128 << 20  # of features as float32 in which neighbours are searched
+_BLOCK_BYTES = 64 << 20  # of features as float32 in which neighbours are searched
 STORED = ("teacher", "pixels")  # their features need no forward pass
 _FILES = {"student": paths.STUDENT, "ema": paths.EMA, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
 
