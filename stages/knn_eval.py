@@ -44,15 +44,12 @@ def main(
         with process_group(run) if networks.backbones else nullcontext() as device:  # stored features need no torch
             k = max([*ks, *agreement_ks, min(COMPARED, listing.train_rows)])
             teacher_QK = None
+            if teacher is not None and set(opened) - {"teacher"}:  # first, before there are worker processes
+                teacher_QK = nearest_in_blocks(networks.blocks_of_teacher(), k)[0]
             for name in names:
                 hits, failures = {}, {}
                 if (blocks := networks.blocks(name, params, device)) is not None:
-                    of_teacher_QK = None
-                    if teacher is not None and name != "teacher":
-                        if teacher_QK is None:  # first, before there are worker processes
-                            teacher_QK = nearest_in_blocks(networks.blocks_of_teacher(), k)[0]
-                        of_teacher_QK = teacher_QK
-                    found = nearest_in_blocks(blocks, k)
+                    found, of_teacher_QK = nearest_in_blocks(blocks, k), None if name == "teacher" else teacher_QK
                     if teacher is not None and of_teacher_QK is not None:
                         failures = least_agreement(found[0], of_teacher_QK, teacher.features, listing.test_rows_N)
                     hits = neighbor_hits(found, of_teacher_QK, listing, ks, params.temperature, agreement_ks)
