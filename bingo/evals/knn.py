@@ -46,6 +46,7 @@ def nearest_train(train_features_TD: np.ndarray, test_features_QD: np.ndarray, k
 def nearest_in_blocks(blocks: Iterator[np.ndarray], k: int) -> Found:
     """`nearest_train` for features in blocks, of which only one is held at a time: all test rows, then consecutive train rows."""
     found, first = nothing_found(0, k), 0
+    release_freed_memory()  # of an earlier search
     try:
         unit_QD = unit_rows(next(blocks))
         found = nothing_found(len(unit_QD), k)
