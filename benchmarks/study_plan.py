@@ -31,9 +31,11 @@ class _StudySection(BaseModel):
 
 
 class Tuning(_StudySection):
-    """Seed, learning rates and settings of tuning. `noise_points`: two runs that differ by less in linear accuracy count as equal."""
+    """Seed, learning rates and settings of tuning. `noise_points`: two runs that differ by less in linear accuracy count as equal;
+    `variant_seeds`: seeds of variants that are in no round, and of the recipes that they are compared with, besides `seed`."""
 
     seed: Whole
+    variant_seeds: list[Whole] = []
     noise_points: Annotated[float, Field(ge=0)]
     first_lr: Annotated[list[Positive], Field(min_length=1)]
     settings: dict[str, Any]
@@ -71,8 +73,13 @@ class StudyPlan(_StudySection):
 
     @property
     def screened(self) -> list[str]:
-        """Variants that are in no round; they are run once, at the tuned values of another recipe."""
+        """Variants that are in no round; they are run on the images of tuning only, at the tuned values of another recipe."""
         return [name for name in self.variants if name not in self.recipes]
+
+    @property
+    def variant_seeds(self) -> list[int]:
+        """All seeds of the variants in `screened`."""
+        return [self.tuning.seed, *self.tuning.variant_seeds]
 
     def tuned_as(self, name: str) -> str:
         """The recipe or variant that provides the tuned values: usually itself."""
@@ -177,8 +184,11 @@ class Wishes:
 
     def _judged(self, recipes: Iterable[str]) -> Iterator[Wanted]:
         """The missing runs of tuned recipes: first variants on the images of tuning, then the runs for the tables."""
-        screens = [self.screen(name) for name in self.plan.screened if self.plan.tuned_as(name) in recipes]
-        yield from (wanted for wanted in screens if wanted and not self.line_of(wanted))
+        screened = [name for name in self.plan.screened if self.plan.tuned_as(name) in recipes]
+        for seed in self.plan.variant_seeds:
+            for name in dict.fromkeys(name for variant in screened for name in (self.plan.tuned_as(variant), variant)):
+                if (wanted := self.tuned_run(name, seed)) and not self.line_of(wanted):
+                    yield wanted
         for seed in self.plan.tables.seeds:
             for recipe in recipes:
                 yield from self._compared(recipe, seed)
@@ -238,13 +248,13 @@ class Wishes:
         """The tuning run at a place of the climb."""
         return Wanted("tuning", recipe, self.plan.tuning.seed, self.plan.fixed(recipe, "tuning") | self.tuned(recipe, lr, factor))
 
-    def screen(self, variant: str) -> Wanted | None:
-        """The run of a variant on the images of tuning, at the best values of another recipe; None if that is not tuned."""
-        other = self.plan.tuned_as(variant)
+    def tuned_run(self, name: str, seed: int) -> Wanted | None:
+        """The run of a recipe or variant on the images of tuning, at its own best values or those of another recipe; None if these are
+        not known yet."""
+        other = self.plan.tuned_as(name)
         if (best := self.best(other)) is None:
             return None
-        settings = self.plan.fixed(variant, "tuning") | self.tuned(other, *self.place(best))
-        return Wanted("tuning", variant, self.plan.tuning.seed, settings)
+        return Wanted("tuning", name, seed, self.plan.fixed(name, "tuning") | self.tuned(other, *self.place(best)))
 
     def tuned(self, recipe: str, lr: float, factor: float) -> dict[str, float]:
         """The tuned settings at a place of the climb: a learning rate, and a factor for the other values."""
@@ -252,8 +262,8 @@ class Wishes:
 
     def tuning(self, recipe: str) -> list[Mapping[str, Any]]:
         """Results of a recipe's tuning."""
-        fixed = self.plan.fixed(recipe, "tuning")
-        lines = [line for line in self.lines if (line["part"], line["recipe"]) == ("tuning", recipe)]
+        fixed, ours = self.plan.fixed(recipe, "tuning"), ("tuning", recipe, self.plan.tuning.seed)
+        lines = [line for line in self.lines if (line["part"], line["recipe"], line["seed"]) == ours]
         return [line for line in lines if all(line["settings"].get(key) == value for key, value in fixed.items())]
 
     def place(self, line: Mapping[str, Any]) -> tuple[float, float]:

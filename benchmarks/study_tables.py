@@ -1,6 +1,7 @@
 """The tables of a study, in Markdown, from the lines of its results."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any, get_args
 
 from benchmarks.study_plan import LR, Part, Wishes
@@ -17,8 +18,8 @@ def print_tables(wishes: Wishes) -> None:
     print(f"Tuning, seed {plan.tuning.seed}: the best values, and the linear accuracy of all runs\n")
     print_table(["recipe", "lr", "other values", "linear", "k-NN, k = 10", "lr × factor of the other values: linear"], _tuning(wishes))
     if rows := list(_screened(wishes)):
-        print("\nVariants, each run once on the images of tuning, at the tuned values of another recipe: linear accuracy and difference\n")
-        print_table(["variant", "of", "linear", "k-NN, k = 10", "GFLOP/anchor", "difference"], rows)
+        print("\nVariants on the images of tuning, at the tuned values of another recipe: means, and differences (of each seed)\n")
+        print_table(["variant", "of", "seeds", "linear", "k-NN, k = 10", "GFLOP/anchor", "difference in linear"], rows)
     parts: dict[Part, str] = {"anchors": "anchors", "flops": f"FLOPs, those of {plan.reference}"}
     for part, words in parts.items():
         if not (rows := list(_compared(wishes, part))):
@@ -48,12 +49,21 @@ def _tuning(wishes: Wishes) -> Iterator[list[str]]:
 
 
 def _screened(wishes: Wishes) -> Iterator[list[str]]:
+    """A row for each variant that is in no round: means over seeds, and its difference from the recipe whose values it takes."""
     for variant in wishes.plan.screened:
-        wanted, other = wishes.screen(variant), wishes.plan.tuned_as(variant)
-        if wanted and (line := wishes.line_of(wanted)) and line["linear"] and (best := wishes.best(other)):
-            difference = line["linear"]["student"] - best["linear"]["student"]
-            figures = [f"{line[key]['student']:.1f}" for key in ("linear", "knn_10")]
-            yield [variant, other, *figures, f"{line['gflop_per_anchor']:.3f}", f"{difference:+.1f}"]
+        other, lines = wishes.plan.tuned_as(variant), _by_variant_seed(wishes, variant)
+        ours, theirs = by_seed(lines, "linear", "student"), by_seed(_by_variant_seed(wishes, other), "linear", "student")
+        if found := spread(differences := [ours[seed] - theirs[seed] for seed in ours if seed in theirs]):
+            figures = [f"{fmean(by_seed(lines, measure, 'student').values()):.1f}" for measure in ("linear", "knn_10")]
+            each = f" ({', '.join(f'{one:+.1f}' for one in differences)})" if len(differences) > 1 else ""
+            cost = f"{next(iter(lines.values()))['gflop_per_anchor']:.3f}"
+            yield [variant, other, str(len(differences)), *figures, cost, f"{found.mean:+.1f}{each}"]
+
+
+def _by_variant_seed(wishes: Wishes, name: str) -> dict[int, Mapping[str, Any]]:
+    """The runs of a recipe or variant on the images of tuning, by seed."""
+    wanted = [run for seed in wishes.plan.variant_seeds if (run := wishes.tuned_run(name, seed))]
+    return {run.seed: line for run in wanted if (line := wishes.line_of(run)) and line["linear"]}
 
 
 def _correlations(wishes: Wishes) -> Iterator[str]:
