@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bingo.bags.neighbors import Found, best_of, cut, nothing_found, top_k
+from bingo.bags.neighbors import Blocks, Found, best_of, cut, nothing_found, search_blocks
 from bingo.bags.rows import unit_rows
 from bingo.runtime.errors import UserError
 from bingo.runtime.memory import release_freed_memory
@@ -51,7 +51,8 @@ def nearest_in_blocks(blocks: Iterator[np.ndarray], k: int) -> Found:
         unit_QD = unit_rows(next(blocks))
         found = nothing_found(len(unit_QD), k)
         for block_nD in blocks:
-            _search(block_nD, unit_QD, first, found)
+            release_freed_memory()  # of the forward passes
+            search_blocks(_Merged(found, first), unit_QD, block_nD, k, floor_Q=found[1][:, -1], unit_queries=True)
             first += len(block_nD)
             del block_nD  # before the next one is allocated
             release_freed_memory()
@@ -60,14 +61,20 @@ def nearest_in_blocks(blocks: Iterator[np.ndarray], k: int) -> Found:
     return found
 
 
-def _search(block_nD: np.ndarray, unit_QD: np.ndarray, first: int, found: Found) -> None:
-    """Merge the nearest rows of a block, whose first row is the train row `first`, into `found`, (Q, k)."""
-    k = found[0].shape[1]
-    rows_QK, cosines_QK = top_k(unit_QD, block_nD, k, floor_Q=found[1][:, -1], unit_queries=True)
-    for part in cut(slice(0, len(unit_QD)), _MERGED_QUERIES):
-        rows_qK = np.where(rows_QK[part] >= 0, rows_QK[part] + np.int32(first), -1)
-        both = np.concatenate([found[0][part], rows_qK], axis=1), np.concatenate([found[1][part], cosines_QK[part]], axis=1)
-        found[0][part], found[1][part] = best_of(*both, k)
+class _Merged(Blocks):
+    """A search of a block of train rows, the first of which is the train row `first`; the nearest rows are merged into `found`, (Q, k)."""
+
+    def __init__(self, found: Found, first: int):
+        super().__init__(0, 0)
+        self.found, self._first = found, np.int32(first)
+
+    def keep(self, block: slice, found: Found) -> None:
+        """Merge the results of some queries, a few at a time to save memory."""
+        for part in cut(block, _MERGED_QUERIES):
+            rows_qK, cosines_qK = (of_block_qK[part.start - block.start : part.stop - block.start] for of_block_qK in found)
+            rows_qK = np.where(rows_qK >= 0, rows_qK + self._first, -1)
+            both = np.concatenate([self.found[0][part], rows_qK], axis=1), np.concatenate([self.found[1][part], cosines_qK], axis=1)
+            self.found[0][part], self.found[1][part] = best_of(*both, self.found[0].shape[1])
 
 
 def voted_hits(
