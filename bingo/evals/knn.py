@@ -68,7 +68,7 @@ class _Merged(Blocks):
         super().__init__(0, 0)
         self.found, self._first = found, np.int32(first)
 
-    def keep(self, block: slice, found: Found) -> None:
+    def keep(self, block: slice, found: tuple[np.ndarray, ...]) -> None:
         """Merge the results of some queries, a few at a time to save memory."""
         for part in cut(block, _MERGED_QUERIES):
             rows_qK, cosines_qK = (of_block_qK[part.start - block.start : part.stop - block.start] for of_block_qK in found)
