@@ -12,7 +12,7 @@ from bingo.bags.rows import unit_rows
 from bingo.runtime.errors import UserError
 from bingo.runtime.memory import release_freed_memory
 
-_MERGED_QUERIES = 4096  # at once, which bounds the memory
+_QUERIES_AT_ONCE = 4096  # of which neighbours are merged and votes counted, which bounds the memory
 
 
 def knn_accuracies(
@@ -70,7 +70,7 @@ class _Merged(Blocks):
 
     def keep(self, block: slice, found: tuple[np.ndarray, ...]) -> None:
         """Merge the results of some queries, a few at a time to save memory."""
-        for part in cut(block, _MERGED_QUERIES):
+        for part in cut(block, _QUERIES_AT_ONCE):
             rows_qK, cosines_qK = (of_block_qK[part.start - block.start : part.stop - block.start] for of_block_qK in found)
             rows_qK = np.where(rows_qK >= 0, rows_qK + self._first, -1)
             both = np.concatenate([self.found[0][part], rows_qK], axis=1), np.concatenate([self.found[1][part], cosines_qK], axis=1)
@@ -95,21 +95,23 @@ def votes(labels_N: np.ndarray, rows_QK: np.ndarray, cosines_QK: np.ndarray, ks:
     `labels_N` are the classes of the base from 0, none unknown. Of classes with equally many votes the one with the nearest member wins
     (Wu et al. 2018, arXiv:1805.01978, section 3.4).
     """
-    classes, labels_QK = int(labels_N.max()) + 1, np.where(rows_QK >= 0, labels_N[rows_QK], 0)
-    plain_QK = (rows_QK >= 0).astype(np.float64)
-    # relative to the nearest neighbour: the winner is the same and no exponential overflows; exp(-inf) = 0 for padding
-    weight_QK = np.exp((cosines_QK.astype(np.float64) - cosines_QK[:, :1]) / temperature)
-    return {k: (_winners(labels_QK[:, :k], plain_QK[:, :k], classes), _winners(labels_QK[:, :k], weight_QK[:, :k], classes)) for k in ks}
+    classes = int(labels_N.max()) + 1
+    winners = {k: (np.empty(len(rows_QK), np.int64), np.empty(len(rows_QK), np.int64)) for k in ks}
+    for part in cut(slice(0, len(rows_QK)), _QUERIES_AT_ONCE):
+        rows_qK, cosines_qK = rows_QK[part], cosines_QK[part].astype(np.float64)
+        labels_qK, plain_qK = np.where(rows_qK >= 0, labels_N[rows_qK], 0), (rows_qK >= 0).astype(np.float64)
+        # relative to the nearest neighbour: the winner is the same and no exponential overflows; exp(-inf) = 0 for padding
+        weight_qK = np.exp((cosines_qK - cosines_qK[:, :1]) / temperature)
+        for k, (plain_Q, weighted_Q) in winners.items():
+            plain_Q[part] = _winners(labels_qK[:, :k], plain_qK[:, :k], classes)
+            weighted_Q[part] = _winners(labels_qK[:, :k], weight_qK[:, :k], classes)
+    return winners
 
 
-def _winners(labels_QK: np.ndarray, weight_QK: np.ndarray, classes: int, block_rows: int = 4096) -> np.ndarray:
-    """The class with the largest sum of weights for each query; in a tie, the one with the nearest neighbour."""
-    winners_Q = np.empty(len(labels_QK), np.int64)
-    for start in range(0, len(labels_QK), block_rows):
-        labels_qK, weight_qK = labels_QK[start : start + block_rows], weight_QK[start : start + block_rows]
-        queries_q1 = np.arange(len(labels_qK))[:, None]
-        flat = np.bincount((queries_q1 * classes + labels_qK).ravel(), weight_qK.ravel(), minlength=len(labels_qK) * classes)
-        sums_qC = flat.reshape(len(labels_qK), classes)
-        first_q = (sums_qC[queries_q1, labels_qK] == sums_qC.max(axis=1, keepdims=True)).argmax(axis=1)
-        winners_Q[start : start + block_rows] = labels_qK[queries_q1[:, 0], first_q]
-    return winners_Q
+def _winners(labels_qK: np.ndarray, weight_qK: np.ndarray, classes: int) -> np.ndarray:
+    """The class with the largest sum of weights for each query, (q,); in a tie, the one with the nearest neighbour."""
+    queries_q1 = np.arange(len(labels_qK))[:, None]
+    flat = np.bincount((queries_q1 * classes + labels_qK).ravel(), weight_qK.ravel(), minlength=len(labels_qK) * classes)
+    sums_qC = flat.reshape(len(labels_qK), classes)
+    first_q = (sums_qC[queries_q1, labels_qK] == sums_qC.max(axis=1, keepdims=True)).argmax(axis=1)
+    return labels_qK[queries_q1[:, 0], first_q]
