@@ -151,6 +151,12 @@ def warnings(a: Artefacts) -> list[str]:
     converted = a.teacher.metadata if a.teacher else {}
     if teacher.source == "random" or False in (converted.get("pretrained"), a.terms.get("teacher", {}).get("pretrained")):
         found.append("The teacher has random weights (no trained weights were loaded), so the figures say nothing about distillation.")
+    figures = headline_figures(a)
+    teachers, untrained = figures.get("teacher", math.inf), figures.get("untrained", 0.0)
+    if needs_teacher(a) and teachers <= untrained:
+        found.append(
+            f"The teacher ({teachers:.1f} %) is not better than the untrained student ({untrained:.1f} %), so there is little to learn from it."
+        )
     if a.listing.skipped:
         names, more = a.listing.skipped[:_SKIPPED_SHOWN], len(a.listing.skipped) - _SKIPPED_SHOWN
         rest = f" and {more:,} more" if more > 0 else ""

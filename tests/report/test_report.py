@@ -27,7 +27,7 @@ from bingo.report.inputs import Artefacts, NetworkFacts, read_curves, read_netwo
 from bingo.report.page import build_page, run_script
 from bingo.report.pictures import THUMBNAIL_PX, thumbnail
 from bingo.report.plots import accuracy_bars, lines
-from bingo.report.results import caveats, columns
+from bingo.report.results import caveats, columns, warnings
 from bingo.runtime.artefacts import write_arrays, write_bytes, write_json
 from bingo.runtime.checksums import seal_safetensors
 from bingo.runtime.errors import UserError
@@ -380,6 +380,14 @@ def test_without_labels_the_page_says_so(tmp_path, pixels):
 def test_a_random_teacher_is_reported_in_a_red_notice(changes):
     assert "The teacher has random weights" in Page(build_page(artefacts(**changes))).words
     assert "random weights" not in Page(build_page(artefacts())).words
+
+
+@pytest.mark.parametrize(("method", "points", "said"), [("bingo", 0.0, True), ("bingo", 0.1, False), ("moco", -9.0, False)])
+def test_a_teacher_that_is_not_better_than_the_untrained_student_is_reported(method, points, said):
+    cached = LINEAR["cached"]
+    teacher = cached["teacher"] | {"top1_last": cached["untrained"]["top1_last"] + points}
+    a = artefacts(linear=LINEAR | {"cached": cached | {"teacher": teacher}}, params=params(distill__method=method, baselines=[]))
+    assert any("is not better than the untrained student" in warning for warning in warnings(a)) == said
 
 
 def test_skipped_images_are_counted_and_the_first_named():
