@@ -154,9 +154,8 @@ def warnings(a: Artefacts) -> list[str]:
     figures = headline_figures(a)
     teachers, untrained = figures.get("teacher", math.inf), figures.get("untrained", 0.0)
     if needs_teacher(a) and teachers <= untrained:
-        found.append(
-            f"The teacher ({teachers:.1f} %) is not better than the untrained student ({untrained:.1f} %), so there is little to learn from it."
-        )
+        both = f"The teacher ({teachers:.1f} %) is not better than the untrained student ({untrained:.1f} %)"
+        found.append(f"{both}, so there is little to learn from it.")
     if a.listing.skipped:
         names, more = a.listing.skipped[:_SKIPPED_SHOWN], len(a.listing.skipped) - _SKIPPED_SHOWN
         rest = f" and {more:,} more" if more > 0 else ""

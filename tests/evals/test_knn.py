@@ -99,7 +99,7 @@ def test_a_network_is_measured_on_the_view_of_knn_eval(changes, resize_px):
 @pytest.mark.parametrize("sizes", [[900], [1] * 9 + [891], [300, 300, 300], [899, 1]])
 @pytest.mark.parametrize("k", [1, 20, 900])
 def test_blocks_give_the_bits_of_the_whole(digits, sizes, k, monkeypatch):
-    monkeypatch.setattr(knn, "_MERGED_QUERIES", 100)
+    monkeypatch.setattr(knn, "_QUERIES_AT_ONCE", 100)
     train, _, test, _ = digits
     whole = nearest_train(train, test, k)
     found = nearest_in_blocks(iter([test, *np.split(train, np.cumsum(sizes)[:-1])]), k)
