@@ -12,9 +12,11 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+from bingo.bags import neighbors
+from bingo.bags.neighbors import top_k
 from bingo.evals import knn
 from bingo.evals.features import feature_blocks
-from bingo.evals.knn import knn_accuracies, nearest_in_blocks, nearest_train
+from bingo.evals.knn import knn_accuracies, nearest_in_blocks
 from bingo.images.images import MemoryImages
 from bingo.params import ImageParams, load_params
 from bingo.pipeline.judging import backbones as judged
@@ -51,7 +53,9 @@ def test_weighted_votes_agree_with_scikit_learn(digits, k):
     assert found[f"knn_{k}_weighted"] == pytest.approx(100 * reference.score(test, test_labels), abs=1e-6)
 
 
-def test_the_definition_in_loops(digits):
+@pytest.mark.parametrize("queries_at_once", [4096, 50])
+def test_the_definition_in_loops(digits, queries_at_once, monkeypatch):
+    monkeypatch.setattr(knn, "_QUERIES_AT_ONCE", queries_at_once)
     train, train_labels, test, test_labels = (x[:120] for x in digits)
     found = knn_accuracies(train.astype(np.float16), train_labels, test.astype(np.float16), test_labels, [4], 0.1)
     hits = weighted_hits = 0
@@ -99,9 +103,10 @@ def test_a_network_is_measured_on_the_view_of_knn_eval(changes, resize_px):
 @pytest.mark.parametrize("sizes", [[900], [1] * 9 + [891], [300, 300, 300], [899, 1]])
 @pytest.mark.parametrize("k", [1, 20, 900])
 def test_blocks_give_the_bits_of_the_whole(digits, sizes, k, monkeypatch):
-    monkeypatch.setattr(knn, "_QUERIES_AT_ONCE", 100)
     train, _, test, _ = digits
-    whole = nearest_train(train, test, k)
+    whole = top_k(test, train, k)
+    monkeypatch.setattr(knn, "_QUERIES_AT_ONCE", 100)
+    monkeypatch.setattr(neighbors._Cpu, "query_rows", 256)
     found = nearest_in_blocks(iter([test, *np.split(train, np.cumsum(sizes)[:-1])]), k)
     for x, y in zip(found, whole, strict=True):
         np.testing.assert_array_equal(x, y)
