@@ -157,6 +157,7 @@ def test_blocks_of_features_are_consecutive(sizes):
 def test_neighbours_of_networks_are_found_in_blocks(monkeypatch, digits, block_bytes):
     """Rows 0 to 49 are train images; the test images 50 and 53 are left out. The teacher's features are digits in float16."""
     monkeypatch.setattr(judged, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(judged, "_LEAST_BLOCK_ROWS", 1)
     pixels, stored = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8), digits[0][:60].astype(np.float16)
     test_rows = np.array([51, 52, *range(54, 60)])
     params = load_params(Path(__file__).parents[2] / "params.yaml")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NOT_ASKED_FOR = "this network is not configured"
 _READ_ROWS = 65536  # of the features at once
-_BLOCK_BYTES = 64 << 20  # of features as float32 in which neighbours are searched
+_BLOCK_BYTES, _LEAST_BLOCK_ROWS = 64 << 20, 65536  # of features in which neighbours are searched; workers start again for each block
 STORED = ("teacher", "pixels")  # their features need no forward pass
 _FILES = {"student": paths.STUDENT, "ema": paths.EMA, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
 
@@ -116,7 +116,7 @@ class Networks:
             yield stored[block.start : block.stop]
 
     def _train_blocks(self, row_bytes: int) -> list[range]:
-        most_rows = max(1, _BLOCK_BYTES // row_bytes)
+        most_rows = max(_LEAST_BLOCK_ROWS, _BLOCK_BYTES // row_bytes)
         return [range(self.listing.train_rows)[start : start + most_rows] for start in range(0, self.listing.train_rows, most_rows)]
 
     def _blocks(
