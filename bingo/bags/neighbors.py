@@ -321,6 +321,8 @@ class _Search:
     def block(self, queries: _Queries, worker: int) -> Found:
         """`top_k` of these queries."""
         rows_qK, cosines_qK = nothing_found(len(queries.unit_qD), self.k)
+        if not len(self.base.rows):
+            return rows_qK, cosines_qK
         queries_q = np.arange(len(queries.unit_qD))
         asking = self._hopeful(queries)
         for attempt in self.device.attempts:

@@ -115,6 +115,14 @@ def test_padding_if_the_base_is_small():
     np.testing.assert_array_equal(rows, brute_force(x, x, 5, np.arange(3))[0])
 
 
+def test_a_base_without_rows_gives_only_padding():
+    x = data(3)
+    for floor_Q in (None, np.zeros(3, np.float32)):
+        rows, cosines = top_k(x, x[:0], 2, floor_Q=floor_Q)
+        np.testing.assert_array_equal(rows, np.full((3, 2), -1))
+        assert np.isneginf(cosines).all()
+
+
 def test_more_copies_than_candidates_are_resolved_by_their_rows():
     """1,000 copies of one image and 300 of another, which are nearest to each other and to no others, and rows of zeros."""
     x = data(3000, seed=4)
