@@ -9,14 +9,14 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from bingo.params import read_yaml, validate
-from bingo.params.fields import Positive, Whole
+from bingo.params.fields import NotNegative, Positive, Whole
 from bingo.params.mistakes import mistake_lines
 from bingo.planning.recipes import flattened, lay_over, read_recipe
 from bingo.runtime.errors import UserError, short
@@ -24,6 +24,13 @@ from bingo.runtime.errors import UserError, short
 LR, EPOCHS = "distill.lr", "distill.epochs"
 Part = Literal["tuning", "anchors", "flops"]
 _OF_A_RUN = {"part", "recipe", "seed", "settings", "linear"}
+_MEASURED = {"gflop_per_anchor", "anchors"}  # of a run that has not diverged
+
+
+def _distinct(items: list[Any]) -> list[Any]:
+    if twice := [item for item in items if items.count(item) > 1]:
+        raise ValueError(f"{twice[0]} is there twice; leave one out")
+    return items
 
 
 class _StudySection(BaseModel):
@@ -36,15 +43,20 @@ class Tuning(_StudySection):
 
     seed: Whole
     variant_seeds: list[Whole] = []
-    noise_points: Annotated[float, Field(ge=0)]
-    first_lr: Annotated[list[Positive], Field(min_length=1)]
+    noise_points: NotNegative
+    first_lr: Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
     settings: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _seeds_are_distinct(self) -> Self:
+        _distinct([self.seed, *self.variant_seeds])
+        return self
 
 
 class Tables(_StudySection):
     """Seeds and settings of the runs that are compared."""
 
-    seeds: Annotated[list[Whole], Field(min_length=1)]
+    seeds: Annotated[list[Whole], Field(min_length=1), AfterValidator(_distinct)]
     settings: dict[str, Any]
 
 
@@ -97,6 +109,17 @@ class StudyPlan(_StudySection):
                 raise ValueError(f"variants = {name}: is in no round, and has no `like`")
             if variant.like and variant.like not in order:
                 raise ValueError(f"variants.{name}.like = {variant.like}: is in no round")
+            if (other := self.tuned_as(variant.like or name)) != (variant.like or name):
+                raise ValueError(f"variants.{name}.like = {variant.like}: takes its values from another; give that one, {other}")
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_values_are_not_settings(self) -> Self:
+        keys = {name: keys for tuned in self.rounds for name, keys in tuned.items()}
+        for name in (*self.recipes, *self.screened):
+            settings = self.fixed(name, "tuning") | self.fixed(name, "anchors")
+            if both := sorted({LR, *keys[self.tuned_as(name)]} & settings.keys()):
+                raise ValueError(f"settings of {name}: {both[0]} is tuned, so it cannot be set; leave it out")
         return self
 
     def recipe_of(self, name: str) -> str:
@@ -156,6 +179,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         for line in lines:
             if not isinstance(line, dict) or not line.keys() >= _OF_A_RUN or not isinstance(line["settings"], dict):
                 raise ValueError(f"{short(line)} is not a run with {', '.join(sorted(_OF_A_RUN))}")
+            linear = line["linear"]
+            if linear is not None and not (isinstance(linear, dict) and "student" in linear and line.keys() >= _MEASURED):
+                raise ValueError(f"{short(line)} has neither linear: null, nor linear.student, {' and '.join(sorted(_MEASURED))}")
         return lines
     except OSError as error:
         raise UserError(f"--out = {path}: cannot be read ({error.strerror}); give another file") from None
@@ -246,29 +272,28 @@ class Wishes:
 
     def at(self, recipe: str, lr: float, factor: float) -> Wanted:
         """The tuning run at a place of the climb."""
-        return Wanted("tuning", recipe, self.plan.tuning.seed, self.plan.fixed(recipe, "tuning") | self.tuned(recipe, lr, factor))
+        settings = self.plan.fixed(recipe, "tuning") | self.tuned(self.plan.tuned_as(recipe), lr, factor)
+        return Wanted("tuning", recipe, self.plan.tuning.seed, settings)
 
     def tuned_run(self, name: str, seed: int) -> Wanted | None:
         """The run of a recipe or variant on the images of tuning, at its own best values or those of another recipe; None if these are
         not known yet."""
-        other = self.plan.tuned_as(name)
-        if (best := self.best(other)) is None:
-            return None
-        return Wanted("tuning", name, seed, self.plan.fixed(name, "tuning") | self.tuned(other, *self.place(best)))
+        best = self.best(self.plan.tuned_as(name))
+        return None if best is None else replace(self.at(name, *self.place(best)), seed=seed)
 
     def tuned(self, recipe: str, lr: float, factor: float) -> dict[str, float]:
         """The tuned settings at a place of the climb: a learning rate, and a factor for the other values."""
         return {LR: float(lr), **{key: float(f"{value * factor:.4g}") for key, value in self.starts[recipe].items()}}
 
     def tuning(self, recipe: str) -> list[Mapping[str, Any]]:
-        """Results of a recipe's tuning."""
-        fixed, ours = self.plan.fixed(recipe, "tuning"), ("tuning", recipe, self.plan.tuning.seed)
-        lines = [line for line in self.lines if (line["part"], line["recipe"], line["seed"]) == ours]
-        return [line for line in lines if all(line["settings"].get(key) == value for key, value in fixed.items())]
+        """Results of a recipe's tuning; not those of other settings or tuned keys, which an earlier plan had."""
+        ours, keys = ("tuning", recipe, self.plan.tuning.seed), {LR, *self.starts[self.plan.tuned_as(recipe)]}
+        lines = [line for line in self.lines if (line["part"], line["recipe"], line["seed"]) == ours and keys <= line["settings"].keys()]
+        return [line for line in lines if self.at(recipe, *self.place(line)).is_in(line)]
 
     def place(self, line: Mapping[str, Any]) -> tuple[float, float]:
         """Learning rate and factor of a result of tuning."""
-        factors = [line["settings"][key] / value for key, value in self.starts[line["recipe"]].items()]
+        factors = [line["settings"][key] / value for key, value in self.starts[self.plan.tuned_as(line["recipe"])].items()]
         return line["settings"][LR], 2.0 ** round(math.log2(factors[0])) if factors else 1.0
 
     def best(self, recipe: str) -> Mapping[str, Any] | None:

@@ -39,13 +39,15 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def _tuning(wishes: Wishes) -> Iterator[list[str]]:
-    for recipe in wishes.plan.recipes:
+    plan = wishes.plan
+    for recipe in plan.recipes:
         if best := wishes.best(recipe):
             lr, factor = wishes.place(best)
-            others = [f"{key.rpartition('.')[2]} {value:g}" for key, value in wishes.tuned(recipe, lr, factor).items() if key != LR]
-            tried = sorted((wishes.place(line), line["linear"]) for line in wishes.tuning(recipe))
+            tuned = wishes.tuned(plan.tuned_as(recipe), lr, factor).items()
+            others = [f"{key.rpartition('.')[2]} {value:g}" for key, value in tuned if key != LR]
+            tried = sorted(((wishes.place(line), line["linear"]) for line in wishes.tuning(recipe)), key=lambda run: run[0])
             text = [f"{lr:g} × {factor:g}: {linear['student']:.1f}" if linear else f"{lr:g}: diverged" for (lr, factor), linear in tried]
-            yield [recipe, f"{lr:g}", ", ".join(others), *(f"{best[key]['student']:.1f}" for key in ("linear", "knn_10")), "; ".join(text)]
+            yield [recipe, f"{lr:g}", ", ".join(others), *_means({0: best}), "; ".join(text)]
 
 
 def _screened(wishes: Wishes) -> Iterator[list[str]]:
@@ -54,10 +56,15 @@ def _screened(wishes: Wishes) -> Iterator[list[str]]:
         other, lines = wishes.plan.tuned_as(variant), _by_variant_seed(wishes, variant)
         ours, theirs = by_seed(lines, "linear", "student"), by_seed(_by_variant_seed(wishes, other), "linear", "student")
         if found := spread(differences := [ours[seed] - theirs[seed] for seed in ours if seed in theirs]):
-            figures = [f"{fmean(by_seed(lines, measure, 'student').values()):.1f}" for measure in ("linear", "knn_10")]
             each = f" ({', '.join(f'{one:+.1f}' for one in differences)})" if len(differences) > 1 else ""
             cost = f"{next(iter(lines.values()))['gflop_per_anchor']:.3f}"
-            yield [variant, other, str(len(differences)), *figures, cost, f"{found.mean:+.1f}{each}"]
+            yield [variant, other, str(len(differences)), *_means(lines), cost, f"{found.mean:+.1f}{each}"]
+
+
+def _means(lines: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """The student's means of linear and k-NN accuracy; empty without the latter, which needs 10 in knn_eval.k."""
+    known = [by_seed(lines, measure, "student").values() for measure in ("linear", "knn_10")]
+    return [f"{fmean(percents):.1f}" if percents else "" for percents in known]
 
 
 def _by_variant_seed(wishes: Wishes, name: str) -> dict[int, Mapping[str, Any]]:

@@ -248,7 +248,8 @@ def repository(tmp_path) -> Repository:
     repository = Repository(tmp_path)
     (tmp_path / "bin/dvc").write_text(f"#!{sys.executable}\n{STAND_IN}")
     (repository.home / "benchmarks/results").mkdir(parents=True)
-    (repository.home / "images/train").mkdir(parents=True)
+    (repository.home / "images/train/cat").mkdir(parents=True)
+    (repository.home / "images/train/cat/1.jpg").touch()
     plan = PLAN.replace("{method-bingo: [methods.bingo.temperature], method-simreg: []}", "{method-bingo: []}")
     plan = plan.replace("{method-disco: [methods.disco.key_momentum]}", "{method-simreg: []}").replace("[4, 5]", "[4]")
     (repository.home / "plan.yaml").write_text(plan)
@@ -362,6 +363,28 @@ def test_lanes_have_the_results_of_the_stages(tmp_path, monkeypatch, stages):
         ("method-simreg: []", "method-simmreg: []", "recipe = method-simmreg: "),
         ("epochs: 8", "epochs: 0", "distill.epochs = 0"),
         ("[0.06, 0.2, 0.6, 2.0]", "[0.06, -1]", "tuning.first_lr.1 = -1"),
+        ("[0.06, 0.2, 0.6, 2.0]", "[0.06, 0.2, 0.06]", "tuning.first_lr = [0.06, 0.2, 0.06]: "),
+        ("seeds: [4]", "seeds: [4, 5, 4]", "tables.seeds = [4, 5, 4]: "),
+        ("seed: 9", "seed: 9, variant_seeds: [7, 9]", "tuning: 9 "),
+        ("noise_points: 0.0", "noise_points: .inf", "tuning.noise_points = inf: "),
+        ("epochs: 3", "lr: 0.1", "distill.lr "),
+        ("epochs: 8", "lr: 0.1", "distill.lr "),
+        *(
+            ("rounds:", f"variants: {{x: {{recipe: method-bingo, like: method-bingo, settings: {settings}}}}}\nrounds:", words)
+            for settings, words in [
+                ("{bagging: {kk: 3}}", "bagging.kk "),
+                ("{bagging: {k: -3}}", "bagging.k = -3: "),
+                ("{bagging.k: 3}", "bagging.k "),
+                ("{distill: {lr: 0.1}}", "distill.lr "),
+                ("{bagging: 3}", "bagging = 3: "),
+            ]
+        ),
+        (
+            "rounds:\n  - {",
+            "variants:\n  x: {recipe: method-seed, like: method-bingo, settings: {}}\n  y: {recipe: method-seed, like: x, settings: {}}\n"
+            "rounds:\n  - {x: [], ",
+            "variants.y.like = x: ",
+        ),
         ("method-simreg: []", "method-simreg: [distill.lr]", "distill.lr = "),
         ("method-simreg: []", "method-simreg: [student.drop_rate]", "student.drop_rate = 0.0: "),
         ("method-simreg: []", "method-simreg: [methods.simreg.temperature]", "methods.simreg.temperature = None: "),
@@ -375,6 +398,28 @@ def test_mistakes_in_a_plan_are_found_before_anything_runs(repository, monkeypat
     repository.commit()
     with pytest.raises(UserError, match=re.escape(words)):
         study.Study(study_plan.read_plan(plan), Path("results.jsonl"), "images", "a commit").check()
+
+
+def test_images_without_labels_are_refused(repository, monkeypatch):
+    monkeypatch.chdir(repository.home)
+    Path("images/train/cat/1.jpg").rename("images/train/1.jpg")
+    Path("images/train/cat").rmdir()
+    with pytest.raises(UserError, match="class folders"):
+        study.Study(study_plan.read_plan(Path("plan.yaml")), Path("results.jsonl"), "images", "a commit").check()
+
+
+def test_runs_that_an_earlier_plan_tuned_otherwise_do_not_count(plan):
+    """They lack a key that is now tuned, or have values that are not a step of the climb."""
+    here = Wishes(plan, []).at("method-bingo", 0.2, 2.0)
+    others: list[dict] = [{"methods.bingo.temperature": 0.3}, {"bagging.k": 7}]
+    settings = [{key: value for key, value in here.settings.items() if key != "methods.bingo.temperature"}]
+    settings += [dict(here.settings) | other for other in others]
+    figures = {"linear": {"student": 60.0}, "gflop_per_anchor": 0.1, "anchors": 1000}
+    line = {"part": here.part, "recipe": here.recipe, "seed": here.seed, "settings": dict(here.settings)} | figures
+    wishes = Wishes(plan, [line | {"settings": one, "linear": {"student": 90.0}} for one in settings] + [line, line])
+    assert wishes.best("method-bingo") is wishes.lines[-1]
+    assert len(wishes.tuning("method-bingo")) == 2, "the same run twice, of two files put together"
+    assert [row[:5] for row in study_tables._tuning(wishes)] == [["method-bingo", "0.2", "temperature 0.4", "60.0", ""]]
 
 
 @pytest.mark.parametrize(
@@ -407,7 +452,10 @@ def test_the_folder_of_the_results_is_created(repository, monkeypatch):
     assert [wanted.is_in(line) for line in study_plan.read_results(Path("new/folder/results.jsonl"))] == [True]
 
 
-@pytest.mark.parametrize("line", ['{"part": "tun', '{"part": "tuning"}', "[]", "null", "", "\udcff"])
+HALF = '{"part": "tuning", "recipe": "x", "seed": 0, "settings": {}, "linear": {"student": 50.0}}'  # without its cost
+
+
+@pytest.mark.parametrize("line", ['{"part": "tun', '{"part": "tuning"}', "[]", "null", "", "\udcff", HALF])
 def test_results_that_were_edited_by_hand_are_read_line_by_line(tmp_path, line):
     run = '{"part": "tuning", "recipe": "x", "seed": 0, "settings": {}, "linear": null}'
     (tmp_path / "results.jsonl").write_bytes(f"{run}\n{line}\n".encode(errors="surrogateescape"))
