@@ -1,6 +1,6 @@
 """The default run (or any params.yaml) with several seeds, as DVC experiments, and the mean and standard deviation of its figures.
 
-python benchmarks/seeds.py --seeds 0 1 2        # about 2.5 minutes per seed on 2 cores; cached results are reused
+python -m benchmarks.seeds --seeds 0 1 2        # about 4.5 minutes per seed on 2 shared cores; cached results are reused
 """
 
 import json

@@ -30,8 +30,8 @@ def main(
     against: Annotated[str | None, typer.Option(help="Reference variant of the differences; by default method-moco.")] = None,
     rev: Annotated[str, typer.Option(help="The commit whose experiments are compared.")] = "HEAD",
 ) -> None:
-    """Compare DVC's experiments, `committed` (the run of the commit itself) and `workspace` (the run in this folder, or a mark on the one
-    that it equals) with the reference: write reports/experiments.html, and print its tables."""
+    """Compare DVC's experiments with each other, the committed run (`committed`) and the results in this folder (`workspace`): write
+    reports/experiments.html, and print its tables."""
     from bingo.report.experiments import variants
     from bingo.report.experiments_page import build_page
     from bingo.report.experiments_table import by_seed, correlation_text, settings, summary
