@@ -153,7 +153,7 @@ def warnings(a: Artefacts) -> list[str]:
         found.append("The teacher has random weights (no trained weights were loaded), so the figures say nothing about distillation.")
     figures = headline_figures(a)
     teachers, untrained = figures.get("teacher", math.inf), figures.get("untrained", 0.0)
-    if needs_teacher(a) and teachers <= untrained:
+    if needs_teacher(a) and teachers <= untrained < 100:  # all are at 100 with a single class, for example
         both = f"The teacher ({teachers:.1f} %) is not better than the untrained student ({untrained:.1f} %)"
         found.append(f"{both}, so there is little to learn from it.")
     if a.listing.skipped:

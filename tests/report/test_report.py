@@ -382,11 +382,14 @@ def test_a_random_teacher_is_reported_in_a_red_notice(changes):
     assert "random weights" not in Page(build_page(artefacts())).words
 
 
-@pytest.mark.parametrize(("method", "points", "said"), [("bingo", 0.0, True), ("bingo", 0.1, False), ("moco", -9.0, False)])
-def test_a_teacher_that_is_not_better_than_the_untrained_student_is_reported(method, points, said):
+@pytest.mark.parametrize(
+    ("method", "teacher", "untrained", "said"),
+    [("bingo", 30.0, 30.0, True), ("bingo", 30.1, 30.0, False), ("bingo", 100.0, 100.0, False), ("moco", 21.0, 30.0, False)],
+)
+def test_a_teacher_that_is_not_better_than_the_untrained_student_is_reported(method, teacher, untrained, said):
     cached = LINEAR["cached"]
-    teacher = cached["teacher"] | {"top1_last": cached["untrained"]["top1_last"] + points}
-    a = artefacts(linear=LINEAR | {"cached": cached | {"teacher": teacher}}, params=params(distill__method=method, baselines=[]))
+    figures = {net: cached[net] | {"top1_last": top1} for net, top1 in (("teacher", teacher), ("untrained", untrained))}
+    a = artefacts(linear=LINEAR | {"cached": cached | figures}, params=params(distill__method=method, baselines=[]))
     assert any("is not better than the untrained student" in warning for warning in warnings(a)) == said
 
 
