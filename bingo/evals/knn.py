@@ -45,19 +45,21 @@ def nearest_train(train_features_TD: np.ndarray, test_features_QD: np.ndarray, k
 
 def nearest_in_blocks(blocks: Iterator[np.ndarray], k: int) -> Found:
     """`nearest_train` for features in blocks, of which only one is held at a time: all test rows, then consecutive train rows."""
-    found, first = nothing_found(0, k), 0
+    found, first, where = nothing_found(0, k), 0, "the test images"
     release_freed_memory()  # of an earlier search
     try:
         unit_QD = unit_rows(next(blocks))
         found = nothing_found(len(unit_QD), k)
         for block_nD in blocks:
+            where = f"the train images from row {first}"
             release_freed_memory()  # of the forward passes
             search_blocks(_Merged(found, first), unit_QD, block_nD, k, floor_Q=found[1][:, -1], unit_queries=True)
             first += len(block_nD)
             del block_nD  # before the next one is allocated
             release_freed_memory()
     except ValueError as error:
-        raise UserError(f"k-NN evaluation: {error}; the network is broken: check the training curves and lower distill.lr") from None
+        way_out = "the network is broken: check the training curves and lower distill.lr"
+        raise UserError(f"k-NN evaluation: {where}: {error}; {way_out}") from None
     return found
 
 

@@ -81,6 +81,8 @@ def test_mistakes_are_one_line(digits):
         knn_accuracies(train, train_labels, test[:0], test_labels[:0], [1], 0.07)
     with pytest.raises(UserError, match="row 3 of the features is not finite"):
         knn_accuracies(train, train_labels, np.where(np.arange(897)[:, None] == 3, np.nan, test), test_labels, [1], 0.07)
+    with pytest.raises(UserError, match="row 300: row 2 of the features is not finite"):  # the train row 302
+        nearest_in_blocks(iter([test, train[:300], np.where(np.arange(300, 900)[:, None] == 302, np.inf, train[300:])]), 1)
 
 
 @pytest.mark.parametrize(("changes", "resize_px"), [({}, 17), ({"resize_px": 20, "interpolation": "bicubic"}, 20), ({"resize_px": 16}, 16)])
