@@ -13,22 +13,22 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def print_tables(wishes: Wishes) -> None:
-    """Print the tables of tuning, of equal anchors and of equal FLOPs."""
+    """Print the tables of equal anchors, of equal FLOPs and of tuning."""
     plan = wishes.plan
-    print(f"Tuning, seed {plan.tuning.seed}: the best values, and the linear accuracy of all runs\n")
+    for part, heading in (("anchors", "Equal anchors"), ("flops", f"Equal FLOPs, those of {plan.reference}")):
+        if rows := list(_compared(wishes, part)):
+            means = "Means ± standard deviations over seeds, percent"
+            print(f"## {heading}\n\n{means}; differences paired by seed: the mean, and the 95 % interval or two seeds\n")
+            print_table(["recipe", "seeds", *MEASURES.values(), "GFLOP/anchor", "PFLOP", f"linear − {plan.reference}"], rows)
+            print()
+    print(f"## Tuning\n\nSeed {plan.tuning.seed}: the best values, and the linear accuracy of all runs\n")
     print_table(["recipe", "lr", "other values", "linear", "k-NN, k = 10", "lr × factor of the other values: linear"], _tuning(wishes))
     if rows := list(_screened(wishes)):
-        print("\nVariants on the images of tuning, at the tuned values of another recipe: means, and differences (of each seed)\n")
+        print("\n## Variants\n\nOn the images of tuning, at the tuned values of another recipe: means, and differences from it\n")
         print_table(["variant", "of", "seeds", "linear", "k-NN, k = 10", "GFLOP/anchor", "difference in linear"], rows)
-    parts: dict[Part, str] = {"anchors": "anchors", "flops": f"FLOPs, those of {plan.reference}"}
-    for part, words in parts.items():
-        if not (rows := list(_compared(wishes, part))):
-            continue
-        print(f"\nEqual {words}: means ± standard deviations over seeds, percent; difference paired by seed, with its 95 % interval\n")
-        header = ["recipe", "seeds", *MEASURES.values(), "GFLOP/anchor", "PFLOP", f"linear − {plan.reference}"]
-        print_table(header, rows)
     if found := list(_correlations(wishes)):
-        print("\nStudents' agreement with the teacher, k = 10, and linear accuracy: Spearman's rank correlation, 95 % interval\n")
+        print("\n## Agreement and accuracy\n\nSpearman's rank correlation of the students' agreement with the teacher, k = 10,")
+        print("and their linear accuracy, with its 95 % interval\n")
         print("\n".join(f"- {line}" for line in found))
 
 
@@ -55,10 +55,9 @@ def _screened(wishes: Wishes) -> Iterator[list[str]]:
     for variant in wishes.plan.screened:
         other, lines = wishes.plan.tuned_as(variant), _by_variant_seed(wishes, variant)
         ours, theirs = by_seed(lines, "linear", "student"), by_seed(_by_variant_seed(wishes, other), "linear", "student")
-        if found := spread(differences := [ours[seed] - theirs[seed] for seed in ours if seed in theirs]):
-            each = f" ({', '.join(f'{one:+.1f}' for one in differences)})" if len(differences) > 1 else ""
+        if seeds := len(ours.keys() & theirs.keys()):
             cost = f"{next(iter(lines.values()))['gflop_per_anchor']:.3f}"
-            yield [variant, other, str(len(differences)), *_means(lines), cost, f"{found.mean:+.1f}{each}"]
+            yield [variant, other, str(seeds), *_means(lines), cost, difference(ours, theirs)]
 
 
 def _means(lines: Mapping[int, Mapping[str, Any]]) -> list[str]:
@@ -96,8 +95,9 @@ def _compared(wishes: Wishes, part: Part) -> Iterator[list[str]]:
     rows = [(by_seed(lines, "linear", "student"), recipe, lines) for recipe, lines in found.items()]
     for linear, recipe, lines in sorted(rows, key=lambda row: -sum(row[0].values()) / len(row[0])):
         line = next(iter(lines.values()))
-        cost = [f"{line['gflop_per_anchor']:.3f}", f"{line['gflop_per_anchor'] * line['anchors'] / 1e6:.2f}"]
-        yield [recipe, str(len(lines)), *_figures(lines, "student"), *cost, difference(linear, reference, recipe == wishes.plan.reference)]
+        cost = [f"{line['gflop_per_anchor']:.3f}", f"{line['gflop_per_anchor'] * line['anchors'] / 1e6:.2g}"]
+        compared = "" if recipe == wishes.plan.reference else difference(linear, reference)
+        yield [recipe, str(len(lines)), *_figures(lines, "student"), *cost, compared]
     every = {seed: line for lines in found.values() for seed, line in lines.items()}
     for net, name in OTHERS.items():
         if every:
@@ -109,12 +109,14 @@ def by_seed(lines: Mapping[int, Mapping[str, Any]], measure: str, net: str) -> d
     return {seed: line[measure][net] for seed, line in lines.items() if net in (line.get(measure) or {})}
 
 
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float], same: bool) -> str:
-    """The difference in points, with its interval in brackets if there are at least two seeds."""
-    found = None if same else paired_difference(ours, theirs)
-    if found is None:
-        return ""
-    return f"{found.mean:+.1f}" + (f" [{found.bounds[0]:+.1f}, {found.bounds[1]:+.1f}]" if found.bounds else "")
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+    """The mean difference in points over the common seeds, with its interval in brackets, or of two seeds each one in parentheses."""
+    found = paired_difference(ours, theirs)
+    if found is None or found.bounds is None:
+        return f"{found.mean:+.1f}" if found else ""
+    each = [f"{ours[seed] - theirs[seed]:+.1f}" for seed in ours if seed in theirs]
+    low, high = found.bounds
+    return f"{found.mean:+.1f} " + (f"({', '.join(each)})" if len(each) == 2 else f"[{low:+.1f}, {high:+.1f}]")
 
 
 def _figures(lines: Mapping[int, Mapping[str, Any]], net: str) -> list[str]:

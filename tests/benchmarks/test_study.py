@@ -136,10 +136,17 @@ def test_the_tables_have_the_tuned_settings_at_equal_anchors_and_at_equal_flops(
     ]  # fmt: skip
     rows = {row[0]: row for row in study_tables._compared(Wishes(plan, lines), "flops")}
     assert rows["method-simreg"][1:3] == ["2", "56.5 ± 0.7"]
-    assert rows["method-simreg"][-1] == "+5.5 [-0.9, +11.9]"  # 5 and 6: t(0.975, 1) = 12.706 times 0.5
-    assert rows["method-simreg"][-2] == f"{0.03 * 27_000 / 1e6:.2f}"
+    assert rows["method-simreg"][-1] == "+5.5 (+5.0, +6.0)"
+    assert rows["method-simreg"][-2] == f"{0.03 * 27_000 / 1e6:.2g}"
     assert rows["method-disco"][2] == "51.0 ± 0.0", "the run at equal anchors: its FLOPs are the reference's"
     assert (rows["teacher"][2], rows["untrained"][2]) == ("70.0 ± 0.0", "30.0 ± 0.0")
+
+
+def test_differences_are_paired_and_from_three_seeds_on_have_an_interval():
+    theirs = {0: 50.0, 1: 52.0, 2: 54.0, 9: 0.0}
+    assert study_tables.difference({0: 51.0, 1: 54.0, 2: 57.0, 7: 0.0}, theirs) == "+2.0 [-0.5, +4.5]"  # t(0.975, 2) / sqrt(3) = 2.484
+    assert study_tables.difference({1: 54.0, 0: 51.0}, theirs) == "+1.5 (+2.0, +1.0)"
+    assert (study_tables.difference({0: 51.0}, theirs), study_tables.difference({7: 0.0}, theirs)) == ("+1.0", "")
 
 
 def test_agreement_is_correlated_with_accuracy_over_the_runs_of_a_part(plan):
