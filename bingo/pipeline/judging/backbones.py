@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NOT_ASKED_FOR = "this network is not configured"
 _READ_ROWS = 65536  # of the features at once
-_BLOCK_BYTES, _LEAST_BLOCK_ROWS = 64 << 20, 65536  # of features in which neighbours are searched; workers start again for each block
+_BLOCK_BYTES, _LEAST_BLOCK_ROWS = 64 << 20, 32768  # of features in which neighbours are searched; workers start again for each block
 STORED = ("teacher", "pixels")  # their features need no forward pass
 _FILES = {"student": paths.STUDENT, "ema": paths.EMA, "start": paths.START, "supervised": paths.SUPERVISED}  # others are baselines
 
