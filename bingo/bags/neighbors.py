@@ -33,7 +33,7 @@ _CPU_BUDGET_BYTES = 256 << 20  # rows are normalised again for each block of que
 _GPU_BASE_BYTES, _GPU_QUERY_BYTES = 4 << 30, 1 << 30  # more is streamed from the host
 _GRAPH_KEPT, _GRAPH_LEAST_KEPT = 4, 128  # CAGRA's itopk_size: for each neighbour, and at least
 _THREADS_A_GPU = 2  # while one searches, the other computes its candidates' cosines
-_RESCORED_BYTES, _SCREENED_BYTES = 64 << 20, 64 << 20
+_RESCORED_BYTES, _SCREENED_BYTES = 16 << 20, 64 << 20
 _SCREENED_FIRST = 64  # queries: if more than half of them have a row above their floor, all are searched
 _TILE_ROWS = 4096  # of the base, which stay in a cache while many queries are compared with them
 _RESCORED_ROWS = 256  # queries at once; the one with the most candidates sets the number
@@ -78,7 +78,7 @@ def top_k(
     (`unit_queries`: the queries are already normalised by `unit_rows`).
 
     Memory in addition to arguments and results: a normalised copy of the base (float32; for GPUs float16, and blocks in float32), a
-    block of `block_rows` queries (None: as many as suit device and memory), 64 MiB for each core, and the base itself if it is in a store.
+    block of `block_rows` queries (None: as many as suit device and memory), 16 MiB for each core, and the base itself if it is in a store.
     If this does not fit into `budget_bytes` (None: half of the free memory; on the CPU, at most 256 MiB for a base in memory, and for a
     store with few queries), the base is divided into blocks that do, and is read once for each block of queries, which are as large as
     possible for a store. Raises ValueError if a feature is not finite.
