@@ -20,7 +20,7 @@ _ANCHORS = 1000
 _SHARES = {  # for the log
     "purity": "{} of the members have their anchor's class",
     "mutual_share": "{} have the anchor in their own bag",
-    "view_overlap": "{} are found by another view too",
+    "view_overlap": "{} of the nearest images are the same by the keys of another view",
     "chance_share": "where chance is {}",
     "orphan_share": "{} of the images are in no bag",
     "recall": "{} of the nearest images are found",

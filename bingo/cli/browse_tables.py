@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 
 from bingo.browse.diff import BagDiff
 from bingo.cli.browse_source import BagSource, same_label
@@ -94,8 +95,11 @@ def _share(x: float) -> str:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
     """Columns separated by two spaces, with headings; `right` has an `r` at the position of each right-aligned column."""
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    sides = [">" if right[column : column + 1] == "r" else "<" for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip() for row in [heads, *rows]
-    )
+    lines = [heads, *rows]
+    cells = [[cell_len(cell) for cell in line] for line in lines]  # some characters are two wide, and some none
+    widths = [max(column) for column in zip(*cells, strict=True)]
+    padded = []
+    for line, taken in zip(lines, cells, strict=True):
+        space = [" " * (width - cell) for width, cell in zip(widths, taken, strict=True)]
+        padded.append([pad + cell if right[i : i + 1] == "r" else cell + pad for i, (cell, pad) in enumerate(zip(line, space, strict=True))])
+    return "\n".join("  ".join(line).rstrip() for line in padded)

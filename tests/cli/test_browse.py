@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unicodedata import combining, east_asian_width
 
 import numpy as np
 import pytest
@@ -94,6 +95,17 @@ def test_names_cannot_control_the_terminal(tmp_path, monkeypatch):
         assert "\x07" not in out
         assert "\\x1b[31mb_00" in out
         assert all(line.isprintable() for line in out.splitlines())
+
+
+def test_columns_are_aligned_whatever_the_width_of_the_characters(tmp_path, monkeypatch):
+    make_workspace(tmp_path, classes=["猫", "cafe\u0301 au lait", "dog"])
+    monkeypatch.chdir(tmp_path)
+    lines = bingo_bags("show", 1)[1].splitlines()[1:-1]
+    before_path = [line[: line.index("path" if place == 0 else "class/")] for place, line in enumerate(lines)]
+    drawn = [sum(2 if east_asian_width(c) in "WF" else 0 if combining(c) else 1 for c in text) for text in before_path]
+    assert len(drawn) == 5
+    assert {"猫", "dog"} & set(" ".join(before_path).split())
+    assert len(set(drawn)) == 1
 
 
 def test_unlabelled_rows_short_and_empty_bags(tmp_path, monkeypatch):
