@@ -167,10 +167,12 @@ def _refuse_uncommitted() -> None:
 
 
 def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_type: str) -> "ChosenTeacher":
-    """The teacher given by its name or by its file's name; by default DINOv2, or for small images on a CPU a teacher to be pretrained."""
+    """The teacher given by its name or by its file's name; by default DINOv2, or for small images on a CPU a teacher to be pretrained.
+    Raises UserError for a file without weights; whether they are those of this teacher is checked by `recipe check` and the stage."""
     from bingo.params.known import known_names, known_teacher
     from bingo.planning.first_params import SMALL_PX, ChosenTeacher, Network
     from bingo.runtime.errors import UserError, near_matches
+    from bingo.teachers.reading.foreign import read_checkpoint
 
     if name is None and checkpoint is None and look.short_px[1] <= SMALL_PX and device_type == "cpu":
         return ChosenTeacher(None)
@@ -188,6 +190,8 @@ def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_typ
     read = file or known.place
     if read and not Path(located(read)).is_file():
         raise UserError(f"--teacher = {name}: its weights are not in {read}; {known.way_in('give it as --checkpoint')}")
+    if file:
+        read_checkpoint(located(file), "--checkpoint")
     network = Network(known.teacher.arch.partition(".")[0], known.teacher.width, known.teacher.stem)
     return ChosenTeacher(name, network, file, known.image.crop_px, known.gflop, known.parameters_m, known.key_width)
 
@@ -208,11 +212,13 @@ def _whose_file(file_name: str) -> str:
 
 def _student(arch: str | None, weights: str | None, look: "Look") -> "Network | None":
     """The given student, or the one in a file of weights of an earlier run; with other weights, the network has its standard width and
-    stem. Raises UserError for a network that does not exist."""
+    stem. Raises UserError for a network that does not exist, and for a file without weights."""
     from bingo.nets.checkpoint import own_metadata
     from bingo.params.arch_names import arch_mistake, tag_mistake
+    from bingo.params.fields import LIBRARIES
     from bingo.planning.first_params import Network, stem_for
     from bingo.runtime.errors import UserError
+    from bingo.teachers.reading.foreign import read_checkpoint
 
     if arch is not None:
         tag = None if weights == "timm" else tag_mistake(arch, "give --student")
@@ -220,6 +226,8 @@ def _student(arch: str | None, weights: str | None, look: "Look") -> "Network | 
             raise UserError(f"--student = {arch}: {mistake}")
     if weights is None:
         return Network(arch, 1.0, stem_for(arch, look)) if arch else None
+    if weights not in LIBRARIES:
+        read_checkpoint(from_here("--student-weights", Path(weights)), "--student-weights")
     former = own_metadata(from_here("--student-weights", Path(weights))) or {}
     if arch in (None, former.get("arch")) and {"arch", "width", "stem"} <= former.keys():
         return Network(former["arch"], former["width"], former["stem"])

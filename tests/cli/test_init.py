@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -93,8 +94,8 @@ def test_a_teacher_by_name_and_a_student(workspace):
 
 @pytest.mark.slow
 def test_a_file_is_recognised_by_its_published_name_or_needs_the_teachers_name(workspace):
-    (workspace / "moco_v2_800ep_pretrain.pth.tar").write_bytes(b"")
-    (workspace / "mine.pth").write_bytes(b"")
+    for name in ("moco_v2_800ep_pretrain.pth.tar", "mine.pth"):
+        torch.save({"state_dict": {"module.encoder_q.conv1.weight": torch.ones(64, 3, 7, 7)}}, workspace / name)
     init("images", "--teacher", "moco_v2_800ep_pretrain.pth.tar", "--dry-run")
     assert "mine.pth" in init("images", "--teacher", "mine.pth", mistake=True)
     init("images", "--teacher", "moco-v2-r50-800", "--checkpoint", "mine.pth")
@@ -129,6 +130,7 @@ MISTAKES = [
     ["images", "--teacher", "dinov9"],
     ["images", "--teacher", "moco-v2-r50-800"],
     ["images", "--teacher", "dinov2-s", "--checkpoint", "~nobody-of-this-name/x"],
+    ["images", "--teacher", "dinov2-s", "--checkpoint", "params.yaml"],
     ["images", "--checkpoint", "images"],
     ["images", "--student", "resnet18.a1_in1k"],
     ["images", "--student", "resnet8"],
