@@ -95,11 +95,13 @@ def _share(x: float) -> str:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
     """Columns separated by two spaces, with headings; `right` has an `r` at the position of each right-aligned column."""
-    lines = [heads, *rows]
-    cells = [[cell_len(cell) for cell in line] for line in lines]  # some characters are two wide, and some none
-    widths = [max(column) for column in zip(*cells, strict=True)]
-    padded = []
-    for line, taken in zip(lines, cells, strict=True):
-        space = [" " * (width - cell) for width, cell in zip(widths, taken, strict=True)]
-        padded.append([pad + cell if right[i : i + 1] == "r" else cell + pad for i, (cell, pad) in enumerate(zip(line, space, strict=True))])
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    cells = [heads, *rows]
+    columns = [_padded([line[place] for line in cells], right[place : place + 1] == "r") for place in range(len(heads))]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def _padded(column: Sequence[str], right: bool) -> list[str]:
+    """The cells of a column at equal width in a terminal, where some characters take two places, and some none."""
+    width = max(map(cell_len, column))
+    spaces = [" " * (width - cell_len(cell)) for cell in column]
+    return [space + cell if right else cell + space for cell, space in zip(column, spaces, strict=True)]
