@@ -72,8 +72,11 @@ def _reference(names: Collection[str]) -> str | None:
 
 def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
     """The commit, and its finished experiments, the committed run and that of the workspace. Raises UserError if there are none."""
+    from bingo.cli.revisions import artefacts
     from bingo.report.experiments import Experiment
 
+    if revision != "HEAD":
+        artefacts(revision)  # raises UserError for an unknown one
     entries = [entry for entry in reversed(_shown_by_dvc(revision)) if entry["rev"] != "workspace" or revision == "HEAD"]
     shown = next((entry for entry in entries if entry["rev"] != "workspace"), None)
     commit = shown["rev"] if shown else revision

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from command import bingo
 from fabricated import make_workspace
 
 from bingo.bags.index import read_bags
@@ -123,6 +124,7 @@ def test_revisions_that_cannot_be_read(repository):
     assert "is empty" in mistake("show", 5, "--rev", "")
     assert "is empty" in mistake("diff", " ", "v1")
     line = mistake("show", 5, "--rev", "nowhere")
+    assert bingo("experiments", "--rev", "nowhere") == (2, "", line)
     assert line.startswith("error: nowhere: is neither a Git revision nor a DVC experiment of this repository; see `git log")
     line = mistake("show", 5, "--rev", "v0")
     assert line.startswith("error: data/listing.parquet of v0: this revision has no such file")
