@@ -104,6 +104,7 @@ class StudyPlan(_StudySection):
         order = set(self.recipes)
         if len(order) < len(self.recipes):
             raise ValueError("rounds: a recipe is in two of them")
+        round_of = {name: place for place, recipes in enumerate(self.rounds) for name in recipes}
         for name, variant in self.variants.items():
             if variant.like is None and name not in order:
                 raise ValueError(f"variants = {name}: is in no round, and has no `like`")
@@ -111,6 +112,10 @@ class StudyPlan(_StudySection):
                 raise ValueError(f"variants.{name}.like = {variant.like}: is in no round")
             if (other := self.tuned_as(variant.like or name)) != (variant.like or name):
                 raise ValueError(f"variants.{name}.like = {variant.like}: takes its values from another; give that one, {other}")
+            if variant.like and round_of.get(name, len(order)) < round_of[variant.like]:
+                raise ValueError(
+                    f"variants.{name}.like = {variant.like}: is tuned in a later round; move it to the round of {name}, or before"
+                )
         return self
 
     @model_validator(mode="after")

@@ -172,15 +172,14 @@ def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_typ
     from bingo.params.known import known_names, known_teacher
     from bingo.planning.first_params import SMALL_PX, ChosenTeacher, Network
     from bingo.runtime.errors import UserError, near_matches
-    from bingo.teachers.reading.foreign import read_checkpoint
 
     if name is None and checkpoint is None and look.short_px[1] <= SMALL_PX and device_type == "cpu":
         return ChosenTeacher(None)
     names = known_names()
     if name is not None and name not in names and checkpoint is None and from_here("--teacher", Path(name)).is_file():
         checkpoint, name = Path(name), None
-    if checkpoint and not from_here("--checkpoint", checkpoint).is_file():
-        raise UserError(f"--checkpoint = {checkpoint}: the file does not exist; give the file of the teacher's weights")
+    if checkpoint:
+        _check_weights("--checkpoint", checkpoint)
     if name is None:
         name = _whose_file(checkpoint.name) if checkpoint else DEFAULT_TEACHER
     if name not in names:
@@ -190,10 +189,20 @@ def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_typ
     read = file or known.place
     if read and not Path(located(read)).is_file():
         raise UserError(f"--teacher = {name}: its weights are not in {read}; {known.way_in('give it as --checkpoint')}")
-    if file:
-        read_checkpoint(located(file), "--checkpoint")
     network = Network(known.teacher.arch.partition(".")[0], known.teacher.width, known.teacher.stem)
     return ChosenTeacher(name, network, file, known.image.crop_px, known.gflop, known.parameters_m, known.key_width)
+
+
+def _check_weights(option: str, path: Path) -> None:
+    """Raises UserError, which names the option, for a file that is absent, unreadable or without weights."""
+    from bingo.runtime.errors import UserError
+    from bingo.teachers.reading.foreign import read_checkpoint, states_in
+
+    try:
+        if not states_in(read_checkpoint(from_here(option, path), option)[0]):
+            raise UserError(f"{path}: contains no tensors by name; give a file of weights, such as a state dict")
+    except UserError as error:
+        raise UserError([line if line.startswith(option) else f"{option}: {line}" for line in error.lines]) from None
 
 
 def _whose_file(file_name: str) -> str:
@@ -218,7 +227,6 @@ def _student(arch: str | None, weights: str | None, look: "Look") -> "Network | 
     from bingo.params.fields import LIBRARIES
     from bingo.planning.first_params import Network, stem_for
     from bingo.runtime.errors import UserError
-    from bingo.teachers.reading.foreign import read_checkpoint
 
     if arch is not None:
         tag = None if weights == "timm" else tag_mistake(arch, "give --student")
@@ -227,7 +235,7 @@ def _student(arch: str | None, weights: str | None, look: "Look") -> "Network | 
     if weights is None:
         return Network(arch, 1.0, stem_for(arch, look)) if arch else None
     if weights not in LIBRARIES:
-        read_checkpoint(from_here("--student-weights", Path(weights)), "--student-weights")
+        _check_weights("--student-weights", Path(weights))
     former = own_metadata(from_here("--student-weights", Path(weights))) or {}
     if arch in (None, former.get("arch")) and {"arch", "width", "stem"} <= former.keys():
         return Network(former["arch"], former["width"], former["stem"])

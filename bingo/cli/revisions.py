@@ -128,9 +128,9 @@ class Revision:
 
         try:
             yield
-        except RevError:
+        except (RevError, AttributeError):  # the latter is all that DVC says of a tree or a blob
             known = "see `git log --oneline --all` and `dvc exp list --all-commits`"
-            raise UserError(f"{self.name}: is neither a Git revision nor a DVC experiment of this repository; {known}") from None
+            raise UserError(f"{self.name}: is neither a commit nor a DVC experiment of this repository; {known}") from None
         except (NotDvcRepoError, SCMError):
             raise UserError(
                 f"{self.name}: {Path.cwd()} is not in a repository of Git and DVC; change into the folder of params.yaml and dvc.yaml"

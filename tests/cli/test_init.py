@@ -131,6 +131,9 @@ MISTAKES = [
     ["images", "--teacher", "moco-v2-r50-800"],
     ["images", "--teacher", "dinov2-s", "--checkpoint", "~nobody-of-this-name/x"],
     ["images", "--teacher", "dinov2-s", "--checkpoint", "params.yaml"],
+    ["images", "--teacher", "dinov2-s", "--checkpoint", "list.pth"],
+    ["images", "--student-weights", "list.pth"],
+    ["images", "--student-weights", "empty.pth"],
     ["images", "--checkpoint", "images"],
     ["images", "--student", "resnet18.a1_in1k"],
     ["images", "--student", "resnet8"],
@@ -144,6 +147,8 @@ MISTAKES = [
 @pytest.mark.parametrize("arguments", MISTAKES, ids=str)
 def test_mistakes_write_nothing_and_name_the_option_and_its_value(workspace, arguments):
     (workspace / "linked").mkdir()
+    torch.save([1, 2], workspace / "list.pth")
+    torch.save({"state_dict": {}}, workspace / "empty.pth")
     (workspace / "linked/0.png").symlink_to(workspace / "images/a/0.png")
     for split in ("train", "val"):
         shutil.copytree(workspace / "images/a", workspace / "mixed/all" / split)

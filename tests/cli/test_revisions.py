@@ -124,8 +124,11 @@ def test_revisions_that_cannot_be_read(repository):
     assert "is empty" in mistake("show", 5, "--rev", "")
     assert "is empty" in mistake("diff", " ", "v1")
     line = mistake("show", 5, "--rev", "nowhere")
-    assert bingo("experiments", "--rev", "nowhere") == (2, "", line)
-    assert line.startswith("error: nowhere: is neither a Git revision nor a DVC experiment of this repository; see `git log")
+    for name in ("nowhere", "HEAD^{tree}", "HEAD:params.yaml"):
+        assert bingo("experiments", "--rev", name) == (2, "", line.replace("nowhere", name))
+        assert mistake("show", 5, "--rev", name) == line.replace("nowhere", name)
+    assert "--rev = workspace" in bingo("experiments", "--rev", "workspace")[2]
+    assert line.startswith("error: nowhere: is neither a commit nor a DVC experiment of this repository; see `git log")
     line = mistake("show", 5, "--rev", "v0")
     assert line.startswith("error: data/listing.parquet of v0: this revision has no such file")
     assert "commit dvc.lock" in line  # as v1 has, which can be read
