@@ -75,7 +75,7 @@ def _experiments(revision: str) -> "tuple[str, list[Experiment]]":
     from bingo.cli.revisions import artefacts
     from bingo.report.experiments import Experiment
 
-    if artefacts(revision).is_workspace:
+    if revision != "HEAD" and artefacts(revision).is_workspace:
         raise UserError(f"--rev = {revision}: is not a commit; leave --rev out: the workspace's results are in that table, too")
     entries = [entry for entry in reversed(_shown_by_dvc(revision)) if entry["rev"] != "workspace" or revision == "HEAD"]
     shown = next((entry for entry in entries if entry["rev"] != "workspace"), None)
