@@ -101,18 +101,17 @@ class StudyPlan(_StudySection):
     def _names_are_known(self) -> Self:
         if self.reference not in self.rounds[0]:
             raise ValueError(f"reference = {self.reference}: is not in the first round")
-        order = set(self.recipes)
-        if len(order) < len(self.recipes):
-            raise ValueError("rounds: a recipe is in two of them")
         round_of = {name: place for place, recipes in enumerate(self.rounds) for name in recipes}
+        if len(round_of) < len(self.recipes):
+            raise ValueError("rounds: a recipe is in two of them")
         for name, variant in self.variants.items():
-            if variant.like is None and name not in order:
+            if variant.like is None and name not in round_of:
                 raise ValueError(f"variants = {name}: is in no round, and has no `like`")
-            if variant.like and variant.like not in order:
+            if variant.like and variant.like not in round_of:
                 raise ValueError(f"variants.{name}.like = {variant.like}: is in no round")
             if (other := self.tuned_as(variant.like or name)) != (variant.like or name):
                 raise ValueError(f"variants.{name}.like = {variant.like}: takes its values from another; give that one, {other}")
-            if variant.like and round_of.get(name, len(order)) < round_of[variant.like]:
+            if variant.like and round_of.get(name, len(self.rounds)) < round_of[variant.like]:
                 raise ValueError(
                     f"variants.{name}.like = {variant.like}: is tuned in a later round; move it to the round of {name}, or before"
                 )

@@ -175,11 +175,11 @@ def _teacher(name: str | None, checkpoint: Path | None, look: "Look", device_typ
 
     if name is None and checkpoint is None and look.short_px[1] <= SMALL_PX and device_type == "cpu":
         return ChosenTeacher(None)
-    names = known_names()
+    names, option = known_names(), "--checkpoint"
     if name is not None and name not in names and checkpoint is None and from_here("--teacher", Path(name)).is_file():
-        checkpoint, name = Path(name), None
+        checkpoint, name, option = Path(name), None, "--teacher"
     if checkpoint:
-        _check_weights("--checkpoint", checkpoint)
+        _check_weights(option, checkpoint)
     if name is None:
         name = _whose_file(checkpoint.name) if checkpoint else DEFAULT_TEACHER
     if name not in names:

@@ -128,7 +128,7 @@ class Revision:
 
         try:
             yield
-        except (RevError, AttributeError):  # the latter is all that DVC says of a tree or a blob
+        except RevError:
             known = "see `git log --oneline --all` and `dvc exp list --all-commits`"
             raise UserError(f"{self.name}: is neither a commit nor a DVC experiment of this repository; {known}") from None
         except (NotDvcRepoError, SCMError):
@@ -156,6 +156,7 @@ def _seen_from(folder: Path, path: Path) -> Path:
 
 def _files_of(revision: Revision) -> Any:
     from dvc.api import DVCFileSystem
+    from dvc.scm import RevError
 
     class Files(DVCFileSystem):  # type: ignore[misc]
         """zarr treats a file that cannot be read as one that was never written; this distinguishes the two. Relative paths refer to the
@@ -176,8 +177,11 @@ def _files_of(revision: Revision) -> Any:
                     raise revision.absent(path.strip("/")) from None
                 raise
 
-    files = Files(".", rev=revision.name)
-    assert files.repo is not None  # opens it, so that an unknown revision is reported now
+    try:
+        files = Files(".", rev=revision.name)
+        assert files.repo is not None  # opens it, so that an unknown revision is reported now
+    except AttributeError:  # from DVC, for the hash of a tree or a blob
+        raise RevError(revision.name) from None
     assert files.place
     return files
 

@@ -367,6 +367,11 @@ def test_lanes_have_the_results_of_the_stages(tmp_path, monkeypatch, stages):
             "variants: {x: {recipe: method-seed, like: method-isd, settings: {}}}\nrounds:\n  - {x: [], ",
             "variants.x.like = method-isd: ",
         ),
+        (
+            "rounds:\n  - {",
+            "variants: {x: {recipe: method-disco, like: method-disco, settings: {}}}\nrounds:\n  - {x: [], ",
+            "variants.x.like = method-disco: ",
+        ),
         ("method-simreg: []", "method-simmreg: []", "recipe = method-simmreg: "),
         ("epochs: 8", "epochs: 0", "distill.epochs = 0"),
         ("[0.06, 0.2, 0.6, 2.0]", "[0.06, -1]", "tuning.first_lr.1 = -1"),

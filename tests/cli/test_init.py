@@ -132,6 +132,7 @@ MISTAKES = [
     ["images", "--teacher", "dinov2-s", "--checkpoint", "~nobody-of-this-name/x"],
     ["images", "--teacher", "dinov2-s", "--checkpoint", "params.yaml"],
     ["images", "--teacher", "dinov2-s", "--checkpoint", "list.pth"],
+    ["images", "--teacher", "list.pth"],
     ["images", "--student-weights", "list.pth"],
     ["images", "--student-weights", "empty.pth"],
     ["images", "--checkpoint", "images"],
