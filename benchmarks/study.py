@@ -23,7 +23,7 @@ from benchmarks.study_lanes import LaneRun, log_of_run, place_of, run_in_lanes
 from benchmarks.study_plan import StudyPlan, Wanted, Wishes, nested, read_plan, read_results
 from benchmarks.study_tables import print_tables
 from bingo.datasets.layout import find_splits
-from bingo.params import read_yaml, validate
+from bingo.params import read_yaml
 from bingo.pipeline.commands import check_place
 from bingo.pipeline.process import mistakes_as_lines
 from bingo.runtime.artefacts import fingerprint
@@ -85,8 +85,6 @@ class Study:
             for lr in self.plan.tuning.first_lr:
                 self.queued(wishes.at(recipe, lr, 1.0))
             self.queued(Wanted("anchors", recipe, 0, self.plan.fixed(recipe, "anchors")))
-        for name, document in wishes.documents.items():
-            validate(document, f"params.yaml with {name}")
         of_files = self.root and wishes.documents[self.plan.reference]["dataset"]["source"] == "folder"
         if of_files and not find_splits(Path(str(self.root), "train").expanduser(), name="--root")[0].classes:
             raise UserError(f"--root = {self.root}: train/ has no class folders, but a study needs labels; give train/CLASS/*")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bingo.params import read_yaml, validate
 from bingo.params.fields import NotNegative, Positive, Whole
@@ -61,7 +61,8 @@ class Tables(_StudySection):
 
 
 class StudyVariant(_StudySection):
-    """A recipe with further settings. `like` is the recipe or variant from which it takes tuned values, null if it is tuned itself."""
+    """A recipe with further settings. `recipe` may be a variant above, whose settings and tuned values it shares. Otherwise `like` is the
+    recipe or variant from which it takes tuned values, null if it is tuned itself."""
 
     recipe: str
     like: str | None = None
@@ -95,7 +96,17 @@ class StudyPlan(_StudySection):
 
     def tuned_as(self, name: str) -> str:
         """The recipe or variant that provides the tuned values: usually itself."""
-        return (self.variants[name].like if name in self.variants else None) or name
+        if (variant := self.variants.get(name)) is None:
+            return name
+        return variant.like or (self.tuned_as(variant.recipe) if variant.recipe in self.variants else name)
+
+    @model_validator(mode="after")
+    def _variants_are_of_recipes_or_of_variants_above(self) -> Self:
+        names = list(self.variants)
+        for place, name in enumerate(names):
+            if (recipe := self.variants[name].recipe) in names[place:]:
+                raise ValueError(f"variants.{name}.recipe = {recipe}: is not a variant above it; move {recipe} up, or give a recipe")
+        return self
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -104,17 +115,16 @@ class StudyPlan(_StudySection):
         round_of = {name: place for place, recipes in enumerate(self.rounds) for name in recipes}
         if len(round_of) < len(self.recipes):
             raise ValueError("rounds: a recipe is in two of them")
-        for name, variant in self.variants.items():
-            if variant.like is None and name not in round_of:
+        for name in self.variants:
+            like = self.tuned_as(name)
+            if like == name and name not in round_of:
                 raise ValueError(f"variants = {name}: is in no round, and has no `like`")
-            if variant.like and variant.like not in round_of:
-                raise ValueError(f"variants.{name}.like = {variant.like}: is in no round")
-            if (other := self.tuned_as(variant.like or name)) != (variant.like or name):
-                raise ValueError(f"variants.{name}.like = {variant.like}: takes its values from another; give that one, {other}")
-            if variant.like and round_of.get(name, len(self.rounds)) < round_of[variant.like]:
-                raise ValueError(
-                    f"variants.{name}.like = {variant.like}: is tuned in a later round; move it to the round of {name}, or before"
-                )
+            if like not in round_of:
+                raise ValueError(f"variants.{name}.like = {like}: is in no round")
+            if (other := self.tuned_as(like)) != like:
+                raise ValueError(f"variants.{name}.like = {like}: takes its values from another; give that one, {other}")
+            if round_of.get(name, len(self.rounds)) < round_of[like]:
+                raise ValueError(f"variants.{name}.like = {like}: is tuned in a later round; move it to the round of {name}, or before")
         return self
 
     @model_validator(mode="after")
@@ -128,16 +138,24 @@ class StudyPlan(_StudySection):
 
     def recipe_of(self, name: str) -> str:
         """The recipe of a variant; a recipe is returned unchanged."""
-        return self.variants[name].recipe if name in self.variants else name
+        return self.recipe_of(self.variants[name].recipe) if name in self.variants else name
+
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """The settings of a variant over those of the variant that it is made from; empty for a recipe."""
+        if name not in self.variants:
+            return {}
+        settings = self.settings_of(self.variants[name].recipe)
+        lay_over(settings, self.variants[name].settings)
+        return settings
 
     def own_epochs(self, name: str) -> bool:
         """Whether a variant sets its own number of epochs: it is then only in the table of equal FLOPs."""
-        return name in self.variants and EPOCHS in dict(flattened(self.variants[name].settings))
+        return EPOCHS in dict(flattened(self.settings_of(name)))
 
     def fixed(self, name: str, part: "Part") -> dict[str, Any]:
         """The settings of all runs of a recipe or variant in a part of the study, by dotted keys."""
-        own = self.variants[name].settings if name in self.variants else {}
-        return dict(flattened((self.tuning if part == "tuning" else self.tables).settings)) | dict(flattened(own))
+        common = (self.tuning if part == "tuning" else self.tables).settings
+        return dict(flattened(common)) | dict(flattened(self.settings_of(name)))
 
 
 @dataclass(frozen=True)
@@ -163,16 +181,12 @@ class Wanted:
 
 def read_plan(path: Path) -> StudyPlan:
     """Read a plan. Raises UserError if the file is not a plan."""
-    import yaml
-    from pydantic import ValidationError
-
+    if not path.is_file():
+        raise UserError(f"--plan = {path}: is not a file; benchmarks/study.yaml is a plan that can be read")
     try:
-        return StudyPlan.model_validate(yaml.safe_load(path.read_text()))
+        return StudyPlan.model_validate(read_yaml(path))
     except ValidationError as error:
         raise UserError([f"{path}: {line}" for line in mistake_lines(error, StudyPlan)]) from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"--plan = {path}: cannot be read ({reason}); benchmarks/study.yaml is one that can be read") from None
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -330,12 +344,12 @@ class Wishes:
 
 
 def document_of(plan: StudyPlan, recipe: str) -> dict[str, Any]:
-    """params.yaml with base and recipe, and the settings of a variant."""
+    """params.yaml with base and recipe, and the settings of a variant. Raises UserError if these are not allowed."""
     document = read_yaml("params.yaml")
     for name in filter(None, (plan.base, plan.recipe_of(recipe))):
         lay_over(document, read_recipe(Path("recipes"), name).overlay)
-    if recipe in plan.variants:
-        lay_over(document, plan.variants[recipe].settings)
+    lay_over(document, plan.settings_of(recipe))
+    validate(document, f"params.yaml with {recipe}")
     return document
 
 

@@ -15,7 +15,7 @@ Lines = Sequence[Mapping[str, Any]]
 def print_tables(wishes: Wishes) -> None:
     """Print the tables of equal anchors, of equal FLOPs and of tuning."""
     plan = wishes.plan
-    for part, heading in (("anchors", "Equal anchors"), ("flops", f"Equal FLOPs, those of {plan.reference}")):
+    for part, heading in (("anchors", "Equal anchors"), ("flops", f"Equal FLOPs, those of {plan.reference}, or fewer")):
         if rows := list(_compared(wishes, part)):
             means = "Means ± standard deviations over seeds, percent"
             print(f"## {heading}\n\n{means}; differences paired by seed: the mean, and the 95 % interval or two seeds\n")

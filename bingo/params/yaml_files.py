@@ -1,5 +1,6 @@
 """Read a YAML 1.2 file, or report in one line why it cannot be read."""
 
+import json
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,9 @@ def _parsed(text: str) -> Any:
     """The content of a YAML text, cached because parsing takes a hundred times as long as copying the result."""
     from ruamel.yaml import YAML
 
-    return YAML(typ="safe", pure=True).load(text)
+    content = YAML(typ="safe", pure=True).load(text)
+    json.dumps(content, default=str, skipkeys=True)  # ValueError for an alias inside its own anchor
+    return content
 
 
 def _yaml_reason(error: Exception) -> str:

@@ -38,8 +38,8 @@ VARIANTS = """
 variants:
   wide: {recipe: method-bingo, settings: {bagging: {k: 20}}}
   narrow: {recipe: method-bingo, like: method-bingo, settings: {bagging: {k: 2}}}
-  longer: {recipe: method-bingo, like: wide, settings: {bagging: {k: 20}, distill: {epochs: 13}}}
-  once: {recipe: method-bingo, like: wide, settings: {bagging: {k: 3}}}
+  longer: {recipe: wide, settings: {distill: {epochs: 13}}}
+  once: {recipe: longer, settings: {bagging: {k: 3}, distill: {epochs: 3}}}
 rounds:
   - {method-bingo: [methods.bingo.temperature]}
   - {wide: [methods.bingo.temperature], narrow: [], longer: []}
@@ -388,7 +388,8 @@ def test_lanes_have_the_results_of_the_stages(tmp_path, monkeypatch, stages):
                 ("{bagging: {k: -3}}", "bagging.k = -3: "),
                 ("{bagging.k: 3}", "bagging.k "),
                 ("{distill: {lr: 0.1}}", "distill.lr "),
-                ("{bagging: 3}", "bagging = 3: "),
+                ("{bagging: 3}", "params.yaml with x: bagging = 3: "),
+                ("&it {bagging: *it}", "plan.yaml: "),
             ]
         ),
         (
@@ -396,6 +397,18 @@ def test_lanes_have_the_results_of_the_stages(tmp_path, monkeypatch, stages):
             "variants:\n  x: {recipe: method-seed, like: method-bingo, settings: {}}\n  y: {recipe: method-seed, like: x, settings: {}}\n"
             "rounds:\n  - {x: [], ",
             "variants.y.like = x: ",
+        ),
+        *(
+            (
+                "rounds:\n  - {",
+                f"variants: {{x: {{recipe: {x}, settings: {{}}}}, y: {{recipe: {y}, settings: {{}}}}}}\nrounds:\n  - {{x: [], ",
+                words,
+            )
+            for x, y, words in [
+                ("x", "x", "variants.x.recipe = x: "),
+                ("y", "x", "variants.x.recipe = y: "),
+                ("method-seed", "y", "variants.y.recipe = y: "),
+            ]
         ),
         ("method-simreg: []", "method-simreg: [distill.lr]", "distill.lr = "),
         ("method-simreg: []", "method-simreg: [student.drop_rate]", "student.drop_rate = 0.0: "),
@@ -444,7 +457,7 @@ def test_runs_that_an_earlier_plan_tuned_otherwise_do_not_count(plan):
         (["--root", ""], "--root is empty"),
         (["--out", "images"], "--out = images: cannot be read"),
         (["--out", "plan.yaml/results.jsonl"], "--out = plan.yaml/results.jsonl: plan.yaml is a file"),
-        (["--plan", "images"], "--plan = images: cannot be read"),
+        (["--plan", "images"], "--plan = images: is not a file"),
     ],
 )
 def test_mistakes_in_the_arguments_are_one_line_before_anything_runs(repository, monkeypatch, capsys, arguments, words):

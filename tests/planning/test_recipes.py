@@ -433,6 +433,7 @@ def test_includes_are_applied_in_order_and_before_the_recipe_itself(tmp_path):
         ("about: {teacher: {note: x, linear_top1: 70, published_by: x}}", ["about.teacher.note is not a known key", "published_by"]),
         ("about: {teacher: {linear_top1: 70, published_by: x}}", ["about.teacher describes a checkpoint", "set teacher.checkpoint"]),
         ("bagging: {k: [}", ["is not YAML: ", "at line 2, column 15"]),
+        ("bagging: &it {k: *it}", ["is not YAML: "]),
         ("bagging: {k: 3, k: 4}", ['found duplicate key "k"', "at line 2, column 17"]),
     ],
 )
