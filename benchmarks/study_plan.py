@@ -248,9 +248,13 @@ class Wishes:
             tuned = [recipe for recipe in recipes if self.plan.tuned_as(recipe) not in climbing]
             yield from (wanted for wanted in self._judged(tuned) if wanted not in under_way)
 
+    def lines_of(self, wanted: Wanted) -> list[Mapping[str, Any]]:
+        """The results of a run; several if it was run on several devices."""
+        return [line for line in self.lines if wanted.is_in(line)]
+
     def line_of(self, wanted: Wanted) -> Mapping[str, Any] | None:
-        """The result of a run, if it has been run."""
-        return next((line for line in self.lines if wanted.is_in(line)), None)
+        """The first result of a run, if it has been run."""
+        return next(iter(self.lines_of(wanted)), None)
 
     def _untuned(self, recipe: str) -> Iterator[Wanted]:
         """The next runs of the climb: first all of `first_lr`, then the missing neighbours of the best run and of runs that are as good."""

@@ -17,8 +17,8 @@ def print_tables(wishes: Wishes) -> None:
     plan = wishes.plan
     for part, heading in (("anchors", "Equal anchors"), ("flops", f"Equal FLOPs, those of {plan.reference}, or fewer")):
         if rows := list(_compared(wishes, part)):
-            means = "Means ± standard deviations over seeds, percent"
-            print(f"## {heading}\n\n{means}; differences paired by seed: the mean, and the 95 % interval or two seeds\n")
+            means = "Means ± standard deviations over seeds, percent; runs of a seed on several devices are averaged first"
+            print(f"## {heading}\n\n{means}. Differences are paired by seed: the mean, and the 95 % interval or two seeds\n")
             print_table(["recipe", "seeds", *MEASURES.values(), "GFLOP/anchor", "PFLOP", f"linear − {plan.reference}"], rows)
             print()
     print(f"## Tuning\n\nSeed {plan.tuning.seed}: the best values, and the linear accuracy of all runs\n")
@@ -89,19 +89,29 @@ def _compared(wishes: Wishes, part: Part) -> Iterator[list[str]]:
     for recipe in (recipe for recipe in wishes.plan.recipes if part == "flops" or not wishes.plan.own_epochs(recipe)):
         for seed in wishes.plan.tables.seeds:
             wanted = wishes.compared(part, recipe, seed) or wishes.compared("anchors", recipe, seed)
-            if wanted and (line := wishes.line_of(wanted)) and line["linear"]:
-                found.setdefault(recipe, {})[seed] = line
+            if wanted and (lines := [line for line in wishes.lines_of(wanted) if line["linear"]]):
+                found.setdefault(recipe, {})[seed] = averaged(lines)
     reference = by_seed(found.get(wishes.plan.reference, {}), "linear", "student")
     rows = [(by_seed(lines, "linear", "student"), recipe, lines) for recipe, lines in found.items()]
     for linear, recipe, lines in sorted(rows, key=lambda row: -sum(row[0].values()) / len(row[0])):
         line = next(iter(lines.values()))
         cost = [f"{line['gflop_per_anchor']:.3f}", f"{line['gflop_per_anchor'] * line['anchors'] / 1e6:.2g}"]
         compared = "" if recipe == wishes.plan.reference else difference(linear, reference)
-        yield [recipe, str(len(lines)), *_figures(lines, "student"), *cost, compared]
+        runs = sum(line["runs"] for line in lines.values())
+        seeds = f"{len(lines)}" + (f" ({runs} runs)" if runs > len(lines) else "")
+        yield [recipe, seeds, *_figures(lines, "student"), *cost, compared]
     every = {seed: line for lines in found.values() for seed, line in lines.items()}
     for net, name in OTHERS.items():
         if every:
             yield [name, str(len(every)), *_figures(every, net), "", "", ""]
+
+
+def averaged(lines: Lines) -> dict[str, Any]:
+    """A run whose figures are the means of several runs that differ only in their device, and their number as `runs`."""
+    first, means = lines[0], {}
+    for measure in [measure for measure in MEASURES if first.get(measure)]:
+        means[measure] = {net: fmean(line[measure][net] for line in lines if net in line[measure]) for net in first[measure]}
+    return {**first, **means, "runs": len(lines)}
 
 
 def by_seed(lines: Mapping[int, Mapping[str, Any]], measure: str, net: str) -> dict[int, float]:
