@@ -140,6 +140,12 @@ def test_the_tables_have_the_tuned_settings_at_equal_anchors_and_at_equal_flops(
     assert rows["method-simreg"][-2] == f"{0.03 * 27_000 / 1e6:.2g}"
     assert rows["method-disco"][2] == "51.0 ± 0.0", "the run at equal anchors: its FLOPs are the reference's"
     assert (rows["teacher"][2], rows["untrained"][2]) == ("70.0 ± 0.0", "30.0 ± 0.0")
+    once_more = [line | {"linear": line["linear"] | {"student": 40.0}} for line in lines if (line["part"], line["seed"]) == ("flops", 5)]
+    diverged = [line | {"linear": None} for line in once_more]
+    rows = {row[0]: row for row in study_tables._compared(Wishes(plan, lines + once_more + diverged), "flops")}
+    assert rows["method-simreg"][1:3] == ["2 (3 runs)", f"{(56 + (57 + 40) / 2) / 2:.1f} ± {(56 - (57 + 40) / 2) / math.sqrt(2):.1f}"]
+    assert rows["method-simreg"][3] == "56.5 ± 0.7", "the k-NN accuracy of the other device is the same"
+    assert rows["method-simreg"][-1] == "+1.2 (+5.0, -2.5)", "from 51"
 
 
 def test_differences_are_paired_and_from_three_seeds_on_have_an_interval():
