@@ -15,7 +15,7 @@ from bingo import load_student, open_bags, embed, run_pipeline
 ```
 
 {count} functions run the pipeline, read its outputs and compute with them; each is imported when it is first used. The examples run in
-the folder of a finished run, here a small one of the digits. In a notebook, bags show as pictures. User errors raise
+the folder of a finished run, here a small one of the digits. In a notebook, bags are displayed as pictures. User errors raise
 `bingo.runtime.errors.UserError` with a message that says how to fix them. For the letters in array names see
 [Shape letters](architecture.md#shape-letters). This page is generated: `python -m docs.tools.api > docs/api.md`.
 """

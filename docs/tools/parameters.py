@@ -63,6 +63,7 @@ SAID = {
     "transfer_coco.weight_decay": "weight decay, on all weights except those of normalisation layers",
     "queue_rows": "number of keys in the queue",
     "key_momentum": "momentum of the moving average of the student",
+    "moco.key_momentum": "momentum of the moving average of the network",
     "head_hidden": "width of the hidden layer of the projection head",
     "temperature": "divides cosines before the softmax",
     "key_width": "width of the keys",
