@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from bingo.params import read_yaml, validate
 from bingo.params.fields import NotNegative, Positive, Whole
 from bingo.params.mistakes import mistake_lines
-from bingo.planning.recipes import flattened, lay_over, read_recipe
+from bingo.planning.recipes import flattened, lay_over, read_recipe, recipe_names
 from bingo.runtime.errors import UserError, short
 
 LR, EPOCHS = "distill.lr", "distill.epochs"
@@ -212,6 +212,8 @@ class Wishes:
 
     def __init__(self, plan: StudyPlan, lines: Sequence[Mapping[str, Any]]):
         self.plan, self.lines = plan, lines
+        if both := sorted(plan.variants.keys() & set(recipe_names(Path("recipes")))):
+            raise UserError(f"variants = {both[0]}: is the name of a recipe, too; rename the variant")
         self.documents = {recipe: document_of(plan, recipe) for recipe in (*plan.recipes, *plan.screened)}
         keys = {recipe: keys for recipes in plan.rounds for recipe, keys in recipes.items()}
         self.starts = {recipe: {key: _number(self.documents[recipe], key) for key in keys[recipe]} for recipe in plan.recipes}

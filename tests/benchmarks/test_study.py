@@ -416,6 +416,7 @@ def test_lanes_have_the_results_of_the_stages(tmp_path, monkeypatch, stages):
                 ("method-seed", "y", "variants.y.recipe = y: "),
             ]
         ),
+        ("rounds:", "variants: {method-simreg: {recipe: method-seed, settings: {}}}\nrounds:", "variants = method-simreg: "),
         ("method-simreg: []", "method-simreg: [distill.lr]", "distill.lr = "),
         ("method-simreg: []", "method-simreg: [student.drop_rate]", "student.drop_rate = 0.0: "),
         ("method-simreg: []", "method-simreg: [methods.simreg.temperature]", "methods.simreg.temperature = None: "),
