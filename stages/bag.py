@@ -40,7 +40,7 @@ def main() -> None:
             trained = embeddings.train_features
             features = trained if params.relation == "teacher" else _student_features(run, listing, sharing, device)
             bags = build_bags(params, features, labels_T, run.params.seed, sharing)
-            for warning in filter(None, [bags.empty_warning(), bags.recall_warning()] if bags else []):
+            for warning in filter(None, [bags.empty_warning(), bags.zeros_warning(), bags.recall_warning()] if bags else []):
                 run.warn(warning)
             near = params.near_duplicate_distance, run.params.seed, sharing
             near_cosine = test_cosine = near_duplicate_cosine(features, *near)

@@ -33,6 +33,7 @@ class GraphSearch:
 
 
 _SAME_COSINE = 1 - 1e-6
+_MOST_ZEROS = 0.01  # of the rows
 _CHECKED_ROWS = 4096
 
 
@@ -55,7 +56,7 @@ def build_knn(
     features: Rows, k: int, mutual: bool = False, search: InvertedFile | GraphSearch | None = None, sharing: Sharing = ALONE
 ) -> Bags | None:
     """The k rows with the highest cosine to each row, excluding the row itself; `mutual`: only those of them that have the row among
-    their own k.
+    their own k. The bag of a row of zeros is empty.
 
     `search` (None: exact) finds most of them in less time; the share that it finds, before `mutual`, is stored in the settings as
     `recall`. Raises UserError if k or the number of lists is too large.
@@ -65,8 +66,8 @@ def build_knn(
     if isinstance(search, InvertedFile) and search.list_count(rows) > rows:
         raise UserError(f"bagging.lists = {search.lists}: there are only {rows} train rows; lower bagging.lists, or set it to null")
     features = features[:] if isinstance(search, GraphSearch) else held(features, memory_budget())
-    _check_features(features)
-    settings = {**_settings("knn", k), "mutual": mutual}
+    zeros_n = _rows_of_zeros(features)
+    settings = {**_settings("knn", k, zeros_n), "mutual": mutual}
     if isinstance(search, InvertedFile):
         found = search_lists(features, k, search, sharing)
         lists = search.list_count(rows)
@@ -82,6 +83,9 @@ def build_knn(
     similarity_TK = cosines_TK.astype(np.float16)
     if mutual:
         members_TK, similarity_TK = _mutual(members_TK, similarity_TK)
+    if len(zeros_n):  # all cosines are 0, so the nearest rows are arbitrary
+        members_TK, similarity_TK = members_TK.copy(), similarity_TK.copy()
+        members_TK[zeros_n], similarity_TK[zeros_n] = -1, -np.inf
     return Bags(settings, members_TK, similarity_TK)
 
 
@@ -112,10 +116,10 @@ def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: i
         raise UserError(f"bagging.clusters = {clusters}: there are only {rows} train rows; lower bagging.clusters")
     _check_k(k, rows)
     features = held(features, memory_budget())
-    _check_features(features)
+    zeros_n = _rows_of_zeros(features)
     centroids_CD, trained_rows = train_centroids(features, clusters, iterations, seed, sharing=sharing)
     cluster_T = sharing.nearest_centroid("clusters", features, centroids_CD)
-    settings = {**_settings("kmeans", k), "clusters": clusters, "iterations": iterations, "seed": seed, "trained_rows": trained_rows}
+    settings = {**_settings("kmeans", k, zeros_n), "clusters": clusters, "iterations": iterations, "seed": seed, "trained_rows": trained_rows}
     return _grouped(settings, features, cluster_T, clusters, k, centroids_CD, sharing)
 
 
@@ -127,9 +131,9 @@ def build_label(labels_T: np.ndarray, features: Rows, k: int, sharing: Sharing =
         raise UserError(f"{problem}; set bagging.method to knn or kmeans, or sort the images into class folders")
     _check_k(k, len(labels_T))
     features = held(features, memory_budget())
-    _check_features(features)
+    settings = _settings("label", k, _rows_of_zeros(features))
     classes = int(labels_T.max()) + 1
-    return _grouped(_settings("label", k), features, labels_T.astype(np.int32), classes, k, None, sharing)
+    return _grouped(settings, features, labels_T.astype(np.int32), classes, k, None, sharing)
 
 
 def _grouped(
@@ -162,12 +166,14 @@ def _grouped(
     return Bags(settings, members_TK, similarity_TK, cluster_T, cluster_rows_T, cluster_start, centroids_CD)
 
 
-def _settings(method: str, k: int) -> dict:
-    return {"method": method, "k": k, "metric": "cosine", "search": "exact"}
+def _settings(method: str, k: int, zeros_n: np.ndarray) -> dict:
+    settings = {"method": method, "k": k, "metric": "cosine", "search": "exact"}
+    return settings | ({"rows_of_zeros": len(zeros_n), "first_row_of_zeros": int(zeros_n[0])} if len(zeros_n) else {})
 
 
-def _check_features(features: Rows) -> None:
-    """Raise UserError for features that no working teacher computes, before bags are built from them."""
+def _rows_of_zeros(features: Rows) -> np.ndarray:
+    """The rows that are all zeros, int64 (n,). A network that ends in a ReLU may compute them for single small or uniform images. Raises
+    UserError for features that no working teacher computes: not finite, all the same, or zeros for more than 1 % of the images."""
     import faiss
 
     way_out = "the teacher is broken: check teacher.checkpoint and teacher.image.mean/std, then run: dvc repro extract"
@@ -175,11 +181,12 @@ def _check_features(features: Rows) -> None:
         inverse_T = inverse_norms(features, faiss.omp_get_max_threads())
     except ValueError as error:
         raise UserError(f"embeddings: {error}; {way_out}") from None
-    if not inverse_T.all():
-        row = int((inverse_T == 0).argmax())
-        raise UserError(f"embeddings: {int((inverse_T == 0).sum())} train rows are all zeros, the first is row {row}; {way_out}")
-    rows_n = np.arange(0, len(features), max(1, len(features) // _CHECKED_ROWS))
+    zeros_n = np.flatnonzero(inverse_T == 0)
+    if len(zeros_n) > max(1, _MOST_ZEROS * len(features)):
+        raise UserError(f"embeddings: {len(zeros_n)} of {len(features)} train rows are all zeros, the first is row {zeros_n[0]}; {way_out}")
+    rows_n = np.setdiff1d(np.arange(0, len(features), max(1, len(features) // _CHECKED_ROWS)), zeros_n)
     sample_nD = features[rows_n].astype(np.float32)
-    cosines_n = sample_nD @ (sample_nD[0] * inverse_T[0]) * inverse_T[rows_n]
+    cosines_n = sample_nD @ (sample_nD[0] * inverse_T[rows_n[0]]) * inverse_T[rows_n]
     if len(rows_n) > 1 and cosines_n.min() > _SAME_COSINE:
         raise UserError(f"embeddings: all train rows have the same features (least cosine {cosines_n.min():.7f}); {way_out}")
+    return zeros_n

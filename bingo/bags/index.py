@@ -114,6 +114,18 @@ class Bags:
             raise UserError(f"bagging.method = {self.settings['method']}: {problem}")
         return f"{problem}; these images are trained without similar images"
 
+    def zeros_warning(self) -> str | None:
+        """A warning if the features of some images are all zeros."""
+        if not (zeros := self.settings.get("rows_of_zeros", 0)):
+            return None
+        effects = {
+            "knn": "these images are trained without similar images",
+            "kmeans": "their bags are arbitrary",
+            "label": "the members of their bags are in no order",
+        }
+        of = f"{zeros:,} of {len(self.members_TK):,} train images, the first in row {self.settings['first_row_of_zeros']}"
+        return f"the features of {of}, are all zeros; {effects[self.settings['method']]}"
+
     def recall_warning(self) -> str | None:
         """A warning if the search has missed more than 5 % of the members."""
         recall = self.settings.get("recall", 1)

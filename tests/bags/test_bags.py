@@ -322,13 +322,43 @@ def test_mistakes_are_one_line(digits):
         (lambda: build_kmeans(features[:5], 6, 3, 2, 0), r"bagging.clusters = 6: there are only 5 train rows"),
         (lambda: build_label(np.where(labels == 3, -1, labels), features, 2), r"bagging.method = label: \d+ of 400 train rows"),
         (lambda: build_knn(np.full((9, 4), np.nan, np.float16), 2), "row 0 of the features is not finite"),
-        (lambda: build_knn(np.zeros((9, 4), np.float16), 2), "9 train rows are all zeros"),
+        (lambda: build_knn(np.zeros((9, 4), np.float16), 2), "9 of 9 train rows are all zeros"),
+        (lambda: build_label(labels, features * (np.arange(400) > 4)[:, None], 2), "5 of 400 train rows are all zeros"),
         (lambda: build_knn(np.full((9, 4), 0.3, np.float16), 2), "all train rows have the same features"),
     ]
     for build, message in cases:
         with pytest.raises(UserError, match=message) as error:
             build()
         assert len(error.value.lines) == 1
+
+
+@pytest.mark.parametrize("search", [None, InvertedFile(lists=8, probes=8, seed=0)])
+@pytest.mark.parametrize("mutual", [False, True])
+def test_rows_of_zeros_have_empty_bags_and_are_in_no_other(digits, search, mutual):
+    features = digits[0].copy()
+    zeros = [7, 120, 399]
+    features[zeros] = 0
+    bags = build_knn(features, 5, mutual, search)
+    others = np.setdiff1d(np.arange(400), zeros)
+    alone = build_knn(features[others], 5, mutual)
+    assert np.array_equal(bags.members_TK[others], np.where(alone.members_TK >= 0, others[alone.members_TK], -1))
+    assert (bags.members_TK[zeros] == -1).all()
+    assert bags.draw(np.array(zeros), np.array([0.1, 0.5, 0.9])).tolist() == zeros, "an empty bag gives the anchor"
+    assert "3 of 400" in bags.zeros_warning()
+    assert "row 7," in bags.zeros_warning()
+    assert alone.zeros_warning() is None
+    metrics = bag_metrics(bags, digits[1])
+    assert metrics["empty_bags"] == int((bags.members_TK[:, 0] < 0).sum())
+
+
+@pytest.mark.parametrize("method", ["kmeans", "label"])
+def test_a_row_of_zeros_is_a_member_of_its_cluster(digits, method):
+    features, labels = digits[0].copy(), digits[1]
+    features[7] = 0
+    bags = build_kmeans(features, 6, 5, 3, 0) if method == "kmeans" else build_label(labels, features, 3)
+    assert 7 in bags.cluster_rows_T
+    assert np.isfinite(bags.similarity_TK[bags.members_TK >= 0]).all()
+    assert "1 of 400" in bags.zeros_warning()
 
 
 @pytest.mark.parametrize("method", ["knn", "kmeans", "label"])
