@@ -119,7 +119,13 @@ def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: i
     zeros_n = _rows_of_zeros(features)
     centroids_CD, trained_rows = train_centroids(features, clusters, iterations, seed, sharing=sharing)
     cluster_T = sharing.nearest_centroid("clusters", features, centroids_CD)
-    settings = {**_settings("kmeans", k, zeros_n), "clusters": clusters, "iterations": iterations, "seed": seed, "trained_rows": trained_rows}
+    settings = {
+        **_settings("kmeans", k, zeros_n),
+        "clusters": clusters,
+        "iterations": iterations,
+        "seed": seed,
+        "trained_rows": trained_rows,
+    }
     return _grouped(settings, features, cluster_T, clusters, k, centroids_CD, sharing)
 
 
