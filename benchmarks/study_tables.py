@@ -69,7 +69,8 @@ def _means(lines: Mapping[int, Mapping[str, Any]]) -> list[str]:
 def _by_variant_seed(wishes: Wishes, name: str) -> dict[int, Mapping[str, Any]]:
     """The runs of a recipe or variant on the images of tuning, by seed."""
     wanted = [run for seed in wishes.plan.variant_seeds if (run := wishes.tuned_run(name, seed))]
-    return {run.seed: line for run in wanted if (line := wishes.line_of(run)) and line["linear"]}
+    found = {run.seed: [line for line in wishes.lines_of(run) if line["linear"]] for run in wanted}
+    return {seed: averaged(lines) for seed, lines in found.items() if lines}
 
 
 def _correlations(wishes: Wishes) -> Iterator[str]:
