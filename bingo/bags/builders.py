@@ -56,7 +56,7 @@ def build_knn(
     features: Rows, k: int, mutual: bool = False, search: InvertedFile | GraphSearch | None = None, sharing: Sharing = ALONE
 ) -> Bags | None:
     """The k rows with the highest cosine to each row, excluding the row itself; `mutual`: only those of them that have the row among
-    their own k. The bag of a row of zeros is empty.
+    their own k. A row of zeros has an empty bag, and is in no bag.
 
     `search` (None: exact) finds most of them in less time; the share that it finds, before `mutual`, is stored in the settings as
     `recall`. Raises UserError if k or the number of lists is too large.
@@ -81,11 +81,12 @@ def build_knn(
         return None
     members_TK, cosines_TK = found
     similarity_TK = cosines_TK.astype(np.float16)
+    if len(zeros_n):  # all their cosines are 0, so that their nearest rows, and rows to which they are near, are arbitrary
+        zero_T = np.zeros(rows, bool)
+        zero_T[zeros_n] = True
+        members_TK, similarity_TK = _kept(members_TK, similarity_TK, ~(zero_T[members_TK] | zero_T[:, None]))
     if mutual:
-        members_TK, similarity_TK = _mutual(members_TK, similarity_TK)
-    if len(zeros_n):  # all cosines are 0, so the nearest rows are arbitrary
-        members_TK, similarity_TK = members_TK.copy(), similarity_TK.copy()
-        members_TK[zeros_n], similarity_TK[zeros_n] = -1, -np.inf
+        members_TK, similarity_TK = _kept(members_TK, similarity_TK, _listed_back(members_TK))
     return Bags(settings, members_TK, similarity_TK)
 
 
@@ -94,11 +95,17 @@ def _check_k(k: int, rows: int) -> None:
         raise UserError(f"bagging.k = {k}: a bag of the {rows} train rows has at most {rows - 1} members; lower bagging.k")
 
 
-def _mutual(members_TK: np.ndarray, similarity_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Only members whose own list contains the anchor, moved to the front of each row."""
-    rows_T1, kept_TK = np.arange(len(members_TK))[:, None], np.empty(members_TK.shape, bool)
+def _listed_back(members_TK: np.ndarray) -> np.ndarray:
+    """Whether a member's own list contains the anchor, bool (T, K)."""
+    rows_T1, back_TK = np.arange(len(members_TK))[:, None], np.empty(members_TK.shape, bool)
     for place, members_T in enumerate(members_TK.T):  # a column at a time bounds the memory
-        kept_TK[:, place] = (members_TK[members_T] == rows_T1).any(axis=1)
+        back_TK[:, place] = (members_TK[members_T] == rows_T1).any(axis=1)
+    return back_TK
+
+
+def _kept(members_TK: np.ndarray, similarity_TK: np.ndarray, kept_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The members that are kept, moved to the front of each row."""
+    kept_TK = kept_TK & (members_TK >= 0)
     order_TK = np.argsort(~kept_TK, axis=1, kind="stable")
     moved = (np.take_along_axis(x_TK, order_TK, axis=1) for x_TK in (kept_TK, members_TK, similarity_TK))
     kept_TK, members_TK, similarity_TK = moved
@@ -108,8 +115,8 @@ def _mutual(members_TK: np.ndarray, similarity_TK: np.ndarray) -> tuple[np.ndarr
 def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: int, sharing: Sharing = ALONE) -> Bags | None:
     """Spherical K-means: the bag is all other rows of the cluster.
 
-    A row belongs to the centroid with the largest dot product (see `train_centroids`). The k nearest rows of its cluster are listed; a row
-    that is alone in its cluster has an empty bag. Raises UserError if clusters exceed rows.
+    A row belongs to the centroid with the largest dot product (see `train_centroids`); rows of zeros are spread over the clusters. The k
+    nearest rows of its cluster are listed; a row that is alone in its cluster has an empty bag. Raises UserError if clusters exceed rows.
     """
     rows = len(features)
     if clusters > rows:
@@ -119,6 +126,9 @@ def build_kmeans(features: Rows, clusters: int, iterations: int, k: int, seed: i
     zeros_n = _rows_of_zeros(features)
     centroids_CD, trained_rows = train_centroids(features, clusters, iterations, seed, sharing=sharing)
     cluster_T = sharing.nearest_centroid("clusters", features, centroids_CD)
+    if len(zeros_n):  # not all in the first cluster
+        cluster_T = cluster_T.copy()
+        cluster_T[zeros_n] = zeros_n % clusters
     settings = {
         **_settings("kmeans", k, zeros_n),
         "clusters": clusters,

@@ -35,9 +35,10 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = fl
     For the listed members: `in_degree` (number of bags that contain a row), `hubs` (the rows in most bags), `closest_pairs` (the 10 pairs
     of an anchor and a member with the highest cosines), `orphan_share` (rows in no bag), `mutual_share` (members j of i such that i is a
     member of j), `chance_share` (what that is for members drawn at random, K / (T - 1)), `similarity` (cosines to the anchor),
-    `near_duplicates` (rows whose nearest member is one), `empty_bags`, `short_bags` (neither empty nor full), `purity` (mean over bags of
-    the share of members with the anchor's label). For whole bags: `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`. For
-    an approximate search: `recall` and, for ivf, `lists` and `probes`, as in the settings.
+    `near_duplicates` (rows whose nearest member is one), `empty_bags`, `short_bags` (neither empty nor full), `rows_of_zeros` (rows whose
+    features are all zeros, if there are any), `purity` (mean over bags of the share of members with the anchor's label). For whole bags:
+    `bag_size` and, for clusters, `cluster_size` and `whole_bag_purity`. For an approximate search: `recall` and, for ivf, `lists` and
+    `probes`, as in the settings.
     """
     listed_TK = bags.members_TK >= 0
     counts_T = listed_TK.sum(axis=1)
@@ -54,6 +55,8 @@ def bag_metrics(bags: Bags, labels_T: np.ndarray | None, near_cosine: float = fl
         "empty_bags": int((counts_T == 0).sum()),
         "short_bags": int(((counts_T > 0) & (counts_T < listed_TK.shape[1])).sum()),
     }
+    if "rows_of_zeros" in bags.settings:
+        metrics["rows_of_zeros"] = bags.settings["rows_of_zeros"]
     if not np.isinf(near_cosine):
         metrics["near_duplicate_cosine"] = rounded(near_cosine)
         metrics["near_duplicates"] = int((bags.similarity_TK[:, 0].astype(np.float32) > near_cosine).sum())
@@ -87,12 +90,14 @@ def _closest_pairs(bags: Bags) -> list[dict[str, Any]]:
 @progress_bar("bags by two views")
 def view_overlap(keys_TP: Rows, other_keys_TP: Rows, k: int, seed: int, sharing: Sharing = ALONE) -> float:
     """How much bags depend on the view from which they are made: the share of the k nearest rows by the keys of one stored view that are
-    also among the k nearest by those of another, averaged over a seeded sample of at most 1,000 anchors. By chance: k / (T - 1).
+    also among the k nearest by those of another, averaged over a seeded sample of at most 1,000 anchors without those whose keys are all
+    zeros. By chance: k / (T - 1).
     """
     rows = np.sort(seeds.permutation(seed, "bags by two views", 0, len(keys_TP))[:_ANCHORS])
+    rows = rows[(keys_TP[rows] != 0).any(axis=1) & (other_keys_TP[rows] != 0).any(axis=1)]
     views = {"one view": keys_TP, "another view": other_keys_TP}
     one, other = (sharing.nearest(name, keys[rows], keys, k, rows)[0] for name, keys in views.items())
-    return rounded(int(common_rows(one, other).sum()) / (k * len(rows)))
+    return rounded(int(common_rows(one, other).sum()) / (k * max(1, len(rows))))
 
 
 def shares_in_words(metrics: dict[str, Any]) -> str:

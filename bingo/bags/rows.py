@@ -16,6 +16,7 @@ from bingo.runtime.progress import progress_bar
 
 _READ_ROWS, _THREAD_ROWS = 8192, 512
 _FLOAT32_BYTES = 4
+_LEAST_SQUARE = 1e-76  # of the length of a row: 1 / length is less than float32's largest number
 _LEAST_BUDGET_BYTES = 256 << 20  # with less, a search would have so many blocks that it would not finish
 _OWN_CGROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
@@ -108,7 +109,8 @@ def in_single_threads(work: Callable[[Any], None], items: Sequence[Any]) -> None
 
 
 def inverse_norms(x: Rows, threads: int = 1) -> np.ndarray:
-    """1 / length of each row, float32 (N,), and 0 for a row of zeros. Raises ValueError if a number is not finite."""
+    """1 / length of each row, float32 (N,), and 0 for a row of zeros or one so short that 1 / length is no float32. Raises ValueError if a
+    number is not finite."""
     inverse_N = np.empty(len(x), np.float32)
     with progress_bar("lengths of the features", len(x), "rows") as bar:
         for first, x_nD in blocks(x):
@@ -120,8 +122,8 @@ def inverse_norms(x: Rows, threads: int = 1) -> np.ndarray:
                 )  # a dot product for each row: equal rows have equal norms, independently of their position
                 if not np.isfinite(squares_n).all():
                     raise ValueError(f"row {first + start + int((~np.isfinite(squares_n)).argmax())} of the features is not finite")
-                lengths_n = np.sqrt(np.where(squares_n > 0, squares_n, 1))
-                inverse_N[first + start : first + start + len(part_nD)] = np.where(squares_n > 0, 1 / lengths_n, 0)
+                long_n = squares_n > _LEAST_SQUARE
+                inverse_N[first + start : first + start + len(part_nD)] = np.where(long_n, 1 / np.sqrt(np.where(long_n, squares_n, 1)), 0)
 
             in_threads(one_part, range(0, len(x_nD), _THREAD_ROWS), threads)
             bar.advance(len(x_nD))

@@ -191,7 +191,7 @@ def _band(sources: "tuple[BagSource, BagSource]", found: "BagDiff", row: int) ->
 
 def _nearest(source: "BagSource", image: Path, k: int) -> "tuple[np.ndarray, np.ndarray]":
     """Train rows and cosines nearest to an image file, which is processed as in extraction: packed to the stored size if the dataset is,
-    then cropped to the centre view. Raises UserError if the features are not this teacher's."""
+    then cropped to the centre view. Raises UserError if the features are not this teacher's, or if the image's are all zeros."""
     import tempfile
 
     import numpy as np
@@ -223,6 +223,8 @@ def _nearest(source: "BagSource", image: Path, k: int) -> "tuple[np.ndarray, np.
     view_13PP = next(iter(center_views(images, [0], seen_image(recipe["image"]), device, 1, workers=0)))
     with torch.inference_mode(), autocast(recipe["extract"]["precision"], device):
         feature_1D = teacher.features(view_13PP)
+    if not feature_1D.any():
+        raise UserError(f"{image.name}: its features are all zeros, so no image is similar to it; give another image")
     (rows_K,), (cosines_K,) = top_k(feature_1D.cpu().numpy(), stored.train_features, k)
     return rows_K[rows_K >= 0], cosines_K[rows_K >= 0]
 

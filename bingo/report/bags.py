@@ -168,6 +168,7 @@ _LINES: list[tuple[str, str, Callable[[Any], str], str]] = [
         "Test images with a near-duplicate among the train images, by the teacher's features.",
     ),
     ("empty_bags", "Empty bags", _count, "Anchors without members; such an anchor is used as its own member."),
+    ("rows_of_zeros", "Features of zeros", _count, "Images whose features are all zeros, so that no image is similar to them."),
     ("short_bags", "Short bags", _count, "Bags with fewer members than bagging.k, but at least one."),
     ("cluster_size", "Cluster size", _clusters, "Number of images in a cluster; large clusters give imprecise bags."),
 ]  # fmt: skip

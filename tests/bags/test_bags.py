@@ -332,33 +332,71 @@ def test_mistakes_are_one_line(digits):
         assert len(error.value.lines) == 1
 
 
-@pytest.mark.parametrize("search", [None, InvertedFile(lists=8, probes=8, seed=0)])
+@pytest.mark.parametrize("k", [5, 100, 395])
+@pytest.mark.parametrize("search", [None, InvertedFile(lists=8, probes=8, seed=0), InvertedFile(lists=40, probes=3, seed=0)])
 @pytest.mark.parametrize("mutual", [False, True])
-def test_rows_of_zeros_have_empty_bags_and_are_in_no_other(digits, search, mutual):
-    features = digits[0].copy()
+@pytest.mark.parametrize("centred", [False, True])
+def test_rows_of_zeros_have_empty_bags_and_are_in_no_other(digits, search, mutual, k, centred):
+    """With centred features, a row of zeros is nearer than rows with negative cosines."""
+    features = digits[0] - digits[0].mean(0) * centred
     zeros = [7, 120, 399]
     features[zeros] = 0
-    bags = build_knn(features, 5, mutual, search)
+    bags = build_knn(features, k, mutual, search)
     others = np.setdiff1d(np.arange(400), zeros)
-    alone = build_knn(features[others], 5, mutual)
-    assert np.array_equal(bags.members_TK[others], np.where(alone.members_TK >= 0, others[alone.members_TK], -1))
     assert (bags.members_TK[zeros] == -1).all()
-    assert bags.draw(np.array(zeros), np.array([0.1, 0.5, 0.9])).tolist() == zeros, "an empty bag gives the anchor"
+    assert not np.isin(bags.members_TK, zeros).any()
+    assert (np.diff((bags.members_TK >= 0).astype(int), axis=1) <= 0).all(), "padding is at the end"
+    assert np.array_equal(bags.members_TK >= 0, np.isfinite(bags.similarity_TK))
+    if search is None or search.probes == search.list_count(400):
+        alone = build_knn(features[others], min(k, 396), mutual=False)
+        rows = bags if not mutual else build_knn(features, k)
+        full = min(k - 3, 396 - 3)  # the lists of the 400 may have lost three members to rows of zeros
+        assert np.array_equal(rows.members_TK[others, :full], others[alone.members_TK[:, :full]])
+    if mutual:
+        pairs = {(anchor, int(member)) for anchor in range(400) for member in bags.members_TK[anchor] if member >= 0}
+        assert all((member, anchor) in pairs for anchor, member in pairs)
+    drawn = bags.draw(np.array(zeros), np.array([0.1, 0.5, 0.9]))
+    assert drawn.tolist() == zeros, "an empty bag gives the anchor"
     assert "3 of 400" in bags.zeros_warning()
     assert "row 7," in bags.zeros_warning()
-    assert alone.zeros_warning() is None
+    assert build_knn(features[others], 5).zeros_warning() is None
     metrics = bag_metrics(bags, digits[1])
-    assert metrics["empty_bags"] == int((bags.members_TK[:, 0] < 0).sum())
+    assert (metrics["empty_bags"], metrics["rows_of_zeros"]) == (int((bags.members_TK[:, 0] < 0).sum()), 3)
+
+
+def test_rows_too_short_for_float32_count_as_zeros(digits):
+    features = digits[0].astype(np.float32)
+    features[7] *= 1e-42
+    features[8] *= 1e-36  # still has a direction
+    bags = build_knn(features, 5)
+    assert (bags.members_TK[7] == -1).all()
+    without_7 = build_knn(np.delete(digits[0], 7, axis=0), 5).members_TK[7]
+    assert np.array_equal(bags.members_TK[8], without_7 + (without_7 >= 7))
+
+
+def test_keys_of_zeros_do_not_count_as_overlap_of_two_views(digits):
+    one, other = digits[0].copy(), digits[0][np.random.default_rng(0).permutation(400)]
+    seen = np.ones(400, bool)
+    seen[[3, 50]] = False
+    one[~seen] = other[~seen] = 0
+    rows, near = np.flatnonzero(seen), []
+    for keys in (one.astype(float), other.astype(float)):
+        unit = keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-9)
+        cosines = unit[rows] @ unit.T - 9 * (rows[:, None] == np.arange(400))  # not the anchor itself
+        near.append(np.argsort(-cosines, axis=1, kind="stable")[:, :5])
+    shared = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(*near, strict=True)])
+    assert view_overlap(one, other, 5, 0) == pytest.approx(shared, abs=2e-3)
 
 
 @pytest.mark.parametrize("method", ["kmeans", "label"])
-def test_a_row_of_zeros_is_a_member_of_its_cluster(digits, method):
+def test_rows_of_zeros_are_spread_over_the_clusters(digits, method):
     features, labels = digits[0].copy(), digits[1]
-    features[7] = 0
+    features[[7, 120, 399]] = 0
     bags = build_kmeans(features, 6, 5, 3, 0) if method == "kmeans" else build_label(labels, features, 3)
-    assert 7 in bags.cluster_rows_T
+    expected = [row % 6 for row in (7, 120, 399)] if method == "kmeans" else labels[[7, 120, 399]].tolist()
+    assert bags.cluster_T[[7, 120, 399]].tolist() == expected, "not all in one cluster"
     assert np.isfinite(bags.similarity_TK[bags.members_TK >= 0]).all()
-    assert "1 of 400" in bags.zeros_warning()
+    assert "3 of 400" in bags.zeros_warning()
 
 
 @pytest.mark.parametrize("method", ["knn", "kmeans", "label"])
