@@ -109,8 +109,8 @@ def in_single_threads(work: Callable[[Any], None], items: Sequence[Any]) -> None
 
 
 def inverse_norms(x: Rows, threads: int = 1) -> np.ndarray:
-    """1 / length of each row, float32 (N,), and 0 for a row of zeros or one so short that 1 / length overflows float32. Raises ValueError if
-    a number is not finite."""
+    """1 / length of each row, float32 (N,), and 0 for a row of zeros or one so short that 1 / length overflows float32. Raises ValueError
+    if a number is not finite."""
     inverse_N = np.empty(len(x), np.float32)
     with progress_bar("lengths of the features", len(x), "rows") as bar:
         for first, x_nD in blocks(x):
