@@ -2,7 +2,8 @@
 
     python -m benchmarks.study --root FOLDER        FOLDER/train/CLASS/*, FOLDER/test/CLASS/*; can be resumed
     python -m benchmarks.study --root FOLDER --lanes 8 --out FILE      eight runs at a time, without DVC; results go to FILE
-    python -m benchmarks.study --print              the tables of the finished runs
+    python -m benchmarks.study --print              the tables of the finished runs; differences from another row, in another measure:
+                                                    --against lean-half-flops --measure percent_1
 
 The plan is a YAML file (benchmarks/study.yaml explains its keys). Each run adds a line of JSON to a file in benchmarks/results that is
 named after the plan, and runs in that file are not repeated: the next run is a function of the plan and the file. Runs are DVC experiments
@@ -21,7 +22,7 @@ from benchmarks.compare import FOLDER, Lane, QueuedRun, clean_commit, clock, lai
 from benchmarks.parser import Parser, count
 from benchmarks.study_lanes import LaneRun, log_of_run, place_of, run_in_lanes
 from benchmarks.study_plan import StudyPlan, Wanted, Wishes, nested, read_plan, read_results
-from benchmarks.study_tables import print_tables
+from benchmarks.study_tables import MEASURES, print_tables
 from bingo.datasets.layout import find_splits
 from bingo.params import read_yaml
 from bingo.pipeline.commands import check_place
@@ -39,6 +40,8 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, default=Path("benchmarks/study.yaml"))
     parser.add_argument("--root", help="folder of the images: train/CLASS/* and test/CLASS/*; not for digits")
     parser.add_argument("--print", action="store_true", help="print the tables of the finished runs")
+    parser.add_argument("--against", help="with --print: the row from which differences are printed (default: the plan's reference)")
+    parser.add_argument("--measure", choices=list(MEASURES), help="with --print: what differences are in (default: linear)")
     parser.add_argument("--out", type=Path, help="file of the results (default: in benchmarks/results, named after the plan)")
     parser.add_argument("--lanes", type=count, help="number of runs at a time, without DVC, on one machine with at most one GPU")
     parser.add_argument("--commit", help="with --lanes and without git: the commit of the code")
@@ -47,7 +50,7 @@ def main() -> None:
         check_used(given)
         plan, results = read_plan(given.plan), given.out or RESULTS / f"{given.plan.stem}.jsonl"
         if given.print:
-            print_tables(Wishes(plan, read_results(results)))
+            print_tables(Wishes(plan, read_results(results)), given.against, given.measure or "linear")
             return
         study = Study(plan, results, given.root, given.commit or clean_commit(str(results)))
         study.check()
@@ -64,6 +67,9 @@ def check_used(given: argparse.Namespace) -> None:
         if given.commit and not given.lanes
         else []
     )
+    for name in ("against", "measure"):
+        if (value := getattr(given, name)) and not given.print:
+            lines.append(f"--{name} = {value}: has no effect without --print; add that, or leave --{name} out")
     if given.print and given.lanes:
         lines.append(f"--lanes = {given.lanes}: has no effect with --print, which runs nothing; leave one of the two out")
     if lines:

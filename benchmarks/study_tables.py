@@ -1,25 +1,31 @@
 """The tables of a study, in Markdown, from the lines of its results."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, get_args
 
 from benchmarks.study_plan import LR, Part, Wishes
 from bingo.report.experiments import paired_difference, rank_correlation, spread
+from bingo.runtime.errors import UserError
 
 MEASURES = {"linear": "linear", "knn_10": "k-NN, k = 10", "agreement_10": "agreement, k = 10", "percent_1": "1 % of the labels"}
 OTHERS = {"teacher": "teacher", "untrained": "untrained", "pixels": "raw pixels"}
 Lines = Sequence[Mapping[str, Any]]
+_SAME = ("part", "recipe", "seed", "settings")
 
 
-def print_tables(wishes: Wishes) -> None:
-    """Print the tables of equal anchors, of equal FLOPs and of tuning."""
+def print_tables(wishes: Wishes, against: str | None = None, measure: str = "linear") -> None:
+    """Print the tables of equal anchors, of equal FLOPs and of tuning. Differences are in `measure`, from the row `against` (None: the
+    reference). Raises UserError for an unknown row."""
     plan = wishes.plan
+    against = against or plan.reference
+    if against not in plan.recipes:
+        raise UserError(f"--against = {against}: allowed are {', '.join(plan.recipes)}")
     for part, heading in (("anchors", "Equal anchors"), ("flops", f"Equal FLOPs, those of {plan.reference}, or fewer")):
-        if rows := list(_compared(wishes, part)):
+        if rows := list(_compared(wishes, part, against, measure)):
             means = "Means ± standard deviations over seeds, percent; runs of a seed on several devices are averaged first"
             print(f"## {heading}\n\n{means}. Differences are paired by seed: the mean, and the 95 % interval or two seeds\n")
-            print_table(["recipe", "seeds", *MEASURES.values(), "GFLOP/anchor", "PFLOP", f"linear − {plan.reference}"], rows)
+            print_table(["recipe", "seeds", *MEASURES.values(), "GFLOP/anchor", "PFLOP", f"{MEASURES[measure]} − {against}"], rows)
             print()
     print(f"## Tuning\n\nSeed {plan.tuning.seed}: the best values, and the linear accuracy of all runs\n")
     print_table(["recipe", "lr", "other values", "linear", "k-NN, k = 10", "lr × factor of the other values: linear"], _tuning(wishes))
@@ -30,6 +36,10 @@ def print_tables(wishes: Wishes) -> None:
         print("\n## Agreement and accuracy\n\nSpearman's rank correlation of the students' agreement with the teacher, k = 10,")
         print("and their linear accuracy, with its 95 % interval\n")
         print("\n".join(f"- {line}" for line in found))
+    if len(apart := list(_between_devices(wishes))) > 1:
+        error = stdev(apart) / len(apart) ** 0.5
+        print(f"\n## Devices\n\nLinear accuracy on the second device minus that on the first, {len(apart)} pairs of runs for the tables:")
+        print(f"mean {fmean(apart):+.2f} (standard error {error:.2f}), standard deviation {stdev(apart):.2f}")
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -83,28 +93,39 @@ def _correlations(wishes: Wishes) -> Iterator[str]:
             yield f"{part}: {found.value:.2f} ({low:.2f} to {high:.2f}) over {found.runs} runs"
 
 
-def _compared(wishes: Wishes, part: Part) -> Iterator[list[str]]:
-    """A row for each recipe, the most accurate first, then the teacher, an untrained network and raw pixels. At equal FLOPs, a run at equal
-    anchors counts if its FLOPs are equal anyway."""
+def _between_devices(wishes: Wishes) -> Iterator[float]:
+    """Differences in points between the runs for the tables that were made on two devices, the CPU first."""
+    for line in wishes.lines:
+        if line["part"] != "tuning" and line["linear"]:
+            same = [other for other in wishes.lines if other["linear"] and all(line[key] == other[key] for key in _SAME)]
+            if len(same) == 2 and line is same[0]:
+                first, second = sorted(same, key=lambda run: "NVIDIA" in str(run.get("device")))
+                yield second["linear"]["student"] - first["linear"]["student"]
+
+
+def _compared(wishes: Wishes, part: Part, against: str | None = None, measure: str = "linear") -> Iterator[list[str]]:
+    """A row for each recipe, the most accurate first, then the teacher, an untrained network and raw pixels, with differences in `measure`
+    from the row `against`. At equal FLOPs, a run at equal anchors counts if its FLOPs are equal anyway."""
+    against = against or wishes.plan.reference
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for recipe in (recipe for recipe in wishes.plan.recipes if part == "flops" or not wishes.plan.own_epochs(recipe)):
         for seed in wishes.plan.tables.seeds:
             wanted = wishes.compared(part, recipe, seed) or wishes.compared("anchors", recipe, seed)
             if wanted and (lines := [line for line in wishes.lines_of(wanted) if line["linear"]]):
                 found.setdefault(recipe, {})[seed] = averaged(lines)
-    reference = by_seed(found.get(wishes.plan.reference, {}), "linear", "student")
-    rows = [(by_seed(lines, "linear", "student"), recipe, lines) for recipe, lines in found.items()]
-    for linear, recipe, lines in sorted(rows, key=lambda row: -sum(row[0].values()) / len(row[0])):
+    reference = by_seed(found.get(against, {}), measure, "student")
+    for recipe, lines in sorted(found.items(), key=lambda row: -fmean(by_seed(row[1], "linear", "student").values())):
         line = next(iter(lines.values()))
         cost = [f"{line['gflop_per_anchor']:.3f}", f"{line['gflop_per_anchor'] * line['anchors'] / 1e6:.2g}"]
-        compared = "" if recipe == wishes.plan.reference else difference(linear, reference)
+        compared = "" if recipe == against else difference(by_seed(lines, measure, "student"), reference)
         runs = sum(line["runs"] for line in lines.values())
         seeds = f"{len(lines)}" + (f" ({runs} runs)" if runs > len(lines) else "")
         yield [recipe, seeds, *_figures(lines, "student"), *cost, compared]
     every = {seed: line for lines in found.values() for seed, line in lines.items()}
     for net, name in OTHERS.items():
         if every:
-            yield [name, str(len(every)), *_figures(every, net), "", "", ""]
+            known = by_seed(found.get(against, {}), measure, net)  # of the runs of `against` itself
+            yield [name, str(len(every)), *_figures(every, net), "", "", difference(known, reference)]
 
 
 def averaged(lines: Lines) -> dict[str, Any]:

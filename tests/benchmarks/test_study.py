@@ -146,6 +146,10 @@ def test_the_tables_have_the_tuned_settings_at_equal_anchors_and_at_equal_flops(
     assert rows["method-simreg"][1:3] == ["2 (3 runs)", f"{(56 + (57 + 40) / 2) / 2:.1f} ± {(56 - (57 + 40) / 2) / math.sqrt(2):.1f}"]
     assert rows["method-simreg"][3] == "56.5 ± 0.7", "the k-NN accuracy of the other device is the same"
     assert rows["method-simreg"][-1] == "+1.2 (+5.0, -2.5)", "from 51"
+    assert rows["teacher"][-1] == "+19.0 (+19.0, +19.0)"
+    assert list(study_tables._between_devices(Wishes(plan, lines + once_more + diverged))) == [40.0 - 57.0]
+    rows = {row[0]: row for row in study_tables._compared(Wishes(plan, lines + once_more), "flops", "method-simreg", "knn_10")}
+    assert rows["method-bingo"][-1] == "-5.5 (-5.0, -6.0)", "51 and 56, 51 and 57"
 
 
 def test_differences_are_paired_and_from_three_seeds_on_have_an_interval():
@@ -461,6 +465,8 @@ def test_runs_that_an_earlier_plan_tuned_otherwise_do_not_count(plan):
         (["--lanes", "-3"], "--lanes = -3: allowed is a whole number from 1"),
         (["--lanes", "1", "--print"], "--lanes = 1: has no effect with --print"),
         (["--commit", "v1"], "--commit = v1: has no effect without --lanes"),
+        (["--against", "method-bingo"], "--against = method-bingo: has no effect without --print"),
+        (["--print", "--against", "method-x"], "--against = method-x: allowed are method-bingo, "),
         (["--root", ""], "--root is empty"),
         (["--out", "images"], "--out = images: cannot be read"),
         (["--out", "plan.yaml/results.jsonl"], "--out = plan.yaml/results.jsonl: plan.yaml is a file"),
